@@ -1,0 +1,95 @@
+"""The command line: ``xverse VERB``. Only the chosen verb's module is imported, so help comes at once.
+
+Each module in ``xverse.commands`` has ``HELP`` (one line), ``arguments(parser)`` and ``run(args) -> int``,
+and imports what is heavy inside ``run``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from xverse import __version__
+from xverse.config import UserError, nearest
+
+VERBS = {
+    "chat": "talk to a model in the terminal, or answer once with --ask",
+    "export": "write a model as a Hugging Face or Llama directory",
+    "tokenizer": "train, repair or report on a tokenizer",
+    "data": "prepare token shards from text, or show what a recipe holds",
+    "pretrain": "train a model from a recipe",
+    "finetune": "fine-tune a model on instructions",
+    "bench": "measure speed on this machine",
+    "doctor": "show what was found: device, libraries, measured bandwidth and FLOPS",
+    "completion": "print a shell completion script",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and the nearest flag suggested."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        options.setdefault("allow_abbrev", False)
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"unrecognized arguments: (\S+)", message)
+        if found:
+            flag = found.group(1).split("=")[0]
+            message = f"unknown argument '{flag}'{nearest(flag, self.known_flags())}"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def known_flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 2 user's mistake, 130 interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"xverse: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("xverse: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our stdout left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    width = max(map(len, VERBS))
+    parser = Parser(
+        prog="xverse",
+        description="XVERSE-7B as open software.",
+        usage="xverse VERB [options]   (xverse VERB --help for the options of a verb)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="verbs:\n" + "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()),
+    )
+    parser.add_argument("--version", action="version", version=f"xverse {__version__}")
+    if not arguments or arguments[0].startswith("-"):
+        parser.parse_args(arguments)
+        parser.print_help()
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)} (xverse --help lists the verbs)")
+    command = importlib.import_module(f"xverse.commands.{verb}")
+    verb_parser = Parser(
+        prog=f"xverse {verb}",
+        description=VERBS[verb][0].upper() + VERBS[verb][1:] + ".",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.arguments(verb_parser)
+    return command.run(verb_parser.parse_args(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
