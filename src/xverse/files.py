@@ -23,7 +23,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             _sync(temporary)
-            os.replace(temporary, path)
+            temporary.replace(path)
             _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -49,11 +49,11 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             _sync(temporary)
             if path.exists():
                 old = path.with_name(f".{path.name}.old")
-                os.replace(path, old)
-                os.replace(temporary, path)
+                path.replace(old)
+                temporary.replace(path)
                 shutil.rmtree(old)
             else:
-                os.replace(temporary, path)
+                temporary.replace(path)
             _sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -67,7 +67,7 @@ def recover_directory(path: str | Path) -> None:
         if path.exists():
             shutil.rmtree(old)
         else:
-            os.replace(old, path)
+            old.replace(path)
 
 
 def _sync(path: Path) -> None:

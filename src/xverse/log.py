@@ -45,7 +45,7 @@ class JsonlLog:
 
     def __init__(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = Path(path).open("a", encoding="utf-8")
+        self._file: TextIO = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - open for the run
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False) + "\n")

@@ -1,0 +1,67 @@
+"""What attention works with: a context object says which positions, mask or cache apply.
+
+One forward pass of the model serves training (packed documents), transformers' caches (``hf/``) and the
+engine's cache (``engine/``): each brings a context.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class AttentionContext(Protocol):
+    """``positions`` int64 [B, T] rotate queries and keys; ``attend`` mixes values."""
+
+    positions: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotated q, k and plain v [B, H, T, head_dim] of one layer → attention output of q's shape."""
+        ...
+
+
+class FullCausal:
+    """Every token sees itself and all before it; no cache."""
+
+    def __init__(self, batch: int, length: int, device: torch.device | str = "cpu") -> None:
+        self.positions = torch.arange(length, device=device).expand(batch, length)  # [B, T]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Packed:
+    """Several documents in a row of tokens: each sees only itself, and its positions start at 0.
+
+    ``document_ids`` int [B, T]: equal neighbours belong to one document. Attention runs document by
+    document, so that masked pairs cost nothing; rows of one document each go through in one call.
+    """
+
+    def __init__(self, document_ids: Tensor) -> None:
+        batch, length = document_ids.shape
+        index = torch.arange(length, device=document_ids.device).expand(batch, length)  # [B, T]
+        first = torch.ones_like(document_ids, dtype=torch.bool)
+        first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        self.positions = index - torch.where(first, index, 0).cummax(dim=1).values  # [B, T]
+        starts = first.flatten().nonzero().flatten().tolist()
+        ends = [*starts[1:], batch * length]
+        self._lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+        self._whole_rows = len(starts) == batch
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._whole_rows:
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
+        batch, heads, length, head_dim = q.shape
+        split = [
+            x.transpose(0, 1).reshape(1, heads, batch * length, head_dim).split(self._lengths, dim=2)
+            for x in (q, k, v)
+        ]
+        documents = [
+            scaled_dot_product_attention(q_d, k_d, v_d, is_causal=True)
+            for q_d, k_d, v_d in zip(*split, strict=True)
+        ]
+        mixed = torch.cat(documents, dim=2)  # [1, H, B*T, head_dim]
+        return mixed.reshape(heads, batch, length, head_dim).transpose(0, 1)

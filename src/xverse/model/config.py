@@ -1,0 +1,116 @@
+"""The shape of a model: upstream's ``config.json`` keys as a strict dataclass, and the named shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xverse.config import UserError, build, choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class XverseConfig:
+    """Everything that decides the tensors of a model and the arithmetic of its forward pass."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 8192
+    max_tokenizer_truncation: int = 6144
+    pad_token_id: int = 1
+    bos_token_id: int = 2
+    eos_token_id: int = 3
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads "
+                "of an even size"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def num_parameters(self) -> int:
+        """Trainable parameters: untied embedding and head, no biases."""
+        layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        return 2 * self.vocab_size * self.hidden_size + self.num_hidden_layers * layer + self.hidden_size
+
+    def to_json(self, dtype: str = "bfloat16") -> dict[str, Any]:
+        """``config.json`` as upstream writes it, without ``auto_map``; ``dtype`` is the stored one."""
+        return {
+            "architectures": ["XverseForCausalLM"],
+            "model_type": "xverse",
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "torch_dtype": dtype,
+            "use_cache": True,
+            **dataclasses.asdict(self),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str = "config.json") -> XverseConfig:
+        """Read ``config.json``. Keys that shape no tensor are ignored, as every reader of the format does.
+
+        Raises UserError for a missing key or for an architecture that this model does not have.
+        """
+        fixed = {
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+        for key, supported in fixed.items():
+            if values.get(key, supported) != supported:
+                raise UserError(f"{where}: {key} = {values[key]!r} is not supported, only {supported!r}")
+        heads = values.get("num_attention_heads")
+        if values.get("num_key_value_heads", heads) != heads:
+            raise UserError(f"{where}: grouped-query attention (num_key_value_heads) is not supported")
+        known = {field.name for field in dataclasses.fields(cls)}
+        kept = {key: value for key, value in values.items() if key in known and value is not None}
+        rope = values.get("rope_parameters") or values.get("rope_scaling")
+        if rope:
+            if rope.get("rope_type", rope.get("type", "default")) != "default":
+                raise UserError(f"{where}: rope scaling {rope} is not supported")
+            kept.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
+        return build(cls, kept, where)
+
+
+def _shape(
+    vocab: int, hidden: int, intermediate: int, layers: int, heads: int, context: int = 8192
+) -> XverseConfig:
+    return XverseConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=context,
+    )
+
+
+SHAPES: dict[str, XverseConfig] = {
+    "nano": _shape(12288, 256, 768, layers=6, heads=4),
+    "mini": _shape(12288, 512, 1408, layers=8, heads=8),
+    "7b": _shape(100534, 4096, 11008, layers=32, heads=32),
+    "13b": _shape(100278, 5120, 13824, layers=40, heads=40),
+    "13b-2": _shape(100534, 5120, 13824, layers=40, heads=40),
+    "65b": _shape(100534, 8192, 22016, layers=80, heads=64, context=16384),
+}
+
+
+def named_shape(name: str) -> XverseConfig:
+    """The configuration of a published or embedded shape; raises UserError for an unknown name."""
+    return choose("shape", name, SHAPES)

@@ -1,0 +1,95 @@
+"""The language-model loss without the logits: head and cross-entropy fused over chunks of tokens.
+
+At V = 100,534 the logits of 8 × 8,192 tokens would take 26 GB in float32. Here one chunk's logits exist at a
+time, and its gradients are formed while they are in cache, so the backward pass only scales them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+_CHUNK_BYTES = 32 * 2**20  # float32 logits of one chunk: small enough for a last-level cache
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    chunk: int | None = None,
+) -> Tensor:
+    """Cross-entropy of ``hidden`` [N, D] @ ``weight`` [V, D] transposed against ``targets`` int64 [N].
+
+    Targets of -100 are ignored; "mean" divides by the count of the others (0 when there are none). The
+    matmuls run in ``hidden``'s dtype, or in autocast's where it is on; softmax and sums in float32. Returns
+    a float32 scalar, or [N] for "none", which carries no gradient. ``chunk`` is in tokens.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    chunk = chunk or max(64, _CHUNK_BYTES // (4 * weight.shape[0]))
+    if reduction == "none":
+        with torch.no_grad():
+            return _token_losses(hidden, weight, targets, chunk)
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+        total = _token_losses(hidden, weight, targets, chunk).sum()
+    else:
+        total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+    if reduction == "sum":
+        return total
+    return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    weight = weight.to(hidden.dtype)
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)  # [N]
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        logits = (hidden[part] @ weight.T).float()  # [C, V]
+        losses[part] = torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+    return losses
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the token losses; the gradients for a unit output gradient are made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        cast_weight = weight.to(hidden.dtype)
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [N, D]
+        weight_grad = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )  # [V, D]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            valid = targets[part] != IGNORE  # [C]
+            target = torch.where(valid, targets[part], 0)[:, None]  # [C, 1]
+            logits = (hidden[part] @ cast_weight.T).float()  # [C, V]
+            log_sum = logits.logsumexp(dim=1, keepdim=True)  # [C, 1]
+            total += torch.where(valid, (log_sum - logits.gather(1, target)).squeeze(1), 0.0).sum()
+            grad = logits.sub_(log_sum).exp_()  # softmax, in the logits' memory
+            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+            grad = grad.mul_(valid[:, None]).to(hidden.dtype)  # [C, V]
+            if hidden_grad is not None:
+                hidden_grad[part] = grad @ cast_weight
+            if weight_grad is not None:
+                weight_grad += grad.T @ hidden[part]
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (output_grad,) = output_grads
+        hidden_grad, weight_grad = ctx.saved_tensors
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * output_grad.to(hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad = (weight_grad * output_grad).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None

@@ -1,0 +1,131 @@
+"""The XVERSE decoder: pre-norm, rotary attention, SwiGLU, untied head, no biases. One definition for all.
+
+Tensor names are upstream's (Llama's). The forward pass knows nothing of caches, masks or devices: an
+attention context brings them (``model/attention.py``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+
+from xverse.model.attention import AttentionContext
+from xverse.model.config import XverseConfig
+from xverse.model.rope import rope_tables, rotate
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich, 2019), in float32 up to and including the weight.
+
+    Upstream casts back after the weight has been applied; Llama casts before it. In float32 they agree.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: XverseConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        size = config.hidden_size
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).view(heads).transpose(1, 2)  # [B, H, T, head_dim]
+        k = self.k_proj(x).view(heads).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        mixed = context.attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)  # [B, H, T, head_dim]
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: XverseConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: XverseConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, context)
+        return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, D]
+
+
+class XverseModel(nn.Module):
+    """Tokens to hidden states."""
+
+    def __init__(self, config: XverseConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, context: AttentionContext) -> Tensor:
+        """``tokens`` int64 [B, T] → normed hidden states [B, T, D]."""
+        return self.forward_embeddings(self.embed_tokens(tokens), context)
+
+    def forward_embeddings(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Embeddings [B, T, D] → normed hidden states [B, T, D]."""
+        rope = rope_tables(context.positions, self.config.head_dim, self.config.rope_theta)
+        rope = (rope[0].to(x.dtype), rope[1].to(x.dtype))
+        for layer in self.layers:
+            x = layer(x, rope, context)
+        return self.norm(x)
+
+
+class XverseForCausalLM(nn.Module):
+    """The language model: ``model`` and the untied ``lm_head``."""
+
+    def __init__(self, config: XverseConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = XverseModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, context: AttentionContext) -> Tensor:
+        """``tokens`` int64 [B, T] → logits [B, T, V]. Training uses ``linear_cross_entropy`` instead."""
+        return self.lm_head(self.model(tokens, context))
+
+
+@torch.no_grad()
+def init_weights(model: XverseForCausalLM, seed: int) -> None:
+    """Normal weights of ``initializer_range``; the two projections that write into the residual stream are
+    scaled by 1/sqrt(2 · layers), so that its variance does not grow with depth (GPT-2's rule)."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    std = model.config.initializer_range
+    residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.normal_(0.0, residual_std, generator=generator)
+        else:
+            parameter.normal_(0.0, std, generator=generator)
+    model.model.embed_tokens.weight[model.config.pad_token_id].zero_()
