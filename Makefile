@@ -1,0 +1,89 @@
+# make chat · make test · make bench · make lint: each sets up what it needs in .venv. `make` lists them.
+
+PYTHON ?= python3
+# Where PyTorch's CPU build comes from on a machine without an NVIDIA GPU, beside the indexes that pip is
+# configured with. Empty (`make chat TORCH_INDEX=`): only those.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CORE := $(VENV)/.installed-core
+DEV := $(VENV)/.installed-dev
+
+# ASK and NAME go to their commands through the environment as they were typed: neither make nor the shell
+# expands a $, a quote or a backslash in them.
+ASKED := $(filter-out undefined,$(origin ASK))
+unexport ASK NAME
+export XVERSE_ASK := $(value ASK)
+export XVERSE_NAME := $(value NAME)
+
+.PHONY: help chat test bench lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make chat               talk to the embedded model in the terminal'
+	@echo 'make chat ASK="…"       answer once: the reply alone on stdout'
+	@echo 'make test               run the tests (CPU, no network)'
+	@echo 'make bench [NAME="…"]   measure speed on this machine, all of it or one benchmark'
+	@echo 'make lint               style, types and the rule that imports point downwards'
+	@echo 'make clean              remove .venv, caches and builds'
+	@echo
+	@echo 'PYTHON=$(PYTHON)'
+	@echo 'TORCH_INDEX=$(TORCH_INDEX)   (index of the CPU build of PyTorch; empty: only those pip is configured with)'
+
+chat: $(CORE)
+	@$(BIN)/xverse chat $(if $(ASKED),--ask="$$XVERSE_ASK")
+
+test: $(DEV)
+	@$(BIN)/python -m pytest
+
+bench: $(CORE)
+	@$(BIN)/xverse bench $(if $(strip $(value NAME)),"$$XVERSE_NAME")
+
+lint: $(DEV)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- set-up: everything it says goes to stderr, so that the reply is alone on stdout ----
+
+$(BIN)/python:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "make: no '$(PYTHON)' here; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); xverse needs Python 3.11 or newer:" \
+	    "make PYTHON=python3.12" >&2; exit 1; }
+	@echo "make: creating $(VENV)" >&2
+	@"$(PYTHON)" -m venv $(VENV) >&2 || { rm -rf $(VENV); \
+	  echo "make: '$(PYTHON) -m venv' does not work (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+# On a machine without a working NVIDIA driver the CPU build of PyTorch comes first, so that the packages
+# after it find their need met and never fetch gigabytes of CUDA. An index that cannot be reached is given
+# up soon, and asked for this one package alone (--no-deps): another configured one may hold the same wheel.
+$(CORE): pyproject.toml | $(BIN)/python
+	@set -e; \
+	if ! nvidia-smi -L >/dev/null 2>&1; then \
+	  case "$$(uname -s)-$$(uname -m)" in \
+	    Linux-x86_64|Linux-aarch64) torch=torch==2.13.0+cpu ;; \
+	    *) torch=torch==2.13.0 ;; \
+	  esac; \
+	  echo "make: installing $$torch" >&2; \
+	  $(PIP) install --no-deps --retries 1 --timeout 15 \
+	    $(if $(strip $(TORCH_INDEX)),--extra-index-url "$(strip $(TORCH_INDEX))") "$$torch" >&2 || { \
+	    echo "make: $$torch could not be installed; TORCH_INDEX names the index it comes from" \
+	      "(now '$(strip $(TORCH_INDEX))')" >&2; exit 1; }; \
+	fi; \
+	echo "make: installing xverse" >&2; \
+	$(PIP) install --quiet -e . >&2
+	@touch $@
+
+$(DEV): $(CORE)
+	@echo "make: installing the tools for tests" >&2
+	@$(PIP) install --quiet -e '.[dev]' >&2
+	@touch $@
