@@ -1,0 +1,98 @@
+"""Mend tokenizer.json files that current ``tokenizers`` releases refuse.
+
+Upstream's files say ``"add_prefix_space": false`` in their Metaspace parts. Since tokenizers 0.19 that
+contradicts the default ``prepend_scheme`` ("always") and the whole file is refused. Saying
+``"prepend_scheme": "never"`` beside it is what the old field meant.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from xverse.config import UserError
+from xverse.files import atomic_directory, atomic_file
+
+_NESTED = ("pretokenizers", "decoders")  # the keys under which the two Sequence types hold their parts
+
+
+def repair_json(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a tokenizer.json's mapping with the Metaspace parts of pre_tokenizer and decoder mended.
+
+    The old field stays beside the new one, so that old and new libraries both read the result. A mapping
+    that needs no repair comes back equal.
+    """
+    result = copy.copy(values)
+    for part in ("pre_tokenizer", "decoder"):
+        if isinstance(values.get(part), dict):
+            result[part] = _repair_part(values[part])
+    return result
+
+
+def needs_repair(values: dict[str, Any]) -> bool:
+    """Whether ``repair_json`` would change anything."""
+    return any(
+        repair_json(values)[part] != values[part] for part in ("pre_tokenizer", "decoder") if part in values
+    )
+
+
+def _repair_part(part: dict[str, Any]) -> dict[str, Any]:
+    part = dict(part)
+    if part.get("type") == "Metaspace" and part.get("add_prefix_space") is False:
+        part["prepend_scheme"] = "never"
+    for key in _NESTED:
+        if isinstance(part.get(key), list):
+            part[key] = [_repair_part(item) if isinstance(item, dict) else item for item in part[key]]
+    return part
+
+
+def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
+    """The mapping in a tokenizer.json. Raises UserError for what is missing, unreadable or no JSON object."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # JSON and UTF-8 errors both
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a tokenizer.json (expected a JSON object)")
+    return values
+
+
+def write_tokenizer_json(values: dict[str, Any], path: Path) -> None:
+    """Write the mapping as tokenizer.json is usually written: indented, in UTF-8, not ASCII escapes."""
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def repair_file(source: str | Path, target: str | Path) -> bool:
+    """Repair a tokenizer.json, or the one in a directory (other files are copied as they are).
+
+    Writes atomically; source and target may be the same. Returns whether anything needed repair.
+    """
+    source, target = Path(source), Path(target)
+    if source.is_dir():
+        values = read_tokenizer_json(source / "tokenizer.json")
+        if source.resolve() == target.resolve():
+            target = target / "tokenizer.json"
+        else:
+            if target.exists() and not target.is_dir():
+                raise UserError(f"{target}: is a file, but {source} is a directory")
+            if target.is_dir() and any(target.iterdir()):
+                raise UserError(f"{target}: already exists and is not empty; name a new directory")
+            with atomic_directory(target) as temporary:
+                shutil.copytree(source, temporary, dirs_exist_ok=True)
+                write_tokenizer_json(repair_json(values), temporary / "tokenizer.json")
+            return needs_repair(values)
+    else:
+        values = read_tokenizer_json(source)
+        if target.is_dir():
+            target = target / "tokenizer.json"
+    with atomic_file(target) as temporary:
+        write_tokenizer_json(repair_json(values), temporary)
+    return needs_repair(values)

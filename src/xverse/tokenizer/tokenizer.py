@@ -1,0 +1,246 @@
+"""The tokenizer: ids from text, text from ids, both without loss.
+
+The ``tokenizers`` library does the BPE. Decoding is ours, from bytes: a token is a byte string, a text is
+the UTF-8 decoding of the joined bytes. So streaming can hold back an unfinished character, and the sum of
+what it emits is always the full decode.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from xverse.config import UserError
+from xverse.files import atomic_file
+from xverse.tokenizer.repair import read_tokenizer_json, repair_json, write_tokenizer_json
+
+SPECIAL_TOKENS = ("<unk>", "<pad>", "<|startoftext|>", "<|endoftext|>")  # ids 0 to 3
+SPACE = "▁"  # U+2581, how Metaspace writes a space inside tokens
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """A BPE tokenizer of XVERSE's structure.
+
+    ``backend`` is the ``tokenizers.Tokenizer`` as other libraries load it. ``encode`` here differs from it
+    in two places, both for safety: the text of a special token stays text (unless ``allow_special``), and
+    a literal ``▁`` stays a ``▁`` (the backend reads it as a space).
+    """
+
+    unk_id, pad_id, bos_id, eos_id = 0, 1, 2, 3
+
+    def __init__(self, values: dict[str, Any], where: str = "tokenizer.json") -> None:
+        """``values`` is the mapping of a tokenizer.json, repaired or not; ``where`` names it in errors.
+
+        Raises UserError where it is not a BPE tokenizer of XVERSE's structure.
+        """
+        self.values = repair_json(values)
+        _check(self.values, where)
+        self.backend = _build(self.values, where)
+        # User text must not become special ids, so plain encoding knows no special tokens at all.
+        added = self.values.get("added_tokens") or []
+        plain = {**self.values, "added_tokens": [token for token in added if not token.get("special")]}
+        self._plain = _build(plain, where)
+        self.vocab_size: int = self.backend.get_vocab_size(with_added_tokens=True)
+        self.special_ids = frozenset(token["id"] for token in added if token.get("special")) | {0, 1, 2, 3}
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        self._added_ids = frozenset(token["id"] for token in added)
+        self._bytes: list[bytes] = [b""] * (max(vocab.values()) + 1)
+        for text, index in vocab.items():
+            self._bytes[index] = _token_bytes(text, literal=index in self._added_ids)
+        space_ids = [vocab.get(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._space_character_ids: list[int] = [index for index in space_ids if index is not None]
+        self._hash = ""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a model directory or a tokenizer.json; upstream's broken files are repaired in memory."""
+        path = Path(path)
+        if path.is_dir():
+            if not (path / "tokenizer.json").exists():
+                raise UserError(f"{path}: no tokenizer.json in this directory")
+            path = path / "tokenizer.json"
+        return cls(read_tokenizer_json(path), str(path))
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[dict[str, Any]]]:
+        return Tokenizer, (self.values,)
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of what decides the ids; the same however the file was formatted or re-saved."""
+        if not self._hash:
+            self._hash = hashlib.sha256(_canonical(self.values)).hexdigest()
+        return self._hash
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """The ids of ``text``, without BOS or EOS. ``decode(encode(text)) == text`` for any Unicode text.
+
+        ``<|endoftext|>`` and its like in the text are ordinary characters unless ``allow_special``: nobody
+        ends a turn by typing it. Upstream, through PreTrainedTokenizerFast, always maps them to their ids.
+        A surrogate pair is read as the character that it stands for; a lone surrogate, which is no
+        character and has no UTF-8 form, as U+FFFD: half an emoji must not end a conversation.
+        """
+        text = _scalar(text)
+        backend = self.backend if allow_special else self._plain
+        if SPACE not in text or not self._space_character_ids:
+            return backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for number, part in enumerate(text.split(SPACE)):
+            if number:
+                ids += self._space_character_ids
+            if part:
+                ids += backend.encode(part, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
+        """``[encode(text) for text in texts]``, in parallel threads."""
+        backend = self.backend if allow_special else self._plain
+        plain = [index for index, text in enumerate(texts) if SPACE not in text]
+        encodings = backend.encode_batch_fast([_scalar(texts[i]) for i in plain], add_special_tokens=False)
+        result: list[list[int]] = [[] for _ in texts]
+        for index, encoding in zip(plain, encodings, strict=True):
+            result[index] = encoding.ids
+        for index, text in enumerate(texts):
+            if SPACE in text:
+                result[index] = self.encode(text, allow_special)
+        return result
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for. Raises UserError for an id outside the vocabulary."""
+        if not 0 <= token_id < len(self._bytes):
+            raise UserError(f"token id {token_id} is outside the vocabulary (0 to {len(self._bytes) - 1})")
+        return self._bytes[token_id]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of ``ids``; special tokens are left out or shown. Invalid UTF-8 becomes U+FFFD."""
+        parts = [self.token_bytes(index) for index in ids if not (skip_special and index in self.special_ids)]
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+    def stream(self, skip_special: bool = True) -> StreamDecoder:
+        """A decoder that takes ids one by one."""
+        return StreamDecoder(self, skip_special)
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json (repaired) and tokenizer_config.json, so that stock transformers loads it."""
+        from xverse.tokenizer.chat import CHAT_TEMPLATE
+
+        directory = Path(directory)
+        with atomic_file(directory / "tokenizer.json") as path:
+            write_tokenizer_json(self.values, path)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": self.backend.id_to_token(self.unk_id),
+            "pad_token": SPECIAL_TOKENS[1],
+            "bos_token": SPECIAL_TOKENS[2],
+            "eos_token": SPECIAL_TOKENS[3],
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 8192,
+            "padding_side": "left",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "chat_template": CHAT_TEMPLATE,
+        }
+        with atomic_file(directory / "tokenizer_config.json") as path:
+            path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+class StreamDecoder:
+    """Text from ids one by one: what ``push`` and ``finish`` return, joined, is the full decode."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is now certain; empty while a character is unfinished."""
+        if self._skip_special and token_id in self._tokenizer.special_ids:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD for an unfinished character, or nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _check(values: dict[str, Any], where: str) -> None:
+    model = values.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(vocab, dict):
+        kind = model.get("type") if isinstance(model, dict) else None
+        found = f"a {kind} tokenizer" if kind and kind != "BPE" else "no BPE model"
+        raise UserError(f"{where}: not a BPE tokenizer of XVERSE's structure (found {found})")
+    if "Metaspace" not in json.dumps(values.get("pre_tokenizer")):
+        raise UserError(f"{where}: not a BPE tokenizer of XVERSE's structure (no Metaspace pre-tokenizer)")
+    ids = {**vocab, **{token["content"]: token["id"] for token in values.get("added_tokens") or []}}
+    for index, name in enumerate(SPECIAL_TOKENS[1:], start=1):
+        if ids.get(name) != index:
+            found = f"it has id {ids[name]}" if name in ids else "it is missing"
+            raise UserError(f"{where}: the special token {name} must have id {index}, but {found}")
+
+
+def _build(values: dict[str, Any], where: str) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(values, ensure_ascii=False))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{where}: not a usable tokenizer.json ({' '.join(str(error).split())})") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _token_bytes(text: str, literal: bool) -> bytes:
+    if literal:
+        return text.encode()
+    byte = _BYTE_TOKEN.fullmatch(text)
+    return bytes.fromhex(byte.group(1)) if byte else text.replace(SPACE, " ").encode()
+
+
+def _scalar(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _canonical(values: dict[str, Any]) -> bytes:
+    model = values["model"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    added = [
+        {
+            key: token.get(key, False)
+            for key in ("id", "content", "special", "lstrip", "rstrip", "single_word")
+        }
+        for token in values.get("added_tokens") or []
+    ]
+    core = {
+        "vocab": model["vocab"],
+        "merges": merges,
+        "byte_fallback": bool(model.get("byte_fallback")),
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "normalizer": values.get("normalizer"),
+        "pre_tokenizer": _canonical_part(values.get("pre_tokenizer")),
+    }
+    return json.dumps(core, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _canonical_part(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_canonical_part(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    part = {key: _canonical_part(value) for key, value in part.items()}
+    if part.get("type") == "Metaspace":  # libraries write its defaults or leave them out
+        part.pop("add_prefix_space", None)
+        part.pop("str_rep", None)
+        part.setdefault("split", True)
+    return part
