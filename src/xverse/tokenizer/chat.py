@@ -1,0 +1,202 @@
+"""XVERSE's chat format, as ids and as a Jinja template.
+
+    Human: {user}\n\nAssistant: {assistant}<|endoftext|>Human: {user}\n\nAssistant:␠
+
+The ids are built as upstream's ``chat`` builds them: role prefixes and contents are tokenised separately
+and concatenated. So the first word of a turn has no ``▁``, and no text can spell an end marker. The
+template gives the same text to programs that tokenise the whole of it; there the space of a prefix joins
+the word that follows, so ids differ while the text is equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xverse.config import UserError, nearest
+from xverse.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+PREFIXES = {"system": "Human: ", "user": "Human: ", "exec": "Exec: ", "assistant": "Assistant: "}
+SUFFIXES = {"system": "\n", "user": "\n\n", "exec": "\n\n", "assistant": SPECIAL_TOKENS[3]}
+_KEYS = ("role", "content")
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' and not loop.first -%}"
+    "{{- raise_exception('a system message must be the first one') -}}"
+    "{%- elif message['role'] == 'system' -%}{{- 'Human: ' + message['content'] + '\\n' -}}"
+    "{%- elif message['role'] == 'user' -%}{{- 'Human: ' + message['content'] + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'exec' -%}{{- 'Exec: ' + message['content'] + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- 'Assistant: ' + message['content'] + '<|endoftext|>' -}}"
+    "{%- else -%}{{- raise_exception('unknown role ' + message['role']) -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}"
+)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """``ids`` end after "Assistant: "; what truncation cost is counted, for a notice to the user."""
+
+    ids: list[int]
+    dropped_rounds: int = 0
+    cut_tokens: int = 0
+
+
+def input_limit(max_new_tokens: int, max_positions: int = 8192, truncation: int = 6144) -> int:
+    """How many prompt tokens are allowed: room for the reply, but never less than half of the positions."""
+    return min(max(max_positions - max_new_tokens, max_positions // 2), truncation)
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], *, last: Sequence[str]) -> None:
+    """Raise UserError naming the message, unless roles, order, keys and contents are right.
+
+    A dialogue is an optional system message, then turns of user or exec and assistant by turns; it starts
+    with user, and its last role is one of ``last``.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise UserError(f"messages: expected a list of messages, found {type(messages).__name__}")
+    if not messages:
+        raise UserError("messages: the list is empty; it needs at least one user message")
+    previous = ""
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        _check_message(message, where)
+        role = message["role"]
+        if role == "system" and index:
+            raise UserError(f"{where}: a system message must be the first one")
+        if previous in ("", "system") and role not in ("system", "user"):
+            raise UserError(f"{where}: role '{role}' cannot begin the conversation; the first turn is 'user'")
+        if previous in ("user", "exec") and role != "assistant":
+            raise UserError(f"{where}: role '{role}' cannot follow '{previous}'; 'assistant' must")
+        if previous == "assistant" and role == "assistant":
+            raise UserError(f"{where}: role 'assistant' cannot follow 'assistant'; 'user' or 'exec' must")
+        previous = role
+    if previous not in last:
+        allowed = " or ".join(f"'{role}'" for role in last)
+        raise UserError(f"messages[{len(messages) - 1}]: the last role must be {allowed}, not '{previous}'")
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, Mapping):
+        raise UserError(f"{where}: expected a mapping with role and content, found {type(message).__name__}")
+    for key in message:
+        if key not in _KEYS:
+            raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), _KEYS)}")
+    for key in _KEYS:
+        if key not in message:
+            raise UserError(f"{where}: missing key '{key}'")
+        if not isinstance(message[key], str):
+            raise UserError(f"{where}: {key} must be text, found {type(message[key]).__name__}")
+    if message["role"] not in PREFIXES:
+        role = message["role"]
+        raise UserError(
+            f"{where}: unknown role '{role}'{nearest(role, PREFIXES)} (known: {', '.join(PREFIXES)})"
+        )
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int,
+    max_positions: int = 8192,
+    truncation: int = 6144,
+) -> ChatPrompt:
+    """The prompt for the next assistant turn, within ``input_limit``.
+
+    Oldest whole rounds are dropped first; if the last turn alone is too long, it is cut on the right (its
+    two line ends with it, as upstream cuts). The system message stays through both, where upstream drops
+    it with the first round; one longer than half of the limit is cut to that.
+
+    Raises UserError for messages that ``check_messages`` refuses; the last must be user or exec.
+    """
+    check_messages(messages, last=("user", "exec"))
+    limit = input_limit(max_new_tokens, max_positions, truncation)
+    system, rounds = _rounds(tokenizer, messages)
+    prompt = tokenizer.encode(PREFIXES["assistant"])
+    if limit <= len(prompt):
+        raise UserError(f"a prompt limit of {limit} tokens leaves no room for a message")
+    cut = max(0, len(system) - limit // 2)
+    system = system[: len(system) - cut]
+    last = rounds.pop()
+    budget = limit - len(system) - len(prompt)
+    cut += max(0, len(last) - budget)
+    last = last[:budget]
+    kept: list[int] = []
+    room = budget - len(last)
+    while rounds and len(kept) + len(rounds[-1]) <= room:
+        kept = rounds.pop() + kept
+    return ChatPrompt(system + kept + last + prompt, dropped_rounds=len(rounds), cut_tokens=cut)
+
+
+def encode_dialogue(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
+) -> tuple[list[int], list[bool]]:
+    """A whole dialogue for training: ids, and for each whether it has loss (assistant content and EOS).
+
+    Nothing is truncated. Raises UserError for messages that ``check_messages`` refuses; the last must be
+    assistant.
+    """
+    check_messages(messages, last=("assistant",))
+    ids: list[int] = []
+    mask: list[bool] = []
+    for message in messages:
+        prefix, content = _message_ids(tokenizer, message)
+        ids += prefix + content
+        mask += [False] * len(prefix) + [message["role"] == "assistant"] * len(content)
+    return ids, mask
+
+
+def render_template(
+    messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, template: str = CHAT_TEMPLATE
+) -> str:
+    """The text of a chat template, rendered in Jinja's sandbox: a template may come from a stranger.
+
+    Raises UserError where the template refuses the messages, is ill-formed or does what the sandbox forbids.
+    """
+    import jinja2
+    import jinja2.sandbox
+
+    def refuse(text: str) -> str:
+        raise jinja2.TemplateError(text)
+
+    # The same whitespace settings as transformers uses, so that a template means the same in both.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(template).render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=SPECIAL_TOKENS[2],
+            eos_token=SPECIAL_TOKENS[3],
+        )
+    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
+        raise UserError(f"chat template: {' '.join(str(error).split())}") from error
+
+
+def _message_ids(tokenizer: Tokenizer, message: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """The ids of the role's prefix, and those of the content with what closes it."""
+    role, content = message["role"], message["content"]
+    prefix = tokenizer.encode(PREFIXES[role])
+    if role == "assistant":
+        return prefix, [*tokenizer.encode(content), tokenizer.eos_id]
+    return prefix, tokenizer.encode(content + SUFFIXES[role])
+
+
+def _rounds(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[list[int]]]:
+    """The system message's ids, and those of each round: one user or exec turn with its answer."""
+    system: list[int] = []
+    rounds: list[list[int]] = []
+    for message in messages:
+        prefix, content = _message_ids(tokenizer, message)
+        if message["role"] == "system":
+            system = prefix + content
+        elif message["role"] == "assistant":
+            rounds[-1] += prefix + content
+        else:
+            rounds.append(prefix + content)
+    return system, rounds
