@@ -1,0 +1,1 @@
+"""Text to token shards to mixture to packed batches; instructions for fine-tuning."""

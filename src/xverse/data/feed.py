@@ -1,0 +1,179 @@
+"""Batches for pretraining and validation from what ``xverse data prepare`` wrote."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xverse.config import UserError, choose
+from xverse.data.mixture import Mixture, MixtureConfig
+from xverse.data.packing import IGNORE, PackedSequence, StreamPacker
+from xverse.data.shards import Shard
+from xverse.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass
+class Batch:
+    """``tokens`` int64 [B, T], ``targets`` int64 [B, T] (-100 for no loss), ``document_ids`` int32 [B, T]."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    document_ids: torch.Tensor
+
+
+def collate(sequences: Sequence[PackedSequence]) -> Batch:
+    """Stack packed sequences of one length into a batch."""
+    return Batch(
+        torch.from_numpy(np.stack([sequence.tokens for sequence in sequences])),  # [B, T]
+        torch.from_numpy(np.stack([sequence.targets for sequence in sequences])),  # [B, T]
+        torch.from_numpy(np.stack([sequence.document_ids for sequence in sequences])),  # [B, T]
+    )
+
+
+class PretrainFeed:
+    """The training batches and validation batches of a prepared folder.
+
+    The order is a pure function of (seed, step): it does not know how many processes read it. Raises
+    UserError for a folder that is not prepared, for damaged shards and for an impossible mixture.
+    """
+
+    def __init__(self, folder: str | Path, mixture: MixtureConfig, length: int, seed: int) -> None:
+        self.folder, self.length = Path(folder), length
+        if not (self.folder / "train").is_dir():
+            raise UserError(
+                f"{self.folder}: not a prepared folder (no train/ in it); run xverse data prepare first"
+            )
+        self.tokenizer = Tokenizer.load(self.folder / "tokenizer")
+        self.train = self._open("train")
+        self.valid = self._open("valid")
+        if not self.train:
+            raise UserError(f"{self.folder / 'train'}: no token shard here; run xverse data prepare first")
+        weights = mixture.resolve({name: shard.header.tokens for name, shard in self.train.items()})
+        self.packers = {name: StreamPacker(shard, length, seed) for name, shard in self.train.items()}
+        sizes = {name: packer.sequences_per_epoch for name, packer in self.packers.items()}
+        self.mixture = Mixture(weights, sizes, seed)
+        self._token_bytes: NDArray[np.int64] | None = None
+
+    def _open(self, split: str) -> dict[str, Shard]:
+        paths = sorted((self.folder / split).iterdir()) if (self.folder / split).is_dir() else []
+        shards = {
+            path.name: Shard.open(path) for path in paths if path.is_dir() and not path.name.startswith(".")
+        }
+        for shard in shards.values():
+            if shard.header.tokenizer != self.tokenizer.hash:
+                raise UserError(
+                    f"{shard.path}: its tokens are not of {self.folder / 'tokenizer'}; prepare it again"
+                )
+        return shards
+
+    @property
+    def valid_names(self) -> list[str]:
+        """The sources that have held-out text."""
+        return list(self.valid)
+
+    def sequence(self, n: int) -> PackedSequence:
+        """The n-th sequence of the run."""
+        source, k = self.mixture.locate(n)
+        return self.packers[source].sequence(k)
+
+    def batch(self, step: int, batch_size: int, start: int = 0, stop: int | None = None) -> Batch:
+        """Rows ``start`` to ``stop`` (default: all) of the step's global batch of ``batch_size``."""
+        rows = range(batch_size)[start:stop]
+        return collate([self.sequence(step * batch_size + row) for row in rows])
+
+    def valid_batches(
+        self, name: str, batch_size: int, max_tokens: int | None = None
+    ) -> Iterator[tuple[Batch, int]]:
+        """Go through a source's held-out documents in order; yields batches and the text bytes they score.
+
+        Each token of a document is scored once, but for the first, which nothing predicts; the bytes are
+        those of the scored tokens, so bits per byte = sum of the loss in nats / ln 2 / sum of the bytes.
+        End tokens are scored and have no bytes. A document that is cut at a sequence's end goes on without
+        its context. ``max_tokens`` (rounded up to whole sequences) bounds the work; the last sequence is
+        padded, and the last batch may have fewer rows.
+        """
+        shard = choose("validation source", name, self.valid)
+        total = min(shard.header.tokens, max_tokens or shard.header.tokens)
+        rows = [self._valid_row(shard, start) for start in range(0, total, self.length)]
+        for first in range(0, len(rows), batch_size):
+            batch = collate(rows[first : first + batch_size])
+            targets = batch.targets[batch.targets != IGNORE].numpy()
+            yield batch, int(self.token_bytes[targets].sum())
+
+    def _valid_row(self, shard: Shard, start: int) -> PackedSequence:
+        stop = min(start + self.length, len(shard.tokens))
+        filled = stop - start
+        tokens = np.full(self.length, self.tokenizer.pad_id, np.int64)
+        targets = np.full(self.length, IGNORE, np.int64)
+        tokens[:filled] = shard.tokens[start:stop]
+        following = shard.tokens[start + 1 : stop + 1]
+        targets[: len(following)] = following
+        places = np.arange(start, start + self.length)
+        document = (
+            np.searchsorted(shard.offsets, places, side="right") - 1
+        )  # padding lies beyond the last one
+        ends = shard.offsets[1:][(shard.offsets[1:] > start) & (shard.offsets[1:] <= stop)]
+        targets[ends - 1 - start] = IGNORE
+        return PackedSequence(tokens, targets, (document - document[0]).astype(np.int32))
+
+    @property
+    def token_bytes(self) -> NDArray[np.int64]:
+        """How many bytes of text each token stands for, int64 [vocab_size]; 0 for special tokens."""
+        if self._token_bytes is None:
+            self._token_bytes = token_byte_lengths(self.tokenizer)
+        return self._token_bytes
+
+
+def token_byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """UTF-8 bytes that each token adds to a text, int64 [vocab_size]; special tokens add none."""
+    lengths = [len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)]
+    lengths = [0 if i in tokenizer.special_ids else length for i, length in enumerate(lengths)]
+    return np.array(lengths, np.int64)
+
+
+def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """Iterate with a thread that stays up to ``depth`` items ahead; its errors are raised here."""
+    ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(more: bool, item: T | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put((more, item), timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(True, item)
+                if stopped.is_set():
+                    return
+            put(False, None)
+        except BaseException as error:
+            put(False, error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, item = ready.get()
+            if not more:
+                if isinstance(item, BaseException):
+                    raise item
+                return
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        thread.join()

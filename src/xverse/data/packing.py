@@ -1,0 +1,135 @@
+"""Packed sequences: documents side by side in rows of one length, none of them seeing another.
+
+For pretraining, ``StreamPacker`` cuts an endless stream of shuffled documents into sequences without any
+padding. For fine-tuning, ``pack_examples`` puts whole examples into bins by best fit.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xverse.data.order import random_order
+from xverse.data.shards import Shard
+
+IGNORE = -100
+
+
+@dataclass
+class PackedSequence:
+    """One row: ``tokens`` int64 [T], ``targets`` int64 [T] (-100 for no loss), ``document_ids`` int32 [T].
+
+    ``targets[i]`` is the token that follows ``tokens[i]`` in the same document.
+    """
+
+    tokens: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    document_ids: NDArray[np.int32]
+
+
+class StreamPacker:
+    """Cuts a shard's documents, shuffled anew in each epoch, into sequences of ``length`` tokens.
+
+    Epochs follow each other without a gap, so in each epoch every token stands in exactly one sequence, and
+    a sequence may hold the end of one epoch and the start of the next. A document that is cut continues as
+    the first document of the next sequence; its last token here still has its target. ``sequence(k)`` is a
+    pure function of (shard, length, seed, k).
+    """
+
+    def __init__(self, shard: Shard, length: int, seed: int) -> None:
+        assert length > 0
+        self.shard, self.length, self.seed = shard, length, seed
+        self.tokens_per_epoch = shard.header.tokens
+        self._lengths = np.diff(shard.offsets)  # [documents]
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Sequences that hold one whole epoch, rounded up."""
+        return -(-self.tokens_per_epoch // self.length)
+
+    def _make_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The order of the documents in an epoch [documents], and where each one ends in it [documents]."""
+        order = random_order(len(self.shard), "documents", self.seed, self.shard.name, epoch)
+        return order, np.cumsum(self._lengths[order])
+
+    def sequence(self, k: int) -> PackedSequence:
+        """The k-th sequence of the stream."""
+        return self._cut(k * self.length, self.length)
+
+    def _cut(self, start: int, length: int) -> PackedSequence:
+        tokens = np.empty(length, np.int64)
+        targets = np.full(length, IGNORE, np.int64)
+        document_ids = np.empty(length, np.int32)
+        epoch, position = divmod(start, self.tokens_per_epoch)
+        order, ends = self._epoch(epoch)
+        place = int(np.searchsorted(ends, position, side="right"))
+        filled = number = 0
+        while filled < length:
+            if place == len(order):
+                epoch, place, position = epoch + 1, 0, 0
+                order, ends = self._epoch(epoch)
+            document = self.shard.document(int(order[place]))
+            first = position - (int(ends[place]) - len(document))
+            piece = document[first : first + length - filled]
+            following = document[first + 1 : first + 1 + length - filled]
+            tokens[filled : filled + len(piece)] = piece
+            targets[filled : filled + len(following)] = following
+            document_ids[filled : filled + len(piece)] = number
+            filled += len(piece)
+            position += len(piece)
+            number += 1
+            place += 1
+        return PackedSequence(tokens, targets, document_ids)
+
+
+def pack_examples(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Put examples of the given lengths into bins of ``length`` by best-fit decreasing.
+
+    Returns the indices of each bin's examples. No example is split; each one must be 1 to ``length`` long.
+    """
+    assert all(0 < size <= length for size in lengths)
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # sorted (free tokens, bin): the first that fits is the tightest
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        found = bisect_left(room, (lengths[index], 0))
+        if found < len(room):
+            free, target = room.pop(found)
+        else:
+            free, target = length, len(bins)
+            bins.append([])
+        bins[target].append(index)
+        if free > lengths[index]:
+            insort(room, (free - lengths[index], target))
+    return bins
+
+
+def packed_from_examples(
+    examples: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, pad_id: int
+) -> PackedSequence:
+    """One row of ``length`` from whole examples, each ``(ids, loss_mask)`` of equal lengths.
+
+    A position has a target where the token after it, in the same example, has loss. The padding behind is
+    a document of its own without targets.
+    """
+    tokens = np.full(length, pad_id, np.int64)
+    targets = np.full(length, IGNORE, np.int64)
+    document_ids = np.full(length, len(examples), np.int32)
+    filled = 0
+    for number, (ids, loss_mask) in enumerate(examples):
+        end = filled + len(ids)
+        assert len(ids) == len(loss_mask)
+        assert end <= length, "the examples of a row fit into it"
+        tokens[filled:end] = ids
+        document_ids[filled:end] = number
+        if len(ids) > 1:
+            targets[filled : end - 1] = np.where(
+                np.asarray(loss_mask[1:], bool), tokens[filled + 1 : end], IGNORE
+            )
+        filled = end
+    return PackedSequence(tokens, targets, document_ids)
