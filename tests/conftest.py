@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # Set before torch or huggingface_hub is imported anywhere; subprocesses that tests start inherit it.
 _hf_home = tempfile.mkdtemp(prefix="xverse-tests-hf-")
 atexit.register(shutil.rmtree, _hf_home, ignore_errors=True)
 os.environ["HF_HOME"] = _hf_home
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # The one place that knows where real data stands when XVERSE_TEST_DATA does not say.

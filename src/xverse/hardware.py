@@ -1,0 +1,276 @@
+"""What this machine is and what it can reach: cores, memory, instruction sets, GPUs, measured bounds.
+
+Every speed figure is printed beside its bound; the bounds come from here. Measurements need torch, which is
+imported inside them, so that this module itself is light.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# ---------------------------------------------------------------------------------------------------------
+# Vendors' peaks
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """A device's peaks as its vendor states them: dense bf16 FLOP/s and memory bytes/s."""
+
+    bf16_flops: float
+    bandwidth: float
+
+
+_PEAKS = (  # the driver's names, in the order in which they are tried
+    (r"A100 80GB PCIe", Peaks(312e12, 1935e9)),
+    (r"A100-SXM4-80GB", Peaks(312e12, 2039e9)),
+    (r"A100-(SXM4|PCIE)-40GB", Peaks(312e12, 1555e9)),
+    (r"A800 80GB PCIe", Peaks(312e12, 1935e9)),
+    (r"A800-SXM4-80GB", Peaks(312e12, 2039e9)),
+    (r"H100 NVL", Peaks(835e12, 3900e9)),
+    (r"H100 PCIe", Peaks(756e12, 2000e9)),
+    (r"H100 80GB HBM3", Peaks(989e12, 3350e9)),
+    (r"H200 NVL", Peaks(835e12, 4800e9)),
+    (r"H200", Peaks(989e12, 4800e9)),
+    (r"B200", Peaks(2250e12, 8000e9)),
+)
+
+
+def device_peaks(name: str) -> Peaks | None:
+    """Peaks of the whole GPU that the driver calls ``name``, or None where it is not known here.
+
+    None rather than a guess: a share of an unknown peak prints as "unknown".
+
+    Sources: NVIDIA's A100 and A800 data sheets (SXM and PCIe, 80 GB and 40 GB), H100 data sheet (SXM, PCIe,
+    NVL), H200 data sheet (SXM, NVL), DGX B200 data sheet (an eighth of the system). Where a sheet prints
+    figures "with sparsity", half of them.
+    """
+    for pattern, peaks in _PEAKS:
+        if re.fullmatch(rf"(NVIDIA )?{pattern}", name):
+            return peaks
+    return None
+
+
+def share(value: float, peak: float | None) -> str:
+    """``value`` as a percentage of ``peak``; "unknown" without a finite, positive peak."""
+    if peak is None or not math.isfinite(peak) or peak <= 0:
+        return "unknown"
+    return f"{100 * value / peak:.0f} %"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# CPU and memory
+
+# As Linux spells them in /proc/cpuinfo: x86 first, then Arm (asimd is NEON).
+_INSTRUCTION_SETS = (
+    *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
+)
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Processor cores: those of the machine, and how many this process may keep busy."""
+
+    machine: int
+    affinity: int
+    quota: float | None  # from the control group; None: unlimited
+
+    @property
+    def usable(self) -> int:
+        return max(1, min(self.affinity, math.ceil(self.quota) if self.quota else self.affinity))
+
+
+def cores() -> Cores:
+    """Cores by affinity mask and control-group quota; outside Linux, those of the machine."""
+    machine = os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    return Cores(machine, affinity, _cpu_quota())
+
+
+def cpu_model() -> str:
+    """The processor's marketing name, as far as the system tells it."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model", "Processor"):
+            return value.strip()
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def instruction_sets() -> list[str]:
+    """SIMD instruction sets that matter to matrix products, in /proc/cpuinfo's spelling; [] if not known."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            return [name for name in _INSTRUCTION_SETS if name in flags]
+    return []
+
+
+def memory() -> tuple[int, int | None]:
+    """(bytes of RAM this process may use, bytes available now or None where the system does not say)."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, used = _memory_limit()
+    available = None
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    if limit is not None and limit < total:
+        total = limit
+        available = min(available, limit - used) if available is not None else limit - used
+    return total, available
+
+
+def last_level_cache() -> int:
+    """Bytes of last-level cache, all instances together; 0 where the system does not say."""
+    best: tuple[int, int] = (0, 0)  # level, bytes in all
+    for level in (2, 3, 4):
+        instances: dict[str, int] = {}
+        for index in Path("/sys/devices/system/cpu").glob(f"cpu[0-9]*/cache/index{level}"):
+            size = _read(index / "size").strip()  # such as 32768K
+            if size.endswith("K"):
+                instances[_read(index / "shared_cpu_list").strip()] = int(size[:-1]) * 1024
+        if instances:
+            best = (level, sum(instances.values()))
+    return best[1]
+
+
+def _cgroups() -> list[Path]:
+    """This process's control group and those above it, innermost first (version 2)."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        if line.startswith("0::"):
+            root = Path("/sys/fs/cgroup")
+            path = root / line[3:].lstrip("/")
+            return [path, *(parent for parent in path.parents if parent.is_relative_to(root))]
+    return []
+
+
+def _cpu_quota() -> float | None:
+    quotas = []
+    for group in _cgroups():
+        words = _read(group / "cpu.max").split()
+        if len(words) == 2 and words[0] != "max":
+            quotas.append(int(words[0]) / int(words[1]))
+    version1 = Path("/sys/fs/cgroup/cpu")
+    quota, period = (
+        _read(version1 / "cpu.cfs_quota_us").strip(),
+        _read(version1 / "cpu.cfs_period_us").strip(),
+    )
+    if quota.isdigit() and period.isdigit():  # "-1" is unlimited
+        quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _memory_limit() -> tuple[int | None, int]:
+    """(the tightest memory limit of the control groups or None, bytes used in that group)."""
+    files = [(group / "memory.max", group / "memory.current") for group in _cgroups()]
+    version1 = Path("/sys/fs/cgroup/memory")
+    files.append((version1 / "memory.limit_in_bytes", version1 / "memory.usage_in_bytes"))
+    limits = []
+    for limit_file, used_file in files:
+        limit = _read(limit_file).strip()
+        if limit.isdigit():
+            limits.append((int(limit), int(_read(used_file).strip() or 0)))
+    return min(limits, default=(None, 0))
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Measurements
+
+
+def bandwidth_buffer(device: str = "cpu") -> torch.Tensor:
+    """A float32 tensor much larger than any cache, [n], every page of it touched.
+
+    512 MiB, or four times the last-level cache where that is more, but no more than an eighth of free memory.
+    """
+    import torch
+
+    size = max(512 * 2**20, 4 * last_level_cache())
+    available = memory()[1]
+    if device == "cpu" and available is not None:
+        size = min(size, max(16 * 2**20, available // 8))
+    if device != "cpu":
+        size = 2**31
+    return torch.ones(size // 4, dtype=torch.float32, device=device)  # [n]
+
+
+def read_bandwidth(buffer: torch.Tensor, threads: int | None = None, seconds: float = 0.4) -> float:
+    """Bytes per second at which ``buffer`` [n] float32 is read, by a sum over it with ``threads`` threads.
+
+    The state of a machine's memory can change by almost a factor of two within seconds: sample right before
+    and after what the figure is compared with.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        each = _time_each(buffer.sum, buffer.device.type, seconds)
+    finally:
+        torch.set_num_threads(before)
+    return buffer.numel() * buffer.element_size() / each
+
+
+def matmul_flops(
+    dtype: torch.dtype, rows: int, inner: int, columns: int, device: str = "cpu", seconds: float = 0.5
+) -> float:
+    """FLOP/s of ``[rows, inner] @ [inner, columns]`` in ``dtype``, with the threads that torch has now."""
+    import torch
+
+    left = torch.randn(rows, inner, device=device).to(dtype)  # [rows, inner]
+    right = torch.randn(inner, columns, device=device).to(dtype)  # [inner, columns]
+    out = torch.empty(rows, columns, dtype=dtype, device=device)  # [rows, columns]
+    each = _time_each(lambda: torch.matmul(left, right, out=out), device, seconds)
+    return 2 * rows * inner * columns / each
+
+
+def _time_each(action: Callable[[], Any], device: str, seconds: float) -> float:
+    """Mean seconds of one call, after one call to warm up, over at least ``seconds``."""
+    import torch
+
+    def wait() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    action()
+    wait()
+    count, batch, start = 0, 1, time.perf_counter()
+    while True:
+        for _ in range(batch):
+            action()
+        wait()
+        count += batch
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds:
+            return elapsed / count
+        batch = min(2 * batch, 64)  # a wait after each call would measure the launch on a fast device
