@@ -1,0 +1,45 @@
+"""Model directories: read upstream's, Hugging Face's and Llama-named ones, write them, compare them.
+
+Names load on first use, so that ``resolve`` alone costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xverse.formats.hub import resolve
+    from xverse.formats.compare import logits, parity
+    from xverse.formats.read import load_model, load_tokenizer, read_config, read_generation_config
+    from xverse.formats.write import save_hf, save_llama
+
+_HOME = {
+    "resolve": "hub",
+    "logits": "compare",
+    "parity": "compare",
+    "load_model": "read",
+    "load_tokenizer": "read",
+    "read_config": "read",
+    "read_generation_config": "read",
+    "save_hf": "write",
+    "save_llama": "write",
+}
+
+__all__ = [
+    "load_model",
+    "load_tokenizer",
+    "logits",
+    "parity",
+    "read_config",
+    "read_generation_config",
+    "resolve",
+    "save_hf",
+    "save_llama",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'xverse.formats' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"xverse.formats.{_HOME[name]}"), name)

@@ -1,0 +1,71 @@
+"""How far two models are apart: max |Δlogit| over a fixed batch, always computed in float32."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xverse.model import FullCausal, XverseForCausalLM
+
+BATCH, LENGTH = 2, 64
+TOLERANCE = 1e-4  # what two float32 implementations of the same arithmetic may differ by
+
+
+def fixed_tokens(vocab_size: int) -> Tensor:
+    """The batch of every parity figure: int64 [2, 64], drawn evenly from the vocabulary with seed 0."""
+    return torch.randint(vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits, float32 [B, T, V], of ours or of a transformers model, in float32 arithmetic.
+
+    Weights stored in 16 bits are widened module by module while it computes, so that a 7B model needs no
+    float32 copy of itself.
+    """
+    device = next(model.parameters()).device
+    tokens = tokens.to(device)
+    with _float32(model):
+        if isinstance(model, XverseForCausalLM):
+            out: Tensor = model(tokens, FullCausal(*tokens.shape, device))
+        else:
+            out = model(input_ids=tokens, use_cache=False).logits
+    return out.float().cpu()  # [B, T, V]
+
+
+def parity(model_a: nn.Module, model_b: nn.Module) -> float:
+    """max |Δlogit| between two models of one vocabulary, ours or transformers' (``.config.vocab_size``)."""
+    vocab_size: Any = model_a.config.vocab_size
+    tokens = fixed_tokens(vocab_size)
+    return (logits(model_a, tokens) - logits(model_b, tokens)).abs().max().item()
+
+
+@contextlib.contextmanager
+def _float32(model: nn.Module) -> Iterator[None]:
+    stored: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, _arguments: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype != torch.float32:
+                stored[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in stored:
+                parameter.data = stored.pop(parameter)
+
+    hooks = []
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            hooks.append(module.register_forward_pre_hook(widen))
+            hooks.append(module.register_forward_hook(restore, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

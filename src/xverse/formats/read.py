@@ -1,0 +1,155 @@
+"""Read a model directory: upstream XVERSE as published, Hugging Face safetensors, Llama-named exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from xverse.config import UserError, nearest
+from xverse.formats.weights import DTYPES, dtype_name, listed, read_json, read_tensors, weight_files
+from xverse.model import XverseConfig, XverseForCausalLM
+
+if TYPE_CHECKING:
+    from xverse.tokenizer import Tokenizer
+
+# What a Llama config means where it leaves a key out (transformers' LlamaConfig); ours differs.
+LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
+# Precomputed rotary frequencies in upstream's files: the model computes its own.
+IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+def check_directory(path: str | Path) -> Path:
+    """``path`` as a Path. Raises UserError where it is no model directory, naming what it has instead."""
+    path = Path(path)
+    if not path.exists():
+        siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such directory{nearest(path.name, siblings)}")
+    if not path.is_dir():
+        raise UserError(f"{path}: is a file; give the model directory that holds config.json")
+    if not (path / "config.json").exists():
+        found = sorted(item.name for item in path.iterdir())
+        holds = f"it holds {listed(found)}" if found else "it is empty"
+        raise UserError(f"{path}: not a model directory: no config.json ({holds})")
+    return path
+
+
+def read_config(path: str | Path) -> XverseConfig:
+    """``config.json`` of a directory, upstream's or a Llama-named one that fits XVERSE's structure.
+
+    Raises UserError that names what does not fit: another model type, biases, grouped-query attention,
+    rope scaling, tied embeddings, quantised weights.
+    """
+    file = check_directory(path) / "config.json"
+    values = read_json(file)
+    model_type = values.get("model_type")
+    if model_type not in ("xverse", "llama"):
+        raise UserError(f"{file}: model_type {model_type!r} is neither 'xverse' nor 'llama'")
+    if values.get("num_experts"):
+        raise UserError(f"{file}: a mixture of experts (num_experts) is not supported")
+    if "quantization_config" in values:
+        method = values["quantization_config"].get("quant_method", "of an unnamed method")
+        raise UserError(f"{file}: quantised weights ({method}) are not supported; use the unquantised model")
+    if model_type == "llama":
+        values = {**LLAMA_DEFAULTS, **values}
+        head_dim = values.get("head_dim")
+        if head_dim and head_dim * values.get("num_attention_heads", 0) != values.get("hidden_size"):
+            raise UserError(f"{file}: head_dim {head_dim} is not hidden_size / num_attention_heads")
+    return XverseConfig.from_json(values, str(file))
+
+
+def read_generation_config(path: str | Path) -> dict[str, Any]:
+    """``generation_config.json`` of a directory; empty where there is none."""
+    file = Path(path) / "generation_config.json"
+    return read_json(file) if file.exists() else {}
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory, repaired in memory where upstream's needs it.
+
+    Raises UserError where there is none, or where its ids do not fit the model's vocabulary.
+    """
+    from xverse.tokenizer import Tokenizer
+
+    path = Path(path)
+    if not (path / "tokenizer.json").is_file():
+        raise UserError(f"{path}: has no tokenizer.json; copy it from the model's published directory")
+    tokenizer = Tokenizer.load(path)
+    if (path / "config.json").exists():
+        check_vocabulary(tokenizer, read_config(path), path)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: XverseConfig, where: str | Path) -> None:
+    """Raises UserError where the tokenizer has ids that the model has no embedding for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
+            "they do not belong together"
+        )
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> XverseForCausalLM:
+    """Load a model directory. ``dtype`` None keeps the stored one.
+
+    On the CPU in the stored dtype the parameters are the memory-mapped files themselves (private pages:
+    writing to them copies, never reaches the file). Otherwise tensors are converted one by one.
+    Raises UserError, in one line, for missing, unexpected and mis-shaped tensors together.
+    """
+    path = Path(path)
+    config = read_config(path)
+    device = torch.device(device)
+    with torch.device("meta"):
+        model = XverseForCausalLM(config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    files = weight_files(path)
+    stored = _stored_dtype(files[0])
+    dtype = dtype or stored
+    state: dict[str, Tensor] = {}
+    unexpected: list[str] = []
+    wrong: dict[str, str] = {}
+    for file in files:
+        for name, tensor in read_tensors(file, hold=dtype == stored and device.type == "cpu"):
+            if name.endswith(IGNORED_SUFFIX):
+                continue
+            if name not in expected:
+                unexpected.append(name)
+            elif tensor.shape != expected[name]:
+                wrong[name] = f"is {_shape(tensor.shape)} where config.json says {_shape(expected[name])}"
+            elif dtype_name(tensor.dtype) not in DTYPES:
+                wrong[name] = f"is stored as {dtype_name(tensor.dtype)}, not as one of {', '.join(DTYPES)}"
+            else:
+                state[name] = tensor.to(device=device, dtype=dtype).contiguous()
+    missing = [name for name in expected if name not in state and name not in wrong]
+    _check_tensors(path, missing, unexpected, wrong)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _stored_dtype(file: Path) -> torch.dtype:
+    """The dtype that a checkpoint counts as stored in: its first weight's."""
+    for name, tensor in read_tensors(file, hold=True):
+        if not name.endswith(IGNORED_SUFFIX):
+            return tensor.dtype
+    raise UserError(f"{file}: holds no tensors")
+
+
+def _check_tensors(path: Path, missing: list[str], unexpected: list[str], wrong: dict[str, str]) -> None:
+    parts = []
+    if missing:
+        tied = " (a tied head? XVERSE's head is a matrix of its own)" if "lm_head.weight" in missing else ""
+        parts.append(f"missing {listed(missing)}{tied}")
+    if unexpected:
+        parts.append(f"unexpected {listed(unexpected)}")
+    if wrong:
+        parts.append(listed(f"{name} {what}" for name, what in wrong.items()))
+    if parts:
+        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(parts)}")
+
+
+def _shape(size: torch.Size) -> str:
+    return "×".join(map(str, size))

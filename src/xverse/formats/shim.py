@@ -1,0 +1,25 @@
+"""The two small files that let ``trust_remote_code=True`` find the model's code in the installed package.
+
+They are text, not modules of this package: transformers copies them to its own cache and runs them there.
+It reads their imports first and refuses what is not installed with its own words; imports inside ``try``
+are exempt, which is what lets the clear message through.
+"""
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_xverse.XverseConfig",
+    "AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM",
+}
+
+_FILE = '''\
+"""Leads transformers to the code of this model, which is in the package xverse-lm."""
+
+try:
+    from xverse.hf import {name}  # noqa: F401
+except ImportError as error:
+    raise ImportError("this model needs the package xverse-lm: pip install xverse-lm") from error
+'''
+
+SHIM_FILES = {
+    "configuration_xverse.py": _FILE.format(name="XverseConfig"),
+    "modeling_xverse.py": _FILE.format(name="XverseForCausalLM"),
+}

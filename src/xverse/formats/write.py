@@ -1,0 +1,190 @@
+"""Write a model directory: ``hf`` (XVERSE for transformers) or ``llama`` (stock ``LlamaForCausalLM``).
+
+A directory appears whole or not at all. What stands at the target already is replaced only on request and
+only if it is a model directory, because replacing drops every file in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xverse.config import UserError
+from xverse.files import atomic_directory
+from xverse.formats.read import check_vocabulary
+from xverse.formats.shim import AUTO_MAP, SHIM_FILES
+from xverse.formats.weights import DTYPES, SAFETENSORS, dtype_name, write_safetensors
+from xverse.model import XverseConfig, XverseForCausalLM
+
+if TYPE_CHECKING:
+    from xverse.tokenizer import Tokenizer
+
+SHARD_BYTES = 2 * 10**9  # users asked for small shards; at 7B this is upstream's count of 8
+DOCUMENTS = ("LICENSE*", "NOTICE*", "README*")  # terms and card travel with the weights they belong to
+
+
+def save_hf(
+    model: XverseForCausalLM,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    documents: str | Path | None = None,
+) -> None:
+    """Write upstream's layout: its config keys and tensor names, with the shim for ``trust_remote_code``.
+
+    ``dtype`` None keeps the model's. ``documents`` is a directory whose licence and card are copied along.
+    Raises UserError where the target cannot or must not be written; nothing is left half-written.
+    """
+    dtype = dtype or model.lm_head.weight.dtype
+    config = {**model.config.to_json(dtype_name(dtype)), "auto_map": AUTO_MAP}
+    _save(
+        model,
+        tokenizer,
+        Path(path),
+        dtype,
+        config,
+        generation_config,
+        max_shard_bytes,
+        overwrite,
+        documents,
+        SHIM_FILES,
+    )
+
+
+def save_llama(
+    model: XverseForCausalLM,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    documents: str | Path | None = None,
+) -> None:
+    """As ``save_hf``, but for ``LlamaForCausalLM``: every program that loads Llama loads it, without our code.
+
+    In float32 the logits are equal. In 16 bits they differ by rounding, since Llama's norm casts before it
+    applies the weight and XVERSE's after.
+    """
+    dtype = dtype or model.lm_head.weight.dtype
+    config = llama_config(model.config, dtype)
+    _save(
+        model,
+        tokenizer,
+        Path(path),
+        dtype,
+        config,
+        generation_config,
+        max_shard_bytes,
+        overwrite,
+        documents,
+        {},
+    )
+
+
+def llama_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """``config.json`` of the same model as Llama. XVERSE's own key ``max_tokenizer_truncation`` has no place."""
+    values = config.to_json(dtype_name(dtype))
+    values.pop("max_tokenizer_truncation")
+    return {
+        **values,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": config.head_dim,
+        "num_key_value_heads": config.num_attention_heads,
+        "rope_scaling": None,
+    }
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raises UserError where writing a directory at ``path`` would destroy something unasked."""
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path}: exists and is not a model directory; choose another path")
+        if not overwrite:
+            raise UserError(f"{path}: a model is there already; --overwrite replaces it")
+    elif path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; choose another path")
+
+
+def _save(
+    model: XverseForCausalLM,
+    tokenizer: Tokenizer,
+    path: Path,
+    dtype: torch.dtype,
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None,
+    max_shard_bytes: int,
+    overwrite: bool,
+    documents: str | Path | None,
+    shim: Mapping[str, str],
+) -> None:
+    if dtype_name(dtype) not in DTYPES:
+        raise UserError(f"{dtype_name(dtype)} weights cannot be written; known: {', '.join(DTYPES)}")
+    check_target(path, overwrite)
+    check_vocabulary(tokenizer, model.config, path)
+    try:
+        with atomic_directory(path) as directory:
+            _write_json(directory / "config.json", config)
+            _write_json(directory / "generation_config.json", generation_config or _token_ids(model.config))
+            try:
+                tokenizer.save(directory)
+            except UserError as error:  # its message would name the temporary directory
+                raise error.__cause__ if isinstance(error.__cause__, OSError) else error from None
+            for name, text in shim.items():
+                (directory / name).write_text(text, encoding="utf-8")
+            for pattern in DOCUMENTS if documents else ():
+                for file in Path(documents or "").glob(pattern):
+                    shutil.copyfile(file, directory / file.name)
+            _write_weights(model, directory, dtype, max_shard_bytes)
+    except OSError as error:  # beyond those that atomic_directory names: quota, file size limit, I/O error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); nothing was left there") from error
+
+
+def _token_ids(config: XverseConfig) -> dict[str, int]:
+    return {
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+    }
+
+
+def _write_weights(
+    model: XverseForCausalLM, directory: Path, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    tensors = model.state_dict()
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if filled + size > max_shard_bytes and shards[-1]:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = SAFETENSORS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shapes = {name: tensors[name].shape for name in names}
+        write_safetensors(directory / file, shapes, dtype, (tensors[name] for name in names))
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / f"{SAFETENSORS}.index.json", index)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
