@@ -31,21 +31,46 @@ VERBS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and the nearest flag suggested."""
+    """argparse with one-line errors and the nearest flag or action suggested."""
 
     def __init__(self, *args: object, **options: object) -> None:
         options.setdefault("allow_abbrev", False)
         super().__init__(*args, **options)  # type: ignore[arg-type]
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        # First of all, because argparse would rather complain of a required flag that is only misspelt.
+        for argument in args or ():
+            flag = argument.split("=")[0]
+            if flag == "--":
+                break
+            if flag.startswith("--") and " " not in flag and flag not in self.known_flags():
+                self.error(f"unknown argument '{flag}'{nearest(flag, self.known_flags())}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        found = re.search(r"unrecognized arguments: (\S+)", message)
-        if found:
-            flag = found.group(1).split("=")[0]
-            message = f"unknown argument '{flag}'{nearest(flag, self.known_flags())}"
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice:
+            options = choice.group(2).replace("'", "").split(", ")
+            message = f"unknown choice '{choice.group(1)}'{nearest(choice.group(1), options)} " + (
+                f"(known: {', '.join(options)})"
+            )
+        message = re.sub(r"unrecognized arguments: (-\S*).*", r"unknown argument '\1'", message)
+        message = message.replace("unrecognized arguments:", "too many arguments:")
         self.exit(2, f"{self.prog}: {message}\n")
 
     def known_flags(self) -> list[str]:
-        return [flag for action in self._actions for flag in action.option_strings]
+        """The flags of this parser and of every action below it."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for parser in self.below().values():
+            flags += parser.known_flags()
+        return flags
+
+    def below(self) -> dict[str, Parser]:
+        """The parsers of this parser's actions, such as train and repair below tokenizer."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                return dict(action.choices)
+        return {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,14 +106,19 @@ def _dispatch(arguments: list[str]) -> int:
     verb, *rest = arguments
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)} (xverse --help lists the verbs)")
-    command = importlib.import_module(f"xverse.commands.{verb}")
-    verb_parser = Parser(
+    arguments_of_verb = verb_parser(verb).parse_args(rest)
+    return importlib.import_module(f"xverse.commands.{verb}").run(arguments_of_verb)
+
+
+def verb_parser(verb: str) -> Parser:
+    """The parser of one verb of ``VERBS``, with all its flags."""
+    parser = Parser(
         prog=f"xverse {verb}",
         description=VERBS[verb][0].upper() + VERBS[verb][1:] + ".",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.arguments(verb_parser)
-    return command.run(verb_parser.parse_args(rest))
+    importlib.import_module(f"xverse.commands.{verb}").arguments(parser)
+    return parser
 
 
 if __name__ == "__main__":
