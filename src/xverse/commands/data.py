@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xverse.data.feed import PretrainFeed
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="prepare|show")
-    prepare = actions.add_parser("prepare", help="make token shards from a folder of text")
+    prepare = actions.add_parser("prepare", help="make a tokenizer and token shards from a folder of text")
     prepare.add_argument("recipe", metavar="RECIPE.yaml", help="corpus, out, vocab_size, …")
     prepare.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+        "overrides", nargs="*", metavar="key=value", help="settings in place of the recipe's"
     )
+    show = actions.add_parser("show", help="a mixture as a tree, or one example coloured by its loss mask")
+    show.add_argument("recipe", nargs="?", metavar="RECIPE|FOLDER", help="a recipe, or a prepared folder")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the recipe's")
+    show.add_argument("--dialogues", metavar="PATH", help="a file or folder of instructions")
+    show.add_argument("--tokenizer", metavar="DIR", help="the tokenizer for --dialogues")
+    show.add_argument("--index", type=int, default=0, metavar="N", help="which dialogue (from 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    return _prepare(args)
+    from xverse.config import UserError
+
+    if args.action == "prepare":
+        return _prepare(args)
+    if (args.recipe is None) == (args.dialogues is None):
+        raise UserError("data show: name a recipe or a prepared folder, or --dialogues PATH --tokenizer DIR")
+    return _show_mixture(args) if args.recipe else _show_dialogue(args)
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -27,26 +44,97 @@ def _prepare(args: argparse.Namespace) -> int:
 
     report = prepare(load(PrepareRecipe, args.recipe, args.overrides))
     table = Table("source", box=None, pad_edge=False)
-    for column in ("documents", "held out", "tokens", "bytes/token"):
+    for column in ("documents", "held out", "bad lines", "tokens", "bytes/token"):
         table.add_column(column, justify="right")
     for row in report.sources:
-        tokens = row.tokens + row.valid_tokens
-        table.add_row(
-            row.name,
-            f"{row.documents:,}",
-            f"{row.valid_documents:,}",
-            f"{row.tokens:,}",
-            f"{row.text_bytes / max(1, tokens):.2f}",
-        )
-    console = Console(highlight=False)
-    console.print(table)
+        size = row.text_bytes / max(1, row.tokens + row.valid_tokens)
+        figures = (row.documents, row.valid_documents, row.skipped_lines, row.tokens)
+        table.add_row(row.name, *(f"{figure:,}" for figure in figures), f"{size:.2f}")
+    Console(highlight=False).print(table)
     total = sum(row.tokens for row in report.sources)
     held = sum(row.valid_tokens for row in report.sources)
-    lines = sum(report.skipped_lines.values())
     print(
-        f"{len(report.sources)} sources, {total:,} tokens for training, {held:,} held out, "
-        f"{report.duplicates} exact duplicates removed, {lines} bad lines skipped"
+        f"{len(report.sources)} sources, {total:,} tokens for training, {held:,} held out; "
+        f"{report.duplicates} exact duplicates removed"
     )
     for name, text in report.skipped.items():
-        print(f"  {name}: {text}")
+        print(f"{name}: {text}")
+    return 0
+
+
+def _show_mixture(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.tree import Tree
+
+    feed, sequences = _feed(args)
+    shares, epochs = feed.mixture.shares(), feed.mixture.epochs(sequences)
+    tree = Tree(f"[bold]{feed.folder}[/]")
+    categories: dict[str, list[str]] = {}
+    for name, shard in feed.train.items():
+        categories.setdefault(shard.header.category, []).append(name)
+    for category, names in categories.items():
+        share = sum(shares.get(name, 0.0) for name in names)
+        tokens = sum(feed.train[name].header.tokens for name in names)
+        branch = tree.add(f"{category}  {100 * share:.2f} %  {tokens:,} tokens")
+        for name in sorted(names, key=lambda name: -shares.get(name, 0.0)):
+            if name not in shares:
+                branch.add(f"{name}  not drawn  {feed.train[name].header.tokens:,} tokens")
+                continue
+            text = f"{name}  {100 * shares[name]:.2f} %  {feed.train[name].header.tokens:,} tokens"
+            branch.add(text + (f"  {epochs[name]:.2f} epochs" if sequences else ""))
+    Console(highlight=False).print(tree)
+    return 0
+
+
+def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
+    """What the argument names, and how many sequences its run has (0 where it is no pretraining recipe)."""
+    from xverse.config import UserError, load, read_yaml
+    from xverse.data.feed import PretrainFeed
+    from xverse.data.mixture import MixtureConfig
+
+    path = Path(args.recipe)
+    if not path.exists():
+        raise UserError(f"{path}: no such recipe or folder")
+    if path.is_dir():
+        if args.overrides:
+            raise UserError(f"'{args.overrides[0]}': a folder takes no settings, only a recipe does")
+        return PretrainFeed(path, MixtureConfig(), 512, 0), 0
+    if "corpus" in read_yaml(path):
+        from xverse.data.prepare import PrepareRecipe
+
+        return PretrainFeed(load(PrepareRecipe, path, args.overrides).out, MixtureConfig(), 512, 0), 0
+    from xverse.train import PretrainRecipe
+
+    recipe = load(PretrainRecipe, path, args.overrides)
+    feed = PretrainFeed(recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed)
+    return feed, recipe.train.steps * recipe.train.batch_size
+
+
+def _show_dialogue(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from xverse.config import UserError
+    from xverse.data.instructions import InstructionReport, read_dialogues
+    from xverse.log import notice
+    from xverse.tokenizer import Tokenizer, encode_dialogue
+
+    if args.tokenizer is None:
+        raise UserError("data show --dialogues: needs --tokenizer DIR too")
+    tokenizer = Tokenizer.load(args.tokenizer)
+    report = InstructionReport()
+    dialogues = read_dialogues(args.dialogues, report)
+    notice(report.describe())
+    if not 0 <= args.index < len(dialogues):
+        raise UserError(f"--index {args.index}: there are {len(dialogues)} dialogues, from 0")
+    ids, mask = encode_dialogue(tokenizer, dialogues[args.index].messages)
+    text = Text()
+    start = 0
+    for stop in range(1, len(ids) + 1):  # runs of one colour: a character may span several tokens
+        if stop == len(ids) or mask[stop] != mask[start]:
+            piece = tokenizer.decode(ids[start:stop], skip_special=False)
+            text.append(piece, style="bold green" if mask[start] else "dim")
+            start = stop
+    Console(highlight=False, soft_wrap=True).print(text)
+    print(f"{len(ids)} tokens, {sum(mask)} with loss (bold green)")
     return 0

@@ -97,6 +97,15 @@ class Mixture:
         """The share of the sequences that each source with a positive weight has, in all 1."""
         return {name: int(count) / PERIOD for name, count in zip(self.names, self.counts, strict=True)}
 
+    def __str__(self) -> str:
+        """One line: the largest sources and what is left for the others."""
+        ranked = sorted(self.shares().items(), key=lambda item: -item[1])
+        parts = [f"{name} {100 * share:.1f} %" for name, share in ranked[:5]]
+        if len(ranked) > 5:
+            rest = sum(share for _, share in ranked[5:])
+            parts.append(f"{len(ranked) - 5} others {100 * rest:.1f} %")
+        return f"mixture of {len(ranked)} sources ({', '.join(parts)})"
+
     def epochs(self, sequences: int) -> dict[str, float]:
         """How many times a run of so many sequences goes through each source."""
         return {name: share * sequences / max(1, self.sizes[name]) for name, share in self.shares().items()}

@@ -86,6 +86,10 @@ class Scan:
     duplicates: set[tuple[int, int]]
     reports: list[CorpusReport]
 
+    def owner(self, file: int) -> str:
+        """The first source, by name, that stands in a file."""
+        return next(name for name, source in self.sources.items() if file in source.files)
+
 
 @dataclass
 class PreparedSource:
@@ -97,6 +101,7 @@ class PreparedSource:
     text_bytes: int
     valid_documents: int
     valid_tokens: int
+    skipped_lines: int
 
 
 @dataclass
@@ -106,7 +111,6 @@ class PrepareReport:
     sources: list[PreparedSource]
     duplicates: int
     skipped: dict[str, str]
-    skipped_lines: dict[str, int]
     vocab_size: int
     tokenizer: str
 
@@ -342,18 +346,20 @@ def _finished(recipe: PrepareRecipe, fingerprint: str) -> PrepareReport | None:
 
 
 def _report(recipe: PrepareRecipe, scan: Scan, tokenizer: Tokenizer) -> PrepareReport:
-    empty = ShardHeader("", "")
+    nothing = ShardHeader("", "")
     rows = []
-    for name in scan.sources:
-        train, valid = (read_header(recipe.out / split / name) or empty for split in SPLITS)
+    for name, source in scan.sources.items():
+        train, valid = (read_header(recipe.out / split / name) or nothing for split in SPLITS)
         rows.append(
             PreparedSource(
                 name,
-                train.documents,
-                train.tokens,
-                train.text_bytes + valid.text_bytes,
-                valid.documents,
-                valid.tokens,
+                documents=train.documents,
+                tokens=train.tokens,
+                text_bytes=train.text_bytes + valid.text_bytes,
+                valid_documents=valid.documents,
+                valid_tokens=valid.tokens,
+                # A bad line has no language: the file's first source answers for it.
+                skipped_lines=sum(scan.reports[i].skipped for i in source.files if scan.owner(i) == name),
             )
         )
     reports = {path.name: found for path, found in zip(scan.files, scan.reports, strict=True)}
@@ -361,7 +367,6 @@ def _report(recipe: PrepareRecipe, scan: Scan, tokenizer: Tokenizer) -> PrepareR
         rows,
         duplicates=len(scan.duplicates),
         skipped={name: found.describe() for name, found in reports.items() if found.describe()},
-        skipped_lines={name: found.skipped for name, found in reports.items() if found.skipped},
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer.hash,
     )
