@@ -76,7 +76,7 @@ def tiny_tokenizer(tiny_texts: list[str]) -> Any:
     """A ``Tokenizer`` of XVERSE's structure with a vocabulary of about 700."""
     from xverse.tokenizer import train_tokenizer
 
-    return train_tokenizer(tiny_texts, vocab_size=700)
+    return train_tokenizer(tiny_texts, vocab_size=700, min_frequency=1)
 
 
 @pytest.fixture
