@@ -55,6 +55,11 @@ class Tokenizer:
         self._bytes: list[bytes] = [b""] * (max(vocab.values()) + 1)
         for text, index in vocab.items():
             self._bytes[index] = _token_bytes(text, literal=index in self._added_ids)
+        self.byte_ids = frozenset(
+            index
+            for text, index in vocab.items()
+            if index not in self._added_ids and _BYTE_TOKEN.fullmatch(text)
+        )
         space_ids = [vocab.get(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_character_ids: list[int] = [index for index in space_ids if index is not None]
         self._hash = ""
@@ -180,7 +185,15 @@ def _check(values: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: not a BPE tokenizer of XVERSE's structure (found {found})")
     if "Metaspace" not in json.dumps(values.get("pre_tokenizer")):
         raise UserError(f"{where}: not a BPE tokenizer of XVERSE's structure (no Metaspace pre-tokenizer)")
-    ids = {**vocab, **{token["content"]: token["id"] for token in values.get("added_tokens") or []}}
+    added = values.get("added_tokens") or []
+    if not isinstance(added, list) or any(
+        not isinstance(token, dict)
+        or not isinstance(token.get("id"), int)
+        or not isinstance(token.get("content"), str)
+        for token in added
+    ):
+        raise UserError(f"{where}: added_tokens must be a list of tokens with id and content")
+    ids = {**vocab, **{token["content"]: token["id"] for token in added}}
     for index, name in enumerate(SPECIAL_TOKENS[1:], start=1):
         if ids.get(name) != index:
             found = f"it has id {ids[name]}" if name in ids else "it is missing"

@@ -43,13 +43,13 @@ def train_tokenizer(
     fixed = len(SPECIAL_TOKENS) + len(BYTE_TOKENS)
     if limit_alphabet is None:
         limit_alphabet = max(vocab_size - fixed, 0) // 3
-    if vocab_size <= fixed + limit_alphabet or limit_alphabet < 0:
-        raise UserError(
-            f"vocab size {vocab_size} leaves no room for merges: {fixed} special and byte tokens "
-            f"and up to {limit_alphabet} characters come first"
-        )
     documents = [_scalar(text) for text in texts]
     alphabet, rare = choose_alphabet(documents, limit_alphabet, initial_characters)
+    if vocab_size <= fixed + len(alphabet):
+        raise UserError(
+            f"vocab size {vocab_size} leaves no room for merges: {fixed} special and byte tokens "
+            f"and {len(alphabet)} characters come first"
+        )
     backend = Backend(models.BPE(byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -94,10 +94,10 @@ def choose_alphabet(documents: list[str], limit: int, initial: str = "") -> tupl
     for text in documents:
         counts.update(text)
     counts.pop(SPACE, None)  # always written as bytes
-    always = set(initial) - {SPACE}
-    ranked = sorted(counts, key=lambda character: (character not in always, -counts[character], character))
-    kept = always | set(ranked[: max(limit, len(always))])
-    rare = "".join(sorted(set(counts) - kept)) + SPACE
+    always = {" ", *initial} - {SPACE}
+    others = sorted(counts.keys() - always, key=lambda character: (-counts[character], character))
+    kept = always | set(others[: max(limit - len(always), 0)])
+    rare = "".join(sorted(counts.keys() - kept)) + SPACE
     return sorted(kept - {" "} | {SPACE}), rare
 
 
