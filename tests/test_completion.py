@@ -1,0 +1,69 @@
+"""Completion scripts follow the parsers, and the bash one works in a real bash."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from xverse.cli import VERBS, main, verb_parser
+
+
+def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["completion", shell]) == 0
+    return capsys.readouterr().out
+
+
+def complete(program: str, words: list[str], cwd: Path) -> list[str]:
+    """What bash would offer for the last of ``words``."""
+    line = program + '\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _xverse; printf "%s\\n" "${COMPREPLY[@]}"'
+    result = subprocess.run(["bash", "-c", line, "bash", *words], capture_output=True, text=True, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout.split()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
+def test_bash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    program = script("bash", capsys)
+
+    def offered(*words: str) -> list[str]:
+        return complete(program, ["xverse", *words], tmp_path)
+
+    assert offered("") == list(VERBS)
+    assert offered("do") == ["doctor"]
+    assert offered("--v") == ["--version"]
+    assert offered("doctor", "--j") == ["--json"]
+    assert offered("tokenizer", "re") == ["repair", "report"]
+    assert offered("tokenizer", "train", "--vocab") == ["--vocab-size"]
+    assert offered("completion", "") == ["bash", "zsh", "fish"]
+    assert offered("export", "--format", "l") == ["llama"]
+    assert offered("export", "--format", "=") == ["hf", "llama"]  # --format=
+    assert offered("export", "--format", "=", "l") == ["llama"]
+    assert offered("export", "--model", "") == []  # bash falls back to file names
+    assert offered("tokenizer", "train", "") == []
+    for verb in VERBS:
+        flags = offered(verb, "--")
+        parser = verb_parser(verb)
+        assert set(flags) == {flag for action in parser._actions for flag in action.option_strings} - {"-h"}
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_name_every_verb_and_flag(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program = script(shell, capsys)
+    for verb in VERBS:
+        assert verb in program
+        for flag in verb_parser(verb).known_flags():
+            assert (f"-l {flag[2:]}" if shell == "fish" and flag.startswith("--") else flag[1:]) in program
+    if shutil.which(shell):
+        check = subprocess.run([shell, "-n"], input=program, capture_output=True, text=True)
+        assert check.returncode == 0, check.stderr
+
+
+def test_unknown_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["completion", "bahs"])
+    assert stopped.value.code == 2
+    assert "did you mean 'bash'?" in capsys.readouterr().err
