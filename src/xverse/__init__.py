@@ -1,2 +1,7 @@
 """XVERSE-7B as open software."""
+
 __version__ = "0.1.0"
+
+from xverse.hf.register import install as _install
+
+_install()

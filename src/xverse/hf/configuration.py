@@ -1,0 +1,96 @@
+"""XVERSE's configuration as transformers wants it: upstream's ``config.json`` keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from xverse.formats.shim import AUTO_MAP, SHIM_FILES
+from xverse.model.config import XverseConfig as ModelConfig
+
+
+class XverseConfig(PretrainedConfig):
+    """Configuration of ``XverseForCausalLM``; the defaults are XVERSE-7B's.
+
+    ``rope_theta`` stays a key of its own, as upstream has it; ``rope_parameters`` is read too. What the model
+    does not have (rope scaling, grouped-query attention, biases) is refused when a model is built.
+    """
+
+    model_type = "xverse"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a plain list)
+
+    def __init__(
+        self,
+        vocab_size: int = 100534,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 8192,
+        max_tokenizer_truncation: int = 6144,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        use_cache: bool = True,
+        pad_token_id: int | None = 1,
+        bos_token_id: int | None = 2,
+        eos_token_id: int | list[int] | None = 3,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        rope = kwargs.pop("rope_parameters", None) or {}
+        if rope.get("rope_type", "default") != "default":
+            kwargs["rope_scaling"] = rope
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.max_tokenizer_truncation = max_tokenizer_truncation
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope.get("rope_theta", rope_theta)
+        self.use_cache = use_cache
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        # What would name code of the directory for transformers to run; `save_pretrained` writes our own.
+        for key in ("auto_map", "custom_pipelines"):
+            kwargs.pop(key, None)
+        super().__init__(**kwargs)
+
+    def to_model_config(self) -> ModelConfig:
+        """The configuration of ``xverse.model``. Raises UserError for what the model does not have."""
+        values = self.to_dict()
+        if isinstance(self.eos_token_id, list):  # several ends shape no tensor; generation knows them all
+            values["eos_token_id"] = self.eos_token_id[0]
+        return ModelConfig.from_json(values, self.name_or_path or "config")
+
+    @classmethod
+    def from_model_config(cls, config: ModelConfig, **kwargs: Any) -> XverseConfig:
+        """From the configuration of ``xverse.model``; ``kwargs`` as in the constructor."""
+        values = config.to_json()
+        for key in ("model_type", "torch_dtype"):
+            values.pop(key)
+        return cls(**{**values, **kwargs})
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Also writes the shim, so that the directory loads where xverse is installed but not imported."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for name, text in SHIM_FILES.items():
+            (Path(save_directory) / name).write_text(text, encoding="utf-8")
+        self.auto_map = dict(AUTO_MAP)
+        try:
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            del self.auto_map
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers calls this when the shim led here, and would then copy this file about."""

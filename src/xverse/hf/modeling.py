@@ -1,0 +1,185 @@
+"""The one model of ``xverse.model`` behind transformers' interface."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from xverse.hf import chat
+from xverse.hf.attention import attention_context
+from xverse.hf.configuration import XverseConfig
+from xverse.model.loss import IGNORE, linear_cross_entropy
+from xverse.model.transformer import DecoderLayer, XverseModel
+
+
+class XverseDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
+    """The model's layer, which transformers' gradient checkpointing can switch to recomputing."""
+
+
+class XverseForCausalLM(PreTrainedModel, GenerationMixin):
+    """XVERSE with ``from_pretrained``, ``generate``, ``save_pretrained`` and upstream's ``chat``.
+
+    Tensor names are upstream's. Attention runs in PyTorch's scaled_dot_product_attention.
+    """
+
+    config_class = XverseConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["XverseDecoderLayer"]  # noqa: RUF012 (transformers reads plain lists)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Upstream's files carry the rotary frequencies of each layer; the model computes them.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
+
+    def __init__(self, config: XverseConfig) -> None:
+        super().__init__(config)
+        self.model = XverseModel(config.to_model_config())
+        for layer in self.model.layers:
+            layer.__class__ = XverseDecoderLayer  # same parameters, same forward
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        token_type_ids: Tensor | None = None,
+        skip_logits: bool | None = None,
+        shift_labels: Tensor | None = None,
+        **loss_kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """``input_ids`` int64 [B, T] or ``inputs_embeds`` [B, T, D] → loss, logits [B, T, V], cache.
+
+        ``labels`` [B, T] are shifted here (``shift_labels`` are so already); -100 has no loss. The loss never
+        makes the logits. While training with labels no logits are made at all: ``skip_logits=False`` asks for
+        them, ``skip_logits=True`` leaves them out elsewhere. ``num_items_in_batch`` divides a summed loss.
+        ``token_type_ids``, which upstream's tokenizer returns, and ``cache_position``, which the cache knows
+        better, have no effect. Raises ValueError for ``output_attentions``: the kernels keep no weights.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions is not supported: attention runs in kernels that keep none")
+        num_items = loss_kwargs.pop("num_items_in_batch", None)
+        if loss_kwargs:
+            raise TypeError(f"forward() got unexpected arguments: {', '.join(loss_kwargs)}")
+
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        recomputing = self.training and any(layer.gradient_checkpointing for layer in self.model.layers)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = past_key_values
+        if recomputing:
+            cache = None  # a recomputed layer would enter its keys twice
+        elif use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        context = attention_context(x.shape[0], x.shape[1], x.device, attention_mask, position_ids, cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        with _recorded(self.model.layers if output_hidden_states else []) as states:
+            hidden = self.model.forward_embeddings(x, context)  # [B, T, D]
+
+        targets = shift_labels
+        if labels is not None and targets is None:
+            targets = pad(labels[:, 1:], (0, 1), value=IGNORE)  # [B, T]
+        loss = None if targets is None else self._loss(hidden, targets, num_items)
+        logits = None
+        if not (self.training and targets is not None if skip_logits is None else skip_logits):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])  # [B, kept, V]
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(x, *states[:-1], hidden) if output_hidden_states else None,
+        )
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+        targets = targets.flatten().to(hidden.device)  # [B*T]
+        flat = hidden.flatten(0, 1)  # [B*T, D]
+        reduction = "mean" if num_items is None else "sum"
+        if self._has_plain_head():
+            loss = linear_cross_entropy(flat, self.lm_head.weight, targets, reduction=reduction)  # type: ignore[arg-type]  # a literal
+        else:
+            loss = cross_entropy(self.lm_head(flat).float(), targets.to(flat.device), reduction=reduction)
+        if num_items is not None:
+            loss = loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
+        return loss
+
+    def _has_plain_head(self) -> bool:
+        """Whether the head is nothing but its weight. Adapters, quantisation, FSDP, ZeRO-3 and accelerate's
+        device hooks act in the head's forward, which the chunked loss does not call."""
+        head = self.lm_head
+        hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+        return (
+            type(head) is nn.Linear
+            and not hooked
+            and head.weight.shape == (head.out_features, head.in_features)
+        )
+
+    def chat(
+        self,
+        tokenizer: Any,
+        messages: Sequence[Mapping[str, Any]],
+        stream: bool = False,
+        generation_config: GenerationConfig | None = None,
+    ) -> str | Iterator[str]:
+        """The assistant's next turn, as upstream's ``chat``: a text, or with ``stream`` its deltas.
+
+        ``tokenizer`` is the transformers tokenizer of this model. ``messages`` are mappings with role and
+        content, ending with a user turn; they are not modified. A conversation that does not fit loses its
+        oldest rounds, with a warning. Closing the iterator stops the generation.
+        Raises xverse.config.UserError for messages with wrong roles or order.
+        """
+        return chat.chat(self, tokenizer, messages, stream, generation_config)
+
+    def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, so that no ``custom_generate/generate.py`` of a directory runs."""
+        raise OSError("XVERSE models use the installed generation code only")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Nothing: transformers calls this when the shim led here, and would then copy this file about."""
+
+
+@contextlib.contextmanager
+def _recorded(layers: Any) -> Iterator[list[Tensor]]:
+    """The outputs of ``layers`` [B, T, D] each, as they come while the block runs."""
+    states: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _m, _i, output: states.append(output)) for layer in layers]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,54 @@
+"""The tokenizer class that ``AutoTokenizer`` uses for ``model_type: xverse``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from xverse.tokenizer import SPECIAL_TOKENS
+from xverse.tokenizer.repair import needs_repair, read_tokenizer_json, repair_json
+
+
+class XverseTokenizer(PreTrainedTokenizerFast):
+    """``PreTrainedTokenizerFast`` whose ``tokenizer.json`` is repaired in memory where it needs it.
+
+    Upstream's file does not load in current libraries. Special tokens that the directory does not name are
+    XVERSE's. It saves itself as PreTrainedTokenizerFast, with the repaired file, which loads everywhere.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        file = kwargs.get("tokenizer_file")
+        if kwargs.get("tokenizer_object") is None and file is not None:
+            values = read_tokenizer_json(file)
+            if needs_repair(values):
+                kwargs["tokenizer_object"] = tokenizers.Tokenizer.from_str(json.dumps(repair_json(values)))
+                kwargs.pop("tokenizer_file")
+        for name, token in zip(("pad_token", "bos_token", "eos_token"), SPECIAL_TOKENS[1:], strict=True):
+            if kwargs.get(name) is None:
+                kwargs[name] = token
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def convert_to_native_format(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing to convert: for a class with an ``__init__``, transformers would read the file here."""
+        kwargs.pop("trust_remote_code", None)
+        return kwargs
+
+    @classmethod
+    def _patch_mistral_regex(cls, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+        # For any vocabulary above 100,000 transformers asks the hub whether this is a Mistral. It is not.
+        return tokenizer
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        for name in files:
+            path = Path(name)
+            if path.name.endswith("tokenizer_config.json"):
+                config = json.loads(path.read_text(encoding="utf-8"))
+                config["tokenizer_class"] = "PreTrainedTokenizerFast"
+                path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        return files
