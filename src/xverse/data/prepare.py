@@ -122,6 +122,7 @@ def prepare(recipe: PrepareRecipe) -> PrepareReport:
     """
     paths = [path for group in corpus_files(recipe.corpus).values() for path in group]
     fingerprint = _claim(recipe, paths)
+    _clear_leftovers(recipe.out)
     report = _finished(recipe, fingerprint)
     if report is not None:
         notice(f"{recipe.out}: complete, nothing to do")
@@ -277,8 +278,6 @@ def _tokenizer(recipe: PrepareRecipe, scan: Scan, bar: Progress) -> Tokenizer:
         sample = sample_texts(recipe, scan)
         tokenizer = train_tokenizer(sample, recipe.vocab_size, limit_alphabet=recipe.limit_alphabet)
         bar.remove_task(task)
-    for left in recipe.out.glob(".tokenizer.*.tmp"):  # of a run that was killed right here
-        shutil.rmtree(left)
     with atomic_directory(folder) as temporary:
         tokenizer.save(temporary)
     return Tokenizer.load(folder)
@@ -323,6 +322,15 @@ def _claim(recipe: PrepareRecipe, paths: list[Path]) -> str:
         f"{recipe.out}: made by another recipe (differs in {', '.join(different) or 'version'}); "
         "choose another out or delete the folder"
     )
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Remove what a killed run was writing: the temporaries of atomic_file and atomic_directory."""
+    for left in out.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def _finished(recipe: PrepareRecipe, fingerprint: str) -> PrepareReport | None:

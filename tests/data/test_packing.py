@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from xverse.data.packing import IGNORE, PackedSequence, StreamPacker, pack_examples, packed_from_examples
+from xverse.data.shards import Shard
+
+MakeShard = Callable[..., Shard]
+# The fixture only makes fresh folders, so examples may share it.
+shared = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def numbered(lengths: Sequence[int]) -> list[list[int]]:
+    """Documents in which every token is unique: 1,000 × document + position."""
+    return [[1_000 * i + j for j in range(length)] for i, length in enumerate(lengths)]
+
+
+def check_row(row: PackedSequence, lengths: Sequence[int]) -> None:
+    for i, token in enumerate(row.tokens):
+        document, place = divmod(int(token), 1_000)
+        if place + 1 == lengths[document]:
+            assert row.targets[i] == IGNORE
+        else:
+            assert row.targets[i] == token + 1
+    same = np.diff(row.document_ids) == 0
+    assert np.all(np.diff(row.tokens)[same] == 1)  # within a document the tokens follow each other
+    assert row.document_ids[0] == 0
+    assert np.all((np.diff(row.document_ids) == 0) | (np.diff(row.document_ids) == 1))
+
+
+@shared
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    length=st.integers(1, 70),
+    seed=st.integers(0, 3),
+)
+def test_every_token_stands_once_in_each_epoch(
+    make_shard: MakeShard, lengths: list[int], length: int, seed: int
+) -> None:
+    packer = StreamPacker(make_shard(numbered(lengths)), length, seed)
+    epoch = sum(lengths)
+    rows = [packer.sequence(k) for k in range(-(-2 * epoch // length))]
+    for row in rows:
+        assert (row.tokens.dtype, row.targets.dtype, row.document_ids.dtype) == (np.int64, np.int64, np.int32)
+        check_row(row, lengths)
+    stream = np.concatenate([row.tokens for row in rows])
+    expected = Counter(token for document in numbered(lengths) for token in document)
+    assert Counter(stream[:epoch].tolist()) == expected
+    assert Counter(stream[epoch : 2 * epoch].tolist()) == expected
+
+
+def test_a_row_across_documents_by_hand(make_shard: MakeShard) -> None:
+    packer = StreamPacker(make_shard([[7, 8, 9, 3]]), 6, seed=0)
+    row = packer.sequence(0)
+    assert row.tokens.tolist() == [7, 8, 9, 3, 7, 8]
+    assert row.targets.tolist() == [8, 9, 3, IGNORE, 8, 9]  # the cut document's last token keeps its target
+    assert row.document_ids.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_epochs_are_shuffled_by_seed_and_source(make_shard: MakeShard) -> None:
+    documents = [[i] for i in range(50)]
+    shard = make_shard(documents)
+    packer = StreamPacker(shard, 50, seed=1)
+    orders = [
+        packer.sequence(0),
+        packer.sequence(1),
+        StreamPacker(shard, 50, seed=2).sequence(0),
+        StreamPacker(make_shard(documents, "zh"), 50, seed=1).sequence(0),
+    ]
+    assert len({tuple(row.tokens.tolist()) for row in orders}) == 4
+    assert StreamPacker(shard, 50, seed=1).sequence(1).tokens.tolist() == orders[1].tokens.tolist()
+    assert packer.sequences_per_epoch == 1
+
+
+@settings(deadline=None)
+@given(st.integers(1, 64).flatmap(lambda T: st.tuples(st.just(T), st.lists(st.integers(1, T), max_size=60))))
+def test_best_fit_loses_nothing_and_never_overflows(case: tuple[int, list[int]]) -> None:
+    length, lengths = case
+    bins = pack_examples(lengths, length)
+    assert sorted(index for items in bins for index in items) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[index] for index in items) <= length for items in bins)
+    # Any two bins together overflow one, else the fuller would have taken what is in the other.
+    fill = sorted(sum(lengths[index] for index in items) for items in bins)
+    assert len(fill) < 2 or fill[0] + fill[1] > length
+
+
+def test_best_fit_takes_the_tightest_bin() -> None:
+    assert pack_examples([7, 5, 3, 5, 2], 10) == [[0, 2], [1, 3], [4]]
+
+
+def test_an_over_long_example_is_the_callers_mistake() -> None:
+    with pytest.raises(AssertionError):
+        pack_examples([5, 11], 10)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(10, 99), st.booleans()), min_size=1, max_size=9), max_size=5),
+    st.integers(0, 7),
+)
+def test_targets_of_examples_are_the_next_tokens_with_loss(
+    examples: list[list[tuple[int, bool]]], padding: int
+) -> None:
+    length = sum(map(len, examples)) + padding
+    if length == 0:
+        return
+    pairs = [([token for token, _ in example], [loss for _, loss in example]) for example in examples]
+    row = packed_from_examples(pairs, length, pad_id=1)
+    place = 0
+    for number, (ids, mask) in enumerate(pairs):
+        for i, token in enumerate(ids):
+            assert row.tokens[place] == token
+            assert row.document_ids[place] == number
+            wanted = ids[i + 1] if i + 1 < len(ids) and mask[i + 1] else IGNORE
+            assert row.targets[place] == wanted
+            place += 1
+    assert np.all(row.tokens[place:] == 1)
+    assert np.all(row.targets[place:] == IGNORE)
+    assert np.all(row.document_ids[place:] == len(pairs))
