@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 user's mistake, 130 interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, where a reader that has left is no error
+        return code
     except UserError as error:
         print(f"xverse: {error}", file=sys.stderr)
         return 2

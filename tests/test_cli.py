@@ -1,0 +1,100 @@
+"""The command line: help at once, mistakes in one line with the nearest name, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from xverse import __version__
+from xverse.cli import VERBS, main
+
+
+def xverse(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "xverse.cli", *arguments], capture_output=True, text=True)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a mistake gets; checks its exit code."""
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:  # argparse's own errors
+        code = stopped.code if isinstance(stopped.code, int) else -1
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_every_verb(arguments: list[str]) -> None:
+    start = time.perf_counter()
+    result = xverse(*arguments)
+    elapsed = time.perf_counter() - start
+    assert result.returncode == 0
+    assert all(f"  {verb} " in result.stdout for verb in VERBS)
+    assert elapsed < 3, "help imports something heavy; `make bench` holds the real bound"
+
+
+def test_version() -> None:
+    assert xverse("--version").stdout == f"xverse {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: xverse {verb}" in capsys.readouterr().out
+
+
+def test_parsers_are_light() -> None:
+    """Every verb's flags are known without importing what its work needs."""
+    code = "import sys; from xverse.cli import VERBS, verb_parser; [verb_parser(verb) for verb in VERBS]; "
+    code += (
+        "print([name for name in ('torch', 'transformers', 'tokenizers', 'numpy') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["doctr"], "unknown verb 'doctr'; did you mean 'doctor'?"),
+        (["wxyz"], "unknown verb 'wxyz' (xverse --help"),
+        (["--hepl"], "unknown argument '--hepl'; did you mean '--help'?"),
+        (["chat", "--akc", "hi"], "unknown argument '--akc'; did you mean '--ask'?"),
+        (["doctor", "--jsn"], "unknown argument '--jsn'; did you mean '--json'?"),
+        (["doctor", "--json=3"], "--json"),
+        (["doctor", "extra"], "too many arguments: extra"),
+        (["doctor", "-q"], "unknown argument '-q'"),
+        (["tokenizer", "trian"], "unknown choice 'trian'; did you mean 'train'?"),
+        (["tokenizer", "train", "--vocab-sise", "9"], "did you mean '--vocab-size'?"),
+        (["export", "--format", "lama"], "did you mean 'llama'?"),
+        (["export", "--model", "nano"], "the following arguments are required: --out"),
+    ],
+)
+def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(capsys, *arguments)
+
+
+def test_a_mistake_in_a_process() -> None:
+    result = xverse("tokenizer", "train", "--out", "x", "--vocab-size", "many", "f.txt")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == "xverse tokenizer train: argument --vocab-size: invalid int value: 'many'\n"
+
+
+def test_reader_that_leaves() -> None:
+    """As `xverse completion bash | head -1` does it: no traceback."""
+    command = [sys.executable, "-m", "xverse.cli", "completion", "bash"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0

@@ -1,0 +1,143 @@
+"""Strict configuration: right values arrive with their types, wrong ones are named."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xverse.config import UserError, build, choose, load, nearest, read_yaml
+
+
+@dataclass
+class Schedule:
+    steps: int
+    rate: float = 3e-4
+    kind: Literal["cosine", "constant"] = "cosine"
+
+
+@dataclass
+class Recipe:
+    out: Path
+    schedule: Schedule
+    seed: int | None = None
+    shuffle: bool = True
+    languages: list[str] = field(default_factory=list)
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.schedule.steps < 0:
+            raise ValueError("schedule.steps must not be negative")
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    return {"out": "runs/x", "schedule": {"steps": 10}, **changes}
+
+
+def test_build() -> None:
+    recipe = build(
+        Recipe,
+        values(
+            seed=7, languages=["zh", "en"], betas=[0.9, 0.99], weights={"zh": 1, "en": 0.5}, shuffle=False
+        ),
+        "r.yaml",
+    )
+    assert recipe == Recipe(
+        Path("runs/x"), Schedule(10), 7, False, ["zh", "en"], (0.9, 0.99), {"zh": 1.0, "en": 0.5}
+    )
+    assert isinstance(recipe.weights["zh"], float)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sede": 1}, "r.yaml: unknown key 'sede'; did you mean 'seed'?"),
+        ({"qqqq": 1}, "r.yaml: unknown key 'qqqq'"),
+        ({"schedule": {"step": 1}}, "r.yaml: schedule: unknown key 'step'; did you mean 'steps'?"),
+        ({"schedule": {}}, "r.yaml: schedule: missing key 'steps'"),
+        ({"schedule": 5}, "r.yaml: schedule: expected a mapping, found int"),
+        ({"schedule": {"steps": "ten"}}, "r.yaml: schedule: steps: expected int, found str 'ten'"),
+        ({"schedule": {"steps": 1.5}}, "steps: expected int, found float '1.5'"),
+        ({"schedule": {"steps": True}}, "steps: expected int, found bool 'True'"),
+        ({"schedule": {"steps": 1, "rate": "fast"}}, "rate: expected float, found str 'fast'"),
+        ({"schedule": {"steps": 1, "kind": "linear"}}, "kind: 'linear' is not one of cosine, constant"),
+        ({"schedule": {"steps": -1}}, "r.yaml: schedule.steps must not be negative"),
+        ({"seed": "x"}, "seed: expected int, found str 'x'"),
+        ({"shuffle": 1}, "shuffle: expected bool, found int '1'"),
+        ({"languages": "zh"}, "languages: expected a list, found str"),
+        ({"languages": ["zh", 3]}, "languages[1]: expected str, found int '3'"),
+        ({"weights": {"zh": "much"}}, "weights.zh: expected float, found str 'much'"),
+    ],
+)
+def test_mistakes(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        build(Recipe, values(**changes), "r.yaml")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_load_with_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("out: ~/x\nschedule: {steps: 100, rate: 3e-4}\n")  # YAML 1.1 reads 3e-4 as text
+    recipe = load(Recipe, path, ["schedule.steps=5", "seed=null", "languages=[zh]", "weights.zh=2"])
+    assert recipe.schedule == Schedule(5, 3e-4)
+    assert recipe.languages == ["zh"]
+    assert recipe.weights == {"zh": 2.0}
+    assert recipe.out == Path("~/x").expanduser()
+    for override, said in {
+        "schedule.stps=5": "did you mean 'steps'?",
+        "steps": "an override is written key=value",
+        "out.x=1": "'out' is not a section",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(said)):
+            load(Recipe, path, [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        (b"a: [1", "r.yaml"),
+        (b"\xff\xfe\x00", "r.yaml"),
+        (b"- 1\n- 2\n", "expected a mapping of keys to values"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, content: bytes | None, said: str) -> None:
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_yaml(path)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_empty_file_is_an_empty_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("# nothing\n")
+    assert read_yaml(path) == {}
+
+
+def test_choose() -> None:
+    assert choose("shape", "nano", {"nano": 1, "mini": 2}) == 1
+    with pytest.raises(UserError, match=r"unknown shape 'nan'; did you mean 'nano'\? \(known: nano, mini\)"):
+        choose("shape", "nan", {"nano": 1, "mini": 2})
+
+
+@given(st.text(max_size=20), st.lists(st.text(max_size=20), max_size=5))
+def test_nearest_names_an_option_or_nothing(name: str, options: list[str]) -> None:
+    hint = nearest(name, options)
+    assert hint == "" or any(hint == f"; did you mean '{option}'?" for option in options)
+
+
+@given(
+    st.builds(Schedule, st.integers(), st.floats(allow_nan=False), st.sampled_from(["cosine", "constant"]))
+)
+def test_round_trip(schedule: Schedule) -> None:
+    assert build(Schedule, vars(schedule), "x") == schedule
