@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xverse.formats.hub import resolve
     from xverse.formats.compare import logits, parity
+    from xverse.formats.hub import resolve
     from xverse.formats.read import load_model, load_tokenizer, read_config, read_generation_config
     from xverse.formats.write import save_hf, save_llama
 

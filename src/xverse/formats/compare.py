@@ -31,7 +31,8 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     tokens = tokens.to(device)
     with _float32(model):
         if isinstance(model, XverseForCausalLM):
-            out: Tensor = model(tokens, FullCausal(*tokens.shape, device))
+            batch, length = tokens.shape
+            out: Tensor = model(tokens, FullCausal(batch, length, device))
         else:
             out = model(input_ids=tokens, use_cache=False).logits
     return out.float().cpu()  # [B, T, V]
@@ -39,8 +40,8 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def parity(model_a: nn.Module, model_b: nn.Module) -> float:
     """max |Δlogit| between two models of one vocabulary, ours or transformers' (``.config.vocab_size``)."""
-    vocab_size: Any = model_a.config.vocab_size
-    tokens = fixed_tokens(vocab_size)
+    config: Any = model_a.config
+    tokens = fixed_tokens(config.vocab_size)
     return (logits(model_a, tokens) - logits(model_b, tokens)).abs().max().item()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -94,7 +93,9 @@ def fetch(model: str) -> Path:
         with _quiet():
             snapshot = Path(snapshot_download(model, allow_patterns=sorted(names)))
     except (HTTPError, OSError) as error:
-        raise UserError(f"{model}: the download stopped ({_text(error)}); the same command resumes it") from error
+        raise UserError(
+            f"{model}: the download stopped ({_text(error)}); the same command resumes it"
+        ) from error
     _verify(model, repository, snapshot, {file.name: file.checksum for file in files})
     return snapshot
 
@@ -123,8 +124,8 @@ def _download(model: str, revision: str, blobs: Path, files: list[RemoteFile]) -
     free = shutil.disk_usage(blobs).free
     if total - done > free:
         raise UserError(
-            f"{model}: needs {(total - done) / 1e9:.1f} GB more in {blobs}, where {free / 1e9:.1f} GB are free "
-            "(HF_HOME moves the cache)"
+            f"{model}: needs {(total - done) / 1e9:.1f} GB more in {blobs}, where {free / 1e9:.1f} GB are "
+            "free (HF_HOME moves the cache)"
         )
     resumed = f", {done / 1e9:.2f} GB of it already here" if done else ""
     notice(f"{model}: downloading {total / 1e9:.2f} GB from {constants.ENDPOINT}{resumed}")
@@ -200,7 +201,7 @@ def _accept(model: str, file: RemoteFile, part: Path, target: Path) -> None:
     if found != file.sha256:
         part.unlink()
         raise _mismatch(model, file.name, str(file.sha256), found)
-    os.replace(part, target)
+    part.replace(target)
 
 
 def _verify(model: str, repository: Path, snapshot: Path, checksums: Mapping[str, str | None]) -> None:

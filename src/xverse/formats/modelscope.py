@@ -44,7 +44,9 @@ def _reason(model: str, error: Exception) -> str:
     names = {cls.__name__ for cls in type(error).__mro__}
     text = " ".join(str(error).split())[:200]
     if names & {"FileIntegrityError", "FileDownloadError"}:
-        return f"{model}: a downloaded file does not have the checksum that ModelScope gives; try again ({text})"
+        return (
+            f"{model}: a downloaded file does not have the checksum that ModelScope gives; try again ({text})"
+        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if names & {"NotExistError"} or status == 404:
         return f"ModelScope has no model '{model}'{nearest(model, PUBLISHED)}"

@@ -166,5 +166,5 @@ def write_safetensors(
         file.write(text)
         for tensor in tensors:
             plain = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            file.write(memoryview(plain.view(torch.uint8).flatten().numpy()))
+            file.write(plain.view(torch.uint8).flatten().numpy().data)
         assert file.tell() == 8 + len(text) + end, "tensors do not match the announced shapes"

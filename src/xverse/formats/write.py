@@ -70,7 +70,7 @@ def save_llama(
     overwrite: bool = False,
     documents: str | Path | None = None,
 ) -> None:
-    """As ``save_hf``, but for ``LlamaForCausalLM``: every program that loads Llama loads it, without our code.
+    """As ``save_hf``, but for ``LlamaForCausalLM``: every program that loads Llama loads it as it is.
 
     In float32 the logits are equal. In 16 bits they differ by rounding, since Llama's norm casts before it
     applies the weight and XVERSE's after.
@@ -92,7 +92,7 @@ def save_llama(
 
 
 def llama_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json`` of the same model as Llama. XVERSE's own key ``max_tokenizer_truncation`` has no place."""
+    """``config.json`` of the same model as Llama, which has no ``max_tokenizer_truncation``."""
     values = config.to_json(dtype_name(dtype))
     values.pop("max_tokenizer_truncation")
     return {

@@ -1,0 +1,177 @@
+"""Memory while loading: peak resident set above the process's baseline, against the size of the weights.
+
+Makes random bfloat16 weights of a named shape in a temporary directory, loads them in a fresh process, reads
+every byte of every parameter, and reports VmHWM − baseline for safetensors and for ``.bin``. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from xverse.config import UserError, choose
+from xverse.log import notice
+from xverse.model import SHAPES, XverseConfig, XverseForCausalLM
+
+SHARD_BYTES = 2 * 10**9
+LIMIT = 1.05  # the promise: peak RSS above the baseline, in units of the weights
+FORMATS = ("safetensors", "bin")
+
+# The child measures itself: baseline after the imports, then the load, then a pass over all weights.
+CHILD = """
+import json, sys, time
+import torch
+from xverse.formats import load_model
+from xverse.formats import read  # the imports belong to the baseline
+def status(key):
+    for line in open("/proc/self/status"):
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+torch.zeros(1 << 10).sum()
+baseline = status("VmRSS")
+start = time.perf_counter()
+model = load_model(sys.argv[1])
+loaded = time.perf_counter() - start
+checksum = 0
+for parameter in model.parameters():
+    flat = parameter.detach().flatten()
+    checksum ^= int(flat[: len(flat) // 4 * 4].view(torch.int64).sum())
+print(json.dumps({
+    "baseline_bytes": baseline,
+    "peak_bytes": status("VmHWM"),
+    "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+    "load_s": loaded,
+    "load_and_read_s": time.perf_counter() - start,
+    "checksum": checksum & (1 << 63) - 1,
+}))
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``python -m xverse.bench.load``."""
+    parser.add_argument("--shape", default="7b", help="a named shape: " + ", ".join(SHAPES))
+    parser.add_argument("--directory", metavar="DIR", help="where the weights are made (default: $TMPDIR)")
+
+
+def run(shape: str = "7b", directory: str | Path | None = None) -> dict[str, Any]:
+    """Measure both formats, print what was found, and return it as the JSON object of the last line.
+
+    Raises UserError for an unknown shape, too little disk space, or a system without /proc.
+    """
+    config = choose("shape", shape, SHAPES)
+    if not Path("/proc/self/status").exists():
+        raise UserError("bench load reads /proc/self/status, which only Linux has")
+    results: dict[str, Any] = {"bench": "load", "shape": shape, "limit": LIMIT}
+    checksums = set()
+    for kind in FORMATS:  # one after the other: the disk holds the weights once
+        with tempfile.TemporaryDirectory(prefix="xverse-load-", dir=directory) as name:
+            _check_space(Path(name), 2 * config.num_parameters())
+            notice(f"making {2 * config.num_parameters() / 1e9:.2f} GB of {kind} weights in {name}")
+            make_weights(config, Path(name), kind)
+            found = _measure(Path(name))
+        checksums.add(found.pop("checksum"))
+        found["ratio"] = round((found["peak_bytes"] - found["baseline_bytes"]) / found["weight_bytes"], 4)
+        results[kind] = found
+        print(
+            f"load {shape} {kind:<11}  weights {found['weight_bytes'] / 1e9:.3f} GB  peak RSS above baseline "
+            f"{(found['peak_bytes'] - found['baseline_bytes']) / 1e9:.3f} GB = {found['ratio']:.3f} × "
+            f"(limit {LIMIT})  load {found['load_s']:.2f} s, "
+            f"with reading all {found['load_and_read_s']:.2f} s"
+        )
+    results["same_weights"] = len(checksums) == 1
+    results["passed"] = results["same_weights"] and all(results[kind]["ratio"] <= LIMIT for kind in FORMATS)
+    print(json.dumps(results))
+    return results
+
+
+def _check_space(directory: Path, size: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < size * 1.02:
+        raise UserError(
+            f"{directory}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; see --directory"
+        )
+
+
+def _measure(directory: Path) -> dict[str, Any]:
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(directory)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(child.stdout)
+
+
+def make_weights(config: XverseConfig, directory: Path, kind: str) -> None:
+    """A model directory without tokenizer: random bfloat16 weights, sharded as upstream's, ``bin`` with the
+    ``inv_freq`` buffers that upstream's files hold. Needs the memory of one tensor, or of one ``.bin`` shard.
+    """
+    import torch
+
+    from xverse.formats.weights import write_safetensors
+
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in XverseForCausalLM(config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    block = torch.empty(1 << 20, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+
+    def random(name: str, number: int) -> torch.Tensor:
+        size = shapes[name].numel()
+        rolled = block.roll(
+            number * 7919
+        )  # a different beginning for each tensor; values need only be finite
+        return rolled.repeat(-(-size // len(block)))[:size].clone().view(shapes[name])
+
+    numbers = {name: number for number, name in enumerate(shapes)}
+    shards = list(_shards({name: shape.numel() * 2 for name, shape in shapes.items()}))
+    weight_map = {}
+    for index, names in enumerate(shards, 1):
+        stem, suffix = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
+        file = f"{stem}-{index:05d}-of-{len(shards):05d}.{suffix}"
+        weight_map.update(dict.fromkeys(names, file))
+        if kind == "safetensors":
+            chosen = {name: shapes[name] for name in names}
+            tensors = (random(name, numbers[name]) for name in names)
+            write_safetensors(directory / file, chosen, torch.bfloat16, tensors)
+        else:
+            state = {name: random(name, numbers[name]) for name in names}
+            for name in [name for name in names if name.endswith("self_attn.q_proj.weight")]:
+                buffer = name.replace("q_proj.weight", "rotary_emb.inv_freq")
+                state[buffer] = torch.ones(config.head_dim // 2)
+                weight_map[buffer] = file
+            torch.save(state, directory / file)
+    full = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    (directory / f"{full}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(config.to_json()))
+
+
+def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
+    names: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if names and filled + size > SHARD_BYTES:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += size
+    yield names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m xverse.bench.load [--shape 7b] [--directory DIR]``"""
+    parser = argparse.ArgumentParser(prog="python -m xverse.bench.load", description=__doc__)
+    arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return 0 if run(args.shape, args.directory)["passed"] else 1
+    except UserError as error:
+        print(f"bench load: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
