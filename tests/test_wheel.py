@@ -1,0 +1,74 @@
+"""The wheel is whole: built, installed outside the checkout, it answers from the embedded model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src"
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    # Without isolation, because tests have no network: hatchling is one of [dev].
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    [path] = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment that holds the wheel and sees this environment's packages behind it."""
+    folder = tmp_path_factory.mktemp("fresh")
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=folder)
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+    # A folder named in a .pth file does not have its own .pth files read, so that an editable xverse there
+    # stays out of sight.
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (Path(site) / "packages.pth").write_text("\n".join(packages) + "\n")
+    return python
+
+
+def test_contents(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    expected = {
+        path.relative_to(SOURCE).as_posix()
+        for path in (SOURCE / "xverse").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
+    }
+    assert {name for name in names if name.startswith("xverse/")} == expected
+    for licence in ("LICENSE", "NOTICE"):
+        assert any(name.endswith(f".dist-info/licenses/{licence}") for name in names)
+    assert wheel.stat().st_size < 30 * 2**20
+
+
+def test_it_is_the_wheel_that_is_imported(python: Path, tmp_path: Path) -> None:
+    code = "import xverse, torch; print(xverse.__file__); print(torch.__file__)"
+    xverse_file, torch_file = run(python, "-c", code, cwd=tmp_path).split()
+    assert Path(xverse_file).is_relative_to(python.parent.parent)
+    assert not Path(torch_file).is_relative_to(python.parent.parent)
+
+
+def test_it_answers(python: Path, tmp_path: Path) -> None:
+    if not list((SOURCE / "xverse" / "assets" / "nano").glob("*.safetensors")):
+        pytest.skip("this checkout has no embedded model")
+    reply = run(python.parent / "xverse", "chat", "--ask", "你好", cwd=tmp_path)
+    assert reply.strip()
+    assert list(tmp_path.iterdir()) == []
