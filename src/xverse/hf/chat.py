@@ -57,7 +57,6 @@ def chat(
         "inputs": ids,
         "attention_mask": torch.ones_like(ids),
         "generation_config": settings,
-        "return_dict_in_generate": False,
     }
     if settings.stop_strings:
         arguments["tokenizer"] = tokenizer
@@ -95,6 +94,7 @@ def _settings(model: Any, given: GenerationConfig | None) -> GenerationConfig:
         settings.update(**DEFAULTS)
     if settings.max_new_tokens is None and settings.max_length == untouched.max_length:
         settings.max_new_tokens = MAX_NEW_TOKENS
+    settings.return_dict_in_generate = False
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(settings, key) is None:
             setattr(settings, key, getattr(model.config, key))

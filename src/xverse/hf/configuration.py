@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from xverse.config import UserError
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
 from xverse.model.config import XverseConfig as ModelConfig
 
@@ -14,8 +15,9 @@ from xverse.model.config import XverseConfig as ModelConfig
 class XverseConfig(PretrainedConfig):
     """Configuration of ``XverseForCausalLM``; the defaults are XVERSE-7B's.
 
-    ``rope_theta`` stays a key of its own, as upstream has it; ``rope_parameters`` is read too. What the model
-    does not have (rope scaling, grouped-query attention, biases) is refused when a model is built.
+    ``rope_theta`` stays a key of its own, as upstream has it; ``rope_parameters`` is read too. Raises
+    UserError for rope scaling; other things that the model lacks (grouped-query attention, biases) are
+    refused when one is built.
     """
 
     model_type = "xverse"
@@ -41,9 +43,9 @@ class XverseConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
-        rope = kwargs.pop("rope_parameters", None) or {}
-        if rope.get("rope_type", "default") != "default":
-            kwargs["rope_scaling"] = rope
+        rope = kwargs.pop("rope_parameters", None) or kwargs.pop("rope_scaling", None) or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise UserError(f"config.json: rope scaling {rope} is not supported")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

@@ -2,7 +2,9 @@
 
 ``install()`` runs at ``import xverse`` and costs nothing: where transformers is not imported yet, it leaves
 a finder that registers right after somebody imports it. transformers prefers explicitly registered classes
-to a directory's own code even under ``trust_remote_code=True``, so no ``.py`` of a directory ever runs.
+to a directory's own code even under ``trust_remote_code=True``, so no ``.py`` that ``config.json`` names
+runs. (A tokenizer class that ``tokenizer_config.json`` names is beyond our reach; XVERSE publishes none, and
+it too runs only under ``trust_remote_code=True``.)
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ _LIBRARY = "transformers"
 
 def install() -> None:
     """Register now if transformers is imported, else when it gets imported. May be called repeatedly."""
-    module = sys.modules.get(_LIBRARY)
-    if module is not None and not getattr(module.__spec__, "_initializing", False):
+    if _LIBRARY in sys.modules:
         register()
     elif not any(getattr(finder, "is_xverse_hook", False) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
