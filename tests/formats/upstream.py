@@ -15,8 +15,8 @@ POISON = 'raise RuntimeError("the directory\'s own code was run")\n'
 def write_upstream_directory(path: Path, model: Any, tokenizer_dir: Path, shards: int = 3) -> Path:
     """Write ``model`` to ``path`` in upstream's published layout and return ``path``.
 
-    bfloat16 ``.bin`` shards with an index and ``inv_freq`` buffers, upstream's config keys and ``auto_map``, a
-    tokenizer.json that current libraries refuse, and model code that raises if it is ever run.
+    bfloat16 ``.bin`` shards with an index and ``inv_freq`` buffers, upstream's config keys and ``auto_map``,
+    a tokenizer.json that current libraries refuse, and model code that raises if it is ever run.
     ``tokenizer_dir`` holds the sound tokenizer.json to break.
     """
     path.mkdir(parents=True)

@@ -34,9 +34,9 @@ def resolve(model: str) -> Path:
     if model == "nano":
         return _embedded()
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():  # an empty text would be the current directory
         return path
-    if path.exists():
+    if path.is_file():
         raise UserError(f"{model}: is a file; give the model directory that holds config.json")
     name = model.removeprefix(MODELSCOPE)
     if HUB_ID.fullmatch(name):

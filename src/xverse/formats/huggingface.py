@@ -46,7 +46,6 @@ from xverse.log import notice, progress
 
 ATTEMPTS = 5  # in a row without a byte
 CONNECTIONS = 4
-CHUNK = 1 << 20
 MEGABYTE = 10**6
 
 
@@ -179,8 +178,9 @@ def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: _Co
                 if not resumed:
                     received(-have)
                 with part.open("ab" if resumed else "wb") as file:
-                    for chunk in response.iter_bytes(CHUNK):
+                    for chunk in response.iter_bytes():  # as they arrive, or a broken one would be lost
                         file.write(chunk)
+                        file.flush()
                         received(len(chunk))
                         failures = 0
                         if stop.is_set():

@@ -55,10 +55,11 @@ def read_config(path: str | Path) -> XverseConfig:
         raise UserError(f"{file}: quantised weights ({method}) are not supported; use the unquantised model")
     if model_type == "llama":
         values = {**LLAMA_DEFAULTS, **values}
-        head_dim = values.get("head_dim")
-        if head_dim and head_dim * values.get("num_attention_heads", 0) != values.get("hidden_size"):
-            raise UserError(f"{file}: head_dim {head_dim} is not hidden_size / num_attention_heads")
-    return XverseConfig.from_json(values, str(file))
+    config = XverseConfig.from_json(values, str(file))
+    head_dim = values.get("head_dim") or config.head_dim
+    if head_dim != config.head_dim:
+        raise UserError(f"{file}: head_dim {head_dim} is not hidden_size / num_attention_heads")
+    return config
 
 
 def read_generation_config(path: str | Path) -> dict[str, Any]:

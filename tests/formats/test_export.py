@@ -1,0 +1,72 @@
+"""``xverse export`` and the memory that loading takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from xverse.bench import load as bench_load
+from xverse.cli import main
+from xverse.commands.export import parse_size
+from xverse.config import UserError
+from xverse.formats import load_model, parity, read_generation_config
+
+
+@pytest.mark.parametrize("kind", ["hf", "llama"])
+def test_export_prints_its_parity(
+    upstream: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["export", "--model", str(upstream), "--out", str(out), "--format", kind]
+    assert main([*arguments, "--max-shard-size", "150KB"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{out}: {kind}, bfloat16"
+    assert second.startswith("parity: max |Δlogit| = ")
+    assert float(second.split("= ")[1].split()[0]) <= 1e-4
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert parity(load_model(upstream), load_model(out)) == 0.0
+    assert read_generation_config(out) == read_generation_config(upstream)
+    assert main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--type", "f16"]) == 0
+    assert "float16" in capsys.readouterr().out
+
+
+def test_export_of_nonsense(upstream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out"), "--format", "hf"]
+    for arguments in (
+        ["--model", str(tmp_path / "nothing"), *out],
+        ["--model", str(tmp_path), *out],
+        ["--model", str(upstream), *out, "--max-shard-size", "much"],
+    ):
+        assert main(["export", *arguments]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("2GB", "500 mb", "1.5G", "7")] == [
+        2 * 10**9,
+        5 * 10**8,
+        15 * 10**8,
+        7,
+    ]
+    for text in ("", "0GB", "-1GB", "2 gigs", "GB"):
+        with pytest.raises(UserError, match="max-shard-size"):
+            parse_size(text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_while_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench_load.run("nano", tmp_path)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    assert found["same_weights"]
+    for kind in bench_load.FORMATS:
+        assert found[kind]["weight_bytes"] == 2 * 11_406_592
+        # 1.05 is for 7B; at nano the code pages that loading touches weigh a fifth as much as the model
+        above = found[kind]["peak_bytes"] - found[kind]["baseline_bytes"]
+        assert above <= 1.05 * found[kind]["weight_bytes"] + 16e6
+    assert not list(tmp_path.iterdir())
