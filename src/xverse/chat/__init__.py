@@ -1,0 +1,1 @@
+"""Terminal chat: conversations kept in files, replies streamed, slash commands."""

@@ -1,0 +1,75 @@
+"""``xverse chat``: in the terminal, through a pipe, or one answer with ``--ask`` or ``--complete``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from typing import Any
+
+from xverse.config import UserError
+
+PARAMETERS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "max_new_tokens")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    # Flags without a default stay out of the namespace: the model directory's own value then holds.
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
+    parser.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
+    once = parser.add_mutually_exclusive_group()
+    once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and leave", **unset)
+    once.add_argument("--complete", metavar="TEXT", help="print how TEXT goes on (base models)", **unset)
+    parser.add_argument("--system", metavar="TEXT", help="system prompt", **unset)
+    parser.add_argument("--greedy", action="store_true", help="always the most probable token", **unset)
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy", **unset)
+    parser.add_argument("--top-p", type=float, metavar="P", **unset)
+    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off", **unset)
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is off", **unset)
+    parser.add_argument("--seed", type=int, metavar="N", help="the same replies each time", **unset)
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest reply", **unset)
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads", **unset)
+
+
+def run(args: argparse.Namespace) -> int:
+    given = vars(args)
+    for name in ("ask", "complete", "system"):
+        _check_text(name, given)
+    if "greedy" in given and "temperature" in given:
+        raise UserError("--greedy and --temperature contradict each other; give one of them")
+    if "complete" in given and "system" in given:
+        raise UserError("--complete continues a plain text: it takes no --system")
+    overrides = {name: given[name] for name in PARAMETERS if name in given}
+    if "greedy" in given:
+        overrides["temperature"] = 0.0
+
+    from xverse.chat.session import CHAT, COMPLETION, load_session
+    from xverse.chat.terminal import Terminal, show
+    from xverse.log import notice
+
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    defaults = COMPLETION if "complete" in given else CHAT
+    session = load_session(
+        args.model, overrides, defaults=defaults, threads=given.get("threads"), notify=notice
+    )
+    session.system = given.get("system", "")
+    if "ask" in given:
+        show(session.reply(args.ask), sys.stdout)
+        return 0
+    if "complete" in given:
+        show(session.complete(args.complete), sys.stdout)
+        return 0
+    return Terminal(session, sys.stdin, sys.stdout).run()
+
+
+def _check_text(name: str, given: dict[str, str]) -> None:
+    text = given.get(name)
+    if text is None:
+        return
+    if not text.strip():
+        raise UserError(f"--{name}: the text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--{name}: the text is not valid UTF-8") from None

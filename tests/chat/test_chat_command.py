@@ -1,0 +1,176 @@
+"""``python -m xverse.cli chat`` as users run it: by pipe, with --ask and --complete, and in a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xverse.cli import main
+
+from .reciter import RECITED
+
+COMMAND = [sys.executable, "-m", "xverse.cli", "chat"]
+PROMPT = "\x1b[?25h"  # the cursor shows: prompt_toolkit has drawn its prompt and listens
+
+
+def chat(
+    *arguments: str | Path, stdin: str | None = None, python: tuple[str, ...] = ()
+) -> tuple[int, str, str]:
+    result = subprocess.run(
+        [sys.executable, *python, "-m", "xverse.cli", "chat", *map(str, arguments)],
+        input=None if stdin is None else stdin.encode(),
+        capture_output=True,
+        timeout=120,
+    )
+    return result.returncode, result.stdout.decode(), result.stderr.decode()
+
+
+def test_ask_prints_only_the_reply_and_imports_no_transformers(reciting_model: Path) -> None:
+    code, out, err = chat("--model", reciting_model, "--ask", "你好", python=("-X", "importtime"))
+    assert (code, out) == (0, RECITED + "\n")
+    modules = {line.rpartition("|")[2].strip() for line in err.splitlines()}
+    assert "torch" in modules
+    assert not {"transformers", "accelerate", "huggingface_hub", "prompt_toolkit", "jinja2"} & modules
+
+
+def test_complete_prints_only_the_continuation(reciting_model: Path) -> None:
+    code, out, err = chat("--model", reciting_model, "--complete", "Say", "--greedy")
+    assert (code, out, err) == (0, RECITED + "\n", "")
+
+
+def test_a_pipe_has_replies_and_nothing_else(reciting_model: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    lines = ["你好 👋", "/rest", "שלום", f"/save {saved}"]
+    code, out, err = chat("--model", reciting_model, stdin="\r\n".join(lines))
+    assert out == 2 * (RECITED + "\n")
+    assert "did you mean '/reset'" in err
+    assert code == 2  # one line could not be followed
+    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert [message["content"] for message in messages] == [lines[0], RECITED, lines[2], RECITED]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ask", ""], "--ask: the text is empty"),
+        (["--complete", " "], "--complete: the text is empty"),
+        (["--ask", "\udcff"], "not valid UTF-8"),
+        (["--ask", "x", "--greedy", "--temperature", "1"], "contradict"),
+        (["--complete", "x", "--system", "y"], "takes no --system"),
+        (["--ask", "x", "--temperature", "-1"], "temperature: -1.0 is out of range"),
+        (["--ask", "x", "--top-p", "nan"], "top_p"),
+        (["--ask", "x", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["--ask", "x", "--seed", "-3"], "seed"),
+        (["--ask", "x", "--threads", "0"], "threads"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    reciting_model: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["chat", "--model", str(reciting_model), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ask", "x", "--complete", "y"], "not allowed with"),
+        (["--max-new-token", "5"], "did you mean '--max-new-tokens'"),
+        (["--seed", "x"], "invalid int"),
+    ],
+)
+def test_flags_that_argparse_refuses(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["chat", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+class Screen:
+    """A pseudo-terminal with ``xverse chat`` in it."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        self.fd, child = pty.openpty()
+        self.output = b""
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        )
+        os.close(child)
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def wait_for(self, text: str, timeout: float = 60) -> str:
+        """Read until ``text`` shows; returns what came up to and with it, and forgets that."""
+        deadline = time.monotonic() + timeout
+        wanted = text.encode()
+        while wanted not in self.output:
+            assert time.monotonic() < deadline, (
+                f"{text!r} did not come; got {self.output.decode('utf-8', 'replace')}"
+            )
+            if select.select([self.fd], [], [], 0.2)[0]:
+                try:
+                    self.output += os.read(self.fd, 65536)
+                except OSError:  # the other side is closed
+                    assert wanted in self.output, self.output.decode("utf-8", "replace")
+        before, _, self.output = self.output.partition(wanted)
+        return (before + wanted).decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def screen(*arguments: str | Path) -> Iterator[Screen]:
+    running = Screen(*arguments)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+        os.close(running.fd)
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(endless_model: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    arguments = ["--model", endless_model, "--threads", "1"]
+    with screen(*arguments) as terminal:
+        terminal.wait_for("Ctrl-D leaves")
+        terminal.wait_for(PROMPT)
+        terminal.type("\x03")  # at the prompt it only says how to leave
+        terminal.wait_for("/exit leaves")
+        terminal.wait_for(PROMPT)
+        terminal.type("你好\r")
+        terminal.wait_for(RECITED)
+        terminal.type("\x03")
+        assert "limit" not in terminal.wait_for("stopped; what was said is kept")
+        terminal.wait_for(PROMPT)
+        terminal.type(f"/save {saved}\r")
+        terminal.wait_for("2 messages saved")
+        terminal.wait_for(PROMPT)
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=30) == 0
+    question, answer = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert question == {"role": "user", "content": "你好"}
+    assert answer["content"].startswith(RECITED)
+    assert answer["content"] in 2000 * RECITED

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from xverse.chat.session import CHAT, Parameters, Session, from_generation_config, load_session
+from xverse.chat.terminal import Terminal
+from xverse.config import UserError
+
+from .reciter import POSITIONS, RECITED
+
+
+@pytest.fixture
+def notices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    texts: list[str] = []
+    monkeypatch.setattr("xverse.chat.terminal.notice", texts.append)
+    return texts
+
+
+@pytest.fixture
+def session(reciting_model: Path, notices: list[str]) -> Session:
+    return load_session(str(reciting_model), {}, threads=1, notify=notices.append)
+
+
+def converse(session: Session, *lines: str) -> tuple[str, int]:
+    """Run lines as a pipe would bring them; returns stdout and the exit code."""
+    stdout = io.StringIO()
+    code = Terminal(session, io.StringIO("".join(line + "\n" for line in lines)), stdout).run()
+    return stdout.getvalue(), code
+
+
+def test_turns_are_kept(session: Session) -> None:
+    out, code = converse(session, "hello", "", "再见", "//slash")
+    assert (out, code) == (3 * (RECITED + "\n"), 0)
+    assert [message["role"] for message in session.messages] == ["user", "assistant"] * 3
+    assert [message["content"] for message in session.messages[1::2]] == [RECITED] * 3
+    assert [message["content"] for message in session.messages[::2]] == ["hello", "再见", "/slash"]
+
+
+def test_reset_system_save_load(session: Session, tmp_path: Path, notices: list[str]) -> None:
+    path = tmp_path / "my talk.json"
+    out, code = converse(session, "/system 简短地回答", "hello", f"/save {path}", "/reset", "again")
+    assert (out, code) == (2 * (RECITED + "\n"), 0)
+    saved = json.loads(path.read_text(encoding="utf-8"))["messages"]
+    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+    assert [message["content"] for message in session.messages] == ["简短地回答", "again", RECITED]
+    converse(session, "/system", f"/load {path}")
+    assert session.messages == saved
+    assert session.system == "简短地回答"
+    converse(session, "/system other", "/reset", "/system")
+    assert session.messages == []
+    assert "system prompt removed" in notices
+
+
+def test_params(session: Session, notices: list[str]) -> None:
+    assert session.parameters.temperature == 0.3  # from the directory's generation_config.json
+    assert session.parameters.top_k == CHAT.top_k  # where that is silent
+    out, code = converse(session, "/params temperature=0 seed=7 top_p=1e-1", "/params")
+    assert (out, code) == ("", 0)
+    assert session.parameters == dataclasses.replace(session.parameters, temperature=0.0, seed=7, top_p=0.1)
+    assert "temperature = 0.0" in notices[-1]
+    assert "seed = 7" in notices[-1]
+    before = session.parameters
+    for line, message in [
+        ("/params temprature=1", "did you mean 'temperature'"),
+        ("/params temperature=-1", "temperature: -1.0 is out of range"),
+        ("/params top_k=many", "top_k: expected int"),
+        ("/params max_new_tokens=0", "max_new_tokens"),
+        ("/params temperature", "NAME=VALUE"),
+        ("/params seed=[", "seed"),
+    ]:
+        assert converse(session, line) == ("", 2)
+        assert message in notices[-1]
+    assert session.parameters == before
+
+
+def test_commands_that_cannot_be_followed(session: Session, notices: list[str], tmp_path: Path) -> None:
+    for line, message in [
+        ("/rest", "unknown command '/rest'; did you mean '/reset'?"),
+        ("/save", "name a file"),
+        ("/save x.json", "no conversation to save"),
+        (f"/load {tmp_path / 'none.json'}", "no such file"),
+    ]:
+        assert converse(session, line) == ("", 2)
+        assert message in notices[-1]
+    assert converse(session, "/exit", "never read") == ("", 0)
+    assert converse(session, "/help") == ("", 0)
+    assert "/params" in notices[-1]
+
+
+def test_an_interrupted_reply_is_kept_as_far_as_it_came(session: Session) -> None:
+    reply = session.reply("hello")
+    said = next(reply) + next(reply)
+    reply.close()
+    assert session.messages[-1] == {"role": "assistant", "content": said}
+    assert not session.engine.busy
+    unread = session.reply("never begun")
+    unread.close()
+    assert len(session.messages) == 2
+    assert converse(session, "go on") == (RECITED + "\n", 0)
+    assert len(session.messages) == 4
+
+
+def test_a_failing_model_says_so_and_the_turn_is_dropped(session: Session, notices: list[str]) -> None:
+    with torch.no_grad():
+        session.engine.model.lm_head.weight[5] = torch.nan
+    assert converse(session, "hello") == ("", 2)
+    assert "not finite" in notices[-1]
+    assert session.messages == []
+
+
+def test_what_does_not_fit_the_context_is_announced(session: Session, notices: list[str]) -> None:
+    half = "word " * (POSITIONS // 8)
+    converse(session, half, half, half, half)
+    assert any("oldest" in text and "rounds were left out" in text for text in notices)
+    notices.clear()
+    session.reset()
+    out, _ = converse(session, "long " * POSITIONS)
+    assert out == RECITED + "\n"
+    assert any("tokens were cut" in text for text in notices)
+    notices.clear()
+    assert "".join(session.complete("x " * POSITIONS + "Say")) == RECITED
+    assert any("first" in text and "tokens were left out" in text for text in notices)
+
+
+def test_the_token_limit_is_announced(session: Session, notices: list[str]) -> None:
+    session.parameters = session.parameters.changed({"max_new_tokens": 3}, "test")
+    out, _ = converse(session, "hello")
+    assert RECITED.startswith(out.rstrip("\n"))
+    assert "max_new_tokens = 3" in notices[-1]
+
+
+def test_a_terminal_never_sees_control_characters(session: Session) -> None:
+    from xverse.chat.terminal import show
+
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen, pipe = Screen(), io.StringIO()
+    pieces = ["a\x1b[31m", "\x07b\tc\n你\x9b好\r"]
+    show((piece for piece in pieces), screen)
+    show((piece for piece in pieces), pipe)
+    assert screen.getvalue() == "a[31mb\tc\n你好\n"
+    assert pipe.getvalue() == "".join(pieces) + "\n"
+
+
+def test_generation_config_rules() -> None:
+    assert from_generation_config({}, CHAT) == CHAT
+    assert from_generation_config({"do_sample": False, "temperature": 0.9}, CHAT).temperature == 0
+    chosen = from_generation_config({"top_k": None, "top_p": 0.5, "bos_token_id": 2}, CHAT)
+    assert chosen == dataclasses.replace(CHAT, top_p=0.5)
+    with pytest.raises(UserError, match=r"top_p: 7\.0"):
+        from_generation_config({"top_p": 7}, CHAT)
+    with pytest.raises(UserError, match="repetition_penalty"):
+        Parameters(repetition_penalty=0)
