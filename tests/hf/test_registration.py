@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -197,6 +198,35 @@ def test_no_code_of_a_published_directory_runs(upstream: Path) -> None:
         assert type(model).__module__ == "xverse.hf.modeling"
     again = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
     assert type(again).__module__ == "xverse.hf.modeling"
+
+
+def test_no_tokenizer_code_of_a_directory_runs(upstream: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "model"
+    shutil.copytree(upstream, path)
+    (path / "tokenization_own.py").write_text("raise RuntimeError('the directory's own code was run')")
+    for auto_map in ({"AutoTokenizer": [None, "tokenization_own.Own"]}, [None, "tokenization_own.Own"]):
+        values = {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": auto_map}
+        (path / "tokenizer_config.json").write_text(json.dumps(values))
+        for trust in (None, True, False):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+            assert type(tokenizer).__module__ == "xverse.hf.tokenization"
+        tokenizer.save_pretrained(tmp_path / "saved")
+        assert "auto_map" not in json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+
+
+def test_other_models_keep_their_tokenizer_code(upstream: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "model"
+    shutil.copytree(upstream, path)
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    (path / "tokenization_own.py").write_text("raise RuntimeError('own code was run')")
+    values = {"auto_map": {"AutoTokenizer": [None, "tokenization_own.Own"]}}
+    (path / "tokenizer_config.json").write_text(json.dumps(values))
+    with pytest.raises(RuntimeError, match="own code was run"):
+        AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 
 
 def test_published_tokenizer_is_repaired_and_saves_itself_sound(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from xverse.hf.register import install
+
 if TYPE_CHECKING:
     from xverse.hf.configuration import XverseConfig
     from xverse.hf.modeling import XverseForCausalLM
@@ -18,4 +20,5 @@ __all__ = ["XverseConfig", "XverseForCausalLM", "XverseTokenizer"]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'xverse.hf' has no attribute '{name}'")
+    install()  # again, for what `import xverse` could not do in the middle of an import of transformers
     return getattr(importlib.import_module(f"xverse.hf.{_HOME[name]}"), name)

@@ -3,8 +3,7 @@
 ``install()`` runs at ``import xverse`` and costs nothing: where transformers is not imported yet, it leaves
 a finder that registers right after somebody imports it. transformers prefers explicitly registered classes
 to a directory's own code even under ``trust_remote_code=True``, so no ``.py`` that ``config.json`` names
-runs. (A tokenizer class that ``tokenizer_config.json`` names is beyond our reach; XVERSE publishes none, and
-it too runs only under ``trust_remote_code=True``.)
+runs. For code that ``tokenizer_config.json`` names there is no such preference: see ``_drop_tokenizer_code``.
 """
 
 from __future__ import annotations
@@ -19,14 +18,22 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
 _LIBRARY = "transformers"
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def install() -> None:
     """Register now if transformers is imported, else when it gets imported. May be called repeatedly."""
     if _LIBRARY in sys.modules:
-        register()
+        # In the middle of its import our own would fail; the first use of `xverse.hf` comes here again.
+        if not _importing():
+            register()
     elif not any(getattr(finder, "is_xverse_hook", False) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
+
+
+def _importing() -> bool:
+    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == _LIBRARY]
+    return any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in modules)
 
 
 def register() -> None:
@@ -52,6 +59,31 @@ def _register() -> None:
     # class, except for the model types in this table, whose published class is known not to load.
     tokenization_auto.TOKENIZER_MAPPING_NAMES[XverseConfig.model_type] = XverseTokenizer.__name__
     tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(XverseConfig.model_type)
+    _drop_tokenizer_code(tokenization_auto, XverseConfig.model_type)
+
+
+def _drop_tokenizer_code(tokenization_auto: Any, model_type: str) -> None:
+    """Wrap ``get_tokenizer_config`` so that an XVERSE directory names no tokenizer code.
+
+    The one patch here: with such code named, ``AutoTokenizer`` passes over the registered class and, under
+    ``trust_remote_code=True``, runs it. XVERSE publishes none. Other models' configurations pass untouched.
+    """
+    from transformers import PretrainedConfig
+
+    read = tokenization_auto.get_tokenizer_config
+    if getattr(read, "is_xverse_wrapper", False):
+        return
+
+    def get_tokenizer_config(name: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        values = read(name, *args, **kwargs)
+        if "auto_map" in values:
+            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+            if PretrainedConfig.get_config_dict(name, **hub)[0].get("model_type") == model_type:
+                values.pop("auto_map")
+        return values
+
+    get_tokenizer_config.is_xverse_wrapper = True  # type: ignore[attr-defined]  # a mark for the next reload
+    tokenization_auto.get_tokenizer_config = get_tokenizer_config
 
 
 class _AfterImport:

@@ -50,5 +50,6 @@ class XverseTokenizer(PreTrainedTokenizerFast):
             if path.name.endswith("tokenizer_config.json"):
                 config = json.loads(path.read_text(encoding="utf-8"))
                 config["tokenizer_class"] = "PreTrainedTokenizerFast"
+                config.pop("auto_map", None)  # read along with a directory's own, unused code
                 path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         return files
