@@ -1,4 +1,4 @@
-"""A Hugging Face hub on 127.0.0.1 that serves one directory, with the ways in which a download goes wrong."""
+"""A hub on 127.0.0.1 that serves one directory as Hugging Face and ModelScope do, and breaks on request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 LFS = (".bin", ".safetensors", "tokenizer.json")
@@ -20,7 +20,7 @@ class LoopbackHub:
 
     def __init__(self, model: str, directory: Path) -> None:
         self.model = model
-        self.files = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+        self.files = {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
         self.log: list[tuple[str, str, str | None]] = []
         self.cut: dict[str, int] = {}  # file → bytes after which its connection breaks, once
         self.stall: dict[str, int] = {}  # file → bytes after which it waits for `released`, once
@@ -59,11 +59,31 @@ def serve(hub: LoopbackHub) -> Iterator[LoopbackHub]:
                 self._json({**info, "private": False, "tags": [], "downloads": 0, "likes": 0})
             elif path == f"/api/models/{hub.model}/tree/{COMMIT}":
                 self._json(hub.listing())
+            elif path.startswith(f"/api/v1/models/{hub.model}"):
+                self._modelscope(path)
             else:
                 self._file(path)
 
         def do_HEAD(self) -> None:
-            self._file(urlsplit(self.path).path)
+            path = urlsplit(self.path).path
+            if path.startswith(f"/api/v1/models/{hub.model}"):
+                self._modelscope(path)
+            else:
+                self._file(path)
+
+        def _modelscope(self, path: str) -> None:
+            query = parse_qs(urlsplit(self.path).query)
+            if path.endswith("/repo/files"):
+                files = [
+                    {"Path": name, "Name": name, "Type": "blob", "Size": len(content)}
+                    | {"Sha256": hashlib.sha256(content).hexdigest()}
+                    for name, content in hub.files.items()
+                ]
+                self._json({"Code": 200, "Success": True, "Data": {"Files": files}})
+            elif path.endswith("/repo"):
+                self._file(f"/{hub.model}/resolve/{COMMIT}/{query['FilePath'][0]}")
+            else:
+                self._json({"Code": 200, "Success": True, "Data": {"Revision": "master"}})
 
         def _json(self, values: object, status: int = 200, **headers: str) -> None:
             body = json.dumps(values).encode()
@@ -86,7 +106,7 @@ def serve(hub: LoopbackHub) -> Iterator[LoopbackHub]:
             hub.log.append((self.command, name, wanted))
             large = name.endswith(LFS)
             etag = hashlib.sha256(content).hexdigest() if large else git_sha1(content)
-            start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+            start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
             self.send_response(206 if wanted else 200)
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("ETag", f'"{etag}"')

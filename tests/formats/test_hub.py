@@ -102,6 +102,17 @@ def test_download_and_use(hub: LoopbackHub, client: Client, model: Any, tiny_tok
     assert hub.fetched() == [*fetched, SHARD]
 
 
+def test_embedded_model_under_the_published_name(tmp_path: Path) -> None:
+    try:
+        nano = resolve("nano")
+    except UserError:
+        pytest.skip("this checkout holds no embedded model")
+    with serve(LoopbackHub(CHAT, nano)) as hub:
+        path = Client(tmp_path / "home", hub.endpoint).resolve(CHAT)
+    assert parity(load_model(nano), load_model(path)) == 0.0
+    assert load_tokenizer(nano).hash == load_tokenizer(path).hash
+
+
 def test_broken_connection_is_resumed(hub: LoopbackHub, client: Client, model: Any) -> None:
     hub.cut = {SHARD: 40_000}
     path = client.resolve(CHAT)
@@ -193,8 +204,22 @@ def test_directories_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         resolve("weights.bin")
 
 
+def test_modelscope(hub: LoopbackHub, client: Client, model: Any, tmp_path: Path) -> None:
+    pytest.importorskip("modelscope")
+    environment = {"MODELSCOPE_ENDPOINT": hub.endpoint, "MODELSCOPE_CACHE": str(tmp_path / "cache")}
+    hub.corrupt = {SHARD}
+    assert "does not have ModelScope's checksum" in client.refused(f"modelscope:{CHAT}", **environment)
+    hub.corrupt = set()
+    path = client.resolve(CHAT, XVERSE_HUB="modelscope", **environment)
+    assert parity(model, load_model(path)) == 0.0
+    assert not [name for name in hub.fetched() if name.endswith(".py")]
+    error = client.refused("modelscope:xverse/XVERSE-8B-Chat", **environment)
+    assert "has no model 'xverse/XVERSE-8B-Chat'; did you mean" in error
+
+
 def test_modelscope_without_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "modelscope", None)  # as if it were not installed
+    for name in ("modelscope", "modelscope.hub", "modelscope.hub.snapshot_download"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     for model, choice in ((f"modelscope:{CHAT}", ""), (CHAT, "modelscope")):
         monkeypatch.setenv("XVERSE_HUB", choice or "huggingface")
         with pytest.raises(UserError, match="pip install modelscope"):

@@ -151,6 +151,19 @@ def test_tokenizer_that_does_not_fit(model: Any, tiny_tokenizer: Any, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_shim_says_what_is_missing(
+    model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.dynamic_module_utils import get_imports
+
+    save_hf(model, tiny_tokenizer, tmp_path / "m")
+    monkeypatch.setitem(sys.modules, "xverse.hf", None)  # as without the package, or with its namesake
+    for file in (tmp_path / "m").glob("*.py"):
+        assert get_imports(file) == []  # so transformers lets it run, and its own message through
+        with pytest.raises(ImportError, match="pip install xverse-lm"):
+            exec(file.read_text())
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 600 kB, where this may be mounted."""

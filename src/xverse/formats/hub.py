@@ -65,6 +65,11 @@ def _hub() -> str:
     return hub
 
 
+def similar(model: str) -> str:
+    """A hint at the published id that ``model`` may have meant, or nothing."""
+    return "" if model in PUBLISHED else nearest(model, PUBLISHED)
+
+
 def choose_files(model: str, names: Iterable[str]) -> list[str]:
     """Which of a repository's files a model needs. Raises UserError where it has no config or no weights."""
     names = sorted(name for name in names if "/" not in name)

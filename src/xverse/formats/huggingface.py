@@ -24,6 +24,7 @@ from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -39,9 +40,9 @@ from huggingface_hub.utils import (
     hf_raise_for_status,
 )
 
-from xverse.config import UserError, nearest
+from xverse.config import UserError
 from xverse.files import atomic_file
-from xverse.formats.hub import PUBLISHED, choose_files
+from xverse.formats.hub import choose_files, similar
 from xverse.log import notice, progress
 
 ATTEMPTS = 5  # in a row without a byte
@@ -74,9 +75,9 @@ def fetch(model: str) -> Path:
         info = HfApi().model_info(model, files_metadata=True)
     except GatedRepoError:
         raise UserError(f"{model}: ask for access on its page, then set HF_TOKEN") from None
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
-            f"{constants.ENDPOINT} has no model '{model}'{nearest(model, PUBLISHED)} "
+            f"{constants.ENDPOINT} has no model '{model}'{similar(model)} "
             "(a private one needs HF_TOKEN; a directory must exist)"
         ) from None
     except (OfflineModeIsEnabled, HTTPError, OSError) as error:
@@ -177,6 +178,7 @@ def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: _Co
                 resumed = response.status_code == 206
                 if not resumed:
                     received(-have)
+                failures += 1  # until a byte arrives
                 with part.open("ab" if resumed else "wb") as file:
                     for chunk in response.iter_bytes():  # as they arrive, or a broken one would be lost
                         file.write(chunk)
@@ -191,6 +193,8 @@ def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: _Co
             if final or failures >= ATTEMPTS or stop.is_set():
                 raise
             time.sleep(1)
+        if failures >= ATTEMPTS:
+            raise OSError("the hub sends nothing")
 
 
 def _accept(model: str, file: RemoteFile, part: Path, target: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xverse.config import UserError, nearest
-from xverse.formats.hub import DOCUMENTS, NEEDED, PUBLISHED
+from xverse.config import UserError
+from xverse.formats.hub import DOCUMENTS, NEEDED, similar
 from xverse.log import notice
 
 SMALL = [*NEEDED, *(f"{name}*" for name in DOCUMENTS)]
@@ -43,13 +43,11 @@ def fetch(model: str) -> Path:
 def _reason(model: str, error: Exception) -> str:
     names = {cls.__name__ for cls in type(error).__mro__}
     text = " ".join(str(error).split())[:200]
-    if names & {"FileIntegrityError", "FileDownloadError"}:
-        return (
-            f"{model}: a downloaded file does not have the checksum that ModelScope gives; try again ({text})"
-        )
+    if "FileIntegrityError" in names or "hash mismatch" in text.lower():
+        return f"{model}: a downloaded file does not have ModelScope's checksum; try again ({text})"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if names & {"NotExistError"} or status == 404:
-        return f"ModelScope has no model '{model}'{nearest(model, PUBLISHED)}"
+    if "NotExistError" in names or status == 404:
+        return f"ModelScope has no model '{model}'{similar(model)}"
     if names & {"ConnectionError", "Timeout", "NetworkError", "CacheNotFound"}:
         return f"{model}: ModelScope cannot be reached, and the model is not in its cache ({text})"
     return f"{model}: ModelScope did not deliver it ({text})"
