@@ -6,28 +6,33 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 console = Console(stderr=True, highlight=False)
 
 
 def notice(text: str) -> None:
     """Tell the user something that is no result. Never parsed as markup."""
-    console.print(text, markup=False, style="dim")
+    console.print(text, markup=False, emoji=False, soft_wrap=True, style="dim")
 
 
 def progress(**options: Any) -> Progress:
     """A progress bar with count, elapsed time and ETA on stderr; it disappears when done."""
+    # A tenth of a second to import: only commands that take long show a bar.
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -13,7 +13,9 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     buffer to keep out of checkpoints, and no position is out of range.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[:, None, :, None].float() * theta**-exponents  # [B, 1, T, head_dim/2]
+    # 1 / theta**x, as the reference has it: theta**-x rounds differently, and position 8,000 multiplies that.
+    frequencies = 1.0 / theta**exponents  # [head_dim/2]
+    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, head_dim/2]
     angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, head_dim]
     return angles.cos(), angles.sin()
 

@@ -1,0 +1,246 @@
+"""The training loop: batches by step number, AdamW, checkpoints; a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from xverse.config import UserError
+from xverse.data.feed import Batch, prefetch
+from xverse.log import JsonlLog, console, notice, progress
+from xverse.model import IGNORE, Packed, XverseForCausalLM, linear_cross_entropy
+from xverse.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from xverse.train.optimizer import cosine_lr, make_adamw
+
+Validate = Callable[[XverseForCausalLM], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. ``batch_size`` is in sequences per optimizer step; ``micro_batch_size`` of them go
+    through the model at a time (0: all). ``validate_every`` and ``checkpoint_every`` are in steps
+    (0: only at the end)."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    micro_batch_size: int = 0
+    warmup_steps: int = 100
+    final_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    validate_every: int = 0
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "learning_rate", "keep_checkpoints", "log_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and has saved a checkpoint."""
+
+
+# What decides the losses: a run folder goes on only under the same values.
+NOT_IDENTITY = {"checkpoint_every", "keep_checkpoints", "log_every", "validate_every"}
+
+
+def fit(
+    model: XverseForCausalLM,
+    batch_at: Callable[[int], Batch],
+    config: TrainConfig,
+    out: Path,
+    *,
+    validate: Validate | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> None:
+    """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``.
+
+    ``batch_at(step)`` gives the global batch of a step and nothing else decides the order of data.
+    ``validate`` returns named figures. Everything is recorded in ``out/metrics.jsonl``. ``identity`` is what
+    else decides the losses: raises UserError where ``out`` holds a run begun with other values. SIGINT and
+    SIGTERM save a checkpoint and raise Interrupted.
+    """
+    identity = {
+        **(identity or {}),
+        **{key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY},
+    }
+    optimizer = make_adamw(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
+    first_step = _resume(out, model, optimizer, identity)
+    if first_step == config.steps:
+        notice(f"{out}: this run is finished ({config.steps} steps)")
+        return
+    log = JsonlLog(out / "metrics.jsonl")
+    meter = _Meter(config, first_step)
+    batches = prefetch(batch_at(step) for step in range(first_step, config.steps))
+    with _stop_requested() as stop, contextlib.closing(batches), contextlib.closing(log), meter:  # type: ignore[type-var]
+        for step in range(first_step, config.steps):
+            batch = next(batches)
+            learning_rate = cosine_lr(
+                step,
+                peak=config.learning_rate,
+                warmup_steps=config.warmup_steps,
+                steps=config.steps,
+                final_ratio=config.final_lr_ratio,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            loss, grad_norm = train_step(model, optimizer, batch, config)
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                raise UserError(
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged; "
+                    f"lower learning_rate and resume from {out} or begin in another folder"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate}
+            log.write({**record, **meter.step(step, loss, batch.tokens.numel())})
+            done = step + 1
+            last = done == config.steps
+            if validate and (last or (config.validate_every and done % config.validate_every == 0)):
+                figures = validate(model)
+                log.write({"step": step, "valid": figures})
+                meter.say(
+                    f"step {done}: " + " · ".join(f"{k} {v:.3f}" for k, v in _headline(figures).items())
+                )
+                meter.forget_time()
+            if last or stop() or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                path = save_checkpoint(
+                    out, done, model, optimizer, {"identity": identity}, config.keep_checkpoints
+                )
+                if stop() and not last:
+                    notice(
+                        f"stopped after step {done}; {path.name} is saved, the same command goes on from it"
+                    )
+                    raise Interrupted
+
+
+def train_step(
+    model: XverseForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig
+) -> tuple[float, float]:
+    """Accumulate the gradients of one global batch and clip them; returns (loss in nats, gradient norm).
+
+    The loss is divided by the count of targets in the whole batch, so the split into micro-batches changes
+    nothing but rounding.
+    """
+    micro = config.micro_batch_size or config.batch_size
+    count = int((batch.targets != IGNORE).sum().clamp(min=1))
+    total = 0.0
+    for start in range(0, len(batch.tokens), micro):
+        part = slice(start, start + micro)
+        loss = sum_loss(
+            model, batch.tokens[part], batch.targets[part], batch.document_ids[part], config.dtype
+        )
+        (loss / count).backward()
+        total += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    return total / count, norm.item()
+
+
+def sum_loss(
+    model: XverseForCausalLM, tokens: Tensor, targets: Tensor, document_ids: Tensor, dtype: str
+) -> Tensor:
+    """Sum of the token losses in nats of packed documents [B, T], computed in ``dtype``."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        hidden = model.model(tokens, Packed(document_ids))  # [B, T, D]
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), model.lm_head.weight, targets.flatten(), reduction="sum"
+        )
+
+
+def _resume(
+    out: Path, model: XverseForCausalLM, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+) -> int:
+    saved = checkpoints(out)
+    if not saved:
+        return 0
+    state = load_checkpoint(saved[-1], model, optimizer)
+    for key in sorted({*identity, *state["identity"]}):
+        before, now = state["identity"].get(key), identity.get(key)
+        if before != now:
+            raise UserError(
+                f"{out}: this run was begun with {key} = {before}, not {now}; set it back or change out"
+            )
+    notice(f"resuming from {saved[-1]}")
+    return int(state["step"])
+
+
+def _headline(figures: Mapping[str, float], most: int = 6) -> dict[str, float]:
+    return dict(list(figures.items())[:most])
+
+
+@contextlib.contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """A question that turns true at the first SIGINT or SIGTERM; a second SIGINT interrupts at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Meter:
+    """Speed, and what a person sees of it: a bar in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, config: TrainConfig, first_step: int) -> None:
+        self._config, self._first = config, first_step
+        self._bar = progress(disable=not console.is_terminal)
+        self._task = self._bar.add_task("training", total=config.steps, completed=first_step)
+        self._last = time.perf_counter()
+        self._spent = 0.0
+        self._tokens = 0
+
+    def __enter__(self) -> _Meter:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def forget_time(self) -> None:
+        """Leave what happened since the last step out of the speed."""
+        self._last = time.perf_counter()
+
+    def step(self, step: int, loss: float, tokens: int) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._spent += seconds
+        self._tokens += tokens
+        speed = self._tokens / self._spent
+        text = f"loss {loss:.3f} · {speed:,.0f} tok/s"
+        self._bar.update(self._task, completed=step + 1, description=text)
+        if not console.is_terminal and (step + 1) % self._config.log_every == 0:
+            left = (self._config.steps - step - 1) * self._spent / (step + 1 - self._first)
+            notice(f"step {step + 1}/{self._config.steps} · {text} · {left / 60:.1f} min left")
+        return {"tokens_per_second": round(tokens / seconds, 1)}
+
+    def say(self, text: str) -> None:
+        console.print(text, markup=False)

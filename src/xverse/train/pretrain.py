@@ -1,0 +1,93 @@
+"""``xverse pretrain RECIPE``: from prepared shards to a model directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from xverse.config import UserError
+from xverse.data.feed import PretrainFeed
+from xverse.data.mixture import MixtureConfig
+from xverse.files import atomic_file
+from xverse.formats import save_hf
+from xverse.log import notice
+from xverse.model import XverseForCausalLM, init_weights, named_shape
+from xverse.train.loop import TrainConfig, fit
+from xverse.train.plot import plot_loss
+from xverse.train.validate import bits_per_byte
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe:
+    """What to train on which data. ``data`` is a folder that ``xverse data prepare`` made, ``out`` the run's
+    folder: ``metrics.jsonl``, ``checkpoints/``, ``loss.png``, and the finished model in ``model/``."""
+
+    shape: str
+    data: Path
+    out: Path
+    train: TrainConfig
+    sequence_length: int
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    seed: int = 0
+    valid_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length must be at least 2, not {self.sequence_length}")
+
+
+def pretrain(recipe: PretrainRecipe) -> Path:
+    """Run the recipe, or what is left of it after a kill; returns the finished model's directory.
+
+    Raises UserError for a shape that does not fit the data's tokenizer, and for an ``out`` of another run.
+    """
+    config = named_shape(recipe.shape)
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise UserError(
+            f"sequence_length {recipe.sequence_length} is beyond the {config.max_position_embeddings} "
+            f"positions of shape {recipe.shape}"
+        )
+    feed = PretrainFeed(recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed)
+    if feed.tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"shape {recipe.shape} has a vocabulary of {config.vocab_size}, the tokenizer of {recipe.data} "
+            f"one of {feed.tokenizer.vocab_size}; prepare the data with vocab_size: {config.vocab_size}"
+        )
+    model = XverseForCausalLM(config)
+    init_weights(model, recipe.seed)
+    tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
+    notice(f"{recipe.shape}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
+
+    def validate(model: XverseForCausalLM) -> dict[str, float]:
+        return bits_per_byte(
+            model,
+            feed,
+            batch_size=recipe.train.micro_batch_size or recipe.train.batch_size,
+            max_tokens=recipe.valid_tokens,
+            dtype=recipe.train.dtype,
+        )
+
+    identity = {
+        "shape": recipe.shape,
+        "tokenizer": feed.tokenizer.hash,
+        "sequence_length": recipe.sequence_length,
+        "seed": recipe.seed,
+        "mixture": feed.mixture.shares(),
+    }
+    fit(
+        model,
+        lambda step: feed.batch(step, recipe.train.batch_size),
+        recipe.train,
+        recipe.out,
+        validate=validate,
+        identity=json.loads(json.dumps(identity)),
+    )
+    plot_loss(recipe.out, f"pretraining {recipe.shape}")
+    with atomic_file(recipe.out / "recipe.json") as path:
+        path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
+    save_hf(model, feed.tokenizer, recipe.out / "model", torch.float32)
+    return recipe.out / "model"
