@@ -6,9 +6,14 @@ import argparse
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe, such as recipes/nano/pretrain.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as train.steps=100"
+        "recipe", metavar="RECIPE.yaml", help="the recipe, such as recipes/nano/pretrain.yaml"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change a key of the recipe, such as train.steps=100",
     )
 
 

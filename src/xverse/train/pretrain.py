@@ -23,7 +23,8 @@ from xverse.train.validate import bits_per_byte
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainRecipe:
-    """What to train on which data. ``data`` is a folder that ``xverse data prepare`` made, ``out`` the run's
+    """What to train on which data. ``initializer_range`` replaces the shape's: narrow models start better from
+    larger weights. ``data`` is a folder that ``xverse data prepare`` made, ``out`` the run's
     folder: ``metrics.jsonl``, ``checkpoints/``, ``loss.png``, and the finished model in ``model/``."""
 
     shape: str
@@ -32,6 +33,7 @@ class PretrainRecipe:
     train: TrainConfig
     sequence_length: int
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    initializer_range: float | None = None
     seed: int = 0
     valid_tokens: int = 16384
 
@@ -46,6 +48,8 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     Raises UserError for a shape that does not fit the data's tokenizer, and for an ``out`` of another run.
     """
     config = named_shape(recipe.shape)
+    if recipe.initializer_range is not None:
+        config = dataclasses.replace(config, initializer_range=recipe.initializer_range)
     if recipe.sequence_length > config.max_position_embeddings:
         raise UserError(
             f"sequence_length {recipe.sequence_length} is beyond the {config.max_position_embeddings} "
@@ -76,6 +80,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         "tokenizer": feed.tokenizer.hash,
         "sequence_length": recipe.sequence_length,
         "seed": recipe.seed,
+        "initializer_range": config.initializer_range,
         "mixture": feed.mixture.shares(),
     }
     fit(
@@ -89,5 +94,5 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     plot_loss(recipe.out, f"pretraining {recipe.shape}")
     with atomic_file(recipe.out / "recipe.json") as path:
         path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
-    save_hf(model, feed.tokenizer, recipe.out / "model", torch.float32)
+    save_hf(model, feed.tokenizer, recipe.out / "model", torch.float32, overwrite=True)
     return recipe.out / "model"
