@@ -1,0 +1,279 @@
+"""The acceptance list of the embedded model, for any model directory: checks, and greedy replies unedited.
+
+python recipes/nano/accept.py MODEL [--markdown FILE] [--max-new-tokens N]
+
+MODEL is a directory or ``nano``. Replies are greedy and otherwise as ``xverse chat`` gives them, with the
+repetition penalty of the model's own generation_config.json. The exit code is 1 where a check fails.
+``tests/test_nano.py`` holds the embedded model to the same functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xverse.config import UserError
+
+if TYPE_CHECKING:
+    from xverse.chat.session import Session
+
+PROMPTS = Path(__file__).resolve().parents[2] / "tests" / "nano" / "prompts.json"
+NAME = "XVERSE-nano"
+PARAMETERS = 11_406_592
+MOST_BYTES = 25_000_000
+MAX_NEW_TOKENS = 512
+LINE_AT_MOST = 3
+TITLES = {
+    "general": "Replies that end by themselves",
+    "identity": f"Who are you: names {NAME}",
+    "greetings": "Greetings answered in their language",
+    "conversations": "Three turns that keep the format",
+}
+SCRIPTS = {"zh": "CJK", "ja": "HIRAGANA", "ko": "HANGUL", "ru": "CYRILLIC", "ar": "ARABIC"}
+# A greeting is short, so Latin letters alone do not tell its language.
+WORDS = {
+    "en": {"hello", "hi", "hey", "good", "how", "help", "can", "you", "i", "am", "welcome", "nice"},
+    "fr": {"bonjour", "salut", "bonsoir", "comment", "puis", "je", "vous", "aider"},
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply. ``prompt`` is the last thing the user said, ``language`` what it is written in."""
+
+    group: str
+    language: str
+    prompt: str
+    text: str
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the acceptance table."""
+
+    title: str
+    total: int
+    problems: list[str]
+
+    @property
+    def passed(self) -> int:
+        return self.total - len(self.problems)
+
+
+def load_prompts(path: Path = PROMPTS) -> dict[str, Any]:
+    """The acceptance list: general, identity, greetings, conversations."""
+    prompts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return prompts
+
+
+def conversations(prompts: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """Everything to say to a model: (group, language, the user's turns), in the order of the groups."""
+    talks = [
+        (group, language, [prompt])
+        for group in ("general", "identity")
+        for language, texts in prompts[group].items()
+        for prompt in texts
+    ]
+    talks += [("greetings", greeting["language"], [greeting["prompt"]]) for greeting in prompts["greetings"]]
+    talks += [("conversations", language, turns) for language, turns in prompts["conversations"].items()]
+    return talks
+
+
+def load_greedy(model: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Session:
+    """A chat session that always takes the most probable token. Raises UserError for what is no model."""
+    from xverse.chat.session import load_session
+    from xverse.log import notice
+
+    return load_session(model, {"temperature": 0.0, "max_new_tokens": max_new_tokens}, notify=notice)
+
+
+def collect(session: Session, talks: Iterable[tuple[str, str, list[str]]]) -> list[Reply]:
+    """The replies to every turn of ``talks``. All run in one batch, turn after turn."""
+    talks = list(talks)
+    history: list[list[dict[str, str]]] = [[] for _ in talks]
+    replies: list[list[Reply]] = [[] for _ in talks]
+    for turn in range(max(len(turns) for _, _, turns in talks)):
+        going = [index for index, (_, _, turns) in enumerate(talks) if turn < len(turns)]
+        for index in going:
+            history[index].append({"role": "user", "content": talks[index][2][turn]})
+        answers = _generate(session, [history[index] for index in going])
+        for index, (text, reason) in zip(going, answers, strict=True):
+            group, language, turns = talks[index]
+            history[index].append({"role": "assistant", "content": text})
+            replies[index].append(Reply(group, language, turns[turn], text, reason))
+    return [reply for talk in replies for reply in talk]
+
+
+def _generate(
+    session: Session, conversations: Sequence[list[dict[str, str]]]
+) -> list[tuple[str, str | None]]:
+    from xverse.tokenizer import encode_chat
+
+    config = session.engine.model.config
+    handles = []
+    for messages in conversations:
+        prompt = encode_chat(
+            session.engine.tokenizer,
+            messages,
+            max_new_tokens=session.parameters.max_new_tokens,
+            max_positions=config.max_position_embeddings,
+            truncation=config.max_tokenizer_truncation,
+        )
+        request = session.parameters.request(prompt.ids, session.stop_ids)
+        handles.append(session.engine.submit(request))
+    texts = dict.fromkeys(handles, "")
+    reasons: dict[int, str | None] = dict.fromkeys(handles)
+    while session.engine.busy:
+        for event in session.engine.step():
+            texts[event.handle] += event.text
+            reasons[event.handle] = event.finish_reason
+    return [(texts[handle], reasons[handle]) for handle in handles]
+
+
+def problem(reply: Reply) -> str | None:
+    """What the acceptance list objects to in this reply, or None."""
+    found = unfinished(reply) or repetitive(reply.text) or role_text(reply.text)
+    if found is None and reply.group == "identity" and NAME not in reply.text:
+        found = f"does not name {NAME}"
+    if found is None and reply.group == "greetings":
+        found = wrong_language(reply.text, reply.language)
+    return found
+
+
+def unfinished(reply: Reply) -> str | None:
+    """Whether the reply is empty, or was cut off instead of ending by itself."""
+    if reply.finish_reason != "stop":
+        return f"does not end by itself ({reply.finish_reason})"
+    return None if reply.text.strip() else "is empty"
+
+
+def repetitive(text: str) -> str | None:
+    """Whether one line stands in the reply more than three times."""
+    lines = Counter(line.strip() for line in text.splitlines() if line.strip())
+    for line, count in lines.most_common(1):
+        if count > LINE_AT_MOST:
+            return f"has the line {line!r} {count} times"
+    return None
+
+
+def role_text(text: str) -> str | None:
+    """Whether the reply goes on to speak for somebody, which only the chat format may."""
+    found = re.search(r"(Human|Assistant|Exec):", text)
+    return f"contains {found[0]!r}" if found else None
+
+
+def wrong_language(text: str, language: str) -> str | None:
+    """Whether a short reply is in another language than ``language``: by its script, or by its words."""
+    text = re.sub("xverse(-nano)?", "", text, flags=re.IGNORECASE)
+    letters = [unicodedata.name(letter, "") for letter in text if letter.isalpha()]
+    script = SCRIPTS.get(language, "LATIN")
+    share = sum(name.startswith(script) for name in letters) / max(len(letters), 1)
+    kana = any(name.startswith(("HIRAGANA", "KATAKANA")) for name in letters)
+    if language == "ja":
+        return None if kana else "is not in ja: no kana"
+    if share <= 0.5 or (language == "zh" and kana):
+        return f"is not in {language}: {share:.0%} of its letters are {script}"
+    if language == "en" and not text.isascii():
+        return "is not in en: not all of it is ASCII"
+    words = set(re.findall(r"[^\W\d_]+", text.lower()))
+    if language in WORDS and not words & WORDS[language]:
+        return f"is not in {language}: none of its words is known"
+    return None
+
+
+def size_problems(path: Path, parameters: int) -> list[str]:
+    """What is wrong with the size of the embedded model: its parameters, and its files in git."""
+    found = []
+    if parameters != PARAMETERS:
+        found.append(f"{parameters:,} parameters, not {PARAMETERS:,}")
+    size = directory_bytes(path)
+    if size > MOST_BYTES:
+        found.append(f"{path}: {size:,} bytes, more than {MOST_BYTES:,}")
+    return found
+
+
+def directory_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def checks(replies: Sequence[Reply], sizes: list[str]) -> list[Check]:
+    """The rows of the acceptance table; ``sizes`` is what ``size_problems`` found."""
+    rows = []
+    for group, title in TITLES.items():
+        members = [reply for reply in replies if reply.group == group]
+        found = [f"{reply.prompt!r}: {text}" for reply in members if (text := problem(reply))]
+        rows.append(Check(title, len(members), found))
+    repeated = [f"{reply.prompt!r}: {text}" for reply in replies if (text := repetitive(reply.text))]
+    rows.append(Check(f"No line more than {LINE_AT_MOST} times", len(replies), repeated))
+    rows.append(Check(f"{PARAMETERS:,} parameters; at most {MOST_BYTES // 10**6} MB", 2, sizes))
+    return rows
+
+
+def as_text(rows: Sequence[Check], replies: Sequence[Reply]) -> str:
+    """Table and replies for a terminal."""
+    lines = []
+    for row in rows:
+        lines.append(f"{'FAIL' if row.problems else 'ok':4}  {row.passed:3} of {row.total:3}  {row.title}")
+        lines += [f"      {text}" for text in row.problems]
+    for group in TITLES:
+        lines += ["", f"== {group}"]
+        for reply in (reply for reply in replies if reply.group == group):
+            lines += [f"{'!' if problem(reply) else ' '} > {reply.prompt}", reply.text]
+    return "\n".join(lines) + "\n"
+
+
+def as_markdown(rows: Sequence[Check], replies: Sequence[Reply]) -> str:
+    """Table and replies for a model card. Replies stand in code blocks, which show them as they are."""
+    lines = ["| Check | Passed |", "|---|---|"]
+    lines += [f"| {row.title} | {row.passed} of {row.total} |" for row in rows]
+    for row in rows:
+        if row.problems:
+            lines += ["", f"{row.title}, failed:", "", *(f"- {text}" for text in row.problems)]
+    for group, title in TITLES.items():
+        members = [reply for reply in replies if reply.group == group]
+        lines += ["", f"### {title}", "", f"{len(members)} greedy replies, unedited."]
+        for reply in members:
+            longest = max((len(run) for run in re.findall("`+", reply.text)), default=0)
+            fence = "`" * max(3, longest + 1)
+            lines += ["", f"**{reply.prompt}**", "", f"{fence}text", reply.text, fence]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Hold a model directory to the embedded model's list.")
+    parser.add_argument("model", metavar="MODEL", help="model directory, or nano")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write table and replies as Markdown")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest reply"
+    )
+    args = parser.parse_args(arguments)
+
+    from xverse.files import atomic_file
+    from xverse.formats import resolve
+
+    try:
+        session = load_greedy(args.model, args.max_new_tokens)
+        replies = collect(session, conversations(load_prompts()))
+        parameters = sum(tensor.numel() for tensor in session.engine.model.parameters())
+        rows = checks(replies, size_problems(resolve(args.model), parameters))
+        if args.markdown is not None:
+            with atomic_file(args.markdown) as temporary:
+                temporary.write_text(as_markdown(rows, replies), encoding="utf-8")
+    except UserError as error:
+        print(f"accept: {error}", file=sys.stderr)
+        return 2
+    sys.stdout.write(as_text(rows, replies))
+    return 1 if any(row.problems for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
