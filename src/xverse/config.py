@@ -65,7 +65,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        return _convert(next(option for option in options if option is not type(None)), value, where)
+        kinds = [option for option in options if option is not type(None)]
+        fitting = [option for option in kinds if _is_mapping(option) == isinstance(value, Mapping)]
+        return _convert((fitting or kinds)[0], value, where)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     if origin is list:
@@ -101,6 +103,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise UserError(f"{where}: expected {hint.__name__}, found {type(value).__name__} '{value}'")
+
+
+def _is_mapping(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
 
 
 def load(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
