@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
+
+from xverse.config import UserError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -46,15 +50,42 @@ def progress(**options: Any) -> Progress:
 
 
 class JsonlLog:
-    """Append-only records, one JSON object a line, each with the time in seconds since the epoch."""
+    """Append-only records, one JSON object a line, each with the time in seconds since the epoch.
+
+    Raises UserError where the file cannot be written.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - open for the run
+        self._path = Path(path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            half = _ends_half_way(self._path)
+            self._file: TextIO = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._failed(error) from error
+        if half:
+            self._file.write("\n")  # or the next record would be lost with the half one
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failed(error) from error
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told by write
+            self._file.close()
+
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(f"{self._path}: cannot be written ({error.strerror})")
+
+
+def _ends_half_way(path: Path) -> bool:
+    """Whether the last line of a file was cut off, as a full disk does."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
