@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import json
 import math
 import signal
 import time
@@ -19,7 +21,13 @@ from xverse.config import UserError
 from xverse.data.feed import Batch, prefetch
 from xverse.log import JsonlLog, console, notice, progress
 from xverse.model import IGNORE, Packed, XverseForCausalLM, linear_cross_entropy
-from xverse.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from xverse.train.checkpoint import (
+    checkpoints,
+    clear_leftovers,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from xverse.train.optimizer import cosine_lr, make_adamw
 
 Validate = Callable[[XverseForCausalLM], dict[str, float]]
@@ -28,8 +36,8 @@ Validate = Callable[[XverseForCausalLM], dict[str, float]]
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train. ``batch_size`` is in sequences per optimizer step; ``micro_batch_size`` of them go
-    through the model at a time (0: all). ``validate_every`` and ``checkpoint_every`` are in steps
-    (0: only at the end)."""
+    through the model at a time (0: all). ``grad_clip`` is the largest gradient norm (0: any).
+    ``validate_every`` and ``checkpoint_every`` are in steps (0: only at the end)."""
 
     steps: int
     batch_size: int
@@ -48,9 +56,15 @@ class TrainConfig:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate", "keep_checkpoints", "log_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name, value in dataclasses.asdict(self).items():
+            if name in ("beta1", "beta2"):
+                if not 0 <= value < 1:
+                    raise ValueError(f"{name} must be at least 0 and below 1, not {value}")
+            elif name in ("steps", "batch_size", "learning_rate", "keep_checkpoints", "log_every"):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{name} must be positive, not {value}")
+            elif name != "dtype" and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must not be negative, not {value}")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
@@ -81,15 +95,28 @@ def fit(
     else decides the losses: raises UserError where ``out`` holds a run begun with other values. SIGINT and
     SIGTERM save a checkpoint and raise Interrupted.
     """
-    identity = {
-        **(identity or {}),
-        **{key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY},
-    }
+    settings = dataclasses.asdict(config)
+    identity = {**(identity or {}), **{key: settings[key] for key in settings if key not in NOT_IDENTITY}}
+    identity = json.loads(json.dumps(identity))  # as it will be read back
     optimizer = make_adamw(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
-    first_step = _resume(out, model, optimizer, identity)
-    if first_step == config.steps:
-        notice(f"{out}: this run is finished ({config.steps} steps)")
-        return
+    with _alone(out):
+        first_step = _resume(out, model, optimizer, identity)
+        if first_step == config.steps:
+            notice(f"{out}: this run is finished ({config.steps} steps)")
+            return
+        _train(model, optimizer, batch_at, config, out, first_step, validate, identity)
+
+
+def _train(
+    model: XverseForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    batch_at: Callable[[int], Batch],
+    config: TrainConfig,
+    out: Path,
+    first_step: int,
+    validate: Validate | None,
+    identity: Mapping[str, Any],
+) -> None:
     log = JsonlLog(out / "metrics.jsonl")
     meter = _Meter(config, first_step)
     batches = prefetch(batch_at(step) for step in range(first_step, config.steps))
@@ -108,8 +135,8 @@ def fit(
             loss, grad_norm = train_step(model, optimizer, batch, config)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise UserError(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged; "
-                    f"lower learning_rate and resume from {out} or begin in another folder"
+                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: the run diverged; "
+                    "begin again in another out with a lower learning_rate or more warmup_steps"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -117,13 +144,13 @@ def fit(
             log.write({**record, **meter.step(step, loss, batch.tokens.numel())})
             done = step + 1
             last = done == config.steps
-            if validate and (last or (config.validate_every and done % config.validate_every == 0)):
-                figures = validate(model)
+            due = config.validate_every and done % config.validate_every == 0 and not stop()
+            figures = validate(model) if validate and (last or due) else {}
+            if figures:
                 log.write({"step": step, "valid": figures})
                 meter.say(
                     f"step {done}: " + " · ".join(f"{k} {v:.3f}" for k, v in _headline(figures).items())
                 )
-                meter.forget_time()
             if last or stop() or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 path = save_checkpoint(
                     out, done, model, optimizer, {"identity": identity}, config.keep_checkpoints
@@ -133,6 +160,7 @@ def fit(
                         f"stopped after step {done}; {path.name} is saved, the same command goes on from it"
                     )
                     raise Interrupted
+            meter.forget_time()
 
 
 def train_step(
@@ -168,21 +196,54 @@ def sum_loss(
         )
 
 
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a run's folder, making it: two processes in it would mix their records and checkpoints."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+    with lock:  # the system lets go of it however the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another process is training in this folder") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def _resume(
     out: Path, model: XverseForCausalLM, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
 ) -> int:
+    """Load the newest checkpoint, if there is one; returns the number of steps done."""
+    clear_leftovers(out)
     saved = checkpoints(out)
     if not saved:
         return 0
-    state = load_checkpoint(saved[-1], model, optimizer)
-    for key in sorted({*identity, *state["identity"]}):
-        before, now = state["identity"].get(key), identity.get(key)
-        if before != now:
-            raise UserError(
-                f"{out}: this run was begun with {key} = {before}, not {now}; set it back or change out"
-            )
+    state = read_state(saved[-1])
+    begun = state["identity"]
+    # A key that the checkpoint does not have yet came with a later version of this code.
+    found = _difference(begun, {key: value for key, value in identity.items() if key in begun})
+    if found:
+        raise UserError(f"{out}: this run was begun with {found}; set it back or change out")
+    load_checkpoint(saved[-1], model, optimizer)
     notice(f"resuming from {saved[-1]}")
     return int(state["step"])
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:
+    """The first key, with its path, that differs: ``mixture.zh = 0.5, not 0.4``; or an empty string."""
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found = _difference(old, new, f"{path}{key}.")
+            if found:
+                return found
+        elif old != new:
+            return f"{path}{key} = {old}, not {new}"
+    return ""
 
 
 def _headline(figures: Mapping[str, float], most: int = 6) -> dict[str, float]:
@@ -214,7 +275,7 @@ class _Meter:
         self._config, self._first = config, first_step
         self._bar = progress(disable=not console.is_terminal)
         self._task = self._bar.add_task("training", total=config.steps, completed=first_step)
-        self._last = time.perf_counter()
+        self._start = self._last = time.perf_counter()
         self._spent = 0.0
         self._tokens = 0
 
@@ -226,7 +287,7 @@ class _Meter:
         self._bar.stop()
 
     def forget_time(self) -> None:
-        """Leave what happened since the last step out of the speed."""
+        """Leave what happened since the last step (validation, a checkpoint) out of the speed."""
         self._last = time.perf_counter()
 
     def step(self, step: int, loss: float, tokens: int) -> dict[str, float]:
@@ -237,9 +298,10 @@ class _Meter:
         speed = self._tokens / self._spent
         text = f"loss {loss:.3f} · {speed:,.0f} tok/s"
         self._bar.update(self._task, completed=step + 1, description=text)
-        if not console.is_terminal and (step + 1) % self._config.log_every == 0:
-            left = (self._config.steps - step - 1) * self._spent / (step + 1 - self._first)
-            notice(f"step {step + 1}/{self._config.steps} · {text} · {left / 60:.1f} min left")
+        done, steps = step + 1, self._config.steps
+        if not console.is_terminal and (done % self._config.log_every == 0 or done == steps):
+            left = (steps - done) * (now - self._start) / (done - self._first)
+            notice(f"step {done}/{steps} · {text} · {left / 60:.1f} min left")
         return {"tokens_per_second": round(tokens / seconds, 1)}
 
     def say(self, text: str) -> None:

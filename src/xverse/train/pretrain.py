@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from xverse.data.mixture import MixtureConfig
 from xverse.files import atomic_file
 from xverse.formats import save_hf
 from xverse.log import notice
-from xverse.model import XverseForCausalLM, init_weights, named_shape
+from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.train.loop import TrainConfig, fit
 from xverse.train.plot import plot_loss
 from xverse.train.validate import bits_per_byte
@@ -23,11 +25,13 @@ from xverse.train.validate import bits_per_byte
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainRecipe:
-    """What to train on which data. ``initializer_range`` replaces the shape's: narrow models start better from
-    larger weights. ``data`` is a folder that ``xverse data prepare`` made, ``out`` the run's
-    folder: ``metrics.jsonl``, ``checkpoints/``, ``loss.png``, and the finished model in ``model/``."""
+    """What to train on which data. ``shape`` is a name, or the keys of ``XverseConfig``.
+    ``initializer_range`` replaces the shape's: narrow models start better from larger weights. ``data`` is a
+    folder that ``xverse data prepare`` made, ``out`` the run's folder: ``metrics.jsonl``, ``checkpoints/``,
+    ``loss.png``, and the finished model in ``model/``. ``valid_tokens`` bounds the held-out text of each
+    source that is scored (0: all of it)."""
 
-    shape: str
+    shape: str | XverseConfig
     data: Path
     out: Path
     train: TrainConfig
@@ -40,6 +44,10 @@ class PretrainRecipe:
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, not {self.sequence_length}")
+        if self.valid_tokens < 0:
+            raise ValueError(f"valid_tokens must not be negative, not {self.valid_tokens}")
+        if self.initializer_range is not None and not 0 < self.initializer_range < math.inf:
+            raise ValueError(f"initializer_range must be positive, not {self.initializer_range}")
 
 
 def pretrain(recipe: PretrainRecipe) -> Path:
@@ -47,37 +55,39 @@ def pretrain(recipe: PretrainRecipe) -> Path:
 
     Raises UserError for a shape that does not fit the data's tokenizer, and for an ``out`` of another run.
     """
-    config = named_shape(recipe.shape)
+    config = named_shape(recipe.shape) if isinstance(recipe.shape, str) else recipe.shape
+    name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
     if recipe.initializer_range is not None:
         config = dataclasses.replace(config, initializer_range=recipe.initializer_range)
     if recipe.sequence_length > config.max_position_embeddings:
         raise UserError(
             f"sequence_length {recipe.sequence_length} is beyond the {config.max_position_embeddings} "
-            f"positions of shape {recipe.shape}"
+            f"positions of shape {name}"
         )
     feed = PretrainFeed(recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed)
     if feed.tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"shape {recipe.shape} has a vocabulary of {config.vocab_size}, the tokenizer of {recipe.data} "
+            f"shape {name} has a vocabulary of {config.vocab_size}, the tokenizer of {recipe.data} "
             f"one of {feed.tokenizer.vocab_size}; prepare the data with vocab_size: {config.vocab_size}"
         )
     model = XverseForCausalLM(config)
     init_weights(model, recipe.seed)
     tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
-    notice(f"{recipe.shape}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
+    notice(f"shape {name}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
 
     def validate(model: XverseForCausalLM) -> dict[str, float]:
         return bits_per_byte(
             model,
             feed,
             batch_size=recipe.train.micro_batch_size or recipe.train.batch_size,
-            max_tokens=recipe.valid_tokens,
+            max_tokens=recipe.valid_tokens or None,
             dtype=recipe.train.dtype,
         )
 
     identity = {
-        "shape": recipe.shape,
+        "shape": recipe.shape if isinstance(recipe.shape, str) else dataclasses.asdict(recipe.shape),
         "tokenizer": feed.tokenizer.hash,
+        "data": _digest(feed),
         "sequence_length": recipe.sequence_length,
         "seed": recipe.seed,
         "initializer_range": config.initializer_range,
@@ -89,10 +99,18 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         recipe.train,
         recipe.out,
         validate=validate,
-        identity=json.loads(json.dumps(identity)),
+        identity=identity,
     )
-    plot_loss(recipe.out, f"pretraining {recipe.shape}")
     with atomic_file(recipe.out / "recipe.json") as path:
         path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
     save_hf(model, feed.tokenizer, recipe.out / "model", torch.float32, overwrite=True)
+    plot_loss(recipe.out, f"pretraining, shape {name}", validation="bits per byte")
     return recipe.out / "model"
+
+
+def _digest(feed: PretrainFeed) -> str:
+    """What the training shards hold: the same settings over other text are another run."""
+    digest = hashlib.sha256()
+    for name, shard in feed.train.items():
+        digest.update(f"{name} {shard.header.tokens_sha256}\n".encode())
+    return digest.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 
@@ -16,7 +15,8 @@ from xverse.train.loop import sum_loss
 def bits_per_byte(
     model: XverseForCausalLM, feed: PretrainFeed, *, batch_size: int, max_tokens: int | None, dtype: str
 ) -> dict[str, float]:
-    """Bits per UTF-8 byte of each source's held-out text, after "all", their plain mean over sources.
+    """Bits per UTF-8 byte of each source's held-out text, after "all", their plain mean over sources;
+    nothing where no text is held out.
 
     The loss in nats / ln 2 / the bytes that the scored tokens stand for. Unlike the loss per token it
     compares models of different tokenizers. ``max_tokens`` bounds the text of one source.
@@ -29,8 +29,4 @@ def bits_per_byte(
             size += scored_bytes
         if size:
             figures[name] = nats / math.log(2) / size
-    return {"all": mean(figures), **figures}
-
-
-def mean(figures: Mapping[str, float]) -> float:
-    return sum(figures.values()) / len(figures) if figures else math.nan
+    return {"all": sum(figures.values()) / len(figures), **figures} if figures else {}
