@@ -6,60 +6,80 @@ import json
 from pathlib import Path
 from typing import Any
 
+from xverse.files import atomic_file
 from xverse.log import notice
+
+Figures = list[tuple[int, dict[str, float]]]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``, in order of steps. A step that ran again after a kill stands once,
-    as it last ran; a half-written last line is passed over."""
-    steps: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The records of ``metrics.jsonl``, in order of steps.
+
+    Where a run went back to a checkpoint, what it does again replaces what was recorded from that step on;
+    a line that was cut off is passed over.
+    """
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        steps[record["step"], "valid" in record] = record
-    return [steps[key] for key in sorted(steps)]
+        while "valid" not in record and records and records[-1]["step"] >= record["step"]:
+            records.pop()
+        records.append(record)
+    return records
 
 
-def plot_loss(out: Path, title: str) -> Path | None:
-    """Draw ``out/loss.png`` from ``out/metrics.jsonl``; returns None where matplotlib is not installed."""
+def plot_loss(out: Path, title: str, validation: str = "nats per token") -> Path | None:
+    """Draw ``out/loss.png`` from ``out/metrics.jsonl``; ``validation`` is the unit of its figures.
+
+    Returns None where matplotlib is not installed or nothing is recorded.
+    """
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure  # not pyplot, which would open windows and change a notebook's
     except ImportError:
         notice('no loss curve: matplotlib is missing; pip install "xverse-lm[track]"')
         return None
-    records = read_metrics(out / "metrics.jsonl")
+    file = out / "metrics.jsonl"
+    records = read_metrics(file) if file.exists() else []
     train = [(record["step"] + 1, record["loss"]) for record in records if "loss" in record]
-    valid = [(record["step"] + 1, record["valid"]) for record in records if "valid" in record]
-    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    valid = [(record["step"] + 1, record["valid"]) for record in records if record.get("valid")]
+    if not train:
+        notice(f"no loss curve: {file} holds no steps")
+        return None
+    figure = Figure(figsize=(12 if valid else 8, 5), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, 2 if valid else 1, squeeze=False)[0]
     steps, losses = zip(*train, strict=True)
-    axis.plot(steps, losses, color="0.8", linewidth=0.7, label="loss of each step")
-    axis.plot(steps, _smooth(losses), color="tab:blue", label="smoothed")
-    axis.set(xlabel="step", ylabel="training loss (nats per token)", title=title)
-    handles, labels = axis.get_legend_handles_labels()
+    smooth = _smooth(losses)
+    panels[0].plot(steps, losses, color="0.8", linewidth=0.7, label="each step")
+    panels[0].plot(steps, smooth, color="tab:blue", label=f"smoothed, at last {smooth[-1]:.3f}")
+    panels[0].set_ylabel("training loss (nats per token)")
     if valid:
-        right = axis.twinx()
-        for name, color in zip(
-            list(valid[-1][1])[:4], ("black", "tab:red", "tab:green", "tab:orange"), strict=False
-        ):
-            points = [(step, figures[name]) for step, figures in valid if name in figures]
-            right.plot(
-                *zip(*points, strict=True), "o--", markersize=3, color=color, label=f"validation: {name}"
-            )
-        right.set_ylabel("validation")
-        handles, labels = (
-            a + b for a, b in zip((handles, labels), right.get_legend_handles_labels(), strict=True)
-        )
-    axis.legend(handles, labels)
-    axis.grid(alpha=0.3)
+        _draw_validation(panels[1], valid)
+        panels[1].set_ylabel(f"validation ({validation})")
+    for panel in panels:
+        panel.set(xlabel="step", xlim=(0, steps[-1] * 1.02))
+        panel.grid(alpha=0.3)
+        panel.legend()
     path = out / "loss.png"
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     return path
+
+
+def _draw_validation(panel: Any, valid: Figures) -> None:
+    """One line for each figure. Of many only the first ("all"), the highest and the lowest are named."""
+    last = valid[-1][1]
+    first, *others = last
+    ranked = sorted(others, key=lambda name: last[name], reverse=True)
+    named = [first, *(ranked if len(ranked) <= 5 else (ranked[0], ranked[-1]))]
+    for name in (*ranked, first):
+        points = [(step, figures[name]) for step, figures in valid if name in figures]
+        style = {"color": "0.8"} if name not in named else {"label": f"{name} {last[name]:.3f}"}
+        if name == first:
+            style |= {"color": "black", "linewidth": "2.5"}
+        panel.plot(*zip(*points, strict=True), "o-", markersize=3, zorder=2 + (name in named), **style)
 
 
 def _smooth(values: tuple[float, ...], weight: float = 0.97) -> list[float]:
