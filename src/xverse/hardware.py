@@ -44,7 +44,7 @@ _PEAKS = (  # the driver's names, in the order in which they are tried
     (r"H100 80GB HBM3", Peaks(989e12, 3350e9)),
     (r"H200 NVL", Peaks(835e12, 4800e9)),
     (r"H200", Peaks(989e12, 4800e9)),
-    (r"B200", Peaks(2250e12, 8000e9)),
+    (r"B200", Peaks(2250e12, 7700e9)),
 )
 
 
@@ -53,9 +53,18 @@ def device_peaks(name: str) -> Peaks | None:
 
     None rather than a guess: a share of an unknown peak prints as "unknown".
 
-    Sources: NVIDIA's A100 and A800 data sheets (SXM and PCIe, 80 GB and 40 GB), H100 data sheet (SXM, PCIe,
-    NVL), H200 data sheet (SXM, NVL), DGX B200 data sheet (an eighth of the system). Where a sheet prints
-    figures "with sparsity", half of them.
+    Sources: NVIDIA's published figures as others quote them, not read in the data sheets themselves; of
+    figures "with sparsity", half.
+
+    - A100: 312 TFLOP/s; 1,555 GB/s (40 GB), 1,935 (80 GB PCIe), 2,039 (80 GB SXM). Several tables agree.
+    - A800: an A100 with slower NVLink. Tables give 312 TFLOP/s, and 2,039 GB/s for SXM; that PCIe has the
+      A100's 1,935 is inferred.
+    - H100: 1,979 (SXM), 1,513 (PCIe) and 1,671 TFLOP/s (NVL) with sparsity; 3.35, 2 and 3.9 TB/s. NVIDIA's
+      product brief of the PCIe card says "greater than 2,000" GB/s; NVL was announced with 1,980.
+    - H200: SXM as H100 SXM, with 4.8 TB/s, and NVL the same bandwidth. That NVL computes as H100 NVL is
+      inferred.
+    - B200: 4.5 PFLOP/s with sparsity and 7.7 TB/s, from NVIDIA's HGX B200 table. Its DGX B200 page says
+      64 TB/s for eight; drivers report a bus of 7,680 bits at 3,996 MHz, which is 7.67.
     """
     for pattern, peaks in _PEAKS:
         if re.fullmatch(rf"(NVIDIA )?{pattern}", name):

@@ -1,1 +1,1 @@
-"""Measurements: each prints human text and, as its last line, one JSON object."""
+"""Measurements. Each prints a table for people and returns the figures that end up in one JSON object."""

@@ -1,0 +1,80 @@
+"""What a person waits for: ``xverse --help``, and a first answer from the embedded model."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xverse.bench.report import Row, at_most, show
+from xverse.config import UserError
+from xverse.formats import resolve
+from xverse.log import notice
+
+HELP_TARGET = 0.3  # seconds, median
+CHAT_TARGET = 5.0  # seconds, median
+QUESTION = "你好"
+
+
+def run(help_runs: int = 7, chat_runs: int = 3, model: str = "nano") -> dict[str, Any]:
+    """Wall time of fresh processes, from start to exit. Without the embedded model, the second figure is
+    not measured and the result says why."""
+    notice(f"startup: {help_runs} × xverse --help, {chat_runs} × xverse chat --ask {QUESTION}")
+    helps, _ = wall_times(["--help"], help_runs)
+    result: dict[str, Any] = {
+        "bench": "startup",
+        "help_s": round(statistics.median(helps), 4),
+        "help_runs_s": helps,
+        "help_target_s": HELP_TARGET,
+        "chat_s": None,
+        "chat_target_s": CHAT_TARGET,
+    }
+    label, chat = f"xverse chat --ask {QUESTION}", Row("", "")
+    try:
+        resolve(model)
+    except UserError as error:
+        result["chat_not_measured"] = str(error)
+        chat = Row(label, f"not measured: {error}", f"target ≤ {CHAT_TARGET:g} s")
+    else:
+        named = [] if model == "nano" else ["--model", model]
+        chats, reply = wall_times(["chat", *named, "--ask", QUESTION], chat_runs)
+        result |= {"chat_s": round(statistics.median(chats), 4), "chat_runs_s": chats, "chat_reply": reply}
+        chat = Row(label, _seconds(chats), at_most(CHAT_TARGET, result["chat_s"], "s"))
+    rows = [Row("xverse --help", _seconds(helps), at_most(HELP_TARGET, result["help_s"], "s")), chat]
+    show("startup: wall time of fresh processes", rows)
+    return result
+
+
+def wall_times(arguments: Sequence[str], runs: int) -> tuple[list[float], str]:
+    """Seconds of each of ``runs`` processes ``xverse ARGUMENTS``, and the stdout of the first.
+
+    Raises UserError with the last line of stderr where one of them fails.
+    """
+    command = [*program(), *arguments]
+    times: list[float] = []
+    said = ""
+    for number in range(runs):
+        start = time.perf_counter()
+        process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
+        times.append(round(time.perf_counter() - start, 4))
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+            raise UserError(f"xverse {' '.join(arguments)} failed: {lines[-1]}")
+        said = said if number else process.stdout.strip()
+    return times, said
+
+
+def program() -> list[str]:
+    """The installed command of this interpreter, as a person starts it; else the module."""
+    script = shutil.which("xverse", path=str(Path(sys.executable).parent))
+    return [script] if script else [sys.executable, "-m", "xverse.cli"]
+
+
+def _seconds(times: Sequence[float]) -> str:
+    each = ", ".join(f"{seconds:.2f}" for seconds in times)
+    return f"{statistics.median(times):.3f} s (median of {each})"

@@ -1,0 +1,85 @@
+"""``xverse bench [NAME]``: measure speed and memory on this machine; the last line of stdout is JSON."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from xverse.config import UserError
+
+# Of `xverse bench` alone, in this order; each with its own defaults.
+ALL = ("startup", "infer", "train", "load")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Without a name: all of them in turn. The last line of stdout is one JSON object."
+    names = parser.add_subparsers(dest="name", metavar="|".join(ALL))
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return names.add_parser(name, help=text, description=text, formatter_class=parser.formatter_class)
+
+    add("startup", "wall time of xverse --help and of a first answer, in fresh processes")
+
+    infer = add("infer", "prefill and decode speed beside the measured memory bandwidth")
+    which = infer.add_mutually_exclusive_group()
+    which.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
+    which.add_argument("--shape", metavar="S", help="a named shape with random weights, such as 7b")
+    infer.add_argument("--prompt-tokens", type=positive, default=512, metavar="N", help="length of a prompt")
+    infer.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="timed steps")
+    infer.add_argument("--batch", type=positive, default=1, metavar="N", help="requests at once")
+    infer.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as chat does)")
+    infer.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: as chat does)"
+    )
+
+    train = add("train", "pretraining speed and memory against transformers' Llama of the same shape")
+    train.add_argument("--shape", default="mini", metavar="S", help="a named shape")
+    train.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences per step")
+    train.add_argument("--sequence-length", type=positive, default=512, metavar="N", help="tokens of each")
+    train.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps of each side")
+    train.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
+
+    load = add("load", "peak memory while loading, against the size of the weights")
+    load.add_argument("--shape", default="7b", metavar="S", help="a named shape")
+    load.add_argument("--directory", metavar="DIR", help="where the weights are made (default: $TMPDIR)")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as a flag's value."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from xverse.bench.report import finish
+
+    options = dict(vars(args))
+    name = options.pop("name")
+    if name is None:
+        finish(run_all({each: benchmark(each) for each in ALL}))
+    else:
+        finish(benchmark(name)(**options))
+    return 0
+
+
+def benchmark(name: str) -> Callable[..., dict[str, Any]]:
+    """The measurement behind a name."""
+    import importlib
+
+    measure: Callable[..., dict[str, Any]] = importlib.import_module(f"xverse.bench.{name}").run
+    return measure
+
+
+def run_all(benchmarks: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+    """Every measurement that this machine has room for; of the others, why they were not made."""
+    results: dict[str, Any] = {}
+    for name, measure in benchmarks.items():
+        try:
+            results[name] = measure()
+        except UserError as error:
+            results[name] = {"bench": name, "not_measured": str(error)}
+            print(f"{name}\n  not measured: {error}")
+        print()
+    return {"bench": "all", "results": results}

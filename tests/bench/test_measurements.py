@@ -1,0 +1,153 @@
+"""Every measurement runs end to end on a tiny shape, and counts what it says that it counts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xverse.bench import infer, load, startup, train
+from xverse.bench.report import finish
+from xverse.chat import session
+from xverse.config import UserError
+from xverse.formats import save_hf
+from xverse.model import FullCausal, XverseConfig, named_shape
+
+TINY = XverseConfig(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=128,
+)
+
+
+def printed(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The object of the last line, which holds ``result`` and where it was measured."""
+    finish(result)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"commit", "version", "versions", "hardware"} <= found.keys()
+    assert result.items() <= found.items()
+    return found
+
+
+def test_startup(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_hf(tiny_model, tiny_tokenizer, tmp_path / "model", generation_config={"max_new_tokens": 4})
+    found = printed(startup.run(help_runs=2, chat_runs=1, model=str(tmp_path / "model")), capsys)
+    assert 0 < found["help_s"] < found["chat_s"]
+    assert len(found["help_runs_s"]) == 2
+    assert len(found["chat_runs_s"]) == 1
+
+
+def test_startup_without_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = startup.run(help_runs=1, model=str(tmp_path / "none"))
+    assert found["chat_s"] is None
+    assert found["chat_not_measured"].startswith("no model ")
+    assert "not measured: no model" in " ".join(capsys.readouterr().out.split())
+
+
+def test_startup_says_what_failed() -> None:
+    with pytest.raises(UserError, match="xverse hepl failed: xverse: unknown verb 'hepl'"):
+        startup.wall_times(["hepl"], 1)
+
+
+def test_infer(capsys: pytest.CaptureFixture[str]) -> None:
+    model = infer.random_model(TINY, torch.bfloat16)
+    tokenizer = infer.placeholder_tokenizer(TINY.vocab_size)
+    before = torch.get_num_threads()
+    result = infer.measure(model, tokenizer, "tiny", prompt_tokens=20, new_tokens=6, batch=3, threads=1)
+    assert torch.get_num_threads() == before
+    found = printed(result, capsys)
+    assert (found["batch"], found["context"], found["dtype"]) == (3, 26, "bfloat16")
+    assert found["weights_gb"] == pytest.approx(2 * TINY.num_parameters() / 1e9, abs=5e-5)
+    assert len(found["decode_runs_tok_s"]) == found["rounds"] == 3
+    assert len(found["device_read_samples_gb_s"]) == 4
+    for name in ("decode_tok_s", "prefill_tok_s", "read_gb_s", "device_read_gb_s", "read_share"):
+        assert found[name] > 0
+    if sys.platform == "linux":
+        assert 0.01 < found["rss_gb"] < 8
+
+
+def test_infer_counts_what_a_step_reads() -> None:
+    """All weights but the embedding, of it one row per request, and the keys and values."""
+    with torch.device("meta"):
+        model = infer.XverseForCausalLM(TINY).bfloat16()
+    table = TINY.vocab_size * TINY.hidden_size
+    weights = 2 * (TINY.num_parameters() - table + 2 * TINY.hidden_size)
+    kv = 2 * 2 * TINY.num_hidden_layers * TINY.hidden_size  # keys and values, 2 bytes each
+    assert infer._step_bytes(model, batch=2, positions=10) == weights + 10 * kv
+
+
+def test_infer_context() -> None:
+    with pytest.raises(UserError, match="100 prompt and 60 new tokens at batch 1 need 162 positions"):
+        infer.check_context(TINY, 100, 60, 1)
+
+
+def test_infer_follows_chat() -> None:
+    assert infer.FLOAT32_BELOW == session._FLOAT32_BELOW
+    assert infer.ONE_THREAD_BELOW == session._ONE_THREAD_BELOW
+
+
+def test_random_weights_work() -> None:
+    model = infer.random_model(TINY, torch.float32)
+    logits = model(torch.arange(4, 12)[None], FullCausal(1, 8))  # [1, 8, V]
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+    assert sum(p.numel() for p in model.parameters()) == TINY.num_parameters()
+
+
+def test_train(capsys: pytest.CaptureFixture[str]) -> None:
+    size = {"batch_size": 2, "sequence_length": 16, "steps": 4, "threads": 1}
+    result = train.measure(TINY, "tiny", **size, memory_of=["xverse"])  # the peer's takes seconds to import
+    found = printed(result, capsys)
+    assert found["first_loss"]["xverse"] == pytest.approx(found["first_loss"]["transformers"], abs=1e-2)
+    assert len(found["ratios"]) == 4
+    assert (found["steps"], found["block_steps"]) == (4, 1)
+    assert found["transformers"]["peak_rss_gb"] is None
+    if sys.platform == "linux":
+        assert 0.05 < found["xverse"]["peak_rss_gb"] < 4
+    for side in train.SIDES:
+        assert found[side]["tokens_s"] > 0
+        assert found[side]["tflops"]["causal"] < found[side]["tflops"]["full"]
+        assert found[side]["matmul_share"]["full"] > 0
+
+
+def test_train_sides_do_the_same_work() -> None:
+    """Three steps from equal weights: the losses stay together, and fall."""
+    losses = {}
+    for side in train.SIDES:
+        take = train.stepper(side, TINY, 2, 16)
+        losses[side] = [take() for _ in range(3)]
+    assert losses["xverse"] == pytest.approx(losses["transformers"], abs=1e-2)
+    assert losses["xverse"][2] < losses["xverse"][0]
+
+
+def test_train_flops() -> None:
+    """mini at 512: 6 · (38,281,728 − 12,288 · 512) + 12 · 8 · 512 · 512."""
+    assert train.flops_per_token(named_shape("mini"), 512) == {
+        "full": 191_941_632 + 25_165_824,
+        "causal": 191_941_632 + 12_582_912,
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(load.run("nano", tmp_path), capsys)
+    for kind in load.FORMATS:
+        assert found[kind]["weight_bytes"] == 2 * 11_406_592
+        # 1.05 is for 7B; at nano the code pages that loading touches weigh a fifth as much as the model
+        above = found[kind]["peak_bytes"] - found[kind]["baseline_bytes"]
+        assert above <= 1.05 * found[kind]["weight_bytes"] + 16e6
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_needs_disk(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs 1020000000.0 GB of disk, .* GB are free in .*--directory"):
+        load._check_space(tmp_path, 10**18)
