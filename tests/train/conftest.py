@@ -1,0 +1,92 @@
+"""A tiny prepared folder, and recipes for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from xverse.data.feed import PretrainFeed
+from xverse.data.mixture import MixtureConfig
+from xverse.data.prepare import PrepareRecipe, prepare
+from xverse.model import XverseConfig, XverseForCausalLM, init_weights
+from xverse.train import TrainConfig, fit
+
+LENGTH = 48
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
+    """A folder as ``xverse data prepare`` makes it: 100 documents of ``en`` and ``zh``, a tenth held out."""
+    corpus = tmp_path_factory.mktemp("corpus")
+    texts = ["\n".join((tiny_texts * 3)[i : i + 2]) + f" {i}" for i in range(100)]
+    lines = [json.dumps({"text": text, "lang": ("en", "zh")[i % 2]}) for i, text in enumerate(texts)]
+    (corpus / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(PrepareRecipe(corpus, out, vocab_size=600, valid_share=0.1))
+    return out
+
+
+@pytest.fixture(scope="session")
+def feed(prepared: Path) -> PretrainFeed:
+    return PretrainFeed(prepared, MixtureConfig(), LENGTH, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_shape(feed: PretrainFeed) -> dict[str, int]:
+    """Keys of an ``XverseConfig`` that fits the prepared folder."""
+    return {
+        "vocab_size": feed.tokenizer.vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, prepared: Path, tiny_shape: dict[str, int]) -> Callable[..., Path]:
+    """``write_recipe(steps=20, …)`` writes a recipe of a run in ``tmp_path/run``; keys go to ``train``."""
+
+    def write(top: dict[str, Any] | None = None, **train: Any) -> Path:
+        recipe = {
+            "shape": tiny_shape,
+            "data": str(prepared),
+            "out": str(tmp_path / "run"),
+            "sequence_length": LENGTH,
+            "train": {"batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 5, **train},
+            **(top or {}),
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def fit_tiny(feed: PretrainFeed, tiny_shape: dict[str, int]) -> Callable[..., XverseForCausalLM]:
+    """``fit_tiny(out, steps=20, …)`` trains the tiny model in ``out`` by ``fit`` alone, in float32."""
+
+    def run(
+        out: Path, *, validate: Any = None, identity: dict[str, Any] | None = None, **settings: Any
+    ) -> XverseForCausalLM:
+        defaults = {"batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 5, "dtype": "float32"}
+        config = TrainConfig(**{**defaults, **settings})
+        model = XverseForCausalLM(XverseConfig(**tiny_shape))
+        init_weights(model, seed=0)
+        fit(
+            model,
+            lambda n: feed.batch(n, config.batch_size),
+            config,
+            out,
+            validate=validate,
+            identity=identity,
+        )
+        return model
+
+    return run
