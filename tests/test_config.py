@@ -141,3 +141,21 @@ def test_nearest_names_an_option_or_nothing(name: str, options: list[str]) -> No
 )
 def test_round_trip(schedule: Schedule) -> None:
     assert build(Schedule, vars(schedule), "x") == schedule
+
+
+@dataclass
+class Part:
+    size: int
+
+
+@dataclass
+class Whole:
+    parts: list[Part]
+
+
+def test_overrides_reach_into_lists(tmp_path):
+    path = tmp_path / "whole.yaml"
+    path.write_text("parts: [{size: 1}, {size: 2}]")
+    assert [part.size for part in load(Whole, path, ["parts.1.size=7"]).parts] == [1, 7]
+    with pytest.raises(UserError, match="items 0 to 1"):
+        load(Whole, path, ["parts.2.size=7"])

@@ -110,20 +110,33 @@ def _is_mapping(hint: Any) -> bool:
 
 
 def load(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
-    """Read a YAML file into ``cls``; ``overrides`` are ``key=value`` or ``section.key=value`` texts."""
+    """Read a YAML file into ``cls``.
+
+    ``overrides`` are texts such as ``key=value``, ``section.key=value`` or ``list.0.key=value``.
+    """
     values = read_yaml(path)
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or not key:
             raise UserError(f"'{item}': an override is written key=value")
-        target = values
+        target: Any = values
         *sections, last = key.split(".")
         for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
+            target = _inside(target, section, item)
+            if not isinstance(target, (dict, list)):
                 raise UserError(f"'{item}': '{section}' is not a section")
-        target[last] = yaml.safe_load(text)
+        _inside(target, last, item)
+        target[int(last) if isinstance(target, list) else last] = yaml.safe_load(text)
     return build(cls, values, str(path))
+
+
+def _inside(target: dict[str, Any] | list[Any], key: str, item: str) -> Any:
+    """What stands in a section or list under ``key``; a section that is not there yet is made."""
+    if isinstance(target, list):
+        if not key.isdigit() or int(key) >= len(target):
+            raise UserError(f"'{item}': '{key}' is not one of the list's items 0 to {len(target) - 1}")
+        return target[int(key)]
+    return target.setdefault(key, {})
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
