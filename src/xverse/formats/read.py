@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from xverse.config import UserError, nearest
 from xverse.formats.weights import DTYPES, dtype_name, listed, read_json, read_tensors, weight_files
@@ -105,7 +104,7 @@ def load_model(
     path = Path(path)
     config = read_config(path)
     device = torch.device(device)
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"):
         model = XverseForCausalLM(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     files = weight_files(path)
@@ -130,19 +129,6 @@ def load_model(
     _check_tensors(path, missing, unexpected, wrong)
     model.load_state_dict(state, assign=True)
     return model
-
-
-class _NoInit(TorchFunctionMode):
-    """Leaves out random initialisation: on meta tensors it does nothing, but its first call imports all of
-    torch's decompositions and sympy, which is two seconds and 90 MB."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is torch.nn.init.normal_:
-            return kwargs.get("tensor", *args[:1])
-        return function(*args, **kwargs)
 
 
 def _stored_dtype(file: Path) -> torch.dtype:

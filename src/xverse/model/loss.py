@@ -35,13 +35,19 @@ def linear_cross_entropy(
     if reduction == "none":
         with torch.no_grad():
             return _token_losses(hidden, weight, targets, chunk)
+    count = (targets != IGNORE).sum()
+    if count < 0.9 * len(
+        targets
+    ):  # instructions: most tokens are the prompt's, and the head may pass them over
+        kept = (targets != IGNORE).nonzero().flatten()  # [count]
+        hidden, targets = hidden[kept], targets[kept]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         total = _token_losses(hidden, weight, targets, chunk).sum()
     else:
         total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
     if reduction == "sum":
         return total
-    return total / (targets != IGNORE).sum().clamp(min=1)
+    return total / count.clamp(min=1)
 
 
 def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:

@@ -83,7 +83,11 @@ class XverseModel(nn.Module):
     def __init__(self, config: XverseConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # from_pretrained leaves out random values, whose first use on the meta device takes torch 2 seconds
+        # and 90 MB of imports; they come from a file or from init_weights anyway.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False, padding_idx=config.pad_token_id
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
