@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import random
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,15 @@ def train(recipe: Path, *overrides: str) -> Path:
     return pretrain(load(PretrainRecipe, recipe, overrides))
 
 
-def start(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "xverse.cli", "pretrain", str(recipe), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@contextlib.contextmanager
+def started(recipe: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run of its own process, which does not outlive the block."""
+    command = [sys.executable, "-m", "xverse.cli", "pretrain", str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for_records(process: subprocess.Popen[str], out: Path, count: int) -> None:
@@ -69,11 +76,11 @@ def test_killed_and_interrupted_run_equals_an_unharmed_one(
     chance = random.Random(seed)
     out = tmp_path / "run"
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
-        process = start(recipe)
-        wait_for_records(process, out, chance.randint(1, 12))
-        time.sleep(chance.uniform(0, 0.03))
-        process.send_signal(number)
-        stdout, stderr = process.communicate()
+        with started(recipe) as process:
+            wait_for_records(process, out, chance.randint(1, 12))
+            time.sleep(chance.uniform(0, 0.03))
+            process.send_signal(number)
+            stdout, stderr = process.communicate()
         assert (process.returncode, stdout) == (-9 if number == signal.SIGKILL else 130, "")
         if number != signal.SIGKILL:
             *_, said, last = stderr.splitlines()
