@@ -192,7 +192,7 @@ def _ours(model: XverseForCausalLM, batch: Batch) -> Callable[[], float]:
     )
 
     def take() -> float:
-        loss, _ = train_step(model, optimizer, batch, config)
+        loss, _ = train_step(model, batch, config)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss

@@ -84,8 +84,9 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attention through whole score matrices [B, H, T, T].
 
     PyTorch's fused kernel is slow backwards on a CPU: forward and backward of 4,096 tokens, 4 heads of 64 in
-    bfloat16 take 90 ms against 50 ms here at T = 256, and 116 ms against 74 ms at T = 512. In bfloat16 the
-    scores are rounded before the softmax, which itself sums in float32; in float32 the two agree.
+    bfloat16 take 90 ms against 50 ms here at T = 256, and 116 ms against 74 ms at T = 512. In float32 the two
+    agree. In bfloat16 the scores are rounded before the softmax, which itself sums in float32: with scores of
+    standard deviation 1 the output is off by 0.3 % here and by 0.19 % there (tests/model/test_attention.py).
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias  # [B, H, T, T]
     return scores.softmax(dim=-1) @ v

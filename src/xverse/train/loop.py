@@ -132,7 +132,7 @@ def _train(
             )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            loss, grad_norm = train_step(model, optimizer, batch, config)
+            loss, grad_norm = train_step(model, batch, config)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise UserError(
                     f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: the run diverged; "
@@ -163,9 +163,7 @@ def _train(
             meter.forget_time()
 
 
-def train_step(
-    model: XverseForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig
-) -> tuple[float, float]:
+def train_step(model: XverseForCausalLM, batch: Batch, config: TrainConfig) -> tuple[float, float]:
     """Accumulate the gradients of one global batch and clip them; returns (loss in nats, gradient norm).
 
     The loss is divided by the count of targets in the whole batch, so the split into micro-batches changes
