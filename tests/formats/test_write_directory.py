@@ -208,7 +208,7 @@ def test_file_size_limit_is_one_clear_line(upstream: Path, tmp_path: Path) -> No
     result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == f"xverse: {out}: cannot be written (File too large); nothing was left there\n"
+    assert result.stderr == f"xverse: {out}: File too large; nothing was written\n"
     assert not list(tmp_path.iterdir())
 
 

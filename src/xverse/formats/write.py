@@ -148,7 +148,7 @@ def _save(
                 for file in Path(documents or "").glob(pattern):
                     shutil.copyfile(file, directory / file.name)
             _write_weights(model, directory, dtype, max_shard_bytes)
-    except OSError as error:  # beyond those that atomic_directory names: quota, file size limit, I/O error
+    except OSError as error:  # beyond those that atomic_directory names, such as an I/O error
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"{path}: cannot be written ({reason}); nothing was left there") from error
 
