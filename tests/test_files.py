@@ -153,3 +153,10 @@ def test_full_disk(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     assert contents(path) == {"a": b"1"}
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses everybody")
+@pytest.mark.parametrize("writer", [atomic_file, atomic_directory])
+def test_a_place_where_nobody_may_write_is_named(writer):
+    with pytest.raises(UserError, match=r"/proc/xverse/out: cannot be written"), writer("/proc/xverse/out"):
+        pass

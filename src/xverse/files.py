@@ -18,7 +18,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it becomes ``path`` when the block ends without an error."""
     path = Path(path)
     with _write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             yield temporary
@@ -38,7 +38,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with _write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path)
         recover_directory(path)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         temporary.chmod(0o755)
@@ -68,6 +68,13 @@ def recover_directory(path: str | Path) -> None:
             shutil.rmtree(old)
         else:
             old.replace(path)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # of any kind: some file systems say "no such file" for "not allowed"
+        raise UserError(f"{path}: cannot be written ({os.strerror(error.errno or 0)})") from error
 
 
 def _sync(path: Path) -> None:
