@@ -79,19 +79,25 @@ def tiny_tokenizer(tiny_texts: list[str]) -> Any:
     return train_tokenizer(tiny_texts, vocab_size=700, min_frequency=1)
 
 
-@pytest.fixture
-def tiny_model(tiny_tokenizer: Any) -> Any:
-    """``XverseForCausalLM`` of 2 layers in float32, the same random weights each time."""
+@pytest.fixture(scope="session")
+def tiny_config(tiny_tokenizer: Any) -> Any:
+    """An ``XverseConfig`` of 2 layers for the tiny tokenizer."""
     from xverse.model.config import XverseConfig
-    from xverse.model.transformer import XverseForCausalLM, init_weights
 
-    config = XverseConfig(
+    return XverseConfig(
         vocab_size=tiny_tokenizer.vocab_size,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
     )
-    model = XverseForCausalLM(config)
+
+
+@pytest.fixture
+def tiny_model(tiny_config: Any) -> Any:
+    """``XverseForCausalLM`` of 2 layers in float32, the same random weights each time."""
+    from xverse.model.transformer import XverseForCausalLM, init_weights
+
+    model = XverseForCausalLM(tiny_config)
     init_weights(model, seed=0)
     return model.eval()

@@ -10,18 +10,11 @@ from .upstream import write_upstream_directory
 
 
 @pytest.fixture(scope="session")
-def model(tiny_tokenizer: Any) -> Any:
+def model(tiny_config: Any) -> Any:
     """A small ``XverseForCausalLM`` with bfloat16 weights, which every test leaves as they are."""
-    from xverse.model import XverseConfig, XverseForCausalLM, init_weights
+    from xverse.model import XverseForCausalLM, init_weights
 
-    config = XverseConfig(
-        vocab_size=tiny_tokenizer.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    model = XverseForCausalLM(config)
+    model = XverseForCausalLM(tiny_config)
     init_weights(model, seed=0)
     with torch.no_grad():
         for layer in model.model.layers:  # a norm weight of 1 would hide a wrong norm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,11 @@ _spec.loader.exec_module(builder)
 
 
 @pytest.fixture(scope="session")
-def core_model(tiny_tokenizer: Any) -> Any:
-    from xverse.model import XverseConfig, XverseForCausalLM, init_weights
+def core_model(tiny_config: Any) -> Any:
+    """Weights wide enough that greedy choices are stable and logits reach 7."""
+    from xverse.model import XverseForCausalLM, init_weights
 
-    config = XverseConfig(
-        vocab_size=tiny_tokenizer.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        # Wide enough that greedy choices are stable. At 0.2 (logits of 7) the rounding of rotary frequencies
-        # alone makes 1.06e-4 against Llama at position 8,100; at 0.1 it is 2e-5.
-        initializer_range=0.1,
-    )
-    model = XverseForCausalLM(config)
+    model = XverseForCausalLM(replace(tiny_config, initializer_range=0.2))
     init_weights(model, seed=0)
     return model.eval()
 
