@@ -43,7 +43,7 @@ def test_every_epoch_holds_every_example_as_often_as_asked(sizes: list[int], rep
         tokens.pop(1, None)
         assert tokens == Counter({10 + i: size * repeat for i, size in enumerate(sizes)})
     again = ExampleFeed(datasets(sizes, repeat), LENGTH, pad_id=1, seed=seed)
-    assert again.row(rows + 0) == feed.row(rows)  # random access equals going through in order
+    assert again.row(rows) == feed.row(rows)  # random access equals going through in order
 
 
 def test_rows_keep_examples_apart_and_the_mask_in_place() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from xverse.model.attention import Packed
+from xverse.model.attention import Packed, _dense_attention
 
 
 def rows(batch: int, length: int, documents: int) -> tuple[Tensor, list[Tensor]]:
@@ -22,10 +22,12 @@ def attend(ids: Tensor, qkv: list[Tensor], dtype: torch.dtype, dense: bool) -> l
     """Output and the gradients of q, k and v, in float32."""
     context = Packed(ids)
     assert (context._bias is not None) == (ids.shape[1] <= 512)
-    if not dense:
-        context._bias = None
     leaves = [x.to(dtype).requires_grad_() for x in qkv]
-    mixed = context.attend(0, *leaves)
+    if dense:  # called by itself: attend takes it in bfloat16 only
+        mixed = _dense_attention(*leaves, context._bias.to(dtype))
+    else:
+        context._bias = None
+        mixed = context.attend(0, *leaves)
     weights = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(0))
     gradients = torch.autograd.grad((mixed.float() * weights).sum(), leaves)
     return [x.detach().float() for x in (mixed, *gradients)]
@@ -56,6 +58,18 @@ def test_dense_in_bfloat16(length: int, documents: int) -> None:
             assert error < most
             if scale == 1:
                 assert error < 2 * peer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attend_takes_the_dense_form_in_bfloat16_only(dtype: torch.dtype) -> None:
+    ids, qkv = rows(2, 64, 3)
+    qkv = [x.to(dtype) for x in qkv]
+    dense = _dense_attention(*qkv, Packed(ids)._bias.to(dtype))
+    context = Packed(ids)
+    context._bias = None
+    fused = context.attend(0, *qkv)
+    assert not torch.equal(dense, fused), "the two round differently, which tells them apart"
+    assert torch.equal(Packed(ids).attend(0, *qkv), dense if dtype == torch.bfloat16 else fused)
 
 
 def test_dense_only_for_short_rows_in_training_on_a_cpu() -> None:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from xverse.config import UserError, choose
 from xverse.data.mixture import Mixture, MixtureConfig
-from xverse.data.packing import IGNORE, PackedSequence, StreamPacker
+from xverse.data.packing import PackedSequence, StreamPacker
 from xverse.data.shards import Shard
+from xverse.model import IGNORE
 from xverse.tokenizer import Tokenizer
 
 T = TypeVar("T")

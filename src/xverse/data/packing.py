@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from xverse.data.order import random_order
 from xverse.data.shards import Shard
-
-IGNORE = -100
+from xverse.model import IGNORE
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Packed:
 
     ``document_ids`` int [B, T]: equal neighbours belong to one document. Attention runs document by
     document, so that masked pairs cost nothing; rows of one document each go through in one call. Short rows
-    that are trained on a CPU instead take one dense masked product, see ``_dense_attention``.
+    that are trained in bfloat16 on a CPU take one dense masked product instead, see ``_dense_attention``.
     """
 
     def __init__(self, document_ids: Tensor) -> None:
@@ -59,7 +59,7 @@ class Packed:
             self._bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None]  # [B, 1, T, T]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self._bias is not None:
+        if self._bias is not None and q.dtype == torch.bfloat16:
             self._bias = self._bias.to(q.dtype)
             return _dense_attention(q, k, v, self._bias)
         if self._whole_rows:
@@ -83,10 +83,11 @@ _DENSE_LENGTH = 512
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attention through whole score matrices [B, H, T, T].
 
-    PyTorch's fused kernel is slow backwards on a CPU: forward and backward of 4,096 tokens, 4 heads of 64 in
-    bfloat16 take 90 ms against 50 ms here at T = 256, and 116 ms against 74 ms at T = 512. In float32 the two
-    agree. In bfloat16 the scores are rounded before the softmax, which itself sums in float32: with scores of
-    standard deviation 1 the output is off by 0.3 % here and by 0.19 % there (tests/model/test_attention.py).
+    PyTorch's fused kernel is slow backwards on a CPU in bfloat16: forward and backward of 4,096 tokens, 4
+    heads of 64 take 37 ms against 24 ms here at T = 256, and 56 ms against 28 ms at T = 512. In float32 it is
+    the faster one, and the two agree. In bfloat16 the scores are rounded before the softmax, which itself sums
+    in float32: with scores of standard deviation 1 the output is off by 0.3 % here and by 0.19 % there
+    (tests/model/test_attention.py).
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias  # [B, H, T, T]
     return scores.softmax(dim=-1) @ v
