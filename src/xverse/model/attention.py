@@ -85,9 +85,9 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
     PyTorch's fused kernel is slow backwards on a CPU in bfloat16: forward and backward of 4,096 tokens, 4
     heads of 64 take 37 ms against 24 ms here at T = 256, and 56 ms against 28 ms at T = 512. In float32 it is
-    the faster one, and the two agree. In bfloat16 the scores are rounded before the softmax, which itself sums
-    in float32: with scores of standard deviation 1 the output is off by 0.3 % here and by 0.19 % there
-    (tests/model/test_attention.py).
+    the faster one, and the two agree. In bfloat16 the scores are rounded before the softmax, which itself
+    sums in float32: with scores of standard deviation 1 the output is off by 0.3 % here and by 0.19 %
+    there (tests/model/test_attention.py).
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias  # [B, H, T, T]
     return scores.softmax(dim=-1) @ v
