@@ -1,0 +1,183 @@
+// The C interface that Python calls (xverse/quant/native.py): chooses the instruction set, cuts the work into
+// blocks and shares it out.
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace xv {
+
+void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+
+namespace {
+
+const Kernels* kernels = &kPortable;
+
+// Scratch memory of the calling thread, 64-byte aligned, kept for the next call.
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+  ~Scratch() { std::free(memory); }
+  void* get(size_t wanted) {
+    if (wanted > size) {
+      std::free(memory);
+      size = (wanted + 4095) / 4096 * 4096;
+      memory = std::aligned_alloc(64, size);
+      if (memory == nullptr) std::abort();  // as everywhere: Linux hands out memory and kills later
+    }
+    return memory;
+  }
+};
+thread_local Scratch scratch;
+
+inline void store(const float* from, void* y, Type type, int64_t at, int count) {
+  if (type == kFloat32) {
+    std::memcpy(static_cast<float*>(y) + at, from, sizeof(float) * count);
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(y) + at;
+    for (int i = 0; i < count; ++i) to[i] = to_bfloat16(from[i]);
+  }
+}
+
+constexpr int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
+
+}  // namespace
+}  // namespace xv
+
+using namespace xv;
+
+extern "C" {
+
+// Choose a table by name, or the best one that this processor runs for "". Returns the name of the table in
+// use, null where the processor or this build does not have the one that was named.
+const char* xv_select(const char* name) {
+  const Kernels* found = nullptr;
+  const auto offer = [&](const Kernels& table, bool runs) {
+    if (runs && found == nullptr && (*name == 0 || std::strcmp(name, table.name) == 0)) found = &table;
+  };
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  offer(kAvx512Bf16, avx512 && __builtin_cpu_supports("avx512bf16"));
+  offer(kAvx512, avx512);
+  offer(kAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+#endif
+  offer(kPortable, true);
+  if (found == nullptr) return nullptr;
+  kernels = found;
+  return kernels->name;
+}
+
+void xv_use_openmp(void* function) {
+  gomp_parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(function);
+}
+
+// y [tokens, outputs] = x [tokens, inputs] times the tiled weight transposed. Rows of x and y are contiguous.
+void xv_quant_linear(const void* x, const uint8_t* tiles, void* y, int type, int64_t tokens, int64_t outputs,
+                     int64_t inputs, int bits, int group, int threads) {
+  const Type kind = Type(type);
+  const Kernels& table = *kernels;
+  const int64_t groups = inputs / group;
+  const int64_t row_bytes = groups * (kScaleBytes + int64_t(4) * bits * group);
+  const int64_t tile_rows = (outputs + kTileRows - 1) / kTileRows;
+  const int64_t blocks = (tokens + kMaxTokens - 1) / kMaxTokens;
+  const int64_t value_bytes = aligned(inputs * kMaxTokens), scale_bytes = aligned(groups * kMaxTokens * 4);
+  const int64_t block_bytes = value_bytes + 2 * scale_bytes;
+  auto* memory = static_cast<int8_t*>(scratch.get(size_t(block_bytes * blocks)));
+
+  const auto block_at = [&](int64_t index) {
+    int8_t* start = memory + index * block_bytes;
+    const int64_t left = tokens - index * kMaxTokens;
+    return Tokens{int(left < kMaxTokens ? left : kMaxTokens), start,
+                  reinterpret_cast<float*>(start + value_bytes),
+                  reinterpret_cast<int32_t*>(start + value_bytes + scale_bytes)};
+  };
+  const int size = kind == kFloat32 ? 4 : 2;
+  share(blocks, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const Tokens block = block_at(b);
+      table.quantize(static_cast<const char*>(x) + b * kMaxTokens * inputs * size, kind, inputs, block.count,
+                     int(inputs), group, bits == 4 ? 8 : 128, const_cast<int8_t*>(block.values),
+                     const_cast<float*>(block.scales), const_cast<int32_t*>(block.offsets));
+    }
+  });
+  const auto tile_row = bits == 4 ? table.tile_row4 : table.tile_row8;
+  share(tile_rows, threads, [&](int64_t begin, int64_t end) {
+    alignas(64) float out[kMaxTokens * kTileRows];
+    for (int64_t row = begin; row < end; ++row) {  // a tile row stays in the second-level cache for all blocks
+      const int64_t first = row * kTileRows;
+      const int rows = int(outputs - first < kTileRows ? outputs - first : kTileRows);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Tokens block = block_at(b);
+        tile_row(tiles + row * row_bytes, block, int(inputs), group, out);
+        for (int t = 0; t < block.count; ++t)
+          store(out + t * kTileRows, y, kind, (b * kMaxTokens + t) * outputs + first, rows);
+      }
+    }
+  });
+}
+
+// y [tokens, outputs] = x [tokens, inputs] times w [outputs, inputs] transposed, all bfloat16; 1 to 8 tokens.
+void xv_linear_bf16(const uint16_t* x, const uint16_t* w, uint16_t* y, int64_t tokens, int64_t outputs,
+                    int64_t inputs, int threads) {
+  constexpr int64_t kRows = 8;
+  const Kernels& table = *kernels;
+  share((outputs + kRows - 1) / kRows, threads, [&](int64_t begin, int64_t end) {
+    float out[8 * kRows];
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = part * kRows;
+      const int rows = int(outputs - first < kRows ? outputs - first : kRows);
+      table.dot_bf16(w + first * inputs, rows, x, int(tokens), int(inputs), out);
+      for (int64_t t = 0; t < tokens; ++t)
+        store(out + t * rows, y, kBFloat16, t * outputs + first, rows);
+    }
+  });
+}
+
+// The tiles of a weight from its rows: `rows` [outputs, inputs * bits / 8] with unsigned values, the lower
+// input in the lower nibble; `scales` bfloat16 [outputs, inputs / group].
+void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_t outputs, int64_t inputs,
+             int bits, int group, int threads) {
+  const int64_t groups = inputs / group, row_bytes = inputs * bits / 8;
+  const int64_t tile_bytes = kScaleBytes + int64_t(4) * bits * group;
+  share((outputs + kTileRows - 1) / kTileRows, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      uint8_t* tile = tiles + row * groups * tile_bytes;
+      for (int64_t g = 0; g < groups; ++g, tile += tile_bytes) {
+        for (int r = 0; r < kTileRows; ++r) {
+          const int64_t output = row * kTileRows + r;
+          const bool inside = output < outputs;
+          const uint16_t scale = inside ? scales[output * groups + g] : 0;
+          std::memcpy(tile + 2 * r, &scale, 2);
+          const uint8_t* from = rows + (inside ? output : 0) * row_bytes + g * group * bits / 8;
+          uint8_t* to = tile + kScaleBytes;
+          if (bits == 8) {
+            to += (r / 16) * 64 + (r % 16) * 4;
+            for (int k = 0; k < group; k += 4, from += 4, to += 128) std::memcpy(to, from, 4);
+          } else {
+            to += (r % 16) * 4;
+            for (int k = 0; k < group; k += 4, from += 2, to += 64) {
+              // Two bytes of two nibbles each become four bytes; the other row's nibbles lie beside them.
+              const uint32_t two = from[0] | uint32_t(from[1]) << 8;
+              const uint32_t four =
+                  (two & 15) | (two & 0xf0) << 4 | (two & 0xf00) << 8 | (two & 0xf000) << 12;
+              uint32_t value = four;
+              if (r >= 16) {
+                uint32_t other;
+                std::memcpy(&other, to, 4);
+                value = other | four << 4;
+              }
+              std::memcpy(to, &value, 4);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,184 @@
+// x86 with AVX-512 VNNI; compiled a second time with AVX-512 BF16 for the processors that have it.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "generic.h"
+
+namespace {
+
+// One instruction a token and half tile, its four inputs broadcast from memory. As an intrinsic the compiler
+// loads the broadcasts into registers first, which at 12 tokens are all taken: it spills accumulators.
+inline void add_products(__m512i& sums, __m512i w, const int8_t* x) {
+  asm volatile("vpdpbusd %2%{1to16%}, %1, %0"
+               : "+v"(sums)
+               : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
+}
+
+template <int kBits, int kCount>
+void block(const uint8_t* tiles, const Tokens& tokens, int groups, int group, float* out) {
+  // With few tokens the chain of additions into one register is the limit: two chains.
+  constexpr int kChains = kCount <= 4 ? 2 : 1;
+  __m512 total[kCount][2];
+  for (int t = 0; t < kCount; ++t) total[t][0] = total[t][1] = _mm512_setzero_ps();
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const int8_t* x = tokens.values;
+  for (int g = 0; g < groups; ++g) {
+    __m512i sums[kChains][kCount][2];
+    for (int t = 0; t < kCount; ++t) {
+      sums[0][t][0] = sums[0][t][1] = _mm512_set1_epi32(tokens.offsets[g * kCount + t]);
+      if constexpr (kChains == 2) sums[1][t][0] = sums[1][t][1] = _mm512_setzero_si512();
+    }
+    const uint8_t* w = tiles + kScaleBytes;
+    for (int k = 0; k < group; k += 4 * kChains) {
+#pragma GCC unroll 2
+      for (int chain = 0; chain < kChains; ++chain, w += 16 * kBits, x += 4 * kCount) {
+        __m512i low = _mm512_loadu_si512(w), high;
+        _mm_prefetch(reinterpret_cast<const char*>(w + 4096), _MM_HINT_T0);
+        if constexpr (kBits == 4) {
+          high = _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble);
+          low = _mm512_and_si512(low, nibble);
+        } else {
+          high = _mm512_loadu_si512(w + 64);
+          _mm_prefetch(reinterpret_cast<const char*>(w + 4096 + 64), _MM_HINT_T0);
+        }
+#pragma GCC unroll 12
+        for (int t = 0; t < kCount; ++t) {
+          add_products(sums[chain][t][0], low, x + 4 * t);
+          add_products(sums[chain][t][1], high, x + 4 * t);
+        }
+      }
+    }
+    const __m512i bits = _mm512_loadu_si512(tiles);
+    const __m512 scale[2] = {
+        _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16)),
+        _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16))};
+#pragma GCC unroll 12
+    for (int t = 0; t < kCount; ++t) {
+      const __m512 token_scale = _mm512_set1_ps(tokens.scales[g * kCount + t]);
+      for (int half = 0; half < 2; ++half) {
+        __m512i sum = sums[0][t][half];
+        if constexpr (kChains == 2) sum = _mm512_add_epi32(sum, sums[1][t][half]);
+        total[t][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale[half], token_scale),
+                                         total[t][half]);
+      }
+    }
+    tiles += kScaleBytes + int64_t(4) * kBits * group;
+  }
+  for (int t = 0; t < kCount; ++t) {
+    _mm512_storeu_ps(out + t * kTileRows, total[t][0]);
+    _mm512_storeu_ps(out + t * kTileRows + 16, total[t][1]);
+  }
+}
+
+template <int kBits>
+void tile_row(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out) {
+  using Block = void (*)(const uint8_t*, const Tokens&, int, int, float*);
+  constexpr Block blocks[kMaxTokens] = {
+      block<kBits, 1>, block<kBits, 2>, block<kBits, 3>, block<kBits, 4>,  block<kBits, 5>,  block<kBits, 6>,
+      block<kBits, 7>, block<kBits, 8>, block<kBits, 9>, block<kBits, 10>, block<kBits, 11>, block<kBits, 12>};
+  blocks[tokens.count - 1](tiles, tokens, inputs / group, group, out);
+}
+
+inline __m512 load16(const void* x, Type type, int64_t at) {
+  if (type == kFloat32) return _mm512_loadu_ps(static_cast<const float*>(x) + at);
+  const void* bits = static_cast<const uint16_t*>(x) + at;
+  return _mm512_castsi512_ps(_mm512_slli_epi32(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(bits))), 16));
+}
+
+void quantize(const void* x, Type type, int64_t stride, int count, int inputs, int group, int bias,
+              int8_t* values, float* scales, int32_t* offsets) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (int t = 0; t < count; ++t) {
+    for (int start = 0; start < inputs; start += group) {
+      const int64_t from = t * stride + start;
+      __m512i largest = _mm512_setzero_si512();  // magnitudes compare as integers do, and NaN is the largest
+      for (int k = 0; k < group; k += 16)
+        largest = _mm512_max_epi32(
+            largest, _mm512_and_si512(_mm512_castps_si512(load16(x, type, from + k)), magnitude));
+      const int32_t bits = _mm512_reduce_max_epi32(largest);
+      float maximum;
+      std::memcpy(&maximum, &bits, 4);
+      const bool finite = bits < 0x7f800000;
+      const bool usable = finite && maximum > 127 * std::numeric_limits<float>::min();
+      const __m512 inverse = _mm512_set1_ps(usable ? 127.0f / maximum : 0.0f);
+      __m512i sum = _mm512_setzero_si512();
+      int8_t* to = values + int64_t(start) * count + 4 * t;
+      for (int k = 0; k < group; k += 16, to += 16 * count) {
+        // Zero times NaN would be NaN, and its integer the smallest one: masked out, it is zero.
+        const __m512i rounded = _mm512_maskz_cvtps_epi32(
+            usable ? 0xffff : 0, _mm512_mul_ps(load16(x, type, from + k), inverse));
+        sum = _mm512_add_epi32(sum, rounded);
+        const __m128i bytes = _mm512_cvtepi32_epi8(rounded);
+        int32_t fours[4];
+        std::memcpy(fours, &bytes, 16);
+        for (int i = 0; i < 4; ++i) std::memcpy(to + int64_t(4) * i * count, fours + i, 4);
+      }
+      const int64_t at = int64_t(start / group) * count + t;
+      scales[at] = finite ? (usable ? maximum / 127.0f : 0.0f) : std::numeric_limits<float>::quiet_NaN();
+      offsets[at] = -bias * _mm512_reduce_add_epi32(sum);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+#define XV_TABLE kAvx512Bf16
+#define XV_NAME "avx512_bf16"
+
+template <int kCount>
+void dot_rows(const uint16_t* w, int rows, const uint16_t* x, int inputs, float* out) {
+  constexpr int kChains = kCount == 1 ? 4 : kCount <= 4 ? 2 : 1;
+  const __mmask32 tail = (uint32_t(1) << (inputs % 32)) - 1;
+  for (int r = 0; r < rows; ++r, w += inputs) {
+    __m512 sums[kChains][kCount];
+    for (auto& chain : sums)
+      for (auto& sum : chain) sum = _mm512_setzero_ps();
+    int k = 0;
+    for (; k + 32 * kChains <= inputs; k += 32 * kChains) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) {
+        const __m512bh weights = (__m512bh)_mm512_loadu_si512(w + k + 32 * chain);
+        _mm_prefetch(reinterpret_cast<const char*>(w + k + 32 * chain + 2048), _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int t = 0; t < kCount; ++t) {
+          const void* token = x + int64_t(t) * inputs + k + 32 * chain;
+          sums[chain][t] = _mm512_dpbf16_ps(sums[chain][t], weights, (__m512bh)_mm512_loadu_si512(token));
+        }
+      }
+    }
+    for (; k < inputs; k += 32) {
+      const __mmask32 mask = inputs - k >= 32 ? ~uint32_t(0) : tail;
+      const __m512bh weights = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + k);
+      for (int t = 0; t < kCount; ++t) {
+        const void* token = x + int64_t(t) * inputs + k;
+        sums[0][t] = _mm512_dpbf16_ps(sums[0][t], weights, (__m512bh)_mm512_maskz_loadu_epi16(mask, token));
+      }
+    }
+    for (int t = 0; t < kCount; ++t) {
+      __m512 sum = sums[0][t];
+      for (int chain = 1; chain < kChains; ++chain) sum = _mm512_add_ps(sum, sums[chain][t]);
+      out[t * rows + r] = _mm512_reduce_add_ps(sum);
+    }
+  }
+}
+
+void dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out) {
+  using Dot = void (*)(const uint16_t*, int, const uint16_t*, int, float*);
+  constexpr Dot dots[] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>,
+                          dot_rows<5>, dot_rows<6>, dot_rows<7>, dot_rows<8>};
+  dots[count - 1](w, rows, x, inputs, out);
+}
+#else
+#define XV_TABLE kAvx512
+#define XV_NAME "avx512_vnni"
+constexpr auto dot_bf16 = generic_dot_bf16;
+#endif
+
+}  // namespace
+
+namespace xv {
+const Kernels XV_TABLE = {XV_NAME, quantize, tile_row<4>, tile_row<8>, dot_bf16};
+}
+#endif

@@ -1,0 +1,65 @@
+// What one instruction set offers. Each instruction set is a translation unit of its own, compiled with its
+// own flags; `api.cpp` chooses a table at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace xv {
+
+constexpr int kTileRows = 32;    // output rows of a tile of quantised weights
+constexpr int kScaleBytes = 64;  // 32 bfloat16 scales at the start of a tile
+constexpr int kMaxTokens = 12;   // tokens of one block: 24 int32 accumulators fill an AVX-512 register file
+
+enum Type : int { kFloat32 = 0, kBFloat16 = 1 };
+
+// A block of up to kMaxTokens tokens, quantised to int8 with one scale for each token and group of inputs.
+struct Tokens {
+  int count;              // T
+  const int8_t* values;   // [K/4, T, 4]: four inputs of a token beside each other
+  const float* scales;    // [K/group, T]
+  const int32_t* offsets; // [K/group, T]: -bias * sum(values) of the group, since weights are stored unsigned
+};
+
+struct Kernels {
+  const char* name;
+
+  // `count` rows of `inputs` values, rows `stride` elements apart, into the arrays of Tokens. `bias` is what the
+  // stored weights have been shifted by: 8 or 128. A group that holds NaN or infinity gets the scale NaN.
+  void (*quantize)(const void* x, Type type, int64_t stride, int count, int inputs, int group, int bias,
+                   int8_t* values, float* scales, int32_t* offsets);
+
+  // One tile row (32 outputs over all inputs) times a block of tokens: out[t * 32 + row].
+  void (*tile_row4)(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out);
+  void (*tile_row8)(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out);
+
+  // Dot products of bfloat16 rows: out[t * rows + r] = sum_k x[t, k] * w[r, k]; up to 8 tokens.
+  void (*dot_bf16)(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out);
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
+#endif
+
+inline float to_float(uint16_t bits) {
+  union {
+    uint32_t integer;
+    float value;
+  } pun{uint32_t(bits) << 16};
+  return pun.value;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bfloat16(float value) {
+  union {
+    float value;
+    uint32_t integer;
+  } pun{value};
+  if ((pun.integer & 0x7fffffff) > 0x7f800000) return uint16_t((pun.integer >> 16) | 64);
+  return uint16_t((pun.integer + 0x7fff + ((pun.integer >> 16) & 1)) >> 16);
+}
+
+}  // namespace xv

@@ -1,0 +1,7 @@
+// Any processor: Arm's NEON comes by the compiler's own vectorisation.
+#include "generic.h"
+
+namespace xv {
+const Kernels kPortable = {"portable", generic_quantize, generic_tile_row<4>, generic_tile_row<8>,
+                           generic_dot_bf16};
+}

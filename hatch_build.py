@@ -1,0 +1,96 @@
+"""Build hook: compile csrc/ into one shared library beside ``xverse.quant``.
+
+Without a compiler the package installs all the same and computes with PyTorch's operations; `xverse doctor`
+says which. By hand: ``python hatch_build.py`` compiles into the checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = "src/xverse/quant/libxverse_kernels.so"
+
+# GCC 12's own intrinsics trip -Wmaybe-uninitialized thousands of times.
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"]
+# (source, flags of its instruction set); each of the x86 files is empty for other processors
+UNITS: list[tuple[str, list[str]]] = [("api.cpp", []), ("portable.cpp", [])]
+if platform.machine().lower() in ("x86_64", "amd64"):
+    UNITS += [
+        ("avx2.cpp", ["-mavx2", "-mfma", "-mf16c"]),
+        ("avx512.cpp", _AVX512),
+        ("avx512.cpp", [*_AVX512, "-mavx512bf16"]),
+    ]
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command: $CXX, or the first of c++, g++, clang++ that is there."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    return [found] if found else None
+
+
+def compile_library(target: Path) -> str | None:
+    """Compile csrc/ to ``target``; returns why it could not be done, or None."""
+    command = compiler()
+    if command is None:
+        return "no C++ compiler (c++, g++ or clang++) was found"
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [str(Path(folder) / f"{number}.o") for number in range(len(UNITS))]
+        steps = [
+            [*command, *FLAGS, *flags, "-c", str(ROOT / "csrc" / source), "-o", output]
+            for (source, flags), output in zip(UNITS, objects, strict=True)
+        ]
+        library = str(Path(folder) / "library.so")
+        steps.append([*command, "-shared", *objects, "-o", library])
+        for step in steps:
+            try:
+                done = subprocess.run(step, capture_output=True, text=True)
+            except OSError as error:
+                return f"{step[0]}: {error.strerror}"
+            if done.returncode:
+                return f"{shlex.join(step)}\n{done.stderr.strip()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the old file and by a rename: a process that has it mapped keeps the old one.
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copyfile(library, temporary)
+        temporary.replace(target)
+    return None
+
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run by hand in an environment without hatchling
+    BuildHookInterface = object  # type: ignore[assignment,misc]
+
+
+class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
+    """Hatchling calls ``initialize`` for wheels and for editable installs."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        target = ROOT / LIBRARY
+        problem = compile_library(target)
+        if problem is not None:
+            target.unlink(missing_ok=True)  # one of an earlier version would not fit
+            self.app.display_warning(f"xverse: installed without its fast CPU kernels: {problem}")
+            return
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        build_data["artifacts"].append(LIBRARY)
+
+
+if __name__ == "__main__":
+    sys.exit(compile_library(ROOT / LIBRARY))

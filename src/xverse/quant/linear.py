@@ -1,0 +1,82 @@
+"""Layers with quantised weights, in the place of ``nn.Linear`` and ``nn.Embedding``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import xverse.quant.ops  # noqa: F401  (registers torch.ops.xverse)
+from xverse.quant.tiles import from_rows, kernel_group_size, tile, tile_shape, to_rows, untile
+from xverse.quant.weight import QuantizedWeight
+
+
+class QuantLinear(nn.Module):
+    """``x`` [..., in_features] → [..., out_features] with a weight of 4 or 8 bits, without bias.
+
+    ``tiles`` is the weight in the kernels' layout (``quant/tiles.py``). The buffer moves with the module; on
+    CUDA the same weight runs in PyTorch's own kernels.
+    """
+
+    tiles: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bits: int, group_size: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.group_size = group_size
+        kernel_group = kernel_group_size(group_size)
+        shape = tile_shape(out_features, in_features, bits, kernel_group)
+        self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8))
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight) -> QuantLinear:
+        outputs, inputs = weight.q.shape
+        with torch.device("meta"):
+            module = cls(inputs, outputs, weight.bits, weight.group_size)
+        module.tiles = tile(weight)
+        return module
+
+    def to_weight(self) -> QuantizedWeight:
+        """The weight in its plain form; exactly what ``from_weight`` was given, on the module's device."""
+        found = untile(self.tiles, self.out_features, self.bits)
+        step = found.scales.shape[1] * self.group_size // self.in_features
+        return QuantizedWeight(found.q, found.scales[:, ::step].contiguous(), self.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.xverse.quant_linear(x, self.tiles, self.out_features, self.bits)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}"
+        )
+
+
+class QuantEmbedding(nn.Module):
+    """Token ids int64 [...] → ``dtype`` [..., D]; rows are dequantised as they are looked up.
+
+    ``rows`` uint8 [V, D · bits / 8] as ``quant.tiles.to_rows`` writes them, ``scales`` bfloat16 [V, D/group].
+    """
+
+    rows: Tensor
+    scales: Tensor
+
+    def __init__(self, rows: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bits, self.dtype = bits, dtype
+        self.register_buffer("rows", rows)
+        self.register_buffer("scales", scales)
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, dtype: torch.dtype) -> QuantEmbedding:
+        return cls(to_rows(weight), weight.scales, weight.bits, dtype)
+
+    def to_weight(self) -> QuantizedWeight:
+        return from_rows(self.rows, self.scales, self.bits)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        flat = tokens.flatten()
+        chosen = from_rows(self.rows[flat], self.scales[flat], self.bits)
+        return chosen.dequantize(torch.float32).to(self.dtype).view(*tokens.shape, -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.scales.shape[0]}, {self.rows.shape[1] * 8 // self.bits}, bits={self.bits}"

@@ -1,0 +1,84 @@
+"""The kernels as PyTorch operations ``torch.ops.xverse.*``, with shapes for the meta device.
+
+Where the compiled kernels are missing, the same operations in PyTorch: slower, and with activations that are
+not quantised.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from xverse.quant.native import library
+from xverse.quant.tiles import TILE_ROWS, tile_group_size, untile
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ROWS_AT_ONCE = 2048  # outputs that exist dequantised at a time
+BF16_TOKENS = 8  # above them PyTorch's own matmul is the faster one
+
+_library = torch.library.Library("xverse", "DEF")
+_library.define("quant_linear(Tensor x, Tensor tiles, int outputs, int bits) -> Tensor")
+_library.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
+
+
+def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
+    """``x`` [..., K], float32 or bfloat16, times a tiled weight → [..., outputs] of the same type.
+
+    Activations are quantised to int8 with one scale for each token and group of inputs; products are summed
+    in int32 within a group and in float32 across groups.
+    """
+    kernels = library()
+    kind = _TYPES.get(x.dtype)
+    if kernels is None or kind is None:
+        return dequantized_linear(x, tiles, outputs, bits)
+    inputs = x.shape[-1]
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], outputs))
+    tokens = x.numel() // inputs
+    if tokens:
+        kernels.xv_quant_linear(
+            x.data_ptr(), tiles.data_ptr(), y.data_ptr(), kind, tokens, outputs, inputs, bits,
+            (tiles.shape[2] - 64) // (4 * bits), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def dequantized_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
+    """The same with PyTorch's operations on any device: the weight is dequantised part by part."""
+    parts = []
+    for part in tiles.split(_ROWS_AT_ONCE // TILE_ROWS):
+        rows = min(len(part) * TILE_ROWS, outputs - sum(each.shape[-1] for each in parts))
+        parts.append(linear(x, untile(part, rows, bits).dequantize(x.dtype)))
+    return torch.cat(parts, dim=-1)
+
+
+def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` bfloat16 [..., K] times ``weight`` bfloat16 [N, K] transposed, faster for up to 8 tokens."""
+    kernels = library()
+    inputs = x.shape[-1]
+    tokens = x.numel() // inputs
+    if kernels is None or not 0 < tokens <= BF16_TOKENS or not weight.is_contiguous():
+        return linear(x, weight)
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    kernels.xv_linear_bf16(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), tokens, weight.shape[0], inputs,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _shape_quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
+    assert tiles.shape[1] * tile_group_size(tiles, bits) == x.shape[-1]
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _shape_linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_library.impl("quant_linear", quant_linear, "CPU")
+_library.impl("linear_bf16", linear_bf16, "CPU")
+torch.library.register_fake("xverse::quant_linear", _shape_quant_linear, lib=_library)
+torch.library.register_fake("xverse::linear_bf16", _shape_linear_bf16, lib=_library)
