@@ -23,13 +23,20 @@ LIBRARY = "src/xverse/quant/libxverse_kernels.so"
 # GCC 12's own intrinsics trip -Wmaybe-uninitialized thousands of times.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"]
+_ROUNDING = ["-ffp-contract=off"]  # every instruction set is to give the same bits
 # (source, flags of its instruction set); each of the x86 files is empty for other processors
-UNITS: list[tuple[str, list[str]]] = [("api.cpp", []), ("portable.cpp", [])]
+UNITS: list[tuple[str, list[str]]] = [
+    ("api.cpp", []),
+    ("portable.cpp", []),
+    ("rounding.cpp", [*_ROUNDING, "-DXV_ROUND=round_portable", "-DXV_ROUND_API"]),
+]
 if platform.machine().lower() in ("x86_64", "amd64"):
     UNITS += [
         ("avx2.cpp", ["-mavx2", "-mfma", "-mf16c"]),
         ("avx512.cpp", _AVX512),
         ("avx512.cpp", [*_AVX512, "-mavx512bf16"]),
+        ("rounding.cpp", [*_ROUNDING, "-mavx2", "-DXV_ROUND=round_avx2"]),
+        ("rounding.cpp", [*_ROUNDING, *_AVX512, "-mprefer-vector-width=512", "-DXV_ROUND=round_avx512"]),
     ]
 
 

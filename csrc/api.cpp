@@ -2,10 +2,12 @@
 // blocks and shares it out.
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #include "kernels.h"
 #include "parallel.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace xv {
 
@@ -39,6 +41,17 @@ inline void store(const float* from, void* y, Type type, int64_t at, int count) 
     uint16_t* to = static_cast<uint16_t*>(y) + at;
     for (int i = 0; i < count; ++i) to[i] = to_bfloat16(from[i]);
   }
+}
+
+// Fewer page faults while it is filled, and about a tenth more bandwidth while it is read.
+inline void use_huge_pages(void* memory, int64_t size) {
+#if defined(__linux__)
+  const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(size)) / page * page;
+  if (size >= (1 << 21) && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)size;
+#endif
 }
 
 constexpr int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
@@ -76,14 +89,14 @@ void xv_use_openmp(void* function) {
   gomp_parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(function);
 }
 
-// y [tokens, outputs] = x [tokens, inputs] times the tiled weight transposed. Rows of x and y are contiguous.
-void xv_quant_linear(const void* x, const uint8_t* tiles, void* y, int type, int64_t tokens, int64_t outputs,
-                     int64_t inputs, int bits, int group, int threads) {
+// For each of `count` weights y [tokens, outputs] = x [tokens, inputs] times the tiled weight transposed. Rows of
+// x and y are contiguous. Several weights at once: x is quantised once, and the work shared out once.
+void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y, const int64_t* outputs, int count,
+                     int type, int64_t tokens, int64_t inputs, int bits, int group, int threads) {
   const Type kind = Type(type);
   const Kernels& table = *kernels;
   const int64_t groups = inputs / group;
   const int64_t row_bytes = groups * (kScaleBytes + int64_t(4) * bits * group);
-  const int64_t tile_rows = (outputs + kTileRows - 1) / kTileRows;
   const int64_t blocks = (tokens + kMaxTokens - 1) / kMaxTokens;
   const int64_t value_bytes = aligned(inputs * kMaxTokens), scale_bytes = aligned(groups * kMaxTokens * 4);
   const int64_t block_bytes = value_bytes + 2 * scale_bytes;
@@ -105,17 +118,27 @@ void xv_quant_linear(const void* x, const uint8_t* tiles, void* y, int type, int
                      const_cast<float*>(block.scales), const_cast<int32_t*>(block.offsets));
     }
   });
+  int64_t tile_rows = 0;
+  for (int i = 0; i < count; ++i) tile_rows += (outputs[i] + kTileRows - 1) / kTileRows;
   const auto tile_row = bits == 4 ? table.tile_row4 : table.tile_row8;
   share(tile_rows, threads, [&](int64_t begin, int64_t end) {
     alignas(64) float out[kMaxTokens * kTileRows];
-    for (int64_t row = begin; row < end; ++row) {  // a tile row stays in the second-level cache for all blocks
-      const int64_t first = row * kTileRows;
-      const int rows = int(outputs - first < kTileRows ? outputs - first : kTileRows);
-      for (int64_t b = 0; b < blocks; ++b) {
+    int weight = 0;
+    int64_t before = 0;  // tile rows of the weights before this one
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t own = (outputs[weight] + kTileRows - 1) / kTileRows;
+      while (row - before >= own) {
+        before += own;
+        own = (outputs[++weight] + kTileRows - 1) / kTileRows;
+      }
+      const int64_t first = (row - before) * kTileRows, width = outputs[weight];
+      const int rows = int(width - first < kTileRows ? width - first : kTileRows);
+      const uint8_t* tile = tiles[weight] + (row - before) * row_bytes;
+      for (int64_t b = 0; b < blocks; ++b) {  // the tile row stays in the second-level cache for all blocks
         const Tokens block = block_at(b);
-        tile_row(tiles + row * row_bytes, block, int(inputs), group, out);
+        tile_row(tile, block, int(inputs), group, out);
         for (int t = 0; t < block.count; ++t)
-          store(out + t * kTileRows, y, kind, (b * kMaxTokens + t) * outputs + first, rows);
+          store(out + t * kTileRows, y[weight], kind, (b * kMaxTokens + t) * width + first, rows);
       }
     }
   });
@@ -124,7 +147,7 @@ void xv_quant_linear(const void* x, const uint8_t* tiles, void* y, int type, int
 // y [tokens, outputs] = x [tokens, inputs] times w [outputs, inputs] transposed, all bfloat16; 1 to 8 tokens.
 void xv_linear_bf16(const uint16_t* x, const uint16_t* w, uint16_t* y, int64_t tokens, int64_t outputs,
                     int64_t inputs, int threads) {
-  constexpr int64_t kRows = 8;
+  constexpr int64_t kRows = 24;
   const Kernels& table = *kernels;
   share((outputs + kRows - 1) / kRows, threads, [&](int64_t begin, int64_t end) {
     float out[8 * kRows];
@@ -143,6 +166,7 @@ void xv_linear_bf16(const uint16_t* x, const uint16_t* w, uint16_t* y, int64_t t
 void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_t outputs, int64_t inputs,
              int bits, int group, int threads) {
   const int64_t groups = inputs / group, row_bytes = inputs * bits / 8;
+  use_huge_pages(tiles, (outputs + kTileRows - 1) / kTileRows * groups * (kScaleBytes + int64_t(4) * bits * group));
   const int64_t tile_bytes = kScaleBytes + int64_t(4) * bits * group;
   share((outputs + kTileRows - 1) / kTileRows, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

@@ -127,41 +127,71 @@ void quantize(const void* x, Type type, int64_t stride, int count, int inputs, i
 #define XV_TABLE kAvx512Bf16
 #define XV_NAME "avx512_bf16"
 
-template <int kCount>
-void dot_rows(const uint16_t* w, int rows, const uint16_t* x, int inputs, float* out) {
-  constexpr int kChains = kCount == 1 ? 4 : kCount <= 4 ? 2 : 1;
+template <int kCount, int kRows>
+void dot_block(const uint16_t* w, const uint16_t* x, int inputs, float* out, int out_stride) {
+  constexpr int kSums = kRows * kCount, kChains = kSums >= 4 ? 1 : kSums == 1 ? 4 : 2;
   const __mmask32 tail = (uint32_t(1) << (inputs % 32)) - 1;
-  for (int r = 0; r < rows; ++r, w += inputs) {
-    __m512 sums[kChains][kCount];
-    for (auto& chain : sums)
-      for (auto& sum : chain) sum = _mm512_setzero_ps();
-    int k = 0;
-    for (; k + 32 * kChains <= inputs; k += 32 * kChains) {
+  __m512 sums[kChains][kRows][kCount];
+  for (auto& chain : sums)
+    for (auto& row : chain)
+      for (auto& sum : row) sum = _mm512_setzero_ps();
+  int k = 0;
+  for (; k + 32 * kChains <= inputs; k += 32 * kChains) {
 #pragma GCC unroll 4
-      for (int chain = 0; chain < kChains; ++chain) {
-        const __m512bh weights = (__m512bh)_mm512_loadu_si512(w + k + 32 * chain);
-        _mm_prefetch(reinterpret_cast<const char*>(w + k + 32 * chain + 2048), _MM_HINT_T0);
+    for (int chain = 0; chain < kChains; ++chain) {
+      __m512bh weights[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const uint16_t* from = w + int64_t(r) * inputs + k + 32 * chain;
+        weights[r] = (__m512bh)_mm512_loadu_si512(from);
+        _mm_prefetch(reinterpret_cast<const char*>(from + 2048), _MM_HINT_T1);
+      }
 #pragma GCC unroll 8
-        for (int t = 0; t < kCount; ++t) {
-          const void* token = x + int64_t(t) * inputs + k + 32 * chain;
-          sums[chain][t] = _mm512_dpbf16_ps(sums[chain][t], weights, (__m512bh)_mm512_loadu_si512(token));
-        }
-      }
-    }
-    for (; k < inputs; k += 32) {
-      const __mmask32 mask = inputs - k >= 32 ? ~uint32_t(0) : tail;
-      const __m512bh weights = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + k);
       for (int t = 0; t < kCount; ++t) {
-        const void* token = x + int64_t(t) * inputs + k;
-        sums[0][t] = _mm512_dpbf16_ps(sums[0][t], weights, (__m512bh)_mm512_maskz_loadu_epi16(mask, token));
+        const __m512bh token = (__m512bh)_mm512_loadu_si512(x + int64_t(t) * inputs + k + 32 * chain);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r)
+          sums[chain][r][t] = _mm512_dpbf16_ps(sums[chain][r][t], weights[r], token);
       }
-    }
-    for (int t = 0; t < kCount; ++t) {
-      __m512 sum = sums[0][t];
-      for (int chain = 1; chain < kChains; ++chain) sum = _mm512_add_ps(sum, sums[chain][t]);
-      out[t * rows + r] = _mm512_reduce_add_ps(sum);
     }
   }
+  for (; k < inputs; k += 32) {
+    const __mmask32 mask = inputs - k >= 32 ? ~uint32_t(0) : tail;
+    for (int t = 0; t < kCount; ++t) {
+      const __m512bh token = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + int64_t(t) * inputs + k);
+      for (int r = 0; r < kRows; ++r) {
+        const void* from = w + int64_t(r) * inputs + k;
+        sums[0][r][t] =
+            _mm512_dpbf16_ps(sums[0][r][t], (__m512bh)_mm512_maskz_loadu_epi16(mask, from), token);
+      }
+    }
+  }
+  for (int t = 0; t < kCount; ++t) {
+    for (int r = 0; r < kRows; ++r) {
+      __m512 sum = sums[0][r][t];
+      for (int chain = 1; chain < kChains; ++chain) sum = _mm512_add_ps(sum, sums[chain][r][t]);
+      out[t * out_stride + r] = _mm512_reduce_add_ps(sum);
+    }
+  }
+}
+
+template <int kCount, int kRows>
+void dot_blocks(const uint16_t* w, int rows, const uint16_t* x, int inputs, float* out) {
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    dot_block<kCount, kRows>(w + int64_t(r) * inputs, x, inputs, out + r, rows);
+  for (; r < rows; ++r) dot_block<kCount, 1>(w + int64_t(r) * inputs, x, inputs, out + r, rows);
+}
+
+// A single stream is the fastest way to read memory, so one or two tokens take the weights row by row, as long
+// as the tokens stay in the first-level cache. Beyond, a few rows share each load of the tokens.
+template <int kCount>
+void dot_rows(const uint16_t* w, int rows, const uint16_t* x, int inputs, float* out) {
+  if constexpr (kCount <= 2) {
+    if (kCount * inputs <= 8192) return dot_blocks<kCount, 1>(w, rows, x, inputs, out);
+    return dot_blocks<kCount, 2>(w, rows, x, inputs, out);
+  }
+  dot_blocks<kCount, kCount <= 4 ? 4 : 3>(w, rows, x, inputs, out);
 }
 
 void dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out) {

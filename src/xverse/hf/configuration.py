@@ -21,7 +21,7 @@ class XverseConfig(PretrainedConfig):
     """
 
     model_type = "xverse"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a plain list)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads a plain list)
 
     def __init__(
         self,

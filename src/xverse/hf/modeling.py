@@ -19,6 +19,9 @@ from xverse.model.loss import IGNORE, linear_cross_entropy
 from xverse.model.transformer import DecoderLayer, XverseModel
 
 
+_CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
+
+
 class XverseDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
     """The model's layer, which transformers' gradient checkpointing can switch to recomputing."""
 
@@ -34,7 +37,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["XverseDecoderLayer"]  # noqa: RUF012 (transformers reads plain lists)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     # Upstream's files carry the rotary frequencies of each layer; the model computes them.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
 
@@ -75,6 +78,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         token_type_ids: Tensor | None = None,
         skip_logits: bool | None = None,
         shift_labels: Tensor | None = None,
+        cache: Cache | None = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """``input_ids`` int64 [B, T] or ``inputs_embeds`` [B, T, D] → loss, logits [B, T, V], cache.
@@ -82,6 +86,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         ``labels`` [B, T] are shifted here (``shift_labels`` are so already); -100 has no loss. The loss never
         makes the logits. While training with labels no logits are made at all: ``skip_logits=False`` asks for
         them, ``skip_logits=True`` leaves them out elsewhere. ``num_items_in_batch`` divides a summed loss.
+        ``cache`` is what transformers 5.24 and newer call ``past_key_values``.
         ``token_type_ids``, which upstream's tokenizer returns, and ``cache_position``, which the cache knows
         better, have no effect. Raises ValueError for ``output_attentions``: the kernels keep no weights.
         """
@@ -96,7 +101,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
         recomputing = self.training and any(layer.gradient_checkpointing for layer in self.model.layers)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if recomputing:
             cache = None  # a recomputed layer would enter its keys twice
         elif use_cache and cache is None:
@@ -118,8 +123,8 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache if use_cache else None,
             hidden_states=(x, *states[:-1], hidden) if output_hidden_states else None,
+            **{_CACHE: cache if use_cache else None},
         )
         if return_dict is None:
             return_dict = self.config.return_dict

@@ -7,6 +7,7 @@ attention context brings them (``model/attention.py``).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,14 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype)
 
 
+def apply_all(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Several layers of the same input. Kinds that save work by doing so compute it together (``together``)."""
+    kind = type(layers[0])
+    if hasattr(kind, "together") and all(type(layer) is kind for layer in layers):
+        return kind.together(layers, x)
+    return [layer(x) for layer in layers]
+
+
 class Attention(nn.Module):
     def __init__(self, config: XverseConfig, layer: int) -> None:
         super().__init__()
@@ -46,9 +55,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # [B, H, T, head_dim]
-        k = self.k_proj(x).view(heads).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k, v = apply_all((self.q_proj, self.k_proj, self.v_proj), x)
+        q = q.view(heads).transpose(1, 2)  # [B, H, T, head_dim]
+        k = k.view(heads).transpose(1, 2)
+        v = v.view(heads).transpose(1, 2)
         mixed = context.attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)  # [B, H, T, head_dim]
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
 
@@ -61,7 +71,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = apply_all((self.gate_proj, self.up_proj), x)  # [B, T, d_ff] each
+        return self.down_proj(silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

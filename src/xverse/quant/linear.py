@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -44,11 +46,44 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.xverse.quant_linear(x, self.tiles, self.out_features, self.bits)
 
+    @staticmethod
+    def together(layers: Sequence[QuantLinear], x: Tensor) -> list[Tensor]:
+        """``[layer(x) for layer in layers]`` with the input quantised once, where they are of one kind."""
+        first = layers[0]
+        alike = all(
+            (layer.bits, layer.group_size) == (first.bits, first.group_size)
+            and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+            for layer in layers
+        )
+        if not alike:
+            return [layer(x) for layer in layers]
+        return torch.ops.xverse.quant_linears(
+            x, [layer.tiles for layer in layers], [layer.out_features for layer in layers], first.bits
+        )
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}"
         )
+
+
+class BF16Linear(nn.Linear):
+    """``nn.Linear`` in bfloat16 whose few-token products run in our kernel. Made by ``use_kernels``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        return torch.ops.xverse.linear_bf16(x, self.weight)
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Let the bfloat16 linears of ``model`` on the CPU compute in our kernels; their parameters stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.bias is None:
+            weight = module.weight
+            if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+                module.__class__ = BF16Linear
 
 
 class QuantEmbedding(nn.Module):

@@ -23,8 +23,13 @@ _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 # fmt: off
 _SIGNATURES = {
     "xv_use_openmp": [_POINTER],
-    "xv_quant_linear": [_POINTER, _POINTER, _POINTER, _INT, _INT64, _INT64, _INT64, _INT, _INT, _INT],
+    "xv_quant_linear": [
+        _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT64, _INT64, _INT, _INT, _INT,
+    ],
     "xv_linear_bf16": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT],
+    "xv_round": [
+        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT, _INT, _POINTER, _INT, _INT,
+    ],
     "xv_tile": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT, _INT, _INT],
 }
 # fmt: on

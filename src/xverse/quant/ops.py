@@ -6,6 +6,8 @@ not quantised.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -19,6 +21,7 @@ BF16_TOKENS = 8  # above them PyTorch's own matmul is the faster one
 
 _library = torch.library.Library("xverse", "DEF")
 _library.define("quant_linear(Tensor x, Tensor tiles, int outputs, int bits) -> Tensor")
+_library.define("quant_linears(Tensor x, Tensor[] tiles, int[] outputs, int bits) -> Tensor[]")
 _library.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
 
 
@@ -28,18 +31,27 @@ def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
     Activations are quantised to int8 with one scale for each token and group of inputs; products are summed
     in int32 within a group and in float32 across groups.
     """
+    return quant_linears(x, [tiles], [outputs], bits)[0]
+
+
+def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
+    """``quant_linear`` of one input and several weights of the same number of bits and group size."""
     kernels = library()
     kind = _TYPES.get(x.dtype)
     if kernels is None or kind is None:
-        return dequantized_linear(x, tiles, outputs, bits)
-    inputs = x.shape[-1]
+        return [dequantized_linear(x, *each, bits) for each in zip(tiles, outputs, strict=True)]
+    inputs, count = x.shape[-1], len(tiles)
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], outputs))
-    tokens = x.numel() // inputs
-    if tokens:
+    y = [x.new_empty((*x.shape[:-1], each)) for each in outputs]
+    if x.numel():
+        pointers = ctypes.c_void_p * count
         kernels.xv_quant_linear(
-            x.data_ptr(), tiles.data_ptr(), y.data_ptr(), kind, tokens, outputs, inputs, bits,
-            (tiles.shape[2] - 64) // (4 * bits), torch.get_num_threads(),
+            x.data_ptr(),
+            pointers(*[each.data_ptr() for each in tiles]),
+            pointers(*[each.data_ptr() for each in y]),
+            (ctypes.c_int64 * count)(*outputs),
+            count, kind, x.numel() // inputs, inputs, bits, tile_group_size(tiles[0], bits),
+            torch.get_num_threads(),
         )  # fmt: skip
     return y
 
@@ -74,11 +86,17 @@ def _shape_quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Te
     return x.new_empty((*x.shape[:-1], outputs))
 
 
+def _shape_quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
+    return [_shape_quant_linear(x, *each, bits) for each in zip(tiles, outputs, strict=True)]
+
+
 def _shape_linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 _library.impl("quant_linear", quant_linear, "CPU")
+_library.impl("quant_linears", quant_linears, "CPU")
 _library.impl("linear_bf16", linear_bf16, "CPU")
 torch.library.register_fake("xverse::quant_linear", _shape_quant_linear, lib=_library)
+torch.library.register_fake("xverse::quant_linears", _shape_quant_linears, lib=_library)
 torch.library.register_fake("xverse::linear_bf16", _shape_linear_bf16, lib=_library)
