@@ -21,8 +21,10 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = "src/xverse/quant/libxverse_kernels.so"
 
 # GCC 12's own intrinsics trip -Wmaybe-uninitialized thousands of times.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"]
+_AVX512 += ["-mprefer-vector-width=512"]
 _ROUNDING = ["-ffp-contract=off"]  # every instruction set is to give the same bits
 # (source, flags of its instruction set); each of the x86 files is empty for other processors
 UNITS: list[tuple[str, list[str]]] = [
@@ -36,7 +38,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("avx512.cpp", _AVX512),
         ("avx512.cpp", [*_AVX512, "-mavx512bf16"]),
         ("rounding.cpp", [*_ROUNDING, "-mavx2", "-DXV_ROUND=round_avx2"]),
-        ("rounding.cpp", [*_ROUNDING, *_AVX512, "-mprefer-vector-width=512", "-DXV_ROUND=round_avx512"]),
+        ("rounding.cpp", [*_ROUNDING, *_AVX512, "-DXV_ROUND=round_avx512"]),
     ]
 
 

@@ -161,6 +161,44 @@ void xv_linear_bf16(const uint16_t* x, const uint16_t* w, uint16_t* y, int64_t t
   });
 }
 
+// Less than this many values are not worth waking threads for.
+constexpr int64_t kAlone = 32768;
+
+// y [rows, size] = the root-mean-square norm of x times weight [size].
+void xv_rms_norm(const void* x, const void* weight, void* y, int type, int weight_type, int64_t rows, int64_t size,
+                 float eps, int threads) {
+  const int64_t bytes = (type == kFloat32 ? 4 : 2) * size;
+  share(rows, rows * size < kAlone ? 1 : threads, [&](int64_t begin, int64_t end) {
+    kernels->rms_norm(static_cast<const char*>(x) + begin * bytes, weight, static_cast<char*>(y) + begin * bytes,
+                      Type(type), Type(weight_type), end - begin, int(size), eps);
+  });
+}
+
+// y = silu(gate) * up, `count` values each.
+void xv_silu_mul(const void* gate, const void* up, void* y, int type, int64_t count, int threads) {
+  constexpr int64_t kPart = 4096;
+  const int64_t width = type == kFloat32 ? 4 : 2;
+  share((count + kPart - 1) / kPart, count < kAlone ? 1 : threads, [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * kPart * width, values = (end * kPart < count ? end * kPart : count) - begin * kPart;
+    kernels->silu_mul(static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at,
+                      static_cast<char*>(y) + at, Type(type), values);
+  });
+}
+
+// Queries and keys [tokens, heads, head_dim] in place, by tables [tokens, head_dim].
+void xv_rotate(void* q, void* k, const void* cos, const void* sin, int type, int64_t tokens, int heads,
+               int head_dim, int threads) {
+  const int64_t width = type == kFloat32 ? 4 : 2, row = int64_t(heads) * head_dim * width;
+  share(tokens, tokens * heads * head_dim < kAlone ? 1 : threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const void* cosines = static_cast<const char*>(cos) + t * head_dim * width;
+      const void* sines = static_cast<const char*>(sin) + t * head_dim * width;
+      kernels->rotate(static_cast<char*>(q) + t * row, cosines, sines, Type(type), heads, head_dim);
+      kernels->rotate(static_cast<char*>(k) + t * row, cosines, sines, Type(type), heads, head_dim);
+    }
+  });
+}
+
 // The tiles of a weight from its rows: `rows` [outputs, inputs * bits / 8] with unsigned values, the lower
 // input in the lower nibble; `scales` bfloat16 [outputs, inputs / group].
 void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_t outputs, int64_t inputs,

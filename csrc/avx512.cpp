@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "generic.h"
+#include "steps.h"
 
 namespace {
 
@@ -209,6 +210,7 @@ constexpr auto dot_bf16 = generic_dot_bf16;
 }  // namespace
 
 namespace xv {
-const Kernels XV_TABLE = {XV_NAME, quantize, tile_row<4>, tile_row<8>, dot_bf16};
+const Kernels XV_TABLE = {XV_NAME, quantize, tile_row<4>, tile_row<8>, dot_bf16, generic_rms_norm,
+                           generic_silu_mul, generic_rotate};
 }
 #endif

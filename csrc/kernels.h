@@ -35,6 +35,12 @@ struct Kernels {
 
   // Dot products of bfloat16 rows: out[t * rows + r] = sum_k x[t, k] * w[r, k]; up to 8 tokens.
   void (*dot_bf16)(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out);
+
+  // The steps between the products; see steps.h.
+  void (*rms_norm)(const void* x, const void* weight, void* y, Type type, Type weight_type, int64_t rows,
+                   int size, float eps);
+  void (*silu_mul)(const void* gate, const void* up, void* y, Type type, int64_t count);
+  void (*rotate)(void* x, const void* cos, const void* sin, Type type, int heads, int head_dim);
 };
 
 extern const Kernels kPortable;

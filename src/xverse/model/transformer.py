@@ -56,11 +56,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = apply_all((self.q_proj, self.k_proj, self.v_proj), x)
-        q = q.view(heads).transpose(1, 2)  # [B, H, T, head_dim]
-        k = k.view(heads).transpose(1, 2)
-        v = v.view(heads).transpose(1, 2)
-        mixed = context.attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)  # [B, H, T, head_dim]
+        q, k = self.rotate(q.view(heads), k.view(heads), rope)
+        mixed = context.attend(self.layer, q, k, v.view(heads).transpose(1, 2))  # [B, H, T, head_dim]
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
+
+    def rotate(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, T, H, head_dim] → rotated, [B, H, T, head_dim]."""
+        return rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
 
 
 class MLP(nn.Module):
@@ -71,8 +73,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = apply_all((self.gate_proj, self.up_proj), x)  # [B, T, d_ff] each
-        return self.down_proj(silu(gate) * up)
+        gate, up = apply_all((self.gate_proj, self.up_proj), x)
+        return self.down_proj(self.activate(gate, up))
+
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """SwiGLU (Shazeer, 2020, arXiv:2002.05202), [B, T, d_ff] each."""
+        return silu(gate) * up
 
 
 class DecoderLayer(nn.Module):

@@ -68,24 +68,6 @@ class QuantLinear(nn.Module):
         )
 
 
-class BF16Linear(nn.Linear):
-    """``nn.Linear`` in bfloat16 whose few-token products run in our kernel. Made by ``use_kernels``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        return torch.ops.xverse.linear_bf16(x, self.weight)
-
-
-def use_kernels(model: nn.Module) -> None:
-    """Let the bfloat16 linears of ``model`` on the CPU compute in our kernels; their parameters stay."""
-    for module in model.modules():
-        if type(module) is nn.Linear and module.bias is None:
-            weight = module.weight
-            if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
-                module.__class__ = BF16Linear
-
-
 class QuantEmbedding(nn.Module):
     """Token ids int64 [...] → ``dtype`` [..., D]; rows are dequantised as they are looked up.
 

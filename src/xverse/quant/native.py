@@ -30,6 +30,9 @@ _SIGNATURES = {
     "xv_round": [
         _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT, _INT, _POINTER, _INT, _INT,
     ],
+    "xv_rms_norm": [_POINTER, _POINTER, _POINTER, _INT, _INT, _INT64, _INT64, ctypes.c_float, _INT],
+    "xv_silu_mul": [_POINTER, _POINTER, _POINTER, _INT, _INT64, _INT],
+    "xv_rotate": [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT64, _INT, _INT, _INT],
     "xv_tile": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT, _INT, _INT],
 }
 # fmt: on

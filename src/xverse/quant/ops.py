@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from xverse.model.rope import rotate
 from xverse.quant.native import library
 from xverse.quant.tiles import TILE_ROWS, tile_group_size, untile
 
@@ -23,6 +24,9 @@ _library = torch.library.Library("xverse", "DEF")
 _library.define("quant_linear(Tensor x, Tensor tiles, int outputs, int bits) -> Tensor")
 _library.define("quant_linears(Tensor x, Tensor[] tiles, int[] outputs, int bits) -> Tensor[]")
 _library.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
+_library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_library.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
+_library.define("rotate_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()")
 
 
 def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
@@ -81,6 +85,52 @@ def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of ``x`` [..., D], multiplied by the weight in float32 and rounded once."""
+    kernels = library()
+    kind, weight_kind = _TYPES.get(x.dtype), _TYPES.get(weight.dtype)
+    if kernels is None or kind is None or weight_kind is None:
+        return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    kernels.xv_rms_norm(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), kind, weight_kind, x.numel() // x.shape[-1], x.shape[-1],
+        eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, in float32 inside and rounded once."""
+    kernels = library()
+    kind = _TYPES.get(gate.dtype)
+    if kernels is None or kind is None:
+        return torch.nn.functional.silu(gate) * up
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    kernels.xv_silu_mul(
+        gate.data_ptr(), up.data_ptr(), y.data_ptr(), kind, y.numel(), torch.get_num_threads()
+    )
+    return y
+
+
+def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate queries and keys [B, T, H, head_dim] in place, by tables [B, 1, T, head_dim] of their type."""
+    kernels = library()
+    kind = _TYPES.get(q.dtype)
+    if kernels is None or kind is None or not (q.is_contiguous() and k.is_contiguous()):
+        for x in (q, k):
+            x.copy_(rotate(x.transpose(1, 2), cos, sin).transpose(1, 2))
+        return
+    batch, length, heads, head_dim = q.shape
+    shape = (batch, 1, length, head_dim)
+    cos, sin = cos.expand(shape).contiguous(), sin.expand(shape).contiguous()
+    kernels.xv_rotate(
+        q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), kind, batch * length, heads, head_dim,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def _shape_quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
     assert tiles.shape[1] * tile_group_size(tiles, bits) == x.shape[-1]
     return x.new_empty((*x.shape[:-1], outputs))
@@ -94,9 +144,14 @@ def _shape_linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_library.impl("quant_linear", quant_linear, "CPU")
-_library.impl("quant_linears", quant_linears, "CPU")
-_library.impl("linear_bf16", linear_bf16, "CPU")
-torch.library.register_fake("xverse::quant_linear", _shape_quant_linear, lib=_library)
-torch.library.register_fake("xverse::quant_linears", _shape_quant_linears, lib=_library)
-torch.library.register_fake("xverse::linear_bf16", _shape_linear_bf16, lib=_library)
+for _operation in (quant_linear, quant_linears, linear_bf16, rms_norm, silu_mul, rotate_):
+    _library.impl(_operation.__name__, _operation, "CPU")
+for _name, _shapes in (
+    ("quant_linear", _shape_quant_linear),
+    ("quant_linears", _shape_quant_linears),
+    ("linear_bf16", _shape_linear_bf16),
+    ("rms_norm", lambda x, weight, eps: torch.empty_like(x)),
+    ("silu_mul", lambda gate, up: torch.empty_like(gate)),
+    ("rotate_", lambda q, k, cos, sin: None),
+):
+    torch.library.register_fake(f"xverse::{_name}", _shapes, lib=_library)

@@ -1,0 +1,20 @@
+"""The kernels of every instruction set that this machine runs, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from xverse.quant.native import NAMES, kernel_name, library
+
+
+@pytest.fixture(params=NAMES)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with one instruction set after the other; its name."""
+    found = library()
+    if found is None:
+        pytest.skip("the kernels were not compiled")
+    if found.xv_select(request.param.encode()) is None:
+        pytest.skip(f"this processor does not have {request.param}")
+    yield request.param
+    found.xv_select(kernel_name().encode())
