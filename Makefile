@@ -66,7 +66,7 @@ $(BIN)/python:
 # On a machine without a working NVIDIA driver the CPU build of PyTorch comes first, so that the packages
 # after it find their need met and never fetch gigabytes of CUDA. An index that cannot be reached is given
 # up soon, and asked for this one package alone (--no-deps): another configured one may hold the same wheel.
-$(CORE): pyproject.toml | $(BIN)/python
+$(CORE): pyproject.toml hatch_build.py $(wildcard csrc/*) | $(BIN)/python
 	@set -e; \
 	if ! nvidia-smi -L >/dev/null 2>&1; then \
 	  case "$$(uname -s)-$$(uname -m)" in \

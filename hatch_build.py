@@ -93,7 +93,8 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
         target = ROOT / LIBRARY
         problem = compile_library(target)
         if problem is not None:
-            target.unlink(missing_ok=True)  # one of an earlier version would not fit
+            if version == "editable":
+                target.unlink(missing_ok=True)  # one of an earlier version would not fit
             self.app.display_warning(f"xverse: installed without its fast CPU kernels: {problem}")
             return
         build_data["pure_python"] = False

@@ -43,17 +43,6 @@ inline void store(const float* from, void* y, Type type, int64_t at, int count) 
   }
 }
 
-// Fewer page faults while it is filled, and about a tenth more bandwidth while it is read.
-inline void use_huge_pages(void* memory, int64_t size) {
-#if defined(__linux__)
-  const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(size)) / page * page;
-  if (size >= (1 << 21) && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)size;
-#endif
-}
-
 constexpr int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
 
 }  // namespace
@@ -87,6 +76,17 @@ const char* xv_select(const char* name) {
 
 void xv_use_openmp(void* function) {
   gomp_parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(function);
+}
+
+// For memory that is about to be filled: fewer page faults then, and about a tenth more bandwidth when it is read.
+void xv_use_huge_pages(void* memory, int64_t size) {
+#if defined(__linux__)
+  const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(size)) / page * page;
+  if (size >= (1 << 21) && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)size;
+#endif
 }
 
 // For each of `count` weights y [tokens, outputs] = x [tokens, inputs] times the tiled weight transposed. Rows of
@@ -204,7 +204,7 @@ void xv_rotate(void* q, void* k, const void* cos, const void* sin, int type, int
 void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_t outputs, int64_t inputs,
              int bits, int group, int threads) {
   const int64_t groups = inputs / group, row_bytes = inputs * bits / 8;
-  use_huge_pages(tiles, (outputs + kTileRows - 1) / kTileRows * groups * (kScaleBytes + int64_t(4) * bits * group));
+  xv_use_huge_pages(tiles, (outputs + kTileRows - 1) / kTileRows * groups * (kScaleBytes + int64_t(4) * bits * group));
   const int64_t tile_bytes = kScaleBytes + int64_t(4) * bits * group;
   share((outputs + kTileRows - 1) / kTileRows, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

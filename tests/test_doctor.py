@@ -36,6 +36,14 @@ def test_facts(report: Any) -> None:
     assert len(report["measured"]["gpus"]) == torch.cuda.device_count()
 
 
+def test_kernels(report: Any) -> None:
+    from xverse.quant.native import kernel_name
+
+    assert report["kernels"] == kernel_name()
+    assert f"kernels        {kernel_name()}" in doctor.render(report)
+    assert "C++ compiler" in doctor.render({**report, "kernels": "torch"})
+
+
 def test_extras(report: Any) -> None:
     assert {"dev", "track", "serve"} <= set(report["extras"])
     assert report["extras"]["dev"]["complete"], report["extras"]["dev"]  # the tests run in it

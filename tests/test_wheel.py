@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -53,10 +54,28 @@ def test_contents(wheel: Path) -> None:
         for path in (SOURCE / "xverse").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
-    assert {name for name in names if name.startswith("xverse/")} == expected
+    kernels = {"xverse/quant/libxverse_kernels.so"} if compiler() else set()
+    assert {name for name in names if name.startswith("xverse/")} == expected | kernels
     for licence in ("LICENSE", "NOTICE"):
         assert any(name.endswith(f".dist-info/licenses/{licence}") for name in names)
     assert wheel.stat().st_size < 30 * 2**20
+
+
+def test_without_a_compiler_the_wheel_is_plain(tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT)
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "CXX": "no-such-compiler"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "installed without its fast CPU kernels" in done.stdout + done.stderr
+    [path] = tmp_path.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
+
+
+def compiler() -> str | None:
+    return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+
 
 
 def test_it_is_the_wheel_that_is_imported(python: Path, tmp_path: Path) -> None:

@@ -150,4 +150,4 @@ def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_load_needs_disk(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs 1020000000.0 GB of disk, .* GB are free in .*--directory"):
-        load._check_space(tmp_path, 10**18)
+        load.check_space(tmp_path, 10**18)

@@ -113,6 +113,16 @@ def test_several_weights_at_once_equal_one_by_one(kernels: str) -> None:
     assert [y.shape[-1] for y in QuantLinear.together(mixed, x)] == [33, 8]
 
 
+def test_gradients_reach_the_input() -> None:
+    layer = QuantLinear.from_weight(random_weight(40, 256, 4, 128))
+    x = torch.randn(3, 256, requires_grad=True)
+    layer(x).sum().backward()
+    expected = layer.to_weight().dequantize().sum(0).expand(3, -1)
+    torch.testing.assert_close(x.grad, expected)
+    (QuantLinear.together([layer, layer], x)[1] * 2).sum().backward()
+    torch.testing.assert_close(x.grad, 3 * expected)
+
+
 def test_no_tokens() -> None:
     layer = QuantLinear.from_weight(random_weight(8, 128, 4, 128))
     assert layer(torch.empty(0, 128)).shape == (0, 8)
@@ -169,7 +179,8 @@ def test_norm_and_activation(kernels: str, dtype: torch.dtype, size: int) -> Non
 def test_activation_at_the_ends(kernels: str) -> None:
     x = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 1e30, float("inf"), float("nan")])
     found = ops.silu_mul(x, torch.ones(8))
-    assert found[:3].abs().max() < 1e-6 * 1e30 and found[3] == 0  # -1e30 / e^87 is small beside 1e30
+    assert found[:3].abs().max() < 1e-6 * 1e30  # -1e30 / e^87 is small beside 1e30
+    assert found[3] == 0
     assert torch.equal(found[4:7], x[4:7])
     assert found[7].isnan()
 

@@ -73,7 +73,7 @@ def run(shape: str = "7b", directory: str | Path | None = None) -> dict[str, Any
     rows = []
     checksums = set()
     for kind in FORMATS:  # one after the other: the disk holds the weights once
-        _check_space(target, size)
+        check_space(target, size)
         with tempfile.TemporaryDirectory(prefix="xverse-load-", dir=target) as name:
             notice(f"load {shape}: making {size / 1e9:.2f} GB of {kind} weights in {name}")
             try:
@@ -97,7 +97,7 @@ def run(shape: str = "7b", directory: str | Path | None = None) -> dict[str, Any
     return result
 
 
-def _check_space(directory: Path, size: int) -> None:
+def check_space(directory: Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < size * 1.02:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 from xverse.config import UserError
 
 # Of `xverse bench` alone, in this order; each with its own defaults.
-ALL = ("startup", "infer", "train", "load")
+ALL = ("startup", "infer", "train", "quant", "load")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--sequence-length", type=positive, default=512, metavar="N", help="tokens of each")
     train.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps of each side")
     train.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
+
+    quant = add("quant", "INT4, INT8 and bfloat16 kernels beside their bounds; memory of a quantised model")
+    quant.add_argument("--shape", default="7b", metavar="S", help="a named shape")
+    quant.add_argument("--part", choices=["matmul", "attention", "memory"], help="one part (default: all)")
+    quant.add_argument("--rounds", type=positive, default=5, metavar="N", help="timed passes of each product")
+    quant.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
+    quant.add_argument("--directory", metavar="DIR", help="where weights are made (default: $TMPDIR)")
 
     load = add("load", "peak memory while loading, against the size of the weights")
     load.add_argument("--shape", default="7b", metavar="S", help="a named shape")

@@ -14,6 +14,9 @@ DISTRIBUTION = "xverse-lm"
 # One attention projection of XVERSE-7B over 512 tokens on a CPU; a size that fills a large GPU.
 CPU_MATMUL = (512, 4096, 4096)
 GPU_MATMUL = (8192, 8192, 8192)
+KERNELS = {
+    "torch": "not compiled, PyTorch's operations instead: pip install xverse again with a C++ compiler"
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """Everything that doctor says, as one JSON-ready mapping. Sizes in bytes, rates in bytes/s and FLOP/s."""
+    from xverse.quant.native import kernel_name
+
     cores = hardware.cores()
     total, available = hardware.memory()
     return {
@@ -42,6 +47,7 @@ def examine() -> dict[str, Any]:
             "instruction_sets": hardware.instruction_sets(),
             "last_level_cache": hardware.last_level_cache(),
         },
+        "kernels": kernel_name(),
         "memory": {"total": total, "available": available},
         "versions": versions(),
         "extras": extras(),
@@ -184,6 +190,7 @@ def render(report: dict[str, Any]) -> str:
         f"cores          {cpu['cores']} usable ({cpu['cores_machine']} in the machine, "
         f"{cpu['cores_affinity']} by affinity{quota})",
         f"instructions   {' '.join(cpu['instruction_sets']) or 'unknown on this system'}",
+        f"kernels        {KERNELS.get(report['kernels'], report['kernels'])}",
         f"memory         {memory['total'] / 2**30:.1f} GiB{free}",
     ]
     for gpu in report["measured"]["gpus"]:

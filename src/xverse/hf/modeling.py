@@ -124,7 +124,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             hidden_states=(x, *states[:-1], hidden) if output_hidden_states else None,
-            **{_CACHE: cache if use_cache else None},
+            **{_CACHE: cache if use_cache else None},  # type: ignore[arg-type]  # a name of this version's
         )
         if return_dict is None:
             return_dict = self.config.return_dict

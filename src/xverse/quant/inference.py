@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import xverse.quant.ops  # noqa: F401  (registers torch.ops.xverse)
 from xverse.model.transformer import MLP, Attention, RMSNorm
+from xverse.quant import ops
 
 
 class BF16Linear(nn.Linear):
@@ -15,7 +15,8 @@ class BF16Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().forward(x)
-        return torch.ops.xverse.linear_bf16(x, self.weight)
+        run = ops.linear_bf16 if ops.direct(x) else torch.ops.xverse.linear_bf16
+        return run(x, self.weight)
 
 
 class FusedRMSNorm(RMSNorm):
@@ -24,7 +25,8 @@ class FusedRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().forward(x)
-        return torch.ops.xverse.rms_norm(x, self.weight, self.eps)
+        run = ops.rms_norm if ops.direct(x) else torch.ops.xverse.rms_norm
+        return run(x, self.weight, self.eps)
 
 
 class FusedMLP(MLP):
@@ -33,7 +35,8 @@ class FusedMLP(MLP):
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().activate(gate, up)
-        return torch.ops.xverse.silu_mul(gate, up)
+        run = ops.silu_mul if ops.direct(gate) else torch.ops.xverse.silu_mul
+        return run(gate, up)
 
 
 class FusedAttention(Attention):
@@ -42,7 +45,8 @@ class FusedAttention(Attention):
     def rotate(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled():
             return super().rotate(q, k, rope)
-        torch.ops.xverse.rotate_(q, k, *rope)
+        run = ops.rotate_ if ops.direct(q) else torch.ops.xverse.rotate_
+        run(q, k, *rope)
         return q.transpose(1, 2), k.transpose(1, 2)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-import xverse.quant.ops  # noqa: F401  (registers torch.ops.xverse)
+from xverse.quant import ops
 from xverse.quant.tiles import from_rows, kernel_group_size, tile, tile_shape, to_rows, untile
 from xverse.quant.weight import QuantizedWeight
 
@@ -16,10 +16,12 @@ class QuantLinear(nn.Module):
     """``x`` [..., in_features] → [..., out_features] with a weight of 4 or 8 bits, without bias.
 
     ``tiles`` is the weight in the kernels' layout (``quant/tiles.py``). The buffer moves with the module; on
-    CUDA the same weight runs in PyTorch's own kernels.
+    CUDA the same weight runs in PyTorch's own kernels. With ``order`` int64 [in_features] the weight's
+    columns lie permuted, as GPTQ's activation order has them: column k belongs to input ``order[k]``.
     """
 
     tiles: Tensor
+    order: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bits: int, group_size: int) -> None:
         super().__init__()
@@ -28,6 +30,7 @@ class QuantLinear(nn.Module):
         kernel_group = kernel_group_size(group_size)
         shape = tile_shape(out_features, in_features, bits, kernel_group)
         self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8))
+        self.register_buffer("order", None)
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight) -> QuantLinear:
@@ -38,28 +41,35 @@ class QuantLinear(nn.Module):
         return module
 
     def to_weight(self) -> QuantizedWeight:
-        """The weight in its plain form; exactly what ``from_weight`` was given, on the module's device."""
+        """The weight in its plain form; exactly what ``from_weight`` was given, on the module's device.
+
+        Its columns are those of ``tiles``: in ``order`` where there is one.
+        """
         found = untile(self.tiles, self.out_features, self.bits)
         step = found.scales.shape[1] * self.group_size // self.in_features
         return QuantizedWeight(found.q, found.scales[:, ::step].contiguous(), self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.xverse.quant_linear(x, self.tiles, self.out_features, self.bits)
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        if torch.is_grad_enabled() and x.requires_grad:  # the kernels record no gradients
+            return ops.dequantized_linear(x, self.tiles, self.out_features, self.bits)
+        run = ops.quant_linear if ops.direct(x) else torch.ops.xverse.quant_linear
+        return run(x, self.tiles, self.out_features, self.bits)
 
     @staticmethod
     def together(layers: Sequence[QuantLinear], x: Tensor) -> list[Tensor]:
         """``[layer(x) for layer in layers]`` with the input quantised once, where they are of one kind."""
         first = layers[0]
         alike = all(
-            (layer.bits, layer.group_size) == (first.bits, first.group_size)
+            (layer.bits, layer.group_size, layer.order) == (first.bits, first.group_size, None)
             and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
             for layer in layers
         )
-        if not alike:
+        if not alike or (torch.is_grad_enabled() and x.requires_grad):
             return [layer(x) for layer in layers]
-        return torch.ops.xverse.quant_linears(
-            x, [layer.tiles for layer in layers], [layer.out_features for layer in layers], first.bits
-        )
+        run = ops.quant_linears if ops.direct(x) else torch.ops.xverse.quant_linears
+        return run(x, [layer.tiles for layer in layers], [layer.out_features for layer in layers], first.bits)
 
     def extra_repr(self) -> str:
         return (

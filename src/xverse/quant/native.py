@@ -23,6 +23,7 @@ _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 # fmt: off
 _SIGNATURES = {
     "xv_use_openmp": [_POINTER],
+    "xv_use_huge_pages": [_POINTER, _INT64],
     "xv_quant_linear": [
         _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT64, _INT64, _INT, _INT, _INT,
     ],

@@ -29,6 +29,12 @@ _library.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
 _library.define("rotate_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()")
 
 
+def direct(x: Tensor) -> bool:
+    """Whether our functions may be called as they are: eager, on the CPU. The dispatcher's way to a Python
+    function takes as long as a small product; compilers and tensors that are none need it."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
     """``x`` [..., K], float32 or bfloat16, times a tiled weight → [..., outputs] of the same type.
 
@@ -62,7 +68,7 @@ def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int)
 
 def dequantized_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
     """The same with PyTorch's operations on any device: the weight is dequantised part by part."""
-    parts = []
+    parts: list[Tensor] = []
     for part in tiles.split(_ROWS_AT_ONCE // TILE_ROWS):
         rows = min(len(part) * TILE_ROWS, outputs - sum(each.shape[-1] for each in parts))
         parts.append(linear(x, untile(part, rows, bits).dequantize(x.dtype)))
@@ -129,6 +135,13 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), kind, batch * length, heads, head_dim,
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+def advise_huge_pages(tensor: Tensor) -> None:
+    """Ask for large pages for a tensor that is not written yet: fewer faults, and faster reading."""
+    kernels = library()
+    if kernels is not None:
+        kernels.xv_use_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
 def _shape_quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:

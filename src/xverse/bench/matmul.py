@@ -1,0 +1,194 @@
+"""The matrix products of a whole model, layer after layer: bytes per second at one row beside the memory's
+read rate, operations per second at several rows. Part of ``xverse bench quant``."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xverse import hardware
+from xverse.bench.report import Row, at_least, need_memory
+from xverse.log import notice
+from xverse.model import XverseConfig
+from xverse.quant import ops
+from xverse.quant.linear import QuantLinear
+from xverse.quant.native import kernel_name
+from xverse.quant.tiles import tile_shape
+
+KINDS = ("int4", "int8", "bf16")
+BITS = {"int4": 4, "int8": 8}
+GROUP = 128
+READ_SHARE = 0.92  # the promise at one row
+GOPS = {
+    8: 700,
+    512: 750,
+}  # the promises of INT4 at 8 and 512 rows, in 1e9 multiplications and additions a second
+DRIFT = 0.10  # a round whose two samples of the read rate differ by more is made again
+ATTEMPTS = 8
+Call = Callable[[], object]
+
+
+def run(config: XverseConfig, kinds: tuple[str, ...], rounds: int, threads: int) -> dict[str, Any]:
+    """Random weights of ``config``'s size for each of ``kinds`` in turn; torch has ``threads`` threads."""
+    result: dict[str, Any] = {"kernels": kernel_name()}
+    buffer = hardware.bandwidth_buffer()
+    for kind in kinds:
+        notice(f"quant: making random {kind} weights")
+        need_memory(1.1 * sum(_bytes(kind, *shape) * count for shape, count in _shapes(config)))
+        layers = _layers(config, kind)
+        found = {"rows_1": _read_rate(layers, buffer, kind, rounds, threads)}
+        if kind != "bf16":
+            for rows in GOPS:
+                found[f"rows_{rows}"] = _operation_rate(layers, kind, rows, rounds)
+        result[kind] = found
+        del layers
+    return result
+
+
+def rows(result: dict[str, Any]) -> Iterator[Row]:
+    """The table's lines."""
+    for kind in (kind for kind in KINDS if kind in result):
+        one = result[kind]["rows_1"]
+        share = f"{one['share']:.1%} of the read rate around it"
+        yield Row(
+            f"{kind}, all layers, 1 row",
+            f"{one['gb_s']:.1f} of {one['device_read_gb_s']:.1f} GB/s",
+            f"{share}; {at_least(READ_SHARE, one['share'], '')}",
+        )
+        for count, target in GOPS.items():
+            if f"rows_{count}" in result[kind]:
+                speed = result[kind][f"rows_{count}"]["gop_s"]
+                bound = at_least(target, speed, "GOP/s") if kind == "int4" else ""
+                yield Row(f"{kind}, {count} rows", f"{speed:,.0f} GOP/s", bound)
+
+
+def _shapes(config: XverseConfig) -> list[tuple[tuple[int, int], int]]:
+    """(outputs, inputs) of each product and how often it is there."""
+    size, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    return [
+        ((size, size), 4 * layers),
+        ((inner, size), 2 * layers),
+        ((size, inner), layers),
+        ((config.vocab_size, size), 1),
+    ]
+
+
+def _bytes(kind: str, outputs: int, inputs: int) -> int:
+    if kind == "bf16":
+        return 2 * outputs * inputs
+    first, second, third = tile_shape(outputs, inputs, BITS[kind], GROUP)
+    return first * second * third
+
+
+def _layers(config: XverseConfig, kind: str) -> list[list[Any]]:
+    """In the order of a forward pass: the weights that read one input together."""
+    size, inner = config.hidden_size, config.intermediate_size
+    make = _random_bf16 if kind == "bf16" else _random_quantised(BITS[kind])
+    groups: list[list[Any]] = []
+    for _ in range(config.num_hidden_layers):
+        groups += [
+            [make(size, size) for _ in range(3)],
+            [make(size, size)],
+            [make(inner, size) for _ in range(2)],
+            [make(size, inner)],
+        ]
+    return [*groups, [make(config.vocab_size, size)]]
+
+
+def _random_bf16(outputs: int, inputs: int) -> Tensor:
+    return torch.full((outputs, inputs), 0.01, dtype=torch.bfloat16)
+
+
+def _random_quantised(bits: int) -> Callable[[int, int], QuantLinear]:
+    def make(outputs: int, inputs: int) -> QuantLinear:
+        with torch.device("meta"):
+            layer = QuantLinear(inputs, outputs, bits, GROUP)
+        layer.tiles = random_tiles(outputs, inputs, bits, GROUP)
+        return layer
+
+    return make
+
+
+def random_tiles(outputs: int, inputs: int, bits: int, group_size: int) -> Tensor:
+    """Tiles of random integers whose weights have a deviation of about 0.02, made at the speed of memory."""
+    shape = tile_shape(outputs, inputs, bits, group_size)
+    tiles = torch.empty(shape, dtype=torch.uint8)
+    ops.advise_huge_pages(tiles)
+    block = torch.randint(0, 256, shape[1:], dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    deviation = (256 if bits == 8 else 16) / 12**0.5  # of evenly drawn integers
+    scales = torch.full((32,), 0.02 / deviation, dtype=torch.bfloat16)
+    block[:, :64] = scales.view(torch.uint8)
+    tiles.copy_(block)
+    return tiles
+
+
+def _calls(layers: list[list[Any]], kind: str, tokens: int) -> list[Call]:
+    calls: list[Call] = []
+    for group in layers:
+        inputs = group[0].shape[1] if kind == "bf16" else group[0].in_features
+        x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
+        if kind == "bf16":
+            calls += [lambda x=x, weight=weight: ops.linear_bf16(x, weight) for weight in group]  # type: ignore[misc]
+        else:
+            calls.append(lambda x=x, group=group: QuantLinear.together(group, x))  # type: ignore[misc]
+    return calls
+
+
+def _time(calls: list[Call]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def _read_rate(
+    layers: list[list[Any]], buffer: Tensor, kind: str, rounds: int, threads: int
+) -> dict[str, Any]:
+    size = sum(
+        weight.numel() * 2 if kind == "bf16" else weight.tiles.numel() for group in layers for weight in group
+    )
+    calls = _calls(layers, kind, 1)
+    _time(calls)
+    reads = [hardware.read_bandwidth(buffer, threads, seconds=0.2)]
+    kept: list[tuple[float, float]] = []
+    dropped = 0
+    while len(kept) < rounds and dropped < ATTEMPTS:
+        seconds = _time(calls)
+        reads.append(hardware.read_bandwidth(buffer, threads, seconds=0.2))
+        before, after = reads[-2:]
+        if abs(before - after) > DRIFT * min(before, after):
+            dropped += 1  # the memory changed its speed meanwhile
+            continue
+        kept.append((size / seconds, (before + after) / 2))
+    if not kept:  # a machine that never holds still: every round counts, and the samples show it
+        kept = [
+            (size / _time(calls), statistics.mean(pair))
+            for pair in itertools.islice(itertools.pairwise(reads), rounds)
+        ]
+    return {
+        "gb": round(size / 1e9, 3),
+        "gb_s": round(statistics.median(rate for rate, _ in kept) / 1e9, 2),
+        "runs_gb_s": [round(rate / 1e9, 2) for rate, _ in kept],
+        "share": round(statistics.median(rate / bound for rate, bound in kept), 4),
+        "device_read_gb_s": round(statistics.median(bound for _, bound in kept) / 1e9, 2),
+        "device_read_samples_gb_s": [round(rate / 1e9, 2) for rate in reads],
+        "rounds_dropped_for_drift": dropped,
+    }
+
+
+@torch.inference_mode()
+def _operation_rate(layers: list[list[Any]], kind: str, tokens: int, rounds: int) -> dict[str, Any]:
+    # With 512 rows a pass over the whole model takes a quarter of a minute: a few layers stand for all.
+    part = layers if tokens <= 8 else layers[:8]
+    operations = sum(2 * tokens * w.in_features * w.out_features for group in part for w in group)
+    calls = _calls(part, kind, tokens)
+    _time(calls)
+    runs = [operations / _time(calls) / 1e9 for _ in range(rounds)]
+    return {"gop_s": round(statistics.median(runs), 1), "runs_gop_s": [round(run, 1) for run in runs]}
