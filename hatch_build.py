@@ -30,6 +30,8 @@ _ROUNDING = ["-ffp-contract=off"]  # every instruction set is to give the same b
 UNITS: list[tuple[str, list[str]]] = [
     ("api.cpp", []),
     ("portable.cpp", []),
+    ("attention_api.cpp", []),
+    ("attention_generic.cpp", []),
     ("rounding.cpp", [*_ROUNDING, "-DXV_ROUND=round_portable", "-DXV_ROUND_API"]),
 ]
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -37,6 +39,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("avx2.cpp", ["-mavx2", "-mfma", "-mf16c"]),
         ("avx512.cpp", _AVX512),
         ("avx512.cpp", [*_AVX512, "-mavx512bf16"]),
+        ("attention_generic.cpp", ["-mavx2", "-mfma", "-mf16c"]),
+        ("attention_avx512.cpp", _AVX512),
+        ("attention_avx512.cpp", [*_AVX512, "-mavx512bf16"]),
+        ("attention_prefill.cpp", [*_AVX512, "-mavx512bf16"]),
         ("rounding.cpp", [*_ROUNDING, "-mavx2", "-DXV_ROUND=round_avx2"]),
         ("rounding.cpp", [*_ROUNDING, *_AVX512, "-DXV_ROUND=round_avx512"]),
     ]

@@ -40,7 +40,7 @@ def test_bash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert offered("tokenizer", "train", "--vocab") == ["--vocab-size"]
     assert offered("completion", "") == ["bash", "zsh", "fish"]
     assert offered("export", "--format", "l") == ["llama"]
-    assert offered("export", "--format", "=") == ["hf", "llama"]  # --format=
+    assert offered("export", "--format", "=") == ["hf", "llama", "gguf"]  # --format=
     assert offered("export", "--format", "=", "l") == ["llama"]
     assert offered("export", "--model", "") == []  # bash falls back to file names
     assert offered("tokenizer", "train", "") == []

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
 from xverse.model.rope import rope_tables, rotate
 from xverse.quant import ops
 from xverse.quant.linear import QuantLinear
@@ -50,7 +51,7 @@ BF16 = 2.0**-8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    "outputs, inputs, group", [(1, 32, 32), (33, 192, 64), (70, 384, 128), (32, 1408, 128)]
+    ("outputs", "inputs", "group"), [(1, 32, 32), (33, 192, 64), (70, 384, 128), (32, 1408, 128)]
 )
 def test_quantised_linear(
     kernels: str, bits: int, outputs: int, inputs: int, group: int, dtype: torch.dtype
@@ -152,7 +153,7 @@ def test_scale_per_row_comes_back() -> None:
     assert torch.equal(back.q, weight.q)
 
 
-@pytest.mark.parametrize("outputs, inputs", [(1, 8), (25, 100), (64, 512), (7, 9000)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 8), (25, 100), (64, 512), (7, 9000)])
 def test_bf16_linear(kernels: str, outputs: int, inputs: int) -> None:
     weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)
     for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9):

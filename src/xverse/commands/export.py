@@ -1,4 +1,4 @@
-"""``xverse export``: write a model as a Hugging Face or Llama directory and say how exact it is."""
+"""``xverse export``: write a model as a Hugging Face or Llama directory or as GGUF; say how exact it is."""
 
 from __future__ import annotations
 
@@ -13,41 +13,56 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # of a directory's weights
+GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_0")
+SHARD_SIZE = "2GB"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="nano", metavar="M", help="a directory, a hub id, or nano")
-    parser.add_argument("--out", required=True, metavar="PATH", help="the directory to write")
+    parser.add_argument("--out", required=True, metavar="PATH", help="the directory, or NAME.gguf, to write")
     parser.add_argument(
         "--format",
         required=True,
-        choices=["hf", "llama"],
-        help="hf: XVERSE for transformers; llama: for every program that loads LlamaForCausalLM",
+        choices=["hf", "llama", "gguf"],
+        help="hf: XVERSE for transformers; llama: for every program that loads LlamaForCausalLM; "
+        "gguf: one file for llama.cpp, Ollama, LM Studio",
     )
-    parser.add_argument("--type", choices=list(TYPES), help="weights' type (default: as they are stored)")
     parser.add_argument(
-        "--max-shard-size", default="2GB", metavar="SIZE", help="largest weight file: 500MB, 2GB, …"
+        "--type",
+        choices=list(dict.fromkeys([*TYPES, *GGUF_TYPES])),
+        help="weights' type: f32, f16, bf16 (default: as they are stored); "
+        "in gguf f16 (default), bf16, q8_0, q4_0",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model directory at PATH")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help=f"largest weight file of a directory: 500MB, 2GB, … (default {SHARD_SIZE})",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the model at PATH")
 
 
 def run(args: argparse.Namespace) -> int:
-    shard_bytes = parse_size(args.max_shard_size)
+    types = GGUF_TYPES if args.format == "gguf" else tuple(TYPES)
+    if args.type and args.type not in types:
+        raise UserError(
+            f"--type {args.type}: not a type of --format {args.format} (known: {', '.join(types)})"
+        )
+    if args.format == "gguf":
+        return _export_gguf(args)
+    shard_bytes = parse_size(args.max_shard_size or SHARD_SIZE)
 
     import torch
 
     from xverse.formats import load_model, load_tokenizer, parity, read_generation_config, resolve
-    from xverse.formats.compare import TOLERANCE
     from xverse.formats.write import check_target, save_hf, save_llama
-    from xverse.log import notice
 
     out = Path(args.out).expanduser()
     check_target(out, args.overwrite)
     source = resolve(args.model)
     tokenizer = load_tokenizer(source)
-    model = load_model(source)
+    model = load_model(source, dequantize=True)
     stored = model.lm_head.weight.dtype
     dtype = getattr(torch, TYPES[args.type]) if args.type else stored
     save = save_hf if args.format == "hf" else save_llama
@@ -64,7 +79,47 @@ def run(args: argparse.Namespace) -> int:
     difference = parity(model, load_model(out) if args.format == "hf" else _stock_llama(out, dtype))
     print(f"{out}: {args.format}, {str(dtype).removeprefix('torch.')}")
     print(f"parity: max |Δlogit| = {difference:.1e} in float32 against {args.model}")
-    if dtype in (stored, torch.float32) and not difference <= TOLERANCE:  # `not <=` catches NaN
+    return _verdict(difference, lossless=dtype in (stored, torch.float32))
+
+
+def _export_gguf(args: argparse.Namespace) -> int:
+    if args.max_shard_size:
+        raise UserError("--max-shard-size: GGUF is one file; leave the flag out")
+
+    from xverse.formats import load_model, load_tokenizer, parity, read_generation_config, resolve
+    from xverse.formats.gguf import check_file, licence_of, open_gguf, save_gguf
+    from xverse.formats.spm import random_differences
+
+    out = Path(args.out).expanduser()
+    check_file(out, args.overwrite)
+    source = resolve(args.model)
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, dequantize=True)
+    kind = args.type or "f16"
+    vocabulary = save_gguf(
+        model,
+        tokenizer,
+        out,
+        kind,
+        name=Path(args.model).name,
+        licence=licence_of(source),
+        generation_config=read_generation_config(source),
+        overwrite=args.overwrite,
+    )
+    difference = parity(model, open_gguf(out))
+    print(f"{out}: gguf, {kind}, {out.stat().st_size / 1e6:,.1f} MB")
+    print(f"parity: max |Δlogit| = {difference:.1e} in float32 against {args.model}")
+    texts = 2000
+    different = random_differences(tokenizer, vocabulary, texts)
+    print(f"tokenizer: llama.cpp computes other ids than xverse for {different} of {texts:,} random texts")
+    return _verdict(difference, lossless=TYPES.get(kind) == str(model.lm_head.weight.dtype)[len("torch.") :])
+
+
+def _verdict(difference: float, lossless: bool) -> int:
+    from xverse.formats.compare import TOLERANCE
+    from xverse.log import notice
+
+    if lossless and not difference <= TOLERANCE:  # `not <=` catches NaN
         notice(f"export: this conversion loses nothing, so the figure should be at most {TOLERANCE:.0e}")
         return 1
     return 0

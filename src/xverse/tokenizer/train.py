@@ -20,7 +20,10 @@ from xverse.tokenizer.tokenizer import SPACE, SPECIAL_TOKENS, Tokenizer, _scalar
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # One space belongs to the word that follows it; longer runs, tabs and line ends are pieces of their own.
 # Metaspace's own splitting would cut "    def" into four pieces, and no merge could ever join indentation.
-WORDS = r" ?[^ \t\r\n]+|[\r\n]+|\t+| +(?= [^ \t\r\n])| +"
+TRAINING_WORDS = r" ?[^ \t\r\n]+|[\r\n]+|\t+| +(?= [^ \t\r\n])| +"
+# For encoding, merges of spaces alone come last instead, so that the word takes its space before the run
+# closes up: the same, but without a rule that only this pre-tokenizer can express (formats/spm.py).
+WORDS = r" *[^ \t\r\n]+|[\r\n]+|\t+| +"
 
 
 def train_tokenizer(
@@ -53,7 +56,7 @@ def train_tokenizer(
     backend = Backend(models.BPE(byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.Split(Regex(TRAINING_WORDS), "isolated"),
             pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False),
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.Punctuation("isolated"),
@@ -82,6 +85,8 @@ def train_tokenizer(
     values: dict[str, Any] = json.loads(backend.to_str())
     # The trainer made the byte tokens special; as such the text "<0x41>" would be read as a byte.
     values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < len(SPECIAL_TOKENS)]
+    values["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = WORDS
+    values["model"]["merges"].sort(key=lambda pair: not "".join(pair).strip(SPACE))  # stable
     return Tokenizer(values)
 
 

@@ -1,0 +1,331 @@
+"""Write a model as one GGUF file, for llama.cpp and what is built on it; read it back for its parity figure.
+
+The file says ``llama``, not llama.cpp's own ``xverse``: both compute the same graph (its norms multiply by
+their weight in float32, as XVERSE does), and every program that reads GGUF knows the first. Both want the
+rows of the query and key projections ordered for rotation of neighbouring pairs; ours are ordered for
+rotation of halves. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the ``gguf`` package
+writes the header and does the arithmetic of the block types.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xverse.config import UserError, choose
+from xverse.files import atomic_file
+from xverse.formats.read import check_vocabulary
+from xverse.formats.spm import Vocabulary, spm_vocabulary
+from xverse.log import console, progress
+from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.tokenizer import CHAT_TEMPLATE
+
+if TYPE_CHECKING:
+    import gguf
+
+    from xverse.tokenizer import Tokenizer
+
+# What --type says → gguf's name of the file type. Norms are float32 in all of them.
+KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+# The largest magnitude of each: of float16 itself, or of a block whose scale is a float16.
+LARGEST = {"f16": 65504.0, "bf16": 3.3e38, "q8_0": 127 * 65504.0, "q4_0": 8 * 65504.0}
+BLOCK = 32  # weights that share a scale in q8_0 and q4_0
+PIECE = 2**22  # weights converted at a time
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def save_gguf(
+    model: XverseForCausalLM,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    kind: str = "f16",
+    name: str = "",
+    licence: str = "",
+    generation_config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Vocabulary:
+    """Write ``path`` in one of ``KINDS``; returns the vocabulary that it holds.
+
+    Weights of any float dtype are converted a few million at a time. In q8_0 and q4_0, matrices whose rows
+    are no whole blocks of 32 are float16; q4_0 has embedding and head in q8_0. ``generation_config`` gives
+    the sampling defaults that llama.cpp reads, ``licence`` is an SPDX expression.
+    Raises UserError for an unknown kind, a weight that the kind cannot hold, a tokenizer without tokens for
+    bytes, and where the file cannot or must not be written; then nothing is left there.
+    """
+    path = Path(path)
+    file_type = choose("type", kind, KINDS)
+    check_file(path, overwrite)
+    check_vocabulary(tokenizer, model.config, path)
+    vocabulary = spm_vocabulary(tokenizer, model.config.vocab_size)
+    tensors = {gguf_name(key): tensor for key, tensor in model.state_dict().items()}
+    kinds = {key: _kind(key, tensor, kind) for key, tensor in tensors.items()}
+    try:
+        with atomic_file(path) as temporary:
+            import gguf
+
+            writer = gguf.GGUFWriter(temporary, "llama")
+            try:
+                _describe(writer, model.config, name or path.stem, licence, generation_config or {})
+                writer.add_file_type(gguf.LlamaFileType[file_type])
+                writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+                _add_tokenizer(writer, vocabulary, model.config)
+                for key, tensor in tensors.items():
+                    stored = gguf.GGMLQuantizationType[kinds[key].upper()]
+                    weights, size = gguf.GGML_QUANT_SIZES[stored]  # of a block
+                    size *= tensor.numel() // weights
+                    writer.add_tensor_info(key, tensor.shape, np.dtype(np.float32), size, stored)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+            finally:
+                writer.close()
+            # By hand, because the library's way loses the reason when a disk is full.
+            with temporary.open("ab") as file, progress(disable=not console.is_terminal) as bar:
+                for key, tensor in bar.track(tensors.items(), description="tensors"):
+                    _pad(file)
+                    _write(file, key, _for_gguf(key, tensor, model.config), kinds[key])
+                _pad(file)
+    except OSError as error:  # beyond those that atomic_file names, such as an I/O error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); nothing was left there") from error
+    return vocabulary
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Raises UserError where ``path`` is no name for a GGUF file or something stands there unasked."""
+    if path.suffix != ".gguf":
+        raise UserError(f"{path}: a GGUF file's name must end in .gguf, or programs will not find it")
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; name the file to write")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: is there already; --overwrite replaces it")
+
+
+def licence_of(directory: Path) -> str:
+    """What the model card in ``directory`` says under ``license``, or nothing."""
+    card = directory / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = text.removeprefix("---\n").partition("\n---")[0] if text.startswith("---\n") else ""
+    found = re.search(r"^license: *(\S+) *$", front, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def gguf_name(name: str) -> str:
+    """``model.layers.0.mlp.up_proj.weight`` → ``blk.0.ffn_up.weight``."""
+    layer = _LAYER.fullmatch(name)
+    prefix, rest = (f"blk.{layer[1]}.", layer[2]) if layer else ("", name)
+    return f"{prefix}{NAMES[rest.removesuffix('.weight')]}.weight"
+
+
+def pair_rows(weight: Tensor, heads: int) -> Tensor:
+    """Rows [heads · head_dim, D] in the order for rotating halves → in the order for rotating pairs."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def half_rows(weight: Tensor, heads: int) -> Tensor:
+    """The inverse of ``pair_rows``."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _for_gguf(name: str, tensor: Tensor, config: XverseConfig) -> Tensor:
+    rotated = name.endswith(("attn_q.weight", "attn_k.weight"))
+    return pair_rows(tensor, config.num_attention_heads) if rotated else tensor
+
+
+def _describe(
+    writer: gguf.GGUFWriter,
+    config: XverseConfig,
+    name: str,
+    licence: str,
+    generation_config: Mapping[str, Any],
+) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    if licence:
+        writer.add_license(licence)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    settings: dict[str, Callable[[Any], None]] = {
+        "temperature": writer.add_sampling_temp,
+        "top_k": writer.add_sampling_top_k,
+        "top_p": writer.add_sampling_top_p,
+        "repetition_penalty": writer.add_sampling_penalty_repeat,
+    }
+    for key, add in settings.items():
+        if isinstance(generation_config.get(key), (int, float)):
+            add(generation_config[key])
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary, config: XverseConfig) -> None:
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types([int(kind) for kind in vocabulary.kinds])
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(config.pad_token_id)
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_eot_token_id(config.eos_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_remove_extra_whitespaces(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _kind(name: str, tensor: Tensor, kind: str) -> str:
+    """The type of one tensor in a file of ``kind``."""
+    if tensor.dim() == 1:
+        return "f32"
+    if kind in ("q8_0", "q4_0") and tensor.shape[-1] % BLOCK:
+        return "f16"
+    # In 4 bits these two alone cost nano seven times the divergence of all its layers.
+    return "q8_0" if kind == "q4_0" and name in ("token_embd.weight", "output.weight") else kind
+
+
+def _pad(file: BinaryIO) -> None:
+    from gguf import GGUF_DEFAULT_ALIGNMENT
+
+    file.write(bytes(-file.tell() % GGUF_DEFAULT_ALIGNMENT))
+
+
+def _write(file: BinaryIO, name: str, tensor: Tensor, kind: str) -> None:
+    rows = max(1, PIECE // tensor.shape[-1])
+    pieces = tensor.detach().split(rows) if tensor.dim() > 1 else [tensor.detach()]
+    for encoded in _in_threads(lambda piece: _encode(name, piece, kind), pieces):
+        file.write(encoded.data)
+
+
+def _encode(name: str, piece: Tensor, kind: str) -> np.ndarray[Any, Any]:
+    from gguf import GGMLQuantizationType, quants
+
+    values = piece.cpu().float()
+    largest = values.abs().max().item()
+    if not largest <= LARGEST.get(kind, float("inf")):  # `not <=` catches NaN
+        hint = "; bf16 holds it" if largest <= LARGEST["bf16"] else ""
+        raise UserError(f"{name}: {kind} cannot hold a weight of magnitude {largest:.3g}{hint}")
+    if kind in ("f16", "bf16"):
+        half = values.to(torch.float16 if kind == "f16" else torch.bfloat16)
+        return half.contiguous().view(torch.uint8).numpy()
+    array = values.contiguous().numpy()
+    return array if kind == "f32" else quants.quantize(array, GGMLQuantizationType[kind.upper()])
+
+
+def _in_threads(function: Callable[[Any], Any], pieces: Any) -> Iterator[Any]:
+    """``map(function, pieces)`` with a few under way; numpy computes outside the interpreter's lock."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: list[Any] = []
+        for piece in pieces:
+            waiting.append(pool.submit(function, piece))
+            if len(waiting) > threads:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+def open_gguf(path: str | Path) -> XverseForCausalLM:
+    """The model in a file that ``save_gguf`` wrote, in float32, for comparing it with its source.
+
+    It holds no weights: each module's are decoded from the memory-mapped file for the length of its forward
+    call, so that a 7B model does not take 29 GB.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    config = _read_config(reader)
+    with torch.device("meta"):
+        model = XverseForCausalLM(config)
+    for module_name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            tensor = stored.pop(gguf_name(f"{module_name}.{key}"))
+            empty = torch.zeros(()).expand(parameter.shape)
+            setattr(module, key, nn.Parameter(empty, requires_grad=False))
+            _decode_when_needed(module, key, tensor, config)
+    assert not stored, f"tensors that no module has: {', '.join(stored)}"
+    return model
+
+
+def _decode_when_needed(module: nn.Module, key: str, tensor: Any, config: XverseConfig) -> None:
+    parameter = getattr(module, key)
+    empty = parameter.data
+
+    def decode(*_: Any) -> None:
+        values = _decode(tensor)
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            values = half_rows(values, config.num_attention_heads)
+        parameter.data = values
+
+    def forget(*_: Any) -> None:
+        parameter.data = empty
+
+    module.register_forward_pre_hook(decode)
+    module.register_forward_hook(forget, always_call=True)
+
+
+def _decode(tensor: Any) -> Tensor:
+    """A ``ReaderTensor`` as float32, in the shape that it has here."""
+    from gguf import quants
+
+    data = tensor.data  # rows of the stored type, or of bytes
+    shape = [int(length) for length in reversed(tensor.shape)]
+    out = np.empty(shape, np.float32)
+    rows = max(1, PIECE // shape[-1]) if len(shape) > 1 else shape[0]
+    starts = range(0, shape[0], rows)
+
+    def piece(start: int) -> None:
+        out[start : start + rows] = quants.dequantize(data[start : start + rows], tensor.tensor_type)
+
+    for _ in _in_threads(piece, starts):
+        pass
+    return torch.from_numpy(out)
+
+
+def _read_config(reader: gguf.GGUFReader) -> XverseConfig:
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        assert field is not None, f"no {key} in the file"
+        return field.contents()
+
+    return XverseConfig(
+        vocab_size=value("llama.vocab_size"),
+        hidden_size=value("llama.embedding_length"),
+        intermediate_size=value("llama.feed_forward_length"),
+        num_hidden_layers=value("llama.block_count"),
+        num_attention_heads=value("llama.attention.head_count"),
+        rms_norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=value("llama.rope.freq_base"),
+        max_position_embeddings=value("llama.context_length"),
+    )
