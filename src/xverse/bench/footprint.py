@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from xverse.bench.infer import placeholder_tokenizer
 from xverse.bench.load import check_space, make_weights
 from xverse.bench.report import Row, at_most
-from xverse.bench.infer import placeholder_tokenizer
 from xverse.config import UserError
 from xverse.log import notice
 from xverse.model import XverseConfig
@@ -65,7 +65,7 @@ print(json.dumps({"peak_bytes": peak, "load_s": loaded, "prompt_s": seconds}))
 
 
 def run(config: XverseConfig, directory: Path | None, threads: int) -> dict[str, Any]:
-    """All measurements of one shape. ``directory`` is where the weights are made (None: the temporary one)."""
+    """All measurements of one shape. ``directory``: where weights are made (None: the temporary one)."""
     if not Path("/proc/self/status").exists():
         raise UserError("bench quant reads /proc/self/status, which only Linux has")
     target = directory or Path(tempfile.gettempdir())
@@ -81,8 +81,8 @@ def run(config: XverseConfig, directory: Path | None, threads: int) -> dict[str,
         placeholder_tokenizer(config.vocab_size).save(folders["bf16"])
         for kind, bits in (("int8", "8"), ("int4", "4")):
             notice(f"quant: xverse quantize --bits {bits}")
-            command = ("quantize", "--model", str(folders["bf16"]), "--out", str(folders[kind]), "--bits", bits)
-            done = _command(Path(name) / "report.json", *command)
+            paths = ("--model", str(folders["bf16"]), "--out", str(folders[kind]))
+            done = _command(Path(name) / "report.json", "quantize", *paths, "--bits", bits)
             size = sum(file.stat().st_size for file in folders[kind].glob("*.safetensors"))
             result[f"quantize_{kind}"] = {**done, "file_bytes": size}
         for kind in ("int4", "int8"):

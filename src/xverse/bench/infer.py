@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from xverse import hardware
 from xverse.bench.report import (
@@ -26,9 +27,14 @@ from xverse.bench.report import (
 )
 from xverse.config import UserError
 from xverse.engine import Engine, Request, Sampling
-from xverse.formats import load_model, load_tokenizer, read_config, resolve
+from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
+from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
+from xverse.formats.quantized import set_layer
+from xverse.formats.weights import weight_files
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
+from xverse.quant.linear import QuantLinear
+from xverse.quant.tiles import tile_rows
 from xverse.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 NANO_TARGET = 100.0  # decoded tokens/s of one request
@@ -48,26 +54,31 @@ def run(
     batch: int = 1,
     threads: int | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Measure ``model``, or random weights of the named ``shape``. ``dtype`` and ``threads`` None: chat's.
 
-    Raises UserError for an unknown model or shape, too long a context, too little memory.
+    ``quantize``: ``int8`` or ``int4``, made of the model's weights as they are loaded; of a shape, random
+    quantised weights are made at once. Raises UserError for an unknown model or shape, too long a context,
+    too little memory, and for quantising a quantised model.
     """
     path = None if shape else resolve(model)
     config = read_config(path) if path else named_shape(shape or "")
     small = config.num_parameters() < FLOAT32_BELOW
     chosen = getattr(torch, dtype) if dtype else torch.float32 if small else torch.bfloat16
     check_context(config, prompt_tokens, new_tokens, batch)
-    need_memory(
-        _weight_bytes(config, chosen)
-        + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch)
-        + _SPARE
-    )
+    size = _weight_bytes(config, chosen)
+    if quantize:
+        size = stored_bytes(config, quick_settings(quantize))
+    elif path and read_scheme(path):
+        size = sum(file.stat().st_size for file in weight_files(path))
+    need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE)
     if path:
-        weights, tokenizer = load_model(path, chosen), load_tokenizer(path)
+        weights = load_quantizing(path, quantize, chosen) if quantize else load_model(path, chosen)
+        tokenizer = load_tokenizer(path)
     else:
-        notice(f"infer: making {_weight_bytes(config, chosen) / 1e9:.2f} GB of random weights")
-        weights, tokenizer = random_model(config, chosen), placeholder_tokenizer(config.vocab_size)
+        notice(f"infer: making {size / 1e9:.2f} GB of random weights")
+        weights, tokenizer = random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
     return measure(
         weights,
         tokenizer,
@@ -99,7 +110,7 @@ def measure(
     check_context(config, prompt_tokens, new_tokens, batch)
     if threads is None:
         threads = 1 if config.num_parameters() < ONE_THREAD_BELOW else hardware.cores().usable
-    dtype = model.lm_head.weight.dtype
+    dtype = model.model.norm.weight.dtype
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(4, tokenizer.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
     notice(
@@ -125,12 +136,13 @@ def measure(
     shares = [rate / bound for rate, bound in zip(read, around, strict=True)]
     resident = [each["resident"] for each in found if each["resident"] is not None]
     tflops = prefill_flops(config, prompt_tokens) / prompt_tokens * prefill_tok_s / 1e12
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    weight_bytes = _tensor_bytes(model)
     result = {
         "bench": "infer",
         "model": name,
         "parameters": config.num_parameters(),
         "dtype": str(dtype).removeprefix("torch."),
+        "weights": weights_kind(model),
         "threads": threads,
         "batch": batch,
         "prompt_tokens": prompt_tokens,
@@ -151,7 +163,7 @@ def measure(
         "matmul_tflops": [round(rate / 1e12, 5) for rate in matmul],
         "prefill_matmul_share": round(tflops * 1e12 / statistics.mean(matmul), 4),
     }
-    show(f"infer {name}: {result['dtype']}, {count_threads(threads)}, batch {batch}", _rows(result))
+    show(f"infer {name}: {result['weights']}, {count_threads(threads)}, batch {batch}", _rows(result))
     return result
 
 
@@ -237,11 +249,20 @@ def prefill_flops(config: XverseConfig, tokens: int) -> float:
 def _step_bytes(model: XverseForCausalLM, batch: int, positions: float) -> float:
     """Bytes that one decode step has to read: every weight once, of the embedding ``batch`` rows, and the
     keys and values of ``positions``."""
-    embedding = model.model.embed_tokens.weight
-    item = embedding.element_size()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) - embedding.numel() * item
+    item = model.model.norm.weight.element_size()
+    weights = _tensor_bytes(model) - _tensor_bytes(model.model.embed_tokens)
     kv = 2 * model.config.num_hidden_layers * model.config.hidden_size * item
     return weights + batch * model.config.hidden_size * item + kv * positions
+
+
+def _tensor_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def weights_kind(model: XverseForCausalLM) -> str:
+    """``int4``, ``int8`` or the type of the layers' weights."""
+    layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+    return f"int{layer.bits}" if isinstance(layer, QuantLinear) else str(layer.weight.dtype).split(".")[-1]
 
 
 def _weight_bytes(config: XverseConfig, dtype: torch.dtype) -> int:
@@ -253,11 +274,22 @@ def _cache_bytes(config: XverseConfig, dtype: torch.dtype, tokens: int, batch: i
     return 2 * kv * tokens * batch  # a cache that grows doubles
 
 
-def random_model(config: XverseConfig, dtype: torch.dtype) -> XverseForCausalLM:
-    """Random weights as fast as memory is written: a block of normal values repeated, norm weights of 1."""
+def random_model(config: XverseConfig, dtype: torch.dtype, quantize: str | None = None) -> XverseForCausalLM:
+    """Random weights as fast as memory is written: a block of normal values repeated, norm weights of 1.
+
+    With ``quantize`` (``int8``, ``int4``) the linears are random integers in the kernels' tiles.
+    """
     with torch.device("meta"):
         model = XverseForCausalLM(config)
-    block = torch.empty(1 << 20).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    block = torch.empty(1 << 20).normal_(0.0, 0.02, generator=generator).to(dtype)
+    if quantize:
+        settings = quick_settings(quantize)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear):
+                bits = settings.resolved_head_bits if name == "lm_head" else settings.bits
+                shape = (module.out_features, module.in_features)
+                set_layer(model, name, _random_layer(*shape, bits, settings.group_size))
     state = {}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         tensor = torch.ones(parameter.shape, dtype=dtype)
@@ -266,8 +298,18 @@ def random_model(config: XverseConfig, dtype: torch.dtype) -> XverseForCausalLM:
             for part in tensor.view(-1).split(len(block)):
                 part.copy_(rolled[: len(part)])
         state[name] = tensor
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, assign=True, strict=False)  # the tiles are there already
     return model
+
+
+def _random_layer(outputs: int, inputs: int, bits: int, group_size: int) -> QuantLinear:
+    """Weights of a standard deviation of 0.02."""
+    rows = torch.randint(0, 256, (outputs, inputs * bits // 8), dtype=torch.uint8)
+    scales = torch.full((outputs, inputs // group_size), 0.02 * 12**0.5 / 2**bits, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        layer = QuantLinear(inputs, outputs, bits, group_size)
+    layer.tiles = tile_rows(rows, scales, bits)
+    return layer
 
 
 def placeholder_tokenizer(size: int) -> Tokenizer:

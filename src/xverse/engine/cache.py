@@ -1,4 +1,4 @@
-"""Keys and values of one request, and the attention contexts that read and write them."""
+"""Keys and values of all requests in blocks of positions, and the attention contexts that use them."""
 
 from __future__ import annotations
 
@@ -6,80 +6,162 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from xverse.config import UserError
 from xverse.model.config import XverseConfig
+from xverse.quant.attention import PagedLayer
+from xverse.quant.native import library
 
-_FIRST_CAPACITY = 256
+BLOCK_SIZE = 32
+KV_DTYPES = ("auto", "int8")
+
+
+class BlockPool:
+    """Which of ``count`` blocks are taken, and by how many holders. A block that was freed last goes first:
+    its memory is there already."""
+
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count - 1, -1, -1))
+        self._holders = [0] * count
+
+    @property
+    def free(self) -> int:
+        """How many blocks nobody holds."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free block, held once. Raises IndexError where there is none."""
+        block = self._free.pop()
+        self._holders[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One more holder of a block that is taken."""
+        assert self._holders[block] > 0, f"block {block} is free"
+        self._holders[block] += 1
+
+    def release(self, block: int) -> None:
+        """One holder less; without any the block is free."""
+        assert self._holders[block] > 0, f"block {block} is free"
+        self._holders[block] -= 1
+        if not self._holders[block]:
+            self._free.append(block)
+
+
+class PagedCache:
+    """Room for ``blocks`` blocks of BLOCK_SIZE positions, [blocks, layers, 2, H, BLOCK_SIZE, head_dim].
+
+    ``kv_dtype`` "auto" stores in ``dtype``, "int8" with a float32 scale for each position and head. On a CPU
+    the memory counts only once it is written to; other devices take it at once. Raises UserError for another
+    ``kv_dtype``, or where there is no such room.
+    """
+
+    def __init__(
+        self,
+        config: XverseConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        blocks: int,
+        kv_dtype: str = "auto",
+    ) -> None:
+        if kv_dtype not in KV_DTYPES:
+            raise UserError(f"kv_dtype: '{kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
+        self.device = device
+        self.blocks_per_sequence = -(-config.max_position_embeddings // BLOCK_SIZE)
+        shape = (blocks, config.num_hidden_layers, 2, config.num_attention_heads, BLOCK_SIZE)
+        stored = torch.int8 if kv_dtype == "int8" else dtype
+        try:
+            data = torch.empty(*shape, config.head_dim, dtype=stored, device=device)
+            scales = torch.empty(shape, device=device) if kv_dtype == "int8" else None
+        except RuntimeError as error:
+            size = blocks * position_bytes(config, dtype, kv_dtype) * BLOCK_SIZE / 1e9
+            raise UserError(
+                f"max_cache_tokens: no room for a cache of {blocks * BLOCK_SIZE} tokens ({size:.1f} GB)"
+            ) from error
+        self.pool = BlockPool(blocks)
+        kernels = library()
+        if kernels is not None and device.type == "cpu":
+            kernels.xv_use_huge_pages(data.data_ptr(), data.numel() * data.element_size())
+        self.layers = [
+            PagedLayer(
+                data[:, layer, 0],
+                data[:, layer, 1],
+                None if scales is None else scales[:, layer, 0],
+                None if scales is None else scales[:, layer, 1],
+            )
+            for layer in range(config.num_hidden_layers)
+        ]
+
+
+def position_bytes(config: XverseConfig, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
+    """Bytes that one position of one request takes in all layers."""
+    vector = config.head_dim + 4 if kv_dtype == "int8" else config.head_dim * dtype.itemsize
+    return 2 * config.num_hidden_layers * config.num_attention_heads * vector
 
 
 class SequenceCache:
-    """Contiguous keys and values of one request, [1, H, capacity, head_dim] for each layer.
+    """One request's blocks in order, of which ``length`` positions are written."""
 
-    The capacity doubles when it is used up, so a request that ends early never holds its longest size.
-    """
-
-    def __init__(self, config: XverseConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, cache: PagedCache) -> None:
         self.length = 0
-        self.capacity = 0
-        self._limit = config.max_position_embeddings
-        empty = torch.empty(1, config.num_attention_heads, 0, config.head_dim, dtype=dtype, device=device)
-        self.keys = [empty] * config.num_hidden_layers
-        self.values = [empty] * config.num_hidden_layers
+        self.blocks: list[int] = []
+        # Places without a block name block 0: kernels look at no more than `length` positions.
+        self.table = torch.zeros(cache.blocks_per_sequence, dtype=torch.int32, device=cache.device)
+        self.cache = cache
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` positions in all."""
-        assert length <= self._limit, f"{length} positions in a cache for {self._limit}"
-        if length <= self.capacity:
-            return
-        self.capacity = min(max(length, 2 * self.capacity, _FIRST_CAPACITY), self._limit)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                new = old.new_empty(1, old.shape[1], self.capacity, old.shape[3])
-                new[:, :, : self.length] = old[:, :, : self.length]
-                tensors[layer] = new
+        """Take blocks for ``length`` positions in all. Raises IndexError where the cache is full."""
+        while len(self.blocks) * BLOCK_SIZE < length:
+            self.table[len(self.blocks)] = block = self.cache.pool.take()
+            self.blocks.append(block)
+
+    def release(self) -> None:
+        """Give all blocks back."""
+        while self.blocks:
+            self.cache.pool.release(self.blocks.pop())
+        self.length = 0
 
 
 class PrefillContext:
     """A chunk of ``length`` prompt tokens of one request, which see the cache before them and each other."""
 
-    def __init__(self, cache: SequenceCache, length: int, device: torch.device) -> None:
-        self._cache = cache
-        self._start = cache.length
-        self._end = cache.length + length
-        cache.reserve(self._end)
-        self.positions = torch.arange(self._start, self._end, device=device)[None]  # [1, T]
-        self._mask: Tensor | None = None
-        if self._start:
-            key_positions = torch.arange(self._end, device=device)  # [S]
-            self._mask = key_positions <= self.positions[0][:, None]  # [T, S]
+    def __init__(self, sequence: SequenceCache, length: int) -> None:
+        self._start, end = sequence.length, sequence.length + length
+        sequence.reserve(end)
+        positions = torch.arange(self._start, end, device=sequence.cache.device)  # [T]
+        self._layers, self._table = sequence.cache.layers, sequence.table
+        self._slots = self._table[positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        self.positions = positions[None]  # [1, T]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys[:, :, self._start : self._end] = k
-        values[:, :, self._start : self._end] = v
-        if self._mask is None:
-            return scaled_dot_product_attention(q, k, v, is_causal=True)
-        before = slice(0, self._end)
-        return scaled_dot_product_attention(q, keys[:, :, before], values[:, :, before], attn_mask=self._mask)
+        pages = self._layers[layer]
+        pages.append(k[0].transpose(0, 1), v[0].transpose(0, 1), self._slots)
+        mixed = pages.prefill(q[0].transpose(0, 1), self._table, self._start)  # [T, H, head_dim]
+        return mixed.transpose(0, 1)[None]
 
 
 class DecodeContext:
-    """One token of each of several requests: the linears run as one batch, attention row by row."""
+    """One token of each of several requests: one batch for the linears and for attention."""
 
-    def __init__(self, caches: Sequence[SequenceCache], device: torch.device) -> None:
-        self._caches = caches
-        for cache in caches:
-            cache.reserve(cache.length + 1)
-        self.positions = torch.tensor([[cache.length] for cache in caches], device=device)  # [B, 1]
+    def __init__(self, sequences: Sequence[SequenceCache]) -> None:
+        first = sequences[0]
+        device = first.cache.device
+        for sequence in sequences:
+            sequence.reserve(sequence.length + 1)
+        lengths = [sequence.length for sequence in sequences]
+        slots = [
+            sequence.blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+            for sequence, at in zip(sequences, lengths, strict=True)
+        ]
+        self._layers = first.cache.layers
+        tables = [sequence.table for sequence in sequences]
+        self._table = tables[0][None] if len(tables) == 1 else torch.stack(tables)  # [B, blocks]
+        self.positions = torch.tensor(lengths, device=device)[:, None]  # [B, 1]
+        self._slots = torch.tensor(slots, device=device)
+        self._lengths = (self.positions[:, 0] + 1).int()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = []
-        for row, cache in enumerate(self._caches):
-            part, end = slice(row, row + 1), cache.length + 1
-            keys = cache.keys[layer][:, :, :end]  # [1, H, S, head_dim]
-            values = cache.values[layer][:, :, :end]
-            keys[:, :, -1:] = k[part]
-            values[:, :, -1:] = v[part]
-            rows.append(scaled_dot_product_attention(q[part], keys, values))
-        return rows[0] if len(rows) == 1 else torch.cat(rows)  # [B, H, 1, head_dim]
+        pages = self._layers[layer]
+        pages.append(k[:, :, 0], v[:, :, 0], self._slots)
+        return pages.attend(q[:, :, 0], self._table, self._lengths)[:, :, None]  # [B, H, 1, head_dim]

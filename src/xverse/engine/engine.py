@@ -13,8 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xverse import hardware
 from xverse.config import UserError
-from xverse.engine.cache import DecodeContext, PrefillContext, SequenceCache
+from xverse.engine.cache import (
+    BLOCK_SIZE,
+    DecodeContext,
+    PagedCache,
+    PrefillContext,
+    SequenceCache,
+    position_bytes,
+)
 from xverse.engine.request import Event, FinishReason, Request
 from xverse.engine.sampling import Sampler, choose, is_greedy, samplers
 from xverse.engine.stop import StopText
@@ -45,7 +53,8 @@ class Engine:
     """Generates for many requests over one model. Not thread-safe: one thread submits and steps.
 
     ``max_batch`` requests run at once and further ones wait; so does a request whose prompt and longest
-    answer would take the running ones above ``max_cache_tokens`` in all (None: no such limit).
+    answer would take the running ones above ``max_cache_tokens`` in all (None: what half of the free memory
+    holds). ``kv_dtype`` "int8" halves the cache of a bfloat16 model; "auto" stores it in the model's type.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class Engine:
         max_batch: int = 64,
         max_cache_tokens: int | None = None,
         prefill_chunk: int = 512,
+        kv_dtype: str = "auto",
     ) -> None:
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if value < 1:
@@ -68,10 +78,15 @@ class Engine:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.max_batch = max_batch
-        self.max_cache_tokens = max_cache_tokens
         self.prefill_chunk = prefill_chunk
-        weight = model.model.embed_tokens.weight
-        self._device, self._dtype = weight.device, weight.dtype
+        weight = model.model.norm.weight  # the one that is never quantised
+        self._device, dtype = weight.device, weight.dtype
+        if max_cache_tokens is None:
+            max_cache_tokens = self._affordable(position_bytes(model.config, dtype, kv_dtype))
+        self.max_cache_tokens = max_cache_tokens
+        # Each running request may leave a block partly used.
+        blocks = -(-max_cache_tokens // BLOCK_SIZE) + max_batch
+        self._cache = PagedCache(model.config, dtype, self._device, blocks=blocks, kv_dtype=kv_dtype)
         self._vocab_size = tokenizer.vocab_size
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: list[_Sequence] = []
@@ -91,7 +106,7 @@ class Engine:
         if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocab_size:
             raise UserError(f"prompt_ids: ids must be 0 to {self._vocab_size - 1}")
         needed = self._tokens_at_most(request)
-        if self.max_cache_tokens is not None and needed > self.max_cache_tokens:
+        if needed > self.max_cache_tokens:
             raise UserError(
                 f"max_new_tokens: prompt and answer may take {needed} tokens of cache, "
                 f"and there are {self.max_cache_tokens}; ask for fewer"
@@ -105,7 +120,8 @@ class Engine:
         """Drop a request; no event of it comes any more. False where it was not there, or had ended."""
         before = len(self._waiting) + len(self._running)
         self._waiting = deque(item for item in self._waiting if item[0] != handle)
-        self._running = [sequence for sequence in self._running if sequence.handle != handle]
+        for sequence in [each for each in self._running if each.handle == handle]:
+            self._retire(sequence)
         self._undelivered = [event for event in self._undelivered if event.handle != handle]
         return len(self._waiting) + len(self._running) < before
 
@@ -145,11 +161,26 @@ class Engine:
         longest = len(request.prompt_ids) + request.max_new_tokens
         return min(longest, self.model.config.max_position_embeddings)
 
+    def _affordable(self, bytes_each: int) -> int:
+        """Tokens of cache that all running requests may need, or that half of the free memory holds."""
+        context = self.model.config.max_position_embeddings
+        if self._device.type == "cuda":
+            free: int | None = torch.cuda.mem_get_info(self._device)[0]
+        else:
+            free = hardware.memory()[1]
+        most = self.max_batch * context
+        return most if free is None else min(most, max(context, free // 2 // bytes_each))
+
+    def _retire(self, sequence: _Sequence) -> None:
+        """It runs no longer; its blocks are free."""
+        self._running.remove(sequence)
+        sequence.cache.release()
+
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_batch:
             needed = self._tokens_at_most(self._waiting[0][1])
             taken = sum(sequence.tokens_at_most for sequence in self._running)
-            if self.max_cache_tokens is not None and taken + needed > self.max_cache_tokens:
+            if taken + needed > self.max_cache_tokens:
                 return
             self._running.append(self._start(*self._waiting.popleft()))
 
@@ -167,7 +198,7 @@ class Engine:
             handle=handle,
             request=request,
             tokens_at_most=self._tokens_at_most(request),
-            cache=SequenceCache(self.model.config, self._dtype, self._device),
+            cache=SequenceCache(self._cache),
             decoder=self.tokenizer.stream(),
             stop=StopText(request.stop),
             seen=seen,
@@ -178,7 +209,7 @@ class Engine:
     def _prefill(self, sequence: _Sequence) -> list[Event]:
         start, prompt = sequence.cache.length, sequence.request.prompt_ids
         chunk = list(prompt[start : start + self.prefill_chunk])
-        context = PrefillContext(sequence.cache, len(chunk), self._device)
+        context = PrefillContext(sequence.cache, len(chunk))
         hidden = self.model.model(torch.tensor([chunk], device=self._device), context)  # [1, T, D]
         sequence.cache.length += len(chunk)
         if sequence.cache.length < len(prompt):
@@ -188,7 +219,7 @@ class Engine:
     def _decode(self, sequences: list[_Sequence]) -> list[Event]:
         column = [[sequence.next_token] for sequence in sequences]
         tokens = torch.tensor(column, device=self._device)  # [B, 1]
-        context = DecodeContext([sequence.cache for sequence in sequences], self._device)
+        context = DecodeContext([sequence.cache for sequence in sequences])
         hidden = self.model.model(tokens, context)  # [B, 1, D]
         for sequence in sequences:
             sequence.cache.length += 1
@@ -201,7 +232,7 @@ class Engine:
         events = []
         for row, sequence, log_sum in zip(logits, sequences, log_sums.tolist(), strict=True):
             if not -torch.inf < log_sum < torch.inf:
-                self._running.remove(sequence)
+                self._retire(sequence)
                 events.append(self._failed(sequence))
                 continue
             token = choose(row, sequence.steps, sequence.generator)
@@ -223,7 +254,7 @@ class Engine:
             elif len(sequence.request.prompt_ids) + sequence.generated >= sequence.tokens_at_most:
                 reason = "length"
         if reason is not None:
-            self._running.remove(sequence)
+            self._retire(sequence)
         if reason is not None and not stopped:
             rest, stopped = self._rest(sequence)
             text += rest

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import xverse.quant.cuda  # noqa: F401  (what the operations do on CUDA)
 from xverse.quant import ops
 from xverse.quant.tiles import from_rows, kernel_group_size, tile, tile_shape, to_rows, untile
 from xverse.quant.weight import QuantizedWeight

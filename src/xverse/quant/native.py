@@ -1,7 +1,7 @@
 """The compiled kernels (csrc/): found, matched to this processor, given PyTorch's threads.
 
-``XVERSE_KERNELS`` names an instruction set (avx512_bf16, avx512_vnni, avx2, portable) instead of the best one,
-or ``none`` for PyTorch's operations alone.
+``XVERSE_KERNELS`` names an instruction set (avx512_bf16, avx512_vnni, avx2, portable) instead of the best
+one, or ``none`` for PyTorch's operations alone.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ _SIGNATURES = {
     "xv_rms_norm": [_POINTER, _POINTER, _POINTER, _INT, _INT, _INT64, _INT64, ctypes.c_float, _INT],
     "xv_silu_mul": [_POINTER, _POINTER, _POINTER, _INT, _INT64, _INT],
     "xv_rotate": [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT64, _INT, _INT, _INT],
+    "xv_select_attention": [ctypes.c_char_p],
+    "xv_has_prefill": [],
+    "xv_paged_append": [*[_POINTER] * 4, _INT, *[_INT64] * 5, _INT],
+    "xv_paged_attention": [*[_POINTER] * 5, _INT, *[_INT64] * 4, _INT],
+    "xv_paged_prefill": [*[_POINTER] * 4, *[_INT64] * 4, _INT],
     "xv_tile": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT, _INT, _INT],
 }
 # fmt: on

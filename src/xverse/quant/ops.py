@@ -99,9 +99,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     x = x.contiguous()
     y = torch.empty_like(x)
+    size = x.shape[-1]
     kernels.xv_rms_norm(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), kind, weight_kind, x.numel() // x.shape[-1], x.shape[-1],
-        eps, torch.get_num_threads(),
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), kind, weight_kind, x.numel() // size, size, eps,
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 

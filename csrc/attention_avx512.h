@@ -1,0 +1,55 @@
+// What the AVX-512 kernels of attention share: exponentials and sums across registers.
+#pragma once
+
+// GCC 12's intrinsics leave lanes that no one reads undefined, and its own warning finds them.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+namespace {
+
+// 2^x for x <= 0, relative error 2e-7; 0 from -150 down, NaN stays NaN.
+inline __m512 exp2_below_zero(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // of a NaN and a number, the second operand
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(x, whole);  // -0.5 to 0.5: Taylor's series of e^(rest * ln 2)
+  __m512 y = _mm512_set1_ps(1.5403530e-4f);
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.3333558e-3f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(9.6181291e-3f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(5.5504109e-2f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(2.4022651e-1f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.9314718e-1f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, whole);
+}
+
+struct AddFloats {
+  __m512 operator()(__m512 a, __m512 b) const { return _mm512_add_ps(a, b); }
+};
+struct AddIntegers {
+  __m512 operator()(__m512 a, __m512 b) const {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+};
+
+// Lane j of the result is the sum of all lanes of r[j]: 30 shuffles for 16 sums, where one after the other
+// takes 64.
+template <class Add>
+inline __m512 sum_each(const __m512 (&r)[16], Add add) {
+  __m512 halves[8], quarters[4];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = r[(i / 4) * 8 + i % 4], b = r[(i / 4) * 8 + i % 4 + 4];
+    halves[i] = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  for (int i = 0; i < 4; ++i)
+    quarters[i] = add(_mm512_shuffle_f32x4(halves[i], halves[i + 4], 0x88),
+                      _mm512_shuffle_f32x4(halves[i], halves[i + 4], 0xdd));
+  const __m512 even =
+      add(_mm512_unpacklo_ps(quarters[0], quarters[2]), _mm512_unpackhi_ps(quarters[0], quarters[2]));
+  const __m512 odd =
+      add(_mm512_unpacklo_ps(quarters[1], quarters[3]), _mm512_unpackhi_ps(quarters[1], quarters[3]));
+  return add(_mm512_unpacklo_ps(even, odd), _mm512_unpackhi_ps(even, odd));
+}
+
+}  // namespace

@@ -1,0 +1,149 @@
+// Attention kernels in plain C++, written so that compilers vectorise them. Included by each instruction
+// set's translation unit inside an unnamed namespace, as generic.h is.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "attention.h"
+
+namespace {
+
+using namespace xv;
+
+constexpr float kLog2e = 1.44269504f;
+constexpr int kMaxHeadDim = 256;
+
+inline float load(float x) { return x; }
+inline float load(uint16_t x) { return to_float(x); }
+inline float load(int8_t x) { return float(x); }
+
+[[maybe_unused]] void load_query(const void* query, Type type, int head_dim, float* to) {
+  for (int d = 0; d < head_dim; ++d)
+    to[d] = type == kFloat32 ? static_cast<const float*>(query)[d]
+                             : to_float(static_cast<const uint16_t*>(query)[d]);
+}
+
+inline void clear(Part* parts, int heads, int head_dim) {
+  for (int head = 0; head < heads; ++head) {
+    parts[head].maximum = -std::numeric_limits<float>::infinity();
+    parts[head].total = 0;
+    std::memset(parts[head].sums, 0, sizeof(float) * head_dim);
+  }
+}
+
+// One head's query against `count` positions of a block.
+template <class Stored>
+inline void attend(const float* q, const Stored* keys, const Stored* values, const float* key_scales,
+                   const float* value_scales, int count, int head_dim, Part& part) {
+  constexpr int kLanes = 32;
+  constexpr bool kScaled = sizeof(Stored) == 1;
+  const float unit = kLog2e / std::sqrt(float(head_dim));
+  float scores[kKeyGroup], largest = part.maximum;
+  for (int j = 0; j < count; ++j, keys += head_dim) {
+    float lanes[kLanes] = {};
+    for (int d = 0; d < head_dim; d += kLanes)
+      for (int i = 0; i < kLanes; ++i) lanes[i] += q[d + i] * load(keys[d + i]);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    scores[j] = lanes[0] * unit;
+    if (kScaled) scores[j] *= key_scales[j];
+    largest = scores[j] > largest ? scores[j] : largest;
+  }
+  if (largest > part.maximum) {
+    const float shrink = std::exp2(part.maximum - largest);
+    part.total *= shrink;
+    for (int d = 0; d < head_dim; ++d) part.sums[d] *= shrink;
+    part.maximum = largest;
+  }
+  for (int j = 0; j < count; ++j, values += head_dim) {
+    float weight = std::exp2(scores[j] - part.maximum);
+    part.total += weight;
+    if (kScaled) weight *= value_scales[j];
+    for (int d = 0; d < head_dim; ++d) part.sums[d] += weight * load(values[d]);
+  }
+}
+
+template <class Stored>
+[[maybe_unused]] void generic_decode_of(const PagedCache& cache, const int32_t* blocks, int begin, int end,
+                                        const Rows& queries, int64_t token, Part* parts) {
+  clear(parts, cache.heads, cache.head_dim);
+  for (int at = begin; at < end; at += cache.block_size) {
+    const int32_t block = blocks[at / cache.block_size];
+    const int count = end - at < cache.block_size ? end - at : cache.block_size;
+    for (int head = 0; head < cache.heads; ++head) {
+      float q[kMaxHeadDim];
+      load_query(queries.at(token, head), queries.type, cache.head_dim, q);
+      for (int j = 0; j < count; j += kKeyGroup)
+        attend(q, cache.row<Stored>(cache.keys, block, head, j),
+               cache.row<Stored>(cache.values, block, head, j), cache.scale(cache.keys, block, head, j),
+               cache.scale(cache.values, block, head, j),
+               count - j < kKeyGroup ? count - j : kKeyGroup, cache.head_dim, parts[head]);
+    }
+  }
+}
+
+[[maybe_unused]] void generic_decode(const PagedCache& cache, const int32_t* blocks, int begin, int end,
+                                     const Rows& queries, int64_t token, Part* parts) {
+  const auto decode = cache.type == kFloat32    ? generic_decode_of<float>
+                      : cache.type == kBFloat16 ? generic_decode_of<uint16_t>
+                                                : generic_decode_of<int8_t>;
+  decode(cache, blocks, begin, end, queries, token, parts);
+}
+
+// One scale for the whole vector. NaN or infinity in it make the scale NaN: it must not pass for a number.
+inline float quantize_vector(const float* x, int size, int8_t* to) {
+  uint32_t largest = 0;  // magnitudes compare as integers do, and NaN is the largest of them
+  for (int d = 0; d < size; ++d) {
+    uint32_t bits;
+    std::memcpy(&bits, x + d, 4);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  float maximum;
+  std::memcpy(&maximum, &largest, 4);
+  const bool finite = largest < 0x7f800000;
+  if (!finite || maximum < 127 * std::numeric_limits<float>::min()) {
+    std::memset(to, 0, size);
+    return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  }
+  const float inverse = 127.0f / maximum;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  for (int d = 0; d < size; ++d) {
+    const float shifted = x[d] * inverse + kRound;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    to[d] = int8_t(bits);
+  }
+  return maximum / 127.0f;
+}
+
+[[maybe_unused]] void generic_append(const PagedCache& cache, const Pages& pages, const Rows& rows,
+                                     const int64_t* slots, int64_t first, int64_t last) {
+  const int head_dim = cache.head_dim;
+  for (int64_t token = first; token < last; ++token) {
+    const int64_t block = slots[token] / cache.block_size;
+    const int offset = int(slots[token] % cache.block_size);
+    for (int head = 0; head < cache.heads; ++head) {
+      const void* from = rows.at(token, head);
+      if (cache.type == rows.type && cache.type == kBFloat16) {
+        std::memcpy(cache.row<uint16_t>(pages, block, head, offset), from, size_t(2) * head_dim);
+        continue;
+      }
+      float x[kMaxHeadDim];
+      load_query(from, rows.type, head_dim, x);
+      if (cache.type == kInt8) {
+        *cache.scale(pages, block, head, offset) =
+            quantize_vector(x, head_dim, cache.row<int8_t>(pages, block, head, offset));
+      } else if (cache.type == kBFloat16) {
+        uint16_t* to = cache.row<uint16_t>(pages, block, head, offset);
+        for (int d = 0; d < head_dim; ++d) to[d] = to_bfloat16(x[d]);
+      } else {
+        std::memcpy(cache.row<float>(pages, block, head, offset), x, sizeof(float) * head_dim);
+      }
+    }
+  }
+}
+
+}  // namespace

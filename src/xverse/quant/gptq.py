@@ -1,0 +1,98 @@
+"""GPTQ (Frantar et al., 2022): round column by column, and let the columns to come make up for each error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xverse.quant.methods import rtn
+from xverse.quant.weight import QuantizedWeight
+
+_BLOCK = 128  # columns whose errors are applied to the rest of the weight in one product
+DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean
+
+
+class Hessian:
+    """The mean of x xᵀ over the inputs ``x`` of a linear layer; what its output error is measured by."""
+
+    def __init__(self, inputs: int) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(inputs, inputs)
+
+    def add(self, x: Tensor) -> None:
+        """Takes in inputs [..., K]."""
+        x = x.flatten(0, -2).float()
+        self._sum.addmm_(x.T, x)
+        self.tokens += len(x)
+
+    @property
+    def mean(self) -> Tensor:
+        """Float32 [K, K]."""
+        return self._sum / max(1, self.tokens)
+
+
+class Plan:
+    """What rounding the weights of one input needs to know of it: made once for all layers that share it."""
+
+    def __init__(self, hessian: Tensor, *, damping: float = DAMPING, by_importance: bool = True) -> None:
+        """``hessian`` float32 [K, K]. Columns are taken ``by_importance`` (largest diagonal first, "act
+        order") or from left to right."""
+        assert hessian.isfinite().all(), "a Hessian that is not finite has no inverse"
+        diagonal = hessian.diagonal()
+        floor = 1e-6 * diagonal.mean().item()  # inputs that were never seen are rounded to nearest
+        self.importance = diagonal.clamp(min=floor or 1.0)  # [K]
+        self.order = diagonal.argsort(descending=True) if by_importance else torch.arange(len(diagonal))
+        self.upper = _inverse_root(hessian[self.order][:, self.order], damping)  # [K, K]
+
+
+def gptq(weight: Tensor, bits: int, group_size: int, plan: Plan) -> QuantizedWeight:
+    """Round ``weight`` [N, K] so that its outputs change little for the inputs behind ``plan``.
+
+    The groups' scales are found first, on the weight as it is and weighted by the Hessian's diagonal
+    (``methods.rtn``): the order of the columns is free then, and the stored layout stays plain groups.
+    Raises UserError as ``rtn`` does.
+    """
+    weight = weight.float()
+    nearest = rtn(weight, bits, group_size, plan.importance)
+    scales = nearest.scales.float().T.repeat_interleave(group_size, dim=0)[plan.order]  # [K, N]
+    columns = weight.T[plan.order].contiguous()  # [K, N]: a column of the weight is a row here
+    q = torch.empty(columns.shape, dtype=torch.int8)
+    q[plan.order] = _round_columns(columns, scales, plan.upper, bits)
+    return QuantizedWeight(q.T.contiguous(), nearest.scales, bits)
+
+
+def output_error(difference: Tensor, hessian: Tensor) -> float:
+    """The mean square of ``difference`` [N, K] times an input, summed over outputs."""
+    return ((difference @ hessian) * difference).sum().item()
+
+
+def _inverse_root(hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse."""
+    mean = hessian.diagonal().mean().item() or 1.0
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping *= 10  # float32 has run out of digits
+
+
+def _round_columns(columns: Tensor, scales: Tensor, upper: Tensor, bits: int) -> Tensor:
+    """Integers int8 [K, N]; ``columns`` float32 [K, N] are used up."""
+    half = 1 << (bits - 1)
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
+    q = torch.empty(columns.shape, dtype=torch.int8)
+    for start in range(0, len(columns), _BLOCK):
+        end = min(start + _BLOCK, len(columns))
+        errors = torch.empty(end - start, columns.shape[1])
+        for i in range(start, end):
+            rounded = (columns[i] * inverse[i]).clamp_(-half, half - 1).round_()
+            q[i] = rounded.to(torch.int8)
+            error = columns[i].addcmul(rounded, scales[i], value=-1).div_(upper[i, i])  # [N]
+            columns[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+            errors[i - start] = error
+        columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    return q

@@ -1,0 +1,166 @@
+"""Rounding: against plain scaling, against the compiled search, and GPTQ in the error that it minimises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from xverse.config import UserError
+from xverse.quant import methods
+from xverse.quant.gptq import Hessian, Plan, gptq, output_error
+from xverse.quant.methods import round_to, rtn, rtn_row
+from xverse.quant.native import library
+from xverse.quant.weight import QuantizedWeight
+
+
+def _weight(rows: int, inputs: int, seed: int = 0, tail: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, inputs, generator=generator) * 0.02
+    return weight + tail * weight * weight.abs() * 50
+
+
+def _error(quantized: QuantizedWeight, weight: Tensor) -> float:
+    return (quantized.dequantize() - weight).square().mean().item()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rtn_row_is_upstreams_scheme(bits: int) -> None:
+    weight = _weight(16, 256)
+    quantized = rtn_row(weight, bits)
+    largest = 2 ** (bits - 1) - 1
+    scales = (weight.abs().amax(1, keepdim=True) / largest).bfloat16()
+    assert torch.equal(quantized.scales, scales)
+    assert torch.equal(quantized.q.float(), (weight / scales.float()).round().clamp(-largest - 1, largest))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([32, 64, 128]),
+    tail=st.sampled_from([0.0, 1.0, 5.0]),
+)
+def test_searched_scales_are_never_worse_than_the_largest_magnitude(
+    seed: int, bits: int, group: int, tail: float
+) -> None:
+    weight = _weight(5, 256, seed, tail)
+    largest = weight.view(5, -1, group).abs().amax(2)
+    plain = (largest / (2 ** (bits - 1) - 1)).bfloat16()
+    plain_error = (QuantizedWeight(round_to(weight, plain, bits), plain, bits).dequantize() - weight).square()
+    error = (rtn(weight, bits, group).dequantize() - weight).square()
+    grouped = (each.view(5, -1, group).sum(2) for each in (error, plain_error))
+    searched, unsearched = grouped
+    assert (searched <= unsearched * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_compiled_search_gives_the_bits_of_pytorchs(
+    bits: int, weighed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library() is None:
+        pytest.skip("the kernels were not compiled")
+    weight = _weight(37, 384, tail=2.0)
+    weight[3, 128:256] = 0.0
+    weight[4, :128] *= 1e-32
+    weight[5, 7] = torch.nan
+    weight[6, 200] = torch.inf
+    importance = torch.rand(384, generator=torch.Generator().manual_seed(1)) + 0.01 if weighed else None
+    compiled = rtn(weight, bits, 128, importance)
+    monkeypatch.setattr(methods, "library", lambda: None)
+    plain = rtn(weight, bits, 128, importance)
+    assert torch.equal(compiled.q, plain.q)
+    assert torch.equal(compiled.scales.view(torch.int16), plain.scales.view(torch.int16))
+    assert compiled.scales[5, 0].isnan()
+    assert compiled.scales[6, 1].isnan()
+    assert compiled.q[3, 128:256].count_nonzero() == 0
+    assert compiled.q[4, :128].count_nonzero() == 0
+
+
+def test_threads_do_not_change_the_result() -> None:
+    weight = _weight(64, 256)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = rtn(weight, 4, 128)
+        torch.set_num_threads(2)
+        two = rtn(weight, 4, 128)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one.q, two.q)
+    assert torch.equal(one.scales, two.scales)
+
+
+def test_importance_moves_the_error_to_unimportant_inputs() -> None:
+    weight = _weight(32, 128)
+    importance = torch.ones(128)
+    importance[:4] = 1000.0
+    weighed, plain = rtn(weight, 4, 128, importance), rtn(weight, 4, 128)
+    assert _error(plain, weight) < _error(weighed, weight)
+    difference = [(each.dequantize() - weight).square() * importance for each in (weighed, plain)]
+    assert difference[0].sum() < 0.8 * difference[1].sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_rounded_from_their_values(dtype: torch.dtype) -> None:
+    weight = _weight(8, 128).to(dtype)
+    assert torch.equal(rtn(weight, 4, 64).q, rtn(weight.float(), 4, 64).q)
+
+
+def test_group_that_does_not_divide_is_named() -> None:
+    with pytest.raises(UserError, match="group_size: 128 does not divide the 192 inputs"):
+        rtn(_weight(2, 192), 4, 128)
+    with pytest.raises(UserError, match="bits: 3"):
+        rtn(_weight(2, 128), 3, 128)
+    with pytest.raises(UserError, match="bits: 2"):
+        rtn_row(_weight(2, 128), 2)
+
+
+def _correlated(tokens: int, inputs: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs // 4, inputs, generator=generator)
+    x = torch.randn(tokens, inputs // 4, generator=generator) @ mixing
+    return x + 0.1 * torch.randn(tokens, inputs, generator=generator)
+
+
+def _hessian(x: Tensor) -> Tensor:
+    hessian = Hessian(x.shape[-1])
+    hessian.add(x[: len(x) // 2])
+    hessian.add(x[len(x) // 2 :])
+    return hessian.mean
+
+
+@pytest.mark.parametrize("by_importance", [True, False])
+@pytest.mark.parametrize("group", [32, 128])
+def test_gptq_changes_the_outputs_far_less_than_rounding_to_nearest(by_importance: bool, group: int) -> None:
+    weight, x = _weight(48, 256), _correlated(2000, 256)
+    hessian = _hessian(x)
+    torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-3)
+    learnt = gptq(weight, 4, group, Plan(hessian, by_importance=by_importance))
+    nearest = rtn(weight, 4, group, hessian.diagonal())
+    errors = [output_error(each.dequantize() - weight, hessian) for each in (learnt, nearest)]
+    assert errors[0] < 0.5 * errors[1]
+    held_out = _correlated(2000, 256)[:500]
+    outputs = [(held_out @ (each.dequantize() - weight).T).square().mean() for each in (learnt, nearest)]
+    assert outputs[0] < 0.6 * outputs[1]
+    assert torch.equal(learnt.q, gptq(weight, 4, group, Plan(hessian, by_importance=by_importance)).q)
+
+
+def test_gptq_without_correlation_rounds_to_nearest() -> None:
+    weight = _weight(8, 64)
+    learnt, nearest = gptq(weight, 4, 32, Plan(torch.eye(64))), rtn(weight, 4, 32)
+    assert torch.equal(learnt.q, nearest.q)
+    assert torch.equal(learnt.scales, nearest.scales)
+
+
+def test_gptq_stands_inputs_that_were_never_seen_and_a_singular_hessian() -> None:
+    weight, x = _weight(8, 64), _correlated(20, 64)
+    x[:, 10:20] = 0.0
+    learnt = gptq(weight, 4, 32, Plan(_hessian(x)))
+    assert learnt.scales.isfinite().all()
+    assert _error(learnt, weight) < 0.05 * weight.square().mean().item()
+    nothing = gptq(weight, 4, 32, Plan(torch.zeros(64, 64)))
+    assert torch.equal(nothing.q, rtn(weight, 4, 32).q)
