@@ -27,6 +27,7 @@ from xverse.engine.request import Event, FinishReason, Request
 from xverse.engine.sampling import Sampler, choose, is_greedy, samplers
 from xverse.engine.stop import StopText
 from xverse.model.transformer import XverseForCausalLM
+from xverse.quant.inference import use_kernels
 from xverse.tokenizer import StreamDecoder, Tokenizer
 
 _NOT_FINITE = "the model's logits are not finite numbers: its weights are damaged, or overflow their type"
@@ -52,6 +53,8 @@ class _Sequence:
 class Engine:
     """Generates for many requests over one model. Not thread-safe: one thread submits and steps.
 
+    On a CPU the model's layers are told to compute in our kernels (``quant/inference.py``).
+
     ``max_batch`` requests run at once and further ones wait; so does a request whose prompt and longest
     answer would take the running ones above ``max_cache_tokens`` in all (None: what half of the free memory
     holds). ``kv_dtype`` "int8" halves the cache of a bfloat16 model; "auto" stores it in the model's type.
@@ -76,6 +79,7 @@ class Engine:
                 "they do not belong together"
             )
         self.model = model.eval()
+        use_kernels(model)
         self.tokenizer = tokenizer
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
