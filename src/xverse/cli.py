@@ -19,6 +19,7 @@ from xverse.config import UserError, nearest
 
 VERBS = {
     "chat": "talk to a model in the terminal, or answer once with --ask",
+    "quantize": "write a model with weights of 8 or 4 bits",
     "export": "write a model as a Hugging Face or Llama directory",
     "tokenizer": "train, repair or report on a tokenizer",
     "data": "prepare token shards from text, or show what a recipe holds",

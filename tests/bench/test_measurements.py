@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from xverse.bench.report import finish
 from xverse.chat import session
 from xverse.config import UserError
 from xverse.formats import save_hf
+from xverse.formats.quantize import quick_settings, stored_bytes
 from xverse.model import FullCausal, XverseConfig, named_shape
 
 TINY = XverseConfig(
@@ -73,6 +75,19 @@ def test_infer(capsys: pytest.CaptureFixture[str]) -> None:
         assert found[name] > 0
     if sys.platform == "linux":
         assert 0.01 < found["rss_gb"] < 8
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_infer_of_quantised_weights(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(TINY, hidden_size=128, intermediate_size=256)
+    model = infer.random_model(config, torch.bfloat16, kind)
+    tokenizer = infer.placeholder_tokenizer(config.vocab_size)
+    result = infer.measure(model, tokenizer, "tiny", prompt_tokens=20, new_tokens=6, threads=1, rounds=1)
+    found = printed(result, capsys)
+    assert (found["weights"], found["dtype"]) == (kind, "bfloat16")
+    expected = stored_bytes(config, quick_settings(kind)) / 1e9
+    assert found["weights_gb"] == pytest.approx(expected, abs=1e-4)
+    assert found["decode_tok_s"] > 0
 
 
 def test_infer_counts_what_a_step_reads() -> None:

@@ -177,6 +177,8 @@ def test_choice_of_files() -> None:
     assert choose_files("m", [*small, single]) == ["LICENSE", "config.json", "tokenizer.json", single]
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", index]
     assert choose_files("m", [*small, *shards, "pytorch_model.bin"])[3:] == shards
+    gptq = ["gptq_model-4bit-128g.safetensors", "quantize_config.json"]
+    assert set(gptq) < set(choose_files("m", [*small, *gptq]))
     with pytest.raises(UserError, match="no weights"):
         choose_files("m", [*small, "model.gguf"])
     with pytest.raises(UserError, match=r"no config\.json"):

@@ -169,16 +169,19 @@ def load_session(
     *,
     defaults: Parameters = CHAT,
     threads: int | None = None,
+    quantize: str | None = None,
     notify: Callable[[str], None],
 ) -> Session:
     """A session with ``model`` (``nano``, a directory or a hub id).
 
     Its generation_config.json stands above ``defaults``, and ``overrides`` above both. ``threads`` None
-    leaves the choice to torch, or one for a small model.
+    leaves the choice to torch, or one for a small model. ``quantize``: ``int8`` or ``int4``, made of an
+    unquantised model as it is loaded.
     """
     import torch
 
     from xverse.formats import load_model, load_tokenizer, read_config, read_generation_config, resolve
+    from xverse.formats.quantize import load_quantizing
 
     path = resolve(model)
     config = read_config(path)
@@ -191,7 +194,11 @@ def load_session(
             raise UserError(f"threads: {threads} is out of range (1 to 1024)")
         torch.set_num_threads(threads)
     tokenizer = load_tokenizer(path)
-    weights = load_model(path, torch.float32 if config.num_parameters() < _FLOAT32_BELOW else None)
+    dtype = torch.float32 if config.num_parameters() < _FLOAT32_BELOW else None
+    if quantize is None:
+        weights = load_model(path, dtype)
+    else:
+        weights = load_quantizing(path, quantize, dtype)
     ends = generation_config.get("eos_token_id", config.eos_token_id)
     stop_ids = tuple(ends) if isinstance(ends, list) else (ends,)
     return Session(Engine(weights, tokenizer), parameters, stop_ids, notify)

@@ -27,6 +27,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is off", **unset)
     parser.add_argument("--seed", type=int, metavar="N", help="the same replies each time", **unset)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest reply", **unset)
+    parser.add_argument(
+        "--quantize", choices=["int8", "int4"], help="make its weights smaller as it is loaded", **unset
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads", **unset)
 
 
@@ -51,7 +54,12 @@ def run(args: argparse.Namespace) -> int:
             stream.reconfigure(errors="replace")
     defaults = COMPLETION if "complete" in given else CHAT
     session = load_session(
-        args.model, overrides, defaults=defaults, threads=given.get("threads"), notify=notice
+        args.model,
+        overrides,
+        defaults=defaults,
+        threads=given.get("threads"),
+        quantize=given.get("quantize"),
+        notify=notice,
     )
     session.system = given.get("system", "")
     if "ask" in given:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xverse.model import FullCausal, XverseForCausalLM
+from xverse.quant.linear import QuantEmbedding
 
 BATCH, LENGTH = 2, 64
 TOLERANCE = 1e-4  # what two float32 implementations of the same arithmetic may differ by
@@ -48,6 +49,8 @@ def parity(model_a: nn.Module, model_b: nn.Module) -> float:
 @contextlib.contextmanager
 def _float32(model: nn.Module) -> Iterator[None]:
     stored: dict[nn.Parameter, Tensor] = {}
+    embeddings = [module for module in model.modules() if isinstance(module, QuantEmbedding)]
+    types = [module.dtype for module in embeddings]
 
     def widen(module: nn.Module, _arguments: Any) -> None:
         for parameter in module.parameters(recurse=False):
@@ -61,6 +64,8 @@ def _float32(model: nn.Module) -> Iterator[None]:
                 parameter.data = stored.pop(parameter)
 
     hooks = []
+    for embedding in embeddings:
+        embedding.dtype = torch.float32
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:
             hooks.append(module.register_forward_pre_hook(widen))
@@ -70,3 +75,5 @@ def _float32(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+        for embedding, dtype in zip(embeddings, types, strict=True):
+            embedding.dtype = dtype

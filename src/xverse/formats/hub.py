@@ -19,7 +19,13 @@ PUBLISHED = [
     f"xverse/XVERSE-{name}"
     for name in ("7B", "7B-Chat", "13B", "13B-Chat", "13B-2", "13B-2-Chat", "65B", "65B-2", "65B-Chat")
 ]
-NEEDED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+NEEDED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "quantize_config.json",  # of GPTQ models
+)
 DOCUMENTS = ("LICENSE", "NOTICE")
 MODELSCOPE = "modelscope:"
 
@@ -76,7 +82,11 @@ def choose_files(model: str, names: Iterable[str]) -> list[str]:
     chosen = [name for name in names if name in NEEDED or name.startswith(DOCUMENTS)]
     if "config.json" not in chosen:
         raise UserError(f"{model}: the repository is no model directory: it has no config.json")
-    for pattern in (r"model.*\.safetensors(\.index\.json)?", r"pytorch_model.*\.bin(\.index\.json)?"):
+    for pattern in (
+        r"model.*\.safetensors(\.index\.json)?",
+        r"pytorch_model.*\.bin(\.index\.json)?",
+        r"gptq_model-\w+bit-\w+g\.(safetensors|bin)",
+    ):
         weights = [name for name in names if re.fullmatch(pattern, name)]
         if weights:
             return chosen + weights

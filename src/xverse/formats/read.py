@@ -1,4 +1,5 @@
-"""Read a model directory: upstream XVERSE as published, Hugging Face safetensors, Llama-named exports."""
+"""Read a model directory: upstream XVERSE as published, Hugging Face safetensors, Llama-named exports, and
+quantised ones (compressed-tensors, GPTQ)."""
 
 from __future__ import annotations
 
@@ -6,10 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xverse.config import UserError, nearest
-from xverse.formats.weights import DTYPES, dtype_name, listed, read_json, read_tensors, weight_files
+from xverse.formats.mapped import keep_in_file
+from xverse.formats.quantized import (
+    Scheme,
+    dequantized,
+    layer_of,
+    load_layers,
+    quantization_of,
+    quantized_names,
+)
+from xverse.formats.weights import (
+    DTYPES,
+    TensorFiles,
+    dtype_name,
+    listed,
+    read_json,
+    read_tensors,
+    weight_files,
+)
 from xverse.model import XverseConfig, XverseForCausalLM
 
 if TYPE_CHECKING:
@@ -19,6 +37,7 @@ if TYPE_CHECKING:
 LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 # Precomputed rotary frequencies in upstream's files: the model computes its own.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
+_FLOAT32_BELOW = 1_000_000_000  # parameters; dequantised models above it would not fit
 
 
 def check_directory(path: str | Path) -> Path:
@@ -40,7 +59,7 @@ def read_config(path: str | Path) -> XverseConfig:
     """``config.json`` of a directory, upstream's or a Llama-named one that fits XVERSE's structure.
 
     Raises UserError that names what does not fit: another model type, biases, grouped-query attention,
-    rope scaling, tied embeddings, quantised weights.
+    rope scaling, tied embeddings, weights that are quantised in a way that is not supported.
     """
     file = check_directory(path) / "config.json"
     values = read_json(file)
@@ -49,9 +68,7 @@ def read_config(path: str | Path) -> XverseConfig:
         raise UserError(f"{file}: model_type {model_type!r} is neither 'xverse' nor 'llama'")
     if values.get("num_experts"):
         raise UserError(f"{file}: a mixture of experts (num_experts) is not supported")
-    if "quantization_config" in values:
-        method = values["quantization_config"].get("quant_method", "of an unnamed method")
-        raise UserError(f"{file}: quantised weights ({method}) are not supported; use the unquantised model")
+    quantization_of(file.parent, values)
     if model_type == "llama":
         values = {**LLAMA_DEFAULTS, **values}
     config = XverseConfig.from_json(values, str(file))
@@ -59,6 +76,13 @@ def read_config(path: str | Path) -> XverseConfig:
     if head_dim != config.head_dim:
         raise UserError(f"{file}: head_dim {head_dim} is not hidden_size / num_attention_heads")
     return config
+
+
+def read_scheme(path: str | Path) -> Scheme | None:
+    """How the weights of a directory are quantised; None where they are not. Raises UserError as
+    ``read_config`` does."""
+    path = check_directory(path)
+    return quantization_of(path, read_json(path / "config.json"))
 
 
 def read_generation_config(path: str | Path) -> dict[str, Any]:
@@ -93,21 +117,32 @@ def check_vocabulary(tokenizer: Tokenizer, config: XverseConfig, where: str | Pa
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    dequantize: bool = False,
 ) -> XverseForCausalLM:
     """Load a model directory. ``dtype`` None keeps the stored one.
 
     On the CPU in the stored dtype the parameters are the memory-mapped files themselves (private pages:
-    writing to them copies, never reaches the file). Otherwise tensors are converted one by one.
-    Raises UserError, in one line, for missing, unexpected and mis-shaped tensors together.
+    writing to them copies, never reaches the file). Otherwise tensors are converted one by one. Quantised
+    matrices become ``QuantLinear`` and ``QuantEmbedding``, or with ``dequantize`` plain weights of ``dtype``
+    (None: float32, which holds them exactly; above a billion parameters the stored type of the others).
+    Raises UserError, in one line, for missing, unexpected and mis-shaped tensors together, and for a damaged
+    quantised one by its name.
     """
     path = Path(path)
     config = read_config(path)
+    scheme = read_scheme(path)
     device = torch.device(device)
     with torch.device("meta"):
         model = XverseForCausalLM(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     files = weight_files(path)
+    if scheme is not None:
+        _load_quantized(model, path, TensorFiles(files), scheme, dtype, device, dequantize)
+        return model
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     stored = _stored_dtype(files[0])
     dtype = dtype or stored
     state: dict[str, Tensor] = {}
@@ -115,20 +150,80 @@ def load_model(
     wrong: dict[str, str] = {}
     for file in files:
         for name, tensor in read_tensors(file, hold=dtype == stored and device.type == "cpu"):
-            if name.endswith(IGNORED_SUFFIX):
-                continue
-            if name not in expected:
-                unexpected.append(name)
-            elif tensor.shape != expected[name]:
-                wrong[name] = f"is {_shape(tensor.shape)} where config.json says {_shape(expected[name])}"
-            elif dtype_name(tensor.dtype) not in DTYPES:
-                wrong[name] = f"is stored as {dtype_name(tensor.dtype)}, not as one of {', '.join(DTYPES)}"
-            else:
-                state[name] = tensor.to(device=device, dtype=dtype).contiguous()
+            _take(name, tensor, expected, dtype, device, state, unexpected, wrong)
     missing = [name for name in expected if name not in state and name not in wrong]
-    _check_tensors(path, missing, unexpected, wrong)
+    check_tensors(path, missing, unexpected, wrong)
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _take(
+    name: str,
+    tensor: Tensor,
+    expected: dict[str, torch.Size],
+    dtype: torch.dtype,
+    device: torch.device,
+    state: dict[str, Tensor],
+    unexpected: list[str],
+    wrong: dict[str, str],
+) -> None:
+    """Enter one stored tensor where it belongs."""
+    if name.endswith(IGNORED_SUFFIX):
+        return
+    if name not in expected:
+        unexpected.append(name)
+    elif tensor.shape != expected[name]:
+        wrong[name] = f"is {_shape(tensor.shape)} where config.json says {_shape(expected[name])}"
+    elif dtype_name(tensor.dtype) not in DTYPES:
+        wrong[name] = f"is stored as {dtype_name(tensor.dtype)}, not as one of {', '.join(DTYPES)}"
+    else:
+        state[name] = tensor.to(device=device, dtype=dtype).contiguous()
+
+
+def _load_quantized(
+    model: XverseForCausalLM,
+    path: Path,
+    files: TensorFiles,
+    scheme: Scheme,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    dequantize: bool,
+) -> None:
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    chosen = quantized_names(files, scheme)
+    prefixes = tuple(f"{name}." for name in chosen)
+    others = [name for name in files.names if not name.startswith(prefixes)]
+    if dtype is None:
+        norms = [name for name in others if name in expected and len(expected[name]) == 1]
+        exact = dequantize and model.config.num_parameters() < _FLOAT32_BELOW
+        dtype = torch.float32 if exact or not norms else files.get(norms[0]).dtype
+    state: dict[str, Tensor] = {}
+    unexpected: list[str] = []
+    wrong: dict[str, str] = {}
+    for name in others:
+        if name.endswith(".bias") and not files.get(name).any():
+            continue  # AutoGPTQ writes a bias for every linear
+        tensor = files.get(name)
+        if tensor.dim() == 1:
+            tensor = tensor.clone()  # or each norm would keep its surroundings in the file resident
+        _take(name, tensor, expected, dtype, device, state, unexpected, wrong)
+    known = {f"{name}.weight" for name in chosen}
+    missing = [name for name in expected if name not in state and name not in wrong and name not in known]
+    check_tensors(path, missing, unexpected, wrong)
+    if dequantize:
+        for name in chosen:
+            shape = layer_of(model, name, path).weight.shape
+            weight = dequantized(files, scheme, name, (shape[0], shape[1]), dtype, path)
+            state[f"{name}.weight"] = weight.to(device)
+    else:
+        load_layers(model, files, scheme, dtype, path)
+        if device.type != "cpu":
+            for name in chosen:
+                model.get_submodule(name).to(device)
+    unknown = model.load_state_dict(state, assign=True, strict=False).unexpected_keys
+    assert not unknown
+    if not dequantize and isinstance(model.model.embed_tokens, nn.Embedding):
+        keep_in_file(model.model.embed_tokens)
 
 
 def _stored_dtype(file: Path) -> torch.dtype:
@@ -139,7 +234,7 @@ def _stored_dtype(file: Path) -> torch.dtype:
     raise UserError(f"{file}: holds no tensors")
 
 
-def _check_tensors(path: Path, missing: list[str], unexpected: list[str], wrong: dict[str, str]) -> None:
+def check_tensors(path: Path, missing: list[str], unexpected: list[str], wrong: dict[str, str]) -> None:
     parts = []
     if missing:
         tied = " (a tied head? XVERSE's head is a matrix of its own)" if "lm_head.weight" in missing else ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,14 @@ SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # torch's name → safetensors' name
 GIT_LFS = b"version https://git-lfs"
+GPTQ_FILE = "gptq_model-*bit-*g"  # what AutoGPTQ calls its single file
+
+_STORED = {
+    **{getattr(torch, name): code for name, code in DTYPES.items()},
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
+_HEADER_BYTES_PER_TENSOR = 192
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -53,6 +61,9 @@ def weight_files(directory: Path) -> list[Path]:
             return _indexed(index)
         if (directory / name).exists():
             return [directory / name]
+    for suffix in (".safetensors", ".bin"):
+        if named := sorted(directory.glob(GPTQ_FILE + suffix)):
+            return named[:1]
     shards = sorted(path.name for path in directory.glob("*-of-*") if path.suffix in (".safetensors", ".bin"))
     if shards:
         raise UserError(f"{directory}: has {len(shards)} weight shards ({shards[0]} …) but no *.index.json")
@@ -92,6 +103,61 @@ def read_tensors(path: Path, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
         yield from _read_safetensors(path, hold)
     else:
         yield from _read_pickle(path)
+
+
+class TensorFiles:
+    """The tensors of a model directory by name, each on a mapping of its own that goes when the tensor goes.
+
+    So a model of any size can be gone through in any order with one tensor resident at a time. Of ``.bin``
+    shards the last one stays mapped. Raises UserError as ``weight_files`` and ``read_tensors`` do, and for
+    names that two files hold.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._home: dict[str, Path] = {}
+        self._pickle: tuple[Path, dict[str, Tensor]] | None = None
+        for file in files:
+            for name in self._names(file):
+                if name in self._home:
+                    raise UserError(f"{file}: holds '{name}', and so does {self._home[name].name}")
+                self._home[name] = file
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._home)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def get(self, name: str) -> Tensor:
+        """One tensor in its stored type."""
+        file = self._home[name]
+        if file.suffix != ".safetensors":
+            return self._unpickled(file)[name]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            _unreadable(file, error)
+        return tensor
+
+    def read(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names start with ``prefix``."""
+        return {name: self.get(name) for name in self._home if name.startswith(prefix)}
+
+    def _names(self, file: Path) -> list[str]:
+        if file.suffix != ".safetensors":
+            return list(self._unpickled(file))
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            _unreadable(file, error)
+
+    def _unpickled(self, file: Path) -> dict[str, Tensor]:
+        if self._pickle is None or self._pickle[0] != file:
+            self._pickle = (file, dict(_read_pickle(file)))
+        return self._pickle[1]
 
 
 def _read_safetensors(path: Path, hold: bool) -> Iterator[tuple[str, Tensor]]:
@@ -168,3 +234,78 @@ def write_safetensors(
             plain = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
             file.write(plain.view(torch.uint8).flatten().numpy().data)
         assert file.tell() == 8 + len(text) + end, "tensors do not match the announced shapes"
+
+
+class SafetensorsWriter:
+    """Writes tensors of any of the stored types as they come, in files of at most ``max_bytes``.
+
+    ``close()`` gives the files their final names, writes the index where there are several, and returns which
+    file holds which tensor. ``tensors`` is how many will come at most: their header is written last, into
+    space that is left for it at the front of each file.
+    """
+
+    def __init__(self, directory: Path, tensors: int, max_bytes: int) -> None:
+        self._directory, self._max_bytes = directory, max_bytes
+        self._reserved = -(-_HEADER_BYTES_PER_TENSOR * (tensors + 1) // 8) * 8
+        self._shards: list[dict[str, Any]] = []
+        self._total = 0
+        self._file: BinaryIO | None = None
+        self._filled = self._offset = 0
+        # Readers view the file as the tensor's type, so each must start at a multiple of its item size. A
+        # size that is no multiple of 8 would push the next one off; those come last.
+        self._late: list[tuple[str, Tensor]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor."""
+        size = tensor.numel() * tensor.itemsize
+        if self._file is not None and self._filled + size > self._max_bytes:
+            self._end_shard()
+        if self._file is None:
+            self._file = (self._directory / f"part-{len(self._shards)}").open("wb")
+            self._file.write(b" " * (8 + self._reserved))
+            self._shards.append({})
+            self._offset = self._filled = 0
+        self._filled += size
+        if size % 8:
+            self._late.append((name, tensor.detach().cpu().clone()))
+        else:
+            self._write(name, tensor)
+
+    def close(self) -> dict[str, str]:
+        self._end_shard()
+        weight_map: dict[str, str] = {}
+        count = len(self._shards)
+        for number, header in enumerate(self._shards):
+            file = SAFETENSORS if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            (self._directory / f"part-{number}").rename(self._directory / file)
+            weight_map.update(dict.fromkeys((name for name in header if name != "__metadata__"), file))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2) + "\n"
+            (self._directory / f"{SAFETENSORS}.index.json").write_text(text, encoding="utf-8")
+        return weight_map
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        assert self._file is not None
+        plain = tensor.detach().cpu().contiguous()
+        self._file.write(plain.view(torch.uint8).flatten().numpy().data)
+        end = self._offset + plain.numel() * plain.itemsize
+        offsets = [self._offset, end]
+        entry = {"dtype": _STORED[plain.dtype], "shape": list(plain.shape), "data_offsets": offsets}
+        self._shards[-1][name] = entry
+        self._offset = end
+
+    def _end_shard(self) -> None:
+        if self._file is None:
+            return
+        for name, tensor in sorted(self._late, key=lambda item: -item[1].itemsize):
+            self._write(name, tensor)
+        self._late = []
+        self._total += self._offset
+        self._shards[-1]["__metadata__"] = {"format": "pt"}
+        text = json.dumps(self._shards[-1], separators=(",", ":")).encode()
+        assert len(text) <= self._reserved, "more tensors than were announced"
+        self._file.seek(0)
+        self._file.write(self._reserved.to_bytes(8, "little") + text)
+        self._file.close()
+        self._file = None

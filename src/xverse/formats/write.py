@@ -6,21 +6,25 @@ only if it is a model directory, because replacing drops every file in it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from xverse.config import UserError
 from xverse.files import atomic_directory
+from xverse.formats.quantized import write_quantized
 from xverse.formats.read import check_vocabulary
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
 from xverse.formats.weights import DTYPES, SAFETENSORS, dtype_name, write_safetensors
 from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.quant.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
@@ -118,6 +122,31 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: is a file; choose another path")
 
 
+def save_quantized(
+    tensors: Iterable[tuple[str, Tensor | QuantizedWeight]],
+    config: XverseConfig,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    *,
+    llama: bool = False,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    documents: str | Path | None = None,
+) -> None:
+    """Write a quantised model as compressed-tensors' ``pack-quantized``, tensor by tensor as they come.
+
+    ``llama``: for ``LlamaForCausalLM``, else upstream's layout. What is not quantised keeps its type.
+    Raises UserError as ``save_hf`` does.
+    """
+    path = Path(path)
+    shim = {} if llama else SHIM_FILES
+    values = llama_config(config, torch.bfloat16) if llama else {**config.to_json(), "auto_map": AUTO_MAP}
+    with _directory(path, config, tokenizer, generation_config, overwrite, documents, shim) as directory:
+        values |= write_quantized(tensors, config, directory, max_shard_bytes)
+        _write_json(directory / "config.json", values)
+
+
 def _save(
     model: XverseForCausalLM,
     tokenizer: Tokenizer,
@@ -132,12 +161,29 @@ def _save(
 ) -> None:
     if dtype_name(dtype) not in DTYPES:
         raise UserError(f"{dtype_name(dtype)} weights cannot be written; known: {', '.join(DTYPES)}")
+    with _directory(
+        path, model.config, tokenizer, generation_config, overwrite, documents, shim
+    ) as directory:
+        _write_json(directory / "config.json", config)
+        _write_weights(model, directory, dtype, max_shard_bytes)
+
+
+@contextlib.contextmanager
+def _directory(
+    path: Path,
+    config: XverseConfig,
+    tokenizer: Tokenizer,
+    generation_config: Mapping[str, Any] | None,
+    overwrite: bool,
+    documents: str | Path | None,
+    shim: Mapping[str, str],
+) -> Iterator[Path]:
+    """A directory with all but config.json and the weights, which takes the place of ``path`` at the end."""
     check_target(path, overwrite)
-    check_vocabulary(tokenizer, model.config, path)
+    check_vocabulary(tokenizer, config, path)
     try:
         with atomic_directory(path) as directory:
-            _write_json(directory / "config.json", config)
-            _write_json(directory / "generation_config.json", generation_config or _token_ids(model.config))
+            _write_json(directory / "generation_config.json", generation_config or _token_ids(config))
             try:
                 tokenizer.save(directory)
             except UserError as error:  # its message would name the temporary directory
@@ -147,7 +193,7 @@ def _save(
             for pattern in DOCUMENTS if documents else ():
                 for file in Path(documents or "").glob(pattern):
                     shutil.copyfile(file, directory / file.name)
-            _write_weights(model, directory, dtype, max_shard_bytes)
+            yield directory
     except OSError as error:  # beyond those that atomic_directory names, such as an I/O error
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"{path}: cannot be written ({reason}); nothing was left there") from error

@@ -52,7 +52,7 @@ def chat(
         truncation=model.config.max_tokenizer_truncation,
     )
     _notice(prompt)
-    ids = torch.tensor([prompt.ids], device=model.get_input_embeddings().weight.device)  # [1, T]
+    ids = torch.tensor([prompt.ids], device=model.device)  # [1, T]
     arguments = {
         "inputs": ids,
         "attention_mask": torch.ones_like(ids),

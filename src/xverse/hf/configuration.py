@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from xverse.config import UserError
+from xverse.formats.compressed import METHOD
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
 from xverse.model.config import XverseConfig as ModelConfig
+
+QUANT_METHOD = "xverse"  # by which transformers finds our quantizer
+
+
+class StoredQuantization(QuantizationConfigMixin):
+    """A ``quantization_config`` that our quantizer loads; it writes itself as it was read.
+
+    transformers chooses the quantizer by ``quant_method``, which in the file is that of the format.
+    """
+
+    def __init__(self, **stored: Any) -> None:
+        self.stored = stored
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enumeration of theirs
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As the dictionary for which transformers takes it while it looks for a quantizer."""
+        return QUANT_METHOD if key == "quant_method" else default
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.stored)
 
 
 class XverseConfig(PretrainedConfig):
@@ -65,6 +88,9 @@ class XverseConfig(PretrainedConfig):
         # What would name code of the directory for transformers to run; `save_pretrained` writes our own.
         for key in ("auto_map", "custom_pipelines"):
             kwargs.pop(key, None)
+        stored = kwargs.get("quantization_config")
+        if isinstance(stored, dict) and stored.get("quant_method") in (METHOD, "gptq"):
+            kwargs["quantization_config"] = StoredQuantization(**stored)
         super().__init__(**kwargs)
 
     def to_model_config(self) -> ModelConfig:

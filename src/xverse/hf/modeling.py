@@ -12,12 +12,12 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from xverse.hf import chat
+from xverse.hf import chat, quantization
 from xverse.hf.attention import attention_context
 from xverse.hf.configuration import XverseConfig
 from xverse.model.loss import IGNORE, linear_cross_entropy
 from xverse.model.transformer import DecoderLayer, XverseModel
-
+from xverse.quant.pipeline import Method, QuantSettings
 
 _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
 
@@ -168,6 +168,26 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         Raises xverse.config.UserError for messages with wrong roles or order.
         """
         return chat.chat(self, tokenizer, messages, stream, generation_config)
+
+    def quantize(
+        self,
+        bits: int,
+        *,
+        method: Method = "rtn",
+        group_size: int = 128,
+        calibration: Tensor | None = None,
+    ) -> XverseForCausalLM:
+        """Weights of 8 or 4 bits in the place of this model's, layer by layer; returns the model itself.
+
+        The linears of the layers get ``bits``, the output head 8 (with ``rtn-row`` it stays as it is), the
+        embedding stays. ``method``: ``rtn``, ``rtn-row`` (XVERSE's own scheme, which has no groups) or
+        ``gptq``, which learns from ``calibration``, token ids int64 [n, T]. The model can only be used for
+        inference afterwards. Raises xverse.config.UserError for other bits, methods or groups, for groups
+        that do not divide a layer's inputs, and for a model that is quantised already.
+        """
+        settings = QuantSettings(bits=bits, method=method, group_size=group_size, embedding_bits=16)
+        quantization.quantize(self, settings, calibration)
+        return self
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, so that no ``custom_generate/generate.py`` of a directory runs."""

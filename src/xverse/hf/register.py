@@ -50,8 +50,10 @@ def _register() -> None:
 
     from xverse.hf.configuration import XverseConfig
     from xverse.hf.modeling import XverseForCausalLM
+    from xverse.hf.quantization import register_quantizer
     from xverse.hf.tokenization import XverseTokenizer
 
+    register_quantizer()
     AutoConfig.register(XverseConfig.model_type, XverseConfig, exist_ok=True)
     AutoModelForCausalLM.register(XverseConfig, XverseForCausalLM, exist_ok=True)
     AutoTokenizer.register(XverseConfig, tokenizer_class=XverseTokenizer, exist_ok=True)

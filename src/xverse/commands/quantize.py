@@ -1,0 +1,84 @@
+"""``xverse quantize``: write a model with weights of 8 or 4 bits, and say what that costs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from xverse.config import UserError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="nano", metavar="M", help="a directory, a hub id, or nano")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--bits", type=int, required=True, metavar="8|4", help="bits of a weight")
+    parser.add_argument(
+        "--method",
+        default="rtn",
+        metavar="METHOD",
+        help="rtn: groups with searched scales; gptq: also learns from calibration text; "
+        "rtn-row: one scale for each row, as XVERSE published it",
+    )
+    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="inputs that share a scale")
+    parser.add_argument(
+        "--calibration", metavar="FILE", default=None, help="text that gptq learns from (UTF-8)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=["hf", "llama"],
+        default="hf",
+        help="hf: XVERSE; llama: for every program that loads a quantised LlamaForCausalLM "
+        "(its output head stays as it is)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model directory at DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    from xverse.config import choose
+    from xverse.quant.weight import check_bits, check_group_size
+
+    check_bits(args.bits)
+    check_group_size(args.group_size)
+    choose("method", args.method, {name: name for name in ("rtn", "rtn-row", "gptq")})
+    if args.method == "gptq" and args.calibration is None:
+        raise UserError("--method gptq: learns from text; name a file with --calibration")
+    if args.method != "gptq" and args.calibration is not None:
+        raise UserError(f"--calibration: --method {args.method} uses no text; --method gptq does")
+
+    from xverse.formats import load_tokenizer, read_config, resolve
+    from xverse.formats.quantize import progress_bar, quantize_directory
+    from xverse.formats.write import check_target
+    from xverse.quant.pipeline import QuantSettings
+    from xverse.quant.text import calibration_tokens, parity_tokens
+
+    out = Path(args.out).expanduser()
+    check_target(out, args.overwrite)
+    source = resolve(args.model)
+    config, tokenizer = read_config(source), load_tokenizer(source)
+    settings = QuantSettings(
+        bits=args.bits,
+        method=args.method,
+        group_size=args.group_size,
+        # transformers cannot load a quantised embedding; here its rows stay in the mapped file anyway. Most
+        # programs for Llama cannot load a quantised head either.
+        embedding_bits=16,
+        head_bits=16 if args.format == "llama" else None,
+    )
+    calibration = calibration_tokens(tokenizer, args.calibration) if args.calibration else None
+    with progress_bar(config) as step:
+        report = quantize_directory(
+            source,
+            out,
+            tokenizer,
+            settings,
+            llama=args.format == "llama",
+            calibration=calibration,
+            sample=parity_tokens(tokenizer, config.num_parameters()),
+            overwrite=args.overwrite,
+            report_progress=step,
+        )
+    groups = "one scale per row" if args.method == "rtn-row" else f"groups of {args.group_size}"
+    print(f"{out}: {args.format}, {args.bits} bits, {args.method}, {groups}")
+    for line in report.describe():
+        print(line)
+    return 0

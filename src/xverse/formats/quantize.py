@@ -1,0 +1,200 @@
+"""From a model directory to a quantised model, in memory or on disk, layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from xverse.config import UserError, choose
+from xverse.formats.mapped import keep_in_file
+from xverse.formats.quantized import set_layer
+from xverse.formats.read import (
+    IGNORED_SUFFIX,
+    check_tensors,
+    read_config,
+    read_generation_config,
+    read_scheme,
+)
+from xverse.formats.weights import DTYPES, TensorFiles, dtype_name, weight_files
+from xverse.formats.write import check_target, save_quantized
+from xverse.log import console, progress
+from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.quant.linear import QuantEmbedding, QuantLinear
+from xverse.quant.parity import ParityReport
+from xverse.quant.pipeline import EMBEDDING, Quantization, QuantSettings
+from xverse.quant.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from xverse.tokenizer import Tokenizer
+
+Progress = Callable[[str], None]
+
+
+class Source:
+    """The tensors of an unquantised model directory, checked by name at once and by shape as they are read.
+
+    Raises UserError for a directory that is quantised already or does not hold the model's tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_config(path)
+        if read_scheme(path) is not None:
+            raise UserError(f"{path}: is quantised already; quantise the model that it was made from")
+        with torch.device("meta"):
+            state = XverseForCausalLM(self.config).state_dict()
+        self._shapes = {name: tensor.shape for name, tensor in state.items()}
+        self._files = TensorFiles(weight_files(path))
+        names = [name for name in self._files.names if not name.endswith(IGNORED_SUFFIX)]
+        missing = [name for name in self._shapes if name not in self._files]
+        check_tensors(path, missing, [name for name in names if name not in self._shapes], {})
+
+    def read(self, prefix: str) -> dict[str, Tensor]:
+        """What ``Quantization`` asks for."""
+        found = {}
+        for name in self._shapes:
+            if name.startswith(prefix):
+                tensor = self._files.get(name)
+                if tensor.shape != self._shapes[name] or dtype_name(tensor.dtype) not in DTYPES:
+                    stored = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+                    what = f"is {stored} where config.json says {list(self._shapes[name])}"
+                    check_tensors(self.path, [], [], {name: what})
+                if not tensor.sum(dtype=torch.float32).isfinite():  # any NaN or infinity makes it so
+                    raise UserError(f"{self.path}: {name} holds NaN or infinity; it cannot be quantised")
+                found[name] = tensor
+        return found
+
+
+def quantize_directory(
+    source: Path,
+    out: Path,
+    tokenizer: Tokenizer,
+    settings: QuantSettings,
+    *,
+    llama: bool = False,
+    calibration: Tensor | None = None,
+    sample: Tensor | None = None,
+    overwrite: bool = False,
+    report_progress: Progress | None = None,
+) -> ParityReport:
+    """Quantise ``source`` into the directory ``out`` (compressed-tensors) with a layer at a time in memory.
+
+    ``llama``: for stock ``LlamaForCausalLM``. Raises UserError where the source cannot be read or is
+    quantised, the settings do not fit it, or the target must not be written or has no room for the result.
+    """
+    check_target(out, overwrite)
+    if out.exists() and out.samefile(source):
+        raise UserError(f"{out}: is the model itself; choose another path for the quantised one")
+    tensors = Source(source)
+    _check_space(out, stored_bytes(tensors.config, settings))
+    run = Quantization(
+        tensors.config,
+        tensors.read,
+        settings,
+        calibration=calibration,
+        sample=sample,
+        progress=report_progress,
+    )
+    save_quantized(
+        run.tensors(),
+        tensors.config,
+        tokenizer,
+        out,
+        llama=llama,
+        generation_config=read_generation_config(source),
+        overwrite=overwrite,
+        documents=source,
+    )
+    return run.report
+
+
+def quick_settings(kind: str) -> QuantSettings:
+    """The settings that ``int8`` and ``int4`` stand for; raises UserError for another word."""
+    return QuantSettings(bits=choose("quantize", kind, {"int8": 8, "int4": 4}), embedding_bits=16)
+
+
+def load_quantizing(path: Path, kind: str, dtype: torch.dtype | None = None) -> XverseForCausalLM:
+    """The model of an unquantised directory with weights of ``int8`` or ``int4``, quantised as they are read.
+
+    Never is more than a layer of it in memory unquantised; the embedding stays the mapped file. ``dtype`` is
+    that of everything else, None the stored one. Raises UserError as ``quantize_directory``.
+    """
+    settings = quick_settings(kind)
+    source = Source(path)
+    with progress_bar(source.config) as progress:
+        return build(
+            source.config,
+            Quantization(source.config, source.read, settings, progress=progress).tensors(),
+            dtype,
+        )
+
+
+@contextlib.contextmanager
+def progress_bar(config: XverseConfig) -> Iterator[Progress]:
+    """A bar on stderr that goes one step further with each call; nothing where stderr is no terminal."""
+    with progress(disable=not console.is_terminal) as bar:
+        task = bar.add_task("quantising", total=config.num_hidden_layers + 2)
+        steps = itertools.count()
+        yield lambda step: bar.update(task, completed=next(steps), description=step)
+
+
+def build(
+    config: XverseConfig,
+    tensors: Iterator[tuple[str, Tensor | QuantizedWeight]],
+    dtype: torch.dtype | None = None,
+) -> XverseForCausalLM:
+    """A model of tensors that come one by one; quantised ones become quantised layers."""
+    with torch.device("meta"):
+        model = XverseForCausalLM(config)
+    for name, tensor in tensors:
+        place(model, name, tensor, dtype)
+    if isinstance(model.model.embed_tokens, nn.Embedding):
+        keep_in_file(model.model.embed_tokens)
+    return model
+
+
+def place(
+    model: nn.Module, name: str, tensor: Tensor | QuantizedWeight, dtype: torch.dtype | None = None
+) -> None:
+    """Put the tensor ``name`` into ``model``, on the device and in the type that it has."""
+    module = name.removesuffix(".weight")
+    if isinstance(tensor, Tensor):
+        value = tensor if dtype is None else tensor.to(dtype)
+        if value.dim() == 1:
+            value = value.clone()  # or each norm would keep its surroundings in the file resident
+        model.get_submodule(module).weight = nn.Parameter(value, requires_grad=False)
+    elif name == EMBEDDING:
+        set_layer(model, module, QuantEmbedding.from_weight(tensor, dtype or torch.bfloat16))
+    else:
+        set_layer(model, module, QuantLinear.from_weight(tensor))
+
+
+def stored_bytes(config: XverseConfig, settings: QuantSettings) -> int:
+    """About how many bytes a quantised model takes on disk and in memory."""
+    vocabulary = config.vocab_size * config.hidden_size
+    linears = config.num_parameters() - 2 * vocabulary
+
+    def size(weights: int, bits: int) -> float:
+        return weights * (bits / 8 + (2 / settings.group_size if bits < 16 else 0))
+
+    ends = size(vocabulary, settings.resolved_head_bits) + size(vocabulary, settings.resolved_embedding_bits)
+    return int(size(linears, settings.bits) + ends)
+
+
+def _check_space(out: Path, needed: int) -> None:
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{out}: the result takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; "
+            "nothing was written"
+        )

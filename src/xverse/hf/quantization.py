@@ -1,0 +1,171 @@
+"""Quantised weights behind transformers' interface: ``from_pretrained``, ``quantize``, ``save_pretrained``.
+
+transformers asks a quantizer to prepare the empty model and to finish it after loading. Ours takes the
+quantised layers out before, so that transformers loads the rest, and fills them from the same files after,
+one matrix at a time. compressed-tensors' own package is not needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from xverse.config import UserError
+from xverse.formats.compressed import EMBEDDING, pack, quantization_config, refuse_order
+from xverse.formats.quantized import (
+    layer_of,
+    quantized_layer,
+    quantized_names,
+    read_stored,
+    scheme_of,
+    set_layer,
+)
+from xverse.formats.weights import TensorFiles
+from xverse.hf.configuration import QUANT_METHOD, StoredQuantization
+from xverse.quant.linear import QuantEmbedding, QuantLinear
+from xverse.quant.pipeline import Quantization, QuantSettings
+from xverse.quant.weight import QuantizedWeight
+
+
+class XverseQuantizer(HfQuantizer):
+    """Loads what ``xverse quantize``, compressed-tensors and GPTQ write; saves what the first does."""
+
+    quantization_config: StoredQuantization
+    requires_calibration = True  # in transformers' words: it loads quantised weights and makes none
+
+    def __init__(self, quantization_config: StoredQuantization, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._pending: dict[str, Any] = {}
+        self._files: list[Path] = []
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._files = [Path(file) for file in kwargs.get("checkpoint_files") or []]
+        if not self._files:
+            raise UserError("quantised weights are loaded from a directory or a hub id only")
+        where = self._files[0].parent
+        scheme = scheme_of(self.quantization_config.stored, where / "config.json")
+        names = quantized_names(TensorFiles(self._files), scheme)
+        self._pending = {name: layer_of(model, name, where) for name in names}
+        for name in names:
+            set_layer(model, name, nn.Identity())
+        ignored = [rf"^{re.escape(name)}\." for name in names]
+        known = model._keys_to_ignore_on_load_unexpected or set()
+        model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+        if len(devices) > 1:
+            raise UserError(
+                f"a quantised model stays on one device, and device_map names {', '.join(devices)}"
+            )
+        norm = model.model.norm.weight
+        files, where = TensorFiles(self._files), self._files[0].parent
+        scheme = scheme_of(self.quantization_config.stored, where / "config.json")
+        for name in list(self._pending):
+            layer = self._pending.pop(name)
+            shape = (layer.weight.shape[0], layer.weight.shape[1])
+            stored = read_stored(files, scheme, name, shape, where)
+            set_layer(model, name, quantized_layer(stored, layer, norm.dtype).to(norm.device))
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What ``save_pretrained`` writes: compressed-tensors' names, and the configuration to match."""
+        state: dict[str, Tensor] = {}
+        quantized: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, (QuantLinear, QuantEmbedding)):
+                quantized[name] = module
+                state |= {f"{name}.{suffix}": part for suffix, part in pack(module.to_weight()).items()}
+            else:
+                parameters = module.named_parameters(recurse=False)
+                state |= {f"{name}.{child}": value.detach() for child, value in parameters}
+        refuse_order(name for name, module in quantized.items() if getattr(module, "order", None) is not None)
+        self.quantization_config.stored = describe(model)
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register_quantizer() -> None:
+    """Make transformers know the quantizer."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = StoredQuantization
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = XverseQuantizer
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The ``quantization_config`` of a model with quantised layers."""
+    kinds: dict[str, tuple[int, int, int]] = {}
+    plain = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            groups = module.in_features // module.group_size
+            kinds[name] = (module.bits, module.in_features, groups)
+        elif isinstance(module, QuantEmbedding):
+            kinds[name] = (module.bits, module.rows.shape[1] * 8 // module.bits, module.scales.shape[1])
+        elif isinstance(module, nn.Linear):
+            plain.append(name)
+    return quantization_config(kinds, plain)
+
+
+@torch.no_grad()
+def quantize(model: Any, settings: QuantSettings, calibration: Tensor | None) -> None:
+    """Replace the linears of an ``XverseForCausalLM`` in place, layer by layer, each where it stands."""
+    if any(isinstance(module, (QuantLinear, QuantEmbedding)) for module in model.modules()):
+        raise UserError("the model is quantised already")
+    if getattr(model, "is_quantized", False):
+        raise UserError("the model is quantised already, by another program")
+    changed = [name for name, module in model.named_modules() if _is_foreign(module)]
+    if changed:
+        raise UserError(f"{changed[0]} is no plain linear any more (an adapter?): quantise before adding one")
+    parameters = dict(model.named_parameters())
+    if any(parameter.device.type == "meta" for parameter in parameters.values()):
+        raise UserError("a model with offloaded weights cannot be quantised")
+    names = list(parameters)
+    del parameters
+
+    def read(prefix: str) -> dict[str, Tensor]:
+        chosen = [name for name in names if name.startswith(prefix)]
+        return {name: model.get_parameter(name).detach().cpu() for name in chosen}
+
+    run = Quantization(model.config.to_model_config(), read, settings, calibration=calibration)
+    for name, tensor in _placed(model, run):
+        if isinstance(tensor, QuantizedWeight):
+            module = name.removesuffix(".weight")
+            device = model.get_parameter(name).device
+            set_layer(model, module, QuantLinear.from_weight(tensor).to(device))
+        else:
+            parameter = model.get_parameter(name)
+            if tensor.data_ptr() != parameter.data_ptr():
+                parameter.copy_(tensor)
+    model.config.quantization_config = StoredQuantization(**describe(model))
+    model.hf_quantizer = XverseQuantizer(model.config.quantization_config)
+    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _placed(model: Any, run: Quantization) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    for name, tensor in run.tensors():
+        assert name != f"{EMBEDDING}.weight" or isinstance(tensor, Tensor), "the embedding stays as it is"
+        yield name, tensor
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).__module__.partition(".")[0] not in (
+        "torch",
+        "xverse",
+    )

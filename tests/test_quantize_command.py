@@ -1,0 +1,247 @@
+"""``xverse quantize``, ``xverse chat --quantize`` and ``xverse export`` of quantised directories."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xverse.cli import main
+from xverse.formats import load_model, logits, parity, read_config, read_generation_config, save_hf
+from xverse.formats.compare import fixed_tokens
+from xverse.model import XverseConfig, XverseForCausalLM, init_weights
+
+GENERATION = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "top_k": 30, "max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def source(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = XverseConfig(
+        vocab_size=tiny_tokenizer.vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.1,
+    )
+    model = XverseForCausalLM(config)
+    init_weights(model, seed=0)
+    path = tmp_path_factory.mktemp("source")
+    (path / "LICENSE").write_text("the weights' terms")
+    save_hf(model, tiny_tokenizer, path / "model", torch.bfloat16, GENERATION, documents=path)
+    return path / "model"
+
+
+def command(source: Path, out: Path, *more: str, bits: str = "4") -> list[str]:
+    return ["quantize", "--model", str(source), "--out", str(out), "--bits", bits, *more]
+
+
+@pytest.mark.parametrize("method", ["rtn", "rtn-row", "gptq"])
+@pytest.mark.parametrize("layout", ["hf", "llama"])
+def test_writes_a_directory_and_its_parity(
+    source: Path,
+    tiny_texts: list[str],
+    tmp_path: Path,
+    method: str,
+    layout: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ["--method", method, "--format", layout]
+    if method == "gptq":
+        (tmp_path / "text.txt").write_text("\n".join(tiny_texts), encoding="utf-8")
+        more += ["--calibration", str(tmp_path / "text.txt")]
+    out = tmp_path / "out"
+    assert main(command(source, out, *more)) == 0
+    first, *report = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{out}: {layout}, 4 bits, {method}, ")
+    text = "\n".join(report)
+    for part in ("KL ", "perplexity", "same first choice", "times smaller", "layer"):
+        assert part in text
+    assert read_config(out) == read_config(source)
+    assert read_generation_config(out) == GENERATION
+    assert (out / "LICENSE").read_text() == "the weights' terms"
+    tokens = fixed_tokens(read_config(source).vocab_size)
+    expected = logits(load_model(source), tokens)
+    assert (logits(load_model(out), tokens) - expected).norm() / expected.norm() < 0.5
+    assert main(command(source, out, *more)) == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert main(command(source, out, *more, "--overwrite", bits="8")) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (["--bits", "5"], "bits: 5 is not supported; 8 or 4"),
+        (["--method", "gtpq"], "did you mean 'gptq'?"),
+        (["--group-size", "100"], "group_size: 100 is not supported; one of 32, 64, 128"),
+        (["--method", "gptq"], "name a file with --calibration"),
+        (["--calibration", "x.txt"], "--method rtn uses no text"),
+        (["--model", "nowhere"], "no model 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    source: Path, tmp_path: Path, more: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(source, tmp_path / "out", *more)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert part in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_text_that_is_none(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    arguments = command(source, tmp_path / "out", "--method", "gptq", "--calibration", str(text))
+    for content, part in ((None, "No such file"), (b"", "is empty"), (b"\xff\xfe\x00", "UTF-8")):
+        if content is not None:
+            text.write_bytes(content)
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert part in error
+        assert str(text) in error
+        assert error.count("\n") == 1
+
+
+def test_calibration_in_a_language_that_the_model_does_not_know(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ᚠᚢᚦᚨᚱᚲ " * 100, encoding="utf-8")
+    assert main(command(source, tmp_path / "out", "--method", "gptq", "--calibration", str(text))) == 0
+    assert "single bytes" in capsys.readouterr().err
+
+
+def test_group_that_does_not_divide(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_hf(tiny_model, tiny_tokenizer, tmp_path / "model")
+    assert main(command(tmp_path / "model", tmp_path / "out")) == 2
+    assert "group_size: 128 does not divide the 64 inputs of a layer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_model_again(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(source, tmp_path / "q")) == 0
+    capsys.readouterr()
+    assert main(command(tmp_path / "q", tmp_path / "out")) == 2
+    assert main(["chat", "--model", str(tmp_path / "q"), "--quantize", "int8", "--ask", "你好"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == second
+    assert "is quantised already" in first
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_itself_is_not_replaced(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(source, source, "--overwrite")) == 2
+    assert "is the model itself" in capsys.readouterr().err
+    assert load_model(source).lm_head.weight.dtype == torch.bfloat16
+
+
+def test_damaged_source_leaves_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(source, tmp_path / "broken"))
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(state, broken / "model.safetensors", {"format": "pt"})
+    assert main(command(broken, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert "model.layers.1.mlp.up_proj.weight" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB, where this may be mounted."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(path)]
+    if (
+        os.geteuid() != 0
+        or not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
+        pytest.skip("mounting a small file system is not permitted here")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_no_room_is_told_before_the_work(
+    source: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (small_disk / "filler").write_bytes(bytes(200_000))
+    assert main(command(source, small_disk / "out")) == 2
+    error = capsys.readouterr().err
+    assert "are free there; nothing was written" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_disk_full_while_writing(
+    source: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xverse.formats import quantize
+
+    monkeypatch.setattr(quantize, "stored_bytes", lambda *arguments: 0)
+    (small_disk / "filler").write_bytes(bytes(150_000))
+    assert main(command(source, small_disk / "out")) == 2
+    assert capsys.readouterr().err == f"xverse: {small_disk / 'out'}: the disk is full; nothing was written\n"
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_file_size_limit_is_one_clear_line(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("resource")
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "from xverse.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = command(source, tmp_path / "out")
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == f"xverse: {tmp_path / 'out'}: File too large; nothing was written\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_chat_quantises_as_it_loads(source: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["chat", "--model", str(source), "--ask", "你好", "--greedy", "--max-new-tokens", "3"]
+    assert main([*arguments, "--quantize", kind]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--quantize", kind]) == 0
+    assert main([*arguments, "--quantize", kind, "--quantize", kind]) == 0
+
+
+def test_quantising_while_loading_equals_the_directory(source: Path, tmp_path: Path) -> None:
+    from xverse.formats.quantize import load_quantizing
+
+    assert main(command(source, tmp_path / "q")) == 0
+    tokens = fixed_tokens(read_config(source).vocab_size)
+    model = load_quantizing(source, "int4")
+    assert torch.equal(logits(model, tokens), logits(load_model(tmp_path / "q"), tokens))
+
+
+@pytest.mark.parametrize("layout", ["hf", "llama"])
+def test_export_dequantises(
+    source: Path, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(source, tmp_path / "q")) == 0
+    capsys.readouterr()
+    out = tmp_path / "plain"
+    arguments = ["--model", str(tmp_path / "q"), "--out", str(out), "--format", layout, "--type", "f32"]
+    assert main(["export", *arguments]) == 0
+    assert parity(load_model(tmp_path / "q", dequantize=True), load_model(out)) == 0.0
+    assert "quantization_config" not in (out / "config.json").read_text()
