@@ -34,14 +34,8 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-inline void store(const float* from, void* y, Type type, int64_t at, int count) {
-  if (type == kFloat32) {
-    std::memcpy(static_cast<float*>(y) + at, from, sizeof(float) * count);
-  } else {
-    uint16_t* to = static_cast<uint16_t*>(y) + at;
-    for (int i = 0; i < count; ++i) to[i] = to_bfloat16(from[i]);
-  }
-}
+// Less than this many values are not worth waking threads for.
+constexpr int64_t kAlone = 32768;
 
 constexpr int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
 
@@ -112,12 +106,19 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
                   reinterpret_cast<int32_t*>(start + value_bytes + scale_bytes)};
   };
   const int size = kind == kFloat32 ? 4 : 2;
-  share(blocks, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
+  const auto place = [&](void* from, int64_t at) { return static_cast<char*>(from) + at * size; };
+  constexpr int64_t kGroups = 8;  // of one token block, quantised as one piece of work
+  const int64_t pieces = (groups + kGroups - 1) / kGroups;
+  share(blocks * pieces, tokens * inputs < kAlone / 2 ? 1 : threads, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t b = piece / pieces, first = piece % pieces * kGroups;
+      const int64_t width = (groups - first < kGroups ? groups - first : kGroups) * group;
       const Tokens block = block_at(b);
-      table.quantize(static_cast<const char*>(x) + b * kMaxTokens * inputs * size, kind, inputs, block.count,
-                     int(inputs), group, bits == 4 ? 8 : 128, const_cast<int8_t*>(block.values),
-                     const_cast<float*>(block.scales), const_cast<int32_t*>(block.offsets));
+      table.quantize(static_cast<const char*>(x) + (b * kMaxTokens * inputs + first * group) * size, kind, inputs,
+                     block.count, int(width), group, bits == 4 ? 8 : 128,
+                     const_cast<int8_t*>(block.values) + first * group * block.count,
+                     const_cast<float*>(block.scales) + first * block.count,
+                     const_cast<int32_t*>(block.offsets) + first * block.count);
     }
   });
   int64_t tile_rows = 0;
@@ -140,7 +141,7 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
         const Tokens block = block_at(b);
         tile_row(tile, block, int(inputs), group, out);
         for (int t = 0; t < block.count; ++t)
-          store(out + t * kTileRows, y[weight], kind, (b * kMaxTokens + t) * width + first, rows);
+          table.store(out + t * kTileRows, place(y[weight], (b * kMaxTokens + t) * width + first), kind, rows);
       }
     }
   });
@@ -158,13 +159,10 @@ void xv_linear_bf16(const uint16_t* x, const uint16_t* w, uint16_t* y, int64_t t
       const int rows = int(outputs - first < kRows ? outputs - first : kRows);
       table.dot_bf16(w + first * inputs, rows, x, int(tokens), int(inputs), out);
       for (int64_t t = 0; t < tokens; ++t)
-        store(out + t * rows, y, kBFloat16, t * outputs + first, rows);
+        table.store(out + t * rows, y + t * outputs + first, kBFloat16, rows);
     }
   });
 }
-
-// Less than this many values are not worth waking threads for.
-constexpr int64_t kAlone = 32768;
 
 // y [rows, size] = the root-mean-square norm of x times weight [size].
 void xv_rms_norm(const void* x, const void* weight, void* y, int type, int weight_type, int64_t rows, int64_t size,

@@ -90,7 +90,7 @@ void tile_row(const uint8_t* tiles, const Tokens& tokens, int inputs, int group,
 }  // namespace
 
 namespace xv {
-const Kernels kAvx2 = {"avx2", generic_quantize, tile_row<4>, tile_row<8>, generic_dot_bf16, generic_rms_norm,
+const Kernels kAvx2 = {"avx2", generic_quantize, tile_row<4>, tile_row<8>, generic_store, generic_dot_bf16, generic_rms_norm,
                         generic_silu_mul, generic_rotate};
 }
 #endif

@@ -210,7 +210,7 @@ constexpr auto dot_bf16 = generic_dot_bf16;
 }  // namespace
 
 namespace xv {
-const Kernels XV_TABLE = {XV_NAME, quantize, tile_row<4>, tile_row<8>, dot_bf16, generic_rms_norm,
+const Kernels XV_TABLE = {XV_NAME, quantize, tile_row<4>, tile_row<8>, generic_store, dot_bf16, generic_rms_norm,
                            generic_silu_mul, generic_rotate};
 }
 #endif

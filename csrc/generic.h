@@ -107,6 +107,19 @@ template <int kBits>
   }
 }
 
+[[maybe_unused]] void generic_store(const float* from, void* to, Type type, int count) {
+  if (type == kFloat32) {
+    std::memcpy(to, from, sizeof(float) * count);
+    return;
+  }
+  uint16_t* bits = static_cast<uint16_t*>(to);
+  if (count == kTileRows) {  // a length that the compiler knows
+    for (int i = 0; i < kTileRows; ++i) bits[i] = to_bfloat16(from[i]);
+  } else {
+    for (int i = 0; i < count; ++i) bits[i] = to_bfloat16(from[i]);
+  }
+}
+
 [[maybe_unused]] void generic_dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs,
                                        float* out) {
   constexpr int kLanes = 32;

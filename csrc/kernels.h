@@ -33,6 +33,9 @@ struct Kernels {
   void (*tile_row4)(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out);
   void (*tile_row8)(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out);
 
+  // Outputs in the type of the result.
+  void (*store)(const float* from, void* to, Type type, int count);
+
   // Dot products of bfloat16 rows: out[t * rows + r] = sum_k x[t, k] * w[r, k]; up to 8 tokens.
   void (*dot_bf16)(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out);
 
