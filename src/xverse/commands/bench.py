@@ -29,6 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     infer.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="timed steps")
     infer.add_argument("--batch", type=positive, default=1, metavar="N", help="requests at once")
     infer.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as chat does)")
+    infer.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights first")
     infer.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: as chat does)"
     )

@@ -38,8 +38,8 @@ class MappedEmbedding(nn.Embedding):
 def keep_in_file(embedding: nn.Embedding) -> None:
     """Make it a ``MappedEmbedding`` where its weight is a mapped file, on Linux; elsewhere leave it."""
     weight = embedding.weight
-    if type(embedding) is not nn.Embedding or not _is_mapped(weight):
-        return
+    if type(embedding) is not nn.Embedding or weight.is_inference() or not _is_mapped(weight):
+        return  # tensors of inference mode do not tell whether they were written to
     embedding.__class__ = MappedEmbedding
     weight.requires_grad_(False)
     embedding.unwritten = weight._version  # type: ignore[assignment]  # of the class that it is now
