@@ -204,7 +204,6 @@ void xv_rotate(void* q, void* k, const void* cos, const void* sin, int type, int
 void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_t outputs, int64_t inputs,
              int bits, int group, int threads) {
   const int64_t groups = inputs / group, row_bytes = inputs * bits / 8;
-  xv_use_huge_pages(tiles, (outputs + kTileRows - 1) / kTileRows * groups * (kScaleBytes + int64_t(4) * bits * group));
   const int64_t tile_bytes = kScaleBytes + int64_t(4) * bits * group;
   share((outputs + kTileRows - 1) / kTileRows, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

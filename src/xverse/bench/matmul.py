@@ -119,7 +119,6 @@ def random_tiles(outputs: int, inputs: int, bits: int, group_size: int) -> Tenso
     """Tiles of random integers whose weights have a deviation of about 0.02, made at the speed of memory."""
     shape = tile_shape(outputs, inputs, bits, group_size)
     tiles = torch.empty(shape, dtype=torch.uint8)
-    ops.advise_huge_pages(tiles)
     block = torch.randint(0, 256, shape[1:], dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     deviation = (256 if bits == 8 else 16) / 12**0.5  # of evenly drawn integers
     scales = torch.full((32,), 0.02 / deviation, dtype=torch.bfloat16)
