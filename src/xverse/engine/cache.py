@@ -10,7 +10,7 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.model.config import XverseConfig
 from xverse.quant.attention import PagedLayer
-from xverse.quant.native import library
+from xverse.quant.ops import advise_huge_pages
 
 BLOCK_SIZE = 32
 KV_DTYPES = ("auto", "int8")
@@ -80,9 +80,7 @@ class PagedCache:
                 f"max_cache_tokens: no room for a cache of {blocks * BLOCK_SIZE} tokens ({size:.1f} GB)"
             ) from error
         self.pool = BlockPool(blocks)
-        kernels = library()
-        if kernels is not None and device.type == "cpu":
-            kernels.xv_use_huge_pages(data.data_ptr(), data.numel() * data.element_size())
+        advise_huge_pages(data)
         self.layers = [
             PagedLayer(
                 data[:, layer, 0],

@@ -34,8 +34,13 @@ _STORED = {
 }
 _READABLE = {
     **{code: dtype for dtype, code in _STORED.items()},
-    **{"F64": torch.float64, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    "F64": torch.float64,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 _HEADER_BYTES_PER_TENSOR = 192
 

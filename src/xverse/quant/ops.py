@@ -138,6 +138,14 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     )  # fmt: skip
 
 
+def advise_huge_pages(tensor: Tensor) -> None:
+    """Ask for large pages for a tensor on the CPU that is not written yet: faster to fill and to read, where
+    the system has them at hand."""
+    kernels = library()
+    if kernels is not None and tensor.device.type == "cpu":
+        kernels.xv_use_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
 def _shape_quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
     assert tiles.shape[1] * tile_group_size(tiles, bits) == x.shape[-1]
     return x.new_empty((*x.shape[:-1], outputs))
