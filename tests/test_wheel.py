@@ -77,7 +77,6 @@ def compiler() -> str | None:
     return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 
-
 def test_it_is_the_wheel_that_is_imported(python: Path, tmp_path: Path) -> None:
     code = "import xverse, torch; print(xverse.__file__); print(torch.__file__)"
     xverse_file, torch_file = run(python, "-c", code, cwd=tmp_path).split()

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from xverse import hardware
-from xverse.bench import attention, footprint, matmul
+from xverse.bench import attention, footprint, gptq, matmul
 from xverse.bench.report import count_threads, show, using_threads
 from xverse.config import choose
 from xverse.model import SHAPES
 
-PARTS = ("matmul", "attention", "memory")
+PARTS = ("matmul", "attention", "memory", "gptq")
 
 
 def run(
@@ -41,4 +41,7 @@ def run(
         if "attention" in parts:
             result["attention"] = attention.run(threads=threads)
             show(f"{title}: attention", attention.rows(result["attention"]))
+        if "gptq" in parts:
+            result["gptq"] = gptq.run(config)
+            show(f"{title}: GPTQ", gptq.rows(result["gptq"]))
     return result

@@ -9,7 +9,7 @@ from typing import Any
 from xverse.config import UserError
 
 # Of `xverse bench` alone, in this order; each with its own defaults.
-ALL = ("startup", "infer", "train", "quant", "load")
+ALL = ("startup", "infer", "train", "quant", "quality", "load")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +43,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
     quant = add("quant", "INT4, INT8 and bfloat16 kernels beside their bounds; memory of a quantised model")
     quant.add_argument("--shape", default="7b", metavar="S", help="a named shape")
-    quant.add_argument("--part", choices=["matmul", "attention", "memory"], help="one part (default: all)")
+    parts = ["matmul", "attention", "memory", "gptq"]
+    quant.add_argument("--part", choices=parts, help="one part (default: all)")
     quant.add_argument("--rounds", type=positive, default=5, metavar="N", help="timed passes of each product")
     quant.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
     quant.add_argument("--directory", metavar="DIR", help="where weights are made (default: $TMPDIR)")
+
+    quality = add(
+        "quality", "what quantising costs: every method against upstream's, with outlier channels too"
+    )
+    quality.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
+    quality.add_argument(
+        "--texts",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH,…",
+        help="text sets: files (.txt, .jsonl, token shards) or folders (default: the package's own text)",
+    )
+    quality.add_argument("--calibration", metavar="PATH,…", help="what gptq learns from (default: no gptq)")
+    quality.add_argument("--tokens", type=positive, default=32768, metavar="N", help="of each text set")
+    quality.add_argument("--calibration-tokens", type=positive, default=65536, metavar="N")
+    quality.add_argument("--group-size", type=positive, default=128, metavar="N")
+    quality.add_argument("--bits", type=int, nargs="+", choices=[4, 8], default=[4, 8], metavar="4|8")
+    quality.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
 
     load = add("load", "peak memory while loading, against the size of the weights")
     load.add_argument("--shape", default="7b", metavar="S", help="a named shape")

@@ -58,7 +58,7 @@ def calibration_tokens(tokenizer: Tokenizer, file: str | Path) -> Tensor:
 
 
 def parity_tokens(tokenizer: Tokenizer, parameters: int) -> Tensor:
-    """Rows int64 [n, 128] of passages in fifteen languages and code that come with the package; 256 tokens
+    """Rows int64 [n, 128] of passages in thirteen languages and code that come with the package; 256 tokens
     of them, taken evenly, for a model of more than a billion ``parameters``."""
     ids = tokenizer.encode(_parity_text())
     if parameters > 10**9:
