@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 def apply_all(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Several layers of the same input. Kinds that save work by doing so compute it together (``together``)."""
+    """Several layers of one input. Kinds that save work by it compute them together (``together``)."""
     kind = type(layers[0])
     if hasattr(kind, "together") and all(type(layer) is kind for layer in layers):
         return kind.together(layers, x)
