@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,21 @@ def tiny_config(tiny_tokenizer: Any) -> Any:
     )
 
 
+@pytest.fixture(scope="session")
+def wide_config(tiny_tokenizer: Any) -> Any:
+    """An ``XverseConfig`` of 2 layers whose sizes groups of 128 divide."""
+    from xverse.model.config import XverseConfig
+
+    return XverseConfig(
+        vocab_size=tiny_tokenizer.vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.1,
+    )
+
+
 @pytest.fixture
 def tiny_model(tiny_config: Any) -> Any:
     """``XverseForCausalLM`` of 2 layers in float32, the same random weights each time."""
@@ -101,3 +117,19 @@ def tiny_model(tiny_config: Any) -> Any:
     model = XverseForCausalLM(tiny_config)
     init_weights(model, seed=0)
     return model.eval()
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 kB, or of the size that the test asks for, where this may be mounted."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '600k')}", "tmpfs", str(path)]
+    if (
+        os.geteuid() != 0
+        or not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
+        pytest.skip("mounting a small file system is not permitted here")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,14 @@ import torch
 from xverse.cli import main
 from xverse.formats import load_model, logits, parity, read_config, read_generation_config, save_hf
 from xverse.formats.compare import fixed_tokens
-from xverse.model import XverseConfig, XverseForCausalLM, init_weights
+from xverse.model import XverseForCausalLM, init_weights
 
 GENERATION = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "top_k": 30, "max_new_tokens": 5}
 
 
 @pytest.fixture(scope="module")
-def source(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = XverseConfig(
-        vocab_size=tiny_tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.1,
-    )
-    model = XverseForCausalLM(config)
+def source(wide_config: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = XverseForCausalLM(wide_config)
     init_weights(model, seed=0)
     path = tmp_path_factory.mktemp("source")
     (path / "LICENSE").write_text("the weights' terms")
@@ -163,22 +153,7 @@ def test_damaged_source_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 300 kB, where this may be mounted."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(path)]
-    if (
-        os.geteuid() != 0
-        or not shutil.which("mount")
-        or subprocess.run(mount, capture_output=True).returncode
-    ):
-        pytest.skip("mounting a small file system is not permitted here")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["300k"], indirect=True)
 def test_no_room_is_told_before_the_work(
     source: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +165,7 @@ def test_no_room_is_told_before_the_work(
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
+@pytest.mark.parametrize("small_disk", ["300k"], indirect=True)
 def test_disk_full_while_writing(
     source: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +29,3 @@ def upstream(model: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathF
     (directory / "tokenizer").mkdir()
     tiny_tokenizer.save(directory / "tokenizer")
     return write_upstream_directory(directory / "XVERSE-7B-Chat", model, directory / "tokenizer")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 kB, where this may be mounted."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(path)]
-    if (
-        os.geteuid() != 0
-        or not shutil.which("mount")
-        or subprocess.run(mount, capture_output=True).returncode
-    ):
-        pytest.skip("mounting a small file system is not permitted here")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)

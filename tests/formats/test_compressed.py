@@ -16,7 +16,7 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.formats import load_model, logits, read_config, read_scheme, save_quantized
 from xverse.formats.compare import fixed_tokens
-from xverse.model import XverseConfig, XverseForCausalLM, init_weights
+from xverse.model import XverseForCausalLM, init_weights
 from xverse.quant.linear import QuantEmbedding, QuantLinear
 from xverse.quant.pipeline import Quantization, QuantSettings
 from xverse.quant.weight import QuantizedWeight
@@ -25,17 +25,9 @@ CASES = [(4, "rtn", 128), (8, "rtn", 32), (4, "rtn", 64), (4, "rtn-row", 128), (
 
 
 @pytest.fixture(scope="module")
-def wide(tiny_tokenizer: Any) -> Any:
+def wide(wide_config: Any) -> Any:
     """A model that groups of 128 fit, in bfloat16."""
-    config = XverseConfig(
-        vocab_size=tiny_tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.1,
-    )
-    model = XverseForCausalLM(config)
+    model = XverseForCausalLM(wide_config)
     init_weights(model, seed=0)
     with torch.no_grad():
         for layer in model.model.layers:

@@ -15,23 +15,15 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.formats import load_model, logits
 from xverse.formats.compare import fixed_tokens
-from xverse.model import XverseConfig, XverseForCausalLM, init_weights
+from xverse.model import XverseForCausalLM, init_weights
 from xverse.quant.linear import QuantLinear
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
-def source(tiny_tokenizer: Any) -> Any:
-    config = XverseConfig(
-        vocab_size=tiny_tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.1,
-    )
-    model = XverseForCausalLM(config)
+def source(wide_config: Any) -> Any:
+    model = XverseForCausalLM(wide_config)
     init_weights(model, seed=0)
     return model.half().eval()
 

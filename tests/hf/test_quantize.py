@@ -14,24 +14,16 @@ from torch import nn
 from xverse.config import UserError
 from xverse.formats import load_model, logits, save_hf
 from xverse.formats.compare import fixed_tokens
-from xverse.model import XverseConfig, XverseForCausalLM, init_weights
+from xverse.model import XverseForCausalLM, init_weights
 from xverse.quant.linear import QuantLinear
 
 MESSAGES = [{"role": "user", "content": "你好"}]
 
 
 @pytest.fixture(scope="module")
-def directory(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(wide_config: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that groups of 128 fit, as xverse writes it."""
-    config = XverseConfig(
-        vocab_size=tiny_tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.1,
-    )
-    model = XverseForCausalLM(config)
+    model = XverseForCausalLM(wide_config)
     init_weights(model, seed=0)
     path = tmp_path_factory.mktemp("plain") / "model"
     generation = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "max_new_tokens": 8}
