@@ -16,7 +16,7 @@ from xverse.model import FullCausal, XverseForCausalLM
 from xverse.quant.equalize import equalize_layer
 from xverse.quant.layerwise import forward, input_sizes, make_layer
 from xverse.quant.linear import QuantEmbedding, QuantLinear
-from xverse.quant.pipeline import METHODS, Quantization, QuantSettings, quantize_stream, random_tokens
+from xverse.quant.pipeline import METHODS, Quantization, QuantSettings, random_tokens
 from xverse.quant.weight import QuantizedWeight
 
 
@@ -207,7 +207,7 @@ def test_rescaled_channels_cost_nothing(model: XverseForCausalLM, method: str) -
 def test_one_layer_at_a_time(model: XverseForCausalLM) -> None:
     reader = Reader(model.state_dict())
     settings = _settings("rtn")
-    for _ in quantize_stream(model.config, reader, settings, sample=_tokens(model.config, 2, 2)):
+    for _ in Quantization(model.config, reader, settings, sample=_tokens(model.config, 2, 2)).tensors():
         pass
     largest = max(
         sum(each.numel() for name, each in model.state_dict().items() if name.startswith(prefix))

@@ -27,6 +27,7 @@ from xverse.bench.report import (
 )
 from xverse.config import UserError
 from xverse.engine import Engine, Request, Sampling
+from xverse.engine.cache import position_bytes
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
 from xverse.formats.quantized import set_layer
@@ -270,8 +271,7 @@ def _weight_bytes(config: XverseConfig, dtype: torch.dtype) -> int:
 
 
 def _cache_bytes(config: XverseConfig, dtype: torch.dtype, tokens: int, batch: int) -> int:
-    kv = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize
-    return 2 * kv * tokens * batch  # a cache that grows doubles
+    return position_bytes(config, dtype) * tokens * batch
 
 
 def random_model(config: XverseConfig, dtype: torch.dtype, quantize: str | None = None) -> XverseForCausalLM:

@@ -69,7 +69,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     except OSError:
         notice(
             "xverse was installed without its compiled CPU kernels (no C++ compiler then): "
-            "quantised layers compute with PyTorch's operations, several times slower"
+            "quantised layers compute with PyTorch's operations, which is slower"
         )
         return None, "torch"
     for name, arguments in _SIGNATURES.items():

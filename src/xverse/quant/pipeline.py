@@ -269,20 +269,6 @@ class Quantization:
             figures.add(logits[0], logits[1], targets[part])
 
 
-def quantize_stream(
-    config: XverseConfig,
-    read: Callable[[str], Mapping[str, Tensor]],
-    settings: QuantSettings,
-    *,
-    calibration: Tensor | None = None,
-    sample: Tensor | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Iterator[tuple[str, Quantized]]:
-    """``Quantization(...).tensors()`` for those who need no report."""
-    run = Quantization(config, read, settings, calibration=calibration, sample=sample, progress=progress)
-    return run.tensors()
-
-
 def _linear(weight: Quantized) -> Callable[[Tensor], Tensor]:
     if isinstance(weight, QuantizedWeight):
         return QuantLinear.from_weight(weight)
