@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from xverse.config import UserError
 from xverse.engine import Engine, Request, Sampling
-from xverse.engine.cache import BLOCK_SIZE, BlockPool, PagedCache, PrefillContext, SequenceCache
+from xverse.engine.cache import BLOCK_SIZE, BlockPool, PagedCache, RaggedContext, SequenceCache
 from xverse.formats import load_model, load_tokenizer, resolve
 from xverse.model.attention import FullCausal
 
@@ -49,7 +49,7 @@ def test_blocks_are_held_as_often_as_they_were_taken(count: int, actions: list[t
 
 
 def test_every_block_comes_back(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    engine = Engine(tiny_model, tiny_tokenizer, max_cache_tokens=400, prefill_chunk=20)
+    engine = Engine(tiny_model, tiny_tokenizer, max_cache_tokens=400, prefill_chunk=20, prefix_cache_bytes=0)
     pool = engine._cache.pool
     everything = pool.free
     requests = [
@@ -93,7 +93,7 @@ def test_another_kv_dtype_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> No
 
 def test_no_room_is_an_error_of_one_line(tiny_config: Any) -> None:
     with pytest.raises(UserError, match="max_cache_tokens: no room for a cache of 32"):
-        PagedCache(tiny_config, torch.float32, torch.device("cpu"), blocks=10**12)
+        PagedCache(tiny_config, torch.float32, torch.device("cpu"), blocks=10**12, sequences=1)
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +109,15 @@ def prefilled(model: Any, ids: list[int], kv_dtype: str, chunk: int) -> torch.Te
     """Logits [T, V] of ``ids`` that went into a cache chunk by chunk."""
     dtype = model.lm_head.weight.dtype
     blocks = len(ids) // BLOCK_SIZE + 1
-    cache = PagedCache(model.config, dtype, torch.device("cpu"), blocks=blocks, kv_dtype=kv_dtype)
+    cache = PagedCache(
+        model.config, dtype, torch.device("cpu"), blocks=blocks, sequences=1, kv_dtype=kv_dtype
+    )
     sequence, logits = SequenceCache(cache), []
     with torch.inference_mode():
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
-            logits.append(model(torch.tensor([part]), PrefillContext(sequence, len(part)))[0])
+            sequence.reserve(start + len(part))
+            logits.append(model(torch.tensor([part]), RaggedContext([(sequence, len(part))]))[0])
             sequence.length += len(part)
     return torch.cat(logits).float()
 
@@ -145,9 +148,12 @@ def test_decode_with_int8_follows_prefill(nano: Any) -> None:
     prompt = tokenizer.encode(TEXT)[:40]
     engine = Engine(model, tokenizer, kv_dtype="int8")
     events = list(
-        engine.stream(Request(prompt_ids=prompt, max_new_tokens=50, sampling=GREEDY, stop_ids=NEVER))
+        engine.stream(
+            Request(prompt_ids=prompt, max_new_tokens=50, sampling=GREEDY, stop_ids=NEVER, logprobs=0)
+        )
     )
     ids = prompt + [event.token_id for event in events if event.token_id is not None]
     logprobs = prefilled(model, ids, "int8", len(ids)).log_softmax(-1)
     for at, event in enumerate(events):
-        assert event.logprob == pytest.approx(float(logprobs[39 + at, event.token_id]), abs=0.02)
+        assert event.logprob is not None
+        assert event.logprob.logprob == pytest.approx(float(logprobs[39 + at, event.token_id]), abs=0.02)

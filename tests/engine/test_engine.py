@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xverse.config import UserError
-from xverse.engine import Engine, Event, Request, Sampling
+from xverse.engine import Engine, Event, Request, Sampling, Speculation
+from xverse.engine.cache import position_bytes
 from xverse.model.attention import FullCausal
 from xverse.model.transformer import XverseForCausalLM
 
@@ -17,35 +18,11 @@ GREEDY = Sampling(temperature=0)
 NEVER = (10**6,)  # a stop id that no token has
 
 
-def sharpen(model: XverseForCausalLM) -> XverseForCausalLM:
-    """Spread the logits of fresh weights, so that rounding decides no greedy choice."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
-    return model
-
-
-@pytest.fixture
-def model(tiny_model: XverseForCausalLM) -> XverseForCausalLM:
-    return sharpen(tiny_model)
-
-
 def with_context(model: XverseForCausalLM, positions: int) -> XverseForCausalLM:
     """The same weights with another ``max_position_embeddings``."""
     other = XverseForCausalLM(dataclasses.replace(model.config, max_position_embeddings=positions))
     other.load_state_dict(model.state_dict())
     return other
-
-
-def naive(model: XverseForCausalLM, prompt: list[int], new_tokens: int) -> list[int]:
-    """Greedy tokens by a full forward pass for each."""
-    ids = list(prompt)
-    with torch.inference_mode():
-        for _ in range(new_tokens):
-            logits = model(torch.tensor([ids]), FullCausal(1, len(ids)))  # [1, T, V]
-            ids.append(int(logits[0, -1].argmax()))
-    return ids[len(prompt) :]
 
 
 def collect(engine: Engine) -> dict[int, list[Event]]:
@@ -60,7 +37,7 @@ def tokens(events: list[Event]) -> list[int | None]:
     return [event.token_id for event in events]
 
 
-def test_greedy_equals_full_recomputation(model: Any, tiny_tokenizer: Any) -> None:
+def test_greedy_equals_full_recomputation(model: Any, tiny_tokenizer: Any, naive: Any) -> None:
     prompt = tiny_tokenizer.encode("你好，世界。 Hello, world!")
     engine = Engine(model, tiny_tokenizer, prefill_chunk=3)
     request = Request(prompt_ids=prompt, max_new_tokens=40, sampling=GREEDY, stop_ids=NEVER)
@@ -105,39 +82,52 @@ def test_greedy_equals_transformers_llama(model: Any, tiny_tokenizer: Any) -> No
         assert tokens(list(Engine(model, tiny_tokenizer).stream(request))) == theirs
 
 
+# A few texts whose beginnings prompts share, of more than one block of 32 tokens.
+TEXTS = [[(7 * n * n + 3 * n + 5 * text) % 240 + 4 for n in range(80)] for text in range(2)]
 arrivals = st.lists(
     st.tuples(
         st.integers(0, 6),  # steps before this request arrives
-        st.lists(st.integers(4, 250), min_size=1, max_size=20),  # its prompt
-        st.integers(1, 12),  # max_new_tokens
+        st.tuples(
+            st.sampled_from(TEXTS),
+            st.integers(1, 70),
+            st.lists(st.integers(4, 20), max_size=3),
+        ).map(lambda drawn: drawn[0][: drawn[1]] + drawn[2]),  # its prompt
+        st.integers(1, 40),  # max_new_tokens
     ),
     min_size=1,
     max_size=6,
 )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     arrivals=arrivals,
     max_batch=st.integers(1, 4),
-    prefill_chunk=st.integers(1, 8),
-    cache_tokens=st.sampled_from([None, 40]),
+    prefill_chunk=st.integers(1, 50),
+    cache_tokens=st.sampled_from([None, 113]),  # 113: the longest fits, and two of them do not
+    prefix_blocks=st.sampled_from([0, 2, 1000]),
+    guess=st.booleans(),
 )
 def test_requests_together_equal_each_alone(
     model: Any,
+    naive: Any,
     tiny_tokenizer: Any,
     arrivals: list[tuple[int, list[int], int]],
     max_batch: int,
     prefill_chunk: int,
     cache_tokens: int | None,
+    prefix_blocks: int,
+    guess: bool,
 ) -> None:
-    # Hypothesis calls this many times with one model: the fixture sharpened it once, before the first.
+    # Hypothesis calls this many times with one model: the fixture made it once, before the first.
     engine = Engine(
         model,
         tiny_tokenizer,
         max_batch=max_batch,
         prefill_chunk=prefill_chunk,
         max_cache_tokens=cache_tokens,
+        prefix_cache_bytes=prefix_blocks * 32 * position_bytes(model.config, torch.float32),
+        speculation=Speculation() if guess else None,
     )
     got: dict[int, list[int | None]] = {}
     wanted: dict[int, list[int]] = {}
@@ -152,6 +142,34 @@ def test_requests_together_equal_each_alone(
     for handle, events in collect(engine).items():
         got[handle] += tokens(events)
     assert got == wanted
+    stats = engine.stats()
+    assert stats.running == stats.waiting == 0
+    assert stats.free_blocks + stats.cached_blocks == stats.blocks
+    assert stats.cached_blocks == stats.idle_blocks <= prefix_blocks
+
+
+def test_out_of_blocks_the_last_to_come_is_preempted_and_goes_on(
+    model: Any, tiny_tokenizer: Any, naive: Any
+) -> None:
+    engine = Engine(model, tiny_tokenizer, max_batch=4, max_cache_tokens=128, prefix_cache_bytes=0)
+    prompts = [[5 + n] * 20 for n in range(4)]
+    sampling = [GREEDY, GREEDY, Sampling(seed=3), Sampling(seed=4, repetition_penalty=1.3)]
+    requests = [
+        Request(prompt_ids=prompt, max_new_tokens=100, sampling=each, stop_ids=NEVER, logprobs=0)
+        for prompt, each in zip(prompts, sampling, strict=True)
+    ]
+    handles = [engine.submit(request) for request in requests]
+    events = collect(engine)  # 8 blocks for 4 requests of 4 blocks
+    assert engine.stats().preemptions > 0
+    for handle, request, prompt in zip(handles, requests, prompts, strict=True):
+        alone = list(Engine(model, tiny_tokenizer).stream(request))
+        assert tokens(events[handle]) == tokens(alone)
+        if request.sampling == GREEDY:
+            assert tokens(alone) == naive(model, prompt, 100)
+        for one, other in zip(events[handle], alone, strict=True):
+            assert one.logprob is not None
+            assert other.logprob is not None
+            assert one.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-4)
 
 
 def test_text_deltas_joined_are_the_decoded_tokens(model: Any, tiny_tokenizer: Any) -> None:
@@ -168,14 +186,25 @@ def test_logprobs_are_those_of_the_model(model: Any, tiny_tokenizer: Any) -> Non
     sampling = Sampling(temperature=0.7, top_k=5, repetition_penalty=1.2, seed=3)
     events = list(
         Engine(model, tiny_tokenizer).stream(
-            Request(prompt_ids=prompt, max_new_tokens=10, sampling=sampling, stop_ids=NEVER)
+            Request(prompt_ids=prompt, max_new_tokens=10, sampling=sampling, stop_ids=NEVER, logprobs=3)
         )
     )
     ids = prompt + [event.token_id for event in events]
     with torch.inference_mode():
         logprobs = model(torch.tensor([ids]), FullCausal(1, len(ids)))[0].log_softmax(-1)  # [T, V]
-    expected = [float(logprobs[at - 1, ids[at]]) for at in range(len(prompt), len(ids))]
-    assert [event.logprob for event in events] == pytest.approx(expected, abs=1e-4)
+    for at, event in enumerate(events, start=len(prompt) - 1):
+        assert event.logprob is not None
+        assert event.logprob.token_id == event.token_id
+        assert event.logprob.logprob == pytest.approx(float(logprobs[at, event.token_id]), abs=1e-4)
+        best = logprobs[at].topk(3)
+        assert [token for token, _ in event.logprob.top] == best.indices.tolist()
+        assert [value for _, value in event.logprob.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_no_logprobs_unless_asked(model: Any, tiny_tokenizer: Any) -> None:
+    (event,) = Engine(model, tiny_tokenizer).stream(Request(prompt_ids=[5], max_new_tokens=1))
+    assert event.logprob is None
+    assert event.prompt_logprobs is None
 
 
 def test_seed_decides_and_requests_do_not_disturb_each_other(model: Any, tiny_tokenizer: Any) -> None:
@@ -220,7 +249,7 @@ def test_stop_ids_and_strings(model: Any, tiny_tokenizer: Any) -> None:
     assert "".join(event.text for event in events) == text
 
 
-def test_the_context_ends_a_reply(model: Any, tiny_tokenizer: Any) -> None:
+def test_the_context_ends_a_reply(model: Any, tiny_tokenizer: Any, naive: Any) -> None:
     engine = Engine(with_context(model, 300), tiny_tokenizer)
     prompt = [7] * 30
     request = Request(prompt_ids=prompt, max_new_tokens=1000, sampling=GREEDY, stop_ids=NEVER)
@@ -234,7 +263,7 @@ def test_the_context_ends_a_reply(model: Any, tiny_tokenizer: Any) -> None:
         engine.submit(Request(prompt_ids=[7] * 300))
 
 
-def test_nan_logits_fail_only_their_request(model: Any, tiny_tokenizer: Any) -> None:
+def test_nan_logits_fail_only_their_request(model: Any, tiny_tokenizer: Any, naive: Any) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[9] = torch.nan
     engine = Engine(model, tiny_tokenizer)
@@ -265,7 +294,7 @@ def test_cancel_and_interleaved_streams(model: Any, tiny_tokenizer: Any) -> None
     assert not engine.busy
 
 
-def test_ids_beyond_the_tokenizer_are_never_chosen(model: Any, tiny_tokenizer: Any) -> None:
+def test_ids_beyond_the_tokenizer_are_never_chosen(model: Any, tiny_tokenizer: Any, naive: Any) -> None:
     """Some exports pad the vocabulary: the extra rows of the head are no tokens."""
     vocab = model.config.vocab_size
     padded = XverseForCausalLM(dataclasses.replace(model.config, vocab_size=vocab + 30))

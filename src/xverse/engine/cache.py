@@ -1,4 +1,4 @@
-"""Keys and values of all requests in blocks of positions, and the attention contexts that use them."""
+"""Keys and values of all requests in blocks of positions, and the attention context that uses them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ class BlockPool:
         assert self._holders[block] > 0, f"block {block} is free"
         self._holders[block] += 1
 
+    def holders(self, block: int) -> int:
+        """How many hold it."""
+        return self._holders[block]
+
     def release(self, block: int) -> None:
         """One holder less; without any the block is free."""
         assert self._holders[block] > 0, f"block {block} is free"
@@ -51,9 +55,9 @@ class BlockPool:
 class PagedCache:
     """Room for ``blocks`` blocks of BLOCK_SIZE positions, [blocks, layers, 2, H, BLOCK_SIZE, head_dim].
 
-    ``kv_dtype`` "auto" stores in ``dtype``, "int8" with a float32 scale for each position and head. On a CPU
-    the memory counts only once it is written to; other devices take it at once. Raises UserError for another
-    ``kv_dtype``, or where there is no such room.
+    ``kv_dtype`` "auto" stores in ``dtype``, "int8" with a float32 scale for each position and head. At most
+    ``sequences`` sequences use it at once. On a CPU the memory counts only once it is written to; other
+    devices take it at once. Raises UserError for another ``kv_dtype``, or where there is no such room.
     """
 
     def __init__(
@@ -63,12 +67,12 @@ class PagedCache:
         device: torch.device,
         *,
         blocks: int,
+        sequences: int,
         kv_dtype: str = "auto",
     ) -> None:
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype: '{kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
         self.device = device
-        self.blocks_per_sequence = -(-config.max_position_embeddings // BLOCK_SIZE)
         shape = (blocks, config.num_hidden_layers, 2, config.num_attention_heads, BLOCK_SIZE)
         stored = torch.int8 if kv_dtype == "int8" else dtype
         try:
@@ -80,6 +84,11 @@ class PagedCache:
                 f"max_cache_tokens: no room for a cache of {blocks * BLOCK_SIZE} tokens ({size:.1f} GB)"
             ) from error
         self.pool = BlockPool(blocks)
+        # The blocks of each sequence in order; places without a block name block 0, and kernels look at no
+        # more than a sequence's positions.
+        width = -(-config.max_position_embeddings // BLOCK_SIZE)
+        self.tables = torch.zeros(sequences, width, dtype=torch.int32, device=device)
+        self.free_rows = list(range(sequences - 1, -1, -1))
         advise_huge_pages(data)
         self.layers = [
             PagedLayer(
@@ -102,64 +111,86 @@ class SequenceCache:
     """One request's blocks in order, of which ``length`` positions are written."""
 
     def __init__(self, cache: PagedCache) -> None:
+        self.cache = cache
         self.length = 0
         self.blocks: list[int] = []
-        # Places without a block name block 0: kernels look at no more than `length` positions.
-        self.table = torch.zeros(cache.blocks_per_sequence, dtype=torch.int32, device=cache.device)
-        self.cache = cache
+        self.row = cache.free_rows.pop()
+
+    def missing(self, length: int) -> int:
+        """How many blocks more ``length`` positions need."""
+        return -(-length // BLOCK_SIZE) - len(self.blocks)
 
     def reserve(self, length: int) -> None:
         """Take blocks for ``length`` positions in all. Raises IndexError where the cache is full."""
-        while len(self.blocks) * BLOCK_SIZE < length:
-            self.table[len(self.blocks)] = block = self.cache.pool.take()
-            self.blocks.append(block)
+        for _ in range(self.missing(length)):
+            self._add(self.cache.pool.take())
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Begin with ``blocks`` that another sequence has filled."""
+        assert not self.blocks
+        for block in blocks:
+            self.cache.pool.share(block)
+            self._add(block)
+        self.length = len(blocks) * BLOCK_SIZE
 
     def release(self) -> None:
-        """Give all blocks back."""
+        """Give all blocks back, and the row of the table; it is of no use any more."""
         while self.blocks:
             self.cache.pool.release(self.blocks.pop())
-        self.length = 0
+        self.cache.free_rows.append(self.row)
+
+    def _add(self, block: int) -> None:
+        self.cache.tables[self.row, len(self.blocks)] = block
+        self.blocks.append(block)
 
 
-class PrefillContext:
-    """A chunk of ``length`` prompt tokens of one request, which see the cache before them and each other."""
+class RaggedContext:
+    """The next ``count`` tokens of each of several sequences in one row of tokens [1, N], one after another.
 
-    def __init__(self, sequence: SequenceCache, length: int) -> None:
-        self._start, end = sequence.length, sequence.length + length
-        sequence.reserve(end)
-        positions = torch.arange(self._start, end, device=sequence.cache.device)  # [T]
-        self._layers, self._table = sequence.cache.layers, sequence.table
-        self._slots = self._table[positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
-        self.positions = positions[None]  # [1, T]
+    Each token sees its own sequence's cache and what comes before it here. Room for them is reserved.
+    """
+
+    def __init__(self, segments: Sequence[tuple[SequenceCache, int]]) -> None:
+        cache = segments[0][0].cache
+        self._layers = cache.layers
+        positions: list[int] = []
+        slots: list[int] = []
+        short: list[int] = []  # of segments of one token: where the token is, and its sequence's row
+        short_rows: list[int] = []
+        self._long: list[tuple[int, int, Tensor, int]] = []  # first token, end, table, start
+        for sequence, count in segments:
+            start, at = sequence.length, len(positions)
+            if count == 1:
+                short.append(at)
+                short_rows.append(sequence.row)
+                positions.append(start)
+                slots.append(sequence.blocks[start // BLOCK_SIZE] * BLOCK_SIZE + start % BLOCK_SIZE)
+                continue
+            self._long.append((at, at + count, cache.tables[sequence.row], start))
+            blocks = sequence.blocks
+            for position in range(start, start + count):
+                slots.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+            positions.extend(range(start, start + count))
+        device = cache.device
+        self.positions = torch.tensor([positions], device=device)  # [1, N]
+        self._slots = torch.tensor(slots, device=device)  # [N]
+        self._all_short = len(short) == len(positions)
+        self._short: Tensor | None = None
+        if short:
+            self._short = torch.tensor(short, device=device)
+            self._tables = cache.tables[torch.tensor(short_rows, device=device)]  # [B, blocks]
+            self._lengths = (self.positions[0, self._short] + 1).int()  # [B]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pages = self._layers[layer]
-        pages.append(k[0].transpose(0, 1), v[0].transpose(0, 1), self._slots)
-        mixed = pages.prefill(q[0].transpose(0, 1), self._table, self._start)  # [T, H, head_dim]
-        return mixed.transpose(0, 1)[None]
-
-
-class DecodeContext:
-    """One token of each of several requests: one batch for the linears and for attention."""
-
-    def __init__(self, sequences: Sequence[SequenceCache]) -> None:
-        first = sequences[0]
-        device = first.cache.device
-        for sequence in sequences:
-            sequence.reserve(sequence.length + 1)
-        lengths = [sequence.length for sequence in sequences]
-        slots = [
-            sequence.blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
-            for sequence, at in zip(sequences, lengths, strict=True)
-        ]
-        self._layers = first.cache.layers
-        tables = [sequence.table for sequence in sequences]
-        self._table = tables[0][None] if len(tables) == 1 else torch.stack(tables)  # [B, blocks]
-        self.positions = torch.tensor(lengths, device=device)[:, None]  # [B, 1]
-        self._slots = torch.tensor(slots, device=device)
-        self._lengths = (self.positions[:, 0] + 1).int()
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        pages = self._layers[layer]
-        pages.append(k[:, :, 0], v[:, :, 0], self._slots)
-        return pages.attend(q[:, :, 0], self._table, self._lengths)[:, :, None]  # [B, H, 1, head_dim]
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, H, head_dim]
+        pages.append(k, v, self._slots)
+        if self._all_short:
+            mixed = pages.attend(q, self._tables, self._lengths)
+        else:
+            mixed = q.new_empty(q.shape)
+            if self._short is not None:
+                mixed[self._short] = pages.attend(q[self._short], self._tables, self._lengths)
+            for first, end, table, start in self._long:
+                mixed[first:end] = pages.prefill(q[first:end], table, start)
+        return mixed.transpose(0, 1)[None]  # [1, H, N, head_dim]

@@ -1,13 +1,14 @@
 """The engine: several requests at once, one model forward for all of their next tokens.
 
-A step prefills at most one chunk of one prompt, then decodes one token of every request whose prompt is
-done, so a long prompt never holds up the others for longer than a chunk.
+A step takes what the scheduler gives it (the next token of every request that decodes, guesses behind them,
+chunks of prompts), runs it through the model as one row of tokens, and chooses tokens where a request's last
+one has been computed.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
@@ -15,39 +16,37 @@ from torch import Tensor
 
 from xverse import hardware
 from xverse.config import UserError
-from xverse.engine.cache import (
-    BLOCK_SIZE,
-    DecodeContext,
-    PagedCache,
-    PrefillContext,
-    SequenceCache,
-    position_bytes,
-)
-from xverse.engine.request import Event, FinishReason, Request
-from xverse.engine.sampling import Sampler, choose, is_greedy, samplers
+from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext, position_bytes
+from xverse.engine.prefix import PrefixCache
+from xverse.engine.request import Event, Request
+from xverse.engine.sampling import Counts, choose, is_greedy, samplers
+from xverse.engine.scheduler import Scheduler, Work
+from xverse.engine.scoring import Item, Scores, score_prompt, token_logprob
+from xverse.engine.sequence import Prompted, Sequence
+from xverse.engine.speculation import Speculation, guesses, learn, proposer
 from xverse.engine.stop import StopText
 from xverse.model.transformer import XverseForCausalLM
 from xverse.quant.inference import use_kernels
-from xverse.tokenizer import StreamDecoder, Tokenizer
+from xverse.tokenizer import Tokenizer
 
 _NOT_FINITE = "the model's logits are not finite numbers: its weights are damaged, or overflow their type"
+PREFIX_CACHE_BYTES = 2 * 2**30
 
 
-@dataclass(eq=False)
-class _Sequence:
-    """A request while it runs. ``next_token`` is chosen but not in the cache yet; None while prefilling."""
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What the engine holds now, in requests and blocks of cache, and what it has done since it began."""
 
-    handle: int
-    request: Request
-    tokens_at_most: int
-    cache: SequenceCache
-    decoder: StreamDecoder
-    stop: StopText
-    seen: Tensor  # bool [V]
-    steps: list[Sampler]
-    generator: torch.Generator | None
-    generated: int = 0
-    next_token: int | None = None
+    running: int
+    waiting: int
+    blocks: int
+    free_blocks: int  # nobody holds them
+    cached_blocks: int  # the prefix cache holds them, alone or beside requests
+    idle_blocks: int  # the prefix cache alone holds them
+    preemptions: int
+    reused_tokens: int  # of prompts, found in the prefix cache
+    proposed_tokens: int
+    accepted_tokens: int
 
 
 class Engine:
@@ -55,9 +54,12 @@ class Engine:
 
     On a CPU the model's layers are told to compute in our kernels (``quant/inference.py``).
 
-    ``max_batch`` requests run at once and further ones wait; so does a request whose prompt and longest
-    answer would take the running ones above ``max_cache_tokens`` in all (None: what half of the free memory
-    holds). ``kv_dtype`` "int8" halves the cache of a bfloat16 model; "auto" stores it in the model's type.
+    ``max_batch`` requests run at once and further ones wait. The cache holds ``max_cache_tokens`` of them all
+    (None: what half of the free memory holds); where it is full, requests wait and go on later. A step
+    computes at most ``prefill_chunk`` tokens of prompts. ``kv_dtype`` "int8" halves the cache of a bfloat16
+    model; "auto" stores it in the model's type. ``prefix_cache_bytes`` of the cache are kept when a request
+    has ended, for others that begin alike; 0 turns that off. ``speculation`` None decodes one token at a
+    time. Raises UserError for values out of range, and models and tokenizers that do not fit.
     """
 
     def __init__(
@@ -69,10 +71,14 @@ class Engine:
         max_cache_tokens: int | None = None,
         prefill_chunk: int = 512,
         kv_dtype: str = "auto",
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+        speculation: Speculation | None = None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise UserError(f"{name}: {value} is out of range (at least 1)")
+        if prefix_cache_bytes < 0:
+            raise UserError(f"prefix_cache_bytes: {prefix_cache_bytes} is out of range (0: off)")
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
@@ -85,62 +91,96 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         weight = model.model.norm.weight  # the one that is never quantised
         self._device, dtype = weight.device, weight.dtype
+        bytes_each = position_bytes(model.config, dtype, kv_dtype)
         if max_cache_tokens is None:
-            max_cache_tokens = self._affordable(position_bytes(model.config, dtype, kv_dtype))
+            max_cache_tokens = self._affordable(bytes_each)
         self.max_cache_tokens = max_cache_tokens
         # Each running request may leave a block partly used.
         blocks = -(-max_cache_tokens // BLOCK_SIZE) + max_batch
-        self._cache = PagedCache(model.config, dtype, self._device, blocks=blocks, kv_dtype=kv_dtype)
+        self._cache = PagedCache(
+            model.config, dtype, self._device, blocks=blocks, sequences=max_batch, kv_dtype=kv_dtype
+        )
+        self._blocks = blocks
+        self._prefixes = PrefixCache(self._cache.pool, prefix_cache_bytes // (bytes_each * BLOCK_SIZE))
+        self._scheduler = Scheduler(
+            self._cache, self._prefixes, max_batch=max_batch, prefill_chunk=prefill_chunk
+        )
         self._vocab_size = tokenizer.vocab_size
-        self._waiting: deque[tuple[int, Request]] = deque()
-        self._running: list[_Sequence] = []
+        self._speculation = speculation
+        self._proposer = None
+        if speculation is not None:
+            self._proposer = proposer(
+                speculation,
+                model,
+                tokenizer,
+                cache_tokens=max_cache_tokens,
+                max_batch=max_batch,
+                prefill_chunk=prefill_chunk,
+            )
+        # More rows than that cost more than one, see docs/inference.md.
+        self._rows_at_once = 8 if self._device.type == "cpu" else 64
+        self._proposed_tokens = self._accepted_tokens = 0
         self._undelivered: list[Event] = []
         self._next_handle = 0
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs, or has events that no ``step`` returned yet."""
-        return bool(self._waiting or self._running or self._undelivered)
+        return bool(self._scheduler.waiting or self._scheduler.running or self._undelivered)
+
+    def stats(self) -> Stats:
+        return Stats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            blocks=self._blocks,
+            free_blocks=self._cache.pool.free,
+            cached_blocks=len(self._prefixes),
+            idle_blocks=self._prefixes.idle(),
+            preemptions=self._scheduler.preemptions,
+            reused_tokens=self._scheduler.reused_tokens,
+            proposed_tokens=self._proposed_tokens,
+            accepted_tokens=self._accepted_tokens,
+        )
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns its handle. Raises UserError for a prompt that cannot run here."""
-        context, prompt = self.model.config.max_position_embeddings, len(request.prompt_ids)
-        if prompt >= context:
-            raise UserError(f"prompt_ids: {prompt} tokens leave no room in a context of {context}")
-        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocab_size:
-            raise UserError(f"prompt_ids: ids must be 0 to {self._vocab_size - 1}")
-        needed = self._tokens_at_most(request)
-        if needed > self.max_cache_tokens:
-            raise UserError(
-                f"max_new_tokens: prompt and answer may take {needed} tokens of cache, "
-                f"and there are {self.max_cache_tokens}; ask for fewer"
-            )
-        handle = self._next_handle
-        self._next_handle += 1
-        self._waiting.append((handle, request))
-        return handle
+        """Queue a request; returns its handle. Raises UserError for one that cannot run here."""
+        prompted = None
+        if request.prompt_logprobs is not None:
+            prompted = Prompted(start=1, alternatives=request.prompt_logprobs)
+        return self._enqueue(request, prompted)
 
     def cancel(self, handle: int) -> bool:
         """Drop a request; no event of it comes any more. False where it was not there, or had ended."""
-        before = len(self._waiting) + len(self._running)
-        self._waiting = deque(item for item in self._waiting if item[0] != handle)
-        for sequence in [each for each in self._running if each.handle == handle]:
-            self._retire(sequence)
         self._undelivered = [event for event in self._undelivered if event.handle != handle]
-        return len(self._waiting) + len(self._running) < before
+        for sequence in self._scheduler.running:
+            if sequence.handle == handle:
+                self._retire(sequence)
+                return True
+        for sequence in self._scheduler.waiting:
+            if sequence.handle == handle:
+                self._scheduler.waiting.remove(sequence)
+                return True
+        return False
+
+    def fail(self, message: str) -> list[Event]:
+        """End every request, running or waiting, with an error: for who met an exception in ``step``."""
+        events = [self._failed(sequence, message) for sequence in list(self._scheduler.running)]
+        events += [self._error(sequence, message) for sequence in self._scheduler.waiting]
+        self._scheduler.waiting.clear()
+        return events
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Advance every running request by at most one token; returns what happened, [] when idle."""
-        self._admit()
-        events: list[Event] = []
-        prefilling = next((item for item in self._running if item.next_token is None), None)
-        decoding = [item for item in self._running if item.next_token is not None]
-        if prefilling is not None:
-            events += self._prefill(prefilling)
-        if decoding:
-            events += self._decode(decoding)
-        events, self._undelivered = self._undelivered + events, []
+        """Advance the running requests; returns what happened, [] when idle.
+
+        Without speculation a request yields at most one token in a step.
+        """
+        work = self._scheduler.schedule()
+        if self._proposer is not None and work:
+            self._propose(work)
+        events = self._forward(work) if work else []
+        if self._undelivered:
+            events, self._undelivered = self._undelivered + events, []
         return events
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
@@ -151,19 +191,86 @@ class Engine:
         handle = self.submit(request)
         try:
             while True:
-                events = self.step()
-                self._undelivered += [event for event in events if event.handle != handle]
-                for event in events:
-                    if event.handle == handle:
-                        yield event
-                        if event.finish_reason is not None:
-                            return
+                for event in self._steps_for(lambda each: each == handle):
+                    yield event
+                    if event.finish_reason is not None:
+                        return
         finally:
             self.cancel(handle)
 
-    def _tokens_at_most(self, request: Request) -> int:
-        longest = len(request.prompt_ids) + request.max_new_tokens
-        return min(longest, self.model.config.max_position_embeddings)
+    def score(
+        self, items: Many[Item], progress: Callable[[int], None] | None = None
+    ) -> list[list[list[float]]]:
+        """Natural log-probabilities of given continuations, without generating.
+
+        An item is a prompt and its continuations, in ids; the result has one number for each token of each
+        continuation. What items have in common at their beginning is computed once. ``progress`` is told how
+        many items are done. Raises UserError for an item that does not fit into the context, or whose
+        log-probabilities are no numbers.
+        """
+        scores = Scores(items, progress)
+        try:
+            for request, prompted in scores.requests():
+                scores.submitted(self._enqueue(request, prompted), prompted)
+            while scores.open:
+                for event in self._steps_for(scores.open.__contains__):
+                    scores.take(event)
+        finally:
+            for handle in list(scores.open):
+                self.cancel(handle)
+        return scores.results
+
+    def _steps_for(self, mine: Callable[[int], bool]) -> list[Event]:
+        """The events of one step that are ``mine`` by handle; those of others are kept."""
+        events = self.step()
+        self._undelivered += [event for event in events if not mine(event.handle)]
+        return [event for event in events if mine(event.handle)]
+
+    def _enqueue(self, request: Request, prompted: Prompted | None) -> int:
+        context, prompt = self.model.config.max_position_embeddings, len(request.prompt_ids)
+        if prompt > context or (prompt == context and request.max_new_tokens):
+            raise UserError(f"prompt_ids: {prompt} tokens leave no room in a context of {context}")
+        ids = [*request.prompt_ids, *(prompted.finals if prompted else ())]
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise UserError(f"prompt_ids: ids must be 0 to {self._vocab_size - 1}")
+        if any(token >= self._vocab_size for token in request.sampling.logit_bias):
+            raise UserError(f"logit_bias: ids must be 0 to {self._vocab_size - 1}")
+        needed = min(prompt + request.max_new_tokens, context)
+        if needed > self.max_cache_tokens:
+            raise UserError(
+                f"max_new_tokens: prompt and answer may take {needed} tokens of cache, "
+                f"and there are {self.max_cache_tokens}; ask for fewer"
+            )
+        sampling = request.sampling
+        generator = None
+        if not is_greedy(sampling):
+            generator = torch.Generator(self._device)
+            if sampling.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(sampling.seed)
+        counts = Counts(sampling, request.prompt_ids, self._vocab_size, self._device)
+        steps = samplers(sampling, counts)
+        handle = self._next_handle
+        self._next_handle += 1
+        self._scheduler.waiting.append(
+            Sequence(
+                handle=handle,
+                request=request,
+                tokens=list(request.prompt_ids),
+                prompt_tokens=prompt,
+                tokens_at_most=needed,
+                decoder=self.tokenizer.stream(),
+                stop=StopText(request.stop),
+                counts=counts,
+                steps=steps,
+                generator=generator,
+                plain=generator is None and not steps and not request.constraint and request.logprobs is None,
+                prompted=prompted,
+                salt=b"",
+            )
+        )
+        return handle
 
     def _affordable(self, bytes_each: int) -> int:
         """Tokens of cache that all running requests may need, or that half of the free memory holds."""
@@ -175,108 +282,176 @@ class Engine:
         most = self.max_batch * context
         return most if free is None else min(most, max(context, free // 2 // bytes_each))
 
-    def _retire(self, sequence: _Sequence) -> None:
-        """It runs no longer; its blocks are free."""
-        self._running.remove(sequence)
-        sequence.cache.release()
+    def _retire(self, sequence: Sequence) -> None:
+        self._scheduler.retire(sequence)
+        if self._proposer is not None:
+            self._proposer.forget(sequence)
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.max_batch:
-            needed = self._tokens_at_most(self._waiting[0][1])
-            taken = sum(sequence.tokens_at_most for sequence in self._running)
-            if taken + needed > self.max_cache_tokens:
-                return
-            self._running.append(self._start(*self._waiting.popleft()))
-
-    def _start(self, handle: int, request: Request) -> _Sequence:
-        seen = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)  # [V]
-        seen[torch.tensor(request.prompt_ids, device=self._device)] = True
-        generator = None
-        if not is_greedy(request.sampling):
-            generator = torch.Generator(self._device)
-            if request.sampling.seed is None:
-                generator.seed()
+    def _propose(self, work: list[Work]) -> None:
+        """Guesses for the sequences that decode, while there are few rows beside them."""
+        assert self._proposer is not None
+        assert self._speculation is not None
+        room = self._rows_at_once // len(work) - 1
+        if room < 1 or any(item.count > 1 for item in work):
+            return
+        most = min(self._speculation.max_tokens, room)
+        asked: list[tuple[Work, int]] = []
+        for item in work:
+            sequence = item.sequence
+            left = sequence.tokens_at_most - len(sequence.tokens) - 1
+            count = 0
+            if not sequence.scoring:
+                count = guesses(sequence.acceptance, self._proposer.cost, min(most, left))
+            if count > 0:
+                asked.append((item, count))
             else:
-                generator.manual_seed(request.sampling.seed)
-        return _Sequence(
-            handle=handle,
-            request=request,
-            tokens_at_most=self._tokens_at_most(request),
-            cache=SequenceCache(self._cache),
-            decoder=self.tokenizer.stream(),
-            stop=StopText(request.stop),
-            seen=seen,
-            steps=samplers(request.sampling, seen),
-            generator=generator,
-        )
+                learn(sequence, 0, 0)
+        found = self._proposer.propose([(item.sequence, count) for item, count in asked])
+        for (item, _), tokens in zip(asked, found, strict=True):
+            self._scheduler.propose(item, tokens)
 
-    def _prefill(self, sequence: _Sequence) -> list[Event]:
-        start, prompt = sequence.cache.length, sequence.request.prompt_ids
-        chunk = list(prompt[start : start + self.prefill_chunk])
-        context = PrefillContext(sequence.cache, len(chunk))
-        hidden = self.model.model(torch.tensor([chunk], device=self._device), context)  # [1, T, D]
-        sequence.cache.length += len(chunk)
-        if sequence.cache.length < len(prompt):
-            return []
-        return self._choose([sequence], self.model.lm_head(hidden[:, -1]))
-
-    def _decode(self, sequences: list[_Sequence]) -> list[Event]:
-        column = [[sequence.next_token] for sequence in sequences]
-        tokens = torch.tensor(column, device=self._device)  # [B, 1]
-        context = DecodeContext([sequence.cache for sequence in sequences])
-        hidden = self.model.model(tokens, context)  # [B, 1, D]
-        for sequence in sequences:
-            sequence.cache.length += 1
-        return self._choose(sequences, self.model.lm_head(hidden[:, -1]))
-
-    def _choose(self, sequences: list[_Sequence], logits: Tensor) -> list[Event]:
-        """The next token of each sequence from its row of ``logits`` [B, V]."""
-        logits = logits[:, : self._vocab_size].float()  # padding rows of an embedding are no tokens
-        log_sums = logits.logsumexp(dim=-1)  # [B], not finite where any logit is NaN or +inf
-        events = []
-        for row, sequence, log_sum in zip(logits, sequences, log_sums.tolist(), strict=True):
-            if not -torch.inf < log_sum < torch.inf:
-                self._retire(sequence)
-                events.append(self._failed(sequence))
-                continue
-            token = choose(row, sequence.steps, sequence.generator)
-            events.append(self._advance(sequence, token, row[token].item() - log_sum))
+    def _forward(self, work: list[Work]) -> list[Event]:
+        """Compute ``work``; choose tokens where a sequence's last one is among it."""
+        tokens: list[int] = []
+        segments = []
+        wanted: list[int] = []  # rows of hidden states from which tokens are chosen
+        choosing: list[Work] = []
+        others: list[tuple[Work, slice]] = []
+        for item in work:
+            sequence = item.sequence
+            assert sequence.cache is not None
+            first, start = len(tokens), sequence.cache.length
+            end = start + item.count
+            tokens += sequence.tokens[start:end]
+            tokens += item.proposed
+            segments.append((sequence.cache, len(tokens) - first))
+            if sequence.scoring or end < len(sequence.tokens):
+                others.append((item, slice(first, len(tokens))))
+            if end == len(sequence.tokens) and end < sequence.tokens_at_most:
+                choosing.append(item)
+                wanted += range(first + item.count - 1, len(tokens))
+        context = RaggedContext(segments)
+        hidden = self.model.model(torch.tensor([tokens], device=self._device), context)[0]  # [N, D]
+        events: list[Event] = []
+        for item, rows in others:
+            if item.sequence.prompted is not None and item.sequence.scoring:
+                events += self._score(item, hidden[rows])
+            else:
+                self._scheduler.computed(item.sequence, item.count)
+        if choosing:
+            if len(wanted) < len(tokens):
+                hidden = hidden[torch.tensor(wanted, device=self._device)]  # [R, D]
+            events += self._choose(choosing, self._logits(hidden))
         return events
 
-    def _advance(self, sequence: _Sequence, token: int, logprob: float) -> Event:
-        sequence.generated += 1
-        sequence.next_token = token
-        sequence.seen[token] = True
-        text, stopped = "", False
-        reason: FinishReason | None = None
-        if token in sequence.request.stop_ids:
-            reason = "stop"
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, D] → logits [R, V]; padding rows of an embedding are no tokens."""
+        return self.model.lm_head(hidden)[:, : self._vocab_size]
+
+    def _choose(self, work: list[Work], logits: Tensor) -> list[Event]:
+        """The next tokens of each sequence of ``work`` from its rows of ``logits`` [R, V]: one more than its
+        guesses, as far as those are right."""
+        greatest, best = logits.max(dim=-1)  # [R]; NaN and +inf come through
+        greatest_list, best_list = greatest.tolist(), best.tolist()
+        events: list[Event] = []
+        row = 0
+        for item in work:
+            sequence = item.sequence
+            accepted = 0
+            for index in range(len(item.proposed) + 1):
+                at = row + index
+                event = None
+                try:
+                    if not -torch.inf < greatest_list[at] < torch.inf:
+                        raise ValueError(_NOT_FINITE)
+                    token = best_list[at] if sequence.plain else self._sample(sequence, logits[at])
+                    event = self._advance(sequence, token, logits[at])
+                except Exception as error:  # of a constraint's, too: others go on
+                    event = self._error(sequence, str(error) or type(error).__name__)
+                events.append(event)
+                if event.finish_reason or index == len(item.proposed) or token != item.proposed[index]:
+                    break
+                accepted += 1
+            row += len(item.proposed) + 1
+            self._scheduler.computed(sequence, item.count + accepted)
+            if item.proposed:
+                self._proposed_tokens += len(item.proposed)
+                self._accepted_tokens += accepted
+                learn(sequence, len(item.proposed), accepted)
+            if events[-1].finish_reason:
+                self._retire(sequence)
+        return events
+
+    def _sample(self, sequence: Sequence, logits: Tensor) -> int:
+        logits = logits.float()
+        constraint = sequence.request.constraint
+        if constraint is not None:
+            logits = constraint.apply(logits)
+        token = choose(logits, sequence.steps, sequence.generator)
+        if constraint is not None:
+            constraint.accept(token)
+        return token
+
+    def _advance(self, sequence: Sequence, token: int, logits: Tensor) -> Event:
+        """``token`` was chosen from ``logits`` [V]."""
+        request = sequence.request
+        sequence.tokens.append(token)
+        event = Event(handle=sequence.handle, token_id=token, text="")
+        if not sequence.plain:
+            sequence.counts.add(token)
+            if request.logprobs is not None:
+                event.logprob = token_logprob(logits.float().log_softmax(dim=-1), token, request.logprobs)
+        if sequence.scoring:
+            self._report(sequence, event)
+        stopped = False
+        if token in request.stop_ids:
+            event.finish_reason = "stop"
         else:
-            text, stopped = sequence.stop.push(sequence.decoder.push(token))
+            event.text, stopped = sequence.stop.push(sequence.decoder.push(token))
             if stopped:
-                reason = "stop"
-            elif len(sequence.request.prompt_ids) + sequence.generated >= sequence.tokens_at_most:
-                reason = "length"
-        if reason is not None:
-            self._retire(sequence)
-        if reason is not None and not stopped:
+                event.finish_reason = "stop"
+            elif len(sequence.tokens) >= sequence.tokens_at_most:
+                event.finish_reason = "length"
+        if event.finish_reason is not None and not stopped:
             rest, stopped = self._rest(sequence)
-            text += rest
-            reason = "stop" if stopped else reason
-        return Event(handle=sequence.handle, token_id=token, text=text, logprob=logprob, finish_reason=reason)
+            event.text += rest
+            if stopped:
+                event.finish_reason = "stop"
+        return event
+
+    def _score(self, item: Work, hidden: Tensor) -> list[Event]:
+        """The log-probabilities that a chunk of a prompt gives, from its ``hidden`` states [T, D]."""
+        sequence = item.sequence
+        assert sequence.prompted is not None
+        finite = score_prompt(sequence.prompted, sequence.tokens, sequence.computed, hidden, self._logits)
+        if not finite:
+            return [self._failed(sequence, _NOT_FINITE)]
+        if sequence.computed + item.count < len(sequence.tokens):
+            self._scheduler.computed(sequence, item.count)
+        elif len(sequence.tokens) >= sequence.tokens_at_most:
+            self._scheduler.computed(sequence, item.count)
+            event = Event(handle=sequence.handle, token_id=None, text="", finish_reason="length")
+            self._report(sequence, event)
+            self._retire(sequence)
+            return [event]
+        return []  # its first token is chosen now, too
 
     @staticmethod
-    def _rest(sequence: _Sequence) -> tuple[str, bool]:
+    def _report(sequence: Sequence, event: Event) -> None:
+        assert sequence.prompted is not None
+        event.prompt_logprobs = sequence.prompted.found
+        sequence.reported = True
+
+    @staticmethod
+    def _rest(sequence: Sequence) -> tuple[str, bool]:
         """Text that was held back until the end, and whether a stop string came to light in it."""
         text, stopped = sequence.stop.push(sequence.decoder.finish())
         return text + sequence.stop.finish(), stopped
 
-    def _failed(self, sequence: _Sequence) -> Event:
-        return Event(
-            handle=sequence.handle,
-            token_id=None,
-            text=self._rest(sequence)[0],
-            logprob=None,
-            finish_reason="error",
-            error=_NOT_FINITE,
-        )
+    def _failed(self, sequence: Sequence, message: str) -> Event:
+        self._retire(sequence)
+        return self._error(sequence, message)
+
+    def _error(self, sequence: Sequence, message: str) -> Event:
+        text = self._rest(sequence)[0]
+        return Event(handle=sequence.handle, token_id=None, text=text, finish_reason="error", error=message)

@@ -1,0 +1,161 @@
+"""Which tokens of which requests the next step computes: continuous batching with chunked prefill.
+
+Requests come first that came first. Blocks of the cache are taken as a request grows; where none is left, the
+prefix cache gives up what nobody uses, then the request that came last is preempted: it waits again, in front
+of the others, and computes its cache anew when there is room.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+
+from xverse.engine.cache import BLOCK_SIZE, PagedCache, SequenceCache
+from xverse.engine.prefix import PrefixCache
+from xverse.engine.sequence import Sequence
+
+# While others decode, a step prefills only this part of a chunk: they wait for it.
+_SHARED_CHUNK = 4
+
+
+@dataclass(slots=True)
+class Work:
+    """The next ``count`` tokens of a sequence, and ``proposed`` guesses behind them."""
+
+    sequence: Sequence
+    count: int
+    proposed: list[int]
+
+
+class Scheduler:
+    """``running`` sequences, in order of arrival, and ``waiting`` ones."""
+
+    def __init__(
+        self, cache: PagedCache, prefixes: PrefixCache, *, max_batch: int, prefill_chunk: int
+    ) -> None:
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+        self.reused_tokens = 0
+        self._cache = cache
+        self._prefixes = prefixes
+        self._max_batch = max_batch
+        self._prefill_chunk = prefill_chunk
+        # Blocks that a running sequence is about to compute: others wait for them instead of computing them.
+        self._coming: dict[bytes, Sequence] = {}
+
+    def schedule(self) -> list[Work]:
+        """The work of the next step, for which the cache has room. Empty where no sequence is left."""
+        work = [
+            Work(sequence, 1, [])
+            for sequence in list(self.running)
+            if sequence.cache is not None
+            and sequence.pending == 1
+            and self._reserve(sequence, len(sequence.tokens))
+        ]
+        budget = self._prefill_chunk
+        if work:
+            budget = max(1, budget // _SHARED_CHUNK)
+        for sequence in list(self.running):
+            if budget and sequence.cache is not None and sequence.pending > 1:
+                budget -= self._prefill(sequence, budget, work)
+        while budget and (admitted := self._admit()) is not None:
+            budget -= self._prefill(admitted, budget, work)
+        return [item for item in work if item.sequence.cache is not None]  # others were preempted meanwhile
+
+    def propose(self, item: Work, tokens: list[int]) -> None:
+        """Let ``tokens`` be verified behind the item's own, as many as there is room for without harm."""
+        cache = item.sequence.cache
+        assert cache is not None
+        missing = cache.missing(len(item.sequence.tokens) + len(tokens))
+        if missing <= self._cache.pool.free:
+            cache.reserve(len(item.sequence.tokens) + len(tokens))
+            item.proposed = tokens
+
+    def computed(self, sequence: Sequence, count: int) -> None:
+        """``count`` more of its tokens are in the cache; full blocks can be found from now on."""
+        cache = sequence.cache
+        assert cache is not None
+        cache.length += count
+        full = cache.length // BLOCK_SIZE
+        if full > sequence.registered:
+            digests = sequence.full_digests()
+            for index in range(sequence.registered, full):
+                self._arrived(sequence, digests[index])
+                self._prefixes.add(digests[index], cache.blocks[index])
+            sequence.registered = full
+
+    def retire(self, sequence: Sequence) -> None:
+        """It runs no longer; what nobody else holds of its cache is free."""
+        self.running.remove(sequence)
+        self._leave(sequence)
+
+    def _prefill(self, sequence: Sequence, budget: int, work: list[Work]) -> int:
+        count = min(sequence.pending, budget)
+        if not self._reserve(sequence, sequence.computed + count):
+            return 0
+        work.append(Work(sequence, count, []))
+        return count
+
+    def _admit(self) -> Sequence | None:
+        """Start the first waiting sequence that can: there is room for all of its tokens, and one block more
+        for each running one."""
+        if len(self.running) >= self._max_batch:
+            return None
+        for sequence in islice(self.waiting, self._max_batch):
+            digests = sequence.reusable()
+            found = self._prefixes.find(digests)
+            if len(found) < len(digests) and digests[len(found)] in self._coming:
+                continue
+            cache = SequenceCache(self._cache)
+            cache.share(found)
+            if not self._room(cache.missing(len(sequence.tokens)) + len(self.running)):
+                cache.release()
+                return None
+            self.reused_tokens += cache.length
+            sequence.cache, sequence.registered = cache, len(found)
+            self._prefixes.touch(digests[: len(found)])
+            if self._prefixes.blocks_at_most:
+                for digest in digests[len(found) :]:
+                    self._coming.setdefault(digest, sequence)
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            self.running.sort(key=lambda each: each.handle)
+            return sequence
+        return None
+
+    def _room(self, blocks: int) -> bool:
+        free = self._cache.pool.free
+        return blocks <= free or blocks <= free + self._prefixes.idle()
+
+    def _reserve(self, sequence: Sequence, length: int) -> bool:
+        """Take the blocks for ``length`` positions, at the cost of what is worth less; False where the
+        sequence itself had to go."""
+        pool = self._cache.pool
+        while sequence.cache is not None:
+            missing = sequence.cache.missing(length) - pool.free
+            if missing <= 0 or self._prefixes.free(missing) == missing:
+                sequence.cache.reserve(length)
+                return True
+            self._preempt(self.running[-1])
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.retire(sequence)
+        if sequence.prompted is not None and sequence.scoring:
+            sequence.prompted.found.clear()
+        self.waiting.appendleft(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.cache is not None
+        for digest in sequence.digests[sequence.registered :]:
+            self._arrived(sequence, digest)
+        self._prefixes.touch(sequence.digests[: sequence.registered])
+        sequence.cache.release()
+        sequence.cache, sequence.registered = None, 0
+
+    def _arrived(self, sequence: Sequence, digest: bytes) -> None:
+        if self._coming.get(digest) is sequence:
+            del self._coming[digest]

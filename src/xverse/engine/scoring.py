@@ -1,0 +1,108 @@
+"""Log-probabilities of given text: of a prompt's own tokens, and of continuations of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from xverse.config import UserError
+from xverse.engine.request import Event, Request, TokenLogprob
+from xverse.engine.sequence import Prompted
+
+Item = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and its continuations
+
+_ROWS_AT_ONCE = 128  # logits of so many tokens exist at a time: 51 MB at 100,534 entries
+
+
+def token_logprob(logprobs: Tensor, token: int, alternatives: int) -> TokenLogprob:
+    """``token``'s entry of ``logprobs`` float32 [V], and the ``alternatives`` greatest."""
+    top: tuple[tuple[int, float], ...] = ()
+    if alternatives:
+        values, ids = logprobs.topk(min(alternatives, len(logprobs)))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token, logprobs[token].item(), top)
+
+
+def score_prompt(
+    prompted: Prompted,
+    tokens: Sequence[int],
+    start: int,
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+) -> bool:
+    """Add to ``prompted`` what ``hidden`` states [T, D] of the tokens from index ``start`` on say.
+
+    ``head`` makes logits [T, V] of them. Returns whether all of these were numbers.
+    """
+    first = max(prompted.start - 1 - start, 0)  # the state of a token predicts the next one
+    for part in hidden[first:].split(_ROWS_AT_ONCE):
+        logprobs = head(part).float().log_softmax(dim=-1)  # [R, V]
+        at = start + first + 1
+        first += len(part)
+        targets = tokens[at : at + len(part)]  # one short at the end of the prompt
+        rows = torch.arange(len(targets), device=logprobs.device)
+        chosen = logprobs[rows, torch.tensor(targets, dtype=torch.long, device=logprobs.device)].tolist()
+        if not all(value <= 0 for value in chosen):  # NaN compares as False
+            return False
+        if prompted.alternatives:
+            prompted.found += [
+                token_logprob(row, token, prompted.alternatives)
+                for row, token in zip(logprobs, targets, strict=False)
+            ]
+        else:
+            prompted.found += [TokenLogprob(*pair) for pair in zip(targets, chosen, strict=True)]
+        if prompted.finals and at + len(part) > len(tokens):
+            prompted.final_logprobs = logprobs[-1, list(prompted.finals)].tolist()
+            if not all(value <= 0 for value in prompted.final_logprobs):
+                return False
+    return True
+
+
+class Scores:
+    """The requests that ``Engine.score`` makes of its items, and the results as they arrive.
+
+    Continuations that differ in their last token only are one request: "A", "B", "C", "D" cost one pass.
+    """
+
+    def __init__(self, items: Sequence[Item], progress: Callable[[int], None] | None) -> None:
+        self.results: list[list[list[float]]] = [[[] for _ in each] for _, each in items]
+        self.open: dict[int, tuple[int, list[int], Prompted]] = {}
+        self._items = items
+        self._left = [0] * len(items)
+        self._progress = progress
+        self._done = 0
+        self._next: tuple[int, list[int]] = (0, [])
+
+    def requests(self) -> Iterator[tuple[Request, Prompted]]:
+        """Each has to be followed by ``submitted``."""
+        for index, (prompt, continuations) in enumerate(self._items):
+            stems: dict[tuple[int, ...], list[int]] = {}
+            for number, continuation in enumerate(continuations):
+                if not len(continuation):
+                    raise UserError(f"item {index}: continuation {number} has no tokens")
+                stems.setdefault(tuple(continuation[:-1]), []).append(number)
+            self._left[index] = len(stems)
+            for stem, numbers in stems.items():
+                finals = tuple(continuations[number][-1] for number in numbers)
+                request = Request(prompt_ids=[*prompt, *stem], max_new_tokens=0, prompt_logprobs=0)
+                self._next = index, numbers
+                yield request, Prompted(start=max(len(prompt), 1), finals=finals)
+
+    def submitted(self, handle: int, prompted: Prompted) -> None:
+        self.open[handle] = (*self._next, prompted)
+
+    def take(self, event: Event) -> None:
+        """The only event of one of the requests. Raises UserError where it failed."""
+        index, numbers, prompted = self.open.pop(event.handle)
+        if event.error:
+            raise UserError(f"item {index}: {event.error}")
+        stem = [each.logprob for each in prompted.found]
+        for number, final in zip(numbers, prompted.final_logprobs, strict=True):
+            self.results[index][number] = [*stem, final]
+        self._left[index] -= 1
+        if not self._left[index]:
+            self._done += 1
+            if self._progress is not None:
+                self._progress(self._done)
