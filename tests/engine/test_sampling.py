@@ -8,16 +8,7 @@ import torch
 
 from xverse.config import UserError
 from xverse.engine import Request, Sampling
-from xverse.engine.sampling import (
-    Counts,
-    choose,
-    min_p,
-    repetition_penalty,
-    samplers,
-    temperature,
-    top_k,
-    top_p,
-)
+from xverse.engine.sampling import Adjustment, adjust_, candidates, choose
 
 VOCAB = 500
 
@@ -27,115 +18,143 @@ def logits() -> torch.Tensor:
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)) * 4  # [V]
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.999])
-def test_top_p_is_transformers_definition(logits: torch.Tensor, p: float) -> None:
-    from transformers import TopPLogitsWarper
-
-    expected = TopPLogitsWarper(p)(torch.zeros(1, 1, dtype=torch.long), logits[None])[0]
-    assert torch.equal(top_p(p)(logits), expected)
-
-
-@pytest.mark.parametrize("k", [1, 7, VOCAB, 10 * VOCAB])
-def test_top_k_is_transformers_definition(logits: torch.Tensor, k: int) -> None:
-    from transformers import TopKLogitsWarper
-
-    expected = TopKLogitsWarper(k)(torch.zeros(1, 1, dtype=torch.long), logits[None])[0]
-    assert torch.equal(top_k(k)(logits), expected)
+def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Scores [G, V], -inf where a token is left out."""
+    found = torch.full(logits.shape, -torch.inf)
+    for rows, scores, ids in candidates(logits, sampling):
+        for row, values, places in zip(rows, scores, [None] * len(rows) if ids is None else ids, strict=True):
+            if places is None:
+                found[row] = values
+            else:
+                found[row, places] = values
+    return found
 
 
-@pytest.mark.parametrize("p", [0.01, 0.3, 1.0])
-def test_min_p_is_transformers_definition(logits: torch.Tensor, p: float) -> None:
-    from transformers import MinPLogitsWarper
+def theirs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    import transformers
 
-    expected = MinPLogitsWarper(p)(torch.zeros(1, 1, dtype=torch.long), logits[None])[0]
-    assert torch.equal(min_p(p)(logits), expected)
-
-
-def test_penalties_and_biases_are_openai_definition(logits: torch.Tensor) -> None:
-    """Each score falls by count · frequency + (count > 0) · presence, counted in the reply alone."""
-    sampling = Sampling(
-        temperature=0, presence_penalty=0.5, frequency_penalty=-1.5, logit_bias={3: 7.0, 499: -100}
-    )
-    counts = Counts(sampling, [8, 8, 9], VOCAB, torch.device("cpu"))
-    expected = logits.clone()
-    expected[3] += 7
-    expected[499] -= 100
-    for token, count in ((3, 1), (5, 3)):
-        for _ in range(count):
-            counts.add(token)
-        expected[token] -= 0.5 + count * -1.5
-    changed = logits
-    for step in samplers(sampling, counts):
-        changed = step(changed)
-    torch.testing.assert_close(changed, expected)
+    warpers: list[Any] = [transformers.TemperatureLogitsWarper(float(sampling.temperature))]
+    if sampling.top_k:
+        warpers.append(transformers.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(transformers.MinPLogitsWarper(sampling.min_p))
+    ids = torch.zeros(len(logits), 1, dtype=torch.long)
+    return transformers.LogitsProcessorList(warpers)(ids, logits.clone())
 
 
-def test_nothing_left_to_choose_is_an_error() -> None:
-    nothing = torch.full((VOCAB,), -torch.inf)
-    for generator in (None, torch.Generator()):
-        with pytest.raises(ValueError, match="every token is forbidden"):
-            choose(nothing, [], generator)
+@pytest.mark.parametrize("size", [7, 500, 5000])
+@pytest.mark.parametrize("spread", [0.2, 4.0])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.3),
+        *(Sampling(top_k=k, temperature=0.7) for k in (1, 30, 5000)),
+        *(Sampling(top_p=p, temperature=1.5) for p in (0.05, 0.5, 0.9, 0.999)),
+        *(Sampling(min_p=p) for p in (0.01, 0.3, 1.0)),
+        Sampling(temperature=0.5, top_k=30, top_p=0.85, min_p=0.05),
+    ],
+)
+def test_filters_are_transformers_definitions(size: int, spread: float, sampling: Sampling) -> None:
+    logits = torch.randn(4, size, generator=torch.Generator().manual_seed(size)) * spread
+    logits[1] = logits[1].round()  # ties
+    logits[2, : size // 2] = -torch.inf
+    if sampling.top_p < 1:
+        logits[1] = logits[1] + torch.arange(size) * 1e-4  # of equals at its edge, which stay is not defined
+    ours, expected = filtered(logits, sampling), theirs(logits.double(), sampling)
+    assert torch.equal(ours > -torch.inf, expected > -torch.inf)
+    torch.testing.assert_close(ours.softmax(-1), expected.softmax(-1).float())
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.1, 2.0])
 def test_repetition_penalty_is_transformers_definition(logits: torch.Tensor, penalty: float) -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    ids = torch.tensor([3, 5, 5, 499])
-    seen = torch.zeros(VOCAB, dtype=torch.bool)
-    seen[ids] = True
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids[None], logits[None].clone())[0]
-    torch.testing.assert_close(repetition_penalty(penalty, seen)(logits), expected)
-
-
-def test_all_steps_together_are_transformers_order(logits: torch.Tensor) -> None:
-    from transformers import (
-        LogitsProcessorList,
-        MinPLogitsWarper,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
+    sampling = Sampling(repetition_penalty=penalty)
+    adjustment = Adjustment(sampling, [3, 5, 5], torch.device("cpu"))
+    for token in (499, 3):
+        adjustment.add(token)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([[3, 5, 5, 499, 3]]), logits[None].clone()
     )
-
-    ids = logits.topk(20).indices
-    theirs = LogitsProcessorList(
-        [
-            RepetitionPenaltyLogitsProcessor(1.1),
-            TemperatureLogitsWarper(0.5),
-            TopKLogitsWarper(30),
-            TopPLogitsWarper(0.85),
-            MinPLogitsWarper(0.05),
-        ]
-    )
-    expected = theirs(ids[None], logits[None].clone())[0].softmax(-1)
-    ours = logits
-    sampling = Sampling(temperature=0.5, top_k=30, top_p=0.85, min_p=0.05, repetition_penalty=1.1)
-    for step in samplers(sampling, Counts(sampling, ids.tolist(), VOCAB, torch.device("cpu"))):
-        ours = step(ours)
-    torch.testing.assert_close(ours.softmax(-1), expected)
+    adjust_(logits[None], sampling, [adjustment])
+    torch.testing.assert_close(logits[None], expected)
 
 
-def test_top_p_keeps_at_least_one_and_respects_what_top_k_removed() -> None:
-    logits = torch.tensor([1.0, 5.0, 4.9, -torch.inf])
-    assert top_p(1e-6)(logits).isfinite().tolist() == [False, True, False, False]
-    assert top_p(0.99)(logits).isfinite().tolist() == [False, True, True, False]
+def test_penalties_and_biases_are_openai_definition(logits: torch.Tensor) -> None:
+    """Each score falls by count · frequency + (count > 0) · presence, counted in the reply alone."""
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=-1.5, logit_bias={3: 7.0, 499: -100})
+    adjustment = Adjustment(sampling, [8, 8, 9], torch.device("cpu"))
+    expected = logits.clone()
+    expected[3] += 7
+    expected[499] -= 100
+    counts = {3: 1, 5: 3} | dict.fromkeys(range(100, 300), 1)  # more than its first room
+    for token, count in counts.items():
+        for _ in range(count):
+            adjustment.add(token)
+        expected[token] -= 0.5 + count * -1.5
+    adjust_(logits[None], sampling, [adjustment])
+    torch.testing.assert_close(logits, expected)
+
+
+def test_nothing_to_adjust() -> None:
+    assert not Adjustment(Sampling(temperature=0.3, top_k=5), [1, 2], torch.device("cpu"))
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, seeds: list[int | None]) -> list[int]:
+    nothing = Adjustment(Sampling(), [], torch.device("cpu"))
+    generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
+    return choose(logits, sampling, [nothing] * len(logits), generators)
+
+
+@pytest.mark.parametrize("values", [{"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.5}])
+def test_nothing_left_to_choose(values: dict[str, Any]) -> None:
+    logits = torch.full((2, VOCAB), -torch.inf)
+    logits[1, 7] = 1.0
+    assert draw(logits, Sampling(**values), [0, 0]) == [-1, 7]
+
+
+@pytest.mark.parametrize("values", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.01}])
+def test_a_row_alone_or_among_others_is_drawn_alike(values: dict[str, Any]) -> None:
+    sampling = Sampling(**values)
+    logits = torch.randn(16, 3000, generator=torch.Generator().manual_seed(0)) * 2
+    logits[::3] = logits[::3].round()  # ties; a wide nucleus
+    seeds: list[int | None] = list(range(16))
+    together = draw(logits, sampling, seeds)
+    assert together == [draw(logits[row : row + 1], sampling, seeds[row : row + 1])[0] for row in range(16)]
+
+
+def test_rows_are_adjusted_together_as_each_alone() -> None:
+    sampling = Sampling(temperature=0, repetition_penalty=1.3, frequency_penalty=0.4)
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0)).mul(4)
+    adjustments = [Adjustment(sampling, list(range(4, 10 * row)), torch.device("cpu")) for row in range(5)]
+    for token in (1, 8, 8, 77):
+        adjustments[3].add(token)
+    together = logits.clone()
+    adjust_(together, sampling, adjustments)
+    for row, adjustment in enumerate(adjustments):
+        alone = logits[row : row + 1].clone()
+        adjust_(alone, sampling, [adjustment])
+        assert torch.equal(alone[0], together[row])
+    assert not torch.equal(together, logits)
 
 
 def test_tiny_temperatures_do_not_overflow(logits: torch.Tensor) -> None:
-    generator = torch.Generator().manual_seed(0)
-    steps = [temperature(1e-4)]
-    assert choose(logits * 1e30, steps, generator) == int(logits.argmax())
-    sampling = Sampling(temperature=1e-9)
-    assert samplers(sampling, Counts(sampling, [3], VOCAB, torch.device("cpu"))) == []
+    best = int(logits.argmax())
+    assert draw(logits[None] * 1e30, Sampling(temperature=1e-4), [0]) == [best]
+    assert draw(logits[None], Sampling(temperature=1e-9), [None]) == [best]
 
 
-def test_draws_follow_the_distribution() -> None:
-    logits = torch.tensor([0.5, 0.2, 0.3, 0.0]).log()
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=4), Sampling(top_p=0.9999)])
+def test_draws_follow_the_distribution(sampling: Sampling) -> None:
+    logits = torch.tensor([[0.5, 0.2, 0.3, 0.0]]).log()
     generator = torch.Generator().manual_seed(1)
+    nothing = Adjustment(Sampling(), [], torch.device("cpu"))
     counts = [0] * 4
-    for _ in range(4000):
-        counts[choose(logits, [], generator)] += 1
+    for token in choose(logits.expand(4000, 4), sampling, [nothing] * 4000, [generator] * 4000):
+        counts[token] += 1
     assert counts[3] == 0
     for count, probability in zip(counts, (0.5, 0.2, 0.3), strict=False):
         assert abs(count / 4000 - probability) < 5 * math.sqrt(probability * (1 - probability) / 4000)

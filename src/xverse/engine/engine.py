@@ -19,7 +19,7 @@ from xverse.config import UserError
 from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext, position_bytes
 from xverse.engine.prefix import PrefixCache
 from xverse.engine.request import Event, Request
-from xverse.engine.sampling import Counts, choose, is_greedy, samplers
+from xverse.engine.sampling import Adjustment, Key, choose, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Item, Scores, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
@@ -249,8 +249,8 @@ class Engine:
                 generator.seed()
             else:
                 generator.manual_seed(sampling.seed)
-        counts = Counts(sampling, request.prompt_ids, self._vocab_size, self._device)
-        steps = samplers(sampling, counts)
+        adjustment = Adjustment(sampling, request.prompt_ids, self._device)
+        asks = adjustment or request.constraint is not None or request.logprobs is not None
         handle = self._next_handle
         self._next_handle += 1
         self._scheduler.waiting.append(
@@ -262,10 +262,10 @@ class Engine:
                 tokens_at_most=needed,
                 decoder=self.tokenizer.stream(),
                 stop=StopText(request.stop),
-                counts=counts,
-                steps=steps,
+                adjustment=adjustment,
+                key=key(sampling),
                 generator=generator,
-                plain=generator is None and not steps and not request.constraint and request.logprobs is None,
+                plain=generator is None and not asks,
                 prompted=prompted,
                 salt=b"",
             )
@@ -352,45 +352,67 @@ class Engine:
         """The next tokens of each sequence of ``work`` from its rows of ``logits`` [R, V]: one more than its
         guesses, as far as those are right."""
         greatest, best = logits.max(dim=-1)  # [R]; NaN and +inf come through
-        greatest_list, best_list = greatest.tolist(), best.tolist()
-        events: list[Event] = []
-        row = 0
+        greatest_list, tokens = greatest.tolist(), best.tolist()
+        first = 0
+        groups: dict[Key, list[tuple[int, Sequence]]] = {}
         for item in work:
-            sequence = item.sequence
-            accepted = 0
-            for index in range(len(item.proposed) + 1):
-                at = row + index
-                event = None
+            if not item.sequence.plain and item.sequence.request.constraint is None:
+                groups.setdefault(item.sequence.key, []).append((first, item.sequence))
+            first += 1 + len(item.proposed)
+        for group in groups.values():
+            self._sample(group, logits, tokens)
+        events: list[Event] = []
+        first = 0
+        for item in work:
+            sequence, accepted = item.sequence, 0
+            for at in range(first, first + 1 + len(item.proposed)):
                 try:
                     if not -torch.inf < greatest_list[at] < torch.inf:
                         raise ValueError(_NOT_FINITE)
-                    token = best_list[at] if sequence.plain else self._sample(sequence, logits[at])
-                    event = self._advance(sequence, token, logits[at])
-                except Exception as error:  # of a constraint's, too: others go on
+                    if not sequence.plain and (at > first or sequence.request.constraint is not None):
+                        self._sample_one(sequence, at, logits, tokens)
+                    if tokens[at] < 0:
+                        raise ValueError("every token is forbidden")
+                    event = self._advance(sequence, tokens[at], logits[at])
+                except Exception as error:  # a constraint's own, too: the others go on
                     event = self._error(sequence, str(error) or type(error).__name__)
                 events.append(event)
-                if event.finish_reason or index == len(item.proposed) or token != item.proposed[index]:
+                guess = at - first
+                if event.finish_reason or guess == len(item.proposed) or tokens[at] != item.proposed[guess]:
                     break
                 accepted += 1
-            row += len(item.proposed) + 1
+            first += 1 + len(item.proposed)
             self._scheduler.computed(sequence, item.count + accepted)
             if item.proposed:
                 self._proposed_tokens += len(item.proposed)
                 self._accepted_tokens += accepted
                 learn(sequence, len(item.proposed), accepted)
-            if events[-1].finish_reason:
+            if event.finish_reason:
                 self._retire(sequence)
         return events
 
-    def _sample(self, sequence: Sequence, logits: Tensor) -> int:
-        logits = logits.float()
+    @staticmethod
+    def _sample(group: list[tuple[int, Sequence]], logits: Tensor, tokens: list[int]) -> None:
+        """Tokens of sequences with equal sampling values from their rows of ``logits``, into ``tokens``."""
+        rows = [row for row, _ in group]
+        chosen = choose(
+            logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)],
+            group[0][1].request.sampling,
+            [sequence.adjustment for _, sequence in group],
+            [sequence.generator for _, sequence in group],
+        )
+        for row, token in zip(rows, chosen, strict=True):
+            tokens[row] = token
+
+    def _sample_one(self, sequence: Sequence, row: int, logits: Tensor, tokens: list[int]) -> None:
+        allowed = logits[row : row + 1]  # [1, V]
         constraint = sequence.request.constraint
         if constraint is not None:
-            logits = constraint.apply(logits)
-        token = choose(logits, sequence.steps, sequence.generator)
-        if constraint is not None:
-            constraint.accept(token)
-        return token
+            allowed = constraint.apply(allowed[0].float())[None]
+        request = sequence.request
+        (tokens[row],) = choose(allowed, request.sampling, [sequence.adjustment], [sequence.generator])
+        if constraint is not None and tokens[row] >= 0:
+            constraint.accept(tokens[row])
 
     def _advance(self, sequence: Sequence, token: int, logits: Tensor) -> Event:
         """``token`` was chosen from ``logits`` [V]."""
@@ -398,7 +420,7 @@ class Engine:
         sequence.tokens.append(token)
         event = Event(handle=sequence.handle, token_id=token, text="")
         if not sequence.plain:
-            sequence.counts.add(token)
+            sequence.adjustment.add(token)
             if request.logprobs is not None:
                 event.logprob = token_logprob(logits.float().log_softmax(dim=-1), token, request.logprobs)
         if sequence.scoring:

@@ -1,147 +1,209 @@
-"""Samplers as plain callables: each takes a row of logits and returns it changed.
+"""How the next token is chosen: plain functions over rows of logits, for all rows with equal values at once.
 
 Definitions and order (bias, penalties, temperature, top-k, top-p, min-p) are those of transformers'
-``generate``; presence and frequency penalties are OpenAI's.
+``generate``; presence and frequency penalties are OpenAI's. A vocabulary is long and what a draw considers is
+short: rows are narrowed to their best candidates, in descending order, as soon as that is known to be exact.
+What is chosen in a row depends on that row and its generator alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from xverse.engine.request import Sampling
 
-Sampler = Callable[[Tensor], Tensor]  # float32 [V] -> float32 [V]
-
 _GREEDY_BELOW = 1e-5  # a temperature so low is the limit that it tends to, and would overflow
+_TIES = 16  # candidates beyond top-k, where what equals the last one may stand
+_NUCLEUS = 1024  # candidates among which top-p is looked for first
+
+Key = tuple[float, ...]
 
 
 def is_greedy(sampling: Sampling) -> bool:
     return sampling.temperature < _GREEDY_BELOW
 
 
-class Counts:
-    """How often each token came in the prompt and in the reply of one request, int32 [V] each.
+def key(sampling: Sampling) -> Key:
+    """Requests with equal keys can be drawn together."""
+    return (
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+    )
 
-    They exist where a penalty needs them only.
+
+class Adjustment:
+    """What is added to or taken from the scores of single tokens of one request: biases and penalties.
+
+    ``add`` is told of each token of the reply. The tokens that matter are few: those of prompt and reply.
     """
 
-    def __init__(
-        self, sampling: Sampling, prompt_ids: Sequence[int], size: int, device: torch.device
-    ) -> None:
-        self.seen: Tensor | None = None
-        self.said: Tensor | None = None
-        if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(size, dtype=torch.bool, device=device)
-            self.seen[torch.as_tensor(prompt_ids, device=device)] = True
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            self.said = torch.zeros(size, dtype=torch.int32, device=device)
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], device: torch.device) -> None:
+        # A token of the reply is counted where a penalty asks; one of the prompt for repetition only.
+        self._counting = key(sampling)[4:] != key(Sampling())[4:]
+        prompt = dict.fromkeys(prompt_ids if sampling.repetition_penalty != 1 else ())
+        self._places = {token: place for place, token in enumerate(prompt)}
+        self.count = len(prompt)
+        self.ids = torch.tensor(list(prompt), dtype=torch.long, device=device)
+        self.said = torch.zeros(self.count, device=device)  # how often in the reply
+        self.bias: tuple[Tensor, Tensor] | None = None
+        if sampling.logit_bias:
+            values = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device)
+            self.bias = torch.tensor(list(sampling.logit_bias), device=device), values
+
+    def __bool__(self) -> bool:
+        return self._counting or self.bias is not None
 
     def add(self, token: int) -> None:
         """One more token of the reply."""
-        if self.seen is not None:
-            self.seen[token] = True
-        if self.said is not None:
-            self.said[token] += 1
+        if not self._counting:
+            return
+        place = self._places.setdefault(token, self.count)
+        if place == self.count:
+            self.count += 1
+            if place == len(self.ids):
+                room = max(64, len(self.ids))
+                self.ids = torch.cat((self.ids, self.ids.new_zeros(room)))
+                self.said = torch.cat((self.said, self.said.new_zeros(room)))
+            self.ids[place] = token
+        self.said[place] += 1
 
 
-def samplers(sampling: Sampling, counts: Counts) -> list[Sampler]:
-    """The steps that ``sampling`` asks for; ``counts`` are kept up to date by the caller."""
-    steps: list[Sampler] = []
-    if sampling.logit_bias:
-        steps.append(logit_bias(sampling.logit_bias))
-    if counts.seen is not None:
-        steps.append(repetition_penalty(sampling.repetition_penalty, counts.seen))
-    if counts.said is not None:
-        steps.append(reply_penalties(sampling.presence_penalty, sampling.frequency_penalty, counts.said))
+def adjust_(logits: Tensor, sampling: Sampling, adjustments: Sequence[Adjustment]) -> None:
+    """Change ``logits`` float32 [G, V] in place; the penalties of all rows are those of ``sampling``."""
+    flat, size = logits.view(-1), logits.shape[-1]
+    ids, said, counts = [], [], []
+    for row, adjustment in zip(logits, adjustments, strict=True):
+        if adjustment.bias is not None:
+            row.index_add_(0, *adjustment.bias)
+        count = adjustment.count
+        ids.append(adjustment.ids[:count])
+        said.append(adjustment.said[:count])
+        counts.append(count)
+    if not any(counts):
+        return
+    first = torch.arange(0, len(flat), size, device=logits.device)
+    places = torch.cat(ids) + first.repeat_interleave(torch.tensor(counts, device=logits.device))  # [S]
+    scores = flat[places]
+    penalty = sampling.repetition_penalty
+    if penalty != 1:
+        scores = torch.where(scores < 0, scores * penalty, scores / penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        times = torch.cat(said)
+        scores -= sampling.presence_penalty * (times > 0) + sampling.frequency_penalty * times
+    flat[places] = scores
+
+
+def choose(
+    logits: Tensor,
+    sampling: Sampling,
+    adjustments: Sequence[Adjustment],
+    generators: Sequence[torch.Generator | None],
+) -> list[int]:
+    """A token for each row of ``logits`` [G, V], by values of one ``key``; -1 where all are forbidden."""
+    logits = logits.float()
+    if any(adjustments):
+        logits = logits.clone()
+        adjust_(logits, sampling, adjustments)
     if is_greedy(sampling):
-        return steps
-    if sampling.temperature != 1:
-        steps.append(temperature(sampling.temperature))
-    if sampling.top_k:
-        steps.append(top_k(sampling.top_k))
-    if sampling.top_p < 1:
-        steps.append(top_p(sampling.top_p))
-    if sampling.min_p:
-        steps.append(min_p(sampling.min_p))
-    return steps
+        best, tokens = logits.max(dim=-1)
+        return [
+            -1 if value == -torch.inf else token
+            for value, token in zip(best.tolist(), tokens.tolist(), strict=True)
+        ]
+    chosen = [-1] * len(logits)
+    for rows, scores, ids in candidates(logits, sampling):
+        weights = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # [R, K]
+        dice = [torch.rand(1, generator=generators[row], device=logits.device) for row in rows]
+        # In (0, 1] of the sum: where it is reached first, something was added.
+        reached = (1 - torch.cat(dice).double())[:, None] * weights[:, -1:]
+        places = (weights < reached).sum(dim=-1, keepdim=True)  # [R, 1]
+        tokens = places if ids is None else ids.gather(-1, places.clamp(max=ids.shape[-1] - 1))
+        possible = (scores.amax(dim=-1) > -torch.inf).tolist()
+        for row, token, fine in zip(rows, tokens[:, 0].tolist(), possible, strict=True):
+            chosen[row] = token if fine else -1
+    return chosen
 
 
-def choose(logits: Tensor, steps: Sequence[Sampler], generator: torch.Generator | None) -> int:
-    """The next token from ``logits`` float32 [V]: drawn with ``generator``, or the greatest without one.
+def candidates(logits: Tensor, sampling: Sampling) -> list[tuple[list[int], Tensor, Tensor | None]]:
+    """Rows of ``logits`` float32 [G, V] after temperature, top-k, top-p and min-p.
 
-    Raises ValueError where the steps leave no token.
+    In parts (row numbers, scores [R, K], ids [R, K]), because rows may need different numbers of candidates;
+    what is left out has the score -inf. Without ids the candidates are the vocabulary in its order.
     """
-    for step in steps:
-        logits = step(logits)
-    if generator is None:
-        value, token = logits.max(dim=-1)
-        if value.item() == -torch.inf:
-            raise ValueError("every token is forbidden")
-        return int(token)
-    alive = (logits > -torch.inf).nonzero().squeeze(1)  # [K]: drawing is what costs, and few are left
-    if not len(alive):
-        raise ValueError("every token is forbidden")
-    drawn = torch.multinomial(logits[alive].softmax(dim=-1), 1, generator=generator)
-    return int(alive[drawn])
+    rows, size = list(range(len(logits))), logits.shape[-1]
+    k = min(sampling.top_k, size)
+    if not k and sampling.top_p == 1:
+        scores = temperature(logits, logits.amax(dim=-1, keepdim=True), sampling.temperature)
+        return [(rows, min_p(scores, sampling.min_p), None)]
+    take = min(k + _TIES if k else _NUCLEUS, size)
+    values, ids = logits.topk(take, dim=-1)  # [G, K], descending
+    top = values[:, :1]
+    total: Tensor | None = None
+    exact = [True] * len(rows)
+    if k:
+        if take < size:
+            exact = (values[:, -1] < values[:, k - 1]).tolist()
+        values = keep_top_k(values, k)
+    elif take < size:
+        scores = temperature(logits, top, sampling.temperature)
+        total = scores.double().logsumexp(dim=-1, keepdim=True)  # [G, 1]
+        shares = (temperature(values, top, sampling.temperature) - total).exp().sum(dim=-1)
+        exact = (shares > sampling.top_p + 1e-4).tolist()
+    parts: list[tuple[list[int], Tensor, Tensor | None]] = []
+    for row in [row for row in rows if not exact[row]]:  # ties at top-k, or a nucleus wider than expected
+        full, full_ids = logits[row : row + 1].sort(dim=-1, descending=True)
+        if k:
+            full = keep_top_k(full, k)
+        parts.append(([row], _scored(full, full[:, :1], None, sampling), full_ids))
+    narrow = [row for row in rows if exact[row]]
+    if narrow:
+        if parts:
+            at = torch.tensor(narrow, device=logits.device)
+            values, ids, top = values[at], ids[at], top[at]
+            total = None if total is None else total[at]
+        parts.append((narrow, _scored(values, top, total, sampling), ids))
+    return parts
 
 
-def logit_bias(biases: Mapping[int, float]) -> Sampler:
-    """Add a number to the scores of some tokens."""
-    tokens, values = torch.tensor(list(biases)), torch.tensor(list(biases.values()), dtype=torch.float32)
-
-    def apply(logits: Tensor) -> Tensor:
-        return logits.index_add(0, tokens.to(logits.device), values.to(logits.device))
-
-    return apply
+def _scored(values: Tensor, top: Tensor, total: Tensor | None, sampling: Sampling) -> Tensor:
+    scores = temperature(values, top, sampling.temperature)
+    return min_p(top_p(scores, sampling.top_p, total), sampling.min_p)
 
 
-def repetition_penalty(penalty: float, seen: Tensor) -> Sampler:
-    """Scores of tokens in prompt or reply are divided by ``penalty``, negative ones multiplied (CTRL)."""
-
-    def apply(logits: Tensor) -> Tensor:
-        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)  # [V]
-        return torch.where(seen, penalised, logits)
-
-    return apply
+def temperature(logits: Tensor, top: Tensor, value: float) -> Tensor:
+    """Divide by ``value``; the greatest logit, ``top`` [G, 1], is moved to 0 first: nothing overflows."""
+    return (logits - top) / value
 
 
-def reply_penalties(presence: float, frequency: float, said: Tensor) -> Sampler:
-    """Scores of tokens in the reply fall by ``presence`` once and by ``frequency`` each time they came."""
-    return lambda logits: logits - presence * (said > 0) - frequency * said
+def keep_top_k(values: Tensor, k: int) -> Tensor:
+    """Of descending ``values`` [G, K] keep the first ``k``, and what equals the last of them."""
+    return values.masked_fill(values < values[:, k - 1 : k], -torch.inf)
 
 
-def temperature(value: float) -> Sampler:
-    """Divide by ``value``; the greatest logit is moved to 0 first, so that nothing overflows."""
-    return lambda logits: (logits - logits.max()) / value
+def top_p(scores: Tensor, p: float, total: Tensor | None = None) -> Tensor:
+    """Of descending ``scores`` [G, K] keep the first whose probabilities reach ``p`` together.
+
+    ``total`` [G, 1] is the logarithm of the sum of all exponentials, of ``scores`` where it is None.
+    """
+    if p == 1:
+        return scores
+    if total is None:
+        total = scores.double().logsumexp(dim=-1, keepdim=True)
+    shares = (scores - total).exp()
+    before = shares.cumsum(dim=-1) - shares  # [G, K]
+    beyond = before >= p
+    beyond[:, 0] = False
+    return scores.masked_fill(beyond, -torch.inf)
 
 
-def top_k(k: int) -> Sampler:
-    """Keep the ``k`` greatest, and what equals the last of them."""
-
-    def apply(logits: Tensor) -> Tensor:
-        last = logits.topk(min(k, len(logits))).values[-1]
-        return logits.masked_fill(logits < last, -torch.inf)
-
-    return apply
-
-
-def top_p(p: float) -> Sampler:
-    """Keep the most probable tokens whose probabilities reach ``p`` together; at least one."""
-
-    def apply(logits: Tensor) -> Tensor:
-        alive = (logits > -torch.inf).nonzero().squeeze(1)  # [K]: few after top-k, and sorting is what costs
-        values, order = logits[alive].sort()
-        removed = values.softmax(dim=-1).cumsum(dim=-1) <= 1 - p  # [K], the least probable come first
-        removed[-1:] = False
-        return logits.index_fill(0, alive[order[removed]], -torch.inf)
-
-    return apply
-
-
-def min_p(p: float) -> Sampler:
-    """Keep the tokens at least ``p`` times as probable as the most probable one (arXiv:2407.01082)."""
-    least = torch.tensor(p).log().item()
-    return lambda logits: logits.masked_fill(logits < logits.max() + least, -torch.inf)
+def min_p(scores: Tensor, p: float) -> Tensor:
+    """Keep what is at least ``p`` times as probable as the best (arXiv:2407.01082); the best scores 0."""
+    return scores if p == 0 else scores.masked_fill(scores < torch.tensor(p).log().item(), -torch.inf)

@@ -9,7 +9,7 @@ import torch
 from xverse.engine.cache import BLOCK_SIZE, SequenceCache
 from xverse.engine.prefix import extend_digests
 from xverse.engine.request import Request, TokenLogprob
-from xverse.engine.sampling import Counts, Sampler
+from xverse.engine.sampling import Adjustment, Key
 from xverse.engine.stop import StopText
 from xverse.tokenizer import StreamDecoder
 
@@ -36,8 +36,8 @@ class Sequence:
     tokens_at_most: int
     decoder: StreamDecoder
     stop: StopText
-    counts: Counts
-    steps: list[Sampler]
+    adjustment: Adjustment
+    key: Key
     generator: torch.Generator | None
     plain: bool  # the greatest logit is its next token, and nothing else is asked
     prompted: Prompted | None

@@ -1,0 +1,98 @@
+"""A request's constraint decides what may be said, and harms nobody else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from xverse.engine import Engine, Event, Request, Sampling, Speculation
+
+GREEDY = Sampling(temperature=0)
+NEVER = (10**6,)
+
+
+class Given:
+    """Only one text is allowed, token by token, and an end after it."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.left = list(tokens)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        allowed = torch.full_like(logits, -torch.inf)
+        allowed[self.left[0] if self.left else 3] = 0
+        return allowed
+
+    def accept(self, token_id: int) -> None:
+        if self.left:
+            assert self.left.pop(0) == token_id
+
+
+class Broken(Given):
+    def accept(self, token_id: int) -> None:
+        super().accept(token_id)
+        if not self.left:
+            raise RuntimeError("the grammar is at its end")
+
+
+class Nothing(Given):
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -torch.inf)
+
+
+def run(engine: Engine, *requests: Request) -> list[list[Event]]:
+    handles = [engine.submit(request) for request in requests]
+    found: dict[int, list[Event]] = {handle: [] for handle in handles}
+    while engine.busy:
+        for event in engine.step():
+            found[event.handle].append(event)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=1, top_k=5, repetition_penalty=1.5)])
+@pytest.mark.parametrize("speculation", [None, Speculation()])
+def test_only_what_is_allowed_is_said(
+    model: Any, tiny_tokenizer: Any, naive: Any, sampling: Sampling, speculation: Speculation | None
+) -> None:
+    text = [30, 40, 50, 60] * 5
+    engine = Engine(model, tiny_tokenizer, speculation=speculation)
+    forced = Request(prompt_ids=[30, 40, 50, 60], sampling=sampling, constraint=Given(text))
+    free = Request(prompt_ids=[9, 8], max_new_tokens=12, sampling=GREEDY, stop_ids=NEVER)
+    events, others = run(engine, forced, free)
+    assert [event.token_id for event in events] == [*text, 3]
+    assert events[-1].finish_reason == "stop"
+    assert [event.token_id for event in others] == naive(model, [9, 8], 12)
+    assert (engine.stats().accepted_tokens > 0) == (speculation is not None)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message", "said"),
+    [
+        (Broken([30, 40]), "the grammar is at its end", [30]),
+        (Nothing([]), "every token is forbidden", []),
+    ],
+)
+def test_its_failure_is_its_own(
+    model: Any, tiny_tokenizer: Any, naive: Any, constraint: Given, message: str, said: list[int]
+) -> None:
+    engine = Engine(model, tiny_tokenizer, prefix_cache_bytes=0)
+    failing = Request(prompt_ids=[5, 6], sampling=GREEDY, constraint=constraint)
+    healthy = Request(prompt_ids=[9, 8], max_new_tokens=12, sampling=GREEDY, stop_ids=NEVER)
+    events, others = run(engine, failing, healthy)
+    assert [event.token_id for event in events] == [*said, None]
+    assert events[-1].finish_reason == "error"
+    assert events[-1].error == message
+    assert [event.token_id for event in others] == naive(model, [9, 8], 12)
+    assert engine.stats().free_blocks == engine.stats().blocks
+
+
+def test_everything_can_be_failed_at_once(model: Any, tiny_tokenizer: Any) -> None:
+    engine = Engine(model, tiny_tokenizer, max_batch=1, prefix_cache_bytes=0)
+    handles = [engine.submit(Request(prompt_ids=[5, 6])) for _ in range(3)]
+    engine.step()
+    events = engine.fail("the machine is on fire")
+    assert [event.handle for event in events] == handles
+    assert {event.error for event in events} == {"the machine is on fire"}
+    assert not engine.busy
+    assert engine.stats().free_blocks == engine.stats().blocks
