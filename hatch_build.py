@@ -31,6 +31,7 @@ UNITS: list[tuple[str, list[str]]] = [
     ("api.cpp", []),
     ("portable.cpp", []),
     ("attention_api.cpp", []),
+    ("decoder.cpp", []),
     ("attention_generic.cpp", []),
     ("rounding.cpp", [*_ROUNDING, "-DXV_ROUND=round_portable", "-DXV_ROUND_API"]),
 ]

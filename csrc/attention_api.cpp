@@ -14,8 +14,14 @@ namespace {
 
 const AttentionKernels* attention = &kAttentionPortable;
 
-// Fewer positions than these in a part cost more in bookkeeping than an idle core does.
-constexpr int64_t kSmallestPart = 64;
+// Positions of a sequence that one thread takes at a time. A function of the length alone, so that a row's bits
+// depend neither on the other rows nor on the number of threads: guesses are verified by them.
+inline int64_t part_size(int64_t length, int64_t block_size) {
+  constexpr int64_t kSmallest = 64;  // fewer cost more in bookkeeping than an idle core does
+  const int64_t size = std::max((std::max<int64_t>(length, 1) + 15) / 16, kSmallest);
+  return (size + block_size - 1) / block_size * block_size;
+}
+
 // Elements of keys below which waking another thread takes longer than the work.
 constexpr int64_t kSmallWork = 1 << 15;
 
@@ -100,8 +106,8 @@ void xv_paged_append(const Cache* cache, const void* k, const void* v, const int
   });
 }
 
-// One query of each of `batch` sequences: q [batch, heads, head_dim] with strides, out contiguous, of `type`.
-// table [batch, max_blocks]; lengths [batch], at least 1 each.
+// `batch` queries: q [batch, heads, head_dim] with strides, out contiguous, of `type`. table [batch, max_blocks];
+// lengths [batch], at least 1 each. Neighbours may be queries of one sequence.
 void xv_paged_attention(const Cache* cache, const void* q, const int32_t* table, const int32_t* lengths,
                         void* out, int type, int64_t batch, int64_t max_blocks, int64_t token_stride,
                         int64_t head_stride, int threads) {
@@ -111,14 +117,33 @@ void xv_paged_attention(const Cache* cache, const void* q, const int32_t* table,
   int64_t positions = 0;
   for (int64_t b = 0; b < batch; ++b) positions += lengths[b];
   if (positions * heads * head_dim < kSmallWork) threads = 1;
-  // Several parts for each thread, so that the last ones to finish do so together.
-  int64_t size = threads > 1 ? positions / (4 * threads) : positions;
-  size = (std::max(size, kSmallestPart) + paged.block_size - 1) / paged.block_size * paged.block_size;
-  std::vector<int64_t> first(size_t(batch) + 1);  // part of each sequence
-  for (int64_t b = 0; b < batch; ++b)
-    first[b + 1] = first[b] + (std::max(lengths[b], 1) + size - 1) / size;
+  std::vector<int64_t> size(static_cast<size_t>(batch)), first(size_t(batch) + 1);  // part of each query
+  for (int64_t b = 0; b < batch; ++b) {
+    size[b] = part_size(lengths[b], paged.block_size);
+    first[b + 1] = first[b] + (std::max(lengths[b], 1) + size[b] - 1) / size[b];
+  }
   const int64_t count = first[batch];
   const bool whole = count == batch;
+  // Queries whose sequences begin with the same block see the same keys, or many of them: what stands in one
+  // place is read for all of them in turn, from the cache of the processor but for the first.
+  struct Task {
+    int64_t run, from, query;
+  };
+  std::vector<Task> tasks;
+  tasks.reserve(static_cast<size_t>(count));
+  bool shared_blocks = false;
+  int64_t run = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const bool same = b > 0 && table[b * max_blocks] == table[(b - 1) * max_blocks];
+    shared_blocks |= same;
+    if (!same) run = b;
+    for (int64_t from = 0; from < std::max(lengths[b], 1); from += size[b]) tasks.push_back({run, from, b});
+  }
+  if (shared_blocks) {
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& one, const Task& other) {
+      return one.run != other.run ? one.run < other.run : one.from < other.from;
+    });
+  }
 
   const auto make = [&](std::vector<Part>& parts, std::vector<float>& sums, int64_t items) {
     parts.resize(size_t(items * heads));
@@ -136,14 +161,12 @@ void xv_paged_attention(const Cache* cache, const void* q, const int32_t* table,
     std::vector<Part> own;
     std::vector<float> own_sums;
     if (whole) make(own, own_sums, 1);
-    int64_t b = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t at = begin; at < end; ++at) {
-      while (at >= first[b + 1]) ++b;
-      const int64_t from = (at - first[b]) * size;
-      const int to = int(std::min<int64_t>(from + size, lengths[b]));
-      attention->decode(paged, table + b * max_blocks, int(from), to, queries, b,
-                        whole ? own.data() : &parts[at * heads]);
-      // Whoever finishes a sequence's last part puts them together: no second meeting of the threads.
+      const int64_t from = tasks[at].from, b = tasks[at].query;
+      const int to = int(std::min<int64_t>(from + size[b], lengths[b]));
+      Part* into = whole ? own.data() : &parts[(first[b] + from / size[b]) * heads];
+      attention->decode(paged, table + b * max_blocks, int(from), to, queries, b, into);
+      // Whoever finishes a query's last part puts them together: no second meeting of the threads.
       if (missing[b].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
       Part* results = whole ? own.data() : &parts[first[b] * heads];
       for (int head = 0; head < heads; ++head) {

@@ -144,10 +144,16 @@ class SequenceCache:
         self.blocks.append(block)
 
 
+# Segments of up to so many tokens are guesses to verify: each token is a query of its own.
+_SHORT = 16
+
+
 class RaggedContext:
     """The next ``count`` tokens of each of several sequences in one row of tokens [1, N], one after another.
 
     Each token sees its own sequence's cache and what comes before it here. Room for them is reserved.
+    ``single`` is true where every token is a query of its own: then ``slots`` int64 [N], ``table`` int32
+    [N, blocks] and ``lengths`` int32 [N] say all that there is to know, as for ``PagedLayer.attend``.
     """
 
     def __init__(self, segments: Sequence[tuple[SequenceCache, int]]) -> None:
@@ -155,42 +161,41 @@ class RaggedContext:
         self._layers = cache.layers
         positions: list[int] = []
         slots: list[int] = []
-        short: list[int] = []  # of segments of one token: where the token is, and its sequence's row
-        short_rows: list[int] = []
-        self._long: list[tuple[int, int, Tensor, int]] = []  # first token, end, table, start
+        rows: list[int] = []  # of the table, for tokens of short segments
+        places: list[int] = []  # where those tokens are
+        self._long: list[tuple[int, int, Tensor, int]] = []  # first token, end, blocks, first position
         for sequence, count in segments:
-            start, at = sequence.length, len(positions)
-            if count == 1:
-                short.append(at)
-                short_rows.append(sequence.row)
-                positions.append(start)
-                slots.append(sequence.blocks[start // BLOCK_SIZE] * BLOCK_SIZE + start % BLOCK_SIZE)
-                continue
-            self._long.append((at, at + count, cache.tables[sequence.row], start))
-            blocks = sequence.blocks
+            start, at, blocks = sequence.length, len(positions), sequence.blocks
+            if count <= _SHORT:
+                rows += [sequence.row] * count
+                places += range(at, at + count)
+            else:
+                self._long.append((at, at + count, cache.tables[sequence.row], start))
             for position in range(start, start + count):
+                positions.append(position)
                 slots.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-            positions.extend(range(start, start + count))
         device = cache.device
         self.positions = torch.tensor([positions], device=device)  # [1, N]
-        self._slots = torch.tensor(slots, device=device)  # [N]
-        self._all_short = len(short) == len(positions)
-        self._short: Tensor | None = None
-        if short:
-            self._short = torch.tensor(short, device=device)
-            self._tables = cache.tables[torch.tensor(short_rows, device=device)]  # [B, blocks]
-            self._lengths = (self.positions[0, self._short] + 1).int()  # [B]
+        self.slots = torch.tensor(slots, device=device)  # [N]
+        self.single = not self._long
+        self.lengths = self.positions[0].int() + 1
+        self._places: Tensor | None = None  # [S], of the short segments' tokens where there are others
+        if rows:
+            self.table = cache.tables[torch.tensor(rows, device=device)]  # [S, blocks]
+        if rows and self._long:
+            self._places = torch.tensor(places, device=device)
+            self.lengths = self.lengths[self._places]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pages = self._layers[layer]
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, H, head_dim]
-        pages.append(k, v, self._slots)
-        if self._all_short:
-            mixed = pages.attend(q, self._tables, self._lengths)
+        pages.append(k, v, self.slots)
+        if self.single:
+            mixed = pages.attend(q, self.table, self.lengths)
         else:
             mixed = q.new_empty(q.shape)
-            if self._short is not None:
-                mixed[self._short] = pages.attend(q[self._short], self._tables, self._lengths)
-            for first, end, table, start in self._long:
-                mixed[first:end] = pages.prefill(q[first:end], table, start)
+            if self._places is not None:
+                mixed[self._places] = pages.attend(q[self._places], self.table, self.lengths)
+            for first, end, blocks, start in self._long:
+                mixed[first:end] = pages.prefill(q[first:end], blocks, start)
         return mixed.transpose(0, 1)[None]  # [1, H, N, head_dim]

@@ -25,7 +25,9 @@ from xverse.engine.scoring import Item, Scores, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
 from xverse.engine.speculation import Speculation, guesses, learn, proposer
 from xverse.engine.stop import StopText
+from xverse.model.rope import rope_tables
 from xverse.model.transformer import XverseForCausalLM
+from xverse.quant.decoder import decoder
 from xverse.quant.inference import use_kernels
 from xverse.tokenizer import Tokenizer
 
@@ -101,6 +103,7 @@ class Engine:
             model.config, dtype, self._device, blocks=blocks, sequences=max_batch, kv_dtype=kv_dtype
         )
         self._blocks = blocks
+        self._decoder = decoder(model, self._cache.layers)
         self._prefixes = PrefixCache(self._cache.pool, prefix_cache_bytes // (bytes_each * BLOCK_SIZE))
         self._scheduler = Scheduler(
             self._cache, self._prefixes, max_batch=max_batch, prefill_chunk=prefill_chunk
@@ -331,7 +334,7 @@ class Engine:
                 choosing.append(item)
                 wanted += range(first + item.count - 1, len(tokens))
         context = RaggedContext(segments)
-        hidden = self.model.model(torch.tensor([tokens], device=self._device), context)[0]  # [N, D]
+        hidden = self._hidden(torch.tensor(tokens, device=self._device), context)  # [N, D]
         events: list[Event] = []
         for item, rows in others:
             if item.sequence.prompted is not None and item.sequence.scoring:
@@ -343,6 +346,16 @@ class Engine:
                 hidden = hidden[torch.tensor(wanted, device=self._device)]  # [R, D]
             events += self._choose(choosing, self._logits(hidden))
         return events
+
+    def _hidden(self, tokens: Tensor, context: RaggedContext) -> Tensor:
+        """``tokens`` int64 [N] → normed hidden states [N, D]."""
+        model = self.model.model
+        if self._decoder is None or not context.single or len(tokens) > self._decoder.most_tokens:
+            return model(tokens[None], context)[0]
+        x = model.embed_tokens(tokens)  # [N, D]
+        cos, sin = rope_tables(context.positions, model.config.head_dim, model.config.rope_theta)
+        rope = (cos[0, 0].to(x.dtype), sin[0, 0].to(x.dtype))  # [N, head_dim]
+        return model.norm(self._decoder(x, rope, context.slots, context.table, context.lengths))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, D] → logits [R, V]; padding rows of an embedding are no tokens."""

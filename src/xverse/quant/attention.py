@@ -51,6 +51,7 @@ class PagedLayer:
         self.key_scales, self.value_scales = key_scales, value_scales
         _, self.heads, self.block_size, self.head_dim = keys.shape
         self._struct: Any = None
+        self.address: int | None = None  # of what the kernels know it by
         if keys.device.type == "cpu" and keys.dtype in _TYPES and self._fits():
             scales = [s for s in (key_scales, value_scales) if s is not None]
             tensors: list[Tensor] = [keys, values, *scales]
@@ -63,6 +64,7 @@ class PagedLayer:
                 _TYPES[keys.dtype], self.heads, self.block_size, self.head_dim,
             )  # fmt: skip
             self._struct = ctypes.byref(struct)
+            self.address = ctypes.addressof(struct)
 
     def _fits(self) -> bool:
         return self.head_dim % 32 == 0 and self.head_dim <= _LARGEST_HEAD and self.block_size % 16 == 0
@@ -91,12 +93,14 @@ class PagedLayer:
         return None
 
     def attend(self, q: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
-        """One query of each of several sequences: ``q`` [B, H, head_dim] → mixed values of the same shape.
+        """Single queries: ``q`` [B, H, head_dim] → mixed values of the same shape.
 
-        ``table`` int32 [B, blocks] names the blocks of a sequence in order (rows may lie apart), of which
-        ``lengths`` int32 [B] positions count, at least 1. Scores are scaled by head_dim**-0.5. Long contexts
-        are divided among the threads and merged (Flash-Decoding, Dao et al., 2023); a sequence with NaN or
-        infinity in it gives NaN and leaves the others alone.
+        ``table`` int32 [B, blocks] names the blocks of each query's sequence in order (rows may lie apart),
+        of which ``lengths`` int32 [B] positions count, at least 1. Scores are scaled by head_dim**-0.5. Long
+        contexts are divided among the threads and merged (Flash-Decoding, Dao et al., 2023). In the kernels a
+        row's bits depend on that row alone. Several queries of one sequence, with growing lengths, are best
+        neighbours: its keys and values are then read from memory once. A sequence with NaN or infinity in it
+        gives NaN and leaves the others alone.
         """
         kernels = self._native(q)
         if kernels is None:
@@ -139,11 +143,13 @@ class PagedLayer:
                 pages[blocks, :, offsets], scales[blocks, :, offsets] = quantize_rows(rows)
 
     def _attend_torch(self, q: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
-        rows = []
-        for row, blocks, length in zip(q, table, lengths.tolist(), strict=True):
-            keys, values = self.gather(blocks, length, q.dtype)  # [H, length, head_dim]
-            rows.append(scaled_dot_product_attention(row[None, :, None], keys[None], values[None])[0, :, 0])
-        return torch.stack(rows)  # [B, H, head_dim]
+        longest = int(lengths.max())
+        table = table[:, : -(-longest // self.block_size)]
+        seen = torch.arange(table.shape[1] * self.block_size, device=q.device) < lengths[:, None]  # [B, M]
+        # What nobody wrote may be NaN, which no mask hides.
+        keys, values = (x.masked_fill(~seen[:, None, :, None], 0) for x in self._gather(table, q.dtype))
+        mask = seen[:, None, None]  # [B, 1, 1, M]
+        return scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
 
     def _prefill_torch(self, q: Tensor, table: Tensor, start: int) -> Tensor:
         end = start + len(q)
@@ -159,13 +165,18 @@ class PagedLayer:
 
     def gather(self, blocks: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [H, length, head_dim] of the sequence in ``blocks`` int32, as ``dtype``."""
-        wanted = blocks[: -(-length // self.block_size)].long()
+        keys, values = self._gather(blocks[None, : -(-length // self.block_size)], dtype)
+        return keys[0, :, :length], values[0, :, :length]
+
+    def _gather(self, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, M · block_size, head_dim] in the blocks of ``table`` int32 [B, M]."""
+        wanted = table.long()
 
         def joined(pages: Tensor, scales: Tensor | None) -> Tensor:
-            found = pages[wanted]  # [M, H, block_size, head_dim]
+            found = pages[wanted]  # [B, M, H, block_size, head_dim]
             if scales is not None:
-                found = (found.float() * scales[wanted][..., None]).to(dtype)
-            return found.to(dtype).transpose(0, 1).flatten(1, 2)[:, :length]
+                found = found.float() * scales[wanted][..., None]
+            return found.to(dtype).transpose(1, 2).flatten(2, 3)
 
         return joined(self.keys, self.key_scales), joined(self.values, self.value_scales)
 

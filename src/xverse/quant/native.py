@@ -39,6 +39,9 @@ _SIGNATURES = {
     "xv_paged_append": [*[_POINTER] * 4, _INT, *[_INT64] * 5, _INT],
     "xv_paged_attention": [*[_POINTER] * 5, _INT, *[_INT64] * 4, _INT],
     "xv_paged_prefill": [*[_POINTER] * 4, *[_INT64] * 4, _INT],
+    "xv_decoder": [
+        _POINTER, _INT, *[_POINTER] * 7, _INT, _INT, *[_INT64] * 3, _INT, _INT64, ctypes.c_float, _INT,
+    ],
     "xv_tile": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT, _INT, _INT],
 }
 # fmt: on
