@@ -28,7 +28,7 @@ def guessing(model: Any, tokenizer: Any, kind: Speculation | None, prefill_chunk
     """An engine whose draft counts as cheap: as large as the model, it would not be asked at all."""
     engine = Engine(model, tokenizer, speculation=kind, prefill_chunk=prefill_chunk)
     if engine._proposer is not None:
-        engine._proposer.cost = 0.05
+        engine._proposer.cost = 0.03
     return engine
 
 

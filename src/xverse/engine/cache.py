@@ -73,7 +73,7 @@ class PagedCache:
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype: '{kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
         self.device = device
-        shape = (blocks, config.num_hidden_layers, 2, config.num_attention_heads, BLOCK_SIZE)
+        shape = (blocks + 1, config.num_hidden_layers, 2, config.num_attention_heads, BLOCK_SIZE)
         stored = torch.int8 if kv_dtype == "int8" else dtype
         try:
             data = torch.empty(*shape, config.head_dim, dtype=stored, device=device)
@@ -84,6 +84,7 @@ class PagedCache:
                 f"max_cache_tokens: no room for a cache of {blocks * BLOCK_SIZE} tokens ({size:.1f} GB)"
             ) from error
         self.pool = BlockPool(blocks)
+        self.scratch = blocks  # a block that nobody reads
         # The blocks of each sequence in order; places without a block name block 0, and kernels look at no
         # more than a sequence's positions.
         width = -(-config.max_position_embeddings // BLOCK_SIZE)
@@ -178,10 +179,12 @@ class RaggedContext:
         self.positions = torch.tensor([positions], device=device)  # [1, N]
         self.slots = torch.tensor(slots, device=device)  # [N]
         self.single = not self._long
+        # No sequence has more blocks: what lies to their right in the table need not be looked at.
+        self.longest_table = max(len(sequence.blocks) for sequence, _ in segments)
         self.lengths = self.positions[0].int() + 1
         self._places: Tensor | None = None  # [S], of the short segments' tokens where there are others
         if rows:
-            self.table = cache.tables[torch.tensor(rows, device=device)]  # [S, blocks]
+            self.table = cache.tables[torch.tensor(rows, device=device), : self.longest_table]  # [S, blocks]
         if rows and self._long:
             self._places = torch.tensor(places, device=device)
             self.lengths = self.lengths[self._places]

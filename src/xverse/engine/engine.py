@@ -17,17 +17,17 @@ from torch import Tensor
 from xverse import hardware
 from xverse.config import UserError
 from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext, position_bytes
+from xverse.engine.graphs import DecodeGraphs
 from xverse.engine.prefix import PrefixCache
 from xverse.engine.request import Event, Request
 from xverse.engine.sampling import Adjustment, Key, choose, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Item, Scores, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
-from xverse.engine.speculation import Speculation, guesses, learn, proposer
+from xverse.engine.speculation import Speculation, guesses, learn, proposer, row_cost
 from xverse.engine.stop import StopText
-from xverse.model.rope import rope_tables
 from xverse.model.transformer import XverseForCausalLM
-from xverse.quant.decoder import decoder
+from xverse.quant.decoder import Decoder, decoder
 from xverse.quant.inference import use_kernels
 from xverse.tokenizer import Tokenizer
 
@@ -103,7 +103,11 @@ class Engine:
             model.config, dtype, self._device, blocks=blocks, sequences=max_batch, kv_dtype=kv_dtype
         )
         self._blocks = blocks
-        self._decoder = decoder(model, self._cache.layers)
+        self._decoder: Decoder | DecodeGraphs | None = None
+        if self._device.type == "cuda":
+            self._decoder = DecodeGraphs(model, self._cache)
+        elif self._device.type == "cpu":
+            self._decoder = decoder(model, self._cache.layers)
         self._prefixes = PrefixCache(self._cache.pool, prefix_cache_bytes // (bytes_each * BLOCK_SIZE))
         self._scheduler = Scheduler(
             self._cache, self._prefixes, max_batch=max_batch, prefill_chunk=prefill_chunk
@@ -122,6 +126,8 @@ class Engine:
             )
         # More rows than that cost more than one, see docs/inference.md.
         self._rows_at_once = 8 if self._device.type == "cpu" else 64
+        self._position_bytes = bytes_each
+        self._weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         self._proposed_tokens = self._accepted_tokens = 0
         self._undelivered: list[Event] = []
         self._next_handle = 0
@@ -304,7 +310,9 @@ class Engine:
             left = sequence.tokens_at_most - len(sequence.tokens) - 1
             count = 0
             if not sequence.scoring:
-                count = guesses(sequence.acceptance, self._proposer.cost, min(most, left))
+                cache = self._position_bytes * len(sequence.tokens)
+                cost = self._proposer.cost + row_cost(cache / (cache + self._weight_bytes))
+                count = guesses(sequence.acceptance, cost, min(most, left))
             if count > 0:
                 asked.append((item, count))
             else:
@@ -349,13 +357,10 @@ class Engine:
 
     def _hidden(self, tokens: Tensor, context: RaggedContext) -> Tensor:
         """``tokens`` int64 [N] → normed hidden states [N, D]."""
-        model = self.model.model
-        if self._decoder is None or not context.single or len(tokens) > self._decoder.most_tokens:
-            return model(tokens[None], context)[0]
-        x = model.embed_tokens(tokens)  # [N, D]
-        cos, sin = rope_tables(context.positions, model.config.head_dim, model.config.rope_theta)
-        rope = (cos[0, 0].to(x.dtype), sin[0, 0].to(x.dtype))  # [N, head_dim]
-        return model.norm(self._decoder(x, rope, context.slots, context.table, context.lengths))
+        decoder = self._decoder
+        if decoder is not None and context.single and len(tokens) <= decoder.most_tokens:
+            return decoder(tokens, context)
+        return self.model.model(tokens[None], context)[0]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, D] → logits [R, V]; padding rows of an embedding are no tokens."""

@@ -22,8 +22,9 @@ from xverse.quant.inference import use_kernels
 from xverse.tokenizer import Tokenizer
 
 MOST_TOKENS = 16
-# What one more row costs, as a share of a step of one row: weights are read once for all of them.
-_ROW_COST = 0.02
+# What one more row costs, as a share of a step of one row: weights are read once for all of them, and of the
+# keys and values a part is read again (docs/LOG.md has the measurements).
+_ROW_COST, _ROW_READS = 0.02, 0.4
 _SMOOTHING = 0.1  # weight of one verified token in the running mean of acceptance
 _FORGETTING = 0.02  # each step without guesses: after many, try again
 
@@ -32,13 +33,14 @@ _FORGETTING = 0.02  # each step without guesses: after many, try again
 class Speculation:
     """How to guess: from what the text says already (prompt lookup), or with a small ``draft`` model.
 
-    ``max_tokens`` are guessed at most; how many is adapted to how many were right. Raises UserError where
-    they are out of range, or a draft comes without its tokenizer.
+    ``max_tokens`` are guessed at most; how many is adapted to how many were right. On a CPU with INT4 weights
+    steps of up to 6 rows take about as long as of one, 8 rows 1.4 times as long. Raises UserError where they
+    are out of range, or a draft comes without its tokenizer.
     """
 
     draft: XverseForCausalLM | None = None
     draft_tokenizer: Tokenizer | None = None
-    max_tokens: int = 7
+    max_tokens: int = 5
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_tokens <= MOST_TOKENS:
@@ -48,7 +50,7 @@ class Speculation:
 
 
 class Proposer(Protocol):
-    """``cost``: of one guess, as a share of a step of the model."""
+    """``cost``: of making one guess, as a share of a step of the model."""
 
     cost: float
 
@@ -59,6 +61,11 @@ class Proposer(Protocol):
     def forget(self, sequence: Sequence) -> None:
         """It has ended."""
         ...
+
+
+def row_cost(cache_share: float) -> float:
+    """Of one more token in a step, where ``cache_share`` of what a step reads is the sequence's cache."""
+    return _ROW_COST + _ROW_READS * cache_share
 
 
 def guesses(acceptance: float, cost: float, most: int) -> int:
@@ -92,7 +99,7 @@ class Lookup:
     Prompt lookup decoding (Saxena, 2023). Two sizes of n-grams; the longer one is the better witness.
     """
 
-    cost = _ROW_COST
+    cost = 0.0
     _SIZES = (4, 2)
 
     def __init__(self) -> None:
@@ -246,7 +253,7 @@ def proposer(
     whole = sum(parameter.nbytes for parameter in model.state_dict().values())
     return Draft(
         draft,
-        _ROW_COST + size / whole,
+        size / whole,
         blocks=-(-cache_tokens // BLOCK_SIZE) + max_batch,
         sequences=max_batch,
         vocab_size=tokenizer.vocab_size,

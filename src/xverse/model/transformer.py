@@ -114,11 +114,15 @@ class XverseModel(nn.Module):
 
     def forward_embeddings(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Embeddings [B, T, D] → normed hidden states [B, T, D]."""
-        rope = rope_tables(context.positions, self.config.head_dim, self.config.rope_theta)
-        rope = (rope[0].to(x.dtype), rope[1].to(x.dtype))
+        rope = self.rope(context, x.dtype)
         for layer in self.layers:
             x = layer(x, rope, context)
         return self.norm(x)
+
+    def rope(self, context: AttentionContext, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, 1, T, head_dim] for the positions of ``context``, in the type of activations."""
+        cos, sin = rope_tables(context.positions, self.config.head_dim, self.config.rope_theta)
+        return cos.to(dtype), sin.to(dtype)
 
 
 class XverseForCausalLM(nn.Module):

@@ -143,8 +143,6 @@ class PagedLayer:
                 pages[blocks, :, offsets], scales[blocks, :, offsets] = quantize_rows(rows)
 
     def _attend_torch(self, q: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
-        longest = int(lengths.max())
-        table = table[:, : -(-longest // self.block_size)]
         seen = torch.arange(table.shape[1] * self.block_size, device=q.device) < lengths[:, None]  # [B, M]
         # What nobody wrote may be NaN, which no mask hides.
         keys, values = (x.masked_fill(~seen[:, None, :, None], 0) for x in self._gather(table, q.dtype))

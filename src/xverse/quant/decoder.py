@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from xverse.model.attention import AttentionContext
 from xverse.model.transformer import XverseForCausalLM
 from xverse.quant.attention import PagedLayer
 from xverse.quant.inference import BF16Linear
@@ -22,6 +24,15 @@ _MOST_TOKENS = 64  # with more the products take so long that nothing else matte
 
 _LINEARS = {name: f"self_attn.{name}_proj" for name in "qkvo"}
 _LINEARS |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+
+
+class SingleQueries(AttentionContext, Protocol):
+    """Tokens [1, N] that are a query of their own each: ``slots`` int64 [N], where the cache takes them;
+    ``table`` int32 [N, blocks] and ``lengths`` int32 [N] as for ``PagedLayer.attend``."""
+
+    slots: Tensor
+    table: Tensor
+    lengths: Tensor
 
 
 class _Weight(ctypes.Structure):
@@ -58,6 +69,7 @@ class Decoder:
         self._heads, self._sizes = config.num_attention_heads, (config.hidden_size, config.intermediate_size)
         self._norm_type = _TYPES[model.model.norm.weight.dtype]
         self._layers = (_Layer * len(cache))()
+        self._model = model.model
         self._kept = [model.state_dict(), cache]  # whose memory is pointed at
         for number, (found, pages) in enumerate(zip(self._layers, cache, strict=True)):
             layer = model.get_submodule(f"model.layers.{number}")
@@ -67,27 +79,22 @@ class Decoder:
             found.mlp_norm = layer.get_parameter("post_attention_layernorm.weight").data_ptr()
             found.cache = pages.address
 
-    def __call__(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], slots: Tensor, table: Tensor, lengths: Tensor
-    ) -> Tensor:
-        """Embeddings ``x`` [N, D] of N tokens → hidden states [N, D] before the last norm.
-
-        ``rope`` cos and sin of ``x``'s type, [N, head_dim] each; ``slots`` int64 [N], where the cache takes
-        each token; ``table`` int32 [N, blocks] and ``lengths`` int32 [N] as for ``PagedLayer.attend``.
-        """
+    def __call__(self, tokens: Tensor, context: SingleQueries) -> Tensor:
+        """``tokens`` int64 [N] → normed hidden states [N, D]."""
         kernels = library()
         assert kernels is not None
-        assert len(x) <= self.most_tokens
-        x = x.clone(memory_format=torch.contiguous_format)
+        assert len(tokens) <= self.most_tokens
+        x = self._model.embed_tokens(tokens)  # [N, D], ours to change
+        cos, sin = self._model.rope(context, x.dtype)  # [1, 1, N, head_dim]
         hidden, intermediate = self._sizes
         buffer = x.new_empty(len(x) * (6 * hidden + 3 * intermediate))
         kernels.xv_decoder(
-            self._layers, len(self._layers), x.data_ptr(), rope[0].data_ptr(), rope[1].data_ptr(),
-            slots.data_ptr(), table.data_ptr(), lengths.data_ptr(), buffer.data_ptr(), _TYPES[x.dtype],
-            self._norm_type, len(x), hidden, intermediate, self._heads, table.stride(0), self._eps,
-            torch.get_num_threads(),
+            self._layers, len(self._layers), x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            context.slots.data_ptr(), context.table.data_ptr(), context.lengths.data_ptr(), buffer.data_ptr(),
+            _TYPES[x.dtype], self._norm_type, len(x), hidden, intermediate, self._heads,
+            context.table.stride(0), self._eps, torch.get_num_threads(),
         )  # fmt: skip
-        return x
+        return self._model.norm(x)
 
 
 def decoder(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> Decoder | None:

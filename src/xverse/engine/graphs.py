@@ -1,0 +1,106 @@
+"""Decoding on CUDA: the forward pass for a few tokens recorded once as a graph and replayed.
+
+A step of one token launches hundreds of kernels that take microseconds each; launched one by one from Python
+they would leave the device idle for most of the time. A graph fixes shapes, so steps are padded to the next
+power of two in tokens and in blocks of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext
+from xverse.model.transformer import XverseForCausalLM
+from xverse.quant.attention import PagedLayer
+
+
+@dataclass
+class _Inputs:
+    """Where a graph reads from: an attention context of N single queries over W blocks each."""
+
+    tokens: Tensor  # int64 [N]
+    positions: Tensor  # int64 [1, N]
+    slots: Tensor  # int64 [N]
+    table: Tensor  # int32 [N, W]
+    lengths: Tensor  # int32 [N]
+    layers: list[PagedLayer]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, H, head_dim]
+        pages = self.layers[layer]
+        pages.append(k, v, self.slots)
+        return pages.attend(q, self.table, self.lengths).transpose(0, 1)[None]
+
+
+class DecodeGraphs:
+    """Runs steps of up to ``most_tokens`` single queries; graphs are recorded when their shape first comes.
+
+    Without CUDA the same padded steps run as they are, which is how they are tested.
+    """
+
+    def __init__(self, model: XverseForCausalLM, cache: PagedCache, most_tokens: int = 64) -> None:
+        self.most_tokens = most_tokens
+        self._model = model.model
+        self._cache = cache
+        self._inputs: dict[tuple[int, int], _Inputs] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, tokens: Tensor, context: RaggedContext) -> Tensor:
+        """``tokens`` int64 [N] → normed hidden states [N, D]."""
+        count = len(tokens)
+        shape = _above(count), min(_above(context.longest_table), self._cache.tables.shape[1])
+        if shape not in self._inputs:
+            self._inputs[shape] = self._blank(*shape)
+        inputs = self._inputs[shape]
+        width = min(context.table.shape[1], shape[1])
+        inputs.tokens[:count] = tokens
+        inputs.positions[0, :count] = context.positions[0]
+        inputs.slots[:count] = context.slots
+        inputs.table[:count, :width] = context.table[:, :width]
+        inputs.lengths[:count] = context.lengths
+        inputs.slots[count:] = self._cache.scratch * BLOCK_SIZE
+        inputs.table[count:] = self._cache.scratch
+        inputs.lengths[count:] = 1
+        inputs.positions[0, count:] = 0
+        if self._cache.device.type != "cuda":
+            return self._forward(inputs)[:count]
+        if shape not in self._graphs:
+            self._graphs[shape] = self._record(inputs)
+        graph, hidden = self._graphs[shape]
+        graph.replay()
+        return hidden[:count].clone()
+
+    def _blank(self, tokens: int, blocks: int) -> _Inputs:
+        device = self._cache.device
+        return _Inputs(
+            tokens=torch.zeros(tokens, dtype=torch.long, device=device),
+            positions=torch.zeros(1, tokens, dtype=torch.long, device=device),
+            slots=torch.zeros(tokens, dtype=torch.long, device=device),
+            table=torch.zeros(tokens, blocks, dtype=torch.int32, device=device),
+            lengths=torch.ones(tokens, dtype=torch.int32, device=device),
+            layers=self._cache.layers,
+        )
+
+    def _forward(self, inputs: _Inputs) -> Tensor:
+        return self._model(inputs.tokens[None], inputs)[0]
+
+    def _record(self, inputs: _Inputs) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Warmed up beside the current stream, as PyTorch asks for, then recorded."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._forward(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden = self._forward(inputs)
+        return graph, hidden
+
+
+def _above(count: int) -> int:
+    """The least power of two that is not below ``count``."""
+    return 1 << (count - 1).bit_length()

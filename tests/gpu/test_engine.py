@@ -1,0 +1,84 @@
+"""The engine on CUDA gives the greedy tokens that it gives on the CPU, recorded graphs and all."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from xverse.engine import Engine, Request, Sampling, Speculation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def generate(engine: Engine, prompts: list[list[int]], new_tokens: int = 40) -> list[list[int | None]]:
+    handles = [
+        engine.submit(
+            Request(
+                prompt_ids=prompt,
+                max_new_tokens=new_tokens,
+                sampling=Sampling(temperature=0),
+                stop_ids=(10**6,),
+            )
+        )
+        for prompt in prompts
+    ]
+    said: dict[int, list[int | None]] = {handle: [] for handle in handles}
+    while engine.busy:
+        for event in engine.step():
+            said[event.handle].append(event.token_id)
+    return list(said.values())
+
+
+PROMPTS = [[5, 6], [20, 30] * 20, [(7 * n) % 200 + 4 for n in range(90)]]
+
+
+@pytest.fixture
+def model(tiny_model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)  # no greedy choice hangs on rounding
+    return tiny_model
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation()])
+def test_greedy_tokens_are_the_cpus(model: Any, tiny_tokenizer: Any, speculation: Speculation | None) -> None:
+    on_cpu = generate(Engine(copy.deepcopy(model), tiny_tokenizer), PROMPTS)
+    engine = Engine(model.cuda(), tiny_tokenizer, max_cache_tokens=4096, speculation=speculation)
+    assert generate(engine, PROMPTS) == on_cpu
+    assert engine._decoder is not None
+    assert engine._decoder._graphs  # type: ignore[union-attr]
+    assert generate(engine, PROMPTS) == on_cpu  # replayed, and from the prefix cache
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_bfloat16_and_int8_cache_run(model: Any, tiny_tokenizer: Any, kv_dtype: str) -> None:
+    engine = Engine(model.to(torch.bfloat16).cuda(), tiny_tokenizer, max_cache_tokens=4096, kv_dtype=kv_dtype)
+    assert [len(each) for each in generate(engine, PROMPTS)] == [40, 40, 40]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_run(wide_config: Any, tiny_tokenizer: Any, bits: int) -> None:
+    from xverse.bench.infer import random_model
+
+    model = random_model(wide_config, torch.bfloat16, f"int{bits}").cuda()
+    engine = Engine(model, tiny_tokenizer, max_cache_tokens=4096)
+    assert [len(each) for each in generate(engine, PROMPTS)] == [40, 40, 40]
+
+
+def test_sampling_repeats_by_its_seed(model: Any, tiny_tokenizer: Any) -> None:
+    engine = Engine(model.cuda(), tiny_tokenizer, max_cache_tokens=4096)
+    request = Request(
+        prompt_ids=[5, 6],
+        max_new_tokens=20,
+        sampling=Sampling(seed=3, top_k=20, top_p=0.9, repetition_penalty=1.1),
+        stop_ids=(10**6,),
+    )
+    first, second = ([event.token_id for event in engine.stream(request)] for _ in range(2))
+    assert first == second
