@@ -1,4 +1,4 @@
-"""The padded steps that CUDA graphs record, run without CUDA, compute what the engine computes without them."""
+"""The padded steps that CUDA graphs record, run without CUDA, compute what the engine computes without."""
 
 from __future__ import annotations
 
