@@ -1,7 +1,7 @@
 """Our engine beside llama.cpp and transformers, on the same random weights, in one run.
 
-Each engine has a process of its own; their rounds take turns, one computes at a time, and the read bandwidth of
-the memory is sampled before and after every timed piece. The last line of stdout is one JSON object.
+Each engine has a process of its own; their rounds take turns, one computes at a time, and the memory's read
+bandwidth is sampled before and after every timed piece. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations

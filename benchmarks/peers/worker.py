@@ -1,5 +1,8 @@
-"""An engine in a process of its own: ``worker.py ENGINE PATH WEIGHTS THREADS TOKENS``, then one JSON object a
-line: {"do": "start", "prompts": …}, {"do": "decode", "steps": n}, {"do": "stop"}, {"do": "logits", "prompt": …}."""
+"""An engine in a process of its own: ``worker.py ENGINE PATH WEIGHTS THREADS TOKENS``.
+
+Then one JSON object a line, and one back: {"do": "start", "prompts": …}, {"do": "decode", "steps": n},
+{"do": "stop"}, {"do": "logits", "prompt": …}.
+"""
 
 from __future__ import annotations
 
