@@ -56,13 +56,20 @@ def run(
     threads: int | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    rounds: int = 3,
+    part: str = "speed",
+    draft: str | None = None,
 ) -> dict[str, Any]:
     """Measure ``model``, or random weights of the named ``shape``. ``dtype`` and ``threads`` None: chat's.
 
     ``quantize``: ``int8`` or ``int4``, made of the model's weights as they are loaded; of a shape, random
-    quantised weights are made at once. Raises UserError for an unknown model or shape, too long a context,
-    too little memory, and for quantising a quantised model.
+    quantised weights are made at once. ``part`` "speculation" and "scheduler" are those of
+    ``bench/decoding.py``; there lengths and batch are given. ``draft`` is a model that guesses for this one.
+    Raises UserError for an unknown model or shape, too long a context, too little memory, a draft that has no
+    use, and for quantising a quantised model.
     """
+    if draft is not None and (part != "speculation" or shape is not None):
+        raise UserError("--draft: a draft guesses in --part speculation, for a --model with real weights")
     path = None if shape else resolve(model)
     config = read_config(path) if path else named_shape(shape or "")
     small = config.num_parameters() < FLOAT32_BELOW
@@ -80,6 +87,19 @@ def run(
     else:
         notice(f"infer: making {size / 1e9:.2f} GB of random weights")
         weights, tokenizer = random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
+    if part != "speed":
+        from xverse.bench import decoding
+
+        threads = threads or default_threads(config)
+        if part == "scheduler":
+            return decoding.scheduler(weights, tokenizer, shape or model, threads=threads)
+        if shape is not None:
+            return decoding.speculation(weights, tokenizer, shape, threads=threads)
+        small_one = None
+        if draft is not None:
+            where = resolve(draft)
+            small_one = load_model(where, chosen), load_tokenizer(where)
+        return decoding.acceptance(weights, tokenizer, model, small_one, threads=threads)
     return measure(
         weights,
         tokenizer,
@@ -88,6 +108,7 @@ def run(
         new_tokens=new_tokens,
         batch=batch,
         threads=threads,
+        rounds=rounds,
     )
 
 
@@ -104,13 +125,12 @@ def measure(
 ) -> dict[str, Any]:
     """Medians of ``rounds`` rounds, the machine's read bandwidth sampled around each.
 
-    Prefill is one prompt alone, as the engine does it. Decode is ``new_tokens`` steps, greedy, with all of
+    Prefill is one prompt alone. Decode is ``new_tokens`` steps, greedy, with all of
     ``batch`` requests running and none prefilling; tokens of the whole batch count.
     """
     config = model.config
     check_context(config, prompt_tokens, new_tokens, batch)
-    if threads is None:
-        threads = 1 if config.num_parameters() < ONE_THREAD_BELOW else hardware.cores().usable
+    threads = threads or default_threads(config)
     dtype = model.model.norm.weight.dtype
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(4, tokenizer.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
@@ -120,7 +140,8 @@ def measure(
     with using_threads(threads):
         matmul = [hardware.matmul_flops(dtype, *MATMUL, seconds=0.2)]
         buffer = hardware.bandwidth_buffer()
-        engine = Engine(model, tokenizer, max_batch=batch, prefill_chunk=PREFILL_CHUNK)
+        # The prompts of one round must not be found again in the next.
+        engine = Engine(model, tokenizer, max_batch=batch, prefill_chunk=PREFILL_CHUNK, prefix_cache_bytes=0)
         _round(engine, prompts[:1], min(new_tokens, 4))  # touches every weight once
         reads = [hardware.read_bandwidth(buffer, threads, seconds=0.2)]
         found = []
@@ -166,6 +187,11 @@ def measure(
     }
     show(f"infer {name}: {result['weights']}, {count_threads(threads)}, batch {batch}", _rows(result))
     return result
+
+
+def default_threads(config: XverseConfig) -> int:
+    """As ``xverse chat`` takes."""
+    return 1 if config.num_parameters() < ONE_THREAD_BELOW else hardware.cores().usable
 
 
 def _rows(result: dict[str, Any]) -> Iterator[Row]:

@@ -28,8 +28,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     infer.add_argument("--prompt-tokens", type=positive, default=512, metavar="N", help="length of a prompt")
     infer.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="timed steps")
     infer.add_argument("--batch", type=positive, default=1, metavar="N", help="requests at once")
+    infer.add_argument("--rounds", type=positive, default=3, metavar="N", help="of which medians are taken")
     infer.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as chat does)")
     infer.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights first")
+    infer.add_argument(
+        "--part",
+        choices=["speed", "speculation", "scheduler"],
+        default="speed",
+        help="speculation: forced replies of a shape, real ones of a model; scheduler: what a step of 64 "
+        "sequences spends outside the model",
+    )
+    infer.add_argument("--draft", metavar="M", help="a model that guesses, in --part speculation")
     infer.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: as chat does)"
     )
