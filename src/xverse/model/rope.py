@@ -22,9 +22,11 @@ _YARN_ONLY = ("original_max_position_embeddings", "attention_factor", "beta_fast
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """``factor`` is by how much the context grows, ``rope_type`` how: "linear" divides positions (Chen et al.,
-    2023, arXiv:2306.15595), "dynamic" raises the base with the length of a text ("dynamic NTK"), "yarn" divides
-    low frequencies more than high ones (Peng et al., 2023, arXiv:2309.00071).
+    """``factor`` is by how much the context grows, ``rope_type`` how.
+
+    "linear" divides positions (Chen et al., 2023, arXiv:2306.15595), "dynamic" raises the base with the
+    length of a text ("dynamic NTK"), "yarn" divides low frequencies more than high ones (Peng et al., 2023,
+    arXiv:2309.00071).
 
     The last four are YaRN's. Raises ValueError for a value out of range.
     """
