@@ -112,7 +112,7 @@ def prefilled(model: Any, ids: list[int], kv_dtype: str, chunk: int) -> torch.Te
     cache = PagedCache(
         model.config, dtype, torch.device("cpu"), blocks=blocks, sequences=1, kv_dtype=kv_dtype
     )
-    sequence, logits = SequenceCache(cache), []
+    sequence, logits = SequenceCache(cache, len(ids)), []
     with torch.inference_mode():
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from xverse.cli import main
 from xverse.config import UserError
 from xverse.formats import load_model, open_gguf, parity, save_gguf
 from xverse.formats.gguf import KINDS, gguf_name, half_rows, licence_of, pair_rows
-from xverse.model import XverseConfig, XverseForCausalLM, init_weights
-from xverse.model.rope import rope_tables, rotate
+from xverse.model import FullCausal, XverseConfig, XverseForCausalLM, init_weights
+from xverse.model.rope import RopeScaling, rope_tables, rotate
 from xverse.tokenizer import CHAT_TEMPLATE, Tokenizer
 
 NANO = Path(__file__).parents[2] / "src" / "xverse" / "assets" / "nano"
@@ -81,7 +82,14 @@ def test_rows_in_pairs_rotate_as_halves_do() -> None:
     weight = torch.randn(heads * size, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(half_rows(pair_rows(weight, heads), heads), weight)
     x = torch.randn(length, 7, generator=torch.Generator().manual_seed(1))
-    cos, sin = rope_tables(torch.arange(length)[None], size, 10000.0)
+    config = XverseConfig(
+        vocab_size=9,
+        hidden_size=heads * size,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+    )
+    cos, sin = rope_tables(torch.arange(length)[None], config)
     halves = rotate((x @ weight.T).view(1, length, heads, size).transpose(1, 2), cos, sin)
     pairs = (x @ pair_rows(weight, heads).T).view(1, length, heads, size // 2, 2).transpose(1, 2)
     turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(
@@ -260,3 +268,32 @@ def test_transformers_reads_the_file(model: Any, tiny_tokenizer: Tokenizer, tmp_
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     assert type(loaded).__name__ == "LlamaForCausalLM"
     assert parity(model, loaded) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rope_scaling_is_written(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    original = 64 if kind == "yarn" else None
+    scaling = RopeScaling(rope_type=kind, factor=4.0, original_max_position_embeddings=original)
+    config = replace(tiny_model.config, max_position_embeddings=64, rope_scaling=scaling)
+    scaled = XverseForCausalLM(config).eval()
+    scaled.load_state_dict(tiny_model.state_dict())
+    save_gguf(scaled, tiny_tokenizer, tmp_path / "model.gguf", "f16")
+    again = open_gguf(tmp_path / "model.gguf")
+    assert again.config.rope_scaling == scaling
+    assert again.config.context_length == 256
+    ids = torch.randint(4, 200, (1, 100))
+    with torch.inference_mode():
+        found, expected = (each(ids, FullCausal(1, 100)) for each in (again, scaled))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_rope_scaling_that_a_file_cannot_say_is_refused(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    for scaling, part in (
+        (RopeScaling(rope_type="dynamic", factor=2.0), "no dynamic rope scaling"),
+        (RopeScaling(rope_type="yarn", factor=2.0, beta_fast=9.0), "beta_fast = 9.0"),
+    ):
+        scaled = XverseForCausalLM(replace(tiny_model.config, rope_scaling=scaling))
+        with pytest.raises(UserError, match=part):
+            save_gguf(scaled, tiny_tokenizer, tmp_path / "model.gguf")

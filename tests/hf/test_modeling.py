@@ -290,7 +290,7 @@ def test_config_conversion_and_refusals(core_model: Any) -> None:
     theta = XverseConfig(rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     assert theta.to_model_config().rope_theta == 500000.0
     with pytest.raises(UserError, match="rope scaling"):
-        XverseConfig(rope_parameters={"rope_type": "yarn", "factor": 4.0})
+        XverseConfig(rope_parameters={"rope_type": "longrope", "factor": 4.0})
     with pytest.raises(UserError, match="grouped-query"):
         XverseForCausalLM(XverseConfig(num_key_value_heads=8))
 

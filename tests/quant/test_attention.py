@@ -121,6 +121,27 @@ def test_decode(paths: str, block_size: int, head_dim: int, stored: torch.dtype,
         assert off(found, wanted) < bound
 
 
+@pytest.mark.parametrize(("stored", "dtype"), TYPES)
+def test_a_rows_bits_depend_on_that_row_alone(paths: str, stored: torch.dtype, dtype: torch.dtype) -> None:
+    """However many queries there are, of the same sequence or of others, and on however many threads."""
+    if paths == "none":
+        pytest.skip("PyTorch's attention promises nothing of the kind")
+    filled = Filled([1300, 40, 700], 8, 32, 64, stored)
+    lengths = torch.tensor([1295, 1296, 1297, 40, 699, 700, 64, 65], dtype=torch.int32)
+    table = filled.table[[0, 0, 0, 1, 2, 2, 2, 2]]
+    q = torch.randn(len(lengths), 8, 64).to(dtype)
+    alone = torch.cat(
+        [filled.cache.attend(q[i : i + 1], table[i : i + 1], lengths[i : i + 1]) for i in range(len(q))]
+    )
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(filled.cache.attend(q, table, lengths), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160])
 def test_prefill(paths: str, head_dim: int, stored: torch.dtype) -> None:

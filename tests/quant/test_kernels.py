@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from xverse.model.config import XverseConfig
 from xverse.model.rope import rope_tables, rotate
 from xverse.quant import ops
 from xverse.quant.linear import QuantLinear
@@ -191,7 +192,14 @@ def test_rotation(kernels: str, dtype: torch.dtype) -> None:
     for batch, length, heads, head_dim in ((1, 1, 3, 2), (2, 5, 4, 64), (1, 300, 2, 128)):
         q, k = torch.randn(2, batch, length, heads, head_dim).to(dtype).unbind()
         positions = torch.arange(7, 7 + length).expand(batch, length)
-        cos, sin = (table.to(dtype) for table in rope_tables(positions, head_dim, 10000.0))
+        config = XverseConfig(
+            vocab_size=9,
+            hidden_size=heads * head_dim,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=heads,
+        )
+        cos, sin = (table.to(dtype) for table in rope_tables(positions, config))
         expected = [
             rotate(x.double().transpose(1, 2), cos.double(), sin.double()).transpose(1, 2) for x in (q, k)
         ]

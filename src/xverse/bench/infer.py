@@ -258,10 +258,10 @@ def _positions(prompt_tokens: int, new_tokens: int, batch: int) -> int:
 def check_context(config: XverseConfig, prompt_tokens: int, new_tokens: int, batch: int) -> None:
     """Raises UserError where the measurement does not fit into the model's positions."""
     needed = _positions(prompt_tokens, new_tokens, batch)
-    if needed > config.max_position_embeddings:
+    if needed > config.context_length:
         raise UserError(
             f"{prompt_tokens} prompt and {new_tokens} new tokens at batch {batch} need {needed} positions, "
-            f"the model has {config.max_position_embeddings}"
+            f"the model has {config.context_length}"
         )
 
 

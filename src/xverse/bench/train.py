@@ -77,10 +77,8 @@ def measure(
     peak memory of the sides in ``memory_of``."""
     if steps < 3:
         raise UserError(f"steps: {steps} are too few for a median of pairs (at least 3)")
-    if not 2 <= sequence_length <= config.max_position_embeddings:
-        raise UserError(
-            f"sequence_length: {sequence_length} is out of range (2 to {config.max_position_embeddings})"
-        )
+    if not 2 <= sequence_length <= config.context_length:
+        raise UserError(f"sequence_length: {sequence_length} is out of range (2 to {config.context_length})")
     threads = threads or hardware.cores().usable
     need_memory(estimated_memory(config, batch_size, sequence_length))
     notice(f"train {name}: peak memory of each side in a process of its own")

@@ -110,7 +110,7 @@ class Session:
             self.engine.tokenizer,
             [*self.messages, question],
             max_new_tokens=self.parameters.max_new_tokens,
-            max_positions=config.max_position_embeddings,
+            max_positions=config.context_length,
             truncation=config.max_tokenizer_truncation,
         )
         if prompt.dropped_rounds:
@@ -139,7 +139,7 @@ class Session:
         config = self.engine.model.config
         ids = self.engine.tokenizer.encode(text)
         limit = input_limit(
-            self.parameters.max_new_tokens, config.max_position_embeddings, config.max_tokenizer_truncation
+            self.parameters.max_new_tokens, config.context_length, config.max_tokenizer_truncation
         )
         if len(ids) > limit:
             self.notify(f"too long for the context: the first {len(ids) - limit} tokens were left out")

@@ -83,11 +83,13 @@ class PagedCache:
             raise UserError(
                 f"max_cache_tokens: no room for a cache of {blocks * BLOCK_SIZE} tokens ({size:.1f} GB)"
             ) from error
+        scaling = config.rope_scaling
+        self.rope_depends_on_length = scaling is not None and scaling.rope_type == "dynamic"
         self.pool = BlockPool(blocks)
         self.scratch = blocks  # a block that nobody reads
         # The blocks of each sequence in order; places without a block name block 0, and kernels look at no
         # more than a sequence's positions.
-        width = -(-config.max_position_embeddings // BLOCK_SIZE)
+        width = -(-config.context_length // BLOCK_SIZE)
         self.tables = torch.zeros(sequences, width, dtype=torch.int32, device=device)
         self.free_rows = list(range(sequences - 1, -1, -1))
         advise_huge_pages(data)
@@ -109,10 +111,12 @@ def position_bytes(config: XverseConfig, dtype: torch.dtype, kv_dtype: str = "au
 
 
 class SequenceCache:
-    """One request's blocks in order, of which ``length`` positions are written."""
+    """One request's blocks in order, of which ``length`` positions are written, of ``longest`` that it may
+    ever have."""
 
-    def __init__(self, cache: PagedCache) -> None:
+    def __init__(self, cache: PagedCache, longest: int) -> None:
         self.cache = cache
+        self.longest = longest
         self.length = 0
         self.blocks: list[int] = []
         self.row = cache.free_rows.pop()
@@ -178,6 +182,10 @@ class RaggedContext:
         device = cache.device
         self.positions = torch.tensor([positions], device=device)  # [1, N]
         self.slots = torch.tensor(slots, device=device)  # [N]
+        self.rope_lengths: Tensor | None = None  # [1, N]
+        if cache.rope_depends_on_length:
+            longest = [sequence.longest for sequence, count in segments for _ in range(count)]
+            self.rope_lengths = torch.tensor([longest], device=device)
         self.single = not self._long
         # No sequence has more blocks: what lies to their right in the table need not be looked at.
         self.longest_table = max(len(sequence.blocks) for sequence, _ in segments)

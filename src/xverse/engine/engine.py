@@ -236,7 +236,7 @@ class Engine:
         return [event for event in events if mine(event.handle)]
 
     def _enqueue(self, request: Request, prompted: Prompted | None) -> int:
-        context, prompt = self.model.config.max_position_embeddings, len(request.prompt_ids)
+        context, prompt = self.model.config.context_length, len(request.prompt_ids)
         if prompt > context or (prompt == context and request.max_new_tokens):
             raise UserError(f"prompt_ids: {prompt} tokens leave no room in a context of {context}")
         ids = [*request.prompt_ids, *(prompted.finals if prompted else ())]
@@ -276,14 +276,15 @@ class Engine:
                 generator=generator,
                 plain=generator is None and not asks,
                 prompted=prompted,
-                salt=b"",
+                # With "dynamic" rope scaling keys depend on how long the text may become.
+                salt=str(needed).encode() if self._cache.rope_depends_on_length else b"",
             )
         )
         return handle
 
     def _affordable(self, bytes_each: int) -> int:
         """Tokens of cache that all running requests may need, or that half of the free memory holds."""
-        context = self.model.config.max_position_embeddings
+        context = self.model.config.context_length
         if self._device.type == "cuda":
             free: int | None = torch.cuda.mem_get_info(self._device)[0]
         else:

@@ -26,6 +26,7 @@ class _Inputs:
     slots: Tensor  # int64 [N]
     table: Tensor  # int32 [N, W]
     lengths: Tensor  # int32 [N]
+    rope_lengths: Tensor | None  # int64 [1, N]
     layers: list[PagedLayer]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,6 +65,8 @@ class DecodeGraphs:
         inputs.slots[count:] = self._cache.scratch * BLOCK_SIZE
         inputs.table[count:] = self._cache.scratch
         inputs.lengths[count:] = 1
+        if inputs.rope_lengths is not None and context.rope_lengths is not None:
+            inputs.rope_lengths[0, :count] = context.rope_lengths[0]
         inputs.positions[0, count:] = 0
         if self._cache.device.type != "cuda":
             return self._forward(inputs)[:count]
@@ -81,6 +84,9 @@ class DecodeGraphs:
             slots=torch.zeros(tokens, dtype=torch.long, device=device),
             table=torch.zeros(tokens, blocks, dtype=torch.int32, device=device),
             lengths=torch.ones(tokens, dtype=torch.int32, device=device),
+            rope_lengths=torch.ones(1, tokens, dtype=torch.long, device=device)
+            if self._cache.rope_depends_on_length
+            else None,
             layers=self._cache.layers,
         )
 

@@ -108,7 +108,7 @@ class Scheduler:
             found = self._prefixes.find(digests)
             if len(found) < len(digests) and digests[len(found)] in self._coming:
                 continue
-            cache = SequenceCache(self._cache)
+            cache = SequenceCache(self._cache, sequence.tokens_at_most)
             cache.share(found)
             if not self._room(cache.missing(len(sequence.tokens)) + len(self.running)):
                 cache.release()

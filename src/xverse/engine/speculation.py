@@ -159,7 +159,7 @@ class Draft:
         self._cache = PagedCache(
             model.config, weight.dtype, weight.device, blocks=blocks, sequences=sequences
         )
-        self._positions = model.config.max_position_embeddings
+        self._positions = model.config.context_length
         self._vocab_size = vocab_size
         self._chunk = prefill_chunk
         self._states: dict[int, _DraftState] = {}
@@ -200,7 +200,9 @@ class Draft:
         if state is None:
             if length > self._positions or not self._cache.free_rows:
                 return None
-            state = self._states[sequence.handle] = _DraftState(SequenceCache(self._cache))
+            state = self._states[sequence.handle] = _DraftState(
+                SequenceCache(self._cache, sequence.tokens_at_most)
+            )
         state.follow(sequence.tokens)
         if length > self._positions or state.cache.missing(length) > self._cache.pool.free:
             self.forget(sequence)

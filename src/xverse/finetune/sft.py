@@ -53,9 +53,9 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     # The file is mapped read-only memory; training needs memory of its own.
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     tokenizer = load_tokenizer(source)
-    if recipe.sequence_length > model.config.max_position_embeddings:
+    if recipe.sequence_length > model.config.context_length:
         raise UserError(
-            f"sequence_length {recipe.sequence_length} is beyond the {model.config.max_position_embeddings} "
+            f"sequence_length {recipe.sequence_length} is beyond the {model.config.context_length} "
             f"positions of {recipe.model}"
         )
     datasets = load_datasets(

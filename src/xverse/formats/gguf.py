@@ -26,6 +26,7 @@ from xverse.formats.read import check_vocabulary
 from xverse.formats.spm import Vocabulary, spm_vocabulary
 from xverse.log import console, progress
 from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.model.rope import RopeScaling
 from xverse.tokenizer import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def save_gguf(
     file_type = choose("type", kind, KINDS)
     check_file(path, overwrite)
     check_vocabulary(tokenizer, model.config, path)
+    _check_scaling(model.config.rope_scaling)
     vocabulary = spm_vocabulary(tokenizer, model.config.vocab_size)
     tensors = {gguf_name(key): tensor for key, tensor in model.state_dict().items()}
     kinds = {key: _kind(key, tensor, kind) for key, tensor in tensors.items()}
@@ -166,7 +168,7 @@ def _describe(
     if licence:
         writer.add_license(licence)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -175,6 +177,14 @@ def _describe(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
+    import gguf
+
+    scaling = config.rope_scaling
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
+        writer.add_rope_scaling_factor(scaling.factor)
+        original = scaling.original_max_position_embeddings or config.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(original)
     settings: dict[str, Callable[[Any], None]] = {
         "temperature": writer.add_sampling_temp,
         "top_k": writer.add_sampling_top_k,
@@ -184,6 +194,17 @@ def _describe(
     for key, add in settings.items():
         if isinstance(generation_config.get(key), (int, float)):
             add(generation_config[key])
+
+
+def _check_scaling(scaling: RopeScaling | None) -> None:
+    if scaling is None or scaling.rope_type == "linear":
+        return
+    default = RopeScaling(rope_type=scaling.rope_type, factor=scaling.factor)
+    if scaling.rope_type == "dynamic":
+        raise UserError("GGUF has no dynamic rope scaling; export with linear or yarn, or without")
+    for name in ("attention_factor", "beta_fast", "beta_slow"):
+        if getattr(scaling, name) != getattr(default, name):
+            raise UserError(f"GGUF: rope scaling with {name} = {getattr(scaling, name)} is not supported")
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary, config: XverseConfig) -> None:
@@ -319,6 +340,15 @@ def _read_config(reader: gguf.GGUFReader) -> XverseConfig:
         assert field is not None, f"no {key} in the file"
         return field.contents()
 
+    positions, scaling = value("llama.context_length"), None
+    if reader.get_field("llama.rope.scaling.type") is not None:
+        positions = value("llama.rope.scaling.original_context_length")
+        kind = value("llama.rope.scaling.type")
+        scaling = RopeScaling(
+            rope_type=kind,
+            factor=value("llama.rope.scaling.factor"),
+            original_max_position_embeddings=positions if kind == "yarn" else None,
+        )
     return XverseConfig(
         vocab_size=value("llama.vocab_size"),
         hidden_size=value("llama.embedding_length"),
@@ -327,5 +357,6 @@ def _read_config(reader: gguf.GGUFReader) -> XverseConfig:
         num_attention_heads=value("llama.attention.head_count"),
         rms_norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
         rope_theta=value("llama.rope.freq_base"),
-        max_position_embeddings=value("llama.context_length"),
+        max_position_embeddings=positions,
+        rope_scaling=scaling,
     )

@@ -107,7 +107,7 @@ def llama_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
         "mlp_bias": False,
         "head_dim": config.head_dim,
         "num_key_value_heads": config.num_attention_heads,
-        "rope_scaling": None,
+        "rope_scaling": values.get("rope_scaling"),
     }
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from xverse.config import UserError
 from xverse.formats.compressed import METHOD
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
 from xverse.model.config import XverseConfig as ModelConfig
+from xverse.model.rope import RopeScaling
 
 QUANT_METHOD = "xverse"  # by which transformers finds our quantizer
 
@@ -39,8 +39,8 @@ class XverseConfig(PretrainedConfig):
     """Configuration of ``XverseForCausalLM``; the defaults are XVERSE-7B's.
 
     ``rope_theta`` stays a key of its own, as upstream has it; ``rope_parameters`` is read too. Raises
-    UserError for rope scaling; other things that the model lacks (grouped-query attention, biases) are
-    refused when one is built.
+    UserError for rope scaling of an unknown kind; other things that the model lacks (grouped-query attention,
+    biases) are refused when one is built.
     """
 
     model_type = "xverse"
@@ -67,8 +67,9 @@ class XverseConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         rope = kwargs.pop("rope_parameters", None) or kwargs.pop("rope_scaling", None) or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UserError(f"config.json: rope scaling {rope} is not supported")
+        scaling = RopeScaling.from_json(rope, max_position_embeddings, "config.json")
+        if scaling is not None:
+            self.rope_parameters = scaling.to_json()
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

@@ -14,7 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class AttentionContext(Protocol):
-    """``positions`` int64 [B, T] rotate queries and keys; ``attend`` mixes values."""
+    """``positions`` int64 [B, T] rotate queries and keys; ``attend`` mixes values.
+
+    A context may have ``rope_lengths`` too, see ``rope_tables``.
+    """
 
     positions: Tensor
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xverse.config import UserError, build, choose
+from xverse.model.rope import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class XverseConfig:
     bos_token_id: int = 2
     eos_token_id: int = 3
     initializer_range: float = 0.02
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -43,6 +45,13 @@ class XverseConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def context_length(self) -> int:
+        """How many tokens a text may have: ``max_position_embeddings``, or what rope scaling makes of it."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        return self.rope_scaling.context_length(self.max_position_embeddings)
+
     def num_parameters(self) -> int:
         """Trainable parameters: untied embedding and head, no biases."""
         layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
@@ -50,6 +59,10 @@ class XverseConfig:
 
     def to_json(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """``config.json`` as upstream writes it, without ``auto_map``; ``dtype`` is the stored one."""
+        values = dataclasses.asdict(self)
+        values.pop("rope_scaling")
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = self.rope_scaling.to_json()
         return {
             "architectures": ["XverseForCausalLM"],
             "model_type": "xverse",
@@ -57,7 +70,7 @@ class XverseConfig:
             "tie_word_embeddings": False,
             "torch_dtype": dtype,
             "use_cache": True,
-            **dataclasses.asdict(self),
+            **values,
         }
 
     @classmethod
@@ -81,11 +94,13 @@ class XverseConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in values.items() if key in known and value is not None}
         rope = values.get("rope_parameters") or values.get("rope_scaling")
-        if rope:
-            if rope.get("rope_type", rope.get("type", "default")) != "default":
-                raise UserError(f"{where}: rope scaling {rope} is not supported")
-            kept.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
-        return build(cls, kept, where)
+        kept.pop("rope_scaling", None)
+        config = build(cls, kept, where)
+        if not rope:
+            return config
+        scaling = RopeScaling.from_json(rope, config.max_position_embeddings, where)
+        theta = kept.get("rope_theta", rope.get("rope_theta", cls.rope_theta))
+        return dataclasses.replace(config, rope_theta=theta, rope_scaling=scaling)
 
 
 def _shape(

@@ -121,7 +121,7 @@ class XverseModel(nn.Module):
 
     def rope(self, context: AttentionContext, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, 1, T, head_dim] for the positions of ``context``, in the type of activations."""
-        cos, sin = rope_tables(context.positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_tables(context.positions, self.config, getattr(context, "rope_lengths", None))
         return cos.to(dtype), sin.to(dtype)
 
 

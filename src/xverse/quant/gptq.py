@@ -9,7 +9,7 @@ from xverse.quant.methods import rtn
 from xverse.quant.weight import QuantizedWeight
 
 _BLOCK = 128  # columns whose errors are applied to the rest of the weight in one product
-DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean
+_DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean
 
 
 class Hessian:
@@ -34,15 +34,15 @@ class Hessian:
 class Plan:
     """What rounding the weights of one input needs to know of it: made once for all layers that share it."""
 
-    def __init__(self, hessian: Tensor, *, damping: float = DAMPING, by_importance: bool = True) -> None:
-        """``hessian`` float32 [K, K]. Columns are taken ``by_importance`` (largest diagonal first, "act
-        order") or from left to right."""
+    def __init__(self, hessian: Tensor) -> None:
+        """``hessian`` float32 [K, K]. Columns are taken by importance: the largest diagonal first ("act
+        order")."""
         assert hessian.isfinite().all(), "a Hessian that is not finite has no inverse"
         diagonal = hessian.diagonal()
         floor = 1e-6 * diagonal.mean().item()  # inputs that were never seen are rounded to nearest
         self.importance = diagonal.clamp(min=floor or 1.0)  # [K]
-        self.order = diagonal.argsort(descending=True) if by_importance else torch.arange(len(diagonal))
-        self.upper = _inverse_root(hessian[self.order][:, self.order], damping)  # [K, K]
+        self.order = diagonal.argsort(descending=True)
+        self.upper = _inverse_root(hessian[self.order][:, self.order])  # [K, K]
 
 
 def gptq(weight: Tensor, bits: int, group_size: int, plan: Plan) -> QuantizedWeight:
@@ -66,8 +66,9 @@ def output_error(difference: Tensor, hessian: Tensor) -> float:
     return ((difference @ hessian) * difference).sum().item()
 
 
-def _inverse_root(hessian: Tensor, damping: float) -> Tensor:
+def _inverse_root(hessian: Tensor) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse."""
+    damping = _DAMPING
     mean = hessian.diagonal().mean().item() or 1.0
     while True:
         damped = hessian.clone()

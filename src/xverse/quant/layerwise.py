@@ -122,4 +122,4 @@ def learn(
 def _context(config: XverseConfig, rows: Tensor) -> tuple[tuple[Tensor, Tensor], FullCausal]:
     """Rotary tables and plain causal attention for rows [r, T, D]."""
     context = FullCausal(len(rows), rows.shape[1])
-    return rope_tables(context.positions, config.head_dim, config.rope_theta), context
+    return rope_tables(context.positions, config), context

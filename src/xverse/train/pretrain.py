@@ -59,9 +59,9 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
     if recipe.initializer_range is not None:
         config = dataclasses.replace(config, initializer_range=recipe.initializer_range)
-    if recipe.sequence_length > config.max_position_embeddings:
+    if recipe.sequence_length > config.context_length:
         raise UserError(
-            f"sequence_length {recipe.sequence_length} is beyond the {config.max_position_embeddings} "
+            f"sequence_length {recipe.sequence_length} is beyond the {config.context_length} "
             f"positions of shape {name}"
         )
     feed = PretrainFeed(recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed)
