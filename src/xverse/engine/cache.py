@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from xverse import hardware
 from xverse.config import UserError
 from xverse.model.config import XverseConfig
 from xverse.quant.attention import PagedLayer
@@ -108,6 +109,28 @@ def position_bytes(config: XverseConfig, dtype: torch.dtype, kv_dtype: str = "au
     """Bytes that one position of one request takes in all layers."""
     vector = config.head_dim + 4 if kv_dtype == "int8" else config.head_dim * dtype.itemsize
     return 2 * config.num_hidden_layers * config.num_attention_heads * vector
+
+
+def cache_tokens(
+    wanted: int | None, bytes_each: int, device: torch.device, *, longest: int, most: int
+) -> int:
+    """How many tokens the cache is to hold: ``wanted``, or what half of the free memory holds, at least one
+    sequence of the ``longest`` kind and at most ``most``.
+
+    Raises UserError for more than the memory holds: on a CPU the cache takes memory as it is written to, and
+    would fail much later.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else hardware.memory()[1]
+    if wanted is None:
+        return most if free is None else min(most, max(longest, free // 2 // bytes_each))
+    if wanted < BLOCK_SIZE:
+        raise UserError(f"max_cache_tokens: {wanted} is out of range (at least {BLOCK_SIZE})")
+    if free is not None and wanted * bytes_each > free:
+        raise UserError(
+            f"max_cache_tokens: {wanted} tokens of cache take {wanted * bytes_each / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB of memory are free; {free // bytes_each} would fit"
+        )
+    return wanted
 
 
 class SequenceCache:

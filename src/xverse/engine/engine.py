@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xverse import hardware
 from xverse.config import UserError
-from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext, position_bytes
+from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext, cache_tokens, position_bytes
 from xverse.engine.graphs import DecodeGraphs
 from xverse.engine.prefix import PrefixCache
 from xverse.engine.request import Event, Request
@@ -94,8 +93,10 @@ class Engine:
         weight = model.model.norm.weight  # the one that is never quantised
         self._device, dtype = weight.device, weight.dtype
         bytes_each = position_bytes(model.config, dtype, kv_dtype)
-        if max_cache_tokens is None:
-            max_cache_tokens = self._affordable(bytes_each)
+        context = model.config.context_length
+        max_cache_tokens = cache_tokens(
+            max_cache_tokens, bytes_each, self._device, longest=context, most=max_batch * context
+        )
         self.max_cache_tokens = max_cache_tokens
         # Each running request may leave a block partly used.
         blocks = -(-max_cache_tokens // BLOCK_SIZE) + max_batch
@@ -281,16 +282,6 @@ class Engine:
             )
         )
         return handle
-
-    def _affordable(self, bytes_each: int) -> int:
-        """Tokens of cache that all running requests may need, or that half of the free memory holds."""
-        context = self.model.config.context_length
-        if self._device.type == "cuda":
-            free: int | None = torch.cuda.mem_get_info(self._device)[0]
-        else:
-            free = hardware.memory()[1]
-        most = self.max_batch * context
-        return most if free is None else min(most, max(context, free // 2 // bytes_each))
 
     def _retire(self, sequence: Sequence) -> None:
         self._scheduler.retire(sequence)

@@ -1,0 +1,61 @@
+"""Speculation and scheduler figures, measured end to end on small models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from xverse.bench import decoding, infer
+from xverse.config import UserError
+from xverse.formats import save_hf
+from xverse.model import XverseForCausalLM, init_weights
+
+
+@pytest.fixture
+def model(wide_config: Any) -> XverseForCausalLM:
+    return infer.random_model(replace(wide_config, vocab_size=700), torch.float32)
+
+
+def test_forced_replies_are_said(model: Any) -> None:
+    found = decoding.speculation(model, infer.placeholder_tokenizer(700), "tiny", threads=1, rounds=1)
+    assert found["quoting"]["lookup_tok_s"] > 0
+    assert found["other"]["ratio"] > 0
+    assert 0 < found["accepted_tokens"] <= found["proposed_tokens"]
+
+
+def test_the_texts_quote_and_do_not() -> None:
+    prompt, replies = decoding.texts(12288)
+    joined = " ".join(map(str, prompt))
+    quoted = replies["quoting"]
+    assert len(quoted) == len(replies["other"]) == 96
+    assert " ".join(map(str, quoted[1:25])) in joined
+    assert " ".join(map(str, replies["other"][:6])) not in joined
+
+
+def test_real_replies_are_the_same(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    draft = XverseForCausalLM(tiny_model.config)
+    init_weights(draft, seed=3)
+    pair = (draft.eval(), tiny_tokenizer)
+    found = decoding.acceptance(tiny_model, tiny_tokenizer, "tiny", pair, threads=1, rounds=1)
+    for kind in ("plain", "lookup", "draft"):
+        assert found[kind]["same_replies"] == 8
+    assert found["plain"]["proposed_tokens"] == 0
+
+
+def test_the_share_outside_the_model(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    found = decoding.scheduler(tiny_model, tiny_tokenizer, "tiny", batch=4)
+    for kind in ("greedy", "chat"):
+        assert 0 < found[kind]["outside_share"] < 1
+
+
+def test_parts_on_the_command_line(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Any) -> None:
+    save_hf(tiny_model, tiny_tokenizer, tmp_path / "model")
+    path = str(tmp_path / "model")
+    assert infer.run(path, part="speculation", draft=path)["draft"]["same_replies"] == 8
+    with pytest.raises(UserError, match="--draft: a draft guesses in --part speculation"):
+        infer.run(path, draft=path)
+    with pytest.raises(UserError, match="--draft"):
+        infer.run(shape="nano", part="speculation", draft="nano")
