@@ -23,7 +23,7 @@ from xverse.engine.sampling import Adjustment, Key, choose, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Item, Scores, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
-from xverse.engine.speculation import Speculation, guesses, learn, proposer, row_cost
+from xverse.engine.speculation import PLAIN_SECOND_ROW, Speculation, guesses, learn, proposer, row_cost
 from xverse.engine.stop import StopText
 from xverse.model.transformer import XverseForCausalLM
 from xverse.quant.decoder import Decoder, decoder
@@ -127,6 +127,8 @@ class Engine:
             )
         # More rows than that cost more than one, see docs/inference.md.
         self._rows_at_once = 8 if self._device.type == "cpu" else 64
+        native = self._decoder is not None
+        self._second_row = 0.0 if native else PLAIN_SECOND_ROW
         self._position_bytes = bytes_each
         self._weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         self._proposed_tokens = self._accepted_tokens = 0
@@ -304,7 +306,7 @@ class Engine:
             if not sequence.scoring:
                 cache = self._position_bytes * len(sequence.tokens)
                 cost = self._proposer.cost + row_cost(cache / (cache + self._weight_bytes))
-                count = guesses(sequence.acceptance, cost, min(most, left))
+                count = guesses(sequence.acceptance, cost, min(most, left), self._second_row)
             if count > 0:
                 asked.append((item, count))
             else:

@@ -47,7 +47,7 @@ class Sequence:
     cache: SequenceCache | None = None
     registered: int = 0  # blocks that were offered to the prefix cache
     reported: bool = False  # whether an event carried the prompt's log-probabilities
-    acceptance: float = 0.5  # share of proposed tokens that were right, a running mean
+    acceptance: float = 0.8  # share of proposed tokens that were right, a running mean
 
     @property
     def computed(self) -> int:

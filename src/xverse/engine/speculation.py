@@ -23,10 +23,12 @@ from xverse.tokenizer import Tokenizer
 
 MOST_TOKENS = 16
 # What one more row costs, as a share of a step of one row: weights are read once for all of them, and of the
-# keys and values a part is read again (docs/LOG.md has the measurements).
-_ROW_COST, _ROW_READS = 0.02, 0.4
+# keys and values a part is read again. On a CPU PyTorch's products are slow at the second row, no slower at
+# the eighth (docs/LOG.md has the measurements).
+_ROW_COST, _ROW_READS, PLAIN_SECOND_ROW = 0.02, 0.4, 0.5
 _SMOOTHING = 0.1  # weight of one verified token in the running mean of acceptance
-_FORGETTING = 0.02  # each step without guesses: after many, try again
+_HOPE = 0.8  # acceptance that a sequence begins with
+_FORGETTING = 0.02  # each step without guesses: after many, hope comes back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +70,18 @@ def row_cost(cache_share: float) -> float:
     return _ROW_COST + _ROW_READS * cache_share
 
 
-def guesses(acceptance: float, cost: float, most: int) -> int:
+def guesses(acceptance: float, cost: float, most: int, second_row: float = 0.0) -> int:
     """The number of guesses, 0 to ``most``, with the most tokens for each unit of time.
 
     Of k guesses, each right with probability ``acceptance``, come (1 - a^(k+1)) / (1 - a) tokens (Leviathan
-    et al., equation 1), in 1 + k · ``cost`` steps.
+    et al., equation 1), in 1 + ``second_row`` + k · ``cost`` steps.
     """
     best, best_rate = 0, 1.0
     expected, power = 1.0, 1.0
     for count in range(1, most + 1):
         power *= acceptance
         expected += power
-        rate = expected / (1 + count * cost)
+        rate = expected / (1 + second_row + count * cost)
         if rate > best_rate:
             best, best_rate = count, rate
     return best
@@ -88,7 +90,7 @@ def guesses(acceptance: float, cost: float, most: int) -> int:
 def learn(sequence: Sequence, proposed: int, accepted: int) -> None:
     """Bring the running mean of acceptance up to date after a step."""
     if not proposed:
-        sequence.acceptance += _FORGETTING * (0.5 - sequence.acceptance)
+        sequence.acceptance += _FORGETTING * (_HOPE - sequence.acceptance)
     for right in [1.0] * accepted + [0.0] * (accepted < proposed):
         sequence.acceptance += _SMOOTHING * (right - sequence.acceptance)
 
