@@ -171,14 +171,17 @@ class Engine:
         for sequence in self._scheduler.waiting:
             if sequence.handle == handle:
                 self._scheduler.waiting.remove(sequence)
+                self._forget(sequence)
                 return True
         return False
 
     def fail(self, message: str) -> list[Event]:
         """End every request, running or waiting, with an error: for who met an exception in ``step``."""
         events = [self._failed(sequence, message) for sequence in list(self._scheduler.running)]
-        events += [self._error(sequence, message) for sequence in self._scheduler.waiting]
-        self._scheduler.waiting.clear()
+        while self._scheduler.waiting:
+            sequence = self._scheduler.waiting.popleft()
+            self._forget(sequence)
+            events.append(self._error(sequence, message))
         return events
 
     @torch.inference_mode()
@@ -287,6 +290,9 @@ class Engine:
 
     def _retire(self, sequence: Sequence) -> None:
         self._scheduler.retire(sequence)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
         if self._proposer is not None:
             self._proposer.forget(sequence)
 
