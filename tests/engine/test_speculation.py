@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from xverse.config import UserError
 from xverse.engine import Engine, Request, Sampling, Speculation
-from xverse.engine.speculation import _Ngrams, guesses
+from xverse.engine.proposers import _Ngrams
+from xverse.engine.speculation import guesses
 from xverse.model.transformer import XverseForCausalLM, init_weights
 
 GREEDY = Sampling(temperature=0)
@@ -25,10 +26,11 @@ def ask(engine: Engine, prompt: list[int], new_tokens: int, sampling: Sampling) 
 
 
 def guessing(model: Any, tokenizer: Any, kind: Speculation | None, prefill_chunk: int = 512) -> Engine:
-    """An engine whose draft counts as cheap: as large as the model, it would not be asked at all."""
+    """An engine to which guesses count as cheap: a draft as large as the model would not be asked at all."""
     engine = Engine(model, tokenizer, speculation=kind, prefill_chunk=prefill_chunk)
-    if engine._proposer is not None:
-        engine._proposer.cost = 0.03
+    if engine._guesser is not None:
+        engine._guesser.proposer.cost = 0.03
+        engine._guesser._second_row = 0.0
     return engine
 
 
@@ -124,8 +126,8 @@ def test_a_draft_gives_the_same_tokens(model: Any, close_draft: Any, tiny_tokeni
     assert list(got.values()) == [naive(model, prompt, 50) for prompt in prompts]
     stats = engine.stats()
     assert 0 < stats.accepted_tokens < stats.proposed_tokens
-    assert engine._proposer is not None
-    assert len(engine._proposer._cache.free_rows) == engine.max_batch  # type: ignore[attr-defined]
+    assert engine._guesser is not None
+    assert len(engine._guesser.proposer._cache.free_rows) == engine.max_batch  # type: ignore[attr-defined]
 
 
 def test_a_draft_of_a_short_context_stops_guessing(model: Any, tiny_tokenizer: Any, naive: Any) -> None:

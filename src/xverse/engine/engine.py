@@ -23,7 +23,7 @@ from xverse.engine.sampling import Adjustment, Key, choose, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Item, Scores, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
-from xverse.engine.speculation import PLAIN_SECOND_ROW, Speculation, guesses, learn, proposer, row_cost
+from xverse.engine.speculation import Guesser, Speculation
 from xverse.engine.stop import StopText
 from xverse.model.transformer import XverseForCausalLM
 from xverse.quant.decoder import Decoder, decoder
@@ -114,24 +114,19 @@ class Engine:
             self._cache, self._prefixes, max_batch=max_batch, prefill_chunk=prefill_chunk
         )
         self._vocab_size = tokenizer.vocab_size
-        self._speculation = speculation
-        self._proposer = None
+        self._guesser: Guesser | None = None
         if speculation is not None:
-            self._proposer = proposer(
+            self._guesser = Guesser(
                 speculation,
                 model,
                 tokenizer,
                 cache_tokens=max_cache_tokens,
                 max_batch=max_batch,
                 prefill_chunk=prefill_chunk,
+                position_bytes=bytes_each,
+                native=self._decoder is not None,
+                rows_at_once=8 if self._device.type == "cpu" else 64,
             )
-        # More rows than that cost more than one, see docs/inference.md.
-        self._rows_at_once = 8 if self._device.type == "cpu" else 64
-        native = self._decoder is not None
-        self._second_row = 0.0 if native else PLAIN_SECOND_ROW
-        self._position_bytes = bytes_each
-        self._weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-        self._proposed_tokens = self._accepted_tokens = 0
         self._undelivered: list[Event] = []
         self._next_handle = 0
 
@@ -150,8 +145,8 @@ class Engine:
             idle_blocks=self._prefixes.idle(),
             preemptions=self._scheduler.preemptions,
             reused_tokens=self._scheduler.reused_tokens,
-            proposed_tokens=self._proposed_tokens,
-            accepted_tokens=self._accepted_tokens,
+            proposed_tokens=self._guesser.proposed if self._guesser else 0,
+            accepted_tokens=self._guesser.accepted if self._guesser else 0,
         )
 
     def submit(self, request: Request) -> int:
@@ -191,8 +186,8 @@ class Engine:
         Without speculation a request yields at most one token in a step.
         """
         work = self._scheduler.schedule()
-        if self._proposer is not None and work:
-            self._propose(work)
+        if self._guesser is not None and work:
+            self._guesser.propose(work, self._scheduler)
         events = self._forward(work) if work else []
         if self._undelivered:
             events, self._undelivered = self._undelivered + events, []
@@ -282,6 +277,7 @@ class Engine:
                 generator=generator,
                 plain=generator is None and not asks,
                 prompted=prompted,
+                acceptance=self._guesser.acceptance if self._guesser else 0.0,
                 # With "dynamic" rope scaling keys depend on how long the text may become.
                 salt=str(needed).encode() if self._cache.rope_depends_on_length else b"",
             )
@@ -293,33 +289,8 @@ class Engine:
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        if self._proposer is not None:
-            self._proposer.forget(sequence)
-
-    def _propose(self, work: list[Work]) -> None:
-        """Guesses for the sequences that decode, while there are few rows beside them."""
-        assert self._proposer is not None
-        assert self._speculation is not None
-        room = self._rows_at_once // len(work) - 1
-        if room < 1 or any(item.count > 1 for item in work):
-            return
-        most = min(self._speculation.max_tokens, room)
-        asked: list[tuple[Work, int]] = []
-        for item in work:
-            sequence = item.sequence
-            left = sequence.tokens_at_most - len(sequence.tokens) - 1
-            count = 0
-            if not sequence.scoring:
-                cache = self._position_bytes * len(sequence.tokens)
-                cost = self._proposer.cost + row_cost(cache / (cache + self._weight_bytes))
-                count = guesses(sequence.acceptance, cost, min(most, left), self._second_row)
-            if count > 0:
-                asked.append((item, count))
-            else:
-                learn(sequence, 0, 0)
-        found = self._proposer.propose([(item.sequence, count) for item, count in asked])
-        for (item, _), tokens in zip(asked, found, strict=True):
-            self._scheduler.propose(item, tokens)
+        if self._guesser is not None:
+            self._guesser.forget(sequence)
 
     def _forward(self, work: list[Work]) -> list[Event]:
         """Compute ``work``; choose tokens where a sequence's last one is among it."""
@@ -401,10 +372,8 @@ class Engine:
                 accepted += 1
             first += 1 + len(item.proposed)
             self._scheduler.computed(sequence, item.count + accepted)
-            if item.proposed:
-                self._proposed_tokens += len(item.proposed)
-                self._accepted_tokens += accepted
-                learn(sequence, len(item.proposed), accepted)
+            if self._guesser is not None:
+                self._guesser.verified(item, accepted)
             if event.finish_reason:
                 self._retire(sequence)
         return events

@@ -43,11 +43,11 @@ class Sequence:
     prompted: Prompted | None
     salt: bytes
     prompt_tokens: int
+    acceptance: float  # share of guesses that were right, a running mean
     digests: list[bytes] = field(default_factory=list)
     cache: SequenceCache | None = None
     registered: int = 0  # blocks that were offered to the prefix cache
     reported: bool = False  # whether an event carried the prompt's log-probabilities
-    acceptance: float = 0.8  # share of proposed tokens that were right, a running mean
 
     @property
     def computed(self) -> int:

@@ -8,26 +8,24 @@ arXiv:2211.17192, for a proposal that is certain of its token).
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
 
 from xverse.config import UserError
-from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext, SequenceCache
+from xverse.engine.cache import BLOCK_SIZE
+from xverse.engine.proposers import Draft, Lookup, Proposer
+from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.sequence import Sequence
 from xverse.model.transformer import XverseForCausalLM
-from xverse.quant.inference import use_kernels
 from xverse.tokenizer import Tokenizer
 
 MOST_TOKENS = 16
 # What one more row costs, as a share of a step of one row: weights are read once for all of them, and of the
 # keys and values a part is read again. On a CPU PyTorch's products are slow at the second row, no slower at
 # the eighth (docs/LOG.md has the measurements).
-_ROW_COST, _ROW_READS, PLAIN_SECOND_ROW = 0.02, 0.4, 0.5
+_ROW_COST, _ROW_READS, _PLAIN_SECOND_ROW = 0.02, 0.4, 0.5
 _SMOOTHING = 0.1  # weight of one verified token in the running mean of acceptance
-_HOPE = 0.8  # acceptance that a sequence begins with
+_HOPE = 0.8  # acceptance that is taken for granted at first
+_SHARING = 0.05  # how fast new sequences learn from those before them
 _FORGETTING = 0.02  # each step without guesses: after many, hope comes back
 
 
@@ -51,18 +49,85 @@ class Speculation:
             raise UserError("draft: a draft model and its tokenizer belong together, one of them is missing")
 
 
-class Proposer(Protocol):
-    """``cost``: of making one guess, as a share of a step of the model."""
+class Guesser:
+    """Guesses for the sequences of one engine, and how many of them were right.
 
-    cost: float
+    ``position_bytes`` is what one position of the cache takes; ``native`` says whether kernels compute a few
+    rows in about the time of one. Raises UserError for a draft of another tokenizer.
+    """
 
-    def propose(self, asked: Many[tuple[Sequence, int]]) -> list[list[int]]:
-        """For each sequence up to so many tokens that may follow its own."""
-        ...
+    def __init__(
+        self,
+        speculation: Speculation,
+        model: XverseForCausalLM,
+        tokenizer: Tokenizer,
+        *,
+        cache_tokens: int,
+        max_batch: int,
+        prefill_chunk: int,
+        position_bytes: int,
+        native: bool,
+        rows_at_once: int,
+    ) -> None:
+        self.proposer: Proposer = Lookup()
+        self._weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+        if speculation.draft is not None and speculation.draft_tokenizer is not None:
+            other = speculation.draft_tokenizer
+            if other.hash != tokenizer.hash:
+                raise UserError(
+                    f"draft: its tokenizer ({other.vocab_size} tokens) is not the model's "
+                    f"({tokenizer.vocab_size} tokens): their ids mean different text"
+                )
+            draft = speculation.draft
+            self.proposer = Draft(
+                draft,
+                sum(tensor.nbytes for tensor in draft.state_dict().values()) / self._weight_bytes,
+                blocks=-(-cache_tokens // BLOCK_SIZE) + max_batch,
+                sequences=max_batch,
+                vocab_size=tokenizer.vocab_size,
+                prefill_chunk=prefill_chunk,
+            )
+        self.proposed = self.accepted = 0
+        self.acceptance = _HOPE  # what a new sequence begins with
+        self._most = speculation.max_tokens
+        self._rows_at_once = rows_at_once
+        self._second_row = 0.0 if native else _PLAIN_SECOND_ROW
+        self._position_bytes = position_bytes
+
+    def propose(self, work: list[Work], scheduler: Scheduler) -> None:
+        """Guesses behind the tokens of sequences that decode, while there are few rows beside them."""
+        room = self._rows_at_once // len(work) - 1
+        if room < 1 or any(item.count > 1 for item in work):
+            return
+        asked: list[tuple[Work, int]] = []
+        for item in work:
+            sequence = item.sequence
+            left = sequence.tokens_at_most - len(sequence.tokens) - 1
+            count = 0
+            if not sequence.scoring:
+                cache = self._position_bytes * len(sequence.tokens)
+                cost = self.proposer.cost + row_cost(cache / (cache + self._weight_bytes))
+                most = min(self._most, room, left)
+                count = guesses(sequence.acceptance, cost, most, self._second_row)
+            if count > 0:
+                asked.append((item, count))
+            else:
+                learn(sequence, 0, 0)
+        found = self.proposer.propose([(item.sequence, count) for item, count in asked])
+        for (item, _), tokens in zip(asked, found, strict=True):
+            scheduler.propose(item, tokens)
+
+    def verified(self, item: Work, accepted: int) -> None:
+        """So many of the item's guesses were right."""
+        if item.proposed:
+            self.proposed += len(item.proposed)
+            self.accepted += accepted
+            learn(item.sequence, len(item.proposed), accepted)
+            self.acceptance += _SHARING * (item.sequence.acceptance - self.acceptance)
 
     def forget(self, sequence: Sequence) -> None:
         """It has ended."""
-        ...
+        self.proposer.forget(sequence)
 
 
 def row_cost(cache_share: float) -> float:
@@ -93,173 +158,3 @@ def learn(sequence: Sequence, proposed: int, accepted: int) -> None:
         sequence.acceptance += _FORGETTING * (_HOPE - sequence.acceptance)
     for right in [1.0] * accepted + [0.0] * (accepted < proposed):
         sequence.acceptance += _SMOOTHING * (right - sequence.acceptance)
-
-
-class Lookup:
-    """The text repeats itself: what followed the last tokens where they stood before follows again.
-
-    Prompt lookup decoding (Saxena, 2023). Two sizes of n-grams; the longer one is the better witness.
-    """
-
-    cost = 0.0
-    _SIZES = (4, 2)
-
-    def __init__(self) -> None:
-        self._seen: dict[int, _Ngrams] = {}
-
-    def propose(self, asked: Many[tuple[Sequence, int]]) -> list[list[int]]:
-        found = []
-        for sequence, count in asked:
-            ngrams = self._seen.get(sequence.handle)
-            if ngrams is None:
-                ngrams = self._seen[sequence.handle] = _Ngrams(self._SIZES)
-            found.append(ngrams.continuation(sequence.tokens, count))
-        return found
-
-    def forget(self, sequence: Sequence) -> None:
-        self._seen.pop(sequence.handle, None)
-
-
-class _Ngrams:
-    """Where each n-gram of a growing text was last followed by something."""
-
-    def __init__(self, sizes: tuple[int, ...]) -> None:
-        self._ends: list[tuple[int, dict[tuple[int, ...], int]]] = [(size, {}) for size in sizes]
-        self._known = 0  # tokens that may end an n-gram
-
-    def continuation(self, tokens: list[int], count: int) -> list[int]:
-        for size, ends in self._ends:
-            for end in range(max(self._known, size), len(tokens)):
-                ends[tuple(tokens[end - size : end])] = end
-        self._known = len(tokens)
-        for size, ends in self._ends:
-            before = ends.get(tuple(tokens[-size:]))
-            if before is not None:
-                # What lies beyond the end of the text is taken to repeat at the same distance.
-                distance = len(tokens) - before
-                return [tokens[before + index % distance] for index in range(count)]
-        return []
-
-
-class Draft:
-    """A small model of the same tokenizer decodes greedily ahead, with a cache of its own."""
-
-    def __init__(
-        self,
-        model: XverseForCausalLM,
-        cost: float,
-        *,
-        blocks: int,
-        sequences: int,
-        vocab_size: int,
-        prefill_chunk: int,
-    ) -> None:
-        self.cost = cost
-        self._model = model.eval()
-        use_kernels(model)
-        weight = model.model.norm.weight
-        self._cache = PagedCache(
-            model.config, weight.dtype, weight.device, blocks=blocks, sequences=sequences
-        )
-        self._positions = model.config.context_length
-        self._vocab_size = vocab_size
-        self._chunk = prefill_chunk
-        self._states: dict[int, _DraftState] = {}
-
-    def propose(self, asked: Many[tuple[Sequence, int]]) -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in asked]
-        active: list[tuple[_DraftState, list[int], int]] = []
-        for (sequence, count), guessed in zip(asked, found, strict=True):
-            state = self._ready(sequence, count)
-            if state is not None:
-                active.append((state, guessed, count))
-        while active:
-            # Of each the tokens that its cache lacks: many at first, then the one guessed last.
-            segments = [(state.cache, state.lacking(guessed)[: self._chunk]) for state, guessed, _ in active]
-            tokens = [token for _, part in segments for token in part]
-            context = RaggedContext([(cache, len(part)) for cache, part in segments])
-            device = context.positions.device
-            hidden = self._model.model(torch.tensor([tokens], device=device), context)[0]  # [N, D]
-            ends = torch.tensor([len(part) for _, part in segments], device=device).cumsum(0) - 1
-            best = self._model.lm_head(hidden[ends])[:, : self._vocab_size].argmax(dim=-1).tolist()  # [B]
-            for (state, guessed, _), (cache, part), token in zip(active, segments, best, strict=True):
-                cache.length += len(part)
-                state.fed += part
-                if not state.lacking(guessed):
-                    guessed.append(token)
-            active = [item for item in active if len(item[1]) < item[2]]
-        return found
-
-    def forget(self, sequence: Sequence) -> None:
-        state = self._states.pop(sequence.handle, None)
-        if state is not None:
-            state.cache.release()
-
-    def _ready(self, sequence: Sequence, count: int) -> _DraftState | None:
-        """The sequence's state with room for ``count`` guesses; None where there is none."""
-        length = len(sequence.tokens) + count
-        state = self._states.get(sequence.handle)
-        if state is None:
-            if length > self._positions or not self._cache.free_rows:
-                return None
-            state = self._states[sequence.handle] = _DraftState(
-                SequenceCache(self._cache, sequence.tokens_at_most)
-            )
-        state.follow(sequence.tokens)
-        if length > self._positions or state.cache.missing(length) > self._cache.pool.free:
-            self.forget(sequence)
-            return None
-        state.cache.reserve(length)
-        return state
-
-
-class _DraftState:
-    def __init__(self, cache: SequenceCache) -> None:
-        self.cache = cache
-        self.fed: list[int] = []  # what the cache holds: tokens of the text, then guesses
-        self._tokens: list[int] = []
-
-    def follow(self, tokens: list[int]) -> None:
-        """The text goes on in ``tokens``: what was guessed differently is forgotten."""
-        same = min(len(self._tokens), len(self.fed))
-        while same < min(len(self.fed), len(tokens) - 1) and self.fed[same] == tokens[same]:
-            same += 1
-        same = min(same, len(tokens) - 1)
-        del self.fed[same:]
-        self.cache.length = same
-        self._tokens = list(tokens)
-
-    def lacking(self, guessed: list[int]) -> list[int]:
-        at = len(self.fed)
-        known = len(self._tokens)
-        return self._tokens[at:] + guessed if at < known else guessed[at - known :]
-
-
-def proposer(
-    speculation: Speculation,
-    model: XverseForCausalLM,
-    tokenizer: Tokenizer,
-    *,
-    cache_tokens: int,
-    max_batch: int,
-    prefill_chunk: int,
-) -> Proposer:
-    """What guesses for ``model``. Raises UserError for a draft of another tokenizer."""
-    if speculation.draft is None or speculation.draft_tokenizer is None:
-        return Lookup()
-    if speculation.draft_tokenizer.hash != tokenizer.hash:
-        raise UserError(
-            f"draft: its tokenizer ({speculation.draft_tokenizer.vocab_size} tokens) is not the model's "
-            f"({tokenizer.vocab_size} tokens): their ids mean different text"
-        )
-    draft = speculation.draft
-    size = sum(parameter.nbytes for parameter in draft.state_dict().values())
-    whole = sum(parameter.nbytes for parameter in model.state_dict().values())
-    return Draft(
-        draft,
-        size / whole,
-        blocks=-(-cache_tokens // BLOCK_SIZE) + max_batch,
-        sequences=max_batch,
-        vocab_size=tokenizer.vocab_size,
-        prefill_chunk=prefill_chunk,
-    )
