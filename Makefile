@@ -1,4 +1,4 @@
-# make chat · make test · make bench · make lint: each sets up what it needs in .venv. `make` lists them.
+# make chat · make serve · make test · make bench · make lint: each sets up what it needs in .venv. `make` lists them.
 
 PYTHON ?= python3
 # Where PyTorch's CPU build comes from on a machine without an NVIDIA GPU, beside the indexes that pip is
@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORE := $(VENV)/.installed-core
+SERVE := $(VENV)/.installed-serve
 DEV := $(VENV)/.installed-dev
 
 # ASK and NAME go to their commands through the environment as they were typed: neither make nor the shell
@@ -18,12 +19,13 @@ unexport ASK NAME
 export XVERSE_ASK := $(value ASK)
 export XVERSE_NAME := $(value NAME)
 
-.PHONY: help chat test bench lint clean
+.PHONY: help chat serve test bench lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make chat               talk to the embedded model in the terminal'
 	@echo 'make chat ASK="…"       answer once: the reply alone on stdout'
+	@echo 'make serve              the embedded model behind OpenAI'"'"'s API, on 127.0.0.1:36000'
 	@echo 'make test               run the tests (CPU, no network)'
 	@echo 'make bench [NAME="…"]   measure speed on this machine, all of it or one benchmark'
 	@echo 'make lint               style, types and the rule that imports point downwards'
@@ -34,6 +36,9 @@ help:
 
 chat: $(CORE)
 	@$(BIN)/xverse chat $(if $(ASKED),--ask="$$XVERSE_ASK")
+
+serve: $(SERVE)
+	@$(BIN)/xverse serve
 
 test: $(DEV)
 	@$(BIN)/python -m pytest
@@ -81,6 +86,11 @@ $(CORE): pyproject.toml hatch_build.py $(wildcard csrc/*) | $(BIN)/python
 	fi; \
 	echo "make: installing xverse" >&2; \
 	$(PIP) install --quiet -e . >&2
+	@touch $@
+
+$(SERVE): $(CORE)
+	@echo "make: installing what the server needs" >&2
+	@$(PIP) install --quiet -e '.[serve]' >&2
 	@touch $@
 
 $(DEV): $(CORE)

@@ -19,6 +19,7 @@ from xverse.config import UserError, nearest
 
 VERBS = {
     "chat": "talk to a model in the terminal, or answer once with --ask",
+    "serve": "put a model behind OpenAI's API, over HTTP",
     "quantize": "write a model with weights of 8 or 4 bits",
     "export": "write a model as a Hugging Face or Llama directory",
     "tokenizer": "train, repair or report on a tokenizer",

@@ -13,7 +13,6 @@ import torch
 
 from xverse.bench import infer, load, startup, train
 from xverse.bench.report import finish
-from xverse.chat import session
 from xverse.config import UserError
 from xverse.formats import save_hf
 from xverse.formats.quantize import quick_settings, stored_bytes
@@ -103,11 +102,6 @@ def test_infer_counts_what_a_step_reads() -> None:
 def test_infer_context() -> None:
     with pytest.raises(UserError, match="100 prompt and 60 new tokens at batch 1 need 162 positions"):
         infer.check_context(TINY, 100, 60, 1)
-
-
-def test_infer_follows_chat() -> None:
-    assert infer.FLOAT32_BELOW == session._FLOAT32_BELOW
-    assert infer.ONE_THREAD_BELOW == session._ONE_THREAD_BELOW
 
 
 def test_random_weights_work() -> None:

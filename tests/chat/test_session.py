@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from xverse.chat.session import CHAT, Parameters, Session, from_generation_config, load_session
+from xverse.chat.session import Session, load_session
 from xverse.chat.terminal import Terminal
 from xverse.config import UserError
+from xverse.engine.load import CHAT, Parameters, from_generation_config
 
 from .reciter import POSITIONS, RECITED
 

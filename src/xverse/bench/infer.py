@@ -28,6 +28,7 @@ from xverse.bench.report import (
 from xverse.config import UserError
 from xverse.engine import Engine, Request, Sampling
 from xverse.engine.cache import position_bytes
+from xverse.engine.load import FLOAT32_BELOW, ONE_THREAD_BELOW
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
 from xverse.formats.quantized import set_layer
@@ -39,9 +40,6 @@ from xverse.quant.tiles import tile_rows
 from xverse.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 NANO_TARGET = 100.0  # decoded tokens/s of one request
-# As `xverse chat` does by default, so that the figures are those of its users.
-FLOAT32_BELOW = 1_000_000_000
-ONE_THREAD_BELOW = 100_000_000
 PREFILL_CHUNK = 512
 _SPARE = 2**30  # the bandwidth buffer, activations and the libraries
 

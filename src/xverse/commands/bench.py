@@ -43,6 +43,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: as chat does)"
     )
 
+    serve = add("serve", "the server under load, beside the engine alone")
+    serve.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
+    serve.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights first")
+    serve.add_argument("--clients", type=positive, default=8, metavar="N", help="streams at once")
+    serve.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="length of a prompt")
+    serve.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="of each stream")
+    serve.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as chat does)")
+
     train = add("train", "pretraining speed and memory against transformers' Llama of the same shape")
     train.add_argument("--shape", default="mini", metavar="S", help="a named shape")
     train.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences per step")

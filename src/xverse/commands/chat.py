@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     if "greedy" in given:
         overrides["temperature"] = 0.0
 
-    from xverse.chat.session import CHAT, COMPLETION, load_session
+    from xverse.chat.session import load_session
     from xverse.chat.terminal import Terminal, show
+    from xverse.engine.load import CHAT, COMPLETION
     from xverse.log import notice
 
     for stream in (sys.stdin, sys.stdout):

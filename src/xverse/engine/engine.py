@@ -236,11 +236,16 @@ class Engine:
         self._undelivered += [event for event in events if not mine(event.handle)]
         return [event for event in events if mine(event.handle)]
 
-    def _enqueue(self, request: Request, prompted: Prompted | None) -> int:
+    def check(self, request: Request) -> None:
+        """Raises UserError where ``submit`` would. May be called from any thread."""
+        self._check(request, ())
+
+    def _check(self, request: Request, finals: Many[int]) -> int:
+        """How many tokens the request may have in the end."""
         context, prompt = self.model.config.context_length, len(request.prompt_ids)
         if prompt > context or (prompt == context and request.max_new_tokens):
             raise UserError(f"prompt_ids: {prompt} tokens leave no room in a context of {context}")
-        ids = [*request.prompt_ids, *(prompted.finals if prompted else ())]
+        ids = [*request.prompt_ids, *finals]
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             raise UserError(f"prompt_ids: ids must be 0 to {self._vocab_size - 1}")
         if any(token >= self._vocab_size for token in request.sampling.logit_bias):
@@ -251,6 +256,10 @@ class Engine:
                 f"max_new_tokens: prompt and answer may take {needed} tokens of cache, "
                 f"and there are {self.max_cache_tokens}; ask for fewer"
             )
+        return needed
+
+    def _enqueue(self, request: Request, prompted: Prompted | None) -> int:
+        needed = self._check(request, prompted.finals if prompted else ())
         sampling = request.sampling
         generator = None
         if not is_greedy(sampling):
@@ -268,7 +277,7 @@ class Engine:
                 handle=handle,
                 request=request,
                 tokens=list(request.prompt_ids),
-                prompt_tokens=prompt,
+                prompt_tokens=len(request.prompt_ids),
                 tokens_at_most=needed,
                 decoder=self.tokenizer.stream(),
                 stop=StopText(request.stop),

@@ -1,0 +1,119 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+import xverse
+from xverse.serve import errors
+from xverse.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from xverse.serve.replies import ChatReply, CompletionReply
+from xverse.serve.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application; its runner starts with it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.runner.start()
+        yield
+        await service.runner.drain(timeout=service.timeout)
+
+    app = FastAPI(
+        title="XVERSE", version=xverse.__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    for kind, handler in errors.HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
+        reply = ChatReply(service, asked, service.chat(asked))
+        if asked.stream:
+            return _stream(service, reply.chunks())
+        return await _while_connected(request, reply.body())
+
+    @app.post("/v1/completions")
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        reply = CompletionReply(service, asked, service.complete(asked))
+        if asked.stream:
+            return _stream(service, reply.chunks())
+        return await _while_connected(request, reply.body())
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return _model(service)
+
+    @app.post("/tokenize")
+    async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
+        tokens = service.tokenizer.encode(asked.text, allow_special=asked.allow_special)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.context}
+
+    @app.post("/detokenize")
+    async def detokenize(asked: DetokenizeRequest) -> dict[str, str]:
+        return {"text": service.tokenizer.decode(asked.tokens, skip_special=False)}
+
+    @app.get("/health")
+    @app.get("/health/ready")
+    async def ready() -> Response:
+        fine = service.runner.ready()
+        state = "ready" if fine else "draining" if service.runner.draining else "not ready"
+        return JSONResponse({"status": state}, status_code=200 if fine else 503)
+
+    @app.get("/health/live")
+    async def live() -> Response:
+        fine = service.runner.alive()
+        return JSONResponse({"status": "live" if fine else "dead"}, status_code=200 if fine else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "xverse",
+        "max_model_len": service.context,
+    }
+
+
+def _stream(service: Service, chunks: AsyncGenerator[bytes, None]) -> Response:
+    service.runner.check_room()
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx passes it on at once
+    return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+
+
+async def _while_connected(request: Request, work: Awaitable[dict[str, Any]]) -> Response:
+    """The finished work as JSON; a client that leaves cancels it."""
+    task = asyncio.ensure_future(work)
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watcher = asyncio.ensure_future(left())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            return Response(status_code=499)
+        return JSONResponse(task.result())
+    finally:
+        watcher.cancel()
+        task.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)

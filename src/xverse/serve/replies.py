@@ -1,0 +1,344 @@
+"""What the engine says, in the shape of OpenAI's answers: whole, or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from xverse.config import UserError
+from xverse.engine import Event, Request, TokenLogprob
+from xverse.serve import errors, tools
+from xverse.serve.errors import ApiError
+from xverse.serve.protocol import ChatRequest, CompletionRequest
+from xverse.serve.runner import Busy, Draining
+from xverse.serve.service import Service
+
+
+@dataclass
+class Choice:
+    """One reply as far as it has come."""
+
+    index: int
+    request: Request
+    text: str = ""
+    tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    sent: int = 0  # log-probabilities that went out
+    offset: int = 0  # and characters of their tokens
+
+
+async def events(service: Service, endpoint: str, choice: Choice) -> AsyncGenerator[Event, None]:
+    """The events of a choice, which is brought up to date with each. Raises ApiError where it fails."""
+    begin = last = time.monotonic()
+    outcome = "cancelled"
+    try:
+        async with aclosing(service.runner.stream(choice.request)) as found:
+            while True:
+                left = begin + service.timeout - time.monotonic()
+                event = await asyncio.wait_for(anext(found), max(left, 0.001))
+                now = time.monotonic()
+                if event.token_id is not None:
+                    (
+                        service.metrics.between_tokens if choice.tokens else service.metrics.first_token
+                    ).observe(now - last)
+                    last = now
+                    choice.tokens += 1
+                choice.text += event.text
+                choice.prompt_logprobs += event.prompt_logprobs or []
+                if event.logprob is not None:
+                    choice.logprobs.append(event.logprob)
+                if event.error is not None:
+                    raise ApiError(500, event.error, code="generation_failed")
+                choice.finish_reason = event.finish_reason
+                yield event
+                if event.finish_reason is not None:
+                    outcome = event.finish_reason
+                    return
+    except TimeoutError:
+        outcome = "timeout"
+        raise ApiError(504, f"no end after {service.timeout:g} seconds", code="timeout") from None
+    except (ApiError, UserError, Busy, Draining):
+        outcome = "error"
+        raise
+    finally:
+        service.metrics.requests.labels(endpoint, outcome).inc()
+
+
+async def whole(service: Service, endpoint: str, requests: Sequence[Request]) -> list[Choice]:
+    """All choices to their ends. One that fails, or a client that leaves, cancels the others."""
+    choices = [Choice(index, request) for index, request in enumerate(requests)]
+
+    async def run(choice: Choice) -> None:
+        async with aclosing(events(service, endpoint, choice)) as found:
+            async for _ in found:
+                pass
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for choice in choices:
+                group.create_task(run(choice))
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return choices
+
+
+async def merged(
+    service: Service, endpoint: str, choices: Sequence[Choice]
+) -> AsyncGenerator[tuple[Choice, Event], None]:
+    """The events of several choices as they come."""
+    arrived: asyncio.Queue[tuple[Choice, Event] | Exception | None] = asyncio.Queue(maxsize=64)
+
+    async def run(choice: Choice) -> None:
+        try:
+            async with aclosing(events(service, endpoint, choice)) as found:
+                async for event in found:
+                    await arrived.put((choice, event))
+            await arrived.put(None)
+        except Exception as error:
+            await arrived.put(error)
+
+    tasks = [asyncio.create_task(run(choice)) for choice in choices]
+    try:
+        left = len(tasks)
+        while left:
+            item = await arrived.get()
+            if item is None:
+                left -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def usage(choices: Sequence[Choice], prompts: int) -> dict[str, int]:
+    """``prompts`` of the choices' prompts are different ones; each counts once."""
+    step = max(1, len(choices) // max(1, prompts))
+    prompt = sum(len(choice.request.prompt_ids) for choice in choices[::step])
+    completion = sum(choice.tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+class ChatReply:
+    """Answers to one ``/v1/chat/completions``."""
+
+    endpoint = "chat"
+
+    def __init__(self, service: Service, asked: ChatRequest, requests: Sequence[Request]) -> None:
+        self._service, self._asked, self._requests = service, asked, requests
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.name,
+        }
+
+    async def body(self) -> dict[str, Any]:
+        choices = await whole(self._service, self.endpoint, self._requests)
+        self._service.metrics.prompt_tokens.inc(len(self._requests[0].prompt_ids))
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [self._choice(choice) for choice in choices],
+            "usage": usage(choices, 1),
+        }
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        content, calls = tools.parse(choice.text, self._asked)
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if calls:
+            message["tool_calls"] = calls
+        return {
+            "index": choice.index,
+            "message": message,
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": "tool_calls" if calls else choice.finish_reason,
+        }
+
+    def _logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._asked.logprobs:
+            return None
+        return {"content": [self._token(each) for each in found], "refusal": None}
+
+    def _token(self, found: TokenLogprob) -> dict[str, Any]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self._service.tokenizer.token_bytes(token)
+            return {
+                "token": text.decode("utf-8", errors="replace"),
+                "logprob": max(logprob, -9999.0),
+                "bytes": list(text),
+            }
+
+        return {**entry(found.token_id, found.logprob), "top_logprobs": [entry(*each) for each in found.top]}
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        choices = [Choice(index, request) for index, request in enumerate(self._requests)]
+        self._service.metrics.prompt_tokens.inc(len(self._requests[0].prompt_ids))
+        waiting = {choice.index: bool(tools.offered_tools(self._asked)) for choice in choices}
+        try:
+            for choice in choices:
+                yield self._chunk(choice, {"role": "assistant", "content": ""})
+            async with aclosing(merged(self._service, self.endpoint, choices)) as found:
+                async for choice, event in found:
+                    logprobs = None if event.logprob is None else self._logprobs([event.logprob])
+                    text = event.text
+                    if waiting[choice.index]:  # it may be the beginning of a call
+                        begun = choice.text.lstrip()
+                        if begun.startswith(tools.OPEN[: len(begun)]) and not event.finish_reason:
+                            continue
+                        if not begun.startswith(tools.OPEN):
+                            waiting[choice.index] = False
+                        text = choice.text
+                    if event.finish_reason is None:
+                        if text or logprobs:
+                            yield self._chunk(choice, {"content": text}, logprobs)
+                        continue
+                    reason: str = event.finish_reason
+                    delta: dict[str, Any] = {"content": text} if text else {}
+                    if waiting[choice.index]:
+                        content, calls = tools.parse(choice.text, self._asked)
+                        delta = {"content": content} if content else {}
+                        if calls:
+                            reason = "tool_calls"
+                            delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
+                    if delta or logprobs:
+                        yield self._chunk(choice, delta, logprobs)
+                    yield self._chunk(choice, {}, None, reason)
+            if self._asked.stream_options is not None and self._asked.stream_options.include_usage:
+                yield _data({**self._chunk_head(), "choices": [], "usage": usage(choices, 1)})
+        except Exception as error:
+            yield _failure(error)
+            return
+        yield b"data: [DONE]\n\n"
+
+    def _chunk_head(self) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk"}
+
+    def _chunk(
+        self,
+        choice: Choice,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> bytes:
+        one = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return _data({**self._chunk_head(), "choices": [one]})
+
+
+class CompletionReply:
+    """Answers to one ``/v1/completions``."""
+
+    endpoint = "completions"
+
+    def __init__(self, service: Service, asked: CompletionRequest, requests: Sequence[Request]) -> None:
+        self._service, self._asked, self._requests = service, asked, requests
+        self._prompts = len(requests) // (asked.n or 1)
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.name,
+        }
+
+    async def body(self) -> dict[str, Any]:
+        choices = await whole(self._service, self.endpoint, self._requests)
+        found = usage(choices, self._prompts)
+        self._service.metrics.prompt_tokens.inc(found["prompt_tokens"])
+        return {**self._head, "choices": [self._choice(choice) for choice in choices], "usage": found}
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        text = self._echoed(choice) + choice.text
+        return self._one(choice, text, self._logprobs(choice), choice.finish_reason)
+
+    def _echoed(self, choice: Choice) -> str:
+        if not self._asked.echo:
+            return ""
+        return self._service.tokenizer.decode(choice.request.prompt_ids, skip_special=False)
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Those that did not go out yet."""
+        if self._asked.logprobs is None:
+            return None
+        token_bytes = self._service.tokenizer.token_bytes
+
+        def text(token: int) -> str:
+            return token_bytes(token).decode("utf-8", errors="replace")
+
+        tokens: list[int] = []
+        found: list[TokenLogprob | None] = []
+        if self._asked.echo and not choice.sent:  # nothing comes before the first token
+            tokens.append(choice.request.prompt_ids[0])
+            found.append(None)
+        for each in [*choice.prompt_logprobs, *choice.logprobs][choice.sent :]:
+            tokens.append(each.token_id)
+            found.append(each)
+        choice.sent = len(choice.prompt_logprobs) + len(choice.logprobs)
+        texts = [text(token) for token in tokens]
+        offsets = []
+        for each_text in texts:
+            offsets.append(choice.offset)
+            choice.offset += len(each_text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [each and each.logprob for each in found],
+            "top_logprobs": [each and {text(token): value for token, value in each.top} for each in found],
+            "text_offset": offsets,
+        }
+
+    def _one(
+        self, choice: Choice, text: str, logprobs: dict[str, Any] | None, reason: str | None
+    ) -> dict[str, Any]:
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        choices = [Choice(index, request) for index, request in enumerate(self._requests)]
+        self._service.metrics.prompt_tokens.inc(usage(choices, self._prompts)["prompt_tokens"])
+        begun: set[int] = set()
+        try:
+            async with aclosing(merged(self._service, self.endpoint, choices)) as found:
+                async for choice, event in found:
+                    text = event.text
+                    if self._asked.echo and choice.index not in begun:
+                        text = self._echoed(choice) + text
+                    begun.add(choice.index)
+                    logprobs = self._logprobs(choice)
+                    if text or logprobs or event.finish_reason is not None:
+                        one = self._one(choice, text, logprobs, event.finish_reason)
+                        yield _data({**self._head, "choices": [one]})
+            if self._asked.stream_options is not None and self._asked.stream_options.include_usage:
+                yield _data({**self._head, "choices": [], "usage": usage(choices, self._prompts)})
+        except Exception as error:
+            yield _failure(error)
+            return
+        yield b"data: [DONE]\n\n"
+
+
+def _data(value: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+def _failure(error: Exception) -> bytes:
+    """What ends a stream that failed; its status line is long gone."""
+    if isinstance(error, ApiError):
+        return _data(errors.body(error.status, str(error), error.param, error.code))
+    if isinstance(error, Busy):
+        return _data(errors.body(429, str(error), code="queue_full"))
+    if isinstance(error, Draining):
+        return _data(errors.body(503, str(error), code="shutting_down"))
+    if isinstance(error, UserError):
+        return _data(errors.body(400, str(error)))
+    return _data(errors.body(500, f"{type(error).__name__}: {error}"))

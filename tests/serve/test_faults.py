@@ -1,0 +1,316 @@
+"""What clients and machines do wrong, and what the server does then."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+QUESTION = [{"role": "user", "content": "What is your name?"}]
+CHAT = "/v1/chat/completions"
+COMMAND = [sys.executable, "-c", "import sys; from xverse.cli import main; sys.exit(main())", "serve"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "part"),
+    [
+        ({"messages": QUESTION, "temprature": 1}, "temprature", "unknown field"),
+        ({"messages": QUESTION, "temperature": 1000}, "temperature", "out of range"),
+        ({"messages": QUESTION, "temperature": "hot"}, "temperature", "valid number"),
+        ({"messages": QUESTION, "top_p": 0}, "top_p", "out of range"),
+        ({"messages": QUESTION, "n": 1000}, "n", "less than or equal to 16"),
+        ({"messages": QUESTION, "max_tokens": 0}, "max_tokens", "out of range"),
+        ({"messages": QUESTION, "max_tokens": 5, "max_completion_tokens": 5}, None, "contradict"),
+        ({"messages": QUESTION, "max_tokens": 10**9}, "messages", "do not fit into the context"),
+        ({"messages": [{"role": "user", "content": "a b " * 50_000}]}, "messages", "do not fit"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({}, "messages", "missing"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "Input should be"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages", "empty"),
+        ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages.0.mood", "unknown field"),
+        ({"messages": QUESTION, "model": "gpt-5"}, "model", "'gpt-5' is not here"),
+        ({"messages": QUESTION, "seed": 2**70}, "seed", ""),
+        ({"messages": QUESTION, "logit_bias": {"x": 1}}, "logit_bias", "ids of tokens"),
+        ({"messages": QUESTION, "logit_bias": {"99999999": 1}}, "logit_bias", "ids must be"),
+        ({"messages": QUESTION, "top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ({"messages": QUESTION, "logprobs": True, "top_logprobs": 99}, "top_logprobs", "out of range"),
+        ({"messages": QUESTION, "stop": ["a"] * 99}, None, ""),
+        ({"messages": QUESTION, "stop": [""]}, "stop", "not empty"),
+        ({"messages": QUESTION, "tool_choice": "required"}, "tool_choice", "no tools"),
+        ({"messages": QUESTION, "response_format": {"type": "xml"}}, None, ""),
+        ({"messages": QUESTION, "response_format": {"type": "json_schema"}}, "response_format", "missing"),
+        (
+            {
+                "messages": QUESTION,
+                "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}},
+            },
+            "response_format",
+            "cannot be used",
+        ),
+        (
+            {
+                "messages": QUESTION,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"enum": ["x" * 30 + str(n) for n in range(5000)]}},
+                },
+            },
+            "response_format",
+            "at most 65536",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(server: Any, body: dict[str, Any], param: str | None, part: str) -> None:
+    with server.client() as client:
+        answer = client.post(CHAT, json=body)
+    assert answer.status_code == (404 if param == "model" else 400)
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert part in error["message"]
+    if param is not None:
+        assert error["param"] == param
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1, 2", b'{"messages": "\xff\xfe"}', b"null", b""])
+def test_bodies_that_are_no_json(server: Any, content: bytes) -> None:
+    with server.client() as client:
+        answer = client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_bodies_that_are_too_large(server: Any) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 10_000_000}]}).encode()
+
+    def pieces() -> Any:
+        for start in range(0, len(body), 65536):
+            yield body[start : start + 65536]
+
+    for content in (body, pieces()):  # with its length said beforehand, and without
+        with server.client() as client:
+            answer = client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_other_paths_and_methods(server: Any) -> None:
+    with server.client() as client:
+        assert client.get("/nothing").status_code == 404
+        assert client.get("/nothing").json()["error"]["message"]
+        assert client.get(CHAT).status_code == 405
+        assert client.get("/v1/models/other").status_code == 404
+
+
+def test_other_host_names_are_refused(server: Any) -> None:
+    with server.client() as client:
+        assert client.get("/health", headers={"Host": "evil.example"}).status_code == 421
+        assert client.get("/health", headers={"Host": "localhost:99"}).status_code == 200
+        answer = client.options(CHAT, headers={"Origin": "http://evil.example"})
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_keys(launch: Any) -> None:
+    import openai
+
+    running = launch(guard={"keys": ["first-key", "second-key"]})
+    for key in ("first-key", "second-key"):
+        assert running.openai(key).models.list().data
+    for key in ("first", "first-keys", "wrong"):
+        with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+            running.openai(key).models.list()
+    with running.client() as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Basic first-key"}).status_code == 401
+        assert client.get("/health").status_code == 200
+
+
+def opened(server: Any, body: dict[str, Any]) -> socket.socket:
+    """A connection on which a request was sent, and nothing read."""
+    host, port = server.url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+def test_a_client_that_leaves_frees_its_blocks(server: Any, stream: bool, when: str) -> None:
+    server.until(server.idle)
+    long = [{"role": "user", "content": "word " * 1500}] if when == "prefill" else QUESTION
+    bias = {"3": -100}  # it would go on
+    connection = opened(server, {"messages": long, "stream": stream, "logit_bias": bias, "max_tokens": 4000})
+    server.until(lambda: not server.idle())
+    if when == "decode":
+        before = server.service.runner.tokens
+        server.until(lambda: server.service.runner.tokens > before + 5)
+    connection.close()
+    server.until(server.idle, seconds=10)
+
+
+def test_a_slow_reader_holds_nobody_up(server: Any) -> None:
+    body = {"messages": QUESTION, "stream": True, "logit_bias": {"3": -100}, "max_tokens": 2000}
+    connection = opened(server, body)
+    try:
+        reply = server.openai().chat.completions.create(model="nano", messages=QUESTION, max_tokens=20)
+        assert reply.choices[0].message.content is not None
+    finally:
+        connection.close()
+    server.until(server.idle)
+
+
+def test_a_full_queue_says_when_to_come_again(launch: Any) -> None:
+    running = launch(max_waiting=1)
+    body = {"messages": QUESTION, "stream": True, "logit_bias": {"3": -100}, "max_tokens": 3000}
+    connections = [opened(running, body) for _ in range(9)]  # eight run, one waits
+    running.until(lambda: running.service.runner.open == 9)
+    with running.client() as client:
+        for stream in (True, False):
+            answer = client.post(CHAT, json={"messages": QUESTION, "stream": stream})
+            assert answer.status_code == 429
+            assert int(answer.headers["Retry-After"]) > 0
+            assert answer.json()["error"]["code"] == "queue_full"
+    for connection in connections:
+        connection.close()
+    running.until(running.idle)
+    with running.client() as client:
+        assert client.post(CHAT, json={"messages": QUESTION, "max_tokens": 3}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_that_takes_too_long_ends(launch: Any, stream: bool) -> None:
+    running = launch(timeout=0.5)
+    body = {"messages": QUESTION, "stream": stream, "logit_bias": {"3": -100}, "max_tokens": 4000}
+    with running.client() as client:
+        answer = client.post(CHAT, json=body)
+    if stream:
+        error = json.loads(answer.text.rstrip().splitlines()[-1].removeprefix("data: "))["error"]
+    else:
+        assert answer.status_code == 504
+        error = answer.json()["error"]
+    assert error["code"] == "timeout"
+    running.until(running.idle)
+
+
+def test_an_exception_in_a_step_fails_its_requests_and_no_others(launch: Any) -> None:
+    running = launch()
+    engine = running.service.runner.engine
+    step = engine.step
+    engine.step = lambda: (_ for _ in ()).throw(RuntimeError("out of luck"))
+    with running.client() as client:
+        answer = client.post(CHAT, json={"messages": QUESTION})
+        assert answer.status_code == 500
+        assert "out of luck" in answer.json()["error"]["message"]
+        engine.step = step
+        assert client.post(CHAT, json={"messages": QUESTION, "max_tokens": 3}).status_code == 200
+        assert "xverse_engine_failures_total 1.0" in client.get("/metrics").text
+    running.until(running.idle)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_turns_health_red(launch: Any) -> None:
+    running = launch()
+    told = threading.Event()
+    running.service.runner.on_death = told.set
+
+    def die() -> None:
+        raise SystemExit("killed")
+
+    running.service.runner.engine.step = die
+    with running.client() as client:
+        answer = client.post(CHAT, json={"messages": QUESTION})
+        assert answer.status_code == 503
+        assert told.wait(5)
+        assert client.get("/health/live").status_code == 503
+        assert client.get("/health").status_code == 503
+        assert client.post(CHAT, json={"messages": QUESTION}).status_code == 503
+
+
+@pytest.fixture
+def process(tmp_path: Any) -> Any:
+    """``xverse serve`` as its users start it."""
+    flags = ["--port", "0", "--threads", "1", "--max-cache-tokens", "9000"]
+    started = subprocess.Popen(
+        [*COMMAND, *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "XVERSE_API_KEY": "k"},
+    )  # fmt: skip
+    assert started.stdout is not None
+    line = started.stdout.readline()
+    assert line.startswith("serving nano at http://127.0.0.1:"), started.stderr.read()  # type: ignore[union-attr]
+    yield started, line.split()[-1]
+    started.kill()
+    started.wait()
+
+
+def test_sigterm_lets_replies_finish_and_takes_no_new_ones(process: Any) -> None:
+    running, url = process
+    headers = {"Authorization": "Bearer k"}
+    body = {"messages": QUESTION, "stream": True, "logit_bias": {"3": -100}, "max_tokens": 200}
+    with (
+        httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=60) as client,
+        client.stream("POST", CHAT, json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/health", trust_env=False)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert sum('"content"' in line for line in rest) > 50
+    assert running.wait(20) == 0
+    log = [json.loads(line) for line in running.stderr.read().splitlines() if line.startswith("{")]
+    assert [entry["path"] for entry in log] == [CHAT]
+    assert "name" not in json.dumps(log)  # nothing of what was said
+
+
+def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Any) -> None:
+    code = (
+        "import sys, xverse.serve.runner as runner\n"
+        "runner.Engine.step = lambda self: sys.exit(9)\n"
+        "from xverse.cli import main\n"
+        "sys.exit(main(['serve', '--port', '0', '--threads', '1']))\n"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert started.stdout is not None
+        url = started.stdout.readline().split()[-1]
+        with contextlib.suppress(httpx.TransportError):  # it may be faster
+            answer = httpx.post(url + CHAT, json={"messages": QUESTION}, trust_env=False)
+            assert answer.status_code == 503
+        assert started.wait(20) == 1
+        assert "the engine died" in started.stderr.read()  # type: ignore[union-attr]
+    finally:
+        started.kill()
+        started.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--port", "99999"], "port"),
+        (["--timeout", "0"], "--timeout"),
+        (["--api-key-file", "/nowhere"], "--api-key-file"),
+        (["--max-batch", "0"], "max_batch"),
+        (["--host", "256.1.1.1"], "256.1.1.1"),
+    ],
+)
+def test_wrong_flags(arguments: list[str], part: str) -> None:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
