@@ -87,12 +87,16 @@ def test_its_failure_is_its_own(
     assert engine.stats().free_blocks == engine.stats().blocks
 
 
-def test_everything_can_be_failed_at_once(model: Any, tiny_tokenizer: Any) -> None:
-    engine = Engine(model, tiny_tokenizer, max_batch=1, prefix_cache_bytes=0)
-    handles = [engine.submit(Request(prompt_ids=[5, 6])) for _ in range(3)]
+def test_what_runs_can_be_failed_and_what_waits_goes_on(model: Any, tiny_tokenizer: Any) -> None:
+    engine = Engine(model, tiny_tokenizer, max_batch=2, prefix_cache_bytes=0)
+    request = Request(prompt_ids=[5, 6], max_new_tokens=3, sampling=GREEDY, stop_ids=NEVER)
+    handles = [engine.submit(request) for _ in range(3)]
     engine.step()
     events = engine.fail("the machine is on fire")
-    assert [event.handle for event in events] == handles
+    assert [event.handle for event in events] == handles[:2]
     assert {event.error for event in events} == {"the machine is on fire"}
-    assert not engine.busy
+    said = []
+    while engine.busy:
+        said += engine.step()
+    assert [event.handle for event in said] == handles[2:] * 3
     assert engine.stats().free_blocks == engine.stats().blocks

@@ -25,6 +25,26 @@ COMMAND = [sys.executable, "-c", "import sys; from xverse.cli import main; sys.e
     ("body", "param", "part"),
     [
         ({"messages": QUESTION, "temprature": 1}, "temprature", "unknown field"),
+        ({"messages": QUESTION, "top-p": 1}, "top-p", "unknown field"),
+        ({"messages": QUESTION, "temperature": True}, "temperature", "valid number"),
+        ({"messages": QUESTION, "temperature": "0.5"}, "temperature", "valid number"),
+        ({"messages": QUESTION, "logit_bias": {"9" * 5000: 1}}, "logit_bias", "ids of tokens"),
+        (
+            {
+                "messages": [
+                    *QUESTION,
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {"id": "a", "function": {"name": "f", "arguments": "[" * 100_000}},
+                        ],
+                    },
+                    {"role": "user", "content": "x"},
+                ]
+            },
+            "messages",
+            "no JSON",
+        ),
         ({"messages": QUESTION, "temperature": 1000}, "temperature", "out of range"),
         ({"messages": QUESTION, "temperature": "hot"}, "temperature", "valid number"),
         ({"messages": QUESTION, "top_p": 0}, "top_p", "out of range"),
@@ -216,6 +236,43 @@ def test_an_exception_in_a_step_fails_its_requests_and_no_others(launch: Any) ->
         assert client.post(CHAT, json={"messages": QUESTION, "max_tokens": 3}).status_code == 200
         assert "xverse_engine_failures_total 1.0" in client.get("/metrics").text
     running.until(running.idle)
+
+
+def test_more_replies_than_it_ever_takes_are_refused(launch: Any) -> None:
+    running = launch(max_waiting=1)
+    with running.client() as client:
+        answer = client.post("/v1/completions", json={"prompt": ["x"] * 10, "max_tokens": 1})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "n"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_requests_that_had_not_arrived_hear_of_the_death(launch: Any) -> None:
+    running = launch()
+    entered, go = threading.Event(), threading.Event()
+
+    def die() -> None:
+        entered.set()
+        go.wait(10)
+        raise SystemExit("killed")
+
+    running.service.runner.engine.step = die
+    found: list[int] = []
+
+    def ask() -> None:
+        with running.client() as client:
+            found.append(client.post(CHAT, json={"messages": QUESTION}).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads[0].start()
+    assert entered.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    running.until(lambda: running.service.runner.open == 3)
+    go.set()
+    for thread in threads:
+        thread.join(10)
+    assert found == [503] * 3
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -171,9 +171,10 @@ class Engine:
         return False
 
     def fail(self, message: str) -> list[Event]:
-        """End every request, running or waiting, with an error: for who met an exception in ``step``."""
+        """End every request that runs with an error, or the next one where none does: for who met an
+        exception in ``step``. The others that wait are none the worse for it."""
         events = [self._failed(sequence, message) for sequence in list(self._scheduler.running)]
-        while self._scheduler.waiting:
+        if not events and self._scheduler.waiting:
             sequence = self._scheduler.waiting.popleft()
             self._forget(sequence)
             events.append(self._error(sequence, message))

@@ -48,7 +48,7 @@ def chat(
         words,
         messages,
         max_new_tokens=settings.max_new_tokens or MAX_NEW_TOKENS,
-        max_positions=model.model.config.context_length,
+        max_positions=model.config.to_model_config().context_length,
         truncation=model.config.max_tokenizer_truncation,
     )
     _notice(prompt)

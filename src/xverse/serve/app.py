@@ -34,14 +34,15 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
-        reply = ChatReply(service, asked, service.chat(asked))
+        # Tokenising a long text takes a while, and others are to be answered meanwhile.
+        reply = ChatReply(service, asked, await asyncio.to_thread(service.chat, asked))
         if asked.stream:
             return _stream(service, reply.chunks())
         return await _while_connected(request, reply.body())
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Response:
-        reply = CompletionReply(service, asked, service.complete(asked))
+        reply = CompletionReply(service, asked, await asyncio.to_thread(service.complete, asked))
         if asked.stream:
             return _stream(service, reply.chunks())
         return await _while_connected(request, reply.body())

@@ -78,9 +78,11 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     """The first thing that is wrong, with the path of its field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    path = [part for part in first["loc"] if part != "body"]
+    path = [str(part) for part in first["loc"] if part != "body"]
     # Of a union every alternative complains, and their names stand in the path.
-    field = ".".join(str(part) for part in path if isinstance(part, int) or part.isidentifier())
+    whole = first["type"] in ("extra_forbidden", "missing")  # then the last part is the client's own word
+    kept = [part for part in path if part.isidentifier() or part.isdigit() or (whole and part is path[-1])]
+    field = ".".join(kept)
     if first["type"] == "json_invalid":
         return answer(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "extra_forbidden":

@@ -93,6 +93,8 @@ class Grammar:
 
     def apply(self, logits: Tensor) -> Tensor:
         """``logits`` float32 [V] with -inf for what the grammar does not allow here."""
+        if self._matcher.is_error():
+            raise ValueError(f"the grammar failed: {self._matcher.get_error()}")
         if self._matcher.is_stopped():
             allowed = torch.zeros(self._size, dtype=torch.bool)
             allowed[self._stop_ids] = True

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
-Number = Annotated[float, Field(strict=False)]
+Number = Annotated[float, Field(strict=True)]
 
 
 class Strict(BaseModel):

@@ -31,7 +31,8 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
-    sent: int = 0  # log-probabilities that went out
+    streamed: int = 0  # characters that went out
+    sent: int = 0  # log-probabilities that did
     offset: int = 0  # and characters of their tokens
 
 
@@ -188,36 +189,35 @@ class ChatReply:
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         choices = [Choice(index, request) for index, request in enumerate(self._requests)]
         self._service.metrics.prompt_tokens.inc(len(self._requests[0].prompt_ids))
-        waiting = {choice.index: bool(tools.offered_tools(self._asked)) for choice in choices}
+        calling = bool(tools.offered_tools(self._asked))
         try:
             for choice in choices:
                 yield self._chunk(choice, {"role": "assistant", "content": ""})
             async with aclosing(merged(self._service, self.endpoint, choices)) as found:
                 async for choice, event in found:
-                    logprobs = None if event.logprob is None else self._logprobs([event.logprob])
-                    text = event.text
-                    if waiting[choice.index]:  # it may be the beginning of a call
-                        begun = choice.text.lstrip()
-                        if begun.startswith(tools.OPEN[: len(begun)]) and not event.finish_reason:
-                            continue
-                        if not begun.startswith(tools.OPEN):
-                            waiting[choice.index] = False
-                        text = choice.text
-                    if event.finish_reason is None:
-                        if text or logprobs:
-                            yield self._chunk(choice, {"content": text}, logprobs)
-                        continue
-                    reason: str = event.finish_reason
-                    delta: dict[str, Any] = {"content": text} if text else {}
-                    if waiting[choice.index]:
-                        content, calls = tools.parse(choice.text, self._asked)
-                        delta = {"content": content} if content else {}
+                    ended = event.finish_reason is not None
+                    delta: dict[str, Any] = {}
+                    reason: str | None = event.finish_reason
+                    until = tools.certain(choice.text) if calling else len(choice.text)
+                    if ended and calling:
+                        _, calls = tools.parse(choice.text, self._asked)
                         if calls:
                             reason = "tool_calls"
                             delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
-                    if delta or logprobs:
+                        else:
+                            until = len(choice.text)
+                    if until > choice.streamed:
+                        delta["content"] = choice.text[choice.streamed : until]
+                        choice.streamed = until
+                    logprobs = None
+                    if delta or ended:
+                        logprobs = self._logprobs(choice.logprobs[choice.sent :])
+                        choice.sent = len(choice.logprobs)
+                    if delta:
                         yield self._chunk(choice, delta, logprobs)
-                    yield self._chunk(choice, {}, None, reason)
+                        logprobs = None
+                    if ended:
+                        yield self._chunk(choice, {}, logprobs, reason)
             if self._asked.stream_options is not None and self._asked.stream_options.include_usage:
                 yield _data({**self._chunk_head(), "choices": [], "usage": usage(choices, 1)})
         except Exception as error:

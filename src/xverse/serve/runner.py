@@ -86,6 +86,8 @@ class EngineRunner:
         ended = False
         self._orders.put(("submit", ticket))
         try:
+            if self.dead:  # it died while this was put down
+                raise Draining("the engine has died")
             while not ended:
                 event = await ticket.events.get()
                 if isinstance(event, Exception):
@@ -104,6 +106,11 @@ class EngineRunner:
             raise Draining("the server is shutting down")
         if self._open >= self._max_open:
             raise Busy(retry_after=5)
+
+    @property
+    def most(self) -> int:
+        """How many requests may wait or run."""
+        return self._max_open
 
     @property
     def open(self) -> int:
@@ -145,6 +152,9 @@ class EngineRunner:
         except BaseException as error:
             self.dead = f"{type(error).__name__}: {error}"
             lost = [*self._tickets.values()]
+            while not self._orders.empty():  # nobody will read them any more
+                _, ticket = self._orders.get()
+                lost += [ticket] if ticket is not None else []
             died = Draining("the engine has died")
             self._post(functools.partial(_tell, [(each, died) for each in lost]))
             if self.on_death is not None:

@@ -67,6 +67,7 @@ class Service:
         field_name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
         new_tokens = self._room("messages", len(prompt.ids), most, field_name)
         grammar = self.grammars.of_chat(asked)
+        self._check_count(asked.n or 1)
         return [
             self._request(asked, prompt.ids, new_tokens, number, logprobs=logprobs, grammar=grammar)
             for number in range(asked.n or 1)
@@ -76,7 +77,9 @@ class Service:
         """``n`` engine requests for each prompt, in order."""
         self.check_model(asked.model)
         requests = []
-        for ids in self._prompts(asked.prompt):
+        prompts = self._prompts(asked.prompt)
+        self._check_count(len(prompts) * (asked.n or 1))
+        for ids in prompts:
             most = 16 if asked.max_tokens is None else asked.max_tokens  # OpenAI's default
             new_tokens = self._room("prompt", len(ids), most, "max_tokens", least=0 if asked.echo else 1)
             for number in range(asked.n or 1):
@@ -89,6 +92,12 @@ class Service:
                     )
                 )
         return requests
+
+    def _check_count(self, count: int) -> None:
+        """Raises ApiError for more replies at once than the server would ever take."""
+        if count > self.runner.most:
+            text = f"n: {count} replies are too many at once, at most {self.runner.most}"
+            raise ApiError(400, text, param="n")
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         texts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
@@ -109,7 +118,7 @@ class Service:
         left = self.context - prompt
         if most is not None and most < least:
             raise ApiError(400, f"{field_name}: {most} is out of range (at least {least})", param=field_name)
-        if left < max(1, least) or (most is not None and most > left):
+        if left < (1 if most is None else most):
             asked = f"{prompt} tokens and {most or 1} to generate"
             text = f"{name}: {asked} do not fit into the context of {self.context}"
             raise ApiError(400, text, param=name, code="context_length_exceeded")
@@ -145,7 +154,7 @@ class Service:
             self.runner.engine.check(request)
             return request
         except UserError as error:
-            raise ApiError(400, str(error), param=str(error).partition(":")[0]) from None
+            raise ApiError(400, str(error), param=str(error).partition(":")[0].split()[0]) from None
 
     def _sampling(self, asked: Generation, number: int) -> Sampling:
         """What was asked, and the model's defaults for what was not. Choice ``number`` of a seeded request
@@ -175,7 +184,7 @@ class Service:
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
-    if not all(token.isascii() and token.isdigit() for token in given):
+    if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in given):
         raise ApiError(400, "logit_bias: the keys are ids of tokens", param="logit_bias")
     if len(given) > 1024:
         raise ApiError(400, f"logit_bias: {len(given)} tokens are too many, at most 1024", param="logit_bias")

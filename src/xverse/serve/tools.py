@@ -91,11 +91,11 @@ def parse(text: str, asked: ChatRequest) -> tuple[str | None, list[dict[str, Any
         inside = rest[start + len(OPEN) : end if end >= 0 else None]
         try:
             call = json.loads(inside)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(call, dict) or call.get("name") not in names:
             break
-        arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
+        arguments = _json(call.get("arguments", {}))
         calls.append(
             {
                 "id": f"call_{uuid.uuid4().hex[:24]}",
@@ -109,6 +109,25 @@ def parse(text: str, asked: ChatRequest) -> tuple[str | None, list[dict[str, Any
     return rest.strip() or None, calls
 
 
+def _json(value: Any) -> str:
+    """As text that can be sent: half a surrogate pair stays an escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
+def certain(text: str) -> int:
+    """How many characters of an unfinished reply are no part of a call, whatever follows."""
+    found = text.find(OPEN)
+    if found >= 0:
+        return found
+    begun = next(size for size in range(len(OPEN) - 1, -1, -1) if text.endswith(OPEN[:size]))
+    return len(text) - begun
+
+
 def _text(message: Message, index: int) -> str:
     where = f"messages[{index}]"
     if message.role == "tool" and message.tool_call_id is None:
@@ -119,7 +138,7 @@ def _text(message: Message, index: int) -> str:
     for call in message.tool_calls or []:
         try:
             arguments = json.loads(call.function.arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ApiError(
                 400, f"{where}: the arguments of a tool call are no JSON", param="messages"
             ) from None
