@@ -25,7 +25,7 @@ export XVERSE_NAME := $(value NAME)
 help:
 	@echo 'make chat               talk to the embedded model in the terminal'
 	@echo 'make chat ASK="…"       answer once: the reply alone on stdout'
-	@echo 'make serve              the embedded model behind OpenAI'"'"'s API, on 127.0.0.1:36000'
+	@echo 'make serve              the embedded model in the browser and behind OpenAI'"'"'s API, on 127.0.0.1:36000'
 	@echo 'make test               run the tests (CPU, no network)'
 	@echo 'make bench [NAME="…"]   measure speed on this machine, all of it or one benchmark'
 	@echo 'make lint               style, types and the rule that imports point downwards'
@@ -90,7 +90,7 @@ $(CORE): pyproject.toml hatch_build.py $(wildcard csrc/*) | $(BIN)/python
 
 $(SERVE): $(CORE)
 	@echo "make: installing what the server needs" >&2
-	@$(PIP) install --quiet -e '.[serve]' >&2
+	@$(PIP) install --quiet -e '.[web]' >&2
 	@touch $@
 
 $(DEV): $(CORE)

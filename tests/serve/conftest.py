@@ -43,7 +43,7 @@ class Running:
         return not stats.running and not stats.waiting and blocks == stats.blocks
 
 
-def start(service: Any, **guard: Any) -> Running:
+def start(service: Any, page: str | None = None, **guard: Any) -> Running:
     import uvicorn
 
     from xverse.commands.serve import LOOPBACK
@@ -52,7 +52,7 @@ def start(service: Any, **guard: Any) -> Running:
 
     settings = {"hosts": LOOPBACK, "keys": (), "max_body": 1_000_000, "log": False, **guard}
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(Guard(create_app(service), **settings), log_level="error")
+    config = uvicorn.Config(Guard(create_app(service, page), **settings), log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -83,7 +83,7 @@ def make_service(loaded: Any, **settings: Any) -> Any:
         tokenizer=engine.tokenizer,
         name="nano",
         parameters=loaded.parameters,
-        stop_ids=loaded.stop_ids,
+        stop_ids=settings.pop("stop_ids", loaded.stop_ids),
         grammars=Grammars(engine.tokenizer, loaded.stop_ids),
         metrics=Metrics(runner),
         **settings,
@@ -98,13 +98,21 @@ def server(nano: Any) -> Iterator[Running]:
     running.server.should_exit = True
 
 
+@pytest.fixture(scope="session")
+def site(nano: Any) -> Iterator[Running]:
+    """The same with the web page."""
+    running = start(make_service(nano), "chat")
+    yield running
+    running.server.should_exit = True
+
+
 @pytest.fixture
 def launch(nano: Any) -> Iterator[Any]:
-    """``launch(service settings, guard={…})``: a server of the test's own."""
+    """``launch(service settings, guard={…}, page=…)``: a server of the test's own."""
     started: list[Running] = []
 
-    def make(guard: dict[str, Any] | None = None, **settings: Any) -> Running:
-        started.append(start(make_service(nano, **settings), **(guard or {})))
+    def make(guard: dict[str, Any] | None = None, page: str | None = None, **settings: Any) -> Running:
+        started.append(start(make_service(nano, **settings), page, **(guard or {})))
         return started[-1]
 
     yield make

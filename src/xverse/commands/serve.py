@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import socket
 import sys
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+STALLED_SECONDS = 60
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, help=text, **options)
 
     add("--model", "nano, a model directory or a hub id", default="nano", metavar="M")
+    add("--tokenizer", "a directory with another tokenizer than the model's", metavar="T")
     add("--quantize", "make its weights smaller as it is loaded", choices=["int8", "int4"])
     add("--host", "address to listen on (%(default)s)", default="127.0.0.1", metavar="H")
     add("--port", "%(default)s; 0: any free one", type=_number, default=36000, metavar="P")
@@ -27,6 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key-file", "keys, one a line; clients send one (also: XVERSE_API_KEY)", metavar="F")
     text = "host name that requests may carry beside the loopback names; '*' allows all"
     add("--allowed-host", text, action="append", metavar="H")
+    add("--allowed-origin", "origin of web pages that may ask, as https://HOST", action="append", metavar="O")
+    add("--page", "what the web page opens with; none: no page", choices=["chat", "generation", "none"])
     add("--max-batch", "requests at once (%(default)s)", type=_number, default=64, metavar="N")
     add("--max-waiting", "further ones that wait (%(default)s)", type=_number, default=256, metavar="N")
     add("--max-cache-tokens", "room of the key-value cache", type=_number, metavar="N")
@@ -35,7 +41,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout", "seconds for a reply (%(default)s)", type=float, default=600.0, metavar="S")
     add("--max-body-mb", "largest body of a request (%(default)s)", type=float, default=4.0, metavar="MB")
     add("--threads", "CPU threads", type=_number, metavar="N")
-    add("--no-access-log", "no line for each request on stderr", action="store_true")
+    log = parser.add_mutually_exclusive_group()
+    log.add_argument("--no-access-log", help="no line for each request on stderr", action="store_true")
+    log.add_argument("--log-contents", help="requests and replies in that line", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     keys = read_keys(args.api_key_file)
     try:
         import uvicorn
+        from starlette.middleware.cors import CORSMiddleware
 
         from xverse.serve.app import create_app
         from xverse.serve.guard import Guard
@@ -61,15 +70,23 @@ def run(args: argparse.Namespace) -> int:
             f"serve: {args.host} can be reached from other machines and there is no API key: "
             "whoever reaches it may use it (--api-key-file F)"
         )
+    origins = [_origin(given) for given in args.allowed_origin or []]
+    page = _page(args.page)
     with listen(args.host, args.port) as listener:
         service = load_service(args)
-        app = Guard(
-            create_app(service),
+        app: Any = Guard(
+            create_app(service, page),
             hosts=allowed_hosts(args.host, args.allowed_host or []),
             keys=keys,
             max_body=int(args.max_body_mb * 1e6),
             log=not args.no_access_log,
+            origins=origins,
+            contents=args.log_contents,
         )
+        if origins:  # outside the guard: a browser asks for permission before it sends a key
+            app = CORSMiddleware(
+                app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            )
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(args.timeout) + 1
         )
@@ -97,7 +114,10 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--port: {port} is out of range (0 to 65535)")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        listener = socket.create_server(address[:2], family=family)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # a client that reads nothing for so long has left (Linux)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
+        return listener
     except OSError as error:
         raise UserError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from None
 
@@ -107,6 +127,24 @@ def allowed_hosts(host: str, more: list[str]) -> list[str] | None:
     if "*" in more or (host in ("0.0.0.0", "::") and not more):
         return None
     return [*LOOPBACK, host, *more]
+
+
+def _origin(given: str) -> str:
+    parts = urllib.parse.urlsplit(given)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
+        raise UserError(f"--allowed-origin: '{given}' is no origin; one reads https://example.org")
+    return given.lower()
+
+
+def _page(asked: str | None) -> str | None:
+    """The tab that the web page opens with. Without Gradio there is no page, unless one was asked for."""
+    if asked == "none":
+        return None
+    if importlib.util.find_spec("gradio") is None:
+        if asked is not None:
+            raise UserError("the web page needs gradio: pip install 'xverse-lm[web]', or -e '.[web]'")
+        return None
+    return asked or "chat"
 
 
 def read_keys(path: str | None) -> list[str]:

@@ -84,9 +84,11 @@ def load_engine(
     defaults: Parameters = CHAT,
     threads: int | None = None,
     quantize: str | None = None,
+    tokenizer: str | None = None,
     **settings: Any,
 ) -> Loaded:
     """An engine for ``model`` (``nano``, a directory or a hub id); ``settings`` are the engine's own.
+    ``tokenizer``: a directory with another tokenizer than the model's own.
 
     ``threads`` None leaves the choice to torch, or one for a small model. ``quantize``: ``int8`` or ``int4``,
     made of an unquantised model as it is loaded. Raises UserError for what cannot be loaded.
@@ -103,9 +105,9 @@ def load_engine(
         if not 1 <= threads <= 1024:
             raise UserError(f"threads: {threads} is out of range (1 to 1024)")
         torch.set_num_threads(threads)
-    tokenizer = load_tokenizer(path)
+    words = load_tokenizer(path if tokenizer is None else resolve(tokenizer))
     dtype = torch.float32 if config.num_parameters() < FLOAT32_BELOW else None
     weights = load_model(path, dtype) if quantize is None else load_quantizing(path, quantize, dtype)
     ends = generation_config.get("eos_token_id", config.eos_token_id)
     stop_ids = tuple(ends) if isinstance(ends, list) else (ends,)
-    return Loaded(Engine(weights, tokenizer, **settings), parameters, stop_ids)
+    return Loaded(Engine(weights, words, **settings), parameters, stop_ids)

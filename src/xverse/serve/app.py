@@ -12,13 +12,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 import xverse
 from xverse.serve import errors
+from xverse.serve.errors import ApiError
 from xverse.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from xverse.serve.replies import ChatReply, CompletionReply
 from xverse.serve.service import Service
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application; its runner starts with it."""
+def create_app(service: Service, page: str | None = None) -> FastAPI:
+    """The application; its runner starts with it. ``page``: the web page's first tab, None for no page."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -81,6 +82,14 @@ def create_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST"], include_in_schema=False)
+    async def unknown(path: str) -> None:
+        raise ApiError(404, f"/v1/{path} is not here", code="unknown_path")
+
+    if page is not None:
+        from xverse.serve.page import mount  # Gradio takes seconds to import
+
+        mount(app, service, first=page)
     return app
 
 

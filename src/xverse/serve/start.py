@@ -19,6 +19,7 @@ def load_service(args: argparse.Namespace) -> Service:
         args.model,
         threads=args.threads,
         quantize=args.quantize,
+        tokenizer=args.tokenizer,
         max_batch=args.max_batch,
         max_cache_tokens=args.max_cache_tokens,
         kv_dtype=args.kv_dtype,
