@@ -206,6 +206,7 @@ def test_changing_the_conversation_ends_its_reply(launch: Any, visit: Any) -> No
     server.until(lambda: visitor.said("bot") and len(visitor.said("bot")[0]) > 20)
     visitor.page.locator("#new").click()
     server.until(server.idle)
+    sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_count(0)
     time.sleep(0.5)
     assert visitor.said("user") == []
     visitor.page.locator("#conversations label").first.click()

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 
 import xverse
 from xverse.serve import errors
@@ -16,6 +17,8 @@ from xverse.serve.errors import ApiError
 from xverse.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from xverse.serve.replies import ChatReply, CompletionReply
 from xverse.serve.service import Service
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def create_app(service: Service, page: str | None = None) -> FastAPI:
@@ -82,8 +85,13 @@ def create_app(service: Service, page: str | None = None) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.api_route("/v1/{path:path}", methods=["GET", "POST"], include_in_schema=False)
-    async def unknown(path: str) -> None:
+    known = {route.path for route in app.routes if isinstance(route, APIRoute)}
+
+    # The page takes every address that no route before it takes; these are none of its own.
+    @app.api_route("/v1/{path:path}", methods=[*_METHODS], include_in_schema=False)
+    async def unknown(path: str, request: Request) -> None:
+        if f"/v1/{path}" in known:
+            raise ApiError(405, f"{request.method} is not for /v1/{path}", code="method_not_allowed")
         raise ApiError(404, f"/v1/{path} is not here", code="unknown_path")
 
     if page is not None:

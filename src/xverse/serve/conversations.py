@@ -1,7 +1,7 @@
 """What the page's buttons do with conversations: messages in, messages out, and what the browser keeps.
 
-``saved`` is all that a browser keeps: "chats", a list of {"id", "messages"}, latest first; "at", the id of the
-one that is shown, or None; "language", ``zh`` or ``en``, or None for the browser's own.
+``saved`` is all that a browser keeps: "chats", a list of {"id", "messages"}, latest first; "at", the id
+of the one that is shown, or None; "language", ``zh`` or ``en``, or None for the browser's own.
 """
 
 from __future__ import annotations

@@ -164,19 +164,18 @@ class _Page:
             self.message.stop(None, None, None, cancels=running, queue=False, **quiet), kept, listed, quiet
         )
 
-        stops: dict[str, Any] = {"cancels": running, "queue": False, **quiet}
-        ended = lambda: gr.update(submit_btn=True, stop_btn=False)  # noqa: E731 - one look for all listeners
-        for event in (
-            self.new.click(conversations.leave, [*kept, self.language], [*listed, *shown], **stops),
-            self.chat.clear(conversations.leave, [*kept, self.language], [*listed, *shown], **stops),
-            self.conversations.input(
-                conversations.choose, [*kept, self.language, self.conversations], [*listed, *shown], **stops
-            ),
-            self.delete_surely.click(
-                conversations.delete, [self.saved, self.language], [*listed, *shown], **stops
-            ),
+        # A running reply ends first: its last words would otherwise arrive in another conversation.
+        at = [*kept, self.language]
+        left = [*listed, *shown]
+        for begins, function, inputs in (
+            (self.new.click, conversations.leave, at),
+            (self.chat.clear, conversations.leave, at),
+            (self.conversations.input, conversations.choose, [*at, self.conversations]),
+            (self.delete_surely.click, conversations.delete, [self.saved, self.language]),
         ):
-            event.then(ended, None, self.message, queue=False, **quiet)
+            stopped = begins(None, None, None, cancels=running, queue=False, **quiet)
+            moved = stopped.then(function, inputs, left, queue=False, **quiet)
+            moved.then(_ready, None, self.message, queue=False, **quiet)
         asked = [self.delete, self.delete_surely, self.keep]
         self.delete.click(lambda: _visible(False, True, True), None, asked, queue=False, **quiet)
         for button in (self.keep, self.delete_surely):
@@ -201,9 +200,9 @@ class _Page:
 
     def _settle(self, event: Any, kept: list[Any], listed: list[Any], quiet: dict[str, Any]) -> None:
         """After a reply, or half of one: keep it, and take the next message."""
-        event.then(
-            lambda: gr.update(submit_btn=True, stop_btn=False), None, self.message, queue=False, **quiet
-        ).then(conversations.store, [*kept, self.language], listed, queue=False, **quiet)
+        event.then(_ready, None, self.message, queue=False, **quiet).then(
+            conversations.store, [*kept, self.language], listed, queue=False, **quiet
+        )
 
     def _translated(self) -> list[Any]:
         """The components that ``_captions`` has words for, in its order."""
@@ -365,6 +364,11 @@ def _captions(words: Words) -> list[Any]:
         *sliders,
         *sliders,
     ]
+
+
+def _ready() -> Any:
+    """The box takes the next message."""
+    return gr.update(submit_btn=True, stop_btn=False)
 
 
 def _visible(*values: bool) -> list[Any]:
