@@ -15,6 +15,18 @@ from xverse.config import UserError
 FinishReason = Literal["stop", "length", "error"]
 MOST_ALTERNATIVES = 20  # as many as OpenAI's API gives beside a token
 
+# What ``Sampling`` takes; top_p itself excludes 0.
+RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "seed": (0, 2**62),
+}
+
 
 class Constraint(Protocol):
     """What a reply must look like, decided token by token: a grammar, a JSON schema, a given text.
@@ -50,19 +62,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0, 100)
-        _check("top_k", self.top_k, 0, 2**31 - 1, whole=True)
-        _check("top_p", self.top_p, 0, 1, above=True)
-        _check("min_p", self.min_p, 0, 1)
-        _check("repetition_penalty", self.repetition_penalty, 0.01, 100)
-        _check("presence_penalty", self.presence_penalty, -2, 2)
-        _check("frequency_penalty", self.frequency_penalty, -2, 2)
+        for name, (low, high) in RANGES.items():
+            if name != "seed" or self.seed is not None:
+                whole = name in ("top_k", "seed")
+                _check(name, getattr(self, name), low, high, above=name == "top_p", whole=whole)
         for token, bias in self.logit_bias.items():
             if not _is_whole(token) or token < 0:
                 raise UserError(f"logit_bias: {token!r} is not the id of a token")
             _check(f"logit_bias of token {token}", bias, -100, 100)
-        if self.seed is not None:
-            _check("seed", self.seed, 0, 2**63 - 1, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+from xverse.engine.request import RANGES
+
 MOST_CHOICES = 16
 MOST_STOPS = 16
 Number = Annotated[float, Field(strict=True)]
+
+
+def _ranged(name: str) -> Any:
+    """An optional number, its range in the OpenAPI document. The engine itself checks it, and says more."""
+    low, high = RANGES[name]
+    bounds = {"exclusiveMinimum" if name == "top_p" else "minimum": low, "maximum": high}
+
+    def narrow(schema: dict[str, Any]) -> None:
+        number = next(each for each in schema["anyOf"] if each["type"] != "null")
+        number.update(bounds)
+
+    return Field(default=None, json_schema_extra=narrow)
 
 
 class Strict(BaseModel):
@@ -86,15 +100,15 @@ class Generation(Strict):
     """What both endpoints take."""
 
     model: StrictStr = ""
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: StrictInt | None = None
-    min_p: Number | None = None
-    repetition_penalty: Number | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
+    temperature: Number | None = _ranged("temperature")
+    top_p: Number | None = _ranged("top_p")
+    top_k: StrictInt | None = _ranged("top_k")
+    min_p: Number | None = _ranged("min_p")
+    repetition_penalty: Number | None = _ranged("repetition_penalty")
+    presence_penalty: Number | None = _ranged("presence_penalty")
+    frequency_penalty: Number | None = _ranged("frequency_penalty")
     logit_bias: dict[str, Number] | None = None
-    seed: StrictInt | None = None
+    seed: StrictInt | None = _ranged("seed")
     n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
     stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MOST_STOPS)] | None = None
     max_tokens: StrictInt | None = None

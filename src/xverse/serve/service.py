@@ -11,7 +11,7 @@ from typing import Any
 from xverse.config import UserError
 from xverse.engine import Constraint, Request, Sampling
 from xverse.engine.load import Parameters
-from xverse.engine.request import MOST_ALTERNATIVES
+from xverse.engine.request import MOST_ALTERNATIVES, RANGES
 from xverse.serve import tools
 from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Grammars
@@ -177,9 +177,7 @@ class Service:
         if asked.logit_bias:
             chosen["logit_bias"] = _biases(asked.logit_bias)
         if asked.seed is not None:
-            if not 0 <= asked.seed < 2**62:
-                raise ApiError(400, f"seed: {asked.seed} is out of range (0 to 2^62)", param="seed")
-            chosen["seed"] = asked.seed + number
+            chosen["seed"] = asked.seed + (number if asked.seed < RANGES["seed"][1] / 2 else -number)
         return Sampling(**chosen)
 
 

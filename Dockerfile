@@ -1,0 +1,22 @@
+# docker build -t xverse .
+# docker run --rm -p 127.0.0.1:36000:36000 -e XVERSE_API_KEY=secret xverse
+# docker run --rm -p 127.0.0.1:36000:36000 -e XVERSE_API_KEY=secret -v /path/to/model:/model:ro xverse --model /model --quantize int4
+
+FROM python:3.11-slim AS build
+RUN apt-get update -q && apt-get install -q -y --no-install-recommends g++
+WORKDIR /src
+COPY . /src
+RUN pip wheel --quiet --no-deps --wheel-dir /dist /src
+
+FROM python:3.11-slim
+# The CPU build of PyTorch; with an NVIDIA GPU: --build-arg TORCH=torch --build-arg TORCH_INDEX=
+ARG TORCH=torch==2.13.0+cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --quiet --no-cache-dir --no-deps ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH"
+COPY --from=build /dist /dist
+RUN pip install --quiet --no-cache-dir "$(echo /dist/xverse_lm-*.whl)[web]"
+RUN useradd --create-home xverse
+USER xverse
+EXPOSE 36000
+HEALTHCHECK --start-period=300s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:36000/health')"]
+ENTRYPOINT ["xverse", "serve", "--host", "0.0.0.0"]

@@ -1,0 +1,83 @@
+"""What the OpenAPI document allows, and what it does not, hundreds of ways: no answer may be a 500."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+schemathesis = pytest.importorskip("schemathesis")
+OPERATIONS = (
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "GET /v1/models",
+    "GET /v1/models/{name}",
+    "POST /tokenize",
+    "POST /detokenize",
+    "GET /health",
+    "GET /health/ready",
+    "GET /health/live",
+    "GET /metrics",
+)
+
+
+@pytest.fixture(scope="module")
+def api(server: Any) -> dict[str, Any]:
+    """The operations by their names."""
+    schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
+    found = [result.ok() for result in schema.get_all_operations()]
+    return {f"{each.method.upper()} {each.path}": each for each in found}
+
+
+def test_none_is_left_out(api: dict[str, Any]) -> None:
+    assert set(api) == set(OPERATIONS)
+
+
+CASES = [
+    (name, mode)
+    for name in OPERATIONS
+    for mode in ("POSITIVE", "NEGATIVE")
+    if mode == "POSITIVE" or name.startswith("POST")  # in the others nothing can be wrong
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_no_request_makes_it_fail(api: dict[str, Any], name: str, mode: str) -> None:
+    operation = api[name]
+    seen: list[int] = []
+
+    @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode[mode]))
+    @settings(
+        max_examples=200,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
+    def ask(case: Any) -> None:
+        if isinstance(case.body, dict) and name.endswith("completions"):
+            case.body = {**case.body, "max_tokens": 2}  # how much it may say is not what is tested here
+            if mode == "POSITIVE":
+                case.body |= _sensible("chat" in name, begun=len(seen) % 2 == 0)
+        answer = case.call(timeout=30)
+        seen.append(answer.status_code)
+        assert answer.status_code < 500, f"{answer.status_code}: {answer.text}"
+        if answer.status_code >= 400 and answer.request.method != "HEAD":
+            assert answer.json()["error"]["message"]
+
+    ask()
+    assert seen
+    if mode == "NEGATIVE":
+        assert any(400 <= status < 500 for status in seen)
+    elif "{" not in name:
+        assert 200 in seen
+
+
+def _sensible(chat: bool, begun: bool) -> dict[str, Any]:
+    """What the document allows and the server refuses all the same: it cannot say what goes together."""
+    if not chat:
+        return {"model": "nano"} if begun else {"model": "nano", "prompt": "Hello"}
+    fields: dict[str, Any] = {"model": "nano", "max_completion_tokens": None, "logprobs": True}
+    return fields if begun else {**fields, "messages": [{"role": "user", "content": "Hello"}]}
