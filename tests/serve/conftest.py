@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -46,12 +45,12 @@ class Running:
 def start(service: Any, page: str | None = None, **guard: Any) -> Running:
     import uvicorn
 
-    from xverse.commands.serve import LOOPBACK
+    from xverse.commands.serve import LOOPBACK, listen
     from xverse.serve.app import create_app
     from xverse.serve.guard import Guard
 
     settings = {"hosts": LOOPBACK, "keys": (), "max_body": 1_000_000, "log": False, **guard}
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen("127.0.0.1", 0)
     config = uvicorn.Config(Guard(create_app(service, page), **settings), log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

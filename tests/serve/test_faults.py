@@ -139,6 +139,58 @@ def test_other_host_names_are_refused(server: Any) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
+def test_pages_of_others_may_not_ask(server: Any, launch: Any) -> None:
+    body = {"messages": QUESTION, "max_tokens": 3}
+    with server.client() as client:
+        for origin in ("http://evil.example", "null", "https://evil.example:443", "nonsense"):
+            answer = client.post(CHAT, json=body, headers={"Origin": origin})
+            assert answer.status_code == 403
+            assert answer.json()["error"]["code"] == "origin"
+        assert client.post(CHAT, json=body, headers={"Origin": server.url}).status_code == 200
+        assert client.post(CHAT, json=body).status_code == 200
+    friends = launch(guard={"origins": ["https://friend.example"]})
+    with friends.client() as client:
+        for origin, status in (("https://friend.example", 200), ("https://evil.example", 403)):
+            assert client.post(CHAT, json=body, headers={"Origin": origin}).status_code == status
+
+
+def test_answers_tell_browsers_to_be_careful(server: Any) -> None:
+    with server.client() as client:
+        headers = client.get("/health").headers
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_websockets_are_refused(server: Any) -> None:
+    head = "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    key = "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall((head + key).encode())
+        assert b" 101 " not in connection.recv(1000).split(b"\r\n")[0]
+
+
+def test_what_was_said_is_logged_only_where_asked(launch: Any, capfd: Any) -> None:
+    body = {"messages": [{"role": "user", "content": "a secret"}], "max_tokens": 3}
+    for contents in (False, True):
+        running = launch(guard={"log": True, "contents": contents})
+        with running.client() as client:
+            answer = client.post(CHAT, json=body)
+            client.get("/health")
+        logged: list[dict[str, Any]] = []
+
+        def arrived(logged: list[dict[str, Any]] = logged) -> bool:
+            logged += [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+            return len(logged) == 2
+
+        running.until(arrived)
+        assert [line["path"] for line in logged] == [CHAT, "/health"]
+        assert ("a secret" in json.dumps(logged)) == contents
+        if contents:
+            assert json.loads(logged[0]["request"]) == body
+            assert json.loads(logged[0]["response"]) == answer.json()
+
+
 def test_keys(launch: Any) -> None:
     import openai
 
@@ -188,6 +240,70 @@ def test_a_slow_reader_holds_nobody_up(server: Any) -> None:
     finally:
         connection.close()
     server.until(server.idle)
+
+
+def test_a_client_that_reads_nothing_is_given_up(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        pytest.skip("needs Linux")
+    monkeypatch.setattr("xverse.commands.serve.STALLED_SECONDS", 2)
+    running = launch(stop_ids=())
+    body = {"messages": QUESTION, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 8}
+    connection = opened(running, {**body, "max_tokens": 2000})  # 40 MB, more than the sockets hold
+    running.until(lambda: running.service.runner.open == 8)
+    begin = time.monotonic()
+    running.until(lambda: running.service.runner.open == 0, seconds=60)
+    assert time.monotonic() - begin > 2
+    connection.close()
+    running.until(running.idle)
+
+
+DEEP: dict[str, Any] = {}
+for _ in range(400):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "((((a{1,100}){1,100}){1,100}){1,100})"},
+        {"type": "string", "pattern": "(a|aa|aaa)*" * 100},
+        {"type": "string", "pattern": "[ab]*a[ab]{40}"},
+        {"type": "string", "pattern": ".*a.{5000}"},
+        {"type": "string", "pattern": "(?=a)b"},
+        {"type": "string", "minLength": 10**9},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 10**9},
+        {"type": "integer", "multipleOf": 999999937},
+        {"type": "integer", "minimum": 10**300},
+        {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 50} for n in range(1200)}},
+        {"allOf": [{"anyOf": [{"properties": {f"{i}.{j}": {}}} for j in range(6)]} for i in range(12)]},
+        {"$ref": "#"},
+        {"$ref": "http://192.0.2.1/schema.json"},
+        {"$ref": "file:///etc/passwd"},
+        {"enum": []},
+        {"not": {}},
+        DEEP,
+    ],
+)
+def test_hostile_schemas(server: Any, schema: dict[str, Any]) -> None:
+    """Refused by name, or obeyed; soon, and without holding up others."""
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    body = {"messages": QUESTION, "max_tokens": 20, "response_format": form}
+    begin = time.monotonic()
+    with server.client() as client:
+        answer = client.post(CHAT, json=body)
+        assert time.monotonic() - begin < 10
+        assert answer.status_code in (200, 400), answer.text
+        if answer.status_code == 400:
+            assert answer.json()["error"]["param"] == "response_format"
+        assert client.get("/health").status_code == 200
+
+
+def test_bodies_that_are_nested_without_end(server: Any) -> None:
+    for content in ("[" * 200_000, '{"messages":' * 50_000, '{"a":' * 900 + "1" + "}" * 900):
+        with server.client() as client:
+            answer = client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"]
 
 
 def test_a_full_queue_says_when_to_come_again(launch: Any) -> None:
@@ -364,6 +480,9 @@ def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Any) -> None:
         (["--api-key-file", "/nowhere"], "--api-key-file"),
         (["--max-batch", "0"], "max_batch"),
         (["--host", "256.1.1.1"], "256.1.1.1"),
+        (["--allowed-origin", "friend.example"], "no origin"),
+        (["--tokenizer", "/nowhere"], "/nowhere"),
+        (["--log-contents", "--no-access-log"], "not allowed with"),
     ],
 )
 def test_wrong_flags(arguments: list[str], part: str) -> None:
@@ -371,3 +490,28 @@ def test_wrong_flags(arguments: list[str], part: str) -> None:
     assert done.returncode == 2
     assert part in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_origins_that_are_allowed() -> None:
+    """As a browser asks: first for permission, without a key."""
+    flags = ["--port", "0", "--threads", "1", "--page", "none", "--allowed-origin", "https://friend.example"]
+    environment = {**os.environ, "XVERSE_API_KEY": "k"}
+    started = subprocess.Popen([*COMMAND, *flags], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert started.stdout is not None
+        url = started.stdout.readline().split()[-1]
+        with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+            for origin, welcome in (("https://friend.example", True), ("https://evil.example", False)):
+                asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+                asks["Access-Control-Request-Headers"] = "authorization, content-type"
+                answer = client.options(CHAT, headers=asks)
+                assert (answer.headers.get("access-control-allow-origin") == origin) == welcome
+                sent = {"Origin": origin, "Authorization": "Bearer k"}
+                answer = client.post(CHAT, json={"messages": QUESTION, "max_tokens": 3}, headers=sent)
+                assert answer.status_code == (200 if welcome else 403)
+                assert (answer.headers.get("access-control-allow-origin") == origin) == welcome
+            assert client.get("/").status_code == 401  # --page none: nothing there, and that is not told
+            assert client.get("/", headers={"Authorization": "Bearer k"}).status_code == 404
+    finally:
+        started.terminate()
+        assert started.wait(20) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import llguidance
 import torch
@@ -61,7 +61,10 @@ class Grammars:
         )
 
     def _check_size(self, schema: Any, param: str) -> None:
-        size = len(json.dumps(schema).encode())
+        try:
+            size = len(json.dumps(schema).encode())
+        except RecursionError:
+            raise ApiError(400, f"{param}: the schema is nested too deeply", param=param) from None
         if size > MOST_BYTES:
             text = f"{param}: the schema has {size} bytes, at most {MOST_BYTES} are allowed"
             raise ApiError(400, text, param=param, code="schema_too_large")
@@ -71,7 +74,7 @@ class Grammars:
             grammar = make()
             matcher = llguidance.LLMatcher(self._vocabulary, grammar)
             reason = matcher.get_error() if matcher.is_error() else ""
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reason = str(error)
         if reason:
             text = f"{param}: the schema cannot be used: {' '.join(reason.split())[:300]}"
@@ -90,11 +93,12 @@ class Grammar:
         self._matcher = matcher
         self._size = vocab_size
         self._stop_ids = [token for token in stop_ids if token < vocab_size]
+        self.failed = ""  # why; a form can be too much work for a step and yet have compiled
 
     def apply(self, logits: Tensor) -> Tensor:
         """``logits`` float32 [V] with -inf for what the grammar does not allow here."""
         if self._matcher.is_error():
-            raise ValueError(f"the grammar failed: {self._matcher.get_error()}")
+            self._fail()
         if self._matcher.is_stopped():
             allowed = torch.zeros(self._size, dtype=torch.bool)
             allowed[self._stop_ids] = True
@@ -109,7 +113,11 @@ class Grammar:
         if token_id in self._stop_ids and (self._matcher.is_stopped() or self._matcher.is_accepting()):
             return
         if not self._matcher.consume_token(token_id):
-            raise ValueError(f"the grammar does not allow token {token_id}: {self._matcher.get_error()}")
+            self._fail()
+
+    def _fail(self) -> NoReturn:
+        self.failed = " ".join(self._matcher.get_error().split())[:300]
+        raise ValueError(f"the grammar failed: {self.failed}")
 
 
 class _Words:

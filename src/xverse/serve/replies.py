@@ -15,6 +15,7 @@ from xverse.config import UserError
 from xverse.engine import Event, Request, TokenLogprob
 from xverse.serve import errors, tools
 from xverse.serve.errors import ApiError
+from xverse.serve.grammar import Grammar
 from xverse.serve.protocol import ChatRequest, CompletionRequest
 from xverse.serve.runner import Busy, Draining
 from xverse.serve.service import Service
@@ -57,6 +58,10 @@ async def events(service: Service, endpoint: str, choice: Choice) -> AsyncGenera
                 if event.logprob is not None:
                     choice.logprobs.append(event.logprob)
                 if event.error is not None:
+                    form = choice.request.constraint
+                    if isinstance(form, Grammar) and form.failed:
+                        text = f"response_format: the schema cannot be used: {form.failed}"
+                        raise ApiError(400, text, param="response_format", code="bad_schema")
                     raise ApiError(500, event.error, code="generation_failed")
                 choice.finish_reason = event.finish_reason
                 yield event
