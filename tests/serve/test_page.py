@@ -102,7 +102,6 @@ def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
 
 def test_a_conversation_in_chinese(site: Any, visit: Any) -> None:
     visitor = visit(site, locale="zh-CN")
-    visitor.picture("chat-begin")
     assert visitor.page.locator("#new").inner_text() == "新对话"
     visitor.say("你好，你是谁？")
     assert "XVERSE-nano" in visitor.until_answered(1)
@@ -110,7 +109,7 @@ def test_a_conversation_in_chinese(site: Any, visit: Any) -> None:
     assert re.match(r"\d+ 个词元", visitor.page.locator("#status").inner_text().strip())
     visitor.say("谢谢！")
     visitor.until_answered(2)
-    visitor.picture("chat")
+    visitor.picture("chat-zh")
     assert visitor.conversations() == ["你好，你是谁？"]
 
 
@@ -161,6 +160,7 @@ def test_regenerate_and_edit(site: Any, visit: Any) -> None:
     visitor.until_answered(1)
     visitor.say("Write a story.")
     visitor.until_answered(2)
+    visitor.picture("chat-en")
     before = site.service.runner.tokens
     visitor.page.get_by_label("Retry").click()
     site.until(lambda: site.service.runner.tokens > before)
@@ -246,7 +246,6 @@ def test_markdown_code_and_formulas(site: Any, visit: Any) -> None:
     assert message.locator("pre code .token").count() > 1
     assert message.locator("table td").count() == 2
     assert message.locator(".katex").count() == 2
-    visitor.picture("chat-markdown")
 
 
 def test_what_is_said_cannot_act(site: Any, visit: Any) -> None:

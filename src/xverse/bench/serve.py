@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
 import statistics
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from xverse.bench.client import Stream, completion, cpu_seconds, serving, structured, together
 from xverse.bench.report import Row, at_least, at_most, show
-from xverse.config import UserError
 from xverse.engine import Engine, Request, Sampling
-from xverse.engine.load import load_engine
-from xverse.formats import load_tokenizer, resolve
+from xverse.engine.load import ONE_THREAD_BELOW, load_engine
+from xverse.formats import load_tokenizer, read_config, resolve
 from xverse.log import notice
 
-OFFLINE_TARGET = 0.9  # of the engine's own rate
+OFFLINE_TARGET = 0.9  # of the engine's own rate; of nano a step is as short as sending its tokens takes
+PEER_TARGET = 2.5  # of llama.cpp's rate with as many sequences
 SLOWEST_TARGET = 1 / 3  # of the median stream's rate
 REPEAT_TARGET = 0.15  # of the first time to the first token, with a prompt that is known
 IDLE_TARGET = 0.01  # of a core
-GRAMMAR_TARGET = 0.70  # of the rate without one; the embedded model's
-_SHARED, _COMMAND = 1000, "import sys; from xverse.cli import main; sys.exit(main(sys.argv[1:]))"
+GRAMMAR_TARGETS = {"small": 0.70, "large": 0.85}  # of the rate without one
+_SHARED = 1000
 _SCHEMA = {
     "type": "object",
     "properties": {"names": {"type": "array", "items": {"type": "string"}, "minItems": 10**6}},
     "required": ["names"],
 }
+Peer = Callable[[list[list[int]], int], float]
 
 
 def run(
@@ -45,36 +38,68 @@ def run(
     clients: int = 8,
     prompt_tokens: int = 64,
     new_tokens: int = 64,
+    rounds: int = 3,
     threads: int | None = None,
+    peer: Peer | None = None,
 ) -> dict[str, Any]:
-    """Measure ``xverse serve`` with so many streaming clients. Raises UserError for an unknown model."""
+    """Measure ``xverse serve`` with so many streaming clients; medians of ``rounds``, in which the engine
+    alone, the server and ``peer`` (prompts, new tokens → tokens a second) take turns.
+
+    Raises UserError for an unknown model.
+    """
     path = resolve(model)
-    tokenizer = load_tokenizer(path)
+    small = read_config(path).num_parameters() < ONE_THREAD_BELOW
     generator = torch.Generator().manual_seed(0)
-    vocabulary = tokenizer.vocab_size
+    vocabulary = load_tokenizer(path).vocab_size
 
     def prompts(count: int, length: int) -> list[list[int]]:
         return torch.randint(300, vocabulary, (count, length), generator=generator).tolist()
 
-    asked = prompts(clients, prompt_tokens)
-    notice(f"serve {model}: the engine alone, {clients} sequences")
-    offline = _offline(model, quantize, threads, asked, new_tokens)
-    with _server(model, quantize, threads) as (port, process):
-        notice(f"serve {model}: {clients} clients")
-        _load(port, asked[:1], 4)  # every weight touched once
-        streams = _load(port, prompts(clients, prompt_tokens), new_tokens)
-        (long,) = prompts(1, _SHARED)
-        known = []
-        for end in prompts(4, 8):
-            (stream,) = _load(port, [long + end], 2)
-            known.append(stream.first)
-        (plain,) = _load(port, prompts(1, prompt_tokens), new_tokens)
-        form = {"response_format": {"type": "json_schema", "json_schema": {"schema": _SCHEMA}}}
-        (formed,) = _load(port, [[]], new_tokens, form)
-        idle = _cpu_share(process.pid, 5.0)
-    begin = min(stream.begun + stream.first for stream in streams)
-    last = max(stream.ended for stream in streams)
-    rates = [stream.rate for stream in streams]
+    before = torch.get_num_threads()
+    engine: Engine = load_engine(
+        model, quantize=quantize, threads=threads, prefix_cache_bytes=0, max_batch=clients
+    ).engine
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    errors = 0
+    try:
+        with serving(model, quantize, threads) as (port, process):
+            together(port, [completion(prompts(1, prompt_tokens)[0], 4)])  # every weight touched once
+            _offline(engine, prompts(clients, prompt_tokens), 4)
+            for number in range(rounds):
+                notice(f"serve {model}: round {number + 1} of {rounds}")
+                note("offline", _offline(engine, prompts(clients, prompt_tokens), new_tokens))
+                asked = [completion(prompt, new_tokens) for prompt in prompts(clients, prompt_tokens)]
+                streams = together(port, asked)
+                errors += sum(stream.error is not None for stream in streams)
+                rates = [stream.rate for stream in streams]
+                note("total", _total(streams))
+                note("slowest", min(rates) / statistics.median(rates))
+                note("first_token", statistics.median(stream.first for stream in streams))
+                if peer is not None:
+                    note("peer", peer(prompts(clients, prompt_tokens), new_tokens))
+                (long,) = prompts(1, _SHARED)
+                known = [together(port, [completion(long + end, 2)])[0].first for end in prompts(4, 8)]
+                note("shared_first", known[0])
+                note("shared_again", statistics.median(known[1:]))
+                (plain,) = together(port, [completion(prompts(1, prompt_tokens)[0], new_tokens)])
+                (formed,) = together(port, [structured(_SCHEMA, new_tokens)])
+                note("plain", plain.rate)
+                note("structured", formed.rate)
+            used, seconds = cpu_seconds(process.pid), 5.0
+            time.sleep(seconds)
+            idle = (cpu_seconds(process.pid) - used) / seconds
+    finally:
+        torch.set_num_threads(before)
+
+    def share(of: str, to: str) -> float:
+        """Within each round: the memory's speed changes between them."""
+        return statistics.median(a / b for a, b in zip(found[of], found[to], strict=True))
+
+    middle = {name: round(statistics.median(values), 4) for name, values in found.items()}
     result: dict[str, Any] = {
         "bench": "serve",
         "model": model,
@@ -82,174 +107,65 @@ def run(
         "clients": clients,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "offline_tok_s": round(offline, 2),
-        "total_tok_s": round(sum(stream.tokens - 1 for stream in streams) / (last - begin), 2),
-        "slowest_of_median": round(min(rates) / statistics.median(rates), 3),
-        "errors": sum(stream.error is not None for stream in streams),
-        "first_token_s": round(statistics.median(stream.first for stream in streams), 4),
-        "first_token_shared_s": [round(each, 4) for each in known],
-        "repeat_share": round(statistics.median(known[1:]) / known[0], 4),
-        "structured_share": round(formed.rate / plain.rate, 3),
+        "rounds": {name: [round(value, 4) for value in values] for name, values in found.items()},
+        "offline_tok_s": middle["offline"],
+        "total_tok_s": middle["total"],
+        "offline_share": round(share("total", "offline"), 3),
+        "slowest_of_median": round(min(found["slowest"]), 3),
+        "errors": errors,
+        "first_token_s": middle["first_token"],
+        "shared_first_s": middle["shared_first"],
+        "shared_again_s": middle["shared_again"],
+        "repeat_share": round(share("shared_again", "shared_first"), 4),
+        "structured_share": round(share("structured", "plain"), 3),
         "idle_cpu_share": round(idle, 4),
     }
-    show(f"serve {model}: {clients} streaming clients", _rows(result))
+    if peer is not None:
+        result |= {"peer_tok_s": middle["peer"], "peer_ratio": round(share("total", "peer"), 2)}
+    show(f"serve {model}: {clients} streaming clients", _rows(result, small))
     return result
 
 
-def _rows(result: dict[str, Any]) -> Iterator[Row]:
-    share = result["total_tok_s"] / result["offline_tok_s"]
+def _rows(result: dict[str, Any], small: bool) -> Iterator[Row]:
+    share = result["offline_share"]
     bound = f"{share:.2f} × the engine alone ({result['offline_tok_s']:.1f} tok/s)"
-    if result["model"] != "nano":  # whose steps are so short that sending their tokens takes as long
-        bound += "; " + at_least(OFFLINE_TARGET, round(share, 3), "×")
+    if not small:
+        bound += "; " + at_least(OFFLINE_TARGET, share, "×")
     yield Row("decoded by all streams together", f"{result['total_tok_s']:.1f} tok/s", bound)
+    if "peer_ratio" in result:
+        text = f"{result['peer_ratio']:.2f} × the peer ({result['peer_tok_s']:.1f} tok/s)"
+        yield Row("beside the peer", text, at_least(PEER_TARGET, result["peer_ratio"], "×"))
     slowest = result["slowest_of_median"]
-    yield Row("slowest stream", f"{slowest:.2f} of the median", at_least(1 / 3, slowest, "of the median"))
+    bound = at_least(SLOWEST_TARGET, slowest, "of the median")
+    yield Row("slowest stream", f"{slowest:.2f} of the median", bound)
     yield Row("errors", str(result["errors"]), at_most(0, result["errors"], "errors"))
     yield Row("time to the first token", f"{result['first_token_s']:.3f} s, median")
-    first, *others = result["first_token_shared_s"]
-    text = f"{first:.3f} s, then {statistics.median(others):.3f} s"
+    text = f"{result['shared_first_s']:.3f} s, then {result['shared_again_s']:.3f} s"
     bound = at_most(REPEAT_TARGET, result["repeat_share"], "of the first")
     yield Row(f"behind {_SHARED} shared tokens", text, bound)
-    structured = result["structured_share"]
-    yield Row("with a JSON schema", f"{structured:.0%} of the rate", at_least(GRAMMAR_TARGET, structured, ""))
-    yield Row(
-        "idle",
-        f"{result['idle_cpu_share']:.2%} of a core",
-        at_most(IDLE_TARGET, result["idle_cpu_share"], ""),
-    )
+    structured_share = result["structured_share"]
+    bound = at_least(GRAMMAR_TARGETS["small" if small else "large"], structured_share, "")
+    yield Row("with a JSON schema", f"{structured_share:.0%} of the rate", bound)
+    idle = result["idle_cpu_share"]
+    yield Row("idle", f"{idle:.2%} of a core", at_most(IDLE_TARGET, idle, ""))
 
 
-def _offline(
-    model: str, quantize: str | None, threads: int | None, prompts: list[list[int]], new_tokens: int
-) -> float:
+def _total(streams: list[Stream]) -> float:
+    """Tokens per second from the first token of any stream to the last token of all."""
+    begin = min(stream.begun + stream.first for stream in streams)
+    return sum(stream.tokens - 1 for stream in streams) / (max(stream.ended for stream in streams) - begin)
+
+
+def _offline(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
     """Tokens per second that the engine decodes of these prompts together, without a server."""
-    before = torch.get_num_threads()
-    engine: Engine = load_engine(
-        model, quantize=quantize, threads=threads, prefix_cache_bytes=0, max_batch=len(prompts)
-    ).engine
     greedy = Sampling(temperature=0)
-    try:
-        for _ in range(2):  # the first one touches every weight
-            handles = {
-                engine.submit(
-                    Request(prompt_ids=ids, max_new_tokens=new_tokens, sampling=greedy, stop_ids=())
-                )
-                for ids in prompts
-            }
-            while handles:
-                handles -= {event.handle for event in engine.step()}
-            begin, tokens = time.perf_counter(), 0
-            while engine.busy:
-                tokens += len(engine.step())
-            seconds = time.perf_counter() - begin
-    finally:
-        torch.set_num_threads(before)
-    return tokens / seconds
-
-
-@contextmanager
-def _server(
-    model: str, quantize: str | None, threads: int | None
-) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    flags = ["serve", "--model", model, "--port", "0", "--no-access-log"]
-    flags += ["--quantize", quantize] if quantize else []
-    flags += ["--threads", str(threads)] if threads else []
-    environment = {name: value for name, value in os.environ.items() if name != "XVERSE_API_KEY"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _COMMAND, *flags], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise UserError(f"xverse serve ended with {process.wait()}")
-        yield int(line.rsplit(":", 1)[1]), process
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-@dataclass
-class Stream:
-    """What one client saw; seconds."""
-
-    begun: float = 0.0
-    first: float = 0.0
-    ended: float = 0.0
-    tokens: int = 0
-    error: str | None = None
-    lines: list[str] = field(default_factory=list)
-
-    @property
-    def rate(self) -> float:
-        return (self.tokens - 1) / max(self.ended - self.begun - self.first, 1e-9)
-
-
-def _load(
-    port: int, prompts: list[list[int]], new_tokens: int, form: dict[str, Any] | None = None
-) -> list[Stream]:
-    """One client for each prompt, all at once, each to its last token."""
-    streams = [Stream() for _ in prompts]
-    threads = [
-        threading.Thread(target=_ask, args=(port, prompt, new_tokens, form, stream))
-        for prompt, stream in zip(prompts, streams, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    failed = next((stream.error for stream in streams if stream.error), None)
-    if failed and len(prompts) == 1:
-        raise UserError(f"the server failed: {failed}")
-    return streams
-
-
-def _ask(port: int, prompt: list[int], new_tokens: int, form: dict[str, Any] | None, stream: Stream) -> None:
-    body: dict[str, Any] = {"max_tokens": new_tokens, "stream": True, "temperature": 0}
-    body["logit_bias"] = {"3": -100}  # no reply ends early
-    body["stream_options"] = {"include_usage": True}
-    path = "/v1/completions"
-    if form is None:
-        body["prompt"] = prompt
-    else:
-        path = "/v1/chat/completions"
-        body |= {"messages": [{"role": "user", "content": "Names?"}], **form}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    stream.begun = time.perf_counter()
-    try:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise UserError(answer.read().decode()[:300])
-        for raw in answer:
-            line = raw.decode().strip()
-            if not line.startswith("data: {"):
-                continue
-            data = json.loads(line.removeprefix("data: "))
-            if "error" in data:
-                raise UserError(data["error"]["message"])
-            if data.get("usage"):
-                stream.tokens = data["usage"]["completion_tokens"]
-                continue
-            now = time.perf_counter()
-            said = data["choices"][0]
-            if not stream.first and (said.get("text") or said.get("delta", {}).get("content")):
-                stream.first = now - stream.begun
-            stream.ended = now
-    except (OSError, http.client.HTTPException, UserError) as error:
-        stream.error = str(error) or type(error).__name__
-    finally:
-        connection.close()
-
-
-def _cpu_share(pid: int, seconds: float) -> float:
-    """Of one core, while nothing is asked."""
-
-    def used() -> float:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    time.sleep(1)
-    before = used()
-    time.sleep(seconds)
-    return (used() - before) / seconds
+    handles = {
+        engine.submit(Request(prompt_ids=ids, max_new_tokens=new_tokens, sampling=greedy, stop_ids=()))
+        for ids in prompts
+    }
+    while handles:
+        handles -= {event.handle for event in engine.step()}
+    begin, tokens = time.perf_counter(), 0
+    while engine.busy:
+        tokens += len(engine.step())
+    return tokens / (time.perf_counter() - begin)

@@ -49,7 +49,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--clients", type=positive, default=8, metavar="N", help="streams at once")
     serve.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="length of a prompt")
     serve.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="of each stream")
+    serve.add_argument("--rounds", type=positive, default=3, metavar="N", help="of which medians are taken")
     serve.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as chat does)")
+
+    soak = add("soak", "the server under mixed load, clients that hang up among it: memory, blocks, errors")
+    soak.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
+    soak.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights first")
+    soak.add_argument("--minutes", type=float, default=20.0, metavar="T", help="how long (%(default)s)")
+    soak.add_argument("--clients", type=positive, default=16, metavar="N", help="at once (%(default)s)")
+    soak.add_argument("--leaving", type=float, default=0.3, metavar="P", help="share of them that hang up")
+    soak.add_argument("--seed", type=int, default=0, metavar="N")
+    soak.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as chat does)")
 
     train = add("train", "pretraining speed and memory against transformers' Llama of the same shape")
     train.add_argument("--shape", default="mini", metavar="S", help="a named shape")

@@ -1,0 +1,70 @@
+"""`xverse serve` with eight streaming clients beside our engine alone and llama.cpp with eight sequences, on
+the same random weights; all three take turns in one run. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import files
+from run import Worker, working
+
+from xverse import hardware
+from xverse.bench import serve
+from xverse.bench.infer import placeholder_tokenizer
+from xverse.bench.report import finish
+from xverse.config import UserError, choose
+from xverse.model import SHAPES
+
+CLIENTS = 8
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = choose("shape", arguments.shape, SHAPES)
+    threads = arguments.threads or hardware.cores().usable
+    parent = Path(arguments.work_dir or tempfile.gettempdir())
+    if not parent.is_dir():
+        raise UserError(f"{parent}: no such directory")
+    files.need_disk(parent, config, ["Q4_0"])
+    with tempfile.TemporaryDirectory(prefix="xverse-peers-", dir=parent) as name:
+        source = files.make(config, Path(name), ["Q4_0"])
+        placeholder_tokenizer(config.vocab_size).save(source)
+        with working("llama.cpp", "Q4_0", Path(name), threads) as worker:
+            found = serve.run(
+                str(source),
+                "int4",
+                clients=CLIENTS,
+                rounds=arguments.rounds,
+                threads=threads,
+                peer=lambda prompts, new_tokens: _decode(worker, prompts, new_tokens),
+            )
+    return {**found, "model": f"random {arguments.shape}", "threads": threads, "peer": "llama.cpp Q4_0"}
+
+
+def _decode(worker: Worker, prompts: list[list[int]], new_tokens: int) -> float:
+    worker.ask("start", prompts=prompts)
+    seconds = worker.ask("decode", steps=new_tokens - 1)["seconds"]
+    worker.ask("stop")
+    return len(prompts) * (new_tokens - 1) / seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", default="7b", help="a named shape (default: 7b)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each of the three (default: 3)")
+    parser.add_argument("--threads", type=int, help="of each of them (default: all cores)")
+    parser.add_argument("--work-dir", help="where the weights are made (default: $TMPDIR); 7b: 31 GB")
+    try:
+        finish(run(parser.parse_args()))
+    except UserError as error:
+        print(f"peers: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

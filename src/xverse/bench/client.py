@@ -1,0 +1,161 @@
+"""A server in a process of its own, and clients that ask it over loopback."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xverse.config import UserError
+
+_COMMAND = "import sys; from xverse.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@contextmanager
+def serving(
+    model: str, quantize: str | None, threads: int | None, more: Sequence[str] = ()
+) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """``xverse serve``: its port and its process. Raises UserError where it does not start."""
+    flags = ["serve", "--model", model, "--port", "0", "--no-access-log", *more]
+    flags += ["--quantize", quantize] if quantize else []
+    flags += ["--threads", str(threads)] if threads else []
+    environment = {name: value for name, value in os.environ.items() if name != "XVERSE_API_KEY"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _COMMAND, *flags], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise UserError(f"xverse serve ended with {process.wait()}")
+        port = int(line.rsplit(":", 1)[1])
+        try:
+            while get(port, "/health")[0] != 200:  # it listens before it has loaded
+                time.sleep(0.1)
+        except (OSError, http.client.HTTPException):
+            raise UserError(f"xverse serve ended with {process.wait()}") from None
+        yield port, process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@dataclass
+class Stream:
+    """What one client saw; seconds."""
+
+    begun: float = 0.0
+    first: float = 0.0
+    ended: float = 0.0
+    tokens: int = 0
+    error: str | None = None
+
+    @property
+    def rate(self) -> float:
+        return (self.tokens - 1) / max(self.ended - self.begun - self.first, 1e-9)
+
+
+def together(port: int, asked: Sequence[dict[str, Any]]) -> list[Stream]:
+    """One client for each request, all at once, each to its last token."""
+    streams = [Stream() for _ in asked]
+    threads = [
+        threading.Thread(target=_follow, args=(port, body, stream))
+        for body, stream in zip(asked, streams, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    failed = next((stream.error for stream in streams if stream.error), None)
+    if failed and len(asked) == 1:
+        raise UserError(f"the server failed: {failed}")
+    return streams
+
+
+def completion(prompt: list[int], new_tokens: int) -> dict[str, Any]:
+    """A greedy request of so many tokens, whatever the model would like."""
+    return {"prompt": prompt, "max_tokens": new_tokens, **_ENDLESS}
+
+
+def structured(schema: dict[str, Any], new_tokens: int) -> dict[str, Any]:
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    messages = [{"role": "user", "content": "Names?"}]
+    return {"messages": messages, "max_tokens": new_tokens, "response_format": form, **_ENDLESS}
+
+
+# The end of a reply is token 3: it never comes.
+_ENDLESS: dict[str, Any] = {
+    "stream": True,
+    "temperature": 0,
+    "logit_bias": {"3": -100},
+    "stream_options": {"include_usage": True},
+}
+
+
+def post(port: int, body: dict[str, Any], timeout: float = 600.0) -> tuple[Any, Any]:
+    """The connection and the answer, of which nothing was read but its head."""
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    return connection, connection.getresponse()
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    """Status and body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def _follow(port: int, body: dict[str, Any], stream: Stream) -> None:
+    stream.begun = time.perf_counter()
+    connection: Any = None
+    try:
+        connection, answer = post(port, body)
+        if answer.status != 200:
+            raise UserError(answer.read().decode()[:300])
+        for raw in answer:
+            line = raw.decode().strip()
+            if not line.startswith("data: {"):
+                continue
+            data = json.loads(line.removeprefix("data: "))
+            if "error" in data:
+                raise UserError(data["error"]["message"])
+            if data.get("usage"):
+                stream.tokens = data["usage"]["completion_tokens"]
+                continue
+            now = time.perf_counter()
+            said = data["choices"][0]
+            if not stream.first and (said.get("text") or said.get("delta", {}).get("content")):
+                stream.first = now - stream.begun
+            stream.ended = now
+    except (OSError, http.client.HTTPException, UserError) as error:
+        stream.error = str(error) or type(error).__name__
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of all its threads, so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory in use by a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) * 1024
