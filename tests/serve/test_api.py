@@ -335,3 +335,19 @@ def test_curl(server: Any) -> None:
     lines = [line for line in done.stdout.splitlines() if line]
     assert lines[-1] == "data: [DONE]"
     assert all(line.startswith("data: {") for line in lines[:-1])
+
+
+def test_tokens_that_are_parts_of_a_character(server: Any) -> None:
+    """Each has a name of its own, and offsets count the characters of the text."""
+    prompt = "😀 a 𠮷b"
+    reply = server.openai().completions.create(
+        model="nano", prompt=prompt, max_tokens=0, echo=True, logprobs=5
+    )
+    (choice,) = reply.choices
+    assert choice.text == prompt
+    found = choice.logprobs
+    assert any(token.startswith("bytes:\\x") for token in found.tokens)
+    for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        if not token.startswith("bytes:"):
+            assert choice.text[offset : offset + len(token)] == token
+    assert all(len(each) >= 5 for each in found.top_logprobs if each is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import time
 import uuid
@@ -20,6 +21,8 @@ from xverse.serve.protocol import ChatRequest, CompletionRequest
 from xverse.serve.runner import Busy, Draining
 from xverse.serve.service import Service
 
+_UTF8 = codecs.getincrementaldecoder("utf-8")
+
 
 @dataclass
 class Choice:
@@ -35,6 +38,7 @@ class Choice:
     streamed: int = 0  # characters that went out
     sent: int = 0  # log-probabilities that did
     offset: int = 0  # and characters of their tokens
+    characters: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8(errors="replace"))
 
 
 async def events(service: Service, endpoint: str, choice: Choice) -> AsyncGenerator[Event, None]:
@@ -281,7 +285,11 @@ class CompletionReply:
         token_bytes = self._service.tokenizer.token_bytes
 
         def text(token: int) -> str:
-            return token_bytes(token).decode("utf-8", errors="replace")
+            """Parts of a character as OpenAI writes them: replaced, they would all look alike."""
+            try:
+                return token_bytes(token).decode()
+            except UnicodeDecodeError:
+                return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes(token))
 
         tokens: list[int] = []
         found: list[TokenLogprob | None] = []
@@ -292,13 +300,12 @@ class CompletionReply:
             tokens.append(each.token_id)
             found.append(each)
         choice.sent = len(choice.prompt_logprobs) + len(choice.logprobs)
-        texts = [text(token) for token in tokens]
         offsets = []
-        for each_text in texts:
+        for token in tokens:
             offsets.append(choice.offset)
-            choice.offset += len(each_text)
+            choice.offset += len(choice.characters.decode(token_bytes(token)))
         return {
-            "tokens": texts,
+            "tokens": [text(token) for token in tokens],
             "token_logprobs": [each and each.logprob for each in found],
             "top_logprobs": [each and {text(token): value for token, value in each.top} for each in found],
             "text_offset": offsets,
