@@ -5,6 +5,7 @@ the same random weights; all three take turns in one run. The last line of stdou
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +19,10 @@ from xverse.bench import serve
 from xverse.bench.infer import placeholder_tokenizer
 from xverse.bench.report import finish
 from xverse.config import UserError, choose
+from xverse.formats.quantize import quantize_directory
+from xverse.log import notice
 from xverse.model import SHAPES
+from xverse.quant.pipeline import QuantSettings
 
 CLIENTS = 8
 
@@ -31,18 +35,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{parent}: no such directory")
     files.need_disk(parent, config, ["Q4_0"])
     with tempfile.TemporaryDirectory(prefix="xverse-peers-", dir=parent) as name:
-        source = files.make(config, Path(name), ["Q4_0"])
-        placeholder_tokenizer(config.vocab_size).save(source)
-        with working("llama.cpp", "Q4_0", Path(name), threads) as worker:
+        folder = Path(name)
+        source = files.make(config, folder, ["Q4_0"])
+        notice("serving: quantising ours")  # once, instead of at each start
+        settings = QuantSettings(bits=4)
+        quantize_directory(source, folder / "int4", placeholder_tokenizer(config.vocab_size), settings)
+        shutil.rmtree(source)
+        with working("llama.cpp", "Q4_0", folder, threads) as worker:
             found = serve.run(
-                str(source),
-                "int4",
+                str(folder / "int4"),
                 clients=CLIENTS,
                 rounds=arguments.rounds,
                 threads=threads,
                 peer=lambda prompts, new_tokens: _decode(worker, prompts, new_tokens),
             )
-    return {**found, "model": f"random {arguments.shape}", "threads": threads, "peer": "llama.cpp Q4_0"}
+    return {**found, "model": f"random {arguments.shape} INT4", "threads": threads, "peer": "llama.cpp Q4_0"}
 
 
 def _decode(worker: Worker, prompts: list[list[int]], new_tokens: int) -> float:

@@ -26,6 +26,7 @@ VERBS = {
     "data": "prepare token shards from text, or show what a recipe holds",
     "pretrain": "train a model from a recipe",
     "finetune": "fine-tune a model on instructions",
+    "eval": "score a model on MMLU, C-Eval, AGIEval, GAOKAO and more; report and compare",
     "bench": "measure speed on this machine",
     "doctor": "show what was found: device, libraries, measured bandwidth and FLOPS",
     "completion": "print a shell completion script",

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Stream:
     ended: float = 0.0
     tokens: int = 0
     error: str | None = None
+    pieces: list[float] = field(default_factory=list)  # when each piece of text came; one token, mostly
 
     @property
     def rate(self) -> float:
@@ -86,10 +87,12 @@ def completion(prompt: list[int], new_tokens: int) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": new_tokens, **_ENDLESS}
 
 
-def structured(schema: dict[str, Any], new_tokens: int) -> dict[str, Any]:
-    form = {"type": "json_schema", "json_schema": {"schema": schema}}
-    messages = [{"role": "user", "content": "Names?"}]
-    return {"messages": messages, "max_tokens": new_tokens, "response_format": form, **_ENDLESS}
+def chat(new_tokens: int, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The same of a conversation, in the form of a JSON schema where there is one."""
+    body = {"messages": [{"role": "user", "content": "Names?"}], "max_tokens": new_tokens, **_ENDLESS}
+    if schema is not None:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+    return body
 
 
 # The end of a reply is token 3: it never comes.
@@ -141,6 +144,7 @@ def _follow(port: int, body: dict[str, Any], stream: Stream) -> None:
             said = data["choices"][0]
             if not stream.first and (said.get("text") or said.get("delta", {}).get("content")):
                 stream.first = now - stream.begun
+            stream.pieces.append(now)
             stream.ended = now
     except (OSError, http.client.HTTPException, UserError) as error:
         stream.error = str(error) or type(error).__name__

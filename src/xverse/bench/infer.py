@@ -38,6 +38,7 @@ from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.quant.linear import QuantLinear
 from xverse.quant.tiles import tile_rows
 from xverse.tokenizer import SPECIAL_TOKENS, Tokenizer
+from xverse.tokenizer.tokenizer import SPACE
 
 NANO_TARGET = 100.0  # decoded tokens/s of one request
 PREFILL_CHUNK = 512
@@ -344,7 +345,8 @@ def placeholder_tokenizer(size: int) -> Tokenizer:
 
     texts = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
     assert size >= len(texts), f"a vocabulary of {size} has no room for bytes"
-    texts += [f" {number:06d}" for number in range(size - len(texts))]
+    texts.append(SPACE)  # a blank has to come back from its ids
+    texts += [f"{SPACE}{number:06d}" for number in range(size - len(texts))]
     vocab = {text: number for number, text in enumerate(texts)}
     backend = Backend(models.BPE(vocab, [], byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from xverse.bench.client import Stream, completion, cpu_seconds, serving, structured, together
+from xverse.bench.client import Stream, chat, completion, cpu_seconds, serving, together
 from xverse.bench.report import Row, at_least, at_most, show
+from xverse.config import UserError
 from xverse.engine import Engine, Request, Sampling
 from xverse.engine.load import ONE_THREAD_BELOW, load_engine
 from xverse.formats import load_tokenizer, read_config, resolve
@@ -37,7 +38,7 @@ def run(
     *,
     clients: int = 8,
     prompt_tokens: int = 64,
-    new_tokens: int = 64,
+    new_tokens: int = 128,
     rounds: int = 3,
     threads: int | None = None,
     peer: Peer | None = None,
@@ -85,8 +86,8 @@ def run(
                 known = [together(port, [completion(long + end, 2)])[0].first for end in prompts(4, 8)]
                 note("shared_first", known[0])
                 note("shared_again", statistics.median(known[1:]))
-                (plain,) = together(port, [completion(prompts(1, prompt_tokens)[0], new_tokens)])
-                (formed,) = together(port, [structured(_SCHEMA, new_tokens)])
+                (plain,) = together(port, [chat(new_tokens)])
+                (formed,) = together(port, [chat(new_tokens, _SCHEMA)])
                 note("plain", plain.rate)
                 note("structured", formed.rate)
             used, seconds = cpu_seconds(process.pid), 5.0
@@ -151,9 +152,17 @@ def _rows(result: dict[str, Any], small: bool) -> Iterator[Row]:
 
 
 def _total(streams: list[Stream]) -> float:
-    """Tokens per second from the first token of any stream to the last token of all."""
-    begin = min(stream.begun + stream.first for stream in streams)
-    return sum(stream.tokens - 1 for stream in streams) / (max(stream.ended for stream in streams) - begin)
+    """Tokens per second while all streams decode: between the last one's first token and the first one's
+    last. Prompts are read before that, and of the engine alone they are not counted either."""
+    begin = max(stream.begun + stream.first for stream in streams)
+    end = min(stream.ended for stream in streams)
+    if end <= begin:
+        raise UserError("the streams did not run together: more --new-tokens are needed")
+    inside = sum(
+        sum(begin < piece <= end for piece in stream.pieces) * stream.tokens / len(stream.pieces)
+        for stream in streams
+    )
+    return inside / (end - begin)
 
 
 def _offline(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:

@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights first")
     serve.add_argument("--clients", type=positive, default=8, metavar="N", help="streams at once")
     serve.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="length of a prompt")
-    serve.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="of each stream")
+    serve.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="of each stream")
     serve.add_argument("--rounds", type=positive, default=3, metavar="N", help="of which medians are taken")
     serve.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as chat does)")
 

@@ -21,5 +21,12 @@ def run(args: argparse.Namespace) -> int:
     from xverse.config import load
     from xverse.train import PretrainRecipe, pretrain
 
-    print(pretrain(load(PretrainRecipe, args.recipe, args.overrides)))
+    recipe = load(PretrainRecipe, args.recipe, args.overrides)
+    evaluate = None
+    if recipe.evaluation is not None:
+        from xverse.eval.during import evaluator
+
+        wanted = recipe.evaluation
+        evaluate = evaluator(wanted.tasks, wanted.data_dir, limit=wanted.limit, shots=wanted.shots)
+    print(pretrain(recipe, evaluate))
     return 0

@@ -219,7 +219,19 @@ class Engine:
         many items are done. Raises UserError for an item that does not fit into the context, or whose
         log-probabilities are no numbers.
         """
-        scores = Scores(items, progress)
+        return self._scores(Scores(items, progress)).results
+
+    def score_likeliest(
+        self, items: Many[Item], progress: Callable[[int], None] | None = None
+    ) -> list[list[tuple[float, bool]]]:
+        """As ``score``: each continuation's sum, and whether all its tokens are the likeliest there."""
+        scores = self._scores(Scores(items, progress, if_likeliest=True))
+        return [
+            [(sum(each), likeliest) for each, likeliest in zip(*pair, strict=True)]
+            for pair in zip(scores.results, scores.likeliest, strict=True)
+        ]
+
+    def _scores(self, scores: Scores) -> Scores:
         try:
             for request, prompted in scores.requests():
                 scores.submitted(self._enqueue(request, prompted), prompted)
@@ -229,7 +241,7 @@ class Engine:
         finally:
             for handle in list(scores.open):
                 self.cancel(handle)
-        return scores.results
+        return scores
 
     def _steps_for(self, mine: Callable[[int], bool]) -> list[Event]:
         """The events of one step that are ``mine`` by handle; those of others are kept."""

@@ -55,6 +55,7 @@ def score_prompt(
             prompted.found += [TokenLogprob(*pair) for pair in zip(targets, chosen, strict=True)]
         if prompted.finals and at + len(part) > len(tokens):
             prompted.final_logprobs = logprobs[-1, list(prompted.finals)].tolist()
+            prompted.final_best = int(logprobs[-1].argmax())
             if not all(value <= 0 for value in prompted.final_logprobs):
                 return False
     return True
@@ -64,10 +65,15 @@ class Scores:
     """The requests that ``Engine.score`` makes of its items, and the results as they arrive.
 
     Continuations that differ in their last token only are one request: "A", "B", "C", "D" cost one pass.
+    ``likeliest``, known ``if_likeliest``: whether all tokens of a continuation are the likeliest there.
     """
 
-    def __init__(self, items: Sequence[Item], progress: Callable[[int], None] | None) -> None:
+    def __init__(
+        self, items: Sequence[Item], progress: Callable[[int], None] | None, if_likeliest: bool = False
+    ) -> None:
         self.results: list[list[list[float]]] = [[[] for _ in each] for _, each in items]
+        self.likeliest: list[list[bool]] = [[False for _ in each] for _, each in items]
+        self._alternatives = 1 if if_likeliest else 0
         self.open: dict[int, tuple[int, list[int], Prompted]] = {}
         self._items = items
         self._left = [0] * len(items)
@@ -88,7 +94,8 @@ class Scores:
                 finals = tuple(continuations[number][-1] for number in numbers)
                 request = Request(prompt_ids=[*prompt, *stem], max_new_tokens=0, prompt_logprobs=0)
                 self._next = index, numbers
-                yield request, Prompted(start=max(len(prompt), 1), finals=finals)
+                start = max(len(prompt), 1)
+                yield request, Prompted(start=start, alternatives=self._alternatives, finals=finals)
 
     def submitted(self, handle: int, prompted: Prompted) -> None:
         self.open[handle] = (*self._next, prompted)
@@ -99,8 +106,10 @@ class Scores:
         if event.error:
             raise UserError(f"item {index}: {event.error}")
         stem = [each.logprob for each in prompted.found]
-        for number, final in zip(numbers, prompted.final_logprobs, strict=True):
+        begun = all(each.top and each.top[0][0] == each.token_id for each in prompted.found)
+        for number, token, final in zip(numbers, prompted.finals, prompted.final_logprobs, strict=True):
             self.results[index][number] = [*stem, final]
+            self.likeliest[index][number] = begun and token == prompted.final_best
         self._left[index] -= 1
         if not self._left[index]:
             self._done += 1

@@ -23,6 +23,7 @@ class Prompted:
     finals: tuple[int, ...] = ()
     found: list[TokenLogprob] = field(default_factory=list)
     final_logprobs: list[float] = field(default_factory=list)
+    final_best: int = -1  # the likeliest token in their place
 
 
 @dataclass(eq=False, slots=True)

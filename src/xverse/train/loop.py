@@ -86,14 +86,15 @@ def fit(
     out: Path,
     *,
     validate: Validate | None = None,
+    evaluate: Validate | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> None:
     """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``.
 
     ``batch_at(step)`` gives the global batch of a step and nothing else decides the order of data.
-    ``validate`` returns named figures. Everything is recorded in ``out/metrics.jsonl``. ``identity`` is what
-    else decides the losses: raises UserError where ``out`` holds a run begun with other values. SIGINT and
-    SIGTERM save a checkpoint and raise Interrupted.
+    ``validate`` returns named figures, and so does ``evaluate``, of benchmarks, at the same steps. Everything
+    is recorded in ``out/metrics.jsonl``. ``identity`` is what else decides the losses: raises UserError where
+    ``out`` holds a run begun with other values. SIGINT and SIGTERM save a checkpoint and raise Interrupted.
     """
     settings = dataclasses.asdict(config)
     identity = {**(identity or {}), **{key: settings[key] for key in settings if key not in NOT_IDENTITY}}
@@ -104,7 +105,7 @@ def fit(
         if first_step == config.steps:
             notice(f"{out}: this run is finished ({config.steps} steps)")
             return
-        _train(model, optimizer, batch_at, config, out, first_step, validate, identity)
+        _train(model, optimizer, batch_at, config, out, first_step, validate, evaluate, identity)
 
 
 def _train(
@@ -115,6 +116,7 @@ def _train(
     out: Path,
     first_step: int,
     validate: Validate | None,
+    evaluate: Validate | None,
     identity: Mapping[str, Any],
 ) -> None:
     log = JsonlLog(out / "metrics.jsonl")
@@ -151,6 +153,11 @@ def _train(
                 meter.say(
                     f"step {done}: " + " · ".join(f"{k} {v:.3f}" for k, v in _headline(figures).items())
                 )
+            if evaluate and (last or due):
+                accuracies = evaluate(model)
+                log.write({"step": step, "evaluation": accuracies})
+                said = " · ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items())
+                meter.say(f"step {done}: {said}")
             if last or stop() or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 path = save_checkpoint(
                     out, done, model, optimizer, {"identity": identity}, config.keep_checkpoints

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +19,26 @@ from xverse.files import atomic_file
 from xverse.formats import save_hf
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
+from xverse.tokenizer import Tokenizer
 from xverse.train.loop import TrainConfig, fit
 from xverse.train.plot import plot_loss
 from xverse.train.validate import bits_per_byte
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Benchmarks that are scored whenever the run validates: ``limit`` questions of each subject."""
+
+    tasks: list[str]
+    data_dir: Path
+    limit: int = 10
+    shots: int = 5
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"limit must be positive, not {self.limit}")
+        if not 0 <= self.shots <= 5:
+            raise ValueError(f"shots must be 0 to 5, not {self.shots}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +58,7 @@ class PretrainRecipe:
     initializer_range: float | None = None
     seed: int = 0
     valid_tokens: int = 16384
+    evaluation: EvaluationConfig | None = None
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
@@ -50,8 +69,11 @@ class PretrainRecipe:
             raise ValueError(f"initializer_range must be positive, not {self.initializer_range}")
 
 
-def pretrain(recipe: PretrainRecipe) -> Path:
+def pretrain(
+    recipe: PretrainRecipe, evaluate: Callable[[XverseForCausalLM, Tokenizer], dict[str, float]] | None = None
+) -> Path:
     """Run the recipe, or what is left of it after a kill; returns the finished model's directory.
+    ``evaluate`` scores the model on benchmarks, at the steps at which the run validates.
 
     Raises UserError for a shape that does not fit the data's tokenizer, and for an ``out`` of another run.
     """
@@ -99,6 +121,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         recipe.train,
         recipe.out,
         validate=validate,
+        evaluate=None if evaluate is None else lambda model: evaluate(model, feed.tokenizer),
         identity=identity,
     )
     with atomic_file(recipe.out / "recipe.json") as path:

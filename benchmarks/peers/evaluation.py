@@ -1,0 +1,117 @@
+"""MMLU, 5-shot: our scoring beside lm-evaluation-harness's transformers backend, on the same weights, prompts
+and type, in one run. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from xverse import hardware
+from xverse.bench.report import Row, at_least, finish, show
+from xverse.config import UserError
+from xverse.log import notice
+
+TARGET = 5.0
+TOLERANCE = 1e-3  # of a log-probability: float32, sums in another order
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    import xverse  # noqa: F401 - registers the Auto classes
+    from xverse.eval.backends import EngineBackend
+    from xverse.eval.run import plan
+    from xverse.eval.scoring import answers, ask
+    from xverse.formats import resolve
+
+    threads = arguments.threads or hardware.cores().usable
+    torch.set_num_threads(threads)
+    (mmlu,) = plan(["mmlu"], Path(arguments.data_dir))
+    subjects, left = [], arguments.questions
+    for subject in mmlu.subjects[:: max(1, len(mmlu.subjects) // 8)]:
+        if left > 0:
+            subjects.append(replace(subject, questions=subject.questions[:left]))
+            left -= len(subject.questions)
+    path = resolve(arguments.model)
+    theirs = HFLM(pretrained=str(path), dtype="float32", batch_size=arguments.batch_size, device="cpu")
+    rates: dict[str, list[float]] = {"xverse": [], "lm-evaluation-harness": []}
+    for number in range(arguments.rounds):
+        notice(f"evaluation: round {number + 1} of {arguments.rounds}")
+        ours = EngineBackend.load(str(path), quantize=None, threads=threads)  # nothing is known from before
+        begin = time.perf_counter()
+        asked = [ask(ours, mmlu.benchmark, subject, 5) for subject in subjects]
+        found = [each for subject in asked for each in answers(ours, subject)]
+        rates["xverse"].append(len(found) / (time.perf_counter() - begin))
+        requests = [
+            Instance("loglikelihood", {}, (each.prompt, f" {letter}"), index)
+            for subject in asked
+            for each in subject
+            for index, letter in enumerate("ABCD")
+        ]
+        begin = time.perf_counter()
+        scored = theirs.loglikelihood(requests, disable_tqdm=True)
+        rates["lm-evaluation-harness"].append(len(found) / (time.perf_counter() - begin))
+    same = unsure = 0
+    worst = 0.0
+    for index, mine in enumerate(found):
+        letters = [value for value, _ in scored[4 * index : 4 * index + 4]]
+        worst = max(worst, *(abs(a - b) for a, b in zip(letters, mine.logprobs, strict=True)))
+        best, second = sorted(letters, reverse=True)[:2]
+        same += "ABCD"[letters.index(best)] == mine.prediction
+        unsure += best - second < TOLERANCE
+    ratio = statistics.median(
+        a / b for a, b in zip(rates["xverse"], rates["lm-evaluation-harness"], strict=True)
+    )
+    result = {
+        "bench": "evaluation",
+        "model": arguments.model,
+        "questions": len(found),
+        "tokens_per_prompt": round(statistics.mean(each.tokens for each in found)),
+        "threads": threads,
+        "batch_size": arguments.batch_size,
+        "questions_per_second": {name: [round(rate, 2) for rate in values] for name, values in rates.items()},
+        "ratio": round(ratio, 2),
+        "same_predictions": same,
+        "within_tolerance": unsure,
+        "largest_difference": worst,
+    }
+    show(
+        f"MMLU, 5-shot, {arguments.model}, {len(found)} questions, {threads} threads",
+        [
+            *(Row(name, f"{statistics.median(values):.2f} questions/s") for name, values in rates.items()),
+            Row("ratio", f"{ratio:.2f} ×", at_least(TARGET, ratio, "×")),
+            Row("same prediction", f"{same} of {len(found)}", f"{unsure} are closer than {TOLERANCE:g}"),
+            Row("largest difference of a log-probability", f"{worst:.2g}"),
+        ],
+    )
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="nano", help="nano or a model directory (default: nano)")
+    parser.add_argument("--data-dir", required=True, help="the folder with mmlu/")
+    parser.add_argument("--questions", type=int, default=400, help="of about eight subjects (default: 400)")
+    parser.add_argument("--batch-size", type=int, default=16, help="of the harness (default: 16)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of both (default: all cores)")
+    try:
+        finish(run(parser.parse_args()))
+    except UserError as error:
+        print(f"evaluation: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Evaluation: the benchmarks of XVERSE's tables, exactly defined; scoring, reports, comparison."""

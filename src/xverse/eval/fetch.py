@@ -1,0 +1,198 @@
+"""The benchmarks' data from their own homes, verified.
+
+A set counts only when the digest over all its files is that of the copy which this project was measured with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from xverse.config import UserError, choose
+from xverse.eval.benchmarks import agieval, gaokao_bench
+from xverse.eval.benchmarks.mmlu import SUBJECTS
+from xverse.files import atomic_directory
+from xverse.log import notice
+
+MOST_BYTES = 500_000_000  # of a download, and of what an archive unpacks to
+_GITHUB = "https://raw.githubusercontent.com"
+_HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """``url`` is an archive, or has a {name} for each of ``names``. ``within``: the archive's folder whose
+    files are wanted; ``into``: the folder of the set where they go."""
+
+    url: str
+    names: tuple[str, ...] = ()
+    within: str = ""
+    into: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Set:
+    """``digest``: see ``digest_of``."""
+
+    homes: tuple[Home, ...]
+    digest: str
+    licence: str
+
+
+SETS = {
+    "mmlu": Set(
+        homes=(Home(url=f"{_HUB}/datasets/cais/mmlu/resolve/main/data.tar", within="data", into="data"),),
+        digest="d59a00a733445df0080f4bf01e8f679dc6e1821c24048ea7c6f6e205abaa9328",
+        licence="MIT",
+    ),
+    "ceval": Set(
+        homes=(
+            Home(url=f"{_HUB}/datasets/ceval/ceval-exam/resolve/main/ceval-exam.zip"),
+            Home(url=f"{_GITHUB}/hkust-nlp/ceval/main/{{name}}", names=("subject_mapping.json",)),
+        ),
+        digest="66ce5466caa7926329c4f7564a12605f92227cbe1920133a94877cbe66fb496a",
+        licence="CC BY-NC-SA 4.0",
+    ),
+    "agieval": Set(
+        homes=(
+            Home(
+                url=f"{_GITHUB}/ruixiangcui/AGIEval/main/data/v1/{{name}}",
+                names=tuple(f"{task}.jsonl" for task in agieval.TASKS),
+                into="data/v1",
+            ),
+        ),
+        digest="047d558caf99e057236c9faec82ed6fe8b18eff385727df9bd82e3a688b01d3e",
+        licence="MIT and those of its sources",
+    ),
+    "gaokao-bench": Set(
+        homes=(
+            Home(
+                url=f"{_GITHUB}/OpenLMLab/GAOKAO-Bench/main/Data/Objective_Questions/{{name}}",
+                names=tuple(f"{name}.json" for name in gaokao_bench.FILES),
+                into="Data/Objective_Questions",
+            ),
+        ),
+        digest="4039240dfe4e39ba4b3195b38d77c600647b82693450957290dc0077f43a71a4",
+        licence="Apache-2.0",
+    ),
+}
+
+
+def wanted(name: str, path: str) -> bool:
+    """Whether a file of a set is one that its benchmark reads: archives hold others too."""
+    parts = PurePosixPath(path).parts
+    if name == "mmlu":
+        splits = {f"{subject}_{split}.csv" for subject in SUBJECTS for split in ("dev", "val", "test")}
+        return len(parts) == 3 and parts[-1] in splits
+    if name == "ceval":
+        return path == "subject_mapping.json" or (len(parts) == 2 and path.endswith(f"_{parts[0]}.csv"))
+    if name == "agieval":
+        return path in {f"data/v1/{task}.jsonl" for task in agieval.TASKS}
+    return path in {f"Data/Objective_Questions/{file}.json" for file in gaokao_bench.FILES}
+
+
+def digest_of(folder: Path, name: str) -> str:
+    """sha256 over the names and sha256 of all files of a set that its benchmark reads, in their order."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        inner = path.relative_to(folder).as_posix()
+        if wanted(name, inner):
+            whole.update(f"{inner} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def fetch(names: Sequence[str], folder: Path, sets: dict[str, Set] | None = None) -> Iterator[str]:
+    """Get the sets that are not there yet; yields a line for each. Raises UserError for an unknown set, a
+    home that cannot be reached, or files other than expected; nothing half-written stays."""
+    sets = sets or SETS
+    for name in names:
+        choose("set", name, sets)
+    for name in names or sets:
+        target = folder / name
+        if target.is_dir():
+            if digest_of(target, name) != sets[name].digest:
+                raise UserError(f"{target}: not the files that were expected; remove it to fetch them anew")
+            yield f"{name}: there already, {target}"
+            continue
+        notice(f"eval fetch: {name} ({sets[name].licence})")
+        with atomic_directory(target) as partial:
+            for home in sets[name].homes:
+                _get(name, home, partial)
+            found = digest_of(partial, name)
+            if found != sets[name].digest:
+                raise UserError(
+                    f"{name}: what came from {sets[name].homes[0].url} is not what was expected (digest "
+                    f"{found[:12]}…, expected {sets[name].digest[:12]}…)"
+                )
+        yield f"{name}: {target}"
+
+
+def _get(name: str, home: Home, target: Path) -> None:
+    if home.names:
+        for file in home.names:
+            _put(target, str(PurePosixPath(home.into) / file), _download(home.url.format(name=file)))
+        return
+    data = _download(home.url)
+    left = MOST_BYTES
+    for inner, content in _members(data, home.url):
+        path = PurePosixPath(inner)
+        if home.within:
+            if path.parts[:1] != (home.within,):
+                continue
+            path = PurePosixPath(*path.parts[1:])
+        path = PurePosixPath(home.into) / path
+        left -= len(content)
+        if left < 0:
+            raise UserError(f"{home.url}: unpacks to more than {MOST_BYTES} bytes")
+        if wanted(name, path.as_posix()):
+            _put(target, path.as_posix(), content)
+
+
+def _members(data: bytes, url: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of an archive's plain files."""
+    try:
+        if url.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                for info in archive.infolist():
+                    if not info.is_dir() and info.file_size <= MOST_BYTES:
+                        yield info.filename, archive.read(info)
+            return
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.isreg() and member.size <= MOST_BYTES else None
+                if file is not None:
+                    yield member.name.removeprefix("./"), file.read()
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise UserError(f"{url}: no archive, or a broken one ({error})") from None
+
+
+def _put(target: Path, inner: str, content: bytes) -> None:
+    parts = PurePosixPath(inner)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise UserError(f"the archive holds '{inner}', which would lie outside its folder")
+    path = target / parts
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def _download(url: str) -> bytes:
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint and url.startswith(_HUB):
+        url = endpoint.rstrip("/") + url.removeprefix(_HUB)
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            data: bytes = answer.read(MOST_BYTES + 1)
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{url}: cannot be fetched ({reason})") from None
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{url}: larger than {MOST_BYTES} bytes")
+    return data

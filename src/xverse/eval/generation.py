@@ -1,0 +1,82 @@
+"""Replies of an engine to many prompts at once, and the tasks that are scored by what a model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from xverse.engine import Engine, Request, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """``limit``: so many items of each kind. ``allow_code``: what the model writes may be run."""
+
+    limit: int | None = None
+    allow_code: bool = False
+    texts: Path | None = None  # of `ppl`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """``figures``: for the report's table; ``rows``: one for each item; ``page``: Markdown."""
+
+    title: str
+    method: str
+    figures: dict[str, float]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    page: str = ""
+
+
+class Task(Protocol):
+    """``progress(items, of)`` is told after each."""
+
+    def __call__(
+        self,
+        engine: Engine,
+        stop_ids: Sequence[int],
+        data_dir: Path,
+        settings: Settings,
+        progress: Callable[[int, int], None],
+    ) -> Outcome: ...
+
+
+def generate(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    stop: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """The likeliest continuation of every prompt, up to a stop string or a stop id, without it.
+
+    Raises UserError for a prompt that leaves no room for a reply.
+    """
+    texts = ["" for _ in prompts]
+    room = engine.model.config.context_length
+    handles = {}
+    for index, ids in enumerate(prompts):
+        request = Request(
+            prompt_ids=ids,
+            max_new_tokens=max(1, min(max_new_tokens, room - len(ids))),
+            sampling=Sampling(temperature=0),
+            stop_ids=tuple(stop_ids),
+            stop=list(stop),
+        )
+        handles[engine.submit(request)] = index
+    done = 0
+    while handles:
+        for event in engine.step():
+            index = handles[event.handle]
+            texts[index] += event.text
+            if event.finish_reason is not None:
+                assert event.error is None, event.error
+                del handles[event.handle]
+                done += 1
+                if progress is not None:
+                    progress(done, len(prompts))
+    return texts

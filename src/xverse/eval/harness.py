@@ -1,0 +1,103 @@
+"""The engine as a model of EleutherAI's lm-evaluation-harness, for every task that is not written here.
+
+``import xverse.eval.harness`` registers it there as the model ``xverse``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from xverse.engine import Request, Sampling
+from xverse.eval.backends import EngineBackend
+from xverse.eval.scoring import Item
+
+
+@register_model("xverse")
+class Harness(LM):
+    """Arguments: ``model``, ``quantize``, ``threads``, ``max_new_tokens``. Raises UserError for what cannot
+    be loaded."""
+
+    def __init__(
+        self,
+        model: str = "nano",
+        quantize: str | None = None,
+        threads: int | None = None,
+        max_new_tokens: int = 256,
+        **ignored: Any,  # batch_size, device, max_batch_size: the harness gives them to every model
+    ) -> None:
+        super().__init__()
+        self._backend = EngineBackend.load(
+            model, quantize=quantize, threads=None if threads is None else int(threads)
+        )
+        self._engine = self._backend.engine
+        self._max_new_tokens = int(max_new_tokens)
+        self._name = model
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._name
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        items = [self._divided(*request.args) for request in requests]
+        found = self._engine.score_likeliest(items)
+        return [scores[0] for scores in found]
+
+    def _divided(self, context: str, continuation: str) -> Item:
+        """Ids of a context and its continuation, encoded together; blanks at the context's end belong to what
+        follows, as the harness has it."""
+        blanks = len(context) - len(context.rstrip())
+        if blanks:
+            context, continuation = context[:-blanks], context[-blanks:] + continuation
+        tokenizer = self._engine.tokenizer
+        whole = tokenizer.encode(context + continuation)
+        size = len(tokenizer.encode(context))
+        ids = whole[:size] or [tokenizer.eos_id]
+        longest = self._backend.context
+        rest = whole[size:]
+        return ids[max(0, len(ids) + len(rest) - longest) :], [rest]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, in windows of the context that share nothing."""
+        results = []
+        for request in requests:
+            ids = self._engine.tokenizer.encode(request.args[0])
+            length = self._backend.context - 1
+            windows = [ids[begin : begin + length] for begin in range(0, len(ids), length)]
+            items = [([self._engine.tokenizer.eos_id], [window]) for window in windows]
+            results.append(sum(sum(scores[0]) for scores in self._engine.score(items)))
+        return results
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        texts = ["" for _ in requests]
+        handles = {}
+        for index, request in enumerate(requests):
+            context, settings = request.args
+            handles[self._engine.submit(self._generation(context, dict(settings)))] = index
+        while handles:
+            for event in self._engine.step():
+                texts[handles[event.handle]] += event.text
+                if event.finish_reason is not None:
+                    assert event.error is None, event.error
+                    del handles[event.handle]
+        return texts
+
+    def _generation(self, context: str, settings: dict[str, Any]) -> Request:
+        until: str | Sequence[str] = settings.get("until") or []
+        most = int(settings.get("max_gen_toks") or self._max_new_tokens)
+        ids = self._engine.tokenizer.encode(context)[-(self._backend.context - most) :]
+        sampled = bool(settings.get("do_sample")) and float(settings.get("temperature") or 0) > 0
+        return Request(
+            prompt_ids=ids,
+            max_new_tokens=most,
+            sampling=Sampling(
+                temperature=float(settings["temperature"]) if sampled else 0,
+                top_p=float(settings.get("top_p") or 1) if sampled else 1,
+            ),
+            stop_ids=self._backend.stop_ids,
+            stop=[until] if isinstance(until, str) else list(until),
+        )

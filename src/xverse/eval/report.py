@@ -1,0 +1,347 @@
+"""The report of one evaluation or several: the tables that XVERSE published, and these runs' rows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from xverse.config import UserError
+from xverse.eval import published, store
+from xverse.eval.benchmarks import BENCHMARKS
+from xverse.eval.statistics import Score, score
+from xverse.files import atomic_file
+
+Rows = list[dict[str, Any]]
+_LIBRARIES = ("torch", "transformers", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a folder holds. ``answers``: task, subject, rows; ``facts``: how the run went."""
+
+    folder: Path
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    answers: dict[str, dict[str, Rows]]
+    tasks: dict[str, dict[str, Any]]  # those that are no multiple choice
+
+    @property
+    def name(self) -> str:
+        model = Path(self.settings["model"]).name or self.settings["model"]
+        precision = self.settings.get("quantize")
+        return f"{model} {precision.upper()}" if precision else model
+
+
+def read(folder: Path) -> Evaluation:
+    """Raises UserError where there is no evaluation, or one without a finished subject."""
+    settings = store.settings(folder)
+    answers: dict[str, dict[str, Rows]] = {}
+    for path in sorted((folder / "answers").glob("*/*.jsonl")):
+        answers.setdefault(path.parent.name, {})[path.stem] = store.read(path)
+    tasks = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((folder / "tasks").glob("*.json"))
+    }
+    if not answers and not tasks:
+        raise UserError(f"{folder}: no subject has been answered yet")
+    facts = folder / "run.json"
+    return Evaluation(
+        folder,
+        settings,
+        json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {},
+        answers,
+        tasks,
+    )
+
+
+def scores(evaluation: Evaluation, task: str, category: str | None = None) -> Score:
+    """Of a task's scored subjects, or of those of one category; nan where there are none."""
+    average = BENCHMARKS[task].average if task in BENCHMARKS else evaluation.settings["average"][task]
+    return score(_right(evaluation, task, category), average)
+
+
+def _right(evaluation: Evaluation, task: str, category: str | None = None) -> dict[str, list[bool]]:
+    wanted = evaluation.settings["categories"].get(task, {})
+    return {
+        subject: [row["prediction"] == row["answer"] for row in rows if row["answer"] is not None]
+        for subject, rows in evaluation.answers.get(task, {}).items()
+        if category is None or wanted.get(subject) == category
+    }
+
+
+def write(folder: Path, evaluations: Sequence[Evaluation]) -> None:
+    """``report.md``, ``report.json``, ``report.png``, and C-Eval's ``submission.json`` for its test set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for evaluation in evaluations:
+        sent = submission(evaluation)
+        if sent:
+            _write(folder / "ceval_submission.json", json.dumps(sent, ensure_ascii=False, indent=1))
+    _write(folder / "report.json", json.dumps(as_json(evaluations), ensure_ascii=False))
+    _write(folder / "report.md", "\n".join(markdown(evaluations)) + "\n")
+    plot(evaluations, folder / "report.png")
+
+
+def as_json(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """The first evaluation's questions and every one's scores."""
+    first = evaluations[0]
+    return {
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")
+        },
+        "runs": [
+            {
+                "name": each.name,
+                "settings": each.settings,
+                "facts": each.facts,
+                "tasks": {
+                    task: {
+                        **_plain(scores(each, task)),
+                        "categories": {
+                            name: _plain(scores(each, task, name))
+                            for name in sorted(set(each.settings["categories"].get(task, {}).values()))
+                        },
+                        "subjects": {
+                            subject: _plain(score({subject: right}, "micro"))
+                            for subject, right in _right(each, task).items()
+                        },
+                    }
+                    for task in each.answers
+                },
+                "figures": {name: task["figures"] for name, task in each.tasks.items()},
+            }
+            for each in evaluations
+        ],
+        "questions": [
+            row for subjects in first.answers.values() for rows in subjects.values() for row in rows
+        ],
+    }
+
+
+def submission(evaluation: Evaluation) -> dict[str, dict[str, str]]:
+    """What the authors of C-Eval take for its test set: subject, id, letter."""
+    if "test" not in evaluation.settings["splits"].get("ceval", ""):
+        return {}
+    return {
+        subject: {row["id"].rpartition("/")[2]: row["prediction"] for row in rows}
+        for subject, rows in evaluation.answers["ceval"].items()
+    }
+
+
+def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    names = ", ".join(each.name for each in evaluations)
+    yield f"# Evaluation of {names}\n"
+    tasks = [task for task in published.OVERALL_COLUMNS if any(task in each.answers for each in evaluations)]
+    others = sorted({task for each in evaluations for task in each.answers} - set(published.OVERALL_COLUMNS))
+    if tasks:
+        columns = [_heading(task) for task in published.OVERALL_COLUMNS]
+        rows = [(f"{name} (published)", kind, values) for name, kind, values in published.OVERALL]
+        rows += [
+            (f"**{each.name}**", "this run", tuple(_cell(each, task) for task in published.OVERALL_COLUMNS))
+            for each in evaluations
+        ]
+        yield from _table(["model", "type", *columns], rows)
+        yield ""
+        yield from (f"{note}  " for note in published.FOOTNOTES)
+        yield ""
+    for task, title, table in (
+        ("mmlu", "MMLU by category", published.MMLU),
+        ("ceval", "C-Eval by category", published.CEVAL),
+    ):
+        if not any(task in each.answers for each in evaluations):
+            continue
+        yield f"## {title}\n"
+        rows = [(f"{name} (published)", kind, values) for name, kind, values in table]
+        for each in evaluations:
+            if task in each.answers:
+                kinds = (None, *published.CATEGORIES[task])
+                rows.append(
+                    (
+                        f"**{each.name}**",
+                        "this run",
+                        tuple(_percent(scores(each, task, kind)) for kind in kinds),
+                    )
+                )
+        yield from _table(["model", "type", *published.CATEGORY_COLUMNS], rows)
+        yield ""
+    yield from _precisions(evaluations)
+    for name in sorted({name for each in evaluations for name in each.tasks}):
+        yield from _figures([each for each in evaluations if name in each.tasks], name)
+    yield "## How it was measured\n"
+    for task in [*tasks, *others]:
+        yield from _method(evaluations, task)
+    for each in evaluations:
+        yield f"\n{each.name}: {_said(each)}"
+    yield "\n![The scores](report.png)"
+
+
+def _heading(task: str) -> str:
+    marked = task in ("agieval", "gaokao-bench", "gaokao-english")
+    return BENCHMARKS[task].title + ("¹" if marked else "")
+
+
+def _cell(evaluation: Evaluation, task: str) -> str:
+    return _percent(scores(evaluation, task)) if task in evaluation.answers else "–"
+
+
+def _percent(found: Score) -> str:
+    return "–" if math.isnan(found.value) else f"{100 * found.value:.1f}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, str, Sequence[str]]]) -> Iterator[str]:
+    """The best of each column bold."""
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * 2 + ":---:|" * (len(columns) - 2)
+    best = [
+        max((_number(values[index]) for _, _, values in rows), default=math.nan)
+        for index in range(len(columns) - 2)
+    ]
+    for name, kind, values in rows:
+        cells = [
+            f"**{value}**" if _number(value) == top else value
+            for value, top in zip(values, best, strict=True)
+        ]
+        yield "| " + " | ".join([name, kind, *cells]) + " |"
+
+
+def _number(cell: str) -> float:
+    text = cell.rstrip("¹²")
+    return float(text) if text.replace(".", "", 1).isdigit() else -math.inf
+
+
+def _precisions(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """Precision, memory and MMLU, where one model was evaluated at several."""
+    own = [each for each in evaluations if "mmlu" in each.answers]
+    reference = next((each for each in own if not each.settings.get("quantize")), None)
+    if len(own) < 2 or reference is None:
+        return
+    yield "## Precision\n"
+    yield "| model | precision | memory (GB) | MMLU | same prediction | KL of the letters |"
+    yield "|---|---|:---:|:---:|:---:|:---:|"
+    for row in published.QUANTISED:
+        yield f"| XVERSE-7B-Chat (published) | {' | '.join(row)} | | |"
+    for each in own:
+        memory = each.facts.get("peak_memory_gb")
+        precision = (each.settings.get("quantize") or str(each.settings.get("dtype", ""))).upper()
+        same, divergence = agreement(reference, each, "mmlu")
+        beside = ("", "") if each is reference else (f"{100 * same:.1f} %", f"{divergence:.4f}")
+        shown = "–" if memory is None else f"{memory:.1f}"
+        cells = [each.name, precision, shown, _percent(scores(each, "mmlu")), *beside]
+        yield "| " + " | ".join(cells) + " |"
+    yield "\nKL divergence from the unquantised probabilities of the letters: nats, mean over questions.\n"
+
+
+def agreement(reference: Evaluation, other: Evaluation, task: str) -> tuple[float, float]:
+    """Share of equal predictions, and the mean KL(reference ‖ other) of the letters' probabilities."""
+    mine = {(row["subject"], row["id"]): row for rows in other.answers[task].values() for row in rows}
+    pairs = [
+        (row, mine[row["subject"], row["id"]])
+        for rows in reference.answers[task].values()
+        for row in rows
+        if (row["subject"], row["id"]) in mine
+    ]
+    if not pairs:
+        raise UserError(f"{other.folder}: no question of {task} in common with {reference.folder}")
+    same = sum(one["prediction"] == two["prediction"] for one, two in pairs) / len(pairs)
+    return same, sum(_divergence(one["logprobs"], two["logprobs"]) for one, two in pairs) / len(pairs)
+
+
+def _divergence(one: dict[str, float], other: dict[str, float]) -> float:
+    def normal(values: dict[str, float]) -> dict[str, float]:
+        top = max(values.values())
+        total = top + math.log(sum(math.exp(value - top) for value in values.values()))
+        return {letter: value - total for letter, value in values.items()}
+
+    p, q = normal(one), normal(other)
+    return sum(math.exp(p[letter]) * (p[letter] - q[letter]) for letter in p)
+
+
+def _figures(evaluations: Sequence[Evaluation], name: str) -> Iterator[str]:
+    first = evaluations[0].tasks[name]
+    yield f"## {first['title']}\n"
+    yield "| | " + " | ".join(each.name for each in evaluations) + " |"
+    yield "|---|" + ":---:|" * len(evaluations)
+    for figure in first["figures"]:
+        cells = [each.tasks[name]["figures"].get(figure, math.nan) for each in evaluations]
+        yield f"| {figure} | " + " | ".join(f"{cell:.4g}" for cell in cells) + " |"
+    page = f" The replies: [{name}.md]({name}.md)." if first["page"] else ""
+    yield f"\n{first['method'].capitalize()}.{page}\n"
+
+
+def _method(evaluations: Sequence[Evaluation], task: str) -> Iterator[str]:
+    said = next(each.settings["methods"][task] for each in evaluations if task in each.answers)
+    yield f"- **{said['title']}**: {said['method']}. Average: {said['average']}. Shots: {said['shots']}."
+    for each in evaluations:
+        if task not in each.answers:
+            continue
+        found = scores(each, task)
+        skipped = len(each.settings["skipped"].get(task, []))
+        fewer = sum(
+            row["shots"] < each.settings["shots"] for rows in each.answers[task].values() for row in rows
+        )
+        text = f"  - {each.name}: {100 * found.value:.2f} ± {100 * found.error:.2f} %"
+        text += f" (95 %: {100 * found.low:.2f} to {100 * found.high:.2f}), {found.count} questions"
+        text += f" of split {each.settings['splits'][task]}"
+        if fewer:
+            text += f"; {fewer} with fewer than {each.settings['shots']} shots, which did not fit"
+        if skipped:
+            text += f"; {skipped} malformed rows left out"
+        yield text
+
+
+def _said(evaluation: Evaluation) -> str:
+    shown = {
+        name: value for name, value in evaluation.settings.items() if not isinstance(value, (dict, list))
+    }
+    return ", ".join(f"{name} {value}" for name, value in {**shown, **evaluation.facts}.items())
+
+
+def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """Bars with 95 % intervals, XVERSE-7B's published scores as marks, chance as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = [task for task in BENCHMARKS if any(task in each.answers for each in evaluations)]
+    if not tasks:
+        return
+    figure, axis = pyplot.subplots(figsize=(1.6 + 1.5 * len(tasks), 4))
+    width = 0.8 / len(evaluations)
+    for number, each in enumerate(evaluations):
+        found = [scores(each, task) if task in each.answers else None for task in tasks]
+        at = [index + (number - (len(evaluations) - 1) / 2) * width for index in range(len(tasks))]
+        pairs = [(place, one) for place, one in zip(at, found, strict=True) if one is not None]
+        heights = [100 * one.value for _, one in pairs]
+        spread = [
+            [100 * (one.value - one.low) for _, one in pairs],
+            [100 * (one.high - one.value) for _, one in pairs],
+        ]
+        axis.bar([place for place, _ in pairs], heights, width, yerr=spread, capsize=3, label=each.name)
+    xverse = dict(zip(published.OVERALL_COLUMNS, published.OVERALL[-2][2], strict=True))
+    marks = [(index, float(xverse[task].rstrip("²"))) for index, task in enumerate(tasks) if task in xverse]
+    places, heights = [place for place, _ in marks], [height for _, height in marks]
+    axis.scatter(places, heights, marker="_", s=600, color="black", label="XVERSE-7B, published")
+    axis.axhline(25, color="grey", linestyle=":", linewidth=1, label="one of four")
+    axis.set_xticks(range(len(tasks)), [BENCHMARKS[task].title for task in tasks])
+    axis.set_ylabel("right answers, %")
+    axis.set_ylim(0, 100)
+    axis.legend(fontsize="small")
+    figure.tight_layout()
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def _plain(found: Score) -> dict[str, float | int | None]:
+    """nan, which JSON does not know, as null."""
+    return {name: None if value != value else value for name, value in asdict(found).items()}
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,82 @@
+"""Accuracies with what they are worth: standard errors, bootstrap intervals, paired tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Score:
+    """``value`` in 0 to 1, its standard error, and a 95 % bootstrap interval (resampled within subjects)."""
+
+    value: float
+    error: float
+    low: float
+    high: float
+    count: int
+
+
+def score(right: Mapping[str, Sequence[bool]], average: Literal["micro", "macro"], seed: int = 0) -> Score:
+    """Of every subject's right and wrong answers."""
+    groups = [np.asarray(values, dtype=float) for values in right.values() if len(values)]
+    if not groups:
+        return Score(math.nan, math.nan, math.nan, math.nan, 0)
+    sizes = np.array([len(group) for group in groups])
+    means = np.array([group.mean() for group in groups])
+    weights = sizes / sizes.sum() if average == "micro" else np.full(len(groups), 1 / len(groups))
+    if average == "micro":
+        value = float((means * weights).sum())
+        error = math.sqrt(value * (1 - value) / sizes.sum())
+    else:
+        value = float(means.mean())
+        error = math.sqrt(float((weights**2 * means * (1 - means) / sizes).sum()))
+    # The number of right answers in a resample of a subject is binomial: no need to draw them one by one.
+    generator = np.random.default_rng(seed)
+    drawn = generator.binomial(sizes, means, (RESAMPLES, len(groups))) / sizes
+    low, high = np.quantile((drawn * weights).sum(axis=1), [0.025, 0.975])
+    return Score(value, error, float(low), float(high), int(sizes.sum()))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same questions. ``p``: of the exact two-sided McNemar test."""
+
+    first: float
+    second: float
+    only_first: int  # questions that it alone answered right
+    only_second: int
+    count: int
+    low: float  # 95 % bootstrap interval of second - first
+    high: float
+    p: float
+
+
+def paired(first: Sequence[bool], second: Sequence[bool], seed: int = 0) -> Paired:
+    """McNemar 1947, exact: of the questions on which they differ, half would be expected either way."""
+    assert len(first) == len(second) > 0
+    one, other = np.asarray(first, dtype=int), np.asarray(second, dtype=int)
+    only_first, only_second = int((one > other).sum()), int((other > one).sum())
+    differ = only_first + only_second
+    fewer = min(only_first, only_second)
+    p = min(1.0, 2 * sum(math.comb(differ, k) for k in range(fewer + 1)) / 2**differ) if differ else 1.0
+    generator = np.random.default_rng(seed)
+    shares = [only_first / len(one), only_second / len(one)]
+    drawn = generator.multinomial(len(one), [*shares, 1 - sum(shares)], RESAMPLES)
+    low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / len(one), [0.025, 0.975])
+    return Paired(
+        first=float(one.mean()),
+        second=float(other.mean()),
+        only_first=only_first,
+        only_second=only_second,
+        count=len(one),
+        low=float(low),
+        high=float(high),
+        p=p,
+    )

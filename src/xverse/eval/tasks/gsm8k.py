@@ -1,0 +1,71 @@
+"""GSM8K (Cobbe et al., arXiv:2110.14168): grade-school mathematics, in words and with a number at the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from xverse.config import UserError
+from xverse.data.questions import Reader
+from xverse.engine import Engine
+from xverse.eval.generation import Outcome, Settings, generate
+
+SHOTS = 5
+_CALCULATION = re.compile(r"<<.*?>>")  # notes for a calculator, which the text repeats
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def run(
+    engine: Engine,
+    stop_ids: Sequence[int],
+    data_dir: Path,
+    settings: Settings,
+    progress: Callable[[int, int], None],
+) -> Outcome:
+    rows = [
+        (where, row["question"], _CALCULATION.sub("", row["answer"]))
+        for where, row in Reader().objects(data_dir / "gsm8k" / "test.jsonl")
+    ]
+    if len(rows) <= SHOTS:
+        raise UserError(f"{data_dir / 'gsm8k'}: {len(rows)} questions are too few")
+    shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for _, question, answer in rows[:SHOTS])
+    asked = rows[SHOTS:][: settings.limit]
+    prompts = [f"{shots}Question: {question}\nAnswer:" for _, question, _ in asked]
+    replies = generate(
+        engine,
+        engine.tokenizer.encode_batch(prompts),
+        max_new_tokens=400,
+        stop_ids=stop_ids,
+        stop=["\n\n", "Question:"],
+        progress=progress,
+    )
+    found = [
+        {
+            "task": "gsm8k",
+            "id": where.rpartition(" ")[2],
+            "prompt": prompt,
+            "reply": reply,
+            "prediction": last_number(reply),
+            "answer": last_number(answer),
+        }
+        for (where, _, answer), prompt, reply in zip(asked, prompts, replies, strict=True)
+    ]
+    right = sum(row["prediction"] == row["answer"] for row in found)
+    return Outcome(
+        title="GSM8K",
+        method=f"{SHOTS}-shot, the likeliest text, its number behind #### or else its last one; the shots "
+        "are the first questions of the test set and not scored",
+        figures={"exact match, %": 100 * right / len(found), "questions": len(found)},
+        rows=found,
+    )
+
+
+def last_number(text: str) -> str | None:
+    """The number behind ``####``, or else the last one, without commas and without a fraction of zeros."""
+    marked = text.rpartition("####")
+    numbers = _NUMBER.findall(marked[2]) if marked[1] else _NUMBER.findall(text)
+    if not numbers:
+        return None
+    number = (numbers[0] if marked[1] else numbers[-1]).replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number

@@ -1,0 +1,70 @@
+"""HumanEval (Chen et al., arXiv:2107.03374): functions that a model writes, run against their tests."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from xverse import hardware
+from xverse.config import UserError
+from xverse.engine import Engine
+from xverse.eval.generation import Outcome, Settings, generate
+from xverse.eval.sandbox import run_python
+
+STOPS = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert "]  # where the function has ended
+SECONDS = 10.0
+
+
+def run(
+    engine: Engine,
+    stop_ids: Sequence[int],
+    data_dir: Path,
+    settings: Settings,
+    progress: Callable[[int, int], None],
+) -> Outcome:
+    if not settings.allow_code:
+        raise UserError(
+            "humaneval runs what the model writes, in a process without network and with little memory and "
+            "time; --allow-code says that it may"
+        )
+    path = data_dir / "humaneval" / "HumanEval.jsonl.gz"
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    problems: list[dict[str, Any]] = [json.loads(line) for line in lines][: settings.limit]
+    prompts = engine.tokenizer.encode_batch([problem["prompt"] for problem in problems])
+    written = generate(engine, prompts, max_new_tokens=400, stop_ids=stop_ids, stop=STOPS, progress=progress)
+    with ThreadPoolExecutor(hardware.cores().usable) as pool:
+        results = list(
+            pool.map(
+                lambda pair: run_python(program(pair[0], pair[1]), SECONDS),
+                zip(problems, written, strict=True),
+            )
+        )
+    rows = [
+        {
+            "task": "humaneval",
+            "id": problem["task_id"],
+            "prompt": problem["prompt"],
+            "reply": text,
+            "passed": result.ok,
+            "said": result.said[-500:],
+        }
+        for problem, text, result in zip(problems, written, results, strict=True)
+    ]
+    return Outcome(
+        title="HumanEval",
+        method="pass@1 of the likeliest text, zero-shot",
+        figures={"pass@1, %": 100 * sum(row["passed"] for row in rows) / len(rows), "problems": len(rows)},
+        rows=rows,
+    )
+
+
+def program(problem: dict[str, Any], written: str) -> str:
+    """The function with its tests: it ends without an error where all of them pass."""
+    return f"{problem['prompt']}{written}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"

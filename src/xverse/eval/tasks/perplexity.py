@@ -1,0 +1,75 @@
+"""Bits per byte of plain text, language by language: comparable between tokenizers, as perplexity is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from xverse.config import UserError
+from xverse.engine import Engine
+from xverse.eval.generation import Outcome, Settings
+from xverse.quant.text import read_texts
+
+WINDOW = 1024  # tokens that are read together
+_TEXTS = 200  # of each language
+
+
+def run(
+    engine: Engine,
+    stop_ids: Sequence[int],
+    data_dir: Path,
+    settings: Settings,
+    progress: Callable[[int, int], None],
+) -> Outcome:
+    folder = settings.texts or data_dir / "texts"
+    paths = sorted(path for path in folder.glob("*") if path.name.endswith((".txt", ".jsonl", ".jsonl.gz")))
+    if not paths:
+        raise UserError(
+            f"{folder}: no .txt, .jsonl or .jsonl.gz files; --texts names a folder with one a language"
+        )
+    figures = {}
+    rows = []
+    for number, path in enumerate(paths):
+        language = path.name.partition(".")[0]
+        texts = read_texts(path)[: settings.limit or _TEXTS]
+        nats, tokens, size = _measure(engine, texts)
+        figures[language] = nats / math.log(2) / size
+        rows.append(
+            {
+                "task": "ppl",
+                "id": language,
+                "bytes": size,
+                "tokens": tokens,
+                "bits_per_byte": figures[language],
+                "perplexity": math.exp(nats / tokens),
+            }
+        )
+        progress(number + 1, len(paths))
+    figures = {"all languages, mean": sum(figures.values()) / len(figures), **figures}
+    return Outcome(
+        title="Bits per byte",
+        method=f"of up to {_TEXTS} texts a language, in windows of {WINDOW} tokens that share nothing; the "
+        "first token of a window is not counted, nor are its bytes",
+        figures=figures,
+        rows=rows,
+    )
+
+
+def _measure(engine: Engine, texts: Sequence[str]) -> tuple[float, int, int]:
+    """Negative log-probability in nats, tokens and bytes of what was predicted."""
+    items = []
+    size = tokens = 0
+    length = min(WINDOW, engine.model.config.context_length)
+    for ids in engine.tokenizer.encode_batch([text for text in texts if text]):
+        for begin in range(0, len(ids), length):
+            window = ids[begin : begin + length]
+            if len(window) < 2:
+                continue
+            items.append((window[:1], [window[1:]]))
+            tokens += len(window) - 1
+            size += sum(len(engine.tokenizer.token_bytes(token)) for token in window[1:])
+    if not items:
+        raise UserError("a language has no text of two tokens or more")
+    nats = -sum(sum(scores[0]) for scores in engine.score(items))
+    return nats, tokens, size
