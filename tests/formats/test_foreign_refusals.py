@@ -103,7 +103,7 @@ def test_an_unknown_family_lists_the_known(make: Callable[..., Path]) -> None:
         ),
         ("llama2", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, found 0"),
         ("llama2", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu' is"),
-        ("llama2", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ("llama2", {"rope_scaling": {"factor": 2.0}}, "rope_scaling {'factor': 2.0} is not supported"),
         ("llama2", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide 4 heads"),
         ("llama2", {"num_attention_heads": 7}, "hidden_size 64 does not divide into 7 heads"),
         ("llama2", {"quantization_config": {"bits": 4}}, "quantised"),
@@ -167,6 +167,9 @@ def test_directories_without_a_part(make: Callable[..., Path], tmp_path: Path) -
     directory = make("mpt", "mpt")
     (directory / "tokenizer.json").unlink()
     assert "has no tokenizer.json; copy it" in refusal(directory)
+    directory = make("chatglm2", "glm")
+    (directory / "tokenizer.model").rename(directory / "tokenizer.json")
+    assert "has no tokenizer.model; copy it" in refusal(directory)
     directory = make("llama2", "llama")
     (directory / "pytorch_model.bin").unlink()
     assert "has no weights" in refusal(directory)

@@ -78,7 +78,8 @@ class Settings:
         for key, value in supported.items():
             found = self.values.get(key)
             if found is not None and found != value:
-                raise UserError(f"{self.file}: {key} {found!r} is not supported, only {value!r} is")
+                only = "" if value is None else f", only {value!r} is"
+                raise UserError(f"{self.file}: {key} {found!r} is not supported{only}")
 
     def part(self, key: str) -> Settings:
         """The mapping under ``key``; empty where there is none."""

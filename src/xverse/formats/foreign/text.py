@@ -18,6 +18,8 @@ import tokenizers
 from xverse.config import UserError
 from xverse.formats.weights import read_json
 
+# Elsewhere either file will do. ChatGLM2's special tokens are in neither.
+_FILES = {"falcon": ("tokenizer.json",), "mpt": ("tokenizer.json",), "chatglm2": ("tokenizer.model",)}
 _CHATGLM_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 # Where tokenizer_config.json does not say. Baichuan's class would add <s>, but its published configs do not.
 _ADDS_BOS = {"llama": True, "vicuna": True, "internlm": True, "internlm-chat": True}
@@ -50,12 +52,12 @@ def load_foreign_tokenizer(path: str | Path, family: str) -> ForeignTokenizer:
     path = Path(path)
     settings = path / "tokenizer_config.json"
     values = read_json(settings) if settings.exists() else {}
-    if (path / "tokenizer.json").is_file():
-        return _from_json(path / "tokenizer.json", values, family)
-    if family not in ("falcon", "mpt") and (path / "tokenizer.model").is_file():
-        return _from_sentencepiece(path / "tokenizer.model", values, family)
-    needed = "tokenizer.json" if family in ("falcon", "mpt") else "tokenizer.json and no tokenizer.model"
-    raise UserError(f"{path}: has no {needed}; copy it from the model's published directory")
+    names = _FILES.get(family, ("tokenizer.json", "tokenizer.model"))
+    for name in names:
+        if (path / name).is_file():
+            read = _from_json if name == "tokenizer.json" else _from_sentencepiece
+            return read(path / name, values, family)
+    raise UserError(f"{path}: has no {' and no '.join(names)}; copy it from the model's published directory")
 
 
 def _adds_bos(values: dict[str, Any], family: str) -> bool:
