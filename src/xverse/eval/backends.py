@@ -15,7 +15,6 @@ from xverse.engine import Engine
 from xverse.engine.load import load_engine
 from xverse.eval.scoring import Item
 
-
 _LEAST_SHARED = 16  # tokens; less is not worth a cache
 
 

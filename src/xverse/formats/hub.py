@@ -24,6 +24,7 @@ NEEDED = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",  # of other publishers' models
     "quantize_config.json",  # of GPTQ models
 )
 DOCUMENTS = ("LICENSE", "NOTICE")

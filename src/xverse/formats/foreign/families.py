@@ -1,0 +1,358 @@
+"""Which family a directory belongs to, and how its config and tensor names read for transformers' classes.
+
+Each family's published code computes the same as a class that transformers has:
+
+* Baichuan-7B, Baichuan2-7B: Llama, with queries, keys and values packed in one ``W_pack``; Baichuan2 scales
+  the rows of its head to length 1 (``modeling_baichuan.py`` of baichuan-inc/Baichuan2-7B-Base, ``NormHead``).
+* InternLM-7B: Llama with biases on all four attention matrices, and rotary frequencies that change beyond the
+  trained length where its config says ``"rotary": {"type": "dynamic"}``.
+* ChatGLM2-6B: GLM. Both rotate neighbouring pairs in the first half of a head and leave the rest, so weights
+  keep their order; queries, keys and values are packed, gate and up already are in both.
+* Falcon-7B, MPT-7B, Llama, Vicuna: as transformers has them, from old configs too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedModel,
+)
+
+from xverse.config import UserError
+from xverse.formats.weights import read_json
+
+_CHATGLM_NAMES = {
+    "model.embed_tokens": "transformer.embedding.word_embeddings",
+    "model.layers": "transformer.encoder.layers",
+    "model.norm": "transformer.encoder.final_layernorm",
+    "lm_head": "transformer.output_layer",
+    "self_attn.o_proj": "self_attention.dense",
+    "self_attn": "self_attention",
+    "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+    "mlp.down_proj": "mlp.dense_4h_to_h",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A directory's ``config.json``, read key by key so that every error names the file and the key."""
+
+    file: Path
+    values: Mapping[str, Any]
+
+    def size(self, *keys: str, default: int | None = None) -> int:
+        """The positive integer under the first of ``keys`` that is there."""
+        for key in keys:
+            if self.values.get(key) is not None:
+                value = self.values[key]
+                if type(value) is not int or value < 1:
+                    raise UserError(f"{self.file}: {key} must be a positive integer, found {value!r}")
+                return value
+        if default is None:
+            raise UserError(f"{self.file}: missing key '{keys[0]}'")
+        return default
+
+    def number(self, key: str, default: float) -> float:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) not in (int, float) or value <= 0:
+            raise UserError(f"{self.file}: {key} must be a positive number, found {value!r}")
+        return float(value)
+
+    def only(self, **supported: Any) -> None:
+        """Refuse a value other than the supported one; a key that is absent or null means that one."""
+        for key, value in supported.items():
+            found = self.values.get(key)
+            if found is not None and found != value:
+                only = "" if value is None else f", only {value!r} is"
+                raise UserError(f"{self.file}: {key} {found!r} is not supported{only}")
+
+    def part(self, key: str) -> Settings:
+        """The mapping under ``key``; empty where there is none."""
+        values = self.values.get(key)
+        if values is not None and not isinstance(values, dict):
+            raise UserError(f"{self.file}: {key} must be a mapping, found {values!r}")
+        return Settings(self.file, values or {})
+
+
+@dataclass(frozen=True)
+class Family:
+    """``build`` makes the model, ``published`` gives the publisher's name of one of its tensors.
+
+    Several tensors of one published name are its consecutive rows, in the model's order.
+    """
+
+    build: Callable[[Settings], PreTrainedModel]
+    published: Callable[[str], str] = str
+    normalized_head: bool = False
+
+
+def _llama(settings: Settings) -> PreTrainedModel:
+    return _llama_like(settings, key_value_heads=settings.size("num_key_value_heads", default=0) or None)
+
+
+def _baichuan(settings: Settings) -> PreTrainedModel:
+    return _llama_like(settings)
+
+
+def _internlm(settings: Settings) -> PreTrainedModel:
+    rotary = settings.part("rotary")
+    kind = rotary.values.get("type", "origin")
+    if kind not in ("origin", "dynamic"):
+        raise UserError(
+            f"{settings.file}: rotary type {kind!r} is not supported, only 'origin' and 'dynamic'"
+        )
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.number("base", 10000.0)}
+    if kind == "dynamic":
+        rope |= {"rope_type": "dynamic", "factor": rotary.number("scaling_factor", 1.0)}
+    return _llama_like(settings, rope=rope, bias=bool(settings.values.get("bias", True)))
+
+
+def _llama_like(
+    settings: Settings,
+    *,
+    key_value_heads: int | None = None,
+    rope: dict[str, Any] | None = None,
+    bias: bool = False,
+) -> PreTrainedModel:
+    if rope is None:
+        settings.only(attention_bias=False)
+        rope = {"rope_type": "default", "rope_theta": settings.number("rope_theta", 10000.0)}
+    settings.only(
+        hidden_act="silu", tie_word_embeddings=False, mlp_bias=False, rope_scaling=None, rope_parameters=None
+    )
+    heads = _heads(settings, "hidden_size", "num_attention_heads")
+    if key_value_heads and heads % key_value_heads:
+        raise UserError(
+            f"{settings.file}: num_key_value_heads {key_value_heads} does not divide {heads} heads"
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=settings.size("vocab_size"),
+            hidden_size=settings.size("hidden_size"),
+            intermediate_size=settings.size("intermediate_size"),
+            num_hidden_layers=settings.size("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            max_position_embeddings=settings.size(
+                "max_position_embeddings", "max_sequence_length", default=2048
+            ),
+            rms_norm_eps=settings.number("rms_norm_eps", 1e-6),
+            rope_parameters=rope,
+            attention_bias=bias,
+        )
+    )
+
+
+def _chatglm(settings: Settings) -> PreTrainedModel:
+    if "multi_query_group_num" not in settings.values:
+        raise UserError(
+            f"{settings.file}: has no multi_query_group_num, so it is the first ChatGLM, "
+            "of which only the second is supported"
+        )
+    settings.only(
+        multi_query_attention=True,
+        rmsnorm=True,
+        post_layer_norm=True,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        apply_residual_connection_post_layernorm=False,
+        fp32_residual_connection=False,
+        tie_word_embeddings=False,
+        original_rope=True,
+        rope_ratio=1,
+        pre_seq_len=None,
+        quantization_bit=0,
+    )
+    heads, groups = settings.size("num_attention_heads"), settings.size("multi_query_group_num")
+    if heads % groups:
+        raise UserError(f"{settings.file}: multi_query_group_num {groups} does not divide {heads} heads")
+    head_dim = settings.size("kv_channels", default=128)
+    if head_dim % 4:
+        raise UserError(f"{settings.file}: kv_channels {head_dim} cannot be rotated by half")
+    return GlmForCausalLM(
+        GlmConfig(
+            vocab_size=settings.size("padded_vocab_size"),
+            hidden_size=settings.size("hidden_size"),
+            intermediate_size=settings.size("ffn_hidden_size"),
+            num_hidden_layers=settings.size("num_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            head_dim=head_dim,
+            max_position_embeddings=settings.size("seq_length", default=2048),
+            rms_norm_eps=settings.number("layernorm_epsilon", 1e-5),
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            attention_bias=True,
+            pad_token_id=None,
+            eos_token_id=2,  # replaced by the tokenizer's; None would become those of a later model
+        )
+    )
+
+
+def _falcon(settings: Settings) -> PreTrainedModel:
+    settings.only(
+        alibi=False,
+        new_decoder_architecture=False,
+        multi_query=True,
+        parallel_attn=True,
+        bias=False,
+        apply_residual_connection_post_layernorm=False,
+        tie_word_embeddings=True,
+        activation="gelu",
+        rope_scaling=None,
+        rope_parameters=None,
+    )
+    heads = settings.size("num_attention_heads", "n_head")
+    hidden = settings.size("hidden_size", "n_embed")
+    if hidden % heads or hidden // heads % 2:
+        raise UserError(f"{settings.file}: hidden_size {hidden} does not divide into {heads} even heads")
+    return FalconForCausalLM(
+        FalconConfig(
+            vocab_size=settings.size("vocab_size"),
+            hidden_size=hidden,
+            num_hidden_layers=settings.size("num_hidden_layers", "n_layer"),
+            num_attention_heads=heads,
+            ffn_hidden_size=settings.size("ffn_hidden_size", default=4 * hidden),
+            layer_norm_epsilon=settings.number("layer_norm_epsilon", 1e-5),
+            max_position_embeddings=settings.size("max_position_embeddings", default=2048),
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": settings.number("rope_theta", 10000.0),
+            },
+            pad_token_id=None,
+        )
+    )
+
+
+def _mpt(settings: Settings) -> PreTrainedModel:
+    settings.only(expansion_ratio=4, no_bias=True, tie_word_embeddings=True, logit_scale=None)
+    settings.only(norm_type="low_precision_layernorm")
+    attention = settings.part("attn_config")
+    attention.only(
+        attn_type="multihead_attention",
+        prefix_lm=False,
+        qk_ln=False,
+        alibi_bias_max=8,
+        rope=False,
+        sliding_window_size=-1,
+    )
+    if attention.values.get("alibi") is not True:  # the publisher's default is off, transformers' is on
+        raise UserError(f"{settings.file}: attn_config needs alibi true; learned positions are not supported")
+    clip, scale = attention.values.get("clip_qkv"), attention.values.get("softmax_scale")
+    heads = _heads(settings, "d_model", "n_heads")
+    return MptForCausalLM(
+        MptConfig(
+            vocab_size=settings.size("vocab_size"),
+            d_model=settings.size("d_model"),
+            n_heads=heads,
+            n_layers=settings.size("n_layers"),
+            max_seq_len=settings.size("max_seq_len", default=2048),
+            attn_config={
+                "alibi": True,
+                "clip_qkv": None if clip is None else attention.number("clip_qkv", 0),
+                "softmax_scale": None if scale is None else attention.number("softmax_scale", 0),
+            },
+        )
+    )
+
+
+def _heads(settings: Settings, hidden: str, heads: str) -> int:
+    count, size = settings.size(heads), settings.size(hidden)
+    if size % count or size // count % 2:
+        raise UserError(f"{settings.file}: {hidden} {size} does not divide into {count} heads of even size")
+    return count
+
+
+def _packed(name: str) -> str:
+    return re.sub(r"\b[qkv]_proj\b", "W_pack", name)
+
+
+def _chatglm_name(name: str) -> str:
+    name = re.sub(r"\b[qkv]_proj\b", "query_key_value", name)
+    for ours, theirs in _CHATGLM_NAMES.items():
+        name = re.sub(rf"\b{re.escape(ours)}\b", theirs, name)
+    return name
+
+
+_LLAMA, _INTERNLM = Family(_llama), Family(_internlm)
+_BAICHUAN2 = Family(_baichuan, _packed, normalized_head=True)
+FAMILIES = {
+    "baichuan": Family(_baichuan, _packed),
+    "baichuan2": _BAICHUAN2,
+    "baichuan2-chat": _BAICHUAN2,
+    "chatglm2": Family(_chatglm, _chatglm_name),
+    "falcon": Family(_falcon),
+    "internlm": _INTERNLM,
+    "internlm-chat": _INTERNLM,
+    "llama": _LLAMA,
+    "mpt": Family(_mpt),
+    "vicuna": _LLAMA,
+}
+_MODEL_TYPES = {
+    "baichuan": "baichuan",
+    "chatglm": "chatglm2",
+    "falcon": "falcon",
+    "RefinedWebModel": "falcon",
+    "internlm": "internlm",
+    "llama": "llama",
+    "mpt": "mpt",
+}
+
+
+def detect(settings: Settings) -> str:
+    """The name in ``FAMILIES`` of a directory's model, by its config.json and, for chat models, its name.
+
+    A chat model whose config is its base model's is known by a name that says so: Vicuna's and InternLM's in
+    ``_name_or_path`` or in the last three parts of the directory's path (which hold the name in the hub's
+    cache as well); Baichuan2's by its ``generation_config.json``, which names the tokens of its roles.
+    Raises UserError for a family that is not here, and for Baichuan's models with ALiBi.
+    """
+    values, file = settings.values, settings.file
+    model_type = values.get("model_type")
+    architectures = values.get("architectures") or []
+    if model_type is None and {"LLaMAForCausalLM", "LlamaForCausalLM"} & set(map(str, architectures)):
+        model_type = "llama"  # the first conversions of Llama
+    family = _MODEL_TYPES.get(str(model_type))
+    if family is None:
+        raise UserError(
+            f"{file}: model_type {model_type!r} is not supported (supported: {', '.join(_MODEL_TYPES)})"
+        )
+    if values.get("quantization_config"):
+        raise UserError(f"{file}: weights that are quantised (quantization_config) are not supported")
+    if family == "baichuan":
+        return _which_baichuan(settings)
+    named = [
+        part.lower() for part in (str(values.get("_name_or_path", "")), *file.parent.absolute().parts[-3:])
+    ]
+    if family == "llama" and any("vicuna" in part for part in named):
+        return "vicuna"
+    if family == "internlm" and any("internlm" in part and "chat" in part for part in named):
+        return "internlm-chat"
+    return family
+
+
+def _which_baichuan(settings: Settings) -> str:
+    if settings.values.get("max_position_embeddings") is None:  # model_max_length alone
+        raise UserError(
+            f"{settings.file}: has no max_position_embeddings, like Baichuan's 13B models, whose ALiBi "
+            "attention is not supported"
+        )
+    if "BaiChuanForCausalLM" in (settings.values.get("architectures") or []):  # with the capital C: the first
+        return "baichuan"
+    generation = settings.file.parent / "generation_config.json"
+    chat = generation.exists() and "user_token_id" in read_json(generation)
+    return "baichuan2-chat" if chat else "baichuan2"

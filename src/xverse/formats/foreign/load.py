@@ -1,0 +1,144 @@
+"""Load a published directory of another model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from xverse.config import UserError, choose
+from xverse.formats.foreign.chat import Chat, chat_of
+from xverse.formats.foreign.families import FAMILIES, Family, Settings, detect
+from xverse.formats.foreign.text import ForeignTokenizer, load_foreign_tokenizer
+from xverse.formats.read import check_directory
+from xverse.formats.weights import DTYPES, dtype_name, listed, read_json, read_tensors, weight_files
+
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A model of another publisher, in evaluation mode on the CPU.
+
+    ``chat`` makes of a conversation (as ``check_messages`` accepts, the last message the user's) the ids of
+    the whole prompt, ``bos_ids`` included; None where the family has no chat format. ``stop_ids`` end a
+    reply.
+    """
+
+    model: PreTrainedModel
+    tokenizer: ForeignTokenizer
+    family: str
+    chat: Chat | None
+    stop_ids: tuple[int, ...]
+
+
+def load_foreign(
+    path: str | Path, dtype: torch.dtype | None = None, *, family: str | None = None
+) -> ForeignModel:
+    """Load the model and the tokenizer of ``path``, a directory in its publisher's Hugging Face layout.
+
+    Code of the directory is never run. ``dtype`` None keeps the stored one; then the parameters are the
+    memory-mapped files, where no computing was needed. ``family`` (a name of ``FAMILIES``) overrides what
+    ``detect`` finds. Raises UserError, in one line, for a family or setting that is not supported, for
+    missing, unexpected and mis-shaped tensors by the publisher's names, and for a missing tokenizer.
+    """
+    path = check_directory(path)
+    settings = Settings(path / "config.json", read_json(path / "config.json"))
+    name = family or detect(settings)
+    chosen = choose("family", name, FAMILIES)
+    files = weight_files(path)
+    try:
+        with torch.device("meta"):
+            model = chosen.build(settings)
+    except UserError:
+        raise
+    except Exception as error:  # transformers checks its configs with classes of its own
+        raise UserError(f"{settings.file}: {' '.join(str(error).split())[:200]}") from error
+    tokenizer = load_foreign_tokenizer(path, name)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+            f"{model.config.vocab_size}; they do not belong together"
+        )
+    _assign(model, _read(model, chosen, path, files, dtype))
+    model.generation_config.bos_token_id = tokenizer.bos_ids[0] if len(tokenizer.bos_ids) == 1 else None
+    chat, stops = chat_of(name, tokenizer)
+    model.generation_config.eos_token_id = list(stops)
+    return ForeignModel(model.eval(), tokenizer, name, chat, stops)
+
+
+def _read(
+    model: PreTrainedModel, family: Family, path: Path, files: list[Path], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The model's state from the published tensors."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tied = bool(model.config.tie_word_embeddings)
+    if tied:
+        del shapes[_HEAD]
+    parts: dict[str, list[str]] = {}  # published name → the model's names, as consecutive rows
+    for name in shapes:
+        parts.setdefault(family.published(name), []).append(name)
+    head = family.published(_HEAD)
+    seen: set[str] = set()
+    unexpected: list[str] = []
+    wrong: dict[str, str] = {}
+    state: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in read_tensors(file, hold=True):
+            if name.endswith("inv_freq") or (tied and name == head):
+                continue  # computed here; and a tied head is the embedding, stored twice
+            if name not in parts:
+                unexpected.append(name)
+                continue
+            seen.add(name)
+            rows = [shapes[part][0] for part in parts[name]]
+            expected = (sum(rows), *shapes[parts[name][0]][1:])
+            if tuple(tensor.shape) != expected:
+                wrong[name] = f"is {_shape(tensor.shape)} where config.json says {_shape(expected)}"
+                continue
+            if dtype_name(tensor.dtype) not in DTYPES:
+                wrong[name] = f"is stored as {dtype_name(tensor.dtype)}, not as one of {', '.join(DTYPES)}"
+                continue
+            dtype = dtype or tensor.dtype
+            if family.normalized_head and name == head:
+                tensor = functional.normalize(tensor.float())  # [V, D]; in float32, to round once
+            tensor = tensor.to(dtype)
+            state |= dict(zip(parts[name], tensor.split(rows), strict=True))
+    missing = [name for name in parts if name not in seen]
+    _check(path, missing, unexpected, wrong)
+    return state
+
+
+def _check(path: Path, missing: list[str], unexpected: list[str], wrong: Mapping[str, str]) -> None:
+    found = []
+    if missing:
+        found.append(f"missing {listed(missing)}")
+    if unexpected:
+        found.append(f"unexpected {listed(unexpected)}")
+    if wrong:
+        found.append(listed(f"{name} {what}" for name, what in wrong.items()))
+    if found:
+        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(found)}")
+
+
+def _assign(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    unknown = model.load_state_dict(state, assign=True, strict=False).unexpected_keys
+    assert not unknown
+    if model.config.tie_word_embeddings:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    # Rotary tables are computed when their module is made, and were made without storage.
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            fresh: nn.Module = type(module)(config=model.config)
+            model.set_submodule(name, fresh)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    model.requires_grad_(False)
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return "×".join(map(str, sizes))

@@ -1,0 +1,139 @@
+"""Tokenizers of other models, from ``tokenizer.json`` or sentencepiece's ``tokenizer.model``.
+
+What a family's Python tokenizer adds to its sentencepiece file is data, and is here: whether a prompt begins
+with ``<s>``, and ChatGLM2's five special tokens behind the vocabulary (``tokenization_chatglm.py`` of
+THUDM/chatglm2-6b). Spaces in front, normalisation and byte fallback are settings in the file itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from xverse.config import UserError
+from xverse.formats.weights import read_json
+
+# Elsewhere either file will do. ChatGLM2's special tokens are in neither.
+_FILES = {"falcon": ("tokenizer.json",), "mpt": ("tokenizer.json",), "chatglm2": ("tokenizer.model",)}
+_CHATGLM_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+# Where tokenizer_config.json does not say. Baichuan's class would add <s>, but its published configs do not.
+_ADDS_BOS = {"llama": True, "vicuna": True, "internlm": True, "internlm-chat": True}
+
+
+@dataclass(frozen=True)
+class ForeignTokenizer:
+    """Text to ids and back, the same for every family.
+
+    ``encode(text)`` adds no special tokens and, in tokenizer.json's case, reads none in the text.
+    ``decode(ids)`` leaves special tokens out, and where the family writes a space in front of a text, takes
+    that space away again. ``token_id(token)`` is the id of one token by its text, None where there is none.
+    ``bos_ids`` stand in front of every text that the family evaluates; ``eos_id`` ends one.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Iterable[int]], str]
+    token_id: Callable[[str], int | None]
+    bos_ids: tuple[int, ...]
+    eos_id: int
+    vocab_size: int
+
+
+def load_foreign_tokenizer(path: str | Path, family: str) -> ForeignTokenizer:
+    """The tokenizer of a published directory of ``family``.
+
+    Raises UserError for a directory without one, a file that cannot be read, a tokenizer without an end
+    token, and a sentencepiece file where the package is not installed.
+    """
+    path = Path(path)
+    settings = path / "tokenizer_config.json"
+    values = read_json(settings) if settings.exists() else {}
+    names = _FILES.get(family, ("tokenizer.json", "tokenizer.model"))
+    for name in names:
+        if (path / name).is_file():
+            read = _from_json if name == "tokenizer.json" else _from_sentencepiece
+            return read(path / name, values, family)
+    raise UserError(f"{path}: has no {' and no '.join(names)}; copy it from the model's published directory")
+
+
+def _adds_bos(values: dict[str, Any], family: str) -> bool:
+    stated = values.get("add_bos_token")
+    return _ADDS_BOS.get(family, False) if stated is None else bool(stated)
+
+
+def _from_json(file: Path, values: dict[str, Any], family: str) -> ForeignTokenizer:
+    stored = read_json(file)
+    added = stored.get("added_tokens") or []
+    plain = {**stored, "added_tokens": [token for token in added if not token.get("special")]}
+    backend, encoder = _build(stored, file), _build(plain, file)
+    encoder.no_truncation()  # either may be stored in the file
+    encoder.no_padding()
+
+    def special(key: str, default: str) -> int | None:
+        stated = values.get(key)
+        text = stated.get("content") if isinstance(stated, dict) else stated
+        return backend.token_to_id(text or default)
+
+    falcon_like = family in ("falcon", "mpt")
+    eos, bos = special("eos_token", "<|endoftext|>" if falcon_like else "</s>"), special("bos_token", "<s>")
+    if eos is None:
+        raise UserError(f"{file}: has no token for the end of a text")
+    with_bos = not falcon_like and _adds_bos(values, family)
+    if with_bos and bos is None:
+        raise UserError(f"{file}: has no token for the beginning of a text")
+    return ForeignTokenizer(
+        encode=lambda text: encoder.encode(text, add_special_tokens=False).ids,
+        decode=lambda ids: backend.decode(list(ids), skip_special_tokens=True),
+        token_id=backend.token_to_id,
+        bos_ids=(bos,) if with_bos and bos is not None else (),
+        eos_id=eos,
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+    )
+
+
+def _build(values: dict[str, Any], file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(values))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(
+            f"{file}: cannot be read as a tokenizer ({' '.join(str(error).split())[:120]})"
+        ) from None
+
+
+def _from_sentencepiece(file: Path, values: dict[str, Any], family: str) -> ForeignTokenizer:
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise UserError(f"{file} needs sentencepiece: pip install 'xverse-lm[eval]'") from None
+    try:
+        processor = SentencePieceProcessor(model_proto=file.read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    size = processor.get_piece_size()
+    special = {}
+    if family == "chatglm2":
+        special = {token: size + index for index, token in enumerate(_CHATGLM_SPECIAL)}
+    # The ids in old configs are wrong (the first Llama conversions say 0 and 1); the file's own are right.
+    bos, eos = processor.bos_id(), processor.eos_id()
+    if eos < 0:
+        raise UserError(f"{file}: has no token for the end of a text")
+    bos_ids: tuple[int, ...] = ()
+    if special:
+        bos_ids = (special["[gMASK]"], special["sop"])
+    elif _adds_bos(values, family):
+        if bos < 0:
+            raise UserError(f"{file}: has no token for the beginning of a text")
+        bos_ids = (bos,)
+
+    def decode(ids: Iterable[int]) -> str:
+        return processor.decode([index for index in ids if 0 <= index < size])
+
+    def token_id(token: str) -> int | None:
+        index = special.get(token, processor.piece_to_id(token))
+        return None if index == processor.unk_id() and token != processor.id_to_piece(index) else index
+
+    return ForeignTokenizer(processor.encode, decode, token_id, bos_ids, eos, size + len(special))
