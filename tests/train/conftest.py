@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
@@ -17,6 +19,17 @@ from xverse.model import XverseConfig, XverseForCausalLM, init_weights
 from xverse.train import TrainConfig, fit
 
 LENGTH = 48
+
+
+@pytest.fixture(scope="session")
+def tensors_of() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """All tensors of a checkpoint that one process wrote: ``model.NAME`` and ``optimizer.KEY.NAME``."""
+
+    def read(checkpoint: Path) -> dict[str, torch.Tensor]:
+        (file,) = checkpoint.glob("*.safetensors")
+        return load_file(file)
+
+    return read
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +94,7 @@ def fit_tiny(feed: PretrainFeed, tiny_shape: dict[str, int]) -> Callable[..., Xv
         init_weights(model, seed=0)
         fit(
             model,
-            lambda n: feed.batch(n, config.batch_size),
+            lambda n, start, stop: feed.batch(n, config.batch_size, start, stop),
             config,
             out,
             validate=validate,

@@ -150,7 +150,9 @@ def test_divergence_stops_with_one_clear_line(fit_tiny: Fit, tmp_path: Path) -> 
         fit_tiny(tmp_path, steps=50, learning_rate=1e30, grad_clip=0.0, checkpoint_every=1)
     assert "\n" not in str(caught.value)
     last = checkpoints(tmp_path)[-1]
-    assert int(last.name[5:]) == len(steps_of(tmp_path)), "the step that diverged left nothing"
+    assert int(last.name[5:]) == len(steps_of(tmp_path)), "the steps that diverged left nothing"
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert sum("rollback" in record for record in records) == 3
 
 
 def test_validation_changes_no_loss(fit_tiny: Fit, feed: PretrainFeed, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import random
 import re
@@ -23,6 +24,8 @@ from xverse.config import UserError, load
 from xverse.train import PretrainRecipe, pretrain
 from xverse.train.checkpoint import checkpoints
 from xverse.train.plot import read_metrics
+
+TensorsOf = Callable[[Path], dict[str, torch.Tensor]]
 
 
 def train(recipe: Path, *overrides: str) -> Path:
@@ -67,7 +70,7 @@ def same_tensors(a: Path, b: Path) -> bool:
 
 
 def test_killed_and_interrupted_run_equals_an_unharmed_one(
-    write_recipe: Callable[..., Path], tmp_path: Path
+    write_recipe: Callable[..., Path], tmp_path: Path, tensors_of: TensorsOf
 ) -> None:
     """At random moments, in bfloat16, with validation and a checkpoint every few steps for kill -9 to hit."""
     recipe = write_recipe({"valid_tokens": 200}, steps=90, checkpoint_every=3, validate_every=5)
@@ -102,12 +105,10 @@ def test_killed_and_interrupted_run_equals_an_unharmed_one(
     assert losses(out) == losses(unharmed)
     for step, figures in validations(out).items():  # an interrupted run saves first and may skip one
         assert figures == validations(unharmed)[step]
-    for file in (
-        "model/model.safetensors",
-        "checkpoints/step-00000090/model.safetensors",
-        "checkpoints/step-00000090/optimizer.safetensors",
-    ):
-        assert same_tensors(out / file, unharmed / file)
+    assert same_tensors(out / "model" / "model.safetensors", unharmed / "model" / "model.safetensors")
+    saved, expected = (tensors_of(path / "checkpoints" / "step-00000090") for path in (out, unharmed))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [
         "step-00000087",
         "step-00000090",
@@ -123,69 +124,127 @@ def test_order_of_data_is_a_function_of_the_step(fit_tiny: Callable[..., object]
 
 
 def test_finished_run_only_writes_its_model_again(
-    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    tensors_of: TensorsOf,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = write_recipe(steps=3)
     train(recipe)
     (tmp_path / "run" / "model" / "model.safetensors").unlink()
     before = losses(tmp_path / "run")
     capsys.readouterr()
-    assert same_tensors(
-        train(recipe) / "model.safetensors", checkpoints(tmp_path / "run")[-1] / "model.safetensors"
-    )
+    again = load_file(train(recipe) / "model.safetensors")
+    saved = tensors_of(checkpoints(tmp_path / "run")[-1])
+    assert all(torch.equal(saved[f"model.{name}"], tensor) for name, tensor in again.items())
     assert "this run is finished (3 steps)" in capsys.readouterr().err.replace("\n", " ")
     assert losses(tmp_path / "run") == before
+
+
+def shard(checkpoint: Path) -> Path:
+    (file,) = checkpoint.glob("*.safetensors")
+    return file
 
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def flip(path: Path) -> None:
+    """One bit, as a bad disk does: the file can be read as before."""
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
-    ("name", "damage", "reason"),
+    ("file", "damage", "reason"),
     [
-        ("model.safetensors", truncate, "incomplete|invalid|buffer|header|metadata"),
-        ("optimizer.safetensors", truncate, "incomplete|invalid|buffer|header|metadata"),
-        ("optimizer.safetensors", Path.unlink, "No such file"),
-        ("state.json", lambda path: path.write_text("{"), "Expecting"),
-        ("state.json", lambda path: path.write_text('{"step": 4}'), "identity"),
+        (shard, truncate, r"has \d+ bytes, not \d+"),
+        (shard, flip, "is not what was written"),
+        (shard, Path.unlink, "No such file"),
+        (lambda path: path / "state.json", lambda path: path.write_text("{"), "Expecting"),
+        (lambda path: path / "state.json", lambda path: path.write_text('{"step": 4}'), "identity"),
     ],
 )
 def test_damaged_checkpoint_is_named_and_the_one_before_serves(
-    name: str,
+    file: Callable[[Path], Path],
     damage: Callable[[Path], object],
     reason: str,
     fit_tiny: Callable[..., object],
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     fit_tiny(tmp_path, steps=4, checkpoint_every=2)
     whole = losses(tmp_path)
-    newest = checkpoints(tmp_path)[-1]
-    damage(newest / name)
+    first, last = checkpoints(tmp_path)
+    damage(file(last))
+    capsys.readouterr()
+    fit_tiny(tmp_path, steps=4)
+    said = capsys.readouterr().err
+    assert re.search(rf"WARNING: {last}: this checkpoint cannot be read \(.*{reason}", said)
+    assert "going back to step-00000002" in said
+    assert losses(tmp_path) == whole
+    assert (last.parent / "damaged-step-00000004").is_dir()
+    damage(file(last))
+    shutil.rmtree(first)
     with pytest.raises(UserError) as caught:
         fit_tiny(tmp_path, steps=4)
     message = str(caught.value)
-    assert message.startswith(f"{newest}: this checkpoint cannot be read (")
-    assert message.endswith("delete it to resume before it")
+    assert message.startswith(f"{last}: this checkpoint cannot be read (")
+    assert message.endswith("nor is there a whole one before it; delete it to begin again")
     assert "\n" not in message
-    assert re.search(reason, message, re.IGNORECASE)
-    shutil.rmtree(newest)
-    fit_tiny(tmp_path, steps=4)
-    assert losses(tmp_path) == whole
 
 
-def test_checkpoint_of_other_tensors_is_refused(fit_tiny: Callable[..., object], tmp_path: Path) -> None:
+def rewrite(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Put other tensors into a checkpoint, with right digests."""
+    file = shard(checkpoint)
+    offsets = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata={"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)})
+    state = json.loads((checkpoint / "state.json").read_text())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    state["files"] = {file.name: [file.stat().st_size, digest]}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+def test_checkpoint_of_other_tensors_is_refused(
+    fit_tiny: Callable[..., object], tmp_path: Path, tensors_of: TensorsOf
+) -> None:
     """Among them shapes that copying would broadcast silently."""
     fit_tiny(tmp_path, steps=2)
-    file = checkpoints(tmp_path)[-1] / "model.safetensors"
-    tensors = load_file(file)
-    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"][:1].clone()}, file)
-    with pytest.raises(UserError, match=r"'lm_head.weight' is \[1, 32\], not \["):
+    checkpoint = checkpoints(tmp_path)[-1]
+    tensors = tensors_of(checkpoint)
+    rewrite(checkpoint, {**tensors, "model.lm_head.weight": tensors["model.lm_head.weight"][:1].clone()})
+    with pytest.raises(UserError, match=r"'model.lm_head.weight' is \[1, 32\], not \["):
         fit_tiny(tmp_path, steps=2)
-    tensors.pop("model.norm.weight")
-    save_file(tensors, file)
-    with pytest.raises(UserError, match=r"has no 'model\.norm\.weight'"):
+    tensors.pop("model.model.norm.weight")
+    rewrite(checkpoint, tensors)
+    with pytest.raises(UserError, match=r"has no 'model\.model\.norm\.weight'"):
         fit_tiny(tmp_path, steps=2)
+
+
+def test_checkpoints_of_the_first_format_go_on(
+    fit_tiny: Callable[..., object], tmp_path: Path, tensors_of: TensorsOf
+) -> None:
+    """Whole tensors in model.safetensors and optimizer.safetensors, and a state.json without digests."""
+    fit_tiny(tmp_path, steps=12, checkpoint_every=5, keep_checkpoints=9)
+    expected = losses(tmp_path)
+    new = tmp_path / "checkpoints" / "step-00000005"
+    tensors, state = tensors_of(new), json.loads((new / "state.json").read_text())
+    old = tmp_path / "old" / "checkpoints" / "step-00000005"
+    old.mkdir(parents=True)
+    for kind in ("model", "optimizer"):
+        some = {n.removeprefix(f"{kind}."): t for n, t in tensors.items() if n.startswith(f"{kind}.")}
+        save_file(some, old / f"{kind}.safetensors")
+    identity = {**state["identity"], "micro_batch_size": 0}  # then it was part of it
+    (old / "state.json").write_text(json.dumps({"step": 5, "identity": identity}))
+    fit_tiny(tmp_path / "old", steps=12)
+    assert losses(tmp_path / "old") == {step: values for step, values in expected.items() if step >= 5}
+
+
+def test_which_checkpoints_stay(fit_tiny: Callable[..., object], tmp_path: Path) -> None:
+    fit_tiny(tmp_path, steps=11, checkpoint_every=1, keep_checkpoints=2, keep_every=4)
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == [4, 8, 10, 11]
 
 
 def test_another_recipe_in_the_same_folder_is_refused_by_key(
@@ -232,22 +291,29 @@ def test_two_processes_in_one_folder_are_refused(fit_tiny: Callable[..., object]
     fit_tiny(tmp_path, steps=2)
 
 
-def test_full_disk_leaves_the_checkpoints_before(fit_tiny: Callable[..., object], tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk: the optimizer's tensors no longer fit."""
+def test_full_disk_training_goes_on_and_the_last_good_checkpoint_stays(
+    fit_tiny: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for the disk: the tensors no longer fit."""
     resource = pytest.importorskip("resource")
-    fit_tiny(tmp_path, steps=4, checkpoint_every=2)
+    fit_tiny(tmp_path, steps=8, checkpoint_every=2, keep_checkpoints=9)
     whole = losses(tmp_path)
-    first, last = checkpoints(tmp_path)
-    limit = (last / "model.safetensors").stat().st_size + 5000
-    shutil.rmtree(last)
+    first, *others = checkpoints(tmp_path)
+    limit = shard(first).stat().st_size - 5000
+    for other in others:
+        shutil.rmtree(other)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    capsys.readouterr()
     try:
         with pytest.raises(UserError) as caught:
-            fit_tiny(tmp_path, steps=4)
+            fit_tiny(tmp_path, steps=8, checkpoint_every=2, keep_checkpoints=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(caught.value) == f"{last}: File too large; nothing was written"
+    said = capsys.readouterr().err
+    for step in (4, 6, 8):
+        assert f"WARNING: step-{step:08d} was not saved (File too large)" in said
+    assert str(caught.value) == f"{others[-1]}: File too large; nothing was written"
     assert list((tmp_path / "checkpoints").iterdir()) == [first]
-    fit_tiny(tmp_path, steps=4)
+    fit_tiny(tmp_path, steps=8)
     assert losses(tmp_path) == whole

@@ -17,9 +17,9 @@ from xverse.data.packing import pack_examples, packed_from_examples
 from xverse.files import atomic_file
 from xverse.finetune.examples import Dataset, DatasetConfig, ExampleFeed, load_datasets
 from xverse.formats import load_model, load_tokenizer, resolve, save_hf
-from xverse.log import notice
 from xverse.model import IGNORE, XverseForCausalLM
 from xverse.train.loop import TrainConfig, fit, sum_loss
+from xverse.train.parallel import World, whole, world_of
 from xverse.train.plot import plot_loss
 
 
@@ -48,6 +48,11 @@ class FinetuneRecipe:
 
 def finetune(recipe: FinetuneRecipe) -> Path:
     """Run the recipe, or what is left of it after a kill; returns the finished model's directory."""
+    with world_of(recipe.train.parallel) as world:
+        return _finetune(recipe, world)
+
+
+def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
     source = resolve(recipe.model)
     model = load_model(source, dtype=torch.float32)
     # The file is mapped read-only memory; training needs memory of its own.
@@ -68,7 +73,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     feed = ExampleFeed(datasets, recipe.sequence_length, tokenizer.pad_id, recipe.seed)
     rows = recipe.train.steps * recipe.train.batch_size
     epochs = rows * recipe.sequence_length / feed.tokens_per_epoch
-    notice(f"{feed.tokens_per_epoch:,} tokens an epoch; {rows:,} rows are about {epochs:.2f} epochs")
+    world.say(f"{feed.tokens_per_epoch:,} tokens an epoch; {rows:,} rows are about {epochs:.2f} epochs")
 
     def validate(model: XverseForCausalLM) -> dict[str, float]:
         return held_out_losses(model, datasets, recipe)
@@ -81,24 +86,22 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     }
     fit(
         model,
-        lambda step: feed.batch(step, recipe.train.batch_size),
+        lambda step, start, stop: feed.batch(step, recipe.train.batch_size, start, stop),
         recipe.train,
         recipe.out,
         validate=validate,
         identity=identity,
+        world=world,
     )
-    plot_loss(recipe.out, f"fine-tuning {recipe.model}")
-    with atomic_file(recipe.out / "recipe.json") as path:
-        path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
     target = recipe.out / "model"
-    save_hf(
-        model,
-        tokenizer,
-        target,
-        getattr(torch, recipe.save_dtype),
-        generation_config=recipe.generation,
-        overwrite=True,
-    )
+    model = whole(model)
+    if world.rank == 0:
+        plot_loss(recipe.out, f"fine-tuning {recipe.model}")
+        with atomic_file(recipe.out / "recipe.json") as path:
+            path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
+        dtype = getattr(torch, recipe.save_dtype)
+        save_hf(model, tokenizer, target, dtype, generation_config=recipe.generation, overwrite=True)
+    world.wait()
     return target
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import rms_norm, silu
 
 from xverse.model.attention import AttentionContext
 from xverse.model.config import XverseConfig
+from xverse.model.loss import linear_cross_entropy
 from xverse.model.rope import rope_tables, rotate
 
 
@@ -137,6 +138,13 @@ class XverseForCausalLM(nn.Module):
     def forward(self, tokens: Tensor, context: AttentionContext) -> Tensor:
         """``tokens`` int64 [B, T] → logits [B, T, V]. Training uses ``linear_cross_entropy`` instead."""
         return self.lm_head(self.model(tokens, context))
+
+    def loss(self, tokens: Tensor, targets: Tensor, context: AttentionContext) -> Tensor:
+        """Sum of the token losses in nats of int64 [B, T] each, without the logits; -100 is no target."""
+        hidden = self.model(tokens, context)  # [B, T, D]
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction="sum"
+        )
 
 
 @torch.no_grad()

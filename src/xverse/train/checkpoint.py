@@ -1,65 +1,130 @@
-"""Checkpoints of a run: float32 parameters and optimizer moments in safetensors, never a pickle.
+"""Checkpoints of a run: written by all processes at once, beside training, and verified on reading.
 
-``OUT/checkpoints/step-00001200/`` appears by one rename when it is complete; the newest is resumed.
+``OUT/checkpoints/step-00001200/`` appears by one rename when it is complete. In it are safetensors, never
+a pickle, through torch.distributed.checkpoint: each process writes the tensors that it holds, and any number
+of processes reads them. ``state.json``, written last, has the size and the SHA-256 of every file. ``OUT`` must
+be a folder that all processes see.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from xverse.config import UserError
-from xverse.files import atomic_directory
+from xverse.files import atomic_file
+from xverse.log import notice
+from xverse.train.parallel import ALONE, World, like
 
 PREFIX = "step-"
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
-def save_checkpoint(
-    out: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write the state after ``step`` steps and drop all but the newest ``keep`` checkpoints.
 
-    Raises UserError where it cannot be written; the checkpoints before it remain.
+class Checkpointer:
+    """Writes checkpoints in a thread, one at a time; training waits only while tensors are copied.
+
+    Of the finished ones the newest ``keep`` stay, and those whose step ``keep_every`` divides (0: none).
+    A checkpoint that cannot be written is said loudly on stderr, and those before it stay.
     """
-    path = out / "checkpoints" / f"{PREFIX}{step:08d}"
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    moments = {
-        f"{key}.{names[parameter]}": value
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-    try:
-        with atomic_directory(path) as folder:
-            _write(dict(model.named_parameters()), folder / "model.safetensors")
-            _write(moments, folder / "optimizer.safetensors")
-            (folder / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        for old in checkpoints(out)[:-keep]:
-            hidden = old.with_name(f".{old.name}.tmp")  # killed half-way, it must not look like a checkpoint
-            old.replace(hidden)
-            shutil.rmtree(hidden)
-    except OSError as error:  # beyond those that atomic_directory names, such as an I/O error
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return path
+
+    def __init__(self, out: Path, world: World = ALONE, keep: int = 2, keep_every: int = 0) -> None:
+        self._out, self._world, self._keep, self._keep_every = out, world, keep, keep_every
+        self._thread: threading.Thread | None = None
+        self._problem = ""
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    ) -> Path:
+        """Begin to write the state after ``step`` steps; every process calls it. Waits for the one before."""
+        self.wait()
+        path = self._out / "checkpoints" / f"{PREFIX}{step:08d}"
+        temporary = path.with_name(f".{path.name}.tmp")
+        if self._world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._world.wait()
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        written: Any = dcp.async_save(
+            dict(_tensors(model, optimizer)),
+            storage_writer=writer,
+            process_group=self._world.saving,
+            no_dist=self._world.size == 1,
+        )
+        values = {"step": step, "processes": self._world.size, **state}
+        self._thread = threading.Thread(
+            target=self._finish, args=(written.result, temporary, path, values), name="checkpoint"
+        )
+        self._thread.start()
+        return path
+
+    def wait(self) -> str:
+        """Until what was begun is written; returns why the last one could not be, or an empty string."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._problem
+
+    def _finish(
+        self, written: Callable[[], Any], temporary: Path, path: Path, state: dict[str, Any]
+    ) -> None:
+        """In every process, after it has written its files; process 0 makes the checkpoint count."""
+        problem, files = "", {}
+        try:
+            written()
+            for file in sorted(temporary.glob(f"shard-{self._world.rank + 1:05d}-*")):
+                files[file.name] = _fingerprint(file)
+        except (Exception, dcp.api.CheckpointException) as error:  # which is no Exception
+            problem = _reason(error)
+        found = [(problem, files)]
+        if self._world.size > 1:
+            found = [("", {})] * self._world.size
+            dist.all_gather_object(found, (problem, files), group=self._world.saving)
+        problem = next((text for text, _ in found if text), "")
+        if self._world.rank == 0:
+            try:
+                if not problem:
+                    together = {name: mark for _, some in found for name, mark in some.items()}
+                    self._publish(temporary, path, {**state, "files": together})
+            except (OSError, UserError) as error:
+                problem = _reason(error)
+            if problem:
+                shutil.rmtree(temporary, ignore_errors=True)
+                notice(f"WARNING: {path.name} was not saved ({problem}); training goes on, older ones stay")
+        box = [problem]
+        if self._world.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self._world.saving)
+        self._problem = f"{path}: {box[0]}; nothing was written" if box[0] else ""
+
+    def _publish(self, temporary: Path, path: Path, state: dict[str, Any]) -> None:
+        with atomic_file(temporary / "state.json") as file:
+            file.write_text(json.dumps(state), encoding="utf-8")
+        if path.exists():  # a run that went back writes its steps again
+            _remove(path)
+        temporary.replace(path)
+        _sync(path.parent)
+        for old in checkpoints(self._out)[: -self._keep]:
+            if not self._keep_every or _step(old) % self._keep_every:
+                _remove(old)
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted((out / "checkpoints").glob(f"{PREFIX}*"))
+    return sorted((out / "checkpoints").glob(f"{PREFIX}*"), key=_step)
 
 
 def clear_leftovers(out: Path) -> None:
@@ -68,64 +133,159 @@ def clear_leftovers(out: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The ``state.json`` of a checkpoint: "step" and "identity". Raises UserError where it is damaged."""
+def newest(out: Path, world: World = ALONE) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and its state; None where there is none. Every process calls it.
+
+    One that is damaged is said, and set aside as ``damaged-step-…``. Raises UserError where all of them are.
+    """
+    found: tuple[Path, dict[str, Any]] | None = None
+    problem = ""
+    if world.rank == 0:
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(checkpoints(out)):
+            try:
+                found = path, _verified(path)
+                break
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                damaged.append((path, f"{path}: this checkpoint cannot be read ({_reason(error)})"))
+        if damaged and found is None:
+            problem = f"{damaged[0][1]}, nor is there a whole one before it; delete it to begin again"
+        elif found is not None:
+            for path, text in damaged:
+                notice(f"WARNING: {text}; going back to {found[0].name}")
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.replace(aside)
+    found, problem = world.agreed((found, problem))
+    if problem:
+        raise UserError(problem)
+    return found
+
+
+def load_checkpoint(
+    path: Path,
+    state: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World = ALONE,
+) -> None:
+    """Put the tensors of a verified checkpoint into ``model`` and ``optimizer``, sharded or not.
+
+    Raises UserError for a checkpoint of other tensors.
+    """
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
-            raise ValueError("state.json holds no step and identity")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
+        if "files" not in state:
+            _load_first_format(path, model, optimizer)
+            return
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        saved: Any = reader.read_metadata().state_dict_metadata
+        parameters = dict(model.named_parameters())
+        shapes = {f"model.{name}": parameter.shape for name, parameter in parameters.items()}
+        _check({name: entry.size for name, entry in saved.items()}, shapes)
+        target: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in parameters.items()}
+        values: dict[Tensor, dict[str, Tensor]] = {}
+        for name, entry in saved.items():
+            kind, _, rest = name.partition(".")
+            key, _, of = rest.partition(".")
+            if kind == "optimizer" and of in parameters:
+                parameter, dtype = parameters[of], entry.properties.dtype
+                if entry.size == parameter.shape:
+                    value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+                else:
+                    value = torch.zeros(entry.size, dtype=dtype, device=parameter.device)
+                target[name] = values.setdefault(parameter, {})[key] = value
+        dcp.load(target, storage_reader=reader, process_group=world.saving, no_dist=world.size == 1)
+        optimizer.state.clear()
+        optimizer.state.update(values)
+    except (OSError, ValueError, SafetensorError, dcp.api.CheckpointException) as error:
+        raise UserError(f"{path}: this checkpoint cannot be read ({_reason(error)})") from error
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    names: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters():
+        names[parameter] = name
+        yield f"model.{name}", parameter.detach()
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            yield f"optimizer.{key}.{names[parameter]}", value
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose files are what was written. Raises ValueError and others if not."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
+        raise ValueError("state.json holds no step and identity")
+    if "files" in state:
+        for name, (size, digest) in state["files"].items():
+            if (path / name).stat().st_size != size:
+                raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {size}")
+            if _fingerprint(path / name) != [size, digest]:
+                raise ValueError(f"{name} is not what was written")
+    else:  # the first format had no digests
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            load_file(path / name)
     return state
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into ``model`` and ``optimizer``.
-
-    Raises UserError for a checkpoint that is damaged or of another shape.
-    """
+def _load_first_format(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One process wrote ``model.safetensors`` and ``optimizer.safetensors`` (AdamW's), whole tensors each."""
     parameters = dict(model.named_parameters())
-    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    try:
-        tensors = load_file(path / "model.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
-        _check("model.safetensors", tensors, {name: p.shape for name, p in parameters.items()})
-        for key in ("exp_avg", "exp_avg_sq"):
-            _check(
-                "optimizer.safetensors", moments, {f"{key}.{name}": p.shape for name, p in trained.items()}
-            )
-        _check("optimizer.safetensors", moments, {f"step.{name}": torch.Size() for name in trained})
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _damaged(path, error) from error
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    tensors, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    _check({name: t.shape for name, t in tensors.items()}, {name: p.shape for name, p in parameters.items()})
+    wanted = {f"{key}.{name}": p.shape for key in ("exp_avg", "exp_avg_sq") for name, p in trained.items()}
+    wanted |= {f"step.{name}": torch.Size() for name in trained}
+    _check({name: t.shape for name, t in moments.items()}, wanted)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(like(tensors[name], parameter))
     for name, parameter in trained.items():
-        # Copies: the tensors that were read are a mapping of a file that this run will soon delete.
         optimizer.state[parameter] = {
-            key: moments[f"{key}.{name}"].to(parameter.device, copy=True)
-            for key in ("step", "exp_avg", "exp_avg_sq")
+            "step": moments[f"step.{name}"].to(parameter.device, copy=True),
+            "exp_avg": like(moments[f"exp_avg.{name}"], parameter),
+            "exp_avg_sq": like(moments[f"exp_avg_sq.{name}"], parameter),
         }
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
+def _check(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
+    for name, shape in wanted.items():
+        if name not in found:
+            raise ValueError(f"it has no '{name}'")
+        if found[name] != shape:
+            raise ValueError(f"'{name}' is {list(found[name])}, not {list(shape)}")
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in a few words; torch wraps the errors of all processes into one."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    text = " ".join(str(error).split())
+    number = re.search(r"os error (\d+)", text)  # safetensors is Rust
+    return os.strerror(int(number[1])) if number else text[:300] or type(error).__name__
+
+
+def _step(path: Path) -> int:
+    number = path.name.removeprefix(PREFIX)
+    return int(number) if number.isdigit() else -1
+
+
+def _remove(path: Path) -> None:
+    hidden = path.with_name(f".{path.name}.old.tmp")  # killed half-way, it must not look like a checkpoint
+    path.replace(hidden)
+    shutil.rmtree(hidden)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error  # as any other writing fails
-
-
-def _check(file: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise ValueError(f"{file} has no '{name}'")
-        if tensors[name].shape != shape:
-            raise ValueError(f"{file}: '{name}' is {list(tensors[name].shape)}, not {list(shape)}")
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"{path}: this checkpoint cannot be read ({reason}); delete it to resume before it")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The training loop: batches by step number, AdamW, checkpoints; a killed run goes on where it was."""
+"""The training loop: batches by step number, checkpoints; a killed run goes on where it was."""
 
 from __future__ import annotations
 
@@ -7,234 +7,293 @@ import dataclasses
 import fcntl
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xverse.config import UserError
 from xverse.data.feed import Batch, prefetch
-from xverse.log import JsonlLog, console, notice, progress
-from xverse.model import IGNORE, Packed, XverseForCausalLM, linear_cross_entropy
-from xverse.train.checkpoint import (
-    checkpoints,
-    clear_leftovers,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from xverse.log import JsonlLog
+from xverse.model import IGNORE, Packed, XverseForCausalLM
+from xverse.train.checkpoint import Checkpointer, clear_leftovers, load_checkpoint, newest
+from xverse.train.meter import Meter
 from xverse.train.optimizer import cosine_lr, make_adamw
+from xverse.train.parallel import ALONE, Replica, World, distribute, full, whole
+from xverse.train.settings import NOT_IDENTITY, TrainConfig
+from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
 
+__all__ = ["Interrupted", "TrainConfig", "fit", "sum_loss", "train_step"]
+
+BatchAt = Callable[[int, int, int], Batch]
 Validate = Callable[[XverseForCausalLM], dict[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train. ``batch_size`` is in sequences per optimizer step; ``micro_batch_size`` of them go
-    through the model at a time (0: all). ``grad_clip`` is the largest gradient norm (0: any).
-    ``validate_every`` and ``checkpoint_every`` are in steps (0: only at the end)."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    micro_batch_size: int = 0
-    warmup_steps: int = 100
-    final_lr_ratio: float = 0.1
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    validate_every: int = 0
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 2
-    log_every: int = 20
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if name in ("beta1", "beta2"):
-                if not 0 <= value < 1:
-                    raise ValueError(f"{name} must be at least 0 and below 1, not {value}")
-            elif name in ("steps", "batch_size", "learning_rate", "keep_checkpoints", "log_every"):
-                if not 0 < value < math.inf:
-                    raise ValueError(f"{name} must be positive, not {value}")
-            elif name != "dtype" and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must not be negative, not {value}")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop and has saved a checkpoint."""
-
-
-# What decides the losses: a run folder goes on only under the same values.
-NOT_IDENTITY = {"checkpoint_every", "keep_checkpoints", "log_every", "validate_every"}
 
 
 def fit(
     model: XverseForCausalLM,
-    batch_at: Callable[[int], Batch],
+    batch_at: BatchAt,
     config: TrainConfig,
     out: Path,
     *,
     validate: Validate | None = None,
     evaluate: Validate | None = None,
     identity: Mapping[str, Any] | None = None,
+    world: World = ALONE,
 ) -> None:
     """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``.
 
-    ``batch_at(step)`` gives the global batch of a step and nothing else decides the order of data.
-    ``validate`` returns named figures, and so does ``evaluate``, of benchmarks, at the same steps. Everything
-    is recorded in ``out/metrics.jsonl``. ``identity`` is what else decides the losses: raises UserError where
-    ``out`` holds a run begun with other values. SIGINT and SIGTERM save a checkpoint and raise Interrupted.
+    ``batch_at(step, start, stop)`` gives these rows of a step's global batch, and nothing else decides the
+    order of data. ``validate`` returns named figures, and so does ``evaluate``, of benchmarks, at the same
+    steps. Everything is recorded in ``out/metrics.jsonl``. ``identity`` is what else decides the losses:
+    raises UserError where ``out`` holds a run begun with other values, and where the run diverges. SIGINT and
+    SIGTERM save a checkpoint and raise Interrupted. Every process of ``world`` calls it, with equal weights.
     """
+    per_process = config.batch_size // world.size
+    if config.batch_size % world.size or per_process % (config.micro_batch_size or 1):
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide into {world.size} processes"
+            + (f" of micro-batches of {config.micro_batch_size}" if config.micro_batch_size else "")
+        )
     settings = dataclasses.asdict(config)
     identity = {**(identity or {}), **{key: settings[key] for key in settings if key not in NOT_IDENTITY}}
     identity = json.loads(json.dumps(identity))  # as it will be read back
-    optimizer = make_adamw(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
-    with _alone(out):
-        first_step = _resume(out, model, optimizer, identity)
+    with _alone(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
+        replica = distribute(model, config.parallel, config.dtype, world)
+        optimizer = make_adamw(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
+        steadiness = Steadiness(config)
+        first_step = _resume(out, replica, optimizer, identity, steadiness)
         if first_step == config.steps:
-            notice(f"{out}: this run is finished ({config.steps} steps)")
+            world.say(f"{out}: this run is finished ({config.steps} steps)")
             return
-        _train(model, optimizer, batch_at, config, out, first_step, validate, evaluate, identity)
+        run = Run(replica, optimizer, config, out, steadiness, watchdog, identity, validate, evaluate)
+        run.train(batch_at, first_step)
 
 
-def _train(
-    model: XverseForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    batch_at: Callable[[int], Batch],
-    config: TrainConfig,
-    out: Path,
-    first_step: int,
-    validate: Validate | None,
-    evaluate: Validate | None,
-    identity: Mapping[str, Any],
-) -> None:
-    log = JsonlLog(out / "metrics.jsonl")
-    meter = _Meter(config, first_step)
-    batches = prefetch(batch_at(step) for step in range(first_step, config.steps))
-    with _stop_requested() as stop, contextlib.closing(batches), contextlib.closing(log), meter:  # type: ignore[type-var]
-        for step in range(first_step, config.steps):
-            batch = next(batches)
-            learning_rate = cosine_lr(
-                step,
-                peak=config.learning_rate,
-                warmup_steps=config.warmup_steps,
-                steps=config.steps,
-                final_ratio=config.final_lr_ratio,
+@dataclasses.dataclass
+class Run:
+    """A run under way."""
+
+    replica: Replica
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+    out: Path
+    steadiness: Steadiness
+    watchdog: Watchdog
+    identity: Mapping[str, Any]
+    validate: Validate | None
+    evaluate: Validate | None
+
+    def __post_init__(self) -> None:
+        self.world, self.model = self.replica.world, self.replica.model
+        self.log: JsonlLog | None = JsonlLog(self.out / "metrics.jsonl") if self.world.rank == 0 else None
+        self.saver = Checkpointer(self.out, self.world, self.config.keep_checkpoints, self.config.keep_every)
+
+    def record(self, **values: Any) -> None:
+        if self.log is not None:
+            self.log.write(values)
+
+    def train(self, batch_at: BatchAt, first_step: int) -> None:
+        config, world = self.config, self.world
+        start, stop = world.rows(config.batch_size)
+        batches = prefetch(batch_at(step, start, stop) for step in range(first_step, config.steps))
+        meter = Meter(config, first_step, quiet=world.rank > 0)
+        with requests() as asked, contextlib.closing(batches), meter:  # type: ignore[type-var]
+            for step in range(first_step, config.steps):
+                self.watchdog.beat(step, "data")
+                waited = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - waited
+                learning_rate = cosine_lr(
+                    step,
+                    peak=config.learning_rate,
+                    warmup_steps=config.warmup_steps,
+                    steps=config.steps,
+                    final_ratio=config.final_lr_ratio,
+                )
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate
+                self.watchdog.beat(step, "counting")
+                (count,) = world.sum(int((batch.targets != IGNORE).sum()))
+                self.watchdog.beat(step, "step")
+                loss, norm = train_step(self.replica, batch, config, count)
+                # Signals come to each process at another moment; here all learn of them at one step.
+                mine = norm if world.rank == 0 else 0.0
+                loss, norm, stopping, saving = world.sum(loss, mine, asked.stop, asked.save)
+                bad = self.steadiness.judge(loss, norm)
+                if bad:
+                    self.optimizer.zero_grad(set_to_none=True)
+                    self.pass_over(step, bad)
+                else:
+                    self.optimizer.step()
+                    self.optimizer.zero_grad(set_to_none=True)
+                    figures = meter.step(step, loss, config.batch_size * batch.tokens.shape[1])
+                    values = {"step": step, "loss": loss, "grad_norm": norm, "lr": learning_rate}
+                    self.record(**values, **figures, data_seconds=round(waited, 4))
+                done = step + 1
+                last = done == config.steps
+                if last or (config.validate_every and done % config.validate_every == 0 and not stopping):
+                    self.watchdog.beat(step, "validation")
+                    self.measure(step, meter)
+                due = config.checkpoint_every and done % config.checkpoint_every == 0
+                if last or stopping or saving or (due and not bad):
+                    asked.save = False
+                    self.watchdog.beat(step, "checkpoint")
+                    path = self.save(done, must=bool(last or stopping))
+                    if stopping and not last:
+                        world.say(
+                            f"stopped after step {done}; {path.name} is saved, "
+                            "the same command goes on from it"
+                        )
+                        raise Interrupted
+                meter.forget_time()
+
+    def pass_over(self, step: int, reason: str) -> None:
+        """A step that does not count; after some in a row, the weights of the last checkpoint.
+
+        What comes next is a function of the checkpoint alone, so that a run that is killed and resumed passes
+        over the same steps. The data between the checkpoint and here is lost to the run, as in PaLM
+        (Chowdhery et al., 2022, section 5.1): the same data would lead to the same place.
+        """
+        self.record(step=step, skipped=reason)
+        steady = self.steadiness
+        if steady.bad < self.config.rollback_after:
+            self.world.say(f"step {step + 1} is passed over: {reason}")
+            return
+        self.saver.wait()
+        found = newest(self.out, self.world) if steady.rollbacks < self.config.max_rollbacks else None
+        if found is None:
+            raise UserError(
+                f"step {step + 1}: {reason}: the run diverged; "
+                "begin again in another out with a lower learning_rate or more warmup_steps"
             )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            loss, grad_norm = train_step(model, batch, config)
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise UserError(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: the run diverged; "
-                    "begin again in another out with a lower learning_rate or more warmup_steps"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate}
-            log.write({**record, **meter.step(step, loss, batch.tokens.numel())})
-            done = step + 1
-            last = done == config.steps
-            due = config.validate_every and done % config.validate_every == 0 and not stop()
-            figures = validate(model) if validate and (last or due) else {}
-            if figures:
-                log.write({"step": step, "valid": figures})
-                meter.say(
-                    f"step {done}: " + " · ".join(f"{k} {v:.3f}" for k, v in _headline(figures).items())
-                )
-            if evaluate and (last or due):
-                accuracies = evaluate(model)
-                log.write({"step": step, "evaluation": accuracies})
-                said = " · ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items())
-                meter.say(f"step {done}: {said}")
-            if last or stop() or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                path = save_checkpoint(
-                    out, done, model, optimizer, {"identity": identity}, config.keep_checkpoints
-                )
-                if stop() and not last:
-                    notice(
-                        f"stopped after step {done}; {path.name} is saved, the same command goes on from it"
-                    )
-                    raise Interrupted
-            meter.forget_time()
-
-
-def train_step(model: XverseForCausalLM, batch: Batch, config: TrainConfig) -> tuple[float, float]:
-    """Accumulate the gradients of one global batch and clip them; returns (loss in nats, gradient norm).
-
-    The loss is divided by the count of targets in the whole batch, so the split into micro-batches changes
-    nothing but rounding.
-    """
-    micro = config.micro_batch_size or config.batch_size
-    count = int((batch.targets != IGNORE).sum().clamp(min=1))
-    total = 0.0
-    for start in range(0, len(batch.tokens), micro):
-        part = slice(start, start + micro)
-        loss = sum_loss(
-            model, batch.tokens[part], batch.targets[part], batch.document_ids[part], config.dtype
+        path, state = found
+        rollbacks = steady.rollbacks + 1
+        load_checkpoint(path, state, self.model, self.optimizer, self.world)
+        steady.restore({**state.get("steadiness", {}), "bad": 0, "rollbacks": rollbacks})
+        self.record(step=step, rollback=state["step"])
+        self.world.say(
+            f"step {step + 1} is passed over: {reason}: {self.config.rollback_after} in a row; "
+            f"back to the weights of {path.name}, on with the data of step {step + 2}"
         )
-        (loss / count).backward()
-        total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    return total / count, norm.item()
+
+    def save(self, done: int, must: bool) -> Path:
+        """Begin a checkpoint; where it ``must`` exist, wait for it and raise UserError if it cannot."""
+        state = {"identity": self.identity, "steadiness": self.steadiness.state()}
+        path = self.saver.save(done, self.model, self.optimizer, state)
+        if must:
+            problem = self.saver.wait()
+            if problem:
+                raise UserError(problem)
+        return path
+
+    def measure(self, step: int, meter: Meter) -> None:
+        """Validation and benchmarks, at the weights after ``step``."""
+        if self.validate:
+            figures = self.validate(self.model)
+            self.replica.settle()
+            if figures:
+                self.record(step=step, valid=figures)
+                said = " · ".join(f"{k} {v:.3f}" for k, v in list(figures.items())[:6])
+                meter.say(f"step {step + 1}: {said}")
+        if self.evaluate:
+            model = whole(self.model)
+            if self.world.rank == 0:
+                accuracies = self.evaluate(model)
+                self.record(step=step, evaluation=accuracies)
+                said = " · ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items())
+                meter.say(f"step {step + 1}: {said}")
+            self.world.wait()
+
+
+def train_step(
+    model: XverseForCausalLM | Replica, batch: Batch, config: TrainConfig, count: float | None = None
+) -> tuple[float, float]:
+    """Accumulate the gradients of this process's rows and clip; returns (loss in nats, gradient norm).
+
+    The loss is divided by ``count``, the targets of the whole global batch (default: of ``batch``), so
+    neither the split into micro-batches nor that into processes changes anything but rounding. The loss is
+    this process's part of the sum, the norm that of the whole gradient.
+    """
+    replica = model if isinstance(model, Replica) else Replica(model)
+    device = next(replica.model.parameters()).device
+    micro = config.micro_batch_size or len(batch.tokens)
+    count = max(1.0, count if count is not None else int((batch.targets != IGNORE).sum()))
+    total = torch.zeros((), device=device)
+    for start in range(0, len(batch.tokens), micro):
+        rows = (
+            x[start : start + micro].to(device) for x in (batch.tokens, batch.targets, batch.document_ids)
+        )
+        tokens, targets, document_ids = rows
+        with computing(device, config.dtype):
+            last = start + micro >= len(batch.tokens)
+            total += replica.backward(last, 1 / count, tokens, targets, Packed(document_ids))
+    norm = torch.nn.utils.clip_grad_norm_(replica.model.parameters(), config.grad_clip or math.inf)
+    return total.item() / count, full(norm).item()
 
 
 def sum_loss(
     model: XverseForCausalLM, tokens: Tensor, targets: Tensor, document_ids: Tensor, dtype: str
 ) -> Tensor:
     """Sum of the token losses in nats of packed documents [B, T], computed in ``dtype``."""
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        hidden = model.model(tokens, Packed(document_ids))  # [B, T, D]
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), model.lm_head.weight, targets.flatten(), reduction="sum"
-        )
+    device = next(model.parameters()).device
+    with computing(device, dtype):
+        return model.loss(tokens.to(device), targets.to(device), Packed(document_ids.to(device)))
+
+
+def computing(device: torch.device, dtype: str) -> torch.autocast:
+    """Matmuls in ``dtype``; parameters, norms and losses stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold a run's folder, making it: two processes in it would mix their records and checkpoints."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
-    with lock:  # the system lets go of it however the process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another process is training in this folder") from None
-        except OSError:  # a file system without locks
-            pass
+def _alone(out: Path, world: World) -> Iterator[None]:
+    """Hold a run's folder, making it: two runs in it would mix their records and checkpoints."""
+    problem = ""
+    with contextlib.ExitStack() as held:
+        if world.rank == 0:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context((out / ".lock").open("w"))  # let go of however the process ends
+                with contextlib.suppress(NotImplementedError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = f"{out}: another process is training in this folder"
+            except OSError as error:
+                problem = f"{out}: cannot be written ({error.strerror})"
+        problem = world.agreed(problem)
+        if problem:
+            raise UserError(problem)
         yield
 
 
 def _resume(
-    out: Path, model: XverseForCausalLM, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+    out: Path,
+    replica: Replica,
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+    steadiness: Steadiness,
 ) -> int:
-    """Load the newest checkpoint, if there is one; returns the number of steps done."""
-    clear_leftovers(out)
-    saved = checkpoints(out)
-    if not saved:
+    """Load the newest whole checkpoint, if there is one; returns the number of steps done."""
+    world = replica.world
+    if world.rank == 0:
+        clear_leftovers(out)
+    found = newest(out, world)
+    if found is None:
         return 0
-    state = read_state(saved[-1])
+    path, state = found
     begun = state["identity"]
-    # A key that the checkpoint does not have yet came with a later version of this code.
-    found = _difference(begun, {key: value for key, value in identity.items() if key in begun})
-    if found:
-        raise UserError(f"{out}: this run was begun with {found}; set it back or change out")
-    load_checkpoint(saved[-1], model, optimizer)
-    notice(f"resuming from {saved[-1]}")
+    # A key that only one of the two has came, or went, with another version of this code.
+    both = begun.keys() & identity.keys()
+    differs = _difference({key: begun[key] for key in both}, {key: identity[key] for key in both})
+    if differs:
+        raise UserError(f"{out}: this run was begun with {differs}; set it back or change out")
+    started = time.perf_counter()
+    load_checkpoint(path, state, replica.model, optimizer, world)
+    steadiness.restore(state.get("steadiness", {}))
+    world.say(f"resuming from {path} ({time.perf_counter() - started:.1f} s)")
     return int(state["step"])
 
 
@@ -249,65 +308,3 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         elif old != new:
             return f"{path}{key} = {old}, not {new}"
     return ""
-
-
-def _headline(figures: Mapping[str, float], most: int = 6) -> dict[str, float]:
-    return dict(list(figures.items())[:most])
-
-
-@contextlib.contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """A question that turns true at the first SIGINT or SIGTERM; a second SIGINT interrupts at once."""
-    asked: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Meter:
-    """Speed, and what a person sees of it: a bar in a terminal, a line now and then elsewhere."""
-
-    def __init__(self, config: TrainConfig, first_step: int) -> None:
-        self._config, self._first = config, first_step
-        self._bar = progress(disable=not console.is_terminal)
-        self._task = self._bar.add_task("training", total=config.steps, completed=first_step)
-        self._start = self._last = time.perf_counter()
-        self._spent = 0.0
-        self._tokens = 0
-
-    def __enter__(self) -> _Meter:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def forget_time(self) -> None:
-        """Leave what happened since the last step (validation, a checkpoint) out of the speed."""
-        self._last = time.perf_counter()
-
-    def step(self, step: int, loss: float, tokens: int) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        self._spent += seconds
-        self._tokens += tokens
-        speed = self._tokens / self._spent
-        text = f"loss {loss:.3f} · {speed:,.0f} tok/s"
-        self._bar.update(self._task, completed=step + 1, description=text)
-        done, steps = step + 1, self._config.steps
-        if not console.is_terminal and (done % self._config.log_every == 0 or done == steps):
-            left = (steps - done) * (now - self._start) / (done - self._first)
-            notice(f"step {done}/{steps} · {text} · {left / 60:.1f} min left")
-        return {"tokens_per_second": round(tokens / seconds, 1)}
-
-    def say(self, text: str) -> None:
-        console.print(text, markup=False)

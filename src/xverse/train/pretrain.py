@@ -17,10 +17,10 @@ from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.files import atomic_file
 from xverse.formats import save_hf
-from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train.loop import TrainConfig, fit
+from xverse.train.parallel import World, whole, world_of
 from xverse.train.plot import plot_loss
 from xverse.train.validate import bits_per_byte
 
@@ -77,6 +77,15 @@ def pretrain(
 
     Raises UserError for a shape that does not fit the data's tokenizer, and for an ``out`` of another run.
     """
+    with world_of(recipe.train.parallel) as world:
+        return _pretrain(recipe, evaluate, world)
+
+
+def _pretrain(
+    recipe: PretrainRecipe,
+    evaluate: Callable[[XverseForCausalLM, Tokenizer], dict[str, float]] | None,
+    world: World,
+) -> Path:
     config = named_shape(recipe.shape) if isinstance(recipe.shape, str) else recipe.shape
     name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
     if recipe.initializer_range is not None:
@@ -95,7 +104,7 @@ def pretrain(
     model = XverseForCausalLM(config)
     init_weights(model, recipe.seed)
     tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
-    notice(f"shape {name}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
+    world.say(f"shape {name}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
 
     def validate(model: XverseForCausalLM) -> dict[str, float]:
         return bits_per_byte(
@@ -117,18 +126,26 @@ def pretrain(
     }
     fit(
         model,
-        lambda step: feed.batch(step, recipe.train.batch_size),
+        lambda step, start, stop: feed.batch(step, recipe.train.batch_size, start, stop),
         recipe.train,
         recipe.out,
         validate=validate,
         evaluate=None if evaluate is None else lambda model: evaluate(model, feed.tokenizer),
         identity=identity,
+        world=world,
     )
+    model = whole(model)
+    if world.rank == 0:
+        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}")
+    world.wait()
+    return recipe.out / "model"
+
+
+def _finish(recipe: PretrainRecipe, model: XverseForCausalLM, tokenizer: Tokenizer, title: str) -> None:
     with atomic_file(recipe.out / "recipe.json") as path:
         path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
-    save_hf(model, feed.tokenizer, recipe.out / "model", torch.float32, overwrite=True)
-    plot_loss(recipe.out, f"pretraining, shape {name}", validation="bits per byte")
-    return recipe.out / "model"
+    save_hf(model, tokenizer, recipe.out / "model", torch.float32, overwrite=True)
+    plot_loss(recipe.out, title, validation="bits per byte")
 
 
 def _digest(feed: PretrainFeed) -> str:

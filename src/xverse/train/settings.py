@@ -1,0 +1,73 @@
+"""The ``train:`` section of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. ``batch_size`` is in sequences per optimizer step, over all processes;
+    ``micro_batch_size`` of them go through the model of one process at a time (0: all it has). ``grad_clip``
+    is the largest gradient norm (0: any). ``validate_every``, ``checkpoint_every`` (0: only at the end) and
+    ``keep_every`` (checkpoints that are never deleted; 0: none) are in steps.
+
+    ``parallel``: several processes under torchrun, each with the whole model (ddp) or a share of it (fsdp).
+
+    A step whose loss or gradient norm is not finite changes nothing, nor one that lies more than
+    ``skip_zscore`` (0: any) standard deviations above the mean of the last ``skip_window`` steps. After
+    ``rollback_after`` such steps in a row the run takes the weights of its last checkpoint and goes on with
+    the data behind them, ``max_rollbacks`` times. A process that stands still for ``hang_seconds`` (0: any)
+    ends the run."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    micro_batch_size: int = 0
+    parallel: Literal["none", "ddp", "fsdp"] = "none"
+    warmup_steps: int = 100
+    final_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    validate_every: int = 0
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    keep_every: int = 0
+    log_every: int = 20
+    skip_zscore: float = 0.0
+    skip_window: int = 64
+    rollback_after: int = 3
+    max_rollbacks: int = 3
+    hang_seconds: float = 1800.0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name in ("beta1", "beta2"):
+                if not 0 <= value < 1:
+                    raise ValueError(f"{name} must be at least 0 and below 1, not {value}")
+            elif name in POSITIVE:
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{name} must be positive, not {value}")
+            elif not isinstance(value, str) and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must not be negative, not {value}")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+
+
+POSITIVE = {
+    "steps", "batch_size", "learning_rate", "keep_checkpoints", "log_every", "skip_window", "rollback_after",
+}  # fmt: skip
+
+# What changes no loss, or nothing but its rounding: a run folder goes on under other values of these.
+NOT_IDENTITY = {
+    "checkpoint_every", "hang_seconds", "keep_checkpoints", "keep_every", "log_every", "micro_batch_size",
+    "parallel", "validate_every",
+}  # fmt: skip

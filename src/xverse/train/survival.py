@@ -1,0 +1,188 @@
+"""What keeps a run alive, and what tells the world around it how it is: signals, bad steps, heartbeats.
+
+Exit codes of ``xverse pretrain`` and ``xverse finetune``: 0 finished; 1 an error in the program; 2 a mistake
+of the user's, also a run that diverged: starting again does not help; 75 hung: start it again; 130 stopped on
+request and saved: start it again to go on. torchrun has exit codes of its own and says these in its report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xverse.train.parallel import World
+from xverse.train.settings import TrainConfig
+
+EXIT_HUNG = 75  # EX_TEMPFAIL of sysexits.h
+PHASES = ("starting", "data", "counting", "step", "validation", "checkpoint")  # in the order of a step
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and has saved a checkpoint."""
+
+
+@dataclass
+class Requests:
+    """What signals have asked of this process: SIGINT and SIGTERM to save and stop, SIGUSR1 to save."""
+
+    stop: bool = False
+    save: bool = False
+
+
+@contextlib.contextmanager
+def requests() -> Iterator[Requests]:
+    """Listen for signals; a second SIGINT interrupts at once."""
+    asked = Requests()
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGUSR1:
+            asked.save = True
+            return
+        if asked.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.stop = True
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Steadiness:
+    """Which steps count. Its state belongs into checkpoints: a resumed run must judge as it would have."""
+
+    config: TrainConfig
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    bad: int = 0  # in a row
+    rollbacks: int = 0
+
+    def judge(self, loss: float, norm: float) -> str:
+        """Why a step must not count, or an empty string; loss in nats and gradient norm before clipping."""
+        reason = ""
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            reason = f"loss {loss}, gradient norm {norm}"
+        elif self.config.skip_zscore:
+            for name, value, before in (("loss", loss, self.losses), ("gradient norm", norm, self.norms)):
+                score = zscore(value, before)
+                if len(before) >= self.config.skip_window and score > self.config.skip_zscore:
+                    reason = f"{name} {value:.3f} is {score:.1f} standard deviations above the steps before"
+        if reason:
+            self.bad += 1
+            return reason
+        self.bad = 0
+        if self.config.skip_zscore:
+            self.losses = [*self.losses, loss][-self.config.skip_window :]
+            self.norms = [*self.norms, norm][-self.config.skip_window :]
+        return ""
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": self.losses, "norms": self.norms, "bad": self.bad, "rollbacks": self.rollbacks}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
+
+
+def zscore(value: float, before: list[float]) -> float:
+    """Standard deviations of ``before`` (the population's) by which ``value`` lies above its mean."""
+    if not before:
+        return 0.0
+    mean = math.fsum(before) / len(before)
+    deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in before) / len(before))
+    return (value - mean) / max(deviation, 1e-12)
+
+
+class Watchdog:
+    """A thread in every process: writes its heartbeat once a second, and ends a process that stands still.
+
+    ``OUT/heartbeats/RANK.json`` has the step, what the process is doing, since when, and its id. Where
+    nothing has moved for ``seconds`` (0: no limit) it prints the stack of the main thread, says which process
+    is furthest behind, and exits with 75.
+    """
+
+    def __init__(self, out: Path, world: World, seconds: float) -> None:
+        self._folder, self._world, self._seconds = out / "heartbeats", world, seconds
+        self._main = threading.get_ident()
+        self._at: tuple[int, str, float] = (0, "starting", time.time())
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._stopped.set()
+        self._thread.join()
+        status = "finished" if kind is None else "stopped" if issubclass(kind, Interrupted) else "failed"
+        self._write(status)
+
+    def beat(self, step: int, phase: str) -> None:
+        """The process has come to ``phase`` (of PHASES) of ``step``."""
+        self._at = (step, phase, time.time())
+
+    def _watch(self) -> None:
+        pause = min(1.0, self._seconds / 4) if self._seconds else 1.0
+        while True:
+            self._write("running")
+            if self._stopped.wait(pause):
+                return
+            step, phase, since = self._at
+            if self._seconds and time.time() - since > self._seconds:
+                self._give_up(step, phase)
+
+    def _write(self, status: str) -> None:
+        step, phase, since = self._at
+        values = {
+            "rank": self._world.rank,
+            "pid": os.getpid(),
+            "status": status,
+            "step": step,
+            "phase": phase,
+        }
+        # A full disk must not end a run that could go on.
+        with contextlib.suppress(OSError):
+            file = self._folder / f"{self._world.rank}.json"
+            half = file.with_suffix(".tmp")
+            half.write_text(json.dumps({**values, "since": since, "time": time.time()}), encoding="utf-8")
+            half.replace(file)
+
+    def _give_up(self, step: int, phase: str) -> None:
+        self._write("hung")
+        stack = "".join(traceback.format_stack(sys._current_frames()[self._main]))
+        sys.stderr.write(
+            f"xverse: rank {self._world.rank} hung at step {step + 1} ({phase}) for {self._seconds:g} "
+            f"seconds; furthest behind: {self._behind()}; its stack:\n{stack}"
+        )
+        sys.stderr.flush()
+        os._exit(EXIT_HUNG)
+
+    def _behind(self) -> str:
+        places = []
+        for rank in range(self._world.size):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                seen = json.loads((self._folder / f"{rank}.json").read_text(encoding="utf-8"))
+                places.append((seen["step"], PHASES.index(seen["phase"]), rank))
+        if not places:
+            return "unknown"
+        least = min(places)[:2]
+        ranks = ", ".join(str(rank) for *place, rank in places if tuple(place) == least)
+        return f"rank {ranks} (step {least[0] + 1}, {PHASES[least[1]]})"

@@ -1,0 +1,180 @@
+"""Two and four processes under torchrun compute what one does, survive kills, and change their number."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from xverse.cli import main
+from xverse.config import load
+from xverse.train import PretrainRecipe, pretrain
+from xverse.train.checkpoint import checkpoints
+from xverse.train.plot import read_metrics
+
+Recipe = Callable[..., Path]
+
+
+def torchrun(processes: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               f"--max-restarts={restarts}", "-m", "xverse.cli", "pretrain", *arguments]  # fmt: skip
+    return subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """What it printed, when it has ended well."""
+    try:
+        output, _ = process.communicate(timeout=200)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(out: Path) -> dict[int, tuple[float, float, float]]:
+    records = [record for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
+    return {record["step"]: (record["loss"], record["grad_norm"], record["lr"]) for record in records}
+
+
+def close(some: dict[int, tuple[float, float, float]], others: dict[int, tuple[float, float, float]]) -> bool:
+    return some.keys() == others.keys() and all(
+        values[0] == pytest.approx(others[step][0], rel=1e-5)
+        and values[1] == pytest.approx(others[step][1], rel=1e-3)
+        for step, values in some.items()
+    )
+
+
+@pytest.fixture
+def one(write_recipe: Recipe, tmp_path: Path) -> tuple[Path, Path]:
+    """A recipe of 20 steps in float32, and the folder in which one process has run it."""
+    recipe = write_recipe(
+        {"valid_tokens": 200}, steps=20, batch_size=8, dtype="float32", checkpoint_every=6, validate_every=7
+    )
+    out = tmp_path / "one"
+    pretrain(load(PretrainRecipe, recipe, [f"out={out}"]))
+    return recipe, out
+
+
+def test_processes_and_micro_batches_change_nothing_but_rounding(
+    one: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recipe, out = one
+    expected = load_file(out / "model" / "model.safetensors")
+    for parallel, processes, micro in (("ddp", 2, 1), ("ddp", 4, 0), ("fsdp", 2, 2), ("fsdp", 4, 1)):
+        there = tmp_path / f"{parallel}{processes}"
+        said = finished(
+            torchrun(processes, str(recipe), f"out={there}", f"train.parallel={parallel}",
+                     f"train.micro_batch_size={micro}")
+        )  # fmt: skip
+        assert close(losses(there), losses(out)), said
+        for name, tensor in load_file(there / "model" / "model.safetensors").items():
+            torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0)
+        validations = [
+            [r["valid"] for r in read_metrics(o / "metrics.jsonl") if "valid" in r] for o in (there, out)
+        ]
+        for found, wanted in zip(*validations, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-4)
+    shards = list(checkpoints(tmp_path / "fsdp4")[-1].glob("*.safetensors"))
+    assert len(shards) == 4, "each process writes its own"
+    sizes = [file.stat().st_size for file in shards]
+    assert max(sizes) < 2 * min(sizes)
+
+
+def test_resume_on_other_numbers_of_processes(one: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two sharded, then one, then four with whole models, then two sharded again; each saves and stops."""
+    recipe, out = one
+    there = tmp_path / "there"
+    for parallel, processes, until in (("fsdp", 2, 6), ("none", 1, 12), ("ddp", 4, 18), ("fsdp", 2, 20)):
+        if processes > 1:
+            finished(torchrun(processes, str(recipe), f"out={there}", f"train.parallel={parallel}"))
+        else:
+            assert main(["pretrain", str(recipe), f"out={there}"]) == 0
+        assert close(losses(there), losses(out)), (parallel, processes)
+        for path in checkpoints(there):  # as if it had been killed after step `until`
+            if int(path.name[5:]) > until:
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+        if until < 20 and not checkpoints(there):
+            pytest.fail(f"no checkpoint of step {until}")
+
+
+def test_kill_of_any_process_at_any_moment_loses_no_step(write_recipe: Recipe, tmp_path: Path) -> None:
+    """torchrun starts all anew; the losses are bit for bit those of a run that nobody killed."""
+    recipe = write_recipe(steps=150, dtype="float32", checkpoint_every=5, parallel="fsdp")
+    unharmed = tmp_path / "unharmed"
+    finished(torchrun(2, str(recipe), f"out={unharmed}"))
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    out = tmp_path / "run"
+    process = torchrun(2, str(recipe), restarts=3)
+    victims: set[int] = set()
+    for number in range(3):
+        wanted = 40 * (number + 1) + chance.randint(-8, 8)
+        deadline = time.monotonic() + 100
+        while not (out / "metrics.jsonl").exists() or max(losses(out), default=0) < wanted:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        beat = json.loads((out / "heartbeats" / f"{chance.randint(0, 1)}.json").read_text())
+        time.sleep(chance.uniform(0, 0.05))
+        assert beat["pid"] not in victims
+        victims.add(beat["pid"])
+        os.kill(beat["pid"], signal.SIGKILL)
+        before = max(losses(out))
+        time.sleep(0.2)
+        newest = int(checkpoints(out)[-1].name[5:])
+        assert before + 1 - newest <= 2 * 5, "one checkpoint may have been under way"
+    finished(process)
+    assert losses(out) == losses(unharmed)
+    assert json.loads((out / "heartbeats" / "1.json").read_text())["status"] == "finished"
+
+
+def test_signals_reach_one_process_and_all_save(write_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = write_recipe(steps=3000, checkpoint_every=0, parallel="ddp")
+    out = tmp_path / "run"
+    process = torchrun(2, str(recipe))
+    while not (out / "metrics.jsonl").exists() or len(losses(out)) < 5:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    pid = json.loads((out / "heartbeats" / "1.json").read_text())["pid"]
+    os.kill(pid, signal.SIGUSR1)
+    while not checkpoints(out):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "the same command goes on from it" in output
+    assert len(checkpoints(out)) == 2, "SIGUSR1 saves and goes on, SIGTERM saves and stops"
+    assert json.loads((out / "heartbeats" / "0.json").read_text())["status"] == "stopped"
+
+
+def test_mistakes_with_processes_are_one_line(
+    write_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(steps=2)
+    assert main(["pretrain", str(recipe), "train.parallel=ddp"]) == 2
+    assert "parallel: ddp needs torchrun" in capsys.readouterr().err
+    for arguments, said in (
+        ([], "parallel: none, but there are 2 processes; set train.parallel to ddp or fsdp"),
+        (["train.parallel=ddp", "train.batch_size=3"], "batch_size 3 does not divide into 2 processes"),
+    ):
+        process = torchrun(2, str(recipe), *arguments)
+        output, _ = process.communicate(timeout=60)
+        assert f"xverse: {said}" in output
