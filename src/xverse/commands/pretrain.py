@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,5 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
         wanted = recipe.evaluation
         evaluate = evaluator(wanted.tasks, wanted.data_dir, limit=wanted.limit, shots=wanted.shots)
-    print(pretrain(recipe, evaluate))
+    model = pretrain(recipe, evaluate)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's: the result once
+        print(model)
     return 0

@@ -22,12 +22,15 @@ def linear_cross_entropy(
     *,
     reduction: Literal["mean", "sum", "none"] = "mean",
     chunk: int | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of ``hidden`` [N, D] @ ``weight`` [V, D] transposed against ``targets`` int64 [N].
 
     Targets of -100 are ignored; "mean" divides by the count of the others (0 when there are none). The
-    matmuls run in ``hidden``'s dtype, or in autocast's where it is on; softmax and sums in float32. Returns
-    a float32 scalar, or [N] for "none", which carries no gradient. ``chunk`` is in tokens.
+    matmuls run in ``hidden``'s dtype, or in autocast's where it is on; softmax and sums in float32. Returns a
+    float32 scalar, or [N] for "none", which carries no gradient. ``chunk`` is in tokens. While gradients are
+    recorded, ``z_loss`` times the squared log of the softmax's sum is added to each token's loss (Chowdhery
+    et al., 2022, section 5).
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -44,7 +47,7 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         total = _token_losses(hidden, weight, targets, chunk).sum()
     else:
-        total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+        total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, z_loss)
     if reduction == "sum":
         return total
     return total / count.clamp(min=1)
@@ -64,7 +67,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the token losses; the gradients for a unit output gradient are made in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, z_loss: float
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         cast_weight = weight.to(hidden.dtype)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [N, D]
@@ -80,6 +85,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_sum = logits.logsumexp(dim=1, keepdim=True)  # [C, 1]
             total += torch.where(valid, (log_sum - logits.gather(1, target)).squeeze(1), 0.0).sum()
             grad = logits.sub_(log_sum).exp_()  # softmax, in the logits' memory
+            if z_loss:
+                total += torch.where(valid, z_loss * log_sum.squeeze(1) ** 2, 0.0).sum()
+                grad.mul_(1 + 2 * z_loss * log_sum)
             grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
             grad = grad.mul_(valid[:, None]).to(hidden.dtype)  # [C, V]
             if hidden_grad is not None:
@@ -91,11 +99,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         (output_grad,) = output_grads
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
             hidden_grad = hidden_grad * output_grad.to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = (weight_grad * output_grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None
+        return hidden_grad, weight_grad, None, None, None

@@ -139,11 +139,11 @@ class XverseForCausalLM(nn.Module):
         """``tokens`` int64 [B, T] → logits [B, T, V]. Training uses ``linear_cross_entropy`` instead."""
         return self.lm_head(self.model(tokens, context))
 
-    def loss(self, tokens: Tensor, targets: Tensor, context: AttentionContext) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, context: AttentionContext, z_loss: float = 0.0) -> Tensor:
         """Sum of the token losses in nats of int64 [B, T] each, without the logits; -100 is no target."""
         hidden = self.model(tokens, context)  # [B, T, D]
         return linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction="sum"
+            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction="sum", z_loss=z_loss
         )
 
 

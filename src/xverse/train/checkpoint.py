@@ -2,8 +2,8 @@
 
 ``OUT/checkpoints/step-00001200/`` appears by one rename when it is complete. In it are safetensors, never
 a pickle, through torch.distributed.checkpoint: each process writes the tensors that it holds, and any number
-of processes reads them. ``state.json``, written last, has the size and the SHA-256 of every file. ``OUT`` must
-be a folder that all processes see.
+of processes reads them. ``state.json``, written last, has the size and the SHA-256 of every file. ``OUT`` is
+to be a folder that all processes see.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ class Checkpointer:
             self._thread = None
         return self._problem
 
-    def _finish(
-        self, written: Callable[[], Any], temporary: Path, path: Path, state: dict[str, Any]
-    ) -> None:
+    def _finish(self, written: Callable[[], Any], temporary: Path, path: Path, state: dict[str, Any]) -> None:
         """In every process, after it has written its files; process 0 makes the checkpoint count."""
         problem, files = "", {}
         try:
@@ -206,9 +204,9 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tup
     for name, parameter in model.named_parameters():
         names[parameter] = name
         yield f"model.{name}", parameter.detach()
-    for parameter, values in optimizer.state.items():
+    for trained, values in optimizer.state.items():
         for key, value in values.items():
-            yield f"optimizer.{key}.{names[parameter]}", value
+            yield f"optimizer.{key}.{names[trained]}", value
 
 
 def _verified(path: Path) -> dict[str, Any]:
@@ -240,11 +238,11 @@ def _load_first_format(path: Path, model: nn.Module, optimizer: torch.optim.Opti
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(like(tensors[name], parameter))
-    for name, parameter in trained.items():
-        optimizer.state[parameter] = {
-            "step": moments[f"step.{name}"].to(parameter.device, copy=True),
-            "exp_avg": like(moments[f"exp_avg.{name}"], parameter),
-            "exp_avg_sq": like(moments[f"exp_avg_sq.{name}"], parameter),
+    for name, trainable in trained.items():
+        optimizer.state[trainable] = {
+            "step": moments[f"step.{name}"].to(trainable.device, copy=True),
+            "exp_avg": like(moments[f"exp_avg.{name}"], trainable),
+            "exp_avg_sq": like(moments[f"exp_avg_sq.{name}"], trainable),
         }
 
 

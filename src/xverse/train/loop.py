@@ -19,9 +19,10 @@ from xverse.config import UserError
 from xverse.data.feed import Batch, prefetch
 from xverse.log import JsonlLog
 from xverse.model import IGNORE, Packed, XverseForCausalLM
+from xverse.train.blocks import context_type, prepare_blocks
 from xverse.train.checkpoint import Checkpointer, clear_leftovers, load_checkpoint, newest
 from xverse.train.meter import Meter
-from xverse.train.optimizer import cosine_lr, make_adamw
+from xverse.train.optimizer import learning_rate, make_optimizer
 from xverse.train.parallel import ALONE, Replica, World, distribute, full, whole
 from xverse.train.settings import NOT_IDENTITY, TrainConfig
 from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
@@ -61,8 +62,10 @@ def fit(
     identity = {**(identity or {}), **{key: settings[key] for key in settings if key not in NOT_IDENTITY}}
     identity = json.loads(json.dumps(identity))  # as it will be read back
     with _alone(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
+        prepare_blocks(model, config)
         replica = distribute(model, config.parallel, config.dtype, world)
-        optimizer = make_adamw(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
+        # Of one matrix that all processes hold, all must round alike.
+        optimizer = make_optimizer(model, config, world.rank if config.parallel == "fsdp" else 0)
         steadiness = Steadiness(config)
         first_step = _resume(out, replica, optimizer, identity, steadiness)
         if first_step == config.steps:
@@ -106,15 +109,9 @@ class Run:
                 waited = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waited
-                learning_rate = cosine_lr(
-                    step,
-                    peak=config.learning_rate,
-                    warmup_steps=config.warmup_steps,
-                    steps=config.steps,
-                    final_ratio=config.final_lr_ratio,
-                )
+                rate = learning_rate(step, config)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate
+                    group["lr"] = rate
                 self.watchdog.beat(step, "counting")
                 (count,) = world.sum(int((batch.targets != IGNORE).sum()))
                 self.watchdog.beat(step, "step")
@@ -130,7 +127,7 @@ class Run:
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
                     figures = meter.step(step, loss, config.batch_size * batch.tokens.shape[1])
-                    values = {"step": step, "loss": loss, "grad_norm": norm, "lr": learning_rate}
+                    values = {"step": step, "loss": loss, "grad_norm": norm, "lr": rate}
                     self.record(**values, **figures, data_seconds=round(waited, 4))
                 done = step + 1
                 last = done == config.steps
@@ -229,7 +226,8 @@ def train_step(
         tokens, targets, document_ids = rows
         with computing(device, config.dtype):
             last = start + micro >= len(batch.tokens)
-            total += replica.backward(last, 1 / count, tokens, targets, Packed(document_ids))
+            context = context_type(config.compile)(document_ids)
+            total += replica.backward(last, 1 / count, tokens, targets, context, config.z_loss)
     norm = torch.nn.utils.clip_grad_norm_(replica.model.parameters(), config.grad_clip or math.inf)
     return total.item() / count, full(norm).item()
 

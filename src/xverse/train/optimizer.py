@@ -1,28 +1,178 @@
-"""AdamW and its learning-rate schedule."""
+"""Optimizers and learning-rate schedules. The loop sets the learning rate before every step."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from xverse.train.settings import TrainConfig
 
 
 def make_adamw(
     model: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter, 2017); norm weights and the embedding are not decayed.
+    """Fused AdamW (Loshchilov & Hutter, 2017); norm weights and the embedding are not decayed."""
+    _, decayed, plain = _groups(model, muon=False)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
-    The learning rate is set by the loop before every step.
-    """
+
+def make_optimizer(model: nn.Module, config: TrainConfig, rank: int = 0) -> torch.optim.Optimizer:
+    """What the recipe asks for; ``rank`` keeps the random rounding of sharded processes apart."""
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "adamw" and config.optimizer_dtype == "float32":
+        return make_adamw(model, weight_decay=config.weight_decay, betas=betas)
+    matrices, decayed, plain = _groups(model, muon=config.optimizer == "muon")
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "muon": True},
+        {"params": decayed, "weight_decay": config.weight_decay, "muon": False},
+        {"params": plain, "weight_decay": 0.0, "muon": False},
+    ]
+    return MuonAdamW(
+        [group for group in groups if group["params"]],
+        betas=betas,
+        momentum=config.muon_momentum,
+        state_dtype=getattr(torch, config.optimizer_dtype),
+        compute_dtype=getattr(torch, config.dtype),
+        rank=rank,
+    )
+
+
+def _groups(
+    model: nn.Module, muon: bool
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """The layers' matrices (where Muon is wanted), what else is decayed, and what is not."""
+    matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_plain = parameter.dim() == 1 or name.endswith("embed_tokens.weight")
-            (plain if is_plain else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() == 1 or name.endswith("embed_tokens.weight"):
+            plain.append(parameter)
+        elif muon and not name.endswith("lm_head.weight"):
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
+    return matrices, decayed, plain
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the groups that say so, AdamW for the others, both with states in ``state_dtype``.
+
+    Muon (Jordan et al., 2024): the momentum, orthogonalised by Newton-Schulz; scaled by 0.2 · sqrt(max(rows,
+    columns)) as in Moonlight (Liu et al., 2025, arXiv:2502.16982), so that AdamW's learning rate and decay
+    fit. Of a sharded matrix every process orthogonalises the whole. States in bfloat16 are rounded
+    stochastically: rounded to nearest, a slow moving average would stand still. The random bits are a
+    function of (step, parameter, rank), so that a resumed run rounds alike.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        momentum: float = 0.95,
+        state_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "muon": False})
+        self._betas, self._eps, self._momentum = betas, eps, momentum
+        self._state_dtype, self._compute_dtype, self._rank = state_dtype, compute_dtype, rank
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        index = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                index += 1
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    for name in ("momentum_buffer",) if group["muon"] else ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(parameter, dtype=self._state_dtype)
+                state["step"] += 1
+                local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
+                seed = (int(state["step"]) * 1_000_003 + index) * 65_537 + self._rank
+                generator = torch.Generator(parameter.device).manual_seed(seed)
+                update = self._muon if group["muon"] else self._adamw
+                update(parameter, state, group["lr"], generator)
+
+    def _adamw(self, parameter: Tensor, state: dict[str, Tensor], lr: float, generator: Any) -> None:
+        beta1, beta2 = self._betas
+        step, gradient = float(state["step"]), local(parameter.grad)  # type: ignore[arg-type]
+        first = local(state["exp_avg"]).float().lerp(gradient, 1 - beta1)
+        second = local(state["exp_avg_sq"]).float().mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        bottom = (second / (1 - beta2**step)).sqrt_().add_(self._eps)
+        local(parameter).addcdiv_(first, bottom, value=-lr / (1 - beta1**step))
+        store(local(state["exp_avg"]), first, generator)
+        store(local(state["exp_avg_sq"]), second, generator)
+
+    def _muon(self, parameter: Tensor, state: dict[str, Tensor], lr: float, generator: Any) -> None:
+        gradient: Tensor = parameter.grad  # type: ignore[assignment]
+        momentum = local(state["momentum_buffer"]).float().lerp(local(gradient), 1 - self._momentum)
+        ahead = local(gradient).lerp(momentum, self._momentum)  # Nesterov
+        store(local(state["momentum_buffer"]), momentum, generator)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            shape, stride = parameter.shape, parameter.stride()
+            shard = DTensor.from_local(ahead, mesh, placements, shape=shape, stride=stride)
+            whole = orthogonal(shard.full_tensor(), self._compute_dtype)
+            ahead = DTensor.from_local(whole, mesh, [Replicate()]).redistribute(mesh, placements).to_local()
+        else:
+            ahead = orthogonal(ahead, self._compute_dtype)
+        local(parameter).add_(ahead, alpha=-lr * 0.2 * math.sqrt(max(parameter.shape)))
+
+
+def orthogonal(matrix: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
+    """About U Vᵀ of ``matrix`` [R, C] = U S Vᵀ, its singular values brought near 1 by the quintic
+    Newton-Schulz iteration of Jordan et al. (2024), computed in ``dtype``."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.to(dtype)
+    if matrix.shape[0] > matrix.shape[1]:
+        x = x.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+
+
+def store(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
+    """Put float32 ``value`` into ``target``; into bfloat16 rounded up or down at random, right on average."""
+    if target.dtype != torch.bfloat16:
+        target.copy_(value)
+        return
+    shape, device = value.shape, value.device
+    noise = torch.randint(0, 1 << 16, shape, dtype=torch.int32, device=device, generator=generator)
+    bits = (value.contiguous().view(torch.int32) + noise) & -(1 << 16)
+    target.copy_(bits.view(torch.float32))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of a step, by the recipe's schedule."""
+    shape = {
+        "peak": config.learning_rate,
+        "warmup_steps": config.warmup_steps,
+        "steps": config.steps,
+        "final_ratio": config.final_lr_ratio,
+    }
+    if config.schedule == "wsd":
+        return wsd_lr(step, decay_share=config.decay_share, **shape)  # type: ignore[arg-type]
+    return cosine_lr(step, **shape)  # type: ignore[arg-type]
 
 
 def cosine_lr(step: int, *, peak: float, warmup_steps: int, steps: int, final_ratio: float) -> float:
@@ -31,3 +181,15 @@ def cosine_lr(step: int, *, peak: float, warmup_steps: int, steps: int, final_ra
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     return peak * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def wsd_lr(
+    step: int, *, peak: float, warmup_steps: int, steps: int, final_ratio: float, decay_share: float
+) -> float:
+    """Warm-up, stable, decay (Hu et al., 2024, arXiv:2404.06395): ``peak`` until the last ``decay_share`` of
+    the steps, then down to ``final_ratio`` · peak as 1 - sqrt (Hägele et al., 2024, arXiv:2405.18392)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    first = steps - max(1, round(decay_share * steps))
+    progress = max(0.0, (step - first + 1) / (steps - first))
+    return peak * (1 - (1 - final_ratio) * math.sqrt(progress))

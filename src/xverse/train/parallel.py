@@ -17,6 +17,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -133,18 +140,14 @@ class Replica:
     def backward(self, last: bool, scale: float, *inputs: Any) -> Tensor:
         """Add ``scale`` · the loss's gradients to what there is; returns the loss, unscaled and detached.
         Before the ``last`` micro-batch DDP keeps its gradients to itself."""
-        if self.ddp is None:
-            loss = self.model.loss(*inputs)
-            (loss * scale).backward()
-            return loss.detach()
-        with contextlib.nullcontext() if last else self.ddp.no_sync():
-            loss = self.ddp(*inputs)
-            (loss * (scale * self.world.size)).backward()  # DDP divides by the number of processes
+        with contextlib.nullcontext() if self.ddp is None or last else self.ddp.no_sync():
+            loss = self.model.loss(*inputs) if self.ddp is None else self.ddp(*inputs)
+            (loss * (scale * self.world.size)).backward()  # which both divide by when they add up
         return loss.detach()
 
     def settle(self) -> None:
         """After a forward pass without a backward pass: FSDP has left parts gathered."""
-        if hasattr(self.model, "reshard"):
+        if isinstance(self.model, FSDPModule):
             self.model.reshard()
 
 
@@ -162,23 +165,12 @@ def distribute(model: XverseForCausalLM, parallel: Parallel, dtype: str, world: 
         return Replica(
             model, world, DistributedDataParallel(_Loss(model), device_ids=ids, gradient_as_bucket_view=True)
         )
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        FSDPModule,
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
-
     mesh = init_device_mesh(world.device.type, (world.size,))
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if dtype == "bfloat16" else MixedPrecisionPolicy()
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
     register_fsdp_forward_method(model, "loss")
     return Replica(model, world)
 

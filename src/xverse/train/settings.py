@@ -17,6 +17,10 @@ class TrainConfig:
 
     ``parallel``: several processes under torchrun, each with the whole model (ddp) or a share of it (fsdp).
 
+    ``decay_share`` of the steps, at the end, is the decay of the wsd schedule. ``muon`` trains the layers'
+    matrices with Muon and the rest with AdamW. ``optimizer_dtype`` is what the optimizer remembers in.
+    ``z_loss`` times the squared log of the softmax's sum is added to each token's loss (PaLM: 1e-4).
+
     A step whose loss or gradient norm is not finite changes nothing, nor one that lies more than
     ``skip_zscore`` (0: any) standard deviations above the mean of the last ``skip_window`` steps. After
     ``rollback_after`` such steps in a row the run takes the weights of its last checkpoint and goes on with
@@ -28,13 +32,21 @@ class TrainConfig:
     learning_rate: float
     micro_batch_size: int = 0
     parallel: Literal["none", "ddp", "fsdp"] = "none"
+    schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = 100
+    decay_share: float = 0.2
     final_lr_ratio: float = 0.1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
+    muon_momentum: float = 0.95
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
+    z_loss: float = 0.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
     validate_every: int = 0
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
@@ -48,7 +60,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if name in ("beta1", "beta2"):
+            if name in ("beta1", "beta2", "muon_momentum"):
                 if not 0 <= value < 1:
                     raise ValueError(f"{name} must be at least 0 and below 1, not {value}")
             elif name in POSITIVE:
@@ -56,6 +68,10 @@ class TrainConfig:
                     raise ValueError(f"{name} must be positive, not {value}")
             elif not isinstance(value, str) and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must not be negative, not {value}")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share must be above 0 and at most 1, not {self.decay_share}")
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError("compile does not go with activation_checkpointing selective; take none or full")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
@@ -68,6 +84,7 @@ POSITIVE = {
 
 # What changes no loss, or nothing but its rounding: a run folder goes on under other values of these.
 NOT_IDENTITY = {
-    "checkpoint_every", "hang_seconds", "keep_checkpoints", "keep_every", "log_every", "micro_batch_size",
+    "activation_checkpointing", "checkpoint_every", "compile",
+    "hang_seconds", "keep_checkpoints", "keep_every", "log_every", "micro_batch_size",
     "parallel", "validate_every",
 }  # fmt: skip
