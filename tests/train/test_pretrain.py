@@ -34,9 +34,14 @@ def test_run_leaves_model_curve_and_records(
     assert output.out == f"{out / 'model'}\n"
     assert "min left" in output.err
     assert {path.name for path in out.iterdir()} == {
-        ".lock", "checkpoints", "heartbeats", "loss.png", "metrics.jsonl", "model", "recipe.json",
+        ".lock", "checkpoints", "heartbeats", "loss.png", "metrics.jsonl", "model",
+        "recipe.json", "report.md",
     }  # fmt: skip
     assert (out / "loss.png").read_bytes().startswith(PNG)
+    report = (out / "report.md").read_text()
+    assert "| steps | 6 counted, 0 passed over, 0 times back |" in report
+    assert "![loss](loss.png)" in report
+    assert "MFU unknown" in report or torch.cuda.is_available()
     assert json.loads((out / "recipe.json").read_text())["shape"]["hidden_size"] == 32
     model = load_model(out / "model")
     assert model.config.hidden_size == tiny_shape["hidden_size"]

@@ -37,6 +37,7 @@ from xverse.log import notice
 from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.train.loop import TrainConfig, train_step
 from xverse.train.optimizer import make_adamw
+from xverse.train.report import flops_per_token
 
 RATIO_TARGET = 1.0  # of transformers' tokens/s, at shape mini
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
@@ -146,14 +147,6 @@ def _rows(result: dict[str, Any], peak: float) -> Iterator[Row]:
             yield Row(f"  attention counted {kind}", f"{found['tflops'][kind]:.3f} TFLOP/s", bound)
         least = f"parameters, gradients, moments: {16 * result['parameters'] / 1e9:.3f} GB"
         yield Row("  peak RSS", say_gb(found["peak_rss_gb"]), least)
-
-
-def flops_per_token(config: XverseConfig, length: int) -> dict[str, int]:
-    """Training FLOPs per token, forward and backward: 6 for each parameter but the embedding's, and
-    attention counted full (12 · layers · d · T) or causal (half of that)."""
-    linears = 6 * (config.num_parameters() - config.vocab_size * config.hidden_size)
-    attention = 12 * config.num_hidden_layers * config.hidden_size * length
-    return {"full": linears + attention, "causal": linears + attention // 2}
 
 
 def estimated_memory(config: XverseConfig, batch_size: int, length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,5 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from xverse.config import load
     from xverse.finetune import FinetuneRecipe, finetune
 
-    print(finetune(load(FinetuneRecipe, args.recipe, args.overrides)))
+    model = finetune(load(FinetuneRecipe, args.recipe, args.overrides))
+    if os.environ.get("RANK", "0") == "0":  # torchrun's: the result once
+        print(model)
     return 0

@@ -21,6 +21,7 @@ from xverse.model import IGNORE, XverseForCausalLM
 from xverse.train.loop import TrainConfig, fit, sum_loss
 from xverse.train.parallel import World, whole, world_of
 from xverse.train.plot import plot_loss
+from xverse.train.report import write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,9 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
     target = recipe.out / "model"
     model = whole(model)
     if world.rank == 0:
-        plot_loss(recipe.out, f"fine-tuning {recipe.model}")
+        title = f"fine-tuning {recipe.model}"
+        plot_loss(recipe.out, title)
+        write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, world.size)
         with atomic_file(recipe.out / "recipe.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
         dtype = getattr(torch, recipe.save_dtype)

@@ -154,14 +154,15 @@ class Run:
         over the same steps. The data between the checkpoint and here is lost to the run, as in PaLM
         (Chowdhery et al., 2022, section 5.1): the same data would lead to the same place.
         """
-        self.record(step=step, skipped=reason)
         steady = self.steadiness
         if steady.bad < self.config.rollback_after:
+            self.record(step=step, skipped=reason)
             self.world.say(f"step {step + 1} is passed over: {reason}")
             return
         self.saver.wait()
         found = newest(self.out, self.world) if steady.rollbacks < self.config.max_rollbacks else None
         if found is None:
+            self.record(step=step, skipped=reason)
             raise UserError(
                 f"step {step + 1}: {reason}: the run diverged; "
                 "begin again in another out with a lower learning_rate or more warmup_steps"
@@ -170,7 +171,7 @@ class Run:
         rollbacks = steady.rollbacks + 1
         load_checkpoint(path, state, self.model, self.optimizer, self.world)
         steady.restore({**state.get("steadiness", {}), "bad": 0, "rollbacks": rollbacks})
-        self.record(step=step, rollback=state["step"])
+        self.record(step=step, skipped=reason, rollback=state["step"])
         self.world.say(
             f"step {step + 1} is passed over: {reason}: {self.config.rollback_after} in a row; "
             f"back to the weights of {path.name}, on with the data of step {step + 2}"

@@ -24,7 +24,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        while "valid" not in record and records and records[-1]["step"] >= record["step"]:
+        measured = "valid" in record or "evaluation" in record  # beside the record of their step
+        while not measured and records and records[-1]["step"] >= record["step"]:
             records.pop()
         records.append(record)
     return records

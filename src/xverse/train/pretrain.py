@@ -22,6 +22,7 @@ from xverse.tokenizer import Tokenizer
 from xverse.train.loop import TrainConfig, fit
 from xverse.train.parallel import World, whole, world_of
 from xverse.train.plot import plot_loss
+from xverse.train.report import write_report
 from xverse.train.validate import bits_per_byte
 
 
@@ -46,8 +47,8 @@ class PretrainRecipe:
     """What to train on which data. ``shape`` is a name, or the keys of ``XverseConfig``.
     ``initializer_range`` replaces the shape's: narrow models start better from larger weights. ``data`` is a
     folder that ``xverse data prepare`` made, ``out`` the run's folder: ``metrics.jsonl``, ``checkpoints/``,
-    ``loss.png``, and the finished model in ``model/``. ``valid_tokens`` bounds the held-out text of each
-    source that is scored (0: all of it)."""
+    ``loss.png``, ``report.md``, and the finished model in ``model/``. ``valid_tokens`` bounds the held-out
+    text of each source that is scored (0: all of it)."""
 
     shape: str | XverseConfig
     data: Path
@@ -136,16 +137,19 @@ def _pretrain(
     )
     model = whole(model)
     if world.rank == 0:
-        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}")
+        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world.size)
     world.wait()
     return recipe.out / "model"
 
 
-def _finish(recipe: PretrainRecipe, model: XverseForCausalLM, tokenizer: Tokenizer, title: str) -> None:
+def _finish(
+    recipe: PretrainRecipe, model: XverseForCausalLM, tokenizer: Tokenizer, title: str, processes: int
+) -> None:
     with atomic_file(recipe.out / "recipe.json") as path:
         path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
     save_hf(model, tokenizer, recipe.out / "model", torch.float32, overwrite=True)
     plot_loss(recipe.out, title, validation="bits per byte")
+    write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, processes)
 
 
 def _digest(feed: PretrainFeed) -> str:
