@@ -62,7 +62,13 @@ def close(some: dict[int, tuple[float, float, float]], others: dict[int, tuple[f
 def one(write_recipe: Recipe, tmp_path: Path) -> tuple[Path, Path]:
     """A recipe of 20 steps in float32, and the folder in which one process has run it."""
     recipe = write_recipe(
-        {"valid_tokens": 200}, steps=20, batch_size=8, dtype="float32", checkpoint_every=6, validate_every=7
+        {"valid_tokens": 200},
+        steps=20,
+        batch_size=8,
+        dtype="float32",
+        checkpoint_every=6,
+        keep_checkpoints=9,
+        validate_every=7,
     )
     out = tmp_path / "one"
     pretrain(load(PretrainRecipe, recipe, [f"out={out}"]))

@@ -67,7 +67,7 @@ def measured_memory() -> tuple[str, int]:
 
 def figures(records: list[dict[str, Any]]) -> dict[str, float]:
     """What a run's records say: counted and skipped steps, seconds by use, goodput (the share of the time
-    from the first record to the last that went into steps that counted; pauses between restarts are in it)."""
+    from the first record to the last that went into steps that counted; pauses between restarts count)."""
     counted: dict[int, dict[str, Any]] = {}
     skipped = 0
     for record in records:
