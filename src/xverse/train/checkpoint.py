@@ -67,8 +67,8 @@ class Checkpointer:
         )
         values = {"step": step, "processes": self._world.size, **state}
         self._thread = threading.Thread(
-            target=self._finish, args=(written.result, temporary, path, values), name="checkpoint"
-        )
+            target=self._finish, args=(written.result, temporary, path, values), daemon=True
+        )  # a daemon: where another process has died, this one must end too
         self._thread.start()
         return path
 

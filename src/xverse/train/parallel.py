@@ -105,16 +105,14 @@ def world_of(parallel: Parallel) -> Iterator[World]:
     # The watchdog ends a hung run long before; collectives must outlast a slow evaluation on process 0.
     patience = datetime.timedelta(hours=4)
     dist.init_process_group(backend, timeout=patience)
-    try:
-        yield World(
-            dist.get_rank(),
-            size,
-            device,
-            dist.new_group(backend="gloo", timeout=patience),
-            dist.new_group(backend="gloo", timeout=patience),
-        )
-    finally:
-        dist.destroy_process_group()
+    yield World(
+        dist.get_rank(),
+        size,
+        device,
+        dist.new_group(backend="gloo", timeout=patience),
+        dist.new_group(backend="gloo", timeout=patience),
+    )
+    dist.destroy_process_group()  # not after an error: it could wait for a process that has died
 
 
 class _Loss(nn.Module):
