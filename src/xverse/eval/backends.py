@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.engine import Engine
 from xverse.data.questions import json_file
+from xverse.engine import Engine
 from xverse.engine.load import FLOAT32_BELOW, load_engine
-from xverse.formats import load_tokenizer, read_config, resolve
 from xverse.eval.scoring import Item
+from xverse.formats import load_tokenizer, read_config, resolve
 
 _LEAST_SHARED = 16  # tokens; less is not worth a cache
 
@@ -173,7 +173,7 @@ class TransformersBackend:
 def load_backend(
     model: str, *, which: str | None, quantize: str | None, threads: int | None, kv_dtype: str
 ) -> EngineBackend | TransformersBackend:
-    """``which``: ``engine`` or ``transformers``; None: the engine for XVERSE, transformers for other models."""
+    """``which``: ``engine`` or ``transformers``; None: the engine for XVERSE, transformers for others."""
     which = which or ("engine" if model_type(resolve(model)) == "xverse" else "transformers")
     if which == "engine":
         return EngineBackend.load(model, quantize=quantize, threads=threads, kv_dtype=kv_dtype)
