@@ -200,7 +200,7 @@ def _alpaca(item: dict[str, Any], info: DatasetInfo) -> list[dict[str, str]]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise Skip("ill-formed history")
         messages += [text_message("user", pair[0]), text_message("assistant", pair[1])]
-    parts = [item.get(columns.prompt or "instruction"), item.get(columns.query or "input") or ""]
+    parts: list[Any] = [item.get(columns.prompt or "instruction"), item.get(columns.query or "input") or ""]
     if not all(map(_text, parts)):
         raise Skip("not text")
     return [*messages, text_message("user", "\n".join(part for part in parts if part.strip()))]

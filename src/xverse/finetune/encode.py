@@ -38,7 +38,7 @@ class Pair:
 
 @dataclass
 class Data:
-    """The examples to train on and those held out (of ``dataset`` or of ``eval_dataset``), and what was read."""
+    """The examples to train on, those held out or of ``eval_dataset``, and what was read."""
 
     train: list[Example] = field(default_factory=list)
     valid: list[Example] = field(default_factory=list)

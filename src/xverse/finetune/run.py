@@ -171,7 +171,7 @@ def _digest(examples: Sequence[Example]) -> str:
 
 
 def _resume_point(settings: Settings, state: dict[str, Any]) -> str | None:
-    """The checkpoint to go on from. Raises UserError for a folder that holds another run, or a finished one."""
+    """The checkpoint to go on from. Raises UserError for a folder with another run, or other files."""
     out = settings.output_dir
     if not settings.do_train:
         return None
@@ -217,10 +217,11 @@ def _save(
     trainer: FinetuneTrainer, settings: Settings, source: Path, data: Data, metrics: dict[str, float]
 ) -> None:
     out = settings.output_dir
+    model: Any = trainer.model
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     base = load_model(source)  # mapped from its files
     if not sharded and settings.finetuning_type != "lora":
-        trainer.model.to(base.lm_head.weight.dtype)  # as the base is stored; float32 served training alone
+        model.to(base.lm_head.weight.dtype)  # as the base is stored; float32 served training alone
     trainer.save_model(str(out))
     trainer.save_state()
     if not trainer.is_world_process_zero():

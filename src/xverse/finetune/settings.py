@@ -1,6 +1,7 @@
 """The flags of ``xverse finetune``: LLaMA-Factory's and transformers' names, with their meanings.
 
-One frozen dataclass is the command line, the YAML form and the list of what is known. It imports nothing heavy.
+One frozen dataclass is the command line, the YAML form and the list of what is known. Nothing heavy is
+imported here.
 """
 
 from __future__ import annotations
@@ -167,8 +168,8 @@ class Settings:
 
     @property
     def packs(self) -> bool:
-        """Whether several examples share a row; pt does unless told otherwise. Documents never see each other,
-        so that ``packing`` and ``neat_packing`` are the same here."""
+        """Whether several examples share a row; pt does unless told otherwise. Documents never see each
+        other, so that ``packing`` and ``neat_packing`` are the same here."""
         return self.neat_packing or (self.stage == "pt" if self.packing is None else self.packing)
 
     def held_out(self, count: int) -> int:

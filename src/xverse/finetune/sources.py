@@ -177,7 +177,7 @@ def _fetch_modelscope(source: Source) -> Path:
 
 
 def _of_split(files: list[Path], root: Path, info: DatasetInfo, name: str) -> list[Path]:
-    """Of a repository's files those of the subset and split, by the hubs' naming; all where names say none."""
+    """Of a repository's files those of the subset and split, by their names; all where names say none."""
     chosen = [file for file in files if not info.subset or info.subset in file.relative_to(root).as_posix()]
     named = [file for file in chosen if info.split in file.name]
     if len(chosen) > 1 and not named:

@@ -125,8 +125,8 @@ class FinetuneTrainer(Trainer):
         if not torch.isfinite(loss):
             names = ", ".join(self.examples[i].name for i in numbers.tolist()[:8])
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()} on {names}; a lower learning_rate "
-                "or max_grad_norm may help, or these examples are damaged"
+                f"step {self.state.global_step + 1}: the loss is {loss.item()} on {names}; a lower "
+                "learning_rate or max_grad_norm may help, or these examples are damaged"
             )
         return result
 
@@ -147,7 +147,7 @@ class FinetuneTrainer(Trainer):
         world, rank = self.args.world_size, self.args.process_index
         # Sharded models gather weights in every forward pass, so that all processes make equally many.
         batches += [[]] * (-len(batches) % world)
-        model = self.model_wrapped if self.is_in_train else self.model
+        model: Any = self.model_wrapped if self.is_in_train else self.model
         if not self.is_in_train:
             model = model.to(self.args.device)
         was_training = model.training
