@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from xverse.cli import main, verb_parser
-from xverse.config import UserError
+from xverse.config import UserError, read_yaml
 from xverse.finetune.run import deepspeed_file, training_arguments
 from xverse.finetune.settings import OWN, Settings, read_settings, training_values
 
@@ -165,3 +166,9 @@ def test_a_deepspeed_file_that_is_not_there(tmp_path) -> None:
     own = tmp_path / "deepspeed.json"
     own.write_text("{}")
     assert deepspeed_file(str(own)) == own
+
+
+@pytest.mark.parametrize("name", ["sft/full.yaml", "sft/lora.yaml", "dpo/lora.yaml"])
+def test_shipped_recipes_are_well_formed(name) -> None:
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / name
+    assert read_settings(read_yaml(recipe), name).learning_rate

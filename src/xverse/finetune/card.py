@@ -32,17 +32,23 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
         "",
     ]
     lines += ["## Data", "", *(f"- {note}" for note in data.notes)]
-    lines += [f"- {len(data.train)} examples to train on, {len(data.valid)} held out", ""]
+    sizes = [len(part) // (2 if settings.stage == "dpo" else 1) for part in (data.train, data.valid)]
+    what = "pairs" if settings.stage == "dpo" else "examples"
+    lines += [f"- {sizes[0]} {what} to train on, {sizes[1]} held out", ""]
     lines += ["## Figures", "", "| | |", "|---|---|"]
     figures = {"steps": state.global_step, "epochs": state.epoch, "best loss": state.best_metric}
-    figures |= {name: metrics.get(name) for name in ("train_loss", "eval_loss", "eval_perplexity")}
+    figures |= {
+        name: metrics.get(name)
+        for name in ("train_loss", "eval_loss", "eval_perplexity", "eval_margin", "eval_accuracy")
+    }
     figures["best checkpoint"] = (
         Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
     )
     for name, value in figures.items():
         if value is not None:
             lines.append(f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |")
-    lines += ["", "Losses are in nats per token with loss (the assistant's).", ""]
+    unit = "DPO's, a pair" if settings.stage == "dpo" else "in nats per token with loss"
+    lines += ["", f"Losses are {unit}.", ""]
     if (out / "loss.png").exists():
         lines += ["![loss](loss.png)", ""]
     lines += ["## Settings", "", "```yaml"]

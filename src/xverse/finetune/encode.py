@@ -28,14 +28,6 @@ class Example:
     name: str
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two examples of one prompt: the answer that is preferred, and the other."""
-
-    chosen: Example
-    rejected: Example
-
-
 @dataclass
 class Data:
     """The examples to train on, those held out or of ``eval_dataset``, and what was read."""
@@ -170,21 +162,13 @@ def _last_only(mask: list[bool]) -> list[bool]:
     return [False] * start + mask[start:]
 
 
-def encode_pair(tokenizer: Tokenizer, pair: Preference, length: int, name: str) -> Pair:
-    """Both answers to a prompt, each as a dialogue of its own."""
-    sides = []
-    for answer in (pair.chosen, pair.rejected):
-        messages = [*pair.messages, {"role": "assistant", "content": answer}]
-        ids, mask, _ = encode_within(tokenizer, messages, length)
-        sides.append(Example(ids, _last_only(mask), name))
-    return Pair(*sides)
+def load_pairs(settings: Settings, tokenizer: Tokenizer, length: int, quiet: bool = False) -> Data:
+    """Preference pairs as ``load_data`` reads single examples. The chosen answer and the rejected one to each
+    prompt are neighbours in the lists: a dialogue each, with loss on the last answer."""
+    data = Data()
 
-
-def load_pairs(settings: Settings, tokenizer: Tokenizer, length: int) -> tuple[list[Pair], list[Pair]]:
-    """Preference pairs to train on and held out, as ``load_data`` does for single examples."""
-
-    def read(names: str) -> list[Pair]:
-        pairs: list[Pair] = []
+    def read(names: str) -> list[list[Example]]:
+        pairs: list[list[Example]] = []
         for source in find_sources(names, settings.dataset_dir):
             skipped: Counter[str] = Counter()
             before = len(pairs)
@@ -196,17 +180,38 @@ def load_pairs(settings: Settings, tokenizer: Tokenizer, length: int) -> tuple[l
                 except Skip as reason:
                     skipped[str(reason)] += 1
                     continue
-                pairs.append(encode_pair(tokenizer, preference, length, f"{source.name}[{number}]"))
-            text = ", ".join(f"{n} {why}" for why, n in skipped.most_common())
-            notice(f"{source.name}: {len(pairs) - before} pairs" + (f"; skipped {text}" if text else ""))
-        if not pairs:
-            raise UserError(f"{names}: no pairs to train on")
+                pairs.append(_encode_pair(tokenizer, preference, length, f"{source.name}[{number}]"))
+            note = f"{source.name}: {len(pairs) - before} pairs"
+            if skipped:
+                note += "; skipped " + ", ".join(f"{n} {why}" for why, n in skipped.most_common())
+            data.notes.append(note)
+            if len(pairs) == before:
+                raise UserError(f"{note}; nothing to train on")
         return pairs
 
-    assert settings.dataset
-    pairs = read(settings.dataset)
+    def flat(pairs: Sequence[list[Example]]) -> list[Example]:
+        return [side for pair in pairs for side in pair]
+
+    if settings.dataset:
+        pairs = read(settings.dataset)
+        order = random_order(len(pairs), "split", settings.seed).tolist()
+        held_out = settings.held_out(len(pairs))
+        data.valid = flat([pairs[i] for i in sorted(order[:held_out])])
+        data.train = flat([pairs[i] for i in sorted(order[held_out:])])
+        if held_out:
+            data.notes.append(f"{held_out} of {len(pairs)} pairs held out")
     if settings.eval_dataset:
-        return pairs, read(settings.eval_dataset)
-    order = random_order(len(pairs), "split", settings.seed).tolist()
-    held_out = settings.held_out(len(pairs))
-    return [pairs[i] for i in sorted(order[held_out:])], [pairs[i] for i in sorted(order[:held_out])]
+        data.valid = flat(read(settings.eval_dataset))
+    if not quiet:
+        for note in data.notes:
+            notice(note)
+    return data
+
+
+def _encode_pair(tokenizer: Tokenizer, pair: Preference, length: int, name: str) -> list[Example]:
+    sides = []
+    for answer in (pair.chosen, pair.rejected):
+        messages = [*pair.messages, {"role": "assistant", "content": answer}]
+        ids, mask, _ = encode_within(tokenizer, messages, length)
+        sides.append(Example(ids, _last_only(mask), name))
+    return sides

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.finetune.card import write_card
-from xverse.finetune.encode import Data, Example, load_data
+from xverse.finetune.encode import Data, Example, load_data, load_pairs
 from xverse.finetune.methods import prepare, trainable
+from xverse.finetune.preferences import PairTrainer
 from xverse.finetune.settings import Settings, training_values
 from xverse.finetune.trainer import FinetuneTrainer, Record
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
@@ -53,9 +55,8 @@ def run_finetuning(settings: Settings) -> Path | None:
     length = min(settings.cutoff_len, read_config(source).context_length)
     if length < settings.cutoff_len and first:
         notice(f"cutoff_len {settings.cutoff_len}: the model has {length} positions; {length} it is")
-    if settings.stage == "dpo":
-        raise UserError("stage dpo is not there yet; sft and pt are")
-    data = load_data(settings, tokenizer, length, quiet=not first)
+    load = load_pairs if settings.stage == "dpo" else load_data
+    data = load(settings, tokenizer, length, quiet=not first)
     if settings.wants_evaluation and not data.valid:
         raise UserError("evaluation is asked for, and there is no example to hold out; name an eval_dataset")
     state = _state(settings, data)
@@ -71,7 +72,17 @@ def run_finetuning(settings: Settings) -> Path | None:
     words = AutoTokenizer.from_pretrained(source)
     if settings.padding_side:
         words.padding_side = settings.padding_side
-    trainer = FinetuneTrainer(
+    kind: Callable[..., FinetuneTrainer] = FinetuneTrainer
+    if settings.stage == "dpo":
+        own = settings.finetuning_type != "lora" or settings.adapter_name_or_path
+        kind = functools.partial(
+            PairTrainer,
+            reference=_load(source, settings, args) if own else None,
+            beta=settings.pref_beta,
+            kind=settings.pref_loss,
+            supervised=settings.pref_ftx,
+        )
+    trainer = kind(
         model=model,
         args=args,
         examples=data.train,

@@ -43,6 +43,9 @@ class Settings:
     use_rslora: bool = False
     use_dora: bool = False
     pure_bf16: bool = False
+    pref_beta: float = 0.1
+    pref_loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    pref_ftx: float = 0.0
 
     # the data
     dataset: str | None = None
@@ -152,6 +155,10 @@ class Settings:
             raise ValueError("warmup_ratio and warmup_steps are one setting; give one of them")
         if self.cutoff_len < 8 or self.lora_rank < 1 or self.freeze_trainable_layers == 0:
             raise ValueError("cutoff_len must be at least 8, lora_rank 1, freeze_trainable_layers not 0")
+        if self.stage == "dpo" and self.packs:
+            raise ValueError("packing is for single examples; dpo trains on pairs")
+        if self.pref_beta <= 0:
+            raise ValueError("pref_beta must be above 0")
         if self.early_stopping_steps is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_steps needs load_best_model_at_end")
         if self.evaluates == "no" and (self.load_best_model_at_end or self.early_stopping_steps):

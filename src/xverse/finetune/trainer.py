@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from xverse.config import UserError
 from xverse.data.order import random_order
 from xverse.data.packing import pack_examples
 from xverse.finetune.encode import Example
-from xverse.log import JsonlLog
+from xverse.log import JsonlLog, notice
 from xverse.model import IGNORE
 
 FILLER = -1  # a row without examples: it evens out the last step of an epoch and has no loss
@@ -30,11 +31,11 @@ Batch = dict[str, Tensor]
 
 
 class Rows(Dataset[list[int]]):
-    """Rows of example numbers: one each, or with ``length`` as many as fit into so many tokens."""
+    """Rows of example numbers: ``group`` neighbours, or as many as fit into ``length`` tokens."""
 
-    def __init__(self, examples: Sequence[Example], length: int | None, seed: int) -> None:
+    def __init__(self, examples: Sequence[Example], length: int | None, seed: int, group: int = 1) -> None:
         self.examples = examples
-        self.rows = [[number] for number in range(len(examples))]
+        self.rows = [list(range(start, start + group)) for start in range(0, len(examples), group)]
         if length is not None:
             order = random_order(len(examples), "rows", seed).tolist()
             packed = pack_examples([len(examples[i].ids) for i in order], length)
@@ -90,6 +91,8 @@ def join(examples: Sequence[Example], numbers: Sequence[int], pad_id: int) -> Ba
 class FinetuneTrainer(Trainer):
     """``examples`` and ``held_out`` are encoded already; ``row_length`` packs rows of so many tokens."""
 
+    group = 1  # examples that belong together
+
     def __init__(
         self,
         *,
@@ -102,8 +105,8 @@ class FinetuneTrainer(Trainer):
         self.examples, self.held_out, self.pad_id = examples, held_out, pad_id
         seed = options["args"].data_seed or options["args"].seed
         super().__init__(
-            train_dataset=Rows(examples, row_length, seed),
-            eval_dataset=Rows(held_out, row_length, seed) if held_out else None,
+            train_dataset=Rows(examples, row_length, seed, self.group),
+            eval_dataset=Rows(held_out, row_length, seed, self.group) if held_out else None,
             data_collator=self._collate,
             **options,
         )
@@ -120,7 +123,7 @@ class FinetuneTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Raises UserError, naming the examples, where the loss is no finite number."""
         numbers = inputs.pop("numbers")
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+        result = self.batch_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
             names = ", ".join(self.examples[i].name for i in numbers.tolist()[:8])
@@ -129,6 +132,18 @@ class FinetuneTrainer(Trainer):
                 "learning_rate or max_grad_norm may help, or these examples are damaged"
             )
         return result
+
+    def batch_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def held_out_sums(self, model: Any, batch: Batch) -> list[float]:
+        """Loss and count of one batch, and what else is summed over the held-out examples."""
+        output = model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1)
+        return [output.loss.item(), (batch["labels"] != IGNORE).sum().item()]
+
+    def held_out_metrics(self, sums: list[float]) -> dict[str, float]:
+        loss = sums[0] / max(1.0, sums[1])
+        return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
 
     @torch.no_grad()
     def evaluate(
@@ -152,40 +167,49 @@ class FinetuneTrainer(Trainer):
             model = model.to(self.args.device)
         was_training = model.training
         model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         for numbers in batches[rank::world]:
             batch = join(rows.examples, numbers, self.pad_id)
             del batch["numbers"]
             batch = {key: value.to(self.args.device) for key, value in batch.items()}
-            output = model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1)
-            sums += torch.tensor([output.loss.item(), (batch["labels"] != IGNORE).sum().item()])
+            found = self.held_out_sums(model, batch)
+            sums[: len(found)] += torch.tensor(found, dtype=torch.float64)
         model.train(was_training)
         total = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
-        loss = total[0] / max(1.0, total[1])
-        metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 50.0)),
-            f"{metric_key_prefix}_runtime": round(time.perf_counter() - started, 3),
-        }
+        figures = {**self.held_out_metrics(total), "runtime": round(time.perf_counter() - started, 3)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
 class Record(TrainerCallback):
-    """Writes what Trainer logs to ``metrics.jsonl``, in the form that ``plot_loss`` reads."""
+    """Writes what Trainer logs to ``metrics.jsonl``, in the form that ``plot_loss`` reads, and says it."""
 
     def __init__(self, path: Any) -> None:
         self.path = path
+        self.started, self.first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first = time.perf_counter(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        record = {"step": max(0, state.global_step - 1)}
+        record: dict[str, Any] = {"step": state.global_step - 1}  # -1: before the first
         if "loss" in logs:
             record |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+            pace = (time.perf_counter() - self.started) / max(1, state.global_step - self.first)
+            left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
+            notice(
+                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
+                f"learning rate {logs.get('learning_rate', 0):.2e}  {pace:.2f} s/step  {left} left"
+            )
         elif "eval_loss" in logs:
             record["valid"] = {"all": logs["eval_loss"]}
+            names = ("loss", "perplexity", "margin", "accuracy")
+            shown = [f"{name} {logs[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in logs]
+            notice(f"held out at step {state.global_step}: {', '.join(shown)}")
         else:
             return
         log = JsonlLog(self.path)
