@@ -26,6 +26,7 @@ HELP = {
     "plot_loss": "draw loss.png",
     "evaluation_strategy": "the older name of eval_strategy",
     "deepspeed": "DeepSpeed's settings, a JSON file",
+    "quantization_bit": "quantise the base as it is loaded (QLoRA)",
     "adapter_name_or_path": "an adapter to go on with",
     "early_stopping_steps": "stop after so many evaluations without a better one",
 }
@@ -53,6 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         kind = kind or hints[field.name]
         if typing.get_origin(kind) is typing.Literal:
             options["choices"] = list(typing.get_args(kind))
+            options["type"] = type(options["choices"][0])
         elif kind is bool:
             options |= {"nargs": "?", "const": True, "type": _truth, "metavar": "true|false"}
         else:

@@ -9,6 +9,7 @@ from torch import nn
 from xverse.config import UserError, nearest
 from xverse.finetune.settings import Settings
 from xverse.formats.adapters import check_adapter, import_peft
+from xverse.quant.linear import QuantLinear
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -29,9 +30,13 @@ def prepare(model: Any, settings: Settings) -> Any:
 
 def _with_adapter(model: Any, settings: Settings) -> Any:
     peft = import_peft()
+    quantised = any(isinstance(module, QuantLinear) for module in model.modules())
     if settings.adapter_name_or_path:
         path = check_adapter(settings.adapter_name_or_path)
-        return peft.PeftModel.from_pretrained(model, str(path), is_trainable=True)
+        config = peft.PeftConfig.from_pretrained(str(path))
+        if quantised:
+            _quantised(config)
+        return peft.PeftModel.from_pretrained(model, str(path), config=config, is_trainable=True)
     targets = _names(settings.lora_target, LINEARS, model, "lora_target")
     extra = settings.additional_target
     config = peft.LoraConfig(
@@ -44,9 +49,19 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
     )
+    if quantised:
+        _quantised(config)
     adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = settings.model_name_or_path
     return adapted
+
+
+def _quantised(config: Any) -> None:
+    if config.use_dora:
+        raise UserError("use_dora: DoRA needs the norms of plain weights; leave it out with quantised ones")
+    from xverse.finetune.qlora import register
+
+    register(config)
 
 
 def _names(text: str, every: tuple[str, ...], model: Any, flag: str) -> list[str]:
@@ -61,7 +76,7 @@ def _names(text: str, every: tuple[str, ...], model: Any, flag: str) -> list[str
 
 
 def _has_weight(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "weight", None), nn.Parameter)
+    return isinstance(module, QuantLinear) or isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def _freeze(model: Any, settings: Settings) -> None:

@@ -49,8 +49,8 @@ def run_finetuning(settings: Settings) -> Path | None:
     args = training_arguments(settings)
     first = args.process_index == 0
     source = resolve(settings.model_name_or_path)
-    if read_scheme(source) is not None:
-        raise UserError(f"{source}: its weights are quantised; fine-tuning starts from the unquantised model")
+    if read_scheme(source) is not None and settings.finetuning_type != "lora":
+        raise UserError(f"{source}: its weights are quantised and do not learn; finetuning_type lora does")
     tokenizer = load_tokenizer(source)
     length = min(settings.cutoff_len, read_config(source).context_length)
     if length < settings.cutoff_len and first:
@@ -162,7 +162,9 @@ def _load(source: Path, settings: Settings, args: TrainingArguments) -> Any:
     half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
     frozen = settings.finetuning_type == "lora" and args.bf16
     narrow = half is not None and (settings.deepspeed or settings.pure_bf16 or frozen)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=half if narrow else torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=half if narrow else torch.float32)
+    if settings.quantization_bit:
+        model.quantize(settings.quantization_bit)
     model.config.use_cache = False
     return model
 

@@ -42,6 +42,7 @@ class Settings:
     additional_target: str | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    quantization_bit: Literal[4, 8] | None = None
     pure_bf16: bool = False
     pref_beta: float = 0.1
     pref_loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
@@ -157,6 +158,10 @@ class Settings:
             raise ValueError("cutoff_len must be at least 8, lora_rank 1, freeze_trainable_layers not 0")
         if self.stage == "dpo" and self.packs:
             raise ValueError("packing is for single examples; dpo trains on pairs")
+        if self.quantization_bit and self.finetuning_type != "lora":
+            raise ValueError(
+                "quantization_bit: quantised weights do not learn; it needs finetuning_type lora"
+            )
         if self.pref_beta <= 0:
             raise ValueError("pref_beta must be above 0")
         if self.early_stopping_steps is not None and not self.load_best_model_at_end:
