@@ -27,6 +27,7 @@ HELP = {
     "evaluation_strategy": "the older name of eval_strategy",
     "deepspeed": "DeepSpeed's settings, a JSON file",
     "quantization_bit": "quantise the base as it is loaded (QLoRA)",
+    "local_rank": "set by launchers of several processes",
     "adapter_name_or_path": "an adapter to go on with",
     "early_stopping_steps": "stop after so many evaluations without a better one",
 }
@@ -64,7 +65,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         names = [f"--{field.name}"]
         if field.name == "local_rank":
             names.append("--local-rank")  # as torch.distributed.launch writes it
-            options["help"] = argparse.SUPPRESS
         parser.add_argument(*names, **options)
 
 
