@@ -85,7 +85,8 @@ class TransformersBackend:
 
         foreign = load_foreign(path)
         parameters = sum(each.numel() for each in foreign.model.parameters())
-        loaded = foreign.model.to(_dtype(parameters) or foreign.model.dtype)
+        loaded: Any = foreign.model
+        loaded = loaded.to(_dtype(parameters) or loaded.dtype)
         first, encode = list(foreign.tokenizer.bos_ids), foreign.tokenizer.encode
         context = _context(loaded.config)
         return cls(_placed(loaded), lambda text: [*first, *encode(text)], name=model, context=context)
