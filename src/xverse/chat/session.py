@@ -114,9 +114,10 @@ def load_session(
     defaults: Parameters = CHAT,
     threads: int | None = None,
     quantize: str | None = None,
+    adapter: str | None = None,
     notify: Callable[[str], None],
 ) -> Session:
     """A session with ``model``, as ``load_engine`` loads it; ``overrides`` stand above its parameters."""
-    loaded = load_engine(model, defaults=defaults, threads=threads, quantize=quantize)
+    loaded = load_engine(model, defaults=defaults, threads=threads, quantize=quantize, adapter=adapter)
     parameters = loaded.parameters.changed(overrides, "parameters")
     return Session(loaded.engine, parameters, loaded.stop_ids, notify)

@@ -16,6 +16,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     # Flags without a default stay out of the namespace: the model directory's own value then holds.
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     parser.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
+    parser.add_argument(
+        "--adapter", metavar="A", help="an adapter in peft's format, merged as the model is loaded", **unset
+    )
     once = parser.add_mutually_exclusive_group()
     once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and leave", **unset)
     once.add_argument("--complete", metavar="TEXT", help="print how TEXT goes on (base models)", **unset)
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         defaults=defaults,
         threads=given.get("threads"),
         quantize=given.get("quantize"),
+        adapter=given.get("adapter"),
         notify=notice,
     )
     session.system = given.get("system", "")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from xverse.data.feed import PretrainFeed
+    from xverse.tokenizer import Tokenizer
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the recipe's")
     show.add_argument("--dialogues", metavar="PATH", help="a file or folder of instructions")
     show.add_argument("--tokenizer", metavar="DIR", help="the tokenizer for --dialogues")
-    show.add_argument("--index", type=int, default=0, metavar="N", help="which dialogue (from 0)")
+    show.add_argument("--dataset", metavar="D", help="a name of dataset_info.json, a file or a hub id")
+    show.add_argument("--dataset-dir", default="data", metavar="DIR", help="the folder of dataset_info.json")
+    show.add_argument("--stage", choices=["sft", "pt"], default="sft", help="how --dataset is read")
+    show.add_argument("--cutoff-len", type=int, default=2048, metavar="N", help="longest example in tokens")
+    show.add_argument("--model", metavar="M", help="the model of --dataset; its tokenizer is used")
+    show.add_argument("--index", type=int, default=0, metavar="N", help="which example (from 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,8 +36,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.action == "prepare":
         return _prepare(args)
-    if (args.recipe is None) == (args.dialogues is None):
-        raise UserError("data show: name a recipe or a prepared folder, or --dialogues PATH --tokenizer DIR")
+    if sum(given is not None for given in (args.recipe, args.dialogues, args.dataset)) != 1:
+        raise UserError(
+            "data show: name a recipe or a prepared folder, or --dataset D --model M, "
+            "or --dialogues PATH --tokenizer DIR"
+        )
+    if args.dataset:
+        return _show_example(args)
     return _show_mixture(args) if args.recipe else _show_dialogue(args)
 
 
@@ -110,10 +121,46 @@ def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
     return feed, recipe.train.steps * recipe.train.batch_size
 
 
-def _show_dialogue(args: argparse.Namespace) -> int:
+def _show_example(args: argparse.Namespace) -> int:
+    """One example as fine-tuning sees it."""
+    from xverse.config import UserError
+    from xverse.finetune.encode import load_data
+    from xverse.finetune.settings import Settings
+    from xverse.formats import load_tokenizer, resolve
+
+    settings = Settings(
+        model_name_or_path=args.model or "nano",
+        stage=args.stage,
+        dataset=args.dataset,
+        dataset_dir=Path(args.dataset_dir),
+        output_dir=Path(),
+        do_train=True,
+    )
+    tokenizer = load_tokenizer(resolve(settings.model_name_or_path))
+    examples = load_data(settings, tokenizer, args.cutoff_len).train
+    if not 0 <= args.index < len(examples):
+        raise UserError(f"--index {args.index}: there are {len(examples)} examples, from 0")
+    example = examples[args.index]
+    _print_coloured(tokenizer, example.ids, example.mask)
+    return 0
+
+
+def _print_coloured(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    text = Text()
+    start = 0
+    for stop in range(1, len(ids) + 1):  # runs of one colour: a character may span several tokens
+        if stop == len(ids) or mask[stop] != mask[start]:
+            piece = tokenizer.decode(ids[start:stop], skip_special=False)
+            text.append(piece, style="bold green" if mask[start] else "dim")
+            start = stop
+    Console(highlight=False, soft_wrap=True).print(text)
+    print(f"{len(ids)} tokens, {sum(mask)} with loss (bold green)")
+
+
+def _show_dialogue(args: argparse.Namespace) -> int:
     from xverse.config import UserError
     from xverse.data.instructions import InstructionReport, read_dialogues
     from xverse.log import notice
@@ -127,14 +174,5 @@ def _show_dialogue(args: argparse.Namespace) -> int:
     notice(report.describe())
     if not 0 <= args.index < len(dialogues):
         raise UserError(f"--index {args.index}: there are {len(dialogues)} dialogues, from 0")
-    ids, mask = encode_dialogue(tokenizer, dialogues[args.index].messages)
-    text = Text()
-    start = 0
-    for stop in range(1, len(ids) + 1):  # runs of one colour: a character may span several tokens
-        if stop == len(ids) or mask[stop] != mask[start]:
-            piece = tokenizer.decode(ids[start:stop], skip_special=False)
-            text.append(piece, style="bold green" if mask[start] else "dim")
-            start = stop
-    Console(highlight=False, soft_wrap=True).print(text)
-    print(f"{len(ids)} tokens, {sum(mask)} with loss (bold green)")
+    _print_coloured(tokenizer, *encode_dialogue(tokenizer, dialogues[args.index].messages))
     return 0

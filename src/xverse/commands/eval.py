@@ -32,6 +32,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--limit", type=int, metavar="N", help="questions of each subject (default: all)")
     run.add_argument("--split", metavar="S", help="such as test or val (default: the benchmark's own)")
     run.add_argument("--quantize", choices=["int8", "int4"], help="make the weights smaller first")
+    run.add_argument(
+        "--backend",
+        choices=["engine", "transformers"],
+        help="default: the engine for XVERSE, transformers for Baichuan, ChatGLM2, Falcon, InternLM, Llama, "
+        "MPT, Vicuna",
+    )
     run.add_argument("--kv-dtype", choices=["auto", "int8"], default="auto", help="type of the cache")
     run.add_argument(
         "--fix-none",
@@ -77,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
     shard = _shard(args.shard)
     from xverse.config import choose
     from xverse.eval import run as evaluation
-    from xverse.eval.backends import EngineBackend
+    from xverse.eval.backends import EngineBackend, load_backend
     from xverse.eval.benchmark import Options
     from xverse.eval.benchmarks import BENCHMARKS
     from xverse.eval.generation import Settings
@@ -99,13 +105,20 @@ def _run(args: argparse.Namespace) -> int:
         skip_malformed=args.skip_malformed,
     )
     out = Path(args.out).expanduser()
-    backend = EngineBackend.load(
-        args.model, quantize=args.quantize, threads=args.threads, kv_dtype=args.kv_dtype
+    backend = load_backend(
+        args.model,
+        which=args.backend,
+        quantize=args.quantize,
+        threads=args.threads,
+        kv_dtype=args.kv_dtype,
     )
+    if others and not isinstance(backend, EngineBackend):
+        raise UserError(f"{others[0]} is for XVERSE models: other models are scored on multiple choice alone")
     asked = {
         "model": args.model,
         "quantize": args.quantize,
         "kv_dtype": args.kv_dtype,
+        "backend": type(backend).__name__,
         "dtype": backend.dtype,
         "shots": args.shots,
         "limit": args.limit,
@@ -113,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
         "texts": args.texts,
     }
     facts = evaluation.to_folder(plans, backend, out, asked, shard=shard)
-    if shard[0] == 0:
+    if isinstance(backend, EngineBackend) and shard[0] == 0:
         texts = None if args.texts is None else Path(args.texts).expanduser()
         settings = Settings(limit=args.limit, allow_code=args.allow_code, texts=texts)
         evaluation.run_tasks(others, backend, data_dir, out, settings)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from xverse.model import XverseForCausalLM
+
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # of a directory's weights
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 SHARD_SIZE = "2GB"
@@ -21,6 +23,9 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="nano", metavar="M", help="a directory, a hub id, or nano")
+    parser.add_argument(
+        "--adapter", metavar="A", help="an adapter in peft's format to merge into its weights"
+    )
     parser.add_argument("--out", required=True, metavar="PATH", help="the directory, or NAME.gguf, to write")
     parser.add_argument(
         "--format",
@@ -62,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     check_target(out, args.overwrite)
     source = resolve(args.model)
     tokenizer = load_tokenizer(source)
-    model = load_model(source, dequantize=True)
+    model = load_merged(source, args.adapter)
     stored = model.lm_head.weight.dtype
     dtype = getattr(torch, TYPES[args.type]) if args.type else stored
     save = save_hf if args.format == "hf" else save_llama
@@ -82,11 +87,30 @@ def run(args: argparse.Namespace) -> int:
     return _verdict(difference, lossless=dtype in (stored, torch.float32))
 
 
+def load_merged(source: Path, adapter: str | None) -> XverseForCausalLM:
+    """The model of a directory, dequantised, with an adapter merged; prints what merging changed."""
+    from xverse.formats import load_model, read_scheme
+
+    if adapter is None:
+        return load_model(source, dequantize=True)
+    from xverse.formats.adapters import check_adapter, merge_adapter
+
+    check_adapter(adapter)  # before a large model is read
+    if read_scheme(source) is not None:
+        raise UserError(f"{source}: is quantised; merge the adapter into the model that it was trained on")
+    model, difference, divergence = merge_adapter(load_model(source), adapter, source)
+    print(
+        f"merged {adapter}: max |Δlogit| = {difference:.1e}, KL = {divergence:.1e} nats against the adapter "
+        f"beside the weights"
+    )
+    return model
+
+
 def _export_gguf(args: argparse.Namespace) -> int:
     if args.max_shard_size:
         raise UserError("--max-shard-size: GGUF is one file; leave the flag out")
 
-    from xverse.formats import load_model, load_tokenizer, parity, read_generation_config, resolve
+    from xverse.formats import load_tokenizer, parity, read_generation_config, resolve
     from xverse.formats.gguf import check_file, licence_of, open_gguf, save_gguf
     from xverse.formats.spm import random_differences
 
@@ -94,7 +118,7 @@ def _export_gguf(args: argparse.Namespace) -> int:
     check_file(out, args.overwrite)
     source = resolve(args.model)
     tokenizer = load_tokenizer(source)
-    model = load_model(source, dequantize=True)
+    model = load_merged(source, args.adapter)
     kind = args.type or "f16"
     vocabulary = save_gguf(
         model,

@@ -60,7 +60,7 @@ class InstructionReport:
         return text
 
 
-class _Skip(Exception):
+class Skip(Exception):
     """An item that is no usable dialogue; the text is the reason that the report counts."""
 
 
@@ -101,13 +101,13 @@ def _read_file(path: Path, report: InstructionReport) -> list[Dialogue]:
     dialogues: list[Dialogue] = []
     skipped: Counter[str] = Counter()
     known, keys = False, ""
-    for item in _items(path, skipped):
+    for item in read_items(path, skipped):
         keys = keys or (", ".join(list(item)[:6]) if isinstance(item, dict) else type(item).__name__)
         try:
             messages = _messages(item)
             known = True
-            dialogues.append(Dialogue(_checked(messages)))
-        except _Skip as reason:
+            dialogues.append(Dialogue(checked(messages)))
+        except Skip as reason:
             known = known or str(reason) != "of unknown format"
             skipped[str(reason)] += 1
     if not known:
@@ -119,7 +119,7 @@ def _read_file(path: Path, report: InstructionReport) -> list[Dialogue]:
     return dialogues
 
 
-def _items(path: Path, skipped: Counter[str]) -> Iterator[Any]:
+def read_items(path: Path, skipped: Counter[str]) -> Iterator[Any]:
     try:
         data = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -146,74 +146,74 @@ def _items(path: Path, skipped: Counter[str]) -> Iterator[Any]:
 
 def _messages(item: Any) -> list[dict[str, str]]:
     if not isinstance(item, dict):
-        raise _Skip("of unknown format")
+        raise Skip("of unknown format")
     if any(key in item for key in PREFERENCE_KEYS):
-        raise _Skip("preference data")
+        raise Skip("preference data")
     if item.get("tools") not in (None, "", "[]", []):
-        raise _Skip("tool use")
-    system = [_message("system", item["system"])] if item.get("system") else []
+        raise Skip("tool use")
+    system = [text_message("system", item["system"])] if item.get("system") else []
     if "instruction" in item:
         return system + _alpaca(item)
     if "conversations" in item:
-        return system + [_turn(turn, "from", "value") for turn in _list(item["conversations"])]
+        return system + [_turn(turn, "from", "value") for turn in as_list(item["conversations"])]
     if "messages" in item:
-        return system + [_turn(turn, "role", "content") for turn in _list(item["messages"])]
-    raise _Skip("of unknown format")
+        return system + [_turn(turn, "role", "content") for turn in as_list(item["messages"])]
+    raise Skip("of unknown format")
 
 
 def _alpaca(item: dict[str, Any]) -> list[dict[str, str]]:
     messages = []
-    for pair in _list(item.get("history") or []):
+    for pair in as_list(item.get("history") or []):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise _Skip("ill-formed history")
-        messages += [_message("user", pair[0]), _message("assistant", pair[1])]
+            raise Skip("ill-formed history")
+        messages += [text_message("user", pair[0]), text_message("assistant", pair[1])]
     question, extra = item["instruction"], item.get("input") or ""
     if not isinstance(question, str) or not isinstance(extra, str):
-        raise _Skip("not text")
+        raise Skip("not text")
     answer = item.get("output", item.get("response"))  # GPTeacher's name for it
     question = "\n".join(part for part in (question, extra) if part.strip())
-    return [*messages, _message("user", question), _message("assistant", answer)]
+    return [*messages, text_message("user", question), text_message("assistant", answer)]
 
 
 def _turn(turn: Any, role_key: str, text_key: str) -> dict[str, str]:
     if not isinstance(turn, dict):
-        raise _Skip("ill-formed turn")
+        raise Skip("ill-formed turn")
     role = turn.get(role_key)
     if role in TOOL_ROLES or turn.get("tool_calls"):
-        raise _Skip("tool use")
+        raise Skip("tool use")
     if role not in ROLES:
-        raise _Skip("unknown role")
+        raise Skip("unknown role")
     if ROLES[role] == "assistant" and turn.get("loss_weight", 1) != 1:
-        raise _Skip("answer with a loss weight")
-    return _message(ROLES[role], turn.get(text_key))
+        raise Skip("answer with a loss weight")
+    return text_message(ROLES[role], turn.get(text_key))
 
 
-def _message(role: str, content: Any) -> dict[str, str]:
+def text_message(role: str, content: Any) -> dict[str, str]:
     if isinstance(content, list):  # parts, as multimodal formats have them
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise _Skip("parts that are not text")
+            raise Skip("parts that are not text")
         parts = [part.get("text", part.get("value")) for part in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(content, str):
-        raise _Skip("not text")
+        raise Skip("not text")
     if not content.strip():
-        raise _Skip("empty text")
+        raise Skip("empty text")
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:
-        raise _Skip("invalid Unicode") from None
+        raise Skip("invalid Unicode") from None
     return {"role": role, "content": content}
 
 
-def _list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise _Skip("ill-formed turn")
+        raise Skip("ill-formed turn")
     return value
 
 
-def _checked(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def checked(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     try:
         check_messages(messages, last=("assistant",))
     except UserError:
-        raise _Skip("roles out of order") from None
+        raise Skip("roles out of order") from None
     return messages

@@ -5,13 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError, build
 from xverse.engine.engine import Engine
 from xverse.engine.request import Request, Sampling
-from xverse.formats import load_model, load_tokenizer, read_config, read_generation_config, resolve
+from xverse.formats import (
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_generation_config,
+    read_scheme,
+    resolve,
+)
 from xverse.formats.quantize import load_quantizing
+
+if TYPE_CHECKING:
+    import torch
+
+    from xverse.model import XverseForCausalLM
 
 # On a CPU small models run in float32: any CPU is fast at it, and their bytes do not matter.
 FLOAT32_BELOW = 1_000_000_000
@@ -85,13 +98,15 @@ def load_engine(
     threads: int | None = None,
     quantize: str | None = None,
     tokenizer: str | None = None,
+    adapter: str | None = None,
     **settings: Any,
 ) -> Loaded:
     """An engine for ``model`` (``nano``, a directory or a hub id); ``settings`` are the engine's own.
     ``tokenizer``: a directory with another tokenizer than the model's own.
 
     ``threads`` None leaves the choice to torch, or one for a small model. ``quantize``: ``int8`` or ``int4``,
-    made of an unquantised model as it is loaded. Raises UserError for what cannot be loaded.
+    made of an unquantised model as it is loaded. ``adapter``: a directory in peft's format, merged into the
+    weights. Raises UserError for what cannot be loaded.
     """
     import torch
 
@@ -107,7 +122,22 @@ def load_engine(
         torch.set_num_threads(threads)
     words = load_tokenizer(path if tokenizer is None else resolve(tokenizer))
     dtype = torch.float32 if config.num_parameters() < FLOAT32_BELOW else None
-    weights = load_model(path, dtype) if quantize is None else load_quantizing(path, quantize, dtype)
+    if adapter is not None:
+        weights = _merged(path, adapter, quantize, dtype)
+    else:
+        weights = load_model(path, dtype) if quantize is None else load_quantizing(path, quantize, dtype)
     ends = generation_config.get("eos_token_id", config.eos_token_id)
     stop_ids = tuple(ends) if isinstance(ends, list) else (ends,)
     return Loaded(Engine(weights, words, **settings), parameters, stop_ids)
+
+
+def _merged(path: Path, adapter: str, quantize: str | None, dtype: torch.dtype | None) -> XverseForCausalLM:
+    from xverse.formats.adapters import check_adapter, merge_adapter
+
+    check_adapter(adapter)
+    if quantize is not None or read_scheme(path) is not None:
+        raise UserError(
+            "--adapter merges into plain weights; for quantised ones, export --adapter first, then quantize"
+        )
+    model, _, _ = merge_adapter(load_model(path), adapter, path)
+    return model if dtype is None else model.to(dtype)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xverse.config import UserError
+from xverse.data.questions import json_file
 from xverse.engine import Engine
-from xverse.engine.load import load_engine
+from xverse.engine.load import FLOAT32_BELOW, load_engine
 from xverse.eval.scoring import Item
+from xverse.formats import load_tokenizer, read_config, resolve
 
 _LEAST_SHARED = 16  # tokens; less is not worth a cache
 
@@ -61,6 +64,32 @@ class TransformersBackend:
         self.shares = share
         self._model, self._encode, self._batch_tokens = model, encode, batch_tokens
         self._chooses = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+
+    @classmethod
+    def load(cls, model: str, *, threads: int | None = None) -> TransformersBackend:
+        """XVERSE in our transformers class, or another model of XVERSE's tables in one of transformers' own,
+        on a GPU where there is one. Raises UserError for what cannot be loaded."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        path = resolve(model)
+        if model_type(path) == "xverse":
+            from xverse.hf import XverseForCausalLM
+
+            tokenizer = load_tokenizer(path)
+            found: Any = XverseForCausalLM.from_pretrained(
+                path, dtype=_dtype(read_config(path).num_parameters())
+            )
+            return cls(_placed(found), tokenizer.encode, name=model, context=read_config(path).context_length)
+        from xverse.formats.foreign import load_foreign
+
+        foreign = load_foreign(path)
+        parameters = sum(each.numel() for each in foreign.model.parameters())
+        loaded: Any = foreign.model
+        loaded = loaded.to(_dtype(parameters) or loaded.dtype)
+        first, encode = list(foreign.tokenizer.bos_ids), foreign.tokenizer.encode
+        context = _context(loaded.config)
+        return cls(_placed(loaded), lambda text: [*first, *encode(text)], name=model, context=context)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
@@ -140,6 +169,42 @@ class TransformersBackend:
             row[[at[place] for place in span]].float().log_softmax(-1).cpu()
             for row, span in zip(logits, spans, strict=True)
         ]
+
+
+def load_backend(
+    model: str, *, which: str | None, quantize: str | None, threads: int | None, kv_dtype: str
+) -> EngineBackend | TransformersBackend:
+    """``which``: ``engine`` or ``transformers``; None: the engine for XVERSE, transformers for others."""
+    which = which or ("engine" if model_type(resolve(model)) == "xverse" else "transformers")
+    if which == "engine":
+        return EngineBackend.load(model, quantize=quantize, threads=threads, kv_dtype=kv_dtype)
+    if quantize is not None or kv_dtype != "auto":
+        raise UserError(
+            "--quantize and --kv-dtype belong to the engine; this model is scored by transformers"
+        )
+    return TransformersBackend.load(model, threads=threads)
+
+
+def model_type(path: Path) -> str:
+    """As config.json says; raises UserError where it does not."""
+    return str(json_file(path / "config.json").get("model_type"))
+
+
+def _dtype(parameters: int) -> torch.dtype | None:
+    """Small models in float32, others as they are stored."""
+    return torch.float32 if parameters < FLOAT32_BELOW else None
+
+
+def _placed(model: Any) -> Any:
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _context(config: Any) -> int:
+    """How long a text may be; configs have several names for it."""
+    for name in ("max_position_embeddings", "seq_length", "max_seq_len"):
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    raise UserError("config.json does not say how long the model's context is")
 
 
 def _common(rows: Sequence[list[int]]) -> int:

@@ -137,7 +137,8 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         if self._has_plain_head():
             loss = linear_cross_entropy(flat, self.lm_head.weight, targets, reduction=reduction)  # type: ignore[arg-type]  # a literal
         else:
-            loss = cross_entropy(self.lm_head(flat).float(), targets.to(flat.device), reduction=reduction)
+            kept = (targets != IGNORE).nonzero().flatten()  # the head may pass over a prompt's tokens
+            loss = cross_entropy(self.lm_head(flat[kept]).float(), targets[kept], reduction=reduction)
         if num_items is not None:
             loss = loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
         return loss

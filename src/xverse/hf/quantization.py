@@ -96,7 +96,7 @@ class XverseQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # with adapters: gradients pass through, the weights themselves stay
 
 
 def register_quantizer() -> None:

@@ -41,6 +41,11 @@ class QuantLinear(nn.Module):
         module.tiles = tile(weight)
         return module
 
+    @property
+    def qweight(self) -> Tensor:
+        """``tiles``, under the name by which peft finds out where an adapter belongs."""
+        return self.tiles
+
     def to_weight(self) -> QuantizedWeight:
         """The weight in its plain form; exactly what ``from_weight`` was given, on the module's device.
 

@@ -7,6 +7,8 @@ not quantised.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,12 +69,39 @@ def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int)
 
 
 def dequantized_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
-    """The same with PyTorch's operations on any device: the weight is dequantised part by part."""
-    parts: list[Tensor] = []
+    """The same with PyTorch's operations on any device: the weight is dequantised part by part. Gradients
+    reach ``x``; they keep the quantised weight alone, and dequantise it once more."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _DequantizedLinear.apply(x, tiles, outputs, bits)
+
+
+def _dequantized_parts(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The weight [rows, inputs] in the order of its outputs, some rows at a time."""
+    done = 0
     for part in tiles.split(_ROWS_AT_ONCE // TILE_ROWS):
-        rows = min(len(part) * TILE_ROWS, outputs - sum(each.shape[-1] for each in parts))
-        parts.append(linear(x, untile(part, rows, bits).dequantize(x.dtype)))
-    return torch.cat(parts, dim=-1)
+        rows = min(len(part) * TILE_ROWS, outputs - done)
+        done += rows
+        yield untile(part, rows, bits).dequantize(dtype)
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
+        ctx.tiles, ctx.outputs, ctx.bits = tiles, outputs, bits
+        return torch.cat([linear(x, part) for part in _dequantized_parts(tiles, outputs, bits, x.dtype)], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = output_grads
+        total: Tensor | None = None
+        start = 0
+        for part in _dequantized_parts(ctx.tiles, ctx.outputs, ctx.bits, grad.dtype):
+            piece = grad[..., start : start + len(part)] @ part
+            total = piece if total is None else total + piece
+            start += len(part)
+        assert total is not None
+        return total, None, None, None
 
 
 def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from xverse.serve.words import LANGUAGES, Words, preferred
 
 _NARROW = 800  # pixels
 _LEAST_ROOM = 256  # tokens for a reply, before old messages are left out for it
-_IDLE_PAUSE = 0.03
+_IDLE_PAUSE = 0.08  # seconds
 _PAUSE = 0.05  # seconds between two looks at a reply: more would be work that nobody sees
 _MATHS: list[dict[str, str | bool]] = [
     {"left": left, "right": right, "display": display}  # no single $: it mostly means money
@@ -75,7 +75,7 @@ def _blocks(service: Service, first: str) -> gr.Blocks:
     blocks = gr.Blocks(title=service.name, analytics_enabled=False, fill_height=True)
     blocks.queue(default_concurrency_limit=None, max_size=service.runner.most, api_open=False)
     # It looks for work a thousand times a second, which costs an idle server 5 % of a core.
-    blocks._queue.sleep_when_free = _IDLE_PAUSE
+    blocks._queue.sleep_when_free = blocks._queue.progress_update_sleep_when_free = _IDLE_PAUSE
     with blocks:
         page = _Page(service, first)
         page.connect(blocks)
@@ -158,7 +158,7 @@ class _Page:
         for event in begun:
             stored = event.then(conversations.store, [*kept, self.language], listed, queue=False, **quiet)
             busy = stored.then(
-                lambda: gr.update(submit_btn=False, stop_btn=True), None, self.message, **quiet
+                lambda: gr.update(submit_btn=False, stop_btn=True), None, self.message, queue=False, **quiet
             )
             answer = busy.then(self._answer, spoken, shown, **quiet)
             running.append(answer)

@@ -20,6 +20,7 @@ def load_service(args: argparse.Namespace) -> Service:
         threads=args.threads,
         quantize=args.quantize,
         tokenizer=args.tokenizer,
+        adapter=args.adapter,
         max_batch=args.max_batch,
         max_cache_tokens=args.max_cache_tokens,
         kv_dtype=args.kv_dtype,

@@ -1,8 +1,4 @@
-"""Tools in a prompt, and calls of them in a reply.
-
-XVERSE has no format of its own for them. The tools stand in the system message, one JSON object a line, and a
-call is ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``, as several open models write it.
-"""
+"""Tools in a prompt, and calls of them in a reply; ``tokenizer/tools.py`` has their text."""
 
 from __future__ import annotations
 
@@ -12,10 +8,8 @@ from typing import Any
 
 from xverse.serve.errors import ApiError
 from xverse.serve.protocol import ChatRequest, Message, Tool, ToolChoice
+from xverse.tokenizer.tools import CLOSE, OPEN, offer_text
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_OFFER = "You can call these tools:"
-_HOW = f'To call one, answer with {OPEN}{{"name": NAME, "arguments": OBJECT}}{CLOSE} and nothing else.'
 _ROLES = {"developer": "system", "tool": "exec"}
 
 
@@ -32,8 +26,7 @@ def messages(asked: ChatRequest) -> list[dict[str, str]]:
             found.append({"role": role, "content": text})
     offered = offered_tools(asked)
     if offered:
-        lines = [json.dumps(tool.function.model_dump(exclude_none=True)) for tool in offered]
-        text = "\n".join([_OFFER, *lines, _HOW])
+        text = offer_text(tool.function.model_dump(exclude_none=True) for tool in offered)
         if found[0]["role"] == "system":
             found[0]["content"] += "\n\n" + text
         else:

@@ -145,7 +145,7 @@ def encode_dialogue(
     ids: list[int] = []
     mask: list[bool] = []
     for message in messages:
-        prefix, content = _message_ids(tokenizer, message)
+        prefix, content = message_ids(tokenizer, message)
         ids += prefix + content
         mask += [False] * len(prefix) + [message["role"] == "assistant"] * len(content)
     return ids, mask
@@ -178,7 +178,7 @@ def render_template(
         raise UserError(f"chat template: {' '.join(str(error).split())}") from error
 
 
-def _message_ids(tokenizer: Tokenizer, message: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+def message_ids(tokenizer: Tokenizer, message: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """The ids of the role's prefix, and those of the content with what closes it."""
     role, content = message["role"], message["content"]
     prefix = tokenizer.encode(PREFIXES[role])
@@ -192,7 +192,7 @@ def _rounds(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tupl
     system: list[int] = []
     rounds: list[list[int]] = []
     for message in messages:
-        prefix, content = _message_ids(tokenizer, message)
+        prefix, content = message_ids(tokenizer, message)
         if message["role"] == "system":
             system = prefix + content
         elif message["role"] == "assistant":

@@ -1,0 +1,62 @@
+"""The model card of a fine-tuned model: base, data, settings, figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from xverse import __version__
+from xverse.files import atomic_file
+from xverse.finetune.encode import Data
+from xverse.finetune.settings import Settings
+
+KINDS = {"full": "all weights", "lora": "a LoRA adapter", "freeze": "some layers"}
+
+
+def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, float], state: Any) -> None:
+    """Write ``out/README.md``. ``state`` is Trainer's."""
+    import torch
+    import transformers
+
+    kind = "a DoRA adapter" if settings.use_dora else KINDS[settings.finetuning_type]
+    adapter = settings.finetuning_type == "lora"
+    lines = ["---"]
+    if "/" in settings.model_name_or_path and not Path(settings.model_name_or_path).exists():
+        lines.append(f"base_model: {settings.model_name_or_path}")
+    lines += [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [xverse]", "---", ""]
+    lines += [
+        f"# {out.name}",
+        "",
+        f"{settings.model_name_or_path}, fine-tuned ({settings.stage}, {kind}).",
+        "",
+    ]
+    lines += ["## Data", "", *(f"- {note}" for note in data.notes)]
+    sizes = [len(part) // (2 if settings.stage == "dpo" else 1) for part in (data.train, data.valid)]
+    what = "pairs" if settings.stage == "dpo" else "examples"
+    lines += [f"- {sizes[0]} {what} to train on, {sizes[1]} held out", ""]
+    lines += ["## Figures", "", "| | |", "|---|---|"]
+    figures = {"steps": state.global_step, "epochs": state.epoch, "best loss": state.best_metric}
+    figures |= {
+        name: metrics.get(name)
+        for name in ("train_loss", "eval_loss", "eval_perplexity", "eval_margin", "eval_accuracy")
+    }
+    figures["best checkpoint"] = (
+        Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
+    )
+    for name, value in figures.items():
+        if value is not None:
+            lines.append(f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |")
+    unit = "DPO's, a pair" if settings.stage == "dpo" else "in nats per token with loss"
+    lines += ["", f"Losses are {unit}.", ""]
+    if (out / "loss.png").exists():
+        lines += ["![loss](loss.png)", ""]
+    lines += ["## Settings", "", "```yaml"]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value is not None and value != field.default:
+            lines.append(f"{field.name}: {str(value).lower() if isinstance(value, bool) else value}")
+    lines += ["```", ""]
+    lines.append(f"xverse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+    with atomic_file(out / "README.md") as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,104 @@
+"""Which weights learn: all, an adapter's, or those of some layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from xverse.config import UserError, nearest
+from xverse.finetune.settings import Settings
+from xverse.formats.adapters import check_adapter, import_peft
+from xverse.quant.linear import QuantLinear
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def prepare(model: Any, settings: Settings) -> Any:
+    """``model``, a transformers one, ready for ``finetuning_type``; with an adapter it is peft's.
+
+    Raises UserError for names of modules that the model does not have.
+    """
+    if settings.finetuning_type == "lora":
+        return _with_adapter(model, settings)
+    if settings.adapter_name_or_path:
+        raise UserError("adapter_name_or_path goes on with an adapter; it needs finetuning_type lora")
+    if settings.finetuning_type == "freeze":
+        _freeze(model, settings)
+    return model
+
+
+def _with_adapter(model: Any, settings: Settings) -> Any:
+    peft = import_peft()
+    quantised = any(isinstance(module, QuantLinear) for module in model.modules())
+    if settings.adapter_name_or_path:
+        path = check_adapter(settings.adapter_name_or_path)
+        config = peft.PeftConfig.from_pretrained(str(path))
+        if quantised:
+            _quantised(config)
+        return peft.PeftModel.from_pretrained(model, str(path), config=config, is_trainable=True)
+    targets = _names(settings.lora_target, LINEARS, model, "lora_target")
+    extra = settings.additional_target
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        modules_to_save=_names(extra, (), model, "additional_target") if extra else None,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
+    if quantised:
+        _quantised(config)
+    adapted = peft.get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = settings.model_name_or_path
+    return adapted
+
+
+def _quantised(config: Any) -> None:
+    if config.use_dora:
+        raise UserError("use_dora: DoRA needs the norms of plain weights; leave it out with quantised ones")
+    from xverse.finetune.qlora import register
+
+    register(config)
+
+
+def _names(text: str, every: tuple[str, ...], model: Any, flag: str) -> list[str]:
+    names = list(every) if text == "all" else [name.strip() for name in text.split(",")]
+    known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _has_weight(module)})
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"{flag}: no module '{name}'{nearest(name, known)} (there are: {', '.join(known)})"
+            )
+    return names
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return isinstance(module, QuantLinear) or isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def _freeze(model: Any, settings: Settings) -> None:
+    """Only the last ``freeze_trainable_layers`` layers learn (the first ones where it is negative)."""
+    count, layers = settings.freeze_trainable_layers, model.model.layers
+    if abs(count) > len(layers):
+        raise UserError(f"freeze_trainable_layers {count}: the model has {len(layers)} layers")
+    model.requires_grad_(False)
+    every = tuple(name.rpartition(".")[2] for name, m in layers[0].named_modules() if _has_weight(m))
+    names = _names(settings.freeze_trainable_modules, every, model, "freeze_trainable_modules")
+    for layer in layers[-count:] if count > 0 else layers[:-count]:
+        for name, module in layer.named_modules():
+            if name.rpartition(".")[2] in names or name in names:
+                module.requires_grad_(True)
+    if settings.freeze_extra_modules:
+        for extra in _names(settings.freeze_extra_modules, (), model, "freeze_extra_modules"):
+            for name, module in model.named_modules():
+                if name.rpartition(".")[2] == extra and ".layers." not in name:
+                    module.requires_grad_(True)
+
+
+def trainable(model: nn.Module) -> tuple[int, int]:
+    """How many parameters learn, and how many there are. Sharded ones (ZeRO-3) count whole."""
+    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, learns in counts if learns), sum(n for n, _ in counts)

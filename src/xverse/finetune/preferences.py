@@ -1,0 +1,101 @@
+"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290) on pairs without padding.
+
+trl's trainer would tokenise the rendered template, whose ids differ from XVERSE's at the seams, and make
+logits for prompts, too. Here a pair is two examples of ``encode.py``, and only tokens with loss have logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from xverse.finetune.trainer import Batch, FinetuneTrainer
+from xverse.model import IGNORE
+
+
+def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each example in a row of ``join``: the summed log-probability and the count of its tokens with loss,
+    float32 [n] each."""
+    targets = batch["labels"][0, 1:]  # [T-1]; an example's first token has no label
+    kept = (targets != IGNORE).nonzero().flatten()  # [K]
+    example = (batch["position_ids"][0] == 0).cumsum(0)[kept + 1] - 1  # [K]
+    output = model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        logits_to_keep=kept,
+    )
+    logits = output.logits[0].float()  # [K, V]
+    tokens = -cross_entropy(logits, targets[kept], reduction="none")  # [K]
+    count = int((batch["position_ids"] == 0).sum())
+    zeros = tokens.new_zeros(count)
+    sums = zeros.index_add(0, example, tokens)
+    return sums + 0.0 * logits.sum(), zeros.index_add(0, example, torch.ones_like(tokens))
+
+
+class PairTrainer(FinetuneTrainer):
+    """``examples`` are chosen and rejected answers by turns. ``reference`` is the frozen model that they are
+    judged against; None: the model itself without its adapter."""
+
+    group = 2
+
+    def __init__(self, *, reference: Any, beta: float, kind: str, supervised: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.model_accepts_loss_kwargs = False  # a mean over pairs, not over tokens
+        self.beta, self.kind, self.supervised = beta, kind, supervised
+        self.reference = reference
+        if reference is not None:
+            self.reference = reference.eval().requires_grad_(False).to(self.args.device)
+
+    def batch_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        loss, _ = self._judge(model, inputs)
+        return loss.mean()
+
+    def _judge(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and reward margin of each pair, [n]."""
+        if (batch["labels"] == IGNORE).all():  # a filler row
+            sums, _ = log_probabilities(model, batch)
+            return sums, sums
+        sums, counts = log_probabilities(model, batch)
+        with torch.no_grad(), self._without_adapter(model) as frozen:
+            known, _ = log_probabilities(frozen, batch)
+        gains = (sums - known).view(-1, 2)  # [n, 2]
+        if self.kind == "ipo":  # per token (Azar et al., 2023, arXiv:2310.12036)
+            gains = gains / counts.view(-1, 2)
+        margin = gains[:, 0] - gains[:, 1]
+        if self.kind == "ipo":
+            loss = (margin - 1 / (2 * self.beta)) ** 2
+        elif self.kind == "hinge":
+            loss = (1 - self.beta * margin).relu()
+        else:
+            loss = -logsigmoid(self.beta * margin)
+        if self.supervised:
+            loss = loss - self.supervised * (sums / counts).view(-1, 2)[:, 0]
+        return loss, self.beta * margin.detach()
+
+    @contextlib.contextmanager
+    def _without_adapter(self, model: Any) -> Any:
+        if self.reference is not None:
+            yield self.reference
+            return
+        peft_model = self.accelerator.unwrap_model(model)
+        training = peft_model.training
+        peft_model.eval()
+        with peft_model.disable_adapter():
+            yield peft_model
+        peft_model.train(training)
+
+    def held_out_sums(self, model: Any, batch: Batch) -> list[float]:
+        if (batch["labels"] == IGNORE).all():
+            self._judge(model, batch)
+            return [0.0, 0.0, 0.0, 0.0]
+        loss, margin = self._judge(model, batch)
+        return [loss.sum().item(), float(len(loss)), margin.sum().item(), (margin > 0).sum().item()]
+
+    def held_out_metrics(self, sums: list[float]) -> dict[str, float]:
+        pairs = max(1.0, sums[1])
+        return {"loss": sums[0] / pairs, "margin": sums[2] / pairs, "accuracy": sums[3] / pairs}

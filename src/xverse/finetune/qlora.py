@@ -1,0 +1,43 @@
+"""LoRA beside a quantised weight (QLoRA; Dettmers et al., 2023, arXiv:2305.14314), as a layer of peft's."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from xverse.quant.linear import QuantLinear
+
+
+class AdaptedQuantLinear(nn.Module, LoraLayer):
+    """``x`` [..., K] through the quantised weight, plus what the active adapters add. It cannot be merged:
+    ``xverse export`` merges into the weights before quantisation, or dequantised ones."""
+
+    def __init__(
+        self, base_layer: QuantLinear, adapter_name: str, config: LoraConfig, **options: Any
+    ) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a type that peft does not know
+            LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, options["r"], lora_alpha=options["lora_alpha"], config=config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                down: Any = self.lora_A[name]
+                added = self.lora_B[name](down(self.lora_dropout[name](x.to(down.weight.dtype))))
+                result = result + (added * self.scaling[name]).to(result.dtype)
+        return result
+
+
+def register(config: LoraConfig) -> None:
+    """Let ``config`` put adapters on quantised layers."""
+    config._register_custom_module({QuantLinear: AdaptedQuantLinear})

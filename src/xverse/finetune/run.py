@@ -1,0 +1,247 @@
+"""``xverse finetune`` with flags: from settings to a trained model, through transformers' Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from xverse.config import UserError
+from xverse.files import atomic_file
+from xverse.finetune.card import write_card
+from xverse.finetune.encode import Data, Example, load_data, load_pairs
+from xverse.finetune.methods import prepare, trainable
+from xverse.finetune.preferences import PairTrainer
+from xverse.finetune.settings import Settings, training_values
+from xverse.finetune.trainer import FinetuneTrainer, Record
+from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
+from xverse.formats.adapters import fingerprint, write_base
+from xverse.log import notice
+from xverse.train.plot import plot_loss
+
+STATE = "finetune.json"
+# Settings that may differ between a run and its continuation.
+FREE = {
+    "output_dir", "overwrite_output_dir", "overwrite_cache", "plot_loss", "resume_from_checkpoint",
+    "preprocessing_num_workers", "padding_side", "local_rank", "do_eval", "report_to", "run_name",
+    "disable_tqdm", "save_steps", "save_total_limit", "logging_steps", "logging_first_step", "dataset_dir",
+    "dataloader_num_workers", "dataloader_pin_memory", "early_stopping_steps", "ddp_timeout",
+}  # fmt: skip
+
+
+def run_finetuning(settings: Settings) -> Path | None:
+    """Train, evaluate and save what ``settings`` say; returns the finished model's directory.
+
+    None on processes that save nothing and where nothing was trained. Raises UserError for every mistake
+    that can be seen before training, and where the loss stops being a number.
+    """
+    args = training_arguments(settings)
+    first = args.process_index == 0
+    source = resolve(settings.model_name_or_path)
+    if read_scheme(source) is not None and settings.finetuning_type != "lora":
+        raise UserError(f"{source}: its weights are quantised and do not learn; finetuning_type lora does")
+    tokenizer = load_tokenizer(source)
+    length = min(settings.cutoff_len, read_config(source).context_length)
+    if length < settings.cutoff_len and first:
+        notice(f"cutoff_len {settings.cutoff_len}: the model has {length} positions; {length} it is")
+    load = load_pairs if settings.stage == "dpo" else load_data
+    data = load(settings, tokenizer, length, quiet=not first)
+    if settings.wants_evaluation and not data.valid:
+        raise UserError("evaluation is asked for, and there is no example to hold out; name an eval_dataset")
+    state = _state(settings, data)
+    resume = _resume_point(settings, state)
+
+    model = prepare(_load(source, settings, args), settings)
+    learning, total = trainable(model)
+    if first:
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        notice(
+            f"{learning:,} of {total:,} parameters learn; {rows} rows a step on {args.world_size} process(es)"
+        )
+    words = AutoTokenizer.from_pretrained(source)
+    if settings.padding_side:
+        words.padding_side = settings.padding_side
+    kind: Callable[..., FinetuneTrainer] = FinetuneTrainer
+    if settings.stage == "dpo":
+        own = settings.finetuning_type != "lora" or settings.adapter_name_or_path
+        kind = functools.partial(
+            PairTrainer,
+            reference=_load(source, settings, args) if own else None,
+            beta=settings.pref_beta,
+            kind=settings.pref_loss,
+            supervised=settings.pref_ftx,
+        )
+    trainer = kind(
+        model=model,
+        args=args,
+        examples=data.train,
+        held_out=data.valid,
+        row_length=length if settings.packs else None,
+        pad_id=tokenizer.pad_id,
+        processing_class=words,
+        callbacks=[Record(settings.output_dir / "metrics.jsonl")],
+    )
+    trainer.remove_callback(ProgressCallback)  # stdout is for results
+    trainer.remove_callback(PrinterCallback)
+    if settings.early_stopping_steps is not None:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_steps))
+    metrics: dict[str, float] = {}
+    if settings.do_train:
+        if first:
+            with atomic_file(settings.output_dir / STATE) as path:
+                path.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
+    if settings.wants_evaluation:
+        metrics |= trainer.evaluate()
+    if not settings.do_train:
+        print(json.dumps(metrics)) if first else None
+        return None
+    _save(trainer, settings, source, data, metrics)
+    return settings.output_dir if first else None
+
+
+def training_arguments(settings: Settings) -> TrainingArguments:
+    """transformers' TrainingArguments. Raises UserError, in one line, for what they refuse."""
+    values = training_values(settings)
+    if settings.deepspeed:
+        values["deepspeed"] = str(deepspeed_file(settings.deepspeed))
+    if settings.load_best_model_at_end and settings.evaluates == "epoch":
+        values.setdefault("save_strategy", "epoch")
+    for name in ("fsdp_config", "lr_scheduler_kwargs"):
+        if name in values and values[name].lstrip().startswith("{"):
+            values[name] = json.loads(values[name])
+    values |= {
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,
+        "prediction_loss_only": True,
+    }
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
+        values.setdefault("use_cpu", True)  # transformers would refuse bf16 without being told
+    if settings.gradient_checkpointing:
+        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, ImportError, TypeError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"finetune: {text.replace('--', '')}") from None
+
+
+def deepspeed_file(name: str) -> Path:
+    """The file that ``--deepspeed`` names; a bare name that is not here means one of ``recipes/sft``.
+
+    Raises UserError where there is none, and where DeepSpeed is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "--deepspeed needs pip install 'xverse-lm[finetune]', or -e '.[finetune]' in a checkout"
+        )
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    here = Path(__file__).resolve()
+    for folder in (here.parents[3] / "recipes" / "sft", here.parent / "recipes"):  # a checkout, a wheel
+        if path.parent == Path() and (folder / name).is_file():
+            return folder / name
+    raise UserError(f"--deepspeed {name}: no such file")
+
+
+def _load(source: Path, settings: Settings, args: TrainingArguments) -> Any:
+    """Master weights in float32, unless DeepSpeed keeps its own or nothing but an adapter learns."""
+    half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
+    frozen = settings.finetuning_type == "lora" and args.bf16
+    narrow = half is not None and (settings.deepspeed or settings.pure_bf16 or frozen)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=half if narrow else torch.float32)
+    if settings.quantization_bit:
+        model.quantize(settings.quantization_bit)
+    model.config.use_cache = False
+    return model
+
+
+def _state(settings: Settings, data: Data) -> dict[str, Any]:
+    """What decides the losses of a run, and its data."""
+    values = dataclasses.asdict(settings)
+    kept = {name: value for name, value in values.items() if name not in FREE and value is not None}
+    return {"settings": kept, "train": _digest(data.train), "valid": _digest(data.valid)}
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(str((example.ids, example.mask)).encode())
+    return digest.hexdigest()
+
+
+def _resume_point(settings: Settings, state: dict[str, Any]) -> str | None:
+    """The checkpoint to go on from. Raises UserError for a folder with another run, or other files."""
+    out = settings.output_dir
+    if not settings.do_train:
+        return None
+    if settings.resume_from_checkpoint not in (None, "true", "True"):
+        assert settings.resume_from_checkpoint is not None
+        if not Path(settings.resume_from_checkpoint).is_dir():
+            raise UserError(f"resume_from_checkpoint: no such folder: {settings.resume_from_checkpoint}")
+        return settings.resume_from_checkpoint
+    if settings.overwrite_output_dir or not out.is_dir() or not any(out.iterdir()):
+        _clear(out)
+        return None
+    last = get_last_checkpoint(str(out))
+    file = out / STATE
+    if last is None:
+        if file.exists() and not any(out.glob("*.safetensors")):
+            return None  # killed before its first checkpoint
+        raise UserError(f"{out}: holds files already; --overwrite_output_dir true, or another output_dir")
+    if file.exists():
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        if begun != json.loads(json.dumps(state, default=str)):
+            old = begun["settings"]
+            changed = [
+                f"{name} ({old.get(name)} → {state['settings'].get(name)})"
+                for name in {**old, **state["settings"]}
+                if str(old.get(name)) != str(state["settings"].get(name))
+            ]
+            raise UserError(
+                f"{out}: was begun with other {', '.join(changed) or 'data'}; "
+                "--overwrite_output_dir true begins anew"
+            )
+    if int(os.environ.get("RANK", "0")) == 0:
+        notice(f"going on from {last}")
+    return last
+
+
+def _clear(out: Path) -> None:
+    """A run that begins anew has no use for the curve of the old one."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def _save(
+    trainer: FinetuneTrainer, settings: Settings, source: Path, data: Data, metrics: dict[str, float]
+) -> None:
+    out = settings.output_dir
+    model: Any = trainer.model
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    base = load_model(source)  # mapped from its files
+    if not sharded and settings.finetuning_type != "lora":
+        model.to(base.lm_head.weight.dtype)  # as the base is stored; float32 served training alone
+    trainer.save_model(str(out))
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    if settings.finetuning_type == "lora":
+        write_base(out, settings.model_name_or_path, fingerprint(base))
+    trainer.save_metrics("all", metrics)
+    if settings.plot_loss:
+        plot_loss(out, f"fine-tuning {settings.model_name_or_path}")
+    write_card(out, settings, data, metrics, trainer.state)

@@ -1,0 +1,217 @@
+"""transformers' Trainer over examples without padding: sampler, batches, exact evaluation, checks.
+
+The examples of a micro-batch lie one behind the other in a single row, with positions from 0 in each. The
+model's attention goes document by document, so that the loss is that of padded rows, and nothing is computed
+for padding. ``num_items_in_batch`` counts the tokens with loss of a whole step over all processes, so that
+neither accumulation nor the number of processes changes the loss.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+
+from xverse.config import UserError
+from xverse.data.order import random_order
+from xverse.data.packing import pack_examples
+from xverse.finetune.encode import Example
+from xverse.log import JsonlLog, notice
+from xverse.model import IGNORE
+
+FILLER = -1  # a row without examples: it evens out the last step of an epoch and has no loss
+Batch = dict[str, Tensor]
+
+
+class Rows(Dataset[list[int]]):
+    """Rows of example numbers: ``group`` neighbours, or as many as fit into ``length`` tokens."""
+
+    def __init__(self, examples: Sequence[Example], length: int | None, seed: int, group: int = 1) -> None:
+        self.examples = examples
+        self.rows = [list(range(start, start + group)) for start in range(0, len(examples), group)]
+        if length is not None:
+            order = random_order(len(examples), "rows", seed).tolist()
+            packed = pack_examples([len(examples[i].ids) for i in order], length)
+            self.rows = [[order[i] for i in row] for row in packed]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> list[int]:
+        return [] if number == FILLER else self.rows[number]
+
+
+class Order(Sampler[int]):
+    """All rows in an order of (seed, epoch) alone, filled up to whole steps of ``multiple`` rows."""
+
+    def __init__(self, count: int, multiple: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+        self.total = math.ceil(count / multiple) * multiple
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        yield from random_order(self.count, "examples", self.seed, self.epoch).tolist()
+        yield from [FILLER] * (self.total - self.count)
+
+
+def join(examples: Sequence[Example], numbers: Sequence[int], pad_id: int) -> Batch:
+    """One row of all ``numbers``: input_ids, labels and position_ids int64 [1, T], and ``numbers`` [n].
+
+    Labels are not shifted; the first token of an example has none.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    for number in numbers:
+        example = examples[number]
+        ids += example.ids
+        labels += [
+            token if kept and place else IGNORE
+            for place, (token, kept) in enumerate(zip(example.ids, example.mask, strict=True))
+        ]
+        positions += range(len(example.ids))
+    if not ids:
+        ids, labels, positions = [pad_id] * 2, [IGNORE] * 2, [0, 1]
+    row = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {**{key: torch.tensor([value]) for key, value in row.items()}, "numbers": torch.tensor(numbers)}
+
+
+class FinetuneTrainer(Trainer):
+    """``examples`` and ``held_out`` are encoded already; ``row_length`` packs rows of so many tokens."""
+
+    group = 1  # examples that belong together
+
+    def __init__(
+        self,
+        *,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        row_length: int | None,
+        pad_id: int,
+        **options: Any,
+    ) -> None:
+        self.examples, self.held_out, self.pad_id = examples, held_out, pad_id
+        seed = options["args"].data_seed or options["args"].seed
+        super().__init__(
+            train_dataset=Rows(examples, row_length, seed, self.group),
+            eval_dataset=Rows(held_out, row_length, seed, self.group) if held_out else None,
+            data_collator=self._collate,
+            **options,
+        )
+        self._order_seed = seed
+
+    def _collate(self, rows: list[list[int]]) -> Batch:
+        return join(self.examples, [number for row in rows for number in row], self.pad_id)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        multiple = self.args.per_device_train_batch_size * self.args.world_size
+        assert isinstance(self.train_dataset, Rows)
+        return Order(len(self.train_dataset), multiple, self._order_seed)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. Raises UserError, naming the examples, where the loss is no finite number."""
+        numbers = inputs.pop("numbers")
+        result = self.batch_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(loss):
+            names = ", ".join(self.examples[i].name for i in numbers.tolist()[:8])
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()} on {names}; a lower "
+                "learning_rate or max_grad_norm may help, or these examples are damaged"
+            )
+        return result
+
+    def batch_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def held_out_sums(self, model: Any, batch: Batch) -> list[float]:
+        """Loss and count of one batch, and what else is summed over the held-out examples."""
+        output = model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1)
+        return [output.loss.item(), (batch["labels"] != IGNORE).sum().item()]
+
+    def held_out_metrics(self, sums: list[float]) -> dict[str, float]:
+        loss = sums[0] / max(1.0, sums[1])
+        return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss in nats per token with loss over all held-out examples: each counts once, whatever the number
+        of processes."""
+        started = time.perf_counter()
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert isinstance(rows, Rows)
+        size = self.args.per_device_eval_batch_size
+        batches = [
+            [number for row in rows.rows[start : start + size] for number in row]
+            for start in range(0, len(rows), size)
+        ]
+        world, rank = self.args.world_size, self.args.process_index
+        # Sharded models gather weights in every forward pass, so that all processes make equally many.
+        batches += [[]] * (-len(batches) % world)
+        model: Any = self.model_wrapped if self.is_in_train else self.model
+        if not self.is_in_train:
+            model = model.to(self.args.device)
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(4, dtype=torch.float64)
+        for numbers in batches[rank::world]:
+            batch = join(rows.examples, numbers, self.pad_id)
+            del batch["numbers"]
+            batch = {key: value.to(self.args.device) for key, value in batch.items()}
+            found = self.held_out_sums(model, batch)
+            sums[: len(found)] += torch.tensor(found, dtype=torch.float64)
+        model.train(was_training)
+        total = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
+        figures = {**self.held_out_metrics(total), "runtime": round(time.perf_counter() - started, 3)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Record(TrainerCallback):
+    """Writes what Trainer logs to ``metrics.jsonl``, in the form that ``plot_loss`` reads, and says it."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = path
+        self.started, self.first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        record: dict[str, Any] = {"step": state.global_step - 1}  # -1: before the first
+        if "loss" in logs:
+            record |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+            pace = (time.perf_counter() - self.started) / max(1, state.global_step - self.first)
+            left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
+            notice(
+                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
+                f"learning rate {logs.get('learning_rate', 0):.2e}  {pace:.2f} s/step  {left} left"
+            )
+        elif "eval_loss" in logs:
+            record["valid"] = {"all": logs["eval_loss"]}
+            names = ("loss", "perplexity", "margin", "accuracy")
+            shown = [f"{name} {logs[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in logs]
+            notice(f"held out at step {state.global_step}: {', '.join(shown)}")
+        else:
+            return
+        log = JsonlLog(self.path)
+        log.write(record)
+        log.close()

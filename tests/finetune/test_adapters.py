@@ -1,0 +1,131 @@
+"""Adapters: trained in peft's format, beside the weights or in them, and never on a stranger's weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from xverse.cli import main
+from xverse.config import UserError
+from xverse.finetune.methods import prepare
+from xverse.finetune.settings import read_settings
+from xverse.formats import load_model, save_hf
+from xverse.formats.adapters import apply_adapter, fingerprint, merge_adapter
+from xverse.formats.compare import fixed_tokens, logits
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(params=["lora", "dora", "rslora"])
+def adapter(request, document, flags, tmp_path) -> Path:
+    document |= {"finetuning_type": "lora", "lora_rank": "4", "learning_rate": "1e-2", "bf16": "false"}
+    if request.param != "lora":
+        document[f"use_{request.param}"] = ""
+    assert main(["finetune", *flags(document)]) == 0
+    return tmp_path / "out"
+
+
+def test_it_is_pefts_merges_and_talks(adapter, base, tmp_path, capsys) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, str(base))
+    assert "lm_head" not in config["target_modules"]
+    tokens = fixed_tokens(load_model(base).config.vocab_size)
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens, use_cache=False).logits
+    merged, difference, divergence = merge_adapter(load_model(base), adapter, base)
+    assert difference < 1e-5
+    assert divergence < 1e-9
+    torch.testing.assert_close(logits(merged, tokens), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - logits(load_model(base), tokens)).abs().max() > 1e-2, "it has learnt something"
+
+    capsys.readouterr()
+    words = ["--model", str(base), "--adapter", str(adapter)]
+    assert main(["export", *words, "--format", "hf", "--out", str(tmp_path / "merged")]) == 0
+    said = capsys.readouterr().out
+    assert float(re.search(r"max \|Δlogit\| = (\S+), KL", said)[1]) < 1e-5
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "merged"), tokens), expected, rtol=1e-4, atol=1e-5
+    )
+    ask = ["--ask", "say hello", "--greedy", "--max-new-tokens", "8"]
+    assert main(["chat", *words, *ask]) == 0
+    reply = capsys.readouterr().out
+    assert main(["chat", "--model", str(tmp_path / "merged"), *ask]) == 0
+    assert capsys.readouterr().out == reply
+
+
+def made(base: Path, out: Path, **values: Any) -> Path:
+    """An adapter whose B is not zero, without training."""
+    settings = read_settings(
+        {"model_name_or_path": str(base), "output_dir": "o", "dataset": "d", "do_train": True, **values},
+        "test",
+    )
+    torch.manual_seed(0)
+    model = prepare(AutoModelForCausalLM.from_pretrained(base), settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    model.save_pretrained(out)
+    return out
+
+
+def test_merging_into_sixteen_bits_says_what_it_costs(tiny_model, tiny_tokenizer, tmp_path) -> None:
+    save_hf(tiny_model, tiny_tokenizer, tmp_path / "base", torch.bfloat16)
+    path = made(tmp_path / "base", tmp_path / "adapter")
+    stored = (tmp_path / "base" / "model.safetensors").read_bytes()
+    merged, difference, divergence = merge_adapter(load_model(tmp_path / "base"), path)
+    assert merged.lm_head.weight.dtype == torch.bfloat16
+    assert 1e-5 < difference < 0.1
+    assert 0 < divergence < 1e-3
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == stored
+
+
+def test_an_adapter_of_other_weights_is_refused(base, tiny_model, tiny_tokenizer, tmp_path) -> None:
+    from xverse.formats.adapters import write_base
+
+    path = made(base, tmp_path / "adapter")
+    write_base(path, str(base), fingerprint(load_model(base)))
+    apply_adapter(load_model(base), path, base)
+    with torch.no_grad():
+        tiny_model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    save_hf(tiny_model, tiny_tokenizer, tmp_path / "other", torch.float32)
+    with pytest.raises(UserError, match=r"was trained on .*base, not on"):
+        apply_adapter(load_model(tmp_path / "other"), path, tmp_path / "other")
+
+
+def test_the_fingerprint_is_of_values_not_of_files(base, tmp_path, tiny_tokenizer) -> None:
+    model = load_model(base)
+    save_hf(model, tiny_tokenizer, tmp_path / "shards", torch.float32, max_shard_bytes=100_000)
+    assert fingerprint(load_model(tmp_path / "shards")) == fingerprint(model)
+
+
+def test_an_adapter_is_gone_on_with(base, document, flags, tmp_path) -> None:
+    path = made(base, tmp_path / "adapter")
+    document |= {"finetuning_type": "lora", "adapter_name_or_path": str(path), "learning_rate": "0"}
+    assert main(["finetune", *flags(document)]) == 0
+    first, _, _ = merge_adapter(load_model(base), path)
+    second, _, _ = merge_adapter(load_model(base), tmp_path / "out", base)
+    tokens = fixed_tokens(first.config.vocab_size)
+    torch.testing.assert_close(logits(first, tokens), logits(second, tokens), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--adapter", "nowhere"], "no such adapter directory"),
+        (["--adapter", "BASE"], "holds no adapter"),
+        (["--adapter", "ADAPTER", "--quantize", "int8"], "then quantize"),
+    ],
+)
+def test_mistakes_are_one_line(base, tmp_path, capsys, words, said) -> None:
+    path = made(base, tmp_path / "adapter")
+    words = [{"BASE": str(base), "ADAPTER": str(path)}.get(word, word) for word in words]
+    assert main(["chat", "--model", str(base), "--ask", "hi", *words]) == 2
+    assert said in capsys.readouterr().err

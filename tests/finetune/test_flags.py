@@ -1,0 +1,174 @@
+"""The flags: every one of the source document, LLaMA-Factory's meanings, refusals by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from xverse.cli import main, verb_parser
+from xverse.config import UserError, read_yaml
+from xverse.finetune.run import deepspeed_file, training_arguments
+from xverse.finetune.settings import OWN, Settings, read_settings, training_values
+
+# The source document's, word for word.
+COMMAND = r"""
+    --stage sft \
+    --model_name_or_path model_path \
+    --do_train \
+    --dataset alpaca_gpt4_en \
+    --template default \
+    --finetuning_type full \
+    --output_dir output_model_path \
+    --overwrite_cache \
+    --per_device_train_batch_size 4 \
+    --per_device_eval_batch_size 4 \
+    --gradient_accumulation_steps 4 \
+    --preprocessing_num_workers 16 \
+    --lr_scheduler_type cosine \
+    --logging_steps 10 \
+    --save_steps 200 \
+    --eval_steps 200 \
+    --learning_rate 2e-5 \
+    --max_grad_norm 0.5 \
+    --num_train_epochs 2.0 \
+    --evaluation_strategy steps \
+    --load_best_model_at_end \
+    --plot_loss \
+    --bf16 \
+    --padding_side right \
+    --deepspeed deepspeed.json
+"""
+MINIMUM = {"model_name_or_path": "nano", "dataset": "x", "do_train": True, "output_dir": "out"}
+
+
+def settings(**values: object) -> Settings:
+    return read_settings({**MINIMUM, **values}, "test")
+
+
+def test_the_documents_command_is_accepted_flag_by_flag() -> None:
+    words = COMMAND.replace("\\\n", " ").split()
+    given = vars(verb_parser("finetune").parse_args(["--local_rank=0", *words]))
+    named = {word[2:] for word in words if word.startswith("--")}
+    assert named <= {name for name, value in given.items() if value is not None}
+    values = {key: value for key, value in given.items() if key not in ("recipe", "overrides")}
+    settings = read_settings(values, "document")
+    passed = training_values(settings)
+    assert passed["eval_strategy"] == "steps"
+    assert (passed["save_steps"], passed["eval_steps"], passed["max_grad_norm"]) == (200, 200, 0.5)
+    assert passed["load_best_model_at_end"]
+    assert passed["bf16"]
+    assert settings.held_out(52_000) == 520, "1 % where evaluation is asked for without a validation set"
+
+
+def test_a_bare_deepspeed_json_is_the_documents() -> None:
+    pytest.importorskip("deepspeed")
+    values = json.loads(deepspeed_file("deepspeed.json").read_text())
+    assert values.pop("zero_optimization") == {
+        "stage": 2,
+        "allgather_partitions": True,
+        "reduce_scatter": True,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+    }
+    assert values == {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": True},
+    }
+
+
+def test_what_goes_to_transformers_is_known_there() -> None:
+    from transformers import TrainingArguments
+
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    ours = {field.name for field in dataclasses.fields(Settings)}
+    assert ours - OWN <= theirs
+    assert {"learning_rate", "deepspeed", "fsdp", "seed"} <= ours - OWN
+
+
+def test_values_reach_transformers(tmp_path) -> None:
+    given = settings(
+        output_dir=str(tmp_path),
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        warmup_ratio=0.1,
+        bf16=True,
+    )
+    args = training_arguments(given)
+    assert args.save_strategy == args.eval_strategy == "epoch"
+    assert args.warmup_steps == 0.1
+    assert args.seed == 42
+    assert not args.remove_unused_columns
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"template": "vicuna"}, "XVERSE's own"),
+        ({"do_train": False}, "nothing to do"),
+        ({"dataset": None}, "needs a dataset"),
+        ({"deepspeed": "a.json", "fsdp": "full_shard"}, "one of them"),
+        ({"eval_strategy": "steps", "evaluation_strategy": "epoch"}, "one setting"),
+        ({"load_best_model_at_end": True}, "needs evaluation"),
+        ({"val_size": 1.5}, "neither a share"),
+        ({"val_size": 0.1, "eval_dataset": "y"}, "one of them"),
+        ({"train_on_prompt": True, "mask_history": True}, "contradict"),
+        ({"bf16": True, "fp16": True}, "contradict"),
+        ({"lora_rnak": 3}, "did you mean 'lora_rank'"),
+        ({"stage": "ppo"}, "not one of sft, pt, dpo"),
+        ({"learning_rate": "fast"}, "learning_rate"),
+    ],
+)
+def test_contradictions_are_one_line(values, said) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        settings(**values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora_rnak", "8"], "did you mean '--lora_rank'"),
+        (["--stage", "stf"], "did you mean 'sft'"),
+        (["--bf16", "maybe"], "neither true nor false"),
+        ([], "name a recipe, or give flags"),
+        (["--do_train"], "missing key"),
+    ],
+)
+def test_the_command_line_refuses_by_name(words, said, capsys) -> None:
+    try:
+        code = main(["finetune", *words])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_yaml_has_the_same_names(tmp_path, capsys) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text(yaml.safe_dump({**MINIMUM, "output_dir": str(tmp_path / "o"), "dataset": ["a", "b"]}))
+    assert main(["finetune", str(file), "model_name_or_path=nowhere"]) == 2
+    assert "no model 'nowhere'" in capsys.readouterr().err
+    assert main(["finetune", str(file), "lora_rnak=4"]) == 2
+    assert "did you mean 'lora_rank'" in capsys.readouterr().err
+
+
+def test_a_deepspeed_file_that_is_not_there(tmp_path) -> None:
+    pytest.importorskip("deepspeed")
+    with pytest.raises(UserError, match="no such file"):
+        deepspeed_file("ds_z3.json")
+    own = tmp_path / "deepspeed.json"
+    own.write_text("{}")
+    assert deepspeed_file(str(own)) == own
+
+
+@pytest.mark.parametrize("name", ["sft/full.yaml", "sft/lora.yaml", "dpo/lora.yaml"])
+def test_shipped_recipes_are_well_formed(name) -> None:
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / name
+    assert read_settings(read_yaml(recipe), name).learning_rate
