@@ -55,7 +55,8 @@ def test_contents(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
     kernels = {"xverse/quant/libxverse_kernels.so"} if compiler() else set()
-    assert {name for name in names if name.startswith("xverse/")} == expected | kernels
+    recipes = {"xverse/finetune/recipes/deepspeed.json"}  # of recipes/, for `--deepspeed deepspeed.json`
+    assert {name for name in names if name.startswith("xverse/")} == expected | kernels | recipes
     for licence in ("LICENSE", "NOTICE"):
         assert any(name.endswith(f".dist-info/licenses/{licence}") for name in names)
     assert wheel.stat().st_size < 30 * 2**20
