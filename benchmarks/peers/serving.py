@@ -24,7 +24,7 @@ from xverse.log import notice
 from xverse.model import SHAPES
 from xverse.quant.pipeline import QuantSettings
 
-CLIENTS = 8
+CLIENTS, NEW_TOKENS = 8, 64
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             found = serve.run(
                 str(folder / "int4"),
                 clients=CLIENTS,
+                new_tokens=NEW_TOKENS,
                 rounds=arguments.rounds,
                 threads=threads,
                 peer=lambda prompts, new_tokens: _decode(worker, prompts, new_tokens),
