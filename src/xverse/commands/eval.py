@@ -90,6 +90,8 @@ def _run(args: argparse.Namespace) -> int:
     from xverse.eval.tasks import TASKS
 
     names = list(dict.fromkeys(name for name in args.tasks.split(",") if name))
+    if not names:
+        raise UserError("--tasks: names no task")
     for name in names:
         if not evaluation.is_file(name):
             choose("task", name, {**BENCHMARKS, **TASKS})

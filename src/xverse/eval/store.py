@@ -37,8 +37,10 @@ def settings(out: Path) -> dict[str, Any]:
     """Raises UserError where there is no evaluation."""
     try:
         found: dict[str, Any] = json.loads((out / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out}: no evaluation here ({error})") from None
+    except OSError as error:
+        raise UserError(f"{out}: no evaluation here (settings.json: {error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{out}: its settings.json is no JSON") from None
     return found
 
 
