@@ -34,6 +34,8 @@ UNITS: list[tuple[str, list[str]]] = [
     ("decoder.cpp", []),
     ("attention_generic.cpp", []),
     ("rounding.cpp", [*_ROUNDING, "-DXV_ROUND=round_portable", "-DXV_ROUND_API"]),
+    ("training_api.cpp", []),
+    ("training.cpp", ["-DXV_TRAINING=kTrainingPortable"]),
 ]
 if platform.machine().lower() in ("x86_64", "amd64"):
     UNITS += [
@@ -46,6 +48,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("attention_prefill.cpp", [*_AVX512, "-mavx512bf16"]),
         ("rounding.cpp", [*_ROUNDING, "-mavx2", "-DXV_ROUND=round_avx2"]),
         ("rounding.cpp", [*_ROUNDING, *_AVX512, "-DXV_ROUND=round_avx512"]),
+        ("training.cpp", ["-mavx2", "-mfma", "-DXV_TRAINING=kTrainingAvx2"]),
+        ("training.cpp", [*_AVX512, "-DXV_TRAINING=kTrainingAvx512"]),
     ]
 
 

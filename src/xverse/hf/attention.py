@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from xverse.model.attention import AttentionContext, Packed
+from xverse.model.attention import AttentionContext
+from xverse.quant.training import KernelPacked
 
 
 class CachedAttention:
@@ -94,7 +95,7 @@ def attention_context(
         position_ids = position_ids.to(device).expand(batch, length)
         restarts = position_ids[:, 1:] <= position_ids[:, :-1]  # [B, T-1]
         if restarts.any():
-            packed = Packed(pad(restarts.cumsum(1), (1, 0)))
+            packed = KernelPacked(pad(restarts.cumsum(1), (1, 0)))
             packed.positions = position_ids
             return packed
     return CachedAttention(batch, length, device, attention_mask, position_ids, cache)

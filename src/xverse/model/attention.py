@@ -40,8 +40,7 @@ class Packed:
     """Several documents in a row of tokens: each sees only itself, and its positions start at 0.
 
     ``document_ids`` int [B, T]: equal neighbours belong to one document. Attention runs document by
-    document, so that masked pairs cost nothing; rows of one document each go through in one call. Short rows
-    that are trained in bfloat16 on a CPU take one dense masked product instead, see ``_dense_attention``.
+    document, so that masked pairs cost nothing; rows of one document each go through in one call.
     """
 
     def __init__(self, document_ids: Tensor) -> None:
@@ -55,16 +54,8 @@ class Packed:
         ends = [*starts[1:], batch * length]
         self._lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         self._whole_rows = len(starts) == batch
-        self._bias: Tensor | None = None
-        if device.type == "cpu" and torch.is_grad_enabled() and length <= _DENSE_LENGTH:
-            number = first.cumsum(dim=1)  # [B, T]
-            seen = (number[:, :, None] == number[:, None, :]).tril()  # [B, T, T]
-            self._bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None]  # [B, 1, T, T]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self._bias is not None and q.dtype == torch.bfloat16:
-            self._bias = self._bias.to(q.dtype)
-            return _dense_attention(q, k, v, self._bias)
         if self._whole_rows:
             return scaled_dot_product_attention(q, k, v, is_causal=True)
         batch, heads, length, head_dim = q.shape
@@ -78,19 +69,3 @@ class Packed:
         ]
         mixed = torch.cat(documents, dim=2)  # [1, H, B*T, head_dim]
         return mixed.reshape(heads, batch, length, head_dim).transpose(0, 1)
-
-
-_DENSE_LENGTH = 512
-
-
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention through whole score matrices [B, H, T, T].
-
-    PyTorch's fused kernel is slow backwards on a CPU in bfloat16: forward and backward of 4,096 tokens, 4
-    heads of 64 take 37 ms against 24 ms here at T = 256, and 56 ms against 28 ms at T = 512. In float32 it is
-    the faster one, and the two agree. In bfloat16 the scores are rounded before the softmax, which itself
-    sums in float32: with scores of standard deviation 1 the output is off by 0.3 % here and by 0.19 %
-    there (tests/model/test_attention.py).
-    """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias  # [B, H, T, T]
-    return scores.softmax(dim=-1) @ v

@@ -6,13 +6,27 @@ time, and its gradients are formed while they are in cache, so the backward pass
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
 _CHUNK_BYTES = 32 * 2**20  # float32 logits of one chunk: small enough for a last-level cache
+
+
+class LossKernels(NamedTuple):
+    """What may be faster than PyTorch's operations, for logits in bfloat16.
+
+    ``softmax_gradient(logits [C, V], targets [C], z_loss)`` gives the sum of the losses and, in the logits'
+    memory, their gradient; ``accumulate(total, value)`` adds bfloat16 to float32. Logits of ``chunk_bytes``
+    exist at a time: each chunk reads and writes all of the weight's gradient once more.
+    """
+
+    softmax_gradient: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    accumulate: Callable[[Tensor, Tensor], None]
+    chunk_bytes: int
 
 
 def linear_cross_entropy(
@@ -23,6 +37,7 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     chunk: int | None = None,
     z_loss: float = 0.0,
+    kernels: LossKernels | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden`` [N, D] @ ``weight`` [V, D] transposed against ``targets`` int64 [N].
 
@@ -30,10 +45,11 @@ def linear_cross_entropy(
     matmuls run in ``hidden``'s dtype, or in autocast's where it is on; softmax and sums in float32. Returns a
     float32 scalar, or [N] for "none", which carries no gradient. ``chunk`` is in tokens. While gradients are
     recorded, ``z_loss`` times the squared log of the softmax's sum is added to each token's loss (Chowdhery
-    et al., 2022, section 5).
+    et al., 2022, section 5). ``kernels`` serve where gradients are recorded in bfloat16.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    kernels = kernels if hidden.dtype == torch.bfloat16 else None
     chunk = chunk or max(64, _CHUNK_BYTES // (4 * weight.shape[0]))
     if reduction == "none":
         with torch.no_grad():
@@ -47,7 +63,9 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         total = _token_losses(hidden, weight, targets, chunk).sum()
     else:
-        total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, z_loss)
+        if kernels is not None:
+            chunk = max(64, kernels.chunk_bytes // (2 * weight.shape[0]) // 64 * 64)
+        total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, z_loss, kernels)
     if reduction == "sum":
         return total
     return total / count.clamp(min=1)
@@ -68,42 +86,69 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, z_loss: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        z_loss: float,
+        kernels: LossKernels | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
+        softmax, add = (softmax_gradient, _accumulate) if kernels is None else kernels[:2]
         cast_weight = weight.to(hidden.dtype)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [N, D]
-        weight_grad = (
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        )  # [V, D]
+        weight_grad: Tensor | None = None  # [V, D]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # Written again by every chunk: fresh memory of this size costs a page fault for each 4 KiB.
+        logits = hidden.new_empty(min(chunk, len(targets)), weight.shape[0])  # [C, V]
+        product = torch.empty_like(cast_weight) if ctx.needs_input_grad[1] else None  # [V, D]
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            valid = targets[part] != IGNORE  # [C]
-            target = torch.where(valid, targets[part], 0)[:, None]  # [C, 1]
-            logits = (hidden[part] @ cast_weight.T).float()  # [C, V]
-            log_sum = logits.logsumexp(dim=1, keepdim=True)  # [C, 1]
-            total += torch.where(valid, (log_sum - logits.gather(1, target)).squeeze(1), 0.0).sum()
-            grad = logits.sub_(log_sum).exp_()  # softmax, in the logits' memory
-            if z_loss:
-                total += torch.where(valid, z_loss * log_sum.squeeze(1) ** 2, 0.0).sum()
-                grad.mul_(1 + 2 * z_loss * log_sum)
-            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-            grad = grad.mul_(valid[:, None]).to(hidden.dtype)  # [C, V]
+            out = logits[: len(targets[part])]
+            losses, grad = softmax(torch.mm(hidden[part], cast_weight.T, out=out), targets[part], z_loss)
+            total += losses
             if hidden_grad is not None:
-                hidden_grad[part] = grad @ cast_weight
-            if weight_grad is not None:
-                weight_grad += grad.T @ hidden[part]
-        ctx.save_for_backward(hidden_grad, weight_grad)
+                torch.mm(grad, cast_weight, out=hidden_grad[part])
+            if product is not None:
+                torch.mm(grad.T, hidden[part], out=product)
+                if weight_grad is None:
+                    weight_grad = product.to(torch.float32, copy=True)
+                else:
+                    add(weight_grad, product)
+        if product is not None and weight_grad is None:  # no targets
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        ctx.grads = hidden_grad, weight_grad
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         (output_grad,) = output_grads
-        hidden_grad, weight_grad = ctx.saved_tensors
+        assert ctx.grads is not None, "the gradients are scaled in place, once"
+        hidden_grad, weight_grad = ctx.grads
+        ctx.grads = None
         if hidden_grad is not None:
-            hidden_grad = hidden_grad * output_grad.to(hidden_grad.dtype)
+            hidden_grad = hidden_grad.mul_(output_grad)
         if weight_grad is not None:
-            weight_grad = (weight_grad * output_grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None
+            weight_grad = weight_grad.mul_(output_grad).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+def softmax_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of logits [C, V], and its gradient by the logits, in their type."""
+    valid = targets != IGNORE  # [C]
+    target = torch.where(valid, targets, 0)[:, None]  # [C, 1]
+    grad = logits.float()  # [C, V]
+    log_sum = grad.logsumexp(dim=1, keepdim=True)  # [C, 1]
+    losses = (log_sum - grad.gather(1, target)).squeeze(1)
+    grad.sub_(log_sum).exp_()  # softmax
+    if z_loss:
+        losses = losses + z_loss * log_sum.squeeze(1) ** 2
+        grad.mul_(1 + 2 * z_loss * log_sum)
+    grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+    return torch.where(valid, losses, 0.0).sum(), grad.mul_(valid[:, None]).to(logits.dtype)
+
+
+def _accumulate(total: Tensor, value: Tensor) -> None:
+    total += value

@@ -42,6 +42,16 @@ _SIGNATURES = {
     "xv_decoder": [
         _POINTER, _INT, *[_POINTER] * 7, _INT, _INT, *[_INT64] * 3, _INT, _INT64, ctypes.c_float, _INT,
     ],
+    "xv_select_training": [ctypes.c_char_p],
+    "xv_train_add": [*[_POINTER] * 3, _INT64, _INT],
+    "xv_train_accumulate": [*[_POINTER] * 2, _INT64, _INT],
+    "xv_train_norm": [*[_POINTER] * 6, *[_INT64] * 2, ctypes.c_float, _INT],
+    "xv_train_norm_grad": [*[_POINTER] * 8, *[_INT64] * 2, _INT],
+    "xv_train_silu_mul_grad": [*[_POINTER] * 5, _INT64, _INT],
+    "xv_train_turn": [*[_POINTER] * 4, *[_INT64] * 4, _INT, _INT],
+    "xv_train_softmax": [*[_POINTER] * 3, *[_INT64] * 7, ctypes.c_float, _INT],
+    "xv_train_softmax_grad": [*[_POINTER] * 4, *[_INT64] * 7, ctypes.c_float, _INT],
+    "xv_train_cross_entropy": [*[_POINTER] * 3, *[_INT64] * 2, ctypes.c_float, _INT],
     "xv_tile": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT, _INT, _INT],
 }
 # fmt: on
@@ -82,6 +92,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     name = found.xv_select(wanted.encode())
     if name is None:
         raise UserError(f"XVERSE_KERNELS: this processor does not have '{wanted}'")
+    found.xv_select_training(name)
     found.xv_use_openmp(_gomp_parallel())
     return found, name.decode()
 

@@ -1,4 +1,4 @@
-"""What is done to the layers of a model from outside: recomputing activations, and compiling."""
+"""What is done to the layers of a model from outside: kernels, recomputing activations, compiling."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import (
 )
 
 from xverse.model import Packed, XverseForCausalLM
+from xverse.quant.training import KernelPacked, use_training_kernels
 from xverse.train.settings import TrainConfig
 
 
@@ -21,8 +22,11 @@ def prepare_blocks(model: XverseForCausalLM, config: TrainConfig) -> None:
 
     ``activation_checkpointing`` "full" keeps a layer's input only and computes the rest again in the backward
     pass (Chen et al., 2016); "selective" keeps the results of matmuls and attention too (Korthikanti et al.,
-    2022), so that what is computed twice is cheap.
+    2022), so that what is computed twice is cheap. Layers that are not compiled take the kernels for training
+    on a CPU.
     """
+    if not config.compile:
+        use_training_kernels(model)
     for layer in model.model.layers:
         if config.compile:
             layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -38,14 +42,14 @@ def prepare_blocks(model: XverseForCausalLM, config: TrainConfig) -> None:
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator.name().partition("::")[2]
-    kept = name in ("mm", "bmm", "addmm", "linear") or "scaled_dot_product" in name
+    kept = name in ("mm", "bmm", "addmm", "linear") or "attention" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @functools.cache
 def context_type(compiled: bool) -> type[Packed]:
-    """``Packed``; for compiled layers one that stays out of the graphs, since each batch's documents are of
-    other lengths and each would be compiled anew."""
+    """The attention context; for compiled layers one that stays out of the graphs, since each batch's
+    documents are of other lengths and each would be compiled anew."""
     if not compiled:
-        return Packed
+        return KernelPacked
     return type("UncompiledPacked", (Packed,), {"attend": torch.compiler.disable(Packed.attend)})

@@ -18,7 +18,7 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.data.feed import Batch, prefetch
 from xverse.log import JsonlLog
-from xverse.model import IGNORE, Packed, XverseForCausalLM
+from xverse.model import IGNORE, XverseForCausalLM
 from xverse.train.blocks import context_type, prepare_blocks
 from xverse.train.checkpoint import Checkpointer, clear_leftovers, load_checkpoint, newest
 from xverse.train.meter import Meter
@@ -239,7 +239,8 @@ def sum_loss(
     """Sum of the token losses in nats of packed documents [B, T], computed in ``dtype``."""
     device = next(model.parameters()).device
     with computing(device, dtype):
-        return model.loss(tokens.to(device), targets.to(device), Packed(document_ids.to(device)))
+        context = context_type(False)(document_ids.to(device))
+        return model.loss(tokens.to(device), targets.to(device), context)
 
 
 def computing(device: torch.device, dtype: str) -> torch.autocast:

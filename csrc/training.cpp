@@ -1,0 +1,192 @@
+// One instruction set's table of training.h (XV_TRAINING names it): plain C++ that compilers vectorise.
+#include "training.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+#include "steps.h"
+
+namespace {
+
+using namespace xv;
+
+constexpr int kLanes = 32;
+
+inline float total(const float* lanes) {
+  float half[kLanes / 2];
+  for (int j = 0; j < kLanes / 2; ++j) half[j] = lanes[j] + lanes[j + kLanes / 2];
+  for (int size = kLanes / 4; size > 0; size /= 2)
+    for (int j = 0; j < size; ++j) half[j] += half[j + size];
+  return half[0];
+}
+
+// Calls body(i, lane) for 0..count in runs of kLanes that compilers vectorise.
+template <class Body>
+inline void in_lanes(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) body(i + j, j);
+  for (; i < count; ++i) body(i, 0);
+}
+
+// NaN is not looked for: no value of a sum of finite values is one, and what is infinite or NaN stays visible
+// in the float32 losses and norms.
+inline uint16_t rounded(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+void add(const float* x, const uint16_t* delta, float* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = x[i] + to_float(delta[i]);
+}
+
+void accumulate(float* sum, const uint16_t* value, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) sum[i] += to_float(value[i]);
+}
+
+void norm(const float* x, const uint16_t* delta, const float* weight, float* sum, uint16_t* y, float* scale,
+          int64_t rows, int size, float eps) {
+  for (int64_t row = 0; row < rows; ++row, x += size, y += size) {
+    const float* from = x;
+    if (delta != nullptr) {
+      for (int i = 0; i < size; ++i) sum[i] = x[i] + to_float(delta[i]);
+      from = sum;
+      delta += size;
+      sum += size;
+    }
+    float lanes[kLanes] = {};
+    in_lanes(size, [&](int64_t i, int j) { lanes[j] += from[i] * from[i]; });
+    scale[row] = 1.0f / std::sqrt(total(lanes) / float(size) + eps);
+    const float by = scale[row];
+    for (int i = 0; i < size; ++i) y[i] = rounded(from[i] * by * weight[i]);
+  }
+}
+
+void norm_grad(const uint16_t* dy, const float* dsum, const float* sum, const float* weight, const float* scale,
+               float* dx, uint16_t* ddelta, float* dweight, int64_t rows, int size) {
+  for (int64_t row = 0; row < rows; ++row, dy += size, sum += size, dx += size) {
+    const float by = scale[row];
+    float lanes[kLanes] = {};
+    in_lanes(size, [&](int64_t i, int j) { lanes[j] += to_float(dy[i]) * weight[i] * sum[i]; });
+    const float along = total(lanes) * by * by * by / float(size);
+    for (int i = 0; i < size; ++i) {
+      const float gradient = to_float(dy[i]);
+      dx[i] = gradient * weight[i] * by - sum[i] * along;
+      dweight[i] += gradient * sum[i] * by;
+    }
+    if (dsum != nullptr) {
+      for (int i = 0; i < size; ++i) dx[i] += dsum[i];
+      dsum += size;
+    }
+    if (ddelta != nullptr) {
+      for (int i = 0; i < size; ++i) ddelta[i] = rounded(dx[i]);
+      ddelta += size;
+    }
+  }
+}
+
+void silu_mul_grad(const uint16_t* dy, const uint16_t* gate, const uint16_t* up, uint16_t* dgate, uint16_t* dup,
+                   int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float gradient = to_float(dy[i]), value = to_float(gate[i]);
+    const float sigmoid = 1.0f / (1.0f + exponential(-value));
+    dup[i] = rounded(gradient * value * sigmoid);
+    dgate[i] = rounded(gradient * to_float(up[i]) * sigmoid * (1.0f + value * (1.0f - sigmoid)));
+  }
+}
+
+void turn(const uint16_t* x, const float* cos, const float* sin, uint16_t* y, int head_dim, bool back) {
+  if (cos == nullptr) {
+    std::memcpy(y, x, sizeof(uint16_t) * size_t(head_dim));
+    return;
+  }
+  const int half = head_dim / 2;
+  const float sign = back ? -1.0f : 1.0f;
+  for (int i = 0; i < half; ++i) {
+    const float first = to_float(x[i]), second = to_float(x[half + i]);
+    y[i] = rounded(first * cos[i] - second * sign * sin[i]);
+    y[half + i] = rounded(second * cos[i] + first * sign * sin[i]);
+  }
+}
+
+float softmax(uint16_t* scores, int keys, int first, int last, float scale, float* spare) {
+  const int count = last - first + 1;
+  uint16_t* seen = scores + first;
+  float most[kLanes];
+  for (float& value : most) value = -3.0e38f;
+  in_lanes(count, [&](int64_t i, int j) {
+    const float value = to_float(seen[i]);
+    most[j] = value > most[j] ? value : most[j];
+  });
+  float largest = most[0];
+  for (float value : most) largest = value > largest ? value : largest;
+  float lanes[kLanes] = {};
+  in_lanes(count, [&](int64_t i, int j) {
+    spare[i] = exponential((to_float(seen[i]) - largest) * scale);
+    lanes[j] += spare[i];
+  });
+  const float sum = total(lanes), inverse = 1.0f / sum;
+  std::memset(scores, 0, sizeof(uint16_t) * size_t(first));
+  for (int i = 0; i < count; ++i) seen[i] = rounded(spare[i] * inverse);
+  std::memset(seen + count, 0, sizeof(uint16_t) * size_t(keys - last - 1));
+  return largest * scale + std::log(sum);
+}
+
+void softmax_grad(uint16_t* scores, uint16_t* dp, int keys, int first, int last, float scale, float log_sum,
+                  float* spare) {
+  const int count = last - first + 1;
+  uint16_t *seen = scores + first, *gradient = dp + first;
+  float lanes[kLanes] = {};
+  in_lanes(count, [&](int64_t i, int j) {
+    spare[i] = exponential(to_float(seen[i]) * scale - log_sum);
+    lanes[j] += spare[i] * to_float(gradient[i]);
+  });
+  const float mean = total(lanes);
+  std::memset(scores, 0, sizeof(uint16_t) * size_t(first));
+  std::memset(dp, 0, sizeof(uint16_t) * size_t(first));
+  for (int i = 0; i < count; ++i) {
+    seen[i] = rounded(spare[i]);
+    gradient[i] = rounded(spare[i] * (to_float(gradient[i]) - mean) * scale);
+  }
+  std::memset(seen + count, 0, sizeof(uint16_t) * size_t(keys - last - 1));
+  std::memset(gradient + count, 0, sizeof(uint16_t) * size_t(keys - last - 1));
+}
+
+float cross_entropy(uint16_t* logits, int64_t size, int64_t target, float z, float* spare) {
+  float most[kLanes];
+  for (float& value : most) value = -3.0e38f;
+  in_lanes(size, [&](int64_t i, int j) {
+    const float value = to_float(logits[i]);
+    most[j] = value > most[j] ? value : most[j];
+  });
+  float largest = most[0];
+  for (float value : most) largest = value > largest ? value : largest;
+  // Sums of stretches, added in double: 100,534 values in 32 float lanes would lose digits.
+  double sum = 0;
+  constexpr int64_t kStretch = 4096;
+  for (int64_t start = 0; start < size; start += kStretch) {
+    float lanes[kLanes] = {};
+    in_lanes(size - start < kStretch ? size - start : kStretch, [&](int64_t i, int j) {
+      spare[start + i] = exponential(to_float(logits[start + i]) - largest);
+      lanes[j] += spare[start + i];
+    });
+    sum += double(total(lanes));
+  }
+  const float log_sum = largest + float(std::log(sum));
+  const float loss = log_sum - to_float(logits[target]) + z * log_sum * log_sum;
+  const float by = float((1.0 + 2.0 * double(z) * double(log_sum)) / sum);
+  const float at_target = spare[target] * by - 1.0f;
+  for (int64_t i = 0; i < size; ++i) logits[i] = rounded(spare[i] * by);
+  logits[target] = rounded(at_target);
+  return loss;
+}
+
+}  // namespace
+
+namespace xv {
+extern const TrainingKernels XV_TRAINING;
+const TrainingKernels XV_TRAINING = {add, accumulate, norm, norm_grad, silu_mul_grad,
+                                     turn, softmax, softmax_grad, cross_entropy};
+}  // namespace xv
