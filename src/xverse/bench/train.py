@@ -1,27 +1,31 @@
-"""Pretraining speed against transformers' Llama: same shape, weights, batch, precision, optimizer and run.
+"""Pretraining speed and memory against transformers' Llama under its Trainer, in the same run.
 
-Both are trained with bf16 autocast over float32 parameters, fused AdamW and gradient clipping. Ours takes
-``train/``'s own step; the peer takes its own forward pass and loss, without a cache. They run in turn, A B A
-B, so that a change of the machine's speed meets both, and the ratio is the median over the pairs.
+Same shape, weights, batch, precision and optimizer: bf16 autocast over float32 parameters, fused AdamW,
+gradients clipped. Ours takes ``train/``'s own step. Each side is a process of its own, which holds still
+while the other computes: they run in turn, A B A B, so that a change of the machine's speed meets both, and the
+ratio is the median over the pairs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from xverse import hardware
 from xverse.bench.report import (
-    MATMUL,
     Row,
     at_least,
+    at_most,
     count_threads,
     in_gb,
     need_memory,
@@ -35,33 +39,51 @@ from xverse.data.feed import Batch
 from xverse.formats.write import llama_config
 from xverse.log import notice
 from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights, named_shape
+from xverse.train.blocks import prepare_blocks
 from xverse.train.loop import TrainConfig, train_step
 from xverse.train.optimizer import make_adamw
 from xverse.train.report import flops_per_token
 
-RATIO_TARGET = 1.0  # of transformers' tokens/s, at shape mini
+# At shape mini: of the Trainer's tokens/s, of the measured matmul rate, of the Trainer's peak memory.
+TARGETS: dict[int, dict[str, float]] = {
+    8192: {"ratio": 1.4, "matmul_share": 0.7},
+    100_534: {"ratio": 1.9, "memory_ratio": 0.5},
+}
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
 BLOCKS = 4
-MEMORY_STEPS = 2  # the optimizer's moments appear in the first one
 SIDES = ("xverse", "transformers")
 
-# A fresh process, so that neither side's memory is part of the other's.
 CHILD = "import sys; from xverse.bench.train import child; child(sys.argv[1])"
+Gate = Callable[[], bool]  # waits until this side may take its next step; False: no more
 
 
 def run(
     shape: str = "mini",
     *,
+    vocabulary: int | None = None,
     batch_size: int = 8,
     sequence_length: int = 512,
     steps: int = 12,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Measure a named shape. Raises UserError for an unknown one, too few steps or too little memory."""
-    config = named_shape(shape)
-    return measure(
-        config, shape, batch_size=batch_size, sequence_length=sequence_length, steps=steps, threads=threads
-    )
+    """Measure a named shape; ``mini`` with 8,192 and 100,534 entries unless ``vocabulary`` says how many.
+
+    Raises UserError for an unknown shape, too few steps or too little memory.
+    """
+    found = named_shape(shape)
+    sizes = [vocabulary] if vocabulary else list(TARGETS) if shape == "mini" else [found.vocab_size]
+    results = [
+        measure(
+            dataclasses.replace(found, vocab_size=size),
+            shape,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            steps=steps,
+            threads=threads,
+        )
+        for size in sizes
+    ]
+    return results[0] if len(results) == 1 else {"bench": "train", "results": results}
 
 
 def measure(
@@ -72,42 +94,43 @@ def measure(
     sequence_length: int,
     steps: int,
     threads: int | None = None,
-    memory_of: Sequence[str] = SIDES,
 ) -> dict[str, Any]:
-    """Up to ``steps`` timed steps of each side in equal blocks, at least three, after one that warms up;
-    peak memory of the sides in ``memory_of``."""
+    """Up to ``steps`` timed steps of each side in equal blocks, at least three, after one that warms up."""
     if steps < 3:
         raise UserError(f"steps: {steps} are too few for a median of pairs (at least 3)")
     if not 2 <= sequence_length <= config.context_length:
         raise UserError(f"sequence_length: {sequence_length} is out of range (2 to {config.context_length})")
     threads = threads or hardware.cores().usable
     need_memory(estimated_memory(config, batch_size, sequence_length))
-    notice(f"train {name}: peak memory of each side in a process of its own")
-    memory = {side: peak_memory(side, config, batch_size, sequence_length, threads) for side in memory_of}
+    product = (batch_size * sequence_length, config.hidden_size, config.intermediate_size)
     block = max(1, steps // BLOCKS)
-    with using_threads(threads):
-        matmul = [hardware.matmul_flops(torch.bfloat16, *MATMUL)]
-        takers = {side: stepper(side, config, batch_size, sequence_length) for side in SIDES}
-        first_loss = {side: round(take(), 5) for side, take in takers.items()}
+    title = f"train {name}, vocabulary {config.vocab_size:,}"
+    with using_threads(threads), contextlib.ExitStack() as stack:
+        matmul = [hardware.matmul_flops(torch.bfloat16, *product)]
+        job = {"config": config.to_json(), "batch_size": batch_size, "length": sequence_length}
+        sides = {
+            side: stack.enter_context(_side({**job, "side": side, "threads": threads})) for side in SIDES
+        }
+        first_loss = {side: take(1)["loss"] for side, take in sides.items()}
         difference = abs(first_loss["xverse"] - first_loss["transformers"])
         assert difference < 0.05, f"the two do not train the same model: first losses {first_loss}"
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        memory: dict[str, int | None] = {}
         for number in range(steps // block):
-            for side, take in takers.items():
-                start = time.perf_counter()
-                for _ in range(block):
-                    take()
-                seconds[side].append((time.perf_counter() - start) / block)
-            notice(f"train {name}: pair {number + 1} of {steps // block}")
-        del takers, take
-        matmul.append(hardware.matmul_flops(torch.bfloat16, *MATMUL))
+            for side, take in sides.items():
+                answer = take(block)
+                seconds[side].append(answer["seconds"] / block)
+                memory[side] = answer["memory"]
+            matmul.append(hardware.matmul_flops(torch.bfloat16, *product))
+            notice(f"{title}: pair {number + 1} of {steps // block}")
     tokens = batch_size * sequence_length
     ratios = [theirs / ours for ours, theirs in zip(seconds["xverse"], seconds["transformers"], strict=True)]
     flops = flops_per_token(config, sequence_length)
-    peak = statistics.mean(matmul)
+    peak = statistics.median(matmul)
     result: dict[str, Any] = {
         "bench": "train",
         "model": name,
+        "vocabulary": config.vocab_size,
         "parameters": config.num_parameters(),
         "dtype": "bfloat16 autocast, float32 parameters",
         "threads": threads,
@@ -118,6 +141,7 @@ def measure(
         "ratio": round(statistics.median(ratios), 4),
         "ratios": [round(ratio, 4) for ratio in ratios],
         "flops_per_token": flops,
+        "matmul": list(product),
         "matmul_tflops": [round(rate / 1e12, 5) for rate in matmul],
         "first_loss": first_loss,
     }
@@ -126,25 +150,34 @@ def measure(
         result[side] = {
             "tokens_s": round(speed, 2),
             "step_s": [round(each, 4) for each in seconds[side]],
-            "tflops": {kind: round(speed * count / 1e12, 5) for kind, count in flops.items()},
+            "tflops": {kind: round(speed * count / 1e12, 8) for kind, count in flops.items()},
             "matmul_share": {kind: round(speed * count / peak, 4) for kind, count in flops.items()},
             "peak_rss_gb": in_gb(memory.get(side)),
         }
-    title = f"train {name}: batch {batch_size} × {sequence_length}, bf16 autocast, {count_threads(threads)}"
-    show(title, _rows(result, peak))
+    ours, theirs = memory["xverse"], memory["transformers"]
+    result["memory_ratio"] = None if ours is None or theirs is None else round(ours / theirs, 4)
+    show(f"{title}: batch {batch_size} × {sequence_length}, {count_threads(threads)}", _rows(result, peak))
     return result
 
 
 def _rows(result: dict[str, Any], peak: float) -> Iterator[Row]:
-    target = at_least(RATIO_TARGET, result["ratio"], "×") if result["model"] == "mini" else ""
+    targets = TARGETS.get(result["vocabulary"], {}) if result["model"] == "mini" else {}
     pairs = ", ".join(f"{ratio:.2f}" for ratio in result["ratios"])
+    target = at_least(targets["ratio"], result["ratio"], "×") if targets else ""
     yield Row("xverse / transformers, tokens/s", f"{result['ratio']:.3f} × (median of {pairs})", target)
+    if result["memory_ratio"] is not None:
+        bound = targets.get("memory_ratio")
+        target = at_most(bound, result["memory_ratio"], "×") if bound else ""
+        yield Row("xverse / transformers, peak RSS", f"{result['memory_ratio']:.3f} ×", target)
     for side in SIDES:
         found = result[side]
         yield Row(f"{side}", f"{found['tokens_s']:,.1f} tokens/s")
-        for kind in ("full", "causal"):
-            bound = f"{found['matmul_share'][kind]:.0%} of {peak / 1e12:.3f} TFLOP/s measured (bf16 matmul)"
-            yield Row(f"  attention counted {kind}", f"{found['tflops'][kind]:.3f} TFLOP/s", bound)
+        for kind in ("causal", "full"):
+            share = f"{found['matmul_share'][kind]:.0%} of {peak / 1e12:.3f} TFLOP/s measured (bf16 matmul)"
+            wanted = targets.get("matmul_share") if side == "xverse" and kind == "causal" else None
+            if wanted:
+                share += f"; {at_least(wanted, found['matmul_share'][kind], '')}"
+            yield Row(f"  attention counted {kind}", f"{found['tflops'][kind]:.3f} TFLOP/s", share)
         least = f"parameters, gradients, moments: {16 * result['parameters'] / 1e9:.3f} GB"
         yield Row("  peak RSS", say_gb(found["peak_rss_gb"]), least)
 
@@ -166,75 +199,105 @@ def random_batch(config: XverseConfig, batch_size: int, length: int) -> Batch:
     return Batch(tokens, targets, torch.zeros_like(tokens, dtype=torch.int32))
 
 
-def stepper(side: str, config: XverseConfig, batch_size: int, length: int) -> Callable[[], float]:
-    """A function that takes one training step and returns its loss; both sides start from equal weights."""
+@contextlib.contextmanager
+def _side(job: dict[str, Any]) -> Iterator[Callable[[int], dict[str, Any]]]:
+    """Start a side; yields a function that lets it take some steps and returns what it says of them."""
+    command = [sys.executable, "-c", CHILD, json.dumps(job)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def take(steps: int) -> dict[str, Any]:
+        print(steps, file=process.stdin, flush=True)
+        line = process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            raise UserError(f"train: the process of {job['side']} ended early (its messages are above)")
+        return json.loads(line)
+
+    try:
+        yield take
+        process.stdin.close()
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+
+
+def child(text: str) -> None:
+    """What a side's process does: as many steps as each line of stdin says; seconds, the last loss and its
+    own peak memory on stdout."""
+    job = json.loads(text)
+    torch.set_num_threads(job["threads"])
+    config = XverseConfig.from_json(job["config"])
     model = XverseForCausalLM(config)
     init_weights(model, seed=0)
-    batch = random_batch(config, batch_size, length)
-    return _ours(model, batch) if side == "xverse" else _theirs(model, batch)
+    batch = random_batch(config, job["batch_size"], job["length"])
+    answers, sys.stdout = sys.stdout, sys.stderr  # a library's own words do not belong among the answers
+    state: dict[str, Any] = {"left": 0, "all": 0, "start": 0.0, "loss": 0.0}
+
+    def gate() -> bool:
+        if state["left"] == 0:
+            if state["all"]:
+                seconds = time.perf_counter() - state["start"]
+                answer = {"seconds": seconds, "loss": state["loss"], "memory": process_memory("VmHWM")}
+                print(json.dumps(answer), file=answers, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return False
+            state["left"] = state["all"] = int(line)
+            state["start"] = time.perf_counter()
+        state["left"] -= 1
+        return True
+
+    (_ours if job["side"] == "xverse" else _theirs)(model, batch, gate, state)
 
 
-def _ours(model: XverseForCausalLM, batch: Batch) -> Callable[[], float]:
-    optimizer = make_adamw(model, weight_decay=WEIGHT_DECAY, betas=BETAS)
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
+def _ours(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str, Any]) -> None:
     config = TrainConfig(
         steps=1, batch_size=len(batch.tokens), learning_rate=LEARNING_RATE, grad_clip=CLIP, dtype="bfloat16"
     )
-
-    def take() -> float:
-        loss, _ = train_step(model, batch, config)
+    prepare_blocks(model, config)
+    optimizer = make_adamw(model, weight_decay=WEIGHT_DECAY, betas=BETAS)
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+    while gate():
+        state["loss"], _ = train_step(model, batch, config)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    return take
 
 
-def _theirs(model: XverseForCausalLM, batch: Batch) -> Callable[[], float]:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _theirs(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str, Any]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     values = llama_config(model.config, torch.float32)
     values.pop("torch_dtype")
     peer = LlamaForCausalLM(LlamaConfig(**{**values, "use_cache": False})).train()
     peer.load_state_dict(model.state_dict())
-    parameters = list(peer.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS, fused=True
-    )
 
-    def take() -> float:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = peer(input_ids=batch.tokens, labels=batch.tokens).loss  # it shifts the labels itself
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+    class Recorded(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(*args, **kwargs)
+            state["loss"] = loss.item()
+            return loss
 
-    return take
+    class Gated(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if not gate():
+                sys.exit(0)
 
+    class Same(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+        def __len__(self) -> int:
+            return 2**30
 
-def peak_memory(side: str, config: XverseConfig, batch_size: int, length: int, threads: int) -> int | None:
-    """Peak resident set of a fresh process that trains one side; None where there is no /proc."""
-    job = {
-        "side": side,
-        "config": config.to_json(),
-        "batch_size": batch_size,
-        "length": length,
-        "threads": threads,
-    }
-    command = [sys.executable, "-c", CHILD, json.dumps(job)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(process.stdout.splitlines()[-1])
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            row = batch.tokens[index % len(batch.tokens)]
+            return {"input_ids": row, "labels": row}  # it shifts the labels itself
 
-
-def child(job: str) -> None:
-    """What the fresh process does: some steps, then its own peak on stdout."""
-    values = json.loads(job)
-    torch.set_num_threads(values["threads"])
-    config = XverseConfig.from_json(values["config"])
-    take = stepper(values["side"], config, values["batch_size"], values["length"])
-    for _ in range(MEMORY_STEPS):
-        take()
-    print(json.dumps(process_memory("VmHWM")))
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder, use_cpu=True, bf16=True, per_device_train_batch_size=len(batch.tokens), max_steps=2**20,
+            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=WEIGHT_DECAY,
+            adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, optim="adamw_torch_fused",
+            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        Recorded(peer, args, train_dataset=Same(), callbacks=[Gated()]).train()

@@ -61,8 +61,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     soak.add_argument("--seed", type=int, default=0, metavar="N")
     soak.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as chat does)")
 
-    train = add("train", "pretraining speed and memory against transformers' Llama of the same shape")
+    train = add("train", "pretraining speed and memory against transformers' Llama under its Trainer")
     train.add_argument("--shape", default="mini", metavar="S", help="a named shape")
+    train.add_argument(
+        "--vocabulary",
+        type=positive,
+        metavar="V",
+        help="entries (default: the shape's; mini: 8192 and 100534)",
+    )
     train.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences per step")
     train.add_argument("--sequence-length", type=positive, default=512, metavar="N", help="tokens of each")
     train.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps of each side")
