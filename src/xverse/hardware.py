@@ -6,6 +6,8 @@ imported inside them, so that this module itself is light.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 import platform
@@ -283,3 +285,15 @@ def _time_each(action: Callable[[], Any], device: str, seconds: float) -> float:
         if elapsed >= seconds:
             return elapsed / count
         batch = min(2 * batch, 64)  # a wait after each call would measure the launch on a fast device
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, under glibc: a training step gives back and asks again for the same
+    large blocks, and each 4 KiB of fresh memory costs a page fault (12 % of a step of ``mini`` on 2 cores)."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

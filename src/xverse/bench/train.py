@@ -2,8 +2,8 @@
 
 Same shape, weights, batch, precision and optimizer: bf16 autocast over float32 parameters, fused AdamW,
 gradients clipped. Ours takes ``train/``'s own step. Each side is a process of its own, which holds still
-while the other computes: they run in turn, A B A B, so that a change of the machine's speed meets both, and the
-ratio is the median over the pairs.
+while the other computes: they run in turn, A B A B, so that a change of the machine's speed meets both, and
+the ratio is the median over the pairs.
 """
 
 from __future__ import annotations
@@ -256,6 +256,7 @@ def _ours(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str, A
         steps=1, batch_size=len(batch.tokens), learning_rate=LEARNING_RATE, grad_clip=CLIP, dtype="bfloat16"
     )
     prepare_blocks(model, config)
+    hardware.keep_freed_memory()
     optimizer = make_adamw(model, weight_decay=WEIGHT_DECAY, betas=BETAS)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE

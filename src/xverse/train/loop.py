@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xverse.config import UserError
 from xverse.data.feed import Batch, prefetch
+from xverse.hardware import keep_freed_memory
 from xverse.log import JsonlLog
 from xverse.model import IGNORE, XverseForCausalLM
 from xverse.train.blocks import context_type, prepare_blocks
@@ -63,6 +64,8 @@ def fit(
     identity = json.loads(json.dumps(identity))  # as it will be read back
     with _alone(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
         prepare_blocks(model, config)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         replica = distribute(model, config.parallel, config.dtype, world)
         # Of one matrix that all processes hold, all must round alike.
         optimizer = make_optimizer(model, config, world.rank if config.parallel == "fsdp" else 0)
