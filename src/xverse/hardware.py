@@ -291,8 +291,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, under glibc: a training step gives back and asks again for the same
-    large blocks, and each 4 KiB of fresh memory costs a page fault (12 % of a step of ``mini`` on 2 cores)."""
+    """Let this process keep what it frees, under glibc: a training step gives back and asks again for the
+    same large blocks, and each 4 KiB of fresh memory costs a page fault (11 % of a step of ``mini``)."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_MAX, 0)
