@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -21,9 +20,10 @@ from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.finetune.card import write_card
 from xverse.finetune.encode import Data, Example, load_data, load_pairs
+from xverse.finetune.launch import training_arguments
 from xverse.finetune.methods import prepare, trainable
 from xverse.finetune.preferences import PairTrainer
-from xverse.finetune.settings import Settings, training_values
+from xverse.finetune.settings import Settings
 from xverse.finetune.trainer import FinetuneTrainer, Record
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.adapters import fingerprint, write_base
@@ -111,52 +111,6 @@ def run_finetuning(settings: Settings) -> Path | None:
     return settings.output_dir if first else None
 
 
-def training_arguments(settings: Settings) -> TrainingArguments:
-    """transformers' TrainingArguments. Raises UserError, in one line, for what they refuse."""
-    values = training_values(settings)
-    if settings.deepspeed:
-        values["deepspeed"] = str(deepspeed_file(settings.deepspeed))
-    if settings.load_best_model_at_end and settings.evaluates == "epoch":
-        values.setdefault("save_strategy", "epoch")
-    for name in ("fsdp_config", "lr_scheduler_kwargs"):
-        if name in values and values[name].lstrip().startswith("{"):
-            values[name] = json.loads(values[name])
-    values |= {
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "logging_nan_inf_filter": False,
-        "prediction_loss_only": True,
-    }
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
-        values.setdefault("use_cpu", True)  # transformers would refuse bf16 without being told
-    if settings.gradient_checkpointing:
-        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    try:
-        return TrainingArguments(**values)
-    except (ValueError, ImportError, TypeError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"finetune: {text.replace('--', '')}") from None
-
-
-def deepspeed_file(name: str) -> Path:
-    """The file that ``--deepspeed`` names; a bare name that is not here means one of ``recipes/sft``.
-
-    Raises UserError where there is none, and where DeepSpeed is not installed.
-    """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "--deepspeed needs pip install 'xverse-lm[finetune]', or -e '.[finetune]' in a checkout"
-        )
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    here = Path(__file__).resolve()
-    for folder in (here.parents[3] / "recipes" / "sft", here.parent / "recipes"):  # a checkout, a wheel
-        if path.parent == Path() and (folder / name).is_file():
-            return folder / name
-    raise UserError(f"--deepspeed {name}: no such file")
-
-
 def _load(source: Path, settings: Settings, args: TrainingArguments) -> Any:
     """Master weights in float32, unless DeepSpeed keeps its own or nothing but an adapter learns."""
     half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
@@ -165,8 +119,17 @@ def _load(source: Path, settings: Settings, args: TrainingArguments) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=half if narrow else torch.float32)
     if settings.quantization_bit:
         model.quantize(settings.quantization_bit)
+    if args.bf16 and not narrow:
+        model.model.embed_tokens.register_forward_hook(_as_autocast)
     model.config.use_cache = False
     return model
+
+
+def _as_autocast(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Embeddings in autocast's type, and the residual stream with them: as with weights of 16 bits (DeepSpeed,
+    a frozen base, generation), so that float32 master weights give the same losses."""
+    kind = output.device.type
+    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
 
 
 def _state(settings: Settings, data: Data) -> dict[str, Any]:
@@ -235,6 +198,8 @@ def _save(
     base = load_model(source)  # mapped from its files
     if not sharded and settings.finetuning_type != "lora":
         model.to(base.lm_head.weight.dtype)  # as the base is stored; float32 served training alone
+    if trainer.is_fsdp_enabled:  # shards are for checkpoints; the result is a model directory
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(out))
     trainer.save_state()
     if not trainer.is_world_process_zero():

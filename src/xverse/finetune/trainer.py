@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,6 +120,11 @@ class FinetuneTrainer(Trainer):
         multiple = self.args.per_device_train_batch_size * self.args.world_size
         assert isinstance(self.train_dataset, Rows)
         return Order(len(self.train_dataset), multiple, self._order_seed)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # A sharded model writes its own later than Trainer looks for the folder of the best checkpoint.
+        Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Raises UserError, naming the examples, where the loss is no finite number."""
