@@ -60,7 +60,7 @@ def loss_and_gradient(model: Any, batches: list[dict[str, Tensor]]) -> tuple[flo
     count = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
-        batch = {key: value for key, value in batch.items() if key != "numbers"}
+        batch = {key: value for key, value in batch.items() if key != "names"}
         loss = model(**batch, use_cache=False, num_items_in_batch=count).loss
         loss.backward()
         total += loss.item()
@@ -74,8 +74,8 @@ def test_no_padding_any_padding_and_packing_have_one_loss(model, examples) -> No
     left = loss_and_gradient(model, [padded(examples, "left")])
     rows = Rows(examples, 64, seed=0)
     assert len(rows) < 0.6 * len(examples)
-    assert all(sum(len(examples[i].ids) for i in rows[n]) <= 64 for n in range(len(rows)))
-    packed = loss_and_gradient(model, [join(examples, rows[n], 1) for n in range(len(rows))])
+    assert max(rows.lengths()) <= 64
+    packed = loss_and_gradient(model, [join(examples, row, 1) for row in rows.rows])
     filled = loss_and_gradient(model, [join(examples, range(len(examples)), 1), join(examples, [], 1)])
     for other in (alone, right, left, packed, filled):
         assert other[0] == pytest.approx(whole[0], abs=1e-5)

@@ -30,6 +30,11 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     for name in ("fsdp_config", "lr_scheduler_kwargs"):
         if name in values and values[name].lstrip().startswith("{"):
             values[name] = json.loads(values[name])
+    for tracker in str(values["report_to"]).split(","):
+        if tracker in ("tensorboard", "wandb") and importlib.util.find_spec(tracker) is None:
+            raise UserError(f"report_to {tracker} needs pip install {tracker}")
+    if "," in values["report_to"]:
+        values["report_to"] = values["report_to"].split(",")
     values |= {
         "remove_unused_columns": False,
         "label_names": ["labels"],

@@ -59,7 +59,7 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
 def _quantised(config: Any) -> None:
     if config.use_dora:
         raise UserError("use_dora: DoRA needs the norms of plain weights; leave it out with quantised ones")
-    from xverse.finetune.qlora import register
+    from xverse.formats.qlora import register
 
     register(config)
 
