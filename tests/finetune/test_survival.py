@@ -81,7 +81,7 @@ def test_a_stream_goes_on_exactly_and_holds_the_whole_data(document, flags, tmp_
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_trackers(document, flags, tmp_path, capsys, name) -> None:
+def test_trackers(document, flags, tmp_path, capsys, monkeypatch, name) -> None:
     document |= {"report_to": name, "max_steps": "2", "load_best_model_at_end": "false"}
     try:
         __import__(name)
@@ -89,7 +89,9 @@ def test_trackers(document, flags, tmp_path, capsys, name) -> None:
         assert main(["finetune", *flags(document)]) == 2
         assert f"pip install {name}" in capsys.readouterr().err
         return
-    if name == "wandb":
-        pytest.skip("W&B is installed: its offline run is not tested")
+    for key, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     assert main(["finetune", *flags(document)]) == 0
-    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
+    written = {"tensorboard": "**/events.out.tfevents*", "wandb": "wandb/offline-run-*"}
+    assert list(tmp_path.glob(written[name]))

@@ -19,6 +19,7 @@ from xverse.train.report import measured_memory
 GROUP = 128  # of weights that are quantised as they are loaded
 CHUNK = 3 * 32 * 2**20  # logits of the chunked loss, their gradient and one copy
 DENSE = 512  # rows up to this length whose documents attend through whole score matrices (model/attention.py)
+GROWTH = 100 * 2**20  # of the program on a CPU once it trains: libraries that load late, buffers of matmuls
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -146,7 +147,7 @@ def check(shape: XverseConfig, settings: Settings, load: Load) -> tuple[int, str
     parts = predict(shape, settings, load)
     needed = sum(parts.values())
     there, place = _available()
-    before = 0 if torch.cuda.is_available() else _resident()
+    before = 0 if torch.cuda.is_available() else _resident() + GROWTH
     said = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     line = f"memory of a process, predicted: {(needed + before) / 1e9:.2f} GB ({said}"
     line += f", the program {before / 1e9:.2f})" if before else ")"

@@ -176,13 +176,18 @@ def _load(source: Path, settings: Settings, args: TrainingArguments) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=half if narrow else torch.float32)
     if settings.quantization_bit:
         model.quantize(settings.quantization_bit)
+    if settings.quantization_bit or read_scheme(source) is not None:
+        for (
+            parameter
+        ) in model.parameters():  # what is left of a mapped file would keep all that was read of it
+            parameter.data = parameter.data.clone()
     if args.bf16 and not narrow:
-        model.model.embed_tokens.register_forward_hook(_as_autocast)
+        model.model.embed_tokens.register_forward_hook(as_autocast)
     model.config.use_cache = False
     return model
 
 
-def _as_autocast(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+def as_autocast(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
     """Embeddings in autocast's type, and the residual stream with them: as with weights of 16 bits (those of
     DeepSpeed, a frozen base, generation), so that float32 master weights give the same losses."""
     kind = output.device.type

@@ -49,15 +49,9 @@ def apply_adapter(model: XverseForCausalLM, path: str | Path, base: str | Path |
     peft = import_peft()
     if base is not None:
         check_base(model, path, base)
-    config = peft.PeftConfig.from_pretrained(str(path))
+    config = peft_config(model, path)
     config.task_type = None  # PeftModel for causal models wants transformers' generate, which ours has not
     config.inference_mode = True
-    if any(isinstance(module, QuantLinear) for module in model.modules()):
-        from xverse.formats.qlora import register
-
-        if config.use_dora:
-            raise UserError(f"{path}: DoRA scales plain weights; export --adapter merges it into them")
-        register(config)
     try:
         adapted = peft.PeftModel.from_pretrained(
             model, str(path), config=config, autocast_adapter_dtype=False
@@ -66,6 +60,19 @@ def apply_adapter(model: XverseForCausalLM, path: str | Path, base: str | Path |
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: the adapter does not fit the model: {text}") from None
     return adapted.eval()
+
+
+def peft_config(model: nn.Module, path: Path) -> Any:
+    """peft's configuration of an adapter, such that it fits quantised layers, too. Raises UserError for one
+    that needs plain weights where there are others."""
+    config = import_peft().PeftConfig.from_pretrained(str(path))
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        from xverse.formats.qlora import register
+
+        if getattr(config, "use_dora", False):
+            raise UserError(f"{path}: DoRA scales plain weights; export --adapter merges it into them")
+        register(config)
+    return config
 
 
 def check_base(model: nn.Module, path: str | Path, base: str | Path) -> None:
