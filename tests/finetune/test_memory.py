@@ -1,4 +1,4 @@
-"""Memory: predicted within 15 % of what a process then holds; what will not fit is refused, with a way out."""
+"""Memory: predicted within 15 % of what a process then holds; refused with a way out where it will not fit."""
 
 from __future__ import annotations
 

@@ -178,6 +178,11 @@ class FinetuneTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Raises UserError, naming the examples, where the loss is no finite number."""
         names = bytes(inputs.pop("names").tolist()).decode()
+        targets = kwargs.get("num_items_in_batch")
+        if targets is not None and int(targets) == 0:
+            raise UserError(
+                f"step {self.state.global_step + 1}: no token with loss in the whole step ({names})"
+            )
         result = self.batch_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
