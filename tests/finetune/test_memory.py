@@ -69,10 +69,10 @@ def test_the_prediction_is_within_15_percent(large, tmp_path, flags) -> None:
 
 
 def test_what_will_not_fit_is_refused_with_what_would(large, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(memory, "_available", lambda: (10**8, "memory"))
+    monkeypatch.setattr(memory, "_available", lambda: (2 * 10**8, "memory"))
     assert main(["finetune", *words(large, tmp_path / "out", finetuning_type="full")]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    said = re.search(r"needs 0\.\d GB of memory, and 0\.1 GB are free; what would fit: (.*)", error)
+    said = re.search(r"needs 0\.\d GB of memory, and 0\.2 GB are free; what would fit: (.*)", error)
     assert "finetuning_type lora" in said[1]
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
