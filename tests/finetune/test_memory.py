@@ -1,4 +1,4 @@
-"""Memory: predicted within 15 % of what a process then holds; refused with a way out where it will not fit."""
+"""Memory: predicted within 15 % of what a process holds; refused with a way out where it will not fit."""
 
 from __future__ import annotations
 
