@@ -193,7 +193,8 @@ def _available() -> tuple[int, str]:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0], "GPU memory"
     total, free = hardware.memory()
-    return (free or total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "memory"
+    beside = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # torchrun; DeepSpeed
+    return (free or total) // int(beside), "memory"
 
 
 def _resident() -> int:
