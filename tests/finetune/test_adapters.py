@@ -9,15 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from xverse.cli import main
 from xverse.config import UserError
+from xverse.engine.load import load_engine
 from xverse.finetune.methods import prepare
 from xverse.finetune.settings import read_settings
-from xverse.formats import load_model, save_hf
-from xverse.formats.adapters import apply_adapter, fingerprint, merge_adapter
+from xverse.formats import load_model, load_tokenizer, read_scheme, save_hf
+from xverse.formats.adapters import (
+    apply_adapter,
+    differences,
+    fingerprint,
+    merge_adapter,
+    merge_and_logits,
+    write_base,
+)
 from xverse.formats.compare import fixed_tokens, logits
+from xverse.formats.quantize import load_quantizing
+from xverse.model.transformer import XverseForCausalLM, init_weights
+from xverse.quant.linear import QuantLinear
 
 peft = pytest.importorskip("peft")
 
@@ -88,8 +100,6 @@ def test_merging_into_sixteen_bits_says_what_it_costs(tiny_model, tiny_tokenizer
 
 
 def test_an_adapter_of_other_weights_is_refused(base, tiny_model, tiny_tokenizer, tmp_path) -> None:
-    from xverse.formats.adapters import write_base
-
     path = made(base, tmp_path / "adapter")
     write_base(path, str(base), fingerprint(load_model(base)))
     apply_adapter(load_model(base), path, base)
@@ -121,7 +131,6 @@ def test_an_adapter_is_gone_on_with(base, document, flags, tmp_path) -> None:
     [
         (["--adapter", "nowhere"], "no such adapter directory"),
         (["--adapter", "BASE"], "holds no adapter"),
-        (["--adapter", "ADAPTER", "--quantize", "int8"], "then quantize"),
     ],
 )
 def test_mistakes_are_one_line(base, tmp_path, capsys, words, said) -> None:
@@ -129,3 +138,77 @@ def test_mistakes_are_one_line(base, tmp_path, capsys, words, said) -> None:
     words = [{"BASE": str(base), "ADAPTER": str(path)}.get(word, word) for word in words]
     assert main(["chat", "--model", str(base), "--ask", "hi", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def wide(wide_config: Any, tiny_tokenizer: Any, tmp_path: Path) -> Path:
+    model = XverseForCausalLM(wide_config)
+    init_weights(model, seed=0)
+    save_hf(model, tiny_tokenizer, tmp_path / "wide", torch.float32)
+    return tmp_path / "wide"
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_beside_quantised_weights_an_adapter_keeps_its_precision(wide, tmp_path, capsys, stored) -> None:
+    """Its product is exact: with B = 0 nothing changes, and with another B just what it adds."""
+    source, extra = wide, {"quantize": "int4"}
+    if stored:
+        words = ["--model", str(wide), "--bits", "4", "--out", str(tmp_path / "stored")]
+        assert main(["quantize", *words]) == 0
+        source, extra = tmp_path / "stored", {}
+    path = made(source, tmp_path / "adapter")
+    write_base(path, str(source), fingerprint(load_model(source)))
+    tokens = fixed_tokens(load_model(wide).config.vocab_size)
+    loaded = load_engine(str(source), adapter=str(path), **extra).engine.model
+    quantised = load_quantizing(wide, "int4", torch.float32)
+    merged, _, _ = merge_adapter(load_quantized_plain(source, stored), path)
+    found, without, whole = logits(loaded, tokens), logits(quantised, tokens), logits(merged, tokens)
+    assert (found - whole).abs().max() < 0.25 * (without - whole).abs().max()
+    capsys.readouterr()
+    words = ["--model", str(source), "--adapter", str(path), "--ask", "say hello", "--max-new-tokens", "3"]
+    assert main(["chat", *words, "--greedy", *(["--quantize", "int4"] if not stored else [])]) == 0
+    # another base, by its hash
+    with torch.no_grad():
+        other = load_model(wide).to(torch.float32)
+        other.load_state_dict({name: 1.01 * value for name, value in other.state_dict().items()}, assign=True)
+    save_hf(other, load_tokenizer(wide), tmp_path / "other", torch.float32)
+    words = ["--model", str(tmp_path / "other"), "--adapter", str(path), "--quantize", "int4", "--ask", "x"]
+    assert main(["chat", *words]) == 2
+    assert "was trained on" in capsys.readouterr().err
+
+
+def load_quantized_plain(source: Path, stored: bool) -> XverseForCausalLM:
+    """The weights that INT4 stands for, as plain numbers."""
+    if stored:
+        return load_model(source, dequantize=True).float()
+    plain, quantised = load_model(source), load_quantizing(source, "int4", torch.float32)
+    for name, module in quantised.named_modules():
+        if isinstance(module, QuantLinear):
+            plain.get_submodule(name).weight = nn.Parameter(module.dequantize(torch.float32))
+    return plain
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_merged_and_quantised_again(wide, tmp_path, capsys, stored) -> None:
+    source = wide
+    if stored:
+        assert main(["quantize", "--model", str(wide), "--bits", "8", "--out", str(tmp_path / "int8")]) == 0
+        source = tmp_path / "int8"
+    path = made(source, tmp_path / "adapter")
+    write_base(path, str(source), fingerprint(load_model(source)))
+    capsys.readouterr()
+    words = ["--model", str(source), "--adapter", str(path), "--format", "hf", "--quantize", "int4"]
+    assert main(["export", *words, "--out", str(tmp_path / "merged")]) == 0
+    said = capsys.readouterr().out
+    difference, divergence = re.search(r"parity: max \|Δlogit\| = (\S+), KL = (\S+) nats", said).groups()
+    merged, before = merge_and_logits(load_model(source, dequantize=True), path)
+    after = logits(load_model(tmp_path / "merged", dequantize=True), fixed_tokens(merged.config.vocab_size))
+    expected = differences(before, after)
+    assert (float(difference), float(divergence)) == pytest.approx(expected, rel=0.1)
+    assert read_scheme(tmp_path / "merged") is not None
+    base, quantised = load_model(source, dequantize=True), load_quantized_plain(wide, False)
+    tokens = fixed_tokens(base.config.vocab_size)
+    assert expected[1] < 1.5 * differences(logits(base, tokens), logits(quantised, tokens))[1]
+    for wrong in (["--quantize", "int4"], ["--quantize", "int4", "--adapter", str(path), "--type", "bf16"]):
+        assert main(["export", "--model", str(source), "--format", "hf", "--out", "o", *wrong]) == 2
+    assert "xverse quantize does it" in capsys.readouterr().err

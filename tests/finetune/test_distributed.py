@@ -1,4 +1,7 @@
-"""The document's command as written, on two processes: DeepSpeed ZeRO-2, and torchrun."""
+"""Two processes compute one process's losses: the document's command under DeepSpeed, FSDP2, torchrun's DDP.
+
+Starting processes costs more than training here, so that a launch proves several things.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from xverse.formats import load_model
+from xverse.cli import main
+from xverse.formats import load_model, save_hf
 from xverse.train.plot import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +30,7 @@ ENVIRONMENT = {
 }
 
 
-def run(launcher: list[str], words: list[str]) -> None:
-    command = [*launcher, "src/train_bash.py", *words]
+def run(command: list[str]) -> None:
     done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -46,35 +49,53 @@ def curve(out: Path) -> list[float]:
 def same_curves(one: Path, two: Path, tolerance: float) -> None:
     alone, together = curve(one), curve(two)
     assert len(alone) == len(together) > 8
+    assert max(alone) - min(alone) > 5 * tolerance, "there is something to be seen"
     assert together == pytest.approx(alone, abs=tolerance)
 
 
-def test_two_processes_equal_one_in_float32(document, flags, tmp_path) -> None:
+def alone(document: dict[str, str], out: Path) -> dict[str, str]:
+    """The same command for one process, which holds both batches."""
+    kept = {name: value for name, value in document.items() if name != "deepspeed"}
+    return {**kept, "output_dir": str(out), "per_device_train_batch_size": "8"}
+
+
+def test_accelerate_with_fsdp_and_without(document, flags, tmp_path) -> None:
     document |= {"learning_rate": "1e-3", "bf16": "false"}
-    alone = {**document, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": "8"}
-    run([sys.executable], flags(alone))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    both = {**document, "output_dir": str(tmp_path / "torchrun")}
-    run([*launcher, f"--master_port={free_port()}"], flags(both))
-    same_curves(tmp_path / "one", tmp_path / "torchrun", 1e-4)
-    if importlib.util.find_spec("deepspeed") is None:
-        return
-    config = json.loads((ROOT / "recipes" / "sft" / "deepspeed.json").read_text())
-    (tmp_path / "float32.json").write_text(json.dumps({**config, "bf16": {"enabled": "auto"}}))
-    both = {**document, "output_dir": str(tmp_path / "zero"), "deepspeed": str(tmp_path / "float32.json")}
-    run(["deepspeed", "--num_gpus=2", f"--master_port={free_port()}"], flags(both))
-    same_curves(tmp_path / "one", tmp_path / "zero", 1e-4)
+    assert main(["finetune", *flags(alone(document, tmp_path / "one"))]) == 0
+    runs = [flags({**document, "output_dir": str(tmp_path / name)}) for name in ("fsdp", "ddp")]
+    launcher = ["accelerate", "launch", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    launcher += ["--dynamo_backend=no", "--use_fsdp", "--fsdp_version=2"]  # which it starts with torchrun
+    run([*launcher, f"--main_process_port={free_port()}", "tests/finetune/several_runs.py", json.dumps(runs)])
+    for name in ("fsdp", "ddp"):
+        same_curves(tmp_path / "one", tmp_path / name, 1e-4)
+        found, expected = load_model(tmp_path / name), load_model(tmp_path / "one")
+        for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert (tmp_path / "fsdp" / "checkpoint-4" / "pytorch_model_fsdp_0").is_dir(), "it was sharded"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_the_documents_command_as_written(document, flags, tmp_path) -> None:
-    """ZeRO-2 in bfloat16 on two processes and on one. (A run without DeepSpeed computes with float32 weights
-    under autocast: another arithmetic, whose losses differ in the third decimal.)"""
-    document |= {"deepspeed": "deepspeed.json"}
-    both = {**document, "output_dir": str(tmp_path / "two")}
-    alone = {**document, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": "8"}
-    run(["deepspeed", "--num_gpus=2", f"--master_port={free_port()}"], flags(both))
-    run(["deepspeed", "--num_gpus=1", f"--master_port={free_port()}"], flags(alone))
+def test_the_documents_command_as_written(document, flags, tmp_path, tiny_model, tiny_tokenizer) -> None:
+    """ZeRO-2 in bfloat16 on two processes, against one process without DeepSpeed. The base is stored in
+    bfloat16, as XVERSE's are: DeepSpeed would round one of float32 before it begins."""
+    save_hf(tiny_model, tiny_tokenizer, tmp_path / "narrow", torch.bfloat16)
+    document |= {"model_name_or_path": str(tmp_path / "narrow"), "deepspeed": "deepspeed.json"}
+    assert main(["finetune", *flags(alone(document, tmp_path / "one"))]) == 0
+    words = flags({**document, "output_dir": str(tmp_path / "two")})
+    run(["deepspeed", "--num_gpus=2", f"--master_port={free_port()}", "src/train_bash.py", *words])
     same_curves(tmp_path / "one", tmp_path / "two", 1e-3)
     assert load_model(tmp_path / "two").lm_head.weight.dtype == torch.bfloat16
     assert list((tmp_path / "two" / "checkpoint-4").glob("global_step4/*optim_states.pt"))
+
+
+def test_two_ways_to_shard_are_one_too_many(document, flags, capsys, monkeypatch) -> None:
+    pytest.importorskip("deepspeed")
+    document |= {"deepspeed": "deepspeed.json"}
+    assert main(["finetune", *flags({**document, "fsdp": "full_shard"})]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["finetune", *flags(document)]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    document.pop("deepspeed")
+    assert main(["finetune", *flags(document)]) == 2
+    assert "start it with torchrun" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import yaml
 
 from xverse.cli import main, verb_parser
 from xverse.config import UserError, read_yaml
-from xverse.finetune.run import deepspeed_file, training_arguments
+from xverse.finetune.launch import deepspeed_file, training_arguments
 from xverse.finetune.settings import OWN, Settings, read_settings, training_values
 
 # The source document's, word for word.

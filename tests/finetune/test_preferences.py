@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
+from transformers import TrainingArguments
 
 from xverse.cli import main
 from xverse.finetune.encode import Example, load_pairs
-from xverse.finetune.preferences import log_probabilities
+from xverse.finetune.preferences import PairTrainer, log_probabilities
 from xverse.finetune.settings import read_settings
 from xverse.finetune.trainer import join
 from xverse.hf import XverseConfig, XverseForCausalLM
@@ -81,3 +83,25 @@ def test_pairs_share_their_prompt_and_skip_what_is_none(pairs, tiny_tokenizer) -
         prompt = chosen.mask.index(True)
         assert chosen.ids[:prompt] == rejected.ids[:prompt]
         assert chosen.ids != rejected.ids
+
+
+def test_orpo_is_its_formula(tiny_config: Any, tmp_path: Path) -> None:
+    """Mean log-probabilities of the two answers, their odds, and the chosen one's own loss."""
+    torch.manual_seed(0)
+    model = XverseForCausalLM(XverseConfig.from_model_config(tiny_config)).eval()
+    draw = torch.Generator().manual_seed(1)
+    examples = []
+    for length in (9, 12):
+        ids = torch.randint(4, tiny_config.vocab_size, (length,), generator=draw).tolist()
+        examples.append(Example(ids, [i > 3 for i in range(length)], "x"))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    options = {"examples": examples, "held_out": [], "row_length": None, "pad_id": 1, "reference": None}
+    trainer = PairTrainer(model=model, args=args, **options, beta=0.3, kind="orpo", supervised=0.0)
+    batch = join(examples, [0, 1], 1)
+    loss, margin = trainer._judge(model, batch)
+    sums, counts = log_probabilities(model, batch)
+    chosen, rejected = (sums / counts).double().exp().tolist()
+    ratio = math.log(chosen / (1 - chosen)) - math.log(rejected / (1 - rejected))
+    expected = -math.log(chosen) + 0.3 * math.log1p(math.exp(-ratio))
+    assert loss.tolist() == pytest.approx([expected], abs=1e-4)
+    assert margin.tolist() == pytest.approx([0.3 * ratio], abs=1e-4)

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from xverse.config import UserError
-from xverse.finetune.encode import Example
+from xverse.finetune.encode import Example, load_data
+from xverse.finetune.settings import read_settings
 from xverse.finetune.trainer import FILLER, FinetuneTrainer, Order, Rows, join
 from xverse.hf import XverseConfig, XverseForCausalLM
 from xverse.model import IGNORE
@@ -60,7 +61,7 @@ def loss_and_gradient(model: Any, batches: list[dict[str, Tensor]]) -> tuple[flo
     count = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
-        batch = {key: value for key, value in batch.items() if key != "numbers"}
+        batch = {key: value for key, value in batch.items() if key != "names"}
         loss = model(**batch, use_cache=False, num_items_in_batch=count).loss
         loss.backward()
         total += loss.item()
@@ -74,8 +75,8 @@ def test_no_padding_any_padding_and_packing_have_one_loss(model, examples) -> No
     left = loss_and_gradient(model, [padded(examples, "left")])
     rows = Rows(examples, 64, seed=0)
     assert len(rows) < 0.6 * len(examples)
-    assert all(sum(len(examples[i].ids) for i in rows[n]) <= 64 for n in range(len(rows)))
-    packed = loss_and_gradient(model, [join(examples, rows[n], 1) for n in range(len(rows))])
+    assert max(rows.lengths()) <= 64
+    packed = loss_and_gradient(model, [join(examples, row, 1) for row in rows.rows])
     filled = loss_and_gradient(model, [join(examples, range(len(examples)), 1), join(examples, [], 1)])
     for other in (alone, right, left, packed, filled):
         assert other[0] == pytest.approx(whole[0], abs=1e-5)
@@ -104,6 +105,45 @@ def test_an_epoch_holds_each_row_once_and_fills_whole_steps() -> None:
     assert list(order) != first
     order.set_epoch(0)
     assert list(order) == first
+
+
+def test_grouped_by_length_a_step_has_rows_alike() -> None:
+    lengths = [(7 * n) % 101 for n in range(230)]
+    order = Order(230, 8, seed=3, lengths=lengths)
+    rows = list(order)
+    assert Counter(rows) == Counter([*range(230), FILLER, FILLER])
+    steps = [rows[at : at + 8] for at in range(0, len(rows), 8)]
+    spread = [
+        max(lengths[n] for n in step) - min(lengths[n] for n in step) for step in steps if FILLER not in step
+    ]
+    assert max(spread) < 10
+    longest = [max(lengths[n] for n in step) for step in steps]
+    assert longest != sorted(longest, reverse=True), "steps are mixed"
+    order.set_epoch(1)
+    assert list(order) != rows
+
+
+def test_packed_documents_of_continued_pretraining_stay_apart(model, tiny_tokenizer, tmp_path) -> None:
+    """Through the data path: the loss of packed rows is that of each document alone."""
+    texts = ["the sun rises", "in the east", "and sets in the west again", "good morning"]
+    (tmp_path / "t.txt").write_text("\n".join(texts))
+    values = {"model_name_or_path": "x", "output_dir": "y", "do_train": True, "stage": "pt"}
+    found = read_settings({**values, "dataset": "t.txt", "dataset_dir": str(tmp_path)}, "test")
+    assert found.packs
+    documents = load_data(found, tiny_tokenizer, 64).train
+    rows = Rows(documents, 64, seed=0)
+    assert len(rows) < len(documents)
+    packed = loss_and_gradient(model, [join(documents, row, 1) for row in rows.rows])
+    alone = loss_and_gradient(model, [join(documents, [i], 1) for i in range(len(documents))])
+    assert packed[0] == pytest.approx(alone[0], abs=1e-5)
+    torch.testing.assert_close(packed[1], alone[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_loss_is_no_number(model, examples, tmp_path) -> None:
+    bare = [Example(e.ids, [False] * len(e.ids), e.name) for e in examples]
+    run = trainer(model, bare, tmp_path, per_device_train_batch_size=2, max_steps=1)
+    with pytest.raises(UserError, match=r"no token with loss.*e\[\d+\]"):
+        run.train()
 
 
 def trainer(model: Any, examples: list[Example], out: Any, **values: Any) -> FinetuneTrainer:

@@ -74,6 +74,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps of each side")
     train.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
 
+    finetune = add("finetune", "fine-tuning against transformers' and trl's trainers, QLoRA's memory, losses")
+    finetune.add_argument("--part", choices=["peers", "memory", "quality"], default="peers")
+    finetune.add_argument(
+        "--data", metavar="PATH", help="alpaca's file; in quality the folder of instructions"
+    )
+    finetune.add_argument("--shape", metavar="S", help="a named shape (peers: mini; memory: 7b)")
+    finetune.add_argument("--vocabulary", type=positive, metavar="V", help="in peers (default: XVERSE-7B's)")
+    finetune.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="rows of a step (peers)"
+    )
+    finetune.add_argument(
+        "--sequence-length", type=positive, default=512, metavar="N", help="tokens of a row"
+    )
+    finetune.add_argument("--steps", type=positive, default=6, metavar="N", help="of each training")
+    finetune.add_argument(
+        "--rounds", type=positive, default=3, metavar="N", help="of which medians are taken"
+    )
+    finetune.add_argument("--contenders", nargs="+", metavar="NAME", help="some of those of peers")
+    finetune.add_argument("--base", default="nano", metavar="M", help="what quality begins with")
+    finetune.add_argument("--out", metavar="DIR", help="of quality's files; where memory makes weights")
+    finetune.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
+
     quant = add("quant", "INT4, INT8 and bfloat16 kernels beside their bounds; memory of a quantised model")
     quant.add_argument("--shape", default="7b", metavar="S", help="a named shape")
     parts = ["matmul", "attention", "memory", "gptq"]

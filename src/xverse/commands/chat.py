@@ -16,9 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     # Flags without a default stay out of the namespace: the model directory's own value then holds.
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     parser.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
-    parser.add_argument(
-        "--adapter", metavar="A", help="an adapter in peft's format, merged as the model is loaded", **unset
-    )
+    parser.add_argument("--adapter", metavar="A", help="an adapter in peft's format", **unset)
     once = parser.add_mutually_exclusive_group()
     once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and leave", **unset)
     once.add_argument("--complete", metavar="TEXT", help="print how TEXT goes on (base models)", **unset)

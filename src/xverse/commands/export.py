@@ -45,6 +45,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help=f"largest weight file of a directory: 500MB, 2GB, … (default {SHARD_SIZE})",
     )
+    parser.add_argument(
+        "--quantize", choices=["int8", "int4"], help="quantise what --adapter was merged into (--format hf)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the model at PATH")
 
 
@@ -54,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--type {args.type}: not a type of --format {args.format} (known: {', '.join(types)})"
         )
+    if args.quantize:
+        return _export_quantized(args)
     if args.format == "gguf":
         return _export_gguf(args)
     shard_bytes = parse_size(args.max_shard_size or SHARD_SIZE)
@@ -89,21 +94,74 @@ def run(args: argparse.Namespace) -> int:
 
 def load_merged(source: Path, adapter: str | None) -> XverseForCausalLM:
     """The model of a directory, dequantised, with an adapter merged; prints what merging changed."""
-    from xverse.formats import load_model, read_scheme
+    from xverse.formats import load_model
 
     if adapter is None:
         return load_model(source, dequantize=True)
-    from xverse.formats.adapters import check_adapter, merge_adapter
+    from xverse.formats.adapters import differences
+    from xverse.formats.compare import fixed_tokens, logits
 
-    check_adapter(adapter)  # before a large model is read
-    if read_scheme(source) is not None:
-        raise UserError(f"{source}: is quantised; merge the adapter into the model that it was trained on")
-    model, difference, divergence = merge_adapter(load_model(source), adapter, source)
+    model, before = _merge(source, adapter)
+    difference, divergence = differences(before, logits(model, fixed_tokens(model.config.vocab_size)))
     print(
         f"merged {adapter}: max |Δlogit| = {difference:.1e}, KL = {divergence:.1e} nats against the adapter "
         f"beside the weights"
     )
     return model
+
+
+def _merge(source: Path, adapter: str) -> tuple[XverseForCausalLM, torch.Tensor]:
+    """The merged model, and the logits of the adapter beside the weights, quantised ones dequantised."""
+    from xverse.formats import load_model, read_scheme
+    from xverse.formats.adapters import check_adapter, check_base, merge_and_logits
+
+    check_adapter(adapter)  # before a large model is read
+    if read_scheme(source) is None:
+        return merge_and_logits(load_model(source), adapter, source)
+    check_base(load_model(source), adapter, source)
+    return merge_and_logits(load_model(source, dequantize=True), adapter)
+
+
+def _export_quantized(args: argparse.Namespace) -> int:
+    if not args.adapter or args.format != "hf" or args.type or args.max_shard_size:
+        raise UserError(
+            "--quantize goes with --adapter and --format hf alone; for other models, xverse quantize does it"
+        )
+
+    from xverse.formats import load_model, load_tokenizer, read_generation_config, resolve
+    from xverse.formats.adapters import differences
+    from xverse.formats.compare import fixed_tokens, logits
+    from xverse.formats.quantize import quick_settings
+    from xverse.formats.write import check_target, save_quantized
+    from xverse.quant.pipeline import Quantization
+
+    out = Path(args.out).expanduser()
+    check_target(out, args.overwrite)
+    source = resolve(args.model)
+    tokenizer = load_tokenizer(source)
+    model, before = _merge(source, args.adapter)
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+    def read(prefix: str) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    save_quantized(
+        Quantization(model.config, read, quick_settings(args.quantize)).tensors(),
+        model.config,
+        tokenizer,
+        out,
+        generation_config=read_generation_config(source),
+        overwrite=args.overwrite,
+        documents=source,
+    )
+    tokens = fixed_tokens(model.config.vocab_size)
+    difference, divergence = differences(before, logits(load_model(out, dequantize=True), tokens))
+    print(f"{out}: hf, {args.quantize}, {args.adapter} merged")
+    print(
+        f"parity: max |Δlogit| = {difference:.1e}, KL = {divergence:.1e} nats against the adapter beside the "
+        "weights"
+    )
+    return 0
 
 
 def _export_gguf(args: argparse.Namespace) -> int:

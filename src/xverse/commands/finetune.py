@@ -30,6 +30,14 @@ HELP = {
     "quantization_bit": "quantise the base as it is loaded (QLoRA)",
     "local_rank": "set by launchers of several processes",
     "adapter_name_or_path": "an adapter to go on with",
+    "streaming": "read the data set as it is needed; with max_steps",
+    "buffer_size": "examples of a stream that are mixed at a time",
+    "group_by_length": "the rows of a step are about equally long",
+    "train_sampling_strategy": "transformers' name of the same",
+    "pref_loss": "of stage dpo: DPO's, its variants, or ORPO, which needs no reference",
+    "use_liger_kernel": "Liger's norms and activations, on CUDA",
+    "enable_liger_kernel": "LLaMA-Factory's name of the same",
+    "report_to": "tensorboard or wandb",
     "early_stopping_steps": "stop after so many evaluations without a better one",
 }
 

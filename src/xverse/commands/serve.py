@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
     add("--model", "nano, a model directory or a hub id", default="nano", metavar="M")
     add("--tokenizer", "a directory with another tokenizer than the model's", metavar="T")
-    add("--adapter", "an adapter in peft's format, merged as the model is loaded", metavar="A")
+    add("--adapter", "an adapter in peft's format", metavar="A")
     add("--quantize", "make its weights smaller as it is loaded", choices=["int8", "int4"])
     add("--host", "address to listen on (%(default)s)", default="127.0.0.1", metavar="H")
     add("--port", "%(default)s; 0: any free one", type=_number, default=36000, metavar="P")

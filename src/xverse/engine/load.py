@@ -105,8 +105,8 @@ def load_engine(
     ``tokenizer``: a directory with another tokenizer than the model's own.
 
     ``threads`` None leaves the choice to torch, or one for a small model. ``quantize``: ``int8`` or ``int4``,
-    made of an unquantised model as it is loaded. ``adapter``: a directory in peft's format, merged into the
-    weights. Raises UserError for what cannot be loaded.
+    made of an unquantised model as it is loaded. ``adapter``: a directory in peft's format, merged into plain
+    weights and kept beside quantised ones. Raises UserError for what cannot be loaded.
     """
     import torch
 
@@ -123,7 +123,7 @@ def load_engine(
     words = load_tokenizer(path if tokenizer is None else resolve(tokenizer))
     dtype = torch.float32 if config.num_parameters() < FLOAT32_BELOW else None
     if adapter is not None:
-        weights = _merged(path, adapter, quantize, dtype)
+        weights = _adapted(path, adapter, quantize, dtype)
     else:
         weights = load_model(path, dtype) if quantize is None else load_quantizing(path, quantize, dtype)
     ends = generation_config.get("eos_token_id", config.eos_token_id)
@@ -131,13 +131,20 @@ def load_engine(
     return Loaded(Engine(weights, words, **settings), parameters, stop_ids)
 
 
-def _merged(path: Path, adapter: str, quantize: str | None, dtype: torch.dtype | None) -> XverseForCausalLM:
-    from xverse.formats.adapters import check_adapter, merge_adapter
+def _adapted(path: Path, adapter: str, quantize: str | None, dtype: torch.dtype | None) -> XverseForCausalLM:
+    """The model with an adapter: merged into plain weights, beside quantised ones in its own precision."""
+    from xverse.formats.adapters import apply_adapter, check_adapter, check_base, merge_adapter
 
     check_adapter(adapter)
-    if quantize is not None or read_scheme(path) is not None:
-        raise UserError(
-            "--adapter merges into plain weights; for quantised ones, export --adapter first, then quantize"
-        )
-    model, _, _ = merge_adapter(load_model(path), adapter, path)
+    stored = load_model(path)
+    if quantize is not None:
+        check_base(stored, adapter, path)
+        model: XverseForCausalLM = apply_adapter(
+            load_quantizing(path, quantize, dtype), adapter
+        ).get_base_model()
+        return model
+    if read_scheme(path) is not None:
+        check_base(stored, adapter, path)
+        return apply_adapter(load_model(path, dtype), adapter).get_base_model()
+    model, _, _ = merge_adapter(stored, adapter, path)
     return model if dtype is None else model.to(dtype)

@@ -41,6 +41,8 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
         name: metrics.get(name)
         for name in ("train_loss", "eval_loss", "eval_perplexity", "eval_margin", "eval_accuracy")
     }
+    for name in ("memory_predicted_gb", "memory_peak_gb"):
+        figures[f"{name.replace('_', ' ').removesuffix(' gb')}, GB a process"] = metrics.get(name)
     figures["best checkpoint"] = (
         Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
     )

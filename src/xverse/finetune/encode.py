@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from xverse.config import UserError
@@ -17,6 +18,7 @@ from xverse.tokenizer import Tokenizer, encode_dialogue
 from xverse.tokenizer.chat import message_ids
 
 Message = Mapping[str, str]
+FIRST = 64  # of a stream: what a run that goes on knows its data by
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,30 @@ def load_data(settings: Settings, tokenizer: Tokenizer, length: int, quiet: bool
 def _read(source: Source, settings: Settings, tokenizer: Tokenizer, length: int) -> tuple[list[Example], str]:
     skipped: Counter[str] = Counter()
     cut: Counter[str] = Counter()
-    examples: list[Example] = []
+    examples = list(iterate(source, settings, tokenizer, length, skipped, cut))
+    note = f"{source.name}: {len(examples)} examples"
+    if skipped:
+        note += f"; skipped {skipped.total()}: " + ", ".join(f"{n} {why}" for why, n in skipped.most_common())
+    if cut:
+        note += f"; over {length} tokens: " + ", ".join(f"{n} {what}" for what, n in cut.items())
+    if not examples:
+        raise UserError(f"{note}; nothing to train on")
+    return examples, note
+
+
+def iterate(
+    source: Source,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    length: int,
+    skipped: Counter[str],
+    cut: Counter[str],
+) -> Iterator[Example]:
+    """The examples of a source as they are read; what is left out or cut is counted by reason."""
+    count = 0
     for number, (item, info) in enumerate(read_source(source, settings.stage, skipped)):
-        if settings.max_samples is not None and len(examples) >= settings.max_samples:
-            break
+        if settings.max_samples is not None and count >= settings.max_samples:
+            return
         name = f"{source.name}[{number}]"
         try:
             if settings.stage == "pt":
@@ -86,7 +108,8 @@ def _read(source: Source, settings: Settings, tokenizer: Tokenizer, length: int)
                 for start in range(0, len(ids), length):
                     part = ids[start : start + length]
                     if len(part) > 1:
-                        examples.append(Example(part, [False] + [True] * (len(part) - 1), name))
+                        count += 1
+                        yield Example(part, [False] + [True] * (len(part) - 1), name)
                 continue
             messages = to_dialogue(item, info).messages
         except Skip as reason:
@@ -99,15 +122,36 @@ def _read(source: Source, settings: Settings, tokenizer: Tokenizer, length: int)
             mask = [False] + [True] * (len(ids) - 1)
         elif settings.mask_history:
             mask = _last_only(mask)
-        examples.append(Example(ids, mask, name))
-    note = f"{source.name}: {len(examples)} examples"
-    if skipped:
-        note += f"; skipped {skipped.total()}: " + ", ".join(f"{n} {why}" for why, n in skipped.most_common())
-    if cut:
-        note += f"; over {length} tokens: " + ", ".join(f"{n} {what}" for what, n in cut.items())
-    if not examples:
-        raise UserError(f"{note}; nothing to train on")
-    return examples, note
+        count += 1
+        yield Example(ids, mask, name)
+
+
+def stream_data(
+    settings: Settings, tokenizer: Tokenizer, length: int
+) -> tuple[Data, Callable[[], Iterator[Example]]]:
+    """``--streaming``: the first ``val_size`` examples held out, or ``eval_dataset``, and a function that
+    reads all others from the beginning. Raises UserError where the first files hold nothing usable."""
+    assert settings.dataset is not None
+    sources = find_sources(settings.dataset, settings.dataset_dir)
+    held_out = int(settings.val_size)
+
+    def read() -> Iterator[Example]:
+        for source in sources:
+            yield from iterate(source, settings, tokenizer, length, Counter(), Counter())
+
+    first = list(itertools.islice(read(), held_out + FIRST))
+    if len(first) <= held_out:
+        raise UserError(
+            f"{settings.dataset}: {len(first)} usable examples, and {held_out} are to be held out"
+        )
+    data = Data(train=first[held_out:], valid=first[:held_out])
+    data.notes.append(f"{settings.dataset}: streamed; the first {held_out} examples held out")
+    if settings.eval_dataset:
+        for source in find_sources(settings.eval_dataset, settings.dataset_dir):
+            examples, note = _read(source, settings, tokenizer, length)
+            data.valid += examples
+            data.notes.append(note)
+    return data, lambda: itertools.islice(read(), held_out, None)
 
 
 def encode_within(

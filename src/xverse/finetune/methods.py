@@ -8,7 +8,7 @@ from torch import nn
 
 from xverse.config import UserError, nearest
 from xverse.finetune.settings import Settings
-from xverse.formats.adapters import check_adapter, import_peft
+from xverse.formats.adapters import check_adapter, import_peft, peft_config
 from xverse.quant.linear import QuantLinear
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -33,9 +33,7 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
     quantised = any(isinstance(module, QuantLinear) for module in model.modules())
     if settings.adapter_name_or_path:
         path = check_adapter(settings.adapter_name_or_path)
-        config = peft.PeftConfig.from_pretrained(str(path))
-        if quantised:
-            _quantised(config)
+        config = peft_config(model, path)
         return peft.PeftModel.from_pretrained(model, str(path), config=config, is_trainable=True)
     targets = _names(settings.lora_target, LINEARS, model, "lora_target")
     extra = settings.additional_target
@@ -59,7 +57,7 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
 def _quantised(config: Any) -> None:
     if config.use_dora:
         raise UserError("use_dora: DoRA needs the norms of plain weights; leave it out with quantised ones")
-    from xverse.finetune.qlora import register
+    from xverse.formats.qlora import register
 
     register(config)
 

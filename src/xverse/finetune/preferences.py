@@ -1,4 +1,5 @@
-"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290) on pairs without padding.
+"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290), its variants, and ORPO (Hong et
+al., 2024, arXiv:2403.07691), on pairs without padding.
 
 trl's trainer would tokenise the rendered template, whose ids differ from XVERSE's at the seams, and make
 logits for prompts, too. Here a pair is two examples of ``encode.py``, and only tokens with loss have logits.
@@ -39,7 +40,7 @@ def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 class PairTrainer(FinetuneTrainer):
     """``examples`` are chosen and rejected answers by turns. ``reference`` is the frozen model that they are
-    judged against; None: the model itself without its adapter."""
+    judged against; None: the model itself without its adapter (ORPO needs none)."""
 
     group = 2
 
@@ -61,6 +62,11 @@ class PairTrainer(FinetuneTrainer):
             sums, _ = log_probabilities(model, batch)
             return sums, sums
         sums, counts = log_probabilities(model, batch)
+        if self.kind == "orpo":  # no reference; the odds are those of a mean token (arXiv:2403.07691)
+            means = (sums / counts).view(-1, 2)  # [n, 2]
+            odds = means - torch.log1p(-means.exp())
+            ratio = odds[:, 0] - odds[:, 1]
+            return -means[:, 0] - self.beta * logsigmoid(ratio), self.beta * ratio.detach()
         with torch.no_grad(), self._without_adapter(model) as frozen:
             known, _ = log_probabilities(frozen, batch)
         gains = (sums - known).view(-1, 2)  # [n, 2]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from xverse.config import UserError
 from xverse.files import atomic_file
+from xverse.finetune import memory
 from xverse.finetune.card import write_card
-from xverse.finetune.encode import Data, Example, load_data, load_pairs
+from xverse.finetune.encode import Data, Example, load_data, load_pairs, stream_data
+from xverse.finetune.launch import training_arguments
 from xverse.finetune.methods import prepare, trainable
 from xverse.finetune.preferences import PairTrainer
-from xverse.finetune.settings import Settings, training_values
-from xverse.finetune.trainer import FinetuneTrainer, Record
+from xverse.finetune.settings import Settings
+from xverse.finetune.stream import Stream
+from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, widest
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.adapters import fingerprint, write_base
 from xverse.log import notice
@@ -55,14 +57,24 @@ def run_finetuning(settings: Settings) -> Path | None:
     length = min(settings.cutoff_len, read_config(source).context_length)
     if length < settings.cutoff_len and first:
         notice(f"cutoff_len {settings.cutoff_len}: the model has {length} positions; {length} it is")
-    load = load_pairs if settings.stage == "dpo" else load_data
-    data = load(settings, tokenizer, length, quiet=not first)
+    read = None
+    if settings.streaming:
+        data, read = stream_data(settings, tokenizer, length)
+    else:
+        load = load_pairs if settings.stage == "dpo" else load_data
+        data = load(settings, tokenizer, length, quiet=not first)
     if settings.wants_evaluation and not data.valid:
         raise UserError("evaluation is asked for, and there is no example to hold out; name an eval_dataset")
     state = _state(settings, data)
     resume = _resume_point(settings, state)
+    predicted = _check_memory(source, settings, args, data, length) if settings.do_train else 0
 
-    model = prepare(_load(source, settings, args), settings)
+    model = _load(source, settings, args)
+    if settings.use_liger_kernel or settings.enable_liger_kernel:
+        from xverse.finetune.liger import use_liger
+
+        use_liger(model)
+    model = prepare(model, settings)
     learning, total = trainable(model)
     if first:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -74,7 +86,8 @@ def run_finetuning(settings: Settings) -> Path | None:
         words.padding_side = settings.padding_side
     kind: Callable[..., FinetuneTrainer] = FinetuneTrainer
     if settings.stage == "dpo":
-        own = settings.finetuning_type != "lora" or settings.adapter_name_or_path
+        own = settings.finetuning_type != "lora" or settings.adapter_name_or_path is not None
+        own = own and settings.pref_loss != "orpo"
         kind = functools.partial(
             PairTrainer,
             reference=_load(source, settings, args) if own else None,
@@ -82,12 +95,19 @@ def run_finetuning(settings: Settings) -> Path | None:
             kind=settings.pref_loss,
             supervised=settings.pref_ftx,
         )
+    packed = length if settings.packs else None
+    stream = None
+    if read is not None:
+        count = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        stream = Stream(read, count, settings.buffer_size, packed, args.data_seed or args.seed)
     trainer = kind(
         model=model,
         args=args,
         examples=data.train,
         held_out=data.valid,
-        row_length=length if settings.packs else None,
+        row_length=packed,
+        grouped=settings.by_length,
+        stream=stream,
         pad_id=tokenizer.pad_id,
         processing_class=words,
         callbacks=[Record(settings.output_dir / "metrics.jsonl")],
@@ -101,7 +121,14 @@ def run_finetuning(settings: Settings) -> Path | None:
         if first:
             with atomic_file(settings.output_dir / STATE) as path:
                 path.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        memory.start_measuring()
         metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
+        metrics |= {"memory_predicted_gb": predicted / 1e9, "memory_peak_gb": memory.measured() / 1e9}
+        if first:
+            notice(
+                f"memory of a process: {metrics['memory_peak_gb']:.2f} GB at most, "
+                f"{metrics['memory_predicted_gb']:.2f} GB predicted"
+            )
     if settings.wants_evaluation:
         metrics |= trainer.evaluate()
     if not settings.do_train:
@@ -111,50 +138,34 @@ def run_finetuning(settings: Settings) -> Path | None:
     return settings.output_dir if first else None
 
 
-def training_arguments(settings: Settings) -> TrainingArguments:
-    """transformers' TrainingArguments. Raises UserError, in one line, for what they refuse."""
-    values = training_values(settings)
+def _check_memory(source: Path, settings: Settings, args: TrainingArguments, data: Data, length: int) -> int:
+    """The predicted peak in bytes, said by the first process. Raises UserError for what will not fit."""
+    shape = read_config(source)
+    seed = args.data_seed or args.seed
+    group = 2 if settings.stage == "dpo" else 1
+    rows = Rows(data.train, length if settings.packs else None, seed, group)
+    tokens, kept = widest(rows, args.per_device_train_batch_size, args.world_size, seed, settings.by_length)
+    if settings.streaming:
+        tokens = kept = args.per_device_train_batch_size * length
+    stage = 0
     if settings.deepspeed:
-        values["deepspeed"] = str(deepspeed_file(settings.deepspeed))
-    if settings.load_best_model_at_end and settings.evaluates == "epoch":
-        values.setdefault("save_strategy", "epoch")
-    for name in ("fsdp_config", "lr_scheduler_kwargs"):
-        if name in values and values[name].lstrip().startswith("{"):
-            values[name] = json.loads(values[name])
-    values |= {
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "logging_nan_inf_filter": False,
-        "prediction_loss_only": True,
-    }
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
-        values.setdefault("use_cpu", True)  # transformers would refuse bf16 without being told
-    if settings.gradient_checkpointing:
-        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    try:
-        return TrainingArguments(**values)
-    except (ValueError, ImportError, TypeError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"finetune: {text.replace('--', '')}") from None
-
-
-def deepspeed_file(name: str) -> Path:
-    """The file that ``--deepspeed`` names; a bare name that is not here means one of ``recipes/sft``.
-
-    Raises UserError where there is none, and where DeepSpeed is not installed.
-    """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "--deepspeed needs pip install 'xverse-lm[finetune]', or -e '.[finetune]' in a checkout"
-        )
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    here = Path(__file__).resolve()
-    for folder in (here.parents[3] / "recipes" / "sft", here.parent / "recipes"):  # a checkout, a wheel
-        if path.parent == Path() and (folder / name).is_file():
-            return folder / name
-    raise UserError(f"--deepspeed {name}: no such file")
+        stage = json.loads(Path(str(args.deepspeed)).read_text()).get("zero_optimization", {}).get("stage", 0)
+    stored = None
+    if read_scheme(source) is not None:
+        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        stored = 4 if size < 0.8 * shape.num_parameters() else 8
+    work = memory.Load(
+        tokens=tokens,
+        kept=kept,
+        processes=args.world_size,
+        stage=stage,
+        sharded=args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true",
+        stored_bits=stored,
+    )
+    needed, said = memory.check(shape, settings, work)
+    if args.process_index == 0:
+        notice(said)
+    return needed
 
 
 def _load(source: Path, settings: Settings, args: TrainingArguments) -> Any:
@@ -165,8 +176,22 @@ def _load(source: Path, settings: Settings, args: TrainingArguments) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=half if narrow else torch.float32)
     if settings.quantization_bit:
         model.quantize(settings.quantization_bit)
+    if settings.quantization_bit or read_scheme(source) is not None:
+        for (
+            parameter
+        ) in model.parameters():  # what is left of a mapped file would keep all that was read of it
+            parameter.data = parameter.data.clone()
+    if args.bf16 and not narrow:
+        model.model.embed_tokens.register_forward_hook(as_autocast)
     model.config.use_cache = False
     return model
+
+
+def as_autocast(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Embeddings in autocast's type, and the residual stream with them: as with weights of 16 bits (those of
+    DeepSpeed, a frozen base, generation), so that float32 master weights give the same losses."""
+    kind = output.device.type
+    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
 
 
 def _state(settings: Settings, data: Data) -> dict[str, Any]:
@@ -196,7 +221,7 @@ def _resume_point(settings: Settings, state: dict[str, Any]) -> str | None:
     if settings.overwrite_output_dir or not out.is_dir() or not any(out.iterdir()):
         _clear(out)
         return None
-    last = get_last_checkpoint(str(out))
+    last = _last_checkpoint(out)
     file = out / STATE
     if last is None:
         if file.exists() and not any(out.glob("*.safetensors")):
@@ -220,6 +245,17 @@ def _resume_point(settings: Settings, state: dict[str, Any]) -> str | None:
     return last
 
 
+def _last_checkpoint(out: Path) -> str | None:
+    """The last whole one: Trainer writes its state last, and a killed run may leave a part of one."""
+    found = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+        notice(f"{path}: is not whole; the run was stopped while it was written")
+    return None
+
+
 def _clear(out: Path) -> None:
     """A run that begins anew has no use for the curve of the old one."""
     if int(os.environ.get("RANK", "0")) == 0:
@@ -235,6 +271,8 @@ def _save(
     base = load_model(source)  # mapped from its files
     if not sharded and settings.finetuning_type != "lora":
         model.to(base.lm_head.weight.dtype)  # as the base is stored; float32 served training alone
+    if trainer.is_fsdp_enabled:  # shards are for checkpoints; the result is a model directory
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(out))
     trainer.save_state()
     if not trainer.is_world_process_zero():

@@ -45,8 +45,10 @@ class Settings:
     quantization_bit: Literal[4, 8] | None = None
     pure_bf16: bool = False
     pref_beta: float = 0.1
-    pref_loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    pref_loss: Literal["sigmoid", "hinge", "ipo", "orpo"] = "sigmoid"
     pref_ftx: float = 0.0
+    use_liger_kernel: bool = False
+    enable_liger_kernel: bool = False  # LLaMA-Factory's name
 
     # the data
     dataset: str | None = None
@@ -54,6 +56,10 @@ class Settings:
     dataset_dir: Path = Path("data")
     cutoff_len: int = 2048
     max_samples: int | None = None
+    streaming: bool = False
+    buffer_size: int = 16384
+    group_by_length: bool = False
+    train_sampling_strategy: Literal["random", "group_by_length"] | None = None
     val_size: float = 0.0
     packing: bool | None = None
     neat_packing: bool = False
@@ -115,7 +121,6 @@ class Settings:
     tf32: bool | None = None
     use_cpu: bool | None = None
     gradient_checkpointing: bool | None = None
-    use_liger_kernel: bool | None = None
     torch_compile: bool | None = None
     deepspeed: str | None = None
     fsdp: str | None = None
@@ -158,6 +163,15 @@ class Settings:
             raise ValueError("cutoff_len must be at least 8, lora_rank 1, freeze_trainable_layers not 0")
         if self.stage == "dpo" and self.packs:
             raise ValueError("packing is for single examples; dpo trains on pairs")
+        if self.streaming:
+            if self.stage == "dpo" or not self.max_steps or self.max_steps < 1:
+                raise ValueError("streaming needs max_steps, as its end is not known, and stage sft or pt")
+            if 0 < self.val_size < 1 or (self.wants_evaluation and not (self.val_size or self.eval_dataset)):
+                raise ValueError(
+                    "streaming: a share is not known; give val_size as a number, or eval_dataset"
+                )
+        if self.by_length and (self.packs or self.streaming):
+            raise ValueError("group_by_length is for rows of one example each; packing fills rows instead")
         if self.quantization_bit and self.finetuning_type != "lora":
             raise ValueError(
                 "quantization_bit: quantised weights do not learn; it needs finetuning_type lora"
@@ -173,6 +187,10 @@ class Settings:
     def evaluates(self) -> str:
         """When evaluation runs during training: ``no``, ``steps`` or ``epoch``."""
         return self.eval_strategy or self.evaluation_strategy or "no"
+
+    @property
+    def by_length(self) -> bool:
+        return self.group_by_length or self.train_sampling_strategy == "group_by_length"
 
     @property
     def wants_evaluation(self) -> bool:

@@ -12,17 +12,19 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from xverse.config import UserError
 from xverse.data.order import random_order
 from xverse.data.packing import pack_examples
 from xverse.finetune.encode import Example
+from xverse.finetune.stream import Stream
 from xverse.log import JsonlLog, notice
 from xverse.model import IGNORE
 
@@ -30,8 +32,8 @@ FILLER = -1  # a row without examples: it evens out the last step of an epoch an
 Batch = dict[str, Tensor]
 
 
-class Rows(Dataset[list[int]]):
-    """Rows of example numbers: ``group`` neighbours, or as many as fit into ``length`` tokens."""
+class Rows(Dataset[list[Example]]):
+    """Rows of examples, by their numbers: ``group`` neighbours, or as many as fit into ``length`` tokens."""
 
     def __init__(self, examples: Sequence[Example], length: int | None, seed: int, group: int = 1) -> None:
         self.examples = examples
@@ -44,15 +46,21 @@ class Rows(Dataset[list[int]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> list[int]:
-        return [] if number == FILLER else self.rows[number]
+    def __getitem__(self, number: int) -> list[Example]:
+        return [] if number == FILLER else [self.examples[i] for i in self.rows[number]]
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [sum(len(self.examples[i].ids) for i in row) for row in self.rows]
 
 
 class Order(Sampler[int]):
-    """All rows in an order of (seed, epoch) alone, filled up to whole steps of ``multiple`` rows."""
+    """All rows in an order of (seed, epoch) alone, filled up to whole steps of ``multiple`` rows. With
+    ``lengths`` the rows of a step are about equally long: neighbours among 50 steps' rows in that order."""
 
-    def __init__(self, count: int, multiple: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
+    def __init__(self, count: int, multiple: int, seed: int, lengths: Sequence[int] | None = None) -> None:
+        self.count, self.multiple, self.seed, self.epoch = count, multiple, seed, 0
+        self.lengths = lengths
         self.total = math.ceil(count / multiple) * multiple
 
     def set_epoch(self, epoch: int) -> None:
@@ -62,20 +70,50 @@ class Order(Sampler[int]):
         return self.total
 
     def __iter__(self) -> Iterator[int]:
-        yield from random_order(self.count, "examples", self.seed, self.epoch).tolist()
-        yield from [FILLER] * (self.total - self.count)
+        order = random_order(self.count, "examples", self.seed, self.epoch).tolist()
+        order += [FILLER] * (self.total - self.count)
+        if self.lengths is not None:
+            order = self._grouped(order, self.lengths)
+        yield from order
+
+    def _grouped(self, order: list[int], lengths: Sequence[int]) -> list[int]:
+        steps: list[list[int]] = []
+        for start in range(0, len(order), 50 * self.multiple):
+            near = sorted(
+                order[start : start + 50 * self.multiple],
+                key=lambda row: -1 if row == FILLER else lengths[row],
+                reverse=True,
+            )
+            steps += [near[at : at + self.multiple] for at in range(0, len(near), self.multiple)]
+        mixed = random_order(len(steps), "steps", self.seed, self.epoch).tolist()
+        return [row for step in mixed for row in steps[step]]
+
+
+def widest(rows: Rows, batch: int, processes: int, seed: int, grouped: bool) -> tuple[int, int]:
+    """Tokens in the largest micro-batch of the first epoch, and how many of them have loss."""
+    order = list(Order(len(rows), batch * processes, seed, rows.lengths() if grouped else None))
+    found = []
+    for start in range(0, len(order), batch):
+        held = [example for row in order[start : start + batch] for example in rows[row]]
+        found.append((sum(len(e.ids) for e in held), sum(sum(e.mask) for e in held)))
+    return max(found)
 
 
 def join(examples: Sequence[Example], numbers: Sequence[int], pad_id: int) -> Batch:
-    """One row of all ``numbers``: input_ids, labels and position_ids int64 [1, T], and ``numbers`` [n].
+    """One row of the examples of those numbers, see ``row_of``."""
+    return row_of([examples[number] for number in numbers], pad_id)
+
+
+def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
+    """All ``examples`` in a row: input_ids, labels and position_ids int64 [1, T], and ``names``, the first
+    ones' as bytes, uint8 [n].
 
     Labels are not shifted; the first token of an example has none.
     """
     ids: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
-    for number in numbers:
-        example = examples[number]
+    for example in examples:
         ids += example.ids
         labels += [
             token if kept and place else IGNORE
@@ -85,11 +123,16 @@ def join(examples: Sequence[Example], numbers: Sequence[int], pad_id: int) -> Ba
     if not ids:
         ids, labels, positions = [pad_id] * 2, [IGNORE] * 2, [0, 1]
     row = {"input_ids": ids, "labels": labels, "position_ids": positions}
-    return {**{key: torch.tensor([value]) for key, value in row.items()}, "numbers": torch.tensor(numbers)}
+    names = ", ".join(example.name for example in examples[:8]).encode()
+    return {
+        **{key: torch.tensor([value]) for key, value in row.items()},
+        "names": torch.tensor(list(names), dtype=torch.uint8),
+    }
 
 
 class FinetuneTrainer(Trainer):
-    """``examples`` and ``held_out`` are encoded already; ``row_length`` packs rows of so many tokens."""
+    """``examples`` and ``held_out`` are encoded already; ``row_length`` packs rows of so many tokens.
+    ``grouped``: the rows of a step are about equally long. ``stream`` stands in the place of ``examples``."""
 
     group = 1  # examples that belong together
 
@@ -100,33 +143,49 @@ class FinetuneTrainer(Trainer):
         held_out: Sequence[Example],
         row_length: int | None,
         pad_id: int,
+        grouped: bool = False,
+        stream: Stream | None = None,
         **options: Any,
     ) -> None:
-        self.examples, self.held_out, self.pad_id = examples, held_out, pad_id
+        self.pad_id, self.grouped = pad_id, grouped
         seed = options["args"].data_seed or options["args"].seed
         super().__init__(
-            train_dataset=Rows(examples, row_length, seed, self.group),
+            train_dataset=stream or Rows(examples, row_length, seed, self.group),
             eval_dataset=Rows(held_out, row_length, seed, self.group) if held_out else None,
             data_collator=self._collate,
             **options,
         )
         self._order_seed = seed
 
-    def _collate(self, rows: list[list[int]]) -> Batch:
-        return join(self.examples, [number for row in rows for number in row], self.pad_id)
+    def _collate(self, rows: list[list[Example]]) -> Batch:
+        return row_of([example for row in rows for example in row], self.pad_id)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         multiple = self.args.per_device_train_batch_size * self.args.world_size
+        if isinstance(self.train_dataset, Stream):
+            return SequentialSampler(self.train_dataset)
         assert isinstance(self.train_dataset, Rows)
-        return Order(len(self.train_dataset), multiple, self._order_seed)
+        lengths = self.train_dataset.lengths() if self.grouped else None
+        return Order(len(self.train_dataset), multiple, self._order_seed, lengths)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # A sharded model writes its own later than Trainer looks for the folder of the best checkpoint.
+        Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}").mkdir(
+            parents=True, exist_ok=True
+        )
+        super()._save_checkpoint(model, trial)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Raises UserError, naming the examples, where the loss is no finite number."""
-        numbers = inputs.pop("numbers")
+        names = bytes(inputs.pop("names").tolist()).decode()
+        targets = kwargs.get("num_items_in_batch")
+        if targets is not None and int(targets) == 0:
+            raise UserError(
+                f"step {self.state.global_step + 1}: no token with loss in the whole step ({names})"
+            )
         result = self.batch_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
-            names = ", ".join(self.examples[i].name for i in numbers.tolist()[:8])
             raise UserError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()} on {names}; a lower "
                 "learning_rate or max_grad_norm may help, or these examples are damaged"
@@ -170,7 +229,7 @@ class FinetuneTrainer(Trainer):
         sums = torch.zeros(4, dtype=torch.float64)
         for numbers in batches[rank::world]:
             batch = join(rows.examples, numbers, self.pad_id)
-            del batch["numbers"]
+            del batch["names"]
             batch = {key: value.to(self.args.device) for key, value in batch.items()}
             found = self.held_out_sums(model, batch)
             sums[: len(found)] += torch.tensor(found, dtype=torch.float64)

@@ -16,6 +16,7 @@ from xverse.formats.compare import logits as logits_of
 from xverse.formats.weights import read_json
 from xverse.log import notice
 from xverse.model import FullCausal, XverseForCausalLM
+from xverse.quant.linear import QuantLinear
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "xverse_base.json"
 SAMPLES = 256  # values of each tensor that the fingerprint reads
@@ -41,18 +42,14 @@ def apply_adapter(model: XverseForCausalLM, path: str | Path, base: str | Path |
     """``model`` with the adapter of a directory on its layers, as peft's ``PeftModel``.
 
     ``base`` is the model's own directory: where the adapter says what it was trained on, the two are
-    compared. Raises UserError for a directory without adapter, for an adapter of another base, and for one
-    whose tensors do not fit.
+    compared. Beside quantised weights it stays in its own precision (QLoRA). Raises UserError for a directory
+    without adapter, for an adapter of another base, and for one whose tensors do not fit.
     """
     path = check_adapter(path)
     peft = import_peft()
-    if base is not None and (path / BASE).exists():
-        stored = read_json(path / BASE)
-        if stored.get("fingerprint") != fingerprint(model):
-            raise UserError(f"{path}: this adapter was trained on {stored.get('base')}, not on {base}")
-    elif base is not None:
-        notice(f"{path}: does not say which weights it was trained on; {base} is taken on trust")
-    config = peft.PeftConfig.from_pretrained(str(path))
+    if base is not None:
+        check_base(model, path, base)
+    config = peft_config(model, path)
     config.task_type = None  # PeftModel for causal models wants transformers' generate, which ours has not
     config.inference_mode = True
     try:
@@ -65,6 +62,31 @@ def apply_adapter(model: XverseForCausalLM, path: str | Path, base: str | Path |
     return adapted.eval()
 
 
+def peft_config(model: nn.Module, path: Path) -> Any:
+    """peft's configuration of an adapter, such that it fits quantised layers, too. Raises UserError for one
+    that needs plain weights where there are others."""
+    config = import_peft().PeftConfig.from_pretrained(str(path))
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        from xverse.formats.qlora import register
+
+        if getattr(config, "use_dora", False):
+            raise UserError(f"{path}: DoRA scales plain weights; export --adapter merges it into them")
+        register(config)
+    return config
+
+
+def check_base(model: nn.Module, path: str | Path, base: str | Path) -> None:
+    """Raises UserError where the adapter says that it was trained on other weights than those of ``model``,
+    which ``base`` names; says it where the adapter does not tell."""
+    file = Path(path) / BASE
+    if not file.exists():
+        notice(f"{path}: does not say which weights it was trained on; {base} is taken on trust")
+        return
+    stored = read_json(file)
+    if stored.get("fingerprint") != fingerprint(model):
+        raise UserError(f"{path}: this adapter was trained on {stored.get('base')}, not on {base}")
+
+
 def merge_adapter(
     model: XverseForCausalLM, path: str | Path, base: str | Path | None = None
 ) -> tuple[XverseForCausalLM, float, float]:
@@ -73,15 +95,26 @@ def merge_adapter(
 
     The weights may be mapped from a file: those that change are copied first. Raises as ``apply_adapter``.
     """
+    merged, before = merge_and_logits(model, path, base)
+    return merged, *differences(before, logits_of(merged, fixed_tokens(model.config.vocab_size)))
+
+
+def merge_and_logits(
+    model: XverseForCausalLM, path: str | Path, base: str | Path | None = None
+) -> tuple[XverseForCausalLM, Tensor]:
+    """As ``merge_adapter``, with the logits float32 [B, T, V] that the adapter beside the weights gives."""
     adapted = apply_adapter(model, path, base)
     before = _adapted_logits(adapted, model.config.vocab_size)  # [B, T, V]
     for module in adapted.modules():
         layer = getattr(module, "base_layer", None)
         if layer is not None and hasattr(module, "merge"):
             layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    merged = adapted.merge_and_unload()
-    after = logits_of(merged, fixed_tokens(model.config.vocab_size))
-    return merged, (before - after).abs().max().item(), _divergence(before, after)
+    return adapted.merge_and_unload(), before
+
+
+def differences(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """max |Δlogit|, and the mean KL(before ‖ after) over tokens in nats, of logits [B, T, V]."""
+    return (before - after).abs().max().item(), _divergence(before, after)
 
 
 @torch.no_grad()

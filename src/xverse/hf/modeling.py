@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
@@ -17,6 +18,7 @@ from xverse.hf.attention import attention_context
 from xverse.hf.configuration import XverseConfig
 from xverse.model.loss import IGNORE, linear_cross_entropy
 from xverse.model.transformer import DecoderLayer, XverseModel
+from xverse.quant.linear import QuantLinear
 from xverse.quant.pipeline import Method, QuantSettings
 
 _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
@@ -134,8 +136,9 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         targets = targets.flatten().to(hidden.device)  # [B*T]
         flat = hidden.flatten(0, 1)  # [B*T, D]
         reduction = "mean" if num_items is None else "sum"
-        if self._has_plain_head():
-            loss = linear_cross_entropy(flat, self.lm_head.weight, targets, reduction=reduction)  # type: ignore[arg-type]  # a literal
+        weight = self._head_weight(flat)
+        if weight is not None:
+            loss = linear_cross_entropy(flat, weight, targets, reduction=reduction)  # type: ignore[arg-type]  # a literal
         else:
             kept = (targets != IGNORE).nonzero().flatten()  # the head may pass over a prompt's tokens
             loss = cross_entropy(self.lm_head(flat[kept]).float(), targets[kept], reduction=reduction)
@@ -143,16 +146,19 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
             loss = loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
         return loss
 
-    def _has_plain_head(self) -> bool:
-        """Whether the head is nothing but its weight. Adapters, quantisation, FSDP, ZeRO-3 and accelerate's
-        device hooks act in the head's forward, which the chunked loss does not call."""
-        head = self.lm_head
-        hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
-        return (
-            type(head) is nn.Linear
-            and not hooked
-            and head.weight.shape == (head.out_features, head.in_features)
-        )
+    def _head_weight(self, hidden: Tensor) -> Tensor | None:
+        """[V, D] where the head is nothing but its weight, which a quantised one makes for the moment: less
+        than all logits. Adapters, FSDP, ZeRO-3 and accelerate's device hooks act in the head's forward, which
+        the chunked loss does not call."""
+        head: Any = self.lm_head
+        if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+            return None
+        if type(head) is QuantLinear and head.order is None:
+            kind = hidden.device.type
+            autocast = torch.is_autocast_enabled(kind)
+            return head.dequantize(torch.get_autocast_dtype(kind) if autocast else hidden.dtype)
+        plain = type(head) is nn.Linear and head.weight.shape == (head.out_features, head.in_features)
+        return head.weight if plain else None
 
     def chat(
         self,

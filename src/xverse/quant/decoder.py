@@ -105,11 +105,13 @@ def decoder(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> Decoder | 
     if any(pages.address is None or pages.keys.dtype not in (dtype, torch.int8) for pages in cache):
         return None
     most = _MOST_TOKENS
-    for module in model.model.layers.modules():
-        if type(module) is BF16Linear:
-            most = BF16_TOKENS
-        elif isinstance(module, nn.Linear) or (isinstance(module, QuantLinear) and module.order is not None):
-            return None
+    for layer in model.model.layers:
+        for path in _LINEARS.values():  # an adapter beside one of them is none of these kinds
+            module = layer.get_submodule(path)
+            if type(module) is BF16Linear:
+                most = BF16_TOKENS
+            elif type(module) is not QuantLinear or module.order is not None:
+                return None
     return Decoder(model, cache, most)
 
 

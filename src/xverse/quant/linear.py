@@ -55,6 +55,15 @@ class QuantLinear(nn.Module):
         step = found.scales.shape[1] * self.group_size // self.in_features
         return QuantizedWeight(found.q, found.scales[:, ::step].contiguous(), self.bits)
 
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out_features, in_features], some rows at a time; its columns as in ``to_weight``."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.tiles.device)
+        done = 0
+        for part in ops.dequantized_parts(self.tiles, self.out_features, self.bits, dtype):
+            weight[done : done + len(part)] = part
+            done += len(part)
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         if self.order is not None:
             x = x.index_select(-1, self.order)

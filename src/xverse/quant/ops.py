@@ -76,7 +76,7 @@ def dequantized_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Ten
     return _DequantizedLinear.apply(x, tiles, outputs, bits)
 
 
-def _dequantized_parts(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Iterator[Tensor]:
+def dequantized_parts(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """The weight [rows, inputs] in the order of its outputs, some rows at a time."""
     done = 0
     for part in tiles.split(_ROWS_AT_ONCE // TILE_ROWS):
@@ -89,14 +89,14 @@ class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
         ctx.tiles, ctx.outputs, ctx.bits = tiles, outputs, bits
-        return torch.cat([linear(x, part) for part in _dequantized_parts(tiles, outputs, bits, x.dtype)], -1)
+        return torch.cat([linear(x, part) for part in dequantized_parts(tiles, outputs, bits, x.dtype)], -1)
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = output_grads
         total: Tensor | None = None
         start = 0
-        for part in _dequantized_parts(ctx.tiles, ctx.outputs, ctx.bits, grad.dtype):
+        for part in dequantized_parts(ctx.tiles, ctx.outputs, ctx.bits, grad.dtype):
             piece = grad[..., start : start + len(part)] @ part
             total = piece if total is None else total + piece
             start += len(part)

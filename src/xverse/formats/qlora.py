@@ -14,7 +14,7 @@ from xverse.quant.linear import QuantLinear
 
 class AdaptedQuantLinear(nn.Module, LoraLayer):
     """``x`` [..., K] through the quantised weight, plus what the active adapters add. It cannot be merged:
-    ``xverse export`` merges into the weights before quantisation, or dequantised ones."""
+    ``xverse export`` merges into plain weights, and quantises those again."""
 
     def __init__(
         self, base_layer: QuantLinear, adapter_name: str, config: LoraConfig, **options: Any

@@ -1,0 +1,101 @@
+"""From settings to transformers' TrainingArguments, under every launcher."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from xverse.config import UserError
+from xverse.finetune.settings import Settings, training_values
+
+
+def training_arguments(settings: Settings) -> TrainingArguments:
+    """transformers' TrainingArguments. Raises UserError, in one line, for what they refuse."""
+    values = training_values(settings)
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    sharded = bool(settings.fsdp) or by_launcher
+    if settings.deepspeed:
+        if by_launcher:
+            raise UserError("accelerate was told to use FSDP, and --deepspeed shards too; give one of them")
+        values["deepspeed"] = str(deepspeed_file(settings.deepspeed))
+        _alone()
+    if settings.load_best_model_at_end and settings.evaluates == "epoch":
+        values.setdefault("save_strategy", "epoch")
+    for name in ("fsdp_config", "lr_scheduler_kwargs"):
+        if name in values and values[name].lstrip().startswith("{"):
+            values[name] = json.loads(values[name])
+    for tracker in str(values["report_to"]).split(","):
+        if tracker in ("tensorboard", "wandb") and importlib.util.find_spec(tracker) is None:
+            raise UserError(f"report_to {tracker} needs pip install {tracker}")
+    if "," in values["report_to"]:
+        values["report_to"] = values["report_to"].split(",")
+    values |= {
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,
+        "prediction_loss_only": True,
+    }
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
+        values.setdefault("use_cpu", True)  # transformers would refuse bf16 without being told
+    if settings.gradient_checkpointing:
+        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    try:
+        args = TrainingArguments(**values)
+    except (ValueError, ImportError, TypeError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"finetune: {text.replace('--', '')}") from None
+    if sharded and args.world_size == 1:
+        raise UserError("fsdp shards a model over processes, and there is one; start it with torchrun")
+    if sharded and args.use_cpu:
+        _shard_on_cpu()
+    return args
+
+
+def _alone() -> None:
+    """What DeepSpeed needs to know of a process that no launcher started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    values = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    if "RANK" not in os.environ:
+        os.environ.update(values)
+
+
+def _shard_on_cpu() -> None:
+    """Accelerate shards on accelerators only and would silently copy the model to each process of a CPU.
+    PyTorch's FSDP2 works with gloo: another kind than MULTI_CPU lets Accelerate use it."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
+def deepspeed_file(name: str) -> Path:
+    """The file that ``--deepspeed`` names; a bare name that is not here means one of ``recipes/sft``.
+
+    Raises UserError where there is none, and where DeepSpeed is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "--deepspeed needs pip install 'xverse-lm[finetune]', or -e '.[finetune]' in a checkout"
+        )
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    here = Path(__file__).resolve()
+    for folder in (here.parents[3] / "recipes" / "sft", here.parent / "recipes"):  # a checkout, a wheel
+        if path.parent == Path() and (folder / name).is_file():
+            return folder / name
+    raise UserError(f"--deepspeed {name}: no such file")

@@ -1,0 +1,44 @@
+"""LinkedIn's Liger kernels on CUDA, for what the model does beside matmuls, attention and the loss.
+
+The loss is fused with the head here already (``model/loss.py``), and so Liger's is not used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xverse.config import UserError
+from xverse.model.transformer import MLP, RMSNorm
+
+
+def use_liger(model: nn.Module) -> None:
+    """Let norms and gated activations of ``model`` compute in Liger's kernels, in place.
+
+    Raises UserError without CUDA or liger-kernel.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("use_liger_kernel: Liger's kernels run on CUDA alone; leave the flag out here")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("use_liger_kernel needs pip install liger-kernel")
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    class LigerRMSNorm(RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            # "gemma": in float32 up to and including the weight, as XVERSE's norm.
+            result: Any = LigerRMSNormFunction.apply(x, self.weight, self.eps, 0.0, "gemma", False)
+            return result
+
+    class LigerMLP(MLP):
+        def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+            result: Any = LigerSiLUMulFunction.apply(gate, up)
+            return result
+
+    kinds: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: LigerRMSNorm, MLP: LigerMLP}
+    for module in model.modules():
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]
