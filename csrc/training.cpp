@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #include "steps.h"
@@ -46,45 +47,69 @@ void accumulate(float* sum, const uint16_t* value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) sum[i] += to_float(value[i]);
 }
 
-void norm(const float* x, const uint16_t* delta, const float* weight, float* sum, uint16_t* y, float* scale,
-          int64_t rows, int size, float eps) {
+inline void put(float* to, float value) { *to = value; }
+inline void put(uint16_t* to, float value) { *to = rounded(value); }
+
+template <class X>
+void norm_rows(const X* x, const uint16_t* delta, const float* weight, X* sum, uint16_t* y, float* scale,
+               int64_t rows, int size, float eps) {
   for (int64_t row = 0; row < rows; ++row, x += size, y += size) {
-    const float* from = x;
+    const X* from = x;
     if (delta != nullptr) {
-      for (int i = 0; i < size; ++i) sum[i] = x[i] + to_float(delta[i]);
+      for (int i = 0; i < size; ++i) put(sum + i, load(x + i) + to_float(delta[i]));
       from = sum;
       delta += size;
       sum += size;
     }
     float lanes[kLanes] = {};
-    in_lanes(size, [&](int64_t i, int j) { lanes[j] += from[i] * from[i]; });
+    in_lanes(size, [&](int64_t i, int j) { lanes[j] += load(from + i) * load(from + i); });
     scale[row] = 1.0f / std::sqrt(total(lanes) / float(size) + eps);
     const float by = scale[row];
-    for (int i = 0; i < size; ++i) y[i] = rounded(from[i] * by * weight[i]);
+    for (int i = 0; i < size; ++i) y[i] = rounded(load(from + i) * by * weight[i]);
   }
 }
 
-void norm_grad(const uint16_t* dy, const float* dsum, const float* sum, const float* weight, const float* scale,
-               float* dx, uint16_t* ddelta, float* dweight, int64_t rows, int size) {
+void norm(const void* x, Type type, const uint16_t* delta, const float* weight, void* sum, uint16_t* y, float* scale,
+          int64_t rows, int size, float eps) {
+  const auto with = [&](auto* from, auto* to) { norm_rows(from, delta, weight, to, y, scale, rows, size, eps); };
+  if (type == kFloat32)
+    with(static_cast<const float*>(x), static_cast<float*>(sum));
+  else
+    with(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(sum));
+}
+
+template <class X>
+void norm_grad_rows(const uint16_t* dy, const X* dsum, const X* sum, const float* weight, const float* scale, X* dx,
+                    uint16_t* ddelta, float* dweight, int64_t rows, int size) {
   for (int64_t row = 0; row < rows; ++row, dy += size, sum += size, dx += size) {
     const float by = scale[row];
     float lanes[kLanes] = {};
-    in_lanes(size, [&](int64_t i, int j) { lanes[j] += to_float(dy[i]) * weight[i] * sum[i]; });
+    in_lanes(size, [&](int64_t i, int j) { lanes[j] += to_float(dy[i]) * weight[i] * load(sum + i); });
     const float along = total(lanes) * by * by * by / float(size);
     for (int i = 0; i < size; ++i) {
-      const float gradient = to_float(dy[i]);
-      dx[i] = gradient * weight[i] * by - sum[i] * along;
-      dweight[i] += gradient * sum[i] * by;
+      const float gradient = to_float(dy[i]), other = dsum == nullptr ? 0.0f : load(dsum + i);
+      put(dx + i, gradient * weight[i] * by - load(sum + i) * along + other);
+      dweight[i] += gradient * load(sum + i) * by;
     }
-    if (dsum != nullptr) {
-      for (int i = 0; i < size; ++i) dx[i] += dsum[i];
-      dsum += size;
-    }
+    if (dsum != nullptr) dsum += size;
     if (ddelta != nullptr) {
-      for (int i = 0; i < size; ++i) ddelta[i] = rounded(dx[i]);
+      for (int i = 0; i < size; ++i) put(ddelta + i, load(dx + i));
       ddelta += size;
     }
   }
+}
+
+void norm_grad(const uint16_t* dy, const void* dsum, const void* sum, Type type, const float* weight,
+               const float* scale, void* dx, uint16_t* ddelta, float* dweight, int64_t rows, int size) {
+  const auto with = [&](auto* to) {
+    using X = std::remove_pointer_t<decltype(to)>;
+    norm_grad_rows(dy, static_cast<const X*>(dsum), static_cast<const X*>(sum), weight, scale, to, ddelta, dweight,
+                   rows, size);
+  };
+  if (type == kFloat32)
+    with(static_cast<float*>(dx));
+  else
+    with(static_cast<uint16_t*>(dx));
 }
 
 void silu_mul_grad(const uint16_t* dy, const uint16_t* gate, const uint16_t* up, uint16_t* dgate, uint16_t* dup,

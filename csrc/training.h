@@ -1,8 +1,8 @@
-// The steps of training between the matrix products, forward and backward, for bfloat16 activations and a float32
-// residual stream: in float32 inside, each tensor read and written once.
+// The steps of training between the matrix products, forward and backward, for bfloat16 activations and a residual
+// stream in float32 or bfloat16: in float32 inside, each tensor read and written once.
 #pragma once
 
-#include <cstdint>
+#include "kernels.h"
 
 namespace xv {
 
@@ -14,14 +14,14 @@ struct TrainingKernels {
   void (*accumulate)(float* total, const uint16_t* value, int64_t count);
 
   // sum = x + delta, y = its root-mean-square norm times weight, scale = 1 / rms of each row. Without a delta
-  // (null) the sum is x and is not written.
-  void (*norm)(const float* x, const uint16_t* delta, const float* weight, float* sum, uint16_t* y, float* scale,
-               int64_t rows, int size, float eps);
+  // (null) the sum is x and is not written. x and the sum are of `type`.
+  void (*norm)(const void* x, Type type, const uint16_t* delta, const float* weight, void* sum, uint16_t* y,
+               float* scale, int64_t rows, int size, float eps);
 
   // From dy and the gradient dsum that reaches the sum by other ways (null: none): dx, the same in bfloat16
-  // (null: not wanted), and added to dweight that of these rows.
-  void (*norm_grad)(const uint16_t* dy, const float* dsum, const float* sum, const float* weight,
-                    const float* scale, float* dx, uint16_t* ddelta, float* dweight, int64_t rows, int size);
+  // (null: not wanted), and added to dweight that of these rows. dsum, sum and dx are of `type`.
+  void (*norm_grad)(const uint16_t* dy, const void* dsum, const void* sum, Type type, const float* weight,
+                    const float* scale, void* dx, uint16_t* ddelta, float* dweight, int64_t rows, int size);
 
   // Gradients of silu(gate) * up.
   void (*silu_mul_grad)(const uint16_t* dy, const uint16_t* gate, const uint16_t* up, uint16_t* dgate,

@@ -58,24 +58,30 @@ void xv_train_accumulate(float* sum, const uint16_t* value, int64_t count, int t
   by_parts(count, threads, [&](int64_t at, int64_t size) { table->accumulate(sum + at, value + at, size); });
 }
 
-void xv_train_norm(const float* x, const uint16_t* delta, const float* weight, float* sum, uint16_t* y,
-                   float* scale, int64_t rows, int64_t size, float eps, int threads) {
+// x and sum are of `type` (kernels.h).
+void xv_train_norm(const void* x, const uint16_t* delta, const float* weight, void* sum, uint16_t* y, float* scale,
+                   int type, int64_t rows, int64_t size, float eps, int threads) {
+  const int64_t width = type == kFloat32 ? 4 : 2;
   share(rows, threads, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * size;
-    table->norm(x + at, delta == nullptr ? nullptr : delta + at, weight, sum == nullptr ? nullptr : sum + at, y + at,
-                scale + begin, end - begin, int(size), eps);
+    table->norm(static_cast<const char*>(x) + at * width, Type(type), delta == nullptr ? nullptr : delta + at, weight,
+                static_cast<char*>(sum) + at * width, y + at, scale + begin, end - begin, int(size), eps);
   });
 }
 
-// dweight [ceil(rows / 64), size] is zero before; its rows are to be added up.
-void xv_train_norm_grad(const uint16_t* dy, const float* dsum, const float* sum, const float* weight,
-                        const float* scale, float* dx, uint16_t* ddelta, float* dweight, int64_t rows,
+// dsum, sum and dx are of `type`. dweight [ceil(rows / 64), size] is zero before; its rows are to be added up.
+void xv_train_norm_grad(const uint16_t* dy, const void* dsum, const void* sum, const float* weight,
+                        const float* scale, void* dx, uint16_t* ddelta, float* dweight, int type, int64_t rows,
                         int64_t size, int threads) {
+  const int64_t width = type == kFloat32 ? 4 : 2;
   share((rows + kRows - 1) / kRows, threads, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t row = part * kRows, at = row * size, count = rows - row < kRows ? rows - row : kRows;
-      table->norm_grad(dy + at, dsum == nullptr ? nullptr : dsum + at, sum + at, weight, scale + row, dx + at,
-                       ddelta == nullptr ? nullptr : ddelta + at, dweight + part * size, count, int(size));
+      const auto* other = static_cast<const char*>(dsum);
+      table->norm_grad(dy + at, other == nullptr ? nullptr : other + at * width,
+                       static_cast<const char*>(sum) + at * width, Type(type), weight, scale + row,
+                       static_cast<char*>(dx) + at * width, ddelta == nullptr ? nullptr : ddelta + at,
+                       dweight + part * size, count, int(size));
     }
   });
 }

@@ -29,7 +29,9 @@ from xverse.finetune.stream import Stream
 from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, widest
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.adapters import fingerprint, write_base
+from xverse.hardware import keep_freed_memory
 from xverse.log import notice
+from xverse.quant.training import use_training_kernels
 from xverse.train.plot import plot_loss
 
 STATE = "finetune.json"
@@ -177,13 +179,15 @@ def _load(source: Path, settings: Settings, args: TrainingArguments) -> Any:
     if settings.quantization_bit:
         model.quantize(settings.quantization_bit)
     if settings.quantization_bit or read_scheme(source) is not None:
-        for (
-            parameter
-        ) in model.parameters():  # what is left of a mapped file would keep all that was read of it
+        # What is left of a mapped file would keep all that was read of it.
+        for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     if args.bf16 and not narrow:
         model.model.embed_tokens.register_forward_hook(as_autocast)
     model.config.use_cache = False
+    if args.device.type == "cpu":
+        use_training_kernels(model)
+        keep_freed_memory()
     return model
 
 

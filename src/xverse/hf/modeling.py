@@ -20,6 +20,7 @@ from xverse.model.loss import IGNORE, linear_cross_entropy
 from xverse.model.transformer import DecoderLayer, XverseModel
 from xverse.quant.linear import QuantLinear
 from xverse.quant.pipeline import Method, QuantSettings
+from xverse.quant.training import loss_kernels
 
 _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
 
@@ -138,7 +139,13 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         reduction = "mean" if num_items is None else "sum"
         weight = self._head_weight(flat)
         if weight is not None:
-            loss = linear_cross_entropy(flat, weight, targets, reduction=reduction)  # type: ignore[arg-type]  # a literal
+            loss = linear_cross_entropy(
+                flat,
+                weight,
+                targets,
+                reduction=reduction,  # type: ignore[arg-type]  # a literal
+                kernels=loss_kernels(flat),
+            )
         else:
             kept = (targets != IGNORE).nonzero().flatten()  # the head may pass over a prompt's tokens
             loss = cross_entropy(self.lm_head(flat[kept]).float(), targets[kept], reduction=reduction)

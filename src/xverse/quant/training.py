@@ -21,6 +21,7 @@ from xverse.model.transformer import MLP, Attention, DecoderLayer, RMSNorm, Xver
 from xverse.quant.native import library
 from xverse.quant.ops import silu_mul
 
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NORM_ROWS = 64  # xv_train_norm_grad sums the weight's gradient apart for so many rows
 _LOGIT_BYTES = 128 * 2**20  # of one chunk of the loss
 _SCORE_BYTES = 16 * 2**20  # of one block of attention scores: small enough for a last-level cache
@@ -39,13 +40,14 @@ def kernels_fit(x: Tensor) -> bool:
 
 
 class _AddNorm(torch.autograd.Function):
-    """x float32 [..., D] (+ delta bfloat16) → the sum, and its norm times ``weight`` in bfloat16."""
+    """x float32 or bfloat16 [..., D] (+ delta bfloat16) → the sum in x's type, and its norm times ``weight``
+    in bfloat16."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        x, scales = x.contiguous(), x.new_empty(x.shape[:-1])
+        x, scales = x.contiguous(), x.new_empty(x.shape[:-1], dtype=torch.float32)
         total = x if delta is None else torch.empty_like(x)
         y = torch.empty_like(x, dtype=torch.bfloat16)
         size = x.shape[-1]
@@ -53,7 +55,7 @@ class _AddNorm(torch.autograd.Function):
         weight = weight.float()
         _kernels().xv_train_norm(
             x.data_ptr(), _pointer(delta), weight.data_ptr(), total.data_ptr(), y.data_ptr(),
-            scales.data_ptr(), scales.numel(), size, eps, torch.get_num_threads(),
+            scales.data_ptr(), _TYPES[x.dtype], scales.numel(), size, eps, torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(total, weight, scales)
         ctx.has_delta = delta is not None
@@ -68,10 +70,11 @@ class _AddNorm(torch.autograd.Function):
         dx = torch.empty_like(total)
         ddelta = torch.empty_like(dy) if ctx.has_delta else None
         rows, size = scales.numel(), total.shape[-1]
-        parts = total.new_zeros(-(-rows // _NORM_ROWS), size)
+        parts = weight.new_zeros(-(-rows // _NORM_ROWS), size)
         _kernels().xv_train_norm_grad(
             dy.data_ptr(), _pointer(dsum), total.data_ptr(), weight.data_ptr(), scales.data_ptr(),
-            dx.data_ptr(), _pointer(ddelta), parts.data_ptr(), rows, size, torch.get_num_threads(),
+            dx.data_ptr(), _pointer(ddelta), parts.data_ptr(), _TYPES[total.dtype], rows, size,
+            torch.get_num_threads(),
         )  # fmt: skip
         return dx, ddelta, parts.sum(0), None
 
@@ -297,7 +300,7 @@ class TrainingAttention(Attention):
 
 class TrainingRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or not kernels_fit(x):
+        if x.dtype not in _TYPES or not kernels_fit(x):
             return super().forward(x)
         return _AddNorm.apply(x, None, self.weight, self.eps)[1]
 
@@ -331,8 +334,9 @@ _TRAINING: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_training_kernels(model: nn.Module) -> None:
-    """Let the layers of ``model`` compute in our kernels, in place; parameters and their names stay."""
-    for module in model.modules():
+    """Let the layers of ``model``, ours or transformers' form of it, compute in our kernels, in place;
+    parameters and their names stay. The head stays: the loss takes its weight."""
+    for module in model.model.modules():  # type: ignore[union-attr]  # XverseModel
         kind = _TRAINING.get(type(module))
         if kind is not None and getattr(module, "bias", None) is None:
             module.__class__ = kind
