@@ -19,7 +19,7 @@ from xverse.finetune.examples import Dataset, DatasetConfig, ExampleFeed, load_d
 from xverse.formats import load_model, load_tokenizer, resolve, save_hf
 from xverse.model import IGNORE, XverseForCausalLM
 from xverse.train.loop import TrainConfig, fit, sum_loss
-from xverse.train.parallel import World, whole, world_of
+from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
 from xverse.train.report import write_report
 
@@ -76,7 +76,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
     epochs = rows * recipe.sequence_length / feed.tokens_per_epoch
     world.say(f"{feed.tokens_per_epoch:,} tokens an epoch; {rows:,} rows are about {epochs:.2f} epochs")
 
-    def validate(model: XverseForCausalLM) -> dict[str, float]:
+    def validate(model: Replica) -> dict[str, float]:
         return held_out_losses(model, datasets, recipe)
 
     identity = {
@@ -95,7 +95,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
         world=world,
     )
     target = recipe.out / "model"
-    model = whole(model)
+    model = whole(model, world)
     if world.rank == 0:
         title = f"fine-tuning {recipe.model}"
         plot_loss(recipe.out, title)
@@ -110,7 +110,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
 
 @torch.no_grad()
 def held_out_losses(
-    model: XverseForCausalLM, datasets: list[Dataset], recipe: FinetuneRecipe
+    model: XverseForCausalLM | Replica, datasets: list[Dataset], recipe: FinetuneRecipe
 ) -> dict[str, float]:
     """Loss in nats per assistant token on the held-out examples, over all and by dataset."""
     sums: dict[str, tuple[float, int]] = {}

@@ -6,13 +6,25 @@ time, and its gradients are formed while they are in cache, so the backward pass
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
 _CHUNK_BYTES = 32 * 2**20  # float32 logits of one chunk: small enough for a last-level cache
+
+
+class VocabularyShard(Protocol):
+    """The head's rows from ``first`` on are here, the others in other processes. Each has at most ``rows``;
+    ``maximum`` and ``total`` reduce float32 [C, …] over the processes and give it to all of them."""
+
+    first: int
+    rows: int
+
+    def maximum(self, x: Tensor) -> Tensor: ...
+
+    def total(self, x: Tensor) -> Tensor: ...
 
 
 def linear_cross_entropy(
@@ -23,6 +35,7 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     chunk: int | None = None,
     z_loss: float = 0.0,
+    vocabulary: VocabularyShard | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden`` [N, D] @ ``weight`` [V, D] transposed against ``targets`` int64 [N].
 
@@ -31,13 +44,16 @@ def linear_cross_entropy(
     float32 scalar, or [N] for "none", which carries no gradient. ``chunk`` is in tokens. While gradients are
     recorded, ``z_loss`` times the squared log of the softmax's sum is added to each token's loss (Chowdhery
     et al., 2022, section 5).
+
+    Where ``weight`` is one ``vocabulary`` shard of the head, all processes of the shards call this with equal
+    ``hidden`` and ``targets``. The loss is whole in each of them, the gradient of ``hidden`` a part of a sum.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    chunk = chunk or max(64, _CHUNK_BYTES // (4 * weight.shape[0]))
+    chunk = chunk or max(64, _CHUNK_BYTES // (4 * (vocabulary.rows if vocabulary else weight.shape[0])))
     if reduction == "none":
         with torch.no_grad():
-            return _token_losses(hidden, weight, targets, chunk)
+            return _token_losses(hidden, weight, targets, chunk, vocabulary)
     count = (targets != IGNORE).sum()
     if count < 0.9 * len(
         targets
@@ -45,22 +61,45 @@ def linear_cross_entropy(
         kept = (targets != IGNORE).nonzero().flatten()  # [count]
         hidden, targets = hidden[kept], targets[kept]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-        total = _token_losses(hidden, weight, targets, chunk).sum()
+        total = _token_losses(hidden, weight, targets, chunk, vocabulary).sum()
     else:
-        total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, z_loss)
+        total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, z_loss, vocabulary)
     if reduction == "sum":
         return total
     return total / count.clamp(min=1)
 
 
-def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+def _token_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, vocabulary: VocabularyShard | None
+) -> Tensor:
     weight = weight.to(hidden.dtype)
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)  # [N]
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
         logits = (hidden[part] @ weight.T).float()  # [C, V]
-        losses[part] = torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+        if vocabulary is None:
+            losses[part] = torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+        else:
+            valid = targets[part] != IGNORE  # [C]
+            target = torch.where(valid, targets[part], 0)[:, None]  # [C, 1]
+            log_sum, chosen, _, _ = _over_shards(logits, target, vocabulary)
+            losses[part] = torch.where(valid, (log_sum - chosen).squeeze(1), 0.0)
     return losses
+
+
+def _over_shards(
+    logits: Tensor, target: Tensor, vocabulary: VocabularyShard
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From a shard's logits [C, V_shard]: log of the softmax's sum and logit of ``target`` over the whole
+    vocabulary, the target's column here, and whether it is here; [C, 1] each."""
+    column = target - vocabulary.first
+    here = (column >= 0) & (column < logits.shape[1])
+    column = torch.where(here, column, 0)
+    log_sum = logits.logsumexp(dim=1, keepdim=True)
+    top = vocabulary.maximum(log_sum.clone())
+    mine = torch.where(here, logits.gather(1, column), 0.0)
+    both = vocabulary.total(torch.cat(((log_sum - top).exp(), mine), dim=1))  # [C, 2]
+    return top + both[:, :1].log(), both[:, 1:], column, here
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -68,7 +107,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, z_loss: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        z_loss: float,
+        vocabulary: VocabularyShard | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         cast_weight = weight.to(hidden.dtype)
@@ -82,13 +127,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             valid = targets[part] != IGNORE  # [C]
             target = torch.where(valid, targets[part], 0)[:, None]  # [C, 1]
             logits = (hidden[part] @ cast_weight.T).float()  # [C, V]
-            log_sum = logits.logsumexp(dim=1, keepdim=True)  # [C, 1]
-            total += torch.where(valid, (log_sum - logits.gather(1, target)).squeeze(1), 0.0).sum()
+            minus_one: Tensor | float = -1.0
+            if vocabulary is None:
+                log_sum = logits.logsumexp(dim=1, keepdim=True)  # [C, 1]
+                chosen = logits.gather(1, target)  # [C, 1]
+            else:
+                log_sum, chosen, target, here = _over_shards(logits, target, vocabulary)
+                minus_one = -here.float()
+            total += torch.where(valid, (log_sum - chosen).squeeze(1), 0.0).sum()
             grad = logits.sub_(log_sum).exp_()  # softmax, in the logits' memory
             if z_loss:
                 total += torch.where(valid, z_loss * log_sum.squeeze(1) ** 2, 0.0).sum()
                 grad.mul_(1 + 2 * z_loss * log_sum)
-            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+            grad.scatter_add_(1, target, minus_one * torch.ones_like(log_sum))
             grad = grad.mul_(valid[:, None]).to(hidden.dtype)  # [C, V]
             if hidden_grad is not None:
                 hidden_grad[part] = grad @ cast_weight
@@ -106,4 +157,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad * output_grad.to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = (weight_grad * output_grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-from xverse.model import Packed, XverseForCausalLM
+from xverse.model import AttentionContext, Packed, XverseForCausalLM
+from xverse.train.context import Ring, RingPacked
 from xverse.train.settings import TrainConfig
 
 
@@ -42,10 +45,14 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def context_maker(compiled: bool, ring: Ring | None = None) -> Callable[[Tensor], AttentionContext]:
+    """From document ids [B, T] to ``Packed``, or to its like on a ring. For compiled layers it stays out of
+    the graphs, since each batch's documents are of other lengths and each would be compiled anew."""
+    if ring is not None:
+        return functools.partial(_uncompiled(RingPacked) if compiled else RingPacked, ring=ring)
+    return _uncompiled(Packed) if compiled else Packed
+
+
 @functools.cache
-def context_type(compiled: bool) -> type[Packed]:
-    """``Packed``; for compiled layers one that stays out of the graphs, since each batch's documents are of
-    other lengths and each would be compiled anew."""
-    if not compiled:
-        return Packed
-    return type("UncompiledPacked", (Packed,), {"attend": torch.compiler.disable(Packed.attend)})
+def _uncompiled(kind: Any) -> Any:
+    return type(f"Uncompiled{kind.__name__}", (kind,), {"attend": torch.compiler.disable(kind.attend)})
