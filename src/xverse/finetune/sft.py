@@ -18,6 +18,7 @@ from xverse.files import atomic_file
 from xverse.finetune.examples import Dataset, DatasetConfig, ExampleFeed, load_datasets
 from xverse.formats import load_model, load_tokenizer, resolve, save_hf
 from xverse.model import IGNORE, XverseForCausalLM
+from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, fit, sum_loss
 from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
@@ -64,6 +65,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
             f"sequence_length {recipe.sequence_length} is beyond the {model.config.context_length} "
             f"positions of {recipe.model}"
         )
+    layout_of(recipe.train, world.size, model.config, recipe.sequence_length)
     datasets = load_datasets(
         recipe.datasets,
         tokenizer,

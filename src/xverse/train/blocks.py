@@ -26,6 +26,11 @@ def prepare_blocks(model: XverseForCausalLM, config: TrainConfig) -> None:
     pass (Chen et al., 2016); "selective" keeps the results of matmuls and attention too (Korthikanti et al.,
     2022), so that what is computed twice is cheap.
     """
+    if config.compile:
+        # Attention knows its number, so each layer is a graph of its own, in training and in validation.
+        from torch._dynamo import config as dynamo  # seconds of imports
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * model.config.num_hidden_layers)
     for layer in model.model.layers:
         if config.compile:
             layer.forward = torch.compile(layer.forward, dynamic=False)

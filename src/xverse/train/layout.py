@@ -85,7 +85,7 @@ def _problem(layout: Layout, config: TrainConfig, shape: XverseConfig, length: i
         return f"batch_size {config.batch_size} does not divide into {layout.data} processes" + (
             f" of micro-batches of {config.micro_batch_size}" if config.micro_batch_size else ""
         )
-    for name in ("num_attention_heads", "intermediate_size", "hidden_size", "vocab_size"):
+    for name in ("num_attention_heads", "intermediate_size", "hidden_size"):
         if getattr(shape, name) % layout.tensor:
             return f"{name} {getattr(shape, name)} does not divide by tensor {layout.tensor}"
     if shape.num_hidden_layers % layout.stages:

@@ -204,7 +204,7 @@ class Replica:
             return torch.nn.utils.clip_grad_norm_(parameters, most).item()
         gradients, copies = [], []
         for parameter in parameters:
-            gradient = parameter.grad
+            gradient: Any = parameter.grad
             copies.append(self.world.size // self.layout.pipeline // parts(parameter))
             if isinstance(parameter, DTensor):
                 assert isinstance(gradient, DTensor)

@@ -19,6 +19,7 @@ from xverse.files import atomic_file
 from xverse.formats import save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.tokenizer import Tokenizer
+from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, fit
 from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
@@ -96,6 +97,7 @@ def _pretrain(
             f"sequence_length {recipe.sequence_length} is beyond the {config.context_length} "
             f"positions of shape {name}"
         )
+    layout_of(recipe.train, world.size, config, recipe.sequence_length)
     feed = PretrainFeed(recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed)
     if feed.tokenizer.vocab_size != config.vocab_size:
         raise UserError(

@@ -84,6 +84,8 @@ class TrainConfig:
             raise ValueError(f"decay_share must be above 0 and at most 1, not {self.decay_share}")
         if self.compile and self.activation_checkpointing == "selective":
             raise ValueError("compile does not go with activation_checkpointing selective; take none or full")
+        if self.compile and self.tensor > 1:  # torch 2.13 loses the type of gradients between graphs
+            raise ValueError(f"compile does not go with tensor {self.tensor}; leave one of the two out")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"

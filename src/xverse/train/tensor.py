@@ -3,6 +3,7 @@ sequence (Korthikanti et al., 2022, arXiv:2205.05198); the loss over a sharded v
 
 from __future__ import annotations
 
+import logging
 import types
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from xverse.model import AttentionContext, XverseForCausalLM, linear_cross_entropy
+
+# It calls gathering a matrix that FSDP shards too suboptimal; that happens when the whole model is wanted.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def shard_tensors(model: XverseForCausalLM, mesh: DeviceMesh) -> None:
