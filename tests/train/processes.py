@@ -1,4 +1,4 @@
-"""Trains a tiny model under one layout after another in the same processes: ``python processes.py JOBS.json``.
+"""Trains a tiny model under one layout after another in the same processes: ``processes.py JOBS.json``.
 
 Starting processes and importing torch is what costs: one parent imports and forks, and its children make new
 device meshes for every job. A job has ``out``, ``train`` (keys of TrainConfig), perhaps ``stop``, the step

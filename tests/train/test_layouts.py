@@ -1,4 +1,4 @@
-"""Every layout of two and four processes computes what one process does, and reads every other's checkpoints."""
+"""Each layout of two and four processes computes what one process does, and reads the others' checkpoints."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from xverse.config import UserError
+from xverse.model import named_shape
+from xverse.train import TrainConfig
+from xverse.train.layout import Layout, layout_of
+from xverse.train.parallel import different_kinds
 from xverse.train.plot import read_metrics
 
 from . import processes
@@ -23,9 +28,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP": (2, {"tensor": 2}),
     "CP": (2, {"context": 2, "micro_batch_size": 4}),
     "PP": (2, {"pipeline": 2, "micro_batch_size": 2}),
-    "DDP of 4": (4, {"parallel": "ddp", "micro_batch_size": 1}),
-    "HSDP": (4, {"replicate": 2, "micro_batch_size": 1}),
-    "TP × FSDP": (4, {"tensor": 2, "micro_batch_size": 2}),
+    "DDP": (4, {"parallel": "ddp", "micro_batch_size": 1}),
+    "HSDP": (4, {"replicate": 2}),
+    "TP × FSDP": (4, {"tensor": 2}),
     "CP × FSDP": (4, {"context": 2}),
     "TP × CP": (4, {"tensor": 2, "context": 2}),
     "PP × FSDP": (4, {"pipeline": 2, "micro_batch_size": 2}),
@@ -53,23 +58,23 @@ def launch(folder: Path, count: int, jobs: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of each layout by its name, the run ``one`` of a single process, and ``chain``,
-    begun by one process and taken over by each layout in turn for two steps."""
+    begun by one process and taken over by one layout after another for two steps each."""
     folder = tmp_path_factory.mktemp("layouts")
-    chain, stop = folder / "chain", 1
-    often = {"checkpoint_every": 1, "validate_every": 0}
+    chain, stop, often = folder / "chain", 2, {"checkpoint_every": 2, "validate_every": 0}
     processes.train({"out": str(folder / "one"), "train": {}})
     processes.train({"out": str(chain), "train": often, "stop": stop})
-    whole = [folder / "one" / "checkpoints" / "step-00000010"]
+    sources = [folder / "one" / "checkpoints" / "step-00000010"]
     for count in (2, 4):
         names = [name for name, (size, _) in LAYOUTS.items() if size == count]
         jobs = [job(name, folder / name) for name in names]
-        for name in names:
-            whole.append(folder / name / "checkpoints" / "step-00000010")
-        for name in names:
+        sources += [folder / name / "checkpoints" / "step-00000010" for name in names]
+        for name in names[count == 2 :]:  # HSDP stands for FSDP: nine layouts take eighteen steps
             stop += 2
             each = job(name, chain, stop=stop)
             jobs.append({**each, "train": {**each["train"], **often}})
-        jobs += [job(name, folder, load=[str(path) for path in whole]) for name in names]
+        jobs += [job(name, folder, load=list(map(str, sources))) for name in names if name != "DDP"]
+        if count == 2:
+            jobs.append({"out": str(folder / "wrong"), "train": {"parallel": "fsdp", "tensor": 3}})
         launch(folder, count, jobs)
     return folder
 
@@ -106,8 +111,8 @@ def test_layout_equals_one_process(name: str, runs: Path) -> None:
 
 
 def test_checkpoints_go_from_layout_to_layout(runs: Path) -> None:
-    """One after the other takes a run over, and the last one ends it. (Reading each other's tensors exactly,
-    every layout those of all before it, is asserted in the processes.)"""
+    """One after the other takes a run over, and the last one ends it. (That every layout reads the tensors of
+    all before it exactly is asserted in the processes.)"""
     check(curve(runs / "chain"), curve(runs / "one"))
 
 
@@ -120,3 +125,104 @@ def test_each_process_writes_what_it_holds(runs: Path) -> None:
         )
         assert len(files) == 4
         assert total < 1.1 * one, "nothing is written twice"
+
+
+def test_a_wrong_mesh_is_one_line_in_every_process(runs: Path) -> None:
+    for rank in (0, 1):
+        assert (runs / f"wrong.{rank}.error").read_text() == (
+            "tensor 3 = 3 does not divide 2 processes; the nearest that works on 2: "
+            "pipeline: 1, replicate: 1, context: 1, tensor: 2"
+        )
+    assert not (runs / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "train", "length", "said"),
+    [
+        (2, {"batch_size": 3}, None, "batch_size 3 does not divide into 2 processes; the nearest"),
+        (
+            8,
+            {"tensor": 8},
+            None,
+            "num_attention_heads 4 does not divide by tensor 8; the nearest that works on 8: "
+            "pipeline: 1, replicate: 1, context: 1, tensor: 4",
+        ),
+        (
+            4,
+            {"pipeline": 4, "micro_batch_size": 1},
+            None,
+            "num_hidden_layers 6 do not divide into pipeline 4 × virtual_stages 2 = 8 stages; "
+            "the nearest that works on 4: pipeline: 2, virtual_stages: 1",
+        ),
+        (
+            3,
+            {"pipeline": 3, "micro_batch_size": 8},
+            None,
+            "pipeline 3 needs at least 3 micro-batches, but the 16 rows of a process are 2 of "
+            "micro_batch_size 8; the nearest that works on 3: pipeline: 3, virtual_stages: 2, replicate: 1, "
+            "context: 1, tensor: 1, micro_batch_size: 4",
+        ),
+        (
+            4,
+            {"context": 4},
+            100,
+            "sequence_length 100 does not divide into 2 × context 4 = 8 chunks; the nearest that works on 4: "
+            "pipeline: 1, replicate: 1, context: 2, tensor: 1",
+        ),
+        (4, {"tensor": 4}, 102, "sequence_length 102 does not divide by context 1 × tensor 4; the nearest"),
+        (
+            2,
+            {"pipeline": 2, "virtual_stages": 1, "batch_size": 10, "micro_batch_size": 2},
+            None,
+            "pipeline 2 goes round 2 times, into which 5 micro-batches of micro_batch_size 2 do not divide",
+        ),
+        (
+            6,
+            {"tensor": 2, "replicate": 2},
+            None,
+            "replicate 2 × tensor 2 = 4 does not divide 6 processes; the nearest",
+        ),
+    ],
+)
+def test_layouts_that_do_not_divide(
+    processes: int, train: dict[str, Any], length: int | None, said: str
+) -> None:
+    """Each names its numbers, and the layout proposed does work."""
+    settings = {"steps": 1, "batch_size": 16, "learning_rate": 1.0, "parallel": "fsdp", **train}
+    with pytest.raises(UserError) as error:
+        layout_of(TrainConfig(**settings), processes, named_shape("nano"), length)
+    assert str(error.value).startswith(said)
+    proposal = str(error.value).partition(f"the nearest that works on {processes}: ")[2]
+    for pair in filter(None, proposal.split(", ")):
+        key, _, value = pair.partition(": ")
+        settings[key] = int(value)
+    layout = layout_of(TrainConfig(**settings), processes, named_shape("nano"), length)
+    assert layout.processes == processes
+
+
+def test_places_of_processes() -> None:
+    """Neighbours share tensors, then context; rows are told apart by the data place alone."""
+    layout = Layout(pipeline=2, replicate=2, shard=3, context=2, tensor=2)
+    places = [layout.place(rank) for rank in range(layout.processes)]
+    assert len(set(places)) == layout.processes == 48
+    assert places[:5] == [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 0, 1, 1), (0, 1, 0, 0)]
+    assert {data for _, data, _, _ in places} == set(range(6))
+
+
+def test_devices_of_different_kinds() -> None:
+    assert different_kinds(["NVIDIA H100"] * 4) == ""
+    assert different_kinds(["NVIDIA A800", "a CPU", "NVIDIA A800", "NVIDIA A800"]) == (
+        "4 processes are on devices of different kinds: 3 on NVIDIA A800 (rank 0…), 1 on a CPU (rank 1…); "
+        "the nearest that works: the 3 on NVIDIA A800 alone"
+    )
+
+
+def test_settings_that_do_not_go_together() -> None:
+    for keys, said in (
+        ({"tensor": 2}, "tensor 2 needs parallel: fsdp, not none"),
+        ({"parallel": "ddp", "context": 2}, "context 2 needs parallel: fsdp, not ddp"),
+        ({"parallel": "fsdp", "tensor": 2, "compile": True}, "compile does not go with tensor 2"),
+        ({"parallel": "fsdp", "pipeline": 0}, "pipeline must be positive, not 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            TrainConfig(steps=1, batch_size=1, learning_rate=1.0, **keys)  # type: ignore[arg-type]

@@ -67,8 +67,9 @@ def layout_of(config: TrainConfig, processes: int, shape: XverseConfig, length: 
         virtual = config.virtual_stages if config.pipeline > 1 else 1
         layout = Layout(config.pipeline, config.replicate, shard, config.context, config.tensor, virtual)
         if layout.processes != processes:
+            product = math.prod(degrees)
             raise UserError(
-                f"{layout} are {layout.processes} processes, but there are {processes}"
+                f"{dataclasses.replace(layout, shard=1)} = {product} does not divide {processes} processes"
                 + _nearest(layout, config, processes, shape, length)
             )
     problem = _problem(layout, config, shape, length)
@@ -103,10 +104,15 @@ def _problem(layout: Layout, config: TrainConfig, shape: XverseConfig, length: i
             f"sequence_length {length} does not divide by context {layout.context} × tensor {layout.tensor}"
         )
     batches = rows // micro
-    if batches < layout.pipeline or batches % max(1, batches // layout.pipeline):
+    if batches < layout.pipeline:
         return (
-            f"pipeline {layout.pipeline} needs a multiple of {layout.pipeline} micro-batches, but the {rows} "
-            f"rows of a process are {batches} of micro_batch_size {micro}"
+            f"pipeline {layout.pipeline} needs at least {layout.pipeline} micro-batches, but the {rows} rows "
+            f"of a process are {batches} of micro_batch_size {micro}"
+        )
+    if batches % (batches // layout.pipeline):
+        return (
+            f"pipeline {layout.pipeline} goes round {batches // layout.pipeline} times, into which "
+            f"{batches} micro-batches of micro_batch_size {micro} do not divide"
         )
     return ""
 
@@ -119,7 +125,12 @@ def _nearest(
         return ""
     best: tuple[float, Layout, TrainConfig] | None = None
     divisors = [n for n in range(1, processes + 1) if processes % n == 0]
-    for micro in {config.micro_batch_size, 1}:
+    sizes = {
+        config.micro_batch_size,
+        *(n for n in range(1, config.batch_size + 1) if not config.batch_size % n),
+    }
+    given = config.micro_batch_size or max(1, config.batch_size // wanted.data)
+    for micro in sorted({config.micro_batch_size, *sizes}):
         tried = dataclasses.replace(config, micro_batch_size=micro)
         for degrees in itertools.product(divisors, repeat=4):
             if processes % math.prod(degrees):
@@ -131,7 +142,9 @@ def _nearest(
                 if _problem(layout, tried, shape, length):
                     continue
                 pairs = [(a, b) for a, b in zip(_degrees(layout), _degrees(wanted), strict=True)]
-                away = sum(abs(math.log2(a / b)) for a, b in pairs) + (micro != config.micro_batch_size)
+                away = sum(abs(math.log2(a / b)) for a, b in pairs)
+                if micro != config.micro_batch_size:
+                    away += 0.5 + 0.01 * abs(math.log2(micro / given))
                 if best is None or away < best[0]:
                     best = away, layout, tried
     if best is None:
