@@ -130,7 +130,7 @@ def test_each_process_writes_what_it_holds(runs: Path) -> None:
 def test_a_wrong_mesh_is_one_line_in_every_process(runs: Path) -> None:
     for rank in (0, 1):
         assert (runs / f"wrong.{rank}.error").read_text() == (
-            "tensor 3 = 3 does not divide 2 processes; the nearest that works on 2: "
+            "tensor 3 does not divide 2 processes; the nearest that works on 2: "
             "pipeline: 1, replicate: 1, context: 1, tensor: 2"
         )
     assert not (runs / "wrong").exists()

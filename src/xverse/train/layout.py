@@ -67,9 +67,10 @@ def layout_of(config: TrainConfig, processes: int, shape: XverseConfig, length: 
         virtual = config.virtual_stages if config.pipeline > 1 else 1
         layout = Layout(config.pipeline, config.replicate, shard, config.context, config.tensor, virtual)
         if layout.processes != processes:
-            product = math.prod(degrees)
+            wanted = str(dataclasses.replace(layout, shard=1))
+            wanted += f" = {math.prod(degrees)}" if "×" in wanted else ""
             raise UserError(
-                f"{dataclasses.replace(layout, shard=1)} = {product} does not divide {processes} processes"
+                f"{wanted} does not divide {processes} processes"
                 + _nearest(layout, config, processes, shape, length)
             )
     problem = _problem(layout, config, shape, length)
