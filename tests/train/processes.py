@@ -1,12 +1,14 @@
-"""Trains a tiny model under one layout after another in the same processes: ``processes.py JOBS.json``.
+"""Trains a tiny model under one layout after another in the same processes: ``processes.py PHASES.json``.
 
 Starting processes and importing torch is what costs: one parent imports and forks, and its children make new
-device meshes for every job. A job has ``out``, ``train`` (keys of TrainConfig), perhaps ``stop``, the step
-before which it is to end as if it had been killed, or ``load``, checkpoints to read under its layout.
+device meshes for every job. A phase has the number of ``processes`` and ``jobs``; a job has ``out``,
+``train`` (keys of TrainConfig), perhaps ``stop``, the step before which it is to end as if it had been killed,
+or ``load``, checkpoints to read under its layout.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -140,28 +142,32 @@ def read_alone(path: Path, known: dict[Path, dict[str, torch.Tensor]] = {}) -> d
     return known[path]
 
 
-def child(rank: int, jobs: list[dict[str, Any]], environment: dict[str, str]) -> None:
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+def child(rank: int, phases: list[dict[str, Any]], ports: list[int]) -> None:
     torch.set_num_threads(1)
-    with world_of("fsdp") as world:
-        for job in jobs:
-            (load if "load" in job else train)(job, world)
+    for phase, port in zip(phases, ports, strict=True):
+        if rank < phase["processes"]:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(phase["processes"]))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            with world_of("fsdp") as world:
+                for job in phase["jobs"]:
+                    (load if "load" in job else train)(job, world)
 
 
-def main(jobs: list[dict[str, Any]], processes: int) -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def main(phases: list[dict[str, Any]]) -> int:
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in phases]
+        for each in free:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in free]
     forked = multiprocessing.get_context("fork")
-    children = [forked.Process(target=child, args=(n, jobs, environment)) for n in range(processes)]
-    for each in children:
-        each.start()
-    for each in children:
-        each.join()
-    return max(abs(each.exitcode or 0) for each in children)
+    most = max(phase["processes"] for phase in phases)
+    children = [forked.Process(target=child, args=(rank, phases, ports)) for rank in range(most)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join()
+    return max(abs(process.exitcode or 0) for process in children)
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    sys.exit(main(given["jobs"], given["processes"]))
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text())))
