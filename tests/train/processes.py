@@ -2,7 +2,7 @@
 
 Starting processes and importing torch is what costs: one parent imports and forks, and its children make new
 device meshes for every job. A phase has the number of ``processes`` and ``jobs``; a job has ``out``,
-``train`` (keys of TrainConfig), perhaps ``stop``, the step before which it is to end as if it had been killed,
+``train`` (keys of TrainConfig), perhaps ``stop``, the step before which it is to end as if killed,
 or ``load``, checkpoints to read under its layout.
 """
 

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from xverse.config import UserError
@@ -213,9 +213,8 @@ class Replica:
                     parameter.grad = gradient
                 gradient = gradient.to_local()
             gradients.append(gradient)
-        norms = torch._foreach_norm(gradients)
-        squares = sum(norm.double() ** 2 / n for norm, n in zip(norms, copies, strict=True))
-        (total,) = self.world.sum(float(squares))
+        norms = torch.stack(list(torch._foreach_norm(gradients))).double().cpu()
+        (total,) = self.world.sum((norms**2 / torch.tensor(copies)).sum().item())
         norm = math.sqrt(total)
         if norm + 1e-6 > most:
             torch._foreach_mul_(gradients, most / (norm + 1e-6))
@@ -268,9 +267,8 @@ def distribute(model: XverseForCausalLM, config: TrainConfig, world: World) -> R
         pipeline = Pipeline(stages, mesh["pipeline"].get_group(), layout, model.config.hidden_size)
         roots = stages
     if layout.replicate * sharded > 1:
-        _shard(
-            model, roots, mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"], config.dtype
-        )
+        over = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
+        _shard(model, roots, over, config.dtype)
     else:
         model.to(world.device)
     if pipeline is None:
@@ -283,12 +281,13 @@ def _shard(model: XverseForCausalLM, roots: Sequence[nn.Module], mesh: DeviceMes
     gathered in it, and their gradients are summed in float32. Over two dimensions it is HSDP."""
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if dtype == "bfloat16" else MixedPrecisionPolicy()
-    layers = [fully_shard(layer, mesh=mesh, mp_policy=policy) for layer in model.model.layers]
     for root in roots:
+        blocks = model.model.layers if root is model else root.layers
+        layers = [fully_shard(layer, mesh=mesh, mp_policy=policy) for layer in blocks]  # type: ignore
         fully_shard(root, mesh=mesh)
-    for layer, following in itertools.pairwise(layers):
-        layer.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([layer])
+        for layer, following in itertools.pairwise(layers):
+            layer.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([layer])
 
 
 def _ring(layout: Layout, world: World) -> Ring | None:
@@ -360,6 +359,7 @@ def full(tensor: Tensor) -> Tensor:
 def like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A whole ``tensor`` on the device of ``reference``, sharded as that is."""
     if isinstance(reference, DTensor):
-        moved = tensor.to(reference.device, copy=True)
-        return distribute_tensor(moved, reference.device_mesh, reference.placements)
+        moved, mesh = tensor.to(reference.device, copy=True), reference.device_mesh
+        everywhere = DTensor.from_local(moved, mesh, [Replicate()] * mesh.ndim)
+        return everywhere.redistribute(mesh, reference.placements)
     return tensor.to(reference.device, copy=True)
