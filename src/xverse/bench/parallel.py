@@ -48,8 +48,8 @@ def run(shape: str = "mini", *, batch_size: int = 4, sequence_length: int = 2048
         processes = 1 if name == "one process" else 2
         train = settings(batch_size, "none" if processes == 1 else "fsdp", degrees)
         layout_of(train, processes, config, sequence_length)
-        notice(f"parallel {shape}: {name}")
         peaks[name] = measure(config, name, batch_size, sequence_length, processes)
+        notice(f"parallel {shape}: {name}: {', '.join(say_gb(peak / 1e9) for peak in peaks[name])}")
     result = {
         "bench": "parallel",
         "model": shape,
