@@ -1,10 +1,11 @@
-"""Two and four processes under torchrun compute what one does, survive kills, and change their number."""
+"""Processes under torchrun compute what one does, survive kills, and change their number."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,48 +76,31 @@ def one(write_recipe: Recipe, tmp_path: Path) -> tuple[Path, Path]:
     return recipe, out
 
 
-def test_processes_and_micro_batches_change_nothing_but_rounding(
-    one: tuple[Path, Path], tmp_path: Path
-) -> None:
-    recipe, out = one
-    expected = load_file(out / "model" / "model.safetensors")
-    for parallel, processes, micro in (("ddp", 2, 1), ("ddp", 4, 0), ("fsdp", 2, 2), ("fsdp", 4, 1)):
-        there = tmp_path / f"{parallel}{processes}"
-        said = finished(
-            torchrun(processes, str(recipe), f"out={there}", f"train.parallel={parallel}",
-                     f"train.micro_batch_size={micro}")
-        )  # fmt: skip
-        assert close(losses(there), losses(out)), said
-        for name, tensor in load_file(there / "model" / "model.safetensors").items():
-            torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0)
-        validations = [
-            [r["valid"] for r in read_metrics(o / "metrics.jsonl") if "valid" in r] for o in (there, out)
-        ]
-        for found, wanted in zip(*validations, strict=True):
-            assert found == pytest.approx(wanted, rel=1e-4)
-    shards = list(checkpoints(tmp_path / "fsdp4")[-1].glob("*.safetensors"))
-    assert len(shards) == 4, "each process writes its own"
-    sizes = [file.stat().st_size for file in shards]
-    assert max(sizes) < 2 * min(sizes)
-
-
-def test_resume_on_other_numbers_of_processes(one: tuple[Path, Path], tmp_path: Path) -> None:
-    """Two sharded, then one, then four with whole models, then two sharded again; each saves and stops."""
+def test_a_run_of_two_processes_goes_on_in_one(one: tuple[Path, Path], tmp_path: Path) -> None:
+    """(What other layouts compute is in test_layouts.py.)"""
     recipe, out = one
     there = tmp_path / "there"
-    for parallel, processes, until in (("fsdp", 2, 6), ("none", 1, 12), ("ddp", 4, 18), ("fsdp", 2, 20)):
-        if processes > 1:
-            finished(torchrun(processes, str(recipe), f"out={there}", f"train.parallel={parallel}"))
-        else:
-            assert main(["pretrain", str(recipe), f"out={there}"]) == 0
-        assert close(losses(there), losses(out)), (parallel, processes)
-        for path in checkpoints(there):  # as if it had been killed after step `until`
-            if int(path.name[5:]) > until:
-                for file in path.iterdir():
-                    file.unlink()
-                path.rmdir()
-        if until < 20 and not checkpoints(there):
-            pytest.fail(f"no checkpoint of step {until}")
+    said = finished(
+        torchrun(2, str(recipe), f"out={there}", "train.parallel=fsdp", "train.micro_batch_size=2")
+    )
+    assert close(losses(there), losses(out)), said
+    expected = load_file(out / "model" / "model.safetensors")
+    for name, tensor in load_file(there / "model" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0)
+    validations = [
+        [r["valid"] for r in read_metrics(o / "metrics.jsonl") if "valid" in r] for o in (there, out)
+    ]
+    for found, wanted in zip(*validations, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+    sizes = [file.stat().st_size for file in checkpoints(there)[-1].glob("*.safetensors")]
+    assert len(sizes) == 2, "each process writes its own"
+    assert max(sizes) < 2 * min(sizes)
+    for path in checkpoints(there):  # as if it had been killed after step 12
+        if int(path.name[5:]) > 12:
+            shutil.rmtree(path)
+    (there / "metrics.jsonl").rename(there / "before.jsonl")
+    assert main(["pretrain", str(recipe), f"out={there}"]) == 0
+    assert close(losses(there), {step: values for step, values in losses(out).items() if step >= 12})
 
 
 @pytest.mark.skip(reason="not solved: after a restart by torchrun, gloo waits in making its connections")
@@ -173,15 +157,17 @@ def test_signals_reach_one_process_and_all_save(write_recipe: Recipe, tmp_path: 
 
 
 def test_mistakes_with_processes_are_one_line(
-    write_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(steps=2)
-    assert main(["pretrain", str(recipe), "train.parallel=ddp"]) == 2
-    assert "parallel: ddp needs torchrun" in capsys.readouterr().err
     for arguments, said in (
-        ([], "parallel: none, but there are 2 processes; set train.parallel to ddp or fsdp"),
-        (["train.parallel=ddp", "train.batch_size=3"], "batch_size 3 does not divide into 2 processes"),
+        (["train.parallel=ddp"], "parallel: ddp needs torchrun"),
+        (["train.tensor=2"], "tensor 2 needs parallel: fsdp, not none"),
+        (["train.batch_size=0"], "batch_size must be positive, not 0"),
     ):
-        process = torchrun(2, str(recipe), *arguments)
-        output, _ = process.communicate(timeout=60)
-        assert f"xverse: {said}" in output
+        assert main(["pretrain", str(recipe), *arguments]) == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun has it
+    assert main(["pretrain", str(recipe)]) == 2
+    said = "parallel: none, but there are 2 processes; set train.parallel to ddp or fsdp"
+    assert said in " ".join(capsys.readouterr().err.split())

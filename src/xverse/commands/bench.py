@@ -96,6 +96,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     finetune.add_argument("--out", metavar="DIR", help="of quality's files; where memory makes weights")
     finetune.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
 
+    parallel = add("parallel", "peak memory of each process under each layout of two processes")
+    parallel.add_argument("--shape", default="mini", metavar="S", help="a named shape")
+    parallel.add_argument("--batch-size", type=positive, default=4, metavar="N", help="sequences per step")
+    parallel.add_argument(
+        "--sequence-length", type=positive, default=2048, metavar="N", help="tokens of each"
+    )
+
     quant = add("quant", "INT4, INT8 and bfloat16 kernels beside their bounds; memory of a quantised model")
     quant.add_argument("--shape", default="7b", metavar="S", help="a named shape")
     parts = ["matmul", "attention", "memory", "gptq"]

@@ -18,8 +18,9 @@ from xverse.files import atomic_file
 from xverse.finetune.examples import Dataset, DatasetConfig, ExampleFeed, load_datasets
 from xverse.formats import load_model, load_tokenizer, resolve, save_hf
 from xverse.model import IGNORE, XverseForCausalLM
+from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, fit, sum_loss
-from xverse.train.parallel import World, whole, world_of
+from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
 from xverse.train.report import write_report
 
@@ -64,6 +65,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
             f"sequence_length {recipe.sequence_length} is beyond the {model.config.context_length} "
             f"positions of {recipe.model}"
         )
+    layout_of(recipe.train, world.size, model.config, recipe.sequence_length)
     datasets = load_datasets(
         recipe.datasets,
         tokenizer,
@@ -76,7 +78,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
     epochs = rows * recipe.sequence_length / feed.tokens_per_epoch
     world.say(f"{feed.tokens_per_epoch:,} tokens an epoch; {rows:,} rows are about {epochs:.2f} epochs")
 
-    def validate(model: XverseForCausalLM) -> dict[str, float]:
+    def validate(model: Replica) -> dict[str, float]:
         return held_out_losses(model, datasets, recipe)
 
     identity = {
@@ -95,7 +97,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
         world=world,
     )
     target = recipe.out / "model"
-    model = whole(model)
+    model = whole(model, world)
     if world.rank == 0:
         title = f"fine-tuning {recipe.model}"
         plot_loss(recipe.out, title)
@@ -110,7 +112,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
 
 @torch.no_grad()
 def held_out_losses(
-    model: XverseForCausalLM, datasets: list[Dataset], recipe: FinetuneRecipe
+    model: XverseForCausalLM | Replica, datasets: list[Dataset], recipe: FinetuneRecipe
 ) -> dict[str, float]:
     """Loss in nats per assistant token on the held-out examples, over all and by dataset."""
     sums: dict[str, tuple[float, int]] = {}

@@ -45,11 +45,7 @@ class Packed:
 
     def __init__(self, document_ids: Tensor) -> None:
         batch, length = document_ids.shape
-        device = document_ids.device
-        index = torch.arange(length, device=device).expand(batch, length)  # [B, T]
-        first = torch.ones_like(document_ids, dtype=torch.bool)
-        first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        self.positions = index - torch.where(first, index, 0).cummax(dim=1).values  # [B, T]
+        first, self.positions = document_starts(document_ids)  # [B, T] each
         starts = first.flatten().nonzero().flatten().tolist()
         ends = [*starts[1:], batch * length]
         self._lengths = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -69,3 +65,12 @@ class Packed:
         ]
         mixed = torch.cat(documents, dim=2)  # [1, H, B*T, head_dim]
         return mixed.reshape(heads, batch, length, head_dim).transpose(0, 1)
+
+
+def document_starts(document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens begin a document, bool [B, T], and each token's position in its own, int64 [B, T]."""
+    batch, length = document_ids.shape
+    index = torch.arange(length, device=document_ids.device).expand(batch, length)  # [B, T]
+    first = torch.ones_like(document_ids, dtype=torch.bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return first, index - torch.where(first, index, 0).cummax(dim=1).values

@@ -6,8 +6,9 @@ time, and its gradients are formed while they are in cache, so the backward pass
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,18 @@ class LossKernels(NamedTuple):
     chunk_bytes: int
 
 
+class VocabularyShard(Protocol):
+    """The head's rows from ``first`` on are here, the others in other processes. Each has at most ``rows``;
+    ``maximum`` and ``total`` reduce float32 [C, …] over the processes and give it to all of them."""
+
+    first: int
+    rows: int
+
+    def maximum(self, x: Tensor) -> Tensor: ...
+
+    def total(self, x: Tensor) -> Tensor: ...
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -38,6 +51,7 @@ def linear_cross_entropy(
     chunk: int | None = None,
     z_loss: float = 0.0,
     kernels: LossKernels | None = None,
+    vocabulary: VocabularyShard | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden`` [N, D] @ ``weight`` [V, D] transposed against ``targets`` int64 [N].
 
@@ -46,14 +60,18 @@ def linear_cross_entropy(
     float32 scalar, or [N] for "none", which carries no gradient. ``chunk`` is in tokens. While gradients are
     recorded, ``z_loss`` times the squared log of the softmax's sum is added to each token's loss (Chowdhery
     et al., 2022, section 5). ``kernels`` serve where gradients are recorded in bfloat16.
+
+    Where ``weight`` is one ``vocabulary`` shard of the head, all processes of the shards call this with equal
+    ``hidden`` and ``targets``. The loss is whole in each of them, the gradient of ``hidden`` a part of a sum.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    kernels = kernels if hidden.dtype == torch.bfloat16 else None
-    chunk = chunk or max(64, _CHUNK_BYTES // (4 * weight.shape[0]))
+    if vocabulary is not None or hidden.dtype != torch.bfloat16:
+        kernels = None
+    chunk = chunk or max(64, _CHUNK_BYTES // (4 * (vocabulary.rows if vocabulary else weight.shape[0])))
     if reduction == "none":
         with torch.no_grad():
-            return _token_losses(hidden, weight, targets, chunk)
+            return _token_losses(hidden, weight, targets, chunk, vocabulary)
     count = (targets != IGNORE).sum()
     if count < 0.9 * len(
         targets
@@ -61,24 +79,49 @@ def linear_cross_entropy(
         kept = (targets != IGNORE).nonzero().flatten()  # [count]
         hidden, targets = hidden[kept], targets[kept]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-        total = _token_losses(hidden, weight, targets, chunk).sum()
+        total = _token_losses(hidden, weight, targets, chunk, vocabulary).sum()
     else:
+        softmax = functools.partial(softmax_gradient, vocabulary=vocabulary)
         if kernels is not None:
             chunk = max(64, kernels.chunk_bytes // (2 * weight.shape[0]) // 64 * 64)
-        total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, z_loss, kernels)
+        step = kernels or LossKernels(softmax, _accumulate, 0)
+        total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, z_loss, step)
     if reduction == "sum":
         return total
     return total / count.clamp(min=1)
 
 
-def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+def _token_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, vocabulary: VocabularyShard | None
+) -> Tensor:
     weight = weight.to(hidden.dtype)
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)  # [N]
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
         logits = (hidden[part] @ weight.T).float()  # [C, V]
-        losses[part] = torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+        if vocabulary is None:
+            losses[part] = torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+        else:
+            valid = targets[part] != IGNORE  # [C]
+            target = torch.where(valid, targets[part], 0)[:, None]  # [C, 1]
+            log_sum, chosen, _, _ = _over_shards(logits, target, vocabulary)
+            losses[part] = torch.where(valid, (log_sum - chosen).squeeze(1), 0.0)
     return losses
+
+
+def _over_shards(
+    logits: Tensor, target: Tensor, vocabulary: VocabularyShard
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From a shard's logits [C, V_shard]: log of the softmax's sum and logit of ``target`` over the whole
+    vocabulary, the target's column here, and whether it is here; [C, 1] each."""
+    column = target - vocabulary.first
+    here = (column >= 0) & (column < logits.shape[1])
+    column = torch.where(here, column, 0)
+    log_sum = logits.logsumexp(dim=1, keepdim=True)
+    top = vocabulary.maximum(log_sum.clone())
+    mine = torch.where(here, logits.gather(1, column), 0.0)
+    both = vocabulary.total(torch.cat(((log_sum - top).exp(), mine), dim=1))  # [C, 2]
+    return top + both[:, :1].log(), both[:, 1:], column, here
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -92,10 +135,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         chunk: int,
         z_loss: float,
-        kernels: LossKernels | None,
+        step: LossKernels,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        softmax, add = (softmax_gradient, _accumulate) if kernels is None else kernels[:2]
         cast_weight = weight.to(hidden.dtype)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [N, D]
         weight_grad: Tensor | None = None  # [V, D]
@@ -106,7 +148,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             out = logits[: len(targets[part])]
-            losses, grad = softmax(torch.mm(hidden[part], cast_weight.T, out=out), targets[part], z_loss)
+            logit = torch.mm(hidden[part], cast_weight.T, out=out)
+            losses, grad = step.softmax_gradient(logit, targets[part], z_loss)  # [C, V]
             total += losses
             if hidden_grad is not None:
                 torch.mm(grad, cast_weight, out=hidden_grad[part])
@@ -115,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if weight_grad is None:
                     weight_grad = product.to(torch.float32, copy=True)
                 else:
-                    add(weight_grad, product)
+                    step.accumulate(weight_grad, product)
         if product is not None and weight_grad is None:  # no targets
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         ctx.grads = hidden_grad, weight_grad
@@ -135,18 +178,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None, None
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+def softmax_gradient(
+    logits: Tensor, targets: Tensor, z_loss: float, vocabulary: VocabularyShard | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum of the losses of logits [C, V], and its gradient by the logits, in their type."""
     valid = targets != IGNORE  # [C]
     target = torch.where(valid, targets, 0)[:, None]  # [C, 1]
     grad = logits.float()  # [C, V]
-    log_sum = grad.logsumexp(dim=1, keepdim=True)  # [C, 1]
-    losses = (log_sum - grad.gather(1, target)).squeeze(1)
+    minus_one: Tensor | float = -1.0
+    if vocabulary is None:
+        log_sum = grad.logsumexp(dim=1, keepdim=True)  # [C, 1]
+        chosen = grad.gather(1, target)  # [C, 1]
+    else:
+        log_sum, chosen, target, here = _over_shards(grad, target, vocabulary)
+        minus_one = -here.float()
+    losses = (log_sum - chosen).squeeze(1)  # [C]
+    # Logits in float32 are the caller's, and overwritten as those of kernels are.
     grad.sub_(log_sum).exp_()  # softmax
     if z_loss:
         losses = losses + z_loss * log_sum.squeeze(1) ** 2
         grad.mul_(1 + 2 * z_loss * log_sum)
-    grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+    grad.scatter_add_(1, target, minus_one * torch.ones_like(log_sum))
     return torch.where(valid, losses, 0.0).sum(), grad.mul_(valid[:, None]).to(logits.dtype)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-from xverse.model import Packed, XverseForCausalLM
+from xverse.model import AttentionContext, Packed, XverseForCausalLM
 from xverse.quant.training import KernelPacked, use_training_kernels
+from xverse.train.context import Ring, RingPacked
 from xverse.train.settings import TrainConfig
 
 
@@ -25,7 +28,12 @@ def prepare_blocks(model: XverseForCausalLM, config: TrainConfig) -> None:
     2022), so that what is computed twice is cheap. Layers that are not compiled take the kernels for training
     on a CPU.
     """
-    if not config.compile:
+    if config.compile:
+        # Attention knows its number, so each layer is a graph of its own, in training and in validation.
+        from torch._dynamo import config as dynamo  # seconds of imports
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * model.config.num_hidden_layers)
+    elif config.tensor == 1:  # DTensors and the hooks that make them need the plain layers
         use_training_kernels(model)
     for layer in model.model.layers:
         if config.compile:
@@ -46,10 +54,14 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def context_maker(compiled: bool, ring: Ring | None = None) -> Callable[[Tensor], AttentionContext]:
+    """From document ids [B, T] to ``Packed``, or to its like on a ring. For compiled layers it stays out of
+    the graphs, since each batch's documents are of other lengths and each would be compiled anew."""
+    if ring is not None:
+        return functools.partial(_uncompiled(RingPacked) if compiled else RingPacked, ring=ring)
+    return _uncompiled(Packed) if compiled else KernelPacked
+
+
 @functools.cache
-def context_type(compiled: bool) -> type[Packed]:
-    """The attention context; for compiled layers one that stays out of the graphs, since each batch's
-    documents are of other lengths and each would be compiled anew."""
-    if not compiled:
-        return KernelPacked
-    return type("UncompiledPacked", (Packed,), {"attend": torch.compiler.disable(Packed.attend)})
+def _uncompiled(kind: Any) -> Any:
+    return type(f"Uncompiled{kind.__name__}", (kind,), {"attend": torch.compiler.disable(kind.attend)})

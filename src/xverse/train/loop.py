@@ -20,18 +20,19 @@ from xverse.data.feed import Batch, prefetch
 from xverse.hardware import keep_freed_memory
 from xverse.log import JsonlLog
 from xverse.model import IGNORE, XverseForCausalLM
-from xverse.train.blocks import context_type, prepare_blocks
 from xverse.train.checkpoint import Checkpointer, clear_leftovers, load_checkpoint, newest
+from xverse.train.layout import layout_of
 from xverse.train.meter import Meter
 from xverse.train.optimizer import learning_rate, make_optimizer
-from xverse.train.parallel import ALONE, Replica, World, distribute, full, whole
+from xverse.train.parallel import ALONE, Replica, World, distribute, whole
 from xverse.train.settings import NOT_IDENTITY, TrainConfig
 from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
 
 __all__ = ["Interrupted", "TrainConfig", "fit", "sum_loss", "train_step"]
 
 BatchAt = Callable[[int, int, int], Batch]
-Validate = Callable[[XverseForCausalLM], dict[str, float]]
+Validate = Callable[[Replica], dict[str, float]]
+Evaluate = Callable[[XverseForCausalLM], dict[str, float]]
 
 
 def fit(
@@ -41,7 +42,7 @@ def fit(
     out: Path,
     *,
     validate: Validate | None = None,
-    evaluate: Validate | None = None,
+    evaluate: Evaluate | None = None,
     identity: Mapping[str, Any] | None = None,
     world: World = ALONE,
 ) -> None:
@@ -53,22 +54,15 @@ def fit(
     raises UserError where ``out`` holds a run begun with other values, and where the run diverges. SIGINT and
     SIGTERM save a checkpoint and raise Interrupted. Every process of ``world`` calls it, with equal weights.
     """
-    per_process = config.batch_size // world.size
-    if config.batch_size % world.size or per_process % (config.micro_batch_size or 1):
-        raise UserError(
-            f"batch_size {config.batch_size} does not divide into {world.size} processes"
-            + (f" of micro-batches of {config.micro_batch_size}" if config.micro_batch_size else "")
-        )
+    layout_of(config, world.size, model.config)  # before anything is written
     settings = dataclasses.asdict(config)
     identity = {**(identity or {}), **{key: settings[key] for key in settings if key not in NOT_IDENTITY}}
     identity = json.loads(json.dumps(identity))  # as it will be read back
     with _alone(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
-        prepare_blocks(model, config)
         if world.device.type == "cpu":
             keep_freed_memory()
-        replica = distribute(model, config.parallel, config.dtype, world)
-        # Of one matrix that all processes hold, all must round alike.
-        optimizer = make_optimizer(model, config, world.rank if config.parallel == "fsdp" else 0)
+        replica = distribute(model, config, world)
+        optimizer = make_optimizer(model, config)
         steadiness = Steadiness(config)
         first_step = _resume(out, replica, optimizer, identity, steadiness)
         if first_step == config.steps:
@@ -90,7 +84,7 @@ class Run:
     watchdog: Watchdog
     identity: Mapping[str, Any]
     validate: Validate | None
-    evaluate: Validate | None
+    evaluate: Evaluate | None
 
     def __post_init__(self) -> None:
         self.world, self.model = self.replica.world, self.replica.model
@@ -103,7 +97,7 @@ class Run:
 
     def train(self, batch_at: BatchAt, first_step: int) -> None:
         config, world = self.config, self.world
-        start, stop = world.rows(config.batch_size)
+        start, stop = self.replica.rows(config.batch_size)
         batches = prefetch(batch_at(step, start, stop) for step in range(first_step, config.steps))
         meter = Meter(config, first_step, quiet=world.rank > 0)
         with requests() as asked, contextlib.closing(batches), meter:  # type: ignore[type-var]
@@ -116,12 +110,13 @@ class Run:
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
                 self.watchdog.beat(step, "counting")
-                (count,) = world.sum(int((batch.targets != IGNORE).sum()))
+                mine = int((batch.targets != IGNORE).sum()) if self.replica.leads else 0
+                (count,) = world.sum(mine)
                 self.watchdog.beat(step, "step")
                 loss, norm = train_step(self.replica, batch, config, count)
                 # Signals come to each process at another moment; here all learn of them at one step.
-                mine = norm if world.rank == 0 else 0.0
-                loss, norm, stopping, saving = world.sum(loss, mine, asked.stop, asked.save)
+                norm = norm if world.rank == 0 else 0.0
+                loss, norm, stopping, saving = world.sum(loss, norm, asked.stop, asked.save)
                 bad = self.steadiness.judge(loss, norm)
                 if bad:
                     self.optimizer.zero_grad(set_to_none=True)
@@ -193,14 +188,14 @@ class Run:
     def measure(self, step: int, meter: Meter) -> None:
         """Validation and benchmarks, at the weights after ``step``."""
         if self.validate:
-            figures = self.validate(self.model)
+            figures = self.validate(self.replica)
             self.replica.settle()
             if figures:
                 self.record(step=step, valid=figures)
                 said = " · ".join(f"{k} {v:.3f}" for k, v in list(figures.items())[:6])
                 meter.say(f"step {step + 1}: {said}")
         if self.evaluate:
-            model = whole(self.model)
+            model = whole(self.model, self.world)
             if self.world.rank == 0:
                 accuracies = self.evaluate(model)
                 self.record(step=step, evaluation=accuracies)
@@ -221,29 +216,28 @@ def train_step(
     replica = model if isinstance(model, Replica) else Replica(model)
     device = next(replica.model.parameters()).device
     micro = config.micro_batch_size or len(batch.tokens)
+    if replica.pipeline is not None:  # which divides the rows itself
+        micro = len(batch.tokens)
     count = max(1.0, count if count is not None else int((batch.targets != IGNORE).sum()))
     total = torch.zeros((), device=device)
     for start in range(0, len(batch.tokens), micro):
-        rows = (
+        rows = [
             x[start : start + micro].to(device) for x in (batch.tokens, batch.targets, batch.document_ids)
-        )
-        tokens, targets, document_ids = rows
+        ]
         with computing(device, config.dtype):
-            last = start + micro >= len(batch.tokens)
-            context = context_type(config.compile)(document_ids)
-            total += replica.backward(last, 1 / count, tokens, targets, context, config.z_loss)
-    norm = torch.nn.utils.clip_grad_norm_(replica.model.parameters(), config.grad_clip or math.inf)
-    return total.item() / count, full(norm).item()
+            total += replica.backward(rows, count, config, last=start + micro >= len(batch.tokens))
+    norm = replica.clip(config.grad_clip or math.inf)
+    return total.item() / count, norm
 
 
 def sum_loss(
-    model: XverseForCausalLM, tokens: Tensor, targets: Tensor, document_ids: Tensor, dtype: str
+    model: XverseForCausalLM | Replica, tokens: Tensor, targets: Tensor, document_ids: Tensor, dtype: str
 ) -> Tensor:
     """Sum of the token losses in nats of packed documents [B, T], computed in ``dtype``."""
-    device = next(model.parameters()).device
+    replica = model if isinstance(model, Replica) else Replica(model)
+    device = next(replica.model.parameters()).device
     with computing(device, dtype):
-        context = context_type(False)(document_ids.to(device))
-        return model.loss(tokens.to(device), targets.to(device), context)
+        return replica.loss(tokens.to(device), targets.to(device), document_ids.to(device))
 
 
 def computing(device: torch.device, dtype: str) -> torch.autocast:

@@ -21,8 +21,8 @@ def make_adamw(
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, rank: int = 0) -> torch.optim.Optimizer:
-    """What the recipe asks for; ``rank`` keeps the random rounding of sharded processes apart."""
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """What the recipe asks for."""
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw" and config.optimizer_dtype == "float32":
         return make_adamw(model, weight_decay=config.weight_decay, betas=betas)
@@ -38,7 +38,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig, rank: int = 0) -> torc
         momentum=config.muon_momentum,
         state_dtype=getattr(torch, config.optimizer_dtype),
         compute_dtype=getattr(torch, config.dtype),
-        rank=rank,
     )
 
 
@@ -68,7 +67,7 @@ class MuonAdamW(torch.optim.Optimizer):
     columns)) as in Moonlight (Liu et al., 2025, arXiv:2502.16982), so that AdamW's learning rate and decay
     fit. Of a sharded matrix every process orthogonalises the whole. States in bfloat16 are rounded
     stochastically: rounded to nearest, a slow moving average would stand still. The random bits are a
-    function of (step, parameter, rank), so that a resumed run rounds alike.
+    function of (step, parameter, shard), so that a resumed run rounds alike, and so do copies of a shard.
     """
 
     def __init__(
@@ -80,11 +79,10 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         state_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype = torch.bfloat16,
-        rank: int = 0,
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "muon": False})
         self._betas, self._eps, self._momentum = betas, eps, momentum
-        self._state_dtype, self._compute_dtype, self._rank = state_dtype, compute_dtype, rank
+        self._state_dtype, self._compute_dtype = state_dtype, compute_dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -101,7 +99,7 @@ class MuonAdamW(torch.optim.Optimizer):
                         state[name] = torch.zeros_like(parameter, dtype=self._state_dtype)
                 state["step"] += 1
                 local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
-                seed = (int(state["step"]) * 1_000_003 + index) * 65_537 + self._rank
+                seed = (int(state["step"]) * 1_000_003 + index) * 65_537 + shard_number(parameter)
                 generator = torch.Generator(parameter.device).manual_seed(seed)
                 update = self._muon if group["muon"] else self._adamw
                 update(parameter, state, group["lr"], generator)
@@ -126,7 +124,8 @@ class MuonAdamW(torch.optim.Optimizer):
             shape, stride = parameter.shape, parameter.stride()
             shard = DTensor.from_local(ahead, mesh, placements, shape=shape, stride=stride)
             whole = orthogonal(shard.full_tensor(), self._compute_dtype)
-            ahead = DTensor.from_local(whole, mesh, [Replicate()]).redistribute(mesh, placements).to_local()
+            everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim)
+            ahead = everywhere.redistribute(mesh, placements).to_local()
         else:
             ahead = orthogonal(ahead, self._compute_dtype)
         local(parameter).add_(ahead, alpha=-lr * 0.2 * math.sqrt(max(parameter.shape)))
@@ -160,6 +159,17 @@ def store(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be sharded, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_number(tensor: Tensor) -> int:
+    """Which part of a tensor this process has; equal for copies of one part."""
+    number = 0
+    if isinstance(tensor, DTensor):
+        for dim, placement in enumerate(tensor.placements):
+            if not placement.is_replicate():
+                mesh = tensor.device_mesh
+                number = number * mesh.size(dim) + mesh.get_local_rank(dim)
+    return number
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -1,4 +1,4 @@
-"""Several processes, each with some rows of every step's batch: DDP, or FSDP2, which also shards the model.
+"""Several processes: DDP, or any mesh of pipeline, FSDP2, context and tensor parallelism, around the model.
 
 torchrun starts the processes. Collectives of the loop's own (counts, losses, agreements) go over a gloo group
 of their own, and so do those of checkpoints, which run in a thread beside the loop's.
@@ -9,27 +9,35 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import itertools
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from xverse.config import UserError
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
+from xverse.train.blocks import context_maker, prepare_blocks
+from xverse.train.context import Ring
+from xverse.train.layout import Layout, layout_of
+from xverse.train.pipeline import Pipeline, Stage, keep_stages
+from xverse.train.settings import TrainConfig
+from xverse.train.tensor import shard_tensors
 
 Parallel = Literal["none", "ddp", "fsdp"]
 
@@ -43,11 +51,6 @@ class World:
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     control: dist.ProcessGroup | None = None
     saving: dist.ProcessGroup | None = None
-
-    def rows(self, batch_size: int) -> tuple[int, int]:
-        """First and last + 1 of this process's rows of a batch."""
-        share = batch_size // self.size
-        return self.rank * share, (self.rank + 1) * share
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in float64."""
@@ -128,58 +131,222 @@ class _Loss(nn.Module):
 
 @dataclass
 class Replica:
-    """How this process computes losses and gradients: ``model`` itself (under FSDP its shards), behind DDP
+    """How this process computes losses and gradients: ``model`` itself (in a mesh its part of it), behind DDP
     where there is one. Gradients are summed over processes, not averaged."""
 
     model: XverseForCausalLM
     world: World = ALONE
     ddp: DistributedDataParallel | None = None
+    layout: Layout = Layout()  # noqa: RUF009
+    ring: Ring | None = None
+    pipeline: Pipeline | None = None
 
-    def backward(self, last: bool, scale: float, *inputs: Any) -> Tensor:
-        """Add ``scale`` · the loss's gradients to what there is; returns the loss, unscaled and detached.
-        Before the ``last`` micro-batch DDP keeps its gradients to itself."""
+    def rows(self, batch_size: int) -> tuple[int, int]:
+        """First and last + 1 of this process's rows of a batch; others may have the same."""
+        share, place = batch_size // self.layout.data, self.layout.place(self.world.rank)[1]
+        return place * share, (place + 1) * share
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that counts its rows."""
+        pipeline, _, context, tensor = self.layout.place(self.world.rank)
+        return pipeline == context == tensor == 0
+
+    def backward(
+        self, rows: Sequence[Tensor], count: float, config: TrainConfig, last: bool = True
+    ) -> Tensor:
+        """Add the gradients of these rows' loss, divided by ``count``; returns this process's part of the
+        loss, detached. ``rows`` are tokens, targets and document ids [B, T] each; through a pipeline they are
+        a whole batch, otherwise one micro-batch. Before the ``last`` DDP keeps its gradients to itself."""
+        tokens, targets, document_ids = rows
+        layout = self.layout
+        # What DDP and FSDP divide by when they add up.
+        scale = layout.data * layout.context / count
+        speaks = layout.place(self.world.rank)[3] == 0  # the loss is whole in each process of a tensor group
+        if self.ring is not None:
+            tokens, targets = self.ring.columns(tokens), self.ring.columns(targets)
+        if self.pipeline is not None:
+            micro = config.micro_batch_size or len(tokens)
+            loss = self.pipeline.backward(
+                tokens, targets, document_ids, micro=micro, scale=scale, z_loss=config.z_loss
+            )
+            return loss * speaks
+        inputs = (tokens, targets, context_maker(config.compile, self.ring)(document_ids), config.z_loss)
         with contextlib.nullcontext() if self.ddp is None or last else self.ddp.no_sync():
             loss = self.model.loss(*inputs) if self.ddp is None else self.ddp(*inputs)
-            (loss * (scale * self.world.size)).backward()  # which both divide by when they add up
-        return loss.detach()
+            (loss * scale).backward()
+        return loss.detach() * speaks
+
+    @torch.no_grad()
+    def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor) -> Tensor:
+        """Sum of the token losses of whole rows, in every process; all processes call it alike."""
+        if self.ring is not None:
+            tokens, targets = self.ring.columns(tokens), self.ring.columns(targets)
+        if self.pipeline is not None:
+            total = self.pipeline.loss(tokens, targets, document_ids)
+        else:
+            total = self.model.loss(tokens, targets, context_maker(False, self.ring)(document_ids))
+        if self.ring is not None:
+            dist.all_reduce(total, group=self.ring.group)
+        return total
 
     def settle(self) -> None:
         """After a forward pass without a backward pass: FSDP has left parts gathered."""
-        if isinstance(self.model, FSDPModule):
+        if self.pipeline is not None:
+            self.pipeline.settle()
+        elif isinstance(self.model, FSDPModule):
             self.model.reshard()
 
+    def clip(self, most: float) -> float:
+        """Scale the gradient down to norm ``most``, if it is above; returns the norm it had, everywhere."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if self.layout.processes == 1 or self.ddp is not None:
+            return torch.nn.utils.clip_grad_norm_(parameters, most).item()
+        gradients, copies = [], []
+        for parameter in parameters:
+            gradient: Any = parameter.grad
+            copies.append(self.world.size // self.layout.pipeline // parts(parameter))
+            if isinstance(parameter, DTensor):
+                assert isinstance(gradient, DTensor)
+                if gradient.placements != parameter.placements:  # of norms: the part of this process's tokens
+                    gradient = gradient.redistribute(placements=parameter.placements)
+                    parameter.grad = gradient
+                gradient = gradient.to_local()
+            gradients.append(gradient)
+        norms = torch.stack(list(torch._foreach_norm(gradients))).double().cpu()
+        (total,) = self.world.sum((norms**2 / torch.tensor(copies)).sum().item())
+        norm = math.sqrt(total)
+        if norm + 1e-6 > most:
+            torch._foreach_mul_(gradients, most / (norm + 1e-6))
+        return norm
 
-def distribute(model: XverseForCausalLM, parallel: Parallel, dtype: str, world: World) -> Replica:
+
+def parts(tensor: Tensor) -> int:
+    """Into how many different parts a tensor is divided."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = [tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if not p.is_replicate()]
+    return math.prod(sizes)
+
+
+def distribute(model: XverseForCausalLM, config: TrainConfig, world: World) -> Replica:
     """Put ``model`` (equal in all processes) on this process's device and share its work, in place.
 
-    FSDP2 (``fully_shard``) shards layer by layer; with ``dtype`` bfloat16 the layers are gathered in it, and
-    their gradients are summed in float32. ``parallel: ddp`` keeps everything in every process.
+    In this order: the pipeline's stages, tensors and sequence, recomputation and compiling of layers, FSDP2
+    (or DDP), context. Raises UserError for a layout that does not go with the model or the processes.
     """
-    model.to(world.device)
-    if parallel == "none":
-        return Replica(model)
-    if parallel == "ddp":
+    _same_devices(world)
+    layout = layout_of(config, world.size, model.config)
+    if config.parallel != "fsdp":
+        model.to(world.device)
+        prepare_blocks(model, config)
+        if config.parallel == "none":
+            return Replica(model)
         ids = [world.device] if world.device.type == "cuda" else None
-        return Replica(
-            model, world, DistributedDataParallel(_Loss(model), device_ids=ids, gradient_as_bucket_view=True)
-        )
-    mesh = init_device_mesh(world.device.type, (world.size,))
+        ddp = DistributedDataParallel(_Loss(model), device_ids=ids, gradient_as_bucket_view=True)
+        return Replica(model, world, ddp, layout)
+
+    sharded = layout.shard * layout.context
+    mesh = init_device_mesh(
+        world.device.type,
+        (layout.pipeline, layout.replicate, sharded, layout.tensor),
+        mesh_dim_names=("pipeline", "replicate", "shard", "tensor"),
+    )
+    place = layout.place(world.rank)
+    ring = _ring(layout, world)
+    if layout.pipeline > 1:
+        keep_stages(model, place[0], layout)
+    if layout.tensor > 1:
+        shard_tensors(model, mesh["tensor"])
+    prepare_blocks(model, config)
+    roots: Sequence[nn.Module] = [model]
+    pipeline = None
+    if layout.pipeline > 1:
+        numbers = range(place[0], layout.stages, layout.pipeline)
+        stages = [Stage(model, s, layout, context_maker(config.compile, ring)) for s in numbers]
+        pipeline = Pipeline(stages, mesh["pipeline"].get_group(), layout, model.config.hidden_size)
+        roots = stages
+    if layout.replicate * sharded > 1:
+        over = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
+        _shard(model, roots, over, config.dtype)
+    else:
+        model.to(world.device)
+    if pipeline is None:
+        register_fsdp_forward_method(model, "loss")
+    return Replica(model, world, None, layout, ring, pipeline)
+
+
+def _shard(model: XverseForCausalLM, roots: Sequence[nn.Module], mesh: DeviceMesh, dtype: str) -> None:
+    """FSDP2, layer by layer, each gathered while the one before it computes; with ``dtype`` bfloat16 they are
+    gathered in it, and their gradients are summed in float32. Over two dimensions it is HSDP."""
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if dtype == "bfloat16" else MixedPrecisionPolicy()
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "loss")
-    return Replica(model, world)
+    for root in roots:
+        blocks = model.model.layers if root is model else root.layers
+        layers = [fully_shard(layer, mesh=mesh, mp_policy=policy) for layer in blocks]  # type: ignore
+        fully_shard(root, mesh=mesh)
+        for layer, following in itertools.pairwise(layers):
+            layer.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([layer])
 
 
-def whole(model: XverseForCausalLM) -> XverseForCausalLM:
-    """``model``, or where it is sharded a copy on the CPU with all its tensors. Every process calls it."""
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return model
+def _ring(layout: Layout, world: World) -> Ring | None:
+    if layout.context == 1:
+        return None
+    others = world.size // (layout.context * layout.tensor)
+    shape = (others, layout.context, layout.tensor)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("others", "context", "tensor"))
+    return Ring(mesh["context"].get_group(), layout.place(world.rank)[2], layout.context)
+
+
+def _same_devices(world: World) -> None:
+    """Raises UserError where processes compute on devices of different kinds: all would wait for the slowest,
+    and round differently."""
+    if world.size == 1:
+        return
+    cuda = world.device.type == "cuda"
+    mine = torch.cuda.get_device_name(world.device) if cuda else "a CPU"
+    kinds: list[Any] = [None] * world.size
+    dist.all_gather_object(kinds, mine, group=world.control)
+    problem = different_kinds(kinds)
+    if problem:
+        raise UserError(problem)
+
+
+def different_kinds(kinds: Sequence[str]) -> str:
+    """What is wrong with a run on these devices, by rank, or an empty string."""
+    if len(set(kinds)) < 2:
+        return ""
+    ranks = {
+        kind: [rank for rank, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)
+    }
+    says = [f"{len(some)} on {kind} (rank {some[0]}…)" for kind, some in ranks.items()]
+    most = max(ranks, key=lambda kind: len(ranks[kind]))
+    return (
+        f"{len(kinds)} processes are on devices of different kinds: {', '.join(says)}; "
+        f"the nearest that works: the {len(ranks[most])} on {most} alone"
+    )
+
+
+def whole(model: XverseForCausalLM, world: World = ALONE) -> XverseForCausalLM:
+    """``model``, or where it is shared out a copy on the CPU with all its tensors. Every process calls it."""
     with torch.device("meta"):
         copied = XverseForCausalLM(copy.deepcopy(model.config))
-    tensors = {name: full(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    mine = dict(model.named_parameters())
+    if mine.keys() == copied.state_dict().keys() and not any(isinstance(p, DTensor) for p in mine.values()):
+        return model
+    here = {name: full(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    names: list[Any] = [list(here)] * world.size
+    if world.size > 1:
+        dist.all_gather_object(names, list(here), group=world.control)
+    tensors = {}
+    for name, empty in copied.state_dict().items():
+        tensor = here.get(name)
+        owner = next(rank for rank, some in enumerate(names) if name in some)
+        if not all(name in some for some in names):  # a pipeline
+            tensor = torch.empty(empty.shape) if tensor is None else tensor.contiguous()
+            dist.broadcast(tensor, owner, group=world.control)
+        tensors[name] = tensor
     copied.load_state_dict(tensors, assign=True)
     return copied
 
@@ -192,6 +359,7 @@ def full(tensor: Tensor) -> Tensor:
 def like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A whole ``tensor`` on the device of ``reference``, sharded as that is."""
     if isinstance(reference, DTensor):
-        moved = tensor.to(reference.device, copy=True)
-        return distribute_tensor(moved, reference.device_mesh, reference.placements)
+        moved, mesh = tensor.to(reference.device, copy=True), reference.device_mesh
+        everywhere = DTensor.from_local(moved, mesh, [Replicate()] * mesh.ndim)
+        return everywhere.redistribute(mesh, reference.placements)
     return tensor.to(reference.device, copy=True)

@@ -19,8 +19,9 @@ from xverse.files import atomic_file
 from xverse.formats import save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.tokenizer import Tokenizer
+from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, fit
-from xverse.train.parallel import World, whole, world_of
+from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
 from xverse.train.report import write_report
 from xverse.train.validate import bits_per_byte
@@ -96,6 +97,7 @@ def _pretrain(
             f"sequence_length {recipe.sequence_length} is beyond the {config.context_length} "
             f"positions of shape {name}"
         )
+    layout_of(recipe.train, world.size, config, recipe.sequence_length)
     feed = PretrainFeed(recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed)
     if feed.tokenizer.vocab_size != config.vocab_size:
         raise UserError(
@@ -107,7 +109,7 @@ def _pretrain(
     tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
     world.say(f"shape {name}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
 
-    def validate(model: XverseForCausalLM) -> dict[str, float]:
+    def validate(model: Replica) -> dict[str, float]:
         return bits_per_byte(
             model,
             feed,
@@ -135,7 +137,7 @@ def _pretrain(
         identity=identity,
         world=world,
     )
-    model = whole(model)
+    model = whole(model, world)
     if world.rank == 0:
         _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world.size)
     world.wait()

@@ -16,6 +16,10 @@ class TrainConfig:
     ``keep_every`` (checkpoints that are never deleted; 0: none) are in steps.
 
     ``parallel``: several processes under torchrun, each with the whole model (ddp) or a share of it (fsdp).
+    Under fsdp the others say in how many parts, too: ``tensor`` matrices and, between them, the sequence;
+    ``context`` the sequence everywhere; ``pipeline`` the layers, of which each process has ``virtual_stages``
+    separate runs; ``replicate`` groups of processes have shares of their own (HSDP). The processes' number
+    divided by all of these is in how many parts fsdp shards.
 
     ``decay_share`` of the steps, at the end, is the decay of the wsd schedule. ``muon`` trains the layers'
     matrices with Muon and the rest with AdamW. ``optimizer_dtype`` is what the optimizer remembers in.
@@ -32,6 +36,11 @@ class TrainConfig:
     learning_rate: float
     micro_batch_size: int = 0
     parallel: Literal["none", "ddp", "fsdp"] = "none"
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    virtual_stages: int = 2
+    replicate: int = 1
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = 100
     decay_share: float = 0.2
@@ -68,10 +77,15 @@ class TrainConfig:
                     raise ValueError(f"{name} must be positive, not {value}")
             elif not isinstance(value, str) and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must not be negative, not {value}")
+        for name in ("tensor", "context", "pipeline", "replicate"):
+            if self.parallel != "fsdp" and getattr(self, name) > 1:
+                raise ValueError(f"{name} {getattr(self, name)} needs parallel: fsdp, not {self.parallel}")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share must be above 0 and at most 1, not {self.decay_share}")
         if self.compile and self.activation_checkpointing == "selective":
             raise ValueError("compile does not go with activation_checkpointing selective; take none or full")
+        if self.compile and self.tensor > 1:  # torch 2.13 loses the type of gradients between graphs
+            raise ValueError(f"compile does not go with tensor {self.tensor}; leave one of the two out")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
@@ -80,11 +94,12 @@ class TrainConfig:
 
 POSITIVE = {
     "steps", "batch_size", "learning_rate", "keep_checkpoints", "log_every", "skip_window", "rollback_after",
+    "tensor", "context", "pipeline", "virtual_stages", "replicate",
 }  # fmt: skip
 
 # What changes no loss, or nothing but its rounding: a run folder goes on under other values of these.
 NOT_IDENTITY = {
-    "activation_checkpointing", "checkpoint_every", "compile",
+    "activation_checkpointing", "checkpoint_every", "compile", "context",
     "hang_seconds", "keep_checkpoints", "keep_every", "log_every", "micro_batch_size",
-    "parallel", "validate_every",
+    "parallel", "pipeline", "replicate", "tensor", "validate_every", "virtual_stages",
 }  # fmt: skip

@@ -9,11 +9,17 @@ import torch
 from xverse.data.feed import PretrainFeed
 from xverse.model import XverseForCausalLM
 from xverse.train.loop import sum_loss
+from xverse.train.parallel import Replica
 
 
 @torch.no_grad()
 def bits_per_byte(
-    model: XverseForCausalLM, feed: PretrainFeed, *, batch_size: int, max_tokens: int | None, dtype: str
+    model: XverseForCausalLM | Replica,
+    feed: PretrainFeed,
+    *,
+    batch_size: int,
+    max_tokens: int | None,
+    dtype: str,
 ) -> dict[str, float]:
     """Bits per UTF-8 byte of each source's held-out text, after "all", their plain mean over sources;
     nothing where no text is held out.

@@ -1,0 +1,173 @@
+"""Trains a tiny model under one layout after another in the same processes: ``processes.py PHASES.json``.
+
+Starting processes and importing torch is what costs: one parent imports and forks, and its children make new
+device meshes for every job. A phase has the number of ``processes`` and ``jobs``; a job has ``out``,
+``train`` (keys of TrainConfig), perhaps ``stop``, the step before which it is to end as if killed,
+or ``load``, checkpoints to read under its layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from xverse.config import UserError
+from xverse.data.feed import Batch
+from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights
+from xverse.train import TrainConfig, fit
+from xverse.train.checkpoint import _tensors, load_checkpoint
+from xverse.train.loop import sum_loss
+from xverse.train.optimizer import make_optimizer
+from xverse.train.parallel import ALONE, Replica, World, distribute, whole, world_of
+
+LENGTH = 32
+SHAPE = XverseConfig(
+    vocab_size=509,  # of which no number of processes is a divisor
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    initializer_range=0.1,
+)
+BASE: dict[str, Any] = {
+    "steps": 20,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "warmup_steps": 5,
+    "dtype": "float32",
+    "grad_clip": 0.5,  # below every step's
+    "z_loss": 1e-3,
+    "checkpoint_every": 10,
+    "keep_checkpoints": 9,
+    "validate_every": 10,
+}
+
+
+class Stop(Exception):
+    """A job has come to where it is to end."""
+
+
+def batch(step: int, start: int, stop: int) -> Batch:
+    """Rows of random tokens; three in four hold several documents, and some tokens have no target."""
+    rows = []
+    for row in range(start, stop):
+        generator = torch.Generator().manual_seed(1000 * step + row)
+        tokens = torch.randint(4, SHAPE.vocab_size, (LENGTH + 1,), generator=generator)
+        cuts = torch.rand(LENGTH, generator=generator) < (0.15 if row % 4 else 0.0)
+        ids = cuts.cumsum(0).int()
+        targets = tokens[1:].clone()
+        targets[:-1][ids[1:] != ids[:-1]] = IGNORE
+        targets[torch.rand(LENGTH, generator=generator) < 0.05 * (row % 3)] = IGNORE
+        rows.append((tokens[:-1], targets, ids))
+    return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def tiny_model() -> XverseForCausalLM:
+    model = XverseForCausalLM(SHAPE)
+    init_weights(model, seed=0)
+    return model
+
+
+def train(job: dict[str, Any], world: World = ALONE) -> None:
+    """Run a job, and write the whole model that came out to ``OUT/model.safetensors``."""
+    config = TrainConfig(**{**BASE, **job["train"]})
+    model = tiny_model()
+
+    def batch_at(step: int, start: int, stop: int) -> Batch:
+        if step == job.get("stop"):
+            raise Stop
+        return batch(step, start, stop)
+
+    def validate(replica: Replica) -> dict[str, float]:
+        held_out = batch(9999, 0, 3)
+        total = sum_loss(replica, held_out.tokens, held_out.targets, held_out.document_ids, config.dtype)
+        return {"loss": total.item()}
+
+    out = Path(job["out"])
+    try:
+        fit(model, batch_at, config, out, validate=validate, world=world)
+    except UserError as error:
+        (out.parent / f"{out.name}.{world.rank}.error").write_text(str(error))
+        return
+    except Stop:
+        for thread in threading.enumerate():  # the checkpoint that is under way
+            if "_finish" in thread.name:
+                thread.join()
+        return
+    tensors = {name: tensor.detach() for name, tensor in whole(model, world).state_dict().items()}
+    if world.rank == 0:
+        save_file(tensors, out / "model.safetensors")
+    world.wait()
+
+
+def load(job: dict[str, Any], world: World) -> None:
+    """Read checkpoints under a layout: every process must get its part of what one process reads, exactly."""
+    config = TrainConfig(**{**BASE, **job["train"]})
+    replica = distribute(tiny_model(), config, world)
+    optimizer = make_optimizer(replica.model, config)
+    for path in map(Path, job["load"]):
+        expected = read_alone(path)
+        state = json.loads((path / "state.json").read_text())
+        load_checkpoint(path, state, replica.model, optimizer, world)
+        found = dict(_tensors(replica.model, optimizer))
+        assert len(found) == 4 * len(dict(replica.model.named_parameters()))
+        for name, tensor in found.items():
+            part, value = expected[name], tensor
+            if isinstance(tensor, DTensor):
+                box = tensor.shape, tensor.device_mesh, tensor.placements
+                shape, offset = compute_local_shape_and_global_offset(*box)
+                part = part[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+                value = tensor.to_local()
+            assert torch.equal(value, part), (job["train"], path, name)
+
+
+def read_alone(path: Path, known: dict[Path, dict[str, torch.Tensor]] = {}) -> dict[str, torch.Tensor]:  # noqa: B006
+    if path not in known:
+        model = tiny_model()
+        optimizer = make_optimizer(model, TrainConfig(**BASE))
+        load_checkpoint(path, json.loads((path / "state.json").read_text()), model, optimizer)
+        known[path] = {name: tensor.clone() for name, tensor in _tensors(model, optimizer)}
+    return known[path]
+
+
+def child(rank: int, phases: list[dict[str, Any]], ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    for phase, port in zip(phases, ports, strict=True):
+        if rank < phase["processes"]:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(phase["processes"]))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            with world_of("fsdp") as world:
+                for job in phase["jobs"]:
+                    (load if "load" in job else train)(job, world)
+
+
+def main(phases: list[dict[str, Any]]) -> int:
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in phases]
+        for each in free:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in free]
+    forked = multiprocessing.get_context("fork")
+    most = max(phase["processes"] for phase in phases)
+    children = [forked.Process(target=child, args=(rank, phases, ports)) for rank in range(most)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join()
+    return max(abs(process.exitcode or 0) for process in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text())))
