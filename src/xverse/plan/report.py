@@ -44,20 +44,22 @@ def settings(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def text(task: Task, name: str, chosen: list[Prediction], tokens: float) -> str:
+def text(
+    task: Task, name: str, chosen: list[Prediction], tokens: float, heading: str = "recommended"
+) -> str:
     """What ``xverse plan`` prints: the best layout in full, the others in a line each."""
     best = chosen[0]
     device, step = task.device, best.step
     lines = [
         f"shape {name} on {task.gpus:,} × {device.name}, {task.length:,} tokens a sequence, "
         f"{task.sequences:,} sequences = {task.batch_tokens:,} tokens a step", "",
-        f"recommended: {best.layout}", "",
+        f"{heading}: {best.layout}", "",
         f"  step            {step.seconds:10.3f} s",
         f"  tokens/s        {best.tokens_per_second * task.gpus:10,.0f}   "
         f"{best.tokens_per_second:,.0f} a GPU",
         f"  MFU             {100 * best.mfu(device):10.1f} % attention counted full, "
         f"{100 * best.mfu(device, causal=True):.1f} % causal",
-        f"  {tokens / 1e12:g}T tokens     {best.days(tokens):10.1f} days",
+        f"  {_tokens(tokens):<15} {best.days(tokens):10.1f} days",
         f"  memory          {best.memory.total / 1e9:10.1f} GB of {device.memory / 1e9:,.0f} GB; "
         f"{_memory(best)}",
         "", "  where the time goes",
@@ -67,8 +69,9 @@ def text(task: Task, name: str, chosen: list[Prediction], tokens: float) -> str:
             share = seconds / step.seconds
             lines.append(f"    {PARTS[key]:<30}{100 * share:6.1f} %  {'▇' * round(40 * share)}")
     lines.append(f"    communication behind computing, not counted: {100 * step.hidden / step.seconds:.1f} %")
-    lines += ["", "  in a recipe's train: section"]
-    lines.append("    " + ", ".join(f"{k}: {str(v).lower()}" for k, v in settings(best).items()))
+    if heading == "recommended":
+        keys = ", ".join(f"{key}: {str(value).lower()}" for key, value in settings(best).items())
+        lines += ["", "  in a recipe's train: section", f"    {keys}"]
     if len(chosen) > 1:
         lines += ["", "  other ways", f"    {'s':>8}  {'MFU %':>6}  {'GB':>5}  layout"]
         for other in chosen[1:]:
@@ -136,6 +139,11 @@ def chart(path: Path, task: Task, name: str, chosen: list[Prediction]) -> None:
     axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.25))
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def _tokens(count: float) -> str:
+    unit, name = (1e12, "T") if count >= 1e11 else (1e9, "B")
+    return f"{count / unit:.4g}{name} tokens"
 
 
 def _memory(prediction: Prediction) -> str:
