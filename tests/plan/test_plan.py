@@ -68,9 +68,7 @@ def test_time_and_memory_move_as_they_must() -> None:
     assert sum(plain.step.parts().values()) == pytest.approx(plain.step.seconds)
     assert all(seconds >= 0 for seconds in plain.step.parts().values())
     assert plain.mfu(A800, causal=True) < plain.mfu(A800) < 1
-    assert plain.days(2.6e12) == pytest.approx(
-        2.6e12 / (plain.tokens_per_second * 1024) / 86400
-    )
+    assert plain.days(2.6e12) == pytest.approx(2.6e12 / (plain.tokens_per_second * 1024) / 86400)
     slow = dataclasses.replace(A800, network=A800.network / 8)
     assert predict(SEVEN, layout, slow, 8192).step.seconds > plain.step.seconds
     full = dataclasses.replace(layout, checkpointing="full")
@@ -132,7 +130,9 @@ def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path
     flag = json.loads(capsys.readouterr().out)
     assert flag["layouts"][0]["step_seconds"] == results[1]["layouts"][0]["step_seconds"]
     file.write_text("like: a800\nlinks: 3\n")
-    assert "unknown key 'links'; did you mean 'link'?" in refused(capsys, "--device", str(file), "--gpus", "8")
+    assert "unknown key 'links'; did you mean 'link'?" in refused(
+        capsys, "--device", str(file), "--gpus", "8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,13 @@ def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path
         (["--device", "a800", "--gpus", "8", "--seq", "9000"], "9,000 tokens is beyond the 8,192 positions"),
         (
             ["--device", "a800", "--gpus", "1000", "--batch-tokens", "8388608"],
-            "1,000 × A800 80 GB takes 1,024 sequences of 8,192 tokens a step: the batch does not divide among "
-            "them; the nearest number of GPUs that works is 1,024",
+            "1,000 × A800 80 GB takes 1,024 sequences of 8,192 tokens a step: the batch does not divide "
+            "among them; the nearest number of GPUs that works is 1,024",
         ),
-        (["--shape", "65b", "--device", "a800", "--gpus", "2"], "the nearest number of GPUs that works is 32"),
+        (
+            ["--shape", "65b", "--device", "a800", "--gpus", "2"],
+            "the nearest number of GPUs that works is 32",
+        ),
         (["--device", "a800", "--gpus", "8", "--batch-tokens", "1000"], "8,192 is near"),
         (["--device", "a800", "--gpus", "0"], "--gpus must be at least 1, not 0"),
         (["--device", "a800", "--gpus", "8", "--tflops", "-3"], "flops must be positive"),

@@ -48,7 +48,9 @@ def test_recipes_for_7b_hold(path: Path) -> None:
         assert sum(recipe.mixture.weights.values()) == pytest.approx(100, abs=0.1)
 
 
-def test_a_world_of_1024_on_data_that_is_here(write_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_world_of_1024_on_data_that_is_here(
+    write_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_recipe(
         {"cluster": {"device": "a800", "gpus": 1024}}, steps=2, batch_size=2048, micro_batch_size=1,
         parallel="fsdp",
@@ -65,7 +67,10 @@ def test_a_world_of_1024_on_data_that_is_here(write_recipe: Recipe, capsys: pyte
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["cluster.gpus=3"], "batch_size 8 does not divide among 3 data-parallel ranks in micro-batches of 1"),
+        (
+            ["cluster.gpus=3"],
+            "batch_size 8 does not divide among 3 data-parallel ranks in micro-batches of 1",
+        ),
         (["cluster=null"], "write cluster: {device: a800, gpus: 1024} into the recipe"),
         (["cluster.device=a80"], "unknown device 'a80'"),
         (["train.parallel=none"], "parallel: none is for one GPU, not 4"),
@@ -129,7 +134,8 @@ def slurm(tmp_path: Path, behaviour: str, recipe: str = "out: run\n") -> tuple[i
     (tmp_path / "log").touch()
     environment = {
         **os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"),
-        "BEHAVIOUR": behaviour, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-128]", "SLURM_NNODES": "128",
+        "BEHAVIOUR": behaviour, "SLURM_JOB_ID": "7", "SLURM_NNODES": "128",
+        "SLURM_JOB_NODELIST": "node[1-128]",
     }  # fmt: skip
     script = ROOT / "recipes" / "7b" / "run.sbatch"
     result = subprocess.run(
@@ -154,9 +160,7 @@ HEART = """mkdir -p run/heartbeats; echo '{"status": "%s"}' > run/heartbeats/0.j
         ("kill -USR2 $PPID; sleep 2", 0, True),
     ],
 )
-def test_slurm_starts_again_what_can_go_on(
-    tmp_path: Path, behaviour: str, code: int, requeued: bool
-) -> None:
+def test_slurm_starts_again_what_can_go_on(tmp_path: Path, behaviour: str, code: int, requeued: bool) -> None:
     found, log, printed = slurm(tmp_path, behaviour)
     assert found == code, printed
     assert ("requeue 7" in log) == requeued, printed

@@ -38,10 +38,10 @@ def test_a_checkpoint_is_planned_by_each_rank_alone() -> None:
     rows: dict[str, int] = {}
     world = 12  # 256 and 768 rows do not divide by it: some ranks' shares are short
     for rank in range(world):
-        tensors = scale.sharded_tensors("nano", world, rank)
-        planner = _OwnPlan(rank)
-        planner.set_up_planner(tensors, is_coordinator=True)
-        plan = planner.create_local_plan()
+        with scale.sharded_tensors("nano", world, rank) as tensors:
+            planner = _OwnPlan(rank)
+            planner.set_up_planner(tensors, is_coordinator=True)
+            plan = planner.create_local_plan()
         (own,), _ = planner.create_global_plan(_OwnFile("unused", rank).prepare_global_plan([plan]))
         assert own.storage_data == {"shard_index": rank + 1}
         for item in own.items:

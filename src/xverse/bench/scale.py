@@ -1,4 +1,4 @@
-"""What a run of many processes costs its process 0, by simulation: a world of up to 1,024 of which one is real.
+"""What a run of many processes costs its process 0, by simulation: a world of 1,024 of which one is real.
 
 Checkpoint plans, checkpoint headers, heartbeats and the order of data are the product's own code over as many
 ranks' inputs as asked for; collectives are measured between real gloo contexts, in threads of this process.
@@ -6,6 +6,7 @@ ranks' inputs as asked for; collectives are measured between real gloo contexts,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -13,7 +14,7 @@ import pickle
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,19 @@ def run(
         rows += [Row(f"{count:,} ranks: {key}", f"{value:,.4g}") for key, value in found.items()]
     for count in threads:
         result["gloo"][count] = gloo(count)
-        rows.append(Row(f"gloo, {count} contexts: a sum of 4 numbers", f"{1e6 * result['gloo'][count]:,.0f} µs"))
+        rows.append(
+            Row(f"gloo, {count} contexts: a sum of 4 numbers", f"{1e6 * result['gloo'][count]:,.0f} µs")
+        )
     result["documents"] = document_order()
     rows.append(Row("order of documents, each", json.dumps(result["documents"])))
     show("scale: process 0's work", rows)
     return result
 
 
-def sharded_tensors(shape: str, count: int, rank: int = 0) -> dict[str, Any]:
-    """What ``rank`` of ``count`` holds of a model and AdamW's states under FSDP, without memory."""
+@contextlib.contextmanager
+def sharded_tensors(shape: str, count: int, rank: int = 0) -> Iterator[dict[str, Any]]:
+    """What ``rank`` of ``count`` holds of a model and AdamW's states under FSDP, without memory; inside the
+    block this process is that rank."""
     with fake_world(count, rank) as world:
         with torch.device("meta"):
             model = XverseForCausalLM(named_shape(shape))
@@ -80,24 +85,25 @@ def sharded_tensors(shape: str, count: int, rank: int = 0) -> dict[str, Any]:
             for key in ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
                 tensors[f"{key}.{name}"] = parameter.detach()
             tensors[f"optimizer.step.{name}"] = torch.zeros(())
-        return tensors
+        yield tensors
 
 
 def local_plan(shape: str, count: int) -> SavePlan:
     """Rank 0's, as torch's planner makes it."""
-    planner = DefaultSavePlanner()
-    planner.set_up_planner(sharded_tensors(shape, count), is_coordinator=True)
-    return planner.create_local_plan()
+    with sharded_tensors(shape, count) as tensors:
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(tensors, is_coordinator=True)
+        return planner.create_local_plan()
 
 
 def own_plan(shape: str, count: int) -> dict[str, float]:
     """Rank 0's planning as the product does it: nothing is sent."""
-    tensors = sharded_tensors(shape, count)
-    start = time.perf_counter()
-    planner = _OwnPlan(0)
-    planner.set_up_planner(tensors, is_coordinator=True)
-    planner.create_global_plan([planner.create_local_plan()])
-    return {"own_plan_s": time.perf_counter() - start}
+    with sharded_tensors(shape, count) as tensors:
+        start = time.perf_counter()
+        planner = _OwnPlan(0)
+        planner.set_up_planner(tensors, is_coordinator=True)
+        planner.create_global_plan([planner.create_local_plan()])
+        return {"own_plan_s": time.perf_counter() - start}
 
 
 def plan_of(rank: int, first: SavePlan) -> SavePlan:
@@ -214,7 +220,7 @@ def gloo(count: int, rounds: int = 20) -> float:
             for _ in range(rounds):
                 start = time.perf_counter()
                 total = torch.tensor([1.0, rank, 0.0, 0.0], dtype=torch.float64)
-                group.allreduce([total]).wait()
+                group.allreduce([total]).wait()  # type: ignore[attr-defined]
                 assert total[0] == count
                 if rank == 0:
                     times.append(time.perf_counter() - start)

@@ -14,6 +14,7 @@ from xverse.model.scaling import RopeScaling
 if TYPE_CHECKING:
     from xverse.model.config import XverseConfig
 
+
 def rope_tables(
     positions: Tensor, config: XverseConfig, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The cost model: seconds and bytes of one training step of a layout on a device.
 
 Everything that can be counted is counted (FLOPs, bytes through memory, bytes over links, hops); four shares
-that cannot are fitted to published measurements (``measurements.py``). docs/plan.md has the formulas in words.
+that cannot are fitted to published measurements (``measurements.py``). docs/plan.md says it in words.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Constants:
     network: float
 
 
-FITTED = Constants(0.741, 0.617, 0.559, 1.0)
+FITTED = Constants(0.734, 0.6, 0.582, 1.0)
 
 # Bytes that elementwise operators move in a layer's forward pass in bfloat16, for each token, as multiples of
 # hidden_size and intermediate_size; backward moves twice as much. "compiled": a norm with the residual sum
 # before it reads two tensors and writes two, rotation reads and writes q and k, SwiGLU reads two and writes
-# one. "eager": each operator alone, norms and rotation in float32. "gelu": a GPT block with fused layer norms.
-# "megatron": the same with dropout and fused bias.
+# one. "eager": each operator alone, norms and rotation in float32; "fused norms": but for those. "gelu": a
+# GPT block with fused layer norms; "megatron": the same with dropout and fused bias.
 _PASSES: dict[Passes, tuple[float, float]] = {
     "compiled": (24, 6),
     "eager": (132, 10),
@@ -43,7 +43,13 @@ _PASSES: dict[Passes, tuple[float, float]] = {
     "gelu": (20, 4),
     "megatron": (34, 4),
 }
-_LOGIT_BYTES = {"compiled": 14, "eager": 34, "fused norms": 34, "gelu": 34, "megatron": 22}  # forward and backward, each logit
+_LOGIT_BYTES = {
+    "compiled": 14,
+    "eager": 34,
+    "fused norms": 34,
+    "gelu": 34,
+    "megatron": 22,
+}  # forward and backward, each logit
 # What FSDP copies of each parameter and micro-batch: twice out of the gathered buffer (read and written, 2
 # bytes each), and gradients once from bfloat16 into the float32 buffer that is reduced.
 _COPIED_BYTES = 2 * 4 + 6
@@ -52,13 +58,15 @@ _SCORE_BYTES = 11  # each attention score that is written out, forward: product,
 
 @dataclass(frozen=True, kw_only=True)
 class Software:
-    """How an implementation differs from ours. ``recompute``: shares of a layer's matrix products, attention
-    and elementwise operators that the backward pass computes again (default: what ``checkpointing`` says).
-    ``resharded``: FSDP gathers the weights again for the backward pass. ``accumulate_locally``: gradients of
-    all but the last micro-batch stay where they are. ``gradient_bytes``: what they are summed in. ``balanced``: the first and the last pipeline
-    stage have a layer less. ``tensor_backward``: tensor parallelism's communication in the backward pass
-    that nothing hides, as a share of the forward pass's. ``ends_bytes``: what the embedding and the head are
-    gathered in. The defaults are our trainer's."""
+    """How an implementation computes; the defaults are our trainer's.
+
+    ``recompute``: shares of a layer's matrix products, attention and elementwise operators that the backward
+    pass computes again (default: what ``checkpointing`` says). ``resharded``: FSDP gathers the weights again
+    for the backward pass. ``accumulate_locally``: gradients of all but the last micro-batch stay where they
+    are. ``gradient_bytes``: what they are summed in. ``balanced``: the first and the last pipeline stage have
+    a layer less. ``tensor_backward``: tensor parallelism's traffic in the backward pass that nothing hides,
+    as a share of the forward pass's. ``ends_bytes``: what the embedding and the head are gathered in.
+    """
 
     passes: Passes = "compiled"
     recompute: tuple[float, float, float] | None = None
@@ -250,8 +258,8 @@ class _Model:
         tensor = 4 * self.ring(activations, layout.tensor, 1)
         tensor_layer = tensor * (1 + software.tensor_backward + again_matmul)
 
-        # Context parallelism: keys and values go round, behind the attention over those that are there; each
-        # round's result is merged in float32 (read and written once, and its own read), twice as much backward.
+        # Context parallelism: keys and values go round, behind the attention over those that are there. Each
+        # round's result is merged in float32 (read and written, and its own read), twice as much backward.
         steps = layout.context - 1
         pairs = 2 * 2 * self.tokens * arch.kv_size / layout.tensor
         hop = self.between(pairs, layout.tensor)

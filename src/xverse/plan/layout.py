@@ -141,5 +141,7 @@ def problem(arch: Architecture, layout: Layout, length: int, gpus_per_machine: i
         return f"{arch.layers} layers do not divide into {stages} pipeline stages"
     batches = layout.accumulate
     if batches < layout.pipeline or batches % max(1, batches // layout.pipeline):
-        return f"pipeline {layout.pipeline} needs a multiple of {layout.pipeline} micro-batches, not {batches}"
+        return (
+            f"pipeline {layout.pipeline} needs a multiple of {layout.pipeline} micro-batches, not {batches}"
+        )
     return ""

@@ -4,6 +4,7 @@ that it has not seen. ``python -m xverse.plan.measurements`` prints the tables o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -46,12 +47,12 @@ class Measurement:
     balanced: bool = False
     tensor_backward: float = 1.0
 
-    def on(self) -> Device:
-        device = find_device(
-            self.device, network=self.network, bandwidth=self.bandwidth, flops=self.flops
-        )
+    @functools.cached_property
+    def device_there(self) -> Device:
+        device = find_device(self.device, network=self.network, bandwidth=self.bandwidth, flops=self.flops)
         return dataclasses.replace(device, attention=self.attention)
 
+    @functools.cached_property
     def software(self) -> Software:
         products, attention, elementwise = self.recompute
         return Software(
@@ -85,10 +86,9 @@ class Measurements:
 
     def predicted(self, row: Measurement, constants: Constants) -> float:
         """Tokens per second and GPU."""
-        arch = self.models[row.model]
-        return predict(
-            arch, row.layout, row.on(), row.length, constants, row.software()
-        ).tokens_per_second
+        arch, device, software = self.models[row.model], row.device_there, row.software
+        found = predict(arch, row.layout, device, row.length, constants, software)
+        return found.tokens_per_second
 
     def errors(self, rows: Iterable[Measurement], constants: Constants) -> list[float]:
         """By how much each prediction is above what was measured, as a share of that."""
@@ -112,7 +112,7 @@ def fit(known: Measurements, rows: Sequence[Measurement]) -> Constants:
 
     logs = np.log(dataclasses.astuple(_START))
     now, damping = residuals(logs), 1e-3
-    while damping < 1e6:
+    while damping < 1e3:
         steps = 1e-4 * np.eye(len(logs))
         slopes = np.stack([(residuals(logs + step) - now) / 1e-4 for step in steps], axis=1)
         move = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(logs)), -slopes.T @ now)
@@ -121,7 +121,7 @@ def fit(known: Measurements, rows: Sequence[Measurement]) -> Constants:
         gain = now @ now - then @ then
         if gain > 0:
             logs, now, damping = moved, then, damping / 3
-            if gain < 1e-9:
+            if gain < 1e-4 * (now @ now):
                 break
         else:
             damping *= 8
@@ -148,7 +148,8 @@ def _tables() -> str:
         f"Fitted to all: {constants}.", "",
         f"Leave one source out: median error {100 * statistics.median(sizes):.1f} %, "
         f"worst {100 * max(sizes):.1f} %, {len(sizes)} measurements of {len(unseen)} sources.", "",
-        "| source left out | its rows | median | worst | constants from the others |", "|---|---|---|---|---|",
+        "| source left out | its rows | median | worst | constants from the others |",
+        "|---|---|---|---|---|",
     ]  # fmt: skip
     for source, (others, errors) in unseen.items():
         values = [abs(error) for error in errors]

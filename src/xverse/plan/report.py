@@ -44,9 +44,7 @@ def settings(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def text(
-    task: Task, name: str, chosen: list[Prediction], tokens: float, heading: str = "recommended"
-) -> str:
+def text(task: Task, name: str, chosen: list[Prediction], tokens: float, heading: str = "recommended") -> str:
     """What ``xverse plan`` prints: the best layout in full, the others in a line each."""
     best = chosen[0]
     device, step = task.device, best.step

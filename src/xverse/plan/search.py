@@ -17,7 +17,7 @@ from xverse.plan.memory import memory
 
 BATCH_TOKENS = 4 * 2**20  # Llama 2's; more where every GPU could not have a sequence
 ROOM = 0.92  # of a device's memory: what a plan may fill
-# Each kind of parallelism beside FSDP must earn more than this share of a step: what is as fast is better plain.
+# Each kind of parallelism beside FSDP must earn more than this share of a step: of equals, the plainest.
 PLAIN = 0.004
 
 
@@ -49,8 +49,9 @@ def task_of(
     """
     length = length or shape.context_length
     if length > shape.context_length:
+        positions = shape.context_length
         raise UserError(
-            f"a sequence of {length:,} tokens is beyond the {shape.context_length:,} positions of shape {name}"
+            f"a sequence of {length:,} tokens is beyond the {positions:,} positions of shape {name}"
         )
     if batch_tokens is None:
         sequences = gpus * max(1, round(BATCH_TOKENS / length / gpus))
@@ -153,9 +154,7 @@ def _why_not(task: Task) -> str:
         f"no layout of {task.gpus:,} × {task.device.name} takes {task.sequences:,} sequences of "
         f"{task.length:,} tokens a step"
     )
-    least = min(
-        (memory(task.arch, layout, task.length).total for layout in _layouts(task)), default=math.inf
-    )
+    least = min((memory(task.arch, layout, task.length).total for layout in _layouts(task)), default=math.inf)
     if math.isfinite(least):
         said += f": the smallest needs {least / 1e9:,.0f} GB of {ROOM * task.device.memory / 1e9:,.0f} GB"
     else:

@@ -124,8 +124,8 @@ class Checkpointer:
 
 
 class _OwnPlan(DefaultSavePlanner):
-    """Every process knows by itself what it writes. The planner of torch has process 0 gather the plans of all
-    to find what several of them hold: a minute of its time at a few hundred processes (benchmarks/scale.md)."""
+    """Every process knows by itself what it writes. The planner of torch has process 0 gather the plans of
+    all to find what several of them hold, which takes it a minute at a few hundred (benchmarks/scale.md)."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -148,7 +148,8 @@ class _OwnPlan(DefaultSavePlanner):
         value = self.state_dict[name]
         if isinstance(value, DTensor):
             place = value.device_mesh.get_coordinate()
-            assert place is not None and item.tensor_data is not None
+            assert place is not None
+            assert item.tensor_data is not None
             copies = [n for n, how in zip(place, value.placements, strict=True) if how.is_replicate()]
             return not any(copies) and 0 not in item.tensor_data.chunk.sizes
         owner = self.state_dict.get(f"model.{name.split('.', 2)[-1]}")

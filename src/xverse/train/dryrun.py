@@ -36,7 +36,9 @@ from xverse.train.parallel import World, distribute
 from xverse.train.pretrain import PretrainRecipe, checked_feed, checked_shape
 from xverse.train.settings import TrainConfig
 
-_SOURCE = re.compile(r"([a-z0-9]+_)?[a-z]{2,3}")  # LANGUAGE or CATEGORY_LANGUAGE, as data/prepare.py names them
+_SOURCE = re.compile(
+    r"([a-z0-9]+_)?[a-z]{2,3}"
+)  # LANGUAGE or CATEGORY_LANGUAGE, as data/prepare.py names them
 
 
 @dataclass
@@ -87,7 +89,9 @@ def planned_layout(config: TrainConfig, gpus: int) -> Layout:
     if config.parallel == "none" and gpus > 1:
         raise UserError(f"parallel: none is for one GPU, not {gpus:,}; set train.parallel to fsdp")
     if gpus % taken:
-        raise UserError(f"{gpus:,} GPUs do not divide by {_words(degrees)} = {taken}; xverse plan finds a layout")
+        raise UserError(
+            f"{gpus:,} GPUs do not divide by {_words(degrees)} = {taken}; xverse plan finds a layout"
+        )
     if config.parallel == "ddp":
         degrees["replicate"], shard = gpus, 1
     else:
@@ -113,8 +117,10 @@ def planned_layout(config: TrainConfig, gpus: int) -> Layout:
 @contextlib.contextmanager
 def fake_world(size: int, rank: int = 0) -> Iterator[World]:
     """A world of ``size`` processes of which only this one exists; collectives return at once."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    _clear_sharding_prop_cache()  # it would give this rank's tensors another rank's mesh
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         yield World(rank, size, torch.device("cpu"))
@@ -137,7 +143,9 @@ def _data(recipe: PretrainRecipe, shape: XverseConfig, layout: Layout) -> list[s
         check_weights(weights, list(weights))
         odd = [key for key in weights if key != OTHERS and not _SOURCE.fullmatch(key)]
         if odd:
-            raise UserError(f"mixture: '{odd[0]}' is no name of a source, which is LANGUAGE or CATEGORY_LANGUAGE")
+            raise UserError(
+                f"mixture: '{odd[0]}' is no name of a source, which is LANGUAGE or CATEGORY_LANGUAGE"
+            )
         return [
             f"data: {recipe.data} is not here; only the names and weights of the mixture's {len(weights)} "
             "sources were checked"
@@ -187,9 +195,9 @@ def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout)
             return tensor
 
         tokens = torch.zeros(rows, length, dtype=torch.int64)  # [B, T]
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                logits = model(tokens, context)  # [B, T, V], without memory
+        half = torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16")
+        with half, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(tokens, context)  # [B, T, V], without memory
         logits.sum().backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, f"{name} has no gradient"
@@ -197,8 +205,8 @@ def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout)
         size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         return [
             *lines,
-            f"shapes: {rows} × {length:,} tokens went forward and backward; {size / 1e9:.1f} GB kept between, "
-            "without compiling",
+            f"shapes: {rows} × {length:,} tokens went forward and backward; {size / 1e9:.1f} GB kept between "
+            "(without compiling)",
         ]
 
 

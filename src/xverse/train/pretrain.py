@@ -45,7 +45,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """What the recipe was planned for; only ``--dry-run`` reads it. ``device`` as ``xverse plan`` takes it."""
+    """What the recipe was planned for; only ``--dry-run`` reads it. ``device``: as for ``xverse plan``."""
 
     device: str
     gpus: int
