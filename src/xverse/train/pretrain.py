@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -144,7 +143,8 @@ def _pretrain(
             dtype=recipe.train.dtype,
         )
 
-    identity: dict[str, Any] = {
+    identity = {
+        "model": recipe.model,
         "shape": recipe.shape if isinstance(recipe.shape, str) else dataclasses.asdict(recipe.shape),
         "tokenizer": feed.tokenizer.hash,
         "data": _digest(feed),
@@ -153,8 +153,6 @@ def _pretrain(
         "initializer_range": config.initializer_range,
         "mixture": feed.mixture.shares(),
     }
-    if recipe.model is not None:
-        identity["model"] = recipe.model
     fit(
         model,
         lambda step, start, stop: feed.batch(step, recipe.train.batch_size, start, stop),
