@@ -25,8 +25,8 @@ Recipe = Callable[..., Path]
 def recipe_of(path: Path, *overrides: str) -> PretrainRecipe:
     needs = set(yaml.safe_load(path.read_text(encoding="utf-8"))["train"])
     missing = needs - {field.name for field in dataclasses.fields(TrainConfig)}
-    if missing == {"tensor"}:
-        pytest.skip("this trainer has no tensor parallelism")
+    if missing == {"context"}:
+        pytest.skip("this trainer has no context parallelism")
     return load(PretrainRecipe, path, overrides)
 
 

@@ -99,6 +99,12 @@ class Layout:
         return self.shard * self.context if self.shard > 1 else 1
 
     @property
+    def compiles(self) -> bool:
+        """Whether the trainer can compile the layers: torch.compile goes neither with its selective
+        checkpointing nor with its tensor parallelism."""
+        return self.checkpointing != "selective" and self.tensor == 1
+
+    @property
     def sequences(self) -> int:
         """Of one step, over all."""
         return self.data * self.micro_batch * self.accumulate

@@ -40,7 +40,7 @@ def settings(prediction: Prediction) -> dict[str, Any]:
         "batch_size": layout.sequences,
         "micro_batch_size": layout.micro_batch,
         "activation_checkpointing": layout.checkpointing,
-        "compile": layout.checkpointing != "selective",
+        "compile": layout.compiles,
     }
 
 

@@ -67,8 +67,8 @@ def task_of(
 
 
 def software_of(layout: Layout) -> Software:
-    """Our trainer's: layers are compiled, except that selective checkpointing does not go with it."""
-    return Software(passes="eager" if layout.checkpointing == "selective" else "compiled")
+    """Our trainer's: layers are compiled where they can be."""
+    return Software(passes="compiled" if layout.compiles else "eager")
 
 
 def search(task: Task) -> list[Prediction]:

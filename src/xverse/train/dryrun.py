@@ -168,7 +168,7 @@ def _epochs(feed: PretrainFeed, config: TrainConfig) -> str:
 
 def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout) -> list[str]:
     """Build and share the model as rank 0 would, and send one micro-batch through it in shapes."""
-    rows, length = layout.micro_batch, task.length
+    rows, length = layout.micro_batch, task.length // layout.context
     context = Packed(torch.zeros(rows, length, dtype=torch.int32))  # one document a row
     with fake_world(task.gpus) as world, contextlib.ExitStack() as stack:
         with torch.device("meta"):
@@ -182,8 +182,8 @@ def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout)
             f"mesh: {task.gpus:,} processes; rank 0 holds {held:,} of {shape.num_parameters():,} parameters, "
             f"{16 * held / 1e9:.2f} GB with gradients and AdamW's moments in float32"
         ]
-        if layout.context * layout.pipeline > 1:
-            return [*lines, "shapes: rings and pipelines are not run through; their divisions were checked"]
+        if layout.pipeline > 1:
+            return [*lines, "shapes: a pipeline is not run through; its divisions were checked"]
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model.to_empty(device="cpu")
         kept: dict[int, Tensor] = {}  # held, so that no storage's address is used twice
@@ -206,8 +206,12 @@ def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout)
         return [
             *lines,
             f"shapes: {rows} × {length:,} tokens went forward and backward; {size / 1e9:.1f} GB kept between "
-            "(without compiling)",
+            f"(without compiling{_ring(layout)})",
         ]
+
+
+def _ring(layout: Layout) -> str:
+    return f", and without the ring of its {layout.context} parts" if layout.context > 1 else ""
 
 
 def _local(tensor: Tensor) -> Tensor:
