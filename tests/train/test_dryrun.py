@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,39 +14,53 @@ import yaml
 
 from xverse.cli import main
 from xverse.config import UserError, load
+from xverse.plan.devices import DEVICES
+from xverse.plan.layout import Architecture, problem
+from xverse.plan.memory import memory
 from xverse.plan.search import task_of
 from xverse.train import PretrainRecipe, TrainConfig
 from xverse.train.dryrun import dry_run, planned_layout
+from xverse.train.pretrain import checked_shape
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes" / "7b").glob("*.yaml"))
+RECIPES = [ROOT / "recipes" / "7b" / f"{name}.yaml" for name in ("a800-1024", "h100-512", "continue-8")]
 Recipe = Callable[..., Path]
 
 
-def recipe_of(path: Path, *overrides: str) -> PretrainRecipe:
+def recipe_of(path: Path) -> PretrainRecipe:
     needs = set(yaml.safe_load(path.read_text(encoding="utf-8"))["train"])
-    missing = needs - {field.name for field in dataclasses.fields(TrainConfig)}
-    if missing == {"context"}:
+    if needs - {field.name for field in dataclasses.fields(TrainConfig)} == {"context"}:
         pytest.skip("this trainer has no context parallelism")
-    return load(PretrainRecipe, path, overrides)
+    return load(PretrainRecipe, path)
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != "mixture"], ids=lambda path: path.stem)
-def test_recipes_for_7b_hold(path: Path) -> None:
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_for_7b_fit_their_clusters(path: Path) -> None:
     recipe = recipe_of(path)
-    found = dry_run(recipe)
+    assert recipe.cluster is not None
+    assert recipe.mixture.weights is not None
+    shape, _ = checked_shape(recipe)
+    device = DEVICES[recipe.cluster.device]
+    layout = planned_layout(recipe.train, recipe.cluster.gpus)
+    assert not problem(Architecture.of(shape), layout, recipe.sequence_length, 8)
+    assert memory(Architecture.of(shape), layout, recipe.sequence_length).total < device.memory
+    if recipe.cluster.gpus > 8:
+        tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
+        assert tokens == pytest.approx(2.6e12, rel=1e-4)
+        assert len(recipe.mixture.weights) == 42
+        assert sum(recipe.mixture.weights.values()) == pytest.approx(100, abs=0.1)
+
+
+def test_a_dry_run_of_7b() -> None:
+    found = dry_run(recipe_of(ROOT / "recipes" / "7b" / "continue-8.yaml"))
     said = str(found)
     assert found.seconds < 120
     assert "7,299,846,144 parameters" in said
-    assert f"{recipe.cluster.gpus:,} processes" in said
-    assert "went forward and backward" in said
-    assert "is not here; only the names and weights" in said
-    if recipe.cluster.gpus > 8:
-        assert recipe.train.steps * recipe.train.batch_size * recipe.sequence_length == pytest.approx(
-            2.6e12, rel=1e-4
-        )
-        assert len(recipe.mixture.weights) == 42
-        assert sum(recipe.mixture.weights.values()) == pytest.approx(100, abs=0.1)
+    assert "8 processes; rank 0 holds 912,482,816" in said
+    assert "1 × 8,192 tokens went forward and backward" in said
+    assert "is not here; only the names and weights of the mixture's 3 sources" in said
+    counted = float(re.search(r"([0-9.]+) GB kept between", said)[1])  # type: ignore[index]
+    assert counted == pytest.approx(float(re.search(r"activations ([0-9.]+)", said)[1]), rel=0.15)  # type: ignore[index]
 
 
 def test_a_world_of_1024_on_data_that_is_here(
@@ -99,7 +114,6 @@ def test_what_does_not_fit_into_memory_is_found(write_recipe: Recipe) -> None:
 
 def test_plans_and_recipes_mean_the_same_layout() -> None:
     from xverse.model.config import named_shape
-    from xverse.plan.devices import DEVICES
     from xverse.plan.report import settings
     from xverse.plan.search import search
 

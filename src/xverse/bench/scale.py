@@ -46,8 +46,8 @@ def run(
     threads: Sequence[int] = THREADS,
     gathered: int = 256,
 ) -> dict[str, Any]:
-    """Processor seconds and bytes of process 0 for every number of ``ranks``; sums among ``threads`` gloo contexts.
-    Torch's own planning, which ours replaces, is measured up to ``gathered`` ranks."""
+    """Processor seconds and bytes of process 0 for every number of ``ranks``; seconds of a sum among
+    ``threads`` gloo contexts. Torch's own planning, which ours replaces, is measured up to ``gathered``."""
     result: dict[str, Any] = {"bench": "scale", "shape": shape, "ranks": {}, "gloo": {}}
     rows = []
     for count in ranks:

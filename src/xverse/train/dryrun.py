@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,15 +69,14 @@ def dry_run(recipe: PretrainRecipe) -> Findings:
     fault = problem(Architecture.of(shape), layout, task.length, task.device.gpus_per_machine)
     if fault:
         raise UserError(f"{gpus:,} GPUs: {fault}; xverse plan finds what works")
+    software = Software(passes="compiled" if config.compile else "eager")
+    prediction = predict(task.arch, layout, task.device, task.length, software=software)
+    _room(prediction, task)
     lines = [f"shape {name}: {shape.num_parameters():,} parameters", f"layout: {layout}"]
     lines += _data(recipe, shape, layout)
     lines += _model(shape, config, task, layout)
-    prediction = predict(
-        task.arch, layout, task.device, task.length, software=Software(passes=_passes(config))
-    )
     tokens = config.steps * task.batch_tokens
     lines += ["", text(task, name, [prediction], tokens, heading="predicted for"), ""]
-    _room(prediction, task)
     return Findings(lines, time.perf_counter() - started)
 
 
@@ -126,10 +124,6 @@ def fake_world(size: int, rank: int = 0) -> Iterator[World]:
         yield World(rank, size, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
-
-
-def _passes(config: TrainConfig) -> Any:
-    return "compiled" if config.compile else "eager"
 
 
 def _words(degrees: dict[str, int]) -> str:
