@@ -125,7 +125,7 @@ class Checkpointer:
 
 class _OwnPlan(DefaultSavePlanner):
     """Every process knows by itself what it writes. The planner of torch has process 0 gather the plans of
-    all to find what several of them hold, which takes it a minute at a few hundred (benchmarks/scale.md)."""
+    all to find what several of them hold, and that grows with their number (benchmarks/scale.md)."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
