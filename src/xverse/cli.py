@@ -24,6 +24,7 @@ VERBS = {
     "export": "write a model as a Hugging Face or Llama directory",
     "tokenizer": "train, repair or report on a tokenizer",
     "data": "prepare token shards from text, or show what a recipe holds",
+    "plan": "find the layout of GPUs for a pretraining run, and what it will cost",
     "pretrain": "train a model from a recipe",
     "finetune": "fine-tune a model on instructions",
     "eval": "score a model on MMLU, C-Eval, AGIEval, GAOKAO and more; report and compare",

@@ -19,7 +19,8 @@ from xverse.config import UserError
 from xverse.formats import load_model, open_gguf, parity, save_gguf
 from xverse.formats.gguf import KINDS, gguf_name, half_rows, licence_of, pair_rows
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM, init_weights
-from xverse.model.rope import RopeScaling, rope_tables, rotate
+from xverse.model.rope import rope_tables, rotate
+from xverse.model.scaling import RopeScaling
 from xverse.tokenizer import CHAT_TEMPLATE, Tokenizer
 
 NANO = Path(__file__).parents[2] / "src" / "xverse" / "assets" / "nano"

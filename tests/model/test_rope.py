@@ -10,7 +10,8 @@ import torch
 
 from xverse.engine import Engine, Request, Sampling
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
-from xverse.model.rope import RopeScaling, rope_tables
+from xverse.model.rope import rope_tables
+from xverse.model.scaling import RopeScaling
 
 TRAINED = 64
 SCALINGS = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from xverse.cli import main
-from xverse.config import UserError, build
+from xverse.config import UserError, build, load
 from xverse.formats import load_model
 from xverse.log import JsonlLog
-from xverse.train import PretrainRecipe
+from xverse.train import PretrainRecipe, pretrain
 from xverse.train.checkpoint import checkpoints
 from xverse.train.plot import plot_loss, read_metrics
 
@@ -146,3 +146,25 @@ def test_curve_of_many_sources_and_of_nothing(tmp_path: Path, capsys: pytest.Cap
     picture = plot_loss(tmp_path, "many", validation="bits per byte")
     assert picture is not None
     assert picture.read_bytes().startswith(PNG)
+
+
+def test_pretraining_goes_on_from_a_model(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """A run that begins with another's model begins with its loss, and records where it came from."""
+    first = pretrain(load(PretrainRecipe, write_recipe(steps=30, dtype="float32")))
+    path = write_recipe({"model": str(first), "out": str(tmp_path / "more")}, steps=3, dtype="float32")
+    pretrain(load(PretrainRecipe, path))
+    before, after = (read_metrics(out / "metrics.jsonl") for out in (first.parent, tmp_path / "more"))
+    assert after[0]["loss"] < before[0]["loss"] - 0.5
+    fresh = write_recipe({"out": str(tmp_path / "more")}, steps=3, dtype="float32")
+    with pytest.raises(UserError, match="was begun with model = "):
+        pretrain(load(PretrainRecipe, fresh))
+
+
+def test_a_model_that_does_not_fit_is_refused(
+    write_recipe: Callable[..., Path], tiny_shape: dict[str, int], tmp_path: Path
+) -> None:
+    model = pretrain(load(PretrainRecipe, write_recipe(steps=1)))
+    wide = {**tiny_shape, "intermediate_size": 96}
+    path = write_recipe({"model": str(model), "shape": wide, "out": str(tmp_path / "other")}, steps=1)
+    with pytest.raises(UserError, match="intermediate_size 64, but the recipe's shape has 96"):
+        pretrain(load(PretrainRecipe, path))

@@ -103,6 +103,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--sequence-length", type=positive, default=2048, metavar="N", help="tokens of each"
     )
 
+    scale = add("scale", "what a run of up to 1,024 processes costs its process 0, by simulation")
+    scale.add_argument("--shape", default="7b", metavar="S", help="a named shape")
+    scale.add_argument(
+        "--ranks", type=positive, nargs="+", default=[16, 64, 256, 1024], metavar="N", help="made-up worlds"
+    )
+    scale.add_argument(
+        "--threads", type=positive, nargs="+", default=[4, 8, 16, 32], metavar="N", help="real gloo contexts"
+    )
+    scale.add_argument(
+        "--gathered", type=positive, default=256, metavar="N", help="most ranks for torch's own planning"
+    )
+
     quant = add("quant", "INT4, INT8 and bfloat16 kernels beside their bounds; memory of a quantised model")
     quant.add_argument("--shape", default="7b", metavar="S", help="a named shape")
     parts = ["matmul", "attention", "memory", "gptq"]

@@ -16,6 +16,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="change a key of the recipe, such as train.steps=100",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the recipe for its cluster (mesh, shapes, memory, data) without training",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,6 +28,11 @@ def run(args: argparse.Namespace) -> int:
     from xverse.train import PretrainRecipe, pretrain
 
     recipe = load(PretrainRecipe, args.recipe, args.overrides)
+    if args.dry_run:
+        from xverse.train.dryrun import dry_run
+
+        print(dry_run(recipe))
+        return 0
     evaluate = None
     if recipe.evaluation is not None:
         from xverse.eval.during import evaluator

@@ -26,7 +26,7 @@ from xverse.formats.read import check_vocabulary
 from xverse.formats.spm import Vocabulary, spm_vocabulary
 from xverse.log import console, progress
 from xverse.model import XverseConfig, XverseForCausalLM
-from xverse.model.rope import RopeScaling
+from xverse.model.scaling import RopeScaling
 from xverse.tokenizer import CHAT_TEMPLATE
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from xverse.formats.compressed import METHOD
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
 from xverse.model.config import XverseConfig as ModelConfig
-from xverse.model.rope import RopeScaling
+from xverse.model.scaling import RopeScaling
 
 QUANT_METHOD = "xverse"  # by which transformers finds our quantizer
 

@@ -1,9 +1,20 @@
-"""The transformer, its shapes, attention contexts and the chunked loss. No parallelism, no IO."""
+"""The transformer, its shapes, attention contexts and the chunked loss. No parallelism, no IO.
 
-from xverse.model.attention import AttentionContext, FullCausal, Packed, document_starts
+``xverse.model.config`` needs no torch, and importing it does not bring torch in: the names that do are
+imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from xverse.model.config import SHAPES, XverseConfig, named_shape
-from xverse.model.loss import IGNORE, VocabularyShard, linear_cross_entropy
-from xverse.model.transformer import XverseForCausalLM, XverseModel, init_weights
+
+if TYPE_CHECKING:
+    from xverse.model.attention import AttentionContext, FullCausal, Packed, document_starts
+    from xverse.model.loss import IGNORE, VocabularyShard, linear_cross_entropy
+    from xverse.model.transformer import XverseForCausalLM, XverseModel, init_weights
 
 __all__ = [
     "IGNORE",
@@ -20,3 +31,15 @@ __all__ = [
     "linear_cross_entropy",
     "named_shape",
 ]
+
+_HOMES = {
+    **dict.fromkeys(("AttentionContext", "FullCausal", "Packed", "document_starts"), "attention"),
+    **dict.fromkeys(("IGNORE", "VocabularyShard", "linear_cross_entropy"), "loss"),
+    **dict.fromkeys(("XverseForCausalLM", "XverseModel", "init_weights"), "transformer"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xverse.config import UserError, build, choose
-from xverse.model.rope import RopeScaling
+from xverse.model.scaling import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)

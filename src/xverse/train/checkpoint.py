@@ -8,6 +8,7 @@ to be a folder that all processes see.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,6 +26,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultSavePlanner, Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.tensor import DTensor
 
 from xverse.config import UserError
 from xverse.files import atomic_file
@@ -58,12 +62,11 @@ class Checkpointer:
         if self._world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         self._world.wait()
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         written: Any = dcp.async_save(
             dict(_tensors(model, optimizer)),
-            storage_writer=writer,
-            process_group=self._world.saving,
-            no_dist=self._world.size == 1,
+            storage_writer=_OwnFile(str(temporary), self._world.rank),
+            planner=_OwnPlan(self._world.rank),
+            no_dist=True,
         )
         values = {"step": step, "processes": self._world.size, **state}
         self._thread = threading.Thread(
@@ -118,6 +121,53 @@ class Checkpointer:
         for old in checkpoints(self._out)[: -self._keep]:
             if not self._keep_every or _step(old) % self._keep_every:
                 _remove(old)
+
+
+class _OwnPlan(DefaultSavePlanner):
+    """Every process knows by itself what it writes. The planner of torch has process 0 gather the plans of
+    all to find what several of them hold, and that grows with their number (benchmarks/scale.md)."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        self.plan = dataclasses.replace(plan, items=[item for item in plan.items if self._writes(item)])
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Nothing to add; what there is altogether stands in the files' own headers."""
+        self.global_plan, self.metadata = all_plans, Metadata({})
+        return all_plans, self.metadata
+
+    def _writes(self, item: WriteItem) -> bool:
+        """Of equal parts the first process that holds them writes. What is no DTensor, such as an
+        optimizer's step count, goes with the parameter that it belongs to."""
+        name = item.index.fqn
+        value = self.state_dict[name]
+        if isinstance(value, DTensor):
+            place = value.device_mesh.get_coordinate()
+            assert place is not None
+            assert item.tensor_data is not None
+            copies = [n for n, how in zip(place, value.placements, strict=True) if how.is_replicate()]
+            return not any(copies) and 0 not in item.tensor_data.chunk.sizes
+        owner = self.state_dict.get(f"model.{name.split('.', 2)[-1]}")
+        if isinstance(owner, DTensor):
+            place = owner.device_mesh.get_coordinate()
+            return place is not None and not any(place)
+        return self._rank == 0
+
+
+class _OwnFile(dcp.HuggingFaceStorageWriter):
+    """Safetensors of one process, under its number."""
+
+    def __init__(self, path: str, rank: int) -> None:
+        super().__init__(path, save_distributed=True)
+        self._rank = rank
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [dataclasses.replace(plan, storage_data={"shard_index": self._rank + 1}) for plan in plans]
 
 
 def checkpoints(out: Path) -> list[Path]:

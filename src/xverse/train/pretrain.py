@@ -16,7 +16,7 @@ from xverse.config import UserError
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.files import atomic_file
-from xverse.formats import save_hf
+from xverse.formats import load_model, load_tokenizer, resolve, save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train.layout import layout_of
@@ -44,12 +44,25 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What the recipe was planned for; only ``--dry-run`` reads it. ``device``: as for ``xverse plan``."""
+
+    device: str
+    gpus: int
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ValueError(f"gpus must be positive, not {self.gpus}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainRecipe:
     """What to train on which data. ``shape`` is a name, or the keys of ``XverseConfig``.
     ``initializer_range`` replaces the shape's: narrow models start better from larger weights. ``data`` is a
     folder that ``xverse data prepare`` made, ``out`` the run's folder: ``metrics.jsonl``, ``checkpoints/``,
     ``loss.png``, ``report.md``, and the finished model in ``model/``. ``valid_tokens`` bounds the held-out
-    text of each source that is scored (0: all of it)."""
+    text of each source that is scored (0: all of it). ``model``, a directory or a hub id, is
+    what a continued pretraining begins with. ``cluster`` says what ``--dry-run`` checks it for."""
 
     shape: str | XverseConfig
     data: Path
@@ -61,6 +74,8 @@ class PretrainRecipe:
     seed: int = 0
     valid_tokens: int = 16384
     evaluation: EvaluationConfig | None = None
+    model: str | None = None
+    cluster: ClusterConfig | None = None
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
@@ -83,11 +98,8 @@ def pretrain(
         return _pretrain(recipe, evaluate, world)
 
 
-def _pretrain(
-    recipe: PretrainRecipe,
-    evaluate: Callable[[XverseForCausalLM, Tokenizer], dict[str, float]] | None,
-    world: World,
-) -> Path:
+def checked_shape(recipe: PretrainRecipe) -> tuple[XverseConfig, str]:
+    """The recipe's shape and what to call it. Raises UserError for a sequence beyond its positions."""
     config = named_shape(recipe.shape) if isinstance(recipe.shape, str) else recipe.shape
     name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
     if recipe.initializer_range is not None:
@@ -97,15 +109,30 @@ def _pretrain(
             f"sequence_length {recipe.sequence_length} is beyond the {config.context_length} "
             f"positions of shape {name}"
         )
-    layout_of(recipe.train, world.size, config, recipe.sequence_length)
+    return config, name
+
+
+def checked_feed(recipe: PretrainRecipe, config: XverseConfig) -> PretrainFeed:
+    """The recipe's data. Raises UserError for a tokenizer of another vocabulary than the shape's."""
     feed = PretrainFeed(recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed)
     if feed.tokenizer.vocab_size != config.vocab_size:
+        name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
         raise UserError(
             f"shape {name} has a vocabulary of {config.vocab_size}, the tokenizer of {recipe.data} "
             f"one of {feed.tokenizer.vocab_size}; prepare the data with vocab_size: {config.vocab_size}"
         )
-    model = XverseForCausalLM(config)
-    init_weights(model, recipe.seed)
+    return feed
+
+
+def _pretrain(
+    recipe: PretrainRecipe,
+    evaluate: Callable[[XverseForCausalLM, Tokenizer], dict[str, float]] | None,
+    world: World,
+) -> Path:
+    config, name = checked_shape(recipe)
+    layout_of(recipe.train, world.size, config, recipe.sequence_length)
+    feed = checked_feed(recipe, config)
+    model = _initial(recipe, config, feed.tokenizer)
     tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
     world.say(f"shape {name}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
 
@@ -119,6 +146,7 @@ def _pretrain(
         )
 
     identity = {
+        "model": recipe.model,
         "shape": recipe.shape if isinstance(recipe.shape, str) else dataclasses.asdict(recipe.shape),
         "tokenizer": feed.tokenizer.hash,
         "data": _digest(feed),
@@ -142,6 +170,30 @@ def _pretrain(
         _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world.size)
     world.wait()
     return recipe.out / "model"
+
+
+def _initial(recipe: PretrainRecipe, config: XverseConfig, tokenizer: Tokenizer) -> XverseForCausalLM:
+    """The model that the run begins with, in float32. Raises UserError for a ``model`` of another shape or
+    with another tokenizer than the data's."""
+    if recipe.model is None:
+        model = XverseForCausalLM(config)
+        init_weights(model, recipe.seed)
+        return model
+    source = resolve(recipe.model)
+    model = load_model(source, dtype=torch.float32)
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        found, wanted = getattr(model.config, key), getattr(config, key)
+        if found != wanted:
+            raise UserError(f"{recipe.model}: {key} {found}, but the recipe's shape has {wanted}")
+    if load_tokenizer(source).hash != tokenizer.hash:
+        raise UserError(
+            f"{recipe.data} was prepared with another tokenizer than that of {recipe.model}; "
+            f"prepare it with tokenizer: {source}"
+        )
+    # The file is mapped read-only memory; training needs memory of its own.
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(tensors, assign=True)
+    return model
 
 
 def _finish(

@@ -1,0 +1,251 @@
+"""What a run of many processes costs its process 0, by simulation: a world of 1,024 of which one is real.
+
+Checkpoint plans, checkpoint headers, heartbeats and the order of data are the product's own code over as many
+ranks' inputs as asked for, in seconds of processor time, which other programs hardly change. Collectives are
+measured between real gloo contexts, in threads of this process, by the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import pickle
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageReader
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+from xverse.bench.report import Row, show
+from xverse.data.mixture import Mixture
+from xverse.data.packing import StreamPacker
+from xverse.data.shards import Shard, ShardHeader
+from xverse.log import notice
+from xverse.model import XverseForCausalLM, named_shape
+from xverse.train.checkpoint import _OwnPlan
+from xverse.train.dryrun import fake_world
+from xverse.train.parallel import World, distribute
+from xverse.train.settings import TrainConfig
+from xverse.train.survival import Watchdog
+
+RANKS = (16, 64, 256, 1024)
+THREADS = (4, 8, 16, 32)
+
+
+def run(
+    shape: str = "7b",
+    ranks: Sequence[int] = RANKS,
+    threads: Sequence[int] = THREADS,
+    gathered: int = 256,
+) -> dict[str, Any]:
+    """Processor seconds and bytes of process 0 for every number of ``ranks``; seconds of a sum among
+    ``threads`` gloo contexts. Torch's own planning, which ours replaces, is measured up to ``gathered``."""
+    result: dict[str, Any] = {"bench": "scale", "shape": shape, "ranks": {}, "gloo": {}}
+    rows = []
+    for count in ranks:
+        notice(f"scale: {count} ranks")
+        found = {
+            **own_plan(shape, count),
+            **(checkpoint_plan(shape, count) if count <= gathered else {}),
+            **checkpoint_headers(shape, count),
+            **heartbeats(count),
+            **data_order(count),
+        }
+        result["ranks"][count] = found
+        rows += [Row(f"{count:,} ranks: {key}", f"{value:,.4g}") for key, value in found.items()]
+    for count in threads:
+        result["gloo"][count] = gloo(count)
+        rows.append(
+            Row(f"gloo, {count} contexts: a sum of 4 numbers", f"{1e6 * result['gloo'][count]:,.0f} µs")
+        )
+    result["documents"] = document_order()
+    rows.append(Row("order of documents, each", json.dumps(result["documents"])))
+    show("scale: process 0's work", rows)
+    return result
+
+
+@contextlib.contextmanager
+def sharded_tensors(shape: str, count: int, rank: int = 0) -> Iterator[dict[str, Any]]:
+    """What ``rank`` of ``count`` holds of a model and AdamW's states under FSDP, without memory; inside the
+    block this process is that rank."""
+    with fake_world(count, rank) as world:
+        with torch.device("meta"):
+            model = XverseForCausalLM(named_shape(shape))
+        model.to = lambda device: model  # type: ignore[assignment,method-assign]
+        config = TrainConfig(steps=1, batch_size=count, learning_rate=1e-4, parallel="fsdp")
+        distribute(model, config, world)
+        tensors: dict[str, Any] = {}
+        for name, parameter in model.named_parameters():
+            for key in ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
+                tensors[f"{key}.{name}"] = parameter.detach()
+            tensors[f"optimizer.step.{name}"] = torch.zeros(())
+        yield tensors
+
+
+def local_plan(shape: str, count: int) -> SavePlan:
+    """Rank 0's, as torch's planner makes it."""
+    with sharded_tensors(shape, count) as tensors:
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(tensors, is_coordinator=True)
+        return planner.create_local_plan()
+
+
+def own_plan(shape: str, count: int) -> dict[str, float]:
+    """Rank 0's planning as the product does it: nothing is sent."""
+    with sharded_tensors(shape, count) as tensors:
+        start = time.process_time()
+        planner = _OwnPlan(0)
+        planner.set_up_planner(tensors, is_coordinator=True)
+        planner.create_global_plan([planner.create_local_plan()])
+        return {"own_plan_s": time.process_time() - start}
+
+
+def plan_of(rank: int, first: SavePlan) -> SavePlan:
+    """Rank ``rank``'s plan as it differs from rank 0's: other rows of each sharded tensor."""
+
+    def moved(item: WriteItem) -> WriteItem:
+        if item.index.offset is None or not len(item.index.offset):
+            return item
+        data = item.tensor_data
+        assert data is not None
+        rows, whole = data.chunk.sizes[0], data.size[0]
+        start = min(rank * rows, whole)  # FSDP's shares: the last ones may be short or empty
+        offsets = torch.Size([start, *data.chunk.offsets[1:]])
+        sizes = torch.Size([min(rows, whole - start), *data.chunk.sizes[1:]])
+        chunk = dataclasses.replace(data.chunk, offsets=offsets, sizes=sizes)
+        index = dataclasses.replace(item.index, offset=offsets)
+        return dataclasses.replace(item, index=index, tensor_data=dataclasses.replace(data, chunk=chunk))
+
+    return dataclasses.replace(first, items=[moved(item) for item in first.items])
+
+
+def checkpoint_plan(shape: str, count: int) -> dict[str, float]:
+    """torch.distributed.checkpoint's planning of one save: process 0 is sent every rank's plan, removes what
+    several would write, and sends each its own back. The product does without."""
+    first = local_plan(shape, count)
+    sent = [pickle.dumps(plan_of(rank, first)) for rank in range(count)]
+    start = time.process_time()
+    plans = [pickle.loads(each) for each in sent]
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({}, is_coordinator=True)
+    together, _ = planner.create_global_plan(plans)
+    back = sum(len(pickle.dumps(plan)) for plan in together)
+    seconds = time.process_time() - start
+    kept = [item.index for plan in together for item in plan.items]
+    assert len(set(kept)) == len(kept), "nothing is written twice"
+    return {"plan_s": seconds, "plan_bytes_in": float(sum(map(len, sent))), "plan_bytes_out": float(back)}
+
+
+def checkpoint_headers(shape: str, count: int) -> dict[str, float]:
+    """What reading a checkpoint begins with, in every process: the header of each rank's file."""
+    names = [item.index.fqn for item in local_plan(shape, 2).items]
+    with tempfile.TemporaryDirectory() as folder:
+        header = {name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, name in
+                  enumerate(names)}  # fmt: skip
+        for rank in range(count):
+            custom = {name: {"saved_offsets": [rank]} for name in names}
+            metadata = {"DCP_SHARDING_INFO": json.dumps(custom), "DCP_VERSION": "1.0", "format": "pt"}
+            text = json.dumps({"__metadata__": metadata, **header}).encode()
+            data = len(text).to_bytes(8, "little") + text + bytes(4 * len(names))
+            (Path(folder) / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors").write_bytes(data)
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        start = time.process_time()
+        HuggingFaceStorageReader(folder).read_metadata()
+        return {"headers_s": time.process_time() - start, "headers_bytes": float(size)}
+
+
+def heartbeats(count: int) -> dict[str, float]:
+    """What a hung process reads to say who is furthest behind: one file of each rank, once."""
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(count):
+            dog = Watchdog(Path(folder), World(rank, count), 0)
+            dog._folder.mkdir(exist_ok=True)
+            dog.beat(7 if rank == count - 1 else 8, "step")
+            dog._write("running")
+        start = time.process_time()
+        said = dog._behind()
+        seconds = time.process_time() - start
+    assert said == f"rank {count - 1} (step 8, step)", said
+    return {"heartbeats_s": seconds}
+
+
+def data_order(count: int, length: int = 8192) -> dict[str, float]:
+    """The last rank's row of a step's batch of ``count`` rows: found without those of the others."""
+    shards = {f"source{i}": made_shard(f"source{i}", 2000) for i in range(42)}
+    packers = {name: StreamPacker(shard, length, 0) for name, shard in shards.items()}
+    mixture = Mixture(dict.fromkeys(shards, 1.0), dict.fromkeys(shards, 1000), 0)
+    step, times = 1000, []
+    for number in range(step, step + 5):
+        start = time.process_time()
+        source, k = mixture.locate(number * count + count - 1)
+        packers[source].sequence(k)
+        times.append(time.process_time() - start)
+    return {"row_s": min(times)}
+
+
+def document_order(count: int = 2_000_000) -> dict[str, float]:
+    """What a process holds and computes of the order of a source's documents, for each of them."""
+    packer = StreamPacker(made_shard("documents", count), 8192, 0)
+    start = time.process_time()
+    order, ends = packer._epoch(0)
+    seconds = time.process_time() - start
+    return {"ns_a_document": 1e9 * seconds / count, "bytes_a_document": (order.nbytes + ends.nbytes) / count}
+
+
+def made_shard(name: str, documents: int) -> Shard:
+    """A shard in memory, of documents of 600 to 1,400 tokens that all lie on the same few."""
+    lengths = np.random.default_rng(0).integers(600, 1400, documents)
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    header = ShardHeader("made", "en", "text", "made", documents=documents, tokens=int(offsets[-1]))
+    tokens = np.broadcast_to(np.uint32(7), (int(offsets[-1]),))
+    return Shard(Path(name), header, tokens, offsets)
+
+
+def gloo(count: int, rounds: int = 20) -> float:
+    """Median seconds of ``World.sum`` of 4 numbers among so many gloo contexts in threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        times: list[float] = []
+        barrier = threading.Barrier(count)
+
+        def work(rank: int) -> None:
+            store = dist.FileStore(f"{folder}/store", count)
+            group = dist.ProcessGroupGloo(store, rank, count, datetime.timedelta(seconds=60))
+            barrier.wait()
+            for _ in range(rounds):
+                start = time.perf_counter()
+                total = torch.tensor([1.0, rank, 0.0, 0.0], dtype=torch.float64)
+                group.allreduce([total]).wait()  # type: ignore[attr-defined]
+                assert total[0] == count
+                if rank == 0:
+                    times.append(time.perf_counter() - start)
+            barrier.wait()
+
+        _in_threads(count, work)
+    return float(np.median(times))
+
+
+def _in_threads(count: int, work: Callable[[int], None]) -> None:
+    problems: list[BaseException] = []
+
+    def guarded(rank: int) -> None:
+        try:
+            work(rank)
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(rank,), daemon=True) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]

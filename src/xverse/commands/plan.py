@@ -1,0 +1,66 @@
+"""``xverse plan``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", default="7b", help="nano, mini, 7b, 13b, 13b-2 or 65b")
+    parser.add_argument(
+        "--device", required=True, help="a100, a800, h100, h200, b200, or a YAML file with a device's keys"
+    )
+    parser.add_argument("--gpus", type=int, required=True, help="how many of them")
+    parser.add_argument("--seq", type=int, metavar="TOKENS", help="length of a sequence; the shape's context")
+    parser.add_argument(
+        "--batch-tokens", type=int, metavar="TOKENS", help="of one step; about 4 Mi, or one sequence a GPU"
+    )
+    parser.add_argument("--tokens", type=float, default=2.6e12, help="of the whole training, for the days")
+    parser.add_argument("--top", type=int, default=6, metavar="N", help="kinds of layouts to show")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw where the time goes")
+    device = parser.add_argument_group("the device's figures, where they differ")
+    device.add_argument("--tflops", type=float, help="peak of dense bf16")
+    device.add_argument("--memory-gb", type=float, help="memory, GB")
+    device.add_argument("--memory-gbs", type=float, help="memory bandwidth, GB/s")
+    device.add_argument("--link-gbs", type=float, help="NVLink or PCIe of one GPU, one direction, GB/s")
+    device.add_argument("--network-gbits", type=float, help="one GPU's share of the network, Gbit/s")
+    device.add_argument("--gpus-per-machine", type=int, help="GPUs in one machine")
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+
+    from xverse.config import UserError
+    from xverse.model.config import named_shape
+    from xverse.plan.devices import find_device
+    from xverse.plan.report import chart, figures, text
+    from xverse.plan.search import distinct, search, task_of
+
+    for flag in ("gpus", "seq", "batch_tokens", "tokens", "top", "gpus_per_machine"):
+        value = getattr(args, flag)
+        if value is not None and not value >= 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, not {value:g}")
+    device = find_device(
+        args.device,
+        flops=_times(args.tflops, 1e12),
+        memory=_times(args.memory_gb, 1e9),
+        bandwidth=_times(args.memory_gbs, 1e9),
+        link=_times(args.link_gbs, 1e9),
+        network=_times(args.network_gbits, 1e9 / 8),
+        gpus_per_machine=args.gpus_per_machine,
+    )
+    task = task_of(named_shape(args.shape), args.shape, device, args.gpus, args.seq, args.batch_tokens)
+    chosen = distinct(search(task), args.top)
+    if args.chart:
+        chart(args.chart, task, args.shape, chosen)
+    if args.json:
+        print(json.dumps(figures(task, args.shape, chosen, args.tokens)))
+    else:
+        print(text(task, args.shape, chosen, args.tokens))
+    return 0
+
+
+def _times(value: float | None, unit: float) -> float | None:
+    return None if value is None else value * unit

@@ -1,0 +1,74 @@
+"""How a model's context is stretched beyond what it was trained on. Without torch: configurations are read by
+commands that have to start at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from xverse.config import build
+
+KINDS = ("linear", "dynamic", "yarn")
+_YARN_ONLY = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """``factor`` is by how much the context grows, ``rope_type`` how.
+
+    "linear" divides positions (Chen et al., 2023, arXiv:2306.15595), "dynamic" raises the base with the
+    length of a text ("dynamic NTK"), "yarn" divides low frequencies more than high ones (Peng et al., 2023,
+    arXiv:2309.00071).
+
+    The last four are YaRN's. Raises ValueError for a value out of range.
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in KINDS:
+            raise ValueError(f"rope_type '{self.rope_type}' is not supported, only {', '.join(KINDS)}")
+        if not 1 <= self.factor <= 1000:
+            raise ValueError(f"factor {self.factor} is out of range (1 to 1000)")
+        if self.attention_factor is not None and not 0 < self.attention_factor <= 100:
+            raise ValueError(f"attention_factor {self.attention_factor} is out of range (above 0, up to 100)")
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"beta_fast {self.beta_fast} is not above beta_slow {self.beta_slow}, or not above 0"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As transformers reads it, under ``rope_scaling``."""
+        values = asdict(self)
+        if self.rope_type != "yarn":
+            for name in _YARN_ONLY:
+                del values[name]
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], positions: int, where: str) -> RopeScaling | None:
+        """``rope_scaling`` of older files or ``rope_parameters`` of newer ones; None where nothing is scaled.
+
+        ``positions`` is ``max_position_embeddings``. Raises UserError for a kind or a key that is unknown.
+        """
+        kind = values.get("rope_type", values.get("type", "default"))
+        if kind in (None, "default"):
+            return None
+        kept = {key: value for key, value in values.items() if value is not None}
+        kept = {key: value for key, value in kept.items() if key not in ("type", "rope_type", "rope_theta")}
+        if kind == "yarn":
+            kept.setdefault("original_max_position_embeddings", positions)
+        elif kind in KINDS:
+            for name in _YARN_ONLY:  # transformers writes some of them for every kind, to no effect
+                kept.pop(name, None)
+        return build(cls, {"rope_type": kind, **kept}, f"{where}: rope scaling")
+
+    def context_length(self, positions: int) -> int:
+        """How long a text may be, where ``positions`` is the configuration's ``max_position_embeddings``."""
+        return int((self.original_max_position_embeddings or positions) * self.factor)

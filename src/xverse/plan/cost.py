@@ -1,0 +1,328 @@
+"""The cost model: seconds and bytes of one training step of a layout on a device.
+
+Everything that can be counted is counted (FLOPs, bytes through memory, bytes over links, hops); four shares
+that cannot are fitted to published measurements (``measurements.py``). docs/plan.md says it in words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from xverse.plan.devices import Device
+from xverse.plan.layout import Architecture, Checkpointing, Layout
+from xverse.plan.memory import Memory, memory
+
+Passes = Literal["compiled", "eager", "fused norms", "gelu", "megatron"]
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What is fitted: shares of a matrix unit's peak on Ampere and on Hopper (and later), of the memory's
+    bandwidth and of a link's rate that real programs reach."""
+
+    ampere: float
+    hopper: float
+    memory: float
+    network: float
+
+
+FITTED = Constants(0.734, 0.6, 0.582, 1.0)
+
+# Bytes that elementwise operators move in a layer's forward pass in bfloat16, for each token, as multiples of
+# hidden_size and intermediate_size; backward moves twice as much. "compiled": a norm with the residual sum
+# before it reads two tensors and writes two, rotation reads and writes q and k, SwiGLU reads two and writes
+# one. "eager": each operator alone, norms and rotation in float32; "fused norms": but for those. "gelu": a
+# GPT block with fused layer norms; "megatron": the same with dropout and fused bias.
+_PASSES: dict[Passes, tuple[float, float]] = {
+    "compiled": (24, 6),
+    "eager": (132, 10),
+    "fused norms": (60, 10),
+    "gelu": (20, 4),
+    "megatron": (34, 4),
+}
+_LOGIT_BYTES = {
+    "compiled": 14,
+    "eager": 34,
+    "fused norms": 34,
+    "gelu": 34,
+    "megatron": 22,
+}  # forward and backward, each logit
+# What FSDP copies of each parameter and micro-batch: twice out of the gathered buffer (read and written, 2
+# bytes each), and gradients once from bfloat16 into the float32 buffer that is reduced.
+_COPIED_BYTES = 2 * 4 + 6
+_SCORE_BYTES = 11  # each attention score that is written out, forward: product, masked softmax, dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """How an implementation computes; the defaults are our trainer's.
+
+    ``recompute``: shares of a layer's matrix products, attention and elementwise operators that the backward
+    pass computes again (default: what ``checkpointing`` says). ``resharded``: FSDP gathers the weights again
+    for the backward pass. ``accumulate_locally``: gradients of all but the last micro-batch stay where they
+    are. ``gradient_bytes``: what they are summed in. ``balanced``: the first and the last pipeline stage have
+    a layer less. ``tensor_backward``: tensor parallelism's traffic in the backward pass that nothing hides,
+    as a share of the forward pass's. ``ends_bytes``: what the embedding and the head are gathered in.
+    """
+
+    passes: Passes = "compiled"
+    recompute: tuple[float, float, float] | None = None
+    resharded: bool = True
+    accumulate_locally: bool = False
+    gradient_bytes: int = 4
+    balanced: bool = False
+    tensor_backward: float = 1.0
+    ends_bytes: int = 4
+
+    def shares(self, checkpointing: Checkpointing) -> tuple[float, float, float]:
+        if self.recompute is not None:
+            return self.recompute
+        return {"none": (0.0, 0.0, 0.0), "selective": (0.0, 0.0, 1.0), "full": (1.0, 1.0, 1.0)}[checkpointing]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the seconds of one step go; they add up. Communication is what is not hidden behind computing.
+    ``hidden`` is the communication that is, and counts nowhere."""
+
+    matmul: float
+    attention: float
+    elementwise: float
+    head: float
+    recomputation: float
+    tensor: float
+    context: float
+    sharding: float
+    pipeline: float
+    bubble: float
+    optimizer: float
+    hidden: float
+
+    @property
+    def seconds(self) -> float:
+        return math.fsum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hidden"}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One layout on one device: the step, memory of the fullest GPU, and what follows from them."""
+
+    layout: Layout
+    step: Step
+    memory: Memory
+    tokens: int
+    flops_full: float
+    flops_causal: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU."""
+        return self.tokens / self.step.seconds / self.layout.gpus
+
+    def mfu(self, device: Device, causal: bool = False) -> float:
+        return self.tokens_per_second * (self.flops_causal if causal else self.flops_full) / device.flops
+
+    def days(self, tokens: float) -> float:
+        return tokens / self.tokens * self.step.seconds / 86400
+
+
+def predict(
+    arch: Architecture,
+    layout: Layout,
+    device: Device,
+    length: int,
+    constants: Constants = FITTED,
+    software: Software | None = None,
+) -> Prediction:
+    """What ``layout`` costs with sequences of ``length`` tokens. It has to fit ``arch`` (``problem``)."""
+    model = _Model(arch, layout, device, length, constants, software or Software())
+    return Prediction(
+        layout,
+        model.step(),
+        memory(arch, layout, length),
+        layout.sequences * length,
+        arch.flops_per_token(length),
+        arch.flops_per_token(length, causal=True),
+    )
+
+
+@dataclass(frozen=True)
+class _Model:
+    arch: Architecture
+    layout: Layout
+    device: Device
+    length: int
+    constants: Constants
+    software: Software
+
+    @property
+    def tokens(self) -> float:
+        """That a GPU's matrix products see in one micro-batch."""
+        return self.layout.micro_batch * self.length / self.layout.context
+
+    # Computing -------------------------------------------------------------------------------------------
+
+    def matmul(self, rows: float, inner: float, columns: float) -> float:
+        """Seconds of [rows, inner] @ [inner, columns] in bfloat16: the matrix units' time, longer where the
+        last wave of output tiles does not fill the device, or the memory's time where that is longer."""
+        tiles = math.ceil(rows / 128) * math.ceil(columns / 256)
+        waves = math.ceil(tiles / self.device.processors)
+        filled = tiles / (waves * self.device.processors)
+        computing = 2 * rows * inner * columns / (self.share * filled * self.device.flops)
+        moved = 2 * (rows * inner + inner * columns + rows * columns)
+        return max(computing, self.moving(moved))
+
+    @property
+    def share(self) -> float:
+        """Of the peak, for matrix products that fill the device."""
+        return self.constants.ampere if self.device.generation == "ampere" else self.constants.hopper
+
+    def moving(self, size: float) -> float:
+        return size / (self.constants.memory * self.device.bandwidth)
+
+    def layer(self) -> tuple[float, float, float]:
+        """Seconds of one layer's forward pass: matrix products, attention, elementwise operators."""
+        arch, n, t = self.arch, self.tokens, self.layout.tensor
+        d, f = arch.hidden_size, arch.intermediate_size
+        # Computed together where one input meets several matrices (q, k, v; gate, up).
+        products = [
+            (d, (d + 2 * arch.kv_size) / t), (d / t, d), (d, (2 if arch.gated else 1) * f / t), (f / t, d),
+        ]  # fmt: skip
+        matmul = math.fsum(self.matmul(n, inner, columns) for inner, columns in products)
+        per_hidden, per_inner = _PASSES[self.software.passes]
+        elementwise = self.moving(n / t * (per_hidden * d + per_inner * f))
+        return matmul, self.attention(), elementwise
+
+    def attention(self) -> float:
+        """Forward, of one layer. Context parallelism deals causal work out evenly."""
+        n, t, d = self.tokens, self.layout.tensor, self.arch.hidden_size
+        if self.device.attention == "unfused":
+            scores = n * self.length * self.arch.heads / t  # all pairs: the mask comes afterwards
+            products = 4 * n * self.length * d / t / (self.share * self.device.flops)
+            return products + self.moving(_SCORE_BYTES * scores)
+        flops = 2 * n * self.length * d / t  # causal: half of 4 · T² · d
+        return flops / (self.device.attention_share * self.device.flops)
+
+    def head(self) -> float:
+        """Head and loss, forward and backward."""
+        n, t, arch = self.tokens, self.layout.tensor, self.arch
+        logits = n * arch.vocab_size / t
+        products = 3 * self.matmul(n, arch.hidden_size, arch.vocab_size / t)
+        return products + self.moving(_LOGIT_BYTES[self.software.passes] * logits)
+
+    # Communication ---------------------------------------------------------------------------------------
+
+    def ring(self, size: float, members: int, stride: int) -> float:
+        """Seconds to gather (or to reduce and scatter) ``size`` bytes, the whole tensor's, among ``members``
+        GPUs that stand ``stride`` apart. Rings cross each machine's border through the adapters of all its
+        members; hops between machines overlap in trees, so that their number counts by its logarithm."""
+        if members == 1:
+            return 0.0
+        device = self.device
+        inside = max(1, min(members, device.gpus_per_machine // stride))
+        machines = math.ceil(members / inside)
+        rate = device.link if machines == 1 else min(device.link, inside * device.network)
+        latency = (inside - 1) * device.link_latency
+        latency += math.ceil(math.log2(machines)) * device.network_latency if machines > 1 else 0.0
+        return size * (members - 1) / members / (self.constants.network * rate) + latency
+
+    def between(self, size: float, stride: int) -> float:
+        """Seconds to send ``size`` bytes to the GPU that stands ``stride`` further."""
+        near = stride < self.device.gpus_per_machine
+        rate = self.device.link if near else self.device.network
+        latency = self.device.link_latency if near else self.device.network_latency
+        return size / (self.constants.network * rate) + latency
+
+    # The step --------------------------------------------------------------------------------------------
+
+    def step(self) -> Step:
+        arch, layout, software = self.arch, self.layout, self.software
+        m, stages = layout.accumulate, layout.pipeline
+        layers = arch.layers / stages
+        matmul, attention, elementwise = self.layer()
+        again_matmul, again_attention, again_elementwise = software.shares(layout.checkpointing)
+        again = again_matmul * matmul + again_attention * attention + again_elementwise * elementwise
+        flash = self.device.attention != "unfused"
+        attention_backward = (2.5 if flash else 2.0) * attention  # flash computes the scores again
+        forward = matmul + attention + elementwise
+        backward = 2 * matmul + attention_backward + 2 * elementwise + again
+
+        # Tensor parallelism: two gathers and two reductions of a layer's activations, forward and backward.
+        activations = 2 * self.tokens * arch.hidden_size
+        tensor = 4 * self.ring(activations, layout.tensor, 1)
+        tensor_layer = tensor * (1 + software.tensor_backward + again_matmul)
+
+        # Context parallelism: keys and values go round, behind the attention over those that are there. Each
+        # round's result is merged in float32 (read and written, and its own read), twice as much backward.
+        steps = layout.context - 1
+        pairs = 2 * 2 * self.tokens * arch.kv_size / layout.tensor
+        hop = self.between(pairs, layout.tensor)
+        share = 1 / layout.context
+        merge = self.moving(12 * self.tokens * arch.hidden_size / layout.tensor)
+        context = steps * (max(0.0, hop - attention * share) + merge)
+        context_backward = steps * (max(0.0, 2 * hop - attention_backward * share) + 2 * merge)
+        context_layer = context * (1 + again_attention) + context_backward
+
+        # FSDP and DDP: gathers and reductions of one layer behind the computing of another.
+        gather, reduce, first, last = self.traffic()
+        behind_forward, behind_backward = forward + tensor, backward + tensor_layer - tensor
+        regather = gather if software.resharded else 0.0
+        open_forward = layers * max(0.0, gather - behind_forward) + gather
+        open_backward = layers * max(0.0, regather + reduce - behind_backward) + reduce
+        synced = 1 if software.accumulate_locally else m
+        sharding = m * (open_forward + first) + synced * (open_backward + last)
+        traffic = m * (layers * (gather + regather) + first) + synced * (layers * reduce + last)
+        hidden = max(0.0, traffic - sharding)
+        if layout.shard > 1:
+            sharding += m * layers * self.moving(_COPIED_BYTES * arch.layer_parameters / layout.tensor)
+
+        # The pipeline goes at the pace of its slowest stage, the last, which has the head as well.
+        head = self.head()
+        every = forward + backward + tensor_layer + context_layer
+        one = math.ceil(layers) * every if software.balanced else layers * every + head
+        idle = (stages - 1) / layout.virtual_stages
+        send = self.between(activations / layout.tensor, layout.tensor * layout.context * layout.data)
+        pipeline = 2 * (stages - 1 + m * (layout.virtual_stages - 1)) * send if stages > 1 else 0.0
+
+        owned = (layers * arch.layer_parameters + 2 * arch.head_parameters / stages) / layout.tensor
+        states = owned / layout.sharded_over
+        return Step(
+            matmul=m * layers * 3 * matmul,
+            attention=m * layers * (attention + attention_backward),
+            elementwise=m * layers * 3 * elementwise,
+            head=m * (one - layers * every),
+            recomputation=m * layers * again,
+            tensor=m * layers * tensor_layer,
+            context=m * layers * context_layer,
+            sharding=sharding,
+            pipeline=pipeline,
+            bubble=idle * one,
+            optimizer=self.moving(36 * states),  # AdamW: parameters and moments both ways, gradients thrice
+            hidden=hidden,
+        )
+
+    def traffic(self) -> tuple[float, float, float, float]:
+        """Seconds to gather a layer's weights and to reduce its gradients, then the same for the embedding
+        and the head, which nothing hides."""
+        arch, layout, software = self.arch, self.layout, self.software
+        size = arch.layer_parameters / layout.tensor
+        ends = 2 * arch.head_parameters / layout.tensor / layout.pipeline
+        grad, group, copies = software.gradient_bytes, layout.shard * layout.context, layout.replicate
+        if layout.shard == 1:  # DDP: whole gradients are summed
+            members = copies * layout.context
+            reduce, last = (2 * self.ring(grad * part, members, layout.tensor) for part in (size, ends))
+            return 0.0, reduce, 0.0, last
+        gather = self.ring(2 * size, group, layout.tensor)
+        first = self.ring(software.ends_bytes * ends, group, layout.tensor)
+        reduce, last = (
+            self.ring(grad * part, group, layout.tensor)
+            + 2 * self.ring(grad * part / group, copies, layout.tensor * group)
+            for part in (size, ends)
+        )
+        return gather, reduce, first, last

@@ -1,0 +1,149 @@
+"""A plan as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from xverse.config import UserError
+from xverse.files import atomic_file
+from xverse.plan.cost import FITTED, Prediction
+from xverse.plan.search import ROOM, Task
+
+PARTS = {
+    "matmul": "matrix products",
+    "attention": "attention",
+    "elementwise": "elementwise",
+    "head": "head and loss",
+    "recomputation": "computed again",
+    "tensor": "tensor parallel traffic",
+    "context": "context parallel traffic",
+    "sharding": "data parallel traffic, copies",
+    "pipeline": "pipeline traffic",
+    "bubble": "pipeline bubble",
+    "optimizer": "optimizer",
+}
+
+
+def settings(prediction: Prediction) -> dict[str, Any]:
+    """The keys of a recipe's ``train:`` section that this layout is."""
+    layout = prediction.layout
+    keys: dict[str, Any] = {"parallel": "none" if layout.gpus == 1 else "fsdp" if layout.shard > 1 else "ddp"}
+    for name in ("replicate", "tensor", "context", "pipeline"):
+        if getattr(layout, name) > 1 and keys["parallel"] == "fsdp":
+            keys[name] = getattr(layout, name)
+    if layout.pipeline > 1:
+        keys["virtual_stages"] = layout.virtual_stages
+    return {
+        **keys,
+        "batch_size": layout.sequences,
+        "micro_batch_size": layout.micro_batch,
+        "activation_checkpointing": layout.checkpointing,
+        "compile": layout.compiles,
+    }
+
+
+def text(task: Task, name: str, chosen: list[Prediction], tokens: float, heading: str = "recommended") -> str:
+    """What ``xverse plan`` prints: the best layout in full, the others in a line each."""
+    best = chosen[0]
+    device, step = task.device, best.step
+    lines = [
+        f"shape {name} on {task.gpus:,} × {device.name}, {task.length:,} tokens a sequence, "
+        f"{task.sequences:,} sequences = {task.batch_tokens:,} tokens a step", "",
+        f"{heading}: {best.layout}", "",
+        f"  step            {step.seconds:10.3f} s",
+        f"  tokens/s        {best.tokens_per_second * task.gpus:10,.0f}   "
+        f"{best.tokens_per_second:,.0f} a GPU",
+        f"  MFU             {100 * best.mfu(device):10.1f} % attention counted full, "
+        f"{100 * best.mfu(device, causal=True):.1f} % causal",
+        f"  {_tokens(tokens):<15} {best.days(tokens):10.1f} days",
+        f"  memory          {best.memory.total / 1e9:10.1f} GB of {device.memory / 1e9:,.0f} GB; "
+        f"{_memory(best)}",
+        "", "  where the time goes",
+    ]  # fmt: skip
+    for key, seconds in step.parts().items():
+        if seconds > 0.0005 * step.seconds:
+            share = seconds / step.seconds
+            lines.append(f"    {PARTS[key]:<30}{100 * share:6.1f} %  {'▇' * round(40 * share)}")
+    lines.append(f"    communication behind computing, not counted: {100 * step.hidden / step.seconds:.1f} %")
+    if heading == "recommended":
+        keys = ", ".join(f"{key}: {str(value).lower()}" for key, value in settings(best).items())
+        lines += ["", "  in a recipe's train: section", f"    {keys}"]
+    if len(chosen) > 1:
+        lines += ["", "  other ways", f"    {'s':>8}  {'MFU %':>6}  {'GB':>5}  layout"]
+        for other in chosen[1:]:
+            lines.append(
+                f"    {other.step.seconds:8.3f}  {100 * other.mfu(device):6.1f}  "
+                f"{other.memory.total / 1e9:5.1f}  {other.layout}"
+            )
+    return "\n".join(lines)
+
+
+def figures(task: Task, name: str, chosen: list[Prediction], tokens: float) -> dict[str, Any]:
+    """The same as one JSON object; seconds, bytes and shares."""
+    return {
+        "shape": name,
+        "gpus": task.gpus,
+        "sequence_length": task.length,
+        "batch_tokens": task.batch_tokens,
+        "tokens": tokens,
+        "device": dataclasses.asdict(task.device),
+        "memory_allowed": ROOM * task.device.memory,
+        "constants": dataclasses.asdict(FITTED),
+        "layouts": [
+            {
+                "layout": prediction.layout.keys(),
+                "train": settings(prediction),
+                "step_seconds": prediction.step.seconds,
+                "tokens_per_second_per_gpu": prediction.tokens_per_second,
+                "mfu_full": prediction.mfu(task.device),
+                "mfu_causal": prediction.mfu(task.device, causal=True),
+                "days": prediction.days(tokens),
+                "memory": {**dataclasses.asdict(prediction.memory), "total": prediction.memory.total},
+                "seconds": {**prediction.step.parts(), "hidden communication": prediction.step.hidden},
+            }
+            for prediction in chosen
+        ],
+    }
+
+
+def chart(path: Path, task: Task, name: str, chosen: list[Prediction]) -> None:
+    """Bars of where the time goes, one for each layout, the recommended one on top.
+
+    Raises UserError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('--chart needs matplotlib; pip install "xverse-lm[track]"') from None
+    figure = Figure(figsize=(12, 1.6 + 0.55 * len(chosen)), layout="constrained")
+    axes = figure.subplots()
+    rows = range(len(chosen))
+    left = [0.0] * len(chosen)
+    for key, label in PARTS.items():
+        widths = [prediction.step.parts()[key] for prediction in chosen]
+        if max(widths) > 0.002 * max(prediction.step.seconds for prediction in chosen):
+            axes.barh(rows, widths, left=left, label=label)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set_yticks(list(rows), [str(prediction.layout) for prediction in chosen], fontsize=8)
+    axes.invert_yaxis()
+    for row, prediction in enumerate(chosen):
+        share = f"  {100 * prediction.mfu(task.device):.1f} % MFU"
+        axes.text(prediction.step.seconds, row, share, va="center", fontsize=8)
+    axes.set_xlim(0, 1.12 * max(left))
+    axes.set_xlabel("seconds a step, predicted")
+    axes.set_title(f"{name} on {task.gpus:,} × {task.device.name}, {task.length:,} tokens a sequence")
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.25))
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _tokens(count: float) -> str:
+    unit, name = (1e12, "T") if count >= 1e11 else (1e9, "B")
+    return f"{count / unit:.4g}{name} tokens"
+
+
+def _memory(prediction: Prediction) -> str:
+    kinds = dataclasses.asdict(prediction.memory)
+    return ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in kinds.items())

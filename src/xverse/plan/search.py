@@ -1,0 +1,175 @@
+"""The search for the fastest layout that the trainer can run and that fits into memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from xverse.config import UserError
+from xverse.model.config import XverseConfig
+from xverse.plan.cost import Prediction, Software, predict
+from xverse.plan.devices import Device
+from xverse.plan.layout import Architecture, Checkpointing, Layout, problem
+from xverse.plan.memory import memory
+
+BATCH_TOKENS = 4 * 2**20  # Llama 2's; more where every GPU could not have a sequence
+ROOM = 0.92  # of a device's memory: what a plan may fill
+# Each kind of parallelism beside FSDP must earn more than this share of a step: of equals, the plainest.
+PLAIN = 0.004
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be trained, on what."""
+
+    shape: XverseConfig
+    device: Device
+    gpus: int
+    length: int
+    sequences: int
+
+    @property
+    def arch(self) -> Architecture:
+        return Architecture.of(self.shape)
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.sequences * self.length
+
+
+def task_of(
+    shape: XverseConfig, name: str, device: Device, gpus: int, length: int | None, batch_tokens: int | None
+) -> Task:
+    """Fill in what is left out: the shape's whole context, and a batch that every GPU has its share of.
+
+    Raises UserError for a sequence beyond the context and for a batch that is no number of sequences.
+    """
+    length = length or shape.context_length
+    if length > shape.context_length:
+        positions = shape.context_length
+        raise UserError(
+            f"a sequence of {length:,} tokens is beyond the {positions:,} positions of shape {name}"
+        )
+    if batch_tokens is None:
+        sequences = gpus * max(1, round(BATCH_TOKENS / length / gpus))
+    elif batch_tokens % length:
+        near = max(1, round(batch_tokens / length)) * length
+        raise UserError(
+            f"a batch of {batch_tokens:,} tokens is no whole number of sequences of {length:,}; "
+            f"{near:,} is near"
+        )
+    else:
+        sequences = batch_tokens // length
+    return Task(shape, device, gpus, length, sequences)
+
+
+def software_of(layout: Layout) -> Software:
+    """Our trainer's: layers are compiled where they can be."""
+    return Software(passes="compiled" if layout.compiles else "eager")
+
+
+def search(task: Task) -> list[Prediction]:
+    """All layouts that fit, the fastest first; of those that are as fast, the plainest.
+
+    Raises UserError where none does: it names the numbers, and the nearest number of GPUs that works.
+    """
+    found = [
+        predict(task.arch, layout, task.device, task.length, software=software_of(layout))
+        for layout in _fitting(task)
+    ]
+    if not found:
+        raise UserError(_why_not(task))
+    return sorted(found, key=_cost)
+
+
+def _cost(prediction: Prediction) -> float:
+    layout = prediction.layout
+    kinds = (layout.tensor, layout.context, layout.pipeline, layout.replicate if layout.shard > 1 else 1)
+    return prediction.step.seconds * (1 + PLAIN * sum(degree > 1 for degree in kinds))
+
+
+def distinct(found: list[Prediction], count: int) -> list[Prediction]:
+    """The best of each kind of layout, ``count`` of them."""
+    best: dict[tuple[Any, ...], Prediction] = {}
+    for prediction in found:
+        layout = prediction.layout
+        degrees = (layout.replicate, layout.tensor, layout.context, layout.pipeline)
+        key = (*(degree > 1 for degree in degrees), layout.checkpointing)
+        best.setdefault(key, prediction)
+    return list(best.values())[:count]
+
+
+def _fitting(task: Task) -> Iterator[Layout]:
+    for layout in _layouts(task):
+        if memory(task.arch, layout, task.length).total <= ROOM * task.device.memory:
+            yield layout
+
+
+def _layouts(task: Task) -> Iterator[Layout]:
+    """All that the trainer can run: every division of the GPUs that divides the model and the batch."""
+    arch, gpus = task.arch, task.gpus
+    for tensor, pipeline in itertools.product(_divisors(gpus, task.device.gpus_per_machine), _divisors(gpus)):
+        if pipeline > arch.layers or gpus % (tensor * pipeline):
+            continue
+        for context in _divisors(gpus // (tensor * pipeline), 64):
+            data = gpus // (tensor * pipeline * context)
+            if task.sequences % data:
+                continue
+            rows = task.sequences // data
+            runs = [v for v in (1, 2, 4, 8) if v * pipeline <= arch.layers] if pipeline > 1 else [1]
+            for micro, virtual in itertools.product(_divisors(rows, 32), runs):
+                for shard in _divisors(data):
+                    for checkpointing in _CHECKPOINTING:
+                        layout = Layout(
+                            shard=shard,
+                            replicate=data // shard,
+                            tensor=tensor,
+                            context=context,
+                            pipeline=pipeline,
+                            virtual_stages=virtual,
+                            micro_batch=micro,
+                            accumulate=rows // micro,
+                            checkpointing=checkpointing,
+                        )
+                        if shard == 1 and tensor * context * pipeline > 1:
+                            continue  # the trainer's plain data parallelism goes with nothing else
+                        if problem(arch, layout, task.length, task.device.gpus_per_machine):
+                            break
+                        yield layout
+
+
+_CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
+
+
+def _divisors(number: int, most: int | None = None) -> list[int]:
+    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
+
+
+def _why_not(task: Task) -> str:
+    """Why no layout fits, and the nearest number of GPUs on which one does."""
+    said = (
+        f"no layout of {task.gpus:,} × {task.device.name} takes {task.sequences:,} sequences of "
+        f"{task.length:,} tokens a step"
+    )
+    least = min((memory(task.arch, layout, task.length).total for layout in _layouts(task)), default=math.inf)
+    if math.isfinite(least):
+        said += f": the smallest needs {least / 1e9:,.0f} GB of {ROOM * task.device.memory / 1e9:,.0f} GB"
+    else:
+        said += ": the batch does not divide among them"
+    for gpus in _near(task):
+        other = Task(task.shape, task.device, gpus, task.length, task.sequences)
+        if next(_fitting(other), None) is not None:
+            return f"{said}; the nearest number of GPUs that works is {gpus:,}"
+    return f"{said}; give another batch or a device with more memory"
+
+
+def _near(task: Task) -> list[int]:
+    """Numbers of GPUs that divide the batch and the model, the nearest to the task's first."""
+    data = _divisors(task.sequences, 16 * task.gpus)
+    tensor = [n for n in _divisors(task.device.gpus_per_machine) if task.arch.heads % n == 0]
+    layers = _divisors(task.arch.layers)
+    numbers = {a * b * c * d for a in data for b in tensor for c in (1, 2, 4, 8, 16) for d in layers}
+    return sorted(numbers, key=lambda number: (abs(number - task.gpus), number))

@@ -1,0 +1,217 @@
+"""``xverse pretrain RECIPE --dry-run``: a cluster's recipe, checked on one small machine before it is queued.
+
+The processes are torch's "fake" backend: a world of the cluster's size in which this process is the first and
+collectives do nothing. The model is built without memory, shared as the run would share it, and one
+micro-batch goes forward and backward through it in shapes alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+
+from xverse.config import UserError
+from xverse.data.feed import PretrainFeed
+from xverse.data.mixture import OTHERS, check_weights
+from xverse.model import Packed, XverseConfig, XverseForCausalLM
+from xverse.plan.cost import Prediction, Software, predict
+from xverse.plan.devices import find_device
+from xverse.plan.layout import Architecture, Layout, problem
+from xverse.plan.report import text
+from xverse.plan.search import Task
+from xverse.train.parallel import World, distribute
+from xverse.train.pretrain import PretrainRecipe, checked_feed, checked_shape
+from xverse.train.settings import TrainConfig
+
+_SOURCE = re.compile(r"([a-z0-9]+_)?[a-z]{2,3}")  # as data/prepare.py names them
+
+
+@dataclass
+class Findings:
+    """What a dry run has to say: one line for each thing that was checked."""
+
+    lines: list[str]
+    seconds: float
+
+    def __str__(self) -> str:
+        return "\n".join([*self.lines, f"dry run: {self.seconds:.1f} s, nothing was written"])
+
+
+def dry_run(recipe: PretrainRecipe) -> Findings:
+    """Check a recipe for its ``cluster``: mesh, shapes, memory, data; with the plan's prediction.
+
+    Raises UserError for whatever would stop the run, and for states and activations that do not fit.
+    """
+    started = time.perf_counter()
+    if recipe.cluster is None:
+        raise UserError(
+            "a dry run needs to know the cluster: write cluster: {device: a800, gpus: 1024} into the recipe, "
+            "or cluster.device=… cluster.gpus=… behind it"
+        )
+    shape, name = checked_shape(recipe)
+    gpus, config = recipe.cluster.gpus, recipe.train
+    task = Task(shape, find_device(recipe.cluster.device), gpus, recipe.sequence_length, config.batch_size)
+    layout = planned_layout(config, gpus)
+    fault = problem(Architecture.of(shape), layout, task.length, task.device.gpus_per_machine)
+    if fault:
+        raise UserError(f"{gpus:,} GPUs: {fault}; xverse plan finds what works")
+    software = Software(passes="compiled" if config.compile else "eager")
+    prediction = predict(task.arch, layout, task.device, task.length, software=software)
+    _room(prediction, task)
+    lines = [f"shape {name}: {shape.num_parameters():,} parameters", f"layout: {layout}"]
+    lines += _data(recipe, shape, layout)
+    lines += _model(shape, config, task, layout)
+    tokens = config.steps * task.batch_tokens
+    lines += ["", text(task, name, [prediction], tokens, heading="predicted for"), ""]
+    return Findings(lines, time.perf_counter() - started)
+
+
+def planned_layout(config: TrainConfig, gpus: int) -> Layout:
+    """A recipe's layout on a number of GPUs. Raises UserError where it does not divide."""
+    degrees = {key: getattr(config, key, 1) for key in ("replicate", "tensor", "context", "pipeline")}
+    taken = math.prod(degrees.values())
+    if config.parallel == "none" and gpus > 1:
+        raise UserError(f"parallel: none is for one GPU, not {gpus:,}; set train.parallel to fsdp")
+    if gpus % taken:
+        raise UserError(
+            f"{gpus:,} GPUs do not divide by {_words(degrees)} = {taken}; xverse plan finds a layout"
+        )
+    if config.parallel == "ddp":
+        degrees["replicate"], shard = gpus, 1
+    else:
+        shard = gpus // taken
+    data = shard * degrees["replicate"]
+    rows, left = divmod(config.batch_size, data)
+    micro = config.micro_batch_size or rows
+    if left or not rows or rows % micro:
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide among {data:,} data-parallel ranks in "
+            f"micro-batches of {micro}; {max(1, round(config.batch_size / data / micro)) * data * micro} does"
+        )
+    return Layout(
+        shard=shard,
+        micro_batch=micro,
+        accumulate=rows // micro,
+        virtual_stages=getattr(config, "virtual_stages", 1) if degrees["pipeline"] > 1 else 1,
+        checkpointing=config.activation_checkpointing,
+        **degrees,
+    )
+
+
+@contextlib.contextmanager
+def fake_world(size: int, rank: int = 0) -> Iterator[World]:
+    """A world of ``size`` processes of which only this one exists; collectives return at once."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    _clear_sharding_prop_cache()  # it would give this rank's tensors another rank's mesh
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield World(rank, size, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def _words(degrees: dict[str, int]) -> str:
+    return " × ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
+
+
+def _data(recipe: PretrainRecipe, shape: XverseConfig, layout: Layout) -> list[str]:
+    """The data, where it is here; else the mixture alone."""
+    if not (recipe.data / "train").is_dir():
+        weights = dict(recipe.mixture.weights or {OTHERS: 1.0})
+        check_weights(weights, list(weights))
+        odd = [key for key in weights if key != OTHERS and not _SOURCE.fullmatch(key)]
+        if odd:
+            raise UserError(
+                f"mixture: '{odd[0]}' is no name of a source, which is LANGUAGE or CATEGORY_LANGUAGE"
+            )
+        return [
+            f"data: {recipe.data} is not here; only the names and weights of the mixture's {len(weights)} "
+            "sources were checked"
+        ]
+    feed = checked_feed(recipe, shape)
+    config = recipe.train
+    share = config.batch_size // layout.data
+    last = feed.batch(config.steps - 1, config.batch_size, config.batch_size - share)
+    assert last.tokens.shape == (share, recipe.sequence_length)
+    assert int(last.tokens.max()) < shape.vocab_size
+    return [f"data: {feed.mixture}; {_epochs(feed, config)}"]
+
+
+def _epochs(feed: PretrainFeed, config: TrainConfig) -> str:
+    source, most = max(
+        feed.mixture.epochs(config.steps * config.batch_size).items(), key=lambda item: item[1]
+    )
+    return f"the most often read source is {source}, {most:.1f} times"
+
+
+def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout) -> list[str]:
+    """Build and share the model as rank 0 would, and send one micro-batch through it in shapes."""
+    rows, length = layout.micro_batch, task.length // layout.context
+    context = Packed(torch.zeros(rows, length, dtype=torch.int32))  # one document a row
+    with fake_world(task.gpus) as world, contextlib.ExitStack() as stack:
+        with torch.device("meta"):
+            model = XverseForCausalLM(shape)
+        model.to = lambda device: model  # type: ignore[assignment,method-assign]  # nothing to move
+        eager = dataclasses.replace(config, compile=False)
+        distribute(model, eager, world)
+        held = sum(_local(parameter).numel() for parameter in model.parameters())
+        lines = [
+            f"mesh: {task.gpus:,} processes; rank 0 holds {held:,} of {shape.num_parameters():,} parameters, "
+            f"{16 * held / 1e9:.2f} GB with gradients and AdamW's moments in float32"
+        ]
+        if layout.pipeline > 1:
+            return [*lines, "shapes: a pipeline is not run through; its divisions were checked"]
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        model.to_empty(device="cpu")
+        kept: dict[int, Tensor] = {}  # held, so that no storage's address is used twice
+
+        def keep(tensor: Tensor) -> Tensor:
+            if not (tensor.is_leaf and tensor.requires_grad):  # parameters
+                local = _local(tensor)
+                kept.setdefault(local.untyped_storage()._cdata, local)
+            return tensor
+
+        tokens = torch.zeros(rows, length, dtype=torch.int64)  # [B, T]
+        half = torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16")
+        with half, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(tokens, context)  # [B, T, V], without memory
+        logits.sum().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            assert _local(parameter.grad).shape == _local(parameter).shape, name
+        size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        return [
+            *lines,
+            f"shapes: {rows} × {length:,} tokens went forward and backward; {size / 1e9:.1f} GB kept between "
+            f"(without compiling{_ring(layout)})",
+        ]
+
+
+def _ring(layout: Layout) -> str:
+    return f", and without the ring of its {layout.context} parts" if layout.context > 1 else ""
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _room(prediction: Prediction, task: Task) -> None:
+    needed, there = prediction.memory.total, task.device.memory
+    if needed > there:
+        raise UserError(
+            f"{needed / 1e9:.0f} GB are needed of {there / 1e9:.0f} GB of {task.device.name}; "
+            "xverse plan finds what fits"
+        )

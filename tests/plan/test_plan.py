@@ -1,0 +1,167 @@
+"""The planner: its judgement by published measurements, its arithmetic, its search, its command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from xverse.cli import main
+from xverse.model.config import SHAPES, named_shape
+from xverse.plan.cost import FITTED, Constants, predict
+from xverse.plan.devices import DEVICES
+from xverse.plan.layout import Architecture, Layout, problem
+from xverse.plan.measurements import fit, leave_one_out, read_measurements
+from xverse.plan.memory import memory
+from xverse.plan.search import ROOM, search, task_of
+
+SEVEN = Architecture.of(named_shape("7b"))
+A800 = DEVICES["a800"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def test_sources_that_the_fit_has_not_seen_are_foretold() -> None:
+    known = read_measurements()
+    unseen = leave_one_out(known)
+    errors = [abs(error) for _, some in unseen.values() for error in some]
+    assert len(errors) == len(known.measurements) >= 8
+    assert len(unseen) >= 4
+    assert len(dataclasses.fields(Constants)) <= 4
+    assert statistics.median(errors) <= 0.10
+    assert max(errors) <= 0.25
+
+
+def test_the_constants_are_those_of_the_fit() -> None:
+    known = read_measurements()
+    found = fit(known, known.measurements)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(FITTED), rel=0.01)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_architecture_has_the_parameters_and_flops_of_its_shape(name: str) -> None:
+    shape = named_shape(name)
+    arch = Architecture.of(shape)
+    norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+    assert arch.parameters == shape.num_parameters() - norms
+    linears = 6 * (arch.parameters - shape.vocab_size * shape.hidden_size)
+    attention = 12 * shape.num_hidden_layers * shape.hidden_size * 512
+    assert arch.flops_per_token(512) == linears + attention
+    assert arch.flops_per_token(512, causal=True) == linears + attention / 2
+
+
+def test_time_and_memory_move_as_they_must() -> None:
+    layout = Layout(shard=1024)
+    plain = predict(SEVEN, layout, A800, 8192)
+    assert sum(plain.step.parts().values()) == pytest.approx(plain.step.seconds)
+    assert all(seconds >= 0 for seconds in plain.step.parts().values())
+    assert plain.mfu(A800, causal=True) < plain.mfu(A800) < 1
+    assert plain.days(2.6e12) == pytest.approx(2.6e12 / (plain.tokens_per_second * 1024) / 86400)
+    slow = dataclasses.replace(A800, network=A800.network / 8)
+    assert predict(SEVEN, layout, slow, 8192).step.seconds > plain.step.seconds
+    full = dataclasses.replace(layout, checkpointing="full")
+    assert predict(SEVEN, full, A800, 8192).step.seconds > plain.step.seconds
+    kept = {c: memory(SEVEN, dataclasses.replace(layout, checkpointing=c), 8192).activations for c in
+            ("none", "selective", "full")}  # fmt: skip
+    assert kept["none"] > kept["selective"] > kept["full"]
+    half = memory(SEVEN, Layout(shard=512, tensor=2), 8192)
+    assert half.activations == pytest.approx(memory(SEVEN, layout, 8192).activations / 2)
+    two, eight = (Layout(shard=8, pipeline=4, virtual_stages=v, accumulate=8) for v in (2, 8))
+    bubbles = [predict(SEVEN, one, A800, 8192).step.bubble for one in (two, eight)]
+    assert bubbles[0] == pytest.approx(4 * bubbles[1])
+
+
+def test_sharded_states_are_exact() -> None:
+    """Parameters, gradients and AdamW's moments in float32: 16 bytes a parameter, shared by all."""
+    found = memory(SEVEN, Layout(shard=64), 2048)
+    assert found.parameters + found.gradients + found.optimizer == pytest.approx(16 * SEVEN.parameters / 64)
+
+
+def test_the_best_of_1024_a800_is_found_at_once_and_can_run() -> None:
+    start = time.perf_counter()
+    task = task_of(named_shape("7b"), "7b", A800, 1024, None, None)
+    found = search(task)
+    assert time.perf_counter() - start < 10
+    best = found[0]
+    assert best.layout.gpus == 1024
+    assert best.layout.sequences * 8192 == task.batch_tokens
+    assert best.memory.total <= ROOM * A800.memory
+    assert not problem(SEVEN, best.layout, 8192, 8)
+    assert best.step.seconds <= min(other.step.seconds for other in found) * 1.02
+    assert {layout.tensor for layout in (one.layout for one in found)} <= {1, 2}, "100,534 = 2 · 50,267"
+
+
+def test_table_and_json_say_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    assert main(["plan", "--device", "h100", "--gpus", "16", "--chart", str(picture)]) == 0
+    table = capsys.readouterr().out
+    assert main(["plan", "--device", "h100", "--gpus", "16", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["layouts"][0]
+    assert f"{100 * best['mfu_full']:.1f} % attention counted full" in table
+    assert f"{best['days']:.1f} days" in table
+    assert sum(v for k, v in best["seconds"].items() if k != "hidden communication") == pytest.approx(
+        best["step_seconds"]
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "card.yaml"
+    file.write_text("like: a800\nname: A800 PCIe\nlink: 32.0e+9\n")
+    results = []
+    for device in ("a800", str(file)):
+        assert main(["plan", "--device", device, "--gpus", "8", "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[1]["device"]["name"] == "A800 PCIe"
+    assert results[1]["layouts"][0]["step_seconds"] > results[0]["layouts"][0]["step_seconds"]
+    assert main(["plan", "--device", "a800", "--gpus", "8", "--link-gbs", "32", "--json"]) == 0
+    flag = json.loads(capsys.readouterr().out)
+    assert flag["layouts"][0]["step_seconds"] == results[1]["layouts"][0]["step_seconds"]
+    file.write_text("like: a800\nlinks: 3\n")
+    assert "unknown key 'links'; did you mean 'link'?" in refused(
+        capsys, "--device", str(file), "--gpus", "8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "a80", "--gpus", "8"], "unknown device 'a80'; did you mean 'a800'?"),
+        (["--shape", "7bb", "--device", "a800", "--gpus", "8"], "unknown shape '7bb'; did you mean '7b'?"),
+        (["--device", "a800", "--gpus", "8", "--seq", "9000"], "9,000 tokens is beyond the 8,192 positions"),
+        (
+            ["--device", "a800", "--gpus", "1000", "--batch-tokens", "8388608"],
+            "1,000 × A800 80 GB takes 1,024 sequences of 8,192 tokens a step: the batch does not divide "
+            "among them; the nearest number of GPUs that works is 1,024",
+        ),
+        (
+            ["--shape", "65b", "--device", "a800", "--gpus", "2"],
+            "the nearest number of GPUs that works is 32",
+        ),
+        (["--device", "a800", "--gpus", "8", "--batch-tokens", "1000"], "8,192 is near"),
+        (["--device", "a800", "--gpus", "0"], "--gpus must be at least 1, not 0"),
+        (["--device", "a800", "--gpus", "8", "--tflops", "-3"], "flops must be positive"),
+    ],
+)
+def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(capsys, *arguments)
+
+
+def test_it_starts_without_torch() -> None:
+    code = "import sys; from xverse.cli import main; main(['plan', '--device', 'a100', '--gpus', '8']); "
+    code += "assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "recommended:" in result.stdout
