@@ -53,13 +53,19 @@ def _prepare(args: argparse.Namespace) -> int:
     from xverse.config import load
     from xverse.data.prepare import PrepareRecipe, prepare
 
-    report = prepare(load(PrepareRecipe, args.recipe, args.overrides))
+    recipe = load(PrepareRecipe, args.recipe, args.overrides)
+    report = prepare(recipe)
+    if report is None:
+        print(
+            f"submitted; run the same command again for the state and, at the end, the report ({recipe.out})"
+        )
+        return 0
     table = Table("source", box=None, pad_edge=False)
     for column in ("documents", "held out", "bad lines", "tokens", "bytes/token"):
         table.add_column(column, justify="right")
     for row in report.sources:
         size = row.text_bytes / max(1, row.tokens + row.valid_tokens)
-        figures = (row.documents, row.valid_documents, row.skipped_lines, row.tokens)
+        figures: tuple[int, ...] = (row.documents, row.valid_documents, row.skipped_lines, row.tokens)
         table.add_row(row.name, *(f"{figure:,}" for figure in figures), f"{size:.2f}")
     Console(highlight=False).print(table)
     total = sum(row.tokens for row in report.sources)
@@ -68,6 +74,10 @@ def _prepare(args: argparse.Namespace) -> int:
         f"{len(report.sources)} sources, {total:,} tokens for training, {held:,} held out; "
         f"{report.duplicates} exact duplicates removed"
     )
+    if report.dropped:
+        print("dropped: " + ", ".join(f"{count:,} by {stage}" for stage, count in report.dropped.items()))
+    if recipe.stages.any():
+        print(f"what became of the text: {recipe.out / 'report.md'}")
     for name, text in report.skipped.items():
         print(f"{name}: {text}")
     return 0
@@ -110,7 +120,7 @@ def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
         if args.overrides:
             raise UserError(f"'{args.overrides[0]}': a folder takes no settings, only a recipe does")
         return PretrainFeed(path, MixtureConfig(), 512, 0), 0
-    if "corpus" in read_yaml(path):
+    if {"corpus", "inputs"} & set(read_yaml(path)):
         from xverse.data.prepare import PrepareRecipe
 
         return PretrainFeed(load(PrepareRecipe, path, args.overrides).out, MixtureConfig(), 512, 0), 0
