@@ -92,7 +92,8 @@ def test_others_share_by_size_and_temperature() -> None:
     assert MixtureConfig({"en": 1.0}).resolve(size) == {"en": 1.0, "a": 0.0, "b": 0.0}
     assert MixtureConfig(None, 0.0).resolve(size) == pytest.approx({"en": 1 / 3, "a": 1 / 3, "b": 1 / 3})
     assert MixtureConfig().resolve(size) == pytest.approx({"en": 1 / 6, "a": 1 / 6, "b": 4 / 6})
-    assert MixtureConfig({"en": 1, "a": 1, "b": 1, "*": 1}).resolve(size) == {"en": 1, "a": 1, "b": 1}
+    percent = {"en": 25.0, "a": 25.0, "b": 25.0, "*": 25.0}
+    assert MixtureConfig(percent).resolve(size) == {"en": 25, "a": 25, "b": 25}
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,10 @@ def _pretrain(
             f"sequence_length {recipe.sequence_length} is beyond the {config.context_length} "
             f"positions of shape {name}"
         )
-    feed = PretrainFeed(recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed)
+    sequences = recipe.train.steps * recipe.train.batch_size
+    feed = PretrainFeed(
+        recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.batch_size
+    )
     if feed.tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"shape {name} has a vocabulary of {config.vocab_size}, the tokenizer of {recipe.data} "
@@ -104,7 +107,7 @@ def _pretrain(
         )
     model = XverseForCausalLM(config)
     init_weights(model, recipe.seed)
-    tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
+    tokens = sequences * recipe.sequence_length
     world.say(f"shape {name}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
 
     def validate(model: XverseForCausalLM) -> dict[str, float]:
@@ -123,7 +126,7 @@ def _pretrain(
         "sequence_length": recipe.sequence_length,
         "seed": recipe.seed,
         "initializer_range": config.initializer_range,
-        "mixture": feed.mixture.shares(),
+        "mixture": feed.mixture.identity(),
     }
     fit(
         model,

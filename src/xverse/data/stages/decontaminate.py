@@ -3,8 +3,8 @@
 As for GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C) words are compared without case and
 punctuation; Chinese, Japanese and Thai by characters. A document holds a question where it has at least
 ``overlap`` of the question's distinct 13-grams: one shared phrase, such as a law's title, is no
-contamination. A question shorter than 13 words counts whole. One that is too short to be told from ordinary text, or that several items share
-("which of these is true?"), is looked for together with its options.
+contamination. A question shorter than 13 words counts whole. One that is too short to be told from ordinary
+text, or that several items share ("which of these is true?"), is looked for together with its options.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ class Index:
         return {self.texts[i] for i, count in counts.items() if count >= self.overlap * self.totals[i]}
 
     def save(self, path: Path) -> None:
-        arrays = {f"grams{n}": table for n, table in self.grams.items()}
+        arrays: dict[str, Any] = {f"grams{n}": table for n, table in self.grams.items()}
         arrays |= {f"owners{n}": table for n, table in self.owners.items()}
         rest = {key: value for key, value in asdict(self).items() if key not in ("grams", "owners", "totals")}
         about = np.frombuffer(json.dumps(rest).encode(), np.uint8)
         with atomic_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, totals=self.totals, about=about, **arrays)  # type: ignore[arg-type]
+            np.savez(file, totals=self.totals, about=about, **arrays)
 
     @staticmethod
     def load(path: Path) -> Index:

@@ -31,8 +31,8 @@ _WORD = re.compile(r"[a-z]{3,}")
 @dataclass
 class LanguageStage:
     """``languages``: those that are kept. A document of another one is dropped, as is one of which the
-    language is less sure than ``min_confidence``, or is not the one that the document says (``mismatch``: drop
-    or relabel).
+    language is less sure than ``min_confidence``, or is not the one that the document says (``mismatch``:
+    drop or relabel).
     """
 
     languages: list[str] = field(default_factory=lambda: list(LANGUAGES))
