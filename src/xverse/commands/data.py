@@ -51,8 +51,16 @@ def _prepare(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from xverse.config import load
-    from xverse.data.prepare import PrepareRecipe, prepare
+    from xverse.config import UserError, load
+
+    try:
+        from xverse.data.prepare import PrepareRecipe, prepare
+    except ModuleNotFoundError as error:
+        if error.name not in ("datatrove", "py3langid", "zstandard"):
+            raise
+        raise UserError(
+            f"data prepare needs {error.name}: pip install 'xverse-lm[data]', or -e '.[data]' in a checkout"
+        ) from None
 
     recipe = load(PrepareRecipe, args.recipe, args.overrides)
     report = prepare(recipe)

@@ -105,7 +105,7 @@ class MixtureConfig(Shares):
         sequences: int = 0,
         batch_size: int = 0,
     ) -> Mixture | Schedule:
-        """The mixture of a run of so many sequences, so many of them a step (0: not known; then no cap holds).
+        """The mixture of a run of so many sequences, so many a step (0: not known; then no cap holds).
 
         ``sizes``: tokens of each source; ``lengths``: sequences of its epoch. Raises UserError as ``resolve``
         does, for stages out of order, and for caps that leave nothing to draw.

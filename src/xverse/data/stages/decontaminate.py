@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from xverse.config import UserError, choose
 from xverse.data.benchmark_texts import READERS, Item
+from xverse.data.questions import LETTERS
 from xverse.data.words import UNSPACED, ngrams, word_numbers, words
 from xverse.files import atomic_file
 
@@ -120,11 +121,15 @@ def make_index(items: Iterable[tuple[str, Item]], ngram: int = 13, overlap: floa
     too_short: Counter[str] = Counter()
     for name, item in read:
         alone = seen[name, " ".join(words(item.text))] == 1 and _telling(item.text)
-        text = item.text if alone else " ".join((item.text, *item.options))
-        if not _telling(text):
+        if alone:
+            forms = [item.text]
+        else:
+            lettered = [f"{letter} {option}" for letter, option in zip(LETTERS, item.options, strict=False)]
+            forms = [" ".join((item.text, *item.options)), " ".join((item.text, *lettered))]
+        if not _telling(forms[0]):
             too_short[name] += 1
             continue
-        for each in (text, item.passage):
+        for each in (*dict.fromkeys(forms), item.passage):
             if each and _telling(each):
                 chosen.append(word_numbers(each))
                 texts.append((name, item.id))

@@ -15,17 +15,22 @@ import re
 EMAIL, PHONE, IP, CARD, IDENTITY, IBAN = "<email>", "<phone>", "<ip>", "<card>", "<id>", "<iban>"
 
 _EMAIL = re.compile(
-    r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b"
+    r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b",
+    re.ASCII,
 )
-_IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
-_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
-_IDENTITY = re.compile(r"(?<![0-9A-Za-z])[1-9]\d{5}(?:19|20)\d{2}[01]\d[0-3]\d\d{3}[0-9Xx](?![0-9A-Za-z])")
+_IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)", re.ASCII)
+_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])", re.ASCII)
+_IDENTITY = re.compile(
+    r"(?<![0-9A-Za-z])[1-9]\d{5}(?:19|20)\d{2}[01]\d[0-3]\d\d{3}[0-9Xx](?![0-9A-Za-z])", re.ASCII
+)
 _CARD = re.compile(
     r"(?<![\w.-])(?:(?:[3-6]\d{3}|2[2-7]\d{2})(?:[ -]?\d{4}){2}[ -]?\d{3,4}|3[47]\d{2}[ -]?\d{6}[ -]?\d{5})"
-    r"(?![\w-]|\.\d)"
+    r"(?![\w-]|\.\d)",
+    re.ASCII,
 )
-
-_IBAN = re.compile(r"(?<![0-9A-Za-z])[A-Z]{2}\d{2}(?: ?[0-9A-Z]{4}){2,7}(?: ?[0-9A-Z]{1,4})?(?![0-9A-Za-z])")
+_IBAN = re.compile(
+    r"(?<![0-9A-Za-z])[A-Z]{2}\d{2}(?: ?[0-9A-Z]{4}){2,7}(?: ?[0-9A-Z]{1,4})?(?![0-9A-Za-z])", re.ASCII
+)
 _PHONE = re.compile(
     r"(?<![\w.+/=-])(?:"
     r"\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"  # +49 30 1234567
@@ -33,14 +38,15 @@ _PHONE = re.compile(
     r"|\d{3}-\d{3}-\d{4}"  # 555-123-4567
     r"|(?:86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}"  # 138 1234 5678
     r"|0\d{2,3}-\d{7,8}"  # 010-12345678
-    r")(?![\w-]|\.\d)"
+    r")(?![\w-]|\.\d)",
+    re.ASCII,
 )
 _SPOKEN = re.compile(
     r"((?:电话|手机|联系方式|電話|携帯|전화|연락처|โทร|тел|telefon|téléphone|tel|phone|mobile|whatsapp)"
     r"[\s.:：号番]{1,4})(\(?\d[\d ()./-]{5,18}\d)(?![\w])",
     re.IGNORECASE,
 )
-_DIGITS = re.compile(r"\d[\d .()-]{5}")
+_DIGITS = re.compile(r"\d[\d .()-]{5}", re.ASCII)
 
 
 def scrub(text: str) -> tuple[str, dict[str, int]]:
@@ -69,7 +75,7 @@ def scrub(text: str) -> tuple[str, dict[str, int]]:
 def is_card(text: str) -> bool:
     """Whether the digits in a text pass Luhn's check (ISO/IEC 7812-1) and are not all alike."""
     digits = [int(character) for character in text if character.isdigit()]
-    if not 13 <= len(digits) <= 19 or len(set(digits)) < 3:
+    if not 13 <= len(digits) <= 19 or len(set(digits)) < 2:
         return False
     doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
     return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
