@@ -165,6 +165,11 @@ def test_the_command(
     output = capsys.readouterr().out
     assert "zh" in output
     assert "tokens" in output
+    assert "drawn among 1,000,000 simulated sequences: every share within 0.0000 points" in output
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("languages: {zh: 0.5, en: 0.5}\ncategories: {text: 0.9, code: 0.1}\n")
+    assert main(["data", "show", str(tmp_path / "out"), "--mixture", str(mixture)]) == 0
+    assert "zh  45.00 %" in capsys.readouterr().out
     assert main(["data", "prepare", str(path), "valid_shar=0.1"]) == 2
     assert "unknown key 'valid_shar'; did you mean 'valid_share'?" in capsys.readouterr().err
     assert main(["data", "prepare", str(path), "valid_share=2"]) == 2

@@ -108,7 +108,7 @@ def test_good_text_is_kept_and_damaged_text_is_not(language: str, text: str) -> 
 def test_which_rule_drops_what() -> None:
     rules = make_rules("en")
     words = ENGLISH.split()
-    assert quality(" ".join(words[:30] * 2), "en", rules) == "max_repeated_ngrams"
+    assert quality(" ".join(words[:30] * 2) + ".", "en", rules) == "max_repeated_ngrams"
     assert quality(" ".join(str(i) for i in range(100, 300)), "en", rules) == "min_letter_words"
     assert quality(ENGLISH + " Lorem ipsum dolor sit amet.", "en", rules) == "blocked_phrases"
     assert quality(" ".join(["abcdefghijklmnopqrst"] * 60), "en", rules) == "max_mean_word"

@@ -221,7 +221,11 @@ def _find(numbers: list[Any], least: float, signature: Any) -> list[tuple[int, i
 
 
 def planted_questions(
-    data_dir: Path, documents: Iterator[str], seed: int = 0, most: int | None = None
+    data_dir: Path,
+    documents: Iterator[str],
+    benchmarks: list[str] | None = None,
+    most: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """How many benchmark questions (of each at most ``most``) are found, each planted in a text of its own as
     a prompt has it; and in how many texts without one something is found."""
@@ -229,7 +233,7 @@ def planted_questions(
     from xverse.data.stages.decontaminate import DecontaminateStage, make_index, read_items
     from xverse.data.words import word_numbers
 
-    stage = DecontaminateStage(data_dir)
+    stage = DecontaminateStage(data_dir, benchmarks)
     items = list(read_items(stage))
     index = make_index(items, stage.ngram, stage.overlap)
     rng = random.Random(seed)

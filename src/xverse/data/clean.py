@@ -89,7 +89,8 @@ class Clean:
         near = self.stages.near_duplicates is not None
         with UnitWriter(self.folder / f"{number:05d}", near) as writer:
             for document in read_unit(unit, report, self.max_line_bytes):
-                source = document.source or unit.input.source or "-"
+                # "project:path/of/the/file" counts as the project: a report has a row for each source.
+                source = document.source.split(":")[0] or "-"
                 size = len(document.text.encode())
                 ledger.count(ledger.read, document.lang, source, size)
                 category = category_of(unit, document.lang)

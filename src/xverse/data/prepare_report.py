@@ -125,6 +125,7 @@ def stages_of(ledger: Ledger) -> dict[str, list[int]]:
     return found
 
 
+ROWS = 100  # of a table: the largest
 _STAGES = ("normalise", "language", "quality", "decontaminate", "duplicates")
 
 
@@ -196,7 +197,9 @@ def _by(ledger: Ledger, column: int, title: str) -> list[str]:
             row[1] += size
     names = [name for name in _STAGES if name in stages]
     rows = []
-    for key in sorted({*read, *kept, *(key for name in names for key in stages[name])}):
+    keys = {*read, *kept, *(key for name in names for key in stages[name])}
+    keys = set(sorted(keys, key=lambda key: (-read.get(key, [0, 0])[1], key))[:ROWS])
+    for key in sorted(keys):
         before, after = read.get(key, [0, 0]), kept.get(key, [0, 0])
         counts = [f"{stages[name].get(key, [0, 0])[0]:,}" for name in names]
         rows.append([key or "?", f"{before[0]:,}", *counts, f"{after[0]:,}", f"{after[1]:,}"])
