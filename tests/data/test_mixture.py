@@ -190,7 +190,7 @@ def test_epoch_caps_give_what_they_take_to_the_others() -> None:
 
 def staged() -> Schedule:
     config = MixtureConfig(
-        {"a": 0.5, "b": 0.5}, stages=[MixtureStage({"a": 0.9, "b": 0.1}, from_step=250)], epochs={"a": 4.0}
+        {"a": 0.5, "b": 0.5}, stages=[MixtureStage({"a": 0.9, "b": 0.1}, from_step=300)], epochs={"a": 4.0}
     )
     lengths = {"a": 500, "b": 500}
     kinds = {name: ("text", name) for name in lengths}
@@ -202,15 +202,15 @@ def staged() -> Schedule:
 def test_stages_change_the_shares_at_their_step_and_go_on_in_the_sources() -> None:
     mixture = staged()
     found = [mixture.locate(n) for n in range(4000)]
-    assert Counter(name for name, _ in found[:2500])["a"] == pytest.approx(1250, abs=2)
-    # 4 epochs of 500 are 2,000 draws: 1,250 are gone, so the second part has a half, not nine tenths
-    assert Counter(name for name, _ in found[2500:])["a"] == pytest.approx(750, abs=2)
+    assert Counter(name for name, _ in found[:3000])["a"] == pytest.approx(1500, abs=2)
+    # 4 epochs of 500 are 2,000 draws: 1,500 are gone, so the second part has a half, not nine tenths
+    assert Counter(name for name, _ in found[3000:])["a"] == pytest.approx(500, abs=2)
     for name in "ab":
         ks = [k for source, k in found if source == name]
         assert ks == list(range(len(ks)))
     assert mixture.epochs(4000)["a"] == pytest.approx(4, abs=0.01)
     assert sum(mixture.shares().values()) == pytest.approx(1)
-    assert [staged().locate(n) for n in (3999, 0, 2500)] == [found[3999], found[0], found[2500]]
+    assert [staged().locate(n) for n in (3999, 0, 3000)] == [found[3999], found[0], found[3000]]
 
 
 def test_stages_out_of_order() -> None:

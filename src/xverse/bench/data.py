@@ -166,9 +166,9 @@ def planted_copies(documents: Iterator[str], count: int, seed: int = 0) -> dict[
     rng = random.Random(seed)
     texts: list[list[str]] = []
     for document in documents:
-        found = words(document)
-        for start in range(0, min(len(found), 1_200) - 120, 400):
-            texts.append(found[start : start + rng.randrange(120, 400)])
+        split = words(document)
+        for start in range(0, min(len(split), 1_200) - 120, 400):
+            texts.append(split[start : start + rng.randrange(120, 400)])
     rng.shuffle(texts)
     texts = texts[: 3 * count]
     vocabulary = sorted({word for text in texts[:200] for word in text})
