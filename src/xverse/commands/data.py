@@ -66,7 +66,8 @@ def _prepare(args: argparse.Namespace) -> int:
     report = prepare(recipe)
     if report is None:
         print(
-            f"submitted; run the same command again for the state and, at the end, the report ({recipe.out})"
+            "submitted; when the jobs have left the queue run the same command again: it prints the report, or "
+            "submits what is missing"
         )
         return 0
     table = Table("source", box=None, pad_edge=False)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import platform
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -169,7 +171,7 @@ class UnitWriter:
         self._docs_path = self._stack.enter_context(atomic_file(f"{self.path}.docs.jsonl.zst"))
         self._raw: dict[str, tuple[Path, BinaryIO]] = {}
         for kind in ("keys", "bands", "signatures") if self.near else ("keys",):
-            raw = self.path.with_name(f".{self.path.name}.{kind}.raw.tmp")
+            raw = self.path.with_name(f".{self.path.name}.{kind}.{platform.node()}.{os.getpid()}.tmp")
             self._raw[kind] = raw, self._stack.enter_context(raw.open("wb"))
         file = self._stack.enter_context(self._docs_path.open("wb"))
         docs = zstandard.ZstdCompressor(level=1).stream_writer(file, closefd=False)

@@ -96,7 +96,8 @@ def prepare(recipe: PrepareRecipe) -> PrepareReport | None:
     """
     units = recipe.units()
     fingerprint = claim(recipe, units)
-    _clear_leftovers(recipe.out)
+    if recipe.executor.kind == "local":  # on a cluster an earlier command's tasks may still be writing
+        _clear_leftovers(recipe.out)
     report = _finished(recipe, fingerprint)
     work = recipe.out / "work"
     if report is not None:
