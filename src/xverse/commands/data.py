@@ -66,7 +66,7 @@ def _prepare(args: argparse.Namespace) -> int:
     report = prepare(recipe)
     if report is None:
         print(
-            "submitted; when the jobs have left the queue run the same command again: it prints the report, or "
+            "submitted; when the jobs have left the queue run this command again: it prints the report or "
             "submits what is missing"
         )
         return 0

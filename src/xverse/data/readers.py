@@ -264,6 +264,8 @@ def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Documen
                 if page and "html" not in (record.http_headers.get_header("Content-Type") or "html"):
                     continue
                 data = record.content_stream().read(limit + 1)
+                if len(data) <= limit and record.raw_stream.limit > 0:
+                    raise EOFError(f"it ends {record.raw_stream.limit} bytes early")
                 if len(data) > limit:
                     report.skip("too_long", number)
                     continue
@@ -274,7 +276,7 @@ def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Documen
                 yield Document(text, unit.lang, unit.input.source or "web")
         except (ArchiveLoadFailed, EOFError, OSError, ValueError) as error:
             why = " ".join(str(error).split())[:200]
-            report.broken_files.append(f"{unit.path.name}: broken web archive after record {number} ({why})")
+            report.broken_files.append(f"{unit.path.name}: broken web archive at record {number} ({why})")
 
 
 def _page_text(data: bytes) -> str | None:
