@@ -14,7 +14,7 @@ fi
 corpus=$(realpath -- "$1") sft=$(realpath -- "$2") out=$(realpath -m -- "$3") shape=${4:-nano}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." # the recipes name files of this checkout
 xverse=$(command -v .venv/bin/xverse || command -v xverse) || {
-  echo "run.sh: xverse is not installed; 'make chat' or 'pip install -e .' does it" >&2
+  echo "run.sh: xverse is not installed; 'pip install -e .[data]' does it" >&2
   exit 1
 }
 

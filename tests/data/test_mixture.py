@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xverse.config import UserError
-from xverse.data.mixture import BLOCK, PERIOD, Mixture, MixtureConfig
+from xverse.data.mixture import BLOCK, PERIOD, Mixture, MixtureConfig, MixtureStage, Schedule
 from xverse.data.order import random_order
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def sizes(count: int) -> dict[str, int]:
@@ -92,7 +95,8 @@ def test_others_share_by_size_and_temperature() -> None:
     assert MixtureConfig({"en": 1.0}).resolve(size) == {"en": 1.0, "a": 0.0, "b": 0.0}
     assert MixtureConfig(None, 0.0).resolve(size) == pytest.approx({"en": 1 / 3, "a": 1 / 3, "b": 1 / 3})
     assert MixtureConfig().resolve(size) == pytest.approx({"en": 1 / 6, "a": 1 / 6, "b": 4 / 6})
-    assert MixtureConfig({"en": 1, "a": 1, "b": 1, "*": 1}).resolve(size) == {"en": 1, "a": 1, "b": 1}
+    percent = {"en": 25.0, "a": 25.0, "b": 25.0, "*": 25.0}
+    assert MixtureConfig(percent).resolve(size) == {"en": 25, "a": 25, "b": 25}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,12 @@ def test_others_share_by_size_and_temperature() -> None:
         (MixtureConfig({"zh": float("nan")}), "the weight of 'zh' is nan"),
         (MixtureConfig({"zh": 0.0, "*": 0.0}), "every weight is zero"),
         (MixtureConfig(None, 2.0), "temperature 2.0 is not between 0 and 1"),
+        (MixtureConfig({"en": 0.5, "zh": 0.4}), "the weights by source sum to 0.9, not to 1"),
+        (MixtureConfig({"en": 60, "zh": 30}), "the weights by source sum to 90, not to 1"),
+        (MixtureConfig(categories={"text": 0.7}), "the weights by category sum to 0.7, not to 1"),
+        (MixtureConfig(categories={"txt": 1.0}), "unknown category 'txt'; did you mean 'text'"),
+        (MixtureConfig(languages={"en": 0.5, "eo": 0.5}), "unknown language 'eo'"),
+        (MixtureConfig({"en": 1.0}, languages={"en": 1.0}), "either weights by source, or categories"),
     ],
 )
 def test_impossible_weights_are_refused(config: MixtureConfig, message: str) -> None:
@@ -121,3 +131,114 @@ def test_orders_are_permutations_and_stay_as_they_are() -> None:
     assert sorted(random_order(100, "x", 1).tolist()) == list(range(100))
     # Pinned: a change here would change the data order of every run that is resumed.
     assert random_order(8, "x", 1).tolist() == [5, 3, 7, 4, 0, 1, 2, 6]
+
+
+KINDS = {
+    "web_en": ("web", "en"),
+    "web_zh": ("web", "zh"),
+    "books_en": ("books", "en"),
+    "code_py": ("code", "py"),
+}
+SIZES = {"web_en": 700, "web_zh": 300, "books_en": 100, "code_py": 50}
+
+
+def test_categories_and_languages() -> None:
+    config = MixtureConfig(categories={"web": 70, "books": 20, "code": 10}, languages={"en": 0.6, "zh": 0.4})
+    assert config.resolve(SIZES, KINDS) == pytest.approx(
+        {"web_en": 42, "web_zh": 28, "books_en": 20, "code_py": 10}
+    )
+    config = MixtureConfig(categories={"web": 0.5, "*": 0.5}, temperature=0.0)
+    assert config.resolve(SIZES, KINDS) == pytest.approx(
+        {"web_en": 0.25, "web_zh": 0.25, "books_en": 0.25, "code_py": 0.25}
+    )
+    config = MixtureConfig(languages={"zh": 0.5, "*": 0.5}, categories={"web": 1.0, "books": 0.0})
+    assert config.resolve(SIZES, KINDS) == pytest.approx(
+        {"web_en": 0.5, "web_zh": 0.5, "books_en": 0, "code_py": 0}
+    )
+
+
+def test_the_published_mixture_is_what_was_published() -> None:
+    config = MixtureConfig(file=ROOT / "recipes" / "7b" / "mixture.yaml").read()
+    assert config.categories is not None
+    assert config.languages is not None
+    assert sum(config.categories.values()) == pytest.approx(100)
+    assert len(config.languages) == 41
+    kinds = {
+        f"{category}_{language}": (category, language)
+        for category in config.categories
+        for language in (["py"] if category == "code" else config.languages)
+    }
+    shares = config.build(dict.fromkeys(kinds, 1000), dict.fromkeys(kinds, 9), kinds, seed=0).shares()
+    assert shares["code_py"] == pytest.approx(0.0709, abs=2e-6)
+    english = sum(share for name, share in shares.items() if name.endswith("_en"))
+    assert english == pytest.approx(0.5491 * (1 - 0.0709), abs=2e-4)  # the languages sum to 100.02
+
+
+def test_epoch_caps_give_what_they_take_to_the_others() -> None:
+    config = MixtureConfig({"en": 0.5, "zh": 0.3, "ta": 0.2}, epochs={"ta": 2.0, "*": 10.0})
+    lengths = {"en": 400, "zh": 400, "ta": 50}
+    kinds = {name: ("text", name) for name in lengths}
+    mixture = config.build(lengths, lengths, kinds, seed=0, sequences=1000)
+    assert mixture.shares() == pytest.approx({"en": 0.5625, "zh": 0.3375, "ta": 0.1}, abs=2e-6)
+    assert mixture.epochs(1000)["ta"] == pytest.approx(2)
+    tight = MixtureConfig({"en": 0.5, "zh": 0.3, "ta": 0.2}, epochs={"*": 1.0})
+    with pytest.raises(UserError, match="the caps in epochs leave the run too little text"):
+        tight.build(lengths, lengths, kinds, seed=0, sequences=1000)
+    with pytest.raises(UserError, match="unknown source 'tamil'"):
+        MixtureConfig(epochs={"tamil": 1.0}).build(lengths, lengths, kinds, seed=0, sequences=10)
+
+
+def staged() -> Schedule:
+    config = MixtureConfig(
+        {"a": 0.5, "b": 0.5}, stages=[MixtureStage({"a": 0.9, "b": 0.1}, from_step=300)], epochs={"a": 4.0}
+    )
+    lengths = {"a": 500, "b": 500}
+    kinds = {name: ("text", name) for name in lengths}
+    mixture = config.build(lengths, lengths, kinds, seed=1, sequences=4000, batch_size=10)
+    assert isinstance(mixture, Schedule)
+    return mixture
+
+
+def test_stages_change_the_shares_at_their_step_and_go_on_in_the_sources() -> None:
+    mixture = staged()
+    found = [mixture.locate(n) for n in range(4000)]
+    assert Counter(name for name, _ in found[:3000])["a"] == pytest.approx(1500, abs=2)
+    # 4 epochs of 500 are 2,000 draws: 1,500 are gone, so the second part has a half, not nine tenths
+    assert Counter(name for name, _ in found[3000:])["a"] == pytest.approx(500, abs=2)
+    for name in "ab":
+        ks = [k for source, k in found if source == name]
+        assert ks == list(range(len(ks)))
+    assert mixture.epochs(4000)["a"] == pytest.approx(4, abs=0.01)
+    assert sum(mixture.shares().values()) == pytest.approx(1)
+    assert [staged().locate(n) for n in (3999, 0, 3000)] == [found[3999], found[0], found[3000]]
+
+
+def test_stages_out_of_order() -> None:
+    lengths, kinds = {"a": 5}, {"a": ("text", "a")}
+    late = MixtureConfig(stages=[MixtureStage(from_step=9)])
+    with pytest.raises(UserError, match="the run ends before"):
+        late.build(lengths, lengths, kinds, 0, sequences=40, batch_size=5)
+    with pytest.raises(UserError, match="only a recipe for pretraining has steps"):
+        late.build(lengths, lengths, kinds, 0)
+    twice = MixtureConfig(stages=[MixtureStage(from_step=2), MixtureStage(from_step=2)])
+    with pytest.raises(UserError, match="must grow"):
+        twice.build(lengths, lengths, kinds, 0, sequences=400, batch_size=5)
+
+
+def test_a_million_simulated_sequences_have_the_expected_shares() -> None:
+    mixture = Mixture({"a": 0.7, "b": 0.2999, "c": 0.0001}, {"a": 1, "b": 1, "c": 1}, seed=0)
+    assert mixture.simulate() == mixture.shares()
+    for count in (0, 1, 999, 1000, 123_456, 2_500_000):
+        drawn = mixture.drawn(count)
+        assert sum(drawn.values()) == count
+        if count:
+            source, k = mixture.locate(count - 1)
+            assert k == drawn[source] - 1
+
+
+def test_a_file_says_everything(tmp_path: Path) -> None:
+    (tmp_path / "mixture.yaml").write_text("weights: {en: 0.4, zh: 0.6}\n")
+    given = MixtureConfig(file=tmp_path / "mixture.yaml")
+    assert given.read() == MixtureConfig({"en": 0.4, "zh": 0.6})
+    with pytest.raises(UserError, match="say nothing beside it"):
+        MixtureConfig(temperature=0.5, file=tmp_path / "mixture.yaml").read()

@@ -141,6 +141,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--bits", type=int, nargs="+", choices=[4, 8], default=[4, 8], metavar="4|8")
     quality.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
 
+    data = add("data", "preparing text: shards beside the tokenizers library, the whole pipeline, its stages")
+    data.add_argument("--corpus", required=True, metavar="DIR", help="a folder of {language}.jsonl.gz")
+    data_parts = ["encode", "pipeline", "duplicates", "language", "questions"]
+    data.add_argument("--part", choices=data_parts, help="one part (default: all)")
+    data.add_argument("--tokenizer", metavar="DIR", help="a tokenizer's folder (default: nano's)")
+    data.add_argument("--data-dir", metavar="DIR", help="the folder of the benchmarks, to look for in text")
+    data.add_argument("--directory", metavar="DIR", help="where shards are made (default: $TMPDIR)")
+    data.add_argument("--workers", type=positive, metavar="N", help="processes (default: all usable cores)")
+    data.add_argument(
+        "--repeat", type=positive, default=1, metavar="N", help="of the corpus, in --part encode"
+    )
+    data.add_argument("--lines", type=positive, default=300, metavar="N", help="of each language")
+
     load = add("load", "peak memory while loading, against the size of the weights")
     load.add_argument("--shape", default="7b", metavar="S", help="a named shape")
     load.add_argument("--directory", metavar="DIR", help="where the weights are made (default: $TMPDIR)")

@@ -21,6 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", help="a mixture as a tree, or one example coloured by its loss mask")
     show.add_argument("recipe", nargs="?", metavar="RECIPE|FOLDER", help="a recipe, or a prepared folder")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the recipe's")
+    show.add_argument("--mixture", metavar="FILE", help="a mixture in place of the recipe's")
     show.add_argument("--dialogues", metavar="PATH", help="a file or folder of instructions")
     show.add_argument("--tokenizer", metavar="DIR", help="the tokenizer for --dialogues")
     show.add_argument("--dataset", metavar="D", help="a name of dataset_info.json, a file or a hub id")
@@ -50,16 +51,31 @@ def _prepare(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from xverse.config import load
-    from xverse.data.prepare import PrepareRecipe, prepare
+    from xverse.config import UserError, load
 
-    report = prepare(load(PrepareRecipe, args.recipe, args.overrides))
+    try:
+        from xverse.data.prepare import PrepareRecipe, prepare
+    except ModuleNotFoundError as error:
+        if error.name not in ("datatrove", "py3langid", "zstandard"):
+            raise
+        raise UserError(
+            f"data prepare needs {error.name}: pip install 'xverse-lm[data]', or -e '.[data]' in a checkout"
+        ) from None
+
+    recipe = load(PrepareRecipe, args.recipe, args.overrides)
+    report = prepare(recipe)
+    if report is None:
+        print(
+            "submitted; when the jobs have left the queue run this command again: it prints the report or "
+            "submits what is missing"
+        )
+        return 0
     table = Table("source", box=None, pad_edge=False)
     for column in ("documents", "held out", "bad lines", "tokens", "bytes/token"):
         table.add_column(column, justify="right")
     for row in report.sources:
         size = row.text_bytes / max(1, row.tokens + row.valid_tokens)
-        figures = (row.documents, row.valid_documents, row.skipped_lines, row.tokens)
+        figures: tuple[int, ...] = (row.documents, row.valid_documents, row.skipped_lines, row.tokens)
         table.add_row(row.name, *(f"{figure:,}" for figure in figures), f"{size:.2f}")
     Console(highlight=False).print(table)
     total = sum(row.tokens for row in report.sources)
@@ -68,6 +84,10 @@ def _prepare(args: argparse.Namespace) -> int:
         f"{len(report.sources)} sources, {total:,} tokens for training, {held:,} held out; "
         f"{report.duplicates} exact duplicates removed"
     )
+    if report.dropped:
+        print("dropped: " + ", ".join(f"{count:,} by {stage}" for stage, count in report.dropped.items()))
+    if recipe.stages.any():
+        print(f"what became of the text: {recipe.out / 'report.md'}")
     for name, text in report.skipped.items():
         print(f"{name}: {text}")
     return 0
@@ -76,6 +96,8 @@ def _prepare(args: argparse.Namespace) -> int:
 def _show_mixture(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.tree import Tree
+
+    from xverse.data.mixture import PERIOD, Schedule
 
     feed, sequences = _feed(args)
     shares, epochs = feed.mixture.shares(), feed.mixture.epochs(sequences)
@@ -94,6 +116,20 @@ def _show_mixture(args: argparse.Namespace) -> int:
             text = f"{name}  {100 * shares[name]:.2f} %  {feed.train[name].header.tokens:,} tokens"
             branch.add(text + (f"  {epochs[name]:.2f} epochs" if sequences else ""))
     Console(highlight=False).print(tree)
+    mixture = feed.mixture
+    stages = (
+        zip(mixture.starts, mixture.parts, strict=True) if isinstance(mixture, Schedule) else [(0, mixture)]
+    )
+    for start, part in stages:
+        expected, drawn = part.shares(), part.simulate()
+        worst = max(expected, key=lambda name: abs(drawn[name] - expected[name]))
+        where = f"from sequence {start:,}: " if start else ""
+        print(
+            f"{where}drawn among {PERIOD:,} simulated sequences: every share within "
+            f"{100 * abs(drawn[worst] - expected[worst]):.4f} points of the expected one"
+        )
+        if start or isinstance(mixture, Schedule):
+            print("  " + ", ".join(f"{name} {100 * share:.2f} %" for name, share in expected.items()))
     return 0
 
 
@@ -104,21 +140,26 @@ def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
     from xverse.data.mixture import MixtureConfig
 
     path = Path(args.recipe)
+    given = MixtureConfig(file=Path(args.mixture)) if args.mixture else MixtureConfig()
     if not path.exists():
         raise UserError(f"{path}: no such recipe or folder")
     if path.is_dir():
         if args.overrides:
             raise UserError(f"'{args.overrides[0]}': a folder takes no settings, only a recipe does")
-        return PretrainFeed(path, MixtureConfig(), 512, 0), 0
-    if "corpus" in read_yaml(path):
+        return PretrainFeed(path, given, 512, 0), 0
+    if {"corpus", "inputs"} & set(read_yaml(path)):
         from xverse.data.prepare import PrepareRecipe
 
-        return PretrainFeed(load(PrepareRecipe, path, args.overrides).out, MixtureConfig(), 512, 0), 0
+        return PretrainFeed(load(PrepareRecipe, path, args.overrides).out, given, 512, 0), 0
     from xverse.train import PretrainRecipe
 
     recipe = load(PretrainRecipe, path, args.overrides)
-    feed = PretrainFeed(recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed)
-    return feed, recipe.train.steps * recipe.train.batch_size
+    sequences = recipe.train.steps * recipe.train.batch_size
+    mixture = given if args.mixture else recipe.mixture
+    feed = PretrainFeed(
+        recipe.data, mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.batch_size
+    )
+    return feed, sequences
 
 
 def _show_example(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from xverse.config import UserError, choose
-from xverse.data.mixture import Mixture, MixtureConfig
+from xverse.data.mixture import MixtureConfig
 from xverse.data.packing import PackedSequence, StreamPacker
 from xverse.data.shards import Shard
 from xverse.model import IGNORE
@@ -45,10 +45,19 @@ class PretrainFeed:
     """The training batches and validation batches of a prepared folder.
 
     The order is a pure function of (seed, step): it does not know how many processes read it. Raises
-    UserError for a folder that is not prepared, for damaged shards and for an impossible mixture.
+    UserError for a folder that is not prepared, for damaged shards and for an impossible mixture. Caps and
+    stages of a mixture need the number of ``sequences`` of the run and of a step (``batch_size``).
     """
 
-    def __init__(self, folder: str | Path, mixture: MixtureConfig, length: int, seed: int) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        mixture: MixtureConfig,
+        length: int,
+        seed: int,
+        sequences: int = 0,
+        batch_size: int = 0,
+    ) -> None:
         self.folder, self.length = Path(folder), length
         if not (self.folder / "train").is_dir():
             raise UserError(
@@ -59,10 +68,17 @@ class PretrainFeed:
         self.valid = self._open("valid")
         if not self.train:
             raise UserError(f"{self.folder / 'train'}: no token shard here; run xverse data prepare first")
-        weights = mixture.resolve({name: shard.header.tokens for name, shard in self.train.items()})
         self.packers = {name: StreamPacker(shard, length, seed) for name, shard in self.train.items()}
         sizes = {name: packer.sequences_per_epoch for name, packer in self.packers.items()}
-        self.mixture = Mixture(weights, sizes, seed)
+        headers = {name: shard.header for name, shard in self.train.items()}
+        self.mixture = mixture.read().build(
+            {name: header.tokens for name, header in headers.items()},
+            sizes,
+            {name: (header.category, header.language) for name, header in headers.items()},
+            seed,
+            sequences,
+            batch_size,
+        )
         self._token_bytes: NDArray[np.int64] | None = None
 
     def _open(self, split: str) -> dict[str, Shard]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xverse.config import UserError, nearest
+from xverse.config import UserError, load, nearest
 from xverse.data.order import random_order
 
 BLOCK = 1_000
@@ -18,40 +22,185 @@ OTHERS = "*"
 
 
 @dataclass
-class MixtureConfig:
-    """How often each source is drawn.
+class Shares:
+    """How often each source is drawn, in one stage of a run.
 
-    ``weights`` by source; ``*`` stands for every source that is not named, and its weight is divided among
-    them by size ** ``temperature``. Sources that no key covers are not drawn. Without weights every source
-    is drawn by size ** ``temperature`` (1, the default: as it comes; 0: all alike).
+    ``weights``: shares of sources by name. Or ``categories``: shares of categories, and ``languages``: shares
+    of languages within every category that has any of them. ``*`` stands for all that are not named. Where
+    nothing says more, sources are drawn by size ** ``temperature`` (1, the default: as they come; 0: all
+    alike), and so is the share of ``*`` divided. Shares that are written sum to 1, or to 100. What no key
+    covers is not drawn.
     """
 
     weights: dict[str, float] | None = None
     temperature: float | None = None
+    categories: dict[str, float] | None = None
+    languages: dict[str, float] | None = None
 
-    def resolve(self, sizes: Mapping[str, int]) -> dict[str, float]:
-        """A weight for every source of ``sizes``. Raises UserError for unknown or impossible weights."""
+    def resolve(self, sizes: Mapping[str, int], kinds: Kinds | None = None) -> dict[str, float]:
+        """A weight for every source of ``sizes``; ``kinds``: (category, language) of each.
+
+        Raises UserError for unknown names and for impossible weights.
+        """
         power = 1.0 if self.temperature is None else self.temperature
         if not 0 <= power <= 1:
             raise UserError(f"mixture: temperature {power} is not between 0 and 1")
-        weights = {OTHERS: 1.0} if self.weights is None else dict(self.weights)
-        rest = weights.pop(OTHERS, 0.0)
-        check_weights({**weights, OTHERS: rest}, [*sizes, OTHERS])
-        scaled = {name: float(size) ** power for name, size in sizes.items() if name not in weights}
-        total = sum(scaled.values())
-        others = {name: rest * value / total for name, value in scaled.items()}
-        return {name: weights.get(name, others.get(name, 0.0)) for name in sizes}
+        scaled = {name: float(size) ** power for name, size in sizes.items()}
+        if self.categories is None and self.languages is None:
+            return _divide(self.weights, {name: name for name in sizes}, scaled, "source")
+        if self.weights is not None:
+            raise UserError("mixture: say either weights by source, or categories and languages")
+        kinds = kinds or {name: ("text", name) for name in sizes}
+        category = {name: kinds[name][0] for name in sizes}
+        language = {name: kinds[name][1] for name in sizes}
+        if self.languages is not None:
+            check_weights(self.languages, [*language.values(), OTHERS], "language", summing=True)
+            for each in set(category.values()):
+                mine = {name: scaled[name] for name in sizes if category[name] == each}
+                # A category with no language that is named, such as code, is divided by size.
+                if OTHERS in self.languages or any(language[name] in self.languages for name in mine):
+                    named = {language[name]: self.languages.get(language[name], 0.0) for name in mine}
+                    named = {key: value for key, value in named.items() if key in self.languages}
+                    rest = self.languages.get(OTHERS, 0.0)
+                    if rest or any(named.values()):
+                        scaled |= _divide({**named, OTHERS: rest}, language, mine, "language", summing=False)
+                    else:
+                        scaled |= dict.fromkeys(mine, 0.0)
+        return _divide(self.categories, category, scaled, "category")
 
 
-def check_weights(weights: Mapping[str, float], sources: list[str]) -> None:
-    """Raises UserError for a source that does not exist, a negative weight, or weights that are all zero."""
+@dataclass
+class MixtureStage(Shares):
+    """Shares that hold from a step of the run on."""
+
+    from_step: int = 0
+
+
+@dataclass
+class MixtureConfig(Shares):
+    """How often each source is drawn in a run: ``Shares``, with caps and stages.
+
+    ``epochs``: how many times a run may go through a source, by source or ``*``; what a cap takes away the
+    other sources have. ``stages`` replace the shares from their steps on. ``file`` says all this elsewhere.
+    """
+
+    epochs: dict[str, float] = field(default_factory=dict)
+    stages: list[MixtureStage] = field(default_factory=list)
+    file: Path | None = None
+
+    def read(self) -> MixtureConfig:
+        """What ``file`` says, or this. Raises UserError where both say something."""
+        if self.file is None:
+            return self
+        if self != MixtureConfig(file=self.file):
+            raise UserError("mixture: a file says everything; say nothing beside it")
+        return load(MixtureConfig, self.file)
+
+    def build(
+        self,
+        sizes: Mapping[str, int],
+        lengths: Mapping[str, int],
+        kinds: Kinds,
+        seed: int,
+        sequences: int = 0,
+        batch_size: int = 0,
+    ) -> Mixture | Schedule:
+        """The mixture of a run of so many sequences, so many a step (0: not known; then no cap holds).
+
+        ``sizes``: tokens of each source; ``lengths``: sequences of its epoch. Raises UserError as ``resolve``
+        does, for stages out of order, and for caps that leave nothing to draw.
+        """
+        stages: list[Shares] = [self, *self.stages]
+        steps = [0, *(stage.from_step for stage in self.stages)]
+        if any(after <= before for before, after in itertools.pairwise(steps)):
+            raise UserError("mixture: the stages' from_step must grow, and begin above 0")
+        if len(stages) > 1 and batch_size == 0:
+            raise UserError("mixture: stages count steps, and only a recipe for pretraining has steps")
+        starts = [step * batch_size for step in steps]
+        if len(stages) > 1 and sequences and starts[-1] >= sequences:
+            raise UserError(f"mixture: a stage begins at step {steps[-1]}, and the run ends before")
+        weights = [stage.resolve(sizes, kinds) for stage in stages]
+        if self.epochs and sequences:
+            weights = self._capped(weights, [*starts, sequences], lengths)
+        if len(stages) == 1:
+            return Mixture(weights[0], lengths, seed)
+        parts = [Mixture(each, lengths, seed, stage) for stage, each in enumerate(weights)]
+        return Schedule(parts, starts, sequences)
+
+    def _capped(
+        self, weights: list[dict[str, float]], bounds: list[int], lengths: Mapping[str, int]
+    ) -> list[dict[str, float]]:
+        names = [*lengths]
+        check_weights(self.epochs, [*names, OTHERS])
+        caps = {name: self.epochs.get(name, self.epochs.get(OTHERS, float("inf"))) for name in names}
+        left = {name: caps[name] * lengths[name] for name in names}
+        capped = []
+        for stage, (start, stop) in zip(weights, itertools.pairwise(bounds), strict=True):
+            capped.append(_cap(stage, {name: left[name] / (stop - start) for name in names}))
+            for name, share in capped[-1].items():
+                left[name] = max(0.0, left[name] - share * (stop - start))
+        return capped
+
+
+Kinds = Mapping[str, tuple[str, str]]
+
+
+def _divide(
+    shares: Mapping[str, float] | None,
+    group: Mapping[str, str],
+    scaled: Mapping[str, float],
+    what: str,
+    summing: bool = True,
+) -> dict[str, float]:
+    """Weights of sources: the share of each one's group, divided within it in proportion to ``scaled``."""
+    given = {OTHERS: 1.0} if shares is None else dict(shares)
+    rest = given.pop(OTHERS, 0.0)
+    check_weights({**given, OTHERS: rest}, [*(group[name] for name in scaled), OTHERS], what, summing)
+    keys = {name: group[name] if group[name] in given else OTHERS for name in scaled}
+    totals: dict[str, float] = {}
+    for name, value in scaled.items():
+        totals[keys[name]] = totals.get(keys[name], 0.0) + value
+    result = {}
+    for name, value in scaled.items():
+        share, whole = given.get(keys[name], rest), totals[keys[name]]
+        alone = value == whole and keys[name] != OTHERS
+        result[name] = 0.0 if value == 0 else share if alone else share * value / whole
+    return result
+
+
+def _cap(weights: Mapping[str, float], most: Mapping[str, float]) -> dict[str, float]:
+    """Shares in proportion to weights, none above its ``most``. UserError where they cannot reach 1."""
+    if sum(most[name] for name, weight in weights.items() if weight > 0) < 1 - 1e-9:
+        raise UserError("mixture: the caps in epochs leave the run too little text; raise them or shorten it")
+    total = sum(weights.values())
+    shares = {name: weight / total for name, weight in weights.items()}
+    fixed: set[str] = set()
+    while over := {name for name in shares if name not in fixed and shares[name] > most[name] * (1 + 1e-12)}:
+        fixed |= over
+        free = sum(weight for name, weight in weights.items() if name not in fixed)
+        rest = 1 - sum(most[name] for name in fixed)
+        shares = {
+            name: most[name] if name in fixed else rest * weight / free if free else 0.0
+            for name, weight in weights.items()
+        }
+    return shares
+
+
+def check_weights(
+    weights: Mapping[str, float], known: list[str], what: str = "source", summing: bool = False
+) -> None:
+    """Raises UserError for a name that does not exist, a negative weight, or weights that are all zero; with
+    ``summing`` also for weights that sum neither to 1 nor to 100, but for half a hundredth of it."""
     for name, weight in weights.items():
-        if name not in sources:
-            raise UserError(f"mixture: unknown source '{name}'{nearest(name, sources)}")
+        if name not in known:
+            raise UserError(f"mixture: unknown {what} '{name}'{nearest(name, known)}")
         if not 0 <= weight < float("inf"):
             raise UserError(f"mixture: the weight of '{name}' is {weight}; weights are 0 or more")
-    if not any(weights.values()):
+    total = sum(weights.values())
+    if weights and total == 0:
         raise UserError("mixture: every weight is zero")
+    if summing and not (abs(total - 1) <= 0.005 or abs(total - 100) <= 0.5):
+        raise UserError(f"mixture: the weights by {what} sum to {total:g}, not to 1 (or to 100)")
 
 
 class Mixture:
@@ -62,9 +211,12 @@ class Mixture:
     to say how many epochs a run makes.
     """
 
-    def __init__(self, weights: Mapping[str, float], sizes: Mapping[str, int], seed: int) -> None:
+    def __init__(
+        self, weights: Mapping[str, float], sizes: Mapping[str, int], seed: int, stage: int = 0
+    ) -> None:
         check_weights(weights, list(sizes))
         self.seed = seed
+        self._key = ("mixture", seed) if stage == 0 else ("mixture", seed, "stage", stage)
         self.sizes = dict(sizes)
         self.names = [name for name, weight in weights.items() if weight > 0]
         self.counts = _apportion(np.array([weights[name] for name in self.names], np.float64))
@@ -80,7 +232,7 @@ class Mixture:
 
     def _make_block(self, block: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         period, row = divmod(block, PERIOD // BLOCK)
-        slots = self._slots[row][random_order(BLOCK, "mixture", self.seed, block)]
+        slots = self._slots[row][random_order(BLOCK, *self._key, block)]
         drawn = np.empty(BLOCK, np.int64)
         for index in np.unique(slots):
             places = np.flatnonzero(slots == index)
@@ -92,6 +244,27 @@ class Mixture:
         assert n >= 0
         slots, drawn = self._block(n // BLOCK)
         return self.names[slots[n % BLOCK]], int(drawn[n % BLOCK])
+
+    def drawn(self, count: int) -> dict[str, int]:
+        """How often each source is drawn among the first ``count`` sequences."""
+        block, inside = divmod(count, BLOCK)
+        period, row = divmod(block, PERIOD // BLOCK)
+        totals = period * self.counts + self._before[row]
+        if inside:
+            totals = totals + np.bincount(self._block(block)[0][:inside], minlength=len(self.names))
+        return {name: int(total) for name, total in zip(self.names, totals, strict=True)}
+
+    def simulate(self, count: int = PERIOD) -> dict[str, float]:
+        """The share of each source among ``count`` sequences, drawn one block after the other."""
+        totals = np.zeros(len(self.names), np.int64)
+        for block in range(-(-count // BLOCK)):
+            slots = self._make_block(block)[0][: count - block * BLOCK]
+            totals += np.bincount(slots, minlength=len(self.names))
+        return {name: int(total) / count for name, total in zip(self.names, totals, strict=True)}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the order, besides the seed."""
+        return self.shares()
 
     def shares(self) -> dict[str, float]:
         """The share of the sequences that each source with a positive weight has, in all 1."""
@@ -109,6 +282,52 @@ class Mixture:
     def epochs(self, sequences: int) -> dict[str, float]:
         """How many times a run of so many sequences goes through each source."""
         return {name: share * sequences / max(1, self.sizes[name]) for name, share in self.shares().items()}
+
+
+class Schedule:
+    """Mixtures one after the other: part ``i`` from sequence ``starts[i]`` on, in a run of ``sequences``.
+
+    A part goes on in each source where the one before it stopped.
+    """
+
+    def __init__(self, parts: list[Mixture], starts: list[int], sequences: int) -> None:
+        self.parts, self.starts, self.sequences = parts, starts, sequences
+        self.sizes = parts[0].sizes
+        self._before: list[dict[str, int]] = [{}]
+        for part, (start, stop) in zip(parts, itertools.pairwise(starts), strict=False):
+            before, drawn = self._before[-1], part.drawn(stop - start)
+            self._before.append({name: before.get(name, 0) + drawn.get(name, 0) for name in self.sizes})
+
+    def locate(self, n: int) -> tuple[str, int]:
+        """The source of the run's n-th sequence, and that it is the k-th drawn from there (both from 0)."""
+        index = bisect.bisect_right(self.starts, n) - 1
+        source, k = self.parts[index].locate(n - self.starts[index])
+        return source, k + self._before[index].get(source, 0)
+
+    def shares(self) -> dict[str, float]:
+        """The share of the run's sequences that each source has; where its length is unknown, of part 0."""
+        if not self.sequences:
+            return self.parts[0].shares()
+        drawn = self._totals(self.sequences)
+        return {name: count / self.sequences for name, count in drawn.items() if count}
+
+    def epochs(self, sequences: int) -> dict[str, float]:
+        """How many times a run of so many sequences goes through each source."""
+        return {name: n / max(1, self.sizes[name]) for name, n in self._totals(sequences).items() if n}
+
+    def _totals(self, count: int) -> dict[str, int]:
+        index = bisect.bisect_left(self.starts, count, 1) - 1
+        drawn = self.parts[index].drawn(count - self.starts[index])
+        return {name: self._before[index].get(name, 0) + drawn.get(name, 0) for name in self.sizes}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the order, besides the seed."""
+        return {f"from {start}": part.shares() for start, part in zip(self.starts, self.parts, strict=True)}
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"from {start:,} {part}" for start, part in zip(self.starts, self.parts, strict=True)
+        )
 
 
 def _apportion(weights: NDArray[np.float64]) -> NDArray[np.int64]:

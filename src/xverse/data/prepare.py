@@ -1,13 +1,18 @@
-"""``xverse data prepare``: a folder of text becomes a tokenizer and token shards, split into train and valid.
+"""``xverse data prepare``: text becomes a tokenizer and token shards, split into train and valid.
 
     OUT/recipe.json            what made this folder; another recipe is refused
     OUT/tokenizer/             tokenizer.json and its configuration
     OUT/train/NAME/            one token shard for each source of text (xverse.data.shards)
     OUT/valid/NAME/            held-out documents
+    OUT/report.md, report.png  what each stage kept and dropped, with examples
+    OUT/skipped.txt            lines that could not be read, with file and number, where there are any
     OUT/report.json            the table that is printed, written last
+    OUT/work/                  what the phases hand on, until the report is written
 
-Every file is a pure function of the recipe and the corpus, so a run that was killed is simply run again: what
-is finished stays, the rest is made anew, byte for byte the same.
+The phases: index (the benchmarks' questions), clean (read, stages), copies (find duplicates), plan (which go,
+which are held out), tokenizer, encode, join, report. Every file is a pure function of recipe and text,
+whatever runs it (``xverse.data.executor``). So a run that was killed is simply run again: what is finished
+stays, the rest is made anew, byte for byte the same.
 """
 
 from __future__ import annotations
@@ -17,36 +22,40 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress, TaskID
+import numpy as np
 
 from xverse.config import UserError
-from xverse.data.corpus import CorpusReport, Document, corpus_files, file_stem, read_documents
-from xverse.data.shards import ShardHeader, ShardWriter, read_header
+from xverse.data.clean import BuildIndex, Clean, StagesConfig
+from xverse.data.duplicates import Documents, choose_copies, exact_pairs, near_pairs
+from xverse.data.encode import SPLITS, Encode, Join, Plan, Source, documents
+from xverse.data.executor import ExecutorConfig, Phase, run_phases
+from xverse.data.ledger import UnitRecord
+from xverse.data.prepare_report import PreparedSource, PrepareReport, WriteReport
+from xverse.data.readers import Input, Unit, corpus_units, input_units
+from xverse.data.shards import read_header
 from xverse.files import atomic_directory, atomic_file
-from xverse.log import notice, progress
+from xverse.log import notice
 from xverse.tokenizer import Tokenizer, train_tokenizer
-
-BATCH_BYTES = 2_000_000
-SPLITS = ("train", "valid")
 
 
 @dataclass
 class PrepareRecipe:
     """What ``prepare`` makes of which text.
 
-    A source of text is a language (the documents' ``lang``), or a whole stem where the file is named
-    ``CATEGORY_LANG.jsonl.gz`` (``code_py``). ``tokenizer_sample_bytes`` caps each source's part in training
-    the tokenizer, ``tokenizer_sample_overrides`` names other caps. About ``valid_share`` of each source, at
-    most ``valid_bytes``, is held out.
+    The text is a ``corpus`` folder of JSON lines, or ``inputs`` of any kind. A source of text is a language
+    (the documents' ``lang``), with a category ``CATEGORY_LANG``; a corpus file's own name says the category
+    (``code_py``). ``tokenizer_sample_bytes`` caps each source's part in training the tokenizer,
+    ``tokenizer_sample_overrides`` names other caps. About ``valid_share`` of each source, at most
+    ``valid_bytes``, is held out. Where more than ``max_bad_share`` of the lines cannot be read, or a file is
+    broken and ``allow_broken_files`` is false, the run fails; lines above ``max_line_bytes`` are skipped.
     """
 
-    corpus: Path
-    out: Path
+    corpus: Path | None = None
+    out: Path = Path()
     tokenizer: Path | None = None
     vocab_size: int = 12_288
     limit_alphabet: int | None = None
@@ -55,137 +64,158 @@ class PrepareRecipe:
     valid_share: float = 0.01
     valid_bytes: int = 100_000
     seed: int = 0
+    inputs: list[Input] = field(default_factory=list)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    max_bad_share: float = 0.05
+    allow_broken_files: bool = True
+    max_line_bytes: int = 64_000_000
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.valid_share < 1:
-            raise ValueError(f"valid_share {self.valid_share} is not between 0 and 1")
-        for name in ("vocab_size", "tokenizer_sample_bytes", "valid_bytes"):
+        if self.out == Path():
+            raise ValueError("missing key 'out'")
+        if (self.corpus is None) == (not self.inputs):
+            raise ValueError("name the text: either corpus or inputs")
+        for name in ("valid_share", "max_bad_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 1")
+        for name in ("vocab_size", "tokenizer_sample_bytes", "valid_bytes", "max_line_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive")
 
-
-@dataclass
-class Source:
-    """One source of text: where it stands in the corpus and which of its documents are held out."""
-
-    name: str
-    language: str
-    category: str
-    files: list[int] = field(default_factory=list)
-    documents: int = 0
-    text_bytes: int = 0
-    valid: set[int] = field(default_factory=set)
+    def units(self) -> list[Unit]:
+        """Every file of the recipe. Raises UserError where there are none."""
+        return corpus_units(self.corpus) if self.corpus is not None else input_units(self.inputs)
 
 
-@dataclass
-class Scan:
-    """What one pass over the corpus found. ``duplicates`` are (file index, document ordinal)."""
+def prepare(recipe: PrepareRecipe) -> PrepareReport | None:
+    """Make ``recipe.out``, or what is missing of it; None where a cluster's queue has it now.
 
-    files: list[Path]
-    sources: dict[str, Source]
-    duplicates: set[tuple[int, int]]
-    reports: list[CorpusReport]
-
-    def owner(self, file: int) -> str:
-        """The first source, by name, that stands in a file."""
-        return next(name for name, source in self.sources.items() if file in source.files)
-
-
-@dataclass
-class PreparedSource:
-    """One row of the table that ``prepare`` prints."""
-
-    name: str
-    documents: int
-    tokens: int
-    text_bytes: int
-    valid_documents: int
-    valid_tokens: int
-    skipped_lines: int
-
-
-@dataclass
-class PrepareReport:
-    """The result of ``prepare``."""
-
-    sources: list[PreparedSource]
-    duplicates: int
-    skipped: dict[str, str]
-    vocab_size: int
-    tokenizer: str
-
-
-def prepare(recipe: PrepareRecipe) -> PrepareReport:
-    """Make ``recipe.out`` from ``recipe.corpus``, or what is missing of it.
-
-    Raises UserError for a missing or empty corpus, a folder that another recipe made, and damaged shards.
+    Raises UserError for missing, empty or too broken text, a folder that another recipe made, damaged shards
+    and a full disk.
     """
-    paths = [path for group in corpus_files(recipe.corpus).values() for path in group]
-    fingerprint = _claim(recipe, paths)
-    _clear_leftovers(recipe.out)
+    units = recipe.units()
+    fingerprint = claim(recipe, units)
+    if recipe.executor.kind == "local":  # on a cluster an earlier command's tasks may still be writing
+        _clear_leftovers(recipe.out)
     report = _finished(recipe, fingerprint)
+    work = recipe.out / "work"
     if report is not None:
+        shutil.rmtree(work, ignore_errors=True)
         notice(f"{recipe.out}: complete, nothing to do")
         return report
-    with progress() as bar:
-        scan = scan_corpus(paths, recipe, bar)
-        tokenizer = _tokenizer(recipe, scan, bar)
-        total = sum(source.text_bytes for source in scan.sources.values())
-        task = bar.add_task("tokenizing, KB", total=total // 1000)
-        for source in scan.sources.values():
-            write_source(recipe, scan, source, tokenizer, fingerprint, bar, task)
-    report = _report(recipe, scan, tokenizer)
-    with atomic_file(recipe.out / "report.json") as temporary:
-        _write_json(temporary, {"recipe": fingerprint, **dataclasses.asdict(report)})
+    if not run_phases(phases(recipe, units, fingerprint), recipe.executor, work / "logs"):
+        return None
+    report = _finished(recipe, fingerprint)
+    assert report is not None
+    shutil.rmtree(work, ignore_errors=True)
     return report
 
 
-def source_of(stem: str, language: str) -> tuple[str, str]:
-    """The source's name and category for a document of a language in a file of a stem."""
-    if stem.endswith(f"_{language}"):
-        return stem, stem.removesuffix(f"_{language}")
-    return language, "text"
+def phases(recipe: PrepareRecipe, units: list[Unit], fingerprint: str) -> list[Phase]:
+    """The phases of a run, in their order."""
+    work, stages, count = recipe.out / "work", recipe.stages, len(units)
+    tasks = min(count, recipe.executor.tasks)
+    index, tokenizer = work / "questions.npz", recipe.out / "tokenizer"
+    clean = Clean(units, stages, work / "docs", index, recipe.max_line_bytes, recipe.seed)
+    found = [Phase("index", BuildIndex(stages.decontaminate, index))] if stages.decontaminate else []
+    return [
+        *found,
+        Phase("clean", clean, tasks),
+        Phase("copies", FindCopies(recipe, count), tasks),
+        Phase("plan", MakePlan(recipe, units)),
+        Phase("tokenizer", MakeTokenizer(recipe, count)),
+        Phase("encode", Encode(work, tokenizer, [unit.size for unit in units], fingerprint), tasks),
+        Phase("join", Join(work, recipe.out, tokenizer, count, fingerprint), tasks),
+        Phase("report", WriteReport(recipe.out, [unit.name for unit in units], stages, fingerprint)),
+    ]
 
 
-def text_hash(text: str, seed: int) -> int:
-    """64 bits that identify a text and, by the seed, decide about holding it out."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest(), "big"
-    )
+@dataclass
+class FindCopies:
+    """Finds the pairs of copies whose hashes fall to a rank: ``WORK/pairs/RANK.npz``."""
+
+    recipe: PrepareRecipe
+    units: int
+
+    def __call__(self, data: Any, rank: int, tasks: int) -> None:
+        work, stage = self.recipe.out / "work", self.recipe.stages.near_duplicates
+        found = Documents(work / "docs", self.units)
+        near = np.empty((0, 2), np.int64)
+        if stage is not None:
+            near = near_pairs(found, rank, tasks, stage.least)
+        with atomic_file(work / "pairs" / f"{rank:05d}.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, exact=exact_pairs(found, rank, tasks), near=near)
 
 
-def scan_corpus(paths: list[Path], recipe: PrepareRecipe, bar: Progress) -> Scan:
-    """Read the corpus once: its sources, exact duplicates (all but the first), and the held-out documents."""
-    sources: dict[str, Source] = {}
-    sizes: dict[str, dict[int, int]] = {}
-    seen: set[int] = set()
-    scan = Scan(paths, sources, set(), [])
-    for index, path in enumerate(bar.track(paths, description="reading, files")):
-        scan.reports.append(CorpusReport())
-        for ordinal, document in enumerate(read_documents(path, scan.reports[index])):
-            key = text_hash(document.text, recipe.seed)
-            if key in seen:
-                scan.duplicates.add((index, ordinal))
-                continue
-            seen.add(key)
-            name, category = source_of(file_stem(path), document.lang)
-            source = sources.setdefault(name, Source(name, document.lang, category))
-            if index not in source.files:
-                source.files.append(index)
-            size = len(document.text.encode())
-            sizes.setdefault(name, {})[key] = size
-            source.documents += 1
-            source.text_bytes += size
-    if not sources:
-        why = "; ".join(filter(None, (report.describe() for report in scan.reports)))
-        raise UserError(f"{recipe.corpus}: no usable document in this corpus{f' ({why})' if why else ''}")
-    for path, found in zip(paths, scan.reports, strict=True):
-        if found.describe():
-            notice(f"{path.name}: {found.describe()}")
-    for name, source in sources.items():
-        source.valid = choose_valid(sizes[name], recipe.valid_share, recipe.valid_bytes)
-    scan.sources = dict(sorted(sources.items()))
-    return scan
+@dataclass
+class MakePlan:
+    """Decides what becomes of each document: ``WORK/fates/UNIT.npy`` and ``WORK/plan.json``."""
+
+    recipe: PrepareRecipe
+    units: list[Unit]
+
+    def __call__(self, data: Any, rank: int, tasks: int) -> None:
+        work = self.recipe.out / "work"
+        records = [UnitRecord.load(work / "docs" / f"{i:05d}.json") for i in range(len(self.units))]
+        self._check(records)
+        found = Documents(work / "docs", len(self.units))
+        pairs = [np.load(path) for path in sorted((work / "pairs").glob("*.npz"))]
+        exact, near = (np.concatenate([each[kind] for each in pairs]) for kind in ("exact", "near"))
+        fates = choose_copies(len(found), exact, near)
+        plan = Plan({}, int(np.sum(fates == 1)), int(np.sum(fates == 2)))
+        sizes: dict[str, dict[int, int]] = {}
+        for i, record in enumerate(records):
+            mine = fates[found.starts[i] : found.starts[i + 1]]
+            with atomic_file(work / "fates" / f"{i:05d}.npy") as temporary, temporary.open("wb") as file:
+                np.save(file, mine)
+            left = np.asarray(found.keys[i])[mine == 0]
+            for place, (name, language, category) in enumerate(record.sources):
+                rows = left[left["source"] == place]
+                source = plan.sources.setdefault(name, Source(name, language, category))
+                source.documents += len(rows)
+                source.text_bytes += int(rows["bytes"].sum())
+                sizes.setdefault(name, {}).update(
+                    zip(rows["text"].tolist(), rows["bytes"].tolist(), strict=True)
+                )
+        for name, source in plan.sources.items():
+            source.valid = sorted(choose_valid(sizes[name], self.recipe.valid_share, self.recipe.valid_bytes))
+        plan.sources = {name: source for name, source in sorted(plan.sources.items()) if source.documents}
+        for language in self._languages() - {source.language for source in plan.sources.values()}:
+            notice(f"{language}: no document is left in this language")
+        with atomic_file(work / "plan.json") as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(plan)), encoding="utf-8")
+
+    def _languages(self) -> set[str]:
+        stage = self.recipe.stages.language
+        return set(stage.languages) if stage is not None else set()
+
+    def _check(self, records: list[UnitRecord]) -> None:
+        """Refuse text of which nothing is left, and too many bad lines."""
+        recipe = self.recipe
+        for unit, record in zip(self.units, records, strict=True):
+            if record.report.describe():
+                notice(f"{unit.name}: {record.report.describe()}")
+        where = recipe.corpus if recipe.corpus is not None else "inputs"
+        why = "; ".join(filter(None, (record.report.describe() for record in records)))
+        why = f" ({why[:500]})" if why else ""
+        if not any(record.report.read for record in records):
+            raise UserError(f"{where}: no usable document in this corpus{why}")
+        if not any(record.sources for record in records):
+            rules = sorted({rule for record in records for rule in record.ledger.dropped})
+            raise UserError(f"{where}: the stages leave no document ({', '.join(rules)})")
+        bad = sum(record.report.skipped for record in records)
+        lines = bad + sum(record.report.read for record in records)
+        if bad > recipe.max_bad_share * lines:
+            raise UserError(
+                f"{where}: {bad:,} of {lines:,} lines cannot be read, more than max_bad_share "
+                f"{recipe.max_bad_share:g} allows{why}"
+            )
+        broken = [name for record in records for name in record.report.broken_files]
+        if broken and not recipe.allow_broken_files:
+            raise UserError(
+                f"{where}: {len(broken)} broken files, which allow_broken_files forbids: {broken[0]}"
+            )
 
 
 def choose_valid(sizes: dict[int, int], share: float, most: int) -> set[int]:
@@ -207,100 +237,53 @@ def choose_valid(sizes: dict[int, int], share: float, most: int) -> set[int]:
     return chosen
 
 
-def _documents(scan: Scan, source: Source, seed: int) -> Iterator[tuple[Document, int]]:
-    """A source's documents without duplicates, each with its hash."""
-    for index in source.files:
-        stem = file_stem(scan.files[index])
-        for ordinal, document in enumerate(read_documents(scan.files[index], CorpusReport())):
-            if source_of(stem, document.lang)[0] == source.name and (index, ordinal) not in scan.duplicates:
-                yield document, text_hash(document.text, seed)
+@dataclass
+class MakeTokenizer:
+    """Makes ``OUT/tokenizer``, by training or from ``recipe.tokenizer``."""
 
+    recipe: PrepareRecipe
+    units: int
 
-def write_source(
-    recipe: PrepareRecipe,
-    scan: Scan,
-    source: Source,
-    tokenizer: Tokenizer,
-    fingerprint: str,
-    bar: Progress,
-    task: TaskID,
-) -> None:
-    """Write the source's shards that are missing, train and valid in one pass."""
-    with ExitStack() as stack:
-        writers: dict[str, ShardWriter] = {}
-        for split in SPLITS:
-            held = len(source.valid)
-            count = held if split == "valid" else source.documents - held
-            path = recipe.out / split / source.name
-            header = read_header(path)
-            if header is not None and (header.tokenizer, header.recipe) != (tokenizer.hash, fingerprint):
-                raise UserError(
-                    f"{path}: made by another recipe or tokenizer; delete it or choose another out"
-                )
-            if header is None and count:
-                header = ShardHeader(tokenizer.hash, source.language, source.category, fingerprint)
-                writers[split] = stack.enter_context(ShardWriter(path, header))
-        if not writers:
-            bar.advance(task, source.text_bytes / 1000)
+    def __call__(self, data: Any, rank: int, tasks: int) -> None:
+        recipe, folder = self.recipe, self.recipe.out / "tokenizer"
+        if folder.exists():
             return
-        pending: dict[str, list[str]] = {split: [] for split in writers}
-        sizes = dict.fromkeys(writers, 0)
+        if recipe.tokenizer is not None:
+            tokenizer = Tokenizer.load(recipe.tokenizer)
+        else:
+            sample = self._sample()
+            tokenizer = train_tokenizer(sample, recipe.vocab_size, limit_alphabet=recipe.limit_alphabet)
+        with atomic_directory(folder) as temporary:
+            tokenizer.save(temporary)
 
-        def flush(split: str) -> None:
-            encoded = tokenizer.encode_batch(pending[split])
-            for ids in encoded:
-                ids.append(tokenizer.eos_id)
-            writers[split].add(encoded, sizes[split])
-            bar.advance(task, sizes[split] / 1000)
-            pending[split], sizes[split] = [], 0
-
-        for document, key in _documents(scan, source, recipe.seed):
-            split = "valid" if key in source.valid else "train"
-            if split in writers:
-                pending[split].append(document.text)
-                sizes[split] += len(document.text.encode())
-                if sizes[split] >= BATCH_BYTES:
-                    flush(split)
-        for split, writer in writers.items():
-            flush(split)
-            writer.finish()
-
-
-def _tokenizer(recipe: PrepareRecipe, scan: Scan, bar: Progress) -> Tokenizer:
-    """The tokenizer in ``out/tokenizer``; made there first, by training or from ``recipe.tokenizer``."""
-    folder = recipe.out / "tokenizer"
-    if folder.exists():
-        return Tokenizer.load(folder)
-    if recipe.tokenizer is not None:
-        tokenizer = Tokenizer.load(recipe.tokenizer)
-    else:
-        task = bar.add_task("training the tokenizer", total=None)
-        sample = sample_texts(recipe, scan)
-        tokenizer = train_tokenizer(sample, recipe.vocab_size, limit_alphabet=recipe.limit_alphabet)
-        bar.remove_task(task)
-    with atomic_directory(folder) as temporary:
-        tokenizer.save(temporary)
-    return Tokenizer.load(folder)
+    def _sample(self) -> Iterator[str]:
+        """Training texts: of each source, documents chosen by hash up to about its cap."""
+        recipe, work = self.recipe, self.recipe.out / "work"
+        plan = Plan.load(work / "plan.json")
+        thresholds, valid = {}, {}
+        for name, source in plan.sources.items():
+            cap = recipe.tokenizer_sample_overrides.get(name, recipe.tokenizer_sample_bytes)
+            thresholds[name], valid[name] = min(1.0, cap / source.text_bytes), frozenset(source.valid)
+        for unit in range(self.units):
+            for row, key, fate in documents(work, unit):
+                name = row["name"]
+                # The low bits: the high ones already decide about holding out.
+                if not fate and key not in valid[name] and (key & 0xFFFFFFFF) / 2**32 < thresholds[name]:
+                    yield row["text"]
 
 
-def sample_texts(recipe: PrepareRecipe, scan: Scan) -> Iterator[str]:
-    """Training texts for the tokenizer: of each source, documents chosen by hash up to about its cap."""
-    for source in scan.sources.values():
-        cap = recipe.tokenizer_sample_overrides.get(source.name, recipe.tokenizer_sample_bytes)
-        threshold = min(1.0, cap / source.text_bytes)
-        for document, key in _documents(scan, source, recipe.seed):
-            # The low bits: the high ones already decide about holding out.
-            if key not in source.valid and (key & 0xFFFFFFFF) / 2**32 < threshold:
-                yield document.text
-
-
-def _claim(recipe: PrepareRecipe, paths: list[Path]) -> str:
+def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
     """Mark the folder as this recipe's, or refuse it; returns the recipe's fingerprint."""
-    settings: dict[str, Any] = {
-        name: value for name, value in dataclasses.asdict(recipe).items() if name not in ("corpus", "out")
-    }
+    names = ("corpus", "out", "executor", "max_bad_share", "allow_broken_files")
+    values = dataclasses.asdict(recipe)
+    settings: dict[str, Any] = {name: value for name, value in values.items() if name not in names}
+    fresh = PrepareRecipe(corpus=Path("corpus"), out=Path("out"))
+    for name in ("inputs", "stages", "max_line_bytes"):  # absent where they are as they were before they were
+        if getattr(recipe, name) == getattr(fresh, name):
+            del settings[name]
     settings["tokenizer"] = Tokenizer.load(recipe.tokenizer).hash if recipe.tokenizer is not None else None
-    settings["files"] = {path.name: path.stat().st_size for path in paths}
+    settings["files"] = {unit.name: unit.size for unit in units}
+    settings = json.loads(json.dumps(settings, default=str))
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     file = recipe.out / "recipe.json"
     if not file.exists():
@@ -309,7 +292,8 @@ def _claim(recipe: PrepareRecipe, paths: list[Path]) -> str:
                 f"{recipe.out}: not empty and not made by xverse data prepare; choose another out"
             )
         with atomic_file(file) as temporary:
-            _write_json(temporary, {"fingerprint": fingerprint, **settings})
+            text = json.dumps({"fingerprint": fingerprint, **settings}, indent=1, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
         return fingerprint
     try:
         made_by = json.loads(file.read_text(encoding="utf-8"))
@@ -326,11 +310,12 @@ def _claim(recipe: PrepareRecipe, paths: list[Path]) -> str:
 
 def _clear_leftovers(out: Path) -> None:
     """Remove what a killed run was writing: the temporaries of atomic_file and atomic_directory."""
-    for left in out.glob(".*.tmp"):
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+    for folder in (out, *(out / "work" / name for name in ("", "docs", "pairs", "fates", "parts"))):
+        for left in folder.glob(".*.tmp"):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def _finished(recipe: PrepareRecipe, fingerprint: str) -> PrepareReport | None:
@@ -347,38 +332,8 @@ def _finished(recipe: PrepareRecipe, fingerprint: str) -> PrepareReport | None:
         return None
     rows = [(row.name, "train", row.documents) for row in report.sources]
     rows += [(row.name, "valid", row.valid_documents) for row in report.sources]
-    for name, split, documents in rows:
-        if documents and read_header(recipe.out / split / name) is None:
+    for name, split, count in rows:
+        assert split in SPLITS
+        if count and read_header(recipe.out / split / name) is None:
             return None
     return report if (recipe.out / "tokenizer" / "tokenizer.json").exists() else None
-
-
-def _report(recipe: PrepareRecipe, scan: Scan, tokenizer: Tokenizer) -> PrepareReport:
-    nothing = ShardHeader("", "")
-    rows = []
-    for name, source in scan.sources.items():
-        train, valid = (read_header(recipe.out / split / name) or nothing for split in SPLITS)
-        rows.append(
-            PreparedSource(
-                name,
-                documents=train.documents,
-                tokens=train.tokens,
-                text_bytes=train.text_bytes + valid.text_bytes,
-                valid_documents=valid.documents,
-                valid_tokens=valid.tokens,
-                # A bad line has no language: the file's first source answers for it.
-                skipped_lines=sum(scan.reports[i].skipped for i in source.files if scan.owner(i) == name),
-            )
-        )
-    reports = {path.name: found for path, found in zip(scan.files, scan.reports, strict=True)}
-    return PrepareReport(
-        rows,
-        duplicates=len(scan.duplicates),
-        skipped={name: found.describe() for name, found in reports.items() if found.describe()},
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer.hash,
-    )
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from xverse.files import atomic_file
 FORMAT = 1
 TOKEN = np.dtype("<u4")
 OFFSET = np.dtype("<i8")
+COPIED = 4_000_000  # entries that are copied at a time
 
 
 @dataclass
@@ -67,20 +69,30 @@ class ShardWriter:
     def add(self, documents: list[list[int]], text_bytes: int) -> None:
         """Append documents (token lists, each with its end token) that came from so many bytes of text."""
         lengths = np.array([len(document) for document in documents], OFFSET)
-        tokens = np.fromiter(
-            (token for document in documents for token in document), TOKEN, int(lengths.sum())
-        )
-        data = tokens.tobytes()
+        tokens = np.fromiter(itertools.chain.from_iterable(documents), TOKEN, int(lengths.sum()))
         offsets = self.header.tokens + np.cumsum(lengths, dtype=OFFSET)
-        try:
-            self._tokens.write(data)
-            self._offsets.write(offsets.astype(OFFSET).tobytes())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        self._digest.update(data)
-        self.header.documents += len(documents)
+        self._write(tokens.tobytes(), offsets.astype(OFFSET))
         self.header.tokens += len(tokens)
         self.header.text_bytes += text_bytes
+
+    def append(self, shard: Shard) -> None:
+        """Append all the documents of a finished shard."""
+        before = self.header.tokens
+        for start in range(0, len(shard.tokens), COPIED):
+            self._write(shard.tokens[start : start + COPIED].tobytes(), np.empty(0, OFFSET))
+        for start in range(1, len(shard.offsets), COPIED):
+            self._write(b"", (shard.offsets[start : start + COPIED] + before).astype(OFFSET))
+        self.header.tokens += shard.header.tokens
+        self.header.text_bytes += shard.header.text_bytes
+
+    def _write(self, tokens: bytes, offsets: NDArray[np.int64]) -> None:
+        try:
+            self._tokens.write(tokens)
+            self._offsets.write(offsets.tobytes())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+        self._digest.update(tokens)
+        self.header.documents += len(offsets)
 
     def finish(self) -> ShardHeader:
         """Close the files and write header and marker."""

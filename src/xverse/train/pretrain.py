@@ -114,7 +114,10 @@ def checked_shape(recipe: PretrainRecipe) -> tuple[XverseConfig, str]:
 
 def checked_feed(recipe: PretrainRecipe, config: XverseConfig) -> PretrainFeed:
     """The recipe's data. Raises UserError for a tokenizer of another vocabulary than the shape's."""
-    feed = PretrainFeed(recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed)
+    sequences = recipe.train.steps * recipe.train.batch_size
+    feed = PretrainFeed(
+        recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.batch_size
+    )
     if feed.tokenizer.vocab_size != config.vocab_size:
         name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
         raise UserError(
@@ -153,7 +156,7 @@ def _pretrain(
         "sequence_length": recipe.sequence_length,
         "seed": recipe.seed,
         "initializer_range": config.initializer_range,
-        "mixture": feed.mixture.shares(),
+        "mixture": feed.mixture.identity(),
     }
     fit(
         model,

@@ -1,0 +1,218 @@
+"""Running a recipe's phases: here in processes, or on a cluster by datatrove's Slurm and Ray executors.
+
+A phase is one call for each of its tasks, ``work(None, rank, tasks)``, as datatrove's pipelines have it; its
+markers stand in ``LOGS/PHASE/completions``. Tasks write their files atomically and leave alone what is there,
+so a phase that was killed is simply run again.
+
+On one machine the tasks run in a subclass of datatrove's ``PipelineExecutor`` of our own: its
+``LocalPipelineExecutor`` waits for ever where a worker was killed (as for want of memory), and its workers
+outlive a parent that was.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
+from datatrove.utils.stats import PipelineStats
+
+from xverse.config import UserError, nearest
+from xverse.log import progress
+
+
+@dataclass
+class ExecutorConfig:
+    """``workers``: tasks at a time (default: every usable core; on a cluster: no limit). ``tasks``: at most
+    so many are made of the files of a recipe. ``options``: what datatrove's ``SlurmPipelineExecutor`` or
+    ``RayPipelineExecutor`` take besides: partition, time, mem_per_cpu_gb, venv_path, …
+    """
+
+    kind: Literal["local", "slurm", "ray"] = "local"
+    workers: int | None = None
+    tasks: int = 1_000
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.tasks < 1 or (self.workers is not None and self.workers < 1):
+            raise ValueError("executor: workers and tasks are at least 1")
+        if self.options and self.kind == "local":
+            raise ValueError("executor: a local run takes no options")
+
+
+@dataclass
+class Phase:
+    """One step of a run: ``work(None, rank, tasks)`` for every rank below ``tasks``."""
+
+    name: str
+    work: Callable[[Any, int, int], None]
+    tasks: int = 1
+
+
+def run_phases(phases: list[Phase], config: ExecutorConfig, logs: Path) -> bool:
+    """Run what is missing of the phases, each after the one before it.
+
+    Returns False where a cluster's queue has them now and this process does not wait. Raises UserError as
+    the tasks do, for a full disk, and for a worker that died.
+    """
+    if config.kind == "local":
+        _run_here(phases, config, logs)
+        return True
+    executors: list[PipelineExecutor] = []
+    for phase in phases:
+        executors.append(_cluster_executor(phase, config, logs, executors[-1] if executors else None))
+    if config.kind == "slurm":
+        executors[-1].run()  # submits what it depends on first
+        return all(not executor.get_incomplete_ranks() for executor in executors)
+    for executor in executors:
+        executor.run()
+        if executor.get_incomplete_ranks():
+            raise UserError(f"{logs}: a phase of the run failed; its log is in this folder")
+    return True
+
+
+def _cluster_executor(
+    phase: Phase, config: ExecutorConfig, logs: Path, before: PipelineExecutor | None
+) -> PipelineExecutor:
+    kind: type[PipelineExecutor]
+    if config.kind == "slurm":
+        from datatrove.executor.slurm import SlurmPipelineExecutor
+
+        kind = SlurmPipelineExecutor
+    else:
+        from datatrove.executor.ray import RayPipelineExecutor
+
+        kind = RayPipelineExecutor
+    known = set(inspect.signature(kind).parameters) - {
+        "pipeline",
+        "tasks",
+        "workers",
+        "logging_dir",
+        "depends",
+    }
+    for name in config.options:
+        if name not in known:
+            raise UserError(f"executor.options: {config.kind} has no '{name}'{nearest(name, known)}")
+    if config.kind == "slurm":
+        for name in ("partition", "time"):
+            if name not in config.options:
+                raise UserError(f"executor.options: slurm needs '{name}'")
+    options = {**({"job_name": f"xverse-{phase.name}"} if config.kind == "slurm" else {}), **config.options}
+    return kind(
+        pipeline=[phase.work],
+        tasks=phase.tasks,
+        workers=config.workers or -1,
+        logging_dir=str(logs / phase.name),
+        depends=before,
+        **options,
+    )
+
+
+class LocalExecutor(PipelineExecutor):
+    """Runs a phase's tasks in this process, or in a pool of processes that the phases of a run share."""
+
+    def __init__(self, phase: Phase, logs: Path, pool: ProcessPoolExecutor | None) -> None:
+        super().__init__([phase.work], str(logs / phase.name))
+        self.phase, self.pool = phase, pool
+        self.done: Callable[[], None] = _nothing
+
+    def run(self) -> None:
+        """Run the tasks that are not completed yet; ``done`` is called after each."""
+        ranks = self.get_incomplete_ranks()
+        for _ in range(self.world_size - len(ranks)):
+            self.done()
+        pool, self.pool = self.pool, None  # what the workers get of this object is without the pool
+        done, self.done = self.done, _nothing
+        if pool is None or len(ranks) < 2:
+            for rank in ranks:
+                self._run_for_rank(rank)
+                done()
+            return
+        futures = [pool.submit(self._run_for_rank, rank) for rank in ranks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done()
+        except BrokenProcessPool:
+            raise UserError(
+                f"{self.phase.name}: a worker was killed, perhaps for want of memory; run the command "
+                "again to go on, with a smaller executor.workers if need be"
+            ) from None
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        try:
+            data: Any = None
+            for step in self.pipeline:
+                data = step(data, rank, self.world_size)
+            deque(data or (), maxlen=0)
+            self.mark_rank_as_completed(rank)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"{error.filename or self.phase.name}: the disk is full; free some space and run the "
+                    "command again to go on"
+                ) from None
+            raise
+        return PipelineStats()
+
+    @property
+    def world_size(self) -> int:
+        return self.phase.tasks
+
+    def get_distributed_env(self, node_rank: int = -1) -> DistributedEnvVars:
+        raise AssertionError("one machine has no need of it")
+
+
+def _run_here(phases: list[Phase], config: ExecutorConfig, logs: Path) -> None:
+    workers = min(config.workers or usable_cores(), max(phase.tasks for phase in phases))
+    with ExitStack() as stack:
+        pool = None
+        if workers > 1:
+            context = multiprocessing.get_context(
+                "spawn"
+            )  # fork and a tokenizer's threads do not go together
+            pool = ProcessPoolExecutor(workers, context, _start_worker)
+            stack.callback(pool.shutdown, cancel_futures=True)
+        bar = stack.enter_context(progress())
+        for phase in phases:
+            task = bar.add_task(phase.name, total=phase.tasks)
+            executor = LocalExecutor(phase, logs, pool)
+            executor.done = lambda task=task: bar.advance(task)  # type: ignore[misc]
+            executor.run()
+            bar.remove_task(task)
+
+
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
+
+
+def _nothing() -> None:
+    pass
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

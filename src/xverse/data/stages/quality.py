@@ -1,0 +1,239 @@
+"""Quality filters: rules of Gopher, C4 and FineWeb, with thresholds by language.
+
+Rae et al. 2021 (arXiv 2112.11446, table A1), Raffel et al. 2019 (1910.10683, section 2.2), Penedo et al. 2024
+(2406.17557, section 3.6). Their figures are for English. Here words are counted as the language writes them:
+Chinese, Japanese and Thai have no spaces, so their text is measured in characters, its letters are looked for
+in its own script, and sentences end with 。！？, or in Thai with nothing at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+
+_SCRIPTS = {
+    "zh": "\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff",
+    "ja": "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff",
+    "th": "\u0e00-\u0e7f",
+    "lo": "\u0e80-\u0eff",
+    "my": "\u1000-\u109f",
+    "km": "\u1780-\u17ff",
+}
+_STOP = {
+    "en": "the be to of and that have with is are was in",
+    "de": "der die das und ist von zu den mit nicht ein sich",
+    "fr": "le la les de des et un une est que dans pour",
+    "es": "el la los de que y en un una es por con",
+    "it": "il la di che e un una per non con del è",
+    "pt": "o a os de que e do da em um para com",
+    "nl": "de het een en van is dat in te niet op met",
+    "ru": "и в не на что с он как это по из к",
+}
+_END = tuple(".!?…。！？｡\"'”’»」』)）:;։؟۔।॥܀")
+_BULLETS = ("-", "*", "•", "‣", "●", "–", "·", "・")
+_BLOCKED = (
+    "lorem ipsum",
+    "enable javascript",
+    "javascript is disabled",
+    "请启用javascript",
+    "您的浏览器不支持",
+)
+
+
+@dataclass
+class Rules:
+    """Thresholds of one language; a rule whose threshold is None is off.
+
+    ``min_words`` and ``max_words`` count characters where there are no spaces between words; the mean word
+    length does not apply there. Shares are of 1.
+    """
+
+    min_words: int | None = 50
+    max_words: int | None = 100_000
+    min_mean_word: float | None = 3.0
+    max_mean_word: float | None = 10.0
+    max_symbols: float | None = 0.1
+    max_bullet_lines: float | None = 0.9
+    max_ellipsis_lines: float | None = 0.3
+    min_letter_words: float | None = 0.8
+    min_stop_words: int | None = None
+    min_script: float | None = None
+    max_same_lines: float | None = 0.3
+    max_same_line_characters: float | None = 0.2
+    max_top_ngrams: float | None = 0.2
+    max_repeated_ngrams: float | None = 0.15
+    min_ended_lines: float | None = 0.12
+    max_short_lines: float | None = None
+    blocked_phrases: bool = True
+
+
+_LONG_WORDS: dict[str, float | None] = {"max_mean_word": 14.0}
+_BY_LANGUAGE: dict[str, dict[str, float | None]] = {
+    "en": {"min_stop_words": 2},
+    **{name: {"min_stop_words": 2} for name in ("fr", "es", "it", "pt", "nl", "ru")},
+    "de": {"min_stop_words": 2, "max_mean_word": 12.0},
+    **dict.fromkeys(("fi", "et", "hu", "tr", "kk", "lt", "lv"), _LONG_WORDS),
+    "ta": {"max_mean_word": 16.0, "min_letter_words": 0.7},
+    "hi": {"min_mean_word": 2.0},
+    "mr": {"max_mean_word": 14.0},
+    "vi": {"min_mean_word": 2.0},
+    "ko": {"min_mean_word": 1.5},
+    "he": {"min_mean_word": 2.5},
+    "zh": {"min_words": 80, "max_words": 200_000, "min_script": 0.4},
+    "ja": {"min_words": 100, "max_words": 200_000, "min_script": 0.4},
+    "th": {"min_words": 150, "max_words": 400_000, "min_script": 0.4, "min_ended_lines": None},
+    **{name: {"min_words": 150, "min_script": 0.4, "min_ended_lines": None} for name in ("lo", "my", "km")},
+}
+
+
+@dataclass
+class QualityStage:
+    """``all``: thresholds in place of the built-in ones for every language; ``languages``: for one."""
+
+    all: dict[str, float | None] = field(default_factory=dict)
+    languages: dict[str, dict[str, float | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = [each.name for each in fields(Rules)]
+        for given in (self.all, *self.languages.values()):
+            unknown = next((name for name in given if name not in known), None)
+            if unknown is not None:
+                raise ValueError(f"quality: unknown rule '{unknown}' (known: {', '.join(known)})")
+
+    def rules(self, language: str) -> Rules:
+        """The thresholds of a language."""
+        return make_rules(language, {**self.all, **self.languages.get(language, {})})
+
+
+def make_rules(language: str, changes: Mapping[str, float | None] | None = None) -> Rules:
+    """The built-in thresholds of a language, with ``changes``."""
+    values = {**_BY_LANGUAGE.get(language, {}), **(changes or {})}
+    return replace(Rules(), **values)  # type: ignore[arg-type]
+
+
+def quality(text: str, language: str, rules: Rules) -> str | None:
+    """Why a text is to be dropped (the name of the first rule that it breaks), or None."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        return "min_words"
+    script = _script(language)
+    reason = _words_reason(text, rules, language) if script is None else _script_reason(text, rules, script)
+    return (
+        reason
+        or _lines_reason(text, lines, rules)
+        or _repetition_reason(text, lines, rules, script is not None)
+    )
+
+
+def _words_reason(text: str, rules: Rules, language: str) -> str | None:
+    words = text.split()
+    count = max(1, len(words))
+    bare = [word for word in words if any(map(str.isalnum, word))]
+    mean = sum(map(len, bare)) / max(1, len(bare))
+    if _under(len(words), rules.min_words):
+        return "min_words"
+    if _over(len(words), rules.max_words):
+        return "max_words"
+    if _under(mean, rules.min_mean_word):
+        return "min_mean_word"
+    if _over(mean, rules.max_mean_word):
+        return "max_mean_word"
+    if _over((text.count("#") + text.count("...") + text.count("…")) / count, rules.max_symbols):
+        return "max_symbols"
+    if _under(sum(any(map(str.isalpha, word)) for word in words) / count, rules.min_letter_words):
+        return "min_letter_words"
+    if rules.min_stop_words is not None and language in _STOP:
+        found = _stop_words(language).intersection(map(str.lower, words))
+        if len(found) < rules.min_stop_words:
+            return "min_stop_words"
+    return None
+
+
+def _script_reason(text: str, rules: Rules, script: re.Pattern[str]) -> str | None:
+    written = len("".join(text.split()))
+    if _under(written, rules.min_words):
+        return "min_words"
+    if _over(written, rules.max_words):
+        return "max_words"
+    if _under(len(script.findall(text)) / written, rules.min_script):
+        return "min_script"
+    if _over((text.count("#") + text.count("…") / 2) / written, rules.max_symbols):
+        return "max_symbols"
+    return None
+
+
+def _lines_reason(text: str, lines: Sequence[str], rules: Rules) -> str | None:
+    count = len(lines)
+    if _over(sum(line.startswith(_BULLETS) for line in lines) / count, rules.max_bullet_lines):
+        return "max_bullet_lines"
+    if _over(sum(line.endswith(("...", "…")) for line in lines) / count, rules.max_ellipsis_lines):
+        return "max_ellipsis_lines"
+    if _under(sum(line.endswith(_END) for line in lines) / count, rules.min_ended_lines):
+        return "min_ended_lines"
+    if _over(sum(len(line) <= 30 for line in lines) / count, rules.max_short_lines):
+        return "max_short_lines"
+    if rules.blocked_phrases and any(phrase in text[:20_000].lower() for phrase in _BLOCKED):
+        return "blocked_phrases"
+    return None
+
+
+def _repetition_reason(text: str, lines: Sequence[str], rules: Rules, unspaced: bool) -> str | None:
+    seen = Counter(lines)
+    again = sum(len(line) * (count - 1) for line, count in seen.items())
+    if _over(1 - len(seen) / len(lines), rules.max_same_lines):
+        return "max_same_lines"
+    if _over(again / sum(map(len, lines)), rules.max_same_line_characters):
+        return "max_same_line_characters"
+    # Of n words, or of twice as many characters where words have no spaces between them.
+    words: Sequence[str] = "".join(text.split()) if unspaced else text.split()
+    total = len(words) if unspaced else sum(map(len, words))
+    short, long = (4, 20) if unspaced else (2, 10)
+    if rules.max_top_ngrams is not None and len(words) >= short:
+        grams = zip(*(words[i:] for i in range(short)), strict=False)
+        gram, often = Counter(grams).most_common(1)[0]
+        if often > 2 and _over(often * sum(map(len, gram)) / total, rules.max_top_ngrams):
+            return "max_top_ngrams"
+    if len(words) >= 2 * long and _over(_repeated_share(words, long) / total, rules.max_repeated_ngrams):
+        return "max_repeated_ngrams"
+    return None
+
+
+def _over(value: float, limit: float | None) -> bool:
+    return limit is not None and value > limit
+
+
+def _under(value: float, limit: float | None) -> bool:
+    return limit is not None and value < limit
+
+
+def _repeated_share(words: Sequence[str], n: int) -> int:
+    """How many characters stand in n-grams that stood before, each counted once."""
+    seen: set[int] = set()
+    repeated, position = 0, 0
+    while position + n <= len(words):
+        gram = hash(
+            words[position : position + n]
+            if isinstance(words, str)
+            else tuple(words[position : position + n])
+        )
+        if gram in seen:
+            repeated += sum(map(len, words[position : position + n]))
+            position += n
+        else:
+            seen.add(gram)
+            position += 1
+    return repeated
+
+
+@lru_cache(maxsize=64)
+def _stop_words(language: str) -> frozenset[str]:
+    return frozenset(_STOP[language].split())
+
+
+@lru_cache(maxsize=64)
+def _script(language: str) -> re.Pattern[str] | None:
+    """What the letters of a language without spaces look like; None where words have spaces between them."""
+    return re.compile(f"[{_SCRIPTS[language]}]") if language in _SCRIPTS else None

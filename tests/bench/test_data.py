@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from xverse.bench.data import run
+from xverse.config import UserError
+from xverse.tokenizer import Tokenizer
+
+
+def test_shards_are_measured_beside_the_library(
+    tmp_path: Path, tiny_texts: list[str], tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):  # which it sets for itself
+        monkeypatch.setenv(name, "1")
+    rows = [json.dumps({"text": f"{text} {i}", "lang": "en"}) for i, text in enumerate(tiny_texts * 3)]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "en.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    tiny_tokenizer.save(tmp_path / "tokenizer")
+    corpus, tokenizer = str(tmp_path / "corpus"), str(tmp_path / "tokenizer")
+    found = run(corpus, "encode", tokenizer, directory=str(tmp_path), workers=1, repeat=2)["encode"]
+    assert found["library_mb_s"] > 0
+    assert found["shards_mb_s"] > 0
+    assert found["vocabulary"] == tiny_tokenizer.vocab_size
+    with pytest.raises(UserError, match="no such corpus folder"):
+        run(str(tmp_path / "nowhere"))

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xverse.bench.data import planted_copies, planted_questions
+from xverse.data.benchmark_texts import Item
+from xverse.data.corpus import CorpusReport, read_documents
+from xverse.data.duplicates import EXACT, NEAR, choose_copies, signature, similarity
+from xverse.data.stages.decontaminate import Index, make_index
+from xverse.data.words import ngrams, word_numbers, words
+
+
+def test_words_are_characters_where_no_spaces_are() -> None:
+    assert words("It's 3.14, OK? 中文abc字 ｗｉｄｅ") == [
+        "it",
+        "s",
+        "3",
+        "14",
+        "ok",
+        "中",
+        "文",
+        "abc",
+        "字",
+        "wide",
+    ]
+    assert words("हिन्दी में") == ["हिन्दी", "में"]
+    assert words("ภาษา") == ["ภ", "า", "ษ", "า"]
+    assert words("これは本") == ["こ", "れ", "は", "本"]
+
+
+def test_an_ngram_is_its_words_and_their_order() -> None:
+    one, two = word_numbers("a b c d"), word_numbers("b c d a")
+    assert ngrams(one, 3)[1] == ngrams(two, 3)[0]
+    assert ngrams(one, 3)[0] != ngrams(two, 3)[1]
+    assert len(ngrams(one, 5)) == 0
+    # Pinned: it decides which documents go, on every machine.
+    assert int(word_numbers("words")[0]) == 69340570595827017
+
+
+def test_signatures_estimate_similarity() -> None:
+    text = [f"w{i}" for i in range(400)]
+    changed = [*text[:200], "other", *text[201:]]
+    one, two = word_numbers(" ".join(text)), word_numbers(" ".join(changed))
+    true = similarity(one, two)
+    assert float(np.mean(signature(one) == signature(two))) == pytest.approx(true, abs=0.08)
+    assert np.array_equal(signature(one), signature(word_numbers(" ".join(text).upper() + "!")))
+    assert signature(word_numbers("")).min() == 2**32 - 1
+
+
+def test_chains_of_copies_keep_their_first() -> None:
+    exact = np.array([[3, 5]])
+    near = np.array([[7, 8], [2, 3], [5, 7]])
+    assert choose_copies(9, exact, near).tolist() == [0, 0, 0, NEAR, 0, EXACT, 0, NEAR, NEAR]
+    nothing = np.empty((0, 2), np.int64)
+    assert choose_copies(3, nothing, nothing).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "th"])
+def test_planted_copies_are_found(test_data: Path, language: str) -> None:
+    path = test_data / "corpus" / f"{language}.jsonl.gz"
+    texts = (
+        document.text for document, _ in zip(read_documents(path, CorpusReport()), range(600), strict=False)
+    )
+    found = planted_copies(texts, 150)
+    assert found["recall"] >= 0.95
+    assert found["precision"] >= 0.95
+
+
+ITEMS = [
+    (
+        "mmlu",
+        Item("m/0", "Which enzyme unwinds the double helix of DNA during its replication in a living cell?"),
+    ),
+    (
+        "mmlu",
+        Item("m/1", "Which of the following statements is true?", ("Cats bark", "Dogs purr", "Fish sing")),
+    ),
+    (
+        "mmlu",
+        Item(
+            "m/2", "Which of the following statements is true?", ("One is even", "Two is prime", "Ten is odd")
+        ),
+    ),
+    ("mmlu", Item("m/3", "Pi is", ("3",))),
+    ("ceval", Item("c/0", "下列关于法律推理的表述，能够成立的是____。", ("甲", "乙", "丙", "丁"))),
+    ("agieval", Item("a/0", "What does the author think?", (), " ".join(f"passage{i}" for i in range(40)))),
+]
+
+
+def test_questions_are_found_whole_or_by_half_of_their_ngrams(tmp_path: Path) -> None:
+    made = make_index(ITEMS)
+    made.save(tmp_path / "index.npz")
+    index = Index.load(tmp_path / "index.npz")
+    assert index.too_short == {"mmlu": 1}
+
+    def find(text: str) -> set[tuple[str, str]]:
+        assert made.find(word_numbers(text)) == index.find(word_numbers(text))
+        return index.find(word_numbers(text))
+
+    before, after = "Some text before it. ", " And some text after it."
+    assert find(before + ITEMS[0][1].text.upper() + after) == {("mmlu", "m/0")}
+    assert find(before + "the double helix of DNA during its replication" + after) == set()
+    assert find(before + "Which of the following statements is true? It depends." + after) == set()
+    assert find(
+        "Which of the following statements is true? A. One is even B. Two is prime C. Ten is odd"
+    ) == {("mmlu", "m/2")}
+    assert find("考试题：下列关于法律推理的表述，能够成立的是（　）。A甲") == {("ceval", "c/0")}
+    assert find("下列关于法律推理的书很多，能够买到的是少数。") == set()
+    assert find(" ".join(f"passage{i}" for i in range(25))) == set()
+    assert find(" ".join(f"passage{i}" for i in range(30))) == {("agieval", "a/0")}
+    assert find("") == set()
+
+
+def test_every_planted_question_of_the_benchmarks_is_found(test_data: Path) -> None:
+    path = test_data / "corpus" / "en.jsonl.gz"
+    texts = (
+        document.text for document, _ in zip(read_documents(path, CorpusReport()), range(900), strict=False)
+    )
+    benchmarks = ["ceval", "gaokao-english", "gsm8k"]  # xverse bench data has all of them
+    found = planted_questions(test_data / "eval", texts, benchmarks, most=100)
+    for name, row in found["benchmarks"].items():
+        assert row["planted"] - row["found"] <= found["too_short"].get(name, 0), name
+    assert found["texts_without"]["something_found"] <= 0.01 * found["texts_without"]["looked_at"]
