@@ -17,7 +17,7 @@ namespace xv {
 inline uint64_t pair_key(uint32_t left, uint32_t right) { return uint64_t(left) << 32 | right; }
 inline uint64_t hash_pair(uint64_t key) { return mix(key ^ 0x9E3779B97F4A7C15ull, 0xA0761D6478BD642Full); }
 
-// Words one after the other: a header of 32 bits (symbols: 12, count: 20), the count again in 64 bits where 20 are too
+// Words one after the other: a header of 32 bits (symbols: 15, count: 17), the count again in 64 bits where 17 are too
 // few, the symbols. A word that merges have shortened ends in kFill, which no header begins with.
 // Address space is taken for the most that can come, memory only for what is written.
 template <class Symbol>
@@ -25,7 +25,7 @@ class WordStore {
  public:
   static constexpr Symbol kFill = Symbol(~Symbol(0));
   static constexpr size_t kHeader = 4 / sizeof(Symbol), kWide = 8 / sizeof(Symbol);
-  static constexpr uint32_t kLength = (1u << 12) - 1, kWideCount = (1u << 20) - 1;
+  static constexpr uint32_t kLength = (1u << 15) - 1, kWideCount = (1u << 17) - 1;
 
   WordStore() = default;
   explicit WordStore(size_t capacity) : capacity_(capacity * sizeof(Symbol)) {
@@ -52,7 +52,7 @@ class WordStore {
   Word at(size_t offset) const {
     uint32_t header;
     std::memcpy(&header, slots + offset, 4);
-    Word word{slots + offset + kHeader, header & kLength, int64_t(header >> 12)};
+    Word word{slots + offset + kHeader, header & kLength, int64_t(header >> 15)};
     if (word.count == kWideCount) {
       std::memcpy(&word.count, word.symbols, 8);
       word.symbols += kWide;
@@ -70,7 +70,7 @@ class WordStore {
   template <class From>
   void append(const From* symbols, uint32_t length, int64_t count) {
     const bool wide = count >= kWideCount;
-    const uint32_t header = length | (wide ? kWideCount : uint32_t(count)) << 12;
+    const uint32_t header = length | (wide ? kWideCount : uint32_t(count)) << 15;
     Symbol moved[kLongestWord];  // the source may be this store, right behind
     for (uint32_t i = 0; i < length; ++i) moved[i] = Symbol(symbols[i]);
     std::memcpy(slots + used, &header, 4);

@@ -203,7 +203,7 @@ struct Counter {
       return;
     }
     const size_t offset = bytes.size();
-    bytes.resize(offset + size + 2);
+    bytes.resize(offset + size + 3);
     uint8_t* to = put_varint(bytes.data() + offset, size);
     std::memcpy(to, word, size);
     bytes.resize(size_t(to - bytes.data()) + size);

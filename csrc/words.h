@@ -13,7 +13,7 @@
 
 namespace xv {
 
-constexpr size_t kLongestWord = 2048;  // bytes; longer ones are no words of any language and are left out
+constexpr size_t kLongestWord = 16384;  // bytes; longer ones are no words of any language and are left out
 
 inline uint64_t mix(uint64_t a, uint64_t b) {
   const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;

@@ -14,7 +14,7 @@ import numpy as np
 from xverse.config import UserError
 
 LIBRARY = Path(__file__).with_name("libxverse_bpe.so")
-LONGEST_WORD = 2048  # bytes; kLongestWord of csrc/words.h
+LONGEST_WORD = 16_384  # bytes; kLongestWord of csrc/words.h
 
 _POINTER, _INT64, _INT, _TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
 _PATHS = ctypes.POINTER(ctypes.c_char_p)
@@ -71,7 +71,7 @@ class Counter:
     """Counts words into sorted run files ``PREFIX.0``, ``PREFIX.1`` …, in about ``memory`` bytes.
 
     One thread at a time; calls release the interpreter. ``finish`` returns (words, words left out because they
-    are longer than 2,048 bytes, run files). Raises UserError where the disk is full.
+    are longer than 16,384 bytes, run files). Raises UserError where the disk is full.
     """
 
     def __init__(self, prefix: Path, memory: int) -> None:
