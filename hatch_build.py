@@ -1,8 +1,9 @@
-"""Build hook: compile csrc/ into shared libraries: kernels beside ``xverse.quant``, training of tokenizers beside
-``xverse.tokenizer``.
+"""Build hook: compile csrc/ into shared libraries: kernels beside ``xverse.quant``, training of tokenizers
+beside ``xverse.tokenizer``.
 
-Without a compiler the package installs all the same, computes with PyTorch's operations and trains tokenizers with
-the ``tokenizers`` library; `xverse doctor` says which. By hand: ``python hatch_build.py`` compiles into the checkout.
+Without a compiler the package installs all the same, computes with PyTorch's operations and trains tokenizers
+with the ``tokenizers`` library; `xverse doctor` says which. By hand: ``python hatch_build.py`` compiles into
+the checkout.
 """
 
 from __future__ import annotations

@@ -36,7 +36,14 @@ def count(texts: Iterable[str], folder: Path) -> Path:
 
 
 def ours(
-    texts: list[str], folder: Path, vocab_size: int, limit: int, *, memory: int = LARGE, threads: int = 1, **options: int
+    texts: list[str],
+    folder: Path,
+    vocab_size: int,
+    limit: int,
+    *,
+    memory: int = LARGE,
+    threads: int = 1,
+    **options: int,
 ) -> Tokenizer:
     alphabet = choose_alphabet(Counter("".join(texts)), limit)
     settings = {"min_frequency": 2, "max_token_length": 16} | options
@@ -99,7 +106,9 @@ def test_five_scripts_in_phases(test_data: Path, folder: Path) -> None:
 
 
 def test_ids_beyond_16_bits(folder: Path) -> None:
-    """Symbols of 16 bits until ids need more, of 32 from the start where the alphabet is large: the same merges."""
+    """Symbols of 16 bits until ids need more, of 32 from the start where the alphabet is large: the same
+    merges.
+    """
     generator = random.Random(3)
     letters = [chr(0x4E00 + index) for index in range(200)]
     texts = ["".join(generator.choices(letters, k=8)) for _ in range(3000)] + ["ab cab " * 50]

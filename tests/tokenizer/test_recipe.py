@@ -18,7 +18,10 @@ from xverse.tokenizer import Tokenizer, native
 from xverse.tokenizer.recipe import TokenizerRecipe, train_recipe
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the compiled part was not built")
-LARGE, SMALL = "the quick brown fox jumps over the lazy dog again and again ", "ein kleiner Satz über Äpfel 水果 "
+LARGE, SMALL = (
+    "the quick brown fox jumps over the lazy dog again and again ",
+    "ein kleiner Satz über Äpfel 水果 ",
+)
 
 
 @pytest.fixture
@@ -119,7 +122,9 @@ def test_killed_training_goes_on_to_the_same(tmp_path: Path, corpus: Path) -> No
     def start(out: str) -> subprocess.Popen[str]:
         command = ["-m", "xverse.cli", "tokenizer", "train", str(path), f"out={tmp_path / out}"]
         environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-        return subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True
+        )
 
     whole = start("whole")
     out, _ = whole.communicate()
@@ -137,13 +142,17 @@ def test_killed_training_goes_on_to_the_same(tmp_path: Path, corpus: Path) -> No
     assert Tokenizer.load(tmp_path / "killed").hash == Tokenizer.load(tmp_path / "whole").hash
 
 
-def test_the_command_line_and_the_recipes(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_and_the_recipes(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipes = Path(__file__).parents[2] / "recipes" / "tokenizer"
     common = [f"corpus={corpus}", "shares={}", "--vocab-size"]
     out = str(tmp_path / "balanced")
-    assert main(["tokenizer", "train", str(recipes / "xverse-balanced.yaml"), *common, "330", "--out", out]) == 0
+    assert (
+        main(["tokenizer", "train", str(recipes / "xverse-balanced.yaml"), *common, "625", "--out", out]) == 0
+    )
     assert capsys.readouterr().out.rstrip().endswith(out)
-    assert Tokenizer.load(out).vocab_size == 330
+    assert Tokenizer.load(out).vocab_size == 625
     compat = [str(recipes / "xverse-compat.yaml"), f"corpus={corpus}", f"out={tmp_path / 'compat'}"]
     assert main(["tokenizer", "train", *compat]) == 2
     error = capsys.readouterr().err

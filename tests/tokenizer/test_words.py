@@ -40,15 +40,21 @@ def test_any_text(text: str) -> None:
 
 
 def test_every_code_point_stands_alone_as_in_the_library() -> None:
-    """csrc/isolated.h; where the library has moved to another Unicode, these are the ranges to write there."""
+    """csrc/isolated.h; where the library has moved to another Unicode, the ranges are shown."""
     alone = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Punctuation("isolated")]
     )
     ranges: list[list[int]] = []
     for begin in range(0, 0x110000, 4096):
-        points = [point for point in range(begin, begin + 4096) if not 0xD800 <= point < 0xE000 and point != 0x2581]
+        points = [
+            point for point in range(begin, begin + 4096) if not 0xD800 <= point < 0xE000 and point != 0x2581
+        ]
         text = "".join(f"a{chr(point)}a" for point in points)
-        pieces = {start // 3 for _, (start, end) in alone.pre_tokenize_str(text) if start % 3 == 1 and end == start + 1}
+        pieces = {
+            start // 3
+            for _, (start, end) in alone.pre_tokenize_str(text)
+            if start % 3 == 1 and end == start + 1
+        }
         for index in sorted(pieces):
             if ranges and ranges[-1][1] == points[index] - 1:
                 ranges[-1][1] = points[index]

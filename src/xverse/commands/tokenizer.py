@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xverse.tokenizer import Tokenizer
     from xverse.tokenizer.report import VocabularyReport
 
 _FILES = "text files (.txt) or JSON lines with a text field (.jsonl, .jsonl.gz), or folders of them"
@@ -34,7 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     repair.add_argument("target", metavar="OUT", help="file or directory to write")
     report = actions.add_parser("report", help="compression, byte fallback and round trip, beside others")
     report.add_argument("--tokenizer", required=True, metavar="PATH", help=_VOCABULARY)
-    report.add_argument("--against", nargs="+", default=[], metavar="PATH", help="vocabularies to compare with")
+    report.add_argument(
+        "--against", nargs="+", default=[], metavar="PATH", help="vocabularies to compare with"
+    )
     report.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     report.add_argument("--out", metavar="DIR", help="also write report.md, report.json and report.png there")
     report.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
@@ -124,7 +126,9 @@ def _train_in_memory(files: Sequence[Path], given: dict[str, Any]) -> None:
     from xverse.tokenizer import train_tokenizer
     from xverse.tokenizer.texts import Skipped, Span, read_texts
 
-    options = {name: given[name] for name in given if name not in ("out", "vocab_size", "memory_gb", "threads")}
+    options = {
+        name: given[name] for name in given if name not in ("out", "vocab_size", "memory_gb", "threads")
+    }
     skipped = Skipped()
     texts = [text.decode() for path in files for text in read_texts(Span(path), skipped)]
     if not texts:
@@ -140,6 +144,7 @@ def _tell(size: int, digest: str, figures: dict[str, Any]) -> None:
 
     counts = ""
     if figures:
+        notice(f"{figures['words']:,} different words; {figures['phases']} phases of merging")
         counts = f" ({figures['characters']:,} characters, {figures['merges']:,} merges)"
     notice(f"{size} entries{counts}, hash {digest}")
 
@@ -184,13 +189,16 @@ def _report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(values, ensure_ascii=False))
     else:
+        width = None if sys.stdout.isatty() else 120  # a file would be folded at 80
         for rows in tables:
             table = Table(box=None, pad_edge=False)
             for number, column in enumerate(rows[0]):
-                table.add_column(column, **({"justify": "right", "no_wrap": True} if number else {"overflow": "fold"}))
+                table.add_column(
+                    column, **({"justify": "right", "no_wrap": True} if number else {"overflow": "fold"})
+                )
             for row in rows[1:]:
                 table.add_row(*row)
-            Console(highlight=False, markup=False).print(table, "")
+            Console(highlight=False, markup=False, width=width).print(table, "")
     return 0 if all(row.round_trip for row in reports[0].files) else 1
 
 

@@ -1,8 +1,8 @@
 """How often each word stands in texts of any size, in bounded memory and resumable.
 
-The texts are cut into parts. A thread counts one part at a time in a hash table, which goes to the disk, sorted,
-whenever it is full; a marker says that a part is complete. At the end all sorted files become one. Started again,
-counting does the parts that are missing; an output folder of other texts is refused.
+The texts are cut into parts. A thread counts one part at a time in a hash table, which goes to the disk,
+sorted, whenever it is full; a marker says that a part is complete. At the end all sorted files become one.
+Started again, counting does the parts that are missing; an output folder of other texts is refused.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class WordCounts:
 def count_words(files: Sequence[Path], folder: Path, *, memory: int, threads: int) -> WordCounts:
     """Count the words of text files into ``folder``, in about ``memory`` bytes.
 
-    Raises UserError where the folder holds counts of other texts, where the disk is full, and where no file has a
-    usable text.
+    Raises UserError where the folder holds counts of other texts, where the disk is full, and where no file
+    has a usable text.
     """
     described = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     settings = {"version": VERSION, "longest_word": native.LONGEST_WORD, "block": BLOCK, "files": described}
@@ -61,8 +61,7 @@ def count_words(files: Sequence[Path], folder: Path, *, memory: int, threads: in
     with atomic_file(started) as path:
         path.write_text(json.dumps({"digest": digest, **settings}))
 
-    total = sum(size for _, size, _ in described)
-    parts = split_into_parts(files, min(max(total // PARTS, SMALLEST_PART), LARGEST_PART))
+    parts = plan_parts(files)
     with ThreadPoolExecutor(threads) as pool:
         futures = [
             pool.submit(_count_part, folder, number, part, digest, memory // threads)
@@ -86,6 +85,12 @@ def count_words(files: Sequence[Path], folder: Path, *, memory: int, threads: in
     for path in folder.glob("part-*"):
         path.unlink()
     return _result(folder, done)
+
+
+def plan_parts(files: Sequence[Path]) -> list[list[Span]]:
+    """The parts that ``count_words`` makes of files, each read by itself."""
+    total = sum(path.stat().st_size for path in files)
+    return split_into_parts(files, min(max(total // PARTS, SMALLEST_PART), LARGEST_PART))
 
 
 def _count_part(folder: Path, number: int, part: list[Span], digest: str, memory: int) -> dict[str, Any]:
@@ -118,9 +123,7 @@ def _count_part(folder: Path, number: int, part: list[Span], digest: str, memory
         "texts": sum(report.read for report in skipped),
         "bytes": sum(report.bytes for report in skipped),
         "long_words": long_words,
-        "files": [
-            [str(span.path), asdict(report)] for span, report in zip(part, skipped, strict=True)
-        ],
+        "files": [[str(span.path), asdict(report)] for span, report in zip(part, skipped, strict=True)],
     }
     with atomic_file(folder / f"{name}.json") as path:
         path.write_text(json.dumps(marker))
@@ -184,7 +187,8 @@ def _read_marker(path: Path, digest: str) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(found, dict) or found.get("digest") != digest:
         raise UserError(
-            f"{path.parent}: holds word counts of other texts or of another version; remove it or name another folder"
+            f"{path.parent}: holds word counts of other texts or of another version; remove it or name "
+            "another folder"
         )
     return found
 

@@ -28,8 +28,10 @@ _SIGNATURES = {
     "xvt_merge_words": ([_PATHS, _INT, _TEXT, _POINTER], _INT),
     "xvt_count_characters": ([_TEXT, _INT64, _POINTER], _INT),
     "xvt_train": (
-        [_PATHS, _POINTER, _INT, _INT64, _POINTER, _INT64, *[ctypes.c_uint32] * 2, _INT64, ctypes.c_uint32]
-        + [_INT64, _INT, _REPORT, _POINTER, _POINTER, _POINTER],
+        [
+            *(_PATHS, _POINTER, _INT, _INT64, _POINTER, _INT64, ctypes.c_uint32, ctypes.c_uint32, _INT64),
+            *(ctypes.c_uint32, _INT64, _INT, _REPORT, _POINTER, _POINTER, _POINTER),
+        ],
         _INT64,
     ),
 }
@@ -53,14 +55,14 @@ def require() -> ctypes.CDLL:
     found = library()
     if found is None:
         raise UserError(
-            "this needs xverse's compiled code, which was not built (no C++ compiler then): install a compiler "
-            "(c++, g++ or clang++) and xverse again"
+            "this needs xverse's compiled code, which was not built (no C++ compiler then): install a "
+            "compiler (c++, g++ or clang++) and xverse again"
         )
     return found
 
 
 def words(text: str) -> list[str]:
-    """The pre-tokens of a text, spaces as they are; a literal ▁ is in none (it is always written as bytes)."""
+    """The pre-tokens of a text, spaces as they are; a literal ▁, always written as bytes, is in none."""
     data = text.encode()
     bounds = np.empty((2, len(data)), dtype=np.int64)
     count = require().xvt_word_bounds(data, len(data), bounds[0].ctypes.data, bounds[1].ctypes.data)
@@ -70,8 +72,8 @@ def words(text: str) -> list[str]:
 class Counter:
     """Counts words into sorted run files ``PREFIX.0``, ``PREFIX.1`` …, in about ``memory`` bytes.
 
-    One thread at a time; calls release the interpreter. ``finish`` returns (words, words left out because they
-    are longer than 16,384 bytes, run files). Raises UserError where the disk is full.
+    One thread at a time; calls release the interpreter. ``finish`` returns (words, words left out because
+    they are longer than 16,384 bytes, run files). Raises UserError where the disk is full.
     """
 
     def __init__(self, prefix: Path, memory: int) -> None:
@@ -131,9 +133,9 @@ def train(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """Merges of counted words: ids [N, 3] (left, right, result) in order, their counts [N], and figures.
 
-    The ids of ``alphabet`` begin at ``first_id``; the merges' follow. ``report(merges so far, last count)`` is
-    called now and then. The merges are those of the library's BpeTrainer, except that a merge may stand twice,
-    as in its own list before it drops the first.
+    The ids of ``alphabet`` begin at ``first_id``; the merges' follow. ``report(merges so far, last count)``
+    is called now and then. The merges are those of the library's BpeTrainer, except that a merge may stand
+    twice, as in its own list before it drops the first.
     """
     stopped: list[BaseException] = []
 
@@ -173,7 +175,9 @@ def _check(code: int, path: Path) -> None:
     if code == errno.ENOMEM:
         raise UserError("not enough memory for the words of these texts; give fewer of them")
     if code == errno.EOVERFLOW:
-        raise UserError("too many different words for one training (4 × 10⁹ characters of them); give less text")
+        raise UserError(
+            "too many different words for one training (4 × 10⁹ characters of them); give less text"
+        )
     if code == errno.EBADMSG:
         raise UserError(f"{path}: not a file of counted words, or a broken one; remove it and count again")
     raise OSError(code, os.strerror(code), str(path))

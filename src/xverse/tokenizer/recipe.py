@@ -1,9 +1,11 @@
-"""Train a tokenizer of XVERSE's structure from a recipe, in bounded memory: counted words to merges (csrc/bpe.cpp).
+"""Train a tokenizer of XVERSE's structure from a recipe, in bounded memory: counted words to merges
+(csrc/bpe.cpp).
 
-How much of the vocabulary a language gets is decided by the weight of its words. With ``temperature`` a language's
-share of all is (its share of the texts) ** temperature, times ``shares[language]``: 1 leaves the texts as they are, 0
-makes languages equal in characters. ``rounds`` then makes them equal in need: after each training the weights become
-shares / (tokens that the language's texts take), which is where the sum of shares × log(tokens) is least.
+How much of the vocabulary a language gets is decided by the weight of its words. With ``temperature`` a
+language's share of all is (its share of the texts) ** temperature, times ``shares[language]``: 1 leaves the
+texts as they are, 0 makes languages equal in characters. ``rounds`` then makes them equal in need: after each
+training the weights become shares / (tokens that the language's texts take), which is where the sum of shares
+× log(tokens) is least.
 """
 
 from __future__ import annotations
@@ -33,14 +35,19 @@ from xverse.tokenizer.train import FIXED, assemble, check_room, check_size, choo
 
 INTERPRETER = 100 << 20  # bytes of memory
 SCALE = 1000  # the smallest weight as a whole number; counts are integers
-SAMPLE, SAMPLE_REACH = 400_000, 64_000_000  # bytes of a language's texts that a round measures, and of how many
+SAMPLE, SAMPLE_REACH = (
+    400_000,
+    64_000_000,
+)  # bytes of a language's texts that a round measures, and of how many
 
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """``corpus`` is a folder (or a list of files) of {language}.jsonl(.gz) or .txt; ``languages`` chooses among them.
+    """``corpus`` is a folder (or a list of files) of {language}.jsonl(.gz) or .txt; ``languages`` chooses
+    among them.
 
-    ``out`` gets the tokenizer, training.json and counts/ (kept: another recipe's weights need no new counting).
+    ``out`` gets the tokenizer, training.json and counts/ (kept: another recipe's weights need no new
+    counting).
     """
 
     corpus: Path
@@ -93,8 +100,9 @@ class Source:
 def train_recipe(recipe: TokenizerRecipe) -> dict[str, Any]:
     """Train, write ``recipe.out`` and return what stands in its training.json.
 
-    A killed run started again counts only what is missing; one that is complete says so and does nothing. Raises
-    UserError for what the recipe or its texts lack, and where ``out`` holds another recipe's tokenizer.
+    A killed run started again counts only what is missing; one that is complete says so and does nothing.
+    Raises UserError for what the recipe or its texts lack, and where ``out`` holds another recipe's
+    tokenizer.
     """
     native.require()
     files = _files_by_language(recipe)
@@ -109,9 +117,8 @@ def train_recipe(recipe: TokenizerRecipe) -> dict[str, Any]:
     sources = []
     for number, (language, paths) in enumerate(files.items(), 1):
         counts = count_words(paths, recipe.out / "counts" / language, memory=memory // 2, threads=threads)
-        notice(
-            f"{number}/{len(files)} {language}: {counts.different:,} different words of {counts.occurrences:,}"
-        )
+        shown = f"{counts.different:,} different words of {counts.occurrences:,}"
+        notice(f"{number}/{len(files)} {language}: {shown}")
         sources.append(Source(language, paths, counts, native.count_characters([counts.path], [1])))
     counted = time.perf_counter() - start
     weights = first_weights(recipe, sources)
@@ -149,7 +156,7 @@ def train_recipe(recipe: TokenizerRecipe) -> dict[str, Any]:
 def train_files(
     recipe: TokenizerRecipe, files: Sequence[Path], counts: Path
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer of files without regard to their languages; words are counted in the folder ``counts``."""
+    """The tokenizer of files without regard to their languages; words are counted into ``counts``."""
     threads, memory = _resources(recipe)
     words = count_words(files, counts, memory=memory // 2, threads=threads)
     source = Source("all", list(files), words, native.count_characters([words.path], [1]))
@@ -168,12 +175,12 @@ def train_words(
     memory: int,
     threads: int,
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer of counted words, each language's counts times its weight, and figures of the training."""
+    """The tokenizer of counted words, each language's times its weight, and figures of the training."""
     scale = _scale(weights)
     multipliers = [max(1, round(weights[source.language] * scale)) for source in sources]
-    characters = sum(
-        source.characters * multiplier for source, multiplier in zip(sources, multipliers, strict=True)
-    )
+    characters = np.zeros_like(sources[0].characters)
+    for source, multiplier in zip(sources, multipliers, strict=True):
+        characters += source.characters * multiplier
     counts = {chr(point): int(characters[point]) for point in np.flatnonzero(characters)}
     always = _always(recipe, sources)
     alphabet = choose_alphabet(counts, default_limit(recipe.vocab_size, recipe.limit_alphabet), always)
@@ -191,13 +198,13 @@ def train_words(
     )
     merges = merge_texts(ids, alphabet)
     check_size(recipe.vocab_size, alphabet, merges, recipe.min_frequency)
-    shown = {"characters": len(alphabet), "merges": len(merges), "words": figures["words"]}
+    shown: dict[str, Any] = {"characters": len(alphabet), "merges": len(merges), "words": figures["words"]}
     shown |= {"phases": figures["phases"], "last_count": round(int(last[-1]) / min(multipliers), 2)}
     return assemble(alphabet, merges), shown
 
 
 def merge_texts(ids: np.ndarray, alphabet: Sequence[str]) -> list[tuple[str, str]]:
-    """Merges as pairs of texts from ids [N, 3]; of one that stands twice the last counts, as in the library."""
+    """Merges as pairs of texts from ids [N, 3]; the last of two equal ones counts, as in the library."""
     tokens = [""] * FIXED + list(alphabet)
     pairs: dict[tuple[str, str], None] = {}
     for left, right, made in ids.tolist():
@@ -269,7 +276,7 @@ def _range(text: str) -> list[str]:
 
 
 def _tokens(tokenizer: Tokenizer, source: Source) -> float:
-    """About how many tokens a language's texts take, from a sample spread over the beginnings of its files."""
+    """About how many tokens a language's texts take, by a sample of the beginnings of its files."""
     reach = SAMPLE_REACH // len(source.files)
     share = min(1.0, SAMPLE / min(max(source.counts.bytes, 1), SAMPLE_REACH))
     texts: list[str] = []
@@ -291,7 +298,9 @@ def _tokens(tokenizer: Tokenizer, source: Source) -> float:
 def _coverage(source: Source, tokenizer: Tokenizer) -> float:
     """The share of a language's characters that need no byte fallback."""
     vocab = tokenizer.values["model"]["vocab"]
-    single = [point for point in np.flatnonzero(source.characters) if chr(point) in vocab or chr(point) == " "]
+    single = [
+        point for point in np.flatnonzero(source.characters) if chr(point) in vocab or chr(point) == " "
+    ]
     return round(float(source.characters[single].sum() / source.characters.sum()), 6)
 
 

@@ -1,4 +1,6 @@
-"""How well vocabularies compress texts: by file (a language, usually), beside each other, as table, JSON and plot."""
+"""How well vocabularies compress texts: by file (a language, usually), beside each other, as table, JSON and
+plot.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ class FileReport:
 
     @property
     def rates(self) -> dict[str, float | None]:
-        """``fertility``: tokens per word, None where words are not written apart; ``byte_fallback``: the share of
-        tokens that are a part of a character only."""
+        """``fertility``: tokens per word, None where words are not written apart. ``byte_fallback``: the
+        share of tokens that are a part of a character only."""
         tokens = max(1, self.tokens)
         apart = self.words * LONGEST_WORDS > self.characters
         return {
@@ -92,7 +94,9 @@ def measure(vocabulary: Vocabulary, files: Sequence[Path], told: bool = True) ->
 
 
 def as_json(reports: Sequence[VocabularyReport]) -> list[dict[str, Any]]:
-    """One mapping for each vocabulary; ``tokens_ratio`` compares the first with it (below 1: the first is shorter)."""
+    """One mapping for each vocabulary; ``tokens_ratio`` compares the first with it (below 1: the first is
+    shorter).
+    """
     return [
         {
             "name": report.vocabulary.name,
@@ -106,8 +110,18 @@ def as_json(reports: Sequence[VocabularyReport]) -> list[dict[str, Any]]:
 
 
 def overview(reports: Sequence[VocabularyReport]) -> list[list[str]]:
-    """A table (head first): each vocabulary over all files, and the geometric mean of the first's tokens per its."""
-    head = ["vocabulary", "entries", "unused", "bytes/token", "chars/token", "byte fallback", "tokens of the first"]
+    """A table (head first): each vocabulary over all files, and the geometric mean of the first's tokens per
+    its.
+    """
+    head = [
+        "vocabulary",
+        "entries",
+        "unused",
+        "bytes/token",
+        "chars/token",
+        "byte fallback",
+        "tokens of the first",
+    ]
     rows = []
     for report in reports:
         total = [sum(getattr(row, key) for row in report.files) for key in ("bytes", "characters", "tokens")]
@@ -133,7 +147,10 @@ def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
     return [
         head,
         *(
-            [file_language(Path(rows[0].file)), *(f"{row.tokens / max(1, row.characters):.3f}" for row in rows)]
+            [
+                file_language(Path(rows[0].file)),
+                *(f"{row.tokens / max(1, row.characters):.3f}" for row in rows),
+            ]
             for rows in zip(*(report.files for report in reports), strict=True)
         ),
     ]
@@ -141,14 +158,23 @@ def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
 
 def in_detail(report: VocabularyReport) -> list[list[str]]:
     """A table (head first): every rate of every file under one vocabulary."""
-    head = ["file", "bytes", "tokens", "bytes/token", "chars/token", "tokens/word", "byte fallback", "round trip"]
+    head = [
+        "file",
+        "bytes",
+        "tokens",
+        "bytes/token",
+        "chars/token",
+        "tokens/word",
+        "byte fallback",
+        "round trip",
+    ]
     rows = []
     for row in report.files:
         rates = row.rates
         fertility = "–" if rates["fertility"] is None else f"{rates['fertility']:.2f}"
         rows.append(
             [
-                row.file,
+                Path(row.file).name,
                 f"{row.bytes:,}",
                 f"{row.tokens:,}",
                 f"{rates['bytes_per_token']:.2f}",
@@ -184,8 +210,16 @@ def plot(reports: Sequence[VocabularyReport], target: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 1.5 + 0.2 * len(order)), layout="constrained")
     for number, report in enumerate(reports):
         values = [report.files[index].tokens / max(1, report.files[index].characters) for index in order]
-        style = {"marker": "D", "s": 36, "zorder": 3} if number == 0 else {"marker": "o", "s": 18, "alpha": 0.8}
-        axes.scatter(values, range(len(order)), label=report.vocabulary.name, **style)
+        first = number == 0
+        axes.scatter(
+            values,
+            range(len(order)),
+            label=report.vocabulary.name,
+            marker="D" if first else "o",
+            s=36 if first else 18,
+            zorder=3 if first else 2,
+            alpha=1.0 if first else 0.8,
+        )
     axes.set_yticks(range(len(order)), names)
     axes.set_xlabel("tokens per character")
     axes.grid(axis="x", alpha=0.3)

@@ -1,7 +1,8 @@
 """The texts that a tokenizer is trained on and measured with, read in bounded memory.
 
-Of a ``.txt`` file each block of about 64 KB, up to a line end, is one text. Lines that cannot be used are skipped
-and counted, as is one longer than 64 MB in JSON; in a ``.txt`` file such a line is cut into pieces of 1 MB.
+Of a ``.txt`` file each block of about 64 KB, up to a line end, is one text. Lines that cannot be used are
+skipped and counted, as is one longer than 64 MB in JSON; in a ``.txt`` file such a line is cut into pieces of
+1 MB.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def file_language(path: Path) -> str:
 
 
 def split_into_parts(files: Iterable[Path], size: int) -> list[list[Span]]:
-    """Spans of about ``size`` bytes together, in the order of the files: small files joined, .txt files cut."""
+    """Spans of about ``size`` bytes together, in the files' order: small ones joined, .txt files cut."""
     parts: list[list[Span]] = []
     room = 0
     for path in files:
@@ -111,7 +112,8 @@ def read_texts(span: Span, skipped: Skipped) -> Iterator[bytes]:
     """
     path = span.path
     try:
-        stream = cast(BinaryIO, gzip.open(path) if path.name.endswith(".gz") else path.open("rb"))
+        opener = gzip.open if path.name.endswith(".gz") else open
+        stream = cast(BinaryIO, opener(path, "rb"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     with stream:
@@ -158,7 +160,7 @@ def _blocks(stream: BinaryIO, span: Span, skipped: Skipped) -> Iterator[bytes]:
 
 
 def _rest_of_character(stream: BinaryIO) -> bytes:
-    """The bytes up to the next beginning of a character, so that a cut in a long line is none in a character."""
+    """The bytes up to the next character: a cut in a long line is to be none in a character."""
     following = stream.read(3)
     count = next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
     stream.seek(count - len(following), os.SEEK_CUR)

@@ -51,12 +51,38 @@ def train_tokenizer(
         counts.update(text)
     alphabet = choose_alphabet(counts, default_limit(vocab_size, limit_alphabet), initial_characters)
     check_room(vocab_size, alphabet)
+    merges = library_merges(
+        documents,
+        vocab_size,
+        alphabet,
+        counts.keys() - set(alphabet) - {" "},
+        min_frequency=min_frequency,
+        max_token_length=max_token_length,
+        show_progress=show_progress,
+    )
+    check_size(vocab_size, alphabet, merges, min_frequency)
+    return assemble(alphabet, merges)
+
+
+def library_merges(
+    texts: Iterable[str],
+    vocab_size: int,
+    alphabet: Sequence[str],
+    others: Iterable[str],
+    *,
+    min_frequency: int = 2,
+    max_token_length: int = 16,
+    show_progress: bool = False,
+) -> list[tuple[str, str]]:
+    """The merges that the library's trainer learns; ``others`` are the texts' characters outside the
+    alphabet.
+    """
     backend = Backend(models.BPE(byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(TRAINING_WORDS), "isolated"),
             # The trainer drops characters outside its alphabet and would learn merges across the gap.
-            pre_tokenizers.Split(Regex(_one_of(counts.keys() - set(alphabet) - {" "} | {SPACE})), "removed"),
+            pre_tokenizers.Split(Regex(_one_of({*others, SPACE})), "removed"),
             *_pieces(),
         ]
     )
@@ -64,15 +90,13 @@ def train_tokenizer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=[*SPECIAL_TOKENS, *BYTE_TOKENS],
-        initial_alphabet=alphabet,
+        initial_alphabet=list(alphabet),
         limit_alphabet=len(alphabet),
         max_token_length=max_token_length,
         show_progress=show_progress,
     )
-    backend.train_from_iterator(documents, trainer)
-    merges = [(left, right) for left, right in json.loads(backend.to_str())["model"]["merges"]]
-    check_size(vocab_size, alphabet, merges, min_frequency)
-    return assemble(alphabet, merges)
+    backend.train_from_iterator(texts, trainer)
+    return [(left, right) for left, right in json.loads(backend.to_str())["model"]["merges"]]
 
 
 def assemble(alphabet: Sequence[str], merges: Sequence[tuple[str, str]]) -> Tokenizer:
@@ -101,8 +125,8 @@ def default_limit(vocab_size: int, limit_alphabet: int | None) -> int:
 def choose_alphabet(counts: Mapping[str, int], limit: int, initial: Iterable[str] = "") -> list[str]:
     """The characters that get tokens of their own, in code-point order; the others are left to byte fallback.
 
-    The most frequent ones up to ``limit``, ties by code point; ``initial`` are in it whatever their frequency.
-    The library's own choice breaks ties by hash order, which differs from run to run.
+    The most frequent ones up to ``limit``, ties by code point; ``initial`` are in it whatever their
+    frequency. The library's own choice breaks ties by hash order, which differs from run to run.
     """
     always = {" ", *initial} - {SPACE}
     # A literal ▁ is always written as bytes.

@@ -1,8 +1,8 @@
 """Other publishers' vocabularies, each read by the library that made it, for comparison in reports.
 
 - a directory or ``tokenizer.json``: the ``tokenizers`` library
-- ``.tiktoken`` or a ``.model`` of text lines ``base64 rank``: tiktoken. Such a file does not say how text is split
-  before it; Llama 3's (128,000 ranks) and Qwen's (151,643) are known by their size, others take cl100k's.
+- ``.tiktoken`` or a ``.model`` of text lines ``base64 rank``: tiktoken. Such a file does not say how text is
+  split before it; Qwen's is known by its 151,643 ranks, others are split as Llama 3 and cl100k do.
 - sentencepiece's ``.model``: sentencepiece
 - ``.gguf`` with a vocabulary of sentencepiece's kind ("llama"): sentencepiece, from the pieces in the file
 """
@@ -19,19 +19,20 @@ from typing import Any
 from xverse.config import UserError
 from xverse.tokenizer.tokenizer import Tokenizer
 
-# As Llama 3 (meta-llama/llama3, tokenizer.py), Qwen (tokenization_qwen.py) and tiktoken's cl100k_base publish them.
+# As Llama 3 (tokenizer.py), Qwen (tokenization_qwen.py) and tiktoken's cl100k_base publish them.
 _SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA3_RANKS, _QWEN_RANKS = 128_000, 151_643
+_QWEN_RANKS = 151_643
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """``encode`` gives the ids of many texts, without special tokens; ``pieces`` are the ids that stand for a part
-    of a character only (byte fallback)."""
+    """``encode`` gives the ids of many texts, without special tokens; ``pieces`` are the ids that stand for a
+    part of a character only (byte fallback).
+    """
 
     name: str
     size: int
@@ -103,7 +104,7 @@ def _from_other_json(name: str, file: Path) -> Vocabulary:
 
 
 def _byte_letters() -> dict[int, str]:
-    """GPT-2's letters for bytes (openai/gpt-2, encoder.py): printable ones as they are, the rest from U+0100."""
+    """GPT-2's letters for bytes (its encoder.py): printable ones as they are, others from U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -142,7 +143,9 @@ def _from_sentencepiece(name: str, path: Path, proto: bytes) -> Vocabulary:
     except RuntimeError as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
     size = processor.get_piece_size()
-    pieces = frozenset(index for index in range(size) if processor.is_byte(index) or processor.is_unknown(index))
+    pieces = frozenset(
+        index for index in range(size) if processor.is_byte(index) or processor.is_unknown(index)
+    )
     return Vocabulary(name, size, lambda texts: processor.encode(list(texts)), pieces)
 
 
@@ -159,11 +162,10 @@ def _from_gguf(name: str, path: Path) -> Vocabulary:
         return default if field is None else field.contents()
 
     if value("model") != "llama":
-        raise UserError(f"{path}: its vocabulary is of the kind '{value('model')}'; only sentencepiece's is read")
-    try:
-        from sentencepiece import sentencepiece_model_pb2 as schema
-    except ImportError:
-        raise UserError(f"{path} needs sentencepiece and protobuf: pip install 'xverse-lm[eval]'") from None
+        raise UserError(
+            f"{path}: its vocabulary is of the kind '{value('model')}'; only sentencepiece's is read"
+        )
+    schema = _need("sentencepiece.sentencepiece_model_pb2", path)
     model = schema.ModelProto()
     kinds = value("token_type")
     for token, score, kind in zip(value("tokens"), value("scores"), kinds, strict=True):
