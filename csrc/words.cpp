@@ -334,4 +334,18 @@ int xvt_count_characters(const char* path, int64_t multiplier, int64_t* counts) 
   });
 }
 
+// Items one after the other (of xverse bench's made text): item i of `bytes` stands at starts[i] … starts[i + 1] - 1.
+// `target` has room for `room` bytes. Returns how many were written; an item that does not fit ends it.
+int64_t xvt_concatenate(const uint8_t* bytes, const int64_t* starts, const int32_t* chosen, int64_t count,
+                        uint8_t* target, int64_t room) {
+  int64_t used = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = starts[chosen[i]], size = starts[chosen[i] + 1] - start;
+    if (used + size > room) break;
+    std::memcpy(target + used, bytes + start, size_t(size));
+    used += size;
+  }
+  return used;
+}
+
 }  // extern "C"

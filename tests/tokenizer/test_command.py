@@ -57,10 +57,11 @@ def test_refusals(tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixtu
     out = str(tmp_path / "tok")
     empty = tmp_path / "empty.txt"
     empty.touch()
+    (tmp_path / "folder").mkdir()
     train = ["tokenizer", "train", "--vocab-size", "640", "--out"]
     for arguments, message in [
         ([*train, out, str(tmp_path / "none.txt")], "none.txt: no such file"),
-        ([*train, out, str(tmp_path)], "is a directory"),
+        ([*train, out, str(tmp_path / "folder")], "is a directory without"),
         ([*train, out, str(empty)], "no usable text"),
         ([*train, f"{empty}/tok", corpus[0]], "cannot be written"),
         ([*train, out, "--limit-alphabet", "-1", corpus[0]], "must not be negative"),

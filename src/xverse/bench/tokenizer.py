@@ -48,11 +48,13 @@ from xverse.tokenizer.texts import Skipped, find_files, read_texts
 from xverse.tokenizer.train import assemble, library_merges
 target, folder, settings = Path(sys.argv[1]), sys.argv[2], json.loads(Path(sys.argv[3]).read_text())
 start = time.perf_counter()
-texts = (t.decode() for part in plan_parts(find_files([folder])) for s in part for t in read_texts(s,
-Skipped())) merges = library_merges(texts, settings["vocab_size"], settings["alphabet"], settings["others"])
-tokenizer = assemble(settings["alphabet"], merges) seconds = time.perf_counter() - start peak =
-next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM")) result =
-{"seconds": seconds, "peak_bytes": peak, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
+spans = [span for part in plan_parts(find_files([folder])) for span in part]
+texts = (text.decode() for span in spans for text in read_texts(span, Skipped()))
+merges = library_merges(texts, settings["vocab_size"], settings["alphabet"], settings["others"])
+tokenizer = assemble(settings["alphabet"], merges)
+seconds = time.perf_counter() - start
+peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+result = {"seconds": seconds, "peak_bytes": peak, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
 target.write_text(json.dumps(result))
 """
 

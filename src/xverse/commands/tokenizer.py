@@ -91,7 +91,7 @@ def _train_recipe(path: str, overrides: Sequence[str], given: dict[str, Any]) ->
 
 
 def _train_files(names: Sequence[str], given: dict[str, Any]) -> int:
-    from xverse.config import UserError, build
+    from xverse.config import build
     from xverse.log import notice
     from xverse.tokenizer import native
     from xverse.tokenizer.counting import remove_counts
@@ -108,12 +108,7 @@ def _train_files(names: Sequence[str], given: dict[str, Any]) -> int:
         return 0
     # Counts of a run that is killed stay there for the next one.
     counts = out.with_name(f".{out.name}.counts")
-    try:
-        tokenizer, figures = train_files(recipe, files, counts)
-    except UserError as error:
-        if "the disk is full" not in str(error) and "other texts" not in str(error):
-            remove_counts(counts)
-        raise
+    tokenizer, figures = train_files(recipe, files, counts)
     tokenizer.save(out)
     remove_counts(counts)
     _tell(tokenizer.vocab_size, tokenizer.hash, figures)

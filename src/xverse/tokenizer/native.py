@@ -27,6 +27,7 @@ _SIGNATURES = {
     "xvt_word_bounds": ([_TEXT, _INT64, _POINTER, _POINTER], _INT64),
     "xvt_merge_words": ([_PATHS, _INT, _TEXT, _POINTER], _INT),
     "xvt_count_characters": ([_TEXT, _INT64, _POINTER], _INT),
+    "xvt_concatenate": ([_POINTER, _POINTER, _POINTER, _INT64, _POINTER, _INT64], _INT64),
     "xvt_train": (
         [
             *(_PATHS, _POINTER, _INT, _INT64, _POINTER, _INT64, ctypes.c_uint32, ctypes.c_uint32, _INT64),
@@ -163,6 +164,23 @@ def train(
     _check(-min(made, 0), sources[0] if sources else Path())
     names = ("words", "phases", "repeated")
     return merges[:made].copy(), counts[:made].copy(), dict(zip(names, figures.tolist(), strict=True))
+
+
+class Concatenation:
+    """Joins items that are chosen by number, far faster than ``bytes.join``: for made text of any size."""
+
+    def __init__(self, items: Sequence[bytes]) -> None:
+        self._bytes = np.frombuffer(b"".join(items), dtype=np.uint8)
+        self._starts = np.cumsum([0, *map(len, items)], dtype=np.int64)
+
+    def join(self, chosen: np.ndarray) -> bytes:
+        """``chosen``: int32 [N], numbers of items."""
+        room = int((self._starts[chosen + 1] - self._starts[chosen]).sum())
+        target = np.empty(room, dtype=np.uint8)
+        addresses = (array.ctypes.data for array in (self._bytes, self._starts, chosen))
+        used = require().xvt_concatenate(*addresses, len(chosen), target.ctypes.data, room)
+        assert used == room
+        return target.tobytes()
 
 
 def _paths(sources: Sequence[Path]) -> ctypes.Array[ctypes.c_char_p]:

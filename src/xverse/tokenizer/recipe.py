@@ -28,7 +28,7 @@ from xverse.files import atomic_file
 from xverse.hardware import cores
 from xverse.log import notice
 from xverse.tokenizer import native
-from xverse.tokenizer.counting import WordCounts, count_words
+from xverse.tokenizer.counting import WordCounts, count_words, remove_counts
 from xverse.tokenizer.texts import Skipped, Span, file_language, find_files, read_texts
 from xverse.tokenizer.tokenizer import SPACE, Tokenizer
 from xverse.tokenizer.train import FIXED, assemble, check_room, check_size, choose_alphabet, default_limit
@@ -156,11 +156,19 @@ def train_recipe(recipe: TokenizerRecipe) -> dict[str, Any]:
 def train_files(
     recipe: TokenizerRecipe, files: Sequence[Path], counts: Path
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer of files without regard to their languages; words are counted into ``counts``."""
+    """The tokenizer of files without regard to their languages; words are counted into ``counts``.
+
+    What is counted stays there where a run is killed or the disk is full.
+    """
     threads, memory = _resources(recipe)
     words = count_words(files, counts, memory=memory // 2, threads=threads)
     source = Source("all", list(files), words, native.count_characters([words.path], [1]))
-    return train_words(recipe, [source], {"all": 1.0}, memory, threads)
+    try:
+        result = train_words(recipe, [source], {"all": 1.0}, memory, threads)
+    except UserError:
+        remove_counts(counts)
+        raise
+    return result
 
 
 def _resources(recipe: TokenizerRecipe) -> tuple[int, int]:
