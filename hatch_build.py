@@ -1,9 +1,9 @@
-"""Build hook: compile csrc/ into shared libraries: kernels beside ``xverse.quant``, training of tokenizers
-beside ``xverse.tokenizer``.
+"""Build hook: compile csrc/ into shared libraries, kernels for ``xverse.quant`` and training for
+``xverse.tokenizer``.
 
-Without a compiler the package installs all the same, computes with PyTorch's operations and trains tokenizers
-with the ``tokenizers`` library; `xverse doctor` says which. By hand: ``python hatch_build.py`` compiles into
-the checkout.
+Without a compiler the package installs all the same: it computes with PyTorch's operations (`xverse doctor`
+says which) and trains tokenizers with the ``tokenizers`` library. By hand: ``python hatch_build.py`` compiles
+into the checkout.
 """
 
 from __future__ import annotations

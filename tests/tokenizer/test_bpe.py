@@ -68,7 +68,7 @@ def ours(
     st.sampled_from([LARGE, SMALL]),
     st.integers(2, 4),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_small_alphabets(
     folder: Path, texts: list[str], merges: int, rule: tuple[int, int], memory: int, limit: int
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from xverse.cli import main
-from xverse.tokenizer import Tokenizer
+from xverse.tokenizer import Tokenizer, native
 
 
 @pytest.fixture
@@ -51,6 +51,26 @@ def test_train_report_repair(tmp_path: Path, corpus: list[str], capsys: pytest.C
     assert "repaired" in capsys.readouterr().out
     assert main(["tokenizer", "repair", str(tmp_path / "fixed.json"), str(tmp_path / "again.json")]) == 0
     assert "nothing needed repair" in capsys.readouterr().out
+
+
+def test_without_compiled_code_the_library_trains(
+    tmp_path: Path,
+    corpus: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = ["tokenizer", "train", "--vocab-size", "640", "--limit-alphabet", "90", "--out"]
+    if native.library() is not None:
+        assert main([*train, str(tmp_path / "compiled"), *corpus]) == 0
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert main([*train, str(tmp_path / "library"), *corpus]) == 0
+    assert "without xverse's compiled code" in " ".join(capsys.readouterr().err.split())
+    if (tmp_path / "compiled").exists():
+        assert Tokenizer.load(tmp_path / "library").hash == Tokenizer.load(tmp_path / "compiled").hash
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"corpus: {tmp_path}\nout: {tmp_path / 'out'}\n")
+    assert main(["tokenizer", "train", str(recipe)]) == 2
+    assert "install a compiler" in capsys.readouterr().err
 
 
 def test_refusals(tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,6 +154,8 @@ def test_published_vocabularies(test_data: Path) -> None:
         assert vocabulary.size == size
         [ids, numbers] = vocabulary.encode(["你好世界", "12345"])
         assert 1 <= len(ids) <= 13
-        assert len(numbers) == (2 if name.startswith("llama3") else 5) or not name.startswith(("llama3", "qwen"))
+        assert len(numbers) == (2 if name.startswith("llama3") else 5) or not name.startswith(
+            ("llama3", "qwen")
+        )
     with pytest.raises(UserError, match="only sentencepiece's is read"):
         load_vocabulary(folder / "ggml-vocab-falcon.gguf")

@@ -12,8 +12,9 @@ import errno
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,16 @@ def count_words(files: Sequence[Path], folder: Path, *, memory: int, threads: in
         path.write_text(json.dumps({"digest": digest, **settings}))
 
     parts = plan_parts(files)
+    stop = threading.Event()
     with ThreadPoolExecutor(threads) as pool:
         futures = [
-            pool.submit(_count_part, folder, number, part, digest, memory // threads)
+            pool.submit(_count_part, folder, number, part, digest, memory // threads, stop)
             for number, part in enumerate(parts)
         ]
         try:
             markers = [future.result() for future in futures]
         except BaseException:
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
     _tell(files, markers)
@@ -93,7 +96,9 @@ def plan_parts(files: Sequence[Path]) -> list[list[Span]]:
     return split_into_parts(files, min(max(total // PARTS, SMALLEST_PART), LARGEST_PART))
 
 
-def _count_part(folder: Path, number: int, part: list[Span], digest: str, memory: int) -> dict[str, Any]:
+def _count_part(
+    folder: Path, number: int, part: list[Span], digest: str, memory: int, stop: threading.Event
+) -> dict[str, Any]:
     name = f"part-{number:05}"
     marker = _read_marker(folder / f"{name}.json", digest)
     if marker is not None and _whole(folder, marker["runs"]):
@@ -108,6 +113,8 @@ def _count_part(folder: Path, number: int, part: list[Span], digest: str, memory
                 for text in read_texts(span, report):
                     batch.append(text)
                     size += len(text)
+                    if stop.is_set():  # another part failed, or the user interrupted
+                        raise CancelledError
                     if size >= BATCH:
                         counter.add(batch)
                         batch, size = [], 0
