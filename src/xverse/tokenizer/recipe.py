@@ -43,11 +43,10 @@ SAMPLE, SAMPLE_REACH = (
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """``corpus`` is a folder (or a list of files) of {language}.jsonl(.gz) or .txt; ``languages`` chooses
-    among them.
+    """``corpus`` is a folder of {language}.jsonl(.gz) or .txt; ``languages`` chooses among them.
 
-    ``out`` gets the tokenizer, training.json and counts/ (kept: another recipe's weights need no new
-    counting).
+    ``out`` gets the tokenizer and training.json. ``counts`` (default: counts/ in ``out``) keeps the counted
+    words by language; a recipe with other weights may name the same folder and begins with merging.
     """
 
     corpus: Path
@@ -65,6 +64,7 @@ class TokenizerRecipe:
     max_token_length: int = 16
     memory_gb: float = 3.0
     threads: int | None = None
+    counts: Path | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -116,7 +116,9 @@ def train_recipe(recipe: TokenizerRecipe) -> dict[str, Any]:
     threads, memory = _resources(recipe)
     sources = []
     for number, (language, paths) in enumerate(files.items(), 1):
-        counts = count_words(paths, recipe.out / "counts" / language, memory=memory // 2, threads=threads)
+        counts = count_words(
+            paths, (recipe.counts or recipe.out / "counts") / language, memory=memory // 2, threads=threads
+        )
         shown = f"{counts.different:,} different words of {counts.occurrences:,}"
         notice(f"{number}/{len(files)} {language}: {shown}")
         sources.append(Source(language, paths, counts, native.count_characters([counts.path], [1])))
@@ -314,7 +316,7 @@ def _coverage(source: Source, tokenizer: Tokenizer) -> float:
 
 def _digest(recipe: TokenizerRecipe, files: Mapping[str, Sequence[Path]]) -> str:
     settings = dataclasses.asdict(recipe)
-    for name in ("corpus", "out", "memory_gb", "threads"):  # they do not change the tokenizer
+    for name in ("corpus", "out", "counts", "memory_gb", "threads"):  # they do not change the tokenizer
         del settings[name]
     sizes = {name: [path.stat().st_size for path in paths] for name, paths in files.items()}
     return hashlib.sha256(json.dumps([settings, sizes], sort_keys=True).encode()).hexdigest()
