@@ -66,7 +66,8 @@ def find_files(names: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, names):
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+            shown = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+            files = [file for file in shown if file.name.endswith(SUFFIXES)]
             if not files:
                 raise UserError(f"{path}: is a directory without .txt, .jsonl or .jsonl.gz files")
         else:
