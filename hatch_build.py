@@ -1,7 +1,9 @@
-"""Build hook: compile csrc/ into one shared library beside ``xverse.quant``.
+"""Build hook: compile csrc/ into shared libraries, kernels for ``xverse.quant`` and training for
+``xverse.tokenizer``.
 
-Without a compiler the package installs all the same and computes with PyTorch's operations; `xverse doctor`
-says which. By hand: ``python hatch_build.py`` compiles into the checkout.
+Without a compiler the package installs all the same: it computes with PyTorch's operations (`xverse doctor`
+says which) and trains tokenizers with the ``tokenizers`` library. By hand: ``python hatch_build.py`` compiles
+into the checkout.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
-LIBRARY = "src/xverse/quant/libxverse_kernels.so"
+KERNELS = "src/xverse/quant/libxverse_kernels.so"
+BPE = "src/xverse/tokenizer/libxverse_bpe.so"
 
 # GCC 12's own intrinsics trip -Wmaybe-uninitialized thousands of times.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
@@ -51,6 +54,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("training.cpp", ["-mavx2", "-mfma", "-DXV_TRAINING=kTrainingAvx2"]),
         ("training.cpp", [*_AVX512, "-DXV_TRAINING=kTrainingAvx512"]),
     ]
+LIBRARIES = {KERNELS: UNITS, BPE: [("words.cpp", []), ("bpe.cpp", ["-pthread"])]}
 
 
 def compiler() -> list[str] | None:
@@ -61,19 +65,19 @@ def compiler() -> list[str] | None:
     return [found] if found else None
 
 
-def compile_library(target: Path) -> str | None:
-    """Compile csrc/ to ``target``; returns why it could not be done, or None."""
+def compile_library(target: Path, units: list[tuple[str, list[str]]]) -> str | None:
+    """Compile sources of csrc/ to ``target``; returns why it could not be done, or None."""
     command = compiler()
     if command is None:
         return "no C++ compiler (c++, g++ or clang++) was found"
     with tempfile.TemporaryDirectory() as folder:
-        objects = [str(Path(folder) / f"{number}.o") for number in range(len(UNITS))]
+        objects = [str(Path(folder) / f"{number}.o") for number in range(len(units))]
         steps = [
             [*command, *FLAGS, *flags, "-c", str(ROOT / "csrc" / source), "-o", output]
-            for (source, flags), output in zip(UNITS, objects, strict=True)
+            for (source, flags), output in zip(units, objects, strict=True)
         ]
         library = str(Path(folder) / "library.so")
-        steps.append([*command, "-shared", *objects, "-o", library])
+        steps.append([*command, "-shared", "-pthread", *objects, "-o", library])
         for step in steps:
             try:
                 done = subprocess.run(step, capture_output=True, text=True)
@@ -89,6 +93,12 @@ def compile_library(target: Path) -> str | None:
     return None
 
 
+def compile_all() -> str | None:
+    """Compile every library into the checkout; returns what went wrong, or None."""
+    problems = (compile_library(ROOT / library, units) for library, units in LIBRARIES.items())
+    return next((problem for problem in problems if problem is not None), None)
+
+
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 except ImportError:  # run by hand in an environment without hatchling
@@ -101,17 +111,17 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        target = ROOT / LIBRARY
-        problem = compile_library(target)
+        problem = compile_all()
         if problem is not None:
             if version == "editable":
-                target.unlink(missing_ok=True)  # one of an earlier version would not fit
+                for library in LIBRARIES:  # ones of an earlier version would not fit
+                    (ROOT / library).unlink(missing_ok=True)
             self.app.display_warning(f"xverse: installed without its fast CPU kernels: {problem}")
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-        build_data["artifacts"].append(LIBRARY)
+        build_data["artifacts"] += LIBRARIES
 
 
 if __name__ == "__main__":
-    sys.exit(compile_library(ROOT / LIBRARY))
+    sys.exit(compile_all())

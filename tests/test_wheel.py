@@ -54,7 +54,8 @@ def test_contents(wheel: Path) -> None:
         for path in (SOURCE / "xverse").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
-    kernels = {"xverse/quant/libxverse_kernels.so"} if compiler() else set()
+    compiled = {"xverse/quant/libxverse_kernels.so", "xverse/tokenizer/libxverse_bpe.so"}
+    kernels = compiled if compiler() else set()
     recipes = {"xverse/finetune/recipes/deepspeed.json"}  # of recipes/, for `--deepspeed deepspeed.json`
     assert {name for name in names if name.startswith("xverse/")} == expected | kernels | recipes
     for licence in ("LICENSE", "NOTICE"):

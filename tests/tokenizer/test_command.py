@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from xverse.cli import main
-from xverse.tokenizer import Tokenizer
+from xverse.tokenizer import Tokenizer, native
 
 
 @pytest.fixture
@@ -53,14 +53,35 @@ def test_train_report_repair(tmp_path: Path, corpus: list[str], capsys: pytest.C
     assert "nothing needed repair" in capsys.readouterr().out
 
 
+def test_without_compiled_code_the_library_trains(
+    tmp_path: Path,
+    corpus: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = ["tokenizer", "train", "--vocab-size", "640", "--limit-alphabet", "90", "--out"]
+    if native.library() is not None:
+        assert main([*train, str(tmp_path / "compiled"), *corpus]) == 0
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert main([*train, str(tmp_path / "library"), *corpus]) == 0
+    assert "without xverse's compiled code" in " ".join(capsys.readouterr().err.split())
+    if (tmp_path / "compiled").exists():
+        assert Tokenizer.load(tmp_path / "library").hash == Tokenizer.load(tmp_path / "compiled").hash
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"corpus: {tmp_path}\nout: {tmp_path / 'out'}\n")
+    assert main(["tokenizer", "train", str(recipe)]) == 2
+    assert "install a compiler" in capsys.readouterr().err
+
+
 def test_refusals(tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "tok")
     empty = tmp_path / "empty.txt"
     empty.touch()
+    (tmp_path / "folder").mkdir()
     train = ["tokenizer", "train", "--vocab-size", "640", "--out"]
     for arguments, message in [
         ([*train, out, str(tmp_path / "none.txt")], "none.txt: no such file"),
-        ([*train, out, str(tmp_path)], "is a directory"),
+        ([*train, out, str(tmp_path / "folder")], "is a directory without"),
         ([*train, out, str(empty)], "no usable text"),
         ([*train, f"{empty}/tok", corpus[0]], "cannot be written"),
         ([*train, out, "--limit-alphabet", "-1", corpus[0]], "must not be negative"),

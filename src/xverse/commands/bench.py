@@ -154,6 +154,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--lines", type=positive, default=300, metavar="N", help="of each language")
 
+    tokenizer = add(
+        "tokenizer", "training a tokenizer: time and memory, beside the tokenizers library's trainer"
+    )
+    tokenizer.add_argument(
+        "--corpus", required=True, metavar="DIR", help="text of many languages to make more of"
+    )
+    tokenizer.add_argument("--size-mb", type=positive, default=10_000, metavar="N", help="of the text made")
+    tokenizer.add_argument("--prefix-mb", type=positive, default=500, metavar="N", help="that both train on")
+    tokenizer.add_argument("--vocab-size", type=positive, default=100_534, metavar="N")
+    tokenizer.add_argument("--limit-alphabet", type=positive, default=12_000, metavar="N")
+    tokenizer.add_argument(
+        "--memory-gb", type=float, default=3.0, metavar="GB", help="that ours stays within"
+    )
+    tokenizer.add_argument(
+        "--peer-minutes", type=float, default=120.0, metavar="T", help="for the library's largest prefix"
+    )
+    tokenizer.add_argument("--seed", type=int, default=0, metavar="N")
+    tokenizer.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
+    tokenizer.add_argument("--directory", metavar="DIR", help="where the text is made (default: $TMPDIR)")
+
     load = add("load", "peak memory while loading, against the size of the weights")
     load.add_argument("--shape", default="7b", metavar="S", help="a named shape")
     load.add_argument("--directory", metavar="DIR", help="where the weights are made (default: $TMPDIR)")

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xverse.data.corpus import CorpusReport
-    from xverse.tokenizer import Tokenizer
+    from xverse.tokenizer.report import VocabularyReport
 
-_FILES = "text files (.txt) or JSON lines with a text field (.jsonl, .jsonl.gz)"
-_BLOCK = 1 << 16  # bytes of a .txt file that make one document, cut at a line end
+_FILES = "text files (.txt) or JSON lines with a text field (.jsonl, .jsonl.gz), or folders of them"
+_VOCABULARY = "[NAME=]PATH: tokenizer.json or its directory, .tiktoken, sentencepiece's .model, .gguf"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="train|repair|report")
     train = actions.add_parser("train", help="train a tokenizer of XVERSE's structure")
-    train.add_argument("--out", required=True, metavar="DIR", help="directory to write")
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="entries in all, exactly")
+    train.add_argument("--out", metavar="DIR", help="directory to write")
+    train.add_argument("--vocab-size", type=int, metavar="N", help="entries in all, exactly")
     train.add_argument("--limit-alphabet", type=int, metavar="N", help="single characters at most")
-    train.add_argument("--initial-characters", default="", metavar="TEXT", help="characters to keep always")
-    train.add_argument("--min-frequency", type=int, default=2, metavar="N", help="a merge's occurrences")
-    train.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
+    train.add_argument("--initial-characters", metavar="TEXT", help="characters to keep always")
+    train.add_argument("--min-frequency", type=int, metavar="N", help="a merge's occurrences (default: 2)")
+    train.add_argument("--memory-gb", type=float, metavar="GB", help="memory to stay within (default: 3)")
+    train.add_argument("--threads", type=int, metavar="N", help="(default: all usable cores)")
+    train.add_argument(
+        "files", nargs="+", metavar="FILE|RECIPE.yaml", help=f"{_FILES}; or a recipe, then key=value settings"
+    )
     repair = actions.add_parser("repair", help="mend a tokenizer.json that current libraries refuse")
     repair.add_argument("source", metavar="IN", help="tokenizer.json or model directory")
     repair.add_argument("target", metavar="OUT", help="file or directory to write")
-    report = actions.add_parser("report", help="compression, byte fallback and round trip on text")
-    report.add_argument("--tokenizer", required=True, metavar="DIR", help="directory or tokenizer.json")
-    report.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    report = actions.add_parser("report", help="compression, byte fallback and round trip, beside others")
+    report.add_argument("--tokenizer", required=True, metavar="PATH", help=_VOCABULARY)
+    report.add_argument(
+        "--against", nargs="+", default=[], metavar="PATH", help="vocabularies to compare with"
+    )
+    report.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    report.add_argument("--out", metavar="DIR", help="also write report.md, report.json and report.png there")
     report.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
 
 
@@ -41,24 +48,100 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from xverse.config import UserError
-    from xverse.log import notice
-    from xverse.tokenizer import train_tokenizer
 
-    _check_files(args.files)
-    if args.limit_alphabet is not None and args.limit_alphabet < 0:
-        raise UserError(f"--limit-alphabet {args.limit_alphabet}: must not be negative")
-    _check_writable(Path(args.out))
-    tokenizer = train_tokenizer(
-        _all_texts(args.files),
-        args.vocab_size,
-        min_frequency=args.min_frequency,
-        limit_alphabet=args.limit_alphabet,
-        initial_characters=args.initial_characters,
-    )
-    tokenizer.save(args.out)
-    notice(f"{tokenizer.vocab_size} entries, hash {tokenizer.hash}")
-    print(args.out)
+    given = {
+        name: getattr(args, name)
+        for name in (
+            *("out", "vocab_size", "limit_alphabet", "initial_characters"),
+            *("min_frequency", "memory_gb", "threads"),
+        )
+        if getattr(args, name) is not None
+    }
+    if args.files[0].endswith((".yaml", ".yml")):
+        return _train_recipe(args.files[0], args.files[1:], given)
+    for name in ("out", "vocab_size"):
+        if name not in given:
+            raise UserError(f"tokenizer train: --{name.replace('_', '-')} is missing (or name a recipe)")
+    return _train_files(args.files, given)
+
+
+def _train_recipe(path: str, overrides: Sequence[str], given: dict[str, Any]) -> int:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from xverse.config import load
+    from xverse.tokenizer.recipe import TokenizerRecipe, train_recipe
+
+    flags = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
+    recipe = load(TokenizerRecipe, path, [*overrides, *flags])
+    _check_writable(recipe.out)
+    report = train_recipe(recipe)
+    table = Table("language", box=None, pad_edge=False)
+    for column in ("texts", "bytes", "different words", "weight", "single characters"):
+        table.add_column(column, justify="right")
+    for name, row in report["languages"].items():
+        counts = (f"{row[key]:,}" for key in ("texts", "bytes", "different_words"))
+        table.add_row(name, *counts, f"{row['weight']:.2%}", f"{row['single_characters']:.3%}")
+    Console(highlight=False, markup=False).print(table)
+    _tell(report["vocab_size"], report["hash"], report)
+    print(recipe.out)
     return 0
+
+
+def _train_files(names: Sequence[str], given: dict[str, Any]) -> int:
+    from xverse.config import build
+    from xverse.log import notice
+    from xverse.tokenizer import native
+    from xverse.tokenizer.counting import remove_counts
+    from xverse.tokenizer.recipe import TokenizerRecipe, train_files
+    from xverse.tokenizer.texts import find_files
+
+    files = find_files(names)
+    out = Path(given["out"])
+    _check_writable(out)
+    recipe = build(TokenizerRecipe, {"corpus": names[0], **given}, "tokenizer train")
+    if native.library() is None:
+        notice("without xverse's compiled code: the tokenizers library trains, with all texts in memory")
+        _train_in_memory(files, given)
+        return 0
+    # Counts of a run that is killed stay there for the next one.
+    counts = out.with_name(f".{out.name}.counts")
+    tokenizer, figures = train_files(recipe, files, counts)
+    tokenizer.save(out)
+    remove_counts(counts)
+    _tell(tokenizer.vocab_size, tokenizer.hash, figures)
+    print(out)
+    return 0
+
+
+def _train_in_memory(files: Sequence[Path], given: dict[str, Any]) -> None:
+    from xverse.config import UserError
+    from xverse.tokenizer import train_tokenizer
+    from xverse.tokenizer.texts import Skipped, Span, read_texts
+
+    options = {
+        name: given[name] for name in given if name not in ("out", "vocab_size", "memory_gb", "threads")
+    }
+    skipped = Skipped()
+    texts = [text.decode() for path in files for text in read_texts(Span(path), skipped)]
+    if not texts:
+        raise UserError(f"{files[0]}: no usable text in these files")
+    tokenizer = train_tokenizer(texts, given["vocab_size"], **options)
+    tokenizer.save(given["out"])
+    _tell(tokenizer.vocab_size, tokenizer.hash, {})
+    print(given["out"])
+
+
+def _tell(size: int, digest: str, figures: dict[str, Any]) -> None:
+    from xverse.log import notice
+
+    counts = ""
+    if figures:
+        notice(f"{figures['words']:,} different words; {figures['phases']} phases of merging")
+        counts = f" ({figures['characters']:,} characters, {figures['merges']:,} merges)"
+    notice(f"{size} entries{counts}, hash {digest}")
 
 
 def _repair(args: argparse.Namespace) -> int:
@@ -69,28 +152,6 @@ def _repair(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass
-class FileReport:
-    """What one file gives. ``byte_fallback`` is the share of tokens that are single bytes."""
-
-    file: str
-    documents: int = 0
-    bytes: int = 0
-    characters: int = 0
-    tokens: int = 0
-    fallback_tokens: int = 0
-    round_trip: bool = True
-
-    @property
-    def rates(self) -> dict[str, float]:
-        tokens = max(1, self.tokens)
-        return {
-            "bytes_per_token": round(self.bytes / tokens, 4),
-            "characters_per_token": round(self.characters / tokens, 4),
-            "byte_fallback": round(self.fallback_tokens / tokens, 6),
-        }
-
-
 def _report(args: argparse.Namespace) -> int:
     import json
 
@@ -98,57 +159,61 @@ def _report(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from xverse.tokenizer import Tokenizer
+    from xverse.tokenizer.report import as_json, by_file, in_detail, measure, overview
+    from xverse.tokenizer.texts import find_files
+    from xverse.tokenizer.vocabularies import load_vocabulary
 
-    tokenizer = Tokenizer.load(args.tokenizer)
-    _check_files(args.files)
-    rows = [_measure(tokenizer, name) for name in args.files]
+    files = find_files(args.files)
+    if args.out:
+        _check_writable(Path(args.out))
+    reports = [
+        measure(load_vocabulary(name), files, told=number == 0)
+        for number, name in enumerate([args.tokenizer, *args.against])
+    ]
+    head: dict[str, Any] = {"tokenizer": args.tokenizer, "vocab_size": reports[0].vocabulary.size}
+    if reports[0].vocabulary.decode is not None:
+        path = args.tokenizer if Path(args.tokenizer).exists() else args.tokenizer.partition("=")[2]
+        head["hash"] = Tokenizer.load(path).hash
+    shown = as_json(reports)
+    values = {**head, "unused": shown[0]["unused"], "files": shown[0]["files"], "against": shown[1:]}
+    tables = [in_detail(reports[0]), overview(reports)]
+    if len(reports) > 1:
+        tables.append(by_file(reports))
+    if args.out:
+        _write_report(Path(args.out), tables, values, reports)
     if args.json:
-        files = [{**asdict(row), **row.rates} for row in rows]
-        head = {"tokenizer": args.tokenizer, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
-        print(json.dumps({**head, "files": files}, ensure_ascii=False))
+        print(json.dumps(values, ensure_ascii=False))
     else:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("file", overflow="fold")
-        for column in ("bytes", "tokens", "bytes/token", "chars/token", "byte fallback", "round trip"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in rows:
-            rates = row.rates
-            table.add_row(
-                row.file,
-                f"{row.bytes:,}",
-                f"{row.tokens:,}",
-                f"{rates['bytes_per_token']:.2f}",
-                f"{rates['characters_per_token']:.2f}",
-                f"{rates['byte_fallback']:.2%}",
-                "ok" if row.round_trip else "LOST",
-            )
-        Console(highlight=False, markup=False).print(table)
-    return 0 if all(row.round_trip for row in rows) else 1
+        width = None if sys.stdout.isatty() else 120  # a file would be folded at 80
+        for rows in tables:
+            table = Table(box=None, pad_edge=False)
+            for number, column in enumerate(rows[0]):
+                table.add_column(
+                    column, **({"justify": "right", "no_wrap": True} if number else {"overflow": "fold"})
+                )
+            for row in rows[1:]:
+                table.add_row(*row)
+            Console(highlight=False, markup=False, width=width).print(table, "")
+    return 0 if all(row.round_trip for row in reports[0].files) else 1
 
 
-def _measure(tokenizer: Tokenizer, name: str) -> FileReport:
-    row = FileReport(name)
-    for batch in _batches(_all_texts([name]), 256):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            row.documents += 1
-            row.bytes += len(text.encode())
-            row.characters += len(text)
-            row.tokens += len(ids)
-            row.fallback_tokens += sum(index in tokenizer.byte_ids for index in ids)
-            row.round_trip = row.round_trip and tokenizer.decode(ids) == text
-    return row
+def _write_report(
+    folder: Path,
+    tables: Sequence[Sequence[Sequence[str]]],
+    values: dict[str, Any],
+    reports: Sequence[VocabularyReport],
+) -> None:
+    import json
 
+    from xverse.files import atomic_file
+    from xverse.tokenizer.report import markdown, plot
 
-def _check_files(names: list[str]) -> None:
-    from xverse.config import UserError
-
-    for name in names:
-        if not Path(name).is_file():
-            raise UserError(f"{name}: {'is a directory' if Path(name).is_dir() else 'no such file'}")
-        if not os.access(name, os.R_OK):
-            raise UserError(f"{name}: cannot be read (no permission)")
-        if not name.endswith((".txt", ".jsonl", ".jsonl.gz")):
-            raise UserError(f"{name}: expected a .txt, .jsonl or .jsonl.gz file")
+    with atomic_file(folder / "report.md") as path:
+        path.write_text("\n".join(markdown(table) for table in tables), encoding="utf-8")
+    with atomic_file(folder / "report.json") as path:
+        path.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    with atomic_file(folder / "report.png") as path:
+        plot(reports, path)
 
 
 def _check_writable(directory: Path) -> None:
@@ -160,51 +225,3 @@ def _check_writable(directory: Path) -> None:
         raise UserError(f"{directory}: cannot be written ({standing} is a file)")
     if not os.access(standing, os.W_OK | os.X_OK):
         raise UserError(f"{directory}: cannot be written (no permission in {standing})")
-
-
-def _all_texts(names: list[str]) -> Iterator[str]:
-    """The texts of the files; bad lines are skipped, counted and told. Raises UserError if none is left."""
-    from xverse.config import UserError
-    from xverse.data.corpus import CorpusReport, read_documents
-    from xverse.log import notice
-
-    for name in names:
-        report = CorpusReport()
-        if name.endswith(".txt"):
-            yield from _text_file(name, report)
-        else:
-            yield from (document.text for document in read_documents(name, report))
-        if report.describe():
-            notice(f"{name}: {report.describe()}")
-        if not report.read:
-            raise UserError(f"{name}: no usable text in this file")
-
-
-def _text_file(name: str, report: CorpusReport) -> Iterator[str]:
-    block: list[str] = []
-    size = 0
-    with Path(name).open("rb") as stream:
-        for line in stream:
-            try:
-                block.append(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                report.bad_utf8 += 1
-                continue
-            report.read += 1
-            size += len(line)
-            if size >= _BLOCK:
-                yield "".join(block)
-                block, size = [], 0
-    if block:
-        yield "".join(block)
-
-
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

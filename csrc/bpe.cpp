@@ -1,0 +1,498 @@
+// Byte-pair encoding over counted words, in bounded memory; the merges are those of the tokenizers library's
+// BpeTrainer, ties included (the smaller pair of ids first).
+//
+// Where every pair's words stood in lists, memory would grow with the tail of rare pairs, which are never merged. So
+// training goes in phases. A phase keeps the pairs that occur at least `threshold` times; it ends where a pair below
+// could be next. Then the words are scanned again, and the next phase begins with a lower threshold.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+#include <unordered_map>
+
+#include "bpe_store.h"
+
+namespace xv {
+
+namespace {
+
+constexpr uint32_t kNone = UINT32_MAX;
+constexpr int64_t kDropped = INT64_MIN;  // a pair that has fallen below the threshold
+constexpr size_t kPairBytes = 96;        // of a pair in the map, the queue and the allocator, beside its list
+constexpr int64_t kPhase = 16;           // how far counts may fall within a phase
+
+struct Settings {
+  uint32_t vocab_size, max_length;
+  int64_t min_frequency;
+  size_t memory;  // bytes, as far as the words leave them
+  int threads;
+};
+
+struct Entry {
+  int64_t count;
+  uint64_t key;
+  uint8_t* list;  // uint32 size, then as in Positions; its own
+  bool operator<(const Entry& other) const { return count != other.count ? count < other.count : key > other.key; }
+};
+
+struct Counted {
+  uint64_t key = 0;
+  int64_t count = 0;
+  uint32_t last = 0, bytes = 0;
+};
+struct Kept {
+  uint64_t key = 0;
+  int64_t count = 0;
+};
+struct Filled {
+  uint64_t key = 0;
+  uint8_t* to = nullptr;
+  uint32_t last = 0;
+};
+// What a merge changes beside one symbol: the pair with the merged one's part falls, the pair with the new one rises.
+struct Neighbour {
+  int64_t fall = 0, rise = 0;
+  Positions words;
+};
+
+using Report = int (*)(int64_t merges, int64_t count);
+
+class Trainer {
+ public:
+  Trainer(const Settings& settings, const uint32_t* alphabet, int64_t characters, uint32_t first_id)
+      : settings_(settings), next_id_(first_id) {
+    texts_.resize(first_id), lengths_.assign(first_id, 1);
+    for (int64_t i = 0; i < characters; ++i) name(std::string(reinterpret_cast<const char*>(alphabet + i), 4));
+    left_.resize(settings.vocab_size), right_.resize(settings.vocab_size);
+  }
+  ~Trainer() { clear_queue(); }
+
+  // Words from the files into the store; id_of maps code points to ids. A character without an id cuts a word.
+  void load(WordMerge& merge, size_t bytes, const uint32_t* id_of) {
+    is_wide_ = next_id_ > 60000;
+    if (is_wide_) load_into(wide_, merge, bytes, id_of);
+    else load_into(narrow_, merge, bytes, id_of);
+  }
+
+  // Returns false where `report` asked to stop.
+  bool train(Report report) {
+    for (bool first = true; next_id_ < settings_.vocab_size; first = false) {
+      if (!is_wide_ && next_id_ >= WordStore<uint16_t>::kFill) widen(), first = true;
+      const bool more = is_wide_ ? phase(wide_, first, report) : phase(narrow_, first, report);
+      if (stopped_) return false;
+      if (!more) break;
+    }
+    return true;
+  }
+
+  std::vector<uint32_t> merges;  // left, right, result, …
+  std::vector<int64_t> counts;   // of each merge, when it was made
+  int64_t words = 0, phases = 0, again = 0;  // `again`: merges whose result had an id
+
+ private:
+  // Characters are four bytes here; only equality matters.
+  uint32_t name(std::string text) {
+    const auto [found, made] = ids_.try_emplace(std::move(text), next_id_);
+    if (made) {
+      texts_.push_back(&found->first), lengths_.push_back(uint32_t(found->first.size() / 4));
+      ++next_id_;
+    }
+    return found->second;
+  }
+
+  template <class Symbol>
+  void load_into(WordStore<Symbol>& store, WordMerge& merge, size_t bytes, const uint32_t* id_of) {
+    // A record has at least two bytes before the word, a part of a word at least two characters.
+    store = WordStore<Symbol>(6 * bytes + 4096);
+    uint32_t symbols[kLongestWord];
+    while (merge.next()) {
+      ++words;
+      const uint8_t* const end = merge.record.word + merge.record.size;
+      uint32_t length = 0;
+      const auto cut = [&] {
+        if (length > 1) store.append(symbols, length, int64_t(merge.record.count));
+        length = 0;
+      };
+      int step;
+      for (const uint8_t* at = merge.record.word; at < end; at += step) {
+        const uint32_t id = id_of[code_point(at, step)];
+        if (id == kNone) cut();
+        else symbols[length++] = id;
+      }
+      cut();
+      if (store.used > UINT32_MAX - 2 * kLongestWord) throw Failure{EOVERFLOW};
+    }
+  }
+
+  void widen() {
+    wide_ = WordStore<uint32_t>(narrow_.used + 4096);
+    size_t released = 0;
+    narrow_.each([&](size_t offset, const WordStore<uint16_t>::Word& word) {
+      if (word.length > 1) wide_.append(word.symbols, word.length, word.count);
+      if (offset - released < (size_t(1) << 24)) return;
+      narrow_.release(released, offset / 4096 * 4096), released = offset / 4096 * 4096;
+    });
+    narrow_ = WordStore<uint16_t>();
+    is_wide_ = true;
+  }
+
+  bool counts_at_all(uint64_t key) const {
+    const uint32_t left = lengths_[key >> 32], right = lengths_[uint32_t(key)];
+    return left + right < settings_.max_length || (left == 1 && right == 1);
+  }
+
+  template <class Body>
+  void on_threads(int parts, const Body& body) {
+    std::atomic<int> next{0};
+    std::atomic<bool> short_of_memory{false};
+    const auto work = [&] {
+      try {
+        for (int part; (part = next++) < parts;) body(part);
+      } catch (const std::bad_alloc&) {
+        short_of_memory = true;
+      }
+    };
+    std::vector<std::thread> others;
+    for (int i = 1; i < std::min(settings_.threads, parts); ++i) others.emplace_back(work);
+    work();
+    for (auto& thread : others) thread.join();
+    if (short_of_memory) throw std::bad_alloc();
+  }
+
+  // Counts all pairs and keeps those that the next phase needs. Returns false where none is left to merge.
+  template <class Symbol>
+  bool scan(const WordStore<Symbol>& store) {
+    clear_queue();
+    suspects_.clear(), suspected_ = 0;
+    const size_t taken = store.used * sizeof(Symbol);
+    const size_t room = settings_.memory > taken ? settings_.memory - taken : 0;
+    const size_t budget = std::max(room / 2, size_t(1) << 24);
+    const size_t most_places = std::max(budget / size_t(settings_.threads) / sizeof(Counted) / 3, size_t(1) << 14);
+    std::vector<std::vector<Counted>> found;
+    std::atomic<int64_t> top{0};
+    for (int parts = parts_;; parts *= 2) {
+      found.assign(size_t(parts), {});
+      top = 0;
+      std::atomic<bool> overflow{false};
+      on_threads(parts, [&](int part) {
+        if (overflow) return;
+        PairMap<Counted> pairs;
+        store.each([&](size_t offset, const typename WordStore<Symbol>::Word& word) {
+          if (overflow) return;
+          for (uint32_t i = 1; i < word.length; ++i) {
+            const uint64_t key = pair_key(word.symbols[i - 1], word.symbols[i]), hash = hash_pair(key);
+            if (int(hash >> 40) % parts != part) continue;
+            Counted& pair = pairs.make(key, hash);
+            pair.count += word.count;
+            if (pair.last == offset + 1) continue;
+            pair.bytes += varint_size(uint32_t(offset + 1) - pair.last);
+            pair.last = uint32_t(offset + 1);
+          }
+          if (pairs.size() > most_places && parts < 4096) overflow = true;
+        });
+        if (overflow) return;
+        int64_t best = 0;
+        pairs.each([&](const Counted& pair) {
+          if (counts_at_all(pair.key)) best = std::max(best, pair.count + residue(pair.key));
+        });
+        int64_t known = top;
+        while (known < best && !top.compare_exchange_weak(known, best)) {}
+        const int64_t least = std::max<int64_t>(1, top / kPhase);
+        pairs.each([&](Counted pair) {
+          const int64_t rest = residue(pair.key);
+          pair.count += rest;
+          if (counts_at_all(pair.key) && (pair.count >= least || rest != 0)) found[size_t(part)].push_back(pair);
+        });
+      });
+      if (!overflow) break;
+      parts_ = 2 * parts;
+    }
+    ++phases;
+    threshold_ = std::max<int64_t>(1, top / kPhase);
+    std::vector<Counted> chosen;
+    for (auto& part : found) {
+      for (const Counted& pair : part)
+        if (pair.count >= threshold_ || residue(pair.key) != 0) chosen.push_back(pair);
+      part = {};
+    }
+    std::sort(chosen.begin(), chosen.end(), [](const Counted& a, const Counted& b) {
+      return a.count != b.count ? a.count > b.count : a.key < b.key;
+    });
+    size_t total = 0;
+    for (const Counted& pair : chosen) {
+      total += pair.bytes + kPairBytes;
+      if (total > budget && pair.count < top) {
+        threshold_ = std::max(threshold_, pair.count + 1);
+        break;
+      }
+    }
+    kept_ = PairMap<Kept>();
+    live_ = 0, most_live_ = 2 * budget;
+    for (const auto& [key, count] : residues_) kept_.make(key).count = count;
+    PairMap<Filled> lists;
+    for (const Counted& pair : chosen) {
+      if (pair.count < threshold_ && residue(pair.key) == 0) continue;
+      auto* list = static_cast<uint8_t*>(std::malloc(4 + pair.bytes));
+      if (list == nullptr) throw std::bad_alloc();
+      std::memcpy(list, &pair.bytes, 4);
+      queue_.push_back({pair.count, pair.key, list});
+      live_ += pair.bytes + kPairBytes;
+      kept_.make(pair.key).count = pair.count;
+      lists.make(pair.key).to = list + 4;
+    }
+    chosen = {};
+    std::make_heap(queue_.begin(), queue_.end());
+    const int parts = settings_.threads;
+    on_threads(parts, [&](int part) {
+      store.each([&](size_t offset, const typename WordStore<Symbol>::Word& word) {
+        for (uint32_t i = 1; i < word.length; ++i) {
+          const uint64_t key = pair_key(word.symbols[i - 1], word.symbols[i]);
+          if (parts > 1 && int(hash_pair(key) >> 40) % parts != part) continue;
+          Filled* list = lists.find(key);
+          if (list == nullptr || list->last == offset + 1) continue;
+          list->to = put_varint(list->to, uint32_t(offset + 1) - list->last);
+          list->last = uint32_t(offset + 1);
+        }
+      });
+    });
+    return top >= std::max<int64_t>(1, settings_.min_frequency);
+  }
+
+  // Returns whether another phase is to follow.
+  template <class Symbol>
+  bool phase(WordStore<Symbol>& store, bool first, Report report) {
+    if (!first) store.compact();
+    if (!scan(store)) return false;
+    const uint32_t last_id = sizeof(Symbol) == 2 ? WordStore<uint16_t>::kFill : kNone;
+    for (bool merged = false; next_id_ < settings_.vocab_size;) {
+      if (next_id_ >= last_id || (merged && live_ > most_live_)) return true;
+      if (queue_.empty()) return threshold_ > 1;
+      std::pop_heap(queue_.begin(), queue_.end());
+      Entry entry = queue_.back();
+      queue_.pop_back();
+      Kept* pair = kept_.find(entry.key);
+      if (pair->count < threshold_) {
+        if (pair->count != kDropped) pair->count = kDropped;
+        drop(entry);
+        continue;
+      }
+      if (pair->count != entry.count) {
+        entry.count = pair->count;
+        push(entry);
+        continue;
+      }
+      if (merged && entry.count <= suspected_) {
+        drop(entry);
+        return true;
+      }
+      if (entry.count < settings_.min_frequency) {
+        drop(entry);
+        return false;
+      }
+      merge_pair(store, entry);
+      merged = true;
+      drop(entry);
+      if (counts.size() % 256 == 0 && report != nullptr && report(int64_t(counts.size()), entry.count) != 0) {
+        stopped_ = true;
+        return false;
+      }
+    }
+    return false;
+  }
+
+  template <class Symbol>
+  void merge_pair(WordStore<Symbol>& store, const Entry& entry) {
+    const uint32_t a = uint32_t(entry.key >> 32), b = uint32_t(entry.key), before = next_id_;
+    const uint32_t made = name(*texts_[a] + *texts_[b]);
+    const bool fresh = made == before;
+    again += !fresh;
+    merges.insert(merges.end(), {a, b, made});
+    counts.push_back(entry.count);
+
+    uint32_t size;
+    std::memcpy(&size, entry.list, 4);
+    const uint8_t *at = entry.list + 4, *const end = at + size;
+    const uint32_t length = lengths_[made];
+    int64_t own = 0;  // occurrences merged; the library's count of the pair itself does not fall by them
+    for (uint64_t offset = 0, distance; at < end;) {
+      at = get_varint(at, distance);
+      offset += distance;
+      const auto word = store.at(offset - 1);
+      Symbol* const symbols = word.symbols;
+      uint32_t from = 0;
+      while (from + 1 < word.length && (symbols[from] != a || symbols[from + 1] != b)) ++from;
+      if (from + 1 >= word.length) continue;
+      uint32_t to = from;
+      while (from < word.length) {
+        if (symbols[from] != a || from + 1 == word.length || symbols[from + 1] != b) {
+          symbols[to++] = symbols[from++];
+          continue;
+        }
+        own += word.count;
+        if (to > 0) change(left_, touched_left_, symbols[to - 1], word.count, length, uint32_t(offset - 1));
+        symbols[to++] = Symbol(made);
+        from += 2;
+        if (from < word.length) change(right_, touched_right_, symbols[from], word.count, length, uint32_t(offset - 1));
+      }
+      std::fill(symbols + to, symbols + word.length, WordStore<Symbol>::kFill);
+      store.shorten(offset - 1, to);
+    }
+    residues_[entry.key] += own;
+
+    for (const uint32_t x : touched_left_) fall(pair_key(x, a), left_[x].fall);
+    for (const uint32_t y : touched_right_) fall(pair_key(b, y), right_[y].fall);
+    // Of pairs with the new symbol on both sides of the merged ones, such as (made, a) in "ab ab".
+    const int64_t fell_a = left_[made].fall, fell_b = right_[made].fall;
+    if (left_[made].rise != 0 && right_[made].rise != 0) unite(left_[made], right_[made]);
+    for (const uint32_t x : touched_left_) rise(pair_key(x, made), left_[x], x == b ? fell_b : 0, fresh);
+    for (const uint32_t y : touched_right_) rise(pair_key(made, y), right_[y], y == a ? fell_a : 0, fresh);
+    for (const uint32_t x : touched_left_) left_[x] = {};
+    for (const uint32_t y : touched_right_) right_[y] = {};
+    touched_left_.clear(), touched_right_.clear();
+    pool_.reset();
+  }
+
+  void change(std::vector<Neighbour>& side, std::vector<uint32_t>& touched, uint32_t symbol, int64_t count,
+              uint32_t length, uint32_t offset) {
+    Neighbour& neighbour = side[symbol];
+    if (neighbour.fall == 0) touched.push_back(symbol);
+    neighbour.fall += count;
+    if (lengths_[symbol] + length >= settings_.max_length) return;
+    neighbour.rise += count;
+    pool_.append(neighbour.words, offset);
+  }
+
+  void fall(uint64_t key, int64_t count) {
+    Kept* pair = kept_.find(key);
+    if (pair != nullptr && pair->count != kDropped) pair->count -= count;
+  }
+
+  // `fell`: what the same merge took from the pair again, where `fall` did not find it.
+  void rise(uint64_t key, const Neighbour& neighbour, int64_t fell, bool fresh) {
+    if (neighbour.rise == 0) return;
+    Kept* pair = fresh ? nullptr : kept_.find(key);
+    if (pair != nullptr && pair->count != kDropped) {
+      pair->count += neighbour.rise;
+      if (pair->count > 0) push(key, pair->count, neighbour.words);
+      return;
+    }
+    const int64_t count = neighbour.rise - fell;
+    if (fresh || threshold_ == 1) {
+      if (count < threshold_) return;
+      kept_.make(key).count = count;
+      push(key, count, neighbour.words);
+    } else {  // it may have occurred before, fewer times than the threshold, in words that nobody has listed
+      int64_t& risen = suspects_[key];
+      risen += count;
+      suspected_ = std::max(suspected_, threshold_ - 1 + risen);
+    }
+  }
+
+  // Both lists into the first, for the pair (made, made).
+  void unite(Neighbour& first, Neighbour& second) {
+    std::vector<uint32_t> offsets;
+    for (const Neighbour* side : {&first, &second}) {
+      uint64_t offset = 0, distance;
+      for (const uint8_t* at = side->words.data; at < side->words.data + side->words.size; offset += distance) {
+        at = get_varint(at, distance);
+        offsets.push_back(uint32_t(offset + distance - 1));
+      }
+    }
+    std::sort(offsets.begin(), offsets.end());
+    first.words = {};
+    for (const uint32_t offset : offsets) pool_.append(first.words, offset);
+    first.rise += second.rise, second.rise = 0;
+  }
+
+  int64_t residue(uint64_t key) const {
+    const auto found = residues_.find(key);
+    return found == residues_.end() ? 0 : found->second;
+  }
+
+  void push(const Entry& entry) {
+    queue_.push_back(entry);
+    std::push_heap(queue_.begin(), queue_.end());
+  }
+  void push(uint64_t key, int64_t count, const Positions& words) {
+    auto* list = static_cast<uint8_t*>(std::malloc(4 + words.size));
+    if (list == nullptr) throw std::bad_alloc();
+    std::memcpy(list, &words.size, 4);
+    std::memcpy(list + 4, words.data, words.size);
+    live_ += words.size + kPairBytes;
+    push({count, key, list});
+  }
+  void drop(const Entry& entry) {
+    uint32_t size;
+    std::memcpy(&size, entry.list, 4);
+    live_ -= size + kPairBytes;
+    std::free(entry.list);
+  }
+  void clear_queue() {
+    for (const Entry& entry : queue_) std::free(entry.list);
+    queue_ = {};
+  }
+
+  Settings settings_;
+  uint32_t next_id_;
+  std::unordered_map<std::string, uint32_t> ids_;
+  std::vector<const std::string*> texts_;
+  std::vector<uint32_t> lengths_;  // in characters
+  WordStore<uint16_t> narrow_;     // until an id needs more
+  WordStore<uint32_t> wide_;
+  bool is_wide_ = false, stopped_ = false;
+  int parts_ = 1;  // in which pairs are counted, one after the other
+  int64_t threshold_ = 1;
+  PairMap<Kept> kept_;
+  std::vector<Entry> queue_;
+  size_t live_ = 0, most_live_ = 0;  // bytes of the queue's lists
+  std::unordered_map<uint64_t, int64_t> residues_;  // of merged pairs: what the library still counts
+  std::unordered_map<uint64_t, int64_t> suspects_;  // pairs below the threshold that have risen in this phase
+  int64_t suspected_ = 0;                           // the most that one of them can have
+  std::vector<Neighbour> left_, right_;
+  std::vector<uint32_t> touched_left_, touched_right_;
+  Pool pool_;
+};
+
+}  // namespace
+
+}  // namespace xv
+
+using namespace xv;
+
+extern "C" {
+
+// Merges from files of counted words (each file's counts times its multiplier).
+//
+// alphabet: code points whose ids are first_id, first_id + 1, …; spaces in words are read as U+2581. merges has room
+// for 4 × vocab_size triples of ids, counts for as many. told: [different words, phases, merges that made no new
+// token]. Returns how many merges were made, or minus errno's number (ECANCELED where `report` asked to stop).
+int64_t xvt_train(const char* const* paths, const int64_t* multipliers, int files, int64_t bytes,
+                  const uint32_t* alphabet, int64_t characters, uint32_t first_id, uint32_t vocab_size,
+                  int64_t min_frequency, uint32_t max_length, int64_t memory, int threads, Report report,
+                  uint32_t* merges, int64_t* counts, int64_t* told) {
+  try {
+    std::vector<uint32_t> id_of(0x110000, kNone);
+    for (int64_t i = 0; i < characters; ++i) id_of[alphabet[i]] = first_id + uint32_t(i);
+    id_of[' '] = id_of[0x2581];
+    Trainer trainer({vocab_size, max_length, min_frequency, size_t(memory), std::max(threads, 1)}, alphabet,
+                    characters, first_id);
+    {
+      WordMerge merge(paths, multipliers, files);
+      trainer.load(merge, size_t(bytes), id_of.data());
+    }
+    std::vector<uint32_t>().swap(id_of);
+    if (!trainer.train(report)) return -ECANCELED;
+    if (trainer.counts.size() > 4 * size_t(vocab_size)) return -EOVERFLOW;
+    std::copy(trainer.merges.begin(), trainer.merges.end(), merges);
+    std::copy(trainer.counts.begin(), trainer.counts.end(), counts);
+    told[0] = trainer.words, told[1] = trainer.phases, told[2] = trainer.again;
+    return int64_t(trainer.counts.size());
+  } catch (const Failure& failure) {
+    return -(failure.number != 0 ? failure.number : EIO);
+  } catch (const std::bad_alloc&) {
+    return -ENOMEM;
+  }
+}
+
+}  // extern "C"

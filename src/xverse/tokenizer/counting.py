@@ -1,0 +1,215 @@
+"""How often each word stands in texts of any size, in bounded memory and resumable.
+
+The texts are cut into parts. A thread counts one part at a time in a hash table, which goes to the disk,
+sorted, whenever it is full; a marker says that a part is complete. At the end all sorted files become one.
+Started again, counting does the parts that are missing; an output folder of other texts is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from xverse.config import UserError
+from xverse.files import atomic_file
+from xverse.log import notice
+from xverse.tokenizer import native
+from xverse.tokenizer.texts import BLOCK, Skipped, Span, read_texts, split_into_parts
+
+VERSION = 1  # of the files' form and of what a word is
+PARTS = 16  # of a corpus, at least where it is large enough
+SMALLEST_PART, LARGEST_PART = 4 << 20, 2 << 30  # bytes
+BATCH = 1 << 20  # bytes of texts in one call
+FAN_IN = 256  # files that are merged at once
+
+
+@dataclass(frozen=True)
+class WordCounts:
+    """A file of counted words (csrc/words.h) and what was counted."""
+
+    path: Path
+    different: int
+    occurrences: int
+    texts: int
+    bytes: int  # of the texts
+    long_words: int  # left out: longer than 16,384 bytes
+
+
+def count_words(files: Sequence[Path], folder: Path, *, memory: int, threads: int) -> WordCounts:
+    """Count the words of text files into ``folder``, in about ``memory`` bytes.
+
+    Raises UserError where the folder holds counts of other texts, where the disk is full, and where no file
+    has a usable text.
+    """
+    described = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    settings = {"version": VERSION, "longest_word": native.LONGEST_WORD, "block": BLOCK, "files": described}
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    done = _read_marker(folder / "words.json", digest)
+    if done is not None and _whole(folder, [["words", done["size"]]]):
+        return _result(folder, done)
+    started = folder / "counting.json"
+    if folder.is_dir() and any(folder.iterdir()) and _read_marker(started, digest) is None:
+        raise UserError(f"{folder}: is not empty and holds no word counts; name another folder")
+    with atomic_file(started) as path:
+        path.write_text(json.dumps({"digest": digest, **settings}))
+
+    parts = plan_parts(files)
+    stop = threading.Event()
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [
+            pool.submit(_count_part, folder, number, part, digest, memory // threads, stop)
+            for number, part in enumerate(parts)
+        ]
+        try:
+            markers = [future.result() for future in futures]
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    _tell(files, markers)
+    sums = {key: sum(marker[key] for marker in markers) for key in ("texts", "bytes", "long_words")}
+    if not sums["texts"]:
+        remove_counts(folder)
+        raise UserError(f"{files[0].parent if len(files) > 1 else files[0]}: no usable text in these files")
+    runs = [folder / name for marker in markers for name, _ in marker["runs"]]
+    different, occurrences, size = _merge_all(runs, folder)
+    done = {"digest": digest, "size": size, "different": different, "occurrences": occurrences, **sums}
+    with atomic_file(folder / "words.json") as path:
+        path.write_text(json.dumps(done))
+    for path in folder.glob("part-*"):
+        path.unlink()
+    return _result(folder, done)
+
+
+def plan_parts(files: Sequence[Path]) -> list[list[Span]]:
+    """The parts that ``count_words`` makes of files, each read by itself."""
+    total = sum(path.stat().st_size for path in files)
+    return split_into_parts(files, min(max(total // PARTS, SMALLEST_PART), LARGEST_PART))
+
+
+def _count_part(
+    folder: Path, number: int, part: list[Span], digest: str, memory: int, stop: threading.Event
+) -> dict[str, Any]:
+    name = f"part-{number:05}"
+    marker = _read_marker(folder / f"{name}.json", digest)
+    if marker is not None and _whole(folder, marker["runs"]):
+        return marker
+    skipped = [Skipped() for _ in part]
+    counter = native.Counter(folder / name, memory)
+    with _disk_errors(folder):
+        try:
+            batch: list[bytes] = []
+            size = 0
+            for span, report in zip(part, skipped, strict=True):
+                for text in read_texts(span, report):
+                    batch.append(text)
+                    size += len(text)
+                    if stop.is_set():  # another part failed, or the user interrupted
+                        raise CancelledError
+                    if size >= BATCH:
+                        counter.add(batch)
+                        batch, size = [], 0
+            if batch:
+                counter.add(batch)
+            _, long_words, runs = counter.finish()
+        finally:
+            counter.close()
+    names = [f"{name}.{run}" for run in range(runs)]
+    marker = {
+        "digest": digest,
+        "runs": [[run, (folder / run).stat().st_size] for run in names],
+        "texts": sum(report.read for report in skipped),
+        "bytes": sum(report.bytes for report in skipped),
+        "long_words": long_words,
+        "files": [[str(span.path), asdict(report)] for span, report in zip(part, skipped, strict=True)],
+    }
+    with atomic_file(folder / f"{name}.json") as path:
+        path.write_text(json.dumps(marker))
+    return marker
+
+
+def _merge_all(runs: list[Path], folder: Path) -> tuple[int, int, int]:
+    target = folder / "words"
+    temporary = folder / "words.tmp"
+    with _disk_errors(folder):
+        level = 0
+        while len(runs) > FAN_IN:  # into fewer, larger files; the markers' own stay until all is done
+            level += 1
+            merged = []
+            for number, begin in enumerate(range(0, len(runs), FAN_IN)):
+                merged.append(folder / f"part-merged-{level}.{number}")
+                native.merge_words(runs[begin : begin + FAN_IN], merged[-1])
+            runs = merged
+        figures = native.merge_words(runs, temporary)
+        temporary.replace(target)
+    return figures
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{folder}: the disk is full; make room and run the same again, what is counted stays counted"
+        ) from error
+
+
+def _tell(files: Sequence[Path], markers: list[dict[str, Any]]) -> None:
+    """What was skipped, file by file: one that is counted in several parts is told once."""
+    reports = {str(path): Skipped() for path in files}
+    for marker in markers:
+        for name, values in marker["files"]:
+            into = reports[name]
+            for key, value in values.items():
+                setattr(into, key, getattr(into, key) + value)
+    for name, report in reports.items():
+        if not report.read and len(files) == 1:
+            continue  # the error says it
+        if report.describe() or not report.read:
+            notice(f"{name}: {report.describe() or 'no usable text'}")
+    long_words = sum(marker["long_words"] for marker in markers)
+    if long_words:
+        notice(f"{long_words} words longer than {native.LONGEST_WORD} bytes were left out")
+
+
+def _read_marker(path: Path, digest: str) -> dict[str, Any] | None:
+    """What stands in a marker; None where there is none. Raises UserError where it is of other texts."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(found, dict) or found.get("digest") != digest:
+        raise UserError(
+            f"{path.parent}: holds word counts of other texts or of another version; remove it or name "
+            "another folder"
+        )
+    return found
+
+
+def _whole(folder: Path, files: list[list[Any]]) -> bool:
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files)
+
+
+def _result(folder: Path, done: dict[str, Any]) -> WordCounts:
+    keys = ("different", "occurrences", "texts", "bytes", "long_words")
+    return WordCounts(folder / "words", **{key: done[key] for key in keys})
+
+
+def remove_counts(folder: Path) -> None:
+    """Remove a folder that ``count_words`` made."""
+    if (folder / "counting.json").is_file():
+        shutil.rmtree(folder)

@@ -1,0 +1,335 @@
+"""Train a tokenizer of XVERSE's structure from a recipe, in bounded memory: counted words to merges
+(csrc/bpe.cpp).
+
+How much of the vocabulary a language gets is decided by the weight of its words. With ``temperature`` a
+language's share of all is (its share of the texts) ** temperature, times ``shares[language]``: 1 leaves the
+texts as they are, 0 makes languages equal in characters. ``rounds`` then makes them equal in need: after each
+training the weights become shares / (tokens that the language's texts take), which is where the sum of shares
+× log(tokens) is least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xverse.config import UserError, nearest
+from xverse.files import atomic_file
+from xverse.hardware import cores
+from xverse.log import notice
+from xverse.tokenizer import native
+from xverse.tokenizer.counting import WordCounts, count_words, remove_counts
+from xverse.tokenizer.texts import Skipped, Span, file_language, find_files, read_texts
+from xverse.tokenizer.tokenizer import SPACE, Tokenizer
+from xverse.tokenizer.train import FIXED, assemble, check_room, check_size, choose_alphabet, default_limit
+
+INTERPRETER = 100 << 20  # bytes of memory
+SCALE = 1000  # the smallest weight as a whole number; counts are integers
+SAMPLE, SAMPLE_REACH = (
+    400_000,
+    64_000_000,
+)  # bytes of a language's texts that a round measures, and of how many
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """``corpus`` is a folder of {language}.jsonl(.gz) or .txt; ``languages`` chooses among them.
+
+    ``out`` gets the tokenizer and training.json. ``counts`` (default: counts/ in ``out``) keeps the counted
+    words by language; a recipe with other weights may name the same folder and begins with merging.
+    """
+
+    corpus: Path
+    out: Path
+    vocab_size: int = 100_534
+    languages: list[str] = field(default_factory=list)  # empty: all
+    temperature: float = 1.0
+    shares: dict[str, float] = field(default_factory=dict)
+    rounds: int = 0
+    limit_alphabet: int | None = None  # single characters at most; None: a third of the vocabulary
+    character_coverage: float = 0.0  # of each language's characters, single whatever the others need
+    characters: list[str] = field(default_factory=list)  # always single: assigned ones of ranges "4E00-9FFF"
+    initial_characters: str = ""
+    min_frequency: int = 2
+    max_token_length: int = 16
+    memory_gb: float = 3.0
+    threads: int | None = None
+    counts: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("temperature", 0, 1),
+            ("rounds", 0, 20),
+            ("character_coverage", 0, 1),
+            ("memory_gb", 0.2, 1e5),
+            ("min_frequency", 1, math.inf),
+            ("max_token_length", 3, 2048),
+            ("vocab_size", 1, 1 << 24),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be between {least} and {most}, not {value}")
+        if self.limit_alphabet is not None and self.limit_alphabet < 0:
+            raise ValueError(f"limit_alphabet {self.limit_alphabet}: must not be negative")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, not {self.threads}")
+        if wrong := [name for name, share in self.shares.items() if not share > 0]:
+            raise ValueError(f"shares: '{wrong[0]}' must be above 0; leave a language out by languages")
+
+
+@dataclass
+class Source:
+    """A language's counted words."""
+
+    language: str
+    files: list[Path]
+    counts: WordCounts
+    characters: np.ndarray  # int64 [0x110000]
+
+
+def train_recipe(recipe: TokenizerRecipe) -> dict[str, Any]:
+    """Train, write ``recipe.out`` and return what stands in its training.json.
+
+    A killed run started again counts only what is missing; one that is complete says so and does nothing.
+    Raises UserError for what the recipe or its texts lack, and where ``out`` holds another recipe's
+    tokenizer.
+    """
+    native.require()
+    files = _files_by_language(recipe)
+    digest = _digest(recipe, files)
+    record = recipe.out / "training.json"
+    if record.exists():
+        return _finished(record, digest)
+    if (recipe.out / "tokenizer.json").exists():
+        raise UserError(f"{recipe.out}: holds a tokenizer that is not this recipe's; name another folder")
+    start = time.perf_counter()
+    threads, memory = _resources(recipe)
+    sources = []
+    for number, (language, paths) in enumerate(files.items(), 1):
+        counts = count_words(
+            paths, (recipe.counts or recipe.out / "counts") / language, memory=memory // 2, threads=threads
+        )
+        shown = f"{counts.different:,} different words of {counts.occurrences:,}"
+        notice(f"{number}/{len(files)} {language}: {shown}")
+        sources.append(Source(language, paths, counts, native.count_characters([counts.path], [1])))
+    counted = time.perf_counter() - start
+    weights = first_weights(recipe, sources)
+    for number in range(recipe.rounds + 1):
+        tokenizer, figures = train_words(recipe, sources, weights, memory, threads)
+        if number < recipe.rounds:
+            tokens = {source.language: _tokens(tokenizer, source) for source in sources}
+            weights = {name: recipe.shares.get(name, 1.0) / tokens[name] for name in tokens}
+            notice(f"round {number + 1} of {recipe.rounds}: weights by need")
+    total = sum(weights[source.language] * source.counts.occurrences for source in sources)
+    report = {
+        "digest": digest,
+        "hash": tokenizer.hash,
+        "vocab_size": tokenizer.vocab_size,
+        **figures,
+        "count_s": round(counted, 2),
+        "train_s": round(time.perf_counter() - start - counted, 2),
+        "languages": {
+            source.language: {
+                "texts": source.counts.texts,
+                "bytes": source.counts.bytes,
+                "different_words": source.counts.different,
+                "weight": weights[source.language] * source.counts.occurrences / total,
+                "single_characters": _coverage(source, tokenizer),
+            }
+            for source in sources
+        },
+    }
+    tokenizer.save(recipe.out)
+    with atomic_file(record) as path:
+        path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def train_files(
+    recipe: TokenizerRecipe, files: Sequence[Path], counts: Path
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer of files without regard to their languages; words are counted into ``counts``.
+
+    What is counted stays there where a run is killed or the disk is full.
+    """
+    threads, memory = _resources(recipe)
+    words = count_words(files, counts, memory=memory // 2, threads=threads)
+    source = Source("all", list(files), words, native.count_characters([words.path], [1]))
+    try:
+        result = train_words(recipe, [source], {"all": 1.0}, memory, threads)
+    except UserError:
+        remove_counts(counts)
+        raise
+    return result
+
+
+def _resources(recipe: TokenizerRecipe) -> tuple[int, int]:
+    """Threads, and bytes of memory without the interpreter."""
+    return recipe.threads or cores().usable, int(recipe.memory_gb * 1e9) - INTERPRETER
+
+
+def train_words(
+    recipe: TokenizerRecipe,
+    sources: Sequence[Source],
+    weights: Mapping[str, float],
+    memory: int,
+    threads: int,
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer of counted words, each language's times its weight, and figures of the training."""
+    scale = _scale(weights)
+    multipliers = [max(1, round(weights[source.language] * scale)) for source in sources]
+    characters = np.zeros_like(sources[0].characters)
+    for source, multiplier in zip(sources, multipliers, strict=True):
+        characters += source.characters * multiplier
+    counts = {chr(point): int(characters[point]) for point in np.flatnonzero(characters)}
+    always = _always(recipe, sources)
+    alphabet = choose_alphabet(counts, default_limit(recipe.vocab_size, recipe.limit_alphabet), always)
+    check_room(recipe.vocab_size, alphabet)
+    ids, last, figures = native.train(
+        [source.counts.path for source in sources],
+        multipliers,
+        alphabet,
+        first_id=FIXED,
+        vocab_size=recipe.vocab_size,
+        min_frequency=recipe.min_frequency,
+        max_token_length=recipe.max_token_length,
+        memory=memory,
+        threads=threads,
+    )
+    merges = merge_texts(ids, alphabet)
+    check_size(recipe.vocab_size, alphabet, merges, recipe.min_frequency)
+    shown: dict[str, Any] = {"characters": len(alphabet), "merges": len(merges), "words": figures["words"]}
+    shown |= {"phases": figures["phases"], "last_count": round(int(last[-1]) / min(multipliers), 2)}
+    return assemble(alphabet, merges), shown
+
+
+def merge_texts(ids: np.ndarray, alphabet: Sequence[str]) -> list[tuple[str, str]]:
+    """Merges as pairs of texts from ids [N, 3]; the last of two equal ones counts, as in the library."""
+    tokens = [""] * FIXED + list(alphabet)
+    pairs: dict[tuple[str, str], None] = {}
+    for left, right, made in ids.tolist():
+        pair = (tokens[left], tokens[right])
+        if made == len(tokens):
+            tokens.append("".join(pair))
+        pairs.pop(pair, None)
+        pairs[pair] = None
+    return list(pairs)
+
+
+def first_weights(recipe: TokenizerRecipe, sources: Sequence[Source]) -> dict[str, float]:
+    """The factor of each language's counts, from ``temperature`` and ``shares``."""
+    sizes = {source.language: int(source.characters.sum()) for source in sources}
+    return {
+        name: recipe.shares.get(name, 1.0) * size ** (recipe.temperature - 1) for name, size in sizes.items()
+    }
+
+
+def _scale(weights: Mapping[str, float]) -> float:
+    least, most = min(weights.values()), max(weights.values())
+    return 1 / least if least == most else SCALE / least
+
+
+def _files_by_language(recipe: TokenizerRecipe) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in find_files([recipe.corpus]):
+        found.setdefault(file_language(path), []).append(path)
+    for name in [*recipe.languages, *recipe.shares]:
+        if name not in found:
+            raise UserError(f"{recipe.corpus}: no texts of '{name}'{nearest(name, found)}")
+    if recipe.languages:
+        found = {name: found[name] for name in sorted(set(recipe.languages))}
+    for name in recipe.shares:
+        if name not in found:
+            raise UserError(f"shares: '{name}' is not among languages")
+    for name, paths in found.items():
+        if not any(path.stat().st_size for path in paths):
+            raise UserError(f"{paths[0]}: is empty; '{name}' has no text (languages says which to take)")
+    return found
+
+
+def _always(recipe: TokenizerRecipe, sources: Sequence[Source]) -> set[str]:
+    """The characters that the recipe asks for by name, by range, and by each language's coverage."""
+    always = set(recipe.initial_characters)
+    for text in recipe.characters:
+        always |= set(_range(text))
+    for source in sources if recipe.character_coverage else ():
+        points = np.flatnonzero(source.characters)
+        counts = source.characters[points]
+        order = np.lexsort((points, -counts))
+        covered = np.cumsum(counts[order]) - counts[order]  # before each
+        needed = points[order[covered < recipe.character_coverage * counts.sum()]]
+        always |= {chr(point) for point in needed}
+    return always - {SPACE}
+
+
+def _range(text: str) -> list[str]:
+    first, dash, last = text.partition("-")
+    try:
+        begin, end = int(first, 16), int(last if dash else first, 16)
+        if not 0 <= begin <= end <= 0x10FFFF:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"characters: '{text}' is no range of code points such as 4E00-9FFF") from None
+    # Not what Unicode has left free, nor private characters, nor halves of surrogate pairs.
+    points = map(chr, range(begin, end + 1))
+    return [point for point in points if unicodedata.category(point) not in ("Cn", "Co", "Cs")]
+
+
+def _tokens(tokenizer: Tokenizer, source: Source) -> float:
+    """About how many tokens a language's texts take, by a sample of the beginnings of its files."""
+    reach = SAMPLE_REACH // len(source.files)
+    share = min(1.0, SAMPLE / min(max(source.counts.bytes, 1), SAMPLE_REACH))
+    texts: list[str] = []
+    used = 0
+    for path in source.files:
+        seen = taken = 0
+        for text in read_texts(Span(path), Skipped()):
+            if taken <= seen * share:
+                taken += len(text)
+                texts.append(text.decode())
+            seen += len(text)
+            if seen > reach:
+                break
+        used += taken
+    tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    return max(tokens, 1) * source.counts.bytes / max(used, 1)
+
+
+def _coverage(source: Source, tokenizer: Tokenizer) -> float:
+    """The share of a language's characters that need no byte fallback."""
+    vocab = tokenizer.values["model"]["vocab"]
+    single = [
+        point for point in np.flatnonzero(source.characters) if chr(point) in vocab or chr(point) == " "
+    ]
+    return round(float(source.characters[single].sum() / source.characters.sum()), 6)
+
+
+def _digest(recipe: TokenizerRecipe, files: Mapping[str, Sequence[Path]]) -> str:
+    settings = dataclasses.asdict(recipe)
+    for name in ("corpus", "out", "counts", "memory_gb", "threads"):  # they do not change the tokenizer
+        del settings[name]
+    sizes = {name: [path.stat().st_size for path in paths] for name, paths in files.items()}
+    return hashlib.sha256(json.dumps([settings, sizes], sort_keys=True).encode()).hexdigest()
+
+
+def _finished(record: Path, digest: str) -> dict[str, Any]:
+    try:
+        report: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{record}: cannot be read ({error})") from None
+    if report.get("digest") != digest:
+        raise UserError(
+            f"{record.parent}: holds the tokenizer of other settings or texts; name another folder"
+        )
+    notice(f"{record.parent}: is complete; nothing to do")
+    return report

@@ -1,0 +1,239 @@
+"""How well vocabularies compress texts: by file (a language, usually), beside each other, as table, JSON and
+plot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xverse.config import UserError
+from xverse.log import notice
+from xverse.tokenizer.texts import Skipped, Span, file_language, read_texts
+from xverse.tokenizer.vocabularies import Vocabulary
+
+BATCH = 256  # texts
+LONGEST_WORDS = 20  # characters a word on average; above it the language does not write spaces between words
+
+
+@dataclass
+class FileReport:
+    """What one vocabulary makes of one file. ``words`` are separated by white space."""
+
+    file: str
+    documents: int = 0
+    bytes: int = 0
+    characters: int = 0
+    words: int = 0
+    tokens: int = 0
+    fallback_tokens: int = 0
+    round_trip: bool = True
+
+    @property
+    def rates(self) -> dict[str, float | None]:
+        """``fertility``: tokens per word, None where words are not written apart. ``byte_fallback``: the
+        share of tokens that are a part of a character only."""
+        tokens = max(1, self.tokens)
+        apart = self.words * LONGEST_WORDS > self.characters
+        return {
+            "bytes_per_token": round(self.bytes / tokens, 4),
+            "characters_per_token": round(self.characters / tokens, 4),
+            "fertility": round(self.tokens / self.words, 4) if apart else None,
+            "byte_fallback": round(self.fallback_tokens / tokens, 6),
+        }
+
+
+@dataclass
+class VocabularyReport:
+    vocabulary: Vocabulary
+    files: list[FileReport]
+    used: int  # different ids that occurred
+
+    @property
+    def unused(self) -> int:
+        return self.vocabulary.size - self.used
+
+    def ratio(self, other: VocabularyReport) -> float:
+        """The geometric mean over the files of this one's tokens per the other's."""
+        pairs = zip(self.files, other.files, strict=True)
+        return math.exp(
+            sum(math.log(max(1, mine.tokens) / max(1, its.tokens)) for mine, its in pairs) / len(self.files)
+        )
+
+
+def measure(vocabulary: Vocabulary, files: Sequence[Path], told: bool = True) -> VocabularyReport:
+    """Encode all texts of the files, and decode them again where the vocabulary is ours.
+
+    Raises UserError for a file without a usable text.
+    """
+    rows: list[FileReport] = []
+    used: set[int] = set()
+    for path in files:
+        row = FileReport(str(path))
+        skipped = Skipped()
+        for batch in _batches(read_texts(Span(path), skipped)):
+            for text, ids in zip(batch, vocabulary.encode(batch), strict=True):
+                row.documents += 1
+                row.bytes += len(text.encode())
+                row.characters += len(text)
+                row.words += len(text.split())
+                row.tokens += len(ids)
+                used.update(ids)
+                row.fallback_tokens += sum(index in vocabulary.pieces for index in ids)
+                if vocabulary.decode is not None:
+                    row.round_trip = row.round_trip and vocabulary.decode(ids) == text
+        if told and skipped.describe():
+            notice(f"{path}: {skipped.describe()}")
+        if not row.documents:
+            raise UserError(f"{path}: no usable text in this file")
+        rows.append(row)
+    return VocabularyReport(vocabulary, rows, len(used))
+
+
+def as_json(reports: Sequence[VocabularyReport]) -> list[dict[str, Any]]:
+    """One mapping for each vocabulary; ``tokens_ratio`` compares the first with it (below 1: the first is
+    shorter).
+    """
+    return [
+        {
+            "name": report.vocabulary.name,
+            "vocab_size": report.vocabulary.size,
+            "unused": report.unused,
+            "tokens_ratio": round(reports[0].ratio(report), 4),
+            "files": [{**vars(row), **row.rates} for row in report.files],
+        }
+        for report in reports
+    ]
+
+
+def overview(reports: Sequence[VocabularyReport]) -> list[list[str]]:
+    """A table (head first): each vocabulary over all files, and the geometric mean of the first's tokens per
+    its.
+    """
+    head = [
+        "vocabulary",
+        "entries",
+        "unused",
+        "bytes/token",
+        "chars/token",
+        "byte fallback",
+        "tokens of the first",
+    ]
+    rows = []
+    for report in reports:
+        total = [sum(getattr(row, key) for row in report.files) for key in ("bytes", "characters", "tokens")]
+        fallback = sum(row.fallback_tokens for row in report.files)
+        tokens = max(1, total[2])
+        rows.append(
+            [
+                report.vocabulary.name,
+                f"{report.vocabulary.size:,}",
+                f"{report.unused:,}",
+                f"{total[0] / tokens:.2f}",
+                f"{total[1] / tokens:.2f}",
+                f"{fallback / tokens:.2%}",
+                f"{reports[0].ratio(report):.3f} ×",
+            ]
+        )
+    return [head, *rows]
+
+
+def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
+    """A table (head first): tokens per character of every file under each vocabulary."""
+    head = ["tokens per character", *(report.vocabulary.name for report in reports)]
+    return [
+        head,
+        *(
+            [
+                file_language(Path(rows[0].file)),
+                *(f"{row.tokens / max(1, row.characters):.3f}" for row in rows),
+            ]
+            for rows in zip(*(report.files for report in reports), strict=True)
+        ),
+    ]
+
+
+def in_detail(report: VocabularyReport) -> list[list[str]]:
+    """A table (head first): every rate of every file under one vocabulary."""
+    head = [
+        "file",
+        "bytes",
+        "tokens",
+        "bytes/token",
+        "chars/token",
+        "tokens/word",
+        "byte fallback",
+        "round trip",
+    ]
+    rows = []
+    for row in report.files:
+        rates = row.rates
+        fertility = "–" if rates["fertility"] is None else f"{rates['fertility']:.2f}"
+        rows.append(
+            [
+                Path(row.file).name,
+                f"{row.bytes:,}",
+                f"{row.tokens:,}",
+                f"{rates['bytes_per_token']:.2f}",
+                f"{rates['characters_per_token']:.2f}",
+                fertility,
+                f"{rates['byte_fallback']:.2%}",
+                "ok" if row.round_trip else "LOST",
+            ]
+        )
+    return [head, *rows]
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |" for row in table]
+    rule = f"|---|{'---:|' * (len(table[0]) - 1)}"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def plot(reports: Sequence[VocabularyReport], target: Path) -> None:
+    """Tokens per character of every file, files by the first vocabulary's, as PNG. Needs matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("the plot needs matplotlib: pip install 'xverse-lm[track]'") from None
+    order = sorted(
+        range(len(reports[0].files)),
+        key=lambda i: reports[0].files[i].tokens / max(1, reports[0].files[i].characters),
+    )
+    names = [file_language(Path(reports[0].files[index].file)) for index in order]
+    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.2 * len(order)), layout="constrained")
+    for number, report in enumerate(reports):
+        values = [report.files[index].tokens / max(1, report.files[index].characters) for index in order]
+        first = number == 0
+        axes.scatter(
+            values,
+            range(len(order)),
+            label=report.vocabulary.name,
+            marker="D" if first else "o",
+            s=36 if first else 18,
+            zorder=3 if first else 2,
+            alpha=1.0 if first else 0.8,
+        )
+    axes.set_yticks(range(len(order)), names)
+    axes.set_xlabel("tokens per character")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
+    figure.savefig(target, format="png", dpi=120)
+    plt.close(figure)
+
+
+def _batches(texts: Iterator[bytes]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text.decode())
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,195 @@
+"""Other publishers' vocabularies, each read by the library that made it, for comparison in reports.
+
+- a directory or ``tokenizer.json``: the ``tokenizers`` library
+- ``.tiktoken`` or a ``.model`` of text lines ``base64 rank``: tiktoken. Such a file does not say how text is
+  split before it; Qwen's is known by its 151,643 ranks, others are split as Llama 3 and cl100k do.
+- sentencepiece's ``.model``: sentencepiece
+- ``.gguf`` with a vocabulary of sentencepiece's kind ("llama"): sentencepiece, from the pieces in the file
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xverse.config import UserError
+from xverse.tokenizer.tokenizer import Tokenizer
+
+# As Llama 3 (tokenizer.py), Qwen (tokenization_qwen.py) and tiktoken's cl100k_base publish them.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_RANKS = 151_643
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """``encode`` gives the ids of many texts, without special tokens; ``pieces`` are the ids that stand for a
+    part of a character only (byte fallback).
+    """
+
+    name: str
+    size: int
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    pieces: frozenset[int]
+    decode: Callable[[Sequence[int]], str] | None = None  # None: what a decoder gives back is not compared
+
+
+def load_vocabulary(path: str | Path) -> Vocabulary:
+    """Read one. Raises UserError for a file that is missing, of no known kind, or whose library is."""
+    path = Path(path)
+    name, _, rest = str(path).partition("=")
+    if rest and not path.exists():
+        path = Path(rest)
+    else:
+        name = path.name if path.name != "tokenizer.json" else path.absolute().parent.name
+    if path.is_dir() or path.suffix == ".json":
+        return _from_json(name, path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with path.open("rb") as stream:
+        head = stream.read(64)
+    if head.startswith(b"GGUF"):
+        return _from_gguf(name, path)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", head):
+        return _from_tiktoken(name, path)
+    if path.suffix == ".model":
+        return _from_sentencepiece(name, path, path.read_bytes())
+    raise UserError(f"{path}: not a vocabulary (tokenizer.json, .tiktoken, sentencepiece's .model or .gguf)")
+
+
+def _from_json(name: str, path: Path) -> Vocabulary:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        ours = Tokenizer.load(file)
+    except UserError:
+        return _from_other_json(name, file)
+    return Vocabulary(name, ours.vocab_size, ours.encode_batch, ours.byte_ids, ours.decode)
+
+
+def _from_other_json(name: str, file: Path) -> Vocabulary:
+    import tokenizers
+
+    from xverse.tokenizer.repair import read_tokenizer_json
+
+    values = read_tokenizer_json(file)
+    values["added_tokens"] = [token for token in values.get("added_tokens") or [] if not token.get("special")]
+    try:
+        import json
+
+        backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{file}: not a usable tokenizer.json ({' '.join(str(error).split())})") from None
+    backend.no_truncation()
+    backend.no_padding()
+    vocab = backend.get_vocab()
+    byte_level = "ByteLevel" in json.dumps(values.get("pre_tokenizer")) + json.dumps(values.get("decoder"))
+    if byte_level:
+        letters = {letter: byte for byte, letter in _byte_letters().items()}
+        raw = {i: bytes(letters.get(letter, 63) for letter in token) for token, i in vocab.items()}
+        pieces = frozenset(i for i, token in raw.items() if not _is_text(token))
+    else:
+        pieces = frozenset(index for token, index in vocab.items() if _BYTE_PIECE.fullmatch(token))
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    return Vocabulary(name, len(vocab), encode, pieces)
+
+
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's letters for bytes (its encoder.py): printable ones as they are, others from U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _from_tiktoken(name: str, path: Path) -> Vocabulary:
+    tiktoken = _need("tiktoken", path)
+    import base64
+
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(f"{path}: line {number} is not a token in base64 and its rank") from None
+    digits = "" if len(ranks) == _QWEN_RANKS else "{1,3}"
+    encoding = tiktoken.Encoding(
+        name, pat_str=_SPLIT.format(digits=digits), mergeable_ranks=ranks, special_tokens={}
+    )
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        if len(ranks) == _QWEN_RANKS:  # its tokenizer normalises first
+            texts = [unicodedata.normalize("NFC", text) for text in texts]
+        return encoding.encode_ordinary_batch(list(texts), num_threads=2)
+
+    return Vocabulary(
+        name, len(ranks), encode, frozenset(i for token, i in ranks.items() if not _is_text(token))
+    )
+
+
+def _from_sentencepiece(name: str, path: Path, proto: bytes) -> Vocabulary:
+    package = _need("sentencepiece", path)
+    try:
+        processor = package.SentencePieceProcessor(model_proto=proto)
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    size = processor.get_piece_size()
+    pieces = frozenset(
+        index for index in range(size) if processor.is_byte(index) or processor.is_unknown(index)
+    )
+    return Vocabulary(name, size, lambda texts: processor.encode(list(texts)), pieces)
+
+
+def _from_gguf(name: str, path: Path) -> Vocabulary:
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+    except (ValueError, IndexError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as GGUF ({error})") from None
+
+    def value(key: str, default: Any = None) -> Any:
+        field = fields.get(f"tokenizer.ggml.{key}")
+        return default if field is None else field.contents()
+
+    if value("model") != "llama":
+        raise UserError(
+            f"{path}: its vocabulary is of the kind '{value('model')}'; only sentencepiece's is read"
+        )
+    schema = _need("sentencepiece.sentencepiece_model_pb2", path)
+    model = schema.ModelProto()
+    kinds = value("token_type")
+    for token, score, kind in zip(value("tokens"), value("scores"), kinds, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    model.trainer_spec.model_type = schema.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = 6 in kinds  # type 6: one byte
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = bool(value("add_space_prefix", True))
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return _from_sentencepiece(name, path, model.SerializeToString())
+
+
+def _is_text(token: bytes) -> bool:
+    try:
+        token.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _need(name: str, path: Path) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{path} needs {name}: pip install 'xverse-lm[eval]'") from None
