@@ -119,7 +119,6 @@ def test_resume_on_other_numbers_of_processes(one: tuple[Path, Path], tmp_path: 
             pytest.fail(f"no checkpoint of step {until}")
 
 
-@pytest.mark.skip(reason="not solved: after a restart by torchrun, gloo waits in making its connections")
 def test_kill_of_any_process_at_any_moment_loses_no_step(write_recipe: Recipe, tmp_path: Path) -> None:
     """torchrun starts all anew; the losses are bit for bit those of a run that nobody killed."""
     recipe = write_recipe(steps=150, dtype="float32", checkpoint_every=5, parallel="fsdp")

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from xverse.config import UserError
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
+from xverse.train.rendezvous import fresh_store
 
 Parallel = Literal["none", "ddp", "fsdp"]
 
@@ -104,7 +105,8 @@ def world_of(parallel: Parallel) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # The watchdog ends a hung run long before; collectives must outlast a slow evaluation on process 0.
     patience = datetime.timedelta(hours=4)
-    dist.init_process_group(backend, timeout=patience)
+    store, rank, size = fresh_store(patience)
+    dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
     yield World(
         dist.get_rank(),
         size,
