@@ -178,7 +178,10 @@ def test_progress_without_a_terminal(
     output = capsys.readouterr()
     assert output.out == ""
     lines = output.err.splitlines()
-    pattern = r"step (\d+)/10 · loss \d+\.\d{3} · [\d,]+ tok/s · \d+\.\d min left"
+    pattern = (
+        r"step (\d+)/10 · loss \d+\.\d{3} · [\d,]+ tok/s · \S+ TFLOP/s a device · goodput \d+ % · "
+        r"data \d+\.\d % · \d+\.\d min left"
+    )
     assert [re.fullmatch(pattern, line)[1] for line in lines] == ["4", "8", "10"]  # type: ignore[index]
 
 

@@ -24,6 +24,7 @@ Shape = dict[str, int]
 
 def config(**settings: object) -> TrainConfig:
     defaults = {"steps": 20, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 5, "dtype": "float32"}
+    defaults["preflight"] = "off"
     return TrainConfig(**{**defaults, **settings})  # type: ignore[arg-type]
 
 

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from xverse import hardware
 from xverse.config import UserError
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
@@ -66,6 +67,14 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process has, by rank; any picklable value."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
+
     def say(self, text: str) -> None:
         """A notice, once for all processes."""
         if self.rank == 0:
@@ -92,15 +101,14 @@ def world_of(parallel: Parallel) -> Iterator[World]:
             raise UserError(
                 f"parallel: none, but there are {size} processes; set train.parallel to ddp or fsdp"
             )
-        yield ALONE
+        yield World(device=hardware.compute_device())
         return
     if "RANK" not in os.environ:
         raise UserError(
             f"parallel: {parallel} needs torchrun: torchrun --nproc-per-node N -m xverse.cli pretrain …"
         )
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = hardware.compute_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # The watchdog ends a hung run long before; collectives must outlast a slow evaluation on process 0.
@@ -159,7 +167,7 @@ def distribute(model: XverseForCausalLM, parallel: Parallel, dtype: str, world: 
     """
     model.to(world.device)
     if parallel == "none":
-        return Replica(model)
+        return Replica(model, world)
     if parallel == "ddp":
         ids = [world.device] if world.device.type == "cuda" else None
         return Replica(

@@ -20,6 +20,7 @@ from xverse.formats import save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train.loop import TrainConfig, fit
+from xverse.train.memory import announce
 from xverse.train.parallel import World, whole, world_of
 from xverse.train.plot import plot_loss
 from xverse.train.report import write_report
@@ -102,6 +103,7 @@ def _pretrain(
             f"shape {name} has a vocabulary of {config.vocab_size}, the tokenizer of {recipe.data} "
             f"one of {feed.tokenizer.vocab_size}; prepare the data with vocab_size: {config.vocab_size}"
         )
+    announce(world, config, recipe.train, recipe.sequence_length)
     model = XverseForCausalLM(config)
     init_weights(model, recipe.seed)
     tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
@@ -137,19 +139,19 @@ def _pretrain(
     )
     model = whole(model)
     if world.rank == 0:
-        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world.size)
+        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world)
     world.wait()
     return recipe.out / "model"
 
 
 def _finish(
-    recipe: PretrainRecipe, model: XverseForCausalLM, tokenizer: Tokenizer, title: str, processes: int
+    recipe: PretrainRecipe, model: XverseForCausalLM, tokenizer: Tokenizer, title: str, world: World
 ) -> None:
     with atomic_file(recipe.out / "recipe.json") as path:
         path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
     save_hf(model, tokenizer, recipe.out / "model", torch.float32, overwrite=True)
     plot_loss(recipe.out, title, validation="bits per byte")
-    write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, processes)
+    write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, world)
 
 
 def _digest(feed: PretrainFeed) -> str:
