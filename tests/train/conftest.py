@@ -32,9 +32,11 @@ CLI = "import sys\nfrom xverse.cli import main\nsys.exit(main())\n"
 class Torchrun:
     """A torchrun that is under way, as ``subprocess.Popen`` shows one."""
 
-    def __init__(self, ask: Callable[..., Any], arguments: list[str], log: Path) -> None:
+    def __init__(
+        self, ask: Callable[..., Any], arguments: list[str], log: Path, environment: dict[str, str]
+    ) -> None:
         self._ask, self._log = ask, log
-        self.pid: int = ask(start=arguments, log=str(log))
+        self.pid: int = ask(start=arguments, log=str(log), environment=environment)
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -95,13 +97,19 @@ def torchrun(nursery: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[.
     ``script=text`` takes a program of the test's instead."""
     begun: list[Torchrun] = []
 
-    def start(processes: int, *arguments: str, restarts: int = 0, script: str = "") -> Torchrun:
+    def start(
+        processes: int,
+        *arguments: str,
+        restarts: int = 0,
+        script: str = "",
+        environment: dict[str, str] | None = None,
+    ) -> Torchrun:
         file = tmp_path / f"program-{len(begun)}.py"
         file.write_text(script or CLI)
         options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--start-method=fork"]
         verb = [] if script else ["pretrain"]
         command = ["--standalone", *options, "--run-path", str(file), *verb, *arguments]
-        begun.append(Torchrun(nursery, command, tmp_path / f"log-{len(begun)}.txt"))
+        begun.append(Torchrun(nursery, command, tmp_path / f"log-{len(begun)}.txt", environment or {}))
         return begun[-1]
 
     yield start

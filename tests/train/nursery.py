@@ -1,8 +1,8 @@
 """Starts torchrun by forking a process that has imported everything: importing torch anew in each of the
 many processes of these tests would take minutes. What is started is torchrun's own code and real processes.
 
-Reads JSON lines on stdin and answers each with one: {"start": torchrun's arguments, "log": file} with the
-process id, {"poll": id} with the exit code or null.
+Reads JSON lines on stdin and answers each with one: {"start": torchrun's arguments, "log": file,
+"environment": {}} with the process id, {"poll": id} with the exit code or null.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ PRELOAD = (
 )  # fmt: skip
 
 
-def child(arguments: list[str], log: str) -> None:
+def child(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.setsid()
+    os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -46,7 +47,7 @@ def main() -> None:
         if "start" in asked:
             pid = os.fork()
             if pid == 0:
-                child(asked["start"], asked["log"])
+                child(asked["start"], asked["log"], asked["environment"])
             print(json.dumps(pid), flush=True)
             continue
         pid = asked["poll"]

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from xverse.train.checkpoint import checkpoints
 from xverse.train.plot import read_metrics
 
-EVERY = 5
+STEPS, EVERY = 48, 4
 SEED = 20  # of which process is killed, and when
 
 
@@ -30,11 +28,10 @@ def beat(out: Path, rank: int) -> dict[str, Any]:
     return json.loads((out / "heartbeats" / f"{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
 def test_kill_of_any_process_at_any_moment_loses_no_more_than_since_the_last_checkpoint(
-    parallel: str, write_recipe: Callable[..., Path], torchrun: Callable[..., Any], tmp_path: Path
+    write_recipe: Callable[..., Path], torchrun: Callable[..., Any], tmp_path: Path
 ) -> None:
-    recipe = write_recipe(steps=100, dtype="float32", checkpoint_every=EVERY, parallel=parallel)
+    recipe = write_recipe(steps=STEPS, dtype="float32", checkpoint_every=EVERY, parallel="fsdp")
     unharmed, out = tmp_path / "unharmed", tmp_path / "run"
     undisturbed = torchrun(2, str(recipe), f"out={unharmed}")
     output, _ = undisturbed.communicate()
@@ -43,7 +40,7 @@ def test_kill_of_any_process_at_any_moment_loses_no_more_than_since_the_last_che
     chance = random.Random(SEED)
     killed: set[int] = set()
     for number in range(3):
-        wanted = 25 * (number + 1) + chance.randint(-8, 8)
+        wanted = 12 * (number + 1) + chance.randint(-5, 5)
         while max(losses(out), default=0) < wanted:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.01)
@@ -64,5 +61,5 @@ def test_kill_of_any_process_at_any_moment_loses_no_more_than_since_the_last_che
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert losses(out) == losses(unharmed)
-    assert list(losses(out)) == list(range(100))
+    assert list(losses(out)) == list(range(STEPS))
     assert [beat(out, rank)["status"] for rank in (0, 1)] == ["finished", "finished"]

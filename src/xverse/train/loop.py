@@ -46,13 +46,15 @@ def fit(
     validate: Validate | None = None,
     evaluate: Validate | None = None,
     identity: Mapping[str, Any] | None = None,
+    data_problem: Callable[[], str] | None = None,
     world: World = ALONE,
 ) -> None:
     """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``.
 
     ``batch_at(step, start, stop)`` gives these rows of a step's global batch, and nothing else decides the
     order of data. ``validate`` returns named figures, and so does ``evaluate``, of benchmarks, at the same
-    steps. Everything is recorded in ``out/metrics.jsonl``. ``identity`` is what else decides the losses:
+    steps. ``data_problem`` says what has become of the data, asked at the start and before each checkpoint.
+    Everything is recorded in ``out/metrics.jsonl``. ``identity`` is what else decides the losses:
     raises UserError where ``out`` holds a run begun with other values, and where the run diverges. SIGINT and
     SIGTERM save a checkpoint and raise Interrupted. Every process of ``world`` calls it, with equal weights.
     """
@@ -67,6 +69,7 @@ def fit(
     identity = json.loads(json.dumps(identity))  # as it will be read back
     began = time.perf_counter()
     with _alone(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
+        _check_data(data_problem, world)
         checked = None
         if config.preflight != "off":
             checked = preflight.check(world, config.preflight, config.preflight_share, config.dtype)
@@ -81,8 +84,9 @@ def fit(
             return
         trackers = Trackers(config.trackers if world.rank == 0 else [], out, first_step, settings)
         run = Run(
-            replica, optimizer, config, out, steadiness, watchdog, identity, validate, evaluate, trackers
-        )
+            replica, optimizer, config, out, steadiness, watchdog, identity, validate, evaluate, trackers,
+            data_problem,
+        )  # fmt: skip
         with contextlib.closing(trackers):
             before = {"preflight": checked, "resume_seconds": seconds and round(seconds, 3)}
             if any(before.values()):
@@ -114,6 +118,7 @@ class Run:
     validate: Validate | None
     evaluate: Validate | None
     trackers: Trackers
+    data_problem: Callable[[], str] | None
 
     def __post_init__(self) -> None:
         self.world, self.model = self.replica.world, self.replica.model
@@ -231,6 +236,7 @@ class Run:
 
     def save(self, done: int, must: bool) -> Path:
         """Begin a checkpoint; where it ``must`` exist, wait for it and raise UserError if it cannot."""
+        _check_data(self.data_problem, self.world)  # what was learnt from other data is not kept
         state = {"identity": self.identity, "steadiness": self.steadiness.state()}
         began = time.perf_counter()
         path = self.saver.save(done, self.model, self.optimizer, state)
@@ -299,6 +305,12 @@ def sum_loss(
 def computing(device: torch.device, dtype: str) -> torch.autocast:
     """Matmuls in ``dtype``; parameters, norms and losses stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def _check_data(problem: Callable[[], str] | None, world: World) -> None:
+    found = world.agreed(problem() if problem and world.rank == 0 else "")
+    if found:
+        raise UserError(found)
 
 
 @contextlib.contextmanager

@@ -149,9 +149,9 @@ def announce(world: World, shape: XverseConfig, config: TrainConfig, length: int
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = available_memory(world.device, sharing)
     predicted = check_memory(shape, config, length, world.size, world.device.type, available)
-    parts = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in predicted.items())
-    free = "" if available is None else f"; {available / 1e9:.2f} GB are available"
-    world.say(f"memory of a process, predicted: {sum(predicted.values()) / 1e9:.2f} GB ({parts}){free}")
+    parts = ", ".join(f"{kind} {size / 1e6:,.0f}" for kind, size in predicted.items())
+    free = "" if available is None else f"; {available / 1e6:,.0f} MB are available"
+    world.say(f"memory of a process, predicted: {sum(predicted.values()) / 1e6:,.0f} MB ({parts}){free}")
 
 
 def check_memory(

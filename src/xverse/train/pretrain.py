@@ -15,6 +15,7 @@ import torch
 from xverse.config import UserError
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
+from xverse.data.watch import ShardWatch
 from xverse.files import atomic_file
 from xverse.formats import save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
@@ -135,6 +136,7 @@ def _pretrain(
         validate=validate,
         evaluate=None if evaluate is None else lambda model: evaluate(model, feed.tokenizer),
         identity=identity,
+        data_problem=ShardWatch(feed.train.values()),
         world=world,
     )
     model = whole(model)
