@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xverse.train.communication import Interval, joined, length, overlap
+from xverse.train.communication import joined, length, overlap
 
 intervals = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda x: (x[0], x[0] + x[1])))
 

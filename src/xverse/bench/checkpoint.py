@@ -93,15 +93,14 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
     text = f"{result['stall_seconds']:.3f} s, {result['checkpoint_bytes'] / 1e9:.3f} GB"
     yield Row("a checkpoint holds the loop", text)
     yield Row("steps beside it take more", f"{result['beside_seconds']:.3f} s")
-    text = (
-        f"{result['stall_share']:.2%} of {result['every']} steps of {result['step_seconds']['without']:.3f} s"
-    )
+    step = result["step_seconds"]["without"]
+    text = f"{result['stall_share']:.2%} of {result['every']} steps of {step:.3f} s"
     yield Row("both together", text, at_most(STALL_TARGET, result["stall_share"], "of the steps' time"))
     wall = result["wall_seconds"]
     yield Row("whole runs, without and with", f"{wall['without']:.1f} s and {wall['with']:.1f} s")
     resume = result["resume"]
-    text = f"{resume['reading']:.2f} s; {resume['to_first_step']:.2f} s from the start of a process to its first step"
-    yield Row("resuming: verifying and reading", text)
+    yield Row("resuming: verifying and reading", f"{resume['reading']:.2f} s")
+    yield Row("  from the start of a process to its first step", f"{resume['to_first_step']:.2f} s")
 
 
 def _before_the_end(out: Path, steps: int) -> list[dict[str, Any]]:

@@ -144,7 +144,7 @@ def _exchange(message: torch.Tensor, other: int, world: World) -> float:
 
 
 def _seconds(action: Callable[[], Any], repeat: int, device: torch.device) -> float:
-    """Of ``repeat`` calls: the best of those that fit into SECONDS, and of five at least, so that what another
+    """Of ``repeat`` calls: the best of those that fit into SECONDS, of five at least, so that what another
     program does for a moment makes no process slow."""
     action()
     _settle(device)
