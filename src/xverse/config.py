@@ -18,8 +18,10 @@ T = TypeVar("T")
 class UserError(Exception):
     """A mistake of the user's: one clear line that names what is wrong and how to mend it.
 
-    The command line prints the line and exits with code 2; a server answers HTTP 4xx.
+    The command line prints the line and exits with ``exit_code``; a server answers HTTP 4xx.
     """
+
+    exit_code = 2
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

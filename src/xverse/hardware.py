@@ -214,6 +214,13 @@ def _output(*command: str) -> str:
         return ""
 
 
+def compute_device(index: int = 0) -> torch.device:
+    """What training computes on: the CUDA device of this index where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Measurements
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,96 @@ from xverse.model import XverseConfig, XverseForCausalLM, init_weights
 from xverse.train import TrainConfig, fit
 
 LENGTH = 48
+CLI = "import sys\nfrom xverse.cli import main\nsys.exit(main())\n"
+
+
+class Torchrun:
+    """A torchrun that is under way, as ``subprocess.Popen`` shows one."""
+
+    def __init__(
+        self, ask: Callable[..., Any], arguments: list[str], log: Path, environment: dict[str, str]
+    ) -> None:
+        self._ask, self._log = ask, log
+        self.pid: int = ask(start=arguments, log=str(log), environment=environment)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._ask(poll=self.pid)
+        return self.returncode
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def communicate(self, timeout: float = 200) -> tuple[str, None]:
+        """What it printed, stdout and stderr, once it has ended."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(self.said())
+            time.sleep(0.02)
+        return self.said(), None
+
+    def kill(self) -> None:
+        """It and its processes, which are of one session."""
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                *_, session = file.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.pid:
+                    os.kill(int(file.parent.name), signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Callable[..., Any]]:
+    """Asks ``nursery.py`` in a process of its own."""
+    script = Path(__file__).with_name("nursery.py")
+    lock = threading.Lock()
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+
+        def ask(**asked: Any) -> Any:
+            assert process.stdin
+            assert process.stdout
+            with lock:
+                process.stdin.write(json.dumps(asked) + "\n")
+                process.stdin.flush()
+                return json.loads(process.stdout.readline())
+
+        yield ask
+        process.kill()
+
+
+@pytest.fixture
+def torchrun(nursery: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[..., Torchrun]]:
+    """``torchrun(2, recipe, "key=value", restarts=3)`` begins ``xverse pretrain`` in two processes;
+    ``script=text`` takes a program of the test's instead."""
+    begun: list[Torchrun] = []
+
+    def start(
+        processes: int,
+        *arguments: str,
+        restarts: int = 0,
+        script: str = "",
+        environment: dict[str, str] | None = None,
+    ) -> Torchrun:
+        file = tmp_path / f"program-{len(begun)}.py"
+        file.write_text(script or CLI)
+        options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--start-method=fork"]
+        verb = [] if script else ["pretrain"]
+        command = ["--standalone", *options, "--run-path", str(file), *verb, *arguments]
+        begun.append(Torchrun(nursery, command, tmp_path / f"log-{len(begun)}.txt", environment or {}))
+        return begun[-1]
+
+    yield start
+    for one in begun:
+        if one.poll() is None:
+            one.kill()
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +168,13 @@ def write_recipe(tmp_path: Path, prepared: Path, tiny_shape: dict[str, int]) -> 
             "data": str(prepared),
             "out": str(tmp_path / "run"),
             "sequence_length": LENGTH,
-            "train": {"batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 5, **train},
+            "train": {
+                "batch_size": 4,
+                "learning_rate": 3e-3,
+                "warmup_steps": 5,
+                "preflight": "off",
+                **train,
+            },
             **(top or {}),
         }
         path = tmp_path / "recipe.yaml"
@@ -88,7 +191,9 @@ def fit_tiny(feed: PretrainFeed, tiny_shape: dict[str, int]) -> Callable[..., Xv
     def run(
         out: Path, *, validate: Any = None, identity: dict[str, Any] | None = None, **settings: Any
     ) -> XverseForCausalLM:
-        defaults = {"batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 5, "dtype": "float32"}
+        defaults = {
+            "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 5, "dtype": "float32", "preflight": "off",
+        }  # fmt: skip
         config = TrainConfig(**{**defaults, **settings})
         model = XverseForCausalLM(XverseConfig(**tiny_shape))
         init_weights(model, seed=0)

@@ -42,6 +42,10 @@ def test_run_leaves_model_curve_and_records(
     assert "| steps | 6 counted, 0 passed over, 0 times back |" in report
     assert "![loss](loss.png)" in report
     assert "MFU unknown" in report or torch.cuda.is_available()
+    assert "| checkpoints | 1 held the loop for " in report
+    assert "| communication not hidden | one process, none |" in report
+    assert "| all, predicted |" in report
+    assert "memory of a process, predicted: " in output.err
     assert json.loads((out / "recipe.json").read_text())["shape"]["hidden_size"] == 32
     model = load_model(out / "model")
     assert model.config.hidden_size == tiny_shape["hidden_size"]

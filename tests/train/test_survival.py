@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +22,7 @@ Shape = dict[str, int]
 
 def config(**settings: object) -> TrainConfig:
     defaults = {"steps": 20, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 5, "dtype": "float32"}
+    defaults["preflight"] = "off"
     return TrainConfig(**{**defaults, **settings})  # type: ignore[arg-type]
 
 
@@ -106,24 +105,20 @@ with world_of("ddp") as world:
         tokens = torch.full((stop - start, 8), 5)
         return Batch(tokens, tokens, torch.zeros_like(tokens, dtype=torch.int32))
     config = TrainConfig(
-        steps=9, batch_size=2, learning_rate=1e-3, parallel="ddp", hang_seconds=3, dtype="float32"
+        steps=9, batch_size=2, learning_rate=1e-3, parallel="ddp", hang_seconds=3, dtype="float32",
+        preflight="off",
     )
     fit(model, stuck_in_the_mud, config, Path(sys.argv[1]), world=world)
 """
 
 
-def test_a_hang_is_named_and_ends_the_run(tmp_path: Path) -> None:
-    script = tmp_path / "hanging.py"
-    script.write_text(HANGING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.run(
-        [*command, str(script), str(tmp_path / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+def test_a_hang_is_named_and_ends_the_run(torchrun: Callable[..., Any], tmp_path: Path) -> None:
+    process = torchrun(2, str(tmp_path / "run"), script=HANGING)
+    output, _ = process.communicate()
     assert process.returncode != 0
-    assert "hung at step 4" in process.stderr
-    assert "furthest behind: rank 1 (step 4, data); its stack:" in process.stderr
-    assert f"exitcode  : {EXIT_HUNG}" in process.stderr
+    assert "hung at step 4" in output
+    assert "furthest behind: rank 1 (step 4, data); its stack:" in output
+    assert f"exitcode  : {EXIT_HUNG}" in output
     beats = [json.loads((tmp_path / "run" / "heartbeats" / f"{r}.json").read_text()) for r in (0, 1)]
     assert "hung" in {beat["status"] for beat in beats}
 
@@ -135,4 +130,5 @@ def test_a_batch_without_targets_is_no_error(tiny_shape: Shape, tmp_path: Path) 
     empty = Batch(tokens, torch.full_like(tokens, -100), torch.zeros_like(tokens, dtype=torch.int32))
     call: Callable[..., Batch] = lambda n, start, stop: empty  # noqa: E731
     fit(model, call, config(steps=2), tmp_path)
-    assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [0.0, 0.0]
+    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert [r["loss"] for r in records] == [0.0, 0.0]

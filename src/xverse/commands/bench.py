@@ -9,7 +9,7 @@ from typing import Any
 from xverse.config import UserError
 
 # Of `xverse bench` alone, in this order; each with its own defaults.
-ALL = ("startup", "infer", "train", "quant", "quality", "load")
+ALL = ("startup", "infer", "train", "checkpoint", "survival", "quant", "quality", "load")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +114,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     scale.add_argument(
         "--gathered", type=positive, default=256, metavar="N", help="most ranks for torch's own planning"
     )
+
+    checkpoint = add("checkpoint", "how long checkpoints hold a training run, and how long resuming takes")
+    checkpoint.add_argument("--shape", default="mini", metavar="S", help="a named shape")
+    checkpoint.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences per step")
+    checkpoint.add_argument(
+        "--sequence-length", type=positive, default=512, metavar="N", help="tokens of each"
+    )
+    checkpoint.add_argument("--steps", type=positive, default=120, metavar="N", help="of each run")
+    checkpoint.add_argument("--every", type=positive, default=100, metavar="N", help="steps to a checkpoint")
+    checkpoint.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
+    checkpoint.add_argument("--directory", metavar="DIR", help="where checkpoints go (default: $TMPDIR)")
+
+    survival = add(
+        "survival", "kill -9 of random processes under torchrun: steps lost, time to the next step"
+    )
+    survival.add_argument("--shape", default="nano", metavar="S", help="a named shape")
+    survival.add_argument("--kills", type=positive, default=20, metavar="N")
+    survival.add_argument("--processes", type=positive, default=2, metavar="N")
+    survival.add_argument("--every", type=positive, default=5, metavar="N", help="steps to a checkpoint")
+    survival.add_argument("--apart", type=positive, default=12, metavar="N", help="steps between two kills")
+    survival.add_argument("--batch-size", type=positive, default=4, metavar="N", help="sequences per step")
+    survival.add_argument("--sequence-length", type=positive, default=64, metavar="N", help="tokens of each")
+    survival.add_argument("--seed", type=int, default=0, metavar="N", help="of whom to kill, and when")
 
     quant = add("quant", "INT4, INT8 and bfloat16 kernels beside their bounds; memory of a quantised model")
     quant.add_argument("--shape", default="7b", metavar="S", help="a named shape")

@@ -48,6 +48,7 @@ def examine() -> dict[str, Any]:
             "last_level_cache": hardware.last_level_cache(),
         },
         "kernels": kernel_name(),
+        "training_device": str(hardware.compute_device()),
         "memory": {"total": total, "available": available},
         "versions": versions(),
         "extras": extras(),
@@ -199,6 +200,7 @@ def render(report: dict[str, Any]) -> str:
         )
     if not report["measured"]["gpus"]:
         lines.append("GPU            none that torch sees")
+    lines.append(f"training on    {report['training_device']}")
 
     lines += ["", "versions"]
     lines += [f"  {name:<18} {version or 'not installed'}" for name, version in report["versions"].items()]

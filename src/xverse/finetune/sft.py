@@ -20,6 +20,7 @@ from xverse.formats import load_model, load_tokenizer, resolve, save_hf
 from xverse.model import IGNORE, XverseForCausalLM
 from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, fit, sum_loss
+from xverse.train.memory import announce
 from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
 from xverse.train.report import write_report
@@ -57,6 +58,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
 def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
     source = resolve(recipe.model)
     model = load_model(source, dtype=torch.float32)
+    announce(world, model.config, recipe.train, recipe.sequence_length)  # its weights are mapped, not read
     # The file is mapped read-only memory; training needs memory of its own.
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     tokenizer = load_tokenizer(source)
@@ -101,7 +103,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
     if world.rank == 0:
         title = f"fine-tuning {recipe.model}"
         plot_loss(recipe.out, title)
-        write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, world.size)
+        write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, world)
         with atomic_file(recipe.out / "recipe.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
         dtype = getattr(torch, recipe.save_dtype)

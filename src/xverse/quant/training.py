@@ -7,19 +7,19 @@ rounding: what the plain layers round after each step is rounded once here.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from xverse.model import Packed, linear_cross_entropy
 from xverse.model.attention import AttentionContext
 from xverse.model.loss import LossKernels
 from xverse.model.transformer import MLP, Attention, DecoderLayer, RMSNorm, XverseForCausalLM, apply_all
 from xverse.quant.native import library
-from xverse.quant.ops import silu_mul
+from xverse.quant.ops import direct, silu_mul
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NORM_ROWS = 64  # xv_train_norm_grad sums the weight's gradient apart for so many rows
@@ -28,9 +28,9 @@ _SCORE_BYTES = 16 * 2**20  # of one block of attention scores: small enough for 
 
 
 def kernels_fit(x: Tensor) -> bool:
-    """Whether ``x`` is a plain tensor on the CPU, under autocast to bfloat16, and the kernels are there."""
+    """Whether ``x`` is a tensor, maybe a fake one, on the CPU under autocast to bfloat16, with kernels there."""
     return (
-        type(x) is Tensor
+        (type(x) is Tensor or isinstance(x, FakeTensor))
         and x.device.type == "cpu"
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -53,10 +53,7 @@ class _AddNorm(torch.autograd.Function):
         size = x.shape[-1]
         delta = None if delta is None else delta.contiguous()
         weight = weight.float()
-        _kernels().xv_train_norm(
-            x.data_ptr(), _pointer(delta), weight.data_ptr(), total.data_ptr(), y.data_ptr(),
-            scales.data_ptr(), _TYPES[x.dtype], scales.numel(), size, eps, torch.get_num_threads(),
-        )  # fmt: skip
+        _run("xv_train_norm", x, delta, weight, total, y, scales, _TYPES[x.dtype], scales.numel(), size, eps)
         ctx.save_for_backward(total, weight, scales)
         ctx.has_delta = delta is not None
         return total, y
@@ -71,11 +68,20 @@ class _AddNorm(torch.autograd.Function):
         ddelta = torch.empty_like(dy) if ctx.has_delta else None
         rows, size = scales.numel(), total.shape[-1]
         parts = weight.new_zeros(-(-rows // _NORM_ROWS), size)
-        _kernels().xv_train_norm_grad(
-            dy.data_ptr(), _pointer(dsum), total.data_ptr(), weight.data_ptr(), scales.data_ptr(),
-            dx.data_ptr(), _pointer(ddelta), parts.data_ptr(), _TYPES[total.dtype], rows, size,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        _run(
+            "xv_train_norm_grad",
+            dy,
+            dsum,
+            total,
+            weight,
+            scales,
+            dx,
+            ddelta,
+            parts,
+            _TYPES[total.dtype],
+            rows,
+            size,
+        )
         return dx, ddelta, parts.sum(0), None
 
 
@@ -85,9 +91,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor) -> Tensor:
         x, delta, y = x.contiguous(), delta.contiguous(), torch.empty_like(x)
-        _kernels().xv_train_add(
-            x.data_ptr(), delta.data_ptr(), y.data_ptr(), y.numel(), torch.get_num_threads()
-        )
+        _run("xv_train_add", x, delta, y, y.numel())
         return y
 
     @staticmethod
@@ -124,16 +128,13 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu_mul(gate, up)
+        return silu_mul(gate, up) if direct(gate) else torch.ops.xverse.silu_mul(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dy, dgate, dup = grads[0].contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        _kernels().xv_train_silu_mul_grad(
-            dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        _run("xv_train_silu_mul_grad", dy, gate, up, dgate, dup, gate.numel())
         return dgate, dup
 
 
@@ -167,10 +168,7 @@ def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tens
     x = x.contiguous()
     batch, length, heads, size = (x.transpose(1, 2) if back else x).shape
     y = x.new_empty((batch, length, heads, size) if back else (batch, heads, length, size))
-    _kernels().xv_train_turn(
-        x.data_ptr(), _pointer(cos), _pointer(sin), y.data_ptr(), batch, length, heads, size, back,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    _run("xv_train_turn", x, cos, sin, y, batch, length, heads, size, back)
     return y
 
 
@@ -202,10 +200,20 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor,
     for first, last, least in _blocks(q, starts):
         keys = slice(least, last)
         scores = torch.bmm(q[:, first:last], k[:, keys].transpose(1, 2))  # [B*H, block, keys]
-        _kernels().xv_train_softmax(
-            scores.data_ptr(), starts.data_ptr(), log_sums.data_ptr(), batch, heads, length, first,
-            last - first, least, last - least, size**-0.5, torch.get_num_threads(),
-        )  # fmt: skip
+        _run(
+            "xv_train_softmax",
+            scores,
+            starts,
+            log_sums,
+            batch,
+            heads,
+            length,
+            first,
+            last - first,
+            least,
+            last - least,
+            size**-0.5,
+        )
         mixed[:, first:last] = torch.bmm(scores, v[:, keys])
     return out, log_sums
 
@@ -222,10 +230,19 @@ def _attention_grads(
         queries, gradients = q[:, first:last], grad[:, first:last]
         scores = torch.bmm(queries, k[:, keys].transpose(1, 2))  # [B*H, block, keys]
         dp = torch.bmm(gradients, v[:, keys].transpose(1, 2))
-        _kernels().xv_train_softmax_grad(
-            scores.data_ptr(), dp.data_ptr(), starts.data_ptr(), log_sums.data_ptr(), *shape[:3], first,
-            last - first, least, last - least, size**-0.5, torch.get_num_threads(),
-        )  # fmt: skip
+        _run(
+            "xv_train_softmax_grad",
+            scores,
+            dp,
+            starts,
+            log_sums,
+            *shape[:3],
+            first,
+            last - first,
+            least,
+            last - least,
+            size**-0.5,
+        )
         dq[:, first:last] = torch.bmm(dp, k[:, keys])
         dk[:, keys] += torch.bmm(dp.transpose(1, 2), queries)
         dv[:, keys] += torch.bmm(scores.transpose(1, 2), gradients)
@@ -238,6 +255,11 @@ def _attention_grads(
 _operations = torch.library.Library("xverse", "FRAGMENT")
 _operations.define("packed_attention(Tensor q, Tensor k, Tensor v, Tensor starts) -> (Tensor, Tensor)")
 _operations.impl("packed_attention", _attention, "CPU")
+torch.library.register_fake(
+    "xverse::packed_attention",
+    lambda q, k, v, starts: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    lib=_operations,
+)
 
 
 def _blocks(q: Tensor, starts: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -351,23 +373,20 @@ def loss_kernels(hidden: Tensor) -> LossKernels | None:
 
 def _softmax_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     losses = torch.empty(len(logits), dtype=torch.float32)
-    _kernels().xv_train_cross_entropy(
-        logits.data_ptr(), targets.contiguous().data_ptr(), losses.data_ptr(), *logits.shape, z_loss,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    _run("xv_train_cross_entropy", logits, targets.contiguous(), losses, *logits.shape, z_loss)
     return losses.sum(), logits
 
 
 def _accumulate(total: Tensor, value: Tensor) -> None:
     """``total`` float32 += ``value`` bfloat16, both contiguous."""
-    _kernels().xv_train_accumulate(total.data_ptr(), value.data_ptr(), total.numel(), torch.get_num_threads())
+    _run("xv_train_accumulate", total, value, total.numel())
 
 
-def _kernels() -> ctypes.CDLL:
+def _run(name: str, *arguments: Tensor | float | None) -> None:
+    """Call a kernel; tensors go as their addresses. Of fake ones the shapes alone are wanted: no call."""
+    if any(isinstance(each, FakeTensor) for each in arguments):
+        return
     found = library()
     assert found is not None
-    return found
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    pointers = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+    getattr(found, name)(*pointers, torch.get_num_threads())

@@ -82,6 +82,10 @@ class Checkpointer:
             self._thread = None
         return self._problem
 
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written just now."""
+        return self._thread is not None and self._thread.is_alive()
+
     def _finish(self, written: Callable[[], Any], temporary: Path, path: Path, state: dict[str, Any]) -> None:
         """In every process, after it has written its files; process 0 makes the checkpoint count."""
         problem, files = "", {}

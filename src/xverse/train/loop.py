@@ -20,13 +20,17 @@ from xverse.data.feed import Batch, prefetch
 from xverse.hardware import keep_freed_memory
 from xverse.log import JsonlLog
 from xverse.model import IGNORE, XverseForCausalLM
+from xverse.train import preflight
 from xverse.train.checkpoint import Checkpointer, clear_leftovers, load_checkpoint, newest
+from xverse.train.communication import watching
 from xverse.train.layout import layout_of
 from xverse.train.meter import Meter
 from xverse.train.optimizer import learning_rate, make_optimizer
 from xverse.train.parallel import ALONE, Replica, World, distribute, whole
+from xverse.train.report import peak_of
 from xverse.train.settings import NOT_IDENTITY, TrainConfig
 from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
+from xverse.train.trackers import Trackers
 
 __all__ = ["Interrupted", "TrainConfig", "fit", "sum_loss", "train_step"]
 
@@ -44,13 +48,15 @@ def fit(
     validate: Validate | None = None,
     evaluate: Evaluate | None = None,
     identity: Mapping[str, Any] | None = None,
+    data_problem: Callable[[], str] | None = None,
     world: World = ALONE,
 ) -> None:
     """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``.
 
     ``batch_at(step, start, stop)`` gives these rows of a step's global batch, and nothing else decides the
     order of data. ``validate`` returns named figures, and so does ``evaluate``, of benchmarks, at the same
-    steps. Everything is recorded in ``out/metrics.jsonl``. ``identity`` is what else decides the losses:
+    steps. ``data_problem`` says what has become of the data, asked at the start and before each checkpoint.
+    Everything is recorded in ``out/metrics.jsonl``. ``identity`` is what else decides the losses:
     raises UserError where ``out`` holds a run begun with other values, and where the run diverges. SIGINT and
     SIGTERM save a checkpoint and raise Interrupted. Every process of ``world`` calls it, with equal weights.
     """
@@ -58,18 +64,41 @@ def fit(
     settings = dataclasses.asdict(config)
     identity = {**(identity or {}), **{key: settings[key] for key in settings if key not in NOT_IDENTITY}}
     identity = json.loads(json.dumps(identity))  # as it will be read back
+    began = time.perf_counter()
     with _alone(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
         if world.device.type == "cpu":
             keep_freed_memory()
+        _check_data(data_problem, world)
+        checked = None
+        if config.preflight != "off":
+            checked = preflight.check(world, config.preflight, config.preflight_share, config.dtype)
         replica = distribute(model, config, world)
         optimizer = make_optimizer(model, config)
         steadiness = Steadiness(config)
-        first_step = _resume(out, replica, optimizer, identity, steadiness)
+        first_step, seconds = _resume(out, replica, optimizer, identity, steadiness)
         if first_step == config.steps:
             world.say(f"{out}: this run is finished ({config.steps} steps)")
             return
-        run = Run(replica, optimizer, config, out, steadiness, watchdog, identity, validate, evaluate)
-        run.train(batch_at, first_step)
+        trackers = Trackers(config.trackers if world.rank == 0 else [], out, first_step, settings)
+        run = Run(
+            replica, optimizer, config, out, steadiness, watchdog, identity, validate, evaluate, trackers,
+            data_problem,
+        )  # fmt: skip
+        with contextlib.closing(trackers):
+            before = {"preflight": checked, "resume_seconds": seconds and round(seconds, 3)}
+            if any(before.values()):
+                run.record(step=first_step - 1, **{key: value for key, value in before.items() if value})
+            matmul = min(reading["matmul"] for reading in checked["readings"]) if checked else None
+            meter = Meter(
+                config,
+                first_step,
+                model.config,
+                devices=world.size,
+                peak=peak_of(world.device, matmul),
+                began=began,
+                quiet=world.rank > 0,
+            )
+            run.train(batch_at, first_step, meter)
 
 
 @dataclasses.dataclass
@@ -85,6 +114,8 @@ class Run:
     identity: Mapping[str, Any]
     validate: Validate | None
     evaluate: Evaluate | None
+    trackers: Trackers
+    data_problem: Callable[[], str] | None
 
     def __post_init__(self) -> None:
         self.world, self.model = self.replica.world, self.replica.model
@@ -94,12 +125,12 @@ class Run:
     def record(self, **values: Any) -> None:
         if self.log is not None:
             self.log.write(values)
+            self.trackers.log(values)
 
-    def train(self, batch_at: BatchAt, first_step: int) -> None:
+    def train(self, batch_at: BatchAt, first_step: int, meter: Meter) -> None:
         config, world = self.config, self.world
         start, stop = self.replica.rows(config.batch_size)
         batches = prefetch(batch_at(step, start, stop) for step in range(first_step, config.steps))
-        meter = Meter(config, first_step, quiet=world.rank > 0)
         with requests() as asked, contextlib.closing(batches), meter:  # type: ignore[type-var]
             for step in range(first_step, config.steps):
                 self.watchdog.beat(step, "data")
@@ -109,14 +140,16 @@ class Run:
                 rate = learning_rate(step, config)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                self.watchdog.beat(step, "counting")
-                mine = int((batch.targets != IGNORE).sum()) if self.replica.leads else 0
-                (count,) = world.sum(mine)
-                self.watchdog.beat(step, "step")
-                loss, norm = train_step(self.replica, batch, config, count)
-                # Signals come to each process at another moment; here all learn of them at one step.
-                norm = norm if world.rank == 0 else 0.0
-                loss, norm, stopping, saving = world.sum(loss, norm, asked.stop, asked.save)
+                writing = self.saver.writing()
+                with self.watched(step, first_step) as communication:
+                    self.watchdog.beat(step, "counting")
+                    mine = int((batch.targets != IGNORE).sum()) if self.replica.leads else 0
+                    (count,) = world.sum(mine)
+                    self.watchdog.beat(step, "step")
+                    loss, norm = train_step(self.replica, batch, config, count)
+                    # Signals come to each process at another moment; here all learn of them at one step.
+                    norm = norm if world.rank == 0 else 0.0
+                    loss, norm, stopping, saving = world.sum(loss, norm, asked.stop, asked.save)
                 bad = self.steadiness.judge(loss, norm)
                 if bad:
                     self.optimizer.zero_grad(set_to_none=True)
@@ -124,9 +157,15 @@ class Run:
                 else:
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
-                    figures = meter.step(step, loss, config.batch_size * batch.tokens.shape[1])
-                    values = {"step": step, "loss": loss, "grad_norm": norm, "lr": rate}
-                    self.record(**values, **figures, data_seconds=round(waited, 4))
+                    length = batch.tokens.shape[1]
+                    figures = meter.step(step, loss, config.batch_size * length, length, waited)
+                    values: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm, "lr": rate}
+                    values |= figures
+                    if communication:
+                        values["communication"] = self.shared(communication, figures["seconds"], meter)
+                    if writing:
+                        values["beside_checkpoint"] = 1
+                    self.record(**values)
                 done = step + 1
                 last = done == config.steps
                 if last or (config.validate_every and done % config.validate_every == 0 and not stopping):
@@ -144,6 +183,24 @@ class Run:
                         )
                         raise Interrupted
                 meter.forget_time()
+
+    @contextlib.contextmanager
+    def watched(self, step: int, first_step: int) -> Iterator[list[float]]:
+        """Around a step; afterwards the list holds exposed and all seconds of communication where the step
+        was one of those that are profiled. The first ones are not: much is set up in them."""
+        every, found, since = self.config.communication_every, list[float](), step - first_step
+        if self.world.size == 1 or not every or since == 0 or since % every != 2 % every:
+            yield found
+            return
+        with watching(self.world.device) as read:
+            yield found
+        found += read()
+
+    def shared(self, communication: list[float], seconds: float, meter: Meter) -> dict[str, float]:
+        """The seconds of communication in a step, as means over the processes."""
+        exposed, total = (each / self.world.size for each in self.world.sum(*communication))
+        meter.exposed(exposed / seconds)
+        return {"exposed_seconds": round(exposed, 5), "all_seconds": round(total, 5)}
 
     def pass_over(self, step: int, reason: str) -> None:
         """A step that does not count; after some in a row, the weights of the last checkpoint.
@@ -177,8 +234,11 @@ class Run:
 
     def save(self, done: int, must: bool) -> Path:
         """Begin a checkpoint; where it ``must`` exist, wait for it and raise UserError if it cannot."""
+        _check_data(self.data_problem, self.world)  # what was learnt from other data is not kept
         state = {"identity": self.identity, "steadiness": self.steadiness.state()}
+        began = time.perf_counter()
         path = self.saver.save(done, self.model, self.optimizer, state)
+        self.record(step=done - 1, checkpoint={"stall_seconds": round(time.perf_counter() - began, 4)})
         if must:
             problem = self.saver.wait()
             if problem:
@@ -245,6 +305,12 @@ def computing(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def _check_data(problem: Callable[[], str] | None, world: World) -> None:
+    found = world.agreed(problem() if problem and world.rank == 0 else "")
+    if found:
+        raise UserError(found)
+
+
 @contextlib.contextmanager
 def _alone(out: Path, world: World) -> Iterator[None]:
     """Hold a run's folder, making it: two runs in it would mix their records and checkpoints."""
@@ -272,14 +338,16 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
     steadiness: Steadiness,
-) -> int:
-    """Load the newest whole checkpoint, if there is one; returns the number of steps done."""
+) -> tuple[int, float]:
+    """Load the newest whole checkpoint, if there is one; returns the number of steps done, and the seconds
+    that it took to find, verify and load it."""
+    started = time.perf_counter()
     world = replica.world
     if world.rank == 0:
         clear_leftovers(out)
     found = newest(out, world)
     if found is None:
-        return 0
+        return 0, 0.0
     path, state = found
     begun = state["identity"]
     # A key that only one of the two has came, or went, with another version of this code.
@@ -287,11 +355,11 @@ def _resume(
     differs = _difference({key: begun[key] for key in both}, {key: identity[key] for key in both})
     if differs:
         raise UserError(f"{out}: this run was begun with {differs}; set it back or change out")
-    started = time.perf_counter()
     load_checkpoint(path, state, replica.model, optimizer, world)
     steadiness.restore(state.get("steadiness", {}))
-    world.say(f"resuming from {path} ({time.perf_counter() - started:.1f} s)")
-    return int(state["step"])
+    seconds = time.perf_counter() - started
+    world.say(f"resuming from {path} ({seconds:.1f} s)")
+    return int(state["step"]), seconds
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:

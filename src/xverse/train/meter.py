@@ -1,23 +1,41 @@
-"""What a person sees of a run: speed, loss and the time left."""
+"""What a person sees of a run: loss, speed against its bound, where the time goes, and the time left."""
 
 from __future__ import annotations
 
 import time
 
 from xverse.log import console, notice, progress
+from xverse.model import XverseConfig
+from xverse.train.report import Peak, flops_per_token
 from xverse.train.settings import TrainConfig
 
 
 class Meter:
-    """Speed, and what a person sees of it: a bar in a terminal, a line now and then elsewhere."""
+    """Speed, and what a person sees of it: a bar in a terminal, a line now and then elsewhere.
 
-    def __init__(self, config: TrainConfig, first_step: int, quiet: bool = False) -> None:
+    ``began`` is when this process began the run (``time.perf_counter``), from which goodput counts.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        first_step: int,
+        shape: XverseConfig,
+        *,
+        devices: int = 1,
+        peak: Peak | None = None,
+        began: float | None = None,
+        quiet: bool = False,
+    ) -> None:
         self._config, self._first, self._quiet = config, first_step, quiet
+        self._shape, self._devices, self._peak = shape, devices, peak
         self._bar = progress(disable=quiet or not console.is_terminal)
         self._task = self._bar.add_task("training", total=config.steps, completed=first_step)
         self._start = self._last = time.perf_counter()
-        self._spent = 0.0
+        self._began = self._start if began is None else began
+        self._spent = self._waited = 0.0
         self._tokens = 0
+        self._exposed: float | None = None  # share of the step that was profiled last
 
     def __enter__(self) -> Meter:
         self._bar.start()
@@ -30,19 +48,53 @@ class Meter:
         """Leave what happened since the last step (validation, a checkpoint) out of the speed."""
         self._last = time.perf_counter()
 
-    def step(self, step: int, loss: float, tokens: int) -> dict[str, float]:
+    def exposed(self, share: float) -> None:
+        """Of a step's time went ``share`` into communication that nothing hid."""
+        self._exposed = share
+
+    def step(self, step: int, loss: float, tokens: int, length: int, waited: float) -> dict[str, float]:
+        """A step of ``tokens`` in sequences of ``length`` has counted, after ``waited`` seconds for its data;
+        returns its figures. TFLOP/s are those of one device."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._spent += seconds
+        self._waited += waited
         self._tokens += tokens
-        speed = self._tokens / self._spent
-        text = f"loss {loss:.3f} · {speed:,.0f} tok/s"
-        self._bar.update(self._task, completed=step + 1, description=text)
+        flops = flops_per_token(self._shape, length)
+        rates = {kind: count * tokens / seconds / self._devices for kind, count in flops.items()}
+        self._say(step, loss, {kind: count * self._tokens / self._spent for kind, count in flops.items()})
+        figures = {
+            "seconds": round(seconds, 4),
+            "data_seconds": round(waited, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "tflops": round(rates["full"] / 1e12, 4),
+            "goodput": round(self._spent / (now - self._began), 4),
+        }
+        if self._peak:
+            name = "matmul" if self._peak.measured else "mfu"
+            figures |= {f"{name}_{kind}": round(rate / self._peak.flops, 4) for kind, rate in rates.items()}
+        return figures
+
+    def _say(self, step: int, loss: float, rates: dict[str, float]) -> None:
         done, steps = step + 1, self._config.steps
-        if not (self._quiet or console.is_terminal) and (done % self._config.log_every == 0 or done == steps):
-            left = (steps - done) * (now - self._start) / (done - self._first)
-            notice(f"step {done}/{steps} · {text} · {left / 60:.1f} min left")
-        return {"tokens_per_second": round(tokens / seconds, 1), "seconds": round(seconds, 4)}
+        text = f"loss {loss:.3f} · {self._tokens / self._spent:,.0f} tok/s"
+        self._bar.update(self._task, completed=done, description=text)
+        if self._quiet or console.is_terminal or (done % self._config.log_every and done != steps):
+            return
+        now = time.perf_counter()
+        text += f" · {rates['full'] / self._devices / 1e12:.3g} TFLOP/s a device"
+        if self._peak:
+            full, causal = (
+                f"{100 * rates[kind] / self._devices / self._peak.flops:.0f} %" for kind in ("full", "causal")
+            )
+            what = "of the matmul measured here" if self._peak.measured else "MFU"
+            text += f" ({full} {what}, causal {causal})"
+        text += f" · goodput {100 * self._spent / (now - self._began):.0f} %"
+        text += f" · data {100 * self._waited / self._spent:.1f} %"
+        if self._exposed is not None:
+            text += f" · communication {100 * self._exposed:.1f} %"
+        left = (steps - done) * (now - self._start) / (done - self._first)
+        notice(f"step {done}/{steps} · {text} · {left / 60:.1f} min left")
 
     def say(self, text: str) -> None:
         if not self._quiet:

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
+from xverse import hardware
 from xverse.config import UserError
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
@@ -36,6 +37,7 @@ from xverse.train.blocks import context_maker, prepare_blocks
 from xverse.train.context import Ring
 from xverse.train.layout import Layout, layout_of
 from xverse.train.pipeline import Pipeline, Stage, keep_stages
+from xverse.train.rendezvous import fresh_store
 from xverse.train.settings import TrainConfig
 from xverse.train.tensor import shard_tensors
 
@@ -68,6 +70,14 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process has, by rank; any picklable value."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
+
     def say(self, text: str) -> None:
         """A notice, once for all processes."""
         if self.rank == 0:
@@ -94,20 +104,20 @@ def world_of(parallel: Parallel) -> Iterator[World]:
             raise UserError(
                 f"parallel: none, but there are {size} processes; set train.parallel to ddp or fsdp"
             )
-        yield ALONE
+        yield World(device=hardware.compute_device())
         return
     if "RANK" not in os.environ:
         raise UserError(
             f"parallel: {parallel} needs torchrun: torchrun --nproc-per-node N -m xverse.cli pretrain …"
         )
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = hardware.compute_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # The watchdog ends a hung run long before; collectives must outlast a slow evaluation on process 0.
     patience = datetime.timedelta(hours=4)
-    dist.init_process_group(backend, timeout=patience)
+    store, rank, size = fresh_store(patience)
+    dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
     yield World(
         dist.get_rank(),
         size,
@@ -241,7 +251,7 @@ def distribute(model: XverseForCausalLM, config: TrainConfig, world: World) -> R
         model.to(world.device)
         prepare_blocks(model, config)
         if config.parallel == "none":
-            return Replica(model)
+            return Replica(model, world)
         ids = [world.device] if world.device.type == "cuda" else None
         ddp = DistributedDataParallel(_Loss(model), device_ids=ids, gradient_as_bucket_view=True)
         return Replica(model, world, ddp, layout)

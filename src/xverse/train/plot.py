@@ -24,8 +24,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        measured = "valid" in record or "evaluation" in record  # beside the record of their step
-        while not measured and records and records[-1]["step"] >= record["step"]:
+        # Others stand beside the record of their step, or say from which step a run goes on.
+        trained = "loss" in record or "skipped" in record
+        while records and records[-1]["step"] >= record["step"] + (not trained):
             records.pop()
         records.append(record)
     return records

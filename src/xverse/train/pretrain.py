@@ -15,12 +15,14 @@ import torch
 from xverse.config import UserError
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
+from xverse.data.watch import ShardWatch
 from xverse.files import atomic_file
 from xverse.formats import load_model, load_tokenizer, resolve, save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, fit
+from xverse.train.memory import announce
 from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
 from xverse.train.report import write_report
@@ -135,6 +137,7 @@ def _pretrain(
     config, name = checked_shape(recipe)
     layout_of(recipe.train, world.size, config, recipe.sequence_length)
     feed = checked_feed(recipe, config)
+    announce(world, config, recipe.train, recipe.sequence_length)
     model = _initial(recipe, config, feed.tokenizer)
     tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
     world.say(f"shape {name}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
@@ -166,11 +169,12 @@ def _pretrain(
         validate=validate,
         evaluate=None if evaluate is None else lambda model: evaluate(model, feed.tokenizer),
         identity=identity,
+        data_problem=ShardWatch(feed.train.values()),
         world=world,
     )
     model = whole(model, world)
     if world.rank == 0:
-        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world.size)
+        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world)
     world.wait()
     return recipe.out / "model"
 
@@ -200,13 +204,13 @@ def _initial(recipe: PretrainRecipe, config: XverseConfig, tokenizer: Tokenizer)
 
 
 def _finish(
-    recipe: PretrainRecipe, model: XverseForCausalLM, tokenizer: Tokenizer, title: str, processes: int
+    recipe: PretrainRecipe, model: XverseForCausalLM, tokenizer: Tokenizer, title: str, world: World
 ) -> None:
     with atomic_file(recipe.out / "recipe.json") as path:
         path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
     save_hf(model, tokenizer, recipe.out / "model", torch.float32, overwrite=True)
     plot_loss(recipe.out, title, validation="bits per byte")
-    write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, processes)
+    write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, world)
 
 
 def _digest(feed: PretrainFeed) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,27 @@ import torch
 from xverse.files import atomic_file
 from xverse.hardware import device_peaks
 from xverse.model import XverseConfig
+from xverse.train.memory import measured_memory, predicted_memory
+from xverse.train.parallel import ALONE, World
 from xverse.train.plot import read_metrics
 from xverse.train.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s that one device could do: the vendor's figure, or where there is none the rate of a matmul that
+    the pre-flight check measured (``measured``)."""
+
+    flops: float
+    measured: bool
+
+
+def peak_of(device: torch.device, matmul: float | None) -> Peak | None:
+    """The bound of the share that is printed; ``matmul`` in FLOP/s is what the pre-flight check measured."""
+    if device.type == "cuda":
+        peaks = device_peaks(torch.cuda.get_device_name(device))
+        return Peak(peaks.bf16_flops, False) if peaks else None
+    return Peak(matmul, True) if matmul else None
 
 
 def flops_per_token(config: XverseConfig, length: int) -> dict[str, int]:
@@ -22,47 +42,6 @@ def flops_per_token(config: XverseConfig, length: int) -> dict[str, int]:
     linears = 6 * (config.num_parameters() - config.vocab_size * config.hidden_size)
     attention = 12 * config.num_hidden_layers * config.hidden_size * length
     return {"full": linears + attention, "causal": linears + attention // 2}
-
-
-def predicted_memory(
-    shape: XverseConfig, config: TrainConfig, length: int, processes: int = 1
-) -> dict[str, int]:
-    """Bytes that one process holds at its fullest, by kind.
-
-    Activations are counted as autograd saves them: of each layer and token about 34 · d + 10 · d_ff bytes in
-    bfloat16, twice that in float32, 4 · d where all is computed again. Score matrices, which attention in
-    bfloat16 makes on a CPU, are left out. The head keeps its inputs' gradient and two chunks of logits.
-    """
-    parameters = shape.num_parameters()
-    ends = 2 * shape.vocab_size * shape.hidden_size
-    element = 2 if config.optimizer_dtype == "bfloat16" else 4
-    moments = 2 * parameters - (parameters - ends if config.optimizer == "muon" else 0)
-    share = processes if config.parallel == "fsdp" else 1
-    rows = config.micro_batch_size or config.batch_size // processes
-    size = 2 if config.dtype == "bfloat16" else 4
-    layer = (17 * shape.hidden_size + 5 * shape.intermediate_size) * size
-    if config.activation_checkpointing == "selective":
-        layer = (8 * shape.hidden_size + 3 * shape.intermediate_size) * size
-    elif config.activation_checkpointing == "full":
-        layer = 4 * shape.hidden_size
-    return {
-        "parameters": 4 * parameters // share,
-        "gradients": 4 * parameters // share,
-        "optimizer": element * moments // share,
-        "activations": rows * length * shape.num_hidden_layers * layer,
-        "logits": 2 * 32 * 2**20 + rows * length * shape.hidden_size * 4,
-    }
-
-
-def measured_memory() -> tuple[str, int]:
-    """What was measured, and its most so far in bytes: of the GPU, or of the whole process."""
-    if torch.cuda.is_available():
-        return "most allocated on the GPU", torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (
-        "peak resident memory of the process, libraries included",
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-    )
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -80,6 +59,15 @@ def figures(records: list[dict[str, Any]]) -> dict[str, float]:
     seconds = sum(record.get("seconds", 0.0) for record in steps)
     tokens = sum(record.get("seconds", 0.0) * record.get("tokens_per_second", 0.0) for record in steps)
     wall = records[-1]["time"] - records[0]["time"] + records[0].get("seconds", 0.0)
+    stalls = [record["checkpoint"]["stall_seconds"] for record in records if "checkpoint" in record]
+    beside = [record["seconds"] for record in steps if "beside_checkpoint" in record]
+    alone = [
+        record["seconds"] for record in steps if "seconds" in record and "beside_checkpoint" not in record
+    ]
+    slower = len(beside) * (statistics.mean(beside) - statistics.median(alone)) if beside and alone else 0.0
+    resumes = [record["resume_seconds"] for record in records if "resume_seconds" in record]
+    profiled = [record for record in steps if "communication" in record]
+    exposed = [record["communication"]["exposed_seconds"] / record["seconds"] for record in profiled]
     return {
         "steps": len(steps),
         "skipped": skipped,
@@ -90,50 +78,42 @@ def figures(records: list[dict[str, Any]]) -> dict[str, float]:
         "wall": wall,
         "tokens_per_second": tokens / seconds if seconds else 0.0,
         "goodput": min(1.0, seconds / wall) if wall else 1.0,
+        "checkpoints": len(stalls),
+        "stall_seconds": sum(stalls),
+        "beside_seconds": max(0.0, slower),
+        "resumes": len(resumes),
+        "resume_seconds": sum(resumes),
+        "profiled": len(profiled),
+        "exposed": statistics.mean(exposed) if exposed else 0.0,
     }
 
 
 def write_report(
-    out: Path, title: str, shape: XverseConfig, config: TrainConfig, length: int, processes: int = 1
+    out: Path, title: str, shape: XverseConfig, config: TrainConfig, length: int, world: World = ALONE
 ) -> Path:
     """Write ``out/report.md`` from ``out/metrics.jsonl``; ``length`` in tokens."""
     file = out / "metrics.jsonl"
     records = read_metrics(file) if file.exists() else []
-    if not records:
+    losses = [record for record in records if "loss" in record]
+    if not losses:
         return out / "report.md"
     found = figures(records)
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else "CPU"
-    peaks = device_peaks(device) if cuda else None
-    speed = found["tokens_per_second"]
-    lines = [f"# {title}", "", f"{processes} × {device}, {config.parallel}, {config.dtype}", ""]
+    cuda = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if cuda else "CPU"
+    checks = [record["preflight"] for record in records if "preflight" in record]
+    lines = [f"# {title}", "", f"{world.size} × {device}, {config.parallel}, {config.dtype}", ""]
     lines += ["| | |", "|---|---|"]
-    losses = [record for record in records if "loss" in record]
-    lines.append(f"| loss, first and last step | {losses[0]['loss']:.4f} → {losses[-1]['loss']:.4f} nats |")
-    lines.append(
-        f"| steps | {found['steps']:,} counted, {found['skipped']:,} passed over, "
-        f"{found['rollbacks']} times back |"
-    )
-    lines.append(f"| tokens | {found['tokens']:,.0f} at {speed:,.0f} a second |")
-    for kind, flops in flops_per_token(shape, length).items():
-        rate = flops * speed / processes
-        mfu = f"{100 * rate / peaks.bf16_flops:.1f} %" if peaks else "unknown (no peak known for this device)"
-        lines.append(
-            f"| attention counted {kind}, T = {length} | {rate / 1e12:.3f} TFLOP/s a device; MFU {mfu} |"
-        )
-    share = found["data_seconds"] / found["seconds"] if found["seconds"] else 0.0
-    lines.append(
-        f"| waiting for data | {found['data_seconds']:.1f} s, {100 * share:.1f} % of the steps' time |"
-    )
-    lines.append(f"| goodput | {100 * found['goodput']:.1f} % of {found['wall'] / 60:.1f} min |")
-    lines.append("| communication not hidden | not measured |")
+    lines += [f"| {name} | {text} |" for name, text in _rows(found, losses, config, world)]
+    lines += _speed(found, shape, length, world, checks)
     lines += ["", "## Memory of one process", "", "| | MiB |", "|---|---|"]
-    predicted = predicted_memory(shape, config, length, processes)
+    predicted = predicted_memory(shape, config, length, world.size, world.device.type)
     for kind, size in predicted.items():
         lines.append(f"| {kind}, predicted | {size / 2**20:,.1f} |")
     lines.append(f"| all, predicted | {sum(predicted.values()) / 2**20:,.1f} |")
-    what, size = measured_memory()
+    what, size = measured_memory(world.device)
     lines.append(f"| {what} | {size / 2**20:,.1f} |")
+    if checks:
+        lines += _preflight(checks[-1])
     valid = [record for record in records if record.get("valid")]
     if valid:
         lines += ["", "## Validation", "", "| | " + " | ".join(valid[-1]["valid"]) + " |"]
@@ -146,3 +126,69 @@ def write_report(
     with atomic_file(out / "report.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return out / "report.md"
+
+
+def _rows(
+    found: dict[str, float], losses: list[dict[str, Any]], config: TrainConfig, world: World
+) -> Iterator[tuple[str, str]]:
+    """Loss and where the time went."""
+
+    def share(seconds: float, of: float) -> str:
+        return f"{100 * seconds / of:.1f} %" if of else "0.0 %"
+
+    yield "loss, first and last step", f"{losses[0]['loss']:.4f} → {losses[-1]['loss']:.4f} nats"
+    yield (
+        "steps",
+        (f"{found['steps']:,} counted, {found['skipped']:,} passed over, {found['rollbacks']} times back"),
+    )
+    yield "tokens", f"{found['tokens']:,.0f} at {found['tokens_per_second']:,.0f} a second"
+    waited = share(found["data_seconds"], found["seconds"])
+    yield "waiting for data", f"{found['data_seconds']:.1f} s, {waited} of the steps' time"
+    yield "goodput", f"{100 * found['goodput']:.1f} % of {found['wall'] / 60:.1f} min"
+    yield (
+        "checkpoints",
+        (
+            f"{found['checkpoints']} held the loop for {found['stall_seconds']:.2f} s, "
+            f"{share(found['stall_seconds'], found['wall'])} of all; steps beside them took "
+            f"{found['beside_seconds']:.2f} s more"
+        ),
+    )
+    if found["resumes"]:
+        yield "resumed", f"{found['resumes']} times, {found['resume_seconds']:.1f} s of reading and verifying"
+    if world.size == 1:
+        text = "one process, none"
+    elif found["profiled"]:
+        text = f"{100 * found['exposed']:.1f} % of the time of a step, in {found['profiled']} profiled ones"
+    else:
+        text = f"not measured (communication_every: {config.communication_every})"
+    yield "communication not hidden", text
+
+
+def _speed(
+    found: dict[str, float], shape: XverseConfig, length: int, world: World, checks: list[dict[str, Any]]
+) -> list[str]:
+    lines = []
+    matmul = min(reading["matmul"] for reading in checks[-1]["readings"]) if checks else None
+    peak = peak_of(world.device, matmul)
+    for kind, flops in flops_per_token(shape, length).items():
+        rate = flops * found["tokens_per_second"] / world.size
+        text = "MFU unknown (no peak known for this device)"
+        if peak:
+            name = "of the matmul rate that the pre-flight check measured" if peak.measured else "MFU"
+            text = f"{100 * rate / peak.flops:.1f} % {name}"
+        lines.append(
+            f"| attention counted {kind}, T = {length} | {rate / 1e12:.3f} TFLOP/s a device; {text} |"
+        )
+    return lines
+
+
+def _preflight(check: dict[str, Any]) -> list[str]:
+    lines = ["", "## Pre-flight check", "", "| process | matmul, TFLOP/s | memory, GB/s | exchange, GB/s |"]
+    lines.append("|---|---|---|---|")
+    for each in check["readings"]:
+        exchange = f"{each['exchange'] / 1e9:.2f}" if each["exchange"] else "alone"
+        lines.append(
+            f"| rank {each['rank']}, {each['host']}, {each['device']} | {each['matmul'] / 1e12:.3f} | "
+            f"{each['memory'] / 1e9:.1f} | {exchange} |"
+        )
+    return lines + [f"\n{line}" for line in check["slow"]]

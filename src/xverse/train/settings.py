@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -29,7 +29,13 @@ class TrainConfig:
     ``skip_zscore`` (0: any) standard deviations above the mean of the last ``skip_window`` steps. After
     ``rollback_after`` such steps in a row the run takes the weights of its last checkpoint and goes on with
     the data behind them, ``max_rollbacks`` times. A process that stands still for ``hang_seconds`` (0: any)
-    ends the run."""
+    ends the run.
+
+    ``preflight``: before the first step each process measures what it reaches; one that is below
+    ``preflight_share`` of the median of all is named in a warning ("warn"), or ends the run ("stop").
+    ``check_memory``: refuse a run of which the prediction says that it does not fit into memory. Of every
+    ``communication_every`` steps (0: none) one is profiled for communication that nothing hides.
+    ``trackers`` get the figures beside ``metrics.jsonl``."""
 
     steps: int
     batch_size: int
@@ -66,6 +72,11 @@ class TrainConfig:
     rollback_after: int = 3
     max_rollbacks: int = 3
     hang_seconds: float = 1800.0
+    preflight: Literal["off", "warn", "stop"] = "warn"
+    preflight_share: float = 0.5
+    check_memory: bool = True
+    communication_every: int = 100
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -75,11 +86,13 @@ class TrainConfig:
             elif name in POSITIVE:
                 if not 0 < value < math.inf:
                     raise ValueError(f"{name} must be positive, not {value}")
-            elif not isinstance(value, str) and not 0 <= value < math.inf:
+            elif not isinstance(value, (str, list)) and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must not be negative, not {value}")
         for name in ("tensor", "context", "pipeline", "replicate"):
             if self.parallel != "fsdp" and getattr(self, name) > 1:
                 raise ValueError(f"{name} {getattr(self, name)} needs parallel: fsdp, not {self.parallel}")
+        if not self.preflight_share <= 1:
+            raise ValueError(f"preflight_share must be at most 1, not {self.preflight_share}")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share must be above 0 and at most 1, not {self.decay_share}")
         if self.compile and self.activation_checkpointing == "selective":
@@ -99,7 +112,8 @@ POSITIVE = {
 
 # What changes no loss, or nothing but its rounding: a run folder goes on under other values of these.
 NOT_IDENTITY = {
-    "activation_checkpointing", "checkpoint_every", "compile", "context",
-    "hang_seconds", "keep_checkpoints", "keep_every", "log_every", "micro_batch_size",
-    "parallel", "pipeline", "replicate", "tensor", "validate_every", "virtual_stages",
+    "activation_checkpointing", "check_memory", "checkpoint_every", "communication_every", "compile",
+    "context", "hang_seconds", "keep_checkpoints", "keep_every", "log_every", "micro_batch_size", "parallel",
+    "pipeline", "preflight", "preflight_share", "replicate", "tensor", "trackers", "validate_every",
+    "virtual_stages",
 }  # fmt: skip

@@ -1,8 +1,9 @@
 """What keeps a run alive, and what tells the world around it how it is: signals, bad steps, heartbeats.
 
 Exit codes of ``xverse pretrain`` and ``xverse finetune``: 0 finished; 1 an error in the program; 2 a mistake
-of the user's, also a run that diverged: starting again does not help; 75 hung: start it again; 130 stopped on
-request and saved: start it again to go on. torchrun has exit codes of its own and says these in its report.
+of the user's, also a run that diverged: starting again does not help; 69 a slow process (preflight.py): start
+it again without its node; 75 hung: start it again; 130 stopped on request and saved: start it again to go on.
+torchrun has exit codes of its own and says these in its report.
 """
 
 from __future__ import annotations
