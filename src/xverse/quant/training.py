@@ -28,7 +28,7 @@ _SCORE_BYTES = 16 * 2**20  # of one block of attention scores: small enough for 
 
 
 def kernels_fit(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor, maybe a fake one, on the CPU under autocast to bfloat16, with kernels there."""
+    """Whether ``x`` is a tensor, or a fake one, on the CPU under autocast to bfloat16, with kernels there."""
     return (
         (type(x) is Tensor or isinstance(x, FakeTensor))
         and x.device.type == "cpu"
