@@ -43,7 +43,8 @@ shape = dict(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_lay
 with world_of("ddp") as world:
     model = XverseForCausalLM(XverseConfig(**shape))
     init_weights(model, 0)
-    replica = distribute(model, "ddp", "float32", world)
+    config = TrainConfig(steps=9, batch_size=4, learning_rate=1e-3, parallel="ddp", dtype="float32")
+    replica = distribute(model, config, world)
     late = [0.0]
 
     def summed(state, bucket):
@@ -54,7 +55,6 @@ with world_of("ddp") as world:
     replica.ddp.register_comm_hook(None, summed)
     tokens = torch.full((2, 32), 5)
     batch = Batch(tokens, tokens, torch.zeros_like(tokens, dtype=torch.int32))
-    config = TrainConfig(steps=9, batch_size=4, learning_rate=1e-3, parallel="ddp", dtype="float32")
     found = []
     for late[0] in (0.0, 0.0, 0.4):
         world.wait()

@@ -83,7 +83,7 @@ def test_documents_without_text_are_no_error(
     lines = [json.dumps({"text": text, "lang": "en"}) for text in texts]
     (corpus / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     data = tmp_path / "prepared"
-    prepare(PrepareRecipe(corpus, data, vocab_size=600, valid_share=0.1))
+    prepare(PrepareRecipe(corpus, data, vocab_size=600, valid_share=0.1, max_bad_share=0.5))
     size = PretrainFeed(data, MixtureConfig(), 48, seed=0).tokenizer.vocab_size
     recipe = write_recipe({"data": str(data)}, steps=3)
     assert main(["pretrain", str(recipe), f"shape.vocab_size={size}"]) == 0

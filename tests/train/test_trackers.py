@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,11 @@ def test_wandb_writes_a_run_without_network(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     fit_tiny(tmp_path, steps=3, trackers=["wandb"])
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 30
+    while not (files := list(tmp_path.glob("wandb/offline-run-*/*.wandb"))):  # a process of its own writes it
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (file,) = files
     run = (tmp_path / "wandb-run").read_text()
     assert run in file.name
     assert b"train/loss" in file.read_bytes()

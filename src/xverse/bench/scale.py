@@ -103,7 +103,7 @@ def own_plan(shape: str, count: int) -> dict[str, float]:
     """Rank 0's planning as the product does it: nothing is sent."""
     with sharded_tensors(shape, count) as tensors:
         start = time.process_time()
-        planner = _OwnPlan(0)
+        planner = _OwnPlan(True)
         planner.set_up_planner(tensors, is_coordinator=True)
         planner.create_global_plan([planner.create_local_plan()])
         return {"own_plan_s": time.process_time() - start}

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.log import notice
-from xverse.train.parallel import ALONE, World, like
+from xverse.train.parallel import ALONE, Replica, World, like
 
 PREFIX = "step-"
 
@@ -44,11 +44,14 @@ class Checkpointer:
     """Writes checkpoints in a thread, one at a time; training waits only while tensors are copied.
 
     Of the finished ones the newest ``keep`` stay, and those whose step ``keep_every`` divides (0: none).
-    A checkpoint that cannot be written is said loudly on stderr, and those before it stay.
+    A checkpoint that cannot be written is said loudly on stderr, and those before it stay. ``replica`` says
+    which of the processes that hold the same tensors writes them.
     """
 
-    def __init__(self, out: Path, world: World = ALONE, keep: int = 2, keep_every: int = 0) -> None:
-        self._out, self._world, self._keep, self._keep_every = out, world, keep, keep_every
+    def __init__(self, out: Path, replica: Replica | None = None, keep: int = 2, keep_every: int = 0) -> None:
+        self._out, self._keep, self._keep_every = out, keep, keep_every
+        self._world = replica.world if replica else ALONE
+        self._first = replica.first if replica else True
         self._thread: threading.Thread | None = None
         self._problem = ""
 
@@ -65,7 +68,7 @@ class Checkpointer:
         written: Any = dcp.async_save(
             dict(_tensors(model, optimizer)),
             storage_writer=_OwnFile(str(temporary), self._world.rank),
-            planner=_OwnPlan(self._world.rank),
+            planner=_OwnPlan(self._first),
             no_dist=True,
         )
         values = {"step": step, "processes": self._world.size, **state}
@@ -131,9 +134,9 @@ class _OwnPlan(DefaultSavePlanner):
     """Every process knows by itself what it writes. The planner of torch has process 0 gather the plans of
     all to find what several of them hold, and that grows with their number (benchmarks/scale.md)."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, first: bool) -> None:
         super().__init__()
-        self._rank = rank
+        self._first = first
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
@@ -160,7 +163,7 @@ class _OwnPlan(DefaultSavePlanner):
         if isinstance(owner, DTensor):
             place = owner.device_mesh.get_coordinate()
             return place is not None and not any(place)
-        return self._rank == 0
+        return self._first
 
 
 class _OwnFile(dcp.HuggingFaceStorageWriter):

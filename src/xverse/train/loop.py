@@ -120,7 +120,9 @@ class Run:
     def __post_init__(self) -> None:
         self.world, self.model = self.replica.world, self.replica.model
         self.log: JsonlLog | None = JsonlLog(self.out / "metrics.jsonl") if self.world.rank == 0 else None
-        self.saver = Checkpointer(self.out, self.world, self.config.keep_checkpoints, self.config.keep_every)
+        self.saver = Checkpointer(
+            self.out, self.replica, self.config.keep_checkpoints, self.config.keep_every
+        )
 
     def record(self, **values: Any) -> None:
         if self.log is not None:

@@ -31,14 +31,12 @@ def predicted_memory(
 ) -> dict[str, int]:
     """Bytes that one process holds at its fullest moment, by kind, without what libraries take.
 
-    Two moments may be the fullest: the head's backward pass, when all activations are kept, and the
-    optimizer's step, when all gradients are there. Activations are not computed from a formula: one layer
-    and two are run with tensors that have shapes and no memory, under the same settings, and what stays alive
-    is counted; rows are taken to be of one document.
-
-    "allocator", on a CPU alone, is what glibc holds of blocks that were freed and do not fit again. It is
-    fitted to measurements: a twentieth of the rest; under our own optimizers, whose passing tensors come to
-    lie among the others, the size of the gradients and one and a half layers' activations.
+    Three moments may be the fullest: the head's backward pass, when all activations are kept; the first
+    layer's, when nearly all gradients are there; and the optimizer's step. Activations are not computed from
+    a formula: one layer and two are run with tensors that have shapes and no memory, under the same settings,
+    and what stays alive is counted; rows are taken to be of one document. A layer's backward pass holds two
+    and a half times what it keeps, and a twentieth of all, on a CPU, is what glibc holds of freed blocks that
+    do not fit again ("allocator"): these two are fitted to measurements.
     """
     parameters = shape.num_parameters()
     ends = shape.vocab_size * shape.hidden_size  # of the embedding, and of the head
@@ -61,23 +59,15 @@ def predicted_memory(
         "logits": 2 * min(LOGITS_CHUNK, 4 * rows * length * shape.vocab_size)
         + (size * ends if size == 2 else 0),
     }
-    largest = ends if config.optimizer_dtype == "bfloat16" or config.optimizer == "muon" else 0
-    last = {
-        "gradients": 4 * parameters // share,
-        "activations": 0,
-        "logits": 0,
-        "optimizer": fixed["optimizer"] + 4 * 4 * largest // share,  # what our own computes one tensor with
-    }
-    fullest = max(head, last, key=lambda moment: sum((fixed | moment).values()))
+    plain = dataclasses.replace(config, activation_checkpointing="none")
+    layer = kept_bytes(shape, plain, rows, length, device)[1]
+    first = {"gradients": 4 * parameters // share, "activations": 5 * layer // 2, "logits": 0}
+    last = {"gradients": 4 * parameters // share, "activations": 0, "logits": 0}
+    fullest = max(head, first, last, key=lambda moment: sum((fixed | moment).values()))
     names = ("parameters", "gradients", "optimizer", "activations", "logits")
     predicted = {name: (fixed | fullest)[name] for name in names}
     if device == "cpu":
         predicted["allocator"] = sum(predicted.values()) // 20
-        if config.optimizer == "muon" or config.optimizer_dtype == "bfloat16":
-            plain = dataclasses.replace(config, activation_checkpointing="none")
-            small = parameters - (2 * ends if 4 * ends > 32 * 2**20 else 0)
-            layer = kept_bytes(shape, plain, rows, length, device)[1]
-            predicted["allocator"] = 4 * small // share + 3 * layer // 2
     return predicted
 
 

@@ -60,6 +60,9 @@ def _groups(
     return matrices, decayed, plain
 
 
+_PART = 2**20  # values of a tensor that AdamW updates at a time
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the groups that say so, AdamW for the others, both with states in ``state_dtype``.
 
@@ -106,13 +109,17 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _adamw(self, parameter: Tensor, state: dict[str, Tensor], lr: float, generator: Any) -> None:
         beta1, beta2 = self._betas
-        step, gradient = float(state["step"]), local(parameter.grad)  # type: ignore[arg-type]
-        first = local(state["exp_avg"]).float().lerp(gradient, 1 - beta1)
-        second = local(state["exp_avg_sq"]).float().mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        bottom = (second / (1 - beta2**step)).sqrt_().add_(self._eps)
-        local(parameter).addcdiv_(first, bottom, value=-lr / (1 - beta1**step))
-        store(local(state["exp_avg"]), first, generator)
-        store(local(state["exp_avg_sq"]), second, generator)
+        step = float(state["step"])
+        flat = [local(x).view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+        flat.append(local(parameter.grad).reshape(-1))  # type: ignore[arg-type]
+        # A part at a time: what is computed with in passing is as large as four parts.
+        for weight, average, square, gradient in zip(*(x.split(_PART) for x in flat), strict=True):
+            first = average.float().lerp(gradient, 1 - beta1)
+            second = square.float().mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            bottom = (second / (1 - beta2**step)).sqrt_().add_(self._eps)
+            weight.addcdiv_(first, bottom, value=-lr / (1 - beta1**step))
+            store(average, first, generator)
+            store(square, second, generator)
 
     def _muon(self, parameter: Tensor, state: dict[str, Tensor], lr: float, generator: Any) -> None:
         gradient: Tensor = parameter.grad  # type: ignore[assignment]

@@ -157,6 +157,11 @@ class Replica:
         return place * share, (place + 1) * share
 
     @property
+    def first(self) -> bool:
+        """Whether this process is the first of those that hold the same layers."""
+        return not any(self.layout.place(self.world.rank)[1:])
+
+    @property
     def leads(self) -> bool:
         """Whether this process is the one that counts its rows."""
         pipeline, _, context, tensor = self.layout.place(self.world.rank)
