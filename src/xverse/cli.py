@@ -112,7 +112,9 @@ def _dispatch(arguments: list[str]) -> int:
     verb, *rest = arguments
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)} (xverse --help lists the verbs)")
-    arguments_of_verb = verb_parser(verb).parse_args(rest)
+    parser = verb_parser(verb)
+    # A flag may stand between a recipe and its key=value, which argparse allows where there are no actions.
+    arguments_of_verb = parser.parse_args(rest) if parser.below() else parser.parse_intermixed_args(rest)
     return importlib.import_module(f"xverse.commands.{verb}").run(arguments_of_verb)
 
 

@@ -91,6 +91,8 @@ def test_a_world_of_1024_on_data_that_is_here(
         (["train.parallel=none"], "parallel: none is for one GPU, not 4"),
         (["sequence_length=9000"], "sequence_length 9000 is beyond the 8192 positions"),
         (["data=nowhere", "mixture.weights={'a b': 1}"], "'a b' is no name of a source"),
+        (["data=nowhere", "mixture.file=nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["data=nowhere", "mixture={categories: {web: 0.5}}"], "0.5"),
         (["data=nowhere", "mixture.weights={en: -1}"], "the weight of 'en' is -1"),
     ],
 )

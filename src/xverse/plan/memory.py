@@ -30,7 +30,7 @@ class Memory:
 
 
 def activation_bytes(arch: Architecture, checkpointing: Checkpointing) -> float:
-    """That autograd keeps of one token and layer in bfloat16, as in ``train/report.py``."""
+    """That autograd keeps of one token and layer in bfloat16, as ``train/memory.py`` counts it."""
     d, f = arch.hidden_size, arch.intermediate_size
     return {"none": 34 * d + 10 * f, "selective": 16 * d + 6 * f, "full": 4 * d}[checkpointing]
 
@@ -52,6 +52,8 @@ def memory(arch: Architecture, layout: Layout, length: int) -> Memory:
     gathered = 0.0
     if layout.shard > 1:  # two layers in bfloat16 and one's gradients; the ends in float32, with gradients
         gathered = (2 * 2 + 4) * arch.layer_parameters / layout.tensor + 2 * 4 * ends / layout.tensor
+        if stages > 1:  # torch's schedule keeps weights and gradients whole until the last micro-batch
+            gathered = (layers * (2 + 4) * arch.layer_parameters + 2 * 4 * ends) / layout.tensor
     logits = 2 * _CHUNK + 4 * layout.micro_batch * length / layout.context * arch.hidden_size
     sizes = (4 * states, 4 * states, 8 * states, gathered, activations, logits)
     return Memory(*sizes, reserved=_CONTEXT + _FRAGMENTS * sum(sizes))

@@ -130,7 +130,13 @@ def _words(degrees: dict[str, int]) -> str:
 def _data(recipe: PretrainRecipe, shape: XverseConfig, layout: Layout) -> list[str]:
     """The data, where it is here; else the mixture alone."""
     if not (recipe.data / "train").is_dir():
-        weights = dict(recipe.mixture.weights or {OTHERS: 1.0})
+        mixture = recipe.mixture.read()
+        if mixture.categories is not None or mixture.languages is not None:
+            for what in ("categories", "languages"):
+                shares = getattr(mixture, what) or {OTHERS: 1.0}
+                check_weights(shares, list(shares), what, summing=True)
+            return [f"data: {recipe.data} is not here; only the shares of the mixture were checked"]
+        weights = dict(mixture.weights or {OTHERS: 1.0})
         check_weights(weights, list(weights))
         odd = [key for key in weights if key != OTHERS and not _SOURCE.fullmatch(key)]
         if odd:

@@ -73,13 +73,13 @@ def layout_of(config: TrainConfig, processes: int, shape: XverseConfig, length: 
                 f"{wanted} does not divide {processes} processes"
                 + _nearest(layout, config, processes, shape, length)
             )
-    problem = _problem(layout, config, shape, length)
-    if problem:
-        raise UserError(problem + _nearest(layout, config, processes, shape, length))
+    found = problem(layout, config, shape, length)
+    if found:
+        raise UserError(found + _nearest(layout, config, processes, shape, length))
     return layout
 
 
-def _problem(layout: Layout, config: TrainConfig, shape: XverseConfig, length: int | None) -> str:
+def problem(layout: Layout, config: TrainConfig, shape: XverseConfig, length: int | None) -> str:
     """What does not divide, or an empty string."""
     rows, left = divmod(config.batch_size, layout.data)
     micro = config.micro_batch_size or rows
@@ -140,7 +140,7 @@ def _nearest(
             shard = processes // math.prod(degrees)
             for virtual in sorted({wanted.virtual_stages, 1}) if pipeline > 1 else [1]:
                 layout = Layout(pipeline, replicate, shard, context, tensor, virtual)
-                if _problem(layout, tried, shape, length):
+                if problem(layout, tried, shape, length):
                     continue
                 pairs = [(a, b) for a, b in zip(_degrees(layout), _degrees(wanted), strict=True)]
                 away = sum(abs(math.log2(a / b)) for a, b in pairs)

@@ -20,6 +20,7 @@ from xverse import hardware
 from xverse.config import UserError
 from xverse.model import AttentionContext, FullCausal, XverseConfig, XverseForCausalLM
 from xverse.train.blocks import context_maker, prepare_blocks
+from xverse.train.layout import layout_of, problem
 from xverse.train.parallel import World
 from xverse.train.settings import TrainConfig
 
@@ -34,40 +35,56 @@ def predicted_memory(
     Three moments may be the fullest: the head's backward pass, when all activations are kept; the first
     layer's, when nearly all gradients are there; and the optimizer's step. Activations are not computed from
     a formula: one layer and two are run with tensors that have shapes and no memory, under the same settings,
-    and what stays alive is counted; rows are taken to be of one document. A layer's backward pass holds two
-    and a half times what it keeps, and a twentieth of all, on a CPU, is what glibc holds of freed blocks that
-    do not fit again ("allocator"): these two are fitted to measurements.
+    and what stays alive is counted; rows are taken to be of one document. Of a pipeline's processes the first
+    counts, which holds the most micro-batches; FSDP keeps its weights and gradients whole until the last of
+    them. A layer's backward pass holds two and a half times what it keeps; on a CPU a twentieth of all, and
+    in float32 one layer's activations, is what glibc holds of freed blocks that do not fit again
+    ("allocator"): these are fitted to measurements.
+
+    Raises UserError where the settings do not go with the number of ``processes`` (``layout_of``).
     """
-    parameters = shape.num_parameters()
-    ends = shape.vocab_size * shape.hidden_size  # of the embedding, and of the head
-    rows = config.micro_batch_size or max(1, config.batch_size // processes)
-    accumulates = rows * processes < config.batch_size
-    share = processes if config.parallel == "fsdp" else 1
+    layout = layout_of(config, processes, shape, length)
+    mesh = config.parallel == "fsdp"
+    share = layout.shard * layout.context if mesh else 1
+    gathers = mesh and layout.replicate * share > 1
+    pipeline, tensor = layout.pipeline, layout.tensor
+    end = shape.vocab_size * shape.hidden_size // tensor  # the embedding, or the head
+    layer = (shape.num_parameters() - 2 * tensor * end) // shape.num_hidden_layers // tensor
+    layers, ends = shape.num_hidden_layers // pipeline, (2 if pipeline == 1 else 1) * end
+    parameters = layers * layer + ends
+    rows = config.micro_batch_size or config.batch_size // layout.data
+    batches = config.batch_size // layout.data // rows
+    length //= layout.context
     size = 2 if config.dtype == "bfloat16" else 4
     element = 2 if config.optimizer_dtype == "bfloat16" else 4
-    moments = 2 * parameters - (parameters - 2 * ends if config.optimizer == "muon" else 0)
+    moments = 2 * parameters - (layers * layer if config.optimizer == "muon" else 0)
     held = 4 * parameters // share
-    if config.parallel == "fsdp":  # the ends as long as the step lasts, and two layers under way
-        layer = (parameters - 2 * ends) // shape.num_hidden_layers
-        held += 4 * 2 * ends + 2 * size * layer
+    if gathers:  # the ends as long as the step lasts, and two layers under way
+        held += 4 * ends + size * layer * (2 if pipeline == 1 else layers)
     fixed = {"parameters": held, "optimizer": element * moments // share}
     hidden = rows * length * shape.hidden_size
-    there = 4 * parameters // share if accumulates or config.parallel == "ddp" else 0  # DDP's buckets
+    there = 0
+    if batches > 1 or config.parallel == "ddp":  # DDP's buckets
+        there = 4 * parameters // (share if pipeline == 1 else 1)
+    here = dataclasses.replace(shape, num_hidden_layers=layers)
+    activations = kept_bytes(here, config, rows, length, device)[0] // tensor
+    runs = layout.virtual_stages  # interleaved 1F1B: so many runs of layers are forward before one is back
+    under_way = min(batches * runs, (runs + 1) * pipeline - 1) if pipeline > 1 else runs
     head = {
-        "gradients": 2 * 4 * ends + there,  # the head's is made in the forward pass, scaled in the backward
-        "activations": kept_bytes(shape, config, rows, length, device)[0] + 2 * hidden * size,
-        "logits": 2 * min(LOGITS_CHUNK, 4 * rows * length * shape.vocab_size)
-        + (size * ends if size == 2 else 0),
+        "gradients": 2 * 4 * end + there,  # the head's is made in the forward pass, scaled in the backward
+        "activations": activations * under_way // runs + 2 * hidden * size,
+        "logits": 2 * min(LOGITS_CHUNK, 4 * rows * length * shape.vocab_size // tensor)
+        + (size * end if size == 2 else 0),
     }
     plain = dataclasses.replace(config, activation_checkpointing="none")
-    layer = kept_bytes(shape, plain, rows, length, device)[1]
-    first = {"gradients": 4 * parameters // share, "activations": 5 * layer // 2, "logits": 0}
+    one = kept_bytes(shape, plain, rows, length, device)[1] // tensor
+    first = {"gradients": 4 * parameters // share, "activations": 5 * one // 2, "logits": 0}
     last = {"gradients": 4 * parameters // share, "activations": 0, "logits": 0}
     fullest = max(head, first, last, key=lambda moment: sum((fixed | moment).values()))
     names = ("parameters", "gradients", "optimizer", "activations", "logits")
     predicted = {name: (fixed | fullest)[name] for name in names}
     if device == "cpu":
-        predicted["allocator"] = sum(predicted.values()) // 20
+        predicted["allocator"] = sum(predicted.values()) // 20 + (one if size == 4 else 0)
     return predicted
 
 
@@ -76,20 +93,22 @@ def kept_bytes(
 ) -> tuple[int, int]:
     """Bytes of activations, and of weights in the computing dtype, that are kept for the backward pass: of
     all layers, and of one."""
-    chosen = (config.dtype, config.activation_checkpointing, device)
-    one, two = (_kept(shape, chosen, rows, length, layers) for layers in (1, 2))
+    kept: dict[str, Any] = {
+        "dtype": config.dtype,
+        "activation_checkpointing": config.activation_checkpointing,
+    }
+    if config.parallel == "fsdp":
+        kept |= {"parallel": "fsdp", "tensor": config.tensor}
+    chosen = tuple(kept.items())
+    one, two = (_kept(shape, chosen, rows, length, layers, device) for layers in (1, 2))
     return one + (shape.num_hidden_layers - 1) * (two - one), two - one
 
 
 @functools.cache
-def _kept(shape: XverseConfig, chosen: tuple[str, str, str], rows: int, length: int, layers: int) -> int:
-    dtype, checkpointing, device = chosen
-    config: Any = TrainConfig(
-        steps=1,
-        batch_size=1,
-        learning_rate=1.0,
-        activation_checkpointing=checkpointing,  # type: ignore[arg-type]
-    )
+def _kept(
+    shape: XverseConfig, chosen: tuple[tuple[str, Any], ...], rows: int, length: int, layers: int, device: str
+) -> int:
+    config = TrainConfig(steps=1, batch_size=1, learning_rate=1.0, **dict(chosen))
     shape = dataclasses.replace(shape, num_hidden_layers=layers, vocab_size=256)
     context: AttentionContext = context_maker(False)(torch.zeros(rows, length, dtype=torch.int32))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
@@ -97,10 +116,14 @@ def _kept(shape: XverseConfig, chosen: tuple[str, str, str], rows: int, length: 
             context = FullCausal(rows, length, device)
         with torch.device(device):
             model = XverseForCausalLM(shape)
+        if config.parallel == "fsdp" and config.dtype == "bfloat16":  # gathered in it, so never cast
+            for module in model.model.layers.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, torch.nn.Parameter(parameter.to(torch.bfloat16)))
         prepare_blocks(model, config)
         tokens = torch.zeros(rows, length, dtype=torch.int64, device=device)
         alive = _Alive()
-        with alive, torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with alive, torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             hidden = model.model(tokens, context)
             kept = alive.bytes()
         del hidden
@@ -116,9 +139,13 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        before = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        taken = {  # views share them; parameters' are no activations
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and id(leaf) not in before:
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in taken:
                 storage = leaf.untyped_storage()
                 reference = StorageWeakRef(storage)
                 self._made.setdefault(reference.cdata, (reference, storage.nbytes()))
@@ -174,9 +201,10 @@ def _fitting(
     """Settings that fit, the least costly first; each is tried with those before it."""
     changed: dict[str, Any] = {}
     steps: list[dict[str, Any]] = []
-    rows = config.micro_batch_size or max(1, config.batch_size // processes)
+    layout = layout_of(config, processes, shape, length)
+    rows = config.micro_batch_size or config.batch_size // layout.data
     while rows > 1:
-        rows = next(n for n in range(rows // 2, 0, -1) if config.batch_size % (n * processes) == 0)
+        rows = next(n for n in range(rows // 2, 0, -1) if config.batch_size % (n * layout.data) == 0)
         steps.append({"micro_batch_size": rows})
     if config.activation_checkpointing != "full":
         steps.insert(min(1, len(steps)), {"activation_checkpointing": "full"})
@@ -185,8 +213,10 @@ def _fitting(
     if processes > 1 and config.parallel == "ddp":
         steps.append({"parallel": "fsdp"})
     for step in steps:
+        tried = dataclasses.replace(config, **changed | step)
+        if problem(layout, tried, shape, length):
+            continue
         changed |= step
-        tried = dataclasses.replace(config, **changed)
         if sum(predicted_memory(shape, tried, length, processes, device).values()) <= available:
             yield " and ".join(f"{name}: {value}" for name, value in changed.items())
 

@@ -13,6 +13,7 @@ import torch
 from xverse.files import atomic_file
 from xverse.hardware import device_peaks
 from xverse.model import XverseConfig
+from xverse.train.layout import layout_of
 from xverse.train.memory import measured_memory, predicted_memory
 from xverse.train.parallel import ALONE, World
 from xverse.train.plot import read_metrics
@@ -101,7 +102,10 @@ def write_report(
     cuda = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if cuda else "CPU"
     checks = [record["preflight"] for record in records if "preflight" in record]
-    lines = [f"# {title}", "", f"{world.size} × {device}, {config.parallel}, {config.dtype}", ""]
+    how = config.parallel + (
+        f" ({layout_of(config, world.size, shape)})" if config.parallel == "fsdp" else ""
+    )
+    lines = [f"# {title}", "", f"{world.size} × {device}, {how}, {config.dtype}", ""]
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in _rows(found, losses, config, world)]
     lines += _speed(found, shape, length, world, checks)
