@@ -17,16 +17,15 @@ from xverse.train.blocks import prepare_blocks
 from xverse.train.settings import TrainConfig
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels were not compiled")
-TABLES = [b"portable", b"avx2", b"avx512_vnni"]
+TABLES = [b"portable", b"avx2", b"avx512_vnni", b"avx512_bf16"]
 
 
 @pytest.fixture(params=TABLES, ids=bytes.decode)
 def table(request: pytest.FixtureRequest) -> Iterator[None]:
     """One instruction set's table; those beyond this processor's are left out."""
-    names = [b"portable", b"avx2", b"avx512_vnni", b"avx512_bf16"]
     found = library()
     assert found is not None
-    if names.index(request.param) > names.index(kernel_name().encode()):
+    if TABLES.index(request.param) > TABLES.index(kernel_name().encode()):
         pytest.skip(f"this processor does not have {request.param.decode()}")
     found.xv_select_training(request.param)
     yield
@@ -136,16 +135,17 @@ def test_recomputed_layers_give_the_same_bits(
 
 @pytest.mark.parametrize("deviation", [1, 4])
 @pytest.mark.parametrize(("length", "documents"), [(1, 1), (33, 3), (130, 5), (600, 4)])
-def test_attention(table: None, length: int, documents: int, deviation: int) -> None:
+@pytest.mark.parametrize("size", [64, 128])
+def test_attention(table: None, length: int, documents: int, deviation: int, size: int) -> None:
     """Relative error (root mean square) of output and gradients against float32: below 0.7 % and under twice
     that of PyTorch's own where scores have a standard deviation of 1. Larger scores are rounded more
     coarsely, as in any attention with scores in bfloat16."""
     generator = torch.Generator().manual_seed(length)
     cuts = torch.randint(0, length, (2, documents - 1), generator=generator).sort(dim=1).values
     ids = torch.searchsorted(cuts, torch.arange(length).expand(2, length).contiguous(), right=True)
-    qkv = [(torch.randn(2, 3, length, 64, generator=generator)).bfloat16() for _ in range(3)]
+    qkv = [(torch.randn(2, 3, length, size, generator=generator)).bfloat16() for _ in range(3)]
     qkv[0] *= deviation
-    weights = torch.randn(2, 3, length, 64, generator=generator)
+    weights = torch.randn(2, 3, length, size, generator=generator)
 
     def attend(kind: type[Packed], dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in qkv]
