@@ -21,14 +21,14 @@ TABLES = [b"portable", b"avx2", b"avx512_vnni", b"avx512_bf16"]
 
 
 @pytest.fixture(params=TABLES, ids=bytes.decode)
-def table(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One instruction set's table; those beyond this processor's are left out."""
+def table(request: pytest.FixtureRequest) -> Iterator[bytes]:
+    """The name of one instruction set's table, in use; those beyond this processor's are left out."""
     found = library()
     assert found is not None
     if TABLES.index(request.param) > TABLES.index(kernel_name().encode()):
         pytest.skip(f"this processor does not have {request.param.decode()}")
     found.xv_select_training(request.param)
-    yield
+    yield request.param
     found.xv_select_training(kernel_name().encode())
 
 
@@ -78,7 +78,7 @@ def with_kernels(model: XverseForCausalLM) -> XverseForCausalLM:
 
 
 def test_a_step_is_as_exact_as_the_plain_one(
-    table: None, model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]
+    table: bytes, model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Both compute in bfloat16. Against float32 the kernels' gradients are off by no more than the plain
     layers' are: taken together 5 % of leeway, for a single small tensor, whose error is luck, half."""
@@ -142,10 +142,10 @@ def test_recomputed_layers_give_the_same_bits(
 @pytest.mark.parametrize("deviation", [1, 4])
 @pytest.mark.parametrize(("length", "documents"), [(1, 1), (33, 3), (130, 5), (257, 2), (600, 4)])
 @pytest.mark.parametrize("size", [64, 128])
-def test_attention(table: None, length: int, documents: int, deviation: int, size: int) -> None:
+def test_attention(table: bytes, length: int, documents: int, deviation: int, size: int) -> None:
     """Relative error (root mean square) of output and gradients against float32: below 0.7 % and under twice
     that of PyTorch's own where scores have a standard deviation of 1. Larger scores are rounded more
-    coarsely, as in any attention with scores in bfloat16."""
+    coarsely, as in any attention with scores in bfloat16; the fused kernel keeps them in float32."""
     generator = torch.Generator().manual_seed(length)
     cuts = torch.randint(0, length, (2, documents - 1), generator=generator).sort(dim=1).values
     ids = torch.searchsorted(cuts, torch.arange(length).expand(2, length).contiguous(), right=True)
@@ -165,12 +165,12 @@ def test_attention(table: None, length: int, documents: int, deviation: int, siz
     for true, one, other in zip(exact, ours, plain, strict=True):
         size = true.norm().clamp(min=1e-2)  # of one token q and k have no gradient
         error, peer = ((x - true).norm() / size for x in (one, other))
-        assert error < (0.007 if deviation == 1 else 0.015)
+        assert error < (0.007 if deviation == 1 or table == b"avx512_bf16" else 0.015)
         if deviation == 1:
             assert error < 2 * peer + 1e-3
 
 
-def test_loss_in_chunks(table: None) -> None:
+def test_loss_in_chunks(table: bytes) -> None:
     """Several chunks, ignored targets, a vocabulary that is no multiple of anything."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(200, 32, generator=generator).bfloat16().requires_grad_()

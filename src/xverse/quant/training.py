@@ -203,9 +203,9 @@ def _is_fused(q: Tensor) -> bool:
 def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """Output, and the log of each query's sum of exponentials, float32 [B, H, T].
 
-    Without the fused kernel: blocks of queries against the keys before them; as in FlashAttention (Dao et al.,
-    2022, arXiv:2205.14135) the backward pass computes the scores again from the log-sums, so that no score
-    outlives its block.
+    Without the fused kernel: blocks of queries against the keys before them; as in FlashAttention (Dao et
+    al., 2022, arXiv:2205.14135) the backward pass computes the scores again from the log-sums, so that no
+    score outlives its block.
     """
     batch, heads, length, size = q.shape
     out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
