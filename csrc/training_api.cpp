@@ -18,7 +18,9 @@ extern const TrainingAttention kTrainingAttention64, kTrainingAttention128;
 namespace {
 
 const TrainingKernels* table = &kTrainingPortable;
+#if defined(__x86_64__)
 bool fused = false;  // attention by kernels of its own
+#endif
 
 constexpr int64_t kPart = 8192;   // values of one piece of work
 constexpr int64_t kRows = 64;     // rows of one piece, whose gradients of weights are summed apart
