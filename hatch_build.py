@@ -49,6 +49,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("attention_avx512.cpp", _AVX512),
         ("attention_avx512.cpp", [*_AVX512, "-mavx512bf16"]),
         ("attention_prefill.cpp", [*_AVX512, "-mavx512bf16"]),
+        ("training_attention.cpp", [*_AVX512, "-mavx512bf16"]),
         ("rounding.cpp", [*_ROUNDING, "-mavx2", "-DXV_ROUND=round_avx2"]),
         ("rounding.cpp", [*_ROUNDING, *_AVX512, "-DXV_ROUND=round_avx512"]),
         ("training.cpp", ["-mavx2", "-mfma", "-DXV_TRAINING=kTrainingAvx2"]),

@@ -1,4 +1,4 @@
-// What the AVX-512 kernels of attention share: exponentials and sums across registers.
+// What the AVX-512 kernels of attention share: exponentials, orders and sums across registers.
 #pragma once
 
 // GCC 12's intrinsics leave lanes that no one reads undefined, and its own warning finds them.
@@ -6,6 +6,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
+
+#include <cstdint>
 
 namespace {
 
@@ -22,6 +24,14 @@ inline __m512 exp2_below_zero(__m512 x) {
   y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.9314718e-1f));
   y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(y, whole);
+}
+
+// 16 + 16 values of two registers, one of each in turn.
+inline __m512i interleave_halves(__m512i both) {
+  alignas(64) static constexpr uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                     21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 }
 
 struct AddFloats {

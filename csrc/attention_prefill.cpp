@@ -48,14 +48,6 @@ inline __m512i as_bfloat16(const int8_t* from) {
 }
 inline __m512i as_bfloat16(const uint16_t* from) { return _mm512_loadu_si512(from); }
 
-// 16 + 16 values of two registers, one of each in turn.
-inline __m512i interleave_halves(__m512i both) {
-  alignas(64) static constexpr uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                     21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
-}
-
 // Pairs of two rows; the place after the last row counts as zeros: 0 times what lies there may be NaN.
 template <class Stored>
 inline void pair_rows(const Stored* first, bool has_second, int head_dim, uint32_t* to) {

@@ -43,4 +43,16 @@ struct TrainingKernels {
   float (*cross_entropy)(uint16_t* logits, int64_t size, int64_t target, float z, float* spare);
 };
 
+// Attention of one head: rows of `length` tokens, bfloat16 [length, head_dim]; starts [length]: the first key that a
+// query sees; log_sums [length] of exponentials. Both want memory aligned to 64 bytes.
+struct TrainingAttention {
+  void (*forward)(const uint16_t* q, const uint16_t* k, const uint16_t* v, const int32_t* starts, uint16_t* out,
+                  float* log_sums, int length, float scale, void* memory);
+  void (*backward)(const uint16_t* grad, const uint16_t* q, const uint16_t* k, const uint16_t* v, const uint16_t* out,
+                   const float* log_sums, const int32_t* starts, uint16_t* dq, uint16_t* dk, uint16_t* dv, int length,
+                   float scale, void* memory);
+  int64_t (*forward_bytes)(int length);
+  int64_t (*backward_bytes)(int length);
+};
+
 }  // namespace xv

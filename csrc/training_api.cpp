@@ -1,5 +1,7 @@
 // The C interface of training.h that Python calls (xverse/quant/training.py).
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "parallel.h"
@@ -10,11 +12,15 @@ extern const TrainingKernels kTrainingPortable;
 #if defined(__x86_64__)
 extern const TrainingKernels kTrainingAvx2;
 extern const TrainingKernels kTrainingAvx512;
+extern const TrainingAttention kTrainingAttention64, kTrainingAttention128;
 #endif
 
 namespace {
 
 const TrainingKernels* table = &kTrainingPortable;
+#if defined(__x86_64__)
+bool fused = false;  // attention by kernels of its own
+#endif
 
 constexpr int64_t kPart = 8192;   // values of one piece of work
 constexpr int64_t kRows = 64;     // rows of one piece, whose gradients of weights are summed apart
@@ -24,6 +30,22 @@ float* spare(int64_t size) {
   thread_local std::vector<float> memory;
   if (int64_t(memory.size()) < size) memory.resize(size_t(size));
   return memory.data();
+}
+
+// The same, aligned as vectors want it.
+void* aligned_spare(int64_t bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(spare(bytes / 4 + 16));
+  return reinterpret_cast<void*>((address + 63) / 64 * 64);
+}
+
+// The kernels for heads of this size; null: none.
+const TrainingAttention* attention_for(int64_t head_dim) {
+#if defined(__x86_64__)
+  if (fused && head_dim == 64) return &kTrainingAttention64;
+  if (fused && head_dim == 128) return &kTrainingAttention128;
+#endif
+  (void)head_dim;
+  return nullptr;
 }
 
 // body(first, count) over parts of 0..count.
@@ -45,6 +67,7 @@ extern "C" {
 void xv_select_training(const char* name) {
 #if defined(__x86_64__)
   table = name[0] == 'p' ? &kTrainingPortable : name[3] == '2' ? &kTrainingAvx2 : &kTrainingAvx512;
+  fused = std::strcmp(name, "avx512_bf16") == 0;
 #else
   (void)name;
 #endif
@@ -138,6 +161,41 @@ void xv_train_softmax_grad(uint16_t* scores, uint16_t* dp, const int32_t* starts
       table->softmax_grad(scores + i * keys, dp + i * keys, int(keys),
                           int(starts[head / heads * length + query] - first_key), int(query - first_key), scale,
                           log_sums[head * length + query], memory);
+    }
+  });
+}
+
+int xv_has_train_attention(int64_t head_dim) { return attention_for(head_dim) != nullptr; }
+
+// Causal attention inside documents: q, k, v, out [batch, heads, length, head_dim], log_sums [batch, heads, length],
+// starts [batch, length]: the first key that a query sees. A head is one piece of work.
+void xv_train_attention(const uint16_t* q, const uint16_t* k, const uint16_t* v, const int32_t* starts, uint16_t* out,
+                        float* log_sums, int64_t batch, int64_t heads, int64_t length, int64_t head_dim, int threads) {
+  const TrainingAttention& kernels = *attention_for(head_dim);
+  const float scale = 1.0f / std::sqrt(float(head_dim));
+  share(batch * heads, threads, [&](int64_t begin, int64_t end) {
+    void* memory = aligned_spare(kernels.forward_bytes(int(length)));
+    for (int64_t head = begin; head < end; ++head) {
+      const int64_t at = head * length * head_dim;
+      kernels.forward(q + at, k + at, v + at, starts + head / heads * length, out + at, log_sums + head * length,
+                      int(length), scale, memory);
+    }
+  });
+}
+
+// From grad, the gradient of out: those of q, k and v.
+void xv_train_attention_grad(const uint16_t* grad, const uint16_t* q, const uint16_t* k, const uint16_t* v,
+                             const uint16_t* out, const float* log_sums, const int32_t* starts, uint16_t* dq,
+                             uint16_t* dk, uint16_t* dv, int64_t batch, int64_t heads, int64_t length,
+                             int64_t head_dim, int threads) {
+  const TrainingAttention& kernels = *attention_for(head_dim);
+  const float scale = 1.0f / std::sqrt(float(head_dim));
+  share(batch * heads, threads, [&](int64_t begin, int64_t end) {
+    void* memory = aligned_spare(kernels.backward_bytes(int(length)));
+    for (int64_t head = begin; head < end; ++head) {
+      const int64_t at = head * length * head_dim;
+      kernels.backward(grad + at, q + at, k + at, v + at, out + at, log_sums + head * length,
+                       starts + head / heads * length, dq + at, dk + at, dv + at, int(length), scale, memory);
     }
   });
 }

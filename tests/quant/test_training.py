@@ -17,27 +17,27 @@ from xverse.train.blocks import prepare_blocks
 from xverse.train.settings import TrainConfig
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels were not compiled")
-TABLES = [b"portable", b"avx2", b"avx512_vnni"]
+TABLES = [b"portable", b"avx2", b"avx512_vnni", b"avx512_bf16"]
 
 
 @pytest.fixture(params=TABLES, ids=bytes.decode)
-def table(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One instruction set's table; those beyond this processor's are left out."""
-    names = [b"portable", b"avx2", b"avx512_vnni", b"avx512_bf16"]
+def table(request: pytest.FixtureRequest) -> Iterator[bytes]:
+    """The name of one instruction set's table, in use; those beyond this processor's are left out."""
     found = library()
     assert found is not None
-    if names.index(request.param) > names.index(kernel_name().encode()):
+    if TABLES.index(request.param) > TABLES.index(kernel_name().encode()):
         pytest.skip(f"this processor does not have {request.param.decode()}")
     found.xv_select_training(request.param)
-    yield
+    yield request.param
     found.xv_select_training(kernel_name().encode())
 
 
-@pytest.fixture(scope="module")
-def model() -> XverseForCausalLM:
+@pytest.fixture(scope="module", params=[32, 64], ids=lambda size: f"heads of {size}")
+def model(request: pytest.FixtureRequest) -> XverseForCausalLM:
+    """Heads of 64 have a kernel of their own on processors with AVX-512 BF16."""
     config = XverseConfig(
-        vocab_size=1000, hidden_size=96, intermediate_size=200, num_hidden_layers=2, num_attention_heads=3,
-        max_position_embeddings=512,
+        vocab_size=1000, hidden_size=3 * request.param, intermediate_size=200, num_hidden_layers=2,
+        num_attention_heads=3, max_position_embeddings=512,
     )  # fmt: skip
     model = XverseForCausalLM(config)
     init_weights(model, seed=0)
@@ -78,7 +78,7 @@ def with_kernels(model: XverseForCausalLM) -> XverseForCausalLM:
 
 
 def test_a_step_is_as_exact_as_the_plain_one(
-    table: None, model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]
+    table: bytes, model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Both compute in bfloat16. Against float32 the kernels' gradients are off by no more than the plain
     layers' are: taken together 5 % of leeway, for a single small tensor, whose error is luck, half."""
@@ -100,24 +100,29 @@ def test_in_float32_nothing_changes(model: XverseForCausalLM, batch: tuple[Tenso
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
-def test_threads_change_no_bit(model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Of the kernels; PyTorch's matmuls answer for themselves."""
+def test_threads_change_no_bit() -> None:
+    """Of the kernels; PyTorch's matmuls answer for themselves. The attention here is the fused kernel on
+    processors that have it."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(70, 5000, generator=generator).bfloat16()
     targets = torch.randint(0, 5000, (70,), generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
         kernels = loss_kernels(logits)
     assert kernels is not None
+    ids = (torch.arange(333).expand(2, 333) > torch.tensor([[100], [301]])).int()
+    qkv = [torch.randn(2, 5, 333, 64, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             loss, grad = kernels.softmax_gradient(logits.clone(), targets, 0.0)
-            found.append((loss, grad))
+            with torch.autocast("cpu", torch.bfloat16):
+                mixed = KernelPacked(ids).attend(0, *qkv)
+            found.append((loss, grad, mixed, *torch.autograd.grad(mixed.sum(), qkv)))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
@@ -134,37 +139,55 @@ def test_recomputed_layers_give_the_same_bits(
     assert all(torch.equal(found[name], kept[name]) for name in kept)
 
 
+def attend(
+    kind: type[Packed], dtype: torch.dtype, ids: Tensor, qkv: list[Tensor], weights: Tensor
+) -> list[Tensor]:
+    """Output, and the gradients of q, k and v [B, H, T, head_dim]."""
+    leaves = [x.to(dtype).requires_grad_() for x in qkv]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        mixed = kind(ids).attend(0, *leaves)
+    grads = torch.autograd.grad((mixed.float() * weights).sum(), leaves)
+    return [x.detach().float() for x in (mixed, *grads)]
+
+
 @pytest.mark.parametrize("deviation", [1, 4])
-@pytest.mark.parametrize(("length", "documents"), [(1, 1), (33, 3), (130, 5), (600, 4)])
-def test_attention(table: None, length: int, documents: int, deviation: int) -> None:
+@pytest.mark.parametrize(("length", "documents"), [(1, 1), (33, 3), (130, 5), (257, 2), (600, 4)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_attention(table: bytes, length: int, documents: int, deviation: int, size: int) -> None:
     """Relative error (root mean square) of output and gradients against float32: below 0.7 % and under twice
     that of PyTorch's own where scores have a standard deviation of 1. Larger scores are rounded more
-    coarsely, as in any attention with scores in bfloat16."""
+    coarsely, as in any attention with scores in bfloat16; the fused kernel keeps them in float32."""
     generator = torch.Generator().manual_seed(length)
     cuts = torch.randint(0, length, (2, documents - 1), generator=generator).sort(dim=1).values
     ids = torch.searchsorted(cuts, torch.arange(length).expand(2, length).contiguous(), right=True)
-    qkv = [(torch.randn(2, 3, length, 64, generator=generator)).bfloat16() for _ in range(3)]
+    qkv = [(torch.randn(2, 3, length, size, generator=generator)).bfloat16() for _ in range(3)]
     qkv[0] *= deviation
-    weights = torch.randn(2, 3, length, 64, generator=generator)
-
-    def attend(kind: type[Packed], dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in qkv]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            mixed = kind(ids).attend(0, *leaves)
-        grads = torch.autograd.grad((mixed.float() * weights).sum(), leaves)
-        return [x.detach().float() for x in (mixed, *grads)]
-
-    exact = attend(Packed, torch.float32)
-    ours, plain = (attend(kind, torch.bfloat16) for kind in (KernelPacked, Packed))
+    weights = torch.randn(2, 3, length, size, generator=generator)
+    exact = attend(Packed, torch.float32, ids, qkv, weights)
+    ours, plain = (attend(kind, torch.bfloat16, ids, qkv, weights) for kind in (KernelPacked, Packed))
     for true, one, other in zip(exact, ours, plain, strict=True):
-        size = true.norm().clamp(min=1e-2)  # of one token q and k have no gradient
-        error, peer = ((x - true).norm() / size for x in (one, other))
-        assert error < (0.007 if deviation == 1 else 0.015)
+        norm = true.norm().clamp(min=1e-2)  # of one token q and k have no gradient
+        error, peer = ((x - true).norm() / norm for x in (one, other))
+        assert error < (0.007 if deviation == 1 or table == b"avx512_bf16" else 0.015)
         if deviation == 1:
             assert error < 2 * peer + 1e-3
 
 
-def test_loss_in_chunks(table: None) -> None:
+@pytest.mark.parametrize("size", [64, 128])
+def test_documents_that_begin_beside_an_edge(table: bytes, size: int) -> None:
+    """Of the kernel's blocks of 64 keys, each over the end of the next block: a key too many or too few is an
+    error of a tenth."""
+    generator = torch.Generator().manual_seed(0)
+    cuts = torch.tensor([1, 62, 63, 64, 65, 127, 128])
+    ids = (torch.arange(257) >= cuts[:, None]).int()
+    qkv = [torch.randn(len(cuts), 1, 257, size, generator=generator).bfloat16() for _ in range(3)]
+    weights = torch.randn(len(cuts), 1, 257, size, generator=generator)
+    exact = attend(Packed, torch.float32, ids, qkv, weights)
+    for true, one in zip(exact, attend(KernelPacked, torch.bfloat16, ids, qkv, weights), strict=True):
+        assert ((one - true).flatten(1).norm(dim=1) < 0.007 * true.flatten(1).norm(dim=1)).all()
+
+
+def test_loss_in_chunks(table: bytes) -> None:
     """Several chunks, ignored targets, a vocabulary that is no multiple of anything."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(200, 32, generator=generator).bfloat16().requires_grad_()

@@ -51,6 +51,9 @@ _SIGNATURES = {
     "xv_train_turn": [*[_POINTER] * 4, *[_INT64] * 4, _INT, _INT],
     "xv_train_softmax": [*[_POINTER] * 3, *[_INT64] * 7, ctypes.c_float, _INT],
     "xv_train_softmax_grad": [*[_POINTER] * 4, *[_INT64] * 7, ctypes.c_float, _INT],
+    "xv_has_train_attention": [_INT64],
+    "xv_train_attention": [*[_POINTER] * 6, *[_INT64] * 4, _INT],
+    "xv_train_attention_grad": [*[_POINTER] * 10, *[_INT64] * 4, _INT],
     "xv_train_cross_entropy": [*[_POINTER] * 3, *[_INT64] * 2, ctypes.c_float, _INT],
     "xv_tile": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT, _INT, _INT],
 }
@@ -88,6 +91,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     for name, arguments in _SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
+    found.xv_has_train_attention.restype = _INT
     found.xv_select.argtypes, found.xv_select.restype = [ctypes.c_char_p], ctypes.c_char_p
     name = found.xv_select(wanted.encode())
     if name is None:

@@ -180,22 +180,38 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, log_sums = torch.ops.xverse.packed_attention(q, k, v, starts)
-        ctx.save_for_backward(q, k, v, log_sums, starts)
+        ctx.save_for_backward(q, k, v, log_sums, starts, out if _is_fused(q) else None)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_attention_grads(grads[0], *ctx.saved_tensors), None
+        q, k, v, log_sums, starts, out = ctx.saved_tensors
+        if out is None:
+            return *_attention_grads(grads[0], q, k, v, log_sums, starts), None
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        grad = grads[0].contiguous()
+        _run("xv_train_attention_grad", grad, q, k, v, out, log_sums, starts, dq, dk, dv, *q.shape)
+        return dq, dk, dv, None
+
+
+def _is_fused(q: Tensor) -> bool:
+    """Whether one kernel computes all of the attention of heads of this size on this processor."""
+    found = library()
+    return found is not None and bool(found.xv_has_train_attention(q.shape[-1]))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """Output, and the log of each query's sum of exponentials, float32 [B, H, T].
 
-    Blocks of queries against the keys before them; as in FlashAttention (Dao et al., 2022, arXiv:2205.14135)
-    the backward pass computes the scores again from the log-sums, so that no score outlives its block.
+    Without the fused kernel: blocks of queries against the keys before them; as in FlashAttention (Dao et
+    al., 2022, arXiv:2205.14135) the backward pass computes the scores again from the log-sums, so that no
+    score outlives its block.
     """
     batch, heads, length, size = q.shape
     out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if _is_fused(q):
+        _run("xv_train_attention", q, k, v, starts, out, log_sums, *q.shape)
+        return out, log_sums
     q, k, v, mixed = (x.flatten(0, 1) for x in (q, k, v, out))  # [B*H, T, head_dim]
     for first, last, least in _blocks(q, starts):
         keys = slice(least, last)
