@@ -38,7 +38,8 @@ def test_tensorboard_has_the_figures_also_after_a_resume(
 def test_wandb_writes_a_run_without_network(
     fit_tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # another test's service would write into that test's folder
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     fit_tiny(tmp_path, steps=3, trackers=["wandb"])
