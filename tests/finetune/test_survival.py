@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -84,7 +85,7 @@ def test_a_stream_goes_on_exactly_and_holds_the_whole_data(document, flags, tmp_
 def test_trackers(document, flags, tmp_path, capsys, monkeypatch, name) -> None:
     document |= {"report_to": name, "max_steps": "2", "load_best_model_at_end": "false"}
     try:
-        __import__(name)
+        module = importlib.import_module(name)
     except ImportError:
         assert main(["finetune", *flags(document)]) == 2
         assert f"pip install {name}" in capsys.readouterr().err
@@ -92,6 +93,8 @@ def test_trackers(document, flags, tmp_path, capsys, monkeypatch, name) -> None:
     for key, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{key}", value)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    if name == "wandb":
+        module.teardown()  # another test's service would write into that test's folder
     assert main(["finetune", *flags(document)]) == 0
     written = {"tensorboard": "**/events.out.tfevents*", "wandb": "wandb/offline-run-*"}
     assert list(tmp_path.glob(written[name]))
