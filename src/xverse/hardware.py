@@ -147,6 +147,19 @@ def memory() -> tuple[int, int | None]:
     return total, available
 
 
+def process_memory(key: str) -> int | None:
+    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of this process; None where there is no /proc.
+
+    Not getrusage: its peak starts with the parent's, from before exec.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith(f"{key}:")]
+    return int(found[0][1]) * 1024 if found else None
+
+
 def last_level_cache() -> int:
     """Bytes of last-level cache, all instances together; 0 where the system does not say."""
     best: tuple[int, int] = (0, 0)  # level, bytes in all

@@ -17,6 +17,7 @@ from typing import Any
 import xverse
 from xverse import hardware
 from xverse.config import UserError
+from xverse.hardware import process_memory as process_memory
 
 MATMUL = (512, 4096, 4096)  # what `doctor` times: an attention projection of XVERSE-7B over 512 tokens
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -107,19 +108,6 @@ def say_gb(size: float | None) -> str:
 
 def count_threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
-
-
-def process_memory(key: str) -> int | None:
-    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of this process; None where there is no /proc.
-
-    Not getrusage: its peak starts with the parent's, from before exec.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split() for line in lines if line.startswith(f"{key}:")]
-    return int(found[0][1]) * 1024 if found else None
 
 
 def need_memory(size: float) -> None:

@@ -159,8 +159,10 @@ def open_stream(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def parse_document(line: bytes, number: int, stem: str, report: CorpusReport) -> Document | None:
-    """The document of one line, or None with the reason counted in ``report``."""
+def parse_document(
+    line: bytes, number: int, stem: str, report: CorpusReport, key: str = "text"
+) -> Document | None:
+    """The document of one line, its text under ``key``, or None with the reason counted in ``report``."""
     try:
         item = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -169,7 +171,7 @@ def parse_document(line: bytes, number: int, stem: str, report: CorpusReport) ->
     except (ValueError, RecursionError):
         report.skip("bad_json", number)
         return None
-    return checked_document(item, number, stem, report)
+    return checked_document(item, number, stem, report, key)
 
 
 def checked_document(

@@ -180,26 +180,9 @@ def _read_jsonl(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Docume
     for number, line in read_lines(unit.path, report, limit):
         if not line.strip():
             continue
-        if key == "text":
-            document = parse_document(line, number, unit.lang, report)
-        else:
-            document = _other_key(line, number, unit, report)
+        document = parse_document(line, number, unit.lang, report, key)
         if document is not None:
             yield document
-
-
-def _other_key(line: bytes, number: int, unit: Unit, report: CorpusReport) -> Document | None:
-    import json
-
-    try:
-        item = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        report.skip("bad_utf8", number)
-        return None
-    except (ValueError, RecursionError):
-        report.skip("bad_json", number)
-        return None
-    return checked_document(item, number, unit.lang, report, unit.input.text_key)
 
 
 def _read_txt(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:

@@ -20,7 +20,7 @@ GROUP = 128  # of weights that are quantised as they are loaded
 CHUNK = 3 * 32 * 2**20  # logits of the chunked loss, their gradient and one copy
 DENSE = 512  # rows up to this length whose documents attend through whole score matrices (model/attention.py)
 GROWTH = 100 * 2**20  # of the program on a CPU once it trains: libraries that load late, buffers of matmuls
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _available() -> tuple[int, str]:
 
 
 def _resident() -> int:
-    return _status("VmRSS") or 0
+    return hardware.process_memory("VmRSS") or 0
 
 
 def start_measuring() -> None:
@@ -213,12 +213,4 @@ def measured() -> int:
     """The most that this process has held since ``start_measuring``, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return _status("VmHWM") or measured_memory()[1]
-
-
-def _status(key: str) -> int | None:
-    try:
-        lines = STATUS.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+    return hardware.process_memory("VmHWM") or measured_memory()[1]

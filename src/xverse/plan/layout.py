@@ -134,7 +134,7 @@ def problem(arch: Architecture, layout: Layout, length: int, gpus_per_machine: i
     """Why the trainer cannot run a layout, with the numbers; an empty string where it can. The rules are
     those of ``train/layout.py``, and that tensor parallelism stays within a machine."""
     tensor, context, stages = layout.tensor, layout.context, layout.pipeline * layout.virtual_stages
-    for name in ("heads", "kv_heads", "intermediate_size", "hidden_size", "vocab_size"):
+    for name in ("heads", "kv_heads", "intermediate_size", "hidden_size"):
         if getattr(arch, name) % tensor:
             return f"{name} {getattr(arch, name)} does not divide by tensor {tensor}"
     if tensor > gpus_per_machine:

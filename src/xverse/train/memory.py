@@ -230,9 +230,5 @@ def measured_memory(device: torch.device | None = None) -> tuple[str, int]:
 
 def peak_resident() -> int:
     """Bytes. Not getrusage on Linux: its peak starts with the parent's, from before exec."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123 - no path of a file's
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    unit = 1 if sys.platform == "darwin" else 1024
+    return hardware.process_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
