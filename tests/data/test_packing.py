@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from xverse.data.order import random_order
 from xverse.data.packing import IGNORE, PackedSequence, StreamPacker, pack_examples, packed_from_examples
 from xverse.data.shards import Shard
 
@@ -36,14 +37,17 @@ def check_row(row: PackedSequence, lengths: Sequence[int]) -> None:
 
 @shared
 @given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
     length=st.integers(1, 70),
     seed=st.integers(0, 3),
+    run=st.integers(1, 4),
+    runs=st.integers(1, 4),
 )
 def test_every_token_stands_once_in_each_epoch(
-    make_shard: MakeShard, lengths: list[int], length: int, seed: int
+    make_shard: MakeShard, lengths: list[int], length: int, seed: int, run: int, runs: int
 ) -> None:
-    packer = StreamPacker(make_shard(numbered(lengths)), length, seed)
+    shard = make_shard(numbered(lengths))
+    packer = StreamPacker(shard, length, seed, run=run, block=run * runs)
     epoch = sum(lengths)
     rows = [packer.sequence(k) for k in range(-(-2 * epoch // length))]
     for row in rows:
@@ -53,6 +57,39 @@ def test_every_token_stands_once_in_each_epoch(
     expected = Counter(token for document in numbered(lengths) for token in document)
     assert Counter(stream[:epoch].tolist()) == expected
     assert Counter(stream[epoch : 2 * epoch].tolist()) == expected
+    fresh = StreamPacker(shard, length, seed, run=run, block=run * runs)
+    last = len(rows) - 1
+    assert fresh.sequence(last).tokens.tolist() == rows[last].tokens.tolist()
+
+
+def documents_of(packer: StreamPacker, epoch: int = 0) -> list[int]:
+    """The order of an epoch's documents, which are of one token each."""
+    count = len(packer.shard)
+    return [int(packer.sequence(epoch * count + k).tokens[0]) for k in range(count)]
+
+
+def test_blocks_mix_documents_from_all_over_the_shard(make_shard: MakeShard) -> None:
+    packer = StreamPacker(make_shard([[i] for i in range(1000)]), 1, seed=1, run=10, block=100)
+    orders = [documents_of(packer, epoch) for epoch in (0, 1)]
+    assert packer.blocks == 10
+    for order in orders:
+        assert sorted(order) == list(range(1000))
+        for start in range(0, 1000, 100):
+            block = order[start : start + 100]
+            runs = {i // 10 for i in block}
+            assert len(runs) == 10
+            assert max(runs) - min(runs) > 30
+            assert block != sorted(block)
+    assert {i // 10 for i in orders[0][:100]} != {i // 10 for i in orders[1][:100]}
+
+
+def test_a_shard_of_one_block_has_the_order_of_times_without_blocks(make_shard: MakeShard) -> None:
+    """Runs on small sources go on as they were begun."""
+    packer = StreamPacker(make_shard([[i] for i in range(50)]), 1, seed=1)
+    assert packer.blocks == 1
+    name = packer.shard.name
+    for epoch in (0, 1):
+        assert documents_of(packer, epoch) == random_order(50, "documents", 1, name, epoch).tolist()
 
 
 def test_a_row_across_documents_by_hand(make_shard: MakeShard) -> None:

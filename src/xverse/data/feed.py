@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 
 from xverse.config import UserError, choose
 from xverse.data.mixture import MixtureConfig
-from xverse.data.packing import PackedSequence, StreamPacker
+from xverse.data.packing import RUN, RUNS, PackedSequence, StreamPacker
 from xverse.data.shards import Shard
 from xverse.model import IGNORE
 from xverse.tokenizer import Tokenizer
 
 T = TypeVar("T")
+
+# How the documents of a run's sources are shuffled: those of one together, or in ``StreamPacker``'s blocks.
+ORDERS = ("shuffled as a whole", f"shuffled in blocks of {RUNS} runs of {RUN}")
 
 
 @dataclass
@@ -92,6 +95,11 @@ class PretrainFeed:
                     f"{shard.path}: its tokens are not of {self.folder / 'tokenizer'}; prepare it again"
                 )
         return shards
+
+    @property
+    def order(self) -> str:
+        """How the documents are shuffled, one of ``ORDERS``."""
+        return ORDERS[any(packer.blocks > 1 for packer in self.packers.values())]
 
     @property
     def valid_names(self) -> list[str]:

@@ -31,6 +31,20 @@ class PackedSequence:
     document_ids: NDArray[np.int32]
 
 
+RUN = 256  # documents that lie side by side
+RUNS = 256  # of them are shuffled together
+BLOCK = RUN * RUNS
+
+
+@dataclass
+class _Block:
+    """A part of an epoch: its documents in order, and where each one ends in it, int64 [documents]."""
+
+    start: int
+    order: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
 class StreamPacker:
     """Cuts a shard's documents, shuffled anew in each epoch, into sequences of ``length`` tokens.
 
@@ -38,14 +52,25 @@ class StreamPacker:
     a sequence may hold the end of one epoch and the start of the next. A document that is cut continues as
     the first document of the next sequence; its last token here still has its target. ``sequence(k)`` is a
     pure function of (shard, length, seed, k).
+
+    The shuffle takes no memory for each document, of which a large source has billions: runs of ``run``
+    neighbours are shuffled, and so many of them as have ``block`` documents are then shuffled document by
+    document. Of those only the block at hand is in memory. A shard of one block is shuffled as a whole.
     """
 
-    def __init__(self, shard: Shard, length: int, seed: int) -> None:
+    def __init__(self, shard: Shard, length: int, seed: int, run: int = RUN, block: int = BLOCK) -> None:
         assert length > 0
+        assert block % run == 0
         self.shard, self.length, self.seed = shard, length, seed
         self.tokens_per_epoch = shard.header.tokens
-        self._lengths = np.diff(shard.offsets)  # [documents]
+        self._run, self._runs = run, block // run
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._block = lru_cache(maxsize=2)(self._make_block)
+
+    @property
+    def blocks(self) -> int:
+        """How many parts of the documents are shuffled apart."""
+        return -(-len(self.shard) // (self._run * self._runs))
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -53,9 +78,25 @@ class StreamPacker:
         return -(-self.tokens_per_epoch // self.length)
 
     def _make_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The order of the documents in an epoch [documents], and where each one ends in it [documents]."""
-        order = random_order(len(self.shard), "documents", self.seed, self.shard.name, epoch)
-        return order, np.cumsum(self._lengths[order])
+        """The order of an epoch's runs [runs], and where each block of them ends in it [blocks]."""
+        count = -(-len(self.shard) // self._run)
+        if self.blocks == 1:
+            return np.arange(count), np.array([self.tokens_per_epoch])
+        order = random_order(count, "runs", self.seed, self.shard.name, epoch)
+        bounds = np.append(self.shard.offsets[: -1 : self._run], self.shard.offsets[-1])  # [runs + 1]
+        tokens = np.diff(bounds)[order]
+        return order, np.cumsum(np.add.reduceat(tokens, np.arange(0, count, self._runs)))
+
+    def _make_block(self, epoch: int, number: int) -> _Block:
+        runs, ends = self._epoch(epoch)
+        starts = runs[number * self._runs : (number + 1) * self._runs] * self._run
+        documents = (starts[:, None] + np.arange(self._run)).ravel()
+        documents = documents[documents < len(self.shard)]
+        lengths = self.shard.offsets[documents + 1] - self.shard.offsets[documents]
+        # The first block's key is that of times without blocks: what is one block has the order that it had.
+        which = [number] if number else []
+        order = random_order(len(documents), "documents", self.seed, self.shard.name, epoch, *which)
+        return _Block(int(ends[number - 1]) if number else 0, documents[order], np.cumsum(lengths[order]))
 
     def sequence(self, k: int) -> PackedSequence:
         """The k-th sequence of the stream."""
@@ -66,15 +107,19 @@ class StreamPacker:
         targets = np.full(length, IGNORE, np.int64)
         document_ids = np.empty(length, np.int32)
         epoch, position = divmod(start, self.tokens_per_epoch)
-        order, ends = self._epoch(epoch)
-        place = int(np.searchsorted(ends, position, side="right"))
+        part = int(np.searchsorted(self._epoch(epoch)[1], position, side="right"))
+        block = self._block(epoch, part)
+        position -= block.start
+        place = int(np.searchsorted(block.ends, position, side="right"))
         filled = number = 0
         while filled < length:
-            if place == len(order):
-                epoch, place, position = epoch + 1, 0, 0
-                order, ends = self._epoch(epoch)
-            document = self.shard.document(int(order[place]))
-            first = position - (int(ends[place]) - len(document))
+            if place == len(block.order):
+                part, place, position = part + 1, 0, 0
+                if part == self.blocks:
+                    epoch, part = epoch + 1, 0
+                block = self._block(epoch, part)
+            document = self.shard.document(int(block.order[place]))
+            first = position - (int(block.ends[place]) - len(document))
             piece = document[first : first + length - filled]
             following = document[first + 1 : first + 1 + length - filled]
             tokens[filled : filled + len(piece)] = piece
