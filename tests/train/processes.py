@@ -29,6 +29,7 @@ from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights
 from xverse.train import TrainConfig, fit
 from xverse.train.checkpoint import _tensors, load_checkpoint
 from xverse.train.loop import sum_loss
+from xverse.train.materialise import empty_model, initial_weights
 from xverse.train.optimizer import make_optimizer
 from xverse.train.parallel import ALONE, Replica, World, distribute, whole, world_of
 
@@ -83,7 +84,8 @@ def tiny_model() -> XverseForCausalLM:
 def train(job: dict[str, Any], world: World = ALONE) -> None:
     """Run a job, and write the whole model that came out to ``OUT/model.safetensors``."""
     config = TrainConfig(**{**BASE, **job["train"]})
-    model = tiny_model()
+    alone = world.size == 1
+    model = tiny_model() if alone else empty_model(SHAPE)
 
     def batch_at(step: int, start: int, stop: int) -> Batch:
         if step == job.get("stop"):
@@ -97,7 +99,8 @@ def train(job: dict[str, Any], world: World = ALONE) -> None:
 
     out = Path(job["out"])
     try:
-        fit(model, batch_at, config, out, validate=validate, world=world)
+        weights = None if alone else initial_weights(SHAPE, seed=0)
+        fit(model, batch_at, config, out, validate=validate, world=world, weights=weights)
     except UserError as error:
         (out.parent / f"{out.name}.{world.rank}.error").write_text(str(error))
         return
@@ -113,9 +116,13 @@ def train(job: dict[str, Any], world: World = ALONE) -> None:
 
 
 def load(job: dict[str, Any], world: World) -> None:
-    """Read checkpoints under a layout: every process must get its part of what one process reads, exactly."""
+    """Begin under a layout, and read checkpoints: every process must get its part of what one process has,
+    exactly."""
     config = TrainConfig(**{**BASE, **job["train"]})
-    replica = distribute(tiny_model(), config, world)
+    replica = distribute(empty_model(SHAPE), config, world, initial_weights(SHAPE, seed=0))
+    initial = tiny_model().state_dict()
+    for name, parameter in replica.model.named_parameters():
+        same_part(parameter.detach(), initial[name], name)
     optimizer = make_optimizer(replica.model, config)
     for path in map(Path, job["load"]):
         expected = read_alone(path)
@@ -124,13 +131,17 @@ def load(job: dict[str, Any], world: World) -> None:
         found = dict(_tensors(replica.model, optimizer))
         assert len(found) == 4 * len(dict(replica.model.named_parameters()))
         for name, tensor in found.items():
-            part, value = expected[name], tensor
-            if isinstance(tensor, DTensor):
-                box = tensor.shape, tensor.device_mesh, tensor.placements
-                shape, offset = compute_local_shape_and_global_offset(*box)
-                part = part[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
-                value = tensor.to_local()
-            assert torch.equal(value, part), (job["train"], path, name)
+            same_part(tensor, expected[name], (job["train"], path, name))
+
+
+def same_part(tensor: torch.Tensor, whole: torch.Tensor, what: Any) -> None:
+    """Assert that what this process has of a tensor is that of ``whole``, bit for bit."""
+    if isinstance(tensor, DTensor):
+        box = tensor.shape, tensor.device_mesh, tensor.placements
+        shape, offset = compute_local_shape_and_global_offset(*box)
+        whole = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        tensor = tensor.to_local()
+    assert torch.equal(tensor, whole), what
 
 
 def read_alone(path: Path, known: dict[Path, dict[str, torch.Tensor]] = {}) -> dict[str, torch.Tensor]:  # noqa: B006

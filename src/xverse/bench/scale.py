@@ -30,9 +30,10 @@ from xverse.data.mixture import Mixture
 from xverse.data.packing import StreamPacker
 from xverse.data.shards import Shard, ShardHeader
 from xverse.log import notice
-from xverse.model import XverseForCausalLM, named_shape
+from xverse.model import named_shape
 from xverse.train.checkpoint import _OwnPlan
 from xverse.train.dryrun import fake_world
+from xverse.train.materialise import empty_model
 from xverse.train.parallel import World, distribute
 from xverse.train.settings import TrainConfig
 from xverse.train.survival import Watchdog
@@ -78,9 +79,7 @@ def sharded_tensors(shape: str, count: int, rank: int = 0) -> Iterator[dict[str,
     """What ``rank`` of ``count`` holds of a model and AdamW's states under FSDP, without memory; inside the
     block this process is that rank."""
     with fake_world(count, rank) as world:
-        with torch.device("meta"):
-            model = XverseForCausalLM(named_shape(shape))
-        model.to = lambda device: model  # type: ignore[assignment,method-assign]
+        model = empty_model(named_shape(shape))
         config = TrainConfig(steps=1, batch_size=count, learning_rate=1e-4, parallel="fsdp")
         distribute(model, config, world)
         tensors: dict[str, Any] = {}

@@ -16,10 +16,11 @@ from xverse.data.feed import collate
 from xverse.data.packing import pack_examples, packed_from_examples
 from xverse.files import atomic_file
 from xverse.finetune.examples import Dataset, DatasetConfig, ExampleFeed, load_datasets
-from xverse.formats import load_model, load_tokenizer, resolve, save_hf
+from xverse.formats import load_tokenizer, resolve, save_hf
 from xverse.model import IGNORE, XverseForCausalLM
 from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, fit, sum_loss
+from xverse.train.materialise import stored_model
 from xverse.train.memory import announce
 from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
@@ -57,10 +58,8 @@ def finetune(recipe: FinetuneRecipe) -> Path:
 
 def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
     source = resolve(recipe.model)
-    model = load_model(source, dtype=torch.float32)
-    announce(world, model.config, recipe.train, recipe.sequence_length)  # its weights are mapped, not read
-    # The file is mapped read-only memory; training needs memory of its own.
-    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    model, weights = stored_model(source)
+    announce(world, model.config, recipe.train, recipe.sequence_length)
     tokenizer = load_tokenizer(source)
     if recipe.sequence_length > model.config.context_length:
         raise UserError(
@@ -97,6 +96,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
         validate=validate,
         identity=identity,
         world=world,
+        weights=weights,
     )
     target = recipe.out / "model"
     model = whole(model, world)

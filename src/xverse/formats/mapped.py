@@ -31,7 +31,7 @@ class MappedEmbedding(nn.Embedding):
         rows = super().forward(tokens)
         # Asked of the system each time: giving back memory that is no file would destroy it.
         if tokens.numel() > _FEW and self.weight._version == self.unwritten and _is_mapped(self.weight):
-            _release(self.weight)
+            release(self.weight, known=True)
         return rows
 
 
@@ -63,7 +63,11 @@ def _is_mapped(weight: Tensor) -> bool:
     return False
 
 
-def _release(weight: Tensor) -> None:
+def release(weight: Tensor, known: bool = False) -> None:
+    """Give back what is resident of a tensor in a mapped file, which nobody may have written to; its bytes
+    are read anew when they are asked for. Other tensors are left alone (``known``: it is one)."""
+    if not known and not _is_mapped(weight):
+        return
     page = mmap.PAGESIZE
     start = -(-weight.data_ptr() // page) * page
     length = (weight.data_ptr() + weight.nbytes) // page * page - start

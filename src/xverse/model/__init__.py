@@ -14,7 +14,7 @@ from xverse.model.config import SHAPES, XverseConfig, named_shape
 if TYPE_CHECKING:
     from xverse.model.attention import AttentionContext, FullCausal, Packed, document_starts
     from xverse.model.loss import IGNORE, VocabularyShard, linear_cross_entropy
-    from xverse.model.transformer import XverseForCausalLM, XverseModel, init_weights
+    from xverse.model.transformer import XverseForCausalLM, XverseModel, init_parameter, init_weights
 
 __all__ = [
     "IGNORE",
@@ -27,6 +27,7 @@ __all__ = [
     "XverseForCausalLM",
     "XverseModel",
     "document_starts",
+    "init_parameter",
     "init_weights",
     "linear_cross_entropy",
     "named_shape",
@@ -35,7 +36,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("AttentionContext", "FullCausal", "Packed", "document_starts"), "attention"),
     **dict.fromkeys(("IGNORE", "VocabularyShard", "linear_cross_entropy"), "loss"),
-    **dict.fromkeys(("XverseForCausalLM", "XverseModel", "init_weights"), "transformer"),
+    **dict.fromkeys(("XverseForCausalLM", "XverseModel", "init_parameter", "init_weights"), "transformer"),
 }
 
 

@@ -152,13 +152,19 @@ def init_weights(model: XverseForCausalLM, seed: int) -> None:
     """Normal weights of ``initializer_range``; the two projections that write into the residual stream are
     scaled by 1/sqrt(2 · layers), so that its variance does not grow with depth (GPT-2's rule)."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    std = model.config.initializer_range
-    residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-        elif name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.normal_(0.0, residual_std, generator=generator)
-        else:
-            parameter.normal_(0.0, std, generator=generator)
-    model.model.embed_tokens.weight[model.config.pad_token_id].zero_()
+        init_parameter(parameter, name, model.config, generator)
+
+
+@torch.no_grad()
+def init_parameter(parameter: Tensor, name: str, config: XverseConfig, generator: torch.Generator) -> Tensor:
+    """Fill one whole parameter, as ``init_weights`` does with all of a model in turn; returns it."""
+    if parameter.dim() == 1:
+        return parameter.fill_(1.0)
+    std = config.initializer_range
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std = std / math.sqrt(2 * config.num_hidden_layers)
+    parameter.normal_(0.0, std, generator=generator)
+    if name.endswith("embed_tokens.weight"):
+        parameter[config.pad_token_id].zero_()
+    return parameter

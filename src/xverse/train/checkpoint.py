@@ -8,6 +8,7 @@ to be a folder that all processes see.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, Metadata
@@ -33,9 +34,12 @@ from torch.distributed.tensor import DTensor
 from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.log import notice
-from xverse.train.parallel import ALONE, Replica, World, like
+from xverse.train.index import Index, Part, read_header
+from xverse.train.materialise import held, put
+from xverse.train.parallel import ALONE, Replica, World
 
 PREFIX = "step-"
+READING = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
@@ -189,32 +193,33 @@ def clear_leftovers(out: Path) -> None:
 
 
 def newest(out: Path, world: World = ALONE) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state; None where there is none. Every process calls it.
+    """The newest checkpoint that is whole, and its state; None where there is none. Every process calls it,
+    and reads its share of the files.
 
     One that is damaged is said, and set aside as ``damaged-step-…``. Raises UserError where all of them are.
     """
-    found: tuple[Path, dict[str, Any]] | None = None
-    problem = ""
-    if world.rank == 0:
-        damaged: list[tuple[Path, str]] = []
-        for path in reversed(checkpoints(out)):
-            try:
-                found = path, _verified(path)
-                break
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                damaged.append((path, f"{path}: this checkpoint cannot be read ({_reason(error)})"))
-        if damaged and found is None:
-            problem = f"{damaged[0][1]}, nor is there a whole one before it; delete it to begin again"
-        elif found is not None:
-            for path, text in damaged:
-                notice(f"WARNING: {text}; going back to {found[0].name}")
-                aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.replace(aside)
-    found, problem = world.agreed((found, problem))
-    if problem:
-        raise UserError(problem)
-    return found
+    damaged: list[tuple[Path, str]] = []
+    for path in world.agreed(checkpoints(out)[::-1] if world.rank == 0 else []):
+        state, problem = _state(path, world)
+        try:
+            if not problem:
+                _verify(path, state, world)
+        except READING as error:
+            problem = _reason(error)
+        problem = world.first(problem)
+        if problem:
+            damaged.append((path, f"{path}: this checkpoint cannot be read ({problem})"))
+            continue
+        if world.rank == 0:
+            for aside, text in damaged:
+                notice(f"WARNING: {text}; going back to {path.name}")
+                target = aside.with_name(f"damaged-{aside.name}")
+                shutil.rmtree(target, ignore_errors=True)
+                aside.replace(target)
+        return path, state
+    if damaged:
+        raise UserError(f"{damaged[0][1]}, nor is there a whole one before it; delete it to begin again")
+    return None
 
 
 def load_checkpoint(
@@ -224,36 +229,82 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     world: World = ALONE,
 ) -> None:
-    """Put the tensors of a verified checkpoint into ``model`` and ``optimizer``, sharded or not.
+    """Put the tensors of a verified checkpoint into ``model`` and ``optimizer``, sharded or not. Every
+    process calls it, and reads of the files what it holds.
 
-    Raises UserError for a checkpoint of other tensors.
+    Raises UserError, in all processes, for a checkpoint of other tensors.
     """
-    try:
-        if "files" not in state:
+    if "files" not in state:
+        with _together(path, world):
             _load_first_format(path, model, optimizer)
-            return
-        reader = dcp.HuggingFaceStorageReader(str(path))
-        saved: Any = reader.read_metadata().state_dict_metadata
-        parameters = dict(model.named_parameters())
-        shapes = {f"model.{name}": parameter.shape for name, parameter in parameters.items()}
-        _check({name: entry.size for name, entry in saved.items()}, shapes)
-        target: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in parameters.items()}
-        values: dict[Tensor, dict[str, Tensor]] = {}
-        for name, entry in saved.items():
-            kind, _, rest = name.partition(".")
-            key, _, of = rest.partition(".")
-            if kind == "optimizer" and of in parameters:
-                parameter, dtype = parameters[of], entry.properties.dtype
-                if entry.size == parameter.shape:
-                    value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-                else:
-                    value = torch.zeros(entry.size, dtype=dtype, device=parameter.device)
-                target[name] = values.setdefault(parameter, {})[key] = value
-        dcp.load(target, storage_reader=reader, process_group=world.saving, no_dist=world.size == 1)
-        optimizer.state.clear()
-        optimizer.state.update(values)
-    except (OSError, ValueError, SafetensorError, dcp.api.CheckpointException) as error:
-        raise UserError(f"{path}: this checkpoint cannot be read ({_reason(error)})") from error
+        return
+    files = sorted(state["files"])
+    headers: list[bytes] = []
+    with _together(path, world):
+        headers = [read_header(path / name) for name in files[world.rank :: world.size]]
+    shares = world.gathered(headers)
+    with _together(path, world):
+        index = Index(files, [shares[i % world.size][i // world.size] for i in range(len(files))])
+        _load(path, index, model, optimizer)
+
+
+def _load(path: Path, index: Index, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    parameters = dict(model.named_parameters())
+    saved = {name: index.shape(name) for name in index}
+    _check(saved, {f"model.{name}": parameter.shape for name, parameter in parameters.items()})
+    target: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in parameters.items()}
+    values: dict[Tensor, dict[str, Tensor]] = {}
+    for name, size in saved.items():
+        kind, _, rest = name.partition(".")
+        key, _, of = rest.partition(".")
+        if kind == "optimizer" and of in parameters:
+            parameter, dtype = parameters[of], index.dtype(name)
+            if size == parameter.shape:
+                value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            else:
+                value = torch.zeros(size, dtype=dtype, device=parameter.device)
+            target[name] = values.setdefault(parameter, {})[key] = value
+    reads: dict[str, list[tuple[str, Part, tuple[int, ...], Tensor]]] = {}
+    for name, tensor in target.items():
+        offset, local = held(tensor)
+        for part in index.parts(name, offset, local.shape):
+            reads.setdefault(part.file, []).append((name, part, offset, local))
+    found = dict.fromkeys(target, 0)
+    for file, some in reads.items():
+        with safe_open(path / file, framework="pt") as opened:
+            for name, part, offset, local in some:
+                found[name] += _copy(opened, name, part, offset, local)
+    for name, tensor in target.items():
+        if found[name] != held(tensor)[1].numel():
+            raise ValueError(f"'{name}' is not all there")
+    optimizer.state.clear()
+    optimizer.state.update(values)
+
+
+def _copy(opened: Any, name: str, part: Part, offset: tuple[int, ...], local: Tensor) -> int:
+    """Copy what ``part`` and ``local``, which begins at ``offset`` of the whole, have in common; returns how
+    many values that is."""
+    here, there = [], []
+    for begin, size, first, count in zip(part.offset, part.shape, offset, local.shape, strict=True):
+        start, stop = max(begin, first), min(begin + size, first + count)
+        here.append(slice(start - first, stop - first))
+        there.append(slice(start - begin, stop - begin))
+    into = local[tuple(here)]
+    into.copy_(opened.get_slice(name)[tuple(there)] if there else opened.get_tensor(name))
+    return into.numel()
+
+
+@contextlib.contextmanager
+def _together(path: Path, world: World) -> Iterator[None]:
+    """What fails inside in one process is UserError in all."""
+    problem = ""
+    try:
+        yield
+    except READING as error:
+        problem = _reason(error)
+    problem = world.first(problem)
+    if problem:
+        raise UserError(f"{path}: this checkpoint cannot be read ({problem})")
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
@@ -266,21 +317,34 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tup
             yield f"optimizer.{key}.{names[trained]}", value
 
 
-def _verified(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose files are what was written. Raises ValueError and others if not."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
-        raise ValueError("state.json holds no step and identity")
+def _state(path: Path, world: World) -> tuple[dict[str, Any], str]:
+    """What ``state.json`` says, everywhere, or why it cannot be read."""
+    state: dict[str, Any] = {}
+    problem = ""
+    if world.rank == 0:
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
+                raise ValueError("state.json holds no step and identity")
+            if not isinstance(state.get("files", {}), dict):
+                raise ValueError("state.json does not say which files there are")
+        except READING as error:
+            problem = _reason(error)
+    return world.agreed((state, problem))
+
+
+def _verify(path: Path, state: dict[str, Any], world: World) -> None:
+    """Whether this process's share of the files is what was written. Raises ValueError and others if not."""
     if "files" in state:
-        for name, (size, digest) in state["files"].items():
+        for name in sorted(state["files"])[world.rank :: world.size]:
+            size, digest = state["files"][name]
             if (path / name).stat().st_size != size:
                 raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {size}")
             if _fingerprint(path / name) != [size, digest]:
                 raise ValueError(f"{name} is not what was written")
-    else:  # the first format had no digests
+    elif world.rank == 0:  # the first format had no digests
         for name in ("model.safetensors", "optimizer.safetensors"):
             load_file(path / name)
-    return state
 
 
 def _load_first_format(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -294,13 +358,20 @@ def _load_first_format(path: Path, model: nn.Module, optimizer: torch.optim.Opti
     _check({name: t.shape for name, t in moments.items()}, wanted)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(like(tensors[name], parameter))
+            put(tensors[name], parameter)
     for name, trainable in trained.items():
         optimizer.state[trainable] = {
             "step": moments[f"step.{name}"].to(trainable.device, copy=True),
-            "exp_avg": like(moments[f"exp_avg.{name}"], trainable),
-            "exp_avg_sq": like(moments[f"exp_avg_sq.{name}"], trainable),
+            "exp_avg": _spread(moments[f"exp_avg.{name}"], trainable),
+            "exp_avg_sq": _spread(moments[f"exp_avg_sq.{name}"], trainable),
         }
+
+
+def _spread(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole ``tensor``, sharded as ``parameter`` is."""
+    value = torch.zeros_like(parameter, dtype=tensor.dtype, requires_grad=False)
+    put(tensor, value)
+    return value
 
 
 def _check(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:

@@ -24,12 +24,14 @@ from torch.distributed.tensor import DTensor
 from xverse.config import UserError
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import OTHERS, check_weights
-from xverse.model import Packed, XverseConfig, XverseForCausalLM
+from xverse.model import Packed, XverseConfig
 from xverse.plan.cost import Prediction, Software, predict
 from xverse.plan.devices import find_device
 from xverse.plan.layout import Architecture, Layout, problem
 from xverse.plan.report import text
 from xverse.plan.search import Task
+from xverse.train.float8 import check_float8
+from xverse.train.materialise import empty_model
 from xverse.train.parallel import World, distribute
 from xverse.train.pretrain import PretrainRecipe, checked_feed, checked_shape
 from xverse.train.settings import TrainConfig
@@ -63,6 +65,7 @@ def dry_run(recipe: PretrainRecipe) -> Findings:
     gpus, config = recipe.cluster.gpus, recipe.train
     task = Task(shape, find_device(recipe.cluster.device), gpus, recipe.sequence_length, config.batch_size)
     layout = planned_layout(config, gpus)
+    check_float8(config, shape, length=recipe.sequence_length)
     fault = problem(Architecture.of(shape), layout, task.length, task.device.gpus_per_machine)
     if fault:
         raise UserError(f"{gpus:,} GPUs: {fault}; xverse plan finds what works")
@@ -168,10 +171,8 @@ def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout)
     rows, length = layout.micro_batch, task.length // layout.context
     context = Packed(torch.zeros(rows, length, dtype=torch.int32))  # one document a row
     with fake_world(task.gpus) as world, contextlib.ExitStack() as stack:
-        with torch.device("meta"):
-            model = XverseForCausalLM(shape)
-        model.to = lambda device: model  # type: ignore[assignment,method-assign]  # nothing to move
-        eager = dataclasses.replace(config, compile=False)
+        model = empty_model(shape)
+        eager = dataclasses.replace(config, compile=False, float8=False)
         distribute(model, eager, world)
         held = sum(_local(parameter).numel() for parameter in model.parameters())
         lines = [

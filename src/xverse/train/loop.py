@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.data.feed import Batch, prefetch
+from xverse.data.feed import ORDERS, Batch, prefetch
 from xverse.hardware import keep_freed_memory
 from xverse.log import JsonlLog
 from xverse.model import IGNORE, XverseForCausalLM
 from xverse.train import preflight
 from xverse.train.checkpoint import Checkpointer, clear_leftovers, load_checkpoint, newest
 from xverse.train.communication import watching
+from xverse.train.float8 import check_float8
 from xverse.train.layout import layout_of
+from xverse.train.materialise import Weights
 from xverse.train.meter import Meter
 from xverse.train.optimizer import learning_rate, make_optimizer
 from xverse.train.parallel import ALONE, Replica, World, distribute, whole
@@ -33,6 +35,9 @@ from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
 from xverse.train.trackers import Trackers
 
 __all__ = ["Interrupted", "TrainConfig", "fit", "sum_loss", "train_step"]
+
+# What runs of older versions had, whose checkpoints do not say it.
+BEFORE = {"documents": ORDERS[0], "float8": False}
 
 BatchAt = Callable[[int, int, int], Batch]
 Validate = Callable[[Replica], dict[str, float]]
@@ -50,8 +55,10 @@ def fit(
     identity: Mapping[str, Any] | None = None,
     data_problem: Callable[[], str] | None = None,
     world: World = ALONE,
+    weights: Weights | None = None,
 ) -> None:
-    """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``.
+    """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``. One
+    on the meta device gets from ``weights``, whole parameters in turn, what this process keeps of them.
 
     ``batch_at(step, start, stop)`` gives these rows of a step's global batch, and nothing else decides the
     order of data. ``validate`` returns named figures, and so does ``evaluate``, of benchmarks, at the same
@@ -61,6 +68,7 @@ def fit(
     SIGTERM save a checkpoint and raise Interrupted. Every process of ``world`` calls it, with equal weights.
     """
     layout_of(config, world.size, model.config)  # before anything is written
+    check_float8(config, model.config, world.device)
     settings = dataclasses.asdict(config)
     identity = {**(identity or {}), **{key: settings[key] for key in settings if key not in NOT_IDENTITY}}
     identity = json.loads(json.dumps(identity))  # as it will be read back
@@ -72,7 +80,7 @@ def fit(
         checked = None
         if config.preflight != "off":
             checked = preflight.check(world, config.preflight, config.preflight_share, config.dtype)
-        replica = distribute(model, config, world)
+        replica = distribute(model, config, world, weights)
         optimizer = make_optimizer(model, config)
         steadiness = Steadiness(config)
         first_step, seconds = _resume(out, replica, optimizer, identity, steadiness)
@@ -94,7 +102,7 @@ def fit(
                 first_step,
                 model.config,
                 devices=world.size,
-                peak=peak_of(world.device, matmul),
+                peak=peak_of(world.device, matmul, config.float8),
                 began=began,
                 quiet=world.rank > 0,
             )
@@ -353,6 +361,7 @@ def _resume(
     path, state = found
     begun = state["identity"]
     # A key that only one of the two has came, or went, with another version of this code.
+    begun = {**BEFORE, **begun}
     both = begun.keys() & identity.keys()
     differs = _difference({key: begun[key] for key in both}, {key: identity[key] for key in both})
     if differs:

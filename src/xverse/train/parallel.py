@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from xverse import hardware
@@ -35,7 +35,9 @@ from xverse.log import notice
 from xverse.model import XverseForCausalLM
 from xverse.train.blocks import context_maker, prepare_blocks
 from xverse.train.context import Ring
+from xverse.train.float8 import convert_layers
 from xverse.train.layout import Layout, layout_of
+from xverse.train.materialise import Weights, empty_model, materialise
 from xverse.train.pipeline import Pipeline, Stage, keep_stages
 from xverse.train.rendezvous import fresh_store
 from xverse.train.settings import TrainConfig
@@ -55,12 +57,16 @@ class World:
     saving: dist.ProcessGroup | None = None
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the processes, in float64."""
-        if self.size == 1:
-            return list(values)
+        """Each value summed over the processes, in float64, the same bits everywhere."""
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
+        if self.size > 1:
+            add_up(total, self.rank, self.size, self.control or dist.group.WORLD)
         return total.tolist()
+
+    def first(self, problem: str) -> str:
+        """What the first process says that says anything, everywhere; an empty string where none does."""
+        (some,) = self.sum(bool(problem))
+        return next(text for text in self.gathered(problem) if text) if some else ""
 
     def agreed(self, value: Any) -> Any:
         """What process 0 has; any picklable value."""
@@ -87,6 +93,30 @@ class World:
         """Until every process is here."""
         if self.size > 1:
             dist.barrier(group=self.control)
+
+
+def add_up(total: Tensor, rank: int, size: int, group: Any) -> None:
+    """Sum ``total`` over the processes of a group, in place, by recursive doubling (Thakur et al., 2005): in
+    log2(size) rounds each process exchanges its sum with another. Gloo's own reduction of small tensors is a
+    ring of 2 · (size - 1) messages, one after the other (benchmarks/scale.md)."""
+    doubled = 1 << (size.bit_length() - 1)  # the largest power of two; those beyond it have a proxy
+    other = torch.empty_like(total)
+    if rank >= doubled:
+        group.send([total], rank - doubled, 0).wait()
+        group.recv([total], rank - doubled, 0).wait()
+        return
+    if rank + doubled < size:
+        group.recv([other], rank + doubled, 0).wait()
+        total += other
+    distance = 1
+    while distance < doubled:
+        sent = group.send([total], rank ^ distance, 0)
+        group.recv([other], rank ^ distance, 0).wait()
+        sent.wait()
+        total += other  # a + b and b + a are the same bits
+        distance *= 2
+    if rank + doubled < size:
+        group.send([total], rank + doubled, 0).wait()
 
 
 ALONE = World()
@@ -244,16 +274,22 @@ def parts(tensor: Tensor) -> int:
     return math.prod(sizes)
 
 
-def distribute(model: XverseForCausalLM, config: TrainConfig, world: World) -> Replica:
+def distribute(
+    model: XverseForCausalLM, config: TrainConfig, world: World, weights: Weights | None = None
+) -> Replica:
     """Put ``model`` (equal in all processes) on this process's device and share its work, in place.
 
     In this order: the pipeline's stages, tensors and sequence, recomputation and compiling of layers, FSDP2
-    (or DDP), context. Raises UserError for a layout that does not go with the model or the processes.
+    (or DDP), context. A model on the meta device then gets this process's parts of ``weights``, so that the
+    whole is nowhere in memory; without weights it stays there. Raises UserError for a layout that does not go
+    with the model or the processes.
     """
     _same_devices(world)
     layout = layout_of(config, world.size, model.config)
     if config.parallel != "fsdp":
-        model.to(world.device)
+        _fill(model, [model], weights, world)
+        if config.float8:
+            convert_layers(model, world.device)
         prepare_blocks(model, config)
         if config.parallel == "none":
             return Replica(model, world)
@@ -273,6 +309,8 @@ def distribute(model: XverseForCausalLM, config: TrainConfig, world: World) -> R
         keep_stages(model, place[0], layout)
     if layout.tensor > 1:
         shard_tensors(model, mesh["tensor"])
+    if config.float8:
+        convert_layers(model, world.device)
     prepare_blocks(model, config)
     roots: Sequence[nn.Module] = [model]
     pipeline = None
@@ -284,11 +322,19 @@ def distribute(model: XverseForCausalLM, config: TrainConfig, world: World) -> R
     if layout.replicate * sharded > 1:
         over = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
         _shard(model, roots, over, config.dtype)
-    else:
-        model.to(world.device)
+    _fill(model, roots, weights, world)
     if pipeline is None:
         register_fsdp_forward_method(model, "loss")
     return Replica(model, world, None, layout, ring, pipeline)
+
+
+def _fill(
+    model: XverseForCausalLM, roots: Sequence[nn.Module], weights: Weights | None, world: World
+) -> None:
+    if weights is not None:
+        materialise(model, roots, weights, world.device)
+    elif not next(model.parameters()).is_meta:
+        model.to(world.device)
 
 
 def _shard(model: XverseForCausalLM, roots: Sequence[nn.Module], mesh: DeviceMesh, dtype: str) -> None:
@@ -344,37 +390,26 @@ def different_kinds(kinds: Sequence[str]) -> str:
 
 
 def whole(model: XverseForCausalLM, world: World = ALONE) -> XverseForCausalLM:
-    """``model``, or where it is shared out a copy on the CPU with all its tensors. Every process calls it."""
-    with torch.device("meta"):
-        copied = XverseForCausalLM(copy.deepcopy(model.config))
+    """``model``, or where it is shared out a copy with all its tensors, on the CPU of process 0; in the
+    others it is on the meta device. Every process calls it."""
+    copied = empty_model(copy.deepcopy(model.config))
     mine = dict(model.named_parameters())
     if mine.keys() == copied.state_dict().keys() and not any(isinstance(p, DTensor) for p in mine.values()):
         return model
-    here = {name: full(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
-    names: list[Any] = [list(here)] * world.size
-    if world.size > 1:
-        dist.all_gather_object(names, list(here), group=world.control)
+    names = [set(some) for some in world.gathered(list(mine))]
     tensors = {}
     for name, empty in copied.state_dict().items():
-        tensor = here.get(name)
-        owner = next(rank for rank, some in enumerate(names) if name in some)
+        tensor = full(mine[name].detach()).cpu() if name in mine else torch.empty(empty.shape)
         if not all(name in some for some in names):  # a pipeline
-            tensor = torch.empty(empty.shape) if tensor is None else tensor.contiguous()
+            owner = next(rank for rank, some in enumerate(names) if name in some)
+            tensor = tensor.contiguous()
             dist.broadcast(tensor, owner, group=world.control)
-        tensors[name] = tensor
-    copied.load_state_dict(tensors, assign=True)
+        if world.rank == 0:
+            tensors[name] = tensor
+    copied.load_state_dict(tensors, assign=True, strict=world.rank == 0)
     return copied
 
 
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded. Every process calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A whole ``tensor`` on the device of ``reference``, sharded as that is."""
-    if isinstance(reference, DTensor):
-        moved, mesh = tensor.to(reference.device, copy=True), reference.device_mesh
-        everywhere = DTensor.from_local(moved, mesh, [Replicate()] * mesh.ndim)
-        return everywhere.redistribute(mesh, reference.placements)
-    return tensor.to(reference.device, copy=True)

@@ -17,11 +17,13 @@ from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.data.watch import ShardWatch
 from xverse.files import atomic_file
-from xverse.formats import load_model, load_tokenizer, resolve, save_hf
-from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
+from xverse.formats import load_tokenizer, resolve, save_hf
+from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.tokenizer import Tokenizer
+from xverse.train.float8 import check_float8
 from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, fit
+from xverse.train.materialise import Weights, empty_model, initial_weights, stored_model
 from xverse.train.memory import announce
 from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
@@ -136,9 +138,10 @@ def _pretrain(
 ) -> Path:
     config, name = checked_shape(recipe)
     layout_of(recipe.train, world.size, config, recipe.sequence_length)
+    check_float8(recipe.train, config, world.device, recipe.sequence_length)
     feed = checked_feed(recipe, config)
     announce(world, config, recipe.train, recipe.sequence_length)
-    model = _initial(recipe, config, feed.tokenizer)
+    model, weights = _initial(recipe, config, feed.tokenizer)
     tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
     world.say(f"shape {name}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
 
@@ -160,6 +163,7 @@ def _pretrain(
         "seed": recipe.seed,
         "initializer_range": config.initializer_range,
         "mixture": feed.mixture.identity(),
+        "documents": feed.order,
     }
     fit(
         model,
@@ -171,6 +175,7 @@ def _pretrain(
         identity=identity,
         data_problem=ShardWatch(feed.train.values()),
         world=world,
+        weights=weights,
     )
     model = whole(model, world)
     if world.rank == 0:
@@ -179,15 +184,15 @@ def _pretrain(
     return recipe.out / "model"
 
 
-def _initial(recipe: PretrainRecipe, config: XverseConfig, tokenizer: Tokenizer) -> XverseForCausalLM:
-    """The model that the run begins with, in float32. Raises UserError for a ``model`` of another shape or
-    with another tokenizer than the data's."""
+def _initial(
+    recipe: PretrainRecipe, config: XverseConfig, tokenizer: Tokenizer
+) -> tuple[XverseForCausalLM, Weights]:
+    """The model that the run begins with, without memory, and its weights. Raises UserError for a ``model``
+    of another shape or with another tokenizer than the data's."""
     if recipe.model is None:
-        model = XverseForCausalLM(config)
-        init_weights(model, recipe.seed)
-        return model
+        return empty_model(config), initial_weights(config, recipe.seed)
     source = resolve(recipe.model)
-    model = load_model(source, dtype=torch.float32)
+    model, weights = stored_model(source)
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         found, wanted = getattr(model.config, key), getattr(config, key)
         if found != wanted:
@@ -197,10 +202,7 @@ def _initial(recipe: PretrainRecipe, config: XverseConfig, tokenizer: Tokenizer)
             f"{recipe.data} was prepared with another tokenizer than that of {recipe.model}; "
             f"prepare it with tokenizer: {source}"
         )
-    # The file is mapped read-only memory; training needs memory of its own.
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(tensors, assign=True)
-    return model
+    return model, weights
 
 
 def _finish(

@@ -35,7 +35,8 @@ class TrainConfig:
     ``preflight_share`` of the median of all is named in a warning ("warn"), or ends the run ("stop").
     ``check_memory``: refuse a run of which the prediction says that it does not fit into memory. Of every
     ``communication_every`` steps (0: none) one is profiled for communication that nothing hides.
-    ``trackers`` get the figures beside ``metrics.jsonl``."""
+    ``float8``: the products of the layers' matrices in FP8, on CUDA alone. ``trackers`` get the figures
+    beside ``metrics.jsonl``."""
 
     steps: int
     batch_size: int
@@ -60,6 +61,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     z_loss: float = 0.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    float8: bool = False
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     validate_every: int = 0
@@ -99,6 +101,10 @@ class TrainConfig:
             raise ValueError("compile does not go with activation_checkpointing selective; take none or full")
         if self.compile and self.tensor > 1:  # torch 2.13 loses the type of gradients between graphs
             raise ValueError(f"compile does not go with tensor {self.tensor}; leave one of the two out")
+        if self.float8 and self.dtype != "bfloat16":
+            raise ValueError(f"float8 goes with dtype bfloat16, not {self.dtype}")
+        if self.float8 and self.tensor > 1:
+            raise ValueError(f"float8 does not go with tensor {self.tensor}; leave one of the two out")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
