@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Peaks:
-    """A device's peaks as its vendor states them: dense bf16 FLOP/s and memory bytes/s."""
+    """A device's peaks as its vendor states them: dense bf16 FLOP/s, memory bytes/s, and dense FP8 FLOP/s
+    where it has FP8."""
 
     bf16_flops: float
     bandwidth: float
+    fp8_flops: float | None = None
 
 
 _PEAKS = (  # the driver's names, in the order in which they are tried
@@ -41,12 +43,12 @@ _PEAKS = (  # the driver's names, in the order in which they are tried
     (r"A100-(SXM4|PCIE)-40GB", Peaks(312e12, 1555e9)),
     (r"A800 80GB PCIe", Peaks(312e12, 1935e9)),
     (r"A800-SXM4-80GB", Peaks(312e12, 2039e9)),
-    (r"H100 NVL", Peaks(835e12, 3900e9)),
-    (r"H100 PCIe", Peaks(756e12, 2000e9)),
-    (r"H100 80GB HBM3", Peaks(989e12, 3350e9)),
-    (r"H200 NVL", Peaks(835e12, 4800e9)),
-    (r"H200", Peaks(989e12, 4800e9)),
-    (r"B200", Peaks(2250e12, 7700e9)),
+    (r"H100 NVL", Peaks(835e12, 3900e9, 1671e12)),
+    (r"H100 PCIe", Peaks(756e12, 2000e9, 1513e12)),
+    (r"H100 80GB HBM3", Peaks(989e12, 3350e9, 1979e12)),
+    (r"H200 NVL", Peaks(835e12, 4800e9, 1671e12)),
+    (r"H200", Peaks(989e12, 4800e9, 1979e12)),
+    (r"B200", Peaks(2250e12, 7700e9, 4500e12)),
 )
 
 
@@ -67,6 +69,7 @@ def device_peaks(name: str) -> Peaks | None:
       inferred.
     - B200: 4.5 PFLOP/s with sparsity and 7.7 TB/s, from NVIDIA's HGX B200 table. Its DGX B200 page says
       64 TB/s for eight; drivers report a bus of 7,680 bits at 3,996 MHz, which is 7.67.
+    - FP8: twice the bf16 figure in these tables, for Hopper and Blackwell alike.
     """
     for pattern, peaks in _PEAKS:
         if re.fullmatch(rf"(NVIDIA )?{pattern}", name):

@@ -103,6 +103,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--sequence-length", type=positive, default=2048, metavar="N", help="tokens of each"
     )
 
+    float8 = add("float8", "pretraining with FP8 matrices beside bfloat16: loss curves and speed; needs CUDA")
+    float8.add_argument("--data", required=True, metavar="DIR", help="a folder that xverse data prepare made")
+    float8.add_argument("--shape", default="mini", metavar="S", help="a named shape")
+    float8.add_argument("--steps", type=positive, default=300, metavar="N", help="of each training")
+    float8.add_argument("--batch-size", type=positive, default=32, metavar="N", help="sequences per step")
+    float8.add_argument(
+        "--micro-batch-size", type=int, default=0, metavar="N", help="of them at a time (0: all)"
+    )
+    float8.add_argument("--sequence-length", type=positive, default=2048, metavar="N", help="tokens of each")
+    float8.add_argument("--compile", action="store_true", help="compile the layers")
+
     scale = add("scale", "what a run of up to 1,024 processes costs its process 0, by simulation")
     scale.add_argument("--shape", default="7b", metavar="S", help="a named shape")
     scale.add_argument(

@@ -50,7 +50,7 @@ def prepare_blocks(model: XverseForCausalLM, config: TrainConfig) -> None:
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator.name().partition("::")[2]
-    kept = name in ("mm", "bmm", "addmm", "linear") or "attention" in name
+    kept = name in ("mm", "bmm", "addmm", "linear", "_scaled_mm") or "attention" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

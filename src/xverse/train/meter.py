@@ -71,7 +71,7 @@ class Meter:
             "goodput": round(self._spent / (now - self._began), 4),
         }
         if self._peak:
-            name = "matmul" if self._peak.measured else "mfu"
+            name = self._peak.name
             figures |= {f"{name}_{kind}": round(rate / self._peak.flops, 4) for kind, rate in rates.items()}
         return figures
 
@@ -87,7 +87,7 @@ class Meter:
             full, causal = (
                 f"{100 * rates[kind] / self._devices / self._peak.flops:.0f} %" for kind in ("full", "causal")
             )
-            what = "of the matmul measured here" if self._peak.measured else "MFU"
+            what = "of the matmul measured here" if self._peak.measured else self._peak.label
             text += f" ({full} {what}, causal {causal})"
         text += f" · goodput {100 * self._spent / (now - self._began):.0f} %"
         text += f" · data {100 * self._waited / self._spent:.1f} %"

@@ -22,19 +22,36 @@ from xverse.train.settings import TrainConfig
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s that one device could do: the vendor's figure, or where there is none the rate of a matmul that
-    the pre-flight check measured (``measured``)."""
+    """FLOP/s that one device could do: the vendor's figure, that for FP8 where the run has it (``fp8``), or
+    where there is none the rate of a matmul that the pre-flight check measured (``measured``)."""
 
     flops: float
     measured: bool
+    fp8: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the share in records."""
+        return "matmul" if self.measured else "mfu_of_fp8" if self.fp8 else "mfu"
+
+    @property
+    def label(self) -> str:
+        """Of the share for people."""
+        return "MFU, of the FP8 peak" if self.fp8 else "MFU"
 
 
-def peak_of(device: torch.device, matmul: float | None) -> Peak | None:
+def peak_of(device: torch.device, matmul: float | None, fp8: bool = False) -> Peak | None:
     """The bound of the share that is printed; ``matmul`` in FLOP/s is what the pre-flight check measured."""
     if device.type == "cuda":
         peaks = device_peaks(torch.cuda.get_device_name(device))
-        return Peak(peaks.bf16_flops, False) if peaks else None
+        flops = (peaks.fp8_flops if fp8 else peaks.bf16_flops) if peaks else None
+        return Peak(flops, False, fp8) if flops else None
     return Peak(matmul, True) if matmul else None
+
+
+def precision(config: TrainConfig) -> str:
+    """What a run computes in, for people."""
+    return f"float8 in the layers' matrices, else {config.dtype}" if config.float8 else config.dtype
 
 
 def flops_per_token(config: XverseConfig, length: int) -> dict[str, int]:
@@ -105,10 +122,10 @@ def write_report(
     how = config.parallel + (
         f" ({layout_of(config, world.size, shape)})" if config.parallel == "fsdp" else ""
     )
-    lines = [f"# {title}", "", f"{world.size} × {device}, {how}, {config.dtype}", ""]
+    lines = [f"# {title}", "", f"{world.size} × {device}, {how}, {precision(config)}", ""]
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in _rows(found, losses, config, world)]
-    lines += _speed(found, shape, length, world, checks)
+    lines += _speed(found, shape, length, world, checks, config.float8)
     lines += ["", "## Memory of one process", "", "| | MiB |", "|---|---|"]
     predicted = predicted_memory(shape, config, length, world.size, world.device.type)
     for kind, size in predicted.items():
@@ -169,16 +186,21 @@ def _rows(
 
 
 def _speed(
-    found: dict[str, float], shape: XverseConfig, length: int, world: World, checks: list[dict[str, Any]]
+    found: dict[str, float],
+    shape: XverseConfig,
+    length: int,
+    world: World,
+    checks: list[dict[str, Any]],
+    fp8: bool,
 ) -> list[str]:
     lines = []
     matmul = min(reading["matmul"] for reading in checks[-1]["readings"]) if checks else None
-    peak = peak_of(world.device, matmul)
+    peak = peak_of(world.device, matmul, fp8)
     for kind, flops in flops_per_token(shape, length).items():
         rate = flops * found["tokens_per_second"] / world.size
         text = "MFU unknown (no peak known for this device)"
         if peak:
-            name = "of the matmul rate that the pre-flight check measured" if peak.measured else "MFU"
+            name = "of the matmul rate that the pre-flight check measured" if peak.measured else peak.label
             text = f"{100 * rate / peak.flops:.1f} % {name}"
         lines.append(
             f"| attention counted {kind}, T = {length} | {rate / 1e12:.3f} TFLOP/s a device; {text} |"
