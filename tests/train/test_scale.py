@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from xverse.bench import scale
 from xverse.data.feed import PretrainFeed
 from xverse.train.checkpoint import _OwnFile, _OwnPlan
+from xverse.train.index import Index, Part, read_header
+from xverse.train.parallel import add_up
 
 RANKS = 1024
 
@@ -73,10 +79,67 @@ def test_a_row_costs_the_same_in_a_small_world_and_a_large_one() -> None:
     assert large < 20 * small + 0.01
 
 
-def test_sums_agree_among_gloo_contexts() -> None:
-    assert scale.gloo(8, rounds=3) > 0
+@pytest.mark.parametrize("count", [2, 3, 6, 8])
+def test_sums_agree_among_gloo_contexts(count: int) -> None:
+    """Each context asserts that it has the sum; some numbers are no power of two."""
+    assert scale.gloo(count, rounds=3)["doubling"] > 0
 
 
-def test_headers_of_all_files_are_read(tmp_path: Path) -> None:
-    few, more = (scale.checkpoint_headers("nano", count)["headers_bytes"] for count in (2, 8))
-    assert more == pytest.approx(4 * few, rel=0.05)
+def test_a_sum_is_the_same_bits_everywhere_and_a_tree(tmp_path: Path) -> None:
+    values = [0.1, 1e16, -1e16, 0.3, 7.0, 1e-9]
+    found: dict[int, float] = {}
+
+    def work(rank: int) -> None:
+        store = dist.FileStore(str(tmp_path / "store"), len(values))
+        group = dist.ProcessGroupGloo(store, rank, len(values), datetime.timedelta(seconds=60))
+        total = torch.tensor([values[rank]], dtype=torch.float64)
+        add_up(total, rank, len(values), group)
+        found[rank] = total.item()
+        barrier.wait()
+
+    barrier = threading.Barrier(len(values))
+    scale._in_threads(len(values), work)
+    a, b, c, d, e, f = values
+    assert set(found.values()) == {((a + e) + (b + f)) + (c + d)}
+
+
+def test_a_process_reads_one_header_and_finds_its_parts(tmp_path: Path) -> None:
+    """That the parts are found in the file of their rank is asserted inside."""
+    few, more = (scale.checkpoint_headers("nano", count, theirs=True) for count in (2, 8))
+    assert more["torch_headers_bytes"] == pytest.approx(4 * few["torch_headers_bytes"], rel=0.05)
+    assert more["index_bytes"] < more["torch_headers_bytes"] / 5
+    large = scale.checkpoint_headers("nano", 256)
+    assert large["header_s"] < 0.1
+    assert large["index_s"] < 1
+
+
+def test_the_order_of_documents_takes_no_memory_for_each() -> None:
+    small, large = (scale.document_order(count) for count in (200_000, 1_000_000))
+    assert large["bytes"] - small["bytes"] < 0.05 * (large["documents"] - small["documents"])
+    assert large["bytes"] < 3_000_000
+
+
+def test_parts_are_found_across_files(tmp_path: Path) -> None:
+    """A matrix in four pieces of two dimensions, a vector in two, and a number."""
+    pieces = {
+        "a": {"matrix": ((0, 0), (2, 3)), "vector": ((0,), (4,)), "step": ((), ())},
+        "b": {"matrix": ((0, 3), (2, 2)), "vector": ((4,), (3,))},
+        "c": {"matrix": ((2, 0), (5, 3))},
+        "d": {"matrix": ((2, 3), (5, 2))},
+    }
+    for file, entries in pieces.items():
+        custom = {name: {"saved_offsets": list(offset)} for name, (offset, _) in entries.items()}
+        header: dict[str, object] = {"__metadata__": {"DCP_SHARDING_INFO": json.dumps(custom)}}
+        for name, (_, shape) in entries.items():
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [0, 0]}
+        text = json.dumps(header).encode()
+        (tmp_path / file).write_bytes(len(text).to_bytes(8, "little") + text)
+    index = Index(list(pieces), [read_header(tmp_path / file) for file in pieces])
+    assert sorted(index) == ["matrix", "step", "vector"]
+    assert index.dtype("matrix") == torch.bfloat16
+    assert [index.shape(name) for name in ("matrix", "vector", "step")] == [(7, 5), (7,), ()]
+    assert {part.file for part in index.parts("matrix", (0, 0), (7, 5))} == set("abcd")
+    assert {part.file for part in index.parts("matrix", (1, 3), (1, 2))} == {"b"}
+    assert index.parts("vector", (3,), (1,)) == [Part("a", (0,), (4,))]
+    assert index.parts("vector", (3,), (0,)) == []
+    assert index.parts("step", (), ()) == [Part("a", (), ())]

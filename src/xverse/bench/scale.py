@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import pickle
 import tempfile
@@ -33,13 +34,15 @@ from xverse.log import notice
 from xverse.model import named_shape
 from xverse.train.checkpoint import _OwnPlan
 from xverse.train.dryrun import fake_world
+from xverse.train.index import Index, read_header
 from xverse.train.materialise import empty_model
-from xverse.train.parallel import World, distribute
+from xverse.train.parallel import World, add_up, distribute
 from xverse.train.settings import TrainConfig
 from xverse.train.survival import Watchdog
 
 RANKS = (16, 64, 256, 1024)
 THREADS = (4, 8, 16, 32)
+DOCUMENTS = (2_000_000, 20_000_000)
 
 
 def run(
@@ -49,7 +52,8 @@ def run(
     gathered: int = 256,
 ) -> dict[str, Any]:
     """Processor seconds and bytes of process 0 for every number of ``ranks``; seconds of a sum among
-    ``threads`` gloo contexts. Torch's own planning, which ours replaces, is measured up to ``gathered``."""
+    ``threads`` gloo contexts. Torch's own planning and reading of headers, which ours replace, are measured
+    up to ``gathered``."""
     result: dict[str, Any] = {"bench": "scale", "shape": shape, "ranks": {}, "gloo": {}}
     rows = []
     for count in ranks:
@@ -57,7 +61,8 @@ def run(
         found = {
             **own_plan(shape, count),
             **(checkpoint_plan(shape, count) if count <= gathered else {}),
-            **checkpoint_headers(shape, count),
+            **checkpoint_headers(shape, count, theirs=count <= gathered),
+            **digests(shape, count),
             **heartbeats(count),
             **data_order(count),
         }
@@ -65,11 +70,14 @@ def run(
         rows += [Row(f"{count:,} ranks: {key}", f"{value:,.4g}") for key, value in found.items()]
     for count in threads:
         result["gloo"][count] = gloo(count)
-        rows.append(
-            Row(f"gloo, {count} contexts: a sum of 4 numbers", f"{1e6 * result['gloo'][count]:,.0f} µs")
-        )
-    result["documents"] = document_order()
-    rows.append(Row("order of documents, each", json.dumps(result["documents"])))
+        rows += [
+            Row(f"gloo, {count} contexts: a sum of 4 numbers, {name}", f"{1e6 * seconds:,.0f} µs")
+            for name, seconds in result["gloo"][count].items()
+        ]
+    result["documents"] = [document_order(count) for count in DOCUMENTS]
+    rows += [
+        Row(f"order of {each['documents']:,} documents", json.dumps(each)) for each in result["documents"]
+    ]
     show("scale: process 0's work", rows)
     return result
 
@@ -144,8 +152,10 @@ def checkpoint_plan(shape: str, count: int) -> dict[str, float]:
     return {"plan_s": seconds, "plan_bytes_in": float(sum(map(len, sent))), "plan_bytes_out": float(back)}
 
 
-def checkpoint_headers(shape: str, count: int) -> dict[str, float]:
-    """What reading a checkpoint begins with, in every process: the header of each rank's file."""
+def checkpoint_headers(shape: str, count: int, theirs: bool = False) -> dict[str, float]:
+    """What loading a checkpoint of ``count`` files begins with, in each of as many processes: the header of
+    one file, what all tell each other of theirs, and where this one's parts lie. ``theirs``: torch's reader
+    too, with which each process reads all headers."""
     names = [item.index.fqn for item in local_plan(shape, 2).items]
     with tempfile.TemporaryDirectory() as folder:
         header = {name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, name in
@@ -156,10 +166,33 @@ def checkpoint_headers(shape: str, count: int) -> dict[str, float]:
             text = json.dumps({"__metadata__": metadata, **header}).encode()
             data = len(text).to_bytes(8, "little") + text + bytes(4 * len(names))
             (Path(folder) / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors").write_bytes(data)
-        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        files = sorted(Path(folder).iterdir())
         start = time.process_time()
-        HuggingFaceStorageReader(folder).read_metadata()
-        return {"headers_s": time.process_time() - start, "headers_bytes": float(size)}
+        read_header(files[-1])
+        found = {"header_s": time.process_time() - start}
+        told = [read_header(file) for file in files]
+        start = time.process_time()
+        index = Index([file.name for file in files], told)
+        parts = [index.parts(name, (count - 1,), (1,)) for name in names]
+        found["index_s"] = time.process_time() - start
+        assert all([part.file for part in each] == [files[-1].name] for each in parts)
+        found["index_bytes"] = float(sum(map(len, told)))
+        if theirs:
+            start = time.process_time()
+            HuggingFaceStorageReader(folder).read_metadata()
+            found["torch_headers_s"] = time.process_time() - start
+            found["torch_headers_bytes"] = float(sum(file.stat().st_size for file in files))
+    return found
+
+
+def digests(shape: str, count: int) -> dict[str, float]:
+    """Bytes of a checkpoint that each process verifies at a start, and the seconds by the rate of SHA-256."""
+    some = bytes(2**27)
+    start = time.process_time()
+    hashlib.sha256(some)
+    rate = len(some) / (time.process_time() - start)
+    share = 12 * named_shape(shape).num_parameters() / count  # parameters and two moments, float32
+    return {"verified_bytes": share, "verify_s": share / rate}
 
 
 def heartbeats(count: int) -> dict[str, float]:
@@ -191,13 +224,23 @@ def data_order(count: int, length: int = 8192) -> dict[str, float]:
     return {"row_s": min(times)}
 
 
-def document_order(count: int = 2_000_000) -> dict[str, float]:
-    """What a process holds and computes of the order of a source's documents, for each of them."""
+def document_order(count: int) -> dict[str, float]:
+    """What a process computes and holds of the order of a source's documents: once an epoch, and once a block
+    of it, of which two are kept."""
     packer = StreamPacker(made_shard("documents", count), 8192, 0)
     start = time.process_time()
-    order, ends = packer._epoch(0)
-    seconds = time.process_time() - start
-    return {"ns_a_document": 1e9 * seconds / count, "bytes_a_document": (order.nbytes + ends.nbytes) / count}
+    runs, ends = packer._epoch(0)
+    middle = time.process_time()
+    block = packer._block(0, packer.blocks // 2)
+    stop = time.process_time()
+    held = runs.nbytes + ends.nbytes + 2 * (block.order.nbytes + block.ends.nbytes)
+    return {
+        "documents": count,
+        "blocks": packer.blocks,
+        "epoch_s": middle - start,
+        "block_s": stop - middle,
+        "bytes": held,
+    }
 
 
 def made_shard(name: str, documents: int) -> Shard:
@@ -209,27 +252,32 @@ def made_shard(name: str, documents: int) -> Shard:
     return Shard(Path(name), header, tokens, offsets)
 
 
-def gloo(count: int, rounds: int = 20) -> float:
-    """Median seconds of ``World.sum`` of 4 numbers among so many gloo contexts in threads."""
+def gloo(count: int, rounds: int = 20) -> dict[str, float]:
+    """Median seconds of a sum of 4 numbers among so many gloo contexts in threads: ``World.sum``'s, and
+    gloo's own, which it replaces."""
     with tempfile.TemporaryDirectory() as folder:
-        times: list[float] = []
+        times: dict[str, list[float]] = {"doubling": [], "ring": []}
         barrier = threading.Barrier(count)
 
         def work(rank: int) -> None:
             store = dist.FileStore(f"{folder}/store", count)
             group = dist.ProcessGroupGloo(store, rank, count, datetime.timedelta(seconds=60))
-            barrier.wait()
             for _ in range(rounds):
-                start = time.perf_counter()
-                total = torch.tensor([1.0, rank, 0.0, 0.0], dtype=torch.float64)
-                group.allreduce([total]).wait()  # type: ignore[attr-defined]
-                assert total[0] == count
-                if rank == 0:
-                    times.append(time.perf_counter() - start)
+                for name in times:
+                    barrier.wait()
+                    start = time.perf_counter()
+                    total = torch.tensor([1.0, rank, 0.0, 0.0], dtype=torch.float64)
+                    if name == "ring":
+                        group.allreduce([total]).wait()  # type: ignore[attr-defined]
+                    else:
+                        add_up(total, rank, count, group)
+                    assert total.tolist() == [count, count * (count - 1) / 2, 0.0, 0.0]
+                    if rank == 0:
+                        times[name].append(time.perf_counter() - start)
             barrier.wait()
 
         _in_threads(count, work)
-    return float(np.median(times))
+    return {name: float(np.median(some)) for name, some in times.items()}
 
 
 def _in_threads(count: int, work: Callable[[int], None]) -> None:

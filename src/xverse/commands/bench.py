@@ -123,7 +123,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=positive, nargs="+", default=[4, 8, 16, 32], metavar="N", help="real gloo contexts"
     )
     scale.add_argument(
-        "--gathered", type=positive, default=256, metavar="N", help="most ranks for torch's own planning"
+        "--gathered",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="most ranks for torch's own ways",
     )
 
     checkpoint = add("checkpoint", "how long checkpoints hold a training run, and how long resuming takes")

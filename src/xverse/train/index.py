@@ -87,6 +87,8 @@ class Index:
 
     def parts(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> list[Part]:
         """Those that have something of the box at ``offset``."""
+        if 0 in shape:
+            return []
         dimensions = self._kinds[name][1]
         begins, sizes = np.array(offset, np.int64), np.array(shape, np.int64)
         found = []
