@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xverse.config import UserError, load
+from xverse.data.feed import ORDERS
 from xverse.train import PretrainRecipe, pretrain
 from xverse.train.checkpoint import checkpoints
 from xverse.train.plot import read_metrics
@@ -264,6 +265,22 @@ def test_another_recipe_in_the_same_folder_is_refused_by_key(
             train(recipe, override)
         assert f"{tmp_path / 'run'}: this run was begun with {said}" in str(caught.value)
     train(recipe, "train.log_every=1", "train.checkpoint_every=1", "valid_tokens=10")  # decide no loss
+
+
+def test_a_run_begun_with_another_order_of_documents_is_refused(
+    fit_tiny: Callable[..., object], tmp_path: Path
+) -> None:
+    """Older checkpoints do not say that all documents of a source were shuffled together."""
+    fit_tiny(tmp_path, steps=2)
+    file = checkpoints(tmp_path)[-1] / "state.json"
+    state = json.loads(file.read_text())
+    assert "documents" not in state["identity"]
+    said = (
+        "this run was begun with documents = shuffled as a whole, not shuffled in blocks of 256 runs of 256"
+    )
+    with pytest.raises(UserError, match=said):
+        fit_tiny(tmp_path, steps=2, identity={"documents": ORDERS[1]})
+    fit_tiny(tmp_path, steps=2, identity={"documents": ORDERS[0]})
 
 
 def test_other_text_is_another_run_but_older_checkpoints_are_read(
