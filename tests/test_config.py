@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +53,16 @@ def test_build() -> None:
         Path("runs/x"), Schedule(10), 7, False, ["zh", "en"], (0.9, 0.99), {"zh": 1.0, "en": 0.5}
     )
     assert isinstance(recipe.weights["zh"], float)
+
+
+def test_off_is_a_word_where_it_is_a_choice() -> None:
+    @dataclass
+    class Check:
+        preflight: Literal["off", "warn"] = "warn"
+
+    assert build(Check, yaml.safe_load("preflight: off"), "r.yaml").preflight == "off"
+    with pytest.raises(UserError, match="'True' is not one of off, warn"):
+        build(Check, yaml.safe_load("preflight: on"), "r.yaml")
 
 
 @pytest.mark.parametrize(

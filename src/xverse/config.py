@@ -88,6 +88,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {str(key): _convert(item_hint, item, f"{where}.{key}") for key, item in value.items()}
     if origin is typing.Literal:
         allowed = typing.get_args(hint)
+        if isinstance(value, bool) and ("on" if value else "off") in allowed:  # YAML 1.1 reads them as these
+            return "on" if value else "off"
         if value not in allowed:
             raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, allowed))}")
         return value

@@ -194,7 +194,7 @@ def staged() -> Schedule:
     )
     lengths = {"a": 500, "b": 500}
     kinds = {name: ("text", name) for name in lengths}
-    mixture = config.build(lengths, lengths, kinds, seed=1, sequences=4000, batch_size=10)
+    mixture = config.build(lengths, lengths, kinds, seed=1, sequences=4000, before=lambda step: 10 * step)
     assert isinstance(mixture, Schedule)
     return mixture
 
@@ -217,12 +217,12 @@ def test_stages_out_of_order() -> None:
     lengths, kinds = {"a": 5}, {"a": ("text", "a")}
     late = MixtureConfig(stages=[MixtureStage(from_step=9)])
     with pytest.raises(UserError, match="the run ends before"):
-        late.build(lengths, lengths, kinds, 0, sequences=40, batch_size=5)
+        late.build(lengths, lengths, kinds, 0, sequences=40, before=lambda step: 5 * step)
     with pytest.raises(UserError, match="only a recipe for pretraining has steps"):
         late.build(lengths, lengths, kinds, 0)
     twice = MixtureConfig(stages=[MixtureStage(from_step=2), MixtureStage(from_step=2)])
     with pytest.raises(UserError, match="must grow"):
-        twice.build(lengths, lengths, kinds, 0, sequences=400, batch_size=5)
+        twice.build(lengths, lengths, kinds, 0, sequences=400, before=lambda step: 5 * step)
 
 
 def test_a_million_simulated_sequences_have_the_expected_shares() -> None:

@@ -39,7 +39,7 @@ def test_every_epoch_holds_every_example_as_often_as_asked(sizes: list[int], rep
         start = sum(len(feed._rows(e)) for e in range(epoch))
         tokens: Counter[int] = Counter()
         for n in range(start, start + len(feed._rows(epoch))):
-            tokens.update(feed.batch(n, 1).tokens.flatten().tolist())
+            tokens.update(feed.batch(n, n + 1).tokens.flatten().tolist())
         tokens.pop(1, None)
         assert tokens == Counter({10 + i: size * repeat for i, size in enumerate(sizes)})
     again = ExampleFeed(datasets(sizes, repeat), LENGTH, pad_id=1, seed=seed)

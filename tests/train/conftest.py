@@ -199,7 +199,7 @@ def fit_tiny(feed: PretrainFeed, tiny_shape: dict[str, int]) -> Callable[..., Xv
         init_weights(model, seed=0)
         fit(
             model,
-            lambda n, start, stop: feed.batch(n, config.batch_size, start, stop),
+            feed.batch,
             config,
             out,
             validate=validate,

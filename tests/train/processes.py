@@ -60,11 +60,11 @@ class Stop(Exception):
     """A job has come to where it is to end."""
 
 
-def batch(step: int, start: int, stop: int) -> Batch:
+def batch(first: int, stop: int) -> Batch:
     """Rows of random tokens; three in four hold several documents, and some tokens have no target."""
     rows = []
-    for row in range(start, stop):
-        generator = torch.Generator().manual_seed(1000 * step + row)
+    for row in range(first, stop):
+        generator = torch.Generator().manual_seed(row)
         tokens = torch.randint(4, SHAPE.vocab_size, (LENGTH + 1,), generator=generator)
         cuts = torch.rand(LENGTH, generator=generator) < (0.15 if row % 4 else 0.0)
         ids = cuts.cumsum(0).int()
@@ -87,13 +87,13 @@ def train(job: dict[str, Any], world: World = ALONE) -> None:
     alone = world.size == 1
     model = tiny_model() if alone else empty_model(SHAPE)
 
-    def batch_at(step: int, start: int, stop: int) -> Batch:
-        if step == job.get("stop"):
+    def batch_at(first: int, stop: int) -> Batch:
+        if "stop" in job and first >= config.sequences(job["stop"]):
             raise Stop
-        return batch(step, start, stop)
+        return batch(first, stop)
 
     def validate(replica: Replica) -> dict[str, float]:
-        held_out = batch(9999, 0, 3)
+        held_out = batch(10_000_000, 10_000_003)
         total = sum_loss(replica, held_out.tokens, held_out.targets, held_out.document_ids, config.dtype)
         return {"loss": total.item()}
 

@@ -38,7 +38,7 @@ shape = XverseConfig(**{shape!r})
 feed = PretrainFeed({data!r}, MixtureConfig(), 48, seed=0)
 with world_of("fsdp") as world:
     replica = distribute(empty_model(shape), config, world, initial_weights(shape, 0))
-    batch = feed.batch(0, 8, *replica.rows(8))
+    batch = feed.batch(*replica.rows(8))
     loss, norm = train_step(replica, batch, config, float((feed.batch(0, 8).targets >= 0).sum()))
     (loss,) = world.sum(loss)
     if world.rank == 0:

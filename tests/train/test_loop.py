@@ -90,7 +90,7 @@ def test_ten_steps_equal_a_plain_loop_over_llama(
         rate = peak * (step + 1) / warmup if step < warmup else peak * (0.1 + 0.9 * (1 + math.cos(angle)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = llama_loss(llama, feed.batch(step, 4))
+        loss = llama_loss(llama, feed.batch(4 * step, 4 * step + 4))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
         optimizer.step()
@@ -102,6 +102,26 @@ def test_ten_steps_equal_a_plain_loop_over_llama(
     expected = llama.state_dict()
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-3, rtol=0)
+
+
+def test_a_growing_batch_reads_the_sequences_in_order(
+    feed: PretrainFeed, fit_tiny: Fit, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    plain = feed.batch
+    feed.batch = lambda first, stop: (seen.append((first, stop)), plain(first, stop))[1]  # type: ignore
+    ramp = {"batch_ramp_start": 1, "batch_ramp_steps": 6, "micro_batch_size": 2}
+    fit_tiny(tmp_path / "whole", steps=8, **ramp)
+    assert seen == [(0, 1), (1, 2), (2, 4), (4, 6), (6, 9), (9, 12), (12, 16), (16, 20)]
+    tokens = [
+        round(r["tokens_per_second"] * r["seconds"] / feed.length) for r in steps_of(tmp_path / "whole")
+    ]
+    assert tokens == [1, 1, 2, 2, 3, 3, 4, 4]
+    seen.clear()
+    with pytest.raises(UserError, match="batch_ramp_steps = 6, not 5"):
+        fit_tiny(tmp_path / "whole", steps=8, **{**ramp, "batch_ramp_steps": 5})
+    fit_tiny(tmp_path / "whole", steps=8, **ramp)
+    assert not seen, "finished"
 
 
 def test_bfloat16_stays_close_to_float32(fit_tiny: Fit, tmp_path: Path) -> None:

@@ -210,9 +210,25 @@ def test_compiled_layers_compute_the_same(feed: PretrainFeed, tiny_shape: dict[s
         model = tiny({**tiny_shape, "num_hidden_layers": 1})
         prepare_blocks(model, config)
         for step in range(3):  # of other documents each
-            loss, norm = train_step(model, feed.batch(step, 4), config)
+            loss, norm = train_step(model, feed.batch(4 * step, 4 * step + 4), config)
         results.append((loss, norm))
     assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_a_batch_grows_in_equal_stages() -> None:
+    config = dataclasses.replace(CONFIG, steps=50, batch_size=12, batch_ramp_start=3, batch_ramp_steps=30)
+    assert [config.rows(step) for step in (0, 9, 10, 19, 20, 29, 30, 49)] == [3, 3, 6, 6, 9, 9, 12, 12]
+    for step in (0, 1, 15, 30, 50):
+        assert config.sequences(step) == sum(config.rows(each) for each in range(step))
+    assert [CONFIG.rows(0), CONFIG.sequences(3)] == [4, 12]
+    for wrong, said in (
+        ({"batch_ramp_start": 5}, "batch_size 12 is not a multiple of batch_ramp_start 5"),
+        ({"batch_ramp_steps": 0}, "need each other"),
+        ({"batch_ramp_steps": 51}, "batch_ramp_steps 51 are more than steps 50"),
+        ({"parallel": "fsdp", "pipeline": 2}, "batch_ramp_start does not go with pipeline"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dataclasses.replace(config, **wrong)
 
 
 def test_compile_and_selective_are_refused() -> None:

@@ -25,13 +25,13 @@ def test_every_rank_finds_its_rows_without_those_of_others(
     feed: PretrainFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_size, step = 2 * RANKS, 3
-    whole = feed.batch(step, batch_size)
+    first = step * batch_size
+    whole = feed.batch(first, first + batch_size)
     taken: list[int] = []
     locate = feed.mixture.locate
     monkeypatch.setattr(feed.mixture, "locate", lambda n: (taken.append(n), locate(n))[1])
     for rank in (0, 1, 511, 1023):
-        start, stop = (2 * rank, 2 * rank + 2)
-        mine = feed.batch(step, batch_size, start, stop)
+        mine = feed.batch(first + 2 * rank, first + 2 * rank + 2)
         torch.testing.assert_close(mine.tokens, whole.tokens[2 * rank : 2 * rank + 2])
         torch.testing.assert_close(mine.targets, whole.targets[2 * rank : 2 * rank + 2])
     assert taken == [step * batch_size + 2 * rank + i for rank in (0, 1, 511, 1023) for i in (0, 1)]

@@ -30,7 +30,7 @@ found = {{}}
 with world_of("fsdp") as world:
     model = empty_model(shape)
     weights = initial_weights(shape, 0)
-    fit(model, lambda *rows: feed.batch(rows[0], 4, *rows[1:]), config, out, world=world, weights=weights)
+    fit(model, feed.batch, config, out, world=world, weights=weights)
     fingerprint, read_header = checkpoint._fingerprint, checkpoint.read_header
     read, headers = [], []
     checkpoint._fingerprint = lambda path: (read.append(path.name), fingerprint(path))[1]

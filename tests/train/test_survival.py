@@ -41,7 +41,7 @@ class Poisoned(XverseForCausalLM):
 
 
 def run(feed: PretrainFeed, model: XverseForCausalLM, out: Path, settings: TrainConfig) -> list[dict]:
-    fit(model, lambda n, start, stop: feed.batch(n, 4, start, stop), settings, out)
+    fit(model, feed.batch, settings, out)
     return read_metrics(out / "metrics.jsonl")
 
 
@@ -99,10 +99,10 @@ shape = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_lay
 with world_of("ddp") as world:
     model = XverseForCausalLM(XverseConfig(**shape))
     init_weights(model, 0)
-    def stuck_in_the_mud(step, start, stop):
-        if step == 3 and world.rank == 1:
+    def stuck_in_the_mud(first, stop):
+        if first == 7:  # the second process's in the fourth step
             time.sleep(1000)
-        tokens = torch.full((stop - start, 8), 5)
+        tokens = torch.full((stop - first, 8), 5)
         return Batch(tokens, tokens, torch.zeros_like(tokens, dtype=torch.int32))
     config = TrainConfig(
         steps=9, batch_size=2, learning_rate=1e-3, parallel="ddp", hang_seconds=3, dtype="float32",
@@ -128,7 +128,7 @@ def test_a_batch_without_targets_is_no_error(tiny_shape: Shape, tmp_path: Path) 
     init_weights(model, seed=0)
     tokens = torch.full((4, 8), 5)
     empty = Batch(tokens, torch.full_like(tokens, -100), torch.zeros_like(tokens, dtype=torch.int32))
-    call: Callable[..., Batch] = lambda n, start, stop: empty  # noqa: E731
+    call: Callable[..., Batch] = lambda first, stop: empty  # noqa: E731
     fit(model, call, config(steps=2), tmp_path)
     records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
     assert [r["loss"] for r in records] == [0.0, 0.0]

@@ -119,7 +119,7 @@ def _train(job: dict[str, Any], out: Path, every: int) -> None:
     )  # fmt: skip
     fit(
         model,
-        lambda step, start, stop: batch_of(config, job["length"], step, start, stop),
+        lambda first, stop: batch_of(config, job["length"], first, stop),
         settings,
         out,
     )

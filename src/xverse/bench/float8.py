@@ -51,7 +51,7 @@ def run(
     )
     device = compute_device()
     check_float8(config, named_shape(shape), device, sequence_length)
-    feed = PretrainFeed(data, MixtureConfig(), sequence_length, 0, steps * batch_size, batch_size)
+    feed = PretrainFeed(data, MixtureConfig(), sequence_length, seed=0)
     found = dataclasses.replace(named_shape(shape), vocab_size=feed.tokenizer.vocab_size)
     result = compare(found, config, feed, device)
     rows = []
@@ -94,7 +94,7 @@ def _curve(
     optimizer = make_optimizer(model, config)
     losses, seconds = [], []
     for step in range(config.steps):
-        batch = feed.batch(step, config.batch_size)
+        batch = feed.batch(config.sequences(step), config.sequences(step + 1))
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)

@@ -169,11 +169,11 @@ def _losses(out: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in read_metrics(file) if "loss" in r} if file.exists() else {}
 
 
-def batch_of(config: XverseConfig, length: int, step: int, start: int, stop: int) -> Batch:
-    """Rows ``start`` to ``stop`` of a step's random tokens, each position but the last with a target."""
+def batch_of(config: XverseConfig, length: int, first: int, stop: int) -> Batch:
+    """Sequences of random tokens, each position but the last with a target."""
     rows = []
-    for row in range(start, stop):
-        generator = torch.Generator().manual_seed(step * 1_000_003 + row)
+    for row in range(first, stop):
+        generator = torch.Generator().manual_seed(row)
         rows.append(torch.randint(4, config.vocab_size, (length,), generator=generator))
     tokens = torch.stack(rows)  # [B, T]
     targets = torch.full_like(tokens, IGNORE)
@@ -193,7 +193,7 @@ def main(job: dict[str, Any], out: Path) -> None:
         )  # fmt: skip
         fit(
             model,
-            lambda step, start, stop: batch_of(config, job["length"], step, start, stop),
+            lambda first, stop: batch_of(config, job["length"], first, stop),
             settings,
             out,
             world=world,

@@ -154,10 +154,10 @@ def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
     from xverse.train import PretrainRecipe
 
     recipe = load(PretrainRecipe, path, args.overrides)
-    sequences = recipe.train.steps * recipe.train.batch_size
+    sequences = recipe.train.sequences(recipe.train.steps)
     mixture = given if args.mixture else recipe.mixture
     feed = PretrainFeed(
-        recipe.data, mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.batch_size
+        recipe.data, mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.sequences
     )
     return feed, sequences
 

@@ -6,6 +6,7 @@ source are joined in the files' order. So shards are the same bytes whatever the
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -63,6 +64,12 @@ def documents(work: Path, unit: int) -> Iterator[tuple[dict[str, str], int, int]
     yield from zip(read_cleaned(work / "docs" / f"{unit:05d}.docs.jsonl.zst"), keys, fates, strict=True)
 
 
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path, changed: int) -> Tokenizer:
+    """Loading 100,534 entries takes a second or two: once for each worker, not once for each of its tasks."""
+    return Tokenizer.load(folder)
+
+
 @dataclass
 class Encode:
     """Encodes the units that fall to a rank into ``WORK/parts/UNIT/SPLIT/NAME``."""
@@ -73,7 +80,7 @@ class Encode:
     fingerprint: str
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
-        tokenizer = Tokenizer.load(self.tokenizer)
+        tokenizer = _tokenizer(self.tokenizer, (self.tokenizer / "tokenizer.json").stat().st_mtime_ns)
         plan = Plan.load(self.work / "plan.json")
         valid = {name: frozenset(source.valid) for name, source in plan.sources.items()}
         order = sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i])
@@ -133,7 +140,7 @@ class Join:
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
         plan = Plan.load(self.work / "plan.json")
-        tokenizer = Tokenizer.load(self.tokenizer).hash
+        tokenizer = _tokenizer(self.tokenizer, (self.tokenizer / "tokenizer.json").stat().st_mtime_ns).hash
         for name in sorted(plan.sources)[rank::tasks]:
             source = plan.sources[name]
             for split in SPLITS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -49,7 +49,7 @@ class PretrainFeed:
 
     The order is a pure function of (seed, step): it does not know how many processes read it. Raises
     UserError for a folder that is not prepared, for damaged shards and for an impossible mixture. Caps and
-    stages of a mixture need the number of ``sequences`` of the run and of a step (``batch_size``).
+    stages of a mixture need the number of ``sequences`` of the run, and of those ``before`` a step.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class PretrainFeed:
         length: int,
         seed: int,
         sequences: int = 0,
-        batch_size: int = 0,
+        before: Callable[[int], int] | None = None,
     ) -> None:
         self.folder, self.length = Path(folder), length
         if not (self.folder / "train").is_dir():
@@ -80,7 +80,7 @@ class PretrainFeed:
             {name: (header.category, header.language) for name, header in headers.items()},
             seed,
             sequences,
-            batch_size,
+            before,
         )
         self._token_bytes: NDArray[np.int64] | None = None
 
@@ -111,10 +111,9 @@ class PretrainFeed:
         source, k = self.mixture.locate(n)
         return self.packers[source].sequence(k)
 
-    def batch(self, step: int, batch_size: int, start: int = 0, stop: int | None = None) -> Batch:
-        """Rows ``start`` to ``stop`` (default: all) of the step's global batch of ``batch_size``."""
-        rows = range(batch_size)[start:stop]
-        return collate([self.sequence(step * batch_size + row) for row in rows])
+    def batch(self, first: int, stop: int) -> Batch:
+        """The run's sequences from ``first`` to before ``stop``."""
+        return collate([self.sequence(n) for n in range(first, stop)])
 
     def valid_batches(
         self, name: str, batch_size: int, max_tokens: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -103,9 +103,10 @@ class MixtureConfig(Shares):
         kinds: Kinds,
         seed: int,
         sequences: int = 0,
-        batch_size: int = 0,
+        before: Callable[[int], int] | None = None,
     ) -> Mixture | Schedule:
-        """The mixture of a run of so many sequences, so many a step (0: not known; then no cap holds).
+        """The mixture of a run of so many sequences (0: not known; then no cap holds), of which
+        ``before(step)`` come before a step.
 
         ``sizes``: tokens of each source; ``lengths``: sequences of its epoch. Raises UserError as ``resolve``
         does, for stages out of order, and for caps that leave nothing to draw.
@@ -114,9 +115,9 @@ class MixtureConfig(Shares):
         steps = [0, *(stage.from_step for stage in self.stages)]
         if any(after <= before for before, after in itertools.pairwise(steps)):
             raise UserError("mixture: the stages' from_step must grow, and begin above 0")
-        if len(stages) > 1 and batch_size == 0:
+        if len(stages) > 1 and before is None:
             raise UserError("mixture: stages count steps, and only a recipe for pretraining has steps")
-        starts = [step * batch_size for step in steps]
+        starts = [before(step) if before else 0 for step in steps]
         if len(stages) > 1 and sequences and starts[-1] >= sequences:
             raise UserError(f"mixture: a stage begins at step {steps[-1]}, and the run ends before")
         weights = [stage.resolve(sizes, kinds) for stage in stages]

@@ -145,9 +145,9 @@ class ExampleFeed:
         epoch = next(e for e in range(len(self._starts) - 1, -1, -1) if self._starts[e] <= n)
         return self._rows(epoch)[n - self._starts[epoch]]
 
-    def batch(self, step: int, batch_size: int, start: int = 0, stop: int | None = None) -> Batch:
-        """Rows ``start`` to ``stop`` (default: all) of the step's global batch of ``batch_size``."""
-        rows = (self.row(step * batch_size + i) for i in range(batch_size)[start:stop])
+    def batch(self, first: int, stop: int) -> Batch:
+        """The run's rows from ``first`` to before ``stop``."""
+        rows = (self.row(n) for n in range(first, stop))
         return collate(
             [packed_from_examples([self.examples[i] for i in row], self.length, self.pad_id) for row in rows]
         )

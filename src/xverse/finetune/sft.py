@@ -75,7 +75,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
         seed=recipe.seed,
     )
     feed = ExampleFeed(datasets, recipe.sequence_length, tokenizer.pad_id, recipe.seed)
-    rows = recipe.train.steps * recipe.train.batch_size
+    rows = recipe.train.sequences(recipe.train.steps)
     epochs = rows * recipe.sequence_length / feed.tokens_per_epoch
     world.say(f"{feed.tokens_per_epoch:,} tokens an epoch; {rows:,} rows are about {epochs:.2f} epochs")
 
@@ -90,7 +90,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
     }
     fit(
         model,
-        lambda step, start, stop: feed.batch(step, recipe.train.batch_size, start, stop),
+        feed.batch,
         recipe.train,
         recipe.out,
         validate=validate,

@@ -75,7 +75,7 @@ def dry_run(recipe: PretrainRecipe) -> Findings:
     lines = [f"shape {name}: {shape.num_parameters():,} parameters", f"layout: {layout}"]
     lines += _data(recipe, shape, layout)
     lines += _model(shape, config, task, layout)
-    tokens = config.steps * task.batch_tokens
+    tokens = config.sequences(config.steps) * task.length
     lines += ["", text(task, name, [prediction], tokens, heading="predicted for"), ""]
     return Findings(lines, time.perf_counter() - started)
 
@@ -153,16 +153,15 @@ def _data(recipe: PretrainRecipe, shape: XverseConfig, layout: Layout) -> list[s
     feed = checked_feed(recipe, shape)
     config = recipe.train
     share = config.batch_size // layout.data
-    last = feed.batch(config.steps - 1, config.batch_size, config.batch_size - share)
+    end = config.sequences(config.steps)
+    last = feed.batch(end - share, end)
     assert last.tokens.shape == (share, recipe.sequence_length)
     assert int(last.tokens.max()) < shape.vocab_size
     return [f"data: {feed.mixture}; {_epochs(feed, config)}"]
 
 
 def _epochs(feed: PretrainFeed, config: TrainConfig) -> str:
-    source, most = max(
-        feed.mixture.epochs(config.steps * config.batch_size).items(), key=lambda item: item[1]
-    )
+    source, most = max(feed.mixture.epochs(config.sequences(config.steps)).items(), key=lambda item: item[1])
     return f"the most often read source is {source}, {most:.1f} times"
 
 

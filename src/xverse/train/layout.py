@@ -81,6 +81,8 @@ def layout_of(config: TrainConfig, processes: int, shape: XverseConfig, length: 
 
 def problem(layout: Layout, config: TrainConfig, shape: XverseConfig, length: int | None) -> str:
     """What does not divide, or an empty string."""
+    if config.batch_ramp_start % layout.data:
+        return f"batch_ramp_start {config.batch_ramp_start} does not divide into {layout.data} processes"
     rows, left = divmod(config.batch_size, layout.data)
     micro = config.micro_batch_size or rows
     if left or not rows or rows % micro:

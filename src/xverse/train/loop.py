@@ -39,7 +39,7 @@ __all__ = ["Interrupted", "TrainConfig", "fit", "sum_loss", "train_step"]
 # What runs of older versions had, whose checkpoints do not say it.
 BEFORE = {"documents": ORDERS[0], "float8": False}
 
-BatchAt = Callable[[int, int, int], Batch]
+BatchAt = Callable[[int, int], Batch]
 Validate = Callable[[Replica], dict[str, float]]
 Evaluate = Callable[[XverseForCausalLM], dict[str, float]]
 
@@ -60,9 +60,9 @@ def fit(
     """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``. One
     on the meta device gets from ``weights``, whole parameters in turn, what this process keeps of them.
 
-    ``batch_at(step, start, stop)`` gives these rows of a step's global batch, and nothing else decides the
-    order of data. ``validate`` returns named figures, and so does ``evaluate``, of benchmarks, at the same
-    steps. ``data_problem`` says what has become of the data, asked at the start and before each checkpoint.
+    ``batch_at(first, stop)`` gives these sequences of the run, and nothing else decides the order of data.
+    ``validate`` returns named figures, and so does ``evaluate``, of benchmarks, at the same steps.
+    ``data_problem`` says what has become of the data, asked at the start and before each checkpoint.
     Everything is recorded in ``out/metrics.jsonl``. ``identity`` is what else decides the losses:
     raises UserError where ``out`` holds a run begun with other values, and where the run diverges. SIGINT and
     SIGTERM save a checkpoint and raise Interrupted. Every process of ``world`` calls it, with equal weights.
@@ -139,8 +139,7 @@ class Run:
 
     def train(self, batch_at: BatchAt, first_step: int, meter: Meter) -> None:
         config, world = self.config, self.world
-        start, stop = self.replica.rows(config.batch_size)
-        batches = prefetch(batch_at(step, start, stop) for step in range(first_step, config.steps))
+        batches = prefetch(batch_at(*self.sequences(step)) for step in range(first_step, config.steps))
         with requests() as asked, contextlib.closing(batches), meter:  # type: ignore[type-var]
             for step in range(first_step, config.steps):
                 self.watchdog.beat(step, "data")
@@ -168,7 +167,7 @@ class Run:
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
                     length = batch.tokens.shape[1]
-                    figures = meter.step(step, loss, config.batch_size * length, length, waited)
+                    figures = meter.step(step, loss, config.rows(step) * length, length, waited)
                     values: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm, "lr": rate}
                     values |= figures
                     if communication:
@@ -193,6 +192,12 @@ class Run:
                         )
                         raise Interrupted
                 meter.forget_time()
+
+    def sequences(self, step: int) -> tuple[int, int]:
+        """First and last + 1 of the run's sequences that this process has in a step."""
+        before = self.config.sequences(step)
+        start, stop = self.replica.rows(self.config.rows(step))
+        return before + start, before + stop
 
     @contextlib.contextmanager
     def watched(self, step: int, first_step: int) -> Iterator[list[float]]:

@@ -118,9 +118,9 @@ def checked_shape(recipe: PretrainRecipe) -> tuple[XverseConfig, str]:
 
 def checked_feed(recipe: PretrainRecipe, config: XverseConfig) -> PretrainFeed:
     """The recipe's data. Raises UserError for a tokenizer of another vocabulary than the shape's."""
-    sequences = recipe.train.steps * recipe.train.batch_size
+    sequences = recipe.train.sequences(recipe.train.steps)
     feed = PretrainFeed(
-        recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.batch_size
+        recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.sequences
     )
     if feed.tokenizer.vocab_size != config.vocab_size:
         name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
@@ -142,7 +142,7 @@ def _pretrain(
     feed = checked_feed(recipe, config)
     announce(world, config, recipe.train, recipe.sequence_length)
     model, weights = _initial(recipe, config, feed.tokenizer)
-    tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
+    tokens = recipe.train.sequences(recipe.train.steps) * recipe.sequence_length
     world.say(f"shape {name}: {config.num_parameters():,} parameters, {tokens:,} tokens, {feed.mixture}")
 
     def validate(model: Replica) -> dict[str, float]:
@@ -167,7 +167,7 @@ def _pretrain(
     }
     fit(
         model,
-        lambda step, start, stop: feed.batch(step, recipe.train.batch_size, start, stop),
+        feed.batch,
         recipe.train,
         recipe.out,
         validate=validate,

@@ -21,6 +21,9 @@ class TrainConfig:
     separate runs; ``replicate`` groups of processes have shares of their own (HSDP). The processes' number
     divided by all of these is in how many parts fsdp shards.
 
+    From ``batch_ramp_start`` (0: no ramp) the batch grows over ``batch_ramp_steps`` to ``batch_size``, in
+    equal stages (Brown et al., 2020): early gradients agree, so that fewer sequences say as much.
+
     ``decay_share`` of the steps, at the end, is the decay of the wsd schedule. ``muon`` trains the layers'
     matrices with Muon and the rest with AdamW. ``optimizer_dtype`` is what the optimizer remembers in.
     ``z_loss`` times the squared log of the softmax's sum is added to each token's loss (PaLM: 1e-4).
@@ -42,6 +45,8 @@ class TrainConfig:
     batch_size: int
     learning_rate: float
     micro_batch_size: int = 0
+    batch_ramp_start: int = 0
+    batch_ramp_steps: int = 0
     parallel: Literal["none", "ddp", "fsdp"] = "none"
     tensor: int = 1
     context: int = 1
@@ -109,6 +114,31 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if bool(self.batch_ramp_start) != bool(self.batch_ramp_steps):
+            raise ValueError("batch_ramp_start and batch_ramp_steps need each other")
+        if self.batch_ramp_start and self.batch_size % self.batch_ramp_start:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of batch_ramp_start {self.batch_ramp_start}"
+            )
+        if self.batch_ramp_steps > self.steps:
+            raise ValueError(f"batch_ramp_steps {self.batch_ramp_steps} are more than steps {self.steps}")
+        if (
+            self.batch_ramp_start and self.pipeline > 1
+        ):  # its schedule is made for one number of micro-batches
+            raise ValueError("batch_ramp_start does not go with pipeline; leave one of the two out")
+
+    def rows(self, step: int) -> int:
+        """Sequences in the global batch of a step."""
+        if step >= self.batch_ramp_steps:
+            return self.batch_size
+        stages = self.batch_size // self.batch_ramp_start
+        return self.batch_ramp_start * (1 + step * (stages - 1) // self.batch_ramp_steps)
+
+    def sequences(self, step: int) -> int:
+        """Sequences in the batches of all steps before ``step``."""
+        ramp = min(step, self.batch_ramp_steps)
+        small = sum(self.rows(each) for each in range(ramp))
+        return small + (step - ramp) * self.batch_size
 
 
 POSITIVE = {
