@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from xverse.config import UserError
+from xverse.data.feed import PretrainFeed
 from xverse.formats import load_model, save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.tokenizer import Tokenizer
-from xverse.train import TrainConfig
+from xverse.train import TrainConfig, fit
 from xverse.train.materialise import empty_model, initial_weights, stored_model
 from xverse.train.parallel import ALONE, distribute
 
@@ -92,6 +93,23 @@ def test_weights_in_turn_are_those_of_the_whole(tiny_shape: dict[str, int]) -> N
     for name, parameter in expected.named_parameters():
         assert torch.equal(found[name], parameter), name
         assert found[name].requires_grad
+
+
+def test_a_run_that_goes_on_makes_no_weights(
+    feed: PretrainFeed, tiny_shape: dict[str, int], tmp_path: Path
+) -> None:
+    """Its checkpoint has them all."""
+    shape, config = XverseConfig(**tiny_shape), TrainConfig(**CONFIG, preflight="off")
+
+    def asked() -> Iterator[Any]:
+        raise AssertionError("weights were made")
+        yield
+
+    first, again = empty_model(shape), empty_model(shape)
+    fit(first, feed.batch, config, tmp_path, weights=initial_weights(shape, seed=0))
+    fit(again, feed.batch, config, tmp_path, weights=asked())
+    for name, parameter in first.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter), name
 
 
 def test_half_precision_is_read_into_float32(

@@ -80,10 +80,18 @@ def fit(
         checked = None
         if config.preflight != "off":
             checked = preflight.check(world, config.preflight, config.preflight_share, config.dtype)
+        started = time.perf_counter()
+        found = _checkpoint(out, world, identity)
+        looked = time.perf_counter() - started
+        if found and weights is not None:
+            weights = ()  # a checkpoint brings them all
         replica = distribute(model, config, world, weights)
         optimizer = make_optimizer(model, config)
         steadiness = Steadiness(config)
-        first_step, seconds = _resume(out, replica, optimizer, identity, steadiness)
+        first_step, seconds = 0, 0.0
+        if found:
+            seconds = _resume(found, looked, replica, optimizer, steadiness)
+            first_step = int(found[1]["step"])
         if first_step == config.steps:
             world.say(f"{out}: this run is finished ({config.steps} steps)")
             return
@@ -347,35 +355,38 @@ def _alone(out: Path, world: World) -> Iterator[None]:
         yield
 
 
-def _resume(
-    out: Path,
-    replica: Replica,
-    optimizer: torch.optim.Optimizer,
-    identity: Mapping[str, Any],
-    steadiness: Steadiness,
-) -> tuple[int, float]:
-    """Load the newest whole checkpoint, if there is one; returns the number of steps done, and the seconds
-    that it took to find, verify and load it."""
-    started = time.perf_counter()
-    world = replica.world
+def _checkpoint(out: Path, world: World, identity: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its state, if there is one. Raises UserError where it is of a run with
+    another identity."""
     if world.rank == 0:
         clear_leftovers(out)
     found = newest(out, world)
     if found is None:
-        return 0, 0.0
-    path, state = found
-    begun = state["identity"]
+        return None
     # A key that only one of the two has came, or went, with another version of this code.
-    begun = {**BEFORE, **begun}
+    begun = {**BEFORE, **found[1]["identity"]}
     both = begun.keys() & identity.keys()
     differs = _difference({key: begun[key] for key in both}, {key: identity[key] for key in both})
     if differs:
         raise UserError(f"{out}: this run was begun with {differs}; set it back or change out")
-    load_checkpoint(path, state, replica.model, optimizer, world)
+    return found
+
+
+def _resume(
+    found: tuple[Path, dict[str, Any]],
+    looked: float,
+    replica: Replica,
+    optimizer: torch.optim.Optimizer,
+    steadiness: Steadiness,
+) -> float:
+    """Load a checkpoint that was found and verified in ``looked`` seconds; returns what it took in all."""
+    started = time.perf_counter()
+    path, state = found
+    load_checkpoint(path, state, replica.model, optimizer, replica.world)
     steadiness.restore(state.get("steadiness", {}))
-    seconds = time.perf_counter() - started
-    world.say(f"resuming from {path} ({seconds:.1f} s)")
-    return int(state["step"]), seconds
+    seconds = looked + time.perf_counter() - started
+    replica.world.say(f"resuming from {path} ({seconds:.1f} s)")
+    return seconds
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:

@@ -59,15 +59,18 @@ def materialise(
     """Give ``model`` on the meta device, sharded or not, its memory on ``device`` and its values, in place.
 
     ``modules`` together hold all of its parameters; those under FSDP must be told by the module it wraps.
-    ``weights`` may have others too, such as those of other stages of a pipeline.
+    ``weights`` may have others too, such as those of other stages of a pipeline; where there are none at all,
+    all values are still to be read from a checkpoint.
     """
     for module in modules:
         module.to_empty(device=device)
-    missing = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    found = set()
     for name, tensor in weights:
-        if name in missing:
-            put(tensor, missing.pop(name))
-    assert not missing, f"no weights for {', '.join(missing)}"
+        if name in parameters:
+            put(tensor, parameters[name])
+            found.add(name)
+    assert not found or found == parameters.keys(), f"no weights for {parameters.keys() - found}"
 
 
 @torch.no_grad()
