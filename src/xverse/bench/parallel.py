@@ -19,9 +19,10 @@ from xverse.bench.report import Row, in_gb, need_memory, process_memory, say_gb,
 from xverse.bench.train import random_batch
 from xverse.config import UserError
 from xverse.log import notice
-from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
+from xverse.model import XverseConfig, named_shape
 from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, train_step
+from xverse.train.materialise import empty_model, initial_weights
 from xverse.train.optimizer import make_optimizer
 from xverse.train.parallel import distribute, world_of
 
@@ -123,9 +124,7 @@ def child(job: str) -> None:
         before = process_memory("VmRSS")
         if before is None:
             raise UserError("bench parallel reads /proc/self/status, which only Linux has")
-        model = XverseForCausalLM(config)
-        init_weights(model, seed=0)
-        replica = distribute(model, train, world)
+        replica = distribute(empty_model(config), train, world, initial_weights(config, seed=0))
         optimizer = make_optimizer(replica.model, train)
         start, stop = replica.rows(train.batch_size)
         batch = random_batch(config, train.batch_size, length)
