@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,27 @@ def test_a_finished_folder_is_left_alone(corpus: Path, prepared: Path) -> None:
     report = prepare(recipe(corpus, prepared))
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
     assert [row.name for row in report.sources] == ["code_py", "en", "zh"]
+
+
+def test_a_second_command_on_the_same_folder_is_refused(
+    corpus: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(f"corpus: {corpus}\nout: {out}\nvocab_size: 600\nvalid_share: 0.1\n")
+    command = [sys.executable, "-m", "xverse.cli", "data", "prepare", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
+        while not (out / "recipe.json").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # in the middle of its work
+        second = subprocess.run(command, capture_output=True, text=True)
+        first.send_signal(signal.SIGCONT)
+        first.communicate()
+    assert second.returncode == 2
+    assert second.stderr.startswith(f"xverse: {out}: another xverse data prepare is at work")
+    assert second.stderr.count("\n") == 1
+    assert first.returncode == 0
+    assert tree(out) == tree(prepared)
 
 
 def test_another_recipe_is_refused(corpus: Path, prepared: Path, tmp_path: Path) -> None:

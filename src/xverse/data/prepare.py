@@ -37,7 +37,7 @@ from xverse.data.ledger import UnitRecord
 from xverse.data.prepare_report import PreparedSource, PrepareReport, WriteReport
 from xverse.data.readers import Input, Unit, corpus_units, input_units
 from xverse.data.shards import read_header
-from xverse.files import atomic_directory, atomic_file
+from xverse.files import alone, atomic_directory, atomic_file
 from xverse.log import notice
 from xverse.tokenizer import Tokenizer, train_tokenizer
 
@@ -91,10 +91,16 @@ class PrepareRecipe:
 def prepare(recipe: PrepareRecipe) -> PrepareReport | None:
     """Make ``recipe.out``, or what is missing of it; None where a cluster's queue has it now.
 
-    Raises UserError for missing, empty or too broken text, a folder that another recipe made, damaged shards
-    and a full disk.
+    Raises UserError for missing, empty or too broken text, a folder that another recipe made or another
+    command is at work in, damaged shards and a full disk.
     """
     units = recipe.units()
+    # The tasks of a cluster share the folder, and none of them comes by here.
+    with alone(recipe.out / ".lock", f"{recipe.out}: another xverse data prepare is at work in this folder"):
+        return _prepare(recipe, units)
+
+
+def _prepare(recipe: PrepareRecipe, units: list[Unit]) -> PrepareReport | None:
     fingerprint = claim(recipe, units)
     if recipe.executor.kind == "local":  # on a cluster an earlier command's tasks may still be writing
         _clear_leftovers(recipe.out)
