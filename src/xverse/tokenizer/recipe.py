@@ -226,16 +226,14 @@ def train_words(
 
 
 def merge_texts(ids: np.ndarray, alphabet: Sequence[str]) -> list[tuple[str, str]]:
-    """Merges as pairs of texts from ids [N, 3]; the last of two equal ones counts, as in the library."""
+    """Merges as pairs of texts from ids [N, 3]."""
     tokens = [""] * FIXED + list(alphabet)
-    pairs: dict[tuple[str, str], None] = {}
+    pairs = []
     for left, right, made in ids.tolist():
-        pair = (tokens[left], tokens[right])
-        if made == len(tokens):
-            tokens.append("".join(pair))
-        pairs.pop(pair, None)
-        pairs[pair] = None
-    return list(pairs)
+        assert made == len(tokens)
+        pairs.append((tokens[left], tokens[right]))
+        tokens.append(tokens[left] + tokens[right])
+    return pairs
 
 
 def first_weights(recipe: TokenizerRecipe, sources: Sequence[Source]) -> dict[str, float]:
