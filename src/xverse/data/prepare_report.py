@@ -166,7 +166,7 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
             [
                 name,
                 f"{count:,}",
-                f"{about['too_short'].get(name, 0):,}",
+                f"{len(about['too_short'].get(name, ())):,}",
                 f"{len(ledger.questions.get(name, ())):,}",
                 f"{total(ledger.dropped.get(f'decontaminate: {name}', {}).values())[0]:,}",
             ]
@@ -174,6 +174,9 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
         ]
         head = ["benchmark", "questions", "too short to look for", "found", "documents dropped for it"]
         lines += ["## Decontamination", "", *_table(head, rows), ""]
+        for name, short in about["too_short"].items():
+            more = f" and {len(short) - ROWS:,} more" if len(short) > ROWS else ""
+            lines += [f"Too short to look for in {name}: {', '.join(short[:ROWS])}{more}.", ""]
     for title, column in (("language", 0), ("source", 1)):
         lines += [f"## By {title}", "", *_by(ledger, column, title), ""]
     if ledger.examples:
