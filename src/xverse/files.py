@@ -80,8 +80,8 @@ def alone(lock: str | Path, busy: str) -> Iterator[None]:
     """
     lock = Path(lock)
     made = not lock.parent.exists()
-    with _write_errors(lock):
-        _make_parent(lock)
+    with _write_errors(lock.parent):
+        _make_folder(lock.parent, lock.parent)
         file = _held(lock, busy)
     with file:
         try:
@@ -112,10 +112,14 @@ def _held(lock: Path, busy: str) -> IO[str]:
 
 
 def _make_parent(path: Path) -> None:
+    _make_folder(path.parent, path)
+
+
+def _make_folder(folder: Path, shown: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # of any kind: some file systems say "no such file" for "not allowed"
-        raise UserError(f"{path}: cannot be written ({os.strerror(error.errno or 0)})") from error
+        raise UserError(f"{shown}: cannot be written ({os.strerror(error.errno or 0)})") from error
 
 
 def _sync(path: Path) -> None:

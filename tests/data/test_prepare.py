@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import shutil
 import signal
@@ -154,6 +155,27 @@ def test_duplicates_and_bad_lines_are_reported(corpus: Path, prepared: Path, tmp
     assert report.tokenizer == Tokenizer.load(prepared / "tokenizer").hash
 
 
+def test_broken_files_and_empty_languages_are_told(
+    corpus: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, lines = tmp_path / "corpus", (corpus / "both.jsonl").read_bytes()
+    folder.mkdir()
+    (folder / "en.jsonl").write_bytes(lines)
+    (folder / "fi.jsonl").touch()
+    (folder / "zh.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"corpus: {folder}\nout: {tmp_path / 'out'}\ntokenizer: {prepared / 'tokenizer'}\n")
+    assert main(["data", "prepare", str(path), "executor.workers=1"]) == 0
+    output = capsys.readouterr()
+    for told in (output.out, output.err):
+        assert "\nfi.jsonl: no document in it\nzh.jsonl.gz: broken gzip stream (" in f"\n{told}"
+    assert "\n\n" not in output.err
+    forbid = [f"out={tmp_path / 'other'}", "allow_broken_files=false", "executor.workers=1"]
+    assert main(["data", "prepare", str(path), *forbid]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "1 broken files, which allow_broken_files forbids: zh.jsonl.gz: broken gzip stream (" in told
+
+
 def test_held_out_documents_are_a_share_within_the_cap() -> None:
     sizes = dict.fromkeys(range(500), 1000)
     assert choose_valid(sizes, 0.01, 100_000) == set(range(5))
@@ -168,7 +190,7 @@ def test_a_corpus_without_a_usable_document(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "en.jsonl").write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(
-        UserError, match=r"no usable document in this corpus \(1 lines skipped: 1 invalid UTF-8"
+        UserError, match=r"no usable document in this corpus \(en.jsonl: 1 lines skipped: 1 invalid UTF-8"
     ):
         prepare(recipe(folder, tmp_path / "out"))
 

@@ -80,9 +80,10 @@ def _prepare(args: argparse.Namespace) -> int:
     Console(highlight=False).print(table)
     total = sum(row.tokens for row in report.sources)
     held = sum(row.valid_tokens for row in report.sources)
+    sources = f"{len(report.sources)} source{'s' if len(report.sources) != 1 else ''}"
     print(
-        f"{len(report.sources)} sources, {total:,} tokens for training, {held:,} held out; "
-        f"{report.duplicates} exact duplicates removed"
+        f"{sources}, {total:,} tokens for training, {held:,} held out; "
+        f"{report.duplicates:,} exact duplicates removed"
     )
     if report.dropped:
         print("dropped: " + ", ".join(f"{count:,} by {stage}" for stage, count in report.dropped.items()))

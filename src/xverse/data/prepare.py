@@ -200,10 +200,13 @@ class MakePlan:
         """Refuse text of which nothing is left, and too many bad lines."""
         recipe = self.recipe
         for unit, record in zip(self.units, records, strict=True):
-            if record.report.describe():
-                notice(f"{unit.name}: {record.report.describe()}")
+            if record.report.describe() or not record.report.read:
+                notice(f"{unit.name}: {record.report.describe() or 'no document in it'}")
         where = recipe.corpus if recipe.corpus is not None else "inputs"
-        why = "; ".join(filter(None, (record.report.describe() for record in records)))
+        told = [
+            (unit.name, record.report.describe()) for unit, record in zip(self.units, records, strict=True)
+        ]
+        why = "; ".join(f"{name}: {text}" for name, text in told if text)
         why = f" ({why[:500]})" if why else ""
         if not any(record.report.read for record in records):
             raise UserError(f"{where}: no usable document in this corpus{why}")
@@ -217,7 +220,11 @@ class MakePlan:
                 f"{where}: {bad:,} of {lines:,} lines cannot be read, more than max_bad_share "
                 f"{recipe.max_bad_share:g} allows{why}"
             )
-        broken = [name for record in records for name in record.report.broken_files]
+        broken = [
+            f"{unit.name}: {text}"
+            for unit, record in zip(self.units, records, strict=True)
+            for text in record.report.broken_files
+        ]
         if broken and not recipe.allow_broken_files:
             raise UserError(
                 f"{where}: {len(broken)} broken files, which allow_broken_files forbids: {broken[0]}"

@@ -102,7 +102,8 @@ class WriteReport:
                 )
             )
         descriptions = {
-            name: record.report.describe() for name, record in zip(self.units, records, strict=True)
+            name: record.report.describe() or ("" if record.report.read else "no document in it")
+            for name, record in zip(self.units, records, strict=True)
         }
         return PrepareReport(
             rows,

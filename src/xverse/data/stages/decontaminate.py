@@ -28,7 +28,7 @@ from xverse.data.words import UNSPACED, ngrams, word_numbers, words
 from xverse.files import atomic_file
 
 # Characters where words have no spaces, and numbers where there is nothing else, are half a word each.
-MIN_WORDS = 5  # of a text that is looked for anywhere
+MIN_WORDS = 5.0  # of a text that is looked for anywhere
 MIN_LINE = 2.5  # of one that has to be a whole line or sentence
 _BREAKS = re.compile(r"[\r\n]+|(?<=[.!?:])[^\w\s]*\s+|(?<=[。！？：])")
 
@@ -44,7 +44,7 @@ class DecontaminateStage:
 
     def __post_init__(self) -> None:
         if self.ngram < MIN_WORDS or not 0 < self.overlap <= 1:
-            raise ValueError(f"decontaminate: ngram is at least {MIN_WORDS}, overlap above 0 and at most 1")
+            raise ValueError(f"decontaminate: ngram is at least {MIN_WORDS:g}, overlap above 0 and at most 1")
 
     def names(self) -> list[str]:
         """The benchmarks that are looked for. Raises UserError where one is missing."""
@@ -181,7 +181,7 @@ def make_index(items: Iterable[tuple[str, Item]], ngram: int = 13, overlap: floa
 
 
 def _length(text: str) -> float:
-    """Words; characters of scripts without spaces, and numbers where there is nothing else, for half a word."""
+    """Words; characters of scripts without spaces, and numbers where nothing else stands, for half a one."""
     found = words(text)
     if all(word.isnumeric() for word in found):
         return len(found) / 2
