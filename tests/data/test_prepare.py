@@ -176,6 +176,23 @@ def test_broken_files_and_empty_languages_are_told(
     assert "1 broken files, which allow_broken_files forbids: zh.jsonl.gz: broken gzip stream (" in told
 
 
+def test_of_many_broken_files_the_first_are_told(
+    corpus: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, path = tmp_path / "corpus", tmp_path / "recipe.yaml"
+    shutil.copytree(corpus, folder)
+    for number in range(25):
+        (folder / f"en{number:02}.jsonl").touch()
+    path.write_text(f"corpus: {folder}\nout: {tmp_path / 'out'}\ntokenizer: {prepared / 'tokenizer'}\n")
+    assert main(["data", "prepare", str(path), "executor.workers=1"]) == 0
+    output = capsys.readouterr()
+    for told in (output.out, output.err):
+        lines = told.splitlines()[-21:]
+        assert lines[0] == "en00.jsonl: no document in it"
+        assert lines[-1] == "and 5 more files, which report.md names"
+    assert "- en24.jsonl: no document in it" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_held_out_documents_are_a_share_within_the_cap() -> None:
     sizes = dict.fromkeys(range(500), 1000)
     assert choose_valid(sizes, 0.01, 100_000) == set(range(5))

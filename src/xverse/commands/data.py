@@ -55,6 +55,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
     try:
         from xverse.data.prepare import PrepareRecipe, prepare
+        from xverse.data.prepare_report import first_of
     except ModuleNotFoundError as error:
         if error.name not in ("datatrove", "py3langid", "zstandard"):
             raise
@@ -89,8 +90,8 @@ def _prepare(args: argparse.Namespace) -> int:
         print("dropped: " + ", ".join(f"{count:,} by {stage}" for stage, count in report.dropped.items()))
     if recipe.stages.any():
         print(f"what became of the text: {recipe.out / 'report.md'}")
-    for name, text in report.skipped.items():
-        print(f"{name}: {text}")
+    for line in first_of(report.skipped):
+        print(line)
     return 0
 
 

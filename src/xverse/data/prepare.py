@@ -34,7 +34,13 @@ from xverse.data.duplicates import Documents, choose_copies, exact_pairs, near_p
 from xverse.data.encode import SPLITS, Encode, Join, Plan, Source, documents
 from xverse.data.executor import ExecutorConfig, Phase, run_phases
 from xverse.data.ledger import UnitRecord
-from xverse.data.prepare_report import PreparedSource, PrepareReport, WriteReport
+from xverse.data.prepare_report import (
+    PreparedSource,
+    PrepareReport,
+    WriteReport,
+    first_of,
+    unreadable,
+)
 from xverse.data.readers import Input, Unit, corpus_units, input_units
 from xverse.data.shards import read_header
 from xverse.files import alone, atomic_directory, atomic_file
@@ -199,14 +205,11 @@ class MakePlan:
     def _check(self, records: list[UnitRecord]) -> None:
         """Refuse text of which nothing is left, and too many bad lines."""
         recipe = self.recipe
-        for unit, record in zip(self.units, records, strict=True):
-            if record.report.describe() or not record.report.read:
-                notice(f"{unit.name}: {record.report.describe() or 'no document in it'}")
         where = recipe.corpus if recipe.corpus is not None else "inputs"
-        told = [
-            (unit.name, record.report.describe()) for unit, record in zip(self.units, records, strict=True)
-        ]
-        why = "; ".join(f"{name}: {text}" for name, text in told if text)
+        told = unreadable([unit.name for unit in self.units], records)
+        for line in first_of(told):
+            notice(line)
+        why = "; ".join(f"{name}: {text}" for name, text in told.items())
         why = f" ({why[:500]})" if why else ""
         if not any(record.report.read for record in records):
             raise UserError(f"{where}: no usable document in this corpus{why}")
