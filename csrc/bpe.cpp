@@ -4,12 +4,16 @@
 // Where every pair's words stood in lists, memory would grow with the tail of rare pairs, which are never merged. So
 // training goes in phases. A phase keeps the pairs that occur at least `threshold` times; it ends where a pair below
 // could be next. Then the words are scanned again, and the next phase begins with a lower threshold.
+//
+// A scan gives each pair one list of words, as the library has, which lists words anew whenever a merge brings a pair
+// about: no pair comes about twice. For all of a pair's places merge at once, from the left, so that between two
+// boundaries of symbols, which were boundaries from the start, stands what the merges make of those characters alone
+// (a run of equal symbols that goes on beyond a boundary has an even number of them before it). So a token has one
+// way to be made, all of it is made at once, and pairs with it come about in that merge or in the other symbol's.
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <string>
 #include <thread>
-#include <unordered_map>
 
 #include "bpe_store.h"
 
@@ -18,7 +22,6 @@ namespace xv {
 namespace {
 
 constexpr uint32_t kNone = UINT32_MAX;
-constexpr int64_t kDropped = INT64_MIN;  // a pair that has fallen below the threshold
 constexpr size_t kPairBytes = 96;        // of a pair in the map, the queue and the allocator, beside its list
 constexpr int64_t kPhase = 16;           // how far counts may fall within a phase
 
@@ -60,10 +63,9 @@ using Report = int (*)(int64_t merges, int64_t count);
 
 class Trainer {
  public:
-  Trainer(const Settings& settings, const uint32_t* alphabet, int64_t characters, uint32_t first_id)
-      : settings_(settings), next_id_(first_id) {
-    texts_.resize(first_id), lengths_.assign(first_id, 1);
-    for (int64_t i = 0; i < characters; ++i) name(std::string(reinterpret_cast<const char*>(alphabet + i), 4));
+  // The tokens of merges get ids from `first_id` on; those below are special or single characters.
+  Trainer(const Settings& settings, uint32_t first_id) : settings_(settings), next_id_(first_id) {
+    lengths_.assign(next_id_, 1);
     left_.resize(settings.vocab_size), right_.resize(settings.vocab_size);
   }
   ~Trainer() { clear_queue(); }
@@ -88,19 +90,9 @@ class Trainer {
 
   std::vector<uint32_t> merges;  // left, right, result, …
   std::vector<int64_t> counts;   // of each merge, when it was made
-  int64_t words = 0, phases = 0, again = 0;  // `again`: merges whose result had an id
+  int64_t words = 0, phases = 0;
 
  private:
-  // Characters are four bytes here; only equality matters.
-  uint32_t name(std::string text) {
-    const auto [found, made] = ids_.try_emplace(std::move(text), next_id_);
-    if (made) {
-      texts_.push_back(&found->first), lengths_.push_back(uint32_t(found->first.size() / 4));
-      ++next_id_;
-    }
-    return found->second;
-  }
-
   template <class Symbol>
   void load_into(WordStore<Symbol>& store, WordMerge& merge, size_t bytes, const uint32_t* id_of) {
     // A record has at least two bytes before the word, a part of a word at least two characters.
@@ -164,7 +156,6 @@ class Trainer {
   template <class Symbol>
   bool scan(const WordStore<Symbol>& store) {
     clear_queue();
-    suspects_.clear(), suspected_ = 0;
     const size_t taken = store.used * sizeof(Symbol);
     const size_t room = settings_.memory > taken ? settings_.memory - taken : 0;
     const size_t budget = std::max(room / 2, size_t(1) << 24);
@@ -194,15 +185,13 @@ class Trainer {
         if (overflow) return;
         int64_t best = 0;
         pairs.each([&](const Counted& pair) {
-          if (counts_at_all(pair.key)) best = std::max(best, pair.count + residue(pair.key));
+          if (counts_at_all(pair.key)) best = std::max(best, pair.count);
         });
         int64_t known = top;
         while (known < best && !top.compare_exchange_weak(known, best)) {}
         const int64_t least = std::max<int64_t>(1, top / kPhase);
-        pairs.each([&](Counted pair) {
-          const int64_t rest = residue(pair.key);
-          pair.count += rest;
-          if (counts_at_all(pair.key) && (pair.count >= least || rest != 0)) found[size_t(part)].push_back(pair);
+        pairs.each([&](const Counted& pair) {
+          if (counts_at_all(pair.key) && pair.count >= least) found[size_t(part)].push_back(pair);
         });
       });
       if (!overflow) break;
@@ -213,7 +202,7 @@ class Trainer {
     std::vector<Counted> chosen;
     for (auto& part : found) {
       for (const Counted& pair : part)
-        if (pair.count >= threshold_ || residue(pair.key) != 0) chosen.push_back(pair);
+        if (pair.count >= threshold_) chosen.push_back(pair);
       part = {};
     }
     std::sort(chosen.begin(), chosen.end(), [](const Counted& a, const Counted& b) {
@@ -229,10 +218,9 @@ class Trainer {
     }
     kept_ = PairMap<Kept>();
     live_ = 0, most_live_ = 2 * budget;
-    for (const auto& [key, count] : residues_) kept_.make(key).count = count;
     PairMap<Filled> lists;
     for (const Counted& pair : chosen) {
-      if (pair.count < threshold_ && residue(pair.key) == 0) continue;
+      if (pair.count < threshold_) break;
       auto* list = static_cast<uint8_t*>(std::malloc(4 + pair.bytes));
       if (list == nullptr) throw std::bad_alloc();
       std::memcpy(list, &pair.bytes, 4);
@@ -273,7 +261,6 @@ class Trainer {
       queue_.pop_back();
       Kept* pair = kept_.find(entry.key);
       if (pair->count < threshold_) {
-        if (pair->count != kDropped) pair->count = kDropped;
         drop(entry);
         continue;
       }
@@ -281,10 +268,6 @@ class Trainer {
         entry.count = pair->count;
         push(entry);
         continue;
-      }
-      if (merged && entry.count <= suspected_) {
-        drop(entry);
-        return true;
       }
       if (entry.count < settings_.min_frequency) {
         drop(entry);
@@ -303,10 +286,8 @@ class Trainer {
 
   template <class Symbol>
   void merge_pair(WordStore<Symbol>& store, const Entry& entry) {
-    const uint32_t a = uint32_t(entry.key >> 32), b = uint32_t(entry.key), before = next_id_;
-    const uint32_t made = name(*texts_[a] + *texts_[b]);
-    const bool fresh = made == before;
-    again += !fresh;
+    const uint32_t a = uint32_t(entry.key >> 32), b = uint32_t(entry.key), made = next_id_++;
+    lengths_.push_back(lengths_[a] + lengths_[b]);
     merges.insert(merges.end(), {a, b, made});
     counts.push_back(entry.count);
 
@@ -314,7 +295,6 @@ class Trainer {
     std::memcpy(&size, entry.list, 4);
     const uint8_t *at = entry.list + 4, *const end = at + size;
     const uint32_t length = lengths_[made];
-    int64_t own = 0;  // occurrences merged; the library's count of the pair itself does not fall by them
     for (uint64_t offset = 0, distance; at < end;) {
       at = get_varint(at, distance);
       offset += distance;
@@ -329,7 +309,6 @@ class Trainer {
           symbols[to++] = symbols[from++];
           continue;
         }
-        own += word.count;
         if (to > 0) change(left_, touched_left_, symbols[to - 1], word.count, length, uint32_t(offset - 1));
         symbols[to++] = Symbol(made);
         from += 2;
@@ -338,15 +317,12 @@ class Trainer {
       std::fill(symbols + to, symbols + word.length, WordStore<Symbol>::kFill);
       store.shorten(offset - 1, to);
     }
-    residues_[entry.key] += own;
 
     for (const uint32_t x : touched_left_) fall(pair_key(x, a), left_[x].fall);
     for (const uint32_t y : touched_right_) fall(pair_key(b, y), right_[y].fall);
-    // Of pairs with the new symbol on both sides of the merged ones, such as (made, a) in "ab ab".
-    const int64_t fell_a = left_[made].fall, fell_b = right_[made].fall;
-    if (left_[made].rise != 0 && right_[made].rise != 0) unite(left_[made], right_[made]);
-    for (const uint32_t x : touched_left_) rise(pair_key(x, made), left_[x], x == b ? fell_b : 0, fresh);
-    for (const uint32_t y : touched_right_) rise(pair_key(made, y), right_[y], y == a ? fell_a : 0, fresh);
+    const int64_t fell = left_[made].fall;  // of (made, a) in "ab ab", which comes about and goes in one merge
+    for (const uint32_t x : touched_left_) rise(pair_key(x, made), left_[x], 0);
+    for (const uint32_t y : touched_right_) rise(pair_key(made, y), right_[y], y == a ? fell : 0);
     for (const uint32_t x : touched_left_) left_[x] = {};
     for (const uint32_t y : touched_right_) right_[y] = {};
     touched_left_.clear(), touched_right_.clear();
@@ -364,50 +340,15 @@ class Trainer {
   }
 
   void fall(uint64_t key, int64_t count) {
-    Kept* pair = kept_.find(key);
-    if (pair != nullptr && pair->count != kDropped) pair->count -= count;
+    if (Kept* pair = kept_.find(key)) pair->count -= count;
   }
 
-  // `fell`: what the same merge took from the pair again, where `fall` did not find it.
-  void rise(uint64_t key, const Neighbour& neighbour, int64_t fell, bool fresh) {
-    if (neighbour.rise == 0) return;
-    Kept* pair = fresh ? nullptr : kept_.find(key);
-    if (pair != nullptr && pair->count != kDropped) {
-      pair->count += neighbour.rise;
-      if (pair->count > 0) push(key, pair->count, neighbour.words);
-      return;
-    }
+  // `fell`: what the same merge took from the pair again, before it was kept.
+  void rise(uint64_t key, const Neighbour& neighbour, int64_t fell) {
     const int64_t count = neighbour.rise - fell;
-    if (fresh || threshold_ == 1) {
-      if (count < threshold_) return;
-      kept_.make(key).count = count;
-      push(key, count, neighbour.words);
-    } else {  // it may have occurred before, fewer times than the threshold, in words that nobody has listed
-      int64_t& risen = suspects_[key];
-      risen += count;
-      suspected_ = std::max(suspected_, threshold_ - 1 + risen);
-    }
-  }
-
-  // Both lists into the first, for the pair (made, made).
-  void unite(Neighbour& first, Neighbour& second) {
-    std::vector<uint32_t> offsets;
-    for (const Neighbour* side : {&first, &second}) {
-      uint64_t offset = 0, distance;
-      for (const uint8_t* at = side->words.data; at < side->words.data + side->words.size; offset += distance) {
-        at = get_varint(at, distance);
-        offsets.push_back(uint32_t(offset + distance - 1));
-      }
-    }
-    std::sort(offsets.begin(), offsets.end());
-    first.words = {};
-    for (const uint32_t offset : offsets) pool_.append(first.words, offset);
-    first.rise += second.rise, second.rise = 0;
-  }
-
-  int64_t residue(uint64_t key) const {
-    const auto found = residues_.find(key);
-    return found == residues_.end() ? 0 : found->second;
+    if (neighbour.rise == 0 || count < threshold_) return;
+    kept_.make(key).count = count;
+    push(key, count, neighbour.words);
   }
 
   void push(const Entry& entry) {
@@ -435,8 +376,6 @@ class Trainer {
 
   Settings settings_;
   uint32_t next_id_;
-  std::unordered_map<std::string, uint32_t> ids_;
-  std::vector<const std::string*> texts_;
   std::vector<uint32_t> lengths_;  // in characters
   WordStore<uint16_t> narrow_;     // until an id needs more
   WordStore<uint32_t> wide_;
@@ -446,9 +385,6 @@ class Trainer {
   PairMap<Kept> kept_;
   std::vector<Entry> queue_;
   size_t live_ = 0, most_live_ = 0;  // bytes of the queue's lists
-  std::unordered_map<uint64_t, int64_t> residues_;  // of merged pairs: what the library still counts
-  std::unordered_map<uint64_t, int64_t> suspects_;  // pairs below the threshold that have risen in this phase
-  int64_t suspected_ = 0;                           // the most that one of them can have
   std::vector<Neighbour> left_, right_;
   std::vector<uint32_t> touched_left_, touched_right_;
   Pool pool_;
@@ -465,8 +401,8 @@ extern "C" {
 // Merges from files of counted words (each file's counts times its multiplier).
 //
 // alphabet: code points whose ids are first_id, first_id + 1, …; spaces in words are read as U+2581. merges has room
-// for 4 × vocab_size triples of ids, counts for as many. told: [different words, phases, merges that made no new
-// token]. Returns how many merges were made, or minus errno's number (ECANCELED where `report` asked to stop).
+// for vocab_size triples of ids, counts for as many. told: [different words, phases]. Returns how many merges were
+// made, or minus errno's number (ECANCELED where `report` asked to stop).
 int64_t xvt_train(const char* const* paths, const int64_t* multipliers, int files, int64_t bytes,
                   const uint32_t* alphabet, int64_t characters, uint32_t first_id, uint32_t vocab_size,
                   int64_t min_frequency, uint32_t max_length, int64_t memory, int threads, Report report,
@@ -475,18 +411,17 @@ int64_t xvt_train(const char* const* paths, const int64_t* multipliers, int file
     std::vector<uint32_t> id_of(0x110000, kNone);
     for (int64_t i = 0; i < characters; ++i) id_of[alphabet[i]] = first_id + uint32_t(i);
     id_of[' '] = id_of[0x2581];
-    Trainer trainer({vocab_size, max_length, min_frequency, size_t(memory), std::max(threads, 1)}, alphabet,
-                    characters, first_id);
+    Trainer trainer({vocab_size, max_length, min_frequency, size_t(memory), std::max(threads, 1)},
+                    first_id + uint32_t(characters));
     {
       WordMerge merge(paths, multipliers, files);
       trainer.load(merge, size_t(bytes), id_of.data());
     }
     std::vector<uint32_t>().swap(id_of);
     if (!trainer.train(report)) return -ECANCELED;
-    if (trainer.counts.size() > 4 * size_t(vocab_size)) return -EOVERFLOW;
     std::copy(trainer.merges.begin(), trainer.merges.end(), merges);
     std::copy(trainer.counts.begin(), trainer.counts.end(), counts);
-    told[0] = trainer.words, told[1] = trainer.phases, told[2] = trainer.again;
+    told[0] = trainer.words, told[1] = trainer.phases;
     return int64_t(trainer.counts.size());
   } catch (const Failure& failure) {
     return -(failure.number != 0 ? failure.number : EIO);

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from xverse.config import UserError
-from xverse.files import atomic_directory, atomic_file, recover_directory
+from xverse.files import alone, atomic_directory, atomic_file, recover_directory
 
 FILES = {f"part-{i}.bin": bytes([i]) * 5000 for i in range(20)}
 
@@ -160,3 +160,29 @@ def test_full_disk(tmp_path: Path) -> None:
 def test_a_place_where_nobody_may_write_is_named(writer):
     with pytest.raises(UserError, match=r"/proc/xverse/out: cannot be written"), writer("/proc/xverse/out"):
         pass
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from xverse.files import alone
+with alone(sys.argv[1], "taken"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_has_a_lock_until_it_ends(tmp_path: Path) -> None:
+    lock = tmp_path / "new" / ".lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="taken"), alone(lock, "taken"):
+            pass
+        holder.kill()
+    with alone(lock, "taken"):  # what the killed one left does not matter
+        (lock.parent / "made").touch()
+    assert [path.name for path in lock.parent.iterdir()] == ["made"]
+    with pytest.raises(KeyError), alone(tmp_path / "other" / ".lock", "taken"):
+        raise KeyError
+    assert not (tmp_path / "other").exists()

@@ -1,14 +1,16 @@
-"""Writing that never leaves half a file: everything lands by one rename."""
+"""Writing that never leaves half a file, as everything lands by one rename; and folders of one process."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from xverse.config import UserError
 
@@ -70,11 +72,54 @@ def recover_directory(path: str | Path) -> None:
             old.replace(path)
 
 
+@contextlib.contextmanager
+def alone(lock: str | Path, busy: str) -> Iterator[None]:
+    """Hold the file ``lock`` as long as the block runs, on machines that share it; nothing of it stays.
+
+    However the process ends the lock is let go of. Raises UserError(``busy``) where another process has it.
+    """
+    lock = Path(lock)
+    made = not lock.parent.exists()
+    with _write_errors(lock.parent):
+        _make_folder(lock.parent, lock.parent)
+        file = _held(lock, busy)
+    with file:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            if made:
+                with contextlib.suppress(OSError):  # the block put something there
+                    lock.parent.rmdir()
+
+
+def _held(lock: Path, busy: str) -> IO[str]:
+    while True:
+        file = lock.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(busy) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                file.close()
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        file.close()  # whoever held it has just removed it
+
+
 def _make_parent(path: Path) -> None:
+    _make_folder(path.parent, path)
+
+
+def _make_folder(folder: Path, shown: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # of any kind: some file systems say "no such file" for "not allowed"
-        raise UserError(f"{path}: cannot be written ({os.strerror(error.errno or 0)})") from error
+        raise UserError(f"{shown}: cannot be written ({os.strerror(error.errno or 0)})") from error
 
 
 def _sync(path: Path) -> None:

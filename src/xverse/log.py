@@ -45,7 +45,8 @@ def progress(**options: Any) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        **options,
+        # Elsewhere all that is left of a bar is an empty line.
+        **{"disable": not console.is_terminal, **options},
     )
 
 

@@ -9,7 +9,7 @@ from xverse.bench.data import planted_copies, planted_questions
 from xverse.data.benchmark_texts import Item
 from xverse.data.corpus import CorpusReport, read_documents
 from xverse.data.duplicates import EXACT, NEAR, choose_copies, signature, similarity
-from xverse.data.stages.decontaminate import Index, make_index
+from xverse.data.stages.decontaminate import DecontaminateStage, Index, make_index, read_items
 from xverse.data.words import ngrams, word_numbers, words
 
 
@@ -84,7 +84,7 @@ ITEMS = [
             "m/2", "Which of the following statements is true?", ("One is even", "Two is prime", "Ten is odd")
         ),
     ),
-    ("mmlu", Item("m/3", "Pi is", ("3",))),
+    ("mmlu", Item("m/3", "Pi is")),
     ("ceval", Item("c/0", "下列关于法律推理的表述，能够成立的是____。", ("甲", "乙", "丙", "丁"))),
     ("agieval", Item("a/0", "What does the author think?", (), " ".join(f"passage{i}" for i in range(40)))),
 ]
@@ -94,11 +94,11 @@ def test_questions_are_found_whole_or_by_half_of_their_ngrams(tmp_path: Path) ->
     made = make_index(ITEMS)
     made.save(tmp_path / "index.npz")
     index = Index.load(tmp_path / "index.npz")
-    assert index.too_short == {"mmlu": 1}
+    assert index.too_short == {"mmlu": ["m/3"]}
 
     def find(text: str) -> set[tuple[str, str]]:
-        assert made.find(word_numbers(text)) == index.find(word_numbers(text))
-        return index.find(word_numbers(text))
+        assert made.find(text) == index.find(text, word_numbers(text))
+        return index.find(text)
 
     before, after = "Some text before it. ", " And some text after it."
     assert find(before + ITEMS[0][1].text.upper() + after) == {("mmlu", "m/0")}
@@ -114,6 +114,60 @@ def test_questions_are_found_whole_or_by_half_of_their_ngrams(tmp_path: Path) ->
     assert find("") == set()
 
 
+SHORT = [
+    ("agieval", Item("math/0", "Simplify $\\sqrt{720}$.")),
+    ("agieval", Item("math/1", "Compute $\\cos 36^\\circ.$")),
+    ("agieval", Item("math/2", "Solve it.")),
+    ("ceval", Item("art/0", "____是喜剧角色。", ("丑", "生", "杂", "净"))),
+    ("ceval", Item("teacher/0", "1，1，2，6，24，____。", ("48", "96", "120", "144"))),
+    ("mmlu", Item("m/0", "This is", ("a", "b"))),
+    ("mmlu", Item("m/1", "This is", ("c", "d"))),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("A text.\nsimplify $\\sqrt{720}$\nIts end.", "math/0"),
+        ("Q: Simplify $\\sqrt{720}$. A: It is.", "math/0"),
+        ("3. Simplify √720, or \\sqrt{720}.", None),
+        ("One may simplify \\sqrt{720} by hand.", None),
+        ("First. Compute $\\cos 36^\\circ.$ Then more.", "math/1"),
+        ("Solve it.", None),
+        ("一、____是喜剧角色。\nA. 丑\nB. 生\nC. 杂\nD. 净", "art/0"),
+        ("问题：是喜剧角色。", "art/0"),
+        ("他在戏里演的是喜剧角色。", None),
+        ("有一道题：\n1，1，2，6，24，____。\nA. 48", "teacher/0"),
+        ("row 7: 1 1 2 6 24 120 720", None),
+        ("This is a b", "m/0"),
+        ("This is a b c", None),
+        ("This is", None),
+    ],
+)
+def test_short_questions_are_found_as_whole_lines_or_sentences(text: str, found: str | None) -> None:
+    index = make_index(SHORT)
+    assert index.too_short == {"agieval": ["math/2"]}
+    assert {item for _, item in index.find(text)} == ({found} if found else set())
+
+
+def test_every_short_question_of_the_benchmarks_is_found(test_data: Path) -> None:
+    items = list(read_items(DecontaminateStage(test_data / "eval", ["agieval", "ceval"])))
+    index = make_index(items)
+    assert index.too_short == {}
+    short = {index.texts[i] for i in index.lines}
+    assert len(short) == 70  # 46 of them are rows of numbers
+    for name, item in items:
+        if (name, item.id) in short:
+            options = "\n".join(
+                f"{letter}. {text}" for letter, text in zip("ABCD", item.options, strict=False)
+            )
+            for planted in (
+                f"Before.\n{item.text}\n{options}\nAfter.",
+                f"Before. Question: {item.text}\n{options}\nAnswer:",
+            ):
+                assert (name, item.id) in index.find(planted)
+
+
 def test_every_planted_question_of_the_benchmarks_is_found(test_data: Path) -> None:
     path = test_data / "corpus" / "en.jsonl.gz"
     texts = (
@@ -122,5 +176,6 @@ def test_every_planted_question_of_the_benchmarks_is_found(test_data: Path) -> N
     benchmarks = ["ceval", "gaokao-english", "gsm8k"]  # xverse bench data has all of them
     found = planted_questions(test_data / "eval", texts, benchmarks, most=100)
     for name, row in found["benchmarks"].items():
-        assert row["planted"] - row["found"] <= found["too_short"].get(name, 0), name
+        assert row["planted"] == row["found"], name
+    assert found["too_short"] == {}
     assert found["texts_without"]["something_found"] <= 0.01 * found["texts_without"]["looked_at"]

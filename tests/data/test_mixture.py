@@ -111,7 +111,7 @@ def test_others_share_by_size_and_temperature() -> None:
         (MixtureConfig({"en": 60, "zh": 30}), "the weights by source sum to 90, not to 1"),
         (MixtureConfig(categories={"text": 0.7}), "the weights by category sum to 0.7, not to 1"),
         (MixtureConfig(categories={"txt": 1.0}), "unknown category 'txt'; did you mean 'text'"),
-        (MixtureConfig(languages={"en": 0.5, "eo": 0.5}), "unknown language 'eo'"),
+        (MixtureConfig(languages={"en": 0.5, "eo": 0.5}), r"unknown language 'eo' \(the data has en, zh\)"),
         (MixtureConfig({"en": 1.0}, languages={"en": 1.0}), "either weights by source, or categories"),
     ],
 )

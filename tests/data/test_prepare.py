@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,27 @@ def test_a_finished_folder_is_left_alone(corpus: Path, prepared: Path) -> None:
     assert [row.name for row in report.sources] == ["code_py", "en", "zh"]
 
 
+def test_a_second_command_on_the_same_folder_is_refused(
+    corpus: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(f"corpus: {corpus}\nout: {out}\nvocab_size: 600\nvalid_share: 0.1\n")
+    command = [sys.executable, "-m", "xverse.cli", "data", "prepare", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
+        while not (out / "recipe.json").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # in the middle of its work
+        second = subprocess.run(command, capture_output=True, text=True)
+        first.send_signal(signal.SIGCONT)
+        first.communicate()
+    assert second.returncode == 2
+    assert second.stderr.startswith(f"xverse: {out}: another xverse data prepare is at work")
+    assert second.stderr.count("\n") == 1
+    assert first.returncode == 0
+    assert tree(out) == tree(prepared)
+
+
 def test_another_recipe_is_refused(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"made by another recipe \(differs in seed\)"):
         prepare(dataclasses.replace(recipe(corpus, prepared), seed=1))
@@ -132,6 +155,44 @@ def test_duplicates_and_bad_lines_are_reported(corpus: Path, prepared: Path, tmp
     assert report.tokenizer == Tokenizer.load(prepared / "tokenizer").hash
 
 
+def test_broken_files_and_empty_languages_are_told(
+    corpus: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, lines = tmp_path / "corpus", (corpus / "both.jsonl").read_bytes()
+    folder.mkdir()
+    (folder / "en.jsonl").write_bytes(lines)
+    (folder / "fi.jsonl").touch()
+    (folder / "zh.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"corpus: {folder}\nout: {tmp_path / 'out'}\ntokenizer: {prepared / 'tokenizer'}\n")
+    assert main(["data", "prepare", str(path), "executor.workers=1"]) == 0
+    output = capsys.readouterr()
+    for told in (output.out, output.err):
+        assert "\nfi.jsonl: no document in it\nzh.jsonl.gz: broken gzip stream (" in f"\n{told}"
+    assert "\n\n" not in output.err
+    forbid = [f"out={tmp_path / 'other'}", "allow_broken_files=false", "executor.workers=1"]
+    assert main(["data", "prepare", str(path), *forbid]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "1 broken files, which allow_broken_files forbids: zh.jsonl.gz: broken gzip stream (" in told
+
+
+def test_of_many_broken_files_the_first_are_told(
+    corpus: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, path = tmp_path / "corpus", tmp_path / "recipe.yaml"
+    shutil.copytree(corpus, folder)
+    for number in range(25):
+        (folder / f"en{number:02}.jsonl").touch()
+    path.write_text(f"corpus: {folder}\nout: {tmp_path / 'out'}\ntokenizer: {prepared / 'tokenizer'}\n")
+    assert main(["data", "prepare", str(path), "executor.workers=1"]) == 0
+    output = capsys.readouterr()
+    for told in (output.out, output.err):
+        lines = told.splitlines()[-21:]
+        assert lines[0] == "en00.jsonl: no document in it"
+        assert lines[-1] == "and 5 more files, which report.md names"
+    assert "- en24.jsonl: no document in it" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_held_out_documents_are_a_share_within_the_cap() -> None:
     sizes = dict.fromkeys(range(500), 1000)
     assert choose_valid(sizes, 0.01, 100_000) == set(range(5))
@@ -146,7 +207,7 @@ def test_a_corpus_without_a_usable_document(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "en.jsonl").write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(
-        UserError, match=r"no usable document in this corpus \(1 lines skipped: 1 invalid UTF-8"
+        UserError, match=r"no usable document in this corpus \(en.jsonl: 1 lines skipped: 1 invalid UTF-8"
     ):
         prepare(recipe(folder, tmp_path / "out"))
 

@@ -105,7 +105,23 @@ def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"no such format" * 50)
     texts, report = read(path=str(tmp_path / name))
     assert texts == []
-    assert report.broken_files[0].startswith(f"{name}: broken ")
+    assert report.broken_files[0].startswith("broken ")
+
+
+def test_a_broken_parquet_gives_the_groups_before_the_break(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts, path = [f"text {number}" for number in range(300)], tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=50)
+    column = pyarrow.parquet.read_metadata(path).row_group(3).column(0)
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+    found, report = read(path=str(path))
+    assert found == texts[:150]
+    assert report.broken_files[0].startswith("broken parquet after row 150 (")
 
 
 def test_a_huge_line_is_never_held(tmp_path: Path) -> None:

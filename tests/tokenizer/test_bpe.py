@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from xverse.config import UserError
 from xverse.tokenizer import Tokenizer, native, train_tokenizer
 from xverse.tokenizer.recipe import merge_texts
-from xverse.tokenizer.train import FIXED, assemble, choose_alphabet
+from xverse.tokenizer.train import FIXED, assemble, choose_alphabet, library_merges
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the compiled part was not built")
 LARGE, SMALL = 1 << 28, 1  # bytes; the small one makes every phase as short as it can be
@@ -83,6 +83,43 @@ def test_small_alphabets(
         if size == FIXED + len(alphabet):
             return
     assert made.hash == train_tokenizer(texts, size, limit_alphabet=limit, **options).hash
+
+
+# Runs of one letter, where pairs of equal tokens overlap; counts so far apart that one phase does not do.
+RUNS = st.lists(st.tuples(st.sampled_from("aab"), st.integers(1, 17)), min_size=1, max_size=4)
+
+
+@given(
+    st.lists(st.tuples(RUNS, st.sampled_from([1, 2, 3, 7, 20, 60, 250])), min_size=1, max_size=7),
+    st.integers(1, 25),
+    st.sampled_from([(1, 16), (2, 16), (1, 64), (1, 8)]),
+)
+@example(
+    [([("a", 17)], 250), ([("a", 7)], 7), ([("a", 5), ("b", 2)], 1), ([("b", 3), ("a", 3)], 1)], 20, (1, 64)
+)
+@settings(max_examples=60, deadline=None)
+def test_long_runs_in_short_phases(
+    folder: Path, drawn: list[tuple[list[tuple[str, int]], int]], merges: int, rule: tuple[int, int]
+) -> None:
+    texts = [word for runs, times in drawn for word in ["".join(a * n for a, n in runs)] * times]
+    alphabet = sorted({*"".join(texts), "▁"})
+    size = FIXED + len(alphabet) + merges
+    ids, counts, figures = native.train(
+        [count(texts, folder)],
+        [1],
+        alphabet,
+        first_id=FIXED,
+        vocab_size=size,
+        min_frequency=rule[0],
+        max_token_length=rule[1],
+        memory=SMALL,
+        threads=1,
+    )
+    made = merge_texts(ids, alphabet)
+    assert made == library_merges(texts, size, alphabet, (), min_frequency=rule[0], max_token_length=rule[1])
+    assert len({left + right for left, right in made}) == len(made)  # why phases are exact: see csrc/bpe.cpp
+    if len(counts) and counts[0] // 16 > counts[-1]:
+        assert figures["phases"] > 1
 
 
 def test_real_words_in_any_memory_and_threads(tiny_texts: list[str], folder: Path) -> None:

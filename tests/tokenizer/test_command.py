@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,3 +103,29 @@ def test_refusals(tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as caught:
         main([*train, out, "--wrong", corpus[0]])
     assert caught.value.code == 2
+
+
+@pytest.mark.skipif(native.library() is None, reason="recipes need the compiled part")
+@pytest.mark.parametrize("by_recipe", [False, True])
+def test_a_second_training_of_the_same_tokenizer_is_refused(
+    tmp_path: Path, tiny_texts: list[str], by_recipe: bool
+) -> None:
+    out, text, recipe = tmp_path / "out" / "tok", tmp_path / "en.txt", tmp_path / "recipe.yaml"
+    text.write_text("\n".join(tiny_texts * 50), encoding="utf-8")
+    recipe.write_text(f"corpus: {tmp_path}\nout: {out}\nvocab_size: 640\n")
+    command = [sys.executable, "-m", "xverse.cli", "tokenizer", "train"]
+    command += [str(recipe)] if by_recipe else ["--vocab-size", "640", "--out", str(out), str(text)]
+    lock = out / ".lock" if by_recipe else out.with_name(".tok.lock")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
+        while not lock.exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        second = subprocess.run(command, capture_output=True, text=True)
+        first.send_signal(signal.SIGCONT)
+        first.communicate()
+    assert second.returncode == 2
+    assert "another xverse tokenizer train" in second.stderr
+    assert first.returncode == 0
+    assert Tokenizer.load(out).vocab_size == 640
+    assert not lock.exists()

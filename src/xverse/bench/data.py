@@ -231,14 +231,13 @@ def planted_questions(
     a prompt has it; and in how many texts without one something is found."""
     from xverse.data.questions import LETTERS
     from xverse.data.stages.decontaminate import DecontaminateStage, make_index, read_items
-    from xverse.data.words import word_numbers
 
     stage = DecontaminateStage(data_dir, benchmarks)
     items = list(read_items(stage))
     index = make_index(items, stage.ngram, stage.overlap)
     rng = random.Random(seed)
     texts = [text for text in documents if 200 < len(text) < 4_000][:2_000]
-    clean = [text for text in texts if not index.find(word_numbers(text))]
+    clean = [text for text in texts if not index.find(text)]
     result: dict[str, Any] = {}
     rng.shuffle(items)
     for name, item in items:
@@ -249,7 +248,7 @@ def planted_questions(
         place = rng.randrange(len(text))
         options = [f"{letter}. {option}" for letter, option in zip(LETTERS, item.options, strict=False)]
         question = "\n".join((item.passage, item.text, *options))
-        found = index.find(word_numbers(f"{text[:place]}\n{question}\n{text[place:]}"))
+        found = index.find(f"{text[:place]}\n{question}\n{text[place:]}")
         row["planted"] += 1
         row["found"] += any(benchmark == name for benchmark, _ in found)
     return {

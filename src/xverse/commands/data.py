@@ -55,6 +55,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
     try:
         from xverse.data.prepare import PrepareRecipe, prepare
+        from xverse.data.prepare_report import first_of
     except ModuleNotFoundError as error:
         if error.name not in ("datatrove", "py3langid", "zstandard"):
             raise
@@ -80,16 +81,17 @@ def _prepare(args: argparse.Namespace) -> int:
     Console(highlight=False).print(table)
     total = sum(row.tokens for row in report.sources)
     held = sum(row.valid_tokens for row in report.sources)
+    sources = f"{len(report.sources)} source{'s' if len(report.sources) != 1 else ''}"
     print(
-        f"{len(report.sources)} sources, {total:,} tokens for training, {held:,} held out; "
-        f"{report.duplicates} exact duplicates removed"
+        f"{sources}, {total:,} tokens for training, {held:,} held out; "
+        f"{report.duplicates:,} exact duplicates removed"
     )
     if report.dropped:
         print("dropped: " + ", ".join(f"{count:,} by {stage}" for stage, count in report.dropped.items()))
     if recipe.stages.any():
         print(f"what became of the text: {recipe.out / 'report.md'}")
-    for name, text in report.skipped.items():
-        print(f"{name}: {text}")
+    for line in first_of(report.skipped):
+        print(line)
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xverse.tokenizer.recipe import TokenizerRecipe
     from xverse.tokenizer.report import VocabularyReport
 
 _FILES = "text files (.txt) or JSON lines with a text field (.jsonl, .jsonl.gz), or folders of them"
@@ -92,20 +93,29 @@ def _train_recipe(path: str, overrides: Sequence[str], given: dict[str, Any]) ->
 
 def _train_files(names: Sequence[str], given: dict[str, Any]) -> int:
     from xverse.config import build
-    from xverse.log import notice
-    from xverse.tokenizer import native
-    from xverse.tokenizer.counting import remove_counts
-    from xverse.tokenizer.recipe import TokenizerRecipe, train_files
+    from xverse.files import alone
+    from xverse.tokenizer.recipe import TokenizerRecipe
     from xverse.tokenizer.texts import find_files
 
     files = find_files(names)
     out = Path(given["out"])
     _check_writable(out)
     recipe = build(TokenizerRecipe, {"corpus": names[0], **given}, "tokenizer train")
+    with alone(out.with_name(f".{out.name}.lock"), f"{out}: another xverse tokenizer train makes this one"):
+        _train_out(files, given, recipe, out)
+    return 0
+
+
+def _train_out(files: Sequence[Path], given: dict[str, Any], recipe: TokenizerRecipe, out: Path) -> None:
+    from xverse.log import notice
+    from xverse.tokenizer import native
+    from xverse.tokenizer.counting import remove_counts
+    from xverse.tokenizer.recipe import train_files
+
     if native.library() is None:
         notice("without xverse's compiled code: the tokenizers library trains, with all texts in memory")
         _train_in_memory(files, given)
-        return 0
+        return
     # Counts of a run that is killed stay there for the next one.
     counts = out.with_name(f".{out.name}.counts")
     tokenizer, figures = train_files(recipe, files, counts)
@@ -113,7 +123,6 @@ def _train_files(names: Sequence[str], given: dict[str, Any]) -> int:
     remove_counts(counts)
     _tell(tokenizer.vocab_size, tokenizer.hash, figures)
     print(out)
-    return 0
 
 
 def _train_in_memory(files: Sequence[Path], given: dict[str, Any]) -> None:

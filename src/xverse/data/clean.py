@@ -136,7 +136,7 @@ class Clean:
         if index is None and stages.near_duplicates is None:
             return None, nothing
         numbers = word_numbers(document.text)
-        if index is not None and (questions := index.find(numbers)):
+        if index is not None and (questions := index.find(document.text, numbers)):
             for benchmark, item in sorted(questions):
                 ledger.questions.setdefault(benchmark, [])
                 if item not in ledger.questions[benchmark]:

@@ -34,7 +34,9 @@ class Document:
 
 @dataclass
 class CorpusReport:
-    """What was read and what was skipped, in lines. ``bad_lines``: the first of them, (line from 1, why)."""
+    """What was read and what was skipped, in lines. ``bad_lines``: the first of them, (line from 1, why);
+    ``broken_files``: how a file breaks off.
+    """
 
     read: int = 0
     bad_utf8: int = 0
@@ -102,7 +104,7 @@ def read_documents(
     """Stream the documents of a ``.jsonl`` or ``.jsonl.gz`` file, counting in ``report`` what is skipped.
 
     A document without ``lang`` takes the file's stem. A broken gzip stream gives the documents before the
-    break and is named in ``report.broken_files``. Raises UserError where the file cannot be opened.
+    break and stands in ``report.broken_files``. Raises UserError where the file cannot be opened.
     """
     path = Path(path)
     stem = file_stem(path)
@@ -118,7 +120,7 @@ def read_lines(path: Path, report: CorpusReport, limit: int) -> Iterator[tuple[i
     """Lines of a file (plain, ``.gz``, ``.zst``) with their numbers from 1, each of at most ``limit`` bytes.
 
     A longer line is skipped and counted without ever being held in memory. A stream that breaks ends there
-    and is named in ``report.broken_files``. Raises UserError where the file cannot be opened.
+    and stands in ``report.broken_files``. Raises UserError where the file cannot be opened.
     """
     try:
         stream = open_stream(path)
@@ -137,13 +139,13 @@ def read_lines(path: Path, report: CorpusReport, limit: int) -> Iterator[tuple[i
                     continue
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            report.broken_files.append(f"{path.name}: broken gzip stream ({str(error).rstrip('.')})")
+            report.broken_files.append(f"broken gzip stream ({str(error).rstrip('.')})")
         except OSError as error:
-            report.broken_files.append(f"{path.name}: cannot be read on from line {number + 1} ({error})")
+            report.broken_files.append(f"cannot be read on from line {number + 1} ({error})")
         except Exception as error:
             if type(error).__name__ != "ZstdError":  # of a library that only .zst files need
                 raise
-            report.broken_files.append(f"{path.name}: broken zstd stream ({error})")
+            report.broken_files.append(f"broken zstd stream ({error})")
 
 
 def open_stream(path: Path) -> BinaryIO:

@@ -194,7 +194,8 @@ def check_weights(
     ``summing`` also for weights that sum neither to 1 nor to 100, but for half a hundredth of it."""
     for name, weight in weights.items():
         if name not in known:
-            raise UserError(f"mixture: unknown {what} '{name}'{nearest(name, known)}")
+            there = nearest(name, known) or f" (the data has {', '.join(sorted(set(known) - {OTHERS}))})"
+            raise UserError(f"mixture: unknown {what} '{name}'{there}")
         if not 0 <= weight < float("inf"):
             raise UserError(f"mixture: the weight of '{name}' is {weight}; weights are 0 or more")
     total = sum(weights.values())

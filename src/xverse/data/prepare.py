@@ -34,10 +34,16 @@ from xverse.data.duplicates import Documents, choose_copies, exact_pairs, near_p
 from xverse.data.encode import SPLITS, Encode, Join, Plan, Source, documents
 from xverse.data.executor import ExecutorConfig, Phase, run_phases
 from xverse.data.ledger import UnitRecord
-from xverse.data.prepare_report import PreparedSource, PrepareReport, WriteReport
+from xverse.data.prepare_report import (
+    PreparedSource,
+    PrepareReport,
+    WriteReport,
+    first_of,
+    unreadable,
+)
 from xverse.data.readers import Input, Unit, corpus_units, input_units
 from xverse.data.shards import read_header
-from xverse.files import atomic_directory, atomic_file
+from xverse.files import alone, atomic_directory, atomic_file
 from xverse.log import notice
 from xverse.tokenizer import Tokenizer, train_tokenizer
 
@@ -91,10 +97,16 @@ class PrepareRecipe:
 def prepare(recipe: PrepareRecipe) -> PrepareReport | None:
     """Make ``recipe.out``, or what is missing of it; None where a cluster's queue has it now.
 
-    Raises UserError for missing, empty or too broken text, a folder that another recipe made, damaged shards
-    and a full disk.
+    Raises UserError for missing, empty or too broken text, a folder that another recipe made or another
+    command is at work in, damaged shards and a full disk.
     """
     units = recipe.units()
+    # The tasks of a cluster share the folder, and none of them comes by here.
+    with alone(recipe.out / ".lock", f"{recipe.out}: another xverse data prepare is at work in this folder"):
+        return _prepare(recipe, units)
+
+
+def _prepare(recipe: PrepareRecipe, units: list[Unit]) -> PrepareReport | None:
     fingerprint = claim(recipe, units)
     if recipe.executor.kind == "local":  # on a cluster an earlier command's tasks may still be writing
         _clear_leftovers(recipe.out)
@@ -193,11 +205,11 @@ class MakePlan:
     def _check(self, records: list[UnitRecord]) -> None:
         """Refuse text of which nothing is left, and too many bad lines."""
         recipe = self.recipe
-        for unit, record in zip(self.units, records, strict=True):
-            if record.report.describe():
-                notice(f"{unit.name}: {record.report.describe()}")
         where = recipe.corpus if recipe.corpus is not None else "inputs"
-        why = "; ".join(filter(None, (record.report.describe() for record in records)))
+        told = unreadable([unit.name for unit in self.units], records)
+        for line in first_of(told):
+            notice(line)
+        why = "; ".join(f"{name}: {text}" for name, text in told.items())
         why = f" ({why[:500]})" if why else ""
         if not any(record.report.read for record in records):
             raise UserError(f"{where}: no usable document in this corpus{why}")
@@ -211,7 +223,11 @@ class MakePlan:
                 f"{where}: {bad:,} of {lines:,} lines cannot be read, more than max_bad_share "
                 f"{recipe.max_bad_share:g} allows{why}"
             )
-        broken = [name for record in records for name in record.report.broken_files]
+        broken = [
+            f"{unit.name}: {text}"
+            for unit, record in zip(self.units, records, strict=True)
+            for text in record.report.broken_files
+        ]
         if broken and not recipe.allow_broken_files:
             raise UserError(
                 f"{where}: {len(broken)} broken files, which allow_broken_files forbids: {broken[0]}"

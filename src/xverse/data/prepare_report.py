@@ -47,6 +47,25 @@ class PrepareReport:
     questions: dict[str, int] = field(default_factory=dict)
 
 
+FILES = 20  # that are told one by one
+
+
+def unreadable(names: list[str], records: list[UnitRecord]) -> dict[str, str]:
+    """What was skipped of each file, by its name; also that it holds no document."""
+    found = {}
+    for name, record in zip(names, records, strict=True):
+        if record.report.describe() or not record.report.read:
+            found[name] = record.report.describe() or "no document in it"
+    return found
+
+
+def first_of(told: dict[str, str]) -> list[str]:
+    """A line for each of the first files, and how many there are more."""
+    lines = [f"{name}: {text}" for name, text in told.items()]
+    more = len(lines) - FILES
+    return lines if more <= 0 else [*lines[:FILES], f"and {more:,} more files, which report.md names"]
+
+
 @dataclass
 class WriteReport:
     """The last phase."""
@@ -101,13 +120,10 @@ class WriteReport:
                     name, train.documents, train.tokens, size, valid.documents, valid.tokens, skipped
                 )
             )
-        descriptions = {
-            name: record.report.describe() for name, record in zip(self.units, records, strict=True)
-        }
         return PrepareReport(
             rows,
             duplicates=plan.exact,
-            skipped={name: text for name, text in descriptions.items() if text},
+            skipped=unreadable(self.units, records),
             vocab_size=tokenizer.vocab_size,
             tokenizer=tokenizer.hash,
             near_duplicates=plan.near,
@@ -166,7 +182,7 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
             [
                 name,
                 f"{count:,}",
-                f"{about['too_short'].get(name, 0):,}",
+                f"{len(about['too_short'].get(name, ())):,}",
                 f"{len(ledger.questions.get(name, ())):,}",
                 f"{total(ledger.dropped.get(f'decontaminate: {name}', {}).values())[0]:,}",
             ]
@@ -174,6 +190,9 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
         ]
         head = ["benchmark", "questions", "too short to look for", "found", "documents dropped for it"]
         lines += ["## Decontamination", "", *_table(head, rows), ""]
+        for name, short in about["too_short"].items():
+            more = f" and {len(short) - ROWS:,} more" if len(short) > ROWS else ""
+            lines += [f"Too short to look for in {name}: {', '.join(short[:ROWS])}{more}.", ""]
     for title, column in (("language", 0), ("source", 1)):
         lines += [f"## By {title}", "", *_by(ledger, column, title), ""]
     if ledger.examples:

@@ -217,7 +217,13 @@ def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Docu
             if key not in columns:
                 known = ", ".join(file.schema_arrow.names)
                 raise UserError(f"{unit.path}: no column '{key}' (it has {known}); say text_key")
-            for batch in file.iter_batches(batch_size=256, columns=columns):
+            # One group after the other: reading ahead would lose what stands before a broken one.
+            batches = (
+                batch
+                for group in range(file.num_row_groups)
+                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns)
+            )
+            for batch in batches:
                 for row in batch.to_pylist():
                     number += 1
                     row = {name: value for name, value in row.items() if value is not None}
@@ -228,7 +234,7 @@ def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Docu
                         yield document
     except (pyarrow.ArrowException, OSError) as error:
         why = " ".join(str(error).split())[:200]
-        report.broken_files.append(f"{unit.path.name}: broken parquet after row {number} ({why})")
+        report.broken_files.append(f"broken parquet after row {number} ({why})")
 
 
 def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
@@ -259,7 +265,7 @@ def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Documen
                 yield Document(text, unit.lang, unit.input.source or "web")
         except (ArchiveLoadFailed, EOFError, OSError, ValueError) as error:
             why = " ".join(str(error).split())[:200]
-            report.broken_files.append(f"{unit.path.name}: broken web archive at record {number} ({why})")
+            report.broken_files.append(f"broken web archive at record {number} ({why})")
 
 
 def _page_text(data: bytes) -> str | None:

@@ -135,8 +135,7 @@ def train(
     """Merges of counted words: ids [N, 3] (left, right, result) in order, their counts [N], and figures.
 
     The ids of ``alphabet`` begin at ``first_id``; the merges' follow. ``report(merges so far, last count)``
-    is called now and then. The merges are those of the library's BpeTrainer, except that a merge may stand
-    twice, as in its own list before it drops the first.
+    is called now and then. The merges are those of the library's BpeTrainer. Figures: words and phases.
     """
     stopped: list[BaseException] = []
 
@@ -150,9 +149,9 @@ def train(
 
     points = np.array([ord(character) for character in alphabet], dtype=np.uint32)
     scale = np.array(multipliers, dtype=np.int64)
-    merges = np.empty((4 * vocab_size, 3), dtype=np.uint32)
-    counts = np.empty(4 * vocab_size, dtype=np.int64)
-    figures = np.zeros(3, dtype=np.int64)
+    merges = np.empty((vocab_size, 3), dtype=np.uint32)
+    counts = np.empty(vocab_size, dtype=np.int64)
+    figures = np.zeros(2, dtype=np.int64)
     size = sum(source.stat().st_size for source in sources)
     made = require().xvt_train(
         *(_paths(sources), scale.ctypes.data, len(sources), size, points.ctypes.data, len(points), first_id),
@@ -162,7 +161,7 @@ def train(
     if stopped:
         raise stopped[0]
     _check(-min(made, 0), sources[0] if sources else Path())
-    names = ("words", "phases", "repeated")
+    names = ("words", "phases")
     return merges[:made].copy(), counts[:made].copy(), dict(zip(names, figures.tolist(), strict=True))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from xverse.config import UserError, nearest
-from xverse.files import atomic_file
+from xverse.files import alone, atomic_file
 from xverse.hardware import cores
 from xverse.log import notice
 from xverse.tokenizer import native
@@ -102,11 +102,16 @@ def train_recipe(recipe: TokenizerRecipe) -> dict[str, Any]:
 
     A killed run started again counts only what is missing; one that is complete says so and does nothing.
     Raises UserError for what the recipe or its texts lack, and where ``out`` holds another recipe's
-    tokenizer.
+    tokenizer or another process trains in it.
     """
     native.require()
     files = _files_by_language(recipe)
     digest = _digest(recipe, files)
+    with alone(recipe.out / ".lock", f"{recipe.out}: another xverse tokenizer train works in this folder"):
+        return _train(recipe, files, digest)
+
+
+def _train(recipe: TokenizerRecipe, files: Mapping[str, list[Path]], digest: str) -> dict[str, Any]:
     record = recipe.out / "training.json"
     if record.exists():
         return _finished(record, digest)
@@ -114,14 +119,7 @@ def train_recipe(recipe: TokenizerRecipe) -> dict[str, Any]:
         raise UserError(f"{recipe.out}: holds a tokenizer that is not this recipe's; name another folder")
     start = time.perf_counter()
     threads, memory = _resources(recipe)
-    sources = []
-    for number, (language, paths) in enumerate(files.items(), 1):
-        counts = count_words(
-            paths, (recipe.counts or recipe.out / "counts") / language, memory=memory // 2, threads=threads
-        )
-        shown = f"{counts.different:,} different words of {counts.occurrences:,}"
-        notice(f"{number}/{len(files)} {language}: {shown}")
-        sources.append(Source(language, paths, counts, native.count_characters([counts.path], [1])))
+    sources = _counted(recipe, files, memory // 2, threads)
     counted = time.perf_counter() - start
     weights = first_weights(recipe, sources)
     for number in range(recipe.rounds + 1):
@@ -153,6 +151,20 @@ def train_recipe(recipe: TokenizerRecipe) -> dict[str, Any]:
     with atomic_file(record) as path:
         path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _counted(
+    recipe: TokenizerRecipe, files: Mapping[str, list[Path]], memory: int, threads: int
+) -> list[Source]:
+    folder = recipe.counts or recipe.out / "counts"
+    sources = []
+    with alone(folder / ".lock", f"{folder}: another xverse tokenizer train counts words in this folder"):
+        for number, (language, paths) in enumerate(files.items(), 1):
+            counts = count_words(paths, folder / language, memory=memory, threads=threads)
+            shown = f"{counts.different:,} different words of {counts.occurrences:,}"
+            notice(f"{number}/{len(files)} {language}: {shown}")
+            sources.append(Source(language, paths, counts, native.count_characters([counts.path], [1])))
+    return sources
 
 
 def train_files(
@@ -214,16 +226,14 @@ def train_words(
 
 
 def merge_texts(ids: np.ndarray, alphabet: Sequence[str]) -> list[tuple[str, str]]:
-    """Merges as pairs of texts from ids [N, 3]; the last of two equal ones counts, as in the library."""
+    """Merges as pairs of texts from ids [N, 3]."""
     tokens = [""] * FIXED + list(alphabet)
-    pairs: dict[tuple[str, str], None] = {}
+    pairs = []
     for left, right, made in ids.tolist():
-        pair = (tokens[left], tokens[right])
-        if made == len(tokens):
-            tokens.append("".join(pair))
-        pairs.pop(pair, None)
-        pairs[pair] = None
-    return list(pairs)
+        assert made == len(tokens)
+        pairs.append((tokens[left], tokens[right]))
+        tokens.append(tokens[left] + tokens[right])
+    return pairs
 
 
 def first_weights(recipe: TokenizerRecipe, sources: Sequence[Source]) -> dict[str, float]:

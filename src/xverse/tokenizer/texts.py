@@ -108,7 +108,7 @@ def split_into_parts(files: Iterable[Path], size: int) -> list[list[Span]]:
 def read_texts(span: Span, skipped: Skipped) -> Iterator[bytes]:
     """The texts of a span, in valid UTF-8, none empty.
 
-    What a broken gzip stream gives before the break is used, and the file named in ``skipped.broken_files``.
+    What a broken gzip stream gives before the break is used, and ``skipped.broken_files`` says so.
     Raises UserError where the file cannot be opened.
     """
     path = span.path
@@ -125,7 +125,7 @@ def read_texts(span: Span, skipped: Skipped) -> Iterator[bytes]:
                 skipped.bytes += len(text)
                 yield text
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            skipped.broken_files.append(f"{path}: broken gzip stream ({str(error).rstrip('.')})")
+            skipped.broken_files.append(f"broken gzip stream ({str(error).rstrip('.')})")
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 

@@ -4,12 +4,14 @@ As for GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C) words are compare
 punctuation; Chinese, Japanese and Thai by characters. A document holds a question where it has at least
 ``overlap`` of the question's distinct 13-grams: one shared phrase, such as a law's title, is no
 contamination. A question shorter than 13 words counts whole. One that is too short to be told from ordinary
-text, or that several items share ("which of these is true?"), is looked for together with its options.
+text, or that several items share ("which of these is true?"), is looked for together with its options. One
+that is too short even so ("Simplify $\\sqrt{720}$.") counts where it is a whole line or sentence.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,7 +27,10 @@ from xverse.data.questions import LETTERS
 from xverse.data.words import UNSPACED, ngrams, word_numbers, words
 from xverse.files import atomic_file
 
-MIN_WORDS = 5  # of a text that is looked for whole; twice as many characters where words have no spaces
+# Characters where words have no spaces, and numbers where there is nothing else, are half a word each.
+MIN_WORDS = 5.0  # of a text that is looked for anywhere
+MIN_LINE = 2.5  # of one that has to be a whole line or sentence
+_BREAKS = re.compile(r"[\r\n]+|(?<=[.!?:])[^\w\s]*\s+|(?<=[。！？：])")
 
 
 @dataclass
@@ -39,7 +44,7 @@ class DecontaminateStage:
 
     def __post_init__(self) -> None:
         if self.ngram < MIN_WORDS or not 0 < self.overlap <= 1:
-            raise ValueError(f"decontaminate: ngram is at least {MIN_WORDS}, overlap above 0 and at most 1")
+            raise ValueError(f"decontaminate: ngram is at least {MIN_WORDS:g}, overlap above 0 and at most 1")
 
     def names(self) -> list[str]:
         """The benchmarks that are looked for. Raises UserError where one is missing."""
@@ -57,8 +62,9 @@ class DecontaminateStage:
 class Index:
     """The n-grams of all questions: for each length sorted ``grams`` uint64 and whose they are, int32.
 
-    ``texts``: (benchmark, item) of each text; ``totals`` int32 [texts]: its distinct n-grams; ``items`` and
-    ``too_short``: how many items of each benchmark there are, and cannot be looked for.
+    ``texts``: (benchmark, item) of each text; ``totals`` int32 [texts]: its distinct n-grams; ``lines``:
+    those that have to be a whole line or sentence; ``items``: how many items of each benchmark there are;
+    ``too_short``: those that cannot be looked for.
     """
 
     overlap: float
@@ -66,11 +72,13 @@ class Index:
     owners: dict[int, NDArray[np.int32]]
     totals: NDArray[np.int32]
     texts: list[tuple[str, str]]
+    lines: list[int] = field(default_factory=list)
     items: dict[str, int] = field(default_factory=dict)
-    too_short: dict[str, int] = field(default_factory=dict)
+    too_short: dict[str, list[str]] = field(default_factory=dict)
 
-    def find(self, numbers: NDArray[np.uint64]) -> set[tuple[str, str]]:
-        """The (benchmark, item) that a document holds; ``numbers``: its words, uint64 [words]."""
+    def find(self, text: str, numbers: NDArray[np.uint64] | None = None) -> set[tuple[str, str]]:
+        """The (benchmark, item) that a document holds; ``numbers``: its words, uint64 [words], if known."""
+        numbers = word_numbers(text) if numbers is None else numbers
         counts: Counter[int] = Counter()
         for n, table in self.grams.items():
             found = ngrams(numbers, n)
@@ -83,7 +91,22 @@ class Index:
                 np.searchsorted(table, hits, "left"), np.searchsorted(table, hits, "right"), strict=True
             ):
                 counts.update(self.owners[n][start:stop].tolist())
-        return {self.texts[i] for i, count in counts.items() if count >= self.overlap * self.totals[i]}
+        held = {i for i, count in counts.items() if count >= self.overlap * self.totals[i]}
+        if short := held.intersection(self.lines):
+            held -= short - self._as_lines(text)
+        return {self.texts[i] for i in held}
+
+    def _as_lines(self, text: str) -> set[int]:
+        """The texts that are whole lines or sentences of a document."""
+        found: set[int] = set()
+        for line in _BREAKS.split(text):
+            numbers = word_numbers(line)
+            table = self.grams.get(len(numbers))
+            if table is not None:
+                whole = ngrams(numbers, len(numbers))[0]
+                start, stop = np.searchsorted(table, whole, "left"), np.searchsorted(table, whole, "right")
+                found.update(self.owners[len(numbers)][start:stop].tolist())
+        return found
 
     def save(self, path: Path) -> None:
         arrays: dict[str, Any] = {f"grams{n}": table for n, table in self.grams.items()}
@@ -118,21 +141,28 @@ def make_index(items: Iterable[tuple[str, Item]], ngram: int = 13, overlap: floa
     seen = Counter((name, " ".join(words(item.text))) for name, item in read)
     chosen: list[NDArray[np.uint64]] = []
     texts: list[tuple[str, str]] = []
-    too_short: Counter[str] = Counter()
+    lines: list[int] = []
+    too_short: dict[str, list[str]] = {}
     for name, item in read:
-        alone = seen[name, " ".join(words(item.text))] == 1 and _telling(item.text)
-        if alone:
-            forms = [item.text]
+        single = seen[name, " ".join(words(item.text))] == 1
+        if single and _length(item.text) >= MIN_WORDS:
+            forms, least = [item.text], MIN_WORDS
         else:
             lettered = [f"{letter} {option}" for letter, option in zip(LETTERS, item.options, strict=False)]
             forms = [" ".join((item.text, *item.options)), " ".join((item.text, *lettered))]
-        if not _telling(forms[0]):
-            too_short[name] += 1
-            continue
-        for each in (*dict.fromkeys(forms), item.passage):
-            if each and _telling(each):
-                chosen.append(word_numbers(each))
-                texts.append((name, item.id))
+            least = MIN_WORDS if _length(forms[0]) >= MIN_WORDS else MIN_LINE
+            if least == MIN_LINE and single:
+                forms.append(item.text)  # the options may stand on lines of their own
+        looked = [each for each in dict.fromkeys(forms) if _length(each) >= least]
+        if _length(item.passage) >= MIN_WORDS:
+            looked.append(item.passage)
+        if not looked:
+            too_short.setdefault(name, []).append(item.id)
+        for each in looked:
+            if _length(each) < MIN_WORDS:
+                lines.append(len(chosen))
+            chosen.append(word_numbers(each))
+            texts.append((name, item.id))
     owned: dict[int, list[tuple[NDArray[np.uint64], int]]] = {}
     totals = np.zeros(len(chosen), np.int32)
     for i, numbers in enumerate(chosen):
@@ -140,7 +170,8 @@ def make_index(items: Iterable[tuple[str, Item]], ngram: int = 13, overlap: floa
         distinct = np.unique(ngrams(numbers, n))
         totals[i] = len(distinct)
         owned.setdefault(n, []).append((distinct, i))
-    index = Index(overlap, {}, {}, totals, texts, dict(Counter(name for name, _ in read)), dict(too_short))
+    counts = dict(Counter(name for name, _ in read))
+    index = Index(overlap, {}, {}, totals, texts, lines, counts, too_short)
     for n, parts in sorted(owned.items()):
         grams = np.concatenate([distinct for distinct, _ in parts])
         owners = np.concatenate([np.full(len(distinct), i, np.int32) for distinct, i in parts])
@@ -149,11 +180,12 @@ def make_index(items: Iterable[tuple[str, Item]], ngram: int = 13, overlap: floa
     return index
 
 
-def _telling(text: str) -> bool:
-    """Whether a text is long enough not to stand in ordinary text by chance."""
+def _length(text: str) -> float:
+    """Words; characters of scripts without spaces, and numbers where nothing else stands, for half a one."""
     found = words(text)
-    single = sum(len(word) == 1 and _is_unspaced(word) for word in found)
-    return len(found) - single / 2 >= MIN_WORDS
+    if all(word.isnumeric() for word in found):
+        return len(found) / 2
+    return len(found) - sum(len(word) == 1 and _is_unspaced(word) for word in found) / 2
 
 
 def _is_unspaced(character: str) -> bool:
