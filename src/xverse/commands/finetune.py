@@ -80,7 +80,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(args).items() if name not in ("recipe", "overrides")}
     if args.recipe is None:
-        return _run_flags(given, "xverse finetune")
+        return _run_flags(given, "finetune")
     from xverse.config import load, read_yaml
 
     if "model_name_or_path" in read_yaml(args.recipe):
