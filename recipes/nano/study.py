@@ -58,9 +58,11 @@ def train(study: Study, name: str, seed: int, data: Path, out: Path, threads: in
     if not (folder / "recipe.json").exists():  # the last file that a run writes but for its report
         command = [sys.executable, "-m", "xverse.cli", "pretrain", str(study.recipe), *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        log = out / f"{folder.name}.log"
+        with log.open("w") as stream:
+            ran = subprocess.run(command, env=environment, stdout=stream, stderr=stream, check=False)
         if ran.returncode:
-            raise UserError(f"{folder.name}: {(ran.stderr or ran.stdout).strip().splitlines()[-1]}")
+            raise UserError(f"{folder.name}: ended with code {ran.returncode}; {log} says why")
         console.print(f"{folder.name}: {result(folder)['bits']:.4f} bits per byte", markup=False)
     return folder
 

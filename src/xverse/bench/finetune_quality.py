@@ -30,7 +30,7 @@ INSTRUCTIONS = {
     "alpaca_zh_demo": "llama-factory/alpaca_zh_demo.json",
 }
 PAIRS = ("llama-factory/dpo_en_demo.json", "llama-factory/dpo_zh_demo.json")
-HELD_OUT = 100  # of each data set
+HELD_OUT = 100  # of each data set, and of the pairs
 MOST = 4000  # of each data set that a run of this size can reach
 LENGTH, ROWS = 512, 4  # packed rows of a step
 LORA = {"finetuning_type": "lora", "lora_rank": "64", "learning_rate": "1e-3"}
@@ -43,7 +43,7 @@ LORA_TARGET, QLORA_TARGET = 1.05, 1.03  # of full SFT's and of LoRA's held-out l
 
 
 def measure(data: Path, base: str, out: Path, steps: int, threads: int) -> dict[str, Any]:
-    """Train by each method for ``steps`` steps; DPO for a third of them. Writes ``out``.
+    """Train by each method for ``steps`` steps; DPO for half as many again. Writes ``out``.
 
     Raises UserError where ``data`` holds none of the sets, or where ``out`` holds files already.
     """
@@ -74,10 +74,11 @@ def measure(data: Path, base: str, out: Path, steps: int, threads: int) -> dict[
     found: dict[str, Any] = {}
     if pairs:
         notice("finetune: dpo")
-        few = max(2, steps // 3)
-        flags = {"finetuning_type": "lora", "stage": "dpo", "learning_rate": "5e-4", "max_steps": str(few)}
-        flags |= {"dataset": str(pairs), "val_size": "40", "output_dir": str(out / "dpo")}
-        flags |= {"model_name_or_path": str(out / "full"), "eval_steps": str(max(1, few // 4))}
+        longer = steps * 3 // 2
+        flags = {"finetuning_type": "lora", "stage": "dpo", "learning_rate": "5e-4"}
+        flags |= {"max_steps": str(longer), "eval_steps": str(max(1, longer // 6))}
+        flags |= {"dataset": str(pairs), "val_size": str(HELD_OUT), "output_dir": str(out / "dpo")}
+        flags |= {"model_name_or_path": str(out / "full")}
         flags |= {"per_device_eval_batch_size": "4", "lora_rank": "16"}
         done = flags_run({**common, **flags}, threads)
         found = {key: done["metrics"][f"eval_{key}"] for key in ("margin", "accuracy", "loss")}
