@@ -14,13 +14,7 @@ QUESTION = "What is your name?"
 def langchain(server: Any) -> Any:
     module = pytest.importorskip("langchain_openai")
     return module.ChatOpenAI(
-        model="nano",
-        base_url=server.url + "/v1",
-        api_key="none",
-        max_tokens=400,
-        temperature=1.0,
-        seed=3,
-        max_retries=0,
+        model="nano", base_url=server.url + "/v1", api_key="none", max_tokens=60, temperature=0, max_retries=0
     )
 
 
