@@ -76,9 +76,7 @@ def test_many_at_once_asynchronously(server: Any) -> None:
             async def one(number: int) -> str:
                 stream = await client.chat.completions.create(
                     model="nano",
-                    messages=[
-                        {"role": "user", "content": "Write a poem."}
-                    ],  # who it is it says at any temperature
+                    messages=[{"role": "user", "content": "Write a poem."}],
                     seed=number % 3,
                     temperature=2,
                     top_p=1,
