@@ -21,6 +21,9 @@ _OBJECT = {"type": "object"}
 # No blanks but those after commas and colons: a model may otherwise write blanks without an end.
 _TIGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+# Keywords by which one part of a schema speaks of another's properties.
+_COMBINED = {"allOf", "oneOf", "not", "if", "dependentSchemas", "unevaluatedProperties"}
+
 
 class Grammars:
     """Compiles what requests ask for. One for each server."""
@@ -42,7 +45,7 @@ class Grammars:
         if tools.must_call(asked):
             schema = tools.call_schema(offered)
             self._check_size(schema, "tools")
-            inside = json.dumps({**schema, "x-guidance": _TIGHT})
+            inside = json.dumps({**_closed(schema), "x-guidance": _TIGHT})
             lark = f'start: "{tools.OPEN}" call "{tools.CLOSE}"\ncall: %json {inside}\n'
             return self._compiled(lambda: llguidance.LLMatcher.grammar_from_lark(lark), "tools")
         if form is None or form.type == "text":
@@ -83,7 +86,40 @@ class Grammars:
 
 
 def _from_schema(schema: dict[str, Any]) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema({**schema, "x-guidance": _TIGHT})
+    return llguidance.LLMatcher.grammar_from_json_schema({**_closed(schema), "x-guidance": _TIGHT})
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without the properties that it does not name.
+
+    JSON Schema allows them wherever nothing else is said, and who lists properties expects no others; a model
+    that has begun one may go on without an end. A schema whose parts are combined stays as it is: one part
+    may name the properties of another.
+    """
+    return schema if _combines(schema) else _without_others(schema)
+
+
+def _combines(part: Any) -> bool:
+    if isinstance(part, dict):
+        return bool(_COMBINED & part.keys()) or any(map(_combines, part.values()))
+    return isinstance(part, list) and any(map(_combines, part))
+
+
+def _without_others(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_without_others(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    part = dict(part)
+    for key in ("items", "prefixItems", "anyOf", "additionalProperties"):
+        if key in part:
+            part[key] = _without_others(part[key])
+    for key in ("properties", "patternProperties", "$defs", "definitions"):
+        if isinstance(part.get(key), dict):
+            part[key] = {name: _without_others(each) for name, each in part[key].items()}
+    if "properties" in part and not {"$ref", "anyOf"} & part.keys():
+        part.setdefault("additionalProperties", False)
+    return part
 
 
 class Grammar:
