@@ -9,8 +9,8 @@ import pytest
 from pydantic import Field
 
 QUESTION = "What is your name?"
-# A model as small as nano may write the digits of a number, or the letters of a name, until it is cut off: what a
-# schema bounds, it must end.
+# A model as small as nano may write the digits of a number, or the letters of a name, until it is cut off:
+# what a schema bounds, it must end.
 Small = Annotated[int, Field(ge=0, le=10_000_000)]
 
 
