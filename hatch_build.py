@@ -55,7 +55,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("training.cpp", ["-mavx2", "-mfma", "-DXV_TRAINING=kTrainingAvx2"]),
         ("training.cpp", [*_AVX512, "-DXV_TRAINING=kTrainingAvx512"]),
     ]
-LIBRARIES = {KERNELS: UNITS, BPE: [("words.cpp", []), ("bpe.cpp", ["-pthread"])]}
+LIBRARIES = {
+    KERNELS: UNITS,
+    BPE: [("words.cpp", []), ("bpe.cpp", ["-pthread"]), ("encode.cpp", ["-pthread"])],
+}
 
 
 def compiler() -> list[str] | None:

@@ -8,72 +8,9 @@
 #include <cerrno>
 #include <new>
 
-#include "isolated.h"
+#include "split.h"
 
 namespace xv {
-
-namespace {
-
-enum Class : uint8_t { kInside, kIsolate, kSpace, kTab, kLineEnd, kLiteral };
-
-constexpr uint32_t kCodePoints = 0x110000;
-constexpr uint32_t kSpaceMark = 0x2581;  // how the vocabulary writes a space; the character itself is never a word's
-
-const uint8_t* classes() {
-  static const std::vector<uint8_t> table = [] {
-    std::vector<uint8_t> made(kCodePoints, kInside);
-    for (const auto& range : kIsolated)
-      std::fill(made.begin() + range[0], made.begin() + range[1] + 1, kIsolate);
-    made[' '] = kSpace, made['\t'] = kTab, made['\r'] = made['\n'] = kLineEnd, made[kSpaceMark] = kLiteral;
-    return made;
-  }();
-  return table.data();
-}
-
-// Calls emit(word, size) for each word of a text in valid UTF-8. One space belongs to the word behind it; longer
-// runs, tabs and line ends are words of their own; numerals and punctuation stand alone.
-template <class Emit>
-void each_word(const uint8_t* text, size_t size, const uint8_t* table, const Emit& emit) {
-  const uint8_t* at = text;
-  const uint8_t* const end = text + size;
-  const auto run = [&](const uint8_t* from, uint8_t kind) {
-    while (from < end && *from < 0x80 && table[*from] == kind) ++from;
-    return from;
-  };
-  while (at < end) {
-    const uint8_t kind = table[*at < 0x80 ? *at : 'x'];
-    const uint8_t* word = at;
-    if (kind == kTab || kind == kLineEnd) {
-      at = run(at, kind);
-      emit(word, size_t(at - word));
-      continue;
-    }
-    if (kind == kSpace) {
-      at = run(at, kSpace);
-      const bool leads = at < end && (*at >= 0x80 || (table[*at] != kTab && table[*at] != kLineEnd));
-      const uint8_t* const stop = leads ? at - 1 : at;
-      if (stop > word) emit(word, size_t(stop - word));
-      if (!leads) continue;
-      word = stop;
-    }
-    while (at < end) {  // from `word`, which may begin with one space, to the next white space
-      int length;
-      const uint8_t inside = table[code_point(at, length)];
-      if (inside == kInside) {
-        at += length;
-        continue;
-      }
-      if (at > word) emit(word, size_t(at - word));
-      word = at;
-      if (inside != kIsolate && inside != kLiteral) break;
-      if (inside == kIsolate) emit(at, size_t(length));
-      word = at += length;
-    }
-    if (at == end && at > word) emit(word, size_t(at - word));
-  }
-}
-
-}  // namespace
 
 WordReader::WordReader(const char* path) : file_(std::fopen(path, "rb")), buffer_(1 << 18) {
   if (!file_) throw Failure{errno};
@@ -288,8 +225,8 @@ int xvt_counter_add(Counter* counter, const uint8_t* text, const int64_t* ends, 
   return guard([&] {
     int64_t begin = 0;
     for (int64_t i = 0; i < documents; begin = ends[i++])
-      each_word(text + begin, size_t(ends[i] - begin), classes(),
-                [&](const uint8_t* word, size_t size) { counter->add(word, size); });
+      each_word<Split::kTraining>(text + begin, size_t(ends[i] - begin), classes(),
+                                  [&](const uint8_t* word, size_t size) { counter->add(word, size); });
   });
 }
 
@@ -304,7 +241,7 @@ int xvt_counter_finish(Counter* counter, int64_t* told) {
 // Where a text's words begin and end, in bytes (room for one per byte). Returns how many.
 int64_t xvt_word_bounds(const uint8_t* text, int64_t size, int64_t* begins, int64_t* ends) {
   int64_t count = 0;
-  each_word(text, size_t(size), classes(), [&](const uint8_t* word, size_t length) {
+  each_word<Split::kTraining>(text, size_t(size), classes(), [&](const uint8_t* word, size_t length) {
     begins[count] = word - text, ends[count++] = word - text + int64_t(length);
   });
   return count;

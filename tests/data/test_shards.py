@@ -21,11 +21,11 @@ def test_what_is_written_is_read(make_shard: Callable[..., Shard]) -> None:
 
 def test_an_unfinished_shard_does_not_count_and_is_replaced(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "en", ShardHeader("hash", "en")) as writer:
-        writer.add([[1, 3]], 1)
+        writer.add(np.array([1, 3], np.uint32), np.array([2]), 1)
     with pytest.raises(UserError, match="not a finished token shard"):
         Shard.open(tmp_path / "en")
     with ShardWriter(tmp_path / "en", ShardHeader("hash", "en")) as writer:
-        writer.add([[2, 3]], 1)
+        writer.add(np.array([2, 3], np.uint32), np.array([2]), 1)
         writer.finish()
     assert Shard.open(tmp_path / "en").tokens.tolist() == [2, 3]
 

@@ -103,10 +103,9 @@ class Encode:
                     source = plan.sources[name]
                     header = ShardHeader(tokenizer.hash, source.language, source.category, self.fingerprint)
                     writers[place] = stack.enter_context(ShardWriter(folder / split / name, header))
-                encoded = tokenizer.encode_batch(pending.pop(place))
-                for ids in encoded:
-                    ids.append(tokenizer.eos_id)
-                writers[place].add(encoded, sizes.pop(place))
+                writers[place].add(
+                    *tokenizer.encode_flat(pending.pop(place), tokenizer.eos_id), sizes.pop(place)
+                )
 
             for row, key, fate in documents(self.work, unit):
                 name, text = row["name"], row["text"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -66,12 +65,14 @@ class ShardWriter:
         self._offsets.write(np.zeros(1, OFFSET).tobytes())
         self._digest = hashlib.sha256()
 
-    def add(self, documents: list[list[int]], text_bytes: int) -> None:
-        """Append documents (token lists, each with its end token) that came from so many bytes of text."""
-        lengths = np.array([len(document) for document in documents], OFFSET)
-        tokens = np.fromiter(itertools.chain.from_iterable(documents), TOKEN, int(lengths.sum()))
+    def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], text_bytes: int) -> None:
+        """Append documents that came from so many bytes of text.
+
+        ``tokens`` are theirs, one document after the other, each with its end token; ``lengths`` how many
+        each has.
+        """
         offsets = self.header.tokens + np.cumsum(lengths, dtype=OFFSET)
-        self._write(tokens.tobytes(), offsets.astype(OFFSET))
+        self._write(tokens.astype(TOKEN, copy=False).tobytes(), offsets.astype(OFFSET))
         self.header.tokens += len(tokens)
         self.header.text_bytes += text_bytes
 

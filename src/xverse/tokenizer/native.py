@@ -1,4 +1,5 @@
-"""The compiled part of training (csrc/words.cpp, csrc/bpe.cpp): words of texts, files of counts, merges."""
+"""The compiled part of the tokenizer: words of texts, files of counts, merges (csrc/words.cpp, csrc/bpe.cpp);
+``encoder.py`` calls the rest (csrc/encode.cpp)."""
 
 from __future__ import annotations
 
@@ -33,6 +34,12 @@ _SIGNATURES = {
             *(_PATHS, _POINTER, _INT, _INT64, _POINTER, _INT64, ctypes.c_uint32, ctypes.c_uint32, _INT64),
             *(ctypes.c_uint32, _INT64, _INT, _REPORT, _POINTER, _POINTER, _POINTER),
         ],
+        _INT64,
+    ),
+    "xvt_encoder": ([_INT, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT64], _POINTER),
+    "xvt_encoder_free": ([_POINTER], None),
+    "xvt_encode": (
+        [_POINTER, _TEXT, _POINTER, _INT64, ctypes.c_uint32, _INT, _POINTER, _POINTER],
         _INT64,
     ),
 }

@@ -1,8 +1,8 @@
 """The tokenizer: ids from text, text from ids, both without loss.
 
-The ``tokenizers`` library does the BPE. Decoding is ours, from bytes: a token is a byte string, a text is
-the UTF-8 decoding of the joined bytes. So streaming can hold back an unfinished character, and the sum of
-what it emits is always the full decode.
+The ``tokenizers`` library does the BPE of one text, compiled code that of many (encoder.py). Decoding is
+ours, from bytes: a token is a byte string, a text is the UTF-8 decoding of the joined bytes. So streaming
+can hold back an unfinished character, and the sum of what it emits is always the full decode.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 from xverse.config import UserError
 from xverse.files import atomic_file
+from xverse.tokenizer.encoder import SPACE, Encoder, make_encoder
 from xverse.tokenizer.repair import read_tokenizer_json, repair_json, write_tokenizer_json
 
 SPECIAL_TOKENS = ("<unk>", "<pad>", "<|startoftext|>", "<|endoftext|>")  # ids 0 to 3
-SPACE = "▁"  # U+2581, how Metaspace writes a space inside tokens
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -112,6 +115,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
         """``[encode(text) for text in texts]``, in parallel threads."""
+        if self._encoder is not None and not allow_special:
+            flat, lengths = self.encode_flat(texts)
+            ids, ends = flat.tolist(), np.cumsum(lengths).tolist()
+            return [ids[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
         backend = self.backend if allow_special else self._plain
         plain = [index for index, text in enumerate(texts) if SPACE not in text]
         encodings = backend.encode_batch_fast([_scalar(texts[i]) for i in plain], add_special_tokens=False)
@@ -122,6 +129,26 @@ class Tokenizer:
             if SPACE in text:
                 result[index] = self.encode(text, allow_special)
         return result
+
+    def encode_flat(
+        self, texts: Sequence[str], last: int | None = None
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """The ids of texts one after the other, uint32 [ids], and how many each has, int64 [texts].
+
+        ``last`` is put behind each. In parallel threads, and without a Python object for each id.
+        """
+        if self._encoder is not None:
+            return self._encoder.encode([_scalar(text).encode() for text in texts], last)
+        encoded = self.encode_batch(texts)
+        if last is not None:
+            for ids in encoded:
+                ids.append(last)
+        lengths = np.array([len(ids) for ids in encoded], np.int64)
+        return np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(lengths.sum())), lengths
+
+    @functools.cached_property
+    def _encoder(self) -> Encoder | None:
+        return make_encoder(self.values)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for. Raises UserError for an id outside the vocabulary."""

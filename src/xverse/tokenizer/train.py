@@ -16,15 +16,13 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from xverse.config import UserError
+from xverse.tokenizer.encoder import WORDS
 from xverse.tokenizer.tokenizer import SPACE, SPECIAL_TOKENS, Tokenizer, _scalar
 
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # One space belongs to the word that follows it; longer runs, tabs and line ends are pieces of their own.
 # Metaspace's own splitting would cut "    def" into four pieces, and no merge could ever join indentation.
 TRAINING_WORDS = r" ?[^ \t\r\n]+|[\r\n]+|\t+| +(?= [^ \t\r\n])| +"
-# For encoding, merges of spaces alone come last instead, so that the word takes its space before the run
-# closes up: the same, but without a rule that only this pre-tokenizer can express (formats/spm.py).
-WORDS = r" *[^ \t\r\n]+|[\r\n]+|\t+| +"
 FIXED = len(SPECIAL_TOKENS) + len(BYTE_TOKENS)  # ids in front of the characters
 
 
