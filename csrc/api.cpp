@@ -260,4 +260,51 @@ void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_
   });
 }
 
+// The weight behind tiles, [outputs, inputs] in `type`: what `xv_tile` was given, each value times its scale.
+void xv_dequantize(const uint8_t* tiles, void* weight, int type, int64_t outputs, int64_t inputs, int bits,
+                   int group, int threads) {
+  const int64_t groups = inputs / group, tile_bytes = kScaleBytes + int64_t(4) * bits * group;
+  const int size = type == kFloat32 ? 4 : 2, halves = bits == 8 ? 2 : 1;
+  const float bias = bits == 8 ? 128 : 8;
+  share((outputs + kTileRows - 1) / kTileRows, threads, [&](int64_t begin, int64_t end) {
+    // One tile's values: rows of the weight itself may share a set of the cache.
+    alignas(64) char values[kTileRows][kLargestGroup * 4];
+    for (int64_t row = begin; row < end; ++row) {
+      const uint8_t* tile = tiles + row * groups * tile_bytes;
+      for (int64_t g = 0; g < groups; ++g, tile += tile_bytes) {
+        for (int half = 0; half < 2; ++half) {
+          float scales[64];  // of the four bytes of each row
+          for (int i = 0; i < 64; ++i) {
+            uint16_t scale;
+            std::memcpy(&scale, tile + 2 * (16 * half + i / 4), 2);
+            scales[i] = to_float(scale);
+          }
+          for (int k = 0; k < group; k += 4) {
+            const uint8_t* from = tile + kScaleBytes + (k / 4 * halves + (bits == 8 ? half : 0)) * 64;
+            float wide[64];
+            uint16_t narrow[64];
+            if (bits == 8)
+              for (int i = 0; i < 64; ++i) wide[i] = (float(from[i]) - bias) * scales[i];
+            else if (half == 0)
+              for (int i = 0; i < 64; ++i) wide[i] = (float(from[i] & 15) - bias) * scales[i];
+            else
+              for (int i = 0; i < 64; ++i) wide[i] = (float(from[i] >> 4) - bias) * scales[i];
+            const char* made = reinterpret_cast<const char*>(wide);
+            if (type != kFloat32) {
+              for (int i = 0; i < 64; ++i) narrow[i] = to_bfloat16(wide[i]);
+              made = reinterpret_cast<const char*>(narrow);
+            }
+            for (int r = 0; r < 16; ++r)
+              std::memcpy(values[16 * half + r] + k * size, made + 4 * r * size, 4 * size);
+          }
+        }
+        const int64_t left = outputs - row * kTileRows;
+        for (int r = 0; r < (left < kTileRows ? left : kTileRows); ++r)
+          std::memcpy(static_cast<char*>(weight) + ((row * kTileRows + r) * inputs + g * group) * size, values[r],
+                      group * size);
+      }
+    }
+  });
+}
+
 }  // extern "C"

@@ -310,13 +310,24 @@ def _time_each(action: Callable[[], Any], device: str, seconds: float) -> float:
         batch = min(2 * batch, 64)  # a wait after each call would measure the launch on a fast device
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
     """Let this process keep what it frees, under glibc: a training step gives back and asks again for the
     same large blocks, and each 4 KiB of fresh memory costs a page fault (11 % of a step of ``mini``)."""
+    _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+def return_freed_memory() -> None:
+    """Let each large block of this process go back to the system as it is freed, under glibc, at the cost of
+    page faults: what lives is then all that is resident. Kept blocks leave holes that the next size does not
+    fit (7 GB beside 6 of QLoRA at 7B); how many depends on the buffers that matmuls take on a processor."""
+    _mallopt({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 2**20, _M_TRIM_THRESHOLD: 2**22})
+
+
+def _mallopt(values: dict[int, int]) -> None:
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_MAX, 0)
-        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        for option, value in values.items():
+            library.mallopt(option, value)

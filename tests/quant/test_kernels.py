@@ -145,6 +145,19 @@ def test_tiles_keep_every_value(bits: int, group: int, groups: int, outputs: int
     assert torch.equal(back.scales, weight.scales)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group"), [(1, 32, 32), (100, 384, 64), (2049, 256, 128), (4100, 128, 128)]
+)
+def test_dequantised_parts_are_the_weight(
+    bits: int, outputs: int, inputs: int, group: int, dtype: torch.dtype
+) -> None:
+    tiles = tile(random_weight(outputs, inputs, bits, group))
+    found = [part.clone() for part in ops.dequantized_parts(tiles, outputs, bits, dtype)]
+    assert torch.equal(torch.cat(found), untile(tiles, outputs, bits).dequantize(dtype))
+
+
 def test_scale_per_row_comes_back() -> None:
     weight = random_weight(40, 384, 4, 384)
     layer = QuantLinear.from_weight(weight)

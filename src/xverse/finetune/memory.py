@@ -19,7 +19,7 @@ from xverse.train.report import measured_memory
 GROUP = 128  # of weights that are quantised as they are loaded
 CHUNK = 3 * 32 * 2**20  # logits of the chunked loss, their gradient and one copy
 DENSE = 512  # rows up to this length whose documents attend through whole score matrices (model/attention.py)
-GROWTH = 100 * 2**20  # of the program on a CPU once it trains: libraries that load late, buffers of matmuls
+GROWTH = 40 * 2**20  # of the program on a CPU once it trains: libraries that load late, buffers of matmuls
 CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -33,14 +33,15 @@ class Load:
     processes: int = 1
     stage: int = 0
     sharded: bool = False
-    stored_bits: int | None = None  # of a base that is stored quantised
+    stored_bytes: int | None = None  # of a base that is stored quantised
 
 
 def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, int]:
     """Bytes that one process holds at its fullest, by kind, without the program itself.
 
     Activations are counted as autograd saves them, see ``_activations``. Weights in float32 are cast once for
-    each forward pass under autocast, and the copies live until the backward pass.
+    each forward pass under autocast, and the copies live until the backward pass. Nothing is added for memory
+    that is free and kept: the program returns it (``hardware.return_freed_memory``).
     """
     half = bool(settings.bf16 or settings.fp16 or settings.pure_bf16)
     size = 2 if half else 4
@@ -50,10 +51,13 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     lora = settings.finetuning_type == "lora"
     learning = trainable_parameters(shape, settings)
     narrow = settings.pure_bf16 or (half and (load.stage > 0 or (lora and settings.bf16)))
-    bits = settings.quantization_bit or load.stored_bits
+    bits = settings.quantization_bit
+    quantised = bool(bits or load.stored_bytes)
     stored = 2 if narrow else 4
     split = load.processes if load.sharded or load.stage == 3 else 1
-    if bits:
+    if load.stored_bytes:
+        parameters: float = load.stored_bytes
+    elif bits:
         parameters = layers * (bits / 8 + 2 / GROUP) + vocabulary * (1 + 2 / GROUP) + vocabulary * stored
     else:
         parameters = every * stored / split
@@ -75,25 +79,29 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     grad_split = load.processes if load.sharded or load.stage >= 2 else 1
     gradient_size = 2 if load.stage and half and not lora else 4
     gradients = gradient_size * learning / grad_split
-    saved = _activations(shape, settings, load.tokens, size)
-    head = CHUNK + 2 * size * load.kept * shape.hidden_size
+    saved, again = _activations(shape, settings, load.tokens, size, quantised)
+    head = 2 * size * load.kept * shape.hidden_size
     if settings.stage == "dpo":
         head += load.kept * shape.vocab_size * (size + 3 * 4)
-    elif bits or (half and not narrow):
-        head += 2 * vocabulary  # the head once more, in the type of the matmul
+    else:
+        head += CHUNK
+        if quantised or (half and not narrow):
+            head += 2 * vocabulary  # the head once more, in the type of the matmul
     head_learns = not lora and (settings.finetuning_type == "full" or "lm_head" in _extra(settings))
     if head_learns and settings.stage != "dpo":
         head += 4 * vocabulary  # its gradient, made in the forward pass
     # Gradients grow while activations go; only those of earlier micro-batches are there beside all of them.
     earlier = gradients if (settings.gradient_accumulation_steps or 1) > 1 or load.stage else 0
     after = 4 * vocabulary if head_learns else 0  # a scaled copy, or a first one of the embedding's
-    working = max(gradients, earlier + saved + head + copies + after)
+    loss = head + copies + after
+    working = max(gradients + again, earlier + saved + max(loss, again))
+    held = saved if loss > again else saved + again
     return {
         "weights": int(parameters + reference),
         "optimizer": int(optimizer),
         "gradients": int(earlier or gradients),
-        "activations": int(saved),
-        "loss and copies": int(max(0, working - (earlier or gradients) - saved)),
+        "activations": int(held),
+        "loss and copies": int(max(0, working - (earlier or gradients) - held)),
     }
 
 
@@ -123,20 +131,26 @@ def _extra(settings: Settings) -> list[str]:
     return [name.strip() for name in (named or "").split(",") if name.strip()]
 
 
-def _activations(shape: XverseConfig, settings: Settings, tokens: int, size: int) -> int:
-    """Bytes of what autograd saves. Of each layer and token: the inputs of both norms in float32, and in
-    ``size`` bytes the norms' results, q, k, v, what attention mixed and gathered, and four rows of the MLP.
-    An adapter casts the input of its layer to a copy of its own."""
+def _activations(
+    shape: XverseConfig, settings: Settings, tokens: int, size: int, quantised: bool
+) -> tuple[int, int]:
+    """Bytes of what autograd saves, and of what is made again in the backward pass, after the loss.
+
+    Of each layer and token: the inputs of both norms in float32, and in ``size`` bytes the norms' results, q,
+    k, v, what attention mixed and gathered, and four rows of the MLP. peft's adapter casts the input of its
+    layer to a copy of its own, that beside a quantised weight does not. A layer that is made again is counted
+    twice, its gradients as large as itself.
+    """
     d, ff, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     each = 8 * d + size * (7 * d + 4 * ff)
-    if settings.finetuning_type == "lora" and size == 2:
+    if settings.finetuning_type == "lora" and size == 2 and not quantised:
         each += size * 5 * d
     scores = 0
     if size == 2 and tokens <= DENSE and not torch.cuda.is_available():
         scores = 2 * size * shape.num_attention_heads * tokens**2
     if settings.gradient_checkpointing:
-        return layers * tokens * size * d + 2 * (tokens * each + scores)
-    return layers * (tokens * each + scores)
+        return layers * tokens * size * d, 2 * (tokens * each + scores)
+    return layers * (tokens * each + scores), 0
 
 
 def check(shape: XverseConfig, settings: Settings, load: Load) -> tuple[int, str]:
@@ -183,7 +197,7 @@ def _smaller(settings: Settings, load: Load) -> list[tuple[str, Settings, Load]]
         change("bf16 true", load, bf16=True)
     if settings.finetuning_type != "lora":
         change("finetuning_type lora", load, finetuning_type="lora", deepspeed=None)
-    if not settings.quantization_bit and not load.stored_bits:
+    if not settings.quantization_bit and not load.stored_bytes:
         change("quantization_bit 4", load, quantization_bit=4)
     return found
 

@@ -29,7 +29,8 @@ from xverse.finetune.stream import Stream
 from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, widest
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.adapters import fingerprint, write_base
-from xverse.hardware import keep_freed_memory
+from xverse.formats.weights import weight_files
+from xverse.hardware import return_freed_memory
 from xverse.log import notice
 from xverse.quant.training import use_training_kernels
 from xverse.train.plot import plot_loss
@@ -71,6 +72,11 @@ def run_finetuning(settings: Settings) -> Path | None:
     resume = _resume_point(settings, state)
     predicted = _check_memory(source, settings, args, data, length) if settings.do_train else 0
 
+    if args.device.type == "cpu":
+        return_freed_memory()
+    # Before the model that trains is there: the base as it is stored is a second one.
+    adapted = first and settings.do_train and settings.finetuning_type == "lora"
+    digest = fingerprint(load_model(source)) if adapted else ""
     model = _load(source, settings, args)
     if settings.use_liger_kernel or settings.enable_liger_kernel:
         from xverse.finetune.liger import use_liger
@@ -136,7 +142,7 @@ def run_finetuning(settings: Settings) -> Path | None:
     if not settings.do_train:
         print(json.dumps(metrics)) if first else None
         return None
-    _save(trainer, settings, source, data, metrics)
+    _save(trainer, settings, source, data, metrics, digest)
     return settings.output_dir if first else None
 
 
@@ -154,15 +160,14 @@ def _check_memory(source: Path, settings: Settings, args: TrainingArguments, dat
         stage = json.loads(Path(str(args.deepspeed)).read_text()).get("zero_optimization", {}).get("stage", 0)
     stored = None
     if read_scheme(source) is not None:
-        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-        stored = 4 if size < 0.8 * shape.num_parameters() else 8
+        stored = sum(file.stat().st_size for file in weight_files(source))
     work = memory.Load(
         tokens=tokens,
         kept=kept,
         processes=args.world_size,
         stage=stage,
         sharded=args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true",
-        stored_bits=stored,
+        stored_bytes=stored,
     )
     needed, said = memory.check(shape, settings, work)
     if args.process_index == 0:
@@ -187,7 +192,6 @@ def _load(source: Path, settings: Settings, args: TrainingArguments) -> Any:
     model.config.use_cache = False
     if args.device.type == "cpu":
         use_training_kernels(model)
-        keep_freed_memory()
     return model
 
 
@@ -267,14 +271,20 @@ def _clear(out: Path) -> None:
 
 
 def _save(
-    trainer: FinetuneTrainer, settings: Settings, source: Path, data: Data, metrics: dict[str, float]
+    trainer: FinetuneTrainer,
+    settings: Settings,
+    source: Path,
+    data: Data,
+    metrics: dict[str, float],
+    digest: str,
 ) -> None:
+    """Write the model and its card; of an adapter also its base, with that one's ``digest``."""
     out = settings.output_dir
     model: Any = trainer.model
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    base = load_model(source)  # mapped from its files
     if not sharded and settings.finetuning_type != "lora":
-        model.to(base.lm_head.weight.dtype)  # as the base is stored; float32 served training alone
+        # As the base is stored (mapped from its files); float32 served training alone.
+        model.to(load_model(source).lm_head.weight.dtype)
     if trainer.is_fsdp_enabled:  # shards are for checkpoints; the result is a model directory
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(out))
@@ -282,7 +292,7 @@ def _save(
     if not trainer.is_world_process_zero():
         return
     if settings.finetuning_type == "lora":
-        write_base(out, settings.model_name_or_path, fingerprint(base))
+        write_base(out, settings.model_name_or_path, digest)
     trainer.save_metrics("all", metrics)
     if settings.plot_loss:
         plot_loss(out, f"fine-tuning {settings.model_name_or_path}")

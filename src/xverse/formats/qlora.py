@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -30,10 +31,13 @@ class AdaptedQuantLinear(nn.Module, LoraLayer):
         result = self.base_layer(x)
         if self.disable_adapters:
             return result
+        # Autocast casts to its own type: a copy in the adapter's would be made and cast back for each layer.
+        cast = torch.is_autocast_enabled(x.device.type)
         for name in self.active_adapters:
             if name in self.lora_A:
                 down: Any = self.lora_A[name]
-                added = self.lora_B[name](down(self.lora_dropout[name](x.to(down.weight.dtype))))
+                taken = x if cast else x.to(down.weight.dtype)
+                added = self.lora_B[name](down(self.lora_dropout[name](taken)))
                 result = result + (added * self.scaling[name]).to(result.dtype)
         return result
 

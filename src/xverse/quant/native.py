@@ -56,6 +56,7 @@ _SIGNATURES = {
     "xv_train_attention_grad": [*[_POINTER] * 10, *[_INT64] * 4, _INT],
     "xv_train_cross_entropy": [*[_POINTER] * 3, *[_INT64] * 2, ctypes.c_float, _INT],
     "xv_tile": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT, _INT, _INT],
+    "xv_dequantize": [_POINTER, _POINTER, _INT, _INT64, _INT64, _INT, _INT, _INT],
 }
 # fmt: on
 

@@ -77,19 +77,37 @@ def dequantized_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Ten
 
 
 def dequantized_parts(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The weight [rows, inputs] in the order of its outputs, some rows at a time."""
+    """The weight [rows, inputs] in the order of its outputs, some rows at a time: each part may be
+    overwritten by the next."""
+    kernels, kind = library(), _TYPES.get(dtype)
+    group = tile_group_size(tiles, bits)
+    inputs = tiles.shape[1] * group
+    buffer: Tensor | None = None
     done = 0
     for part in tiles.split(_ROWS_AT_ONCE // TILE_ROWS):
         rows = min(len(part) * TILE_ROWS, outputs - done)
         done += rows
-        yield untile(part, rows, bits).dequantize(dtype)
+        if kernels is None or kind is None or not direct(part):
+            yield untile(part, rows, bits).dequantize(dtype)
+            continue
+        if buffer is None:
+            buffer = torch.empty(rows, inputs, dtype=dtype)
+        kernels.xv_dequantize(
+            part.data_ptr(), buffer.data_ptr(), kind, rows, inputs, bits, group, torch.get_num_threads()
+        )
+        yield buffer[:rows]
 
 
 class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
         ctx.tiles, ctx.outputs, ctx.bits = tiles, outputs, bits
-        return torch.cat([linear(x, part) for part in dequantized_parts(tiles, outputs, bits, x.dtype)], -1)
+        y = x.new_empty(*x.shape[:-1], outputs)
+        start = 0
+        for part in dequantized_parts(tiles, outputs, bits, x.dtype):
+            y[..., start : start + len(part)] = linear(x, part)
+            start += len(part)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -98,7 +116,7 @@ class _DequantizedLinear(torch.autograd.Function):
         start = 0
         for part in dequantized_parts(ctx.tiles, ctx.outputs, ctx.bits, grad.dtype):
             piece = grad[..., start : start + len(part)] @ part
-            total = piece if total is None else total + piece
+            total = piece if total is None else total.add_(piece)
             start += len(part)
         assert total is not None
         return total, None, None, None
