@@ -81,7 +81,7 @@ def make_service(loaded: Any, **settings: Any) -> Any:
         runner=runner,
         tokenizer=engine.tokenizer,
         name="nano",
-        parameters=loaded.parameters,
+        parameters=settings.pop("parameters", loaded.parameters),
         stop_ids=settings.pop("stop_ids", loaded.stop_ids),
         grammars=Grammars(engine.tokenizer, loaded.stop_ids),
         metrics=Metrics(runner),

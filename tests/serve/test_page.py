@@ -5,6 +5,7 @@ With ``XVERSE_SCREENSHOTS=FOLDER`` it writes the pictures of the README there.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -22,6 +23,19 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
+# Each request and its answer take 50 to 250 ms: what the page does at once no longer ends in the order in
+# which it began.
+SLOW_NETWORK = """
+  let at = 1;
+  const pause = () => new Promise((done) => setTimeout(done, 50 + (at = (at * 75 + 74) % 65537) % 200));
+  const quick = window.fetch;
+  window.fetch = async (...request) => {
+    await pause();
+    const answer = await quick(...request);
+    await pause();
+    return answer;
+  };
+"""
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 800}
 
@@ -58,6 +72,29 @@ class Visitor:
         )
         return self.said("bot")[-1]
 
+    def until_telling(self, server: Any, replies: int = 1) -> str:
+        """What has been said of the last of so many replies, which goes on."""
+
+        def begun() -> bool:
+            said = self.said("bot")
+            return len(said) == replies and len(said[-1]) > 20
+
+        server.until(begun)
+        return self.said("bot")[-1]
+
+    def settled(self) -> bool:
+        """Nothing that was begun is still to change the conversations."""
+        return self.page.evaluate(
+            """Promise.race([
+              (window.xverseTurns?.last ?? Promise.resolve()).then(() => true),
+              new Promise((done) => setTimeout(done, 20, false)),
+            ])"""
+        )
+
+    def end(self) -> None:
+        """A reply that goes on. Its text moves the page, which Playwright's own click would wait for."""
+        self.page.locator("#message [data-testid=stop-button]").dispatch_event("click")
+
     def conversations(self) -> list[str]:
         return [each.inner_text().strip() for each in self.page.locator("#conversations label").all()]
 
@@ -72,8 +109,12 @@ def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
     visitors: list[Visitor] = []
     contexts: list[Any] = []
 
-    def open_page(server: Any, *, locale: str = "en-US", size: dict[str, int] = DESK, **more: Any) -> Visitor:
+    def open_page(
+        server: Any, *, locale: str = "en-US", size: dict[str, int] = DESK, slow: bool = False, **more: Any
+    ) -> Visitor:
         context = browser.new_context(locale=locale, viewport=size, **more)
+        if slow:
+            context.add_init_script(SLOW_NETWORK)
         context.set_default_timeout(20_000)
         contexts.append(context)
         return enter(context, server)
@@ -98,6 +139,13 @@ def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
         hosts = {urlsplit(url).hostname for url in visitor.asked if not url.startswith(("data:", "blob:"))}
         assert hosts == {"127.0.0.1"}
         assert not visitor.errors
+
+
+@pytest.fixture
+def storyteller(nano: Any, launch: Any) -> Any:
+    """A server whose replies go on until somebody ends them."""
+    endless = dataclasses.replace(nano.parameters, max_new_tokens=8000)
+    return launch(page="chat", stop_ids=(), parameters=endless)
 
 
 def test_a_conversation_in_chinese(site: Any, visit: Any) -> None:
@@ -134,8 +182,8 @@ def test_it_says_what_the_api_says(site: Any, visit: Any) -> None:
         messages.append({"role": "assistant", "content": content})
 
 
-def test_stop_keeps_what_was_said(launch: Any, visit: Any) -> None:
-    server = launch(page="chat", stop_ids=())
+def test_stop_keeps_what_was_said(storyteller: Any, visit: Any) -> None:
+    server = storyteller
     visitor = visit(server)
     visitor.say("Tell me a very long story.")
     stop = visitor.page.locator("#message [data-testid=stop-button]")
@@ -199,11 +247,11 @@ def test_several_conversations_stay_in_the_browser(site: Any, visit: Any) -> Non
     assert visit(site).conversations() == []
 
 
-def test_changing_the_conversation_ends_its_reply(launch: Any, visit: Any) -> None:
-    server = launch(page="chat", stop_ids=())
+def test_changing_the_conversation_ends_its_reply(storyteller: Any, visit: Any) -> None:
+    server = storyteller
     visitor = visit(server)
     visitor.say("A very long story")
-    server.until(lambda: visitor.said("bot") and len(visitor.said("bot")[0]) > 20)
+    visitor.until_telling(server)
     visitor.page.locator("#new").click()
     server.until(server.idle)
     sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_count(0)
@@ -212,6 +260,105 @@ def test_changing_the_conversation_ends_its_reply(launch: Any, visit: Any) -> No
     visitor.page.locator("#conversations label").first.click()
     sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_text("A very long story")
     assert len(visitor.said("bot")[0]) > 20
+
+
+def leave(visitor: Visitor) -> None:
+    visitor.page.locator("#new").click()
+
+
+def choose(visitor: Visitor) -> None:
+    visitor.page.locator("#conversations label").nth(1).click()
+
+
+def delete(visitor: Visitor) -> None:
+    visitor.page.locator("#delete").click()
+    visitor.page.locator("#delete-surely").click()
+
+
+def clear(visitor: Visitor) -> None:
+    visitor.page.get_by_label("Clear").click()
+
+
+def speak_chinese(visitor: Visitor) -> None:
+    visitor.page.get_by_text("中文", exact=True).click()
+    sync_api.expect(visitor.page.locator("#new")).to_have_text("新对话")
+
+
+@pytest.mark.parametrize(
+    ("action", "shown", "listed"),
+    [
+        (leave, [], ["A long story", "First question"]),
+        (choose, ["First question"], ["First question", "A long story"]),
+        (delete, [], ["First question"]),
+        (clear, [], ["A long story", "First question"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_leaving_a_reply(
+    storyteller: Any, visit: Any, action: Callable[[Visitor], None], shown: list[str], listed: list[str]
+) -> None:
+    """Its last words come neither into the next conversation nor into what the browser keeps."""
+    visitor = two_conversations(storyteller, visit)
+    action(visitor)
+    sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_text(shown)
+    storyteller.until(lambda: storyteller.idle() and visitor.settled())
+    assert visitor.said("user") == shown
+    assert sorted(visitor.conversations()) == sorted(listed)
+    visitor.say("And another one")
+    visitor.until_telling(storyteller, len(shown) + 1)
+    visitor.end()
+    storyteller.until(lambda: storyteller.idle() and visitor.settled())
+    assert visitor.said("user") == [*shown, "And another one"]
+    again = visit.again(visitor, storyteller)
+    assert again.said("user") == visitor.said("user")
+    assert again.said("bot") == visitor.said("bot")
+    assert again.conversations() == (listed if shown else ["And another one", *listed])
+
+
+def test_every_action_waits_for_the_one_before(storyteller: Any, visit: Any) -> None:
+    """A message while another is answered, a reply once more, a rewritten message, another language."""
+    visitor = two_conversations(storyteller, visit)
+    visitor.say("Another")
+    time.sleep(0.5)
+    assert visitor.said("user") == ["A long story"]
+    visitor.end()
+    visitor.until_telling(storyteller, 2)
+    assert visitor.said("user") == ["A long story", "Another"]
+
+    before = visitor.said("bot")
+    visitor.page.get_by_label("Retry").last.dispatch_event("click")
+    speak_chinese(visitor)
+    storyteller.until(lambda: not "".join(visitor.said("bot")).startswith("".join(before)))
+    visitor.until_telling(storyteller, 2)
+    assert visitor.said("user") == ["A long story", "Another"]
+    assert visitor.said("bot")[0] == before[0]
+
+    visitor.page.get_by_label("Edit").first.dispatch_event("click")
+    visitor.page.locator("#chat textarea").fill("A short story")
+    visitor.page.get_by_label("Submit").dispatch_event("click")
+    sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_text(["A short story"])
+    visitor.until_telling(storyteller, 1)
+    visitor.end()
+    storyteller.until(lambda: storyteller.idle() and visitor.settled())
+    again = visit.again(visitor, storyteller)
+    assert again.said("user") == ["A short story"]
+    assert again.said("bot") == visitor.said("bot")
+    assert again.conversations() == ["A short story", "First question"]
+    assert again.page.locator("#new").inner_text() == "新对话"
+
+
+def two_conversations(server: Any, visit: Any) -> Visitor:
+    """On a slow network: one that is kept, and one whose reply goes on."""
+    visitor = visit(server, slow=True)
+    visitor.say("First question")
+    visitor.until_telling(server)
+    visitor.end()
+    server.until(lambda: server.idle() and visitor.settled())
+    visitor.page.locator("#new").click()
+    sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_count(0)
+    visitor.say("A long story")
+    visitor.until_telling(server)
+    return visitor
 
 
 @pytest.mark.parametrize("chinese", [True, False])
@@ -299,11 +446,11 @@ def test_text_generation(launch: Any, visit: Any) -> None:
     server.until(server.idle)
 
 
-def test_a_window_that_closes_ends_its_reply(launch: Any, visit: Any) -> None:
-    server = launch(page="chat", stop_ids=())
+def test_a_window_that_closes_ends_its_reply(storyteller: Any, visit: Any) -> None:
+    server = storyteller
     visitor = visit(server)
     visitor.say("A very long story")
-    server.until(lambda: visitor.said("bot") and len(visitor.said("bot")[0]) > 20)
+    visitor.until_telling(server)
     visitor.page.close()
     server.until(server.idle)
 
@@ -333,15 +480,15 @@ def test_a_server_with_keys_asks_for_one(launch: Any, browser: Any, visit: Any) 
     assert visitor.until_answered(1)
 
 
-def test_many_visitors_at_once(launch: Any, visit: Any) -> None:
-    server = launch(page="chat", stop_ids=())
+def test_many_visitors_at_once(storyteller: Any, visit: Any) -> None:
+    server = storyteller
     visitors = [visit(server) for _ in range(3)]
     for visitor in visitors:
         visitor.say("A very long story")
     server.until(lambda: server.service.runner.stats.running == 3)
     for visitor in visitors:
-        server.until(lambda visitor=visitor: visitor.said("bot") and len(visitor.said("bot")[0]) > 20)
-        visitor.page.locator("#message [data-testid=stop-button]").click()
+        visitor.until_telling(server)
+        visitor.end()
     server.until(server.idle)
 
 

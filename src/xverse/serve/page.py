@@ -7,8 +7,8 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import gradio as gr
@@ -46,6 +46,33 @@ _CSS = """
 }
 """
 
+# What changes the conversations has its turn in the browser alone. Each step there reads the page, asks the
+# server and writes the page: two at once undo one another. Gradio's own ``cancels`` is no help: it does not
+# wait for the reply, whose last words then arrive in the next conversation, and does nothing to one that the
+# server has not yet acknowledged.
+_TURN = """async (...inputs) => {
+  const turns = (window.xverseTurns ??= {last: Promise.resolve()});
+  const before = turns.last;
+  let over;
+  turns.last = new Promise((done) => { over = done; });
+  %s
+  turns.over = over;
+  return inputs;
+}"""
+_AFTER_REPLY = _TURN % "await before;"
+# Again and again: a reply that was asked for shows its button only after some steps.
+_ENDING_REPLY = (
+    _TURN
+    % """const end = () => document.querySelector("#message [data-testid=stop-button]")?.click();
+  end();
+  const ending = setInterval(end, 50);
+  await before;
+  clearInterval(ending);"""
+)
+_OVER = "() => { window.xverseTurns.over(); }"
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+Step = tuple[Callable[..., Any], Any, Any]  # a function, its inputs and its outputs
+
 
 def mount(app: FastAPI, service: Service, *, first: str = "chat") -> None:
     """Put the page at ``/`` of ``app``, behind its other routes; ``first`` is the tab that opens."""
@@ -82,15 +109,38 @@ def _blocks(service: Service, first: str) -> gr.Blocks:
     return blocks
 
 
+class _Replies:
+    """The one that each browser window is given, if any, so that it can be ended."""
+
+    def __init__(self) -> None:
+        self._endings: dict[str | None, asyncio.Event] = {}
+
+    @contextmanager
+    def begin(self, window: gr.Request) -> Iterator[asyncio.Event]:
+        ending = self._endings[window.session_hash] = asyncio.Event()
+        try:
+            yield ending
+        finally:
+            self._endings.pop(window.session_hash, None)
+
+    async def end(self, window: gr.Request) -> None:
+        """As if what it has said so far were all."""
+        if ending := self._endings.get(window.session_hash):
+            ending.set()
+
+
 class _Page:
     """The components, and what happens when they are used."""
 
     def __init__(self, service: Service, first: str) -> None:
         self._service = service
+        self._answers = _Replies()
+        self._continuations = _Replies()
         words = LANGUAGES["en"]
         # The secret keeps nothing secret: with a random one a restart would lose what browsers hold.
         self.saved = gr.BrowserState(conversations.nothing_saved(), storage_key="xverse", secret="xverse")
         self.width = gr.Number(visible=False)  # of the window
+        self.chosen = gr.Textbox(visible=False)  # a conversation, while a reply ends
         with gr.Sidebar(width=290, open=False) as self.sidebar:
             self.language = gr.Radio(
                 [("中文", "zh"), ("English", "en")], value="en", container=False, elem_id="language"
@@ -144,67 +194,71 @@ class _Page:
         shown = [self.chat, self.status]
         kept = [self.saved, self.chat]
         listed = [self.saved, self.conversations]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        at = [*kept, self.language]
+        store: Step = (conversations.store, at, listed)
+        box = self.message
 
         begun = [
-            self.message.submit(
-                conversations.say, [self.message, self.chat], [self.message, self.chat], queue=False, **quiet
+            _follow(
+                box.submit(None, None, None, js=_AFTER_REPLY, queue=False, **_QUIET),
+                (conversations.say, [box, self.chat], [box, self.chat]),
             ),
-            self.chat.example_select(conversations.example, None, self.chat, queue=False, **quiet),
-            self.chat.retry(conversations.again, self.chat, self.chat, queue=False, **quiet),
-            self.chat.edit(conversations.edited, self.chat, self.chat, queue=False, **quiet),
+            # These need what their event says, which the first step alone is told. What they read of the page
+            # before they wait are messages above the running reply.
+            self.chat.example_select(
+                conversations.example, None, self.chat, js=_ENDING_REPLY, queue=False, **_QUIET
+            ),
+            self.chat.retry(
+                conversations.again, self.chat, self.chat, js=_ENDING_REPLY, queue=False, **_QUIET
+            ),
+            self.chat.edit(
+                conversations.edited, self.chat, self.chat, js=_ENDING_REPLY, queue=False, **_QUIET
+            ),
         ]
-        running = []
         for event in begun:
-            stored = event.then(conversations.store, [*kept, self.language], listed, queue=False, **quiet)
-            busy = stored.then(
-                lambda: gr.update(submit_btn=False, stop_btn=True), None, self.message, queue=False, **quiet
-            )
-            answer = busy.then(self._answer, spoken, shown, **quiet)
-            running.append(answer)
-            self._settle(answer, kept, listed, quiet)
-        self._settle(
-            self.message.stop(None, None, None, cancels=running, queue=False, **quiet), kept, listed, quiet
-        )
+            busy = _follow(event, store, (_busy, None, box))
+            busy.failure(None, None, None, js=_OVER, queue=False, **_QUIET)
+            answer = busy.success(self._answer, spoken, shown, **_QUIET)
+            for ended in (answer.success, answer.failure):
+                ready = ended(_ready, None, box, queue=False, **_QUIET)
+                _over(_follow(ready, store))
+        box.stop(self._answers.end, None, None, queue=False, **_QUIET)
 
-        # A running reply ends first: its last words would otherwise arrive in another conversation.
-        at = [*kept, self.language]
         left = [*listed, *shown]
         for begins, function, inputs in (
             (self.new.click, conversations.leave, at),
             (self.chat.clear, conversations.leave, at),
-            (self.conversations.input, conversations.choose, [*at, self.conversations]),
             (self.delete_surely.click, conversations.delete, [self.saved, self.language]),
         ):
-            stopped = begins(None, None, None, cancels=running, queue=False, **quiet)
-            moved = stopped.then(function, inputs, left, queue=False, **quiet)
-            moved.then(_ready, None, self.message, queue=False, **quiet)
+            turn = begins(None, None, None, js=_ENDING_REPLY, queue=False, **_QUIET)
+            _over(_follow(turn, (function, inputs, left)))
+        # When the reply has ended, the list shows its conversation as the chosen one again.
+        turn = self.conversations.input(
+            None, self.conversations, self.chosen, js=_ENDING_REPLY, queue=False, **_QUIET
+        )
+        _over(_follow(turn, (conversations.choose, [*at, self.chosen], left)))
         asked = [self.delete, self.delete_surely, self.keep]
-        self.delete.click(lambda: _visible(False, True, True), None, asked, queue=False, **quiet)
+        self.delete.click(lambda: _visible(False, True, True), None, asked, queue=False, **_QUIET)
         for button in (self.keep, self.delete_surely):
-            button.click(lambda: _visible(True, False, False), None, asked, queue=False, **quiet)
+            button.click(lambda: _visible(True, False, False), None, asked, queue=False, **_QUIET)
 
         written = [self.text, self.language, *self.text_sliders]
-        text = self.go_on.click(self._continue, written, [self.text, self.text_status], **quiet)
-        self.stop.click(None, None, None, cancels=[text], queue=False, **quiet)
+        self.go_on.click(self._continue, written, [self.text, self.text_status], **_QUIET)
+        self.stop.click(self._continuations.end, None, None, queue=False, **_QUIET)
 
         translated = self._translated()
-        self.language.input(
-            _speak, [self.saved, self.language], [self.saved, *translated], queue=False, **quiet
+        captioned = self.language.input(
+            lambda language: _captions(LANGUAGES[language]), self.language, translated, queue=False, **_QUIET
         )
+        turn = captioned.success(None, None, None, js=_AFTER_REPLY, queue=False, **_QUIET)
+        _over(_follow(turn, (_speak, [self.saved, self.language], self.saved)))
         blocks.load(
             _open,
             [self.saved, self.width],
             [self.sidebar, self.language, *translated, self.conversations, self.chat],
             js="(saved, width) => [saved, window.innerWidth]",
             queue=False,
-            **quiet,
-        )
-
-    def _settle(self, event: Any, kept: list[Any], listed: list[Any], quiet: dict[str, Any]) -> None:
-        """After a reply, or half of one: keep it, and take the next message."""
-        event.then(_ready, None, self.message, queue=False, **quiet).then(
-            conversations.store, [*kept, self.language], listed, queue=False, **quiet
+            **_QUIET,
         )
 
     def _translated(self) -> list[Any]:
@@ -239,11 +293,12 @@ class _Page:
         top_k: float,
         repetition_penalty: float,
         max_tokens: float,
+        window: gr.Request,
     ) -> AsyncGenerator[tuple[Messages, str], None]:
-        """``history`` with the reply to its last message, as it grows."""
+        """``history`` with the reply to its last message, as it grows, until it is ended."""
         words = LANGUAGES[language]
         history = conversations.plain(history)
-        if not history or history[-1]["role"] != "user":  # its beginning has failed and said so
+        if not history or history[-1]["role"] != "user":  # an empty message was sent
             return
         asked = ChatRequest(
             messages=_messages(system, history),
@@ -252,15 +307,16 @@ class _Page:
             top_k=int(top_k),
             repetition_penalty=float(repetition_penalty),
         )
-        try:
-            request, dropped = await asyncio.to_thread(self._fitting, asked, int(max_tokens))
-        except (ApiError, UserError) as error:
-            raise gr.Error(str(error)) from None
-        if dropped:
-            gr.Info(words.forgotten)
-        async with aclosing(self._stream(request, words)) as found:
-            async for text, status in found:
-                yield [*history, {"role": "assistant", "content": text}], status
+        with self._answers.begin(window) as ending:
+            try:
+                request, dropped = await asyncio.to_thread(self._fitting, asked, int(max_tokens))
+            except (ApiError, UserError) as error:
+                raise gr.Error(str(error)) from None
+            if dropped:
+                gr.Info(words.forgotten)
+            async with aclosing(self._stream(request, words, ending)) as found:
+                async for text, status in found:
+                    yield [*history, {"role": "assistant", "content": text}], status
 
     def _fitting(self, asked: ChatRequest, max_tokens: int) -> tuple[Request, int]:
         """An engine request, and how many of the oldest messages had to be left out for it. Raises ApiError
@@ -288,8 +344,9 @@ class _Page:
         top_k: float,
         repetition_penalty: float,
         max_tokens: float,
+        window: gr.Request,
     ) -> AsyncGenerator[tuple[str, str], None]:
-        """``text`` with its continuation, as it grows."""
+        """``text`` with its continuation, as it grows, until it is ended."""
         words = LANGUAGES[language]
         if not text:
             raise gr.Error(words.empty)
@@ -301,27 +358,39 @@ class _Page:
             repetition_penalty=float(repetition_penalty),
             max_tokens=int(max_tokens),
         )
-        try:
-            (request,) = await asyncio.to_thread(self._service.complete, asked)
-        except (ApiError, UserError) as error:
-            raise gr.Error(str(error)) from None
-        async with aclosing(self._stream(request, words)) as found:
-            async for more, status in found:
-                yield text + more, status
+        with self._continuations.begin(window) as ending:
+            try:
+                (request,) = await asyncio.to_thread(self._service.complete, asked)
+            except (ApiError, UserError) as error:
+                raise gr.Error(str(error)) from None
+            async with aclosing(self._stream(request, words, ending)) as found:
+                async for more, status in found:
+                    yield text + more, status
 
-    async def _stream(self, request: Request, words: Words) -> AsyncGenerator[tuple[str, str], None]:
-        """The text so far and the speed, twenty times a second and at the end."""
+    async def _stream(
+        self, request: Request, words: Words, ending: asyncio.Event
+    ) -> AsyncGenerator[tuple[str, str], None]:
+        """The text so far and the speed, twenty times a second and at the end, which may be ``ending``."""
         choice = Choice(0, request)
         begin = last = time.monotonic()
+
+        def speed() -> str:
+            rate = choice.tokens / max(time.monotonic() - begin, 1e-6)
+            return words.speed.format(tokens=choice.tokens, rate=rate)
+
         try:
-            async with aclosing(events(self._service, "page", choice)) as found:
-                async for event in found:
+            async with (
+                aclosing(events(self._service, "page", choice)) as found,
+                aclosing(_until(ending, found)) as wanted,
+            ):
+                async for event in wanted:
                     now = time.monotonic()
                     if event.finish_reason is None and now - last < _PAUSE:
                         continue
                     last = now
-                    rate = choice.tokens / max(now - begin, 1e-6)
-                    yield choice.text, words.speed.format(tokens=choice.tokens, rate=rate)
+                    yield choice.text, speed()
+            if ending.is_set() and choice.text:
+                yield choice.text, speed()
         except (ApiError, UserError, Busy, Draining) as error:
             raise gr.Error(str(error)) from None
 
@@ -369,6 +438,42 @@ def _captions(words: Words) -> list[Any]:
     ]
 
 
+async def _until(ending: asyncio.Event, found: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """What is found before ``ending``, which need not wait for the next piece."""
+    end = asyncio.create_task(ending.wait())
+    piece: asyncio.Future[Any] | None = None
+    try:
+        while not ending.is_set():
+            piece = asyncio.ensure_future(anext(found, None))
+            await asyncio.wait((piece, end), return_when=asyncio.FIRST_COMPLETED)
+            if not piece.done() or piece.result() is None:
+                return
+            yield piece.result()
+    finally:
+        end.cancel()
+        if piece is not None and piece.cancel():
+            await asyncio.wait((piece,))
+
+
+def _follow(event: Any, *steps: Step) -> Any:
+    """Each step when the one before has succeeded; where one fails, the next action has its turn."""
+    for function, inputs, outputs in steps:
+        event.failure(None, None, None, js=_OVER, queue=False, **_QUIET)
+        event = event.success(function, inputs, outputs, queue=False, **_QUIET)
+    return event
+
+
+def _over(event: Any) -> None:
+    """The next action has its turn after ``event``, whether it succeeds or fails."""
+    for ended in (event.success, event.failure):
+        ended(None, None, None, js=_OVER, queue=False, **_QUIET)
+
+
+def _busy() -> Any:
+    """In place of taking the next message, the box offers to end the reply."""
+    return gr.update(submit_btn=False, stop_btn=True)
+
+
 def _ready() -> Any:
     """The box takes the next message."""
     return gr.update(submit_btn=True, stop_btn=False)
@@ -399,5 +504,5 @@ def _open(saved: dict[str, Any], width: float, request: gr.Request) -> list[Any]
     ]
 
 
-def _speak(saved: dict[str, Any], language: str) -> list[Any]:
-    return [{**saved, "language": language}, *_captions(LANGUAGES[language])]
+def _speak(saved: dict[str, Any], language: str) -> dict[str, Any]:
+    return {**saved, "language": language}
