@@ -392,6 +392,16 @@ def test_requests_that_had_not_arrived_hear_of_the_death(launch: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nothing_to_do_is_not_stuck(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xverse.serve.runner._STUCK", 0.2)
+    server = launch()
+    with server.client() as client:
+        assert client.post(CHAT, json={"messages": QUESTION, "max_tokens": 3}).status_code == 200
+        server.until(server.idle)
+        time.sleep(0.4)
+        assert client.get("/health").status_code == 200
+
+
 def test_a_dead_engine_turns_health_red(launch: Any) -> None:
     running = launch()
     told = threading.Event()

@@ -136,9 +136,6 @@ class EngineRunner:
     def _run(self) -> None:
         try:
             while self._obey():
-                if not self.engine.busy:
-                    self._working = False
-                    continue
                 if not self._working:
                     self._working, self._step_ended = True, time.monotonic()
                 try:
@@ -168,10 +165,13 @@ class EngineRunner:
             self.stats = self.engine.stats()
 
     def _obey(self) -> bool:
-        """Carry out the orders that are there; waits for one where there is nothing to do. False: the end."""
+        """Carry out the orders that are there, and wait for more until there is work. False: the end."""
         while True:
+            idle = not self.engine.busy
+            if idle:
+                self._working = False
             try:
-                kind, ticket = self._orders.get(block=not self.engine.busy)
+                kind, ticket = self._orders.get(block=idle)
             except queue.Empty:
                 return True
             if ticket is None:
