@@ -7,19 +7,22 @@ benchmark questions).
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +83,7 @@ def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> 
     from xverse.tokenizer import Tokenizer
 
     os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = str(workers), "true"
-    texts = [text for _ in range(repeat) for text in _documents(folder)]
+    texts = list(_documents(folder))
     size = sum(len(text.encode()) for text in texts)
     backend = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
     backend.encode_batch_fast(texts[:64], add_special_tokens=False)
@@ -89,20 +92,14 @@ def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> 
         backend.encode_batch_fast(texts[first : first + 1_000], add_special_tokens=False)
     library = time.perf_counter() - start
     del texts
-    source = folder
-    if repeat > 1:
-        source = out / "repeated"
-        source.mkdir()
-        for copy in range(repeat):
-            for path in folder.glob("*.jsonl.gz"):
-                (source / f"{path.name.removesuffix('.jsonl.gz')}.{copy}.jsonl.gz").symlink_to(path.resolve())
+    source = _repeated(folder, out / "repeated", repeat) if repeat > 1 else folder
     recipe = PrepareRecipe(
         source, out / "encoded", tokenizer=model, executor=ExecutorConfig(workers=workers), seed=1
     )
     units = recipe.units()
-    steps = phases(recipe, units, claim(recipe, units))
-    names = [step.name for step in steps]
-    cut = names.index("encode")
+    memory = out / "memory"
+    steps = [_watched(step, memory) for step in phases(recipe, units, claim(recipe, units))]
+    cut = [step.name for step in steps].index("encode")
     logs = recipe.out / "work" / "logs"
     run_phases(steps[:cut], recipe.executor, logs)
     start = time.perf_counter()
@@ -119,9 +116,57 @@ def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> 
         "library_mb_s": round(rate / 1e6, 2),
         "shards_mb_s": round(ours / 1e6, 2),
         "share": round(ours / rate, 3),
-        "text_mb": round(written / 1e6, 1),
-        "peak_worker_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3, 1),
+        "text_mb": round(written / 1e6, 4),
+        "peak_mb": _peaks(memory),
     }
+
+
+def _repeated(folder: Path, out: Path, times: int) -> Path:
+    """A corpus so many times as large; no document stands in it twice, as copies would be removed."""
+    out.mkdir()
+    for path in folder.glob("*.jsonl.gz"):
+        name = path.name.removesuffix(".jsonl.gz")
+        with ExitStack() as stack:
+            lines = stack.enter_context(gzip.open(path, "rt", encoding="utf-8"))
+            files = [
+                stack.enter_context(gzip.open(out / f"{name}.{copy}.jsonl.gz", "wt", 1, encoding="utf-8"))
+                for copy in range(times)
+            ]
+            for line in lines:
+                row = json.loads(line)
+                for copy, file in enumerate(files):
+                    other = {**row, "text": f"{copy} {row['text']}"}
+                    file.write(json.dumps(other, ensure_ascii=False) + "\n")
+    return out
+
+
+@dataclass
+class _Watched:
+    """A phase's work; afterwards the worker that did it says how much memory it has taken so far."""
+
+    work: Callable[[Any, int, int], None]
+    folder: Path
+
+    def __call__(self, data: Any, rank: int, tasks: int) -> None:
+        from xverse.hardware import process_memory
+
+        self.work(data, rank, tasks)
+        if multiprocessing.parent_process() is None:  # a phase of one task runs in the benchmark itself
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{rank}").write_text(str(process_memory("VmHWM") or 0))
+
+
+def _watched(phase: Any, memory: Path) -> Any:
+    return dataclasses.replace(phase, work=_Watched(phase.work, memory / phase.name))
+
+
+def _peaks(memory: Path) -> dict[str, float]:
+    """The most that a worker had held at the end of each phase, in MB; workers stay for several phases."""
+    found: dict[str, float] = {}
+    for phase in sorted(memory.glob("*"), key=lambda path: path.stat().st_mtime):
+        found[phase.name] = round(max(int(file.read_text()) for file in phase.iterdir()) / 1e6)
+    return found
 
 
 def _pipeline(folder: Path, model: Path, out: Path, workers: int, evaluation: Path | None) -> dict[str, Any]:
@@ -141,8 +186,9 @@ def _pipeline(folder: Path, model: Path, out: Path, workers: int, evaluation: Pa
         folder, out / "prepared", tokenizer=model, stages=stages, executor=ExecutorConfig(workers=workers)
     )
     units = recipe.units()
-    seconds = {}
-    for phase in phases(recipe, units, claim(recipe, units)):
+    seconds, memory = {}, out / "memory"
+    for step in phases(recipe, units, claim(recipe, units)):
+        phase = _watched(step, memory)
         start = time.perf_counter()
         run_phases([phase], recipe.executor, recipe.out / "work" / "logs")
         seconds[phase.name] = round(time.perf_counter() - start, 2)
@@ -153,7 +199,7 @@ def _pipeline(folder: Path, model: Path, out: Path, workers: int, evaluation: Pa
         "phases": seconds,
         "kept_mb": round(sum(row["text_bytes"] for row in report["sources"]) / 1e6, 1),
         "dropped": report["dropped"],
-        "peak_worker_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3, 1),
+        "peak_mb": _peaks(memory),
     }
 
 
