@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def compiler() -> list[str] | None:
     return [found] if found else None
 
 
+def _run(step: list[str]) -> str | None:
+    """Why a step of the compilation could not be done, or None."""
+    try:
+        done = subprocess.run(step, capture_output=True, text=True)
+    except OSError as error:
+        return f"{step[0]}: {error.strerror}"
+    return f"{shlex.join(step)}\n{done.stderr.strip()}" if done.returncode else None
+
+
 def compile_library(target: Path, units: list[tuple[str, list[str]]]) -> str | None:
     """Compile sources of csrc/ to ``target``; returns why it could not be done, or None."""
     command = compiler()
@@ -81,14 +91,11 @@ def compile_library(target: Path, units: list[tuple[str, list[str]]]) -> str | N
             for (source, flags), output in zip(units, objects, strict=True)
         ]
         library = str(Path(folder) / "library.so")
-        steps.append([*command, "-shared", "-pthread", *objects, "-o", library])
-        for step in steps:
-            try:
-                done = subprocess.run(step, capture_output=True, text=True)
-            except OSError as error:
-                return f"{step[0]}: {error.strerror}"
-            if done.returncode:
-                return f"{shlex.join(step)}\n{done.stderr.strip()}"
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            problem = next(filter(None, pool.map(_run, steps)), None)
+        problem = problem or _run([*command, "-shared", "-pthread", *objects, "-o", library])
+        if problem is not None:
+            return problem
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the old file and by a rename: a process that has it mapped keeps the old one.
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
