@@ -26,6 +26,28 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TEST_DATA = ROOT.parent / "shared" / "data"
 
 
+# Files in which few tests take long. Several workers take whole files: begun last, one of these would let the
+# others wait for it.
+LONGEST = (
+    "serve/test_image.py",
+    "train/test_layouts.py",
+    "serve/test_page.py",
+    "finetune/test_distributed.py",
+    "test_wheel.py",
+    "train/test_optimizer.py",
+    "train/test_resume.py",
+    "data/test_duplicates.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        file = item.path.relative_to(ROOT / "tests").as_posix()
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _loopback_only() -> Iterator[None]:
     """Refuse every connection and name look-up that would leave this machine."""
