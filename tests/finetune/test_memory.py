@@ -33,13 +33,15 @@ def large(tmp_path_factory: Any, tiny_tokenizer: Any) -> Path:
     save_hf(model, tiny_tokenizer, path / "base", torch.bfloat16)
     rows = [{"instruction": "say", "input": "", "output": "good morning " * 100}] * 8
     (path / "rows.json").write_text(json.dumps(rows))
+    pairs = [{"instruction": "say", "input": "", "chosen": "good day " * 50, "rejected": "bad day " * 50}] * 8
+    (path / "pairs.json").write_text(json.dumps(pairs))
     return path
 
 
 def words(large: Path, out: Path, **flags: str) -> list[str]:
     values = {
         "model_name_or_path": str(large / "base"),
-        "dataset": str(large / "rows.json"),
+        "dataset": str(large / flags.pop("dataset", "rows.json")),
         "do_train": "true",
     }
     values |= {"output_dir": str(out), "max_steps": "2", "save_strategy": "no", "cutoff_len": "256"}
@@ -53,6 +55,13 @@ def words(large: Path, out: Path, **flags: str) -> list[str]:
     [
         {"finetuning_type": "full", "bf16": "true", "gradient_accumulation_steps": "2"},
         {"finetuning_type": "lora"},
+        {
+            "finetuning_type": "lora",
+            "bf16": "true",
+            "quantization_bit": "4",
+            "gradient_checkpointing": "true",
+        },
+        {"finetuning_type": "lora", "bf16": "true", "stage": "dpo", "dataset": "pairs.json"},
     ],
 )
 def test_the_prediction_is_within_15_percent(large, tmp_path, flags) -> None:

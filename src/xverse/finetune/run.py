@@ -30,7 +30,7 @@ from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, widest
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.adapters import fingerprint, write_base
 from xverse.formats.weights import weight_files
-from xverse.hardware import return_freed_memory
+from xverse.hardware import keep_freed_memory, return_freed_memory
 from xverse.log import notice
 from xverse.quant.training import use_training_kernels
 from xverse.train.plot import plot_loss
@@ -78,6 +78,8 @@ def run_finetuning(settings: Settings) -> Path | None:
     adapted = first and settings.do_train and settings.finetuning_type == "lora"
     digest = fingerprint(load_model(source)) if adapted else ""
     model = _load(source, settings, args)
+    if args.device.type == "cpu" and memory.keeps_freed(settings, read_scheme(source) is not None):
+        keep_freed_memory()
     if settings.use_liger_kernel or settings.enable_liger_kernel:
         from xverse.finetune.liger import use_liger
 
