@@ -36,6 +36,13 @@ SLOW_NETWORK = """
     return answer;
   };
 """
+SLOW_BEGIN = """
+  const quick = window.fetch;
+  window.fetch = async (...request) => {
+    if (performance.now() < 3000) await new Promise((done) => setTimeout(done, 2000));
+    return quick(...request);
+  };
+"""
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 800}
 
@@ -110,22 +117,29 @@ def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
     contexts: list[Any] = []
 
     def open_page(
-        server: Any, *, locale: str = "en-US", size: dict[str, int] = DESK, slow: bool = False, **more: Any
+        server: Any,
+        *,
+        locale: str = "en-US",
+        size: dict[str, int] = DESK,
+        script: str = "",
+        opened: bool = True,
+        **more: Any,
     ) -> Visitor:
         context = browser.new_context(locale=locale, viewport=size, **more)
-        if slow:
-            context.add_init_script(SLOW_NETWORK)
+        context.add_init_script(script)
         context.set_default_timeout(20_000)
         contexts.append(context)
-        return enter(context, server)
+        return enter(context, server, opened)
 
-    def enter(context: Any, server: Any) -> Visitor:
+    def enter(context: Any, server: Any, opened: bool = True) -> Visitor:
         page = context.new_page()
         visitor = Visitor(page)
         page.on("request", lambda request: visitor.asked.append(request.url))
         page.on("pageerror", lambda error: visitor.errors.append(str(error)))
         page.goto(server.url)
         page.wait_for_selector("#chat, #text")
+        if opened:
+            page.wait_for_function("window.xverseTurns?.last.then(() => true) ?? false")
         page.wait_for_load_state("networkidle")
         visitors.append(visitor)
         return visitor
@@ -169,6 +183,16 @@ def test_a_conversation_in_chinese(site: Any, visit: Any) -> None:
     visitor.until_answered(2)
     visitor.picture("chat-zh")
     assert visitor.conversations() == ["你好，你是谁？"]
+
+
+def test_a_message_from_before_the_page_has_opened(site: Any, visit: Any) -> None:
+    """What the browser keeps is asked for late, and does not come in the place of the message."""
+    visitor = visit(site, script=SLOW_BEGIN, opened=False)
+    visitor.say("Who are you?")
+    visitor.until_answered(1)
+    assert visitor.said("user") == ["Who are you?"]
+    visitor.page.wait_for_timeout(2000)
+    assert visitor.said("user") == visitor.conversations() == ["Who are you?"]
 
 
 def test_it_says_what_the_api_says(site: Any, visit: Any) -> None:
@@ -359,7 +383,7 @@ def test_every_action_waits_for_the_one_before(storyteller: Any, visit: Any) -> 
 
 def two_conversations(server: Any, visit: Any) -> Visitor:
     """On a slow network: one that is kept, and one whose reply goes on."""
-    visitor = visit(server, slow=True)
+    visitor = visit(server, script=SLOW_NETWORK)
     visitor.say("First question")
     visitor.until_telling(server)
     visitor.end()

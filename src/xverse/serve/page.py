@@ -7,8 +7,8 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
@@ -24,6 +24,18 @@ from xverse.serve.protocol import ChatRequest, CompletionRequest, Message
 from xverse.serve.replies import Choice, events
 from xverse.serve.runner import Busy, Draining
 from xverse.serve.service import Service
+from xverse.serve.turns import (
+    AFTER_REPLY,
+    ENDING_REPLY,
+    OVER,
+    QUIET,
+    WIDTH,
+    Replies,
+    Step,
+    end_turn,
+    follow,
+    until_ending,
+)
 from xverse.serve.words import LANGUAGES, Words, preferred
 
 _NARROW = 800  # pixels
@@ -45,33 +57,6 @@ _CSS = """
   #chat { height: calc(100dvh - 14rem) !important; }
 }
 """
-
-# What changes the conversations has its turn in the browser alone. Each step there reads the page, asks the
-# server and writes the page: two at once undo one another. Gradio's own ``cancels`` is no help: it does not
-# wait for the reply, whose last words then arrive in the next conversation, and does nothing to one that the
-# server has not yet acknowledged.
-_TURN = """async (...inputs) => {
-  const turns = (window.xverseTurns ??= {last: Promise.resolve()});
-  const before = turns.last;
-  let over;
-  turns.last = new Promise((done) => { over = done; });
-  %s
-  turns.over = over;
-  return inputs;
-}"""
-_AFTER_REPLY = _TURN % "await before;"
-# Again and again: a reply that was asked for shows its button only after some steps.
-_ENDING_REPLY = (
-    _TURN
-    % """const end = () => document.querySelector("#message [data-testid=stop-button]")?.click();
-  end();
-  const ending = setInterval(end, 50);
-  await before;
-  clearInterval(ending);"""
-)
-_OVER = "() => { window.xverseTurns.over(); }"
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-Step = tuple[Callable[..., Any], Any, Any]  # a function, its inputs and its outputs
 
 
 def mount(app: FastAPI, service: Service, *, first: str = "chat") -> None:
@@ -109,33 +94,13 @@ def _blocks(service: Service, first: str) -> gr.Blocks:
     return blocks
 
 
-class _Replies:
-    """The one that each browser window is given, if any, so that it can be ended."""
-
-    def __init__(self) -> None:
-        self._endings: dict[str | None, asyncio.Event] = {}
-
-    @contextmanager
-    def begin(self, window: gr.Request) -> Iterator[asyncio.Event]:
-        ending = self._endings[window.session_hash] = asyncio.Event()
-        try:
-            yield ending
-        finally:
-            self._endings.pop(window.session_hash, None)
-
-    async def end(self, window: gr.Request) -> None:
-        """As if what it has said so far were all."""
-        if ending := self._endings.get(window.session_hash):
-            ending.set()
-
-
 class _Page:
     """The components, and what happens when they are used."""
 
     def __init__(self, service: Service, first: str) -> None:
         self._service = service
-        self._answers = _Replies()
-        self._continuations = _Replies()
+        self._answers = Replies()
+        self._continuations = Replies()
         words = LANGUAGES["en"]
         # The secret keeps nothing secret: with a random one a restart would lose what browsers hold.
         self.saved = gr.BrowserState(conversations.nothing_saved(), storage_key="xverse", secret="xverse")
@@ -199,30 +164,26 @@ class _Page:
         box = self.message
 
         begun = [
-            _follow(
-                box.submit(None, None, None, js=_AFTER_REPLY, queue=False, **_QUIET),
+            follow(
+                box.submit(None, None, None, js=AFTER_REPLY, queue=False, **QUIET),
                 (conversations.say, [box, self.chat], [box, self.chat]),
             ),
             # These need what their event says, which the first step alone is told. What they read of the page
             # before they wait are messages above the running reply.
             self.chat.example_select(
-                conversations.example, None, self.chat, js=_ENDING_REPLY, queue=False, **_QUIET
+                conversations.example, None, self.chat, js=ENDING_REPLY, queue=False, **QUIET
             ),
-            self.chat.retry(
-                conversations.again, self.chat, self.chat, js=_ENDING_REPLY, queue=False, **_QUIET
-            ),
-            self.chat.edit(
-                conversations.edited, self.chat, self.chat, js=_ENDING_REPLY, queue=False, **_QUIET
-            ),
+            self.chat.retry(conversations.again, self.chat, self.chat, js=ENDING_REPLY, queue=False, **QUIET),
+            self.chat.edit(conversations.edited, self.chat, self.chat, js=ENDING_REPLY, queue=False, **QUIET),
         ]
         for event in begun:
-            busy = _follow(event, store, (_busy, None, box))
-            busy.failure(None, None, None, js=_OVER, queue=False, **_QUIET)
-            answer = busy.success(self._answer, spoken, shown, **_QUIET)
+            busy = follow(event, store, (_busy, None, box))
+            busy.failure(None, None, None, js=OVER, queue=False, **QUIET)
+            answer = busy.success(self._answer, spoken, shown, **QUIET)
             for ended in (answer.success, answer.failure):
-                ready = ended(_ready, None, box, queue=False, **_QUIET)
-                _over(_follow(ready, store))
-        box.stop(self._answers.end, None, None, queue=False, **_QUIET)
+                ready = ended(_ready, None, box, queue=False, **QUIET)
+                end_turn(follow(ready, store))
+        box.stop(self._answers.end, None, None, queue=False, **QUIET)
 
         left = [*listed, *shown]
         for begins, function, inputs in (
@@ -230,36 +191,31 @@ class _Page:
             (self.chat.clear, conversations.leave, at),
             (self.delete_surely.click, conversations.delete, [self.saved, self.language]),
         ):
-            turn = begins(None, None, None, js=_ENDING_REPLY, queue=False, **_QUIET)
-            _over(_follow(turn, (function, inputs, left)))
+            turn = begins(None, None, None, js=ENDING_REPLY, queue=False, **QUIET)
+            end_turn(follow(turn, (function, inputs, left)))
         # When the reply has ended, the list shows its conversation as the chosen one again.
         turn = self.conversations.input(
-            None, self.conversations, self.chosen, js=_ENDING_REPLY, queue=False, **_QUIET
+            None, self.conversations, self.chosen, js=ENDING_REPLY, queue=False, **QUIET
         )
-        _over(_follow(turn, (conversations.choose, [*at, self.chosen], left)))
+        end_turn(follow(turn, (conversations.choose, [*at, self.chosen], left)))
         asked = [self.delete, self.delete_surely, self.keep]
-        self.delete.click(lambda: _visible(False, True, True), None, asked, queue=False, **_QUIET)
+        self.delete.click(lambda: _visible(False, True, True), None, asked, queue=False, **QUIET)
         for button in (self.keep, self.delete_surely):
-            button.click(lambda: _visible(True, False, False), None, asked, queue=False, **_QUIET)
+            button.click(lambda: _visible(True, False, False), None, asked, queue=False, **QUIET)
 
         written = [self.text, self.language, *self.text_sliders]
-        self.go_on.click(self._continue, written, [self.text, self.text_status], **_QUIET)
-        self.stop.click(self._continuations.end, None, None, queue=False, **_QUIET)
+        self.go_on.click(self._continue, written, [self.text, self.text_status], **QUIET)
+        self.stop.click(self._continuations.end, None, None, queue=False, **QUIET)
 
         translated = self._translated()
         captioned = self.language.input(
-            lambda language: _captions(LANGUAGES[language]), self.language, translated, queue=False, **_QUIET
+            lambda language: _captions(LANGUAGES[language]), self.language, translated, queue=False, **QUIET
         )
-        turn = captioned.success(None, None, None, js=_AFTER_REPLY, queue=False, **_QUIET)
-        _over(_follow(turn, (_speak, [self.saved, self.language], self.saved)))
-        blocks.load(
-            _open,
-            [self.saved, self.width],
-            [self.sidebar, self.language, *translated, self.conversations, self.chat],
-            js="(saved, width) => [saved, window.innerWidth]",
-            queue=False,
-            **_QUIET,
-        )
+        turn = captioned.success(None, None, None, js=AFTER_REPLY, queue=False, **QUIET)
+        end_turn(follow(turn, (_speak, [self.saved, self.language], self.saved)))
+        turn = blocks.load(None, None, self.width, js=WIDTH, queue=False, **QUIET)
+        opened = [self.sidebar, self.language, *translated, self.conversations, self.chat]
+        end_turn(follow(turn, (_open, [self.saved, self.width], opened)))
 
     def _translated(self) -> list[Any]:
         """The components that ``_captions`` has words for, in its order."""
@@ -381,7 +337,7 @@ class _Page:
         try:
             async with (
                 aclosing(events(self._service, "page", choice)) as found,
-                aclosing(_until(ending, found)) as wanted,
+                aclosing(until_ending(ending, found)) as wanted,
             ):
                 async for event in wanted:
                     now = time.monotonic()
@@ -436,37 +392,6 @@ def _captions(words: Words) -> list[Any]:
         *sliders,
         *sliders,
     ]
-
-
-async def _until(ending: asyncio.Event, found: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """What is found before ``ending``, which need not wait for the next piece."""
-    end = asyncio.create_task(ending.wait())
-    piece: asyncio.Future[Any] | None = None
-    try:
-        while not ending.is_set():
-            piece = asyncio.ensure_future(anext(found, None))
-            await asyncio.wait((piece, end), return_when=asyncio.FIRST_COMPLETED)
-            if not piece.done() or piece.result() is None:
-                return
-            yield piece.result()
-    finally:
-        end.cancel()
-        if piece is not None and piece.cancel():
-            await asyncio.wait((piece,))
-
-
-def _follow(event: Any, *steps: Step) -> Any:
-    """Each step when the one before has succeeded; where one fails, the next action has its turn."""
-    for function, inputs, outputs in steps:
-        event.failure(None, None, None, js=_OVER, queue=False, **_QUIET)
-        event = event.success(function, inputs, outputs, queue=False, **_QUIET)
-    return event
-
-
-def _over(event: Any) -> None:
-    """The next action has its turn after ``event``, whether it succeeds or fails."""
-    for ended in (event.success, event.failure):
-        ended(None, None, None, js=_OVER, queue=False, **_QUIET)
 
 
 def _busy() -> Any:
