@@ -32,6 +32,7 @@ LONGEST = (
     "serve/test_image.py",
     "train/test_layouts.py",
     "serve/test_page.py",
+    "serve/test_page_turns.py",
     "finetune/test_distributed.py",
     "test_wheel.py",
     "train/test_optimizer.py",

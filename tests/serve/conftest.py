@@ -1,18 +1,26 @@
-"""A real server on a real socket, in a thread of the test's process: its engine can be looked into."""
+"""A real server on a real socket, in a thread of the test's process: its engine can be looked into. And a
+real browser (Debian's chromium) that visits its page."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
+
+DESK = {"width": 1280, "height": 800}
 
 
 @dataclass
@@ -117,3 +125,135 @@ def launch(nano: Any) -> Iterator[Any]:
     yield make
     for running in started:
         running.server.should_exit = True
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("needs chromium")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@dataclass
+class Visitor:
+    """One browser window, and every address that it asked."""
+
+    page: Any
+    asked: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        box = self.page.locator("#message textarea")
+        box.fill(text)
+        box.press("Enter")
+
+    def said(self, who: str) -> list[str]:
+        return [each.inner_text().strip() for each in self.page.locator(f"#chat [data-testid={who}]").all()]
+
+    def until_answered(self, replies: int) -> str:
+        """The last of so many replies, when it is complete."""
+        from playwright import sync_api
+
+        sync_api.expect(self.page.locator("#chat [data-testid=bot]")).to_have_count(replies, timeout=20_000)
+        sync_api.expect(self.page.locator("#message [data-testid=submit-button]")).to_be_visible(
+            timeout=20_000
+        )
+        return self.said("bot")[-1]
+
+    def until_telling(self, server: Any, replies: int = 1) -> str:
+        """What has been said of the last of so many replies, which goes on."""
+
+        def begun() -> bool:
+            said = self.said("bot")
+            return len(said) == replies and len(said[-1]) > 20
+
+        server.until(begun)
+        return self.said("bot")[-1]
+
+    def settled(self) -> bool:
+        """Nothing that was begun is still to change the conversations."""
+        return self.page.evaluate(
+            """Promise.race([
+              (window.xverseTurns?.last ?? Promise.resolve()).then(() => true),
+              new Promise((done) => setTimeout(done, 20, false)),
+            ])"""
+        )
+
+    def end(self) -> None:
+        """A reply that goes on. Its text moves the page, which Playwright's own click would wait for."""
+        self.page.locator("#message [data-testid=stop-button]").dispatch_event("click")
+
+    def conversations(self) -> list[str]:
+        return [each.inner_text().strip() for each in self.page.locator("#conversations label").all()]
+
+    def picture(self, name: str) -> None:
+        if os.environ.get("XVERSE_SCREENSHOTS"):
+            self.page.screenshot(path=Path(os.environ["XVERSE_SCREENSHOTS"]) / f"{name}.png")
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
+    """``visit(server)``: its page in a browser of its own. At the end nothing was asked of anybody else."""
+    visitors: list[Visitor] = []
+    contexts: list[Any] = []
+
+    def open_page(
+        server: Any,
+        *,
+        locale: str = "en-US",
+        size: dict[str, int] = DESK,
+        script: str = "",
+        opened: bool = True,
+        **more: Any,
+    ) -> Visitor:
+        context = browser.new_context(locale=locale, viewport=size, **more)
+        context.add_init_script(script)
+        context.set_default_timeout(20_000)
+        contexts.append(context)
+        return enter(context, server, opened)
+
+    def enter(context: Any, server: Any, opened: bool = True) -> Visitor:
+        page = context.new_page()
+        visitor = Visitor(page)
+        page.on("request", lambda request: visitor.asked.append(request.url))
+        page.on("pageerror", lambda error: visitor.errors.append(str(error)))
+        page.goto(server.url)
+        page.wait_for_selector("#chat, #text")
+        if opened:
+            page.wait_for_function("window.xverseTurns?.last.then(() => true) ?? false")
+        page.wait_for_load_state("networkidle")
+        visitors.append(visitor)
+        return visitor
+
+    open_page.again = lambda visitor, server: enter(visitor.page.context, server)  # type: ignore[attr-defined]
+    yield open_page
+    for context in contexts:
+        context.close()
+    for visitor in visitors:
+        assert visitor.asked
+        hosts = {urlsplit(url).hostname for url in visitor.asked if not url.startswith(("data:", "blob:"))}
+        assert hosts == {"127.0.0.1"}
+        assert not visitor.errors
+
+
+@pytest.fixture
+def storyteller(nano: Any, launch: Any) -> Any:
+    """A server whose replies go on until somebody ends them, at the speed of a large model: as fast as this
+    one they would soon be so long that drawing them is all that the browser does."""
+    endless = dataclasses.replace(nano.parameters, max_new_tokens=8000)
+    server = launch(page="chat", stop_ids=(), parameters=endless)
+    engine = server.service.runner.engine
+    step = engine.step
+
+    def slow_step() -> Any:
+        time.sleep(0.02)
+        return step()
+
+    engine.step = slow_step
+    return server
