@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gzip
 import json
-import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -68,10 +67,8 @@ def test_spaces_and_their_mark(nano: Tokenizer, published: Tokenizer, text: str)
     assert not differing(published, [text])
 
 
-def test_what_stands_in_the_corpus(nano: Tokenizer, published: Tokenizer) -> None:
-    if "XVERSE_TEST_DATA" not in os.environ:
-        pytest.skip("XVERSE_TEST_DATA names no folder of data")
-    files = sorted(Path(os.environ["XVERSE_TEST_DATA"], "corpus").glob("*.jsonl.gz"))
+def test_what_stands_in_the_corpus(nano: Tokenizer, published: Tokenizer, test_data: Path) -> None:
+    files = sorted((test_data / "corpus").glob("*.jsonl.gz"))
     assert len(files) > 40
     for path in files:
         with gzip.open(path, "rt", encoding="utf-8") as lines:

@@ -48,9 +48,9 @@ def run(
     lines: int = 300,
 ) -> dict[str, Any]:
     """Measure one part, or all. ``corpus``: a folder of ``{language}.jsonl.gz``, ``data_dir``: benchmarks."""
-    from xverse.data.executor import usable_cores
+    from xverse.hardware import cores
 
-    folder, workers = Path(corpus), workers or usable_cores()
+    folder, workers = Path(corpus), workers or cores().usable
     if not folder.is_dir():
         raise UserError(f"{corpus}: no such corpus folder")
     model = Path(tokenizer) if tokenizer else Path(__file__).parent.parent / "assets" / "nano"

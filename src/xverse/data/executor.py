@@ -29,6 +29,7 @@ from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
 from datatrove.utils.stats import PipelineStats
 
 from xverse.config import UserError, nearest
+from xverse.hardware import cores
 from xverse.log import progress
 
 
@@ -179,7 +180,7 @@ class LocalExecutor(PipelineExecutor):
 
 
 def _run_here(phases: list[Phase], config: ExecutorConfig, logs: Path) -> None:
-    workers = min(config.workers or usable_cores(), max(phase.tasks for phase in phases))
+    workers = min(config.workers or cores().usable, max(phase.tasks for phase in phases))
     with ExitStack() as stack:
         pool = None
         if workers > 1:
@@ -211,8 +212,3 @@ def _start_worker() -> None:
 
 def _nothing() -> None:
     pass
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xverse.hardware import cores
 from xverse.tokenizer import native
 
 SPACE = "▁"  # U+2581, how Metaspace writes a space inside tokens
@@ -106,4 +107,4 @@ def _threads() -> int:
     """As the library decides it: one where the processes are the parallelism."""
     if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "0", "off"):
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores().usable
