@@ -31,3 +31,5 @@ def test_shards_are_measured_beside_the_library(
     assert found["vocabulary"] == tiny_tokenizer.vocab_size
     with pytest.raises(UserError, match="no such corpus folder"):
         run(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no such file"):
+        run(corpus, "encode", str(tmp_path / "nowhere"))

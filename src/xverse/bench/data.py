@@ -82,6 +82,7 @@ def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> 
     from xverse.data.prepare import PrepareRecipe, claim, phases
     from xverse.tokenizer import Tokenizer
 
+    vocabulary = Tokenizer.load(model).vocab_size
     os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = str(workers), "true"
     texts = list(_documents(folder))
     size = sum(len(text.encode()) for text in texts)
@@ -109,7 +110,6 @@ def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> 
     report = json.loads((recipe.out / "report.json").read_text(encoding="utf-8"))
     written = sum(row["text_bytes"] for row in report["sources"])
     rate, ours = size / library, written / shards
-    vocabulary = Tokenizer.load(model).vocab_size
     shutil.rmtree(recipe.out)
     return {
         "vocabulary": vocabulary,
