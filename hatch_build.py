@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
-KERNELS = "src/xverse/quant/libxverse_kernels.so"
+KERNELS = "src/xverse/kernels/libxverse_kernels.so"
 BPE = "src/xverse/tokenizer/libxverse_bpe.so"
 
 # GCC 12's own intrinsics trip -Wmaybe-uninitialized thousands of times.

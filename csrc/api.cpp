@@ -1,4 +1,4 @@
-// The C interface that Python calls (xverse/quant/native.py): chooses the instruction set, cuts the work into
+// The C interface that Python calls (xverse/kernels/native.py): chooses the instruction set, cuts the work into
 // blocks and shares it out.
 #include <cstdlib>
 #include <cstring>

@@ -1,4 +1,4 @@
-// The C interface of attention over a paged cache (xverse/quant/attention.py): cuts the work into parts of
+// The C interface of attention over a paged cache (xverse/kernels/paged_attention.py): cuts the work into parts of
 // heads and shares them out.
 #include <algorithm>
 #include <atomic>
@@ -60,7 +60,7 @@ using namespace xv;
 
 extern "C" {
 
-// One layer's keys and values as Python hands them over (xverse/quant/attention.py has the same fields).
+// One layer's keys and values as Python hands them over (xverse/kernels/paged_attention.py has the same fields).
 // Types: 0 float32, 1 bfloat16, 2 int8. Strides in elements.
 struct Cache {
   void *keys, *values;

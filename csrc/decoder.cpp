@@ -1,4 +1,4 @@
-// All layers of a model for a few tokens in one call (xverse/quant/decoder.py). Between the products of one token
+// All layers of a model for a few tokens in one call (xverse/kernels/fused_step.py). Between the products of one token
 // lies little work, and starting each piece of it from Python, whose own memory the weights have driven out of
 // the caches, took an eighth of the time. The steps are those of the other files, in the same order and with
 // the same rounding.
@@ -39,7 +39,7 @@ struct Weight {
   int bits, group;
 };
 
-// As Python hands it over (xverse/quant/decoder.py has the same fields).
+// As Python hands it over (xverse/kernels/fused_step.py has the same fields).
 struct Layer {
   Weight q, k, v, o, gate, up, down;
   const void *attention_norm, *mlp_norm;

@@ -1,4 +1,4 @@
-// The C interface of training.h that Python calls (xverse/quant/training.py).
+// The C interface of training.h that Python calls (xverse/kernels/training.py).
 #include <cmath>
 #include <cstdlib>
 #include <cstring>

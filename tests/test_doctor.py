@@ -37,7 +37,7 @@ def test_facts(report: Any) -> None:
 
 
 def test_kernels(report: Any) -> None:
-    from xverse.quant.native import kernel_name
+    from xverse.kernels.native import kernel_name
 
     assert report["kernels"] == kernel_name()
     assert f"kernels        {kernel_name()}" in doctor.render(report)

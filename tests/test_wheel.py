@@ -54,7 +54,7 @@ def test_contents(wheel: Path) -> None:
         for path in (SOURCE / "xverse").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
-    compiled = {"xverse/quant/libxverse_kernels.so", "xverse/tokenizer/libxverse_bpe.so"}
+    compiled = {"xverse/kernels/libxverse_kernels.so", "xverse/tokenizer/libxverse_bpe.so"}
     kernels = compiled if compiler() else set()
     recipes = {"xverse/finetune/recipes/deepspeed.json"}  # of recipes/, for `--deepspeed deepspeed.json`
     assert {name for name in names if name.startswith("xverse/")} == expected | kernels | recipes

@@ -13,7 +13,7 @@ from xverse.config import UserError
 from xverse.data.feed import PretrainFeed, prefetch, token_byte_lengths
 from xverse.data.mixture import MixtureConfig
 from xverse.data.packing import IGNORE
-from xverse.data.prepare import PrepareRecipe, prepare
+from xverse.data.prepare.pipeline import PrepareRecipe, prepare
 
 
 @pytest.fixture(scope="module")

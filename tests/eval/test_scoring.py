@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from xverse.config import UserError
-from xverse.data.questions import Question, Subject
+from xverse.data.benchmarks.questions import Question, Subject
 from xverse.eval.backends import EngineBackend, TransformersBackend
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.run import plan

@@ -28,8 +28,8 @@ from xverse.formats.adapters import (
 )
 from xverse.formats.compare import fixed_tokens, logits
 from xverse.formats.quantize import load_quantizing
+from xverse.kernels.linear import QuantLinear
 from xverse.model.transformer import XverseForCausalLM, init_weights
-from xverse.quant.linear import QuantLinear
 
 peft = pytest.importorskip("peft")
 

@@ -12,8 +12,8 @@ from torch import nn
 from xverse.cli import main
 from xverse.formats import load_model, save_hf
 from xverse.formats.adapters import merge_adapter
+from xverse.kernels.linear import QuantLinear
 from xverse.model.transformer import XverseForCausalLM, init_weights
-from xverse.quant.linear import QuantLinear
 from xverse.quant.methods import rtn
 from xverse.train.plot import read_metrics
 

@@ -11,8 +11,8 @@ import pytest
 
 from xverse.cli import main
 from xverse.config import UserError, build
-from xverse.data.conversations import DatasetInfo, to_dialogue, to_preference
-from xverse.data.instructions import Skip
+from xverse.data.dialogues.conversations import DatasetInfo, to_dialogue, to_preference
+from xverse.data.dialogues.instructions import Skip
 from xverse.finetune.encode import encode_within, load_data
 from xverse.finetune.settings import read_settings
 from xverse.finetune.sources import find_sources, packaged, read_source

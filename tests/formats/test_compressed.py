@@ -16,10 +16,10 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.formats import load_model, logits, read_config, read_scheme, save_quantized
 from xverse.formats.compare import fixed_tokens
+from xverse.kernels.linear import QuantEmbedding, QuantLinear
+from xverse.kernels.weight import QuantizedWeight
 from xverse.model import XverseForCausalLM, init_weights
-from xverse.quant.linear import QuantEmbedding, QuantLinear
 from xverse.quant.pipeline import Quantization, QuantSettings
-from xverse.quant.weight import QuantizedWeight
 
 CASES = [(4, "rtn", 128), (8, "rtn", 32), (4, "rtn", 64), (4, "rtn-row", 128), (8, "rtn-row", 128)]
 

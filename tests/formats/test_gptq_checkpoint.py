@@ -15,8 +15,8 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.formats import load_model, logits
 from xverse.formats.compare import fixed_tokens
+from xverse.kernels.linear import QuantLinear
 from xverse.model import XverseForCausalLM, init_weights
-from xverse.quant.linear import QuantLinear
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -146,7 +146,7 @@ def test_every_layout_is_converted_without_loss(source: Any, tmp_path: Path, var
 
 
 def test_layers_with_an_order_without_the_kernels_rounding(source: Any, tmp_path: Path) -> None:
-    from xverse.quant.ops import dequantized_linear
+    from xverse.kernels.ops import dequantized_linear
 
     meant = write(source, tmp_path / "gptq", act_order=True, symmetric=False)
     layer = load_model(tmp_path / "gptq").model.layers[1].mlp.down_proj

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xverse.quant.linear import QuantLinear
+from xverse.kernels.linear import QuantLinear
 from xverse.quant.methods import rtn
 
 pytestmark = [

@@ -14,8 +14,8 @@ from torch import nn
 from xverse.config import UserError
 from xverse.formats import load_model, logits, save_hf
 from xverse.formats.compare import fixed_tokens
+from xverse.kernels.linear import QuantLinear
 from xverse.model import XverseForCausalLM, init_weights
-from xverse.quant.linear import QuantLinear
 
 MESSAGES = [{"role": "user", "content": "你好"}]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from xverse.quant.native import NAMES, kernel_name, library
+from xverse.kernels.native import NAMES, kernel_name, library
 
 
 @pytest.fixture(params=NAMES)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xverse.config import UserError
+from xverse.kernels.native import library
+from xverse.kernels.weight import QuantizedWeight
 from xverse.quant import methods
 from xverse.quant.gptq import Hessian, Plan, gptq, output_error
 from xverse.quant.methods import round_to, rtn, rtn_row
-from xverse.quant.native import library
-from xverse.quant.weight import QuantizedWeight
 
 
 def _weight(rows: int, inputs: int, seed: int = 0, tail: float = 0.0) -> Tensor:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from xverse.config import UserError
+from xverse.kernels.linear import QuantEmbedding, QuantLinear
+from xverse.kernels.weight import QuantizedWeight
 from xverse.model import FullCausal, XverseForCausalLM
 from xverse.quant.equalize import equalize_layer
 from xverse.quant.layerwise import forward, input_sizes, make_layer
-from xverse.quant.linear import QuantEmbedding, QuantLinear
 from xverse.quant.pipeline import METHODS, Quantization, QuantSettings, random_tokens
-from xverse.quant.weight import QuantizedWeight
 
 
 class Reader:

@@ -90,7 +90,7 @@ def test_its_steps_make_a_server(tmp_path: Path) -> None:
             entry = json.loads(rest)
         else:
             assert word in ("USER", "EXPOSE", "HEALTHCHECK"), word
-    assert list(stage.root.glob("venv/lib/python3*/site-packages/xverse/quant/*.so")), "no kernels"
+    assert list(stage.root.glob("venv/lib/python3*/site-packages/xverse/kernels/*.so")), "no kernels"
 
     assert entry[-2:] == ["--host", "0.0.0.0"]
     program = shutil.which(entry[0], path=f"{stage.root}/venv/bin")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
-from xverse.data.prepare import PrepareRecipe, prepare
+from xverse.data.prepare.pipeline import PrepareRecipe, prepare
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights
 from xverse.train import TrainConfig, fit
 

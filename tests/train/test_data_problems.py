@@ -15,7 +15,7 @@ from xverse.cli import main
 from xverse.config import UserError
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
-from xverse.data.prepare import PrepareRecipe, prepare
+from xverse.data.prepare.pipeline import PrepareRecipe, prepare
 from xverse.data.watch import ShardWatch
 from xverse.train.checkpoint import checkpoints
 from xverse.train.plot import read_metrics

@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from xverse import hardware
 from xverse.bench.report import MATMUL, Row, at_least, need_memory
-from xverse.quant.attention import PagedLayer
-from xverse.quant.native import kernel_name
-from xverse.quant.ops import advise_huge_pages
+from xverse.kernels.native import kernel_name
+from xverse.kernels.ops import advise_huge_pages
+from xverse.kernels.paged_attention import PagedLayer
 
 CONTEXTS = (512, 2048, 8192)
 POSITIONS = 32768  # cached in all, over several layers: more than any cache holds

@@ -78,8 +78,8 @@ def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> 
     """Bytes of text a second: the library on texts in memory with so many threads; our shards end to end."""
     import tokenizers
 
-    from xverse.data.executor import ExecutorConfig, run_phases
-    from xverse.data.prepare import PrepareRecipe, claim, phases
+    from xverse.data.prepare.executor import ExecutorConfig, run_phases
+    from xverse.data.prepare.pipeline import PrepareRecipe, claim, phases
     from xverse.tokenizer import Tokenizer
 
     vocabulary = Tokenizer.load(model).vocab_size
@@ -171,13 +171,13 @@ def _peaks(memory: Path) -> dict[str, float]:
 
 def _pipeline(folder: Path, model: Path, out: Path, workers: int, evaluation: Path | None) -> dict[str, Any]:
     """Seconds of every phase, with all stages on."""
-    from xverse.data.clean import StagesConfig
-    from xverse.data.duplicates import DuplicatesStage
-    from xverse.data.executor import ExecutorConfig, run_phases
-    from xverse.data.prepare import PrepareRecipe, claim, phases
-    from xverse.data.stages.decontaminate import DecontaminateStage
-    from xverse.data.stages.language import LanguageStage
-    from xverse.data.stages.quality import QualityStage
+    from xverse.data.prepare.clean import StagesConfig
+    from xverse.data.prepare.duplicates import DuplicatesStage
+    from xverse.data.prepare.executor import ExecutorConfig, run_phases
+    from xverse.data.prepare.pipeline import PrepareRecipe, claim, phases
+    from xverse.data.prepare.stages.decontaminate import DecontaminateStage
+    from xverse.data.prepare.stages.language import LanguageStage
+    from xverse.data.prepare.stages.quality import QualityStage
 
     stages = StagesConfig(True, LanguageStage(), QualityStage(), True, DuplicatesStage())
     if evaluation is not None:
@@ -206,8 +206,8 @@ def _pipeline(folder: Path, model: Path, out: Path, workers: int, evaluation: Pa
 def planted_copies(documents: Iterator[str], count: int, seed: int = 0) -> dict[str, Any]:
     """Recall and precision of near-duplicates: ``count`` copies at Jaccard 0.8 to 1 planted among as many
     texts, as many likenesses below 0.7, and as many texts of their own."""
-    from xverse.data.duplicates import DuplicatesStage, signature, similarity
-    from xverse.data.words import words
+    from xverse.data.prepare.duplicates import DuplicatesStage, signature, similarity
+    from xverse.data.prepare.ngrams import words
 
     rng = random.Random(seed)
     texts: list[list[str]] = []
@@ -249,13 +249,13 @@ def planted_copies(documents: Iterator[str], count: int, seed: int = 0) -> dict[
 
 
 def _numbers(text: list[str]) -> Any:
-    from xverse.data.words import word_numbers
+    from xverse.data.prepare.ngrams import word_numbers
 
     return word_numbers(" ".join(text))
 
 
 def _find(numbers: list[Any], least: float, signature: Any) -> list[tuple[int, int]]:
-    from xverse.data.duplicates import KEY, Documents, band_hashes, near_pairs
+    from xverse.data.prepare.duplicates import KEY, Documents, band_hashes, near_pairs
 
     with tempfile.TemporaryDirectory() as temporary:
         minima = np.stack([signature(each) for each in numbers])
@@ -275,8 +275,8 @@ def planted_questions(
 ) -> dict[str, Any]:
     """How many benchmark questions (of each at most ``most``) are found, each planted in a text of its own as
     a prompt has it; and in how many texts without one something is found."""
-    from xverse.data.questions import LETTERS
-    from xverse.data.stages.decontaminate import DecontaminateStage, make_index, read_items
+    from xverse.data.benchmarks.questions import LETTERS
+    from xverse.data.prepare.stages.decontaminate import DecontaminateStage, make_index, read_items
 
     stage = DecontaminateStage(data_dir, benchmarks)
     items = list(read_items(stage))
@@ -332,7 +332,7 @@ def _is_prose(line: str) -> bool:
 
 
 def _language(corpus: Path, count: int) -> dict[str, Any]:
-    from xverse.data.stages.language import LANGUAGES, identify
+    from xverse.data.prepare.stages.language import LANGUAGES, identify
 
     identify("The first call loads the model.")
     right, size, seconds = {}, 0, 0.0
@@ -356,7 +356,7 @@ def _language(corpus: Path, count: int) -> dict[str, Any]:
 
 
 def _documents(corpus: Path) -> Iterator[str]:
-    from xverse.data.corpus import CorpusReport, corpus_files, read_documents
+    from xverse.data.prepare.corpus import CorpusReport, corpus_files, read_documents
 
     for paths in corpus_files(corpus).values():
         for path in paths:

@@ -33,10 +33,10 @@ from xverse.formats import load_model, load_tokenizer, read_config, read_scheme,
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
 from xverse.formats.quantized import set_layer
 from xverse.formats.weights import weight_files
+from xverse.kernels.linear import QuantLinear
+from xverse.kernels.tiles import tile_rows
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
-from xverse.quant.linear import QuantLinear
-from xverse.quant.tiles import tile_rows
 from xverse.tokenizer import SPECIAL_TOKENS, Tokenizer
 from xverse.tokenizer.tokenizer import SPACE
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from xverse import hardware
 from xverse.bench.report import Row, at_least, need_memory
+from xverse.kernels import ops
+from xverse.kernels.linear import QuantLinear
+from xverse.kernels.native import kernel_name
+from xverse.kernels.tiles import tile_shape
 from xverse.log import notice
 from xverse.model import XverseConfig
-from xverse.quant import ops
-from xverse.quant.linear import QuantLinear
-from xverse.quant.native import kernel_name
-from xverse.quant.tiles import tile_shape
 
 KINDS = ("int4", "int8", "bf16")
 BITS = {"int4": 4, "int8": 8}

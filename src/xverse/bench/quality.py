@@ -24,8 +24,8 @@ from xverse.data.shards import Shard
 from xverse.formats import load_model, load_tokenizer, resolve
 from xverse.formats.quantize import build
 from xverse.hardware import cores
+from xverse.kernels.native import kernel_name
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
-from xverse.quant.native import kernel_name
 from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, rows_at_once
 from xverse.quant.pipeline import HEAD, NORM, Method, Quantization, QuantSettings
 from xverse.quant.text import parity_tokens, read_texts

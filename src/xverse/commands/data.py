@@ -54,8 +54,8 @@ def _prepare(args: argparse.Namespace) -> int:
     from xverse.config import UserError, load
 
     try:
-        from xverse.data.prepare import PrepareRecipe, prepare
-        from xverse.data.prepare_report import first_of
+        from xverse.data.prepare.pipeline import PrepareRecipe, prepare
+        from xverse.data.prepare.report import first_of
     except ModuleNotFoundError as error:
         if error.name not in ("datatrove", "py3langid", "zstandard"):
             raise
@@ -150,7 +150,7 @@ def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
             raise UserError(f"'{args.overrides[0]}': a folder takes no settings, only a recipe does")
         return PretrainFeed(path, given, 512, 0), 0
     if {"corpus", "inputs"} & set(read_yaml(path)):
-        from xverse.data.prepare import PrepareRecipe
+        from xverse.data.prepare.pipeline import PrepareRecipe
 
         return PretrainFeed(load(PrepareRecipe, path, args.overrides).out, given, 512, 0), 0
     from xverse.train import PretrainRecipe
@@ -205,7 +205,7 @@ def _print_coloured(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> N
 
 def _show_dialogue(args: argparse.Namespace) -> int:
     from xverse.config import UserError
-    from xverse.data.instructions import InstructionReport, read_dialogues
+    from xverse.data.dialogues.instructions import InstructionReport, read_dialogues
     from xverse.log import notice
     from xverse.tokenizer import Tokenizer, encode_dialogue
 

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """Everything that doctor says, as one JSON-ready mapping. Sizes in bytes, rates in bytes/s and FLOP/s."""
-    from xverse.quant.native import kernel_name
+    from xverse.kernels.native import kernel_name
 
     cores = hardware.cores()
     total, available = hardware.memory()

@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from xverse.config import choose
-    from xverse.quant.weight import check_bits, check_group_size
+    from xverse.kernels.weight import check_bits, check_group_size
 
     check_bits(args.bits)
     check_group_size(args.group_size)

@@ -1,1 +1,1 @@
-"""Text to token shards to mixture to packed batches; instructions for fine-tuning."""
+"""What a run reads (shards, mixture, packing, order, feed), corpus preparation, dialogues and benchmarks."""

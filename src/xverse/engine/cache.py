@@ -9,9 +9,9 @@ from torch import Tensor
 
 from xverse import hardware
 from xverse.config import UserError
+from xverse.kernels.ops import advise_huge_pages
+from xverse.kernels.paged_attention import PagedLayer
 from xverse.model.config import XverseConfig
-from xverse.quant.attention import PagedLayer
-from xverse.quant.ops import advise_huge_pages
 
 BLOCK_SIZE = 32
 KV_DTYPES = ("auto", "int8")

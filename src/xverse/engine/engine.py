@@ -25,9 +25,9 @@ from xverse.engine.scoring import Item, Scores, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
 from xverse.engine.speculation import Guesser, Speculation
 from xverse.engine.stop import StopText
+from xverse.kernels.fused_step import Decoder, decoder
+from xverse.kernels.inference import use_kernels
 from xverse.model.transformer import XverseForCausalLM
-from xverse.quant.decoder import Decoder, decoder
-from xverse.quant.inference import use_kernels
 from xverse.tokenizer import Tokenizer
 
 _NOT_FINITE = "the model's logits are not finite numbers: its weights are damaged, or overflow their type"
@@ -53,7 +53,7 @@ class Stats:
 class Engine:
     """Generates for many requests over one model. Not thread-safe: one thread submits and steps.
 
-    On a CPU the model's layers are told to compute in our kernels (``quant/inference.py``).
+    On a CPU the model's layers are told to compute in our kernels (``kernels/inference.py``).
 
     ``max_batch`` requests run at once and further ones wait. The cache holds ``max_cache_tokens`` of them all
     (None: what half of the free memory holds); where it is full, requests wait and go on later. A step

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext
+from xverse.kernels.paged_attention import PagedLayer
 from xverse.model.transformer import XverseForCausalLM
-from xverse.quant.attention import PagedLayer
 
 
 @dataclass

@@ -9,8 +9,8 @@ import torch
 
 from xverse.engine.cache import PagedCache, RaggedContext, SequenceCache
 from xverse.engine.sequence import Sequence
+from xverse.kernels.inference import use_kernels
 from xverse.model.transformer import XverseForCausalLM
-from xverse.quant.inference import use_kernels
 
 
 class Proposer(Protocol):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.data.questions import json_file
+from xverse.data.benchmarks.questions import json_file
 from xverse.engine import Engine
 from xverse.engine.load import FLOAT32_BELOW, load_engine
 from xverse.eval.scoring import Item

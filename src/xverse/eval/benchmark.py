@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from xverse.data.questions import Question, Reader, Subject
+from xverse.data.benchmarks.questions import Question, Reader, Subject
 
 
 @dataclass(frozen=True, kw_only=True)

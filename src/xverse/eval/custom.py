@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xverse.config import UserError, build, read_yaml
-from xverse.data.questions import LETTERS, Question, Reader, Subject
+from xverse.data.benchmarks.questions import LETTERS, Question, Reader, Subject
 from xverse.eval.benchmark import (
     SHOTS_TAKEN_OUT,
     Benchmark,

@@ -12,7 +12,7 @@ from typing import Any
 
 from xverse import log
 from xverse.config import UserError, choose
-from xverse.data.questions import Reader, Subject
+from xverse.data.benchmarks.questions import Reader, Subject
 from xverse.eval import custom, store
 from xverse.eval.backends import EngineBackend
 from xverse.eval.benchmark import Benchmark, Options

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from xverse.config import UserError
-from xverse.data.questions import Question, Subject
+from xverse.data.benchmarks.questions import Question, Subject
 from xverse.eval.benchmark import Benchmark
 
 Item = tuple[list[int], list[list[int]]]  # a prompt and its continuations

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from xverse.config import UserError
-from xverse.data.conversations import Preference, to_dialogue, to_preference, to_text
-from xverse.data.instructions import Skip
+from xverse.data.dialogues.conversations import Preference, to_dialogue, to_preference, to_text
+from xverse.data.dialogues.instructions import Skip
 from xverse.data.order import random_order
 from xverse.finetune.settings import Settings
 from xverse.finetune.sources import Source, find_sources, read_source

@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from xverse.config import UserError
+from xverse.data.dialogues.instructions import SUFFIXES, InstructionReport, read_dialogues
 from xverse.data.feed import Batch, collate
-from xverse.data.instructions import SUFFIXES, InstructionReport, read_dialogues
 from xverse.data.order import random_order
 from xverse.data.packing import pack_examples, packed_from_examples
 from xverse.log import notice

@@ -9,7 +9,7 @@ from torch import nn
 from xverse.config import UserError, nearest
 from xverse.finetune.settings import Settings
 from xverse.formats.adapters import check_adapter, import_peft, peft_config
-from xverse.quant.linear import QuantLinear
+from xverse.kernels.linear import QuantLinear
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

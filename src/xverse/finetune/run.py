@@ -31,8 +31,8 @@ from xverse.formats import load_model, load_tokenizer, read_config, read_scheme,
 from xverse.formats.adapters import fingerprint, write_base
 from xverse.formats.weights import weight_files
 from xverse.hardware import keep_freed_memory, return_freed_memory
+from xverse.kernels.training import use_training_kernels
 from xverse.log import notice
-from xverse.quant.training import use_training_kernels
 from xverse.train.plot import plot_loss
 
 STATE = "finetune.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, build, nearest
-from xverse.data.conversations import DatasetInfo, check_columns, guess
-from xverse.data.instructions import read_items
+from xverse.data.dialogues.conversations import DatasetInfo, check_columns, guess
+from xverse.data.dialogues.instructions import read_items
 from xverse.log import notice
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xverse.formats.compare import logits, parity
     from xverse.formats.gguf import open_gguf, save_gguf
-    from xverse.formats.hub import resolve
     from xverse.formats.read import (
         load_model,
         load_tokenizer,
@@ -20,21 +19,22 @@ if TYPE_CHECKING:
         read_scheme,
     )
     from xverse.formats.write import save_hf, save_llama, save_quantized
+    from xverse.hub.resolve import resolve
 
 _HOME = {
-    "resolve": "hub",
-    "logits": "compare",
-    "parity": "compare",
-    "open_gguf": "gguf",
-    "save_gguf": "gguf",
-    "load_model": "read",
-    "load_tokenizer": "read",
-    "read_config": "read",
-    "read_generation_config": "read",
-    "read_scheme": "read",
-    "save_hf": "write",
-    "save_llama": "write",
-    "save_quantized": "write",
+    "resolve": "xverse.hub.resolve",
+    "logits": "xverse.formats.compare",
+    "parity": "xverse.formats.compare",
+    "open_gguf": "xverse.formats.gguf",
+    "save_gguf": "xverse.formats.gguf",
+    "load_model": "xverse.formats.read",
+    "load_tokenizer": "xverse.formats.read",
+    "read_config": "xverse.formats.read",
+    "read_generation_config": "xverse.formats.read",
+    "read_scheme": "xverse.formats.read",
+    "save_hf": "xverse.formats.write",
+    "save_llama": "xverse.formats.write",
+    "save_quantized": "xverse.formats.write",
 }
 
 __all__ = [
@@ -57,4 +57,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'xverse.formats' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"xverse.formats.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)

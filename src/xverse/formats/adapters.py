@@ -14,9 +14,9 @@ from xverse.config import UserError
 from xverse.formats.compare import fixed_tokens
 from xverse.formats.compare import logits as logits_of
 from xverse.formats.weights import read_json
+from xverse.kernels.linear import QuantLinear
 from xverse.log import notice
 from xverse.model import FullCausal, XverseForCausalLM
-from xverse.quant.linear import QuantLinear
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "xverse_base.json"
 SAMPLES = 256  # values of each tensor that the fingerprint reads

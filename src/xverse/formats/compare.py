@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xverse.kernels.linear import QuantEmbedding
 from xverse.model import FullCausal, XverseForCausalLM
-from xverse.quant.linear import QuantEmbedding
 
 BATCH, LENGTH = 2, 64
 TOLERANCE = 1e-4  # what two float32 implementations of the same arithmetic may differ by

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from xverse.config import UserError
 from xverse.formats.weights import TensorFiles, dtype_name, listed
-from xverse.quant.tiles import kernel_group_size, to_rows
-from xverse.quant.weight import BITS, GROUP_SIZES, QuantizedWeight
+from xverse.kernels.tiles import kernel_group_size, to_rows
+from xverse.kernels.weight import BITS, GROUP_SIZES, QuantizedWeight
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"

@@ -22,8 +22,8 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.formats.compressed import StoredRows, check_kernel_group, checked_scales
 from xverse.formats.weights import TensorFiles, dtype_name
-from xverse.quant.tiles import kernel_group_size, to_rows
-from xverse.quant.weight import BITS, QuantizedWeight
+from xverse.kernels.tiles import kernel_group_size, to_rows
+from xverse.kernels.weight import BITS, QuantizedWeight
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # what is added to a stored zero point
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from xverse.quant.linear import QuantLinear
+from xverse.kernels.linear import QuantLinear
 
 
 class AdaptedQuantLinear(nn.Module, LoraLayer):

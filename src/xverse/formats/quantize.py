@@ -24,12 +24,12 @@ from xverse.formats.read import (
 )
 from xverse.formats.weights import DTYPES, TensorFiles, dtype_name, weight_files
 from xverse.formats.write import check_target, save_quantized
+from xverse.kernels.linear import QuantEmbedding, QuantLinear
+from xverse.kernels.weight import QuantizedWeight
 from xverse.log import console, progress
 from xverse.model import XverseConfig, XverseForCausalLM
-from xverse.quant.linear import QuantEmbedding, QuantLinear
 from xverse.quant.parity import ParityReport
 from xverse.quant.pipeline import EMBEDDING, Quantization, QuantSettings
-from xverse.quant.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer

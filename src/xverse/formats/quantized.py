@@ -20,9 +20,9 @@ from xverse.formats.compressed import (
 )
 from xverse.formats.gptq import read_gptq_scheme
 from xverse.formats.weights import SafetensorsWriter, TensorFiles, dtype_name, read_json
-from xverse.quant.linear import QuantEmbedding, QuantLinear
-from xverse.quant.tiles import from_rows, kernel_group_size, tile_rows
-from xverse.quant.weight import QuantizedWeight
+from xverse.kernels.linear import QuantEmbedding, QuantLinear
+from xverse.kernels.tiles import from_rows, kernel_group_size, tile_rows
+from xverse.kernels.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from xverse.model import XverseConfig

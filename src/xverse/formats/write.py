@@ -23,8 +23,8 @@ from xverse.formats.quantized import write_quantized
 from xverse.formats.read import check_vocabulary
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
 from xverse.formats.weights import DTYPES, SAFETENSORS, dtype_name, write_safetensors
+from xverse.kernels.weight import QuantizedWeight
 from xverse.model import XverseConfig, XverseForCausalLM
-from xverse.quant.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer

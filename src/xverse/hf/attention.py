@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from xverse.kernels.training import KernelPacked
 from xverse.model.attention import AttentionContext
-from xverse.quant.training import KernelPacked
 
 
 class CachedAttention:

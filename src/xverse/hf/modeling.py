@@ -16,11 +16,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from xverse.hf import chat, quantization
 from xverse.hf.attention import attention_context
 from xverse.hf.configuration import XverseConfig
+from xverse.kernels.linear import QuantLinear
+from xverse.kernels.training import loss_kernels
 from xverse.model.loss import IGNORE, linear_cross_entropy
 from xverse.model.transformer import DecoderLayer, XverseModel
-from xverse.quant.linear import QuantLinear
 from xverse.quant.pipeline import Method, QuantSettings
-from xverse.quant.training import loss_kernels
 
 _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
 

@@ -29,9 +29,9 @@ from xverse.formats.quantized import (
 )
 from xverse.formats.weights import TensorFiles
 from xverse.hf.configuration import QUANT_METHOD, StoredQuantization
-from xverse.quant.linear import QuantEmbedding, QuantLinear
+from xverse.kernels.linear import QuantEmbedding, QuantLinear
+from xverse.kernels.weight import QuantizedWeight
 from xverse.quant.pipeline import Quantization, QuantSettings
-from xverse.quant.weight import QuantizedWeight
 
 
 class XverseQuantizer(HfQuantizer):

@@ -1,1 +1,1 @@
-"""INT8 and INT4: methods, quantised layers, and the compiled kernels' Python face."""
+"""INT8 and INT4 quantisation: rounding, GPTQ, equalisation, calibration and the parity report."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xverse.kernels.weight import QuantizedWeight
 from xverse.quant.methods import rtn
-from xverse.quant.weight import QuantizedWeight
 
 _BLOCK = 128  # columns whose errors are applied to the rest of the weight in one product
 _DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean

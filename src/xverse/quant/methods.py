@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xverse.quant.native import library
-from xverse.quant.weight import QuantizedWeight, check_bits, check_group_size
+from xverse.kernels.native import library
+from xverse.kernels.weight import QuantizedWeight, check_bits, check_group_size
 
 _ROWS_AT_ONCE = 1 << 22  # weights of which PyTorch's search holds copies at a time
 _LANES = 32  # partial sums of an error; fixed, so that every instruction set adds in the same order

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
+from xverse.kernels.linear import QuantEmbedding, QuantLinear
+from xverse.kernels.weight import QuantizedWeight, check_bits, check_group_size
 from xverse.model import XverseConfig
 from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
 from xverse.quant.gptq import Hessian, Plan, gptq
 from xverse.quant.layerwise import LINEARS, forward, input_sizes, learn, make_layer, make_norm, parts
-from xverse.quant.linear import QuantEmbedding, QuantLinear
 from xverse.quant.methods import rtn, rtn_row
 from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, relative_error, rows_at_once
-from xverse.quant.weight import QuantizedWeight, check_bits, check_group_size
 
 Method = Literal["rtn", "rtn-row", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "rtn-row", "gptq")

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from xverse.kernels.training import KernelPacked, use_training_kernels
 from xverse.model import AttentionContext, Packed, XverseForCausalLM
-from xverse.quant.training import KernelPacked, use_training_kernels
 from xverse.train.context import Ring, RingPacked
 from xverse.train.settings import TrainConfig
 

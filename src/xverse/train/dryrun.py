@@ -36,7 +36,7 @@ from xverse.train.parallel import World, distribute
 from xverse.train.pretrain import PretrainRecipe, checked_feed, checked_shape
 from xverse.train.settings import TrainConfig
 
-_SOURCE = re.compile(r"([a-z0-9]+_)?[a-z]{2,3}")  # as data/prepare.py names them
+_SOURCE = re.compile(r"([a-z0-9]+_)?[a-z]{2,3}")  # as data/prepare/pipeline.py names them
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from xverse.config import UserError
-from xverse.data.questions import LETTERS, Question, Reader, Subject
+from xverse.data.benchmarks.questions import LETTERS, Question, Reader, Subject
 from xverse.eval.benchmark import SHOTS_TAKEN_OUT, Benchmark, Options, first_ones_out, lettered
 
 # Title and language; without JEC-QA (several answers), the two cloze tasks, and the copy of SAT English

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from xverse.config import UserError
-from xverse.data.questions import Question, Reader, Subject, json_file
+from xverse.data.benchmarks.questions import Question, Reader, Subject, json_file
 from xverse.eval.benchmark import Benchmark, Options, lettered
 
 COLUMNS = ("id", "question", "A", "B", "C", "D")

@@ -1,7 +1,7 @@
 """GAOKAO-Bench (Zhang et al., arXiv:2305.12474): its objective questions that have one answer.
 
 Of 1,781 items with 2,944 sub-questions 2,921 have one answer; multi-part items are taken apart by
-``data/gaokao.py``.
+``data/benchmarks/gaokao.py``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.data import gaokao
-from xverse.data.questions import LETTERS, Question, Reader, Subject, json_file
+from xverse.data.benchmarks import gaokao
+from xverse.data.benchmarks.questions import LETTERS, Question, Reader, Subject, json_file
 from xverse.eval.benchmark import SHOTS_TAKEN_OUT, Benchmark, Options, first_ones_out, lettered
 
 FILES = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xverse.data.questions import Reader, Subject
+from xverse.data.benchmarks.questions import Reader, Subject
 from xverse.eval.benchmark import SHOTS_TAKEN_OUT, Benchmark, Options, first_ones_out
 from xverse.eval.benchmarks.gaokao_bench import examples, item, questions
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xverse.config import UserError
-from xverse.data.questions import Reader
+from xverse.data.benchmarks.questions import Reader
 from xverse.engine import Engine
 from xverse.eval.generation import Outcome, Settings, generate
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.data.questions import Reader
+from xverse.data.benchmarks.questions import Reader
 from xverse.engine import Engine
 from xverse.eval.generation import Outcome, Settings, generate
 from xverse.tokenizer import encode_chat

@@ -1,0 +1,1 @@
+"""Benchmark questions, read once for scoring and for decontamination."""

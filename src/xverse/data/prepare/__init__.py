@@ -1,0 +1,1 @@
+"""Corpus preparation: text files to cleaned, deduplicated, tokenised shards."""

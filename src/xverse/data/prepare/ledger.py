@@ -1,0 +1,92 @@
+"""What became of the documents of a run: counts by stage, language and source, and examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xverse.data.prepare.corpus import CorpusReport
+from xverse.files import atomic_file
+
+EXAMPLES = 3
+EXAMPLE_CHARACTERS = 240
+
+Table = dict[str, list[int]]  # "language<tab>source" -> [documents, bytes]
+
+
+@dataclass
+class Ledger:
+    """``read`` and ``kept`` by (language, source); ``dropped`` the same by "stage: rule"; ``scrubbed`` by
+    placeholder; ``examples`` of what was dropped, as [hash, language, text]; ``questions`` by benchmark.
+    """
+
+    read: Table = field(default_factory=dict)
+    kept: Table = field(default_factory=dict)
+    dropped: dict[str, Table] = field(default_factory=dict)
+    scrubbed: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[list[Any]]] = field(default_factory=dict)
+    questions: dict[str, list[str]] = field(default_factory=dict)
+
+    def count(self, table: Table, language: str, source: str, size: int, documents: int = 1) -> None:
+        """Add documents of so many bytes to a table."""
+        row = table.setdefault(f"{language}\t{source}", [0, 0])
+        row[0] += documents
+        row[1] += size
+
+    def drop(self, why: str, language: str, source: str, text: str, key: int) -> None:
+        """Count a dropped document, and keep its beginning if ``key`` is among the lowest."""
+        self.count(self.dropped.setdefault(why, {}), language, source, len(text.encode()))
+        self._keep(why, [[key, language, text[:EXAMPLE_CHARACTERS]]])
+
+    def _keep(self, why: str, found: list[list[Any]]) -> None:
+        both = self.examples.setdefault(why, []) + found
+        self.examples[why] = sorted(both, key=lambda example: example[0])[:EXAMPLES]
+
+    def add(self, other: Ledger) -> None:
+        """Add what another part of the run did."""
+        for mine, theirs in ((self.read, other.read), (self.kept, other.kept)):
+            _add(mine, theirs)
+        for why, table in other.dropped.items():
+            _add(self.dropped.setdefault(why, {}), table)
+        for mark, count in other.scrubbed.items():
+            self.scrubbed[mark] = self.scrubbed.get(mark, 0) + count
+        for why, found in other.examples.items():
+            self._keep(why, found)
+        for name, items in other.questions.items():
+            self.questions[name] = sorted({*self.questions.get(name, ()), *items})
+
+
+@dataclass
+class UnitRecord:
+    """What one file gave: its ledger, its bad lines, and the sources (name, language, category) in it."""
+
+    ledger: Ledger
+    report: CorpusReport
+    sources: list[list[str]] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self), ensure_ascii=False), encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> UnitRecord:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["report"]["bad_lines"] = [tuple(line) for line in values["report"]["bad_lines"]]
+        return UnitRecord(Ledger(**values["ledger"]), CorpusReport(**values["report"]), values["sources"])
+
+
+def _add(mine: Table, theirs: Table) -> None:
+    for key, (documents, size) in theirs.items():
+        row = mine.setdefault(key, [0, 0])
+        row[0] += documents
+        row[1] += size
+
+
+def total(table: Iterable[list[int]]) -> tuple[int, int]:
+    """(documents, bytes) of the rows of a table."""
+    rows = list(table)
+    return sum(row[0] for row in rows), sum(row[1] for row in rows)

@@ -1,0 +1,295 @@
+"""Reading text of any kind: which files a recipe's inputs stand for, and the documents in them.
+
+A ``Unit`` is one file, or one shard of a Hugging Face dataset: what one task reads from beginning to end.
+What is broken is skipped, counted and listed in a ``CorpusReport``; nothing is held but one line, one row
+or one record of a web archive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xverse.config import UserError, choose
+from xverse.data.prepare.corpus import (
+    CorpusReport,
+    Document,
+    checked_document,
+    corpus_files,
+    file_stem,
+    is_name,
+    parse_document,
+    read_lines,
+)
+
+TEXT_PIECE = 1_000_000  # a longer text file becomes several documents, cut at a line's end
+
+
+@dataclass
+class Input:
+    """Where text comes from: ``path`` (a file, a folder or a pattern) or ``dataset`` (Hugging Face).
+
+    ``lang`` and ``category`` hold for all of it; without ``lang`` each document says its own, or the language
+    stage finds it. ``text_key`` names the column of the text. ``lines``: in a text file every line is a
+    document; otherwise the file is one. ``format``: jsonl, txt, parquet or warc where the name does not say.
+    """
+
+    path: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    lang: str | None = None
+    category: str | None = None
+    source: str | None = None
+    text_key: str = "text"
+    format: str | None = None
+    lines: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("an input has either a path or a dataset")
+        for name in ("lang", "category"):
+            if getattr(self, name) is not None and not is_name(getattr(self, name)):
+                raise ValueError(f"{name} '{getattr(self, name)}' cannot be a folder's name")
+
+
+@dataclass
+class Unit:
+    """One file or dataset shard. ``size`` in bytes, 0: unknown; ``lang``: of text that says none."""
+
+    name: str
+    input: Input
+    path: Path | None = None
+    shard: int = 0
+    shards: int = 1
+    size: int = 0
+    lang: str = ""
+
+
+FORMATS = {
+    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"),
+    "txt": (".txt", ".txt.gz", ".txt.zst"),
+    "parquet": (".parquet",),
+    "warc": (".warc", ".warc.gz", ".wet", ".wet.gz"),
+}
+
+
+def format_of(path: Path) -> str | None:
+    """The format that a file's name says."""
+    return next((name for name, suffixes in FORMATS.items() if path.name.endswith(suffixes)), None)
+
+
+def corpus_units(folder: Path) -> list[Unit]:
+    """The units of a corpus folder of JSON lines. Raises UserError where there are none."""
+    paths = [path for group in corpus_files(folder).values() for path in group]
+    return [
+        Unit(
+            path.name,
+            Input(path=str(path), format="jsonl"),
+            path,
+            size=path.stat().st_size,
+            lang=file_stem(path),
+        )
+        for path in paths
+    ]
+
+
+def input_units(inputs: list[Input]) -> list[Unit]:
+    """All the units of a recipe's inputs, in the order of the inputs and of the files' names.
+
+    Raises UserError for an input without a file, and for a format that is not known.
+    """
+    units: list[Unit] = []
+    for given in inputs:
+        if given.format is not None:
+            choose("format", given.format, FORMATS)
+        units += _dataset_units(given) if given.dataset else _path_units(given)
+    names = [unit.name for unit in units]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(names) < 10_000 else None
+    if twice is not None:
+        raise UserError(f"inputs: '{twice}' is read twice")
+    return units
+
+
+def _path_units(given: Input) -> list[Unit]:
+    pattern = str(Path(given.path or "").expanduser())
+    root = Path(pattern)
+    if root.is_dir():
+        found = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+        found = [path for path in found if given.format or format_of(path)]
+    elif root.is_file():
+        found = [root]
+    else:
+        found = sorted(path for path in _matches(root) if path.is_file())
+    if not found:
+        raise UserError(f"{given.path}: no file of text here ({', '.join(FORMATS)})")
+    for path in found:
+        if given.format is None and format_of(path) is None:
+            raise UserError(f"{path}: which format is this? say format: {' | '.join(FORMATS)}")
+    lang = given.lang or ""
+    return [Unit(str(path), given, path, size=path.stat().st_size, lang=lang) for path in found]
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """The paths that a pattern such as ``web/**/*.warc.gz`` stands for."""
+    parts = pattern.parts
+    first = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+    if first < len(parts):
+        yield from Path(*parts[:first]).glob("/".join(parts[first:]))
+
+
+def _dataset_units(given: Input) -> list[Unit]:
+    shards = _dataset(given).num_shards
+    name = "/".join(filter(None, (given.dataset, given.config, given.split, given.revision)))
+    lang = given.lang or ""
+    return [Unit(f"{name}/{i}", given, shard=i, shards=shards, lang=lang) for i in range(shards)]
+
+
+def _dataset(given: Input) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            given.dataset, given.config, split=given.split, revision=given.revision, streaming=True
+        )
+    except (OSError, ValueError, ConnectionError) as error:
+        raise UserError(f"dataset {given.dataset}: {' '.join(str(error).split())[:300]}") from None
+
+
+def read_unit(unit: Unit, report: CorpusReport, max_line_bytes: int) -> Iterator[Document]:
+    """The documents of a unit. ``lang`` is empty where neither the text nor the input says it."""
+    if unit.path is None:
+        documents = _read_dataset(unit, report)
+    else:
+        kind = unit.input.format or format_of(unit.path)
+        assert kind is not None, unit.name
+        documents = _READERS[kind](unit, report, max_line_bytes)
+    for document in documents:
+        report.read += 1
+        document.lang = unit.input.lang or document.lang
+        document.source = unit.input.source or document.source
+        yield document
+
+
+def _read_jsonl(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+    assert unit.path is not None
+    key = unit.input.text_key
+    for number, line in read_lines(unit.path, report, limit):
+        if not line.strip():
+            continue
+        document = parse_document(line, number, unit.lang, report, key)
+        if document is not None:
+            yield document
+
+
+def _read_txt(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+    assert unit.path is not None
+    piece: list[str] = []
+    size = 0
+    for number, line in read_lines(unit.path, report, limit):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            report.skip("bad_utf8", number)
+            continue
+        piece.append(text)
+        size += len(line)
+        if unit.input.lines or size >= TEXT_PIECE:
+            if "".join(piece).strip():
+                yield Document("".join(piece).strip("\r\n"), unit.lang)
+            piece, size = [], 0
+    if "".join(piece).strip():
+        yield Document("".join(piece).strip("\r\n"), unit.lang)
+
+
+def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    assert unit.path is not None
+    key, number = unit.input.text_key, 0
+    try:
+        with pyarrow.parquet.ParquetFile(unit.path) as file:
+            columns = [name for name in (key, "lang", "source") if name in file.schema_arrow.names]
+            if key not in columns:
+                known = ", ".join(file.schema_arrow.names)
+                raise UserError(f"{unit.path}: no column '{key}' (it has {known}); say text_key")
+            # One group after the other: reading ahead would lose what stands before a broken one.
+            batches = (
+                batch
+                for group in range(file.num_row_groups)
+                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns)
+            )
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    row = {name: value for name, value in row.items() if value is not None}
+                    document = checked_document(row, number, unit.lang, report, key)
+                    if document is not None and len(document.text) > limit:
+                        report.skip("too_long", number)
+                    elif document is not None:
+                        yield document
+    except (pyarrow.ArrowException, OSError) as error:
+        why = " ".join(str(error).split())[:200]
+        report.broken_files.append(f"broken parquet after row {number} ({why})")
+
+
+def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+    from warcio.archiveiterator import ArchiveIterator
+    from warcio.exceptions import ArchiveLoadFailed
+
+    assert unit.path is not None
+    number = 0
+    with unit.path.open("rb") as file:
+        try:
+            for record in ArchiveIterator(file):
+                number += 1
+                page = record.rec_type == "response"
+                if not page and record.rec_type != "conversion":
+                    continue
+                if page and "html" not in (record.http_headers.get_header("Content-Type") or "html"):
+                    continue
+                data = record.content_stream().read(limit + 1)
+                if len(data) <= limit and record.raw_stream.limit > 0:
+                    raise EOFError(f"it ends {record.raw_stream.limit} bytes early")
+                if len(data) > limit:
+                    report.skip("too_long", number)
+                    continue
+                text = _page_text(data) if page else data.decode("utf-8", errors="replace")
+                if text is None or not text.strip():
+                    report.skip("empty", number)
+                    continue
+                yield Document(text, unit.lang, unit.input.source or "web")
+        except (ArchiveLoadFailed, EOFError, OSError, ValueError) as error:
+            why = " ".join(str(error).split())[:200]
+            report.broken_files.append(f"broken web archive at record {number} ({why})")
+
+
+def _page_text(data: bytes) -> str | None:
+    import trafilatura
+
+    text: str | None = trafilatura.extract(data, include_comments=False, deduplicate=False)
+    return text
+
+
+def _read_dataset(unit: Unit, report: CorpusReport) -> Iterator[Document]:
+    rows = _dataset(unit.input).shard(unit.shards, unit.shard)
+    if unit.input.text_key not in (rows.column_names or [unit.input.text_key]):
+        known = ", ".join(rows.column_names)
+        raise UserError(f"{unit.name}: no column '{unit.input.text_key}' (it has {known}); say text_key")
+    for number, row in enumerate(rows, 1):
+        row = {name: value for name, value in row.items() if value is not None}
+        document = checked_document(row, number, unit.lang, report, unit.input.text_key)
+        if document is not None:
+            yield document
+
+
+_READERS: dict[str, Callable[[Unit, CorpusReport, int], Iterator[Document]]] = {
+    "jsonl": _read_jsonl,
+    "txt": _read_txt,
+    "parquet": _read_parquet,
+    "warc": _read_warc,
+}

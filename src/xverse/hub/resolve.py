@@ -1,0 +1,94 @@
+"""From what ``--model`` says to a directory: ``nano``, a directory, or a hub id.
+
+Both hubs download what a model needs and nothing else: configs, tokenizer, weights (safetensors where there
+are both kinds), licence. A repository's ``.py`` files are never fetched.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from xverse.config import UserError, nearest
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PUBLISHED = [
+    f"xverse/XVERSE-{name}"
+    for name in ("7B", "7B-Chat", "13B", "13B-Chat", "13B-2", "13B-2-Chat", "65B", "65B-2", "65B-Chat")
+]
+NEEDED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",  # of other publishers' models
+    "quantize_config.json",  # of GPTQ models
+)
+DOCUMENTS = ("LICENSE", "NOTICE")
+MODELSCOPE = "modelscope:"
+
+
+def resolve(model: str) -> Path:
+    """The local directory of ``model``, downloaded and verified first where it is a hub id.
+
+    ``nano`` is the embedded model. A hub id is fetched from Hugging Face (HF_ENDPOINT, HF_HUB_OFFLINE and
+    HF_TOKEN apply), or from ModelScope where it is written ``modelscope:org/name`` or XVERSE_HUB=modelscope.
+    Raises UserError, in one line, for what is none of these, an unknown id, no network, a wrong checksum.
+    """
+    if model == "nano":
+        return _embedded()
+    path = Path(model).expanduser()
+    if model and path.is_dir():  # an empty text would be the current directory
+        return path
+    if path.is_file():
+        raise UserError(f"{model}: is a file; give the model directory that holds config.json")
+    name = model.removeprefix(MODELSCOPE)
+    if HUB_ID.fullmatch(name):
+        if name != model or _hub() == "modelscope":
+            from xverse.hub.modelscope import fetch
+        else:
+            from xverse.hub.huggingface import fetch
+        return fetch(name)
+    here = path.parent if path.parent.is_dir() else Path()
+    options = [str(here / item.name) for item in here.iterdir() if item.is_dir()]
+    hint = nearest(model, ["nano", *options, *PUBLISHED])
+    raise UserError(f"no model '{model}': not a directory, not 'nano', not a hub id like org/name{hint}")
+
+
+def _embedded() -> Path:
+    path = Path(str(importlib.resources.files("xverse") / "assets" / "nano"))
+    if not (path / "config.json").exists():
+        raise UserError("this installation has no embedded model 'nano'; name a directory or a hub id")
+    return path
+
+
+def _hub() -> str:
+    hub = os.environ.get("XVERSE_HUB", "huggingface").lower()
+    if hub not in ("huggingface", "modelscope"):
+        raise UserError(f"XVERSE_HUB is '{hub}'; it can be huggingface or modelscope")
+    return hub
+
+
+def similar(model: str) -> str:
+    """A hint at the published id that ``model`` may have meant, or nothing."""
+    return "" if model in PUBLISHED else nearest(model, PUBLISHED)
+
+
+def choose_files(model: str, names: Iterable[str]) -> list[str]:
+    """Which of a repository's files a model needs. Raises UserError where it has no config or no weights."""
+    names = sorted(name for name in names if "/" not in name)
+    chosen = [name for name in names if name in NEEDED or name.startswith(DOCUMENTS)]
+    if "config.json" not in chosen:
+        raise UserError(f"{model}: the repository is no model directory: it has no config.json")
+    for pattern in (
+        r"model.*\.safetensors(\.index\.json)?",
+        r"pytorch_model.*\.bin(\.index\.json)?",
+        r"gptq_model-\w+bit-\w+g\.(safetensors|bin)",
+    ):
+        weights = [name for name in names if re.fullmatch(pattern, name)]
+        if weights:
+            return chosen + weights
+    raise UserError(f"{model}: the repository has no weights in safetensors or .bin")

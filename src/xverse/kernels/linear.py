@@ -1,0 +1,124 @@
+"""Layers with quantised weights, in the place of ``nn.Linear`` and ``nn.Embedding``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import xverse.kernels.cuda  # noqa: F401  (what the operations do on CUDA)
+from xverse.kernels import ops
+from xverse.kernels.tiles import from_rows, kernel_group_size, tile, tile_shape, to_rows, untile
+from xverse.kernels.weight import QuantizedWeight
+
+
+class QuantLinear(nn.Module):
+    """``x`` [..., in_features] → [..., out_features] with a weight of 4 or 8 bits, without bias.
+
+    ``tiles`` is the weight in the kernels' layout (``tiles.py``). The buffer moves with the module; on
+    CUDA the same weight runs in PyTorch's own kernels. With ``order`` int64 [in_features] the weight's
+    columns lie permuted, as GPTQ's activation order has them: column k belongs to input ``order[k]``.
+    """
+
+    tiles: Tensor
+    order: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bits: int, group_size: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.group_size = group_size
+        kernel_group = kernel_group_size(group_size)
+        shape = tile_shape(out_features, in_features, bits, kernel_group)
+        self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8))
+        self.register_buffer("order", None)
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight) -> QuantLinear:
+        outputs, inputs = weight.q.shape
+        with torch.device("meta"):
+            module = cls(inputs, outputs, weight.bits, weight.group_size)
+        module.tiles = tile(weight)
+        return module
+
+    @property
+    def qweight(self) -> Tensor:
+        """``tiles``, under the name by which peft finds out where an adapter belongs."""
+        return self.tiles
+
+    def to_weight(self) -> QuantizedWeight:
+        """The weight in its plain form; exactly what ``from_weight`` was given, on the module's device.
+
+        Its columns are those of ``tiles``: in ``order`` where there is one.
+        """
+        found = untile(self.tiles, self.out_features, self.bits)
+        step = found.scales.shape[1] * self.group_size // self.in_features
+        return QuantizedWeight(found.q, found.scales[:, ::step].contiguous(), self.bits)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out_features, in_features], some rows at a time; its columns as in ``to_weight``."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.tiles.device)
+        done = 0
+        for part in ops.dequantized_parts(self.tiles, self.out_features, self.bits, dtype):
+            weight[done : done + len(part)] = part
+            done += len(part)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        if torch.is_grad_enabled() and x.requires_grad:  # the kernels record no gradients
+            return ops.dequantized_linear(x, self.tiles, self.out_features, self.bits)
+        run = ops.quant_linear if ops.direct(x) else torch.ops.xverse.quant_linear
+        return run(x, self.tiles, self.out_features, self.bits)
+
+    @staticmethod
+    def together(layers: Sequence[QuantLinear], x: Tensor) -> list[Tensor]:
+        """``[layer(x) for layer in layers]`` with the input quantised once, where they are of one kind."""
+        first = layers[0]
+        alike = all(
+            (layer.bits, layer.group_size, layer.order) == (first.bits, first.group_size, None)
+            and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+            for layer in layers
+        )
+        if not alike or (torch.is_grad_enabled() and x.requires_grad):
+            return [layer(x) for layer in layers]
+        run = ops.quant_linears if ops.direct(x) else torch.ops.xverse.quant_linears
+        return run(x, [layer.tiles for layer in layers], [layer.out_features for layer in layers], first.bits)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}"
+        )
+
+
+class QuantEmbedding(nn.Module):
+    """Token ids int64 [...] → ``dtype`` [..., D]; rows are dequantised as they are looked up.
+
+    ``rows`` uint8 [V, D · bits / 8] as ``quant.tiles.to_rows`` writes them, ``scales`` bfloat16 [V, D/group].
+    """
+
+    rows: Tensor
+    scales: Tensor
+
+    def __init__(self, rows: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bits, self.dtype = bits, dtype
+        self.register_buffer("rows", rows)
+        self.register_buffer("scales", scales)
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, dtype: torch.dtype) -> QuantEmbedding:
+        return cls(to_rows(weight), weight.scales, weight.bits, dtype)
+
+    def to_weight(self) -> QuantizedWeight:
+        return from_rows(self.rows, self.scales, self.bits)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        flat = tokens.flatten()
+        chosen = from_rows(self.rows[flat], self.scales[flat], self.bits)
+        return chosen.dequantize(torch.float32).to(self.dtype).view(*tokens.shape, -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.scales.shape[0]}, {self.rows.shape[1] * 8 // self.bits}, bits={self.bits}"

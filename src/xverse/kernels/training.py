@@ -1,0 +1,408 @@
+"""Training in bfloat16 on a CPU: the steps between the matrix products as kernels, forward and backward.
+
+``use_training_kernels`` changes the classes of a model's layers, ``KernelPacked`` is the attention context.
+Both compute plainly where the kernels do not fit: other devices, other types, no kernels. Results differ by
+rounding: what the plain layers round after each step is rounded once here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from xverse.kernels.native import library
+from xverse.kernels.ops import direct, silu_mul
+from xverse.model import Packed, linear_cross_entropy
+from xverse.model.attention import AttentionContext
+from xverse.model.loss import LossKernels
+from xverse.model.transformer import MLP, Attention, DecoderLayer, RMSNorm, XverseForCausalLM, apply_all
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_NORM_ROWS = 64  # xv_train_norm_grad sums the weight's gradient apart for so many rows
+_LOGIT_BYTES = 128 * 2**20  # of one chunk of the loss
+_SCORE_BYTES = 16 * 2**20  # of one block of attention scores: small enough for a last-level cache
+
+
+def kernels_fit(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor, or a fake one, on the CPU under autocast to bfloat16, with kernels there."""
+    return (
+        (type(x) is Tensor or isinstance(x, FakeTensor))
+        and x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+class _AddNorm(torch.autograd.Function):
+    """x float32 or bfloat16 [..., D] (+ delta bfloat16) → the sum in x's type, and its norm times ``weight``
+    in bfloat16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        x, scales = x.contiguous(), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        total = x if delta is None else torch.empty_like(x)
+        y = torch.empty_like(x, dtype=torch.bfloat16)
+        size = x.shape[-1]
+        delta = None if delta is None else delta.contiguous()
+        weight = weight.float()
+        _run("xv_train_norm", x, delta, weight, total, y, scales, _TYPES[x.dtype], scales.numel(), size, eps)
+        ctx.save_for_backward(total, weight, scales)
+        ctx.has_delta = delta is not None
+        return total, y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dsum, dy = grads
+        total, weight, scales = ctx.saved_tensors
+        assert dy is not None
+        dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
+        dx = torch.empty_like(total)
+        ddelta = torch.empty_like(dy) if ctx.has_delta else None
+        rows, size = scales.numel(), total.shape[-1]
+        parts = weight.new_zeros(-(-rows // _NORM_ROWS), size)
+        _run(
+            "xv_train_norm_grad",
+            dy,
+            dsum,
+            total,
+            weight,
+            scales,
+            dx,
+            ddelta,
+            parts,
+            _TYPES[total.dtype],
+            rows,
+            size,
+        )
+        return dx, ddelta, parts.sum(0), None
+
+
+class _Add(torch.autograd.Function):
+    """x float32 + delta bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor) -> Tensor:
+        x, delta, y = x.contiguous(), delta.contiguous(), torch.empty_like(x)
+        _run("xv_train_add", x, delta, y, y.numel())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0].to(torch.bfloat16)
+
+
+class _Linears(torch.autograd.Function):
+    """x bfloat16 [..., K] times each weight [N, K] transposed, in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        cast = [weight.to(torch.bfloat16) for weight in weights]
+        ctx.save_for_backward(x, *cast)
+        ctx.types = [weight.dtype for weight in weights]
+        return tuple(x @ weight.T for weight in cast)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        flat = x.flatten(0, -2)  # [N, K]
+        rows = [grad.flatten(0, -2) for grad in grads]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = rows[0] @ weights[0]
+            for row, weight in zip(rows[1:], weights[1:], strict=True):
+                dx.addmm_(row, weight)
+            dx = dx.view_as(x)
+        wanted = zip(rows, ctx.types, ctx.needs_input_grad[1:], strict=True)
+        return dx, *[(row.T @ flat).to(kind) if want else None for row, kind, want in wanted]
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu_mul(gate, up) if direct(gate) else torch.ops.xverse.silu_mul(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dy, dgate, dup = grads[0].contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        _run("xv_train_silu_mul_grad", dy, gate, up, dgate, dup, gate.numel())
+        return dgate, dup
+
+
+class _ToHeads(torch.autograd.Function):
+    """bfloat16 [B, T, H, head_dim] → [B, H, T, head_dim], turned by tables float32 [B, T, head_dim]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        ctx.tables = cos, sin
+        return _turn(x, cos, sin, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.tables
+        return _turn(grads[0], cos, sin, back=True), None, None
+
+
+class _FromHeads(torch.autograd.Function):
+    """bfloat16 [B, H, T, head_dim] → [B, T, H, head_dim]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _turn(x, None, None, back=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _turn(grads[0], None, None, back=False)
+
+
+def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
+    x = x.contiguous()
+    batch, length, heads, size = (x.transpose(1, 2) if back else x).shape
+    y = x.new_empty((batch, length, heads, size) if back else (batch, heads, length, size))
+    _run("xv_train_turn", x, cos, sin, y, batch, length, heads, size, back)
+    return y
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention inside documents: q, k, v bfloat16 [B, H, T, head_dim]; ``starts`` int32 [B, T] is the
+    first key that each query sees."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, log_sums = torch.ops.xverse.packed_attention(q, k, v, starts)
+        ctx.save_for_backward(q, k, v, log_sums, starts, out if _is_fused(q) else None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_sums, starts, out = ctx.saved_tensors
+        if out is None:
+            return *_attention_grads(grads[0], q, k, v, log_sums, starts), None
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        grad = grads[0].contiguous()
+        _run("xv_train_attention_grad", grad, q, k, v, out, log_sums, starts, dq, dk, dv, *q.shape)
+        return dq, dk, dv, None
+
+
+def _is_fused(q: Tensor) -> bool:
+    """Whether one kernel computes all of the attention of heads of this size on this processor."""
+    found = library()
+    return found is not None and bool(found.xv_has_train_attention(q.shape[-1]))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, and the log of each query's sum of exponentials, float32 [B, H, T].
+
+    Without the fused kernel: blocks of queries against the keys before them; as in FlashAttention (Dao et
+    al., 2022, arXiv:2205.14135) the backward pass computes the scores again from the log-sums, so that no
+    score outlives its block.
+    """
+    batch, heads, length, size = q.shape
+    out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if _is_fused(q):
+        _run("xv_train_attention", q, k, v, starts, out, log_sums, *q.shape)
+        return out, log_sums
+    q, k, v, mixed = (x.flatten(0, 1) for x in (q, k, v, out))  # [B*H, T, head_dim]
+    for first, last, least in _blocks(q, starts):
+        keys = slice(least, last)
+        scores = torch.bmm(q[:, first:last], k[:, keys].transpose(1, 2))  # [B*H, block, keys]
+        _run(
+            "xv_train_softmax",
+            scores,
+            starts,
+            log_sums,
+            batch,
+            heads,
+            length,
+            first,
+            last - first,
+            least,
+            last - least,
+            size**-0.5,
+        )
+        mixed[:, first:last] = torch.bmm(scores, v[:, keys])
+    return out, log_sums
+
+
+def _attention_grads(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, size = q.shape, q.shape[-1]
+    grad, q, k, v = (x.contiguous().flatten(0, 1) for x in (grad, q, k, v))  # [B*H, T, head_dim]
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))
+    for first, last, least in _blocks(q, starts):
+        keys = slice(least, last)
+        queries, gradients = q[:, first:last], grad[:, first:last]
+        scores = torch.bmm(queries, k[:, keys].transpose(1, 2))  # [B*H, block, keys]
+        dp = torch.bmm(gradients, v[:, keys].transpose(1, 2))
+        _run(
+            "xv_train_softmax_grad",
+            scores,
+            dp,
+            starts,
+            log_sums,
+            *shape[:3],
+            first,
+            last - first,
+            least,
+            last - least,
+            size**-0.5,
+        )
+        dq[:, first:last] = torch.bmm(dp, k[:, keys])
+        dk[:, keys] += torch.bmm(dp.transpose(1, 2), queries)
+        dv[:, keys] += torch.bmm(scores.transpose(1, 2), gradients)
+    dq, dk, dv = (x.to(q.dtype).view(shape) for x in (dq, dk, dv))
+    return dq, dk, dv
+
+
+# One operation for the dispatcher: selective recomputation keeps its result, and not the scores inside, which
+# the softmax overwrites.
+_operations = torch.library.Library("xverse", "FRAGMENT")
+_operations.define("packed_attention(Tensor q, Tensor k, Tensor v, Tensor starts) -> (Tensor, Tensor)")
+_operations.impl("packed_attention", _attention, "CPU")
+torch.library.register_fake(
+    "xverse::packed_attention",
+    lambda q, k, v, starts: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    lib=_operations,
+)
+
+
+def _blocks(q: Tensor, starts: Tensor) -> Iterator[tuple[int, int, int]]:
+    """First query, last + 1, and the first key that one of them sees, block by block of ``q`` [B*H, T, …]."""
+    rows, length = q.shape[:2]
+    fits = _SCORE_BYTES // (2 * rows * length) // 32 * 32
+    block = min(max(fits, 32), 256)
+    least = starts.amin(0)  # [T]
+    for first in range(0, length, block):
+        last = min(first + block, length)
+        yield first, last, int(least[first:last].min())
+
+
+class KernelPacked(Packed):
+    """``Packed`` whose attention is ours where the kernels fit."""
+
+    def __init__(self, document_ids: Tensor) -> None:
+        super().__init__(document_ids)
+        index = torch.arange(document_ids.shape[1], device=document_ids.device)
+        self._starts = (index - self.positions).to(torch.int32)  # [B, T]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.dtype != torch.bfloat16 or not kernels_fit(q):
+            return super().attend(layer, q, k, v)
+        return _Attention.apply(q, k, v, self._starts)
+
+
+class TrainingLinear(nn.Linear):
+    @classmethod
+    def together(cls, layers: list[nn.Linear], x: Tensor) -> list[Tensor]:
+        if not kernels_fit(x):
+            return [nn.Linear.forward(layer, x) for layer in layers]
+        return list(_Linears.apply(x.to(torch.bfloat16), *[layer.weight for layer in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.together([self], x)[0]
+
+
+class TrainingMLP(MLP):
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        if gate.dtype != torch.bfloat16 or not kernels_fit(gate):
+            return super().activate(gate, up)
+        return _SiluMul.apply(gate, up)
+
+
+class TrainingAttention(Attention):
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        if x.dtype != torch.bfloat16 or not kernels_fit(x):
+            return super().forward(x, rope, context)
+        batch, length = x.shape[:2]
+        cos, sin = (each.float().expand(batch, 1, length, self.head_dim).contiguous() for each in rope)
+        q, k, v = (
+            each.view(batch, length, -1, self.head_dim)
+            for each in apply_all((self.q_proj, self.k_proj, self.v_proj), x)
+        )
+        q, k, v = _ToHeads.apply(q, cos, sin), _ToHeads.apply(k, cos, sin), _ToHeads.apply(v, None, None)
+        mixed = context.attend(self.layer, q, k, v)  # [B, H, T, head_dim]
+        return self.o_proj(_FromHeads.apply(mixed).flatten(2))  # [B, T, D]
+
+
+class TrainingRMSNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype not in _TYPES or not kernels_fit(x):
+            return super().forward(x)
+        return _AddNorm.apply(x, None, self.weight, self.eps)[1]
+
+
+class TrainingLayer(DecoderLayer):
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        if x.dtype != torch.float32 or not kernels_fit(x):
+            return super().forward(x, rope, context)
+        before, after = self.input_layernorm, self.post_attention_layernorm
+        x, normed = _AddNorm.apply(x, None, before.weight, before.eps)
+        x, normed = _AddNorm.apply(x, self.self_attn(normed, rope, context), after.weight, after.eps)
+        return _Add.apply(x, self.mlp(normed))  # [B, T, D]
+
+
+class TrainingForCausalLM(XverseForCausalLM):
+    def loss(self, tokens: Tensor, targets: Tensor, context: AttentionContext, z_loss: float = 0.0) -> Tensor:
+        hidden = self.model(tokens, context).flatten(0, 1)  # [B*T, D]
+        return linear_cross_entropy(
+            hidden, self.lm_head.weight, targets.flatten(), reduction="sum", z_loss=z_loss,
+            kernels=loss_kernels(hidden),
+        )  # fmt: skip
+
+
+_TRAINING: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: TrainingLinear,
+    MLP: TrainingMLP,
+    Attention: TrainingAttention,
+    RMSNorm: TrainingRMSNorm,
+    DecoderLayer: TrainingLayer,
+}
+
+
+def use_training_kernels(model: nn.Module) -> None:
+    """Let the layers of ``model``, ours or transformers' form of it, compute in our kernels, in place;
+    parameters and their names stay. The head stays: the loss takes its weight."""
+    for module in model.model.modules():  # type: ignore[union-attr]  # XverseModel
+        kind = _TRAINING.get(type(module))
+        if kind is not None and getattr(module, "bias", None) is None:
+            module.__class__ = kind
+    if type(model) is XverseForCausalLM:
+        model.__class__ = TrainingForCausalLM
+
+
+def loss_kernels(hidden: Tensor) -> LossKernels | None:
+    """For ``linear_cross_entropy``, where they fit."""
+    return LossKernels(_softmax_gradient, _accumulate, _LOGIT_BYTES) if kernels_fit(hidden) else None
+
+
+def _softmax_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    _run("xv_train_cross_entropy", logits, targets.contiguous(), losses, *logits.shape, z_loss)
+    return losses.sum(), logits
+
+
+def _accumulate(total: Tensor, value: Tensor) -> None:
+    """``total`` float32 += ``value`` bfloat16, both contiguous."""
+    _run("xv_train_accumulate", total, value, total.numel())
+
+
+def _run(name: str, *arguments: Tensor | float | None) -> None:
+    """Call a kernel; tensors go as their addresses. Of fake ones the shapes alone are wanted: no call."""
+    if any(isinstance(each, FakeTensor) for each in arguments):
+        return
+    found = library()
+    assert found is not None
+    pointers = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+    getattr(found, name)(*pointers, torch.get_num_threads())

@@ -1,0 +1,289 @@
+"""The compiled kernels against float64, over odd shapes, for every instruction set of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from xverse.kernels import ops
+from xverse.kernels.linear import QuantLinear
+from xverse.kernels.tiles import tile, untile
+from xverse.kernels.weight import QuantizedWeight
+from xverse.model.config import XverseConfig
+from xverse.model.rope import rope_tables, rotate
+
+
+def random_weight(outputs: int, inputs: int, bits: int, group: int, seed: int = 0) -> QuantizedWeight:
+    """Every integer of the range, the smallest one included, and scales of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    half = 1 << (bits - 1)
+    q = torch.randint(-half, half, (outputs, inputs), dtype=torch.int8, generator=generator)
+    q[0] = -half
+    scales = torch.rand(outputs, inputs // group, generator=generator) * 0.02 + 1e-4
+    scales[:, 0] *= -100
+    return QuantizedWeight(q, scales.bfloat16(), bits)
+
+
+def reference(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """(the product in float64 of activations quantised as the kernels do it, the sum of the magnitudes that
+    an error in rounding is to be measured by), both [M, N]."""
+    group = weight.group_size
+    grouped = x.double().unflatten(1, (-1, group))  # [M, G, group]
+    largest = grouped.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    rounded = (grouped.float() * inverse.float()).round().double() * (largest / 127)
+    exact = rounded.flatten(1) @ weight.dequantize(torch.float64).T
+    size = rounded.flatten(1).abs() @ weight.dequantize(torch.float64).abs().T
+    return exact, size
+
+
+# A value that lies in the middle between two integers may go to either: at most one step in a few places.
+TIES = 2e-4
+BF16 = 2.0**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group"), [(1, 32, 32), (33, 192, 64), (70, 384, 128), (32, 1408, 128)]
+)
+def test_quantised_linear(
+    kernels: str, bits: int, outputs: int, inputs: int, group: int, dtype: torch.dtype
+) -> None:
+    weight = random_weight(outputs, inputs, bits, group)
+    tiles = tile(weight)
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 25, 40):
+        x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        exact, size = reference(x, weight)
+        found = ops.quant_linear(x, tiles, outputs, bits)
+        assert found.dtype == dtype
+        tolerance = TIES + (BF16 if dtype == torch.bfloat16 else 0)
+        assert ((found.double() - exact).abs() <= tolerance * size).all(), (kernels, tokens)
+
+
+def test_activations_are_quantised_group_by_group(kernels: str) -> None:
+    weight = random_weight(40, 256, 4, 128)
+    x = torch.randn(3, 256)
+    x[:, 5] = 1e4  # spoils its own group of 128 only
+    x[1] = 0
+    x[2, 128:] = 0
+    exact, size = reference(x, weight)
+    found = ops.quant_linear(x, tile(weight), 40, 4)
+    assert ((found.double() - exact).abs() <= TIES * size).all()
+    assert (found[1] == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_token_spoils_no_other(kernels: str, value: float) -> None:
+    weight = random_weight(40, 256, 4, 128)
+    x = torch.randn(13, 256)
+    clean = ops.quant_linear(x, tile(weight), 40, 4)
+    x[4, 7] = value
+    found = ops.quant_linear(x, tile(weight), 40, 4)
+    assert found[4].isnan().all()
+    others = torch.arange(13) != 4
+    assert torch.equal(found[others], clean[others])
+
+
+def test_tiny_and_huge_activations(kernels: str) -> None:
+    weight = random_weight(32, 128, 8, 128)
+    for size in (1e-40, 1e-30, 1e30):
+        x = torch.full((1, 128), size)
+        exact, magnitude = reference(x, weight)
+        found = ops.quant_linear(x, tile(weight), 32, 8)
+        assert found.isfinite().all()
+        if size > 1e-37:  # smaller ones count as zero
+            assert ((found.double() - exact).abs() <= TIES * magnitude).all()
+
+
+def test_several_weights_at_once_equal_one_by_one(kernels: str) -> None:
+    for bits in (4, 8):
+        layers = [QuantLinear.from_weight(random_weight(n, 256, bits, 128, n)) for n in (33, 1, 200)]
+        for tokens in (1, 30):
+            x = torch.randn(2, tokens, 256, dtype=torch.bfloat16)
+            for layer, found in zip(layers, QuantLinear.together(layers, x), strict=True):
+                assert found.shape == (2, tokens, layer.out_features)
+                assert torch.equal(found, layer(x))
+    mixed = [layers[0], QuantLinear.from_weight(random_weight(8, 256, 4, 64))]
+    assert [y.shape[-1] for y in QuantLinear.together(mixed, x)] == [33, 8]
+
+
+def test_gradients_reach_the_input() -> None:
+    layer = QuantLinear.from_weight(random_weight(40, 256, 4, 128))
+    x = torch.randn(3, 256, requires_grad=True)
+    layer(x).sum().backward()
+    expected = layer.to_weight().dequantize().sum(0).expand(3, -1)
+    torch.testing.assert_close(x.grad, expected)
+    (QuantLinear.together([layer, layer], x)[1] * 2).sum().backward()
+    torch.testing.assert_close(x.grad, 3 * expected)
+
+
+def test_no_tokens() -> None:
+    layer = QuantLinear.from_weight(random_weight(8, 128, 4, 128))
+    assert layer(torch.empty(0, 128)).shape == (0, 8)
+
+
+@given(
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([32, 64, 128]),
+    groups=st.integers(1, 5),
+    outputs=st.integers(1, 100),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_tiles_keep_every_value(bits: int, group: int, groups: int, outputs: int, seed: int) -> None:
+    weight = random_weight(outputs, group * groups, bits, group, seed)
+    back = untile(tile(weight), outputs, bits)
+    assert torch.equal(back.q, weight.q)
+    assert torch.equal(back.scales, weight.scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group"), [(1, 32, 32), (100, 384, 64), (2049, 256, 128), (4100, 128, 128)]
+)
+def test_dequantised_parts_are_the_weight(
+    bits: int, outputs: int, inputs: int, group: int, dtype: torch.dtype
+) -> None:
+    tiles = tile(random_weight(outputs, inputs, bits, group))
+    found = [part.clone() for part in ops.dequantized_parts(tiles, outputs, bits, dtype)]
+    assert torch.equal(torch.cat(found), untile(tiles, outputs, bits).dequantize(dtype))
+
+
+def test_scale_per_row_comes_back() -> None:
+    weight = random_weight(40, 384, 4, 384)
+    layer = QuantLinear.from_weight(weight)
+    back = layer.to_weight()
+    assert back.group_size == 384
+    assert torch.equal(back.scales, weight.scales)
+    assert torch.equal(back.q, weight.q)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 8), (25, 100), (64, 512), (7, 9000)])
+def test_bf16_linear(kernels: str, outputs: int, inputs: int) -> None:
+    weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9):
+        x = torch.randn(tokens, inputs, dtype=torch.bfloat16)
+        found = ops.linear_bf16(x, weight)
+        exact = x.double() @ weight.double().T
+        size = x.double().abs() @ weight.double().abs().T
+        assert ((found.double() - exact).abs() <= BF16 * exact.abs() + 1e-6 * size).all(), (kernels, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 31, 64, 100, 4096])
+def test_norm_and_activation(kernels: str, dtype: torch.dtype, size: int) -> None:
+    tolerance = 1e-6 if dtype == torch.float32 else BF16
+    for rows in (1, 3, 40):
+        x, up = torch.randn(2, rows, size).mul(20).to(dtype).unbind()
+        weight = torch.rand(size).to(dtype)
+        normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+        torch.testing.assert_close(ops.rms_norm(x, weight, 1e-6).double(), normed, rtol=tolerance, atol=1e-30)
+        active = x.double() * x.double().sigmoid() * up.double()
+        torch.testing.assert_close(ops.silu_mul(x, up).double(), active, rtol=2 * tolerance, atol=1e-30)
+
+
+def test_activation_at_the_ends(kernels: str) -> None:
+    x = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 1e30, float("inf"), float("nan")])
+    found = ops.silu_mul(x, torch.ones(8))
+    assert found[:3].abs().max() < 1e-6 * 1e30  # -1e30 / e^87 is small beside 1e30
+    assert found[3] == 0
+    assert torch.equal(found[4:7], x[4:7])
+    assert found[7].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation(kernels: str, dtype: torch.dtype) -> None:
+    for batch, length, heads, head_dim in ((1, 1, 3, 2), (2, 5, 4, 64), (1, 300, 2, 128)):
+        q, k = torch.randn(2, batch, length, heads, head_dim).to(dtype).unbind()
+        positions = torch.arange(7, 7 + length).expand(batch, length)
+        config = XverseConfig(
+            vocab_size=9,
+            hidden_size=heads * head_dim,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=heads,
+        )
+        cos, sin = (table.to(dtype) for table in rope_tables(positions, config))
+        expected = [
+            rotate(x.double().transpose(1, 2), cos.double(), sin.double()).transpose(1, 2) for x in (q, k)
+        ]
+        ops.rotate_(q, k, cos, sin)
+        tolerance = 1e-6 if dtype == torch.float32 else BF16
+        for found, exact in zip((q, k), expected, strict=True):
+            torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_operations_have_shapes_on_the_meta_device() -> None:
+    tiles = torch.empty(3, 2, 64 + 4 * 4 * 128, dtype=torch.uint8, device="meta")
+    x = torch.empty(5, 256, dtype=torch.bfloat16, device="meta")
+    assert torch.ops.xverse.quant_linear(x, tiles, 70, 4).shape == (5, 70)
+    assert [y.shape for y in torch.ops.xverse.quant_linears(x, [tiles, tiles], [70, 96], 4)] == [
+        (5, 70),
+        (5, 96),
+    ]
+    assert torch.ops.xverse.linear_bf16(x, torch.empty(9, 256, device="meta")).shape == (5, 9)
+    assert torch.ops.xverse.rms_norm(x, torch.empty(256, device="meta"), 1e-6).shape == x.shape
+    assert torch.ops.xverse.silu_mul(x, x).shape == x.shape
+
+
+def test_operations_are_well_formed() -> None:
+    layer = QuantLinear.from_weight(random_weight(40, 256, 4, 128))
+    x = torch.randn(3, 256)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.xverse.quant_linear, (x, layer.tiles, 40, 4), test_utils=checks)
+    torch.library.opcheck(torch.ops.xverse.silu_mul, (x, x), test_utils=checks)
+    torch.library.opcheck(torch.ops.xverse.rms_norm, (x, x[0], 1e-6), test_utils=checks)
+
+
+def run_with(kernels: str, code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XVERSE_KERNELS": kernels}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+LINEAR = """
+import torch
+from xverse.kernels.linear import QuantLinear
+from xverse.kernels.native import kernel_name
+from xverse.kernels.weight import QuantizedWeight
+torch.manual_seed(0)
+q = torch.randint(-8, 8, (40, 256), dtype=torch.int8)
+weight = QuantizedWeight(q, torch.rand(40, 2).bfloat16(), 4)
+layer = QuantLinear.from_weight(weight)
+x = torch.randn(9, 256)
+exact = x @ weight.dequantize().T
+assert (layer(x) - exact).abs().max() < 0.02 * exact.abs().max()
+assert torch.equal(layer.to_weight().q, q)
+print(kernel_name())
+"""
+
+
+def test_without_kernels_pytorch_computes() -> None:
+    done = run_with("none", LINEAR)
+    assert (done.returncode, done.stdout) == (0, "torch\n"), done.stderr
+
+
+def test_named_kernels_are_used_or_refused(kernels: str) -> None:
+    done = run_with(kernels, LINEAR)
+    assert (done.returncode, done.stdout) == (0, f"{kernels}\n"), done.stderr
+    done = run_with("avx1024", LINEAR)
+    assert done.returncode != 0
+    assert "XVERSE_KERNELS: 'avx1024' is not one of" in done.stderr
+
+
+def test_missing_library_says_so_once(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    code = (
+        "import pathlib, xverse.kernels.native as native\n"
+        f"native.LIBRARY = pathlib.Path({str(tmp_path / 'gone.so')!r})\n" + LINEAR
+    )
+    done = run_with("", code)
+    assert (done.returncode, done.stdout) == (0, "torch\n"), done.stderr
+    assert done.stderr.count("without its compiled CPU kernels") == 1
