@@ -33,7 +33,7 @@ def test_train_report_repair(tmp_path: Path, corpus: list[str], capsys: pytest.C
     assert captured.out.strip() == str(out)
     told = " ".join(captured.err.split())  # notices wrap at the terminal's width
     assert "1 lines skipped: 1 invalid UTF-8" in told
-    assert "1 ill-formed JSON" in told
+    assert "1 invalid JSON" in told
     assert Tokenizer.load(out).vocab_size == 640
 
     assert main(["tokenizer", "report", "--tokenizer", str(out), "--json", *corpus]) == 0
