@@ -57,12 +57,12 @@ def test_a_broken_stream_gives_what_it_holds_and_is_named(tmp_path: Path, damage
     lines = [b'{"text": "line %d of many"}\n' % i for i in range(20_000)]
     if suffix == ".gz":
         data = gzip.compress(b"".join(lines))
-    else:  # several frames: one is decompressed as a whole
-        data = b"".join(zstandard.compress(b"".join(lines[at : at + 500])) for at in range(0, 20_000, 500))
+    else:  # several frames: at most a megabyte before the damage is lost
+        data = b"".join(zstandard.compress(b"".join(lines)) for _ in range(8))
     half = len(data) // 2
     path.write_bytes(data[:half] if damage == "truncated" else data[:half] + b"\xff" * 40 + data[half + 40 :])
     report = ReadReport()
-    assert 0 < len(texts(path, report)) < 20_000
+    assert 0 < len(texts(path, report)) < (20_000 if suffix == ".gz" else 160_000)
     if (
         suffix == ".gz" or damage == "garbled"
     ):  # zstandard's reader takes the end of a file for the end of data
@@ -90,7 +90,7 @@ def test_records_are_an_array_or_lines(tmp_path: Path) -> None:
     path.write_text("")
     assert list(read_records(path)) == []
     path.write_text(' \n[{"a": 1},\n')
-    with pytest.raises(UserError, match=r"a\.json: invalid JSON \(.*line 2"):
+    with pytest.raises(UserError, match=r"a\.json: invalid JSON \(.*line 3"):
         list(read_records(path, ReadReport()))
 
 

@@ -271,7 +271,7 @@ def load_texts(path: str | Path) -> list[str]:
 
 
 def read_texts(path: Path, report: ReadReport, begin: int = 0, end: int = -1) -> Iterator[bytes]:
-    """The texts of a file as valid UTF-8, none empty: one for each line of ``.jsonl``, otherwise blocks of 64 KB.
+    """The texts of a file in valid UTF-8, none empty: each line of ``.jsonl``, otherwise blocks of 64 KB.
 
     A block ends at a line's end; a line above 1 MB is cut between characters. ``begin`` and ``end`` (-1: all)
     choose the lines of an uncompressed .txt file that begin in these bytes. Raises UserError where the file
