@@ -85,7 +85,7 @@ def test_refusals(tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixtu
     train = ["tokenizer", "train", "--vocab-size", "640", "--out"]
     for arguments, message in [
         ([*train, out, str(tmp_path / "none.txt")], "none.txt: no such file"),
-        ([*train, out, str(tmp_path / "folder")], "is a directory without"),
+        ([*train, out, str(tmp_path / "folder")], "no .txt or .jsonl files in this folder"),
         ([*train, out, str(empty)], "no usable text"),
         ([*train, f"{empty}/tok", corpus[0]], "cannot be written"),
         ([*train, out, "--limit-alphabet", "-1", corpus[0]], "must not be negative"),
