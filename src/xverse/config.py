@@ -114,24 +114,33 @@ def _is_mapping(hint: Any) -> bool:
 
 
 def load(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
-    """Read a YAML file into ``cls``.
+    """Read a YAML file into ``cls``; ``overrides`` (see ``override``) replace its values."""
+    return build(cls, override(read_yaml(path), overrides), str(path))
 
-    ``overrides`` are texts such as ``key=value``, ``section.key=value`` or ``list.0.key=value``.
+
+def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set in ``values``, in place, what texts such as ``key=value``, ``section.key=value`` and
+    ``list.0.key=value`` say; values are read as YAML. Raises UserError for one that cannot be applied.
     """
-    values = read_yaml(path)
-    for item in overrides:
-        key, separator, text = item.partition("=")
-        if not separator or not key:
-            raise UserError(f"'{item}': an override is written key=value")
+    for text in overrides:
+        key, value = key_value(text)
         target: Any = values
         *sections, last = key.split(".")
         for section in sections:
-            target = _inside(target, section, item)
+            target = _inside(target, section, text)
             if not isinstance(target, (dict, list)):
-                raise UserError(f"'{item}': '{section}' is not a section")
-        _inside(target, last, item)
-        target[int(last) if isinstance(target, list) else last] = yaml.safe_load(text)
-    return build(cls, values, str(path))
+                raise UserError(f"'{text}': '{section}' is not a section")
+        _inside(target, last, text)
+        target[int(last) if isinstance(target, list) else last] = value
+    return values
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """The key of ``key=value`` and its value, read as YAML. Raises UserError for anything else."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"'{text}': an override is written key=value")
+    return key, yaml.safe_load(value)
 
 
 def _inside(target: dict[str, Any] | list[Any], key: str, item: str) -> Any:

@@ -26,15 +26,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="change a setting of the recipe, such as max_steps=100 or dataset.0.repeat=4",
     )
-    hints = typing.get_type_hints(Settings)
+    hints = typing.get_type_hints(Settings, include_extras=True)
     for field in dataclasses.fields(Settings):
         others = [alias for alias, name in ALIASES.items() if name == field.name]
-        text = field.metadata["help"]
+        hint, text = typing.get_args(hints[field.name])
         if isinstance(field.default, (int, float, str)) and field.default not in (False, ""):
             text += f" (default: {field.default})"
         if others:
             text += f"; also --{', --'.join(others)}"
-        options = {**_options(hints[field.name], field.name), "default": argparse.SUPPRESS}
+        options = {**_options(hint, field.name), "default": argparse.SUPPRESS}
         names = [f"--{field.name}"]
         if field.name == "local_rank":
             names.append("--local-rank")  # the spelling of torch.distributed.launch

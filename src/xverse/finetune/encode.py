@@ -132,7 +132,9 @@ class _Counts:
         if self.cut:
             text += f"; over {length} tokens: " + ", ".join(f"{n} {what}" for what, n in self.cut.items())
         if self.undesirable:
-            text += f"; {self.undesirable} have replies tagged undesirable, which are trained on like the others"
+            text += (
+                f"; {self.undesirable} have replies tagged undesirable, which are trained on like the others"
+            )
         return text
 
 
@@ -149,10 +151,12 @@ class _Reader:
         counts, local = _Counts(), False
         for file in source_files(source):
             before, local = len(groups), file.in_folder
+            if before == self.settings.max_samples:
+                break
             if local:
                 counts = _Counts()
             try:
-                groups += self._file(source, file, counts, before)
+                groups += self._file(file, counts, before)
             except UserError as error:
                 if not local or isinstance(error, UnfilledPlaceholder):
                     raise
@@ -172,15 +176,15 @@ class _Reader:
         """The groups of a dataset as they are needed, in the order of its files."""
         count = 0
         for file in source_files(source):
-            for group in self._file(source, file, _Counts(), count):
+            for group in self._file(file, _Counts(), count):
                 count += 1
                 yield group
 
-    def _file(self, source: Source, file: SourceFile, counts: _Counts, before: int) -> Iterator[Group]:
+    def _file(self, file: SourceFile, counts: _Counts, before: int) -> Iterator[Group]:
         """The groups of one file, up to num_samples, and with the ``before`` read already to max_samples."""
-        limits = [source.use.num_samples or source.info.num_samples]
+        limits = [file.source.use.num_samples or file.source.info.num_samples]
         items: Iterable[tuple[int, tuple[Any, DatasetInfo]]]
-        items = enumerate(read_file(source, file, self.settings.stage, counts.skipped))
+        items = enumerate(read_file(file, self.settings.stage, counts.skipped))
         if limits[0] is not None and not self.settings.streaming:
             rows = list(items)
             order = random_order(len(rows), "samples", self.settings.seed, file.path.name).tolist()
@@ -193,15 +197,18 @@ class _Reader:
             if limit is not None and count >= limit:
                 return
             try:
-                groups = self._encode(item, info, f"{file.name}[{number}]", source, counts)
+                groups = self._encode(item, info, file, number, counts)
             except Skip as reason:
                 counts.skipped[str(reason)] += 1
                 continue
             count += len(groups)
             yield from groups
 
-    def _encode(self, item: Any, info: DatasetInfo, name: str, source: Source, counts: _Counts) -> list[Group]:
+    def _encode(
+        self, item: Any, info: DatasetInfo, file: SourceFile, number: int, counts: _Counts
+    ) -> list[Group]:
         """An item's examples: a pair, the parts of a long text, or one. Raises Skip for an unusable item."""
+        name = f"{file.name}[{number}]"
         if self.settings.stage == "pt":
             ids = [*self.tokenizer.encode(to_text(item, info)), self.tokenizer.eos_id]
             parts = [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
@@ -210,16 +217,16 @@ class _Reader:
             ]
         if self.settings.stage == "dpo":
             pair = to_preference(item, info)
-            messages = self._filled(pair.messages, name, source)
+            messages = self._filled(pair.messages, file, number)
             group = []
             for reply in (pair.chosen, pair.rejected):
-                (answer,) = self._filled([{"role": "assistant", "content": reply}], name, source)
+                (answer,) = self._filled([{"role": "assistant", "content": reply}], file, number)
                 ids, mask, _ = encode_within(self.tokenizer, [*messages, answer], self.length)
                 group.append(Example(ids, _last_only(mask), name))
             return [group]
-        messages = self._filled(to_dialogue(item, info), name, source)
+        messages = self._filled(to_dialogue(item, info), file, number)
         parts_of = [_parts(self.tokenizer, message) for message in messages]
-        most = source.use.max_reply_tokens
+        most = file.source.use.max_reply_tokens
         replies = [len(part.content) for part in parts_of if part.reply]
         if most is not None and sum(replies) > most * len(replies):
             raise Skip(f"with replies of more than {most} tokens")
@@ -233,7 +240,7 @@ class _Reader:
             mask = _last_only(mask)
         return [[Example(ids, mask, name)]]
 
-    def _filled(self, messages: Messages, name: str, source: Source) -> Messages:
+    def _filled(self, messages: Messages, file: SourceFile, number: int) -> Messages:
         """Messages with ``identity`` in the place of ``{{placeholders}}``. Raises UserError for others."""
         if not any("{{" in message["content"] for message in messages):
             return messages
@@ -245,7 +252,7 @@ class _Reader:
         if unfilled and not self.settings.keep_placeholders:
             keys = sorted(unfilled)
             raise UnfilledPlaceholder(
-                f"{source.path or source.name}: {name} has unfilled placeholders "
+                f"{file.path}: item {number} has unfilled placeholders "
                 f"{', '.join(f'{{{{{key}}}}}' for key in keys)}; fill them with "
                 f"--identity {' '.join(f'{key}=…' for key in keys)}, or keep them as text with "
                 "--keep_placeholders"

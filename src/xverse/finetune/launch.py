@@ -22,11 +22,15 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     sharded = bool(settings.fsdp) or by_launcher
     if settings.deepspeed:
         if by_launcher:
-            raise UserError("accelerate launches with FSDP, and --deepspeed shards the model, too; use one of them")
+            raise UserError(
+                "accelerate launches with FSDP, and --deepspeed shards the model, too; use one of them"
+            )
         values["deepspeed"] = str(deepspeed_file(settings.deepspeed))
         _alone()
     if settings.save_dtype and (sharded or settings.deepspeed):
-        raise UserError("save_dtype cannot be combined with fsdp or deepspeed; convert the result with xverse export")
+        raise UserError(
+            "save_dtype cannot be combined with fsdp or deepspeed; convert the result with xverse export"
+        )
     if settings.load_best_model_at_end and settings.evaluates == "epoch":
         values.setdefault("save_strategy", "epoch")
     for name in ("fsdp_config", "lr_scheduler_kwargs"):
@@ -76,8 +80,8 @@ def _alone() -> None:
 
 
 def _shard_on_cpu() -> None:
-    """Let Accelerate shard on CPUs, where it would silently replicate the model: PyTorch's FSDP2 works with gloo,
-    but Accelerate uses it with no kind of device that is MULTI_CPU."""
+    """Let Accelerate shard on CPUs. PyTorch's FSDP2 works with gloo, but Accelerate would silently replicate
+    the model there; it shards for every distributed type except MULTI_CPU."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 

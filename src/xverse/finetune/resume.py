@@ -93,7 +93,7 @@ def _compare(file: Path, state: dict[str, Any]) -> None:
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    """The last complete checkpoint: Trainer writes its state file last, and a kill can leave a partial one."""
+    """The last complete checkpoint. Trainer writes its state file last, after everything else of one."""
     checkpoints = out.glob("checkpoint-*")
     for path in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         with contextlib.suppress(OSError, ValueError):

@@ -78,7 +78,9 @@ def _row_length(source: Path, settings: Settings, first: bool) -> int:
     """The longest example and packed row in tokens: cutoff_len, or the model's positions if fewer."""
     positions = read_config(source).context_length
     if positions < settings.cutoff_len and first:
-        notice(f"cutoff_len {settings.cutoff_len} exceeds the model's {positions} positions; using {positions}")
+        notice(
+            f"cutoff_len {settings.cutoff_len} exceeds the model's {positions} positions; using {positions}"
+        )
     return min(settings.cutoff_len, positions)
 
 
@@ -182,7 +184,7 @@ def _make_trainer(
 
 
 def _pair_trainer(source: Path, settings: Settings, args: TrainingArguments) -> Callable[..., PairTrainer]:
-    """The trainer of stage dpo. Its reference is the model without its new adapter, or else a second model."""
+    """The trainer of stage dpo. Its reference is the model without its new adapter, or a second model."""
     second = settings.finetuning_type != "lora" or settings.adapter_name_or_path is not None
     second = second and settings.pref_loss != "orpo"
     return functools.partial(
@@ -215,8 +217,8 @@ def _load_model(source: Path, settings: Settings, args: TrainingArguments) -> An
 
 
 def as_autocast(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """Embeddings in autocast's type, and with them the residual stream, as with 16-bit weights (DeepSpeed's, a
-    frozen base's, generation's), so that float32 master weights give the same losses."""
+    """Cast embeddings, and with them the residual stream, to autocast's type. 16-bit weights (DeepSpeed's, a
+    frozen base's) have that type, so float32 master weights give the same losses."""
     kind = output.device.type
     return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from xverse.config import UserError, build
 
@@ -21,20 +21,18 @@ HELD_OUT = 0.01  # share held out for evaluation without val_size and eval_datas
 Moment = Literal["no", "steps", "epoch"]
 
 
-def _set(help: str, default: Any = None, **kwargs: Any) -> Any:
-    if not kwargs:
-        kwargs["default"] = default
-    return field(metadata={"help": help}, **kwargs)
-
-
 @dataclass(frozen=True, kw_only=True)
 class DatasetUse:
     """How a run uses one dataset: an item of ``dataset`` that a recipe writes as a mapping."""
 
-    name: str = _set("name in dataset_info.json, file, folder or hub id", default=dataclasses.MISSING)
-    repeat: int = _set("how often each training example occurs in an epoch", 1)
-    num_samples: int | None = _set("at most this many examples of each file, drawn at random by seed")
-    max_reply_tokens: int | None = _set("drop dialogues whose replies have more tokens than this on average")
+    name: Annotated[str, "name in dataset_info.json, file, folder or hub id"]
+    repeat: Annotated[int, "how often each training example occurs in an epoch"] = 1
+    num_samples: Annotated[int | None, "at most this many examples of each file, drawn at random by seed"] = (
+        None
+    )
+    max_reply_tokens: Annotated[
+        int | None, "drop dialogues whose replies have more tokens than this on average"
+    ] = None
 
     def __post_init__(self) -> None:
         for name in ("repeat", "num_samples", "max_reply_tokens"):
@@ -51,134 +49,158 @@ class Settings:
     """
 
     # the model and the method
-    model_name_or_path: str = _set("base model: a directory, a hub id or nano", default=dataclasses.MISSING)
-    adapter_name_or_path: str | None = _set("adapter to continue training")
-    stage: Literal["sft", "pt", "dpo"] = _set(
-        "supervised fine-tuning, continued pretraining, or preference optimisation", "sft"
-    )
-    finetuning_type: Literal["full", "lora", "freeze"] = _set(
-        "train all weights, an adapter, or some layers", "lora"
-    )
-    template: str = _set("chat format: XVERSE's, under the names default and xverse", "default")
-    freeze_trainable_layers: int = _set(
-        "with freeze: train the last N layers; a negative number trains the first ones", 2
-    )
-    freeze_trainable_modules: str = _set("with freeze: modules to train in these layers, or all", "all")
-    freeze_extra_modules: str | None = _set("with freeze: modules outside the layers to train as well")
-    lora_rank: int = _set("rank of the adapter", 8)
-    lora_alpha: float | None = _set("scale of the adapter; unset: twice the rank")
-    lora_dropout: float = _set("dropout on the adapter's input", 0.0)
-    lora_target: str = _set("modules that get an adapter, separated by commas, or all", "all")
-    additional_target: str | None = _set("with lora: modules to train whole, such as lm_head")
-    use_rslora: bool = _set("scale the adapter by 1/sqrt(rank)", False)
-    use_dora: bool = _set("train a DoRA adapter", False)
-    quantization_bit: Literal[4, 8] | None = _set("quantise the base while loading it (QLoRA)")
-    pure_bf16: bool = _set("keep weights and optimizer state in bfloat16, without float32 copies", False)
-    pref_beta: float = _set("with dpo: strength of the preference term", 0.1)
-    pref_loss: Literal["sigmoid", "hinge", "ipo", "orpo"] = _set(
-        "with dpo: the loss; sigmoid is DPO's, orpo needs no reference model", "sigmoid"
-    )
-    pref_ftx: float = _set("with dpo: weight of the supervised loss on the chosen reply", 0.0)
-    use_liger_kernel: bool = _set("compute norms and activations with Liger's kernels (CUDA)", False)
+    model_name_or_path: Annotated[str, "base model: a directory, a hub id or nano"]
+    adapter_name_or_path: Annotated[str | None, "adapter to continue training"] = None
+    stage: Annotated[
+        Literal["sft", "pt", "dpo"],
+        "supervised fine-tuning, continued pretraining, or preference optimisation",
+    ] = "sft"
+    finetuning_type: Annotated[
+        Literal["full", "lora", "freeze"], "train all weights, an adapter, or some layers"
+    ] = "lora"
+    template: Annotated[str, "chat format: XVERSE's, under the names default and xverse"] = "default"
+    freeze_trainable_layers: Annotated[
+        int, "with freeze: train the last N layers; a negative number trains the first ones"
+    ] = 2
+    freeze_trainable_modules: Annotated[str, "with freeze: modules to train in these layers, or all"] = "all"
+    freeze_extra_modules: Annotated[
+        str | None, "with freeze: modules outside the layers to train as well"
+    ] = None
+    lora_rank: Annotated[int, "rank of the adapter"] = 8
+    lora_alpha: Annotated[float | None, "scale of the adapter; unset: twice the rank"] = None
+    lora_dropout: Annotated[float, "dropout on the adapter's input"] = 0.0
+    lora_target: Annotated[str, "modules that get an adapter, separated by commas, or all"] = "all"
+    additional_target: Annotated[str | None, "with lora: modules to train whole, such as lm_head"] = None
+    use_rslora: Annotated[bool, "scale the adapter by 1/sqrt(rank)"] = False
+    use_dora: Annotated[bool, "train a DoRA adapter"] = False
+    quantization_bit: Annotated[Literal[4, 8] | None, "quantise the base while loading it (QLoRA)"] = None
+    pure_bf16: Annotated[bool, "keep weights and optimizer state in bfloat16, without float32 copies"] = False
+    pref_beta: Annotated[float, "with dpo: strength of the preference term"] = 0.1
+    pref_loss: Annotated[
+        Literal["sigmoid", "hinge", "ipo", "orpo"],
+        "with dpo: the loss; sigmoid is DPO's, orpo needs no reference model",
+    ] = "sigmoid"
+    pref_ftx: Annotated[float, "with dpo: weight of the supervised loss on the chosen reply"] = 0.0
+    use_liger_kernel: Annotated[bool, "compute norms and activations with Liger's kernels (CUDA)"] = False
 
     # the data
-    dataset: tuple[DatasetUse, ...] = _set(
-        "names in dataset_info.json, files, folders or hub ids, separated by commas; a recipe may write a list"
-        " of names and mappings",
-        (),
-    )
-    eval_dataset: tuple[DatasetUse, ...] = _set("datasets to evaluate on, written like dataset", ())
-    dataset_dir: Path = _set("folder of dataset_info.json and its files", Path("data"))
-    identity: dict[str, str] = _set(
-        "values for {{placeholders}} in the data, such as name=… author=…", default_factory=dict
-    )
-    keep_placeholders: bool = _set("accept {{placeholders}} that identity does not fill as plain text", False)
-    cutoff_len: int = _set("longest example, and longest packed row, in tokens", 2048)
-    max_samples: int | None = _set("use only the first N usable examples of each dataset")
-    streaming: bool = _set("read the data while training instead of loading it first; needs max_steps", False)
-    buffer_size: int = _set("with streaming: examples shuffled at a time", 16384)
-    group_by_length: bool = _set("put rows of similar length into one step", False)
-    val_size: float = _set("examples of dataset to hold out: a share below 1, or a number", 0.0)
-    packing: bool | None = _set(
-        "put several examples into one row, isolated from each other; unset: only with stage pt"
-    )
-    train_on_prompt: bool = _set("compute the loss on prompts, too", False)
-    mask_history: bool = _set("compute the loss on the last reply only", False)
-    overwrite_cache: bool = _set("accepted without effect: nothing is cached", False)
-    preprocessing_num_workers: int | None = _set("accepted without effect: the tokenizer uses all cores")
-    padding_side: Literal["left", "right"] | None = _set(
-        "saved with the tokenizer; training itself does not pad"
-    )
+    dataset: Annotated[
+        tuple[DatasetUse, ...],
+        "names in dataset_info.json, files, folders or hub ids, separated by commas; in a recipe a list, too",
+    ] = ()
+    eval_dataset: Annotated[tuple[DatasetUse, ...], "datasets to evaluate on, written like dataset"] = ()
+    dataset_dir: Annotated[Path, "folder of dataset_info.json and its files"] = Path("data")
+    identity: Annotated[
+        dict[str, str], "values for {{placeholders}} in the data, such as name=… author=…"
+    ] = field(default_factory=dict)
+    keep_placeholders: Annotated[
+        bool, "accept {{placeholders}} that identity does not fill as plain text"
+    ] = False
+    cutoff_len: Annotated[int, "longest example, and longest packed row, in tokens"] = 2048
+    max_samples: Annotated[int | None, "use only the first N usable examples of each dataset"] = None
+    streaming: Annotated[
+        bool, "read the data while training instead of loading it first; needs max_steps"
+    ] = False
+    buffer_size: Annotated[int, "with streaming: examples shuffled at a time"] = 16384
+    group_by_length: Annotated[bool, "put rows of similar length into one step"] = False
+    val_size: Annotated[float, "examples of dataset to hold out: a share below 1, or a number"] = 0.0
+    packing: Annotated[
+        bool | None, "put several examples into one row, isolated from each other; unset: only with stage pt"
+    ] = None
+    train_on_prompt: Annotated[bool, "compute the loss on prompts, too"] = False
+    mask_history: Annotated[bool, "compute the loss on the last reply only"] = False
+    overwrite_cache: Annotated[bool, "accepted without effect: nothing is cached"] = False
+    preprocessing_num_workers: Annotated[
+        int | None, "accepted without effect: the tokenizer uses all cores"
+    ] = None
+    padding_side: Annotated[
+        Literal["left", "right"] | None, "saved with the tokenizer; training itself does not pad"
+    ] = None
 
     # the run
-    output_dir: Path = _set("folder of the run and of the finished model", default=dataclasses.MISSING)
-    overwrite_output_dir: bool = _set("start anew in a folder that holds another run", False)
-    resume_from_checkpoint: str | None = _set("checkpoint to resume from; unset: the last complete one")
-    plot_loss: bool = _set("draw loss.png", False)
-    early_stopping_steps: int | None = _set("stop after N evaluations without a better loss")
-    save_dtype: Literal["bfloat16", "float16", "float32"] | None = _set(
-        "type of the finished weights; unset: the base's"
-    )
-    generation: dict[str, Any] = _set(
-        "values for the finished model's generation_config.json, such as temperature=0.5",
-        default_factory=dict,
-    )
-    local_rank: int | None = _set("set by launchers of several processes")
+    output_dir: Annotated[Path, "folder of the run and of the finished model"]
+    overwrite_output_dir: Annotated[bool, "start anew in a folder that holds another run"] = False
+    resume_from_checkpoint: Annotated[
+        str | None, "checkpoint to resume from; unset: the last complete one"
+    ] = None
+    plot_loss: Annotated[bool, "draw loss.png"] = False
+    early_stopping_steps: Annotated[int | None, "stop after N evaluations without a better loss"] = None
+    save_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, "type of the finished weights; unset: the base's"
+    ] = None
+    generation: Annotated[
+        dict[str, Any], "values for the finished model's generation_config.json, such as temperature=0.5"
+    ] = field(default_factory=dict)
+    local_rank: Annotated[int | None, "set by launchers of several processes"] = None
 
     # transformers' TrainingArguments of the same names
-    do_train: bool = _set("train", False)
-    do_eval: bool = _set("evaluate at the end", False)
-    eval_strategy: Moment | None = _set("when to evaluate during training")
-    eval_steps: float | None = _set("steps between evaluations; a share of the run if below 1")
-    eval_delay: float | None = _set("steps or epochs before the first evaluation")
-    eval_on_start: bool | None = _set("evaluate before the first step")
-    per_device_train_batch_size: int | None = _set("rows of a micro-batch on each process")
-    per_device_eval_batch_size: int | None = _set("rows of an evaluation batch on each process")
-    gradient_accumulation_steps: int | None = _set("micro-batches of a step")
-    num_train_epochs: float | None = _set("passes over the dataset")
-    max_steps: int | None = _set("optimizer steps; overrides num_train_epochs")
-    learning_rate: float | None = _set("peak learning rate")
-    lr_scheduler_type: str | None = _set("schedule of the learning rate, such as cosine_with_min_lr")
-    lr_scheduler_kwargs: str | None = _set('options of the schedule as JSON, such as {"min_lr_rate": 0.02}')
-    warmup_steps: float | None = _set("steps of linear warm-up; a share of the run if below 1")
-    weight_decay: float | None = _set("weight decay of matrices")
-    adam_beta1: float | None = _set("AdamW's beta1")
-    adam_beta2: float | None = _set("AdamW's beta2")
-    adam_epsilon: float | None = _set("AdamW's epsilon")
-    max_grad_norm: float | None = _set("clip gradients to this norm")
-    optim: str | None = _set("optimizer, by transformers' name")
-    optim_args: str | None = _set("options of the optimizer")
-    neftune_noise_alpha: float | None = _set("noise added to embeddings (NEFTune)")
-    logging_strategy: Moment | None = _set("when to log the loss")
-    logging_steps: float | None = _set("steps between log lines")
-    logging_first_step: bool | None = _set("log the first step, too")
-    save_strategy: Literal["no", "steps", "epoch", "best"] | None = _set("when to write checkpoints")
-    save_steps: float | None = _set("steps between checkpoints")
-    save_total_limit: int | None = _set("checkpoints to keep")
-    save_only_model: bool | None = _set("write checkpoints without optimizer state; they cannot be resumed")
-    load_best_model_at_end: bool | None = _set("finish with the best evaluated checkpoint")
-    metric_for_best_model: str | None = _set("metric that defines the best checkpoint")
-    greater_is_better: bool | None = _set("whether that metric should rise")
-    seed: int = _set("seed of initialisation, order and held-out examples", 42)
-    data_seed: int | None = _set("seed of the order; unset: seed")
-    full_determinism: bool | None = _set("use deterministic kernels only")
-    bf16: bool | None = _set("compute in bfloat16; full fine-tuning keeps weights in float32")
-    fp16: bool | None = _set("compute in float16 with loss scaling (CUDA)")
-    tf32: bool | None = _set("allow TF32 matmuls (CUDA)")
-    use_cpu: bool | None = _set("train on the CPU")
-    gradient_checkpointing: bool | None = _set("recompute activations in the backward pass to save memory")
-    torch_compile: bool | None = _set("compile the model")
-    deepspeed: str | None = _set("DeepSpeed's JSON file; deepspeed.json also names recipes/sft/deepspeed.json")
-    fsdp: str | None = _set("shard the model with FSDP2, such as full_shard; needs torchrun")
-    fsdp_config: str | None = _set("FSDP's options as JSON, or a JSON file")
-    ddp_backend: str | None = _set("communication backend of several processes")
-    ddp_timeout: int | None = _set("seconds after which communication fails")
-    ddp_find_unused_parameters: bool | None = _set("let DDP search for parameters without gradient")
-    dataloader_num_workers: int | None = _set("processes that prepare batches")
-    dataloader_pin_memory: bool | None = _set("pin batches in memory (CUDA)")
-    report_to: str | None = _set("experiment trackers: tensorboard or wandb, separated by commas")
-    run_name: str | None = _set("name of the run in trackers")
-    disable_tqdm: bool | None = _set("accepted: progress is logged as lines")
+    do_train: Annotated[bool, "train"] = False
+    do_eval: Annotated[bool, "evaluate at the end"] = False
+    eval_strategy: Annotated[Moment | None, "when to evaluate during training"] = None
+    eval_steps: Annotated[float | None, "steps between evaluations; a share of the run if below 1"] = None
+    eval_delay: Annotated[float | None, "steps or epochs before the first evaluation"] = None
+    eval_on_start: Annotated[bool | None, "evaluate before the first step"] = None
+    per_device_train_batch_size: Annotated[int | None, "rows of a micro-batch on each process"] = None
+    per_device_eval_batch_size: Annotated[int | None, "rows of an evaluation batch on each process"] = None
+    gradient_accumulation_steps: Annotated[int | None, "micro-batches of a step"] = None
+    num_train_epochs: Annotated[float | None, "passes over the dataset"] = None
+    max_steps: Annotated[int | None, "optimizer steps; overrides num_train_epochs"] = None
+    learning_rate: Annotated[float | None, "peak learning rate"] = None
+    lr_scheduler_type: Annotated[str | None, "schedule of the learning rate, such as cosine_with_min_lr"] = (
+        None
+    )
+    lr_scheduler_kwargs: Annotated[
+        str | None, 'options of the schedule as JSON, such as {"min_lr_rate": 0.02}'
+    ] = None
+    warmup_steps: Annotated[float | None, "steps of linear warm-up; a share of the run if below 1"] = None
+    weight_decay: Annotated[float | None, "weight decay of matrices"] = None
+    adam_beta1: Annotated[float | None, "AdamW's beta1"] = None
+    adam_beta2: Annotated[float | None, "AdamW's beta2"] = None
+    adam_epsilon: Annotated[float | None, "AdamW's epsilon"] = None
+    max_grad_norm: Annotated[float | None, "clip gradients to this norm"] = None
+    optim: Annotated[str | None, "optimizer, by transformers' name"] = None
+    optim_args: Annotated[str | None, "options of the optimizer"] = None
+    neftune_noise_alpha: Annotated[float | None, "noise added to embeddings (NEFTune)"] = None
+    logging_strategy: Annotated[Moment | None, "when to log the loss"] = None
+    logging_steps: Annotated[float | None, "steps between log lines"] = None
+    logging_first_step: Annotated[bool | None, "log the first step, too"] = None
+    save_strategy: Annotated[Literal["no", "steps", "epoch", "best"] | None, "when to write checkpoints"] = (
+        None
+    )
+    save_steps: Annotated[float | None, "steps between checkpoints"] = None
+    save_total_limit: Annotated[int | None, "checkpoints to keep"] = None
+    save_only_model: Annotated[
+        bool | None, "write checkpoints without optimizer state; they cannot be resumed"
+    ] = None
+    load_best_model_at_end: Annotated[bool | None, "finish with the best evaluated checkpoint"] = None
+    metric_for_best_model: Annotated[str | None, "metric that defines the best checkpoint"] = None
+    greater_is_better: Annotated[bool | None, "whether that metric should rise"] = None
+    seed: Annotated[int, "seed of initialisation, order and held-out examples"] = 42
+    data_seed: Annotated[int | None, "seed of the order; unset: seed"] = None
+    full_determinism: Annotated[bool | None, "use deterministic kernels only"] = None
+    bf16: Annotated[bool | None, "compute in bfloat16; full fine-tuning keeps weights in float32"] = None
+    fp16: Annotated[bool | None, "compute in float16 with loss scaling (CUDA)"] = None
+    tf32: Annotated[bool | None, "allow TF32 matmuls (CUDA)"] = None
+    use_cpu: Annotated[bool | None, "train on the CPU"] = None
+    gradient_checkpointing: Annotated[
+        bool | None, "recompute activations in the backward pass to save memory"
+    ] = None
+    torch_compile: Annotated[bool | None, "compile the model"] = None
+    deepspeed: Annotated[
+        str | None, "DeepSpeed's JSON file; deepspeed.json also names recipes/sft/deepspeed.json"
+    ] = None
+    fsdp: Annotated[str | None, "shard the model with FSDP2, such as full_shard; needs torchrun"] = None
+    fsdp_config: Annotated[str | None, "FSDP's options as JSON, or a JSON file"] = None
+    ddp_backend: Annotated[str | None, "communication backend of several processes"] = None
+    ddp_timeout: Annotated[int | None, "seconds after which communication fails"] = None
+    ddp_find_unused_parameters: Annotated[bool | None, "let DDP search for parameters without gradient"] = (
+        None
+    )
+    dataloader_num_workers: Annotated[int | None, "processes that prepare batches"] = None
+    dataloader_pin_memory: Annotated[bool | None, "pin batches in memory (CUDA)"] = None
+    report_to: Annotated[str | None, "experiment trackers: tensorboard or wandb, separated by commas"] = None
+    run_name: Annotated[str | None, "name of the run in trackers"] = None
+    disable_tqdm: Annotated[bool | None, "accepted: progress is logged as lines"] = None
 
     def __post_init__(self) -> None:
         self._check_task()
@@ -235,7 +257,9 @@ class Settings:
         if self.lora_rank < 1 or self.freeze_trainable_layers == 0:
             raise ValueError("lora_rank must be at least 1 and freeze_trainable_layers not 0")
         if self.quantization_bit and self.finetuning_type != "lora":
-            raise ValueError("quantization_bit needs finetuning_type lora: quantised weights cannot be trained")
+            raise ValueError(
+                "quantization_bit needs finetuning_type lora: quantised weights cannot be trained"
+            )
         if self.finetuning_type == "lora" and (self.save_dtype or self.generation):
             name = "save_dtype" if self.save_dtype else "generation"
             raise ValueError(f"{name} needs finetuning_type full or freeze: an adapter uses its base's")
@@ -287,9 +311,7 @@ ALIASES = {
 def training_values(settings: Settings) -> dict[str, Any]:
     """The keyword arguments of transformers' TrainingArguments."""
     values = {
-        name: value
-        for name in _NAMES
-        if name not in OWN and (value := getattr(settings, name)) is not None
+        name: value for name in _NAMES if name not in OWN and (value := getattr(settings, name)) is not None
     }
     values["eval_strategy"] = settings.evaluates
     values.setdefault("report_to", "none")
@@ -359,7 +381,9 @@ def _resolve_aliases(values: dict[str, Any], where: str) -> None:
         if value is None or (alias == "neat_packing" and not value):
             continue
         if values.get(name) not in (None, value):
-            raise UserError(f"{where}: {name} and {alias} are one setting and differ here; remove one of them")
+            raise UserError(
+                f"{where}: {name} and {alias} are one setting and differ here; remove one of them"
+            )
         values[name] = value
 
 

@@ -40,6 +40,7 @@ class Source:
 class SourceFile:
     """One file of a dataset. ``name`` is the file's in a local folder and the dataset's otherwise."""
 
+    source: Source
     path: Path
     name: str
     in_folder: bool
@@ -116,7 +117,7 @@ def source_files(source: Source) -> list[SourceFile]:
     info = source.info
     path = source.path or fetch(source)
     if not path.is_dir():
-        return [SourceFile(path, source.name, in_folder=False)]
+        return [SourceFile(source, path, source.name, in_folder=False)]
     files = sorted(item for item in path.rglob("*") if item.is_file() and item.name.endswith(SUFFIXES))
     files = [item for item in files if item.name not in (INFO, "dataset_infos.json")]
     if source.path is None:
@@ -124,17 +125,15 @@ def source_files(source: Source) -> list[SourceFile]:
     if not files:
         raise UserError(f"{path}: no dataset here; known formats are {', '.join(SUFFIXES)}")
     local = source.path is not None
-    return [SourceFile(item, item.name if local else source.name, in_folder=local) for item in files]
+    return [SourceFile(source, item, item.name if local else source.name, in_folder=local) for item in files]
 
 
-def read_file(
-    source: Source, file: SourceFile, stage: str, skipped: Counter[str]
-) -> Iterator[tuple[Any, DatasetInfo]]:
+def read_file(file: SourceFile, stage: str, skipped: Counter[str]) -> Iterator[tuple[Any, DatasetInfo]]:
     """The items of one file with their description. Ill-formed lines are counted in ``skipped``.
 
     Raises UserError for a file that cannot be read, or whose columns do not fit.
     """
-    info = source.info
+    source, info = file.source, file.source.info
     for number, item in enumerate(_items(file.path, skipped)):
         if number == 0:
             if source.guessed:

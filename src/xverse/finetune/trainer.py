@@ -56,8 +56,8 @@ class Rows(Dataset[list[Example]]):
 
 
 class Order(Sampler[int]):
-    """All rows, in an order that depends on (seed, epoch) alone, filled up to a multiple of ``multiple`` rows.
-    With ``lengths`` the rows of a step have similar lengths: 50 steps' rows at a time are sorted by length."""
+    """All rows in an order that depends on (seed, epoch) alone, filled up to a multiple of ``multiple`` rows.
+    With ``lengths``, 50 steps' rows at a time are sorted by length, so rows of a step are similar."""
 
     def __init__(self, count: int, multiple: int, seed: int, lengths: Sequence[int] | None = None) -> None:
         self.count, self.multiple, self.seed, self.epoch = count, multiple, seed, 0
@@ -106,8 +106,8 @@ def join(examples: Sequence[Example], numbers: Sequence[int], pad_id: int) -> Ba
 
 
 def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
-    """All ``examples`` in one row: input_ids, labels and position_ids int64 [1, T], and ``names``, those of the
-    first eight as bytes, uint8 [n].
+    """All ``examples`` in one row: input_ids, labels and position_ids int64 [1, T], and ``names``, those of
+    the first eight as bytes, uint8 [n].
 
     Labels are not shifted; the first token of an example has none.
     """
@@ -132,8 +132,8 @@ def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 class FinetuneTrainer(Trainer):
-    """Trains on ``examples``, or on ``stream`` instead, and evaluates on ``held_out``. ``row_length`` packs rows of
-    at most so many tokens; ``grouped`` makes the rows of a step similar in length."""
+    """Trains on ``examples``, or on ``stream`` instead, and evaluates on ``held_out``. ``row_length`` packs
+    rows of at most so many tokens; ``grouped`` makes the rows of a step similar in length."""
 
     group = 1  # neighbouring examples that stay in one row
 
@@ -188,8 +188,8 @@ class FinetuneTrainer(Trainer):
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()} on {names}; lower learning_rate "
-                "or max_grad_norm, or check these examples"
+                f"step {self.state.global_step + 1}: the loss is {loss.item()} on {names}; lower "
+                "learning_rate or max_grad_norm, or check these examples"
             )
         return result
 
@@ -279,7 +279,9 @@ class Record(TrainerCallback):
                 f"learning rate {logs.get('learning_rate', 0):.2e}  {pace:.2f} s/step  {left} left"
             )
         elif "eval_loss" in logs:
-            parts = {key.removeprefix("eval_loss/"): logs[key] for key in logs if key.startswith("eval_loss/")}
+            parts = {
+                key.removeprefix("eval_loss/"): logs[key] for key in logs if key.startswith("eval_loss/")
+            }
             record["valid"] = {"all": logs["eval_loss"], **parts}
             names = ("loss", "perplexity", "margin", "accuracy")
             shown = [f"{name} {logs[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in logs]

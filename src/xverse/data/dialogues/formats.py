@@ -169,7 +169,7 @@ def check_columns(item: Any, info: DatasetInfo, stage: str, where: str) -> None:
     if stage == "sft" and info.ranking:
         raise UserError(f"{where}: preference pairs (ranking) need stage dpo")
     if stage == "dpo" and not info.ranking:
-        raise UserError(f"{where}: stage dpo needs preference pairs; its entry lacks \"ranking\": true")
+        raise UserError(f'{where}: stage dpo needs preference pairs; its entry lacks "ranking": true')
 
 
 def is_undesirable(item: dict[str, Any], info: DatasetInfo) -> bool:
