@@ -27,7 +27,7 @@ from xverse.hardware import cores
 from xverse.kernels.native import kernel_name
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
 from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, rows_at_once
-from xverse.quant.pipeline import HEAD, NORM, Method, Quantization, QuantSettings
+from xverse.quant.quantizer import HEAD, NORM, Method, Quantizer, QuantSettings
 from xverse.quant.text import parity_tokens, read_texts
 from xverse.tokenizer import Tokenizer
 
@@ -165,7 +165,7 @@ def quantize(
     config: XverseConfig, state: Mapping[str, Tensor], settings: QuantSettings, calibration: Tensor | None
 ) -> XverseForCausalLM:
     """A model with quantised layers, computing in float32."""
-    run = Quantization(
+    run = Quantizer(
         config,
         lambda prefix: {name: tensor for name, tensor in state.items() if name.startswith(prefix)},
         settings,
