@@ -180,9 +180,8 @@ def check(shape: XverseConfig, settings: Settings, load: Load) -> tuple[int, str
             if sum(predict(shape, changed, narrowed).values()) <= there
         ]
         way = "what would fit: " + "; or ".join(fitting[:3]) if fitting else "no setting here makes it fit"
-        raise UserError(
-            f"needs {needed / 1e9:.1f} GB of {'GPU memory' if device == 'cuda' else 'memory'}, and {there / 1e9:.1f} GB are free; {way}"
-        )
+        kind = "GPU memory" if device == "cuda" else "memory"
+        raise UserError(f"needs {needed / 1e9:.1f} GB of {kind}, and {there / 1e9:.1f} GB are free; {way}")
     return needed + before, line
 
 
