@@ -70,9 +70,9 @@ def test_mistakes_in_the_recipe_are_one_line(
 ) -> None:
     recipe = write_recipe(steps=2)
     for overrides, said in (
-        (["train.lerning_rate=1"], "train: unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
+        (["train.lerning_rate=1"], "unknown key 'train.lerning_rate'; did you mean 'learning_rate'?"),
         (["sequence_lenght=8"], "unknown key 'sequence_lenght'; did you mean 'sequence_length'?"),
-        (["shape.hiden_size=8"], "shape: unknown key 'hiden_size'; did you mean 'hidden_size'?"),
+        (["shape.hiden_size=8"], "unknown key 'shape.hiden_size'; did you mean 'hidden_size'?"),
         (["shape.num_attention_heads=5"], "hidden_size 32 does not split into 5 heads"),
         (["shape=nanno"], "unknown shape 'nanno'; did you mean 'nano'?"),
         (["shape=nano"], "shape nano has a vocabulary of 12288, the tokenizer of"),

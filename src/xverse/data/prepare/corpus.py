@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MAX_LINE_BYTES = 64_000_000
@@ -153,8 +153,7 @@ def open_stream(path: Path) -> BinaryIO:
     if path.name.endswith(".gz"):
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.name.endswith(".zst"):
-        import zstandard
-
+        zstandard = need("zstandard", "data", str(path))
         file = path.open("rb")
         reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
         return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 20))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError, choose
+from xverse.config import UserError, choose, need
 from xverse.data.prepare.corpus import (
     CorpusReport,
     Document,
@@ -149,8 +149,7 @@ def _dataset_units(given: Input) -> list[Unit]:
 
 
 def _dataset(given: Input) -> Any:
-    import datasets
-
+    datasets = need("datasets", "data", f"dataset {given.dataset}")
     try:
         return datasets.load_dataset(
             given.dataset, given.config, split=given.split, revision=given.revision, streaming=True
@@ -206,10 +205,11 @@ def _read_txt(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document
 
 
 def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+    assert unit.path is not None
+    need("pyarrow", "data", str(unit.path))
     import pyarrow
     import pyarrow.parquet
 
-    assert unit.path is not None
     key, number = unit.input.text_key, 0
     try:
         with pyarrow.parquet.ParquetFile(unit.path) as file:
@@ -238,10 +238,11 @@ def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Docu
 
 
 def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+    assert unit.path is not None
+    need("warcio", "data", str(unit.path))
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
-    assert unit.path is not None
     number = 0
     with unit.path.open("rb") as file:
         try:
@@ -269,8 +270,7 @@ def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Documen
 
 
 def _page_text(data: bytes) -> str | None:
-    import trafilatura
-
+    trafilatura = need("trafilatura", "data", "reading web archives")
     text: str | None = trafilatura.extract(data, include_comments=False, deduplicate=False)
     return text
 
