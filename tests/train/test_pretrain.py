@@ -108,7 +108,7 @@ def test_shape_is_a_name_or_the_keys_of_a_model(tmp_path: Path) -> None:
         "train": {"steps": 1, "batch_size": 1, "learning_rate": 1},
     }  # fmt: skip
     assert build(PretrainRecipe, {**values, "shape": "mini"}, "r").shape == "mini"
-    with pytest.raises(UserError, match="r: shape: missing key 'vocab_size'"):
+    with pytest.raises(UserError, match="r: shape: missing keys 'vocab_size', 'intermediate_size', "):
         build(PretrainRecipe, {**values, "shape": {"hidden_size": 8}}, "r")
 
 

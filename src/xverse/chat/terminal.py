@@ -11,11 +11,9 @@ import dataclasses
 from collections.abc import Callable, Generator
 from typing import TextIO
 
-import yaml
-
 from xverse.chat.conversation import load_conversation, save_conversation
 from xverse.chat.session import Session
-from xverse.config import UserError, nearest
+from xverse.config import UserError, key_value, nearest
 from xverse.log import notice
 
 COMMANDS = {
@@ -103,15 +101,7 @@ class Terminal:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)} (/help lists the commands)")
 
     def _params(self, rest: str) -> None:
-        values = {}
-        for item in rest.split():
-            key, equals, text = item.partition("=")
-            if not equals:
-                raise UserError(f"/params: '{item}' is not written NAME=VALUE")
-            try:
-                values[key] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                values[key] = text
+        values = dict(key_value(item) for item in rest.split())
         self.session.parameters = self.session.parameters.changed(values, "/params")
         shown = dataclasses.asdict(self.session.parameters)
         notice("\n".join(f"{key} = {'random' if value is None else value}" for key, value in shown.items()))
