@@ -216,7 +216,7 @@ def _memory(
     from xverse.bench.infer import placeholder_tokenizer
     from xverse.bench.load import check_space, make_weights
     from xverse.formats.quantize import quantize_directory
-    from xverse.quant.pipeline import QuantSettings
+    from xverse.quant.quantizer import QuantSettings
 
     name = shape or "7b"
     config = named_shape(name)

@@ -13,7 +13,7 @@ from torch import Tensor
 from xverse.bench.report import Row, need_memory, process_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM
-from xverse.quant.pipeline import Quantization, QuantSettings
+from xverse.quant.quantizer import Quantizer, QuantSettings
 
 LAYERS = 2
 VOCABULARY = 4096  # embedding and head are no part of what is timed
@@ -46,7 +46,7 @@ def run(config: XverseConfig) -> dict[str, Any]:
 
     tokens = torch.randint(VOCABULARY, TOKENS, generator=torch.Generator().manual_seed(1))
     settings = QuantSettings(bits=4, method="gptq")
-    for _ in Quantization(small, read, settings, calibration=tokens, progress=step).tensors():
+    for _ in Quantizer(small, read, settings, calibration=tokens, progress=step).tensors():
         pass
     moments = dict(steps)
     first, last = moments["layer 1 of 2"], moments["head"]

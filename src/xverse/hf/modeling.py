@@ -13,14 +13,14 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from xverse.hf import chat, quantization
-from xverse.hf.attention import attention_context
+from xverse.hf import model_chat, quantization
+from xverse.hf.cached_attention import attention_context
 from xverse.hf.configuration import XverseConfig
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.training import loss_kernels
 from xverse.model.loss import IGNORE, linear_cross_entropy
 from xverse.model.transformer import DecoderLayer, XverseModel
-from xverse.quant.pipeline import Method, QuantSettings
+from xverse.quant.quantizer import Method, QuantSettings
 
 _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
 
@@ -181,7 +181,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         oldest rounds, with a warning. Closing the iterator stops the generation.
         Raises xverse.config.UserError for messages with wrong roles or order.
         """
-        return chat.chat(self, tokenizer, messages, stream, generation_config)
+        return model_chat.chat(self, tokenizer, messages, stream, generation_config)
 
     def quantize(
         self,
