@@ -150,13 +150,14 @@ def memory() -> tuple[int, int | None]:
     return total, available
 
 
-def process_memory(key: str) -> int | None:
-    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of this process; None where there is no /proc.
+def process_memory(key: str, pid: int | None = None) -> int | None:
+    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of process ``pid``, or of this one; None without /proc or
+    after the process has ended.
 
     Not getrusage: its peak starts with the parent's, from before exec.
     """
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
     except OSError:
         return None
     found = [line.split() for line in lines if line.startswith(f"{key}:")]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from xverse.bench.client import Stream, chat, completion, cpu_seconds, serving, together
+from xverse.bench.options import add_model, add_quantize, add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, show
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling
-from xverse.engine.load import ONE_THREAD_BELOW, load_engine
-from xverse.formats import load_tokenizer, read_config, resolve
 from xverse.log import notice
+
+if TYPE_CHECKING:
+    from xverse.engine import Engine
 
 OFFLINE_TARGET = 0.9  # of the engine's own rate; of nano a step is as short as sending its tokens takes
 PEER_TARGET = 2.5  # of llama.cpp's rate with as many sequences
@@ -32,7 +32,23 @@ _SCHEMA = {
 Peer = Callable[[list[list[int]], int], float]
 
 
-def run(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_quantize(parser)
+    parser.add_argument("--clients", type=positive, default=8, metavar="N", help="concurrent streams")
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=64, metavar="N", help="length of each prompt"
+    )
+    parser.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="tokens per stream")
+    add_rounds(parser, 3)
+    add_threads(parser, "as xverse chat")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(
     model: str = "nano",
     quantize: str | None = None,
     *,
@@ -48,6 +64,11 @@ def run(
 
     Raises UserError for an unknown model.
     """
+    import torch
+
+    from xverse.engine.load import ONE_THREAD_BELOW, load_engine
+    from xverse.formats import load_tokenizer, read_config, resolve
+
     path = resolve(model)
     small = read_config(path).num_parameters() < ONE_THREAD_BELOW
     generator = torch.Generator().manual_seed(0)
@@ -167,6 +188,8 @@ def _total(streams: list[Stream]) -> float:
 
 def _offline(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
     """Tokens per second that the engine decodes of these prompts together, without a server."""
+    from xverse.engine import Request, Sampling
+
     greedy = Sampling(temperature=0)
     handles = {
         engine.submit(Request(prompt_ids=ids, max_new_tokens=new_tokens, sampling=greedy, stop_ids=()))
