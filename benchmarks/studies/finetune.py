@@ -37,7 +37,7 @@ from xverse.finetune.settings import read_settings
 from xverse.formats.quantize import quantize_directory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
-from xverse.quant.pipeline import QuantSettings
+from xverse.quant.quantizer import QuantSettings
 
 VOCABULARY = 100_534
 # ours against whose: tokens/s at least so many times, memory at most so many times

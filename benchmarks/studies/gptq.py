@@ -17,7 +17,7 @@ from xverse.bench.report import Row, count_threads, need_memory, show, using_thr
 from xverse.config import choose
 from xverse.log import notice
 from xverse.model import SHAPES, XverseConfig, XverseForCausalLM
-from xverse.quant.pipeline import Quantization, QuantSettings
+from xverse.quant.quantizer import Quantizer, QuantSettings
 
 LAYERS = 2
 VOCABULARY = 4096  # embedding and head are no part of what is timed
@@ -64,7 +64,7 @@ def measure(config: XverseConfig) -> dict[str, Any]:
 
     tokens = torch.randint(VOCABULARY, TOKENS, generator=torch.Generator().manual_seed(1))
     settings = QuantSettings(bits=4, method="gptq")
-    for _ in Quantization(small, read, settings, calibration=tokens, progress=step).tensors():
+    for _ in Quantizer(small, read, settings, calibration=tokens, progress=step).tensors():
         pass
     moments = dict(steps)
     first, last = moments["layer 1 of 2"], moments["head"]

@@ -22,7 +22,7 @@ def test_padded_steps_change_nothing(
     found = []
     for padded in (False, True):
         engine = Engine(model, tiny_tokenizer, kv_dtype=kv_dtype, speculation=speculation)
-        engine._decoder = DecodeGraphs(model, engine._cache) if padded else None
+        engine._fused_step = DecodeGraphs(model, engine._cache) if padded else None
         handles = [
             engine.submit(Request(prompt_ids=prompt, max_new_tokens=40, sampling=GREEDY, stop_ids=NEVER))
             for prompt in prompts
@@ -33,6 +33,6 @@ def test_padded_steps_change_nothing(
                 said[event.handle].append(event.token_id)
         found.append(list(said.values()))
         if padded:
-            assert engine._decoder is not None
-            assert len(engine._decoder._inputs) >= 2  # type: ignore[union-attr]
+            assert engine._fused_step is not None
+            assert len(engine._fused_step._inputs) >= 2  # type: ignore[union-attr]
     assert found[0] == found[1]

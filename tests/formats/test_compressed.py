@@ -19,7 +19,7 @@ from xverse.formats.compare import fixed_tokens
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight
 from xverse.model import XverseForCausalLM, init_weights
-from xverse.quant.pipeline import Quantization, QuantSettings
+from xverse.quant.quantizer import Quantizer, QuantSettings
 
 CASES = [(4, "rtn", 128), (8, "rtn", 32), (4, "rtn", 64), (4, "rtn-row", 128), (8, "rtn-row", 128)]
 
@@ -41,7 +41,7 @@ def quantized(model: Any, settings: QuantSettings) -> Iterator[tuple[str, Tensor
     def read(prefix: str) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
-    return Quantization(model.config, read, settings).tensors()
+    return Quantizer(model.config, read, settings).tensors()
 
 
 def write(

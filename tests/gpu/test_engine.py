@@ -52,8 +52,8 @@ def test_greedy_tokens_are_the_cpus(model: Any, tiny_tokenizer: Any, speculation
     on_cpu = generate(Engine(copy.deepcopy(model), tiny_tokenizer), PROMPTS)
     engine = Engine(model.cuda(), tiny_tokenizer, max_cache_tokens=4096, speculation=speculation)
     assert generate(engine, PROMPTS) == on_cpu
-    assert engine._decoder is not None
-    assert engine._decoder._graphs  # type: ignore[union-attr]
+    assert engine._fused_step is not None
+    assert engine._fused_step._graphs  # type: ignore[union-attr]
     assert generate(engine, PROMPTS) == on_cpu  # replayed, and from the prefix cache
 
 

@@ -9,7 +9,7 @@ import torch
 
 from xverse.bench.weights import random_model
 from xverse.engine.cache import PagedCache, RaggedContext, SequenceCache
-from xverse.kernels.fused_step import decoder
+from xverse.kernels.fused_step import fused_step
 from xverse.kernels.inference import use_kernels
 from xverse.kernels.native import library
 from xverse.model import XverseForCausalLM, init_weights
@@ -69,7 +69,7 @@ class Texts:
         with torch.inference_mode():
             if not native:
                 return self.model.model(tokens[None], context)[0]
-            call = decoder(self.model, self.cache.layers)
+            call = fused_step(self.model, self.cache.layers)
             assert call is not None
             return call(tokens, context)
 
@@ -115,9 +115,9 @@ def test_other_models_are_left_to_their_modules(wide_config: Any) -> None:
     init_weights(plain, seed=0)
     use_kernels(plain)
     layers = Texts(plain, [0], "auto").cache.layers
-    assert decoder(plain, layers) is None  # float32 products are PyTorch's
+    assert fused_step(plain, layers) is None  # float32 products are PyTorch's
     model = make(wide_config, "int4")
     layers = Texts(model, [0], "auto").cache.layers
-    assert decoder(model, layers) is not None
+    assert fused_step(model, layers) is not None
     model.model.layers[0].mlp.down_proj.order = torch.arange(256)
-    assert decoder(model, layers) is None  # the inputs of a layer are permuted
+    assert fused_step(model, layers) is None  # the inputs of a layer are permuted

@@ -12,7 +12,7 @@ from xverse.config import UserError
 from xverse.kernels.native import library
 from xverse.kernels.weight import QuantizedWeight
 from xverse.quant import methods
-from xverse.quant.gptq import Hessian, Plan, gptq, output_error
+from xverse.quant.gptq import Hessian, HessianFactor, gptq, output_error
 from xverse.quant.methods import round_to, rtn, rtn_row
 
 
@@ -138,19 +138,19 @@ def test_gptq_changes_the_outputs_far_less_than_rounding_to_nearest(group: int) 
     weight, x = _weight(48, 256), _correlated(2000, 256)
     hessian = _hessian(x)
     torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-3)
-    learnt = gptq(weight, 4, group, Plan(hessian))
+    learnt = gptq(weight, 4, group, HessianFactor(hessian))
     nearest = rtn(weight, 4, group, hessian.diagonal())
     errors = [output_error(each.dequantize() - weight, hessian) for each in (learnt, nearest)]
     assert errors[0] < 0.5 * errors[1]
     held_out = _correlated(2000, 256)[:500]
     outputs = [(held_out @ (each.dequantize() - weight).T).square().mean() for each in (learnt, nearest)]
     assert outputs[0] < 0.6 * outputs[1]
-    assert torch.equal(learnt.q, gptq(weight, 4, group, Plan(hessian)).q)
+    assert torch.equal(learnt.q, gptq(weight, 4, group, HessianFactor(hessian)).q)
 
 
 def test_gptq_without_correlation_rounds_to_nearest() -> None:
     weight = _weight(8, 64)
-    learnt, nearest = gptq(weight, 4, 32, Plan(torch.eye(64))), rtn(weight, 4, 32)
+    learnt, nearest = gptq(weight, 4, 32, HessianFactor(torch.eye(64))), rtn(weight, 4, 32)
     assert torch.equal(learnt.q, nearest.q)
     assert torch.equal(learnt.scales, nearest.scales)
 
@@ -158,8 +158,8 @@ def test_gptq_without_correlation_rounds_to_nearest() -> None:
 def test_gptq_stands_inputs_that_were_never_seen_and_a_singular_hessian() -> None:
     weight, x = _weight(8, 64), _correlated(20, 64)
     x[:, 10:20] = 0.0
-    learnt = gptq(weight, 4, 32, Plan(_hessian(x)))
+    learnt = gptq(weight, 4, 32, HessianFactor(_hessian(x)))
     assert learnt.scales.isfinite().all()
     assert _error(learnt, weight) < 0.05 * weight.square().mean().item()
-    nothing = gptq(weight, 4, 32, Plan(torch.zeros(64, 64)))
+    nothing = gptq(weight, 4, 32, HessianFactor(torch.zeros(64, 64)))
     assert torch.equal(nothing.q, rtn(weight, 4, 32).q)

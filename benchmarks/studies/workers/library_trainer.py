@@ -12,15 +12,16 @@ import time
 from pathlib import Path
 
 from xverse.hardware import process_memory
+from xverse.texts import ReadReport, find_files, read_texts
 from xverse.tokenizer.counting import plan_parts
-from xverse.tokenizer.texts import Skipped, find_files, read_texts
 from xverse.tokenizer.train import assemble, library_merges
 
 
 def run(report: Path, folder: str, settings: dict[str, object]) -> None:
     start = time.perf_counter()
     spans = [span for part in plan_parts(find_files([folder])) for span in part]
-    texts = (text.decode() for span in spans for text in read_texts(span, Skipped()))
+    blocks = (b for s in spans for b in read_texts(s.path, ReadReport(), s.begin, s.end))
+    texts = (block.decode() for block in blocks)
     merges = library_merges(texts, settings["vocab_size"], settings["alphabet"], settings["others"])  # type: ignore[arg-type]
     tokenizer = assemble(settings["alphabet"], merges)  # type: ignore[arg-type]
     figures = {

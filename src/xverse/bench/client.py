@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
@@ -149,9 +148,3 @@ def _follow(port: int, body: dict[str, Any], stream: Stream) -> None:
     finally:
         if connection is not None:
             connection.close()
-
-
-def cpu_seconds(pid: int) -> float:
-    """Of all its threads, so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

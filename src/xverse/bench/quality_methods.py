@@ -27,8 +27,9 @@ from xverse.hardware import cores
 from xverse.kernels.native import kernel_name
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
 from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, rows_at_once
-from xverse.quant.pipeline import HEAD, NORM, Method, Quantization, QuantSettings
-from xverse.quant.text import parity_tokens, read_texts
+from xverse.quant.quantizer import HEAD, NORM, Method, Quantizer, QuantSettings
+from xverse.quant.text import parity_tokens
+from xverse.texts import load_texts
 from xverse.tokenizer import Tokenizer
 
 LENGTH = 256  # tokens of a row: mini and nano are trained on rows of so many
@@ -165,7 +166,7 @@ def quantize(
     config: XverseConfig, state: Mapping[str, Tensor], settings: QuantSettings, calibration: Tensor | None
 ) -> XverseForCausalLM:
     """A model with quantised layers, computing in float32."""
-    run = Quantization(
+    run = Quantizer(
         config,
         lambda prefix: {name: tensor for name, tensor in state.items() if name.startswith(prefix)},
         settings,
@@ -265,7 +266,7 @@ def _ids(tokenizer: Tokenizer, path: Path, start: int, stop: int) -> list[int]:
     """Tokens ``start`` to ``stop`` of a file or shard."""
     if path.is_file():
         ids: list[int] = []
-        for text in read_texts(path):
+        for text in load_texts(path):
             ids += tokenizer.encode(text)
             if len(ids) >= stop:
                 break

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from xverse.bench.client import Stream, chat, completion, cpu_seconds, serving, together
+from xverse import hardware
+from xverse.bench.client import Stream, chat, completion, serving, together
 from xverse.bench.options import add_model, add_quantize, add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, show
 from xverse.config import UserError
@@ -111,9 +112,9 @@ def measure(
                 (formed,) = together(port, [chat(new_tokens, _SCHEMA)])
                 note("plain", plain.rate)
                 note("structured", formed.rate)
-            used, seconds = cpu_seconds(process.pid), 5.0
+            used, seconds = _seconds(process.pid), 5.0
             time.sleep(seconds)
-            idle = (cpu_seconds(process.pid) - used) / seconds
+            idle = (_seconds(process.pid) - used) / seconds
     finally:
         torch.set_num_threads(before)
 
@@ -170,6 +171,10 @@ def _rows(result: dict[str, Any], small: bool) -> Iterator[Row]:
     yield Row("with a JSON schema", f"{structured_share:.0%} of the rate", bound)
     idle = result["idle_cpu_share"]
     yield Row("idle", f"{idle:.2%} of a core", at_most(IDLE_TARGET, idle, ""))
+
+
+def _seconds(pid: int) -> float:
+    return hardware.process_seconds(pid) or 0.0
 
 
 def _total(streams: list[Stream]) -> float:

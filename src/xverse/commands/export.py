@@ -133,7 +133,7 @@ def _export_quantized(args: argparse.Namespace) -> int:
     from xverse.formats.compare import fixed_tokens, logits
     from xverse.formats.quantize import quick_settings
     from xverse.formats.write import check_target, save_quantized
-    from xverse.quant.pipeline import Quantization
+    from xverse.quant.quantizer import Quantizer
 
     out = Path(args.out).expanduser()
     check_target(out, args.overwrite)
@@ -146,7 +146,7 @@ def _export_quantized(args: argparse.Namespace) -> int:
         return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
     save_quantized(
-        Quantization(model.config, read, quick_settings(args.quantize)).tensors(),
+        Quantizer(model.config, read, quick_settings(args.quantize)).tensors(),
         model.config,
         tokenizer,
         out,

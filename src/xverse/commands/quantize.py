@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from xverse.formats import load_tokenizer, read_config, resolve
     from xverse.formats.quantize import progress_bar, quantize_directory
     from xverse.formats.write import check_target
-    from xverse.quant.pipeline import QuantSettings
+    from xverse.quant.quantizer import QuantSettings
     from xverse.quant.text import calibration_tokens, parity_tokens
 
     out = Path(args.out).expanduser()

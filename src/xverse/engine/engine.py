@@ -25,7 +25,7 @@ from xverse.engine.scoring import Item, Scores, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
 from xverse.engine.speculation import Guesser, Speculation
 from xverse.engine.stop import StopText
-from xverse.kernels.fused_step import Decoder, decoder
+from xverse.kernels.fused_step import FusedStep, fused_step
 from xverse.kernels.inference import use_kernels
 from xverse.model.transformer import XverseForCausalLM
 from xverse.tokenizer import Tokenizer
@@ -104,11 +104,11 @@ class Engine:
             model.config, dtype, self._device, blocks=blocks, sequences=max_batch, kv_dtype=kv_dtype
         )
         self._blocks = blocks
-        self._decoder: Decoder | DecodeGraphs | None = None
+        self._fused_step: FusedStep | DecodeGraphs | None = None
         if self._device.type == "cuda":
-            self._decoder = DecodeGraphs(model, self._cache)
+            self._fused_step = DecodeGraphs(model, self._cache)
         elif self._device.type == "cpu":
-            self._decoder = decoder(model, self._cache.layers)
+            self._fused_step = fused_step(model, self._cache.layers)
         self._prefixes = PrefixCache(self._cache.pool, prefix_cache_bytes // (bytes_each * BLOCK_SIZE))
         self._scheduler = Scheduler(
             self._cache, self._prefixes, max_batch=max_batch, prefill_chunk=prefill_chunk
@@ -124,7 +124,7 @@ class Engine:
                 max_batch=max_batch,
                 prefill_chunk=prefill_chunk,
                 position_bytes=bytes_each,
-                native=self._decoder is not None,
+                native=self._fused_step is not None,
                 rows_at_once=8 if self._device.type == "cpu" else 64,
             )
         self._undelivered: list[Event] = []
@@ -350,9 +350,9 @@ class Engine:
 
     def _hidden(self, tokens: Tensor, context: RaggedContext) -> Tensor:
         """``tokens`` int64 [N] → normed hidden states [N, D]."""
-        decoder = self._decoder
-        if decoder is not None and context.single and len(tokens) <= decoder.most_tokens:
-            return decoder(tokens, context)
+        fused = self._fused_step
+        if fused is not None and context.single and len(tokens) <= fused.most_tokens:
+            return fused(tokens, context)
         return self.model.model(tokens[None], context)[0]
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from xverse.kernels.weight import QuantizedWeight
 from xverse.log import console, progress
 from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.quant.parity import ParityReport
-from xverse.quant.pipeline import EMBEDDING, Quantization, QuantSettings
+from xverse.quant.quantizer import EMBEDDING, Quantizer, QuantSettings
 
 if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ class Source:
         check_tensors(path, missing, [name for name in names if name not in self._shapes], {})
 
     def read(self, prefix: str) -> dict[str, Tensor]:
-        """What ``Quantization`` asks for."""
+        """What ``Quantizer`` asks for."""
         found = {}
         for name in self._shapes:
             if name.startswith(prefix):
@@ -94,7 +94,7 @@ def quantize_directory(
         raise UserError(f"{out}: is the model itself; choose another path for the quantised one")
     tensors = Source(source)
     _check_space(out, stored_bytes(tensors.config, settings))
-    run = Quantization(
+    run = Quantizer(
         tensors.config,
         tensors.read,
         settings,
@@ -131,7 +131,7 @@ def load_quantizing(path: Path, kind: str, dtype: torch.dtype | None = None) -> 
     with progress_bar(source.config) as progress:
         return build(
             source.config,
-            Quantization(source.config, source.read, settings, progress=progress).tensors(),
+            Quantizer(source.config, source.read, settings, progress=progress).tensors(),
             dtype,
         )
 

@@ -20,7 +20,7 @@ from xverse.kernels.linear import QuantLinear
 from xverse.kernels.training import loss_kernels
 from xverse.model.loss import IGNORE, linear_cross_entropy
 from xverse.model.transformer import DecoderLayer, XverseModel
-from xverse.quant.pipeline import Method, QuantSettings
+from xverse.quant.quantizer import Method, QuantSettings
 
 _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
 

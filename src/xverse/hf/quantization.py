@@ -31,7 +31,7 @@ from xverse.formats.weights import TensorFiles
 from xverse.hf.configuration import QUANT_METHOD, StoredQuantization
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight
-from xverse.quant.pipeline import Quantization, QuantSettings
+from xverse.quant.quantizer import Quantizer, QuantSettings
 
 
 class XverseQuantizer(HfQuantizer):
@@ -140,7 +140,7 @@ def quantize(model: Any, settings: QuantSettings, calibration: Tensor | None) ->
         chosen = [name for name in names if name.startswith(prefix)]
         return {name: model.get_parameter(name).detach().cpu() for name in chosen}
 
-    run = Quantization(model.config.to_model_config(), read, settings, calibration=calibration)
+    run = Quantizer(model.config.to_model_config(), read, settings, calibration=calibration)
     for name, tensor in _placed(model, run):
         if isinstance(tensor, QuantizedWeight):
             module = name.removesuffix(".weight")
@@ -158,7 +158,7 @@ def quantize(model: Any, settings: QuantSettings, calibration: Tensor | None) ->
         parameter.requires_grad_(False)
 
 
-def _placed(model: Any, run: Quantization) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+def _placed(model: Any, run: Quantizer) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     for name, tensor in run.tensors():
         assert name != f"{EMBEDDING}.weight" or isinstance(tensor, Tensor), "the embedding stays as it is"
         yield name, tensor

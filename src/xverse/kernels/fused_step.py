@@ -55,7 +55,7 @@ class _Layer(ctypes.Structure):
     )
 
 
-class Decoder:
+class FusedStep:
     """The layers of one model over one paged cache.
 
     Gives the same bits as the model's own forward pass: the same kernels, called one after the other. The
@@ -97,7 +97,7 @@ class Decoder:
         return self._model.norm(x)
 
 
-def decoder(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> Decoder | None:
+def fused_step(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> FusedStep | None:
     """A decoder for ``model``, where kernels compute all of its layers and its cache; None elsewhere."""
     dtype = model.model.norm.weight.dtype
     if library() is None or dtype not in _TYPES:
@@ -112,7 +112,7 @@ def decoder(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> Decoder | 
                 most = BF16_TOKENS
             elif type(module) is not QuantLinear or module.order is not None:
                 return None
-    return Decoder(model, cache, most)
+    return FusedStep(model, cache, most)
 
 
 def _weight(module: nn.Module) -> _Weight:

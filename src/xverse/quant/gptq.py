@@ -31,7 +31,7 @@ class Hessian:
         return self._sum / max(1, self.tokens)
 
 
-class Plan:
+class HessianFactor:
     """What rounding the weights of one input needs to know of it: made once for all layers that share it."""
 
     def __init__(self, hessian: Tensor) -> None:
@@ -45,19 +45,19 @@ class Plan:
         self.upper = _inverse_root(hessian[self.order][:, self.order])  # [K, K]
 
 
-def gptq(weight: Tensor, bits: int, group_size: int, plan: Plan) -> QuantizedWeight:
-    """Round ``weight`` [N, K] so that its outputs change little for the inputs behind ``plan``.
+def gptq(weight: Tensor, bits: int, group_size: int, factor: HessianFactor) -> QuantizedWeight:
+    """Round ``weight`` [N, K] so that its outputs change little for the inputs behind ``factor``.
 
     The groups' scales are found first, on the weight as it is and weighted by the Hessian's diagonal
     (``methods.rtn``): the order of the columns is free then, and the stored layout stays plain groups.
     Raises UserError as ``rtn`` does.
     """
     weight = weight.float()
-    nearest = rtn(weight, bits, group_size, plan.importance)
-    scales = nearest.scales.float().T.repeat_interleave(group_size, dim=0)[plan.order]  # [K, N]
-    columns = weight.T[plan.order].contiguous()  # [K, N]: a column of the weight is a row here
+    nearest = rtn(weight, bits, group_size, factor.importance)
+    scales = nearest.scales.float().T.repeat_interleave(group_size, dim=0)[factor.order]  # [K, N]
+    columns = weight.T[factor.order].contiguous()  # [K, N]: a column of the weight is a row here
     q = torch.empty(columns.shape, dtype=torch.int8)
-    q[plan.order] = _round_columns(columns, scales, plan.upper, bits)
+    q[factor.order] = _round_columns(columns, scales, factor.upper, bits)
     return QuantizedWeight(q.T.contiguous(), nearest.scales, bits)
 
 

@@ -19,7 +19,7 @@ from xverse.kernels.weight import QuantizedWeight, check_bits, check_group_size
 from xverse.model import XverseConfig
 from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
-from xverse.quant.gptq import Hessian, Plan, gptq
+from xverse.quant.gptq import Hessian, HessianFactor, gptq
 from xverse.quant.layerwise import LINEARS, forward, input_sizes, learn, make_layer, make_norm, parts
 from xverse.quant.methods import rtn, rtn_row
 from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, relative_error, rows_at_once
@@ -27,7 +27,7 @@ from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, relativ
 Method = Literal["rtn", "rtn-row", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "rtn-row", "gptq")
 Quantized = Tensor | QuantizedWeight
-Inputs = Tensor | Plan | None
+Inputs = Tensor | HessianFactor | None
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _RANDOM_ROWS, _RANDOM_LENGTH = 2, 128  # tokens drawn at random that show rtn the channels' sizes
 _ROWS_AT_ONCE = 8192  # of the embedding or the head, widened to float32 at a time
@@ -72,7 +72,7 @@ def random_tokens(vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-class Quantization:
+class Quantizer:
     """One run over a model: go through ``tensors()`` to its end, then read ``report``.
 
     ``read(prefix)`` gives the source's tensors whose name starts with ``prefix`` (``model.embed_tokens.``,
@@ -179,7 +179,7 @@ class Quantization:
         """``inputs``: what is known of a linear's inputs, mean squares [K] or a plan of gptq's."""
         if self.settings.method == "rtn-row":
             return rtn_row(weight, bits)
-        if isinstance(inputs, Plan):
+        if isinstance(inputs, HessianFactor):
             return gptq(weight, bits, self.settings.group_size, inputs)
         return rtn(weight, bits, self.settings.group_size, inputs)
 
@@ -212,7 +212,12 @@ class Quantization:
             self._check_finite(prefix, sizes.qkv, sizes.o, sizes.gate_up, sizes.down)
             sizes = equalize_layer(layer, sizes)
             if self.settings.method == "gptq":
-                learn(layer, self.config, learning, lambda names, hessian: replace(names, Plan(hessian.mean)))
+                learn(
+                    layer,
+                    self.config,
+                    learning,
+                    lambda names, hessian: replace(names, HessianFactor(hessian.mean)),
+                )
             else:
                 replace(LINEARS[:3], _importance(sizes.qkv))
                 replace(LINEARS[3:4], _importance(sizes.o))
@@ -236,7 +241,7 @@ class Quantization:
                 norm, factors, sizes = split_norm(norm, [head], hessian.diagonal().sqrt())
                 inputs = _importance(sizes)
                 if self.settings.method == "gptq":
-                    inputs = Plan(hessian / factors[:, None] / factors)
+                    inputs = HessianFactor(hessian / factors[:, None] / factors)
             made = [self._round(x.float() * factors, bits, inputs) for x in head.split(_ROWS_AT_ONCE)]
             stored = _joined(made)
         self._count(NORM, norm)

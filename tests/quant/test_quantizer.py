@@ -17,7 +17,7 @@ from xverse.kernels.weight import QuantizedWeight
 from xverse.model import FullCausal, XverseForCausalLM
 from xverse.quant.equalize import equalize_layer
 from xverse.quant.layerwise import forward, input_sizes, make_layer
-from xverse.quant.pipeline import METHODS, Quantization, QuantSettings, random_tokens
+from xverse.quant.quantizer import METHODS, Quantizer, QuantSettings, random_tokens
 
 
 class Reader:
@@ -46,7 +46,7 @@ def _settings(method: str, bits: int = 4, **options: Any) -> QuantSettings:
 def _run(model: XverseForCausalLM, settings: QuantSettings, state: Any = None, **options: Any) -> Any:
     if settings.method == "gptq":
         options.setdefault("calibration", _tokens(model.config, 8, 1))
-    run = Quantization(model.config, Reader(state or model.state_dict()), settings, **options)
+    run = Quantizer(model.config, Reader(state or model.state_dict()), settings, **options)
     return dict(run.tensors()), run
 
 
@@ -158,7 +158,7 @@ def test_source_is_not_changed(model: XverseForCausalLM) -> None:
     state = model.state_dict()
     before = {name: tensor.clone() for name, tensor in state.items()}
     tensors = dict(state)
-    run = Quantization(
+    run = Quantizer(
         model.config,
         lambda prefix: {name: each for name, each in tensors.items() if name.startswith(prefix)},
         _settings("gptq"),
@@ -207,7 +207,7 @@ def test_rescaled_channels_cost_nothing(model: XverseForCausalLM, method: str) -
 def test_one_layer_at_a_time(model: XverseForCausalLM) -> None:
     reader = Reader(model.state_dict())
     settings = _settings("rtn")
-    for _ in Quantization(model.config, reader, settings, sample=_tokens(model.config, 2, 2)).tensors():
+    for _ in Quantizer(model.config, reader, settings, sample=_tokens(model.config, 2, 2)).tensors():
         pass
     largest = max(
         sum(each.numel() for name, each in model.state_dict().items() if name.startswith(prefix))
@@ -236,9 +236,9 @@ def test_wrong_input_is_named(model: XverseForCausalLM) -> None:
     with pytest.raises(UserError, match="head_bits: 3"):
         QuantSettings(bits=4, head_bits=3)
     with pytest.raises(UserError, match="group_size: 128 does not divide the 64 inputs"):
-        Quantization(model.config, Reader(state), QuantSettings(bits=4))
+        Quantizer(model.config, Reader(state), QuantSettings(bits=4))
     with pytest.raises(UserError, match="gptq: needs calibration text"):
-        Quantization(model.config, Reader(state), _settings("gptq"))
+        Quantizer(model.config, Reader(state), _settings("gptq"))
     broken = dict(state)
     broken["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"].clone()
     broken["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
