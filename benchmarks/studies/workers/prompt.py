@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 from xverse.formats import load_model, load_tokenizer
 from xverse.hardware import process_memory
 
@@ -24,8 +24,7 @@ def run(directory: str, kv_dtype: str, tokens: int, threads: int) -> None:
     engine = Engine(model, load_tokenizer(directory), kv_dtype=kv_dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(300, model.config.vocab_size, (tokens - NEW_TOKENS,), generator=generator)
-    greedy = Sampling(temperature=0.0)
-    request = Request(prompt_ids=ids.tolist(), max_new_tokens=NEW_TOKENS, sampling=greedy, stop_ids=())
+    request = Request(prompt_ids=ids.tolist(), sampling=SamplingParams.greedy(NEW_TOKENS), stop_ids=())
     start = time.perf_counter()
     events = list(engine.stream(request))
     assert len(events) == NEW_TOKENS, events[-1]

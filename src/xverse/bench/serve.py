@@ -193,11 +193,10 @@ def _total(streams: list[Stream]) -> float:
 
 def _offline(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
     """Tokens per second that the engine decodes of these prompts together, without a server."""
-    from xverse.engine import Request, Sampling
+    from xverse.engine import Request, SamplingParams
 
-    greedy = Sampling(temperature=0)
     handles = {
-        engine.submit(Request(prompt_ids=ids, max_new_tokens=new_tokens, sampling=greedy, stop_ids=()))
+        engine.submit(Request(prompt_ids=ids, sampling=SamplingParams.greedy(new_tokens), stop_ids=()))
         for ids in prompts
     }
     while handles:
