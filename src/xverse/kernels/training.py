@@ -41,8 +41,8 @@ def kernels_fit(x: Tensor) -> bool:
 
 
 class _AddNorm(torch.autograd.Function):
-    """x [..., D] float32 or bfloat16, delta [..., D] bfloat16 or None, weight [D] → x + delta in x's dtype and
-    RMSNorm(x + delta) · weight in bfloat16, both [..., D].
+    """x [..., D] float32 or bfloat16, delta [..., D] bfloat16 or None, weight [D] → x + delta in x's dtype
+    and RMSNorm(x + delta) · weight in bfloat16, both [..., D].
 
     Backward: gradients of both results in their dtypes (the first may be None) → gradients of x in its dtype,
     of delta in bfloat16 and of the weight in float32.
@@ -387,8 +387,8 @@ def loss_kernels(hidden: Tensor) -> LossKernels | None:
 
 
 def _softmax_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """``logits`` bfloat16 [N, V] and ``targets`` int64 [N] → the sum of losses float32 [], and the gradient of
-    the logits in their place."""
+    """``logits`` bfloat16 [N, V] and ``targets`` int64 [N] → the sum of losses float32 [], and the gradient
+    of the logits in their place."""
     losses = torch.empty(len(logits), dtype=torch.float32)
     _call("xv_train_cross_entropy", logits, targets.contiguous(), losses, *logits.shape, z_loss)
     return losses.sum(), logits
