@@ -9,7 +9,7 @@ COPY . /src
 RUN pip wheel --quiet --no-deps --wheel-dir /dist /src
 
 FROM python:3.11-slim
-# The CPU build of PyTorch; with an NVIDIA GPU: --build-arg TORCH=torch --build-arg TORCH_INDEX=
+# CPU build of PyTorch. For an NVIDIA GPU, build with --build-arg TORCH=torch --build-arg TORCH_INDEX=
 ARG TORCH=torch==2.13.0+cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --quiet --no-cache-dir --no-deps ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH"

@@ -356,9 +356,9 @@ def _language(corpus: Path, count: int) -> dict[str, Any]:
 
 
 def _documents(corpus: Path) -> Iterator[str]:
-    from xverse.data.prepare.corpus import CorpusReport, corpus_files, read_documents
+    from xverse.data.prepare.readers import corpus_units, read_unit
+    from xverse.texts import MAX_LINE_BYTES, ReadReport
 
-    for paths in corpus_files(corpus).values():
-        for path in paths:
-            for document in read_documents(path, CorpusReport()):
-                yield document.text
+    for unit in corpus_units(corpus):
+        for document in read_unit(unit, ReadReport(), MAX_LINE_BYTES):
+            yield document.text

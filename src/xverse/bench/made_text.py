@@ -19,8 +19,8 @@ import numpy as np
 
 from xverse.config import UserError
 from xverse.hardware import cores
+from xverse.texts import ReadReport, find_files, read_texts, stem
 from xverse.tokenizer import native
-from xverse.tokenizer.texts import Skipped, Span, file_language, find_files, read_texts
 
 REAL_BYTES = 4_000_000  # of each language's corpus that is read
 WORDS_PER_MB = 5600  # different words in a language's list, for each MB that is made
@@ -39,7 +39,7 @@ def make_text(corpus: Path, folder: Path, size: int, seed: int = 0) -> list[Path
     """
     sources = find_files([corpus])
     folder.mkdir(parents=True, exist_ok=True)
-    targets = [folder / f"{file_language(source)}.txt" for source in sources]
+    targets = [folder / f"{stem(source)}.txt" for source in sources]
     with ProcessPoolExecutor(cores().usable, mp_context=multiprocessing.get_context("spawn")) as pool:
         seeds = [[seed, number] for number in range(len(sources))]
         for _ in pool.map(_make_language, sources, targets, [size // len(sources)] * len(sources), seeds):
@@ -90,7 +90,7 @@ def _make_language(source: Path, target: Path, size: int, seed: list[int]) -> No
 
 def _beginning(source: Path) -> Iterator[bytes]:
     size = 0
-    for text in read_texts(Span(source), Skipped()):
+    for text in read_texts(source, ReadReport()):
         yield text
         size += len(text)
         if size > REAL_BYTES:

@@ -28,7 +28,8 @@ from xverse.kernels.native import kernel_name
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
 from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, rows_at_once
 from xverse.quant.quantizer import HEAD, NORM, Method, Quantizer, QuantSettings
-from xverse.quant.text import parity_tokens, read_texts
+from xverse.quant.text import parity_tokens
+from xverse.texts import load_texts
 from xverse.tokenizer import Tokenizer
 
 LENGTH = 256  # tokens of a row: mini and nano are trained on rows of so many
@@ -265,7 +266,7 @@ def _ids(tokenizer: Tokenizer, path: Path, start: int, stop: int) -> list[int]:
     """Tokens ``start`` to ``stop`` of a file or shard."""
     if path.is_file():
         ids: list[int] = []
-        for text in read_texts(path):
+        for text in load_texts(path):
             ids += tokenizer.encode(text)
             if len(ids) >= stop:
                 break

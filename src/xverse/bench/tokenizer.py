@@ -43,13 +43,14 @@ open(sys.argv[1], "w").write(json.dumps({"code": code, "seconds": seconds, "peak
 PEER = """
 import json, sys, time
 from pathlib import Path
+from xverse.texts import ReadReport, find_files, read_texts
 from xverse.tokenizer.counting import plan_parts
-from xverse.tokenizer.texts import Skipped, find_files, read_texts
 from xverse.tokenizer.train import assemble, library_merges
 target, folder, settings = Path(sys.argv[1]), sys.argv[2], json.loads(Path(sys.argv[3]).read_text())
 start = time.perf_counter()
 spans = [span for part in plan_parts(find_files([folder])) for span in part]
-texts = (text.decode() for span in spans for text in read_texts(span, Skipped()))
+blocks = (b for s in spans for b in read_texts(s.path, ReadReport(), s.begin, s.end))
+texts = (block.decode() for block in blocks)
 merges = library_merges(texts, settings["vocab_size"], settings["alphabet"], settings["others"])
 tokenizer = assemble(settings["alphabet"], merges)
 seconds = time.perf_counter() - start

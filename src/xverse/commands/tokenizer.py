@@ -67,16 +67,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_recipe(path: str, overrides: Sequence[str], given: dict[str, Any]) -> int:
-    import json
-
     from rich.console import Console
     from rich.table import Table
 
     from xverse.config import load
     from xverse.tokenizer.recipe import TokenizerRecipe, train_recipe
 
-    flags = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
-    recipe = load(TokenizerRecipe, path, [*overrides, *flags])
+    recipe = load(TokenizerRecipe, path, overrides, given)
     _check_writable(recipe.out)
     report = train_recipe(recipe)
     table = Table("language", box=None, pad_edge=False)
@@ -94,8 +91,8 @@ def _train_recipe(path: str, overrides: Sequence[str], given: dict[str, Any]) ->
 def _train_files(names: Sequence[str], given: dict[str, Any]) -> int:
     from xverse.config import build
     from xverse.files import alone
+    from xverse.texts import find_files
     from xverse.tokenizer.recipe import TokenizerRecipe
-    from xverse.tokenizer.texts import find_files
 
     files = find_files(names)
     out = Path(given["out"])
@@ -127,14 +124,14 @@ def _train_out(files: Sequence[Path], given: dict[str, Any], recipe: TokenizerRe
 
 def _train_in_memory(files: Sequence[Path], given: dict[str, Any]) -> None:
     from xverse.config import UserError
+    from xverse.texts import ReadReport, read_texts
     from xverse.tokenizer import train_tokenizer
-    from xverse.tokenizer.texts import Skipped, Span, read_texts
 
     options = {
         name: given[name] for name in given if name not in ("out", "vocab_size", "memory_gb", "threads")
     }
-    skipped = Skipped()
-    texts = [text.decode() for path in files for text in read_texts(Span(path), skipped)]
+    report = ReadReport()
+    texts = [text.decode() for path in files for text in read_texts(path, report)]
     if not texts:
         raise UserError(f"{files[0]}: no usable text in these files")
     tokenizer = train_tokenizer(texts, given["vocab_size"], **options)
@@ -167,9 +164,9 @@ def _report(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from xverse.texts import find_files
     from xverse.tokenizer import Tokenizer
     from xverse.tokenizer.report import as_json, by_file, in_detail, measure, overview
-    from xverse.tokenizer.texts import find_files
     from xverse.tokenizer.vocabularies import load_vocabulary
 
     files = find_files(args.files)

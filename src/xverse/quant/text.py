@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import importlib.resources
-import json
 import unicodedata
-import zlib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +13,7 @@ from torch import Tensor
 
 from xverse.config import UserError
 from xverse.log import notice
+from xverse.texts import load_texts
 from xverse.tokenizer import Tokenizer
 
 CALIBRATION_TOKENS = 65_536
@@ -39,7 +36,7 @@ def calibration_tokens(tokenizer: Tokenizer, file: str | Path) -> Tensor:
     ``text`` in a line, or holds fewer than 256 tokens.
     """
     path = Path(file)
-    texts = _spread(read_texts(path))
+    texts = _spread(load_texts(path))
     _warn_of_scripts(path, texts)
     ids: list[int] = []
     for text in texts:
@@ -68,39 +65,6 @@ def parity_tokens(tokenizer: Tokenizer, parameters: int) -> Tensor:
 
 def _parity_text() -> str:
     return (importlib.resources.files("xverse") / "assets" / "parity.txt").read_text(encoding="utf-8")
-
-
-def read_texts(path: Path) -> list[str]:
-    """The text of a file, or the texts of a ``.jsonl``, also gzipped; raises UserError as above."""
-    plain = path.name.removesuffix(".gz")
-    try:
-        content = path.read_bytes()
-        if plain != path.name:
-            content = gzip.decompress(content)
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a UTF-8 text") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: is not a whole gzip file ({str(error).rstrip('.')})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    texts = list(_json_texts(path, text)) if plain.endswith(".jsonl") else [text]
-    if not any(text.strip() for text in texts):
-        raise UserError(f"{path}: is empty; calibration needs text")
-    return texts
-
-
-def _json_texts(path: Path, lines: str) -> Iterator[str]:
-    for number, line in enumerate(lines.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError):
-            text = None
-        if not isinstance(text, str):
-            raise UserError(f'{path}: line {number} is not a JSON object with a "text"')
-        yield text
 
 
 def _spread(texts: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +22,23 @@ from typing import Any
 from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.log import notice
+from xverse.texts import BLOCK, ReadReport, read_texts
 from xverse.tokenizer import native
-from xverse.tokenizer.texts import BLOCK, Skipped, Span, read_texts, split_into_parts
 
 VERSION = 1  # of the files' form and of what a word is
 PARTS = 16  # of a corpus, at least where it is large enough
 SMALLEST_PART, LARGEST_PART = 4 << 20, 2 << 30  # bytes
 BATCH = 1 << 20  # bytes of texts in one call
 FAN_IN = 256  # files that are merged at once
+
+
+@dataclass(frozen=True)
+class Span:
+    """A whole file (``end`` -1), or the lines of a .txt file that begin in its bytes begin … end - 1."""
+
+    path: Path
+    begin: int = 0
+    end: int = -1
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,23 @@ def plan_parts(files: Sequence[Path]) -> list[list[Span]]:
     return split_into_parts(files, min(max(total // PARTS, SMALLEST_PART), LARGEST_PART))
 
 
+def split_into_parts(files: Iterable[Path], size: int) -> list[list[Span]]:
+    """Spans of about ``size`` bytes together, in the files' order: small files are joined, .txt files cut."""
+    parts: list[list[Span]] = []
+    room = 0
+    for path in files:
+        length = path.stat().st_size
+        cut = size if path.suffix == ".txt" else length
+        for begin in range(0, length, max(cut, 1)):
+            end = min(begin + cut, length)
+            if room <= 0:
+                parts.append([])
+                room = size
+            parts[-1].append(Span(path) if cut >= length else Span(path, begin, end))
+            room -= end - begin
+    return parts
+
+
 def _count_part(
     folder: Path, number: int, part: list[Span], digest: str, memory: int, stop: threading.Event
 ) -> dict[str, Any]:
@@ -103,14 +129,14 @@ def _count_part(
     marker = _read_marker(folder / f"{name}.json", digest)
     if marker is not None and _whole(folder, marker["runs"]):
         return marker
-    skipped = [Skipped() for _ in part]
+    reports = [ReadReport() for _ in part]
     counter = native.Counter(folder / name, memory)
     with _disk_errors(folder):
         try:
             batch: list[bytes] = []
             size = 0
-            for span, report in zip(part, skipped, strict=True):
-                for text in read_texts(span, report):
+            for span, report in zip(part, reports, strict=True):
+                for text in read_texts(span.path, report, span.begin, span.end):
                     batch.append(text)
                     size += len(text)
                     if stop.is_set():  # another part failed, or the user interrupted
@@ -127,10 +153,10 @@ def _count_part(
     marker = {
         "digest": digest,
         "runs": [[run, (folder / run).stat().st_size] for run in names],
-        "texts": sum(report.read for report in skipped),
-        "bytes": sum(report.bytes for report in skipped),
+        "texts": sum(report.read for report in reports),
+        "bytes": sum(report.bytes for report in reports),
         "long_words": long_words,
-        "files": [[str(span.path), asdict(report)] for span, report in zip(part, skipped, strict=True)],
+        "files": [[str(span.path), asdict(report)] for span, report in zip(part, reports, strict=True)],
     }
     with atomic_file(folder / f"{name}.json") as path:
         path.write_text(json.dumps(marker))
@@ -168,7 +194,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 def _tell(files: Sequence[Path], markers: list[dict[str, Any]]) -> None:
     """What was skipped, file by file: one that is counted in several parts is told once."""
-    reports = {str(path): Skipped() for path in files}
+    reports = {str(path): ReadReport() for path in files}
     for marker in markers:
         for name, values in marker["files"]:
             into = reports[name]

@@ -27,9 +27,9 @@ from xverse.config import UserError, nearest
 from xverse.files import alone, atomic_file
 from xverse.hardware import cores
 from xverse.log import notice
+from xverse.texts import ReadReport, find_files, read_texts, stem
 from xverse.tokenizer import native
 from xverse.tokenizer.counting import WordCounts, count_words, remove_counts
-from xverse.tokenizer.texts import Skipped, Span, file_language, find_files, read_texts
 from xverse.tokenizer.tokenizer import SPACE, Tokenizer
 from xverse.tokenizer.train import FIXED, assemble, check_room, check_size, choose_alphabet, default_limit
 
@@ -252,7 +252,7 @@ def _scale(weights: Mapping[str, float]) -> float:
 def _files_by_language(recipe: TokenizerRecipe) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in find_files([recipe.corpus]):
-        found.setdefault(file_language(path), []).append(path)
+        found.setdefault(stem(path), []).append(path)
     for name in [*recipe.languages, *recipe.shares]:
         if name not in found:
             raise UserError(f"{recipe.corpus}: no texts of '{name}'{nearest(name, found)}")
@@ -303,7 +303,7 @@ def _tokens(tokenizer: Tokenizer, source: Source) -> float:
     used = 0
     for path in source.files:
         seen = taken = 0
-        for text in read_texts(Span(path), Skipped()):
+        for text in read_texts(path, ReadReport()):
             if taken <= seen * share:
                 taken += len(text)
                 texts.append(text.decode())

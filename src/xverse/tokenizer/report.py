@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.log import notice
-from xverse.tokenizer.texts import Skipped, Span, file_language, read_texts
+from xverse.texts import ReadReport, read_texts, stem
 from xverse.tokenizer.vocabularies import Vocabulary
 
 BATCH = 256  # texts
@@ -73,8 +73,8 @@ def measure(vocabulary: Vocabulary, files: Sequence[Path], told: bool = True) ->
     used: set[int] = set()
     for path in files:
         row = FileReport(str(path))
-        skipped = Skipped()
-        for batch in _batches(read_texts(Span(path), skipped)):
+        skipped = ReadReport()
+        for batch in _batches(read_texts(path, skipped)):
             for text, ids in zip(batch, vocabulary.encode(batch), strict=True):
                 row.documents += 1
                 row.bytes += len(text.encode())
@@ -148,7 +148,7 @@ def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
         head,
         *(
             [
-                file_language(Path(rows[0].file)),
+                stem(Path(rows[0].file)),
                 *(f"{row.tokens / max(1, row.characters):.3f}" for row in rows),
             ]
             for rows in zip(*(report.files for report in reports), strict=True)
@@ -195,18 +195,14 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 def plot(reports: Sequence[VocabularyReport], target: Path) -> None:
     """Tokens per character of every file, files by the first vocabulary's, as PNG. Needs matplotlib."""
-    try:
-        import matplotlib
+    need("matplotlib", "eval", "--plot").use("Agg")
+    import matplotlib.pyplot as plt
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("the plot needs matplotlib: pip install 'xverse-lm[track]'") from None
     order = sorted(
         range(len(reports[0].files)),
         key=lambda i: reports[0].files[i].tokens / max(1, reports[0].files[i].characters),
     )
-    names = [file_language(Path(reports[0].files[index].file)) for index in order]
+    names = [stem(Path(reports[0].files[index].file)) for index in order]
     figure, axes = plt.subplots(figsize=(8, 1.5 + 0.2 * len(order)), layout="constrained")
     for number, report in enumerate(reports):
         values = [report.files[index].tokens / max(1, report.files[index].characters) for index in order]

@@ -7,10 +7,10 @@ import pytest
 
 from xverse.bench.data import planted_copies, planted_questions
 from xverse.data.benchmarks.texts import Item
-from xverse.data.prepare.corpus import CorpusReport, read_documents
 from xverse.data.prepare.duplicates import EXACT, NEAR, choose_copies, signature, similarity
 from xverse.data.prepare.ngrams import ngrams, word_numbers, words
 from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index, read_items
+from xverse.texts import read_jsonl
 
 
 def test_words_are_characters_where_no_spaces_are() -> None:
@@ -61,9 +61,7 @@ def test_chains_of_copies_keep_their_first() -> None:
 @pytest.mark.parametrize("language", ["en", "zh", "th"])
 def test_planted_copies_are_found(test_data: Path, language: str) -> None:
     path = test_data / "corpus" / f"{language}.jsonl.gz"
-    texts = (
-        document.text for document, _ in zip(read_documents(path, CorpusReport()), range(600), strict=False)
-    )
+    texts = (row["text"] for (_, row), _ in zip(read_jsonl(path), range(600), strict=False))
     found = planted_copies(texts, 150)
     assert found["recall"] >= 0.95
     assert found["precision"] >= 0.95
@@ -170,9 +168,7 @@ def test_every_short_question_of_the_benchmarks_is_found(test_data: Path) -> Non
 
 def test_every_planted_question_of_the_benchmarks_is_found(test_data: Path) -> None:
     path = test_data / "corpus" / "en.jsonl.gz"
-    texts = (
-        document.text for document, _ in zip(read_documents(path, CorpusReport()), range(900), strict=False)
-    )
+    texts = (row["text"] for (_, row), _ in zip(read_jsonl(path), range(900), strict=False))
     benchmarks = ["ceval", "gaokao-english", "gsm8k"]  # xverse bench data has all of them
     found = planted_questions(test_data / "eval", texts, benchmarks, most=100)
     for name, row in found["benchmarks"].items():

@@ -104,7 +104,7 @@ def test_every_stage_does_its_part(prepared: Path) -> None:
     assert (prepared / "report.png").read_bytes().startswith(b"\x89PNG")
     bad = (prepared / "skipped.txt").read_text().splitlines()
     assert len(bad) == 4
-    assert bad[0].endswith("part0.jsonl, line 4: ill-formed JSON")
+    assert bad[0].endswith("part0.jsonl, line 4: invalid JSON")
     tokenizer = Tokenizer.load(prepared / "tokenizer")
     for name in ("web_de", "web_en", "web_fr"):
         shard = Shard.open(prepared / "train" / name)
@@ -262,7 +262,7 @@ def test_text_that_does_not_say_its_language(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("stages.normalize=true", "unknown key 'normalize'; did you mean 'normalise'"),
+        ("stages.normalize=true", "unknown key 'stages.normalize'; did you mean 'normalise'"),
         ("stages.quality.languages.en={min_wrds: 3}", "unknown rule 'min_wrds'"),
         ("corpus=here", "name the text: either corpus or inputs"),
         ("executor.workers=0", "workers and tasks are at least 1"),

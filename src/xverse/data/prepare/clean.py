@@ -22,17 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.data.prepare.corpus import CorpusReport, Document
 from xverse.data.prepare.duplicates import BANDS, KEY, PERMUTATIONS, DuplicatesStage, band_hashes, signature
 from xverse.data.prepare.ledger import Ledger, UnitRecord
 from xverse.data.prepare.ngrams import word_numbers
-from xverse.data.prepare.readers import Unit, read_unit
+from xverse.data.prepare.readers import Document, Unit, read_unit
 from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index, read_items
 from xverse.data.prepare.stages.language import LanguageStage, identify
 from xverse.data.prepare.stages.normalise import normalise
 from xverse.data.prepare.stages.pii import scrub
 from xverse.data.prepare.stages.quality import QualityStage, quality
 from xverse.files import atomic_file
+from xverse.texts import ReadReport, read_jsonl
 
 BUFFER = 2_048  # documents whose keys are held
 
@@ -86,7 +86,7 @@ class Clean:
                 self._clean(number, index)
 
     def _clean(self, number: int, index: Index | None) -> None:
-        unit, report, ledger = self.units[number], CorpusReport(), Ledger()
+        unit, report, ledger = self.units[number], ReadReport(), Ledger()
         names: dict[tuple[str, str, str], int] = {}
         near = self.stages.near_duplicates is not None
         with UnitWriter(self.folder / f"{number:05d}", near) as writer:
@@ -241,8 +241,5 @@ def text_hash(text: str, seed: int) -> int:
 
 def read_cleaned(path: Path) -> Iterator[dict[str, str]]:
     """The documents that a unit left: text, lang, name, source."""
-    import zstandard
-
-    with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-        for line in io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20):
-            yield json.loads(line)
+    for _, row in read_jsonl(path, limit=1 << 40):
+        yield row

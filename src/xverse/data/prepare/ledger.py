@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xverse.data.prepare.corpus import CorpusReport
 from xverse.files import atomic_file
+from xverse.texts import ReadReport, read_json
 
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 240
@@ -65,7 +65,7 @@ class UnitRecord:
     """What one file gave: its ledger, its bad lines, and the sources (name, language, category) in it."""
 
     ledger: Ledger
-    report: CorpusReport
+    report: ReadReport
     sources: list[list[str]] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
@@ -74,9 +74,9 @@ class UnitRecord:
 
     @staticmethod
     def load(path: Path) -> UnitRecord:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         values["report"]["bad_lines"] = [tuple(line) for line in values["report"]["bad_lines"]]
-        return UnitRecord(Ledger(**values["ledger"]), CorpusReport(**values["report"]), values["sources"])
+        return UnitRecord(Ledger(**values["ledger"]), ReadReport(**values["report"]), values["sources"])
 
 
 def _add(mine: Table, theirs: Table) -> None:

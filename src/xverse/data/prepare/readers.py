@@ -1,30 +1,34 @@
 """Reading text of any kind: which files a recipe's inputs stand for, and the documents in them.
 
 A ``Unit`` is one file, or one shard of a Hugging Face dataset: what one task reads from beginning to end.
-What is broken is skipped, counted and listed in a ``CorpusReport``; nothing is held but one line, one row
+What is broken is skipped, counted and listed in a ``ReadReport``; nothing is held but one line, one row
 or one record of a web archive.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError, choose
-from xverse.data.prepare.corpus import (
-    CorpusReport,
-    Document,
-    checked_document,
-    corpus_files,
-    file_stem,
-    is_name,
-    parse_document,
-    read_lines,
-)
+from xverse.config import UserError, choose, need
+from xverse.texts import ReadReport, read_jsonl, read_lines, row_text, stem
 
 TEXT_PIECE = 1_000_000  # a longer text file becomes several documents, cut at a line's end
+
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass
+class Document:
+    """One text and the language it is in."""
+
+    text: str
+    lang: str
+    source: str = ""
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Unit:
     lang: str = ""
 
 
+CORPUS_SUFFIXES = (".jsonl", ".jsonl.gz")
 FORMATS = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"),
     "txt": (".txt", ".txt.gz", ".txt.zst"),
@@ -83,15 +88,19 @@ def format_of(path: Path) -> str | None:
 
 
 def corpus_units(folder: Path) -> list[Unit]:
-    """The units of a corpus folder of JSON lines. Raises UserError where there are none."""
-    paths = [path for group in corpus_files(folder).values() for path in group]
+    """The JSON-lines files of a corpus folder, by name. Raises UserError where there are none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such corpus folder")
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name.endswith(CORPUS_SUFFIXES) and not path.name.startswith(".")
+    ]
+    if not paths:
+        raise UserError(f"{folder}: no .jsonl or .jsonl.gz file in this corpus folder")
     return [
         Unit(
-            path.name,
-            Input(path=str(path), format="jsonl"),
-            path,
-            size=path.stat().st_size,
-            lang=file_stem(path),
+            path.name, Input(path=str(path), format="jsonl"), path, size=path.stat().st_size, lang=stem(path)
         )
         for path in paths
     ]
@@ -149,8 +158,7 @@ def _dataset_units(given: Input) -> list[Unit]:
 
 
 def _dataset(given: Input) -> Any:
-    import datasets
-
+    datasets = need("datasets", "data", f"dataset {given.dataset}")
     try:
         return datasets.load_dataset(
             given.dataset, given.config, split=given.split, revision=given.revision, streaming=True
@@ -159,7 +167,7 @@ def _dataset(given: Input) -> Any:
         raise UserError(f"dataset {given.dataset}: {' '.join(str(error).split())[:300]}") from None
 
 
-def read_unit(unit: Unit, report: CorpusReport, max_line_bytes: int) -> Iterator[Document]:
+def read_unit(unit: Unit, report: ReadReport, max_line_bytes: int) -> Iterator[Document]:
     """The documents of a unit. ``lang`` is empty where neither the text nor the input says it."""
     if unit.path is None:
         documents = _read_dataset(unit, report)
@@ -174,18 +182,31 @@ def read_unit(unit: Unit, report: CorpusReport, max_line_bytes: int) -> Iterator
         yield document
 
 
-def _read_jsonl(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+def _document(row: Any, number: int, unit: Unit, report: ReadReport) -> Document | None:
+    """The document in a row of any format; None, counted in the report, where it is unusable."""
+    text = row_text(row, number, report, unit.input.text_key)
+    if text is None:
+        return None
+    lang, source = row.get("lang", unit.lang), row.get("source", "")
+    if not isinstance(lang, str) or not (lang == "" or is_name(lang)):
+        report.skip("bad_lang", number)
+        return None
+    return Document(text, lang, source if isinstance(source, str) else "")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text may become a directory's name."""
+    return _SAFE_NAME.fullmatch(text) is not None
+
+
+def _read_jsonl(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
     assert unit.path is not None
-    key = unit.input.text_key
-    for number, line in read_lines(unit.path, report, limit):
-        if not line.strip():
-            continue
-        document = parse_document(line, number, unit.lang, report, key)
-        if document is not None:
+    for number, row in read_jsonl(unit.path, report, limit):
+        if (document := _document(row, number, unit, report)) is not None:
             yield document
 
 
-def _read_txt(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+def _read_txt(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
     assert unit.path is not None
     piece: list[str] = []
     size = 0
@@ -205,11 +226,11 @@ def _read_txt(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document
         yield Document("".join(piece).strip("\r\n"), unit.lang)
 
 
-def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+def _read_parquet(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
+    need("pyarrow", "data", str(unit.path))
     import pyarrow
     import pyarrow.parquet
 
-    assert unit.path is not None
     key, number = unit.input.text_key, 0
     try:
         with pyarrow.parquet.ParquetFile(unit.path) as file:
@@ -227,7 +248,7 @@ def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Docu
                 for row in batch.to_pylist():
                     number += 1
                     row = {name: value for name, value in row.items() if value is not None}
-                    document = checked_document(row, number, unit.lang, report, key)
+                    document = _document(row, number, unit, report)
                     if document is not None and len(document.text) > limit:
                         report.skip("too_long", number)
                     elif document is not None:
@@ -237,11 +258,11 @@ def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Docu
         report.broken_files.append(f"broken parquet after row {number} ({why})")
 
 
-def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
+    need("warcio", "data", str(unit.path))
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
-    assert unit.path is not None
     number = 0
     with unit.path.open("rb") as file:
         try:
@@ -269,25 +290,24 @@ def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Documen
 
 
 def _page_text(data: bytes) -> str | None:
-    import trafilatura
-
+    trafilatura = need("trafilatura", "data", "reading web archives")
     text: str | None = trafilatura.extract(data, include_comments=False, deduplicate=False)
     return text
 
 
-def _read_dataset(unit: Unit, report: CorpusReport) -> Iterator[Document]:
+def _read_dataset(unit: Unit, report: ReadReport) -> Iterator[Document]:
     rows = _dataset(unit.input).shard(unit.shards, unit.shard)
     if unit.input.text_key not in (rows.column_names or [unit.input.text_key]):
         known = ", ".join(rows.column_names)
         raise UserError(f"{unit.name}: no column '{unit.input.text_key}' (it has {known}); say text_key")
     for number, row in enumerate(rows, 1):
         row = {name: value for name, value in row.items() if value is not None}
-        document = checked_document(row, number, unit.lang, report, unit.input.text_key)
+        document = _document(row, number, unit, report)
         if document is not None:
             yield document
 
 
-_READERS: dict[str, Callable[[Unit, CorpusReport, int], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Unit, ReadReport, int], Iterator[Document]]] = {
     "jsonl": _read_jsonl,
     "txt": _read_txt,
     "parquet": _read_parquet,

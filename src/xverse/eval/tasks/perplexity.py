@@ -9,7 +9,7 @@ from pathlib import Path
 from xverse.config import UserError
 from xverse.engine import Engine
 from xverse.eval.generation import Outcome, Settings
-from xverse.quant.text import read_texts
+from xverse.texts import load_texts
 
 WINDOW = 1024  # tokens that are read together
 _TEXTS = 200  # of each language
@@ -32,7 +32,7 @@ def run(
     rows = []
     for number, path in enumerate(paths):
         language = path.name.partition(".")[0]
-        texts = read_texts(path)[: settings.limit or _TEXTS]
+        texts = load_texts(path)[: settings.limit or _TEXTS]
         nats, tokens, size = _measure(engine, texts)
         figures[language] = nats / math.log(2) / size
         rows.append(
