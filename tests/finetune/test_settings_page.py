@@ -49,7 +49,9 @@ def default(field: Any) -> str:
 def test_the_page_documents_every_setting() -> None:
     page = PAGE.read_text(encoding="utf-8")
     for cls in (Settings, DatasetUse):
-        assert table(cls) in page, f"replace the table of {cls.__name__} by the output of {Path(__file__).name}"
+        assert table(cls) in page, (
+            f"replace the table of {cls.__name__} by the output of {Path(__file__).name}"
+        )
 
 
 if __name__ == "__main__":

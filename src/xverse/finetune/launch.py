@@ -48,7 +48,9 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         "logging_nan_inf_filter": False,
         "prediction_loss_only": True,
     }
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would log its choice to stdout
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
         values.setdefault("use_cpu", True)  # otherwise transformers refuses bf16
     if settings.gradient_checkpointing:
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}

@@ -67,9 +67,7 @@ def _names(text: str, all_names: tuple[str, ...], model: Any, flag: str) -> list
     known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _has_weight(module)})
     for name in names:
         if name not in known:
-            raise UserError(
-                f"{flag}: no module '{name}'{nearest(name, known)} (modules: {', '.join(known)})"
-            )
+            raise UserError(f"{flag}: no module '{name}'{nearest(name, known)} (modules: {', '.join(known)})")
     return names
 
 

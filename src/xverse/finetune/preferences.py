@@ -40,8 +40,8 @@ def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class PairTrainer(FinetuneTrainer):
-    """``examples`` alternate between chosen and rejected replies. ``reference`` is the frozen reference model;
-    None means the model itself without its adapter (ORPO needs no reference)."""
+    """``examples`` alternate between chosen and rejected replies. ``reference`` is a frozen model; None means
+    the trained one without its adapter (ORPO needs no reference)."""
 
     group = 2
 

@@ -1,5 +1,5 @@
-"""Rows of a dataset that is larger than memory, read and encoded as they are needed. The n-th row depends on the
-files and the settings alone; a resumed run reads the data again from the start."""
+"""Rows of a dataset that is larger than memory, read and encoded as they are needed. The n-th row depends on
+the files and the settings alone; a resumed run reads the data again from the start."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from xverse.finetune.encode import Example
 class Stream(Dataset[list[Example]]):
     """``count`` rows of the examples of ``read()``, which starts again when it ends.
 
-    ``buffer`` examples at a time are shuffled by ``seed`` and, with ``length``, packed into rows of at most so
-    many tokens. Request rows in increasing order; skipping ahead reads and discards every row in between.
+    ``buffer`` examples at a time are shuffled by ``seed`` and, with ``length``, packed into rows of at most
+    so many tokens. Request rows in increasing order; skipping ahead reads and discards every row in between.
     """
 
     def __init__(
