@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from xverse.eval.benchmark import Options
+from xverse.data.benchmarks.questions import Options
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.run import Plan, plan
 

@@ -13,7 +13,7 @@ import torch
 
 from xverse.cli import main
 from xverse.config import UserError
-from xverse.eval.benchmark import Options
+from xverse.data.benchmarks.questions import Options
 from xverse.eval.generation import Settings, generate
 from xverse.eval.run import plan
 from xverse.eval.sandbox import run_python

@@ -82,9 +82,10 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--limit: {args.limit} is out of range (at least 1)")
     shard = _shard(args.shard)
     from xverse.config import choose
+    from xverse.data.benchmarks.custom import is_description
+    from xverse.data.benchmarks.questions import Options
     from xverse.eval import run as evaluation
     from xverse.eval.backends import EngineBackend, load_backend
-    from xverse.eval.benchmark import Options
     from xverse.eval.benchmarks import BENCHMARKS
     from xverse.eval.generation import Settings
     from xverse.eval.tasks import TASKS
@@ -93,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     if not names:
         raise UserError("--tasks: names no task")
     for name in names:
-        if not evaluation.is_file(name):
+        if not is_description(name):
             choose("task", name, {**BENCHMARKS, **TASKS})
     others = [name for name in names if name in TASKS]
     if "humaneval" in others and not args.allow_code:

@@ -93,9 +93,8 @@ class StreamPacker:
         documents = (starts[:, None] + np.arange(self._run)).ravel()
         documents = documents[documents < len(self.shard)]
         lengths = self.shard.offsets[documents + 1] - self.shard.offsets[documents]
-        # The first block's key is that of times without blocks: what is one block has the order that it had.
-        which = [number] if number else []
-        order = random_order(len(documents), "documents", self.seed, self.shard.name, epoch, *which)
+        key = ("documents", self.seed, self.shard.name, epoch)
+        order = random_order(len(documents), *key, *([number] if number else ()))
         return _Block(int(ends[number - 1]) if number else 0, documents[order], np.cumsum(lengths[order]))
 
     def sequence(self, k: int) -> PackedSequence:

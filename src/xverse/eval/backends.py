@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.data.benchmarks.questions import json_file
 from xverse.engine import Engine
 from xverse.engine.load import FLOAT32_BELOW, load_engine
 from xverse.eval.scoring import Item
 from xverse.formats import load_tokenizer, read_config, resolve
+from xverse.texts import read_json
 
 _LEAST_SHARED = 16  # tokens; less is not worth a cache
 
@@ -187,7 +187,7 @@ def load_backend(
 
 def model_type(path: Path) -> str:
     """As config.json says; raises UserError where it does not."""
-    return str(json_file(path / "config.json").get("model_type"))
+    return str(read_json(path / "config.json").get("model_type"))
 
 
 def _dtype(parameters: int) -> torch.dtype | None:

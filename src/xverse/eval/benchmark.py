@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from xverse.data.benchmarks.questions import Question, Reader, Subject
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a user may choose of how a benchmark is read."""
-
-    split: str | None = None  # None: the benchmark's own
-    fix_none: bool = False  # MMLU: the option "None" as it stands, where the official script reads "nan"
+from xverse.data.benchmarks.questions import Options, Question, QuestionReader, Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +25,7 @@ class Benchmark:
     folder: str
     split: str
     splits: tuple[str, ...]
-    load: Callable[[Path, Reader, Options], list[Subject]]
+    load: Callable[[Path, QuestionReader, Options], list[Subject]]
     header: Callable[[Subject], str]
     item: Callable[[Question], str]
     answer: Callable[[Question, str], str]
@@ -62,22 +54,3 @@ def lettered(question: Question) -> str:
     """``\\nA. first\\nB. second`` …, as MMLU and C-Eval write options."""
     lines = zip(question.letters, question.options, strict=False)
     return "".join(f"\n{letter}. {option}" for letter, option in lines)
-
-
-def first_ones_out(
-    questions: Sequence[Question], count: int = 5
-) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
-    """The fixed rule for benchmarks whose authors published no shots: the first question of each of the first
-    ``count`` items is a shot and is not scored. (An item's questions share the part of ``id`` before "#".)"""
-    shots: dict[str, Question] = {}
-    for question in questions:
-        if len(shots) < count:
-            shots.setdefault(question.id.partition("#")[0], question)
-    chosen = {shot.id for shot in shots.values()}
-    return tuple(shots.values()), tuple(each for each in questions if each.id not in chosen)
-
-
-SHOTS_TAKEN_OUT = (
-    "the first question of each of a subject's first five items; these are not scored (which ones XVERSE "
-    "used is not published)"
-)

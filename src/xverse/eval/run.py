@@ -12,10 +12,11 @@ from typing import Any
 
 from xverse import log
 from xverse.config import UserError, choose
-from xverse.data.benchmarks.questions import Reader, Subject
+from xverse.data.benchmarks.custom import is_description
+from xverse.data.benchmarks.questions import Options, QuestionReader, Subject
 from xverse.eval import custom, store
 from xverse.eval.backends import EngineBackend
-from xverse.eval.benchmark import Benchmark, Options
+from xverse.eval.benchmark import Benchmark
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.generation import Settings
 from xverse.eval.scoring import Backend, answers, ask
@@ -40,11 +41,6 @@ class Plan:
         return sum(len(subject.questions) for subject in self.subjects)
 
 
-def is_file(name: str) -> bool:
-    """Whether a task is the description of a user's own benchmark."""
-    return name.endswith((".yaml", ".yml"))
-
-
 def plan(
     names: Sequence[str],
     data_dir: Path,
@@ -56,11 +52,11 @@ def plan(
     """Read the benchmarks. Raises UserError for an unknown one, missing data or a malformed row."""
     plans = []
     for name in dict.fromkeys(names):
-        benchmark = custom.load(Path(name)) if is_file(name) else choose("task", name, BENCHMARKS)
+        benchmark = custom.load(Path(name)) if is_description(name) else choose("task", name, BENCHMARKS)
         asked = options or Options()
         if asked.split is not None and asked.split not in benchmark.splits:
             raise UserError(f"--split: {name} has {', '.join(benchmark.splits)}, not '{asked.split}'")
-        reader = Reader(skip=skip_malformed)
+        reader = QuestionReader(skip=skip_malformed)
         subjects = benchmark.load(data_dir / benchmark.folder, reader, asked)
         if limit is not None:
             subjects = [replace(each, questions=each.questions[:limit]) for each in subjects]

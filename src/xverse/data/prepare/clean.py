@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from xverse.config import UserError
 from xverse.data.prepare.duplicates import BANDS, KEY, PERMUTATIONS, DuplicatesStage, band_hashes, signature
 from xverse.data.prepare.ledger import Ledger, UnitRecord
-from xverse.data.prepare.ngrams import word_numbers
+from xverse.data.prepare.ngrams import hash_words
 from xverse.data.prepare.readers import Document, Unit, read_unit
-from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index, read_items
+from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index
 from xverse.data.prepare.stages.language import LanguageStage, identify
 from xverse.data.prepare.stages.normalise import normalise
 from xverse.data.prepare.stages.pii import scrub
@@ -61,7 +61,7 @@ class BuildIndex:
     path: Path
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
-        make_index(read_items(self.stage), self.stage.ngram, self.stage.overlap).save(self.path)
+        make_index(self.stage.questions(), self.stage.ngram, self.stage.overlap).save(self.path)
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Clean:
                 ledger.scrubbed[mark] = ledger.scrubbed.get(mark, 0) + count
         if index is None and stages.near_duplicates is None:
             return None, nothing
-        numbers = word_numbers(document.text)
+        numbers = hash_words(document.text)
         if index is not None and (questions := index.find(document.text, numbers)):
             for benchmark, item in sorted(questions):
                 ledger.questions.setdefault(benchmark, [])

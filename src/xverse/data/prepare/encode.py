@@ -23,6 +23,7 @@ from xverse.data.prepare.duplicates import EXACT, NEAR
 from xverse.data.prepare.ledger import Ledger, UnitRecord
 from xverse.data.shards import Shard, ShardHeader, ShardWriter, read_header
 from xverse.files import atomic_file
+from xverse.texts import read_json
 from xverse.tokenizer import Tokenizer
 
 BATCH_BYTES = 1_000_000
@@ -52,7 +53,7 @@ class Plan:
 
     @staticmethod
     def load(path: Path) -> Plan:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         sources = {name: Source(**source) for name, source in values.pop("sources").items()}
         return Plan(sources, **values)
 
@@ -170,6 +171,6 @@ class Join:
 def unit_record(work: Path, unit: int) -> UnitRecord:
     """What a unit gave, with what the last phases did to it."""
     record = UnitRecord.load(work / "docs" / f"{unit:05d}.json")
-    after = Ledger(**json.loads((work / "parts" / f"{unit:05d}.json").read_text(encoding="utf-8")))
+    after = Ledger(**read_json(work / "parts" / f"{unit:05d}.json"))
     record.ledger.add(after)
     return record

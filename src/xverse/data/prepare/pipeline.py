@@ -45,6 +45,7 @@ from xverse.data.prepare.report import (
 from xverse.data.shards import read_header
 from xverse.files import alone, atomic_directory, atomic_file
 from xverse.log import notice
+from xverse.texts import read_json
 from xverse.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -293,10 +294,6 @@ def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
     names = ("corpus", "out", "executor", "max_bad_share", "allow_broken_files")
     values = dataclasses.asdict(recipe)
     settings: dict[str, Any] = {name: value for name, value in values.items() if name not in names}
-    fresh = PrepareRecipe(corpus=Path("corpus"), out=Path("out"))
-    for name in ("inputs", "stages", "max_line_bytes"):  # absent where they are as they were before they were
-        if getattr(recipe, name) == getattr(fresh, name):
-            del settings[name]
     settings["tokenizer"] = Tokenizer.load(recipe.tokenizer).hash if recipe.tokenizer is not None else None
     settings["files"] = {unit.name: unit.size for unit in units}
     settings = json.loads(json.dumps(settings, default=str))
@@ -312,16 +309,14 @@ def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
             temporary.write_text(text + "\n", encoding="utf-8")
         return fingerprint
     try:
-        made_by = json.loads(file.read_text(encoding="utf-8"))
+        made_by = read_json(file)
         if made_by["fingerprint"] == fingerprint:
             return fingerprint
-        different = [name for name, value in settings.items() if made_by.get(name) != value]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        different = [name for name, value in settings.items() if made_by.get(name, value) != value]
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: damaged ({error}); delete {recipe.out} or choose another out") from None
-    raise UserError(
-        f"{recipe.out}: made by another recipe (differs in {', '.join(different) or 'version'}); "
-        "choose another out or delete the folder"
-    )
+    made = f"another recipe (differs in {', '.join(different)})" if different else "another version of xverse"
+    raise UserError(f"{recipe.out}: made by {made}; choose another out or delete the folder")
 
 
 def _clear_leftovers(out: Path) -> None:
@@ -339,12 +334,12 @@ def _finished(recipe: PrepareRecipe, fingerprint: str) -> PrepareReport | None:
     if not file.exists():
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values.pop("recipe") != fingerprint:
             return None
         report = PrepareReport(**values)
         report.sources = [PreparedSource(**row) for row in values["sources"]]
-    except (ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
     rows = [(row.name, "train", row.documents) for row in report.sources]
     rows += [(row.name, "valid", row.valid_documents) for row in report.sources]

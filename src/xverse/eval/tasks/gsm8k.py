@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xverse.config import UserError
-from xverse.data.benchmarks.questions import Reader
+from xverse.data.benchmarks import gsm8k
+from xverse.data.benchmarks.questions import QuestionReader
 from xverse.engine import Engine
 from xverse.eval.generation import Outcome, Settings, generate
 
@@ -23,9 +24,10 @@ def run(
     settings: Settings,
     progress: Callable[[int, int], None],
 ) -> Outcome:
+    path = data_dir / "gsm8k" / "test.jsonl"
     rows = [
-        (where, row["question"], _CALCULATION.sub("", row["answer"]))
-        for where, row in Reader().objects(data_dir / "gsm8k" / "test.jsonl")
+        (raw.where, raw.text, _CALCULATION.sub("", str(raw.answer)))
+        for raw in gsm8k.read(path, "test", QuestionReader())
     ]
     if len(rows) <= SHOTS:
         raise UserError(f"{data_dir / 'gsm8k'}: {len(rows)} questions are too few")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import Any
 
 from xverse import hardware
 from xverse.config import UserError
+from xverse.data.benchmarks import humaneval
+from xverse.data.benchmarks.humaneval import Problem
 from xverse.engine import Engine
 from xverse.eval.generation import Outcome, Settings, generate
 from xverse.eval.sandbox import run_python
@@ -32,12 +32,8 @@ def run(
             "time; --allow-code says that it may"
         )
     path = data_dir / "humaneval" / "HumanEval.jsonl.gz"
-    try:
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    problems: list[dict[str, Any]] = [json.loads(line) for line in lines][: settings.limit]
-    prompts = engine.tokenizer.encode_batch([problem["prompt"] for problem in problems])
+    problems = [problem for _, problem in humaneval.read(path)][: settings.limit]
+    prompts = engine.tokenizer.encode_batch([problem.prompt for problem in problems])
     written = generate(engine, prompts, max_new_tokens=400, stop_ids=stop_ids, stop=STOPS, progress=progress)
     with ThreadPoolExecutor(hardware.cores().usable) as pool:
         results = list(
@@ -46,11 +42,11 @@ def run(
                 zip(problems, written, strict=True),
             )
         )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "task": "humaneval",
-            "id": problem["task_id"],
-            "prompt": problem["prompt"],
+            "id": problem.task_id,
+            "prompt": problem.prompt,
             "reply": text,
             "passed": result.ok,
             "said": result.said[-500:],
@@ -65,6 +61,6 @@ def run(
     )
 
 
-def program(problem: dict[str, Any], written: str) -> str:
+def program(problem: Problem, written: str) -> str:
     """The function with its tests: it ends without an error where all of them pass."""
-    return f"{problem['prompt']}{written}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+    return f"{problem.prompt}{written}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.data.benchmarks.questions import Reader
+from xverse.data.benchmarks.questions import QuestionReader
 from xverse.engine import Engine
 from xverse.eval.generation import Outcome, Settings, generate
 from xverse.tokenizer import encode_chat
@@ -108,7 +108,7 @@ def _items(data_dir: Path) -> list[dict[str, Any]]:
     own = data_dir / "skills" / "skills.jsonl"
     with importlib.resources.as_file(importlib.resources.files("xverse.eval") / "skills.jsonl") as packaged:
         path = own if own.exists() else packaged
-        items = [row for _, row in Reader().objects(path)]
+        items = [row for _, row in QuestionReader().objects(path)]
     for item in items:
         turns = item.get("turns")
         if (
