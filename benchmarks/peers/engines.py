@@ -61,11 +61,10 @@ class Xverse:
         self._handles: list[int] = []
 
     def start(self, prompts: Prompts) -> float:
-        from xverse.engine import Request, Sampling
+        from xverse.engine import Request, SamplingParams
 
         requests = [
-            Request(prompt_ids=ids, max_new_tokens=400, sampling=Sampling(temperature=0), stop_ids=())
-            for ids in prompts
+            Request(prompt_ids=ids, sampling=SamplingParams.greedy(400), stop_ids=()) for ids in prompts
         ]
         begin = time.perf_counter()
         self._handles = [self._engine.submit(request) for request in requests]

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -150,17 +151,67 @@ def memory() -> tuple[int, int | None]:
     return total, available
 
 
-def process_memory(key: str) -> int | None:
-    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of this process; None where there is no /proc.
+def process_memory(key: str, pid: int | None = None) -> int | None:
+    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of a process, by default this one; None without /proc or
+    once the process has ended.
 
     Not getrusage: its peak starts with the parent's, from before exec.
     """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split() for line in lines if line.startswith(f"{key}:")]
-    return int(found[0][1]) * 1024 if found else None
+    for line in _read(f"/proc/{pid or 'self'}/status").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def process_seconds(pid: int) -> float | None:
+    """CPU seconds, user and system, that a process has used; None without /proc or once it has ended."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(") ")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") if fields else None
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes: the most that was allocated on a CUDA ``device``, otherwise this process's peak resident memory
+    (libraries included)."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return process_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device | str = "cpu") -> None:
+    """Start ``peak_memory`` anew. For the CPU only Linux can."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def available_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that this process may still take: free memory of a CUDA ``device``, otherwise its share of the
+    RAM available to all processes that a launcher started on this machine (all RAM where that is unknown)."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    total, available = memory()
+    launched = (
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    )  # torchrun; DeepSpeed
+    return (total if available is None else available) // int(launched)
+
+
+def file_mapped(start: int, end: int) -> bool:
+    """Whether the addresses from ``start`` to ``end`` of this process lie in one mapping of a file."""
+    for line in _read("/proc/self/maps").splitlines():
+        fields = line.split(maxsplit=5)
+        low, high = (int(part, 16) for part in fields[0].split("-"))
+        if low <= start and end <= high:
+            return fields[4] != "0" and len(fields) == 6 and fields[5].startswith("/")
+    return False
 
 
 def last_level_cache() -> int:

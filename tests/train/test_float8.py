@@ -84,7 +84,7 @@ def test_what_a_gpu_must_have(tiny_shape: dict[str, int], monkeypatch: pytest.Mo
         check_float8(config(), shape, GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'xverse-lm\[fp8\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[fp8\]'"):
         check_float8(config(), shape, GPU)
     with pytest.raises(UserError, match="hidden_size 36 does not divide by 16"):
         check_float8(config(), dataclasses.replace(shape, hidden_size=36))

@@ -3,6 +3,7 @@ one, and the share of a step that scheduler and sampling take."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from xverse.bench.report import Row, at_least, at_most, count_threads, show, using_threads
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling, Speculation
+from xverse.engine import Engine, Request, SamplingParams, Speculation
+from xverse.engine.sampling_params import CHAT
 from xverse.formats import load_tokenizer, resolve
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
@@ -23,9 +25,8 @@ from xverse.tokenizer import Tokenizer
 QUOTING_TARGET, OTHER_TARGET = 2.5, 0.95  # × plain decoding
 OVERHEAD_TARGET = 0.10
 _PROMPT, _TARGET, _QUOTE = 480, 96, 24
-_GREEDY = Sampling(temperature=0)
-# What `xverse chat` takes by default.
-_CHAT = Sampling(temperature=0.5, top_k=30, top_p=0.85, repetition_penalty=1.1, seed=0)
+_GREEDY = SamplingParams(temperature=0)
+_CHAT = dataclasses.replace(CHAT, seed=0)
 
 
 class Forced:
@@ -181,7 +182,11 @@ def scheduler(
             inside = _timed(engine)
             for prompt in prompts:
                 engine.submit(
-                    Request(prompt_ids=prompt, max_new_tokens=steps * 4, sampling=sampling, stop_ids=())
+                    Request(
+                        prompt_ids=prompt,
+                        sampling=dataclasses.replace(sampling, max_new_tokens=steps * 4),
+                        stop_ids=(),
+                    )
                 )
             while engine.stats().running < batch:
                 engine.step()
@@ -221,13 +226,16 @@ def _timed(engine: Engine) -> list[float]:
 
 
 def _generate(
-    engine: Engine, prompt: list[int], new_tokens: int, sampling: Sampling, constraint: Forced | None = None
+    engine: Engine,
+    prompt: list[int],
+    new_tokens: int,
+    sampling: SamplingParams,
+    constraint: Forced | None = None,
 ) -> tuple[float, list[int]]:
     """Seconds from the first token to the last, and all of them."""
     request = Request(
         prompt_ids=prompt,
-        max_new_tokens=new_tokens,
-        sampling=sampling,
+        sampling=dataclasses.replace(sampling, max_new_tokens=new_tokens),
         stop_ids=(),
         constraint=constraint,
     )

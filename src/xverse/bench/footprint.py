@@ -46,7 +46,7 @@ open(sys.argv[1], "w").write(json.dumps({"code": code, "seconds": seconds, "peak
 PROMPT = """
 import json, sys, time
 import torch
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 from xverse.formats import load_model, load_tokenizer
 directory, kv, tokens, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(threads)
@@ -55,7 +55,7 @@ model = load_model(directory)
 loaded = time.perf_counter() - start
 engine = Engine(model, load_tokenizer(directory), kv_dtype=kv)
 ids = torch.randint(300, model.config.vocab_size, (tokens - 8,), generator=torch.Generator().manual_seed(0))
-request = Request(prompt_ids=ids.tolist(), max_new_tokens=8, sampling=Sampling(temperature=0.0), stop_ids=())
+request = Request(prompt_ids=ids.tolist(), sampling=SamplingParams.greedy(8), stop_ids=())
 start = time.perf_counter()
 events = list(engine.stream(request))
 assert len(events) == 8 and not any(event.error for event in events), events[-1]

@@ -26,7 +26,7 @@ from xverse.bench.report import (
     using_threads,
 )
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.cache import position_bytes
 from xverse.engine.load import FLOAT32_BELOW, ONE_THREAD_BELOW
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
@@ -216,9 +216,8 @@ def _round(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) ->
     ``positions`` is how many cached positions one timed step reads on average, over all requests.
     """
     longest = _positions(len(prompts[0]), new_tokens, len(prompts)) - len(prompts[0])
-    greedy = Sampling(temperature=0.0)
     requests = [
-        Request(prompt_ids=ids, max_new_tokens=longest, sampling=greedy, stop_ids=()) for ids in prompts
+        Request(prompt_ids=ids, sampling=SamplingParams.greedy(longest), stop_ids=()) for ids in prompts
     ]
     start = time.perf_counter()
     handles = [engine.submit(requests[0])]

@@ -12,7 +12,7 @@ import torch
 from xverse.bench.client import Stream, chat, completion, cpu_seconds, serving, together
 from xverse.bench.report import Row, at_least, at_most, show
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.load import ONE_THREAD_BELOW, load_engine
 from xverse.formats import load_tokenizer, read_config, resolve
 from xverse.log import notice
@@ -167,9 +167,8 @@ def _total(streams: list[Stream]) -> float:
 
 def _offline(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
     """Tokens per second that the engine decodes of these prompts together, without a server."""
-    greedy = Sampling(temperature=0)
     handles = {
-        engine.submit(Request(prompt_ids=ids, max_new_tokens=new_tokens, sampling=greedy, stop_ids=()))
+        engine.submit(Request(prompt_ids=ids, sampling=SamplingParams.greedy(new_tokens), stop_ids=()))
         for ids in prompts
     }
     while handles:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xverse import log
+from xverse import hardware, log
 from xverse.config import UserError, choose
 from xverse.data.benchmarks.custom import is_description
 from xverse.data.benchmarks.questions import Options, QuestionReader, Subject
@@ -153,7 +151,7 @@ def to_folder(
         "questions": answered,
         "seconds": round(seconds, 1),
         "questions_per_second": round(answered / seconds, 2) if answered else None,
-        "peak_memory_gb": round(_peak_memory() / 1e9, 2),
+        "peak_memory_gb": round(hardware.peak_memory() / 1e9, 2),
     }
     if answered and shard == (0, 1):
         store.write_json(out / "run.json", facts)
@@ -206,9 +204,3 @@ def described(plans: Sequence[Plan]) -> dict[str, Any]:
         },
         "skipped": {each.benchmark.name: list(each.skipped) for each in plans},
     }
-
-
-def _peak_memory() -> int:
-    """Bytes that this process has had resident at most."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from xverse import hardware
 from xverse.config import UserError
 from xverse.files import atomic_file
-from xverse.finetune import memory
 from xverse.finetune.card import write_card
 from xverse.finetune.encode import Data, Example, load_data, load_pairs, stream_data
 from xverse.finetune.launch import training_arguments
@@ -30,9 +30,9 @@ from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, widest
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.adapters import fingerprint, write_base
 from xverse.formats.weights import weight_files
-from xverse.hardware import keep_freed_memory, return_freed_memory
 from xverse.kernels.training import use_training_kernels
 from xverse.log import notice
+from xverse.plan import finetune_memory
 from xverse.train.plot import plot_loss
 
 STATE = "finetune.json"
@@ -73,13 +73,13 @@ def run_finetuning(settings: Settings) -> Path | None:
     predicted = _check_memory(source, settings, args, data, length) if settings.do_train else 0
 
     if args.device.type == "cpu":
-        return_freed_memory()
+        hardware.return_freed_memory()
     # Before the model that trains is there: the base as it is stored is a second one.
     adapted = first and settings.do_train and settings.finetuning_type == "lora"
     digest = fingerprint(load_model(source)) if adapted else ""
     model = _load(source, settings, args)
-    if args.device.type == "cpu" and memory.keeps_freed(settings, read_scheme(source) is not None):
-        keep_freed_memory()
+    if args.device.type == "cpu" and finetune_memory.keeps_freed(settings, read_scheme(source) is not None):
+        hardware.keep_freed_memory()
     if settings.use_liger_kernel or settings.enable_liger_kernel:
         from xverse.finetune.liger import use_liger
 
@@ -131,9 +131,10 @@ def run_finetuning(settings: Settings) -> Path | None:
         if first:
             with atomic_file(settings.output_dir / STATE) as path:
                 path.write_text(json.dumps(state, indent=1), encoding="utf-8")
-        memory.start_measuring()
+        hardware.reset_peak_memory(args.device)
         metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
-        metrics |= {"memory_predicted_gb": predicted / 1e9, "memory_peak_gb": memory.measured() / 1e9}
+        metrics["memory_predicted_gb"] = predicted / 1e9
+        metrics["memory_peak_gb"] = hardware.peak_memory(args.device) / 1e9
         if first:
             notice(
                 f"memory of a process: {metrics['memory_peak_gb']:.2f} GB at most, "
@@ -163,7 +164,7 @@ def _check_memory(source: Path, settings: Settings, args: TrainingArguments, dat
     stored = None
     if read_scheme(source) is not None:
         stored = sum(file.stat().st_size for file in weight_files(source))
-    work = memory.Load(
+    work = finetune_memory.Load(
         tokens=tokens,
         kept=kept,
         processes=args.world_size,
@@ -171,7 +172,7 @@ def _check_memory(source: Path, settings: Settings, args: TrainingArguments, dat
         sharded=args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true",
         stored_bytes=stored,
     )
-    needed, said = memory.check(shape, settings, work)
+    needed, said = finetune_memory.check(shape, settings, work)
     if args.process_index == 0:
         notice(said)
     return needed

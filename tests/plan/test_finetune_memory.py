@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from xverse import hardware
 from xverse.cli import main
-from xverse.finetune import memory
-from xverse.finetune.memory import Load, predict
 from xverse.finetune.settings import read_settings
 from xverse.formats import save_hf
 from xverse.model import named_shape
 from xverse.model.transformer import XverseForCausalLM, init_weights
+from xverse.plan.finetune_memory import Load, predict
 
 SHAPE = dataclasses.replace(named_shape("nano"), vocab_size=30_000)  # 20 million parameters
 
@@ -49,7 +49,7 @@ def words(large: Path, out: Path, **flags: str) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
-@pytest.mark.skipif(not memory.CLEAR.exists(), reason="the peak is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
 @pytest.mark.parametrize(
     "flags",
     [
@@ -78,7 +78,7 @@ def test_the_prediction_is_within_15_percent(large, tmp_path, flags) -> None:
 
 
 def test_what_will_not_fit_is_refused_with_what_would(large, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(memory, "_available", lambda: (2 * 10**8, "memory"))
+    monkeypatch.setattr(hardware, "available_memory", lambda device: 2 * 10**8)
     assert main(["finetune", *words(large, tmp_path / "out", finetuning_type="full")]) == 2
     error = " ".join(capsys.readouterr().err.split())
     said = re.search(r"needs 0\.\d GB of memory, and 0\.2 GB are free; what would fit: (.*)", error)

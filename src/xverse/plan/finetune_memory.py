@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from xverse import hardware
 from xverse.config import UserError
-from xverse.finetune.settings import Settings
 from xverse.model import XverseConfig
-from xverse.train.report import measured_memory
+
+if TYPE_CHECKING:
+    from xverse.finetune.settings import Settings
 
 GROUP = 128  # of weights that are quantised as they are loaded
 CHUNK = 3 * 32 * 2**20  # logits of the chunked loss, their gradient and one copy
 DENSE = 512  # rows up to this length whose documents attend through whole score matrices (model/attention.py)
 GROWTH = 40 * 2**20  # of the program on a CPU once it trains: libraries that load late, buffers of matmuls
-CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ def _activations(
     if settings.finetuning_type == "lora" and size == 2 and not quantised:
         each += size * 5 * d
     scores = 0
-    if size == 2 and tokens <= DENSE and not torch.cuda.is_available():
+    if size == 2 and tokens <= DENSE and hardware.compute_device().type == "cpu":
         scores = 2 * size * shape.num_attention_heads * tokens**2
     if settings.gradient_checkpointing:
         return layers * tokens * size * d, 2 * (tokens * each + scores)
@@ -171,8 +167,9 @@ def check(shape: XverseConfig, settings: Settings, load: Load) -> tuple[int, str
     """
     parts = predict(shape, settings, load)
     needed = sum(parts.values())
-    there, place = _available()
-    before = 0 if torch.cuda.is_available() else _resident() + GROWTH
+    device = hardware.compute_device().type
+    there = hardware.available_memory(device)
+    before = 0 if device == "cuda" else (hardware.process_memory("VmRSS") or 0) + GROWTH
     said = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     line = f"memory of a process, predicted: {(needed + before) / 1e9:.2f} GB ({said}"
     line += f", the program {before / 1e9:.2f})" if before else ")"
@@ -183,7 +180,8 @@ def check(shape: XverseConfig, settings: Settings, load: Load) -> tuple[int, str
             if sum(predict(shape, changed, narrowed).values()) <= there
         ]
         way = "what would fit: " + "; or ".join(fitting[:3]) if fitting else "no setting here makes it fit"
-        raise UserError(f"needs {needed / 1e9:.1f} GB of {place}, and {there / 1e9:.1f} GB are free; {way}")
+        kind = "GPU memory" if device == "cuda" else "memory"
+        raise UserError(f"needs {needed / 1e9:.1f} GB of {kind}, and {there / 1e9:.1f} GB are free; {way}")
     return needed + before, line
 
 
@@ -211,31 +209,3 @@ def _smaller(settings: Settings, load: Load) -> list[tuple[str, Settings, Load]]
     if not settings.quantization_bit and not load.stored_bytes:
         change("quantization_bit 4", load, quantization_bit=4)
     return found
-
-
-def _available() -> tuple[int, str]:
-    """Bytes that one process may take, and of what."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0], "GPU memory"
-    total, free = hardware.memory()
-    beside = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # torchrun; DeepSpeed
-    return (free or total) // int(beside), "memory"
-
-
-def _resident() -> int:
-    return hardware.process_memory("VmRSS") or 0
-
-
-def start_measuring() -> None:
-    """Forget the peak so far, where the system can."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        CLEAR.write_text("5")
-
-
-def measured() -> int:
-    """The most that this process has held since ``start_measuring``, in bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return hardware.process_memory("VmHWM") or measured_memory()[1]

@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from xverse.serve.words import LANGUAGES, Words
+from xverse.serve.page_texts import LANGUAGES, Texts
 
 MOST_CONVERSATIONS = 50  # browsers keep about 5 MB for a page
 Messages = list[dict[str, str]]
@@ -85,9 +85,9 @@ def listed(saved: dict[str, Any], language: str) -> Any:
     return gr.update(choices=choices, value=saved["at"])
 
 
-def _title(messages: Messages, words: Words) -> str:
+def _title(messages: Messages, texts: Texts) -> str:
     text = " ".join(messages[0]["content"].split()) if messages else ""
-    return (text[:24] + "…" if len(text) > 24 else text) or words.untitled
+    return (text[:24] + "…" if len(text) > 24 else text) or texts.untitled
 
 
 def plain(history: Sequence[Any]) -> Messages:

@@ -1,4 +1,4 @@
-"""What the web page says, in Chinese and English."""
+"""The web page's texts, in Chinese and English. Sampling parameters bring their own."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
-    """``examples``: pairs of a skill and a prompt for it."""
+class Texts:
+    """``examples``: pairs of a skill and a prompt that shows it."""
 
     chat: str
     generation: str
@@ -21,12 +21,6 @@ class Words:
     greeting: str
     system: str
     sampling: str
-    temperature: str
-    temperature_info: str
-    top_p: str
-    top_k: str
-    repetition_penalty: str
-    max_tokens: str
     prompt: str
     prompt_hint: str
     go_on: str
@@ -38,7 +32,7 @@ class Words:
     examples: tuple[tuple[str, str], ...]
 
 
-ENGLISH = Words(
+ENGLISH = Texts(
     chat="Chat",
     generation="Text generation",
     new="New conversation",
@@ -51,12 +45,6 @@ ENGLISH = Words(
     greeting="Ask something, or begin with an example",
     system="System prompt",
     sampling="Settings",
-    temperature="Temperature",
-    temperature_info="0: always the likeliest token",
-    top_p="Top p",
-    top_k="Top k (0: off)",
-    repetition_penalty="Repetition penalty (1: off)",
-    max_tokens="Longest reply, in tokens",
     prompt="Text",
     prompt_hint="The model continues what stands here.",
     go_on="Continue",
@@ -81,7 +69,7 @@ ENGLISH = Words(
     ),
 )
 
-CHINESE = Words(
+CHINESE = Texts(
     chat="对话",
     generation="文本续写",
     new="新对话",
@@ -94,12 +82,6 @@ CHINESE = Words(
     greeting="问点什么，或者从一个例子开始",
     system="系统提示",
     sampling="设置",
-    temperature="温度",
-    temperature_info="0：总是取最可能的词",
-    top_p="Top p",
-    top_k="Top k（0：不限）",
-    repetition_penalty="重复惩罚（1：不用）",
-    max_tokens="回复的最大词元数",
     prompt="文本",
     prompt_hint="模型会接着这里的文字往下写。",
     go_on="续写",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from xverse.chat.conversation import load_conversation, save_conversation
+from xverse.chat.saved import load_conversation, save_conversation
 from xverse.config import UserError
 
 MESSAGES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import queue
 import threading
@@ -17,19 +18,22 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from xverse.config import UserError
+from xverse.engine.sampling_params import CHAT, NEUTRAL, PARAMS
 from xverse.tokenizer import ChatPrompt, Tokenizer, encode_chat
 
-MAX_NEW_TOKENS = 2048
-# Upstream's for its chat models; they hold where neither the caller nor the model's directory says anything.
+# Used if neither the caller nor the model's directory sets any parameter.
 DEFAULTS = {
     "do_sample": True,
-    "temperature": 0.5,
-    "top_k": 30,
-    "top_p": 0.85,
-    "repetition_penalty": 1.1,
-    "max_new_tokens": MAX_NEW_TOKENS,
+    **{
+        PARAMS[name].stored: value
+        for name, value in dataclasses.asdict(CHAT).items()
+        if value != getattr(NEUTRAL, name) or name == "max_new_tokens"
+    },
 }
-_DECISIVE = (*DEFAULTS, "max_length", "num_beams", "min_p", "typical_p", "penalty_alpha")
+_DECISIVE = (
+    *("do_sample", "max_length", "num_beams", "typical_p", "penalty_alpha"),
+    *(param.stored for param in PARAMS.values()),
+)
 
 _wrapped: WeakKeyDictionary[Any, tuple[int, Tokenizer]] = WeakKeyDictionary()
 
@@ -47,7 +51,7 @@ def chat(
     prompt = encode_chat(
         words,
         messages,
-        max_new_tokens=settings.max_new_tokens or MAX_NEW_TOKENS,
+        max_new_tokens=settings.max_new_tokens or CHAT.max_new_tokens,
         max_positions=model.config.to_model_config().context_length,
         truncation=model.config.max_tokenizer_truncation,
     )
@@ -90,10 +94,12 @@ def own_tokenizer(tokenizer: Any) -> Tokenizer:
 def _settings(model: Any, given: GenerationConfig | None) -> GenerationConfig:
     settings = copy.deepcopy(model.generation_config if given is None else given)
     untouched = GenerationConfig()
-    if given is None and all(getattr(settings, key) == getattr(untouched, key) for key in _DECISIVE):
+    if given is None and all(
+        getattr(settings, key, None) == getattr(untouched, key, None) for key in _DECISIVE
+    ):
         settings.update(**DEFAULTS)
     if settings.max_new_tokens is None and settings.max_length == untouched.max_length:
-        settings.max_new_tokens = MAX_NEW_TOKENS
+        settings.max_new_tokens = CHAT.max_new_tokens
     settings.return_dict_in_generate = False
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(settings, key) is None:
