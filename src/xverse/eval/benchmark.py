@@ -1,4 +1,4 @@
-"""What a multiple-choice benchmark is: its questions, how a prompt is written, how its score is averaged."""
+"""What a multiple-choice benchmark is: its questions, its prompts, and how its score is averaged."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from xverse.data.benchmarks.questions import Options, Question, QuestionReader, 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A prompt is the ``header``, every shot's ``item``, ``answer`` and ``between``, the question's ``item``.
+    """A prompt is the ``header``, then ``item``, ``answer`` and ``between`` of each shot, and the question's
+    ``item``.
 
-    ``answer`` makes of a letter what follows an item: " A" and "A" are different tokens, and points apart.
-    ``average``: micro counts questions, macro is the mean over subjects. ``load`` reads a folder's subjects.
-    ``shots_rule`` says which questions are the shots, and ``method`` the rest that one has to know to compare
-    scores; the report prints both.
+    ``answer`` maps a letter to the text that follows an item: " A" and "A" are different tokens, and scores
+    differ by points. ``average``: micro averages questions, macro subjects. ``load`` reads the subjects of a
+    folder. The report prints ``shots_rule``, which questions are the shots, and ``method``, what else affects
+    the scores.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Benchmark:
     notes: tuple[str, ...] = field(default=())
 
     def shots(self, subject: Subject, count: int) -> str:
-        """What all questions of a subject begin with: the header and the first ``count`` shots."""
+        """The common beginning of a subject's prompts: the header and the first ``count`` shots."""
         parts = [self.header(subject)]
         for shot in subject.shots[:count]:
             assert shot.answer is not None
@@ -46,7 +47,7 @@ class Benchmark:
         return "".join(parts)
 
     def prompt(self, subject: Subject, question: Question, count: int) -> str:
-        """What the model reads; its answer is the likeliest of ``answer`` for each letter."""
+        """The prompt of a question; the model's answer is the letter whose ``answer`` is likeliest."""
         return self.shots(subject, count) + self.item(question)
 
 
