@@ -188,5 +188,5 @@ def test_refused_files(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="invalid JSON"):
+    with pytest.raises(UserError, match="invalid UTF-8"):
         Tokenizer.load(path)

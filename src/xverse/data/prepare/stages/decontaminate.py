@@ -1,11 +1,11 @@
-"""Decontamination: documents that hold a benchmark's question are found by its 13-grams.
+"""Decontamination: finds documents that contain a benchmark's question, by its 13-grams.
 
-As for GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C) words are compared without case and
-punctuation; Chinese, Japanese and Thai by characters. A document holds a question where it has at least
-``overlap`` of the question's distinct 13-grams: one shared phrase, such as a law's title, is no
-contamination. A question shorter than 13 words counts whole. One that is too short to be told from ordinary
-text, or that several items share ("which of these is true?"), is looked for together with its options. One
-that is too short even so ("Simplify $\\sqrt{720}$.") counts where it is a whole line or sentence.
+As for GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C), words are compared without case and
+punctuation; Chinese, Japanese and Thai by characters. A document contains a question if it has at least
+``overlap`` of the question's distinct 13-grams; one shared phrase, such as the title of a law, is not
+contamination. A question shorter than 13 words must match as a whole. A question too short to be distinctive,
+or shared by several items ("which of these is true?"), is searched for together with its options. One that is
+still too short ("Simplify $\\sqrt{720}$.") must be a whole line or sentence.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from xverse.data.benchmarks.questions import LETTERS, RawQuestion
 from xverse.data.prepare.ngrams import UNSPACED, hash_words, ngrams, split_words
 from xverse.files import atomic_file
 
-# Characters where words have no spaces, and numbers where there is nothing else, are half a word each.
-MIN_WORDS = 5.0  # of a text that is looked for anywhere
-MIN_LINE = 2.5  # of one that has to be a whole line or sentence
+# A character in scripts without spaces, or a number in a text of numbers only, counts as half a word.
+MIN_WORDS = 5.0  # of a text that may occur anywhere
+MIN_LINE = 2.5  # of a text that must be a whole line or sentence
 _BREAKS = re.compile(r"[\r\n]+|(?<=[.!?:])[^\w\s]*\s+|(?<=[。！？：])")
 
 
@@ -45,7 +45,9 @@ class DecontaminateStage:
 
     def __post_init__(self) -> None:
         if self.ngram < MIN_WORDS or not 0 < self.overlap <= 1:
-            raise ValueError(f"decontaminate: ngram is at least {MIN_WORDS:g}, overlap above 0 and at most 1")
+            raise ValueError(
+                f"decontaminate: ngram must be at least {MIN_WORDS:g}, overlap above 0 and at most 1"
+            )
 
     def questions(self) -> Iterator[tuple[str, RawQuestion]]:
         """Every question, with its benchmark's name. Raises UserError for a benchmark that is missing."""
@@ -72,11 +74,12 @@ class DecontaminateStage:
 
 @dataclass
 class Index:
-    """The n-grams of all questions: for each length sorted ``grams`` uint64 and whose they are, int32.
+    """The n-grams of all questions: for each length sorted ``grams``, uint64, and the texts they belong to,
+    int32.
 
-    ``texts``: (benchmark, item) of each text; ``totals`` int32 [texts]: its distinct n-grams; ``lines``:
-    those that have to be a whole line or sentence; ``items``: how many items of each benchmark there are;
-    ``too_short``: those that cannot be looked for.
+    ``texts``: (benchmark, question) of each text; ``totals`` int32 [texts]: its number of distinct n-grams;
+    ``lines``: texts that must be a whole line or sentence; ``items``: number of questions of each benchmark;
+    ``too_short``: questions that cannot be searched for.
     """
 
     overlap: float
@@ -88,17 +91,17 @@ class Index:
     items: dict[str, int] = field(default_factory=dict)
     too_short: dict[str, list[str]] = field(default_factory=dict)
 
-    def find(self, text: str, numbers: NDArray[np.uint64] | None = None) -> set[tuple[str, str]]:
-        """The (benchmark, item) that a document holds; ``numbers``: its words, uint64 [words], if known."""
-        numbers = hash_words(text) if numbers is None else numbers
+    def find(self, text: str, hashes: NDArray[np.uint64] | None = None) -> set[tuple[str, str]]:
+        """The (benchmark, question) in a document; ``hashes``: its hashed words, uint64 [words], if known."""
+        hashes = hash_words(text) if hashes is None else hashes
         counts: Counter[int] = Counter()
         for n, table in self.grams.items():
-            found = ngrams(numbers, n)
-            if len(found) == 0:
+            grams = ngrams(hashes, n)
+            if len(grams) == 0:
                 continue
-            places = np.searchsorted(table, found)
+            places = np.searchsorted(table, grams)
             places[places == len(table)] = 0
-            hits = np.unique(found[table[places] == found])
+            hits = np.unique(grams[table[places] == grams])
             for start, stop in zip(
                 np.searchsorted(table, hits, "left"), np.searchsorted(table, hits, "right"), strict=True
             ):
@@ -109,18 +112,19 @@ class Index:
         return {self.texts[i] for i in held}
 
     def _as_lines(self, text: str) -> set[int]:
-        """The texts that are whole lines or sentences of a document."""
-        found: set[int] = set()
+        """The texts that are a whole line or sentence of a document."""
+        matches: set[int] = set()
         for line in _BREAKS.split(text):
-            numbers = hash_words(line)
-            table = self.grams.get(len(numbers))
+            hashes = hash_words(line)
+            table = self.grams.get(len(hashes))
             if table is not None:
-                whole = ngrams(numbers, len(numbers))[0]
+                whole = ngrams(hashes, len(hashes))[0]
                 start, stop = np.searchsorted(table, whole, "left"), np.searchsorted(table, whole, "right")
-                found.update(self.owners[len(numbers)][start:stop].tolist())
-        return found
+                matches.update(self.owners[len(hashes)][start:stop].tolist())
+        return matches
 
     def save(self, path: Path) -> None:
+        """Write the index atomically, as .npz."""
         arrays: dict[str, Any] = {f"grams{n}": table for n, table in self.grams.items()}
         arrays |= {f"owners{n}": table for n, table in self.owners.items()}
         rest = {key: value for key, value in asdict(self).items() if key not in ("grams", "owners", "totals")}
@@ -192,11 +196,12 @@ def _searched(question: RawQuestion, single: bool) -> list[str]:
 
 
 def _length(text: str) -> float:
-    """Words; characters of scripts without spaces, and numbers where nothing else stands, for half a one."""
-    found = split_words(text)
-    if all(word.isnumeric() for word in found):
-        return len(found) / 2
-    return len(found) - sum(len(word) == 1 and _is_unspaced(word) for word in found) / 2
+    """The number of words, with characters of scripts without spaces, and numbers in a text of numbers, as
+    half."""
+    words = split_words(text)
+    if all(word.isnumeric() for word in words):
+        return len(words) / 2
+    return len(words) - sum(len(word) == 1 and _is_unspaced(word) for word in words) / 2
 
 
 def _is_unspaced(character: str) -> bool:
