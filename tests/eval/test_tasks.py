@@ -213,12 +213,12 @@ def test_a_benchmark_of_ones_own(quiz: Path, random_model: Path, capsys: Any) ->
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (("shots: dev", "shots: train"), "shots 'train' is none of files"),
+        (("shots: dev", "shots: train"), "shots 'train' is not one of files"),
         (("split: test", "spilt: test"), "spilt"),
         (("name: quiz", "name: ../quiz"), "other characters"),
         (("test/*.jsonl", "test/*.xml"), "neither .csv nor .jsonl"),
         (("test/*.jsonl", "nowhere/*.jsonl"), "no such file"),
-        (("options: [choices]", "options: [answers]"), "fewer than two options"),
+        (("options: [choices]", "options: [answers]"), "expected two or more options"),
     ],
 )
 def test_wrong_descriptions(quiz: Path, change: tuple[str, str], part: str) -> None:
