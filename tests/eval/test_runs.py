@@ -158,7 +158,7 @@ def test_malformed_rows(random_model: Path, benchmarks: Path, tmp_path: Path, ca
     ("more", "part"),
     [
         (["--tasks", "mmul"], "mmlu"),
-        (["--tasks", ","], "names no task"),
+        (["--tasks", ","], "at least one task"),
         (["--tasks", "mmlu", "--split", "dev2"], "test, val"),
         (["--tasks", "agieval"], "`xverse eval fetch agieval`"),
         (["--tasks", "gaokao-bench"], "`xverse eval fetch gaokao-bench`"),
