@@ -139,7 +139,7 @@ def test_train_sides_do_the_same_work() -> None:
 
 def test_train_flops() -> None:
     """mini at 512: 6 · (38,281,728 − 12,288 · 512) + 12 · 8 · 512 · 512."""
-    assert train.flops_per_token(named_shape("mini"), 512) == {
+    assert named_shape("mini").flops_per_token(512) == {
         "full": 191_941_632 + 25_165_824,
         "causal": 191_941_632 + 12_582_912,
     }

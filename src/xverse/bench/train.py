@@ -42,7 +42,6 @@ from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights, 
 from xverse.train.blocks import prepare_blocks
 from xverse.train.loop import TrainConfig, train_step
 from xverse.train.optimizer import make_adamw
-from xverse.train.report import flops_per_token
 
 # At shape mini: of the Trainer's tokens/s, of the measured matmul rate, of the Trainer's peak memory.
 TARGETS: dict[int, dict[str, float]] = {
@@ -125,7 +124,7 @@ def measure(
             notice(f"{title}: pair {number + 1} of {steps // block}")
     tokens = batch_size * sequence_length
     ratios = [theirs / ours for ours, theirs in zip(seconds["xverse"], seconds["transformers"], strict=True)]
-    flops = flops_per_token(config, sequence_length)
+    flops = config.flops_per_token(sequence_length)
     peak = statistics.median(matmul)
     result: dict[str, Any] = {
         "bench": "train",

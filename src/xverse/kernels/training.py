@@ -23,7 +23,6 @@ from xverse.model.transformer import MLP, Attention, DecoderLayer, RMSNorm, Xver
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NORM_ROWS = 64  # xv_train_norm_grad sums the weight's gradient apart for so many rows
-_LOGIT_BYTES = 128 * 2**20  # of one chunk of the loss
 _SCORE_BYTES = 16 * 2**20  # of one block of attention scores: small enough for a last-level cache
 
 
@@ -384,7 +383,7 @@ def use_training_kernels(model: nn.Module) -> None:
 
 def loss_kernels(hidden: Tensor) -> LossKernels | None:
     """For ``linear_cross_entropy``, where they fit."""
-    return LossKernels(_softmax_gradient, _accumulate, _LOGIT_BYTES) if kernels_fit(hidden) else None
+    return LossKernels(_softmax_gradient, _accumulate) if kernels_fit(hidden) else None
 
 
 def _softmax_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:

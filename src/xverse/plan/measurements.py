@@ -78,7 +78,7 @@ class Measurements:
         if row.tokens is not None:
             return row.tokens
         if row.model_tflops is not None:
-            return row.model_tflops * 1e12 / arch.flops_per_token(row.length)
+            return row.model_tflops * 1e12 / arch.flops_per_token(row.length)["full"]
         assert row.hardware_tflops is not None
         layers, hidden, length = arch.layers, arch.hidden_size, row.length
         terms = 1 + length / (6 * hidden) + arch.vocab_size / (16 * layers * hidden)
@@ -166,7 +166,7 @@ def _tables() -> str:
             measured, inside = known.measured(row), known.predicted(row, constants)
             again = "/".join(f"{share:g}" for share in row.recompute)
             lines.append(
-                f"| {source} | {row.model} | {row.layout.gpus} {row.device} | {row.length:,} | "
+                f"| {source} | {row.model} | {row.layout.processes} {row.device} | {row.length:,} | "
                 f"{str(row.layout).rpartition(', checkpointing')[0]}, {row.passes}, again {again} | "
                 f"{measured:,.0f} | {known.predicted(row, others):,.0f} | {100 * error:+.1f} % | "
                 f"{inside:,.0f} | {100 * (inside / measured - 1):+.1f} % |"
