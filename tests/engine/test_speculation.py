@@ -11,17 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling, Speculation
+from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.proposers import _Ngrams
 from xverse.engine.speculation import guesses
 from xverse.model.transformer import XverseForCausalLM, init_weights
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 NEVER = (10**6,)
 
 
-def ask(engine: Engine, prompt: list[int], new_tokens: int, sampling: Sampling) -> list[int | None]:
-    request = Request(prompt_ids=prompt, max_new_tokens=new_tokens, sampling=sampling, stop_ids=NEVER)
+def ask(engine: Engine, prompt: list[int], new_tokens: int, sampling: SamplingParams) -> list[int | None]:
+    request = Request(
+        prompt_ids=prompt,
+        sampling=dataclasses.replace(sampling, max_new_tokens=new_tokens),
+        stop_ids=NEVER,
+    )
     return [event.token_id for event in engine.stream(request)]
 
 
@@ -89,7 +93,7 @@ def test_lookup_gives_the_same_tokens_in_fewer_steps(model: Any, tiny_tokenizer:
     wanted = naive(model, prompt, 60)
     engine = Engine(model, tiny_tokenizer, speculation=Speculation())
     handle = engine.submit(
-        Request(prompt_ids=prompt, max_new_tokens=60, sampling=GREEDY, stop_ids=NEVER, logprobs=0)
+        Request(prompt_ids=prompt, sampling=SamplingParams.greedy(60), stop_ids=NEVER, logprobs=0)
     )
     steps, got = 0, []
     while engine.busy:
@@ -102,7 +106,7 @@ def test_lookup_gives_the_same_tokens_in_fewer_steps(model: Any, tiny_tokenizer:
     assert steps == 60 - stats.accepted_tokens
     plain = list(
         Engine(model, tiny_tokenizer).stream(
-            Request(prompt_ids=prompt, max_new_tokens=60, sampling=GREEDY, stop_ids=NEVER, logprobs=0)
+            Request(prompt_ids=prompt, sampling=SamplingParams.greedy(60), stop_ids=NEVER, logprobs=0)
         )
     )
     for one, other in zip(got, plain, strict=True):
@@ -116,7 +120,7 @@ def test_a_draft_gives_the_same_tokens(model: Any, close_draft: Any, tiny_tokeni
     engine = guessing(model, tiny_tokenizer, speculation, prefill_chunk=9)
     prompts = [[5, 6, 7], [(3 * n) % 100 + 4 for n in range(50)]]
     handles = [
-        engine.submit(Request(prompt_ids=prompt, max_new_tokens=50, sampling=GREEDY, stop_ids=NEVER))
+        engine.submit(Request(prompt_ids=prompt, sampling=SamplingParams.greedy(50), stop_ids=NEVER))
         for prompt in prompts
     ]
     got: dict[int, list[int | None]] = {handle: [] for handle in handles}
@@ -141,7 +145,7 @@ def test_seeded_draws_are_the_same(model: Any, close_draft: Any, tiny_tokenizer:
     """A guess is verified by the very draw that would have been made without it."""
     kinds = [None, Speculation(), Speculation(draft=close_draft, draft_tokenizer=tiny_tokenizer)]
     for seed in range(3):
-        sampling = Sampling(seed=seed, temperature=0.6, top_k=20, repetition_penalty=1.05)
+        sampling = SamplingParams(seed=seed, temperature=0.6, top_k=20, repetition_penalty=1.05)
         found = [ask(guessing(model, tiny_tokenizer, kind), [20, 30] * 10, 40, sampling) for kind in kinds]
         assert found[0] == found[1] == found[2]
 
@@ -161,8 +165,7 @@ def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, ti
         requests = [
             Request(
                 prompt_ids=[20, 30, 40],
-                max_new_tokens=3,
-                sampling=Sampling(seed=1000 * (kind is None) + number, top_k=3),
+                sampling=SamplingParams(max_new_tokens=3, seed=1000 * (kind is None) + number, top_k=3),
                 stop_ids=NEVER,
             )
             for number in range(1000)

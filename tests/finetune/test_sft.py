@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from xverse.cli import main
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 from xverse.formats import load_model, load_tokenizer, read_generation_config, save_hf
 from xverse.tokenizer import encode_chat
 from xverse.train.plot import read_metrics
@@ -60,9 +60,7 @@ def test_it_learns_the_answers_and_writes_a_model(recipe: Path, tmp_path: Path, 
     engine = Engine(load_model(target), tokenizer)
     for ask, answer in ANSWERS.items():
         prompt = encode_chat(tokenizer, [{"role": "user", "content": ask}], max_new_tokens=20)
-        request = Request(
-            prompt_ids=prompt.ids, max_new_tokens=20, sampling=Sampling(temperature=0.0), stop_ids=(3,)
-        )
+        request = Request(prompt_ids=prompt.ids, sampling=SamplingParams.greedy(20), stop_ids=(3,))
         assert "".join(event.text for event in engine.stream(request)) == answer
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     held_out = next(record["valid"] for record in records if "valid" in record)

@@ -114,7 +114,7 @@ def test_settings_come_from_the_caller_the_model_or_upstream(
 ) -> None:
     from transformers import GenerationConfig
 
-    from xverse.hf import chat
+    from xverse.hf import model_chat
 
     seen: list[Any] = []
 
@@ -129,7 +129,7 @@ def test_settings_come_from_the_caller_the_model_or_upstream(
     assert (seen[-1].do_sample, seen[-1].max_new_tokens, seen[-1].eos_token_id) == (False, 2048, 3)
     hf_model.generation_config = GenerationConfig(pad_token_id=1, eos_token_id=3)
     hf_model.chat(hf_tokenizer, MESSAGES)
-    assert {key: getattr(seen[-1], key) for key in chat.DEFAULTS} == chat.DEFAULTS
+    assert {key: getattr(seen[-1], key) for key in model_chat.DEFAULTS} == model_chat.DEFAULTS
     assert hf_model.generation_config.do_sample is None  # the model's own is not touched
 
 

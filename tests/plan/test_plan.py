@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.studies.plan import fit, leave_one_out, read_measurements
 from xverse.cli import main
 from xverse.model.config import SHAPES, named_shape
 from xverse.plan.cost import FITTED, Constants, predict
 from xverse.plan.devices import DEVICES
 from xverse.plan.layout import Architecture, Layout, problem
-from xverse.plan.measurements import fit, leave_one_out, read_measurements
 from xverse.plan.memory import memory
 from xverse.plan.report import settings
 from xverse.plan.search import ROOM, search, task_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xverse.cli import verb_parser
-from xverse.engine import Request, Sampling
+from xverse.engine import Request, SamplingParams
 from xverse.engine.load import load_engine
 from xverse.formats import load_model, save_hf
 from xverse.model.transformer import XverseForCausalLM, init_weights
@@ -44,7 +44,7 @@ def test_it_answers_with_the_adapter(adapted, quantize) -> None:
     kind = ["--quantize", quantize] if quantize else []
     args = verb_parser("serve").parse_args(["--model", base, "--adapter", adapter, "--name", "own", *kind])
     ids = [5, 300, 301, 302]
-    request = Request(prompt_ids=ids, max_new_tokens=8, sampling=Sampling(temperature=0.0), stop_ids=(3,))
+    request = Request(prompt_ids=ids, sampling=SamplingParams.greedy(8), stop_ids=(3,))
     expected, without = (
         "".join(
             event.text for event in load_engine(base, quantize=quantize, adapter=a).engine.stream(request)

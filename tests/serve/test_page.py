@@ -192,7 +192,7 @@ def test_text_generation(launch: Any, visit: Any) -> None:
     visitor.picture("generation")
     page = visitor.page
     page.get_by_text("Settings").last.click()
-    number = page.get_by_label("number input for Longest reply, in tokens").last
+    number = page.get_by_label("number input for Maximum tokens").last
     number.fill("6000")
     number.press("Tab")
     page.locator("#go-on").click()
@@ -218,7 +218,7 @@ def test_a_long_conversation_loses_its_beginning(launch: Any, visit: Any) -> Non
         visitor.until_answered(count)
     sync_api.expect(visitor.page.get_by_text("oldest messages are no longer seen").first).to_be_visible()
     visitor.say("word " * 9000)
-    sync_api.expect(visitor.page.get_by_text("do not fit into the context").first).to_be_visible()
+    sync_api.expect(visitor.page.get_by_text("exceed the context").first).to_be_visible()
     assert not visitor.errors
 
 

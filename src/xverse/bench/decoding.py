@@ -3,6 +3,7 @@ one, and the share of a step that scheduler and sampling take."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from xverse.bench.report import Row, at_least, at_most, count_threads, show, using_threads
+from xverse.bench.weights import weights_kind
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling, Speculation
+from xverse.engine import Engine, Request, SamplingParams, Speculation
+from xverse.engine.sampling_params import CHAT
 from xverse.formats import load_tokenizer, resolve
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
@@ -23,9 +26,8 @@ from xverse.tokenizer import Tokenizer
 QUOTING_TARGET, OTHER_TARGET = 2.5, 0.95  # × plain decoding
 OVERHEAD_TARGET = 0.10
 _PROMPT, _TARGET, _QUOTE = 480, 96, 24
-_GREEDY = Sampling(temperature=0)
-# What `xverse chat` takes by default.
-_CHAT = Sampling(temperature=0.5, top_k=30, top_p=0.85, repetition_penalty=1.1, seed=0)
+_GREEDY = SamplingParams(temperature=0)
+_CHAT = dataclasses.replace(CHAT, seed=0)
 
 
 class Forced:
@@ -62,8 +64,6 @@ def speculation(
     model: XverseForCausalLM, tokenizer: Tokenizer, name: str, *, threads: int, rounds: int = 3
 ) -> dict[str, Any]:
     """Decoding speed with prompt lookup against plain decoding, the replies forced token by token."""
-    from xverse.bench.infer import weights_kind
-
     prompt, replies = texts(tokenizer.vocab_size)
     size = len(prompt) + _TARGET + 64
     lengths = f"{len(prompt)} + {_TARGET} tokens"
@@ -181,7 +181,11 @@ def scheduler(
             inside = _timed(engine)
             for prompt in prompts:
                 engine.submit(
-                    Request(prompt_ids=prompt, max_new_tokens=steps * 4, sampling=sampling, stop_ids=())
+                    Request(
+                        prompt_ids=prompt,
+                        sampling=dataclasses.replace(sampling, max_new_tokens=steps * 4),
+                        stop_ids=(),
+                    )
                 )
             while engine.stats().running < batch:
                 engine.step()
@@ -221,13 +225,16 @@ def _timed(engine: Engine) -> list[float]:
 
 
 def _generate(
-    engine: Engine, prompt: list[int], new_tokens: int, sampling: Sampling, constraint: Forced | None = None
+    engine: Engine,
+    prompt: list[int],
+    new_tokens: int,
+    sampling: SamplingParams,
+    constraint: Forced | None = None,
 ) -> tuple[float, list[int]]:
     """Seconds from the first token to the last, and all of them."""
     request = Request(
         prompt_ids=prompt,
-        max_new_tokens=new_tokens,
-        sampling=sampling,
+        sampling=dataclasses.replace(sampling, max_new_tokens=new_tokens),
         stop_ids=(),
         constraint=constraint,
     )

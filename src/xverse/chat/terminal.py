@@ -7,15 +7,13 @@ replies and nothing else. Either way notices go to stderr.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Generator
 from typing import TextIO
 
-import yaml
-
-from xverse.chat.conversation import load_conversation, save_conversation
+from xverse.chat.saved import load_conversation, save_conversation
 from xverse.chat.session import Session
-from xverse.config import UserError, nearest
+from xverse.config import UserError, key_value, nearest
+from xverse.engine.sampling_params import PARAMS
 from xverse.log import notice
 
 COMMANDS = {
@@ -103,18 +101,16 @@ class Terminal:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)} (/help lists the commands)")
 
     def _params(self, rest: str) -> None:
-        values = {}
-        for item in rest.split():
-            key, equals, text = item.partition("=")
-            if not equals:
-                raise UserError(f"/params: '{item}' is not written NAME=VALUE")
-            try:
-                values[key] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                values[key] = text
-        self.session.parameters = self.session.parameters.changed(values, "/params")
-        shown = dataclasses.asdict(self.session.parameters)
-        notice("\n".join(f"{key} = {'random' if value is None else value}" for key, value in shown.items()))
+        values = dict(key_value(item) for item in rest.split())
+        self.session.sampling = self.session.sampling.changed(values, "/params")
+        shown = {name: getattr(self.session.sampling, name) for name in PARAMS if not PARAMS[name].api_only}
+        notice("\n".join(f"{name} = {_shown(value)}" for name, value in shown.items()))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(repr, value)) or "none"
+    return "random" if value is None else str(value)
 
 
 def show(pieces: Generator[str, None, None], stdout: TextIO) -> None:

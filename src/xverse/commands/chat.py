@@ -7,9 +7,8 @@ import io
 import sys
 from typing import Any
 
+from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
-
-PARAMETERS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "max_new_tokens")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,34 +20,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and leave", **unset)
     once.add_argument("--complete", metavar="TEXT", help="print how TEXT goes on (base models)", **unset)
     parser.add_argument("--system", metavar="TEXT", help="system prompt", **unset)
-    parser.add_argument("--greedy", action="store_true", help="always the most probable token", **unset)
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy", **unset)
-    parser.add_argument("--top-p", type=float, metavar="P", **unset)
-    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off", **unset)
-    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is off", **unset)
-    parser.add_argument("--seed", type=int, metavar="N", help="the same replies each time", **unset)
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest reply", **unset)
     parser.add_argument(
         "--quantize", choices=["int8", "int4"], help="make its weights smaller as it is loaded", **unset
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads", **unset)
+    add_sampling_flags(parser, "How replies are generated")
 
 
 def run(args: argparse.Namespace) -> int:
     given = vars(args)
     for name in ("ask", "complete", "system"):
         _check_text(name, given)
-    if "greedy" in given and "temperature" in given:
-        raise UserError("--greedy and --temperature contradict each other; give one of them")
     if "complete" in given and "system" in given:
         raise UserError("--complete continues a plain text: it takes no --system")
-    overrides = {name: given[name] for name in PARAMETERS if name in given}
-    if "greedy" in given:
-        overrides["temperature"] = 0.0
+    overrides = given_sampling(args)
 
     from xverse.chat.session import load_session
     from xverse.chat.terminal import Terminal, show
-    from xverse.engine.load import CHAT, COMPLETION
+    from xverse.engine.sampling_params import CHAT, COMPLETION
     from xverse.log import notice
 
     for stream in (sys.stdin, sys.stdout):

@@ -293,7 +293,7 @@ class Engine:
                 prompt_tokens=len(request.prompt_ids),
                 tokens_at_most=needed,
                 decoder=self.tokenizer.stream(),
-                stop=StopText(request.stop),
+                stop=StopText(request.sampling.stop),
                 adjustment=adjustment,
                 key=key(sampling),
                 generator=generator,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.config import UserError, build
+from xverse.config import UserError
 from xverse.engine.engine import Engine
-from xverse.engine.request import Request, Sampling
+from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config, unsupported_keys
 from xverse.formats import (
     load_model,
     load_tokenizer,
@@ -20,6 +18,7 @@ from xverse.formats import (
     resolve,
 )
 from xverse.formats.quantize import load_quantizing
+from xverse.log import notice
 
 if TYPE_CHECKING:
     import torch
@@ -30,56 +29,7 @@ if TYPE_CHECKING:
 FLOAT32_BELOW = 1_000_000_000
 # Their matmuls are so short that a second thread gains little, and loses much on a busy machine.
 ONE_THREAD_BELOW = 100_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parameters:
-    """How replies are generated. The defaults are those that XVERSE published for its chat models.
-
-    Raises UserError, naming the field, for a value out of range.
-    """
-
-    temperature: float = 0.5
-    top_k: int = 30
-    top_p: float = 0.85
-    repetition_penalty: float = 1.1
-    seed: int | None = None
-    max_new_tokens: int = 2048
-
-    def __post_init__(self) -> None:
-        self.request([0])  # its own checks are the ones that count
-
-    def request(self, prompt_ids: list[int], stop_ids: tuple[int, ...] = ()) -> Request:
-        return Request(
-            prompt_ids=prompt_ids,
-            max_new_tokens=self.max_new_tokens,
-            sampling=Sampling(
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                repetition_penalty=self.repetition_penalty,
-                seed=self.seed,
-            ),
-            stop_ids=stop_ids,
-        )
-
-    def changed(self, values: Mapping[str, Any], where: str) -> Parameters:
-        """A copy with ``values``; raises UserError for an unknown name or a wrong value."""
-        return build(Parameters, {**dataclasses.asdict(self), **values}, where)
-
-
-CHAT = Parameters()
-# Of upstream's demonstration of text generation with base models.
-COMPLETION = Parameters(temperature=1.0, top_k=50, top_p=0.92, repetition_penalty=1.0, max_new_tokens=100)
-
-
-def from_generation_config(values: Mapping[str, Any], defaults: Parameters) -> Parameters:
-    """What a ``generation_config.json`` says, and ``defaults`` where it is silent."""
-    names = {field.name for field in dataclasses.fields(Parameters)}
-    chosen = {name: value for name, value in values.items() if name in names and value is not None}
-    if values.get("do_sample") is False:
-        chosen["temperature"] = 0.0
-    return defaults.changed(chosen, "generation_config.json")
+_reported: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -87,14 +37,14 @@ class Loaded:
     """``stop_ids`` end a reply; the directory's generation_config.json stands above the defaults."""
 
     engine: Engine
-    parameters: Parameters
+    sampling: SamplingParams
     stop_ids: tuple[int, ...]
 
 
 def load_engine(
     model: str,
     *,
-    defaults: Parameters = CHAT,
+    defaults: SamplingParams = CHAT,
     threads: int | None = None,
     quantize: str | None = None,
     tokenizer: str | None = None,
@@ -113,7 +63,8 @@ def load_engine(
     path = resolve(model)
     config = read_config(path)
     generation_config = read_generation_config(path)
-    parameters = from_generation_config(generation_config, defaults)
+    sampling = from_generation_config(generation_config, defaults)
+    _report_unsupported(path, generation_config)
     if threads is None and config.num_parameters() < ONE_THREAD_BELOW:
         threads = 1
     if threads is not None:
@@ -128,7 +79,15 @@ def load_engine(
         weights = load_model(path, dtype) if quantize is None else load_quantizing(path, quantize, dtype)
     ends = generation_config.get("eos_token_id", config.eos_token_id)
     stop_ids = tuple(ends) if isinstance(ends, list) else (ends,)
-    return Loaded(Engine(weights, words, **settings), parameters, stop_ids)
+    return Loaded(Engine(weights, words, **settings), sampling, stop_ids)
+
+
+def _report_unsupported(path: Path, generation_config: dict[str, Any]) -> None:
+    """Once per directory and process."""
+    keys = unsupported_keys(generation_config)
+    if keys and path not in _reported:
+        _reported.add(path)
+        notice(f"{path / 'generation_config.json'}: not supported, without effect: {', '.join(keys)}")
 
 
 def _adapted(path: Path, adapter: str, quantize: str | None, dtype: torch.dtype | None) -> XverseForCausalLM:

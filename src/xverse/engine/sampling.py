@@ -9,34 +9,32 @@ What is chosen in a row depends on that row and its generator alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from xverse.engine.request import Sampling
+from xverse.engine.sampling_params import NEUTRAL, PARAMS, SamplingParams
 
 _GREEDY_BELOW = 1e-5  # a temperature so low is the limit that it tends to, and would overflow
 _TIES = 16  # candidates beyond top-k, where what equals the last one may stand
 _NUCLEUS = 1024  # candidates among which top-p is looked for first
 
 Key = tuple[float, ...]
+# All parameters that change a distribution; the others may differ among rows that are drawn together.
+_distribution = attrgetter(
+    *(name for name in PARAMS if name not in ("seed", "max_new_tokens", "stop", "logit_bias"))
+)
+_penalties = attrgetter("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def is_greedy(sampling: Sampling) -> bool:
+def is_greedy(sampling: SamplingParams) -> bool:
     return sampling.temperature < _GREEDY_BELOW
 
 
-def key(sampling: Sampling) -> Key:
+def key(sampling: SamplingParams) -> Key:
     """Requests with equal keys can be drawn together."""
-    return (
-        sampling.temperature,
-        sampling.top_k,
-        sampling.top_p,
-        sampling.min_p,
-        sampling.repetition_penalty,
-        sampling.presence_penalty,
-        sampling.frequency_penalty,
-    )
+    return _distribution(sampling)
 
 
 class Adjustment:
@@ -45,9 +43,9 @@ class Adjustment:
     ``add`` is told of each token of the reply. The tokens that matter are few: those of prompt and reply.
     """
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], device: torch.device) -> None:
+    def __init__(self, sampling: SamplingParams, prompt_ids: Sequence[int], device: torch.device) -> None:
         # A token of the reply is counted where a penalty asks; one of the prompt for repetition only.
-        self._counting = key(sampling)[4:] != key(Sampling())[4:]
+        self._counting = _penalties(sampling) != _penalties(NEUTRAL)
         prompt = dict.fromkeys(prompt_ids if sampling.repetition_penalty != 1 else ())
         self._places = {token: place for place, token in enumerate(prompt)}
         self.count = len(prompt)
@@ -76,7 +74,7 @@ class Adjustment:
         self.said[place] += 1
 
 
-def adjust_(logits: Tensor, sampling: Sampling, adjustments: Sequence[Adjustment]) -> None:
+def adjust_(logits: Tensor, sampling: SamplingParams, adjustments: Sequence[Adjustment]) -> None:
     """Change ``logits`` float32 [G, V] in place; the penalties of all rows are those of ``sampling``."""
     flat, size = logits.view(-1), logits.shape[-1]
     ids, said, counts = [], [], []
@@ -103,7 +101,7 @@ def adjust_(logits: Tensor, sampling: Sampling, adjustments: Sequence[Adjustment
 
 def choose(
     logits: Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     adjustments: Sequence[Adjustment],
     generators: Sequence[torch.Generator | None],
 ) -> list[int]:
@@ -132,7 +130,7 @@ def choose(
     return chosen
 
 
-def candidates(logits: Tensor, sampling: Sampling) -> list[tuple[list[int], Tensor, Tensor | None]]:
+def candidates(logits: Tensor, sampling: SamplingParams) -> list[tuple[list[int], Tensor, Tensor | None]]:
     """Rows of ``logits`` float32 [G, V] after temperature, top-k, top-p and min-p.
 
     In parts (row numbers, scores [R, K], ids [R, K]), because rows may need different numbers of candidates;
@@ -173,7 +171,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> list[tuple[list[int], Tens
     return parts
 
 
-def _scored(values: Tensor, top: Tensor, total: Tensor | None, sampling: Sampling) -> Tensor:
+def _scored(values: Tensor, top: Tensor, total: Tensor | None, sampling: SamplingParams) -> Tensor:
     scores = temperature(values, top, sampling.temperature)
     return min_p(top_p(scores, sampling.top_p, total), sampling.min_p)
 

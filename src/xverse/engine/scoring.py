@@ -92,7 +92,7 @@ class Scores:
             self._left[index] = len(stems)
             for stem, numbers in stems.items():
                 finals = tuple(continuations[number][-1] for number in numbers)
-                request = Request(prompt_ids=[*prompt, *stem], max_new_tokens=0, prompt_logprobs=0)
+                request = Request(prompt_ids=[*prompt, *stem], prompt_logprobs=0, generate=False)
                 self._next = index, numbers
                 start = max(len(prompt), 1)
                 yield request, Prompted(start=start, alternatives=self._alternatives, finals=finals)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +62,8 @@ def generate(
     for index, ids in enumerate(prompts):
         request = Request(
             prompt_ids=ids,
-            max_new_tokens=max(1, min(max_new_tokens, room - len(ids))),
-            sampling=Sampling(temperature=0),
+            sampling=SamplingParams.greedy(max(1, min(max_new_tokens, room - len(ids))), stop=tuple(stop)),
             stop_ids=tuple(stop_ids),
-            stop=list(stop),
         )
         handles[engine.submit(request)] = index
     done = 0

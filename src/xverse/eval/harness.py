@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from xverse.engine import Request, Sampling
+from xverse.engine import Request, SamplingParams
 from xverse.eval.backends import EngineBackend
 from xverse.eval.scoring import Item
 
@@ -93,11 +93,11 @@ class Harness(LM):
         sampled = bool(settings.get("do_sample")) and float(settings.get("temperature") or 0) > 0
         return Request(
             prompt_ids=ids,
-            max_new_tokens=most,
-            sampling=Sampling(
+            sampling=SamplingParams(
+                max_new_tokens=most,
+                stop=(until,) if isinstance(until, str) else tuple(until),
                 temperature=float(settings["temperature"]) if sampled else 0,
                 top_p=float(settings.get("top_p") or 1) if sampled else 1,
             ),
             stop_ids=self._backend.stop_ids,
-            stop=[until] if isinstance(until, str) else list(until),
         )

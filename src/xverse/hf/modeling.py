@@ -13,8 +13,8 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from xverse.hf import chat, quantization
-from xverse.hf.attention import attention_context
+from xverse.hf import model_chat, quantization
+from xverse.hf.cached_attention import attention_context
 from xverse.hf.configuration import XverseConfig
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.training import loss_kernels
@@ -181,7 +181,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         oldest rounds, with a warning. Closing the iterator stops the generation.
         Raises xverse.config.UserError for messages with wrong roles or order.
         """
-        return chat.chat(self, tokenizer, messages, stream, generation_config)
+        return model_chat.chat(self, tokenizer, messages, stream, generation_config)
 
     def quantize(
         self,

@@ -32,7 +32,7 @@ def load_service(args: argparse.Namespace) -> Service:
         runner=runner,
         tokenizer=tokenizer,
         name=args.name or Path(args.model).name,
-        parameters=loaded.parameters,
+        sampling=loaded.sampling,
         stop_ids=loaded.stop_ids,
         grammars=Grammars(tokenizer, loaded.stop_ids),
         metrics=Metrics(runner),
