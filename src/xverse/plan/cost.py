@@ -1,7 +1,7 @@
 """The cost model: seconds and bytes of one training step of a layout on a device.
 
 Everything that can be counted is counted (FLOPs, bytes through memory, bytes over links, hops); four shares
-that cannot are fitted to published measurements (``benchmarks/studies/plan.py``). docs/plan.md says it in words.
+that cannot are fitted to published measurements (``benchmarks/studies/plan.py``). docs/plan.md describes it.
 """
 
 from __future__ import annotations
