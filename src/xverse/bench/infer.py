@@ -31,7 +31,7 @@ from xverse.engine.cache import position_bytes
 from xverse.engine.load import FLOAT32_BELOW, ONE_THREAD_BELOW
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
-from xverse.formats.quantized import set_layer
+from xverse.formats.schemes import set_layer
 from xverse.formats.weights import weight_files
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.tiles import tile_rows
