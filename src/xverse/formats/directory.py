@@ -62,7 +62,8 @@ class ModelDirectory:
         """
         file, values = self.path / "config.json", self.values
         if self.model_type not in ("xverse", "llama"):
-            raise UserError(f"{file}: model_type '{self.model_type}' is neither 'xverse' nor 'llama'")
+            stored = values.get("model_type")
+            raise UserError(f"{file}: model_type {stored!r} is neither 'xverse' nor 'llama'")
         if values.get("num_experts"):
             raise UserError(f"{file}: a mixture of experts (num_experts) is not supported")
         _ = self.scheme  # an unsupported one is reported here already
