@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from xverse.config import UserError
 from xverse.engine import Engine
 from xverse.engine.load import FLOAT32_BELOW, load_engine
 from xverse.eval.scoring import ScoreItem
-from xverse.formats import load_tokenizer, read_config, resolve
-from xverse.texts import read_json
+from xverse.formats import ModelDirectory
 
 _LEAST_SHARED = 16  # tokens; less is not worth a cache
 
@@ -32,10 +30,13 @@ class EngineBackend:
         self.dtype = str(next(engine.model.parameters()).dtype).removeprefix("torch.")
 
     @classmethod
-    def load(cls, model: str, *, quantize: str | None, threads: int | None, **settings: Any) -> EngineBackend:
+    def load(
+        cls, model: str | ModelDirectory, *, quantize: str | None, threads: int | None, **settings: Any
+    ) -> EngineBackend:
         """Load a model. Raises UserError where that is not possible."""
-        loaded = load_engine(model, quantize=quantize, threads=threads, max_batch=32, **settings)
-        return cls(loaded.engine, model, loaded.stop_ids)
+        directory = ModelDirectory.named(model)
+        loaded = load_engine(directory, quantize=quantize, threads=threads, max_batch=32, **settings)
+        return cls(loaded.engine, directory.name, loaded.stop_ids)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.engine.tokenizer.encode_batch(texts)
@@ -71,31 +72,31 @@ class TransformersBackend:
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
 
     @classmethod
-    def load(cls, model: str, *, threads: int | None = None) -> TransformersBackend:
+    def load(cls, model: str | ModelDirectory, *, threads: int | None = None) -> TransformersBackend:
         """Load XVERSE in this project's transformers class, or another model of the published tables in that
         of transformers, on a GPU if there is one. Raises UserError where that is not possible."""
         if threads is not None:
             torch.set_num_threads(threads)
-        path = resolve(model)
-        if model_type(path) == "xverse":
+        directory = ModelDirectory.named(model)
+        if directory.model_type == "xverse":
             from xverse.hf import XverseForCausalLM
 
-            tokenizer = load_tokenizer(path)
+            tokenizer, config = directory.tokenizer, directory.config
             xverse: Any = XverseForCausalLM.from_pretrained(
-                path, dtype=_dtype(read_config(path).num_parameters())
+                directory.path, dtype=_dtype(config.num_parameters())
             )
-            return cls(
-                _placed(xverse), tokenizer.encode, name=model, context=read_config(path).context_length
-            )
+            return cls(_placed(xverse), tokenizer.encode, name=directory.name, context=config.context_length)
         from xverse.formats.foreign import load_foreign
 
-        foreign = load_foreign(path)
+        foreign = load_foreign(directory)
         parameters = sum(parameter.numel() for parameter in foreign.model.parameters())
         loaded: Any = foreign.model
         loaded = loaded.to(_dtype(parameters) or loaded.dtype)
         first, encode = list(foreign.tokenizer.bos_ids), foreign.tokenizer.encode
         context = _context(loaded.config)
-        return cls(_placed(loaded), lambda text: [*first, *encode(text)], name=model, context=context)
+        return cls(
+            _placed(loaded), lambda text: [*first, *encode(text)], name=directory.name, context=context
+        )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
@@ -183,17 +184,13 @@ def load_backend(
     model: str, *, which: str | None, quantize: str | None, threads: int | None, kv_dtype: str
 ) -> EngineBackend | TransformersBackend:
     """``which``: ``engine`` or ``transformers``; None: the engine for XVERSE, transformers for others."""
-    which = which or ("engine" if model_type(resolve(model)) == "xverse" else "transformers")
+    directory = ModelDirectory.named(model)
+    which = which or ("engine" if directory.model_type == "xverse" else "transformers")
     if which == "engine":
-        return EngineBackend.load(model, quantize=quantize, threads=threads, kv_dtype=kv_dtype)
+        return EngineBackend.load(directory, quantize=quantize, threads=threads, kv_dtype=kv_dtype)
     if quantize is not None or kv_dtype != "auto":
         raise UserError("--quantize and --kv-dtype need the engine; this model is scored with transformers")
-    return TransformersBackend.load(model, threads=threads)
-
-
-def model_type(path: Path) -> str:
-    """The ``model_type`` in config.json. Raises UserError for a missing or invalid file."""
-    return str(read_json(path / "config.json").get("model_type"))
+    return TransformersBackend.load(directory, threads=threads)
 
 
 def _dtype(parameters: int) -> torch.dtype | None:

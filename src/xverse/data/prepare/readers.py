@@ -260,6 +260,7 @@ def _read_parquet(unit: Unit, report: ReadReport, limit: int) -> Iterator[Docume
 
 
 def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
+    assert unit.path is not None
     need("warcio", "data", str(unit.path))
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
