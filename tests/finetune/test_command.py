@@ -67,7 +67,7 @@ def test_a_folder_of_another_run_is_refused(document, flags, tmp_path, capsys) -
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     assert main(["finetune", *flags({**document, "output_dir": str(tmp_path / "mine")})]) == 2
-    assert "holds files already" in capsys.readouterr().err
+    assert "already holds files" in capsys.readouterr().err
 
 
 def test_packing_learns_the_same_data_in_fewer_rows(document, flags, tmp_path) -> None:

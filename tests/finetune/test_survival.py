@@ -74,7 +74,7 @@ def test_a_stream_goes_on_exactly_and_holds_the_whole_data(document, flags, tmp_
     same_runs(whole, half)
     for change, said in (
         ({"max_steps": "-1"}, "needs max_steps"),
-        ({"val_size": "0.1"}, "val_size as a number"),
+        ({"val_size": "0.1"}, "set val_size to a number"),
         ({"val_size": "40"}, "to be held out"),
     ):
         assert main(["finetune", *flags({**document, **change, "output_dir": str(tmp_path / "o")})]) == 2
