@@ -85,8 +85,8 @@ def _warn_of_scripts(path: Path, texts: list[str]) -> None:
     ):
         most = max(shares, key=shares.__getitem__)
         notice(
-            f"{path}: is written in {most.title()} letters, unlike most text; a model calibrated on it may lose "
-            "more in other languages"
+            f"{path}: is written in {most.title()} letters, unlike most text; a model calibrated on it may "
+            "lose more in other languages"
         )
 
 
