@@ -27,7 +27,8 @@ help:
 	@echo 'make chat ASK="…"       answer once: the reply alone on stdout'
 	@echo 'make serve              the embedded model in the browser and behind OpenAI'"'"'s API, on 127.0.0.1:36000'
 	@echo 'make test               run the tests (CPU, no network)'
-	@echo 'make bench [NAME="…"]   measure speed on this machine, all of it or one benchmark'
+	@echo 'make bench              measure speed on this machine (xverse bench)'
+	@echo 'make bench NAME="…"     one measurement with its flags; `make bench NAME=--help` lists them'
 	@echo 'make lint               style, types and the rule that imports point downwards'
 	@echo 'make clean              remove .venv, caches and builds'
 	@echo
@@ -44,7 +45,7 @@ test: $(DEV)
 	@$(BIN)/python -m pytest
 
 bench: $(CORE)
-	@$(BIN)/xverse bench $(if $(strip $(value NAME)),"$$XVERSE_NAME")
+	@set -f; $(BIN)/python -m benchmarks $${XVERSE_NAME:-all}
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class Xverse:
     def __init__(self, path: str, weights: str, threads: int, tokens: int) -> None:
         import torch
 
-        from xverse.bench.infer import placeholder_tokenizer
+        from xverse.bench.weights import placeholder_tokenizer
         from xverse.engine import Engine
         from xverse.engine.cache import position_bytes
         from xverse.formats import load_model
@@ -244,4 +245,8 @@ class Transformers:
             return self._model(torch.tensor([prompt])).logits[0, -1].tolist()
 
 
-ENGINES = {"xverse": Xverse, "llama.cpp": LlamaCpp, "transformers": Transformers}
+ENGINES: dict[str, Callable[[str, str, int, int], Runner]] = {
+    "xverse": Xverse,
+    "llama.cpp": LlamaCpp,
+    "transformers": Transformers,
+}

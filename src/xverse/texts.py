@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 
 BOM = b"\xef\xbb\xbf"
 COMPRESSED = (".gz", ".zst")
@@ -118,14 +118,11 @@ def open_binary(path: str | Path) -> BinaryIO:
         if path.suffix == ".gz":
             return cast(BinaryIO, gzip.open(path, "rb"))
         if path.suffix == ".zst":
-            import zstandard
-
+            zstandard = need("zstandard", "data", str(path))
             file = path.open("rb")
             reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
             return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 20))
         return path.open("rb")
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: needs zstandard: pip install 'xverse-lm[data]'") from error
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

@@ -72,7 +72,7 @@ def test_params(session: Session, notices: list[str]) -> None:
         ("/params temperature=-1", "temperature: -1.0 is out of range"),
         ("/params top_k=many", "top_k: expected int"),
         ("/params max_new_tokens=0", "max_new_tokens"),
-        ("/params temperature", "NAME=VALUE"),
+        ("/params temperature", "expected key=value"),
         ("/params seed=[", "seed"),
     ]:
         assert converse(session, line) == ("", 2)

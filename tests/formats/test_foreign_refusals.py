@@ -197,4 +197,4 @@ def test_a_tokenizer_of_another_model(make: Callable[..., Path]) -> None:
 def test_without_sentencepiece(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make("baichuan")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    assert "pip install 'xverse-lm[eval]'" in refusal(directory)
+    assert "needs sentencepiece, which is not installed; run: pip install -e '.[eval]'" in refusal(directory)

@@ -64,7 +64,7 @@ def test_bfloat16_and_int8_cache_run(model: Any, tiny_tokenizer: Any, kv_dtype: 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_run(wide_config: Any, tiny_tokenizer: Any, bits: int) -> None:
-    from xverse.bench.infer import random_model
+    from xverse.bench.weights import random_model
 
     model = random_model(wide_config, torch.bfloat16, f"int{bits}").cuda()
     engine = Engine(model, tiny_tokenizer, max_cache_tokens=4096)

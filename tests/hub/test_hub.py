@@ -224,7 +224,7 @@ def test_modelscope_without_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     for model, choice in ((f"modelscope:{CHAT}", ""), (CHAT, "modelscope")):
         monkeypatch.setenv("XVERSE_HUB", choice or "huggingface")
-        with pytest.raises(UserError, match="pip install modelscope"):
+        with pytest.raises(UserError, match=r"needs modelscope, which is not installed; run: pip install"):
             resolve(model)
     monkeypatch.setenv("XVERSE_HUB", "gitee")
     with pytest.raises(UserError, match="XVERSE_HUB is 'gitee'"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.bench.infer import random_model
+from xverse.bench.weights import random_model
 from xverse.engine.cache import PagedCache, RaggedContext, SequenceCache
 from xverse.kernels.fused_step import fused_step
 from xverse.kernels.inference import use_kernels

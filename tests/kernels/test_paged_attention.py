@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from xverse.kernels import paged_attention as attention
-from xverse.kernels.native import NAMES, kernel_name
+from xverse.kernels import paged_attention
+from xverse.kernels.native import NAMES, kernel_name, library
 from xverse.kernels.paged_attention import PagedLayer, quantize_rows
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}  # of a result in this type
@@ -30,18 +30,16 @@ TYPES = [
 def paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test with one instruction set after the other, and with PyTorch's operations."""
     if request.param == "none":
-        monkeypatch.setattr(attention, "_kernels", lambda: None)
+        monkeypatch.setattr(paged_attention, "library", lambda: None)
         yield request.param
         return
-    found = attention._kernels()
-    if found is None:
+    kernels = library()
+    if kernels is None:
         pytest.skip("the kernels were not compiled")
-    if found.xv_select(request.param.encode()) is None:
+    if kernels.xv_select(request.param.encode()) is None:
         pytest.skip(f"this processor does not have {request.param}")
-    found.xv_select(kernel_name().encode())
-    found.xv_select_attention(request.param.encode())
     yield request.param
-    found.xv_select_attention(kernel_name().encode())
+    kernels.xv_select(kernel_name().encode())
 
 
 def empty_cache(
@@ -241,22 +239,3 @@ def test_int8_rows_are_within_half_a_step(paths: str, dtype: torch.dtype) -> Non
     untouched = torch.ones(48, dtype=torch.bool)
     untouched[slots] = False
     assert (cache.keys.transpose(1, 2).flatten(0, 1)[untouched] == 127).all()
-
-
-def test_operations_have_shapes_on_the_meta_device_and_are_well_formed() -> None:
-    filled = Filled([20], 2, 16, 32, torch.int8)
-    cache = filled.cache
-    tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-    q = torch.randn(1, 2, 32)
-    checks = ("test_schema", "test_faketensor")
-    calls = (
-        (torch.ops.xverse.paged_attention.default, (q, *tensors, filled.table, filled.lengths)),
-        (torch.ops.xverse.paged_prefill.default, (q, *tensors, filled.table[0], 19)),
-        (torch.ops.xverse.paged_append.default, (q, q, torch.tensor([3]), *tensors)),
-    )
-    for operation, arguments in calls:
-        torch.library.opcheck(operation, arguments, test_utils=checks)
-    found = torch.ops.xverse.paged_attention(q, *tensors, filled.table, filled.lengths)
-    assert torch.equal(found, cache.attend(q, filled.table, filled.lengths))
-    meta = [tensor.to("meta") for tensor in (q, *tensors, filled.table, filled.lengths)]
-    assert torch.ops.xverse.paged_attention(*meta).shape == q.shape

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from xverse.kernels.native import kernel_name, library
+from xverse.kernels.native import library
 from xverse.kernels.training import KernelPacked, loss_kernels, use_training_kernels
 from xverse.model import Packed, XverseConfig, XverseForCausalLM, init_weights, linear_cross_entropy
 from xverse.model.loss import IGNORE
@@ -17,19 +16,6 @@ from xverse.train.blocks import prepare_blocks
 from xverse.train.settings import TrainConfig
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels were not compiled")
-TABLES = [b"portable", b"avx2", b"avx512_vnni", b"avx512_bf16"]
-
-
-@pytest.fixture(params=TABLES, ids=bytes.decode)
-def table(request: pytest.FixtureRequest) -> Iterator[bytes]:
-    """The name of one instruction set's table, in use; those beyond this processor's are left out."""
-    found = library()
-    assert found is not None
-    if TABLES.index(request.param) > TABLES.index(kernel_name().encode()):
-        pytest.skip(f"this processor does not have {request.param.decode()}")
-    found.xv_select_training(request.param)
-    yield request.param
-    found.xv_select_training(kernel_name().encode())
 
 
 @pytest.fixture(scope="module", params=[32, 64], ids=lambda size: f"heads of {size}")
@@ -78,7 +64,7 @@ def with_kernels(model: XverseForCausalLM) -> XverseForCausalLM:
 
 
 def test_a_step_is_as_exact_as_the_plain_one(
-    table: bytes, model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]
+    kernels: str, model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Both compute in bfloat16. Against float32 the kernels' gradients are off by no more than the plain
     layers' are: taken together 5 % of leeway, for a single small tensor, whose error is luck, half."""
@@ -153,7 +139,7 @@ def attend(
 @pytest.mark.parametrize("deviation", [1, 4])
 @pytest.mark.parametrize(("length", "documents"), [(1, 1), (33, 3), (130, 5), (257, 2), (600, 4)])
 @pytest.mark.parametrize("size", [64, 128])
-def test_attention(table: bytes, length: int, documents: int, deviation: int, size: int) -> None:
+def test_attention(kernels: str, length: int, documents: int, deviation: int, size: int) -> None:
     """Relative error (root mean square) of output and gradients against float32: below 0.7 % and under twice
     that of PyTorch's own where scores have a standard deviation of 1. Larger scores are rounded more
     coarsely, as in any attention with scores in bfloat16; the fused kernel keeps them in float32."""
@@ -168,13 +154,13 @@ def test_attention(table: bytes, length: int, documents: int, deviation: int, si
     for true, one, other in zip(exact, ours, plain, strict=True):
         norm = true.norm().clamp(min=1e-2)  # of one token q and k have no gradient
         error, peer = ((x - true).norm() / norm for x in (one, other))
-        assert error < (0.007 if deviation == 1 or table == b"avx512_bf16" else 0.015)
+        assert error < (0.007 if deviation == 1 or kernels == "avx512_bf16" else 0.015)
         if deviation == 1:
             assert error < 2 * peer + 1e-3
 
 
 @pytest.mark.parametrize("size", [64, 128])
-def test_documents_that_begin_beside_an_edge(table: bytes, size: int) -> None:
+def test_documents_that_begin_beside_an_edge(kernels: str, size: int) -> None:
     """Of the kernel's blocks of 64 keys, each over the end of the next block: a key too many or too few is an
     error of a tenth."""
     generator = torch.Generator().manual_seed(0)
@@ -187,7 +173,7 @@ def test_documents_that_begin_beside_an_edge(table: bytes, size: int) -> None:
         assert ((one - true).flatten(1).norm(dim=1) < 0.007 * true.flatten(1).norm(dim=1)).all()
 
 
-def test_loss_in_chunks(table: bytes) -> None:
+def test_loss_in_chunks(kernels: str) -> None:
     """Several chunks, ignored targets, a vocabulary that is no multiple of anything."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(200, 32, generator=generator).bfloat16().requires_grad_()
@@ -195,10 +181,10 @@ def test_loss_in_chunks(table: bytes) -> None:
     targets = torch.randint(0, 1013, (200,), generator=generator)
     targets[3:9] = IGNORE
     with torch.autocast("cpu", torch.bfloat16):
-        kernels = loss_kernels(hidden)
-    assert kernels is not None
+        chunked = loss_kernels(hidden)
+    assert chunked is not None
     results = []
-    for each in (kernels._replace(chunk_bytes=64 * 2 * 1013), None):
+    for each in (chunked._replace(chunk_bytes=64 * 2 * 1013), None):
         loss = linear_cross_entropy(hidden, weight, targets, z_loss=1e-2, kernels=each)
         results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     for one, other in zip(*results, strict=True):

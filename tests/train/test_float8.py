@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.bench.float8 import compare
+from benchmarks.__main__ import main as benchmarks
+from benchmarks.studies.float8 import compare
 from xverse.cli import main
 from xverse.config import UserError
 from xverse.data.feed import Batch, PretrainFeed
@@ -84,7 +85,7 @@ def test_what_a_gpu_must_have(tiny_shape: dict[str, int], monkeypatch: pytest.Mo
         check_float8(config(), shape, GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'xverse-lm\[fp8\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[fp8\]'"):
         check_float8(config(), shape, GPU)
     with pytest.raises(UserError, match="hidden_size 36 does not divide by 16"):
         check_float8(config(), dataclasses.replace(shape, hidden_size=36))
@@ -141,7 +142,7 @@ def test_two_processes_compute_what_one_does(
 def test_the_benchmark_needs_a_gpu(capsys: pytest.CaptureFixture[str], prepared: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    assert main(["bench", "float8", "--data", str(prepared)]) == 2
+    assert benchmarks(["float8", "--data", str(prepared)]) == 2
     assert "float8 needs a CUDA GPU" in capsys.readouterr().err
 
 

@@ -106,8 +106,8 @@ MEASURED = {
 
 
 def test_each_layout_is_predicted_as_it_was_measured() -> None:
-    from xverse.bench.parallel import LAYOUTS
-    from xverse.bench.parallel import settings as layout_settings
+    from benchmarks.studies.parallel import LAYOUTS
+    from benchmarks.studies.parallel import settings as layout_settings
     from xverse.model import named_shape
 
     for name, degrees in LAYOUTS.items():

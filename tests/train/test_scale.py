@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from xverse.bench import scale
+from benchmarks.studies import scale
 from xverse.data.feed import PretrainFeed
 from xverse.train.checkpoint import _OwnFile, _OwnPlan
 from xverse.train.index import Index, Part, read_header

@@ -12,12 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-
-_COMMAND = "import sys; from xverse.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @contextmanager
@@ -30,7 +27,7 @@ def serving(
     flags += ["--threads", str(threads)] if threads else []
     environment = {name: value for name, value in os.environ.items() if name != "XVERSE_API_KEY"}
     process = subprocess.Popen(
-        [sys.executable, "-c", _COMMAND, *flags], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "xverse.cli", *flags], stdout=subprocess.PIPE, text=True, env=environment
     )
     try:
         assert process.stdout is not None
@@ -151,15 +148,3 @@ def _follow(port: int, body: dict[str, Any], stream: Stream) -> None:
     finally:
         if connection is not None:
             connection.close()
-
-
-def cpu_seconds(pid: int) -> float:
-    """Of all its threads, so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory in use by a process."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) * 1024

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xverse.bench.report import Row, at_least, at_most, count_threads, show, using_threads
+from xverse.bench.weights import weights_kind
 from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.sampling_params import CHAT
@@ -63,8 +64,6 @@ def speculation(
     model: XverseForCausalLM, tokenizer: Tokenizer, name: str, *, threads: int, rounds: int = 3
 ) -> dict[str, Any]:
     """Decoding speed with prompt lookup against plain decoding, the replies forced token by token."""
-    from xverse.bench.infer import weights_kind
-
     prompt, replies = texts(tokenizer.vocab_size)
     size = len(prompt) + _TARGET + 64
     lengths = f"{len(prompt)} + {_TARGET} tokens"

@@ -17,7 +17,6 @@ from typing import Any
 import xverse
 from xverse import hardware
 from xverse.config import UserError
-from xverse.hardware import process_memory as process_memory
 
 MATMUL = (512, 4096, 4096)  # what `doctor` times: an attention projection of XVERSE-7B over 512 tokens
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")

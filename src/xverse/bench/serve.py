@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from xverse.bench.client import Stream, chat, completion, cpu_seconds, serving, together
+from xverse import hardware
+from xverse.bench.client import Stream, chat, completion, serving, together
+from xverse.bench.options import add_model, add_quantize, add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, show
 from xverse.config import UserError
-from xverse.engine import Engine, Request, SamplingParams
-from xverse.engine.load import ONE_THREAD_BELOW, load_engine
-from xverse.formats import load_tokenizer, read_config, resolve
 from xverse.log import notice
+
+if TYPE_CHECKING:
+    from xverse.engine import Engine
 
 OFFLINE_TARGET = 0.9  # of the engine's own rate; of nano a step is as short as sending its tokens takes
 PEER_TARGET = 2.5  # of llama.cpp's rate with as many sequences
@@ -32,7 +33,23 @@ _SCHEMA = {
 Peer = Callable[[list[list[int]], int], float]
 
 
-def run(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_quantize(parser)
+    parser.add_argument("--clients", type=positive, default=8, metavar="N", help="concurrent streams")
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=64, metavar="N", help="length of each prompt"
+    )
+    parser.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="tokens per stream")
+    add_rounds(parser, 3)
+    add_threads(parser, "as xverse chat")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(
     model: str = "nano",
     quantize: str | None = None,
     *,
@@ -48,6 +65,11 @@ def run(
 
     Raises UserError for an unknown model.
     """
+    import torch
+
+    from xverse.engine.load import ONE_THREAD_BELOW, load_engine
+    from xverse.formats import load_tokenizer, read_config, resolve
+
     path = resolve(model)
     small = read_config(path).num_parameters() < ONE_THREAD_BELOW
     generator = torch.Generator().manual_seed(0)
@@ -90,9 +112,9 @@ def run(
                 (formed,) = together(port, [chat(new_tokens, _SCHEMA)])
                 note("plain", plain.rate)
                 note("structured", formed.rate)
-            used, seconds = cpu_seconds(process.pid), 5.0
+            used, seconds = _seconds(process.pid), 5.0
             time.sleep(seconds)
-            idle = (cpu_seconds(process.pid) - used) / seconds
+            idle = (_seconds(process.pid) - used) / seconds
     finally:
         torch.set_num_threads(before)
 
@@ -151,6 +173,10 @@ def _rows(result: dict[str, Any], small: bool) -> Iterator[Row]:
     yield Row("idle", f"{idle:.2%} of a core", at_most(IDLE_TARGET, idle, ""))
 
 
+def _seconds(pid: int) -> float:
+    return hardware.process_seconds(pid) or 0.0
+
+
 def _total(streams: list[Stream]) -> float:
     """Tokens per second while all streams decode: between the last one's first token and the first one's
     last. Prompts are read before that, and of the engine alone they are not counted either."""
@@ -167,6 +193,8 @@ def _total(streams: list[Stream]) -> float:
 
 def _offline(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
     """Tokens per second that the engine decodes of these prompts together, without a server."""
+    from xverse.engine import Request, SamplingParams
+
     handles = {
         engine.submit(Request(prompt_ids=ids, sampling=SamplingParams.greedy(new_tokens), stop_ids=()))
         for ids in prompts

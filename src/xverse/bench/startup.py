@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import statistics
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xverse.bench.options import add_model, positive
 from xverse.bench.report import Row, at_most, show
 from xverse.config import UserError
 from xverse.formats import resolve
@@ -21,7 +23,19 @@ CHAT_TARGET = 5.0  # seconds, median
 QUESTION = "你好"
 
 
-def run(help_runs: int = 7, chat_runs: int = 3, model: str = "nano") -> dict[str, Any]:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--help-runs", type=positive, default=7, metavar="N", help="processes that print the help"
+    )
+    parser.add_argument("--chat-runs", type=positive, default=3, metavar="N", help="processes that answer")
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(help_runs: int = 7, chat_runs: int = 3, model: str = "nano") -> dict[str, Any]:
     """Wall time of fresh processes, from start to exit. Without the embedded model, the second figure is
     not measured and the result says why."""
     notice(f"startup: {help_runs} × xverse --help, {chat_runs} × xverse chat --ask {QUESTION}")

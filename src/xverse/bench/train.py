@@ -8,20 +8,18 @@ the ratio is the median over the pairs.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from xverse import hardware
+from xverse.bench.options import add_batch, add_shape, add_threads, positive
 from xverse.bench.report import (
     Row,
     at_least,
@@ -29,35 +27,41 @@ from xverse.bench.report import (
     count_threads,
     in_gb,
     need_memory,
-    process_memory,
     say_gb,
     show,
     using_threads,
 )
 from xverse.config import UserError
-from xverse.data.feed import Batch
-from xverse.formats.write import llama_config
 from xverse.log import notice
-from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights, named_shape
-from xverse.train.blocks import prepare_blocks
-from xverse.train.loop import TrainConfig, train_step
-from xverse.train.optimizer import make_adamw
-from xverse.train.report import flops_per_token
+from xverse.model import XverseConfig, named_shape
 
 # At shape mini: of the Trainer's tokens/s, of the measured matmul rate, of the Trainer's peak memory.
 TARGETS: dict[int, dict[str, float]] = {
     8192: {"ratio": 1.4, "matmul_share": 0.7},
     100_534: {"ratio": 1.9, "memory_ratio": 0.5},
 }
-LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
 BLOCKS = 4
 SIDES = ("xverse", "transformers")
 
-CHILD = "import sys; from xverse.bench.train import child; child(sys.argv[1])"
-Gate = Callable[[], bool]  # waits until this side may take its next step; False: no more
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser, "mini")
+    parser.add_argument(
+        "--vocabulary",
+        type=positive,
+        metavar="V",
+        help="entries (default: those of the shape; for mini 8,192, then 100,534)",
+    )
+    add_batch(parser, 8, 512)
+    parser.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps of each side")
+    add_threads(parser)
 
 
-def run(
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure_named(**vars(args))
+
+
+def measure_named(
     shape: str = "mini",
     *,
     vocabulary: int | None = None,
@@ -96,6 +100,10 @@ def measure(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Up to ``steps`` timed steps of each side in equal blocks, at least three, after one that warms up."""
+    import torch
+
+    from xverse.train.report import flops_per_token
+
     if steps < 3:
         raise UserError(f"steps: {steps} are too few for a median of pairs (at least 3)")
     if not 2 <= sequence_length <= config.context_length:
@@ -190,19 +198,10 @@ def estimated_memory(config: XverseConfig, batch_size: int, length: int) -> int:
     return 32 * config.num_parameters() + batch_size * length * activations
 
 
-def random_batch(config: XverseConfig, batch_size: int, length: int) -> Batch:
-    """One document of random tokens per row, each position but the last with its successor as target."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(4, config.vocab_size, (batch_size, length), generator=generator)  # [B, T]
-    targets = torch.full_like(tokens, IGNORE)
-    targets[:, :-1] = tokens[:, 1:]
-    return Batch(tokens, targets, torch.zeros_like(tokens, dtype=torch.int32))
-
-
 @contextlib.contextmanager
 def _side(job: dict[str, Any]) -> Iterator[Callable[[int], dict[str, Any]]]:
     """Start a side; yields a function that lets it take some steps and returns what it says of them."""
-    command = [sys.executable, "-c", CHILD, json.dumps(job)]
+    command = [sys.executable, "-m", "xverse.bench.train_worker", json.dumps(job)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -220,85 +219,3 @@ def _side(job: dict[str, Any]) -> Iterator[Callable[[int], dict[str, Any]]]:
         process.wait(timeout=60)
     finally:
         process.kill()
-
-
-def child(text: str) -> None:
-    """What a side's process does: as many steps as each line of stdin says; seconds, the last loss and its
-    own peak memory on stdout."""
-    job = json.loads(text)
-    torch.set_num_threads(job["threads"])
-    config = XverseConfig.from_json(job["config"])
-    model = XverseForCausalLM(config)
-    init_weights(model, seed=0)
-    batch = random_batch(config, job["batch_size"], job["length"])
-    answers, sys.stdout = sys.stdout, sys.stderr  # a library's own words do not belong among the answers
-    state: dict[str, Any] = {"left": 0, "all": 0, "start": 0.0, "loss": 0.0}
-
-    def gate() -> bool:
-        if state["left"] == 0:
-            if state["all"]:
-                seconds = time.perf_counter() - state["start"]
-                answer = {"seconds": seconds, "loss": state["loss"], "memory": process_memory("VmHWM")}
-                print(json.dumps(answer), file=answers, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                return False
-            state["left"] = state["all"] = int(line)
-            state["start"] = time.perf_counter()
-        state["left"] -= 1
-        return True
-
-    (_ours if job["side"] == "xverse" else _theirs)(model, batch, gate, state)
-
-
-def _ours(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str, Any]) -> None:
-    config = TrainConfig(
-        steps=1, batch_size=len(batch.tokens), learning_rate=LEARNING_RATE, grad_clip=CLIP, dtype="bfloat16"
-    )
-    prepare_blocks(model, config)
-    hardware.keep_freed_memory()
-    optimizer = make_adamw(model, weight_decay=WEIGHT_DECAY, betas=BETAS)
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
-    while gate():
-        state["loss"], _ = train_step(model, batch, config)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def _theirs(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str, Any]) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
-    values = llama_config(model.config, torch.float32)
-    values.pop("torch_dtype")
-    peer = LlamaForCausalLM(LlamaConfig(**{**values, "use_cache": False})).train()
-    peer.load_state_dict(model.state_dict())
-
-    class Recorded(Trainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            loss = super().training_step(*args, **kwargs)
-            state["loss"] = loss.item()
-            return loss
-
-    class Gated(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            if not gate():
-                sys.exit(0)
-
-    class Same(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-        def __len__(self) -> int:
-            return 2**30
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            row = batch.tokens[index % len(batch.tokens)]
-            return {"input_ids": row, "labels": row}  # it shifts the labels itself
-
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder, use_cpu=True, bf16=True, per_device_train_batch_size=len(batch.tokens), max_steps=2**20,
-            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=WEIGHT_DECAY,
-            adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, optim="adamw_torch_fused",
-            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
-            train_sampling_strategy="sequential",
-        )  # fmt: skip
-        Recorded(peer, args, train_dataset=Same(), callbacks=[Gated()]).train()

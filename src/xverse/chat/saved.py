@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError, nearest
+from xverse.config import UserError, check_keys
 from xverse.files import atomic_file
 from xverse.tokenizer.chat import check_messages
 
@@ -68,8 +68,6 @@ def _check_header(values: Any, path: Path) -> None:
         raise UserError(f"{path}: not a saved conversation (its format is not '{FORMAT}')")
     if values.get("version") != VERSION:
         raise UserError(f"{path}: version {values.get('version')!r} of the format is not known, {VERSION} is")
-    for key in values:
-        if key not in _KEYS:
-            raise UserError(f"{path}: unknown key '{key}'{nearest(key, _KEYS)}")
+    check_keys(values, _KEYS, str(path))
     if "messages" not in values:
         raise UserError(f"{path}: missing key 'messages'")

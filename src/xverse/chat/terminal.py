@@ -10,11 +10,9 @@ import contextlib
 from collections.abc import Callable, Generator
 from typing import TextIO
 
-import yaml
-
 from xverse.chat.saved import load_conversation, save_conversation
 from xverse.chat.session import Session
-from xverse.config import UserError, nearest
+from xverse.config import UserError, key_value, nearest
 from xverse.engine.sampling_params import PARAMS
 from xverse.log import notice
 
@@ -103,15 +101,7 @@ class Terminal:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)} (/help lists the commands)")
 
     def _params(self, rest: str) -> None:
-        values = {}
-        for item in rest.split():
-            key, equals, text = item.partition("=")
-            if not equals:
-                raise UserError(f"/params: '{item}' is not written NAME=VALUE")
-            try:
-                values[key] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                values[key] = text
+        values = dict(key_value(item) for item in rest.split())
         self.session.sampling = self.session.sampling.changed(values, "/params")
         shown = {name: getattr(self.session.sampling, name) for name in PARAMS if not PARAMS[name].api_only}
         notice("\n".join(f"{name} = {_shown(value)}" for name, value in shown.items()))

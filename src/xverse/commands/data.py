@@ -51,17 +51,12 @@ def _prepare(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from xverse.config import UserError, load
+    from xverse.config import load, need
 
-    try:
-        from xverse.data.prepare.pipeline import PrepareRecipe, prepare
-        from xverse.data.prepare.report import first_of
-    except ModuleNotFoundError as error:
-        if error.name not in ("datatrove", "py3langid", "zstandard"):
-            raise
-        raise UserError(
-            f"data prepare needs {error.name}: pip install 'xverse-lm[data]', or -e '.[data]' in a checkout"
-        ) from None
+    need("datatrove", "data", "data prepare", load=False)
+    need("zstandard", "data", "data prepare", load=False)
+    from xverse.data.prepare.pipeline import PrepareRecipe, prepare
+    from xverse.data.prepare.report import first_of
 
     recipe = load(PrepareRecipe, args.recipe, args.overrides)
     report = prepare(recipe)

@@ -9,8 +9,8 @@ import platform
 from typing import Any
 
 from xverse import __version__, hardware
+from xverse.config import DISTRIBUTION, install_command
 
-DISTRIBUTION = "xverse-lm"
 # One attention projection of XVERSE-7B over 512 tokens on a CPU; a size that fills a large GPU.
 CPU_MATMUL = (512, 4096, 4096)
 GPU_MATMUL = (8192, 8192, 8192)
@@ -208,10 +208,7 @@ def render(report: dict[str, Any]) -> str:
     for name, extra in report["extras"].items():
         state = "complete" if extra["packages"] else "needs no packages yet"
         if extra["missing"]:
-            state = (
-                f'missing {", ".join(extra["missing"])}: pip install "{DISTRIBUTION}[{name}]", '
-                f"or -e '.[{name}]' in a checkout"
-            )
+            state = f"missing {', '.join(extra['missing'])}: {install_command(name)}"
         lines.append(f"  {name:<18} {state}")
 
     lines += ["", f"memory read (sum over {measured['bandwidth_buffer'] / 2**20:.0f} MiB, sampled twice)"]

@@ -81,17 +81,10 @@ def run(args: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(args).items() if name not in ("recipe", "overrides")}
     if args.recipe is None:
         return _run_flags(given, "finetune")
-    from xverse.config import load, read_yaml
+    from xverse.config import load, override, read_yaml
 
     if "model_name_or_path" in read_yaml(args.recipe):
-        values = read_yaml(args.recipe)
-        for item in args.overrides:
-            key, separator, text = item.partition("=")
-            if not separator:
-                raise UserError(f"'{item}': an override is written key=value")
-            import yaml
-
-            values[key] = yaml.safe_load(text)
+        values = override(read_yaml(args.recipe), args.overrides)
         return _run_flags({**values, **given}, args.recipe)
     if given:
         raise UserError(f"--{next(iter(given))}: {args.recipe} is no recipe of flags; write key=value")

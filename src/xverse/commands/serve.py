@@ -12,7 +12,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STALLED_SECONDS = 60
@@ -53,18 +53,16 @@ def run(args: argparse.Namespace) -> int:
     if args.max_body_mb <= 0:
         raise UserError(f"--max-body-mb: {args.max_body_mb:g} is out of range (above 0)")
     keys = read_keys(args.api_key_file)
-    try:
-        import uvicorn
-        from starlette.middleware.cors import CORSMiddleware
+    uvicorn = need("uvicorn", "serve", "xverse serve")
+    need("fastapi", "serve", "xverse serve")
+    need("prometheus_client", "serve", "xverse serve")
+    need("llguidance", "serve", "xverse serve")
+    from starlette.middleware.cors import CORSMiddleware
 
-        from xverse.serve.app import create_app
-        from xverse.serve.guard import Guard
-        from xverse.serve.start import load_service
-    except ImportError as error:
-        raise UserError(
-            f"xverse serve needs {error.name}: pip install 'xverse-lm[serve]', or -e '.[serve]' in a checkout"
-        ) from None
     from xverse.log import notice
+    from xverse.serve.app import create_app
+    from xverse.serve.guard import Guard
+    from xverse.serve.start import load_service
 
     if args.host not in LOOPBACK and not keys:
         notice(
@@ -141,11 +139,10 @@ def _page(asked: str | None) -> str | None:
     """The tab that the web page opens with. Without Gradio there is no page, unless one was asked for."""
     if asked == "none":
         return None
-    if importlib.util.find_spec("gradio") is None:
-        if asked is not None:
-            raise UserError("the web page needs gradio: pip install 'xverse-lm[web]', or -e '.[web]'")
-        return None
-    return asked or "chat"
+    if asked is None:
+        return None if importlib.util.find_spec("gradio") is None else "chat"
+    need("gradio", "web", "the web page", load=False)
+    return asked
 
 
 def read_keys(path: str | None) -> list[str]:

@@ -67,16 +67,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_recipe(path: str, overrides: Sequence[str], given: dict[str, Any]) -> int:
-    import json
-
     from rich.console import Console
     from rich.table import Table
 
     from xverse.config import load
     from xverse.tokenizer.recipe import TokenizerRecipe, train_recipe
 
-    flags = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
-    recipe = load(TokenizerRecipe, path, [*overrides, *flags])
+    recipe = load(TokenizerRecipe, path, overrides, given)
     _check_writable(recipe.out)
     report = train_recipe(recipe)
     table = Table("language", box=None, pad_edge=False)

@@ -228,15 +228,3 @@ def _batches(
             batches.append([row])
             longest = len(row[2]) - start
     return batches
-
-
-def need(module: str) -> Any:
-    """An optional library of evaluation. Raises UserError where it is not installed."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(
-            f"this needs {module}: pip install 'xverse-lm[eval]', or -e '.[eval]' in a checkout"
-        ) from None

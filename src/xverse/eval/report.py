@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.eval import published, store
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.statistics import Score, score
@@ -302,9 +302,7 @@ def _said(evaluation: Evaluation) -> str:
 
 def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     """Bars with 95 % intervals, XVERSE-7B's published scores as marks, chance as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    need("matplotlib", "eval", "report.png").use("Agg")
     from matplotlib import pyplot
 
     tasks = [task for task in BENCHMARKS if any(task in each.answers for each in evaluations)]

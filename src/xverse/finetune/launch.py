@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.finetune.settings import Settings, training_values
 
 
@@ -31,8 +30,10 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         if name in values and values[name].lstrip().startswith("{"):
             values[name] = json.loads(values[name])
     for tracker in str(values["report_to"]).split(","):
-        if tracker in ("tensorboard", "wandb") and importlib.util.find_spec(tracker) is None:
-            raise UserError(f"report_to {tracker} needs pip install {tracker}")
+        if tracker == "tensorboard":
+            need("tensorboard", "track", "--report_to tensorboard", load=False)
+        elif tracker == "wandb":
+            need("wandb", "track", "--report_to wandb", load=False)
     if "," in values["report_to"]:
         values["report_to"] = values["report_to"].split(",")
     values |= {
@@ -87,10 +88,7 @@ def deepspeed_file(name: str) -> Path:
 
     Raises UserError where there is none, and where DeepSpeed is not installed.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "--deepspeed needs pip install 'xverse-lm[finetune]', or -e '.[finetune]' in a checkout"
-        )
+    need("deepspeed", "finetune", "--deepspeed", load=False)
     path = Path(name).expanduser()
     if path.is_file():
         return path

@@ -5,13 +5,12 @@ The loss is fused with the head here already (``model/loss.py``), and so Liger's
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.model.transformer import MLP, RMSNorm
 
 
@@ -22,8 +21,7 @@ def use_liger(model: nn.Module) -> None:
     """
     if not torch.cuda.is_available():
         raise UserError("use_liger_kernel: Liger's kernels run on CUDA alone; leave the flag out here")
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise UserError("use_liger_kernel needs pip install liger-kernel")
+    need("liger_kernel", "gpu", "use_liger_kernel", load=False)
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 

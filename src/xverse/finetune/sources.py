@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError, build, nearest
+from xverse.config import UserError, build, nearest, need
 from xverse.data.dialogues.conversations import DatasetInfo, check_columns, guess
 from xverse.data.dialogues.instructions import read_items
 from xverse.log import notice
@@ -127,10 +127,7 @@ def _read_file(file: Path, skipped: Counter[str]) -> Iterator[Any]:
             if line.strip():
                 yield {"text": line}
     else:
-        try:
-            import pandas
-        except ImportError:
-            raise UserError(f"{file}: CSV and parquet need pip install 'xverse-lm[finetune]'") from None
+        pandas = need("pandas", "finetune", str(file))
         try:
             table = pandas.read_csv(file) if file.suffix == ".csv" else pandas.read_parquet(file)
         except (OSError, ValueError, ImportError) as error:
@@ -166,12 +163,9 @@ def fetch(source: Source) -> Path:
 
 
 def _fetch_modelscope(source: Source) -> Path:
+    modelscope = need("modelscope", "modelscope", source.name)
     try:
-        from modelscope import dataset_snapshot_download
-    except ImportError:
-        raise UserError(f"{source.name}: needs pip install 'xverse-lm[modelscope]'") from None
-    try:
-        return Path(dataset_snapshot_download(source.info.ms_hub_url))
+        return Path(modelscope.dataset_snapshot_download(source.info.ms_hub_url))
     except Exception as error:
         raise UserError(f"{source.name}: {source.info.ms_hub_url} cannot be fetched ({error})") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.formats.compare import fixed_tokens
 from xverse.formats.compare import logits as logits_of
 from xverse.formats.weights import read_json
@@ -150,10 +150,4 @@ def check_adapter(path: str | Path) -> Path:
 
 
 def import_peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UserError(
-            "adapters need peft: pip install 'xverse-lm[finetune]', or -e '.[finetune]'"
-        ) from None
-    return peft
+    return need("peft", "finetune", "an adapter")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.hub.resolve import DOCUMENTS, NEEDED, similar
 from xverse.log import notice
 
@@ -17,13 +17,8 @@ def fetch(model: str) -> Path:
 
     Raises UserError without the ``modelscope`` package, for an unknown id, no network and a wrong checksum.
     """
-    try:
-        from modelscope.hub.snapshot_download import snapshot_download
-    except ImportError:
-        raise UserError(
-            f"{model} from ModelScope needs its client: pip install modelscope "
-            "(or pip install 'xverse-lm[modelscope]')"
-        ) from None
+    client = need("modelscope.hub.snapshot_download", "modelscope", f"{model} from ModelScope")
+    snapshot_download = client.snapshot_download
     notice(f"{model}: from ModelScope")
     try:
         path = Path(snapshot_download(model, allow_file_pattern=SMALL))

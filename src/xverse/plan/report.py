@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.config import need
 from xverse.files import atomic_file
 from xverse.plan.cost import FITTED, Prediction
 from xverse.plan.search import ROOM, Task
@@ -113,11 +113,8 @@ def chart(path: Path, task: Task, name: str, chosen: list[Prediction]) -> None:
 
     Raises UserError where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('--chart needs matplotlib; pip install "xverse-lm[track]"') from None
-    figure = Figure(figsize=(12, 1.6 + 0.55 * len(chosen)), layout="constrained")
+    matplotlib = need("matplotlib.figure", "track", "--chart")
+    figure = matplotlib.Figure(figsize=(12, 1.6 + 0.55 * len(chosen)), layout="constrained")
     axes = figure.subplots()
     rows = range(len(chosen))
     left = [0.0] * len(chosen)

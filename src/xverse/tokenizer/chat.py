@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xverse.config import UserError, nearest
+from xverse.config import UserError, check_keys, nearest
 from xverse.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PREFIXES = {"system": "Human: ", "user": "Human: ", "exec": "Exec: ", "assistant": "Assistant: "}
@@ -83,9 +83,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]], *, last: Sequence[str]
 def _check_message(message: Any, where: str) -> None:
     if not isinstance(message, Mapping):
         raise UserError(f"{where}: expected a mapping with role and content, found {type(message).__name__}")
-    for key in message:
-        if key not in _KEYS:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), _KEYS)}")
+    check_keys(message, _KEYS, where)
     for key in _KEYS:
         if key not in message:
             raise UserError(f"{where}: missing key '{key}'")

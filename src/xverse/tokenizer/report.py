@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.log import notice
 from xverse.texts import ReadReport, read_texts, stem
 from xverse.tokenizer.vocabularies import Vocabulary
@@ -195,13 +195,9 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 def plot(reports: Sequence[VocabularyReport], target: Path) -> None:
     """Tokens per character of every file, files by the first vocabulary's, as PNG. Needs matplotlib."""
-    try:
-        import matplotlib
+    need("matplotlib", "eval", "--plot").use("Agg")
+    import matplotlib.pyplot as plt
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("the plot needs matplotlib: pip install 'xverse-lm[track]'") from None
     order = sorted(
         range(len(reports[0].files)),
         key=lambda i: reports[0].files[i].tokens / max(1, reports[0].files[i].characters),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.tokenizer.tokenizer import Tokenizer
 
 # As Llama 3 (tokenizer.py), Qwen (tokenization_qwen.py) and tiktoken's cl100k_base publish them.
@@ -111,7 +111,7 @@ def _byte_letters() -> dict[int, str]:
 
 
 def _from_tiktoken(name: str, path: Path) -> Vocabulary:
-    tiktoken = _need("tiktoken", path)
+    tiktoken = need("tiktoken", "eval", str(path))
     import base64
 
     ranks: dict[bytes, int] = {}
@@ -137,7 +137,7 @@ def _from_tiktoken(name: str, path: Path) -> Vocabulary:
 
 
 def _from_sentencepiece(name: str, path: Path, proto: bytes) -> Vocabulary:
-    package = _need("sentencepiece", path)
+    package = need("sentencepiece", "eval", str(path))
     try:
         processor = package.SentencePieceProcessor(model_proto=proto)
     except RuntimeError as error:
@@ -165,7 +165,7 @@ def _from_gguf(name: str, path: Path) -> Vocabulary:
         raise UserError(
             f"{path}: its vocabulary is of the kind '{value('model')}'; only sentencepiece's is read"
         )
-    schema = _need("sentencepiece.sentencepiece_model_pb2", path)
+    schema = need("sentencepiece.sentencepiece_model_pb2", "eval", str(path))
     model = schema.ModelProto()
     kinds = value("token_type")
     for token, score, kind in zip(value("tokens"), value("scores"), kinds, strict=True):
@@ -184,12 +184,3 @@ def _is_text(token: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _need(name: str, path: Path) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{path} needs {name}: pip install 'xverse-lm[eval]'") from None

@@ -6,11 +6,9 @@ gradients and the optimizer stay as they are, and so do embedding, attention, no
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.train.settings import TrainConfig
 
@@ -42,8 +40,7 @@ def check_float8(
     if capability < CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{wanted}; {name} has {'.'.join(map(str, capability))}; leave train.float8 out")
-    if importlib.util.find_spec("torchao") is None:
-        raise UserError("float8 needs torchao: pip install 'xverse-lm[fp8]', or -e '.[fp8]' in a checkout")
+    need("torchao", "fp8", "train.float8", load=False)
 
 
 def convert_layers(model: XverseForCausalLM, device: torch.device) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from xverse.config import UserError, need
 from xverse.files import atomic_file
 from xverse.log import notice
 
@@ -37,10 +38,10 @@ def plot_loss(out: Path, title: str, validation: str = "nats per token") -> Path
 
     Returns None where matplotlib is not installed or nothing is recorded.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which would open windows and change a notebook's
-    except ImportError:
-        notice('no loss curve: matplotlib is missing; pip install "xverse-lm[track]"')
+    try:  # not pyplot, which would open windows and change a notebook's backend
+        matplotlib = need("matplotlib.figure", "track", "the loss curve")
+    except UserError as error:
+        notice(f"no loss curve: {error}")
         return None
     file = out / "metrics.jsonl"
     records = read_metrics(file) if file.exists() else []
@@ -49,7 +50,7 @@ def plot_loss(out: Path, title: str, validation: str = "nats per token") -> Path
     if not train:
         notice(f"no loss curve: {file} holds no steps")
         return None
-    figure = Figure(figsize=(12 if valid else 8, 5), layout="constrained")
+    figure = matplotlib.Figure(figsize=(12 if valid else 8, 5), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 2 if valid else 1, squeeze=False)[0]
     steps, losses = zip(*train, strict=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from xverse.config import UserError
+from xverse.config import need
 from xverse.log import notice
 
 
@@ -23,7 +22,7 @@ class TensorBoard:
     """Event files in ``out/tensorboard``. What a run that went back does again replaces what was there."""
 
     def __init__(self, out: Path, first_step: int, settings: Mapping[str, Any]) -> None:
-        _need("tensorboard")
+        need("tensorboard", "track", "trackers: tensorboard", load=False)
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
@@ -43,7 +42,7 @@ class WandB:
     """
 
     def __init__(self, out: Path, first_step: int, settings: Mapping[str, Any]) -> None:
-        wandb = _need("wandb")
+        wandb = need("wandb", "track", "trackers: wandb")
         file = out / "wandb-run"
         if not file.exists():
             file.write_text(uuid.uuid4().hex, encoding="utf-8")
@@ -93,13 +92,3 @@ def _numbers(record: Mapping[str, Any], path: str = "train/") -> Iterable[tuple[
             yield from _numbers(value, f"{key}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{path}{key}", float(value)
-
-
-def _need(library: str) -> Any:
-    try:
-        return importlib.import_module(library)
-    except ImportError as error:
-        raise UserError(
-            f'trackers: {library} is not installed; pip install "xverse-lm[track]", '
-            "or -e '.[track]' in a checkout"
-        ) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xverse.bench.data import planted_copies, planted_questions
+from benchmarks.studies.data import planted_copies, planted_questions
 from xverse.data.benchmarks.texts import Item
 from xverse.data.prepare.duplicates import EXACT, NEAR, choose_copies, signature, similarity
 from xverse.data.prepare.ngrams import ngrams, word_numbers, words

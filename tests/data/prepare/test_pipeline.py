@@ -262,7 +262,7 @@ def test_text_that_does_not_say_its_language(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("stages.normalize=true", "unknown key 'normalize'; did you mean 'normalise'"),
+        ("stages.normalize=true", "unknown key 'stages.normalize'; did you mean 'normalise'"),
         ("stages.quality.languages.en={min_wrds: 3}", "unknown rule 'min_wrds'"),
         ("corpus=here", "name the text: either corpus or inputs"),
         ("executor.workers=0", "workers and tasks are at least 1"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError, choose
+from xverse.config import UserError, choose, need
 from xverse.texts import ReadReport, read_jsonl, read_lines, row_text, stem
 
 TEXT_PIECE = 1_000_000  # a longer text file becomes several documents, cut at a line's end
@@ -158,8 +158,7 @@ def _dataset_units(given: Input) -> list[Unit]:
 
 
 def _dataset(given: Input) -> Any:
-    import datasets
-
+    datasets = need("datasets", "data", f"dataset {given.dataset}")
     try:
         return datasets.load_dataset(
             given.dataset, given.config, split=given.split, revision=given.revision, streaming=True
@@ -228,10 +227,10 @@ def _read_txt(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
 
 
 def _read_parquet(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
+    need("pyarrow", "data", str(unit.path))
     import pyarrow
     import pyarrow.parquet
 
-    assert unit.path is not None
     key, number = unit.input.text_key, 0
     try:
         with pyarrow.parquet.ParquetFile(unit.path) as file:
@@ -260,10 +259,10 @@ def _read_parquet(unit: Unit, report: ReadReport, limit: int) -> Iterator[Docume
 
 
 def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
+    need("warcio", "data", str(unit.path))
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
-    assert unit.path is not None
     number = 0
     with unit.path.open("rb") as file:
         try:
@@ -291,8 +290,7 @@ def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]
 
 
 def _page_text(data: bytes) -> str | None:
-    import trafilatura
-
+    trafilatura = need("trafilatura", "data", "reading web archives")
     text: str | None = trafilatura.extract(data, include_comments=False, deduplicate=False)
     return text
 

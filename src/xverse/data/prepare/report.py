@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from xverse.config import need
 from xverse.data.prepare.clean import StagesConfig
 from xverse.data.prepare.encode import SPLITS, Plan, unit_record
 from xverse.data.prepare.ledger import Ledger, Table, UnitRecord, total
@@ -245,6 +246,7 @@ def _one_line(text: str) -> str:
 
 def plot(ledger: Ledger, path: Path) -> None:
     """Kept and dropped documents by language, as a PNG file."""
+    need("matplotlib", "data", "report.png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

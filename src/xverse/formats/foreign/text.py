@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.formats.weights import read_json
 
 # Elsewhere either file will do. ChatGLM2's special tokens are in neither.
@@ -105,12 +105,9 @@ def _build(values: dict[str, Any], file: Path) -> tokenizers.Tokenizer:
 
 
 def _from_sentencepiece(file: Path, values: dict[str, Any], family: str) -> ForeignTokenizer:
+    sentencepiece = need("sentencepiece", "eval", str(file))
     try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise UserError(f"{file} needs sentencepiece: pip install 'xverse-lm[eval]'") from None
-    try:
-        processor = SentencePieceProcessor(model_proto=file.read_bytes())
+        processor = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
     except (RuntimeError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
     size = processor.get_piece_size()

@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from xverse.config import need
+
 _NAMES = (
     "ar bg ca cs da de el en es et fa fi fr he hi hu id it ja kk ko lt lv mr ms nl no pl pt ro ru sk sl "
     "sr sv ta th tr uk vi zh"
@@ -85,9 +87,8 @@ def _usual(language: str) -> frozenset[str]:
 
 @lru_cache(maxsize=4)
 def _identifier(languages: tuple[str, ...]) -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    langid = need("py3langid.langid", "data", "language identification")
+    model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     written = [name for name, ours in _SPELT_AS.items() if ours in languages and name in model.labels]
     model.set_languages([name for name in languages if name in model.labels] + written)
     return model
@@ -96,7 +97,6 @@ def _identifier(languages: tuple[str, ...]) -> Any:
 @lru_cache(maxsize=1)
 def known_languages() -> frozenset[str]:
     """Every language that can be identified."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    labels = LanguageIdentifier.from_model_file(MODEL_FILE).labels
+    langid = need("py3langid.langid", "data", "language identification")
+    labels = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE).labels
     return frozenset(_SPELT_AS.get(name, name) for name in labels)

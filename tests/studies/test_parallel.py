@@ -1,8 +1,8 @@
-"""`bench parallel` at a tiny size: two fresh processes train and say their own peaks."""
+"""The study ``parallel`` at a tiny size: two fresh processes train and say their own peaks."""
 
 from __future__ import annotations
 
-from xverse.bench.parallel import measure
+from benchmarks.studies.parallel import measure
 from xverse.model import XverseConfig
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import statistics
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from xverse.bench.options import add_batch, add_shape, positive
 from xverse.bench.report import Row, show
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
@@ -26,7 +28,22 @@ from xverse.train.report import flops_per_token, peak_of
 LAST = 10  # steps, at most, whose mean loss stands for the end of a curve
 
 
-def run(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="DIR", help="a folder made by xverse data prepare")
+    add_shape(parser, "mini")
+    parser.add_argument("--steps", type=positive, default=300, metavar="N", help="steps of each training")
+    add_batch(parser, 32, 2048)
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=0, metavar="N", help="sequences per forward pass (0: all)"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the layers")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(
     data: str,
     shape: str = "mini",
     *,

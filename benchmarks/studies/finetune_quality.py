@@ -6,6 +6,7 @@ the fully tuned model. Curves and a table go to a folder.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import math
@@ -16,10 +17,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.studies.common import run_finetune
+from xverse.bench.options import add_threads, positive
 from xverse.bench.report import Row, at_most, count_threads, show
 from xverse.config import UserError
 from xverse.finetune.encode import Example, load_data
 from xverse.finetune.settings import read_settings
+from xverse.hardware import cores
 from xverse.log import notice
 
 # Beneath --data, as published; those that are there are used.
@@ -42,13 +46,24 @@ METHODS: dict[str, dict[str, str]] = {
 LORA_TARGET, QLORA_TARGET = 1.05, 1.03  # of full SFT's and of LoRA's held-out loss
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="DIR", help="the folder of instructions")
+    parser.add_argument("--base", default="nano", metavar="M", help="the model to start from")
+    parser.add_argument("--out", required=True, metavar="DIR", help="an empty folder for models and curves")
+    parser.add_argument("--steps", type=positive, default=6, metavar="N", help="steps of each training")
+    add_threads(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    data, out = (Path(path).expanduser().resolve() for path in (args.data, args.out))
+    return measure(data, args.base, out, args.steps, args.threads or cores().usable)
+
+
 def measure(data: Path, base: str, out: Path, steps: int, threads: int) -> dict[str, Any]:
     """Train by each method for ``steps`` steps; DPO for half as many again. Writes ``out``.
 
     Raises UserError where ``data`` holds none of the sets, or where ``out`` holds files already.
     """
-    from xverse.bench.finetune import flags_run
-
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: holds files already; name another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +83,7 @@ def measure(data: Path, base: str, out: Path, steps: int, threads: int) -> dict[
         files = ",".join(str(out / f"{name}.train.json") for name in names)
         held = ",".join(str(out / f"{name}.valid.json") for name in names)
         here = {**common, **flags, "dataset": files, "eval_dataset": held, "packing": "true"}
-        flags_run({**here, "output_dir": str(out / method)}, threads)
+        run_finetune({**here, "output_dir": str(out / method)}, threads)
         model, adapter = (str(out / "full"), None) if method == "full" else (base, out / method)
         losses[method] = _held_out(model, adapter, 4 if method == "qlora" else 0, out, names)
     found: dict[str, Any] = {}
@@ -80,15 +95,14 @@ def measure(data: Path, base: str, out: Path, steps: int, threads: int) -> dict[
         flags |= {"dataset": str(pairs), "val_size": str(HELD_OUT), "output_dir": str(out / "dpo")}
         flags |= {"model_name_or_path": str(out / "full")}
         flags |= {"per_device_eval_batch_size": "4", "lora_rank": "16"}
-        done = flags_run({**common, **flags}, threads)
+        done = run_finetune({**common, **flags}, threads)
         found = {key: done["metrics"][f"eval_{key}"] for key in ("margin", "accuracy", "loss")}
     ratios = {
         "lora / full": _mean(losses["lora"]) / _mean(losses["full"]),
         "qlora / lora": _mean(losses["qlora"]) / _mean(losses["lora"]),
     }
     result = {
-        "bench": "finetune",
-        "part": "quality",
+        "bench": "finetune-quality",
         "base": base,
         "steps": steps,
         "threads": threads,
@@ -179,7 +193,9 @@ def _held_out(model: str, adapter: Path | None, bits: int, out: Path, names: lis
     losses = {}
     for name in names:
         values = {"model_name_or_path": model, "dataset": str(out / f"{name}.valid.json"), "do_train": True}
-        settings = read_settings({**values, "output_dir": "-", "cutoff_len": LENGTH}, "bench finetune")
+        settings = read_settings(
+            {**values, "output_dir": "-", "cutoff_len": LENGTH}, "benchmarks finetune-quality"
+        )
         examples: list[Example] = load_data(settings, tokenizer, LENGTH, quiet=True).train
         total, count = 0.0, 0
         for start in range(0, len(examples), 8):

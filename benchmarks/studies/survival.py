@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -15,13 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.studies.common import ROOT, batch_of
+from xverse.bench.options import add_batch, add_shape, positive
 from xverse.bench.report import Row, at_most, show
 from xverse.config import UserError
-from xverse.data.feed import Batch
 from xverse.log import notice
-from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights, named_shape
+from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.train.loop import TrainConfig, fit
 from xverse.train.parallel import world_of
 from xverse.train.plot import read_metrics
@@ -29,7 +29,23 @@ from xverse.train.plot import read_metrics
 PATIENCE = 600.0  # seconds without a new step
 
 
-def run(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser, "nano")
+    parser.add_argument("--kills", type=positive, default=20, metavar="N", help="processes to kill, in turn")
+    parser.add_argument("--processes", type=positive, default=2, metavar="N", help="processes of the run")
+    parser.add_argument("--every", type=positive, default=5, metavar="N", help="steps between checkpoints")
+    parser.add_argument("--apart", type=positive, default=12, metavar="N", help="steps between two kills")
+    add_batch(parser, 4, 64)
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the choice of rank and moment"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(
     shape: str = "nano",
     *,
     kills: int = 20,
@@ -96,12 +112,16 @@ def _rows(result: dict[str, Any], every: int) -> Iterator[Row]:
 def _started(job: dict[str, Any], out: Path, processes: int, restarts: int) -> subprocess.Popen[bytes]:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-        *(f"--max-restarts={restarts}", "-m", "xverse.bench.survival", json.dumps(job), str(out)),
+        *(f"--max-restarts={restarts}", "-m", "benchmarks.studies.survival", json.dumps(job), str(out)),
     ]
     out.mkdir()
     with (out / "log.txt").open("wb") as log:
         return subprocess.Popen(
-            command, env={"OMP_NUM_THREADS": "1", **os.environ}, stdout=log, stderr=subprocess.STDOUT
+            command,
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
         )
 
 
@@ -167,18 +187,6 @@ def _lines(out: Path) -> list[dict[str, Any]]:
 def _losses(out: Path) -> dict[int, float]:
     file = out / "metrics.jsonl"
     return {r["step"]: r["loss"] for r in read_metrics(file) if "loss" in r} if file.exists() else {}
-
-
-def batch_of(config: XverseConfig, length: int, first: int, stop: int) -> Batch:
-    """Sequences of random tokens, each position but the last with a target."""
-    rows = []
-    for row in range(first, stop):
-        generator = torch.Generator().manual_seed(row)
-        rows.append(torch.randint(4, config.vocab_size, (length,), generator=generator))
-    tokens = torch.stack(rows)  # [B, T]
-    targets = torch.full_like(tokens, IGNORE)
-    targets[:, :-1] = tokens[:, 1:]
-    return Batch(tokens, targets, torch.zeros_like(tokens, dtype=torch.int32))
 
 
 def main(job: dict[str, Any], out: Path) -> None:

@@ -8,19 +8,21 @@ of its own, which reports its VmHWM. Linux only.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.studies.common import ROOT, existing, module, need_proc, run_xverse
+from benchmarks.studies.made_text import make_text, prefix
 from xverse import hardware
-from xverse.bench.made_text import make_text, prefix
+from xverse.bench.options import add_directory, add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, show
 from xverse.config import UserError
 from xverse.log import notice
@@ -29,38 +31,35 @@ from xverse.tokenizer import Tokenizer, native
 LIMIT_GB, SPEEDUP = 4.0, 2.0  # the promises: peak memory at 10 GB of text; speed beside the library at 500 MB
 UNIQUE = 40_000_000  # different words that 10 GB are to have
 
-OURS = """
-import json, sys, time
-start = time.perf_counter()
-from xverse.cli import main
-code = main(sys.argv[2:])
-seconds = time.perf_counter() - start
-peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
-open(sys.argv[1], "w").write(json.dumps({"code": code, "seconds": seconds, "peak_bytes": peak}))
-"""
 
-# The library with XVERSE's structure, fed file by file; the alphabet is given to it.
-PEER = """
-import json, sys, time
-from pathlib import Path
-from xverse.texts import ReadReport, find_files, read_texts
-from xverse.tokenizer.counting import plan_parts
-from xverse.tokenizer.train import assemble, library_merges
-target, folder, settings = Path(sys.argv[1]), sys.argv[2], json.loads(Path(sys.argv[3]).read_text())
-start = time.perf_counter()
-spans = [span for part in plan_parts(find_files([folder])) for span in part]
-blocks = (b for s in spans for b in read_texts(s.path, ReadReport(), s.begin, s.end))
-texts = (block.decode() for block in blocks)
-merges = library_merges(texts, settings["vocab_size"], settings["alphabet"], settings["others"])
-tokenizer = assemble(settings["alphabet"], merges)
-seconds = time.perf_counter() - start
-peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
-result = {"seconds": seconds, "peak_bytes": peak, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
-target.write_text(json.dumps(result))
-"""
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--corpus", required=True, metavar="DIR", help="text of many languages to imitate")
+    parser.add_argument("--size-mb", type=positive, default=10_000, metavar="N", help="size of the text made")
+    parser.add_argument(
+        "--prefix-mb", type=positive, default=500, metavar="N", help="size of the prefix that both train on"
+    )
+    parser.add_argument(
+        "--vocab-size", type=positive, default=100_534, metavar="N", help="entries of the tokenizer"
+    )
+    parser.add_argument(
+        "--limit-alphabet", type=positive, default=12_000, metavar="N", help="single characters, at most"
+    )
+    parser.add_argument(
+        "--memory-gb", type=float, default=3.0, metavar="GB", help="memory limit of our trainer"
+    )
+    parser.add_argument(
+        "--peer-minutes", type=float, default=120.0, metavar="T", help="time for the library's largest prefix"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the text")
+    add_threads(parser)
+    add_directory(parser)
 
 
-def run(
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(
     corpus: str | Path,
     size_mb: int = 10_000,
     prefix_mb: int = 500,
@@ -77,12 +76,9 @@ def run(
     Raises UserError for too little disk, a missing folder, or a system without /proc.
     """
     native.require()
-    if not Path("/proc/self/status").exists():
-        raise UserError("bench tokenizer reads /proc/self/status, which only Linux has")
+    need_proc()
     prefix_mb = min(prefix_mb, size_mb)
-    base = Path(directory or tempfile.gettempdir())
-    if not base.is_dir():
-        raise UserError(f"{base}: no such directory")
+    base = existing(directory)
     need = int(1.6e6 * size_mb + 4e6 * prefix_mb)
     if shutil.disk_usage(base).free < need:
         raise UserError(
@@ -175,18 +171,11 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _ours(folder: Path, name: str, texts: Path, common: list[str]) -> dict[str, Any]:
-    figures, out = folder / f"{name}.json", folder / name
-    arguments = ["tokenizer", "train", "--out", str(out), *common, str(texts)]
-    command = [sys.executable, "-c", OURS, str(figures), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    result = json.loads(figures.read_text()) if figures.exists() else {"code": done.returncode}
-    if result.pop("code") != 0:
-        raise UserError(
-            f"xverse {' '.join(arguments)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-        )
-    words = [line for line in done.stderr.splitlines() if "different words" in line]
+    out = folder / name
+    figures = run_xverse(["tokenizer", "train", "--out", str(out), *common, str(texts)], capture=True)
+    counted = [line for line in figures.pop("stderr").splitlines() if "different words" in line]
     tokenizer = Tokenizer.load(out)
-    return {**result, "hash": tokenizer.hash, "words": int(words[-1].split()[0].replace(",", ""))}
+    return {**figures, "hash": tokenizer.hash, "words": int(counted[-1].split()[0].replace(",", ""))}
 
 
 def _alphabet(directory: Path, files: list[Path], vocab_size: int) -> dict[str, Any]:
@@ -203,13 +192,13 @@ def _peer(
     """The library's run; None where it goes beyond ``limit`` bytes or ``seconds``, where they are given."""
     figures = folder / "peer.json"
     figures.unlink(missing_ok=True)
-    command = [sys.executable, "-c", PEER, str(figures), str(texts), str(settings)]
+    command = module("workers.library_trainer", str(figures), str(texts), str(settings))
     environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     while process.poll() is None:
         time.sleep(0.2)
-        over = limit and _resident(process.pid) > limit
+        over = limit and (hardware.process_memory("VmRSS", process.pid) or 0) > limit
         if over or (seconds and time.perf_counter() - start > seconds):
             process.kill()
             process.communicate()
@@ -219,14 +208,6 @@ def _peer(
         raise UserError(f"the library's trainer failed: {(said.strip().splitlines() or ['no message'])[-1]}")
     notice(f"tokenizer: the library on {texts.name} took {time.perf_counter() - start:.1f} s")
     return json.loads(figures.read_text())
-
-
-def _resident(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 def _largest_prefix(

@@ -1,4 +1,4 @@
-"""benchmarks/peers/run.py from end to end on the smallest shape, with the rivals that are installed."""
+"""``python -m benchmarks peers`` on the smallest shape, with the rivals that are installed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parents[2] / "benchmarks" / "peers" / "run.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(RUN), "--work-dir", str(tmp_path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "benchmarks", "peers", "--work-dir", str(tmp_path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
 
 
 @pytest.mark.parametrize(("part", "rival"), [("bf16", "transformers bf16"), ("int8", "llama.cpp Q8_0")])

@@ -1,7 +1,8 @@
-"""The time of GPTQ on layers of real shape, extrapolated to a whole model. Part of ``xverse bench quant``."""
+"""The time of GPTQ on layers of real shape, extrapolated to a whole model."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xverse.bench.report import Row, need_memory, process_memory
+from xverse import hardware
+from xverse.bench.options import add_shape, add_threads
+from xverse.bench.report import Row, count_threads, need_memory, show, using_threads
+from xverse.config import choose
 from xverse.log import notice
-from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.model import SHAPES, XverseConfig, XverseForCausalLM
 from xverse.quant.quantizer import Quantizer, QuantSettings
 
 LAYERS = 2
@@ -20,7 +24,21 @@ VOCABULARY = 4096  # embedding and head are no part of what is timed
 TOKENS = (16, 512)  # rows of calibration
 
 
-def run(config: XverseConfig) -> dict[str, Any]:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser, "7b")
+    add_threads(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    config = choose("shape", args.shape, SHAPES)
+    threads = args.threads or hardware.cores().usable
+    with using_threads(threads):
+        result = measure(config)
+    show(f"gptq {args.shape}, {count_threads(threads)}", rows(result))
+    return {"bench": "gptq", "shape": args.shape, "threads": threads, **result}
+
+
+def measure(config: XverseConfig) -> dict[str, Any]:
     """Quantise ``LAYERS`` layers of random weights of ``config``'s width to 4 bits."""
     small = dataclasses.replace(config, num_hidden_layers=LAYERS, vocab_size=VOCABULARY)
     need_memory(8 * config.intermediate_size**2 + 40 * config.hidden_size * config.intermediate_size)
@@ -41,7 +59,7 @@ def run(config: XverseConfig) -> dict[str, Any]:
     steps: list[tuple[str, float]] = []
 
     def step(name: str) -> None:
-        notice(f"quant: gptq, {name}")
+        notice(f"gptq: {name}")
         steps.append((name, time.perf_counter()))
 
     tokens = torch.randint(VOCABULARY, TOKENS, generator=torch.Generator().manual_seed(1))
@@ -57,7 +75,7 @@ def run(config: XverseConfig) -> dict[str, Any]:
         "seconds_per_layer": round(each, 1),
         "extrapolated_layers": config.num_hidden_layers,
         "extrapolated_s": round(each * config.num_hidden_layers),
-        "peak_gb": round((process_memory("VmHWM") or 0) / 1e9, 2),
+        "peak_gb": round((hardware.process_memory("VmHWM") or 0) / 1e9, 2),
     }
 
 

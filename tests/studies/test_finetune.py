@@ -1,4 +1,4 @@
-"""``xverse bench finetune``: its contenders train the same, and what is missing is said."""
+"""The studies of fine-tuning: its contenders train the same, and what is missing is said."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from xverse.bench import finetune, trainers
-from xverse.cli import main
+from benchmarks.__main__ import main
+from benchmarks.studies import finetune, trainers
 from xverse.finetune.encode import Example
 from xverse.model import XverseConfig
 
@@ -51,12 +51,12 @@ def test_trl_packs_the_same_examples(job) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "name a file of instructions with --data"),
-        (["--part", "quality"], "and --out"),
-        (["--data", "x", "--contenders", "xvers"], "did you mean 'xverse'"),
-        (["--part", "memory", "--shape", "8b"], "8b"),
+        (["finetune"], "name a file of instructions with --data"),
+        (["finetune-quality", "--data", "x", "--out", "."], "holds files already"),
+        (["finetune", "--data", "x", "--contenders", "xvers"], "did you mean 'xverse'"),
+        (["finetune", "--part", "memory", "--shape", "8b"], "8b"),
     ],
 )
 def test_mistakes_are_one_line(words, said, capsys) -> None:
-    assert main(["bench", "finetune", *words]) == 2
+    assert main(words) == 2
     assert said in capsys.readouterr().err

@@ -1,100 +1,113 @@
-"""Fine-tuning: speed and memory against transformers' and trl's trainers, QLoRA's memory, and what it learns.
+"""Fine-tuning: speed and memory beside transformers' and trl's trainers, and the memory of QLoRA.
 
 ``--part peers``: contenders in turn, each in a process of its own, several rounds, medians. ``--part
-memory``: some steps of QLoRA on random weights of a shape. ``--part quality``: ``finetune_quality.py``.
+memory``: some steps of QLoRA on random weights of a shape.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import random
 import statistics
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.studies.common import (
+    ROOT,
+    check_space,
+    existing,
+    make_weights,
+    module,
+    run_finetune,
+)
+from benchmarks.studies.trainers import CONTENDERS
 from xverse import hardware
+from xverse.bench.options import add_batch, add_directory, add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, count_threads, need_memory, show
-from xverse.bench.trainers import CONTENDERS
+from xverse.bench.weights import placeholder_tokenizer
 from xverse.config import UserError, choose
 from xverse.finetune.settings import read_settings
+from xverse.formats.quantize import quantize_directory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
+from xverse.quant.quantizer import QuantSettings
 
 VOCABULARY = 100_534
 # ours against whose: tokens/s at least so many times, memory at most so many times
 TARGETS = (("xverse", "transformers", 1.3, 0.6), ("xverse-packed", "trl", 1.1, 0.95))
 QLORA_GB = 10.0
-CHILD = "import sys; from xverse.bench.trainers import child; child(sys.argv[1])"
 
 
-def run(
-    part: str = "peers",
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part",
+        choices=["peers", "memory"],
+        default="peers",
+        help="peers: speed beside other trainers; memory: QLoRA on random INT4 weights",
+    )
+    parser.add_argument("--data", metavar="FILE", help="a file of instructions such as alpaca's (peers)")
+    parser.add_argument("--shape", metavar="S", help="a named shape (default: mini for peers, 7b for memory)")
+    parser.add_argument(
+        "--vocabulary", type=positive, default=VOCABULARY, metavar="V", help="entries of the model (peers)"
+    )
+    add_batch(parser, 8, 512)
+    parser.add_argument("--steps", type=positive, default=6, metavar="N", help="steps of each training")
+    add_rounds(parser, 3)
+    parser.add_argument(
+        "--contenders", nargs="+", metavar="NAME", help=f"some of {', '.join(CONTENDERS)} (default: all)"
+    )
+    add_threads(parser)
+    add_directory(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    threads = args.threads or hardware.cores().usable
+    if args.part == "memory":
+        name = args.shape or "7b"
+        return measure_memory(name, args.sequence_length, args.steps, threads, existing(args.directory))
+    if args.data is None:
+        raise UserError("name a file of instructions with --data, such as alpaca's")
+    return compare(
+        Path(args.data).expanduser(),
+        args.shape or "mini",
+        vocabulary=args.vocabulary,
+        batch_size=args.batch_size,
+        sequence_length=args.sequence_length,
+        steps=args.steps,
+        rounds=args.rounds,
+        sides=args.contenders or CONTENDERS,
+        threads=threads,
+    )
+
+
+def compare(
+    data: Path,
+    shape: str,
     *,
-    data: str | None = None,
-    shape: str | None = None,
-    vocabulary: int | None = None,
-    batch_size: int = 8,
-    sequence_length: int = 512,
-    steps: int = 6,
-    rounds: int = 3,
-    contenders: Sequence[str] | None = None,
-    base: str = "nano",
-    out: str | None = None,
-    threads: int | None = None,
-) -> dict[str, Any]:
-    """Measure one part. Raises UserError for what is missing: data, memory, trl."""
-    parts: dict[str, Callable[..., dict[str, Any]]]
-    parts = {"peers": _peers, "memory": _memory, "quality": _quality}
-    options = {key: value for key, value in locals().items() if key not in ("part", "parts")}
-    options["threads"] = threads or hardware.cores().usable
-    return choose("part", part, parts)(**options)
-
-
-def _quality(
-    *, data: str | None, base: str, out: str | None, steps: int, threads: int, **_: Any
-) -> dict[str, Any]:
-    from xverse.bench.finetune_quality import measure
-
-    if data is None or out is None:
-        raise UserError(
-            "bench finetune --part quality: name the folder of instructions with --data, and --out"
-        )
-    return measure(Path(data).expanduser(), base, Path(out).expanduser(), steps, threads)
-
-
-def _peers(
-    *,
-    data: str | None,
-    shape: str | None,
-    vocabulary: int | None,
+    vocabulary: int,
     batch_size: int,
     sequence_length: int,
     steps: int,
     rounds: int,
-    contenders: Sequence[str] | None,
+    sides: Sequence[str],
     threads: int,
-    **_: Any,
 ) -> dict[str, Any]:
-    if data is None:
-        raise UserError(
-            "bench finetune: name a file of instructions with --data (alpaca's is what it is for)"
-        )
+    """Tokens/s and peak memory of every side. Raises UserError for too few steps or too little memory."""
     if steps < 2:
         raise UserError("steps: at least 2, the first of which warms up")
-    sides = list(contenders or CONTENDERS)
     for side in sides:
         choose("contenders", side, {name: name for name in CONTENDERS})
-    config = dataclasses.replace(named_shape(shape or "mini"), vocab_size=vocabulary or VOCABULARY)
+    config = dataclasses.replace(named_shape(shape), vocab_size=vocabulary)
     need_memory(16 * config.num_parameters() + 16 * batch_size * sequence_length * config.vocab_size)
     with tempfile.TemporaryDirectory(prefix="xverse-finetune-") as name:
-        job = _prepare(Path(name), config, Path(data).expanduser(), sequence_length)
+        job = _prepare(Path(name), config, data, sequence_length)
         job |= {"length": sequence_length, "batch_size": batch_size, "steps": steps, "threads": threads}
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for number in range(rounds):
@@ -114,7 +127,7 @@ def _peers(
         "contenders": {side: _summary(each) for side, each in found.items()},
     }
     result["ratios"] = _ratios(found)
-    result["shape"] = shape or "mini"
+    result["shape"] = shape
     title = f"finetune: {batch_size} × {sequence_length}, V {config.vocab_size:,}, {count_threads(threads)}"
     show(title, _rows(result))
     return result
@@ -131,7 +144,7 @@ def _prepare(folder: Path, config: XverseConfig, data: Path, length: int) -> dic
     save_hf(model, tokenizer, folder / "xverse", torch.float32)
     save_llama(model, tokenizer, folder / "llama", torch.float32)
     values = {"model_name_or_path": "nano", "dataset": str(data), "output_dir": "-", "do_train": True}
-    settings = read_settings({**values, "max_samples": 4096}, "bench finetune")
+    settings = read_settings({**values, "max_samples": 4096}, "benchmarks finetune")
     examples = load_data(settings, tokenizer, length).train
     random.Random(0).shuffle(examples)
     rows = [(example.ids, example.mask, example.name) for example in examples]
@@ -141,11 +154,11 @@ def _prepare(folder: Path, config: XverseConfig, data: Path, length: int) -> dic
 
 
 def _child(job: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-c", CHILD, json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = module("trainers", json.dumps(job))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1]
-        raise UserError(f"bench finetune: {job['side']} failed: {last}")
+        raise UserError(f"{job['side']} failed: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -209,18 +222,9 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
         )
 
 
-def _memory(
-    *, shape: str | None, out: str | None, sequence_length: int, steps: int, threads: int, **_: Any
-) -> dict[str, Any]:
+def measure_memory(name: str, sequence_length: int, steps: int, threads: int, place: Path) -> dict[str, Any]:
     """Steps of QLoRA with checkpointing on random INT4 weights, batch 1, rows full of random tokens."""
-    from xverse.bench.infer import placeholder_tokenizer
-    from xverse.bench.load import check_space, make_weights
-    from xverse.formats.quantize import quantize_directory
-    from xverse.quant.quantizer import QuantSettings
-
-    name = shape or "7b"
     config = named_shape(name)
-    place = Path(out).expanduser() if out else Path(tempfile.gettempdir())
     check_space(place, 3 * config.num_parameters())
     with tempfile.TemporaryDirectory(prefix="xverse-qlora-", dir=place) as folder:
         plain, quantised = Path(folder) / "plain", Path(folder) / "int4"
@@ -245,7 +249,7 @@ def _memory(
             "save_strategy": "no", "output_dir": Path(folder) / "out",
         }  # fmt: skip
         notice(f"finetune: {steps} steps of QLoRA at {sequence_length} tokens")
-        found = flags_run({key: str(value) for key, value in flags.items()}, threads)
+        found = run_finetune(flags, threads)
     result = {
         "bench": "finetune",
         "part": "memory",
@@ -270,29 +274,3 @@ def _memory(
     ]
     show(title, rows_shown)
     return result
-
-
-FLAGS = """
-import json, sys
-import torch
-torch.set_num_threads(int(sys.argv[2]))
-from xverse.cli import main
-code = main(["finetune", *json.loads(sys.argv[1])])
-from xverse.bench.report import process_memory
-print(json.dumps({"code": code, "peak_bytes": process_memory("VmHWM")}))
-"""
-
-
-def flags_run(flags: dict[str, str], threads: int) -> dict[str, Any]:
-    """``xverse finetune`` with flags in a process of its own: its peak memory and its metrics.
-
-    Raises UserError where it fails; its reason stands above.
-    """
-    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-c", FLAGS, json.dumps(words), str(threads)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    last = done.stdout.strip().splitlines()[-1:] or ["{}"]
-    if done.returncode or json.loads(last[0]).get("code") != 0:
-        raise UserError(f"bench finetune: xverse finetune --output_dir {flags['output_dir']} failed")
-    metrics = json.loads((Path(flags["output_dir"]) / "all_results.json").read_text())
-    return {"peak_bytes": json.loads(last[0])["peak_bytes"], "metrics": metrics}

@@ -1,4 +1,4 @@
-"""``xverse bench data``: what preparing text costs, and how good its stages are.
+"""What preparing text costs, and how good its stages are.
 
 Parts: ``encode`` (shards written, beside the ``tokenizers`` library on the same texts), ``pipeline`` (every
 stage over a corpus), ``duplicates`` (planted copies), ``language`` (held-out lines), ``questions`` (planted
@@ -7,6 +7,7 @@ benchmark questions).
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gzip
 import hashlib
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from xverse.bench.options import add_directory, positive
 from xverse.config import UserError
 
 PARTS = ("encode", "pipeline", "duplicates", "language", "questions")
@@ -37,7 +39,26 @@ _CODE = re.compile(r"[={}_;|]|[a-z]\.[a-z]")
 _CHARACTERS = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
 
-def run(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--corpus", required=True, metavar="DIR", help="a folder of {language}.jsonl.gz")
+    parser.add_argument("--part", choices=PARTS, help="one part (default: all)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="a tokenizer's folder (default: nano's)")
+    parser.add_argument("--data-dir", metavar="DIR", help="the folder of benchmarks to look for in the text")
+    add_directory(parser)
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: all usable cores)")
+    parser.add_argument(
+        "--repeat", type=positive, default=1, metavar="N", help="copies of the corpus to encode (encode)"
+    )
+    parser.add_argument(
+        "--lines", type=positive, default=300, metavar="N", help="lines of each language (language)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(
     corpus: str,
     part: str | None = None,
     tokenizer: str | None = None,
@@ -48,12 +69,13 @@ def run(
     lines: int = 300,
 ) -> dict[str, Any]:
     """Measure one part, or all. ``corpus``: a folder of ``{language}.jsonl.gz``, ``data_dir``: benchmarks."""
+    from xverse.formats import resolve
     from xverse.hardware import cores
 
     folder, workers = Path(corpus), workers or cores().usable
     if not folder.is_dir():
         raise UserError(f"{corpus}: no such corpus folder")
-    model = Path(tokenizer) if tokenizer else Path(__file__).parent.parent / "assets" / "nano"
+    model = Path(tokenizer) if tokenizer else resolve("nano")
     evaluation = Path(data_dir) if data_dir else None
     results: dict[str, Any] = {"bench": "data", "corpus": str(folder), "workers": workers}
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
@@ -113,8 +135,8 @@ def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> 
     shutil.rmtree(recipe.out)
     return {
         "vocabulary": vocabulary,
-        "library_mb_s": round(rate / 1e6, 2),
-        "shards_mb_s": round(ours / 1e6, 2),
+        "library_mb_s": round(rate / 1e6, 4),
+        "shards_mb_s": round(ours / 1e6, 4),
         "share": round(ours / rate, 3),
         "text_mb": round(written / 1e6, 4),
         "peak_mb": _peaks(memory),

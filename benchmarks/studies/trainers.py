@@ -1,4 +1,4 @@
-"""One contender of ``xverse bench finetune``: some steps of full fine-tuning in a process of its own.
+"""One contender of the study ``finetune``: some steps of full fine-tuning in a process of its own.
 
 All train equal weights on equal examples with equal loss masks, ``batch_size`` rows a step, in bf16 over
 float32 parameters with fused AdamW. Ours: ``xverse`` one example a row, ``xverse-packed`` rows filled up.
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from xverse.bench.report import process_memory
 from xverse.finetune.encode import Example
+from xverse.hardware import process_memory
 
 CONTENDERS = ("xverse", "transformers", "xverse-packed", "trl-bfd", "trl-wrapped")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import http.client
 import json
@@ -13,10 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from xverse.bench.client import get, post, resident, serving
+from xverse.bench.client import get, post, serving
+from xverse.bench.options import add_model, add_quantize, add_threads, positive
 from xverse.bench.report import Row, at_most, in_gb, show
 from xverse.config import UserError
 from xverse.formats import resolve
+from xverse.hardware import process_memory
 from xverse.log import notice
 
 FLAT_TARGET = 0.02  # of the median, to either side
@@ -52,7 +55,23 @@ class Tally:
     failed: list[str] = field(default_factory=list)
 
 
-def run(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_quantize(parser)
+    parser.add_argument("--minutes", type=float, default=20.0, metavar="T", help="duration of the load")
+    parser.add_argument("--clients", type=positive, default=16, metavar="N", help="concurrent clients")
+    parser.add_argument(
+        "--leaving", type=float, default=0.3, metavar="P", help="share of requests hung up on"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the clients' choices")
+    add_threads(parser, "as xverse chat")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(
     model: str = "nano",
     quantize: str | None = None,
     *,
@@ -84,7 +103,9 @@ def run(
         while time.monotonic() < end:
             time.sleep(min(_EVERY, max(end - time.monotonic(), 0.01)))
             figures = _figures(port)
-            samples.append((time.monotonic() - begin, resident(process.pid), _held(figures)))
+            samples.append(
+                (time.monotonic() - begin, process_memory("VmRSS", process.pid) or 0, _held(figures))
+            )
         for worker in workers:
             worker.join()
         for _ in range(100):  # the last ones that left are noticed at the end of a step

@@ -1,4 +1,4 @@
-"""``xverse bench tokenizer`` on a few hundred kilobytes: the whole of it, the library's trainer included."""
+"""The study ``tokenizer`` on a few hundred kilobytes: the whole of it, the library's trainer included."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from xverse.bench.made_text import make_text, prefix
-from xverse.cli import main
+from benchmarks.__main__ import main
+from benchmarks.studies.made_text import make_text, prefix
 from xverse.tokenizer import native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the compiled part was not built")
@@ -43,12 +43,12 @@ def test_made_text_is_new_and_the_same_again(tmp_path: Path, corpus: Path) -> No
 def test_both_trainers_agree(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--size-mb", "1", "--prefix-mb", "1", "--vocab-size", "900", "--limit-alphabet", "300"]
     where = ["--corpus", str(corpus), "--directory", str(tmp_path), "--peer-minutes", "0.01"]
-    assert main(["bench", "tokenizer", *sizes, *where]) == 0
+    assert main(["tokenizer", *sizes, *where]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["equal_merges"] is True
     assert result["whole"]["words"] > 3000
     assert result["whole"]["peak_bytes"] > 10 * 2**20
     assert result["speedup"] > 0
     assert not list(tmp_path.glob("xverse-tokenizer-*"))
-    assert main(["bench", "tokenizer", *sizes, "--corpus", str(tmp_path / "none")]) == 2
+    assert main(["tokenizer", *sizes, "--corpus", str(tmp_path / "none")]) == 2
     assert "no such file" in capsys.readouterr().err

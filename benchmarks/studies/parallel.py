@@ -7,6 +7,7 @@ made (interpreter, torch, process group). The C library gives freed tensors back
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
@@ -15,9 +16,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from xverse.bench.report import Row, in_gb, need_memory, process_memory, say_gb, show
-from xverse.bench.train import random_batch
+from benchmarks.studies.common import ROOT, module
+from xverse.bench.options import add_batch, add_shape
+from xverse.bench.report import Row, in_gb, need_memory, say_gb, show
+from xverse.bench.train_worker import random_batch
 from xverse.config import UserError
+from xverse.hardware import process_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, named_shape
 from xverse.train.layout import layout_of
@@ -36,10 +40,17 @@ LAYOUTS: dict[str, dict[str, int]] = {
 STEPS = 2  # the optimizer's moments appear in the first one
 MMAP_THRESHOLD = 64 * 1024
 
-CHILD = "import sys; from xverse.bench.parallel import child; child(sys.argv[1])"
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser, "mini")
+    add_batch(parser, 4, 2048)
 
 
-def run(shape: str = "mini", *, batch_size: int = 4, sequence_length: int = 2048) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return compare(**vars(args))
+
+
+def compare(shape: str = "mini", *, batch_size: int = 4, sequence_length: int = 2048) -> dict[str, Any]:
     """Measure a named shape in float32, one sequence at a time. Raises UserError for one that does not divide
     or does not fit into memory."""
     config = named_shape(shape)
@@ -100,10 +111,11 @@ def measure(config: XverseConfig, name: str, batch_size: int, length: int, proce
     }
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, job],
+            module("parallel", job),
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
+            cwd=ROOT,
         )
         for rank in range(processes)
     ]
@@ -138,3 +150,7 @@ def child(job: str) -> None:
         peak = process_memory("VmHWM")
         assert peak is not None
         print(json.dumps(peak - before))
+
+
+if __name__ == "__main__":
+    child(sys.argv[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import statistics
@@ -13,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.studies.common import ROOT, batch_of, module
 from xverse import hardware
+from xverse.bench.options import add_batch, add_directory, add_shape, add_threads, positive
 from xverse.bench.report import Row, at_most, count_threads, need_memory, show, using_threads
-from xverse.bench.survival import batch_of
 from xverse.config import UserError
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
@@ -26,10 +28,22 @@ from xverse.train.plot import read_metrics
 from xverse.train.report import figures
 
 STALL_TARGET = 0.05  # of the time of the steps, at one checkpoint in 100
-CHILD = "import sys; from xverse.bench.checkpoint import child; child(sys.argv[1])"
 
 
-def run(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser, "mini")
+    add_batch(parser, 8, 512)
+    parser.add_argument("--steps", type=positive, default=120, metavar="N", help="steps of each run")
+    parser.add_argument("--every", type=positive, default=100, metavar="N", help="steps between checkpoints")
+    add_threads(parser)
+    add_directory(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(
     shape: str = "mini",
     *,
     batch_size: int = 8,
@@ -129,7 +143,7 @@ def _resumed(job: dict[str, Any], out: Path) -> dict[str, float]:
     """Seconds of reading the checkpoint, and from the start of a process to the end of its first step."""
     before = len((out / "metrics.jsonl").read_text().splitlines())
     start = time.time()
-    process = subprocess.Popen([sys.executable, "-c", CHILD, json.dumps({**job, "out": str(out)})])
+    process = subprocess.Popen(module("checkpoint", json.dumps({**job, "out": str(out)})), cwd=ROOT)
     reading = None
     try:
         while True:
@@ -151,3 +165,7 @@ def child(text: str) -> None:
     job = json.loads(text)
     with using_threads(job["threads"]):
         _train(job, Path(job["out"]), job["every"])
+
+
+if __name__ == "__main__":
+    child(sys.argv[1])

@@ -7,6 +7,7 @@ measured between real gloo contexts, in threads of this process, by the clock.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageReader
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
+from xverse.bench.options import add_shape, positive
 from xverse.bench.report import Row, show
 from xverse.data.mixture import Mixture
 from xverse.data.packing import StreamPacker
@@ -45,7 +47,29 @@ THREADS = (4, 8, 16, 32)
 DOCUMENTS = (2_000_000, 20_000_000)
 
 
-def run(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser, "7b")
+    parser.add_argument(
+        "--ranks", type=positive, nargs="+", default=RANKS, metavar="N", help="sizes of simulated worlds"
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        nargs="+",
+        default=THREADS,
+        metavar="N",
+        help="numbers of real gloo contexts",
+    )
+    parser.add_argument(
+        "--gathered", type=positive, default=256, metavar="N", help="largest world for torch's own methods"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(
     shape: str = "7b",
     ranks: Sequence[int] = RANKS,
     threads: Sequence[int] = THREADS,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xverse.bench.data import run
+from benchmarks.studies.data import measure
 from xverse.config import UserError
 from xverse.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ def test_shards_are_measured_beside_the_library(
     (tmp_path / "corpus" / "en.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     tiny_tokenizer.save(tmp_path / "tokenizer")
     corpus, tokenizer = str(tmp_path / "corpus"), str(tmp_path / "tokenizer")
-    found = run(corpus, "encode", tokenizer, directory=str(tmp_path), workers=2, repeat=2)["encode"]
+    found = measure(corpus, "encode", tokenizer, directory=str(tmp_path), workers=2, repeat=2)["encode"]
     assert found["library_mb_s"] > 0
     assert found["shards_mb_s"] > 0
     assert 20 < found["peak_mb"]["encode"] < 2_000
@@ -30,6 +30,6 @@ def test_shards_are_measured_beside_the_library(
     )
     assert found["vocabulary"] == tiny_tokenizer.vocab_size
     with pytest.raises(UserError, match="no such corpus folder"):
-        run(str(tmp_path / "nowhere"))
+        measure(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no such file"):
-        run(corpus, "encode", str(tmp_path / "nowhere"))
+        measure(corpus, "encode", str(tmp_path / "nowhere"))
