@@ -18,13 +18,13 @@ from xverse.files import atomic_file
 from xverse.finetune.examples import Dataset, DatasetConfig, ExampleFeed, load_datasets
 from xverse.formats import load_tokenizer, resolve, save_hf
 from xverse.model import IGNORE, XverseForCausalLM
-from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, fit, sum_loss
 from xverse.train.materialise import stored_model
 from xverse.train.memory import announce
 from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
 from xverse.train.report import write_report
+from xverse.train.settings import layout_of
 
 
 @dataclass(frozen=True, kw_only=True)
