@@ -32,6 +32,7 @@ STUDIES = {
     "gptq": ("studies.gptq", "time of GPTQ on layers of a shape"),
     "load": ("studies.load", "peak memory while loading a model, beside the size of its weights"),
     "parallel": ("studies.parallel", "peak memory of each process under each layout of two processes"),
+    "plan": ("studies.plan", "the planner's cost model beside published measurements, and its fit"),
     "scale": ("studies.scale", "what a run of up to 1,024 processes costs its process 0, by simulation"),
     "soak": ("studies.soak", "the server under mixed load with clients that hang up: memory, blocks, errors"),
     "survival": ("studies.survival", "kill -9 of random processes under torchrun: steps lost, recovery time"),

@@ -23,7 +23,7 @@ from xverse.train.loop import train_step
 from xverse.train.materialise import empty_model, initial_weights
 from xverse.train.optimizer import learning_rate, make_optimizer
 from xverse.train.parallel import World, distribute
-from xverse.train.report import flops_per_token, peak_of
+from xverse.train.report import peak_of
 
 LAST = 10  # steps, at most, whose mean loss stands for the end of a curve
 
@@ -77,7 +77,7 @@ def measure(
         peak = peak_of(device, None, name == "float8")
         share = "unknown"
         if peak:
-            full = flops_per_token(found, sequence_length)["full"]
+            full = found.flops_per_token(sequence_length)["full"]
             share = f"{100 * rate * full / peak.flops:.1f} % {peak.label} (attention counted full)"
         rows.append(Row(f"{name}, tokens/s", f"{rate:,.0f}", share))
         rows.append(Row(f"{name}, loss at the end, nats", f"{figures['end']:.4f}"))

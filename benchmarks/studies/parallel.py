@@ -24,11 +24,11 @@ from xverse.config import UserError
 from xverse.hardware import process_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, named_shape
-from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, train_step
 from xverse.train.materialise import empty_model, initial_weights
 from xverse.train.optimizer import make_optimizer
 from xverse.train.parallel import distribute, world_of
+from xverse.train.settings import layout_of
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "one process": {},

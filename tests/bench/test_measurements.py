@@ -17,7 +17,6 @@ from xverse.config import UserError
 from xverse.formats import save_hf
 from xverse.formats.quantize import quick_settings, stored_bytes
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM, named_shape
-from xverse.train.report import flops_per_token
 
 TINY = XverseConfig(
     vocab_size=512,
@@ -142,7 +141,7 @@ def test_train_sides_do_the_same_work() -> None:
 
 def test_train_flops() -> None:
     """mini at 512: 6 · (38,281,728 − 12,288 · 512) + 12 · 8 · 512 · 512."""
-    assert flops_per_token(named_shape("mini"), 512) == {
+    assert named_shape("mini").flops_per_token(512) == {
         "full": 191_941_632 + 25_165_824,
         "causal": 191_941_632 + 12_582_912,
     }

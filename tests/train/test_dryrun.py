@@ -15,12 +15,13 @@ import yaml
 from xverse.cli import main
 from xverse.config import UserError, load
 from xverse.plan.devices import DEVICES
-from xverse.plan.layout import Architecture, problem
+from xverse.plan.layout import Architecture
 from xverse.plan.memory import memory
 from xverse.plan.search import task_of
 from xverse.train import PretrainRecipe, TrainConfig
-from xverse.train.dryrun import dry_run, planned_layout
+from xverse.train.dryrun import dry_run
 from xverse.train.pretrain import checked_shape
+from xverse.train.settings import layout_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [ROOT / "recipes" / "7b" / f"{name}.yaml" for name in ("a800-1024", "h100-512", "continue-8")]
@@ -41,8 +42,7 @@ def test_recipes_for_7b_fit_their_clusters(path: Path) -> None:
     assert recipe.mixture.weights is not None
     shape, _ = checked_shape(recipe)
     device = DEVICES[recipe.cluster.device]
-    layout = planned_layout(recipe.train, recipe.cluster.gpus)
-    assert not problem(Architecture.of(shape), layout, recipe.sequence_length, 8)
+    layout = layout_of(recipe.train, recipe.cluster.gpus, shape, recipe.sequence_length, 8)
     assert memory(Architecture.of(shape), layout, recipe.sequence_length).total < device.memory
     if recipe.cluster.gpus > 8:
         tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
@@ -84,11 +84,11 @@ def test_a_world_of_1024_on_data_that_is_here(
     [
         (
             ["cluster.gpus=3"],
-            "batch_size 8 does not divide among 3 data-parallel ranks in micro-batches of 1",
+            "batch_size 8 does not divide into 3 processes of micro-batches of 1; the nearest",
         ),
         (["cluster=null"], "write cluster: {device: a800, gpus: 1024} into the recipe"),
         (["cluster.device=a80"], "unknown device 'a80'"),
-        (["train.parallel=none"], "parallel: none is for one GPU, not 4"),
+        (["train.parallel=none"], "parallel: none, but there are 4 processes"),
         (["sequence_length=9000"], "sequence_length 9000 is beyond the 8192 positions"),
         (["data=nowhere", "mixture.weights={'a b': 1}"], "'a b' is no name of a source"),
         (["data=nowhere", "mixture.file=nowhere.yaml"], "nowhere.yaml: no such file"),
@@ -126,7 +126,7 @@ def test_plans_and_recipes_mean_the_same_layout() -> None:
         keys = settings(prediction)
         if set(keys) <= known:
             config = TrainConfig(steps=1, learning_rate=1e-4, **keys)
-            assert planned_layout(config, 64) == prediction.layout
+            assert layout_of(config, 64, task.shape, task.length) == prediction.layout
             checked += 1
     assert checked
 

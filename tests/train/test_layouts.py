@@ -15,10 +15,11 @@ from torch.testing import assert_close
 
 from xverse.config import UserError
 from xverse.model import named_shape
+from xverse.plan.layout import Layout
 from xverse.train import TrainConfig
-from xverse.train.layout import Layout, layout_of
 from xverse.train.parallel import different_kinds
 from xverse.train.plot import read_metrics
+from xverse.train.settings import layout_of
 
 from . import processes
 
@@ -189,7 +190,7 @@ def test_a_wrong_mesh_is_one_line_in_every_process(runs: Path) -> None:
             2,
             {"pipeline": 2, "virtual_stages": 1, "batch_size": 10, "micro_batch_size": 2},
             None,
-            "pipeline 2 goes round 2 times, into which 5 micro-batches of micro_batch_size 2 do not divide",
+            "pipeline 2 needs 2 equal rounds, into which 5 micro-batches of micro_batch_size 2 do not divide",
         ),
         (
             6,

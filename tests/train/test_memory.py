@@ -32,7 +32,7 @@ from xverse.model import XverseConfig, XverseForCausalLM, init_weights
 from xverse.train import TrainConfig
 from xverse.train.blocks import prepare_blocks
 from xverse.train.loop import train_step
-from xverse.train.memory import peak_resident
+from xverse.hardware import peak_memory
 from xverse.train.optimizer import make_optimizer
 
 def steps(shape, settings, batch, length, count):
@@ -54,9 +54,9 @@ job = json.loads(sys.argv[1])
 small = {**job["shape"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
          "num_attention_heads": 2}
 steps(small, job["settings"], 4, 8, 1)  # libraries are loaded
-before = peak_resident()
+before = peak_memory()
 steps(job["shape"], job["settings"], job["batch"], job["length"], 2)
-print(peak_resident() - before)
+print(peak_memory() - before)
 """
 
 
@@ -172,7 +172,7 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda device, sharing: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
     assert main(["pretrain", str(write_recipe(steps=2))]) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("xverse: one process would take 0.0 GB of memory")

@@ -261,9 +261,8 @@ def check_context(config: XverseConfig, prompt_tokens: int, new_tokens: int, bat
 def prefill_flops(config: XverseConfig, tokens: int) -> float:
     """FLOPs of one prompt: all linears for each token, the head for the last, attention counted causal."""
     embedding = config.vocab_size * config.hidden_size
-    linears = config.num_parameters() - 2 * embedding
-    attention = 4 * config.num_hidden_layers * config.hidden_size * tokens * tokens / 2
-    return 2 * linears * tokens + 2 * embedding + attention
+    forward = config.flops_per_token(tokens)["causal"] / 3
+    return forward * tokens - 2 * embedding * (tokens - 1)
 
 
 def _step_bytes(model: XverseForCausalLM, batch: int, positions: float) -> float:

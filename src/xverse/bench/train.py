@@ -102,8 +102,6 @@ def measure(
     """Up to ``steps`` timed steps of each side in equal blocks, at least three, after one that warms up."""
     import torch
 
-    from xverse.train.report import flops_per_token
-
     if steps < 3:
         raise UserError(f"steps: {steps} are too few for a median of pairs (at least 3)")
     if not 2 <= sequence_length <= config.context_length:
@@ -133,7 +131,7 @@ def measure(
             notice(f"{title}: pair {number + 1} of {steps // block}")
     tokens = batch_size * sequence_length
     ratios = [theirs / ours for ours, theirs in zip(seconds["xverse"], seconds["transformers"], strict=True)]
-    flops = flops_per_token(config, sequence_length)
+    flops = config.flops_per_token(sequence_length)
     peak = statistics.median(matmul)
     result: dict[str, Any] = {
         "bench": "train",

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xverse.config import UserError
 from xverse.engine.engine import Engine
 from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config, unsupported_keys
-from xverse.formats import (
-    load_model,
-    load_tokenizer,
-    read_config,
-    read_generation_config,
-    read_scheme,
-    resolve,
-)
+from xverse.formats import ModelDirectory, load_model
 from xverse.formats.quantize import load_quantizing
 from xverse.log import notice
 
@@ -42,7 +35,7 @@ class Loaded:
 
 
 def load_engine(
-    model: str,
+    model: str | ModelDirectory,
     *,
     defaults: SamplingParams = CHAT,
     threads: int | None = None,
@@ -60,23 +53,24 @@ def load_engine(
     """
     import torch
 
-    path = resolve(model)
-    config = read_config(path)
-    generation_config = read_generation_config(path)
+    directory = ModelDirectory.named(model)
+    config, generation_config = directory.config, directory.generation_config
     sampling = from_generation_config(generation_config, defaults)
-    _report_unsupported(path, generation_config)
+    _report_unsupported(directory.path, generation_config)
     if threads is None and config.num_parameters() < ONE_THREAD_BELOW:
         threads = 1
     if threads is not None:
         if not 1 <= threads <= 1024:
             raise UserError(f"threads: {threads} is out of range (1 to 1024)")
         torch.set_num_threads(threads)
-    words = load_tokenizer(path if tokenizer is None else resolve(tokenizer))
+    words = (directory if tokenizer is None else ModelDirectory.named(tokenizer)).tokenizer
     dtype = torch.float32 if config.num_parameters() < FLOAT32_BELOW else None
     if adapter is not None:
-        weights = _adapted(path, adapter, quantize, dtype)
+        weights = _adapted(directory, adapter, quantize, dtype)
     else:
-        weights = load_model(path, dtype) if quantize is None else load_quantizing(path, quantize, dtype)
+        weights = (
+            load_model(directory, dtype) if quantize is None else load_quantizing(directory, quantize, dtype)
+        )
     ends = generation_config.get("eos_token_id", config.eos_token_id)
     stop_ids = tuple(ends) if isinstance(ends, list) else (ends,)
     return Loaded(Engine(weights, words, **settings), sampling, stop_ids)
@@ -90,20 +84,22 @@ def _report_unsupported(path: Path, generation_config: dict[str, Any]) -> None:
         notice(f"{path / 'generation_config.json'}: not supported, without effect: {', '.join(keys)}")
 
 
-def _adapted(path: Path, adapter: str, quantize: str | None, dtype: torch.dtype | None) -> XverseForCausalLM:
+def _adapted(
+    directory: ModelDirectory, adapter: str, quantize: str | None, dtype: torch.dtype | None
+) -> XverseForCausalLM:
     """The model with an adapter: merged into plain weights, beside quantised ones in its own precision."""
     from xverse.formats.adapters import apply_adapter, check_adapter, check_base, merge_adapter
 
     check_adapter(adapter)
-    stored = load_model(path)
+    stored = load_model(directory)
     if quantize is not None:
-        check_base(stored, adapter, path)
+        check_base(stored, adapter, directory.path)
         model: XverseForCausalLM = apply_adapter(
-            load_quantizing(path, quantize, dtype), adapter
+            load_quantizing(directory, quantize, dtype), adapter
         ).get_base_model()
         return model
-    if read_scheme(path) is not None:
-        check_base(stored, adapter, path)
-        return apply_adapter(load_model(path, dtype), adapter).get_base_model()
-    model, _, _ = merge_adapter(stored, adapter, path)
+    if directory.scheme is not None:
+        check_base(stored, adapter, directory.path)
+        return apply_adapter(load_model(directory, dtype), adapter).get_base_model()
+    model, _, _ = merge_adapter(stored, adapter, directory.path)
     return model if dtype is None else model.to(dtype)

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from xverse.config import UserError
 from xverse.formats.compressed import EMBEDDING, pack, quantization_config, refuse_order
-from xverse.formats.quantized import (
+from xverse.formats.schemes import (
     layer_of,
     quantized_layer,
     quantized_names,

@@ -23,7 +23,6 @@ from xverse.model.loss import LossKernels
 from xverse.model.transformer import MLP, Attention, DecoderLayer, RMSNorm, XverseForCausalLM, apply_all
 
 _NORM_ROWS = 64  # rows in a partial sum of the weight's gradient in xv_train_norm_grad
-_LOGIT_BYTES = 128 * 2**20  # of one chunk of the loss
 _SCORE_BYTES = 16 * 2**20  # of one block of attention scores: fits in a last-level cache
 
 
@@ -383,7 +382,7 @@ def use_training_kernels(model: nn.Module) -> None:
 
 def loss_kernels(hidden: Tensor) -> LossKernels | None:
     """The kernels for ``linear_cross_entropy`` of ``hidden`` [N, D], or None where they do not apply."""
-    return LossKernels(_softmax_gradient, _accumulate, _LOGIT_BYTES) if kernels_fit(hidden) else None
+    return LossKernels(_softmax_gradient, _accumulate) if kernels_fit(hidden) else None
 
 
 def _softmax_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,11 @@ class XverseConfig:
         layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         return 2 * self.vocab_size * self.hidden_size + self.num_hidden_layers * layer + self.hidden_size
 
+    def flops_per_token(self, length: int) -> dict[str, float]:
+        """Training FLOPs per token, see ``training_flops``."""
+        parameters = self.num_parameters() - self.vocab_size * self.hidden_size
+        return training_flops(parameters, self.num_hidden_layers, self.hidden_size, length)
+
     def to_json(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """``config.json`` as upstream writes it, without ``auto_map``; ``dtype`` is the stored one."""
         values = dataclasses.asdict(self)
@@ -101,6 +106,13 @@ class XverseConfig:
         scaling = RopeScaling.from_json(rope, config.max_position_embeddings, where)
         theta = kept.get("rope_theta", rope.get("rope_theta", cls.rope_theta))
         return dataclasses.replace(config, rope_theta=theta, rope_scaling=scaling)
+
+
+def training_flops(parameters: int, layers: int, hidden_size: int, length: int) -> dict[str, float]:
+    """Training FLOPs per token, forward and backward: 6 for each of ``parameters`` (without the embedding's)
+    and those of attention over ``length`` tokens, counted "full" (12 · layers · d · T) or "causal" (half)."""
+    attention = 12 * layers * hidden_size * length
+    return {"full": 6 * parameters + attention, "causal": 6 * parameters + attention / 2}
 
 
 def _shape(

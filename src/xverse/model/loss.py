@@ -13,21 +13,20 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from xverse.model.chunks import loss_chunk
+
 IGNORE = -100
-_CHUNK_BYTES = 32 * 2**20  # float32 logits of one chunk: small enough for a last-level cache
 
 
 class LossKernels(NamedTuple):
     """What may be faster than PyTorch's operations, for logits in bfloat16.
 
     ``softmax_gradient(logits [C, V], targets [C], z_loss)`` gives the sum of the losses and, in the logits'
-    memory, their gradient; ``accumulate(total, value)`` adds bfloat16 to float32. Logits of ``chunk_bytes``
-    exist at a time: each chunk reads and writes all of the weight's gradient once more.
+    memory, their gradient; ``accumulate(total, value)`` adds bfloat16 to float32.
     """
 
     softmax_gradient: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
     accumulate: Callable[[Tensor, Tensor], None]
-    chunk_bytes: int
 
 
 class VocabularyShard(Protocol):
@@ -68,10 +67,11 @@ def linear_cross_entropy(
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if vocabulary is not None or hidden.dtype != torch.bfloat16:
         kernels = None
-    chunk = chunk or max(64, _CHUNK_BYTES // (4 * (vocabulary.rows if vocabulary else weight.shape[0])))
+    size, device = vocabulary.rows if vocabulary else weight.shape[0], hidden.device.type
+    plain = chunk or loss_chunk(size, device)
     if reduction == "none":
         with torch.no_grad():
-            return _token_losses(hidden, weight, targets, chunk, vocabulary)
+            return _token_losses(hidden, weight, targets, plain, vocabulary)
     count = (targets != IGNORE).sum()
     if count < 0.9 * len(
         targets
@@ -79,12 +79,11 @@ def linear_cross_entropy(
         kept = (targets != IGNORE).nonzero().flatten()  # [count]
         hidden, targets = hidden[kept], targets[kept]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-        total = _token_losses(hidden, weight, targets, chunk, vocabulary).sum()
+        total = _token_losses(hidden, weight, targets, plain, vocabulary).sum()
     else:
         softmax = functools.partial(softmax_gradient, vocabulary=vocabulary)
-        if kernels is not None:
-            chunk = max(64, kernels.chunk_bytes // (2 * weight.shape[0]) // 64 * 64)
-        step = kernels or LossKernels(softmax, _accumulate, 0)
+        chunk = chunk or loss_chunk(size, device, kernels is not None)
+        step = kernels or LossKernels(softmax, _accumulate)
         total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, z_loss, step)
     if reduction == "sum":
         return total

@@ -1,7 +1,7 @@
 """The cost model: seconds and bytes of one training step of a layout on a device.
 
 Everything that can be counted is counted (FLOPs, bytes through memory, bytes over links, hops); four shares
-that cannot are fitted to published measurements (``measurements.py``). docs/plan.md says it in words.
+that cannot are fitted to published measurements (``benchmarks/studies/plan.py``). docs/plan.md describes it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Prediction:
     @property
     def tokens_per_second(self) -> float:
         """Of one GPU."""
-        return self.tokens / self.step.seconds / self.layout.gpus
+        return self.tokens / self.step.seconds / self.layout.processes
 
     def mfu(self, device: Device, causal: bool = False) -> float:
         return self.tokens_per_second * (self.flops_causal if causal else self.flops_full) / device.flops
@@ -147,8 +147,7 @@ def predict(
         model.step(),
         memory(arch, layout, length),
         layout.sequences * length,
-        arch.flops_per_token(length),
-        arch.flops_per_token(length, causal=True),
+        **{f"flops_{kind}": count for kind, count in arch.flops_per_token(length).items()},
     )
 
 

@@ -29,7 +29,9 @@ PARTS = {
 def settings(prediction: Prediction) -> dict[str, Any]:
     """The keys of a recipe's ``train:`` section that this layout is."""
     layout = prediction.layout
-    keys: dict[str, Any] = {"parallel": "none" if layout.gpus == 1 else "fsdp" if layout.shard > 1 else "ddp"}
+    keys: dict[str, Any] = {
+        "parallel": "none" if layout.processes == 1 else "fsdp" if layout.shard > 1 else "ddp"
+    }
     for name in ("replicate", "tensor", "context", "pipeline"):
         if getattr(layout, name) > 1 and keys["parallel"] == "fsdp":
             keys[name] = getattr(layout, name)

@@ -33,7 +33,7 @@ def prepare_blocks(model: XverseForCausalLM, config: TrainConfig) -> None:
         from torch._dynamo import config as dynamo  # seconds of imports
 
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * model.config.num_hidden_layers)
-    elif config.tensor == 1:  # DTensors and the hooks that make them need the plain layers
+    elif takes_kernels(config):
         use_training_kernels(model)
     for layer in model.model.layers:
         if config.compile:
@@ -46,6 +46,12 @@ def prepare_blocks(model: XverseForCausalLM, config: TrainConfig) -> None:
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **extra
         )
+
+
+def takes_kernels(config: TrainConfig) -> bool:
+    """Whether layers get the CPU kernels. Compiled ones do not need them, and DTensors and the hooks that
+    make them need plain layers."""
+    return not config.compile and config.tensor == 1
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

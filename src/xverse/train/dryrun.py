@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Iterator
@@ -27,14 +26,14 @@ from xverse.data.mixture import OTHERS, check_weights
 from xverse.model import Packed, XverseConfig
 from xverse.plan.cost import Prediction, Software, predict
 from xverse.plan.devices import find_device
-from xverse.plan.layout import Architecture, Layout, problem
+from xverse.plan.layout import Layout
 from xverse.plan.report import text
 from xverse.plan.search import Task
 from xverse.train.float8 import check_float8
 from xverse.train.materialise import empty_model
 from xverse.train.parallel import World, distribute
 from xverse.train.pretrain import PretrainRecipe, checked_feed, checked_shape
-from xverse.train.settings import TrainConfig
+from xverse.train.settings import TrainConfig, layout_of
 
 _SOURCE = re.compile(r"([a-z0-9]+_)?[a-z]{2,3}")  # as data/prepare/pipeline.py names them
 
@@ -64,11 +63,8 @@ def dry_run(recipe: PretrainRecipe) -> Findings:
     shape, name = checked_shape(recipe)
     gpus, config = recipe.cluster.gpus, recipe.train
     task = Task(shape, find_device(recipe.cluster.device), gpus, recipe.sequence_length, config.batch_size)
-    layout = planned_layout(config, gpus)
+    layout = layout_of(config, gpus, shape, task.length, task.device.gpus_per_machine)
     check_float8(config, shape, length=recipe.sequence_length)
-    fault = problem(Architecture.of(shape), layout, task.length, task.device.gpus_per_machine)
-    if fault:
-        raise UserError(f"{gpus:,} GPUs: {fault}; xverse plan finds what works")
     software = Software(passes="compiled" if config.compile else "eager")
     prediction = predict(task.arch, layout, task.device, task.length, software=software)
     _room(prediction, task)
@@ -78,38 +74,6 @@ def dry_run(recipe: PretrainRecipe) -> Findings:
     tokens = config.sequences(config.steps) * task.length
     lines += ["", text(task, name, [prediction], tokens, heading="predicted for"), ""]
     return Findings(lines, time.perf_counter() - started)
-
-
-def planned_layout(config: TrainConfig, gpus: int) -> Layout:
-    """A recipe's layout on a number of GPUs. Raises UserError where it does not divide."""
-    degrees = {key: getattr(config, key, 1) for key in ("replicate", "tensor", "context", "pipeline")}
-    taken = math.prod(degrees.values())
-    if config.parallel == "none" and gpus > 1:
-        raise UserError(f"parallel: none is for one GPU, not {gpus:,}; set train.parallel to fsdp")
-    if gpus % taken:
-        raise UserError(
-            f"{gpus:,} GPUs do not divide by {_words(degrees)} = {taken}; xverse plan finds a layout"
-        )
-    if config.parallel == "ddp":
-        degrees["replicate"], shard = gpus, 1
-    else:
-        shard = gpus // taken
-    data = shard * degrees["replicate"]
-    rows, left = divmod(config.batch_size, data)
-    micro = config.micro_batch_size or rows
-    if left or not rows or rows % micro:
-        raise UserError(
-            f"batch_size {config.batch_size} does not divide among {data:,} data-parallel ranks in "
-            f"micro-batches of {micro}; {max(1, round(config.batch_size / data / micro)) * data * micro} does"
-        )
-    return Layout(
-        shard=shard,
-        micro_batch=micro,
-        accumulate=rows // micro,
-        virtual_stages=getattr(config, "virtual_stages", 1) if degrees["pipeline"] > 1 else 1,
-        checkpointing=config.activation_checkpointing,
-        **degrees,
-    )
 
 
 @contextlib.contextmanager
@@ -124,10 +88,6 @@ def fake_world(size: int, rank: int = 0) -> Iterator[World]:
         yield World(rank, size, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
-
-
-def _words(degrees: dict[str, int]) -> str:
-    return " × ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
 
 
 def _data(recipe: PretrainRecipe, shape: XverseConfig, layout: Layout) -> list[str]:

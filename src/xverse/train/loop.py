@@ -24,13 +24,12 @@ from xverse.train import preflight
 from xverse.train.checkpoint import Checkpointer, clear_leftovers, load_checkpoint, newest
 from xverse.train.communication import watching
 from xverse.train.float8 import check_float8
-from xverse.train.layout import layout_of
 from xverse.train.materialise import Weights
 from xverse.train.meter import Meter
 from xverse.train.optimizer import learning_rate, make_optimizer
 from xverse.train.parallel import ALONE, Replica, World, distribute, whole
 from xverse.train.report import peak_of
-from xverse.train.settings import NOT_IDENTITY, TrainConfig
+from xverse.train.settings import NOT_IDENTITY, TrainConfig, layout_of
 from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
 from xverse.train.trackers import Trackers
 

@@ -6,7 +6,7 @@ import time
 
 from xverse.log import console, notice, progress
 from xverse.model import XverseConfig
-from xverse.train.report import Peak, flops_per_token
+from xverse.train.report import Peak
 from xverse.train.settings import TrainConfig
 
 
@@ -60,7 +60,7 @@ class Meter:
         self._spent += seconds
         self._waited += waited
         self._tokens += tokens
-        flops = flops_per_token(self._shape, length)
+        flops = self._shape.flops_per_token(length)
         rates = {kind: count * tokens / seconds / self._devices for kind, count in flops.items()}
         self._say(step, loss, {kind: count * self._tokens / self._spent for kind, count in flops.items()})
         figures = {

@@ -33,14 +33,14 @@ from xverse import hardware
 from xverse.config import UserError
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
+from xverse.plan.layout import Layout
 from xverse.train.blocks import context_maker, prepare_blocks
 from xverse.train.context import Ring
 from xverse.train.float8 import convert_layers
-from xverse.train.layout import Layout, layout_of
 from xverse.train.materialise import Weights, empty_model, materialise
 from xverse.train.pipeline import Pipeline, Stage, keep_stages
 from xverse.train.rendezvous import fresh_store
-from xverse.train.settings import TrainConfig
+from xverse.train.settings import TrainConfig, layout_of
 from xverse.train.tensor import shard_tensors
 
 Parallel = Literal["none", "ddp", "fsdp"]

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B
 
 from xverse.model import AttentionContext, XverseForCausalLM
-from xverse.train.layout import Layout
+from xverse.plan.layout import Layout
 from xverse.train.tensor import head_loss
 
 

@@ -21,13 +21,13 @@ from xverse.formats import load_tokenizer, resolve, save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train.float8 import check_float8
-from xverse.train.layout import layout_of
 from xverse.train.loop import TrainConfig, fit
 from xverse.train.materialise import Weights, empty_model, initial_weights, stored_model
 from xverse.train.memory import announce
 from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
 from xverse.train.report import write_report
+from xverse.train.settings import layout_of
 from xverse.train.validate import bits_per_byte
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from xverse.files import atomic_file
-from xverse.hardware import device_peaks
+from xverse.hardware import device_peaks, peak_memory
 from xverse.model import XverseConfig
-from xverse.train.layout import layout_of
-from xverse.train.memory import measured_memory, predicted_memory
+from xverse.train.memory import predicted_memory
 from xverse.train.parallel import ALONE, World
 from xverse.train.plot import read_metrics
-from xverse.train.settings import TrainConfig
+from xverse.train.settings import TrainConfig, layout_of
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,6 @@ def peak_of(device: torch.device, matmul: float | None, fp8: bool = False) -> Pe
 def precision(config: TrainConfig) -> str:
     """What a run computes in, for people."""
     return f"float8 in the layers' matrices, else {config.dtype}" if config.float8 else config.dtype
-
-
-def flops_per_token(config: XverseConfig, length: int) -> dict[str, int]:
-    """Training FLOPs per token, forward and backward: 6 for each parameter but the embedding's, and
-    attention counted full (12 · layers · d · T) or causal (half of that)."""
-    linears = 6 * (config.num_parameters() - config.vocab_size * config.hidden_size)
-    attention = 12 * config.num_hidden_layers * config.hidden_size * length
-    return {"full": linears + attention, "causal": linears + attention // 2}
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -120,7 +111,7 @@ def write_report(
     device = torch.cuda.get_device_name(world.device) if cuda else "CPU"
     checks = [record["preflight"] for record in records if "preflight" in record]
     how = config.parallel + (
-        f" ({layout_of(config, world.size, shape)})" if config.parallel == "fsdp" else ""
+        f" ({layout_of(config, world.size, shape).mesh})" if config.parallel == "fsdp" else ""
     )
     lines = [f"# {title}", "", f"{world.size} × {device}, {how}, {precision(config)}", ""]
     lines += ["| | |", "|---|---|"]
@@ -131,8 +122,8 @@ def write_report(
     for kind, size in predicted.items():
         lines.append(f"| {kind}, predicted | {size / 2**20:,.1f} |")
     lines.append(f"| all, predicted | {sum(predicted.values()) / 2**20:,.1f} |")
-    what, size = measured_memory(world.device)
-    lines.append(f"| {what} | {size / 2**20:,.1f} |")
+    what = "most allocated on the GPU" if cuda else "peak resident memory of the process, libraries included"
+    lines.append(f"| {what} | {peak_memory(world.device) / 2**20:,.1f} |")
     if checks:
         lines += _preflight(checks[-1])
     valid = [record for record in records if record.get("valid")]
@@ -196,7 +187,7 @@ def _speed(
     lines = []
     matmul = min(reading["matmul"] for reading in checks[-1]["readings"]) if checks else None
     peak = peak_of(world.device, matmul, fp8)
-    for kind, flops in flops_per_token(shape, length).items():
+    for kind, flops in shape.flops_per_token(length).items():
         rate = flops * found["tokens_per_second"] / world.size
         text = "MFU unknown (no peak known for this device)"
         if peak:

@@ -7,6 +7,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from xverse.config import UserError
+from xverse.model.config import XverseConfig
+from xverse.plan.layout import Architecture, Batch, Layout, arrange
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -139,6 +143,33 @@ class TrainConfig:
         ramp = min(step, self.batch_ramp_steps)
         small = sum(self.rows(each) for each in range(ramp))
         return small + (step - ramp) * self.batch_size
+
+
+def layout_of(
+    config: TrainConfig,
+    processes: int,
+    shape: XverseConfig,
+    length: int | None = None,
+    gpus_per_machine: int | None = None,
+) -> Layout:
+    """The layout of a recipe on a number of processes, checked against the model and, where its ``length`` is
+    given, the sequence. Raises UserError that says what does not divide, and the nearest layout that works.
+    """
+    if config.parallel == "none" and processes > 1:
+        raise UserError(
+            f"parallel: none, but there are {processes:,} processes; set train.parallel to ddp or fsdp"
+        )
+    degrees = {name: getattr(config, name) for name in ("replicate", "tensor", "context", "pipeline")}
+    if config.parallel == "ddp":
+        degrees["replicate"] = processes
+    requested = Layout(
+        virtual_stages=config.virtual_stages if config.pipeline > 1 else 1,
+        checkpointing=config.activation_checkpointing,
+        **degrees,
+    )
+    batch = Batch(config.batch_size, config.micro_batch_size, config.batch_ramp_start)
+    fsdp = config.parallel == "fsdp"
+    return arrange(requested, processes, batch, Architecture.of(shape), length, gpus_per_machine, fsdp)
 
 
 POSITIVE = {
