@@ -22,14 +22,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("recipe", nargs="?", metavar="RECIPE|FOLDER", help="a recipe, or a prepared folder")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the recipe's")
     show.add_argument("--mixture", metavar="FILE", help="a mixture in place of the recipe's")
-    show.add_argument("--dialogues", metavar="PATH", help="a file or folder of instructions")
-    show.add_argument("--tokenizer", metavar="DIR", help="the tokenizer for --dialogues")
-    show.add_argument("--dataset", metavar="D", help="a name of dataset_info.json, a file or a hub id")
+    show.add_argument(
+        "--dataset", metavar="D", help="fine-tuning data: a name of dataset_info.json, file or hub id"
+    )
     show.add_argument("--dataset-dir", default="data", metavar="DIR", help="the folder of dataset_info.json")
-    show.add_argument("--stage", choices=["sft", "pt"], default="sft", help="how --dataset is read")
+    show.add_argument("--stage", choices=["sft", "pt", "dpo"], default="sft", help="how to read --dataset")
     show.add_argument("--cutoff-len", type=int, default=2048, metavar="N", help="longest example in tokens")
-    show.add_argument("--model", metavar="M", help="the model of --dataset; its tokenizer is used")
+    show.add_argument(
+        "--identity", nargs="+", default=[], metavar="KEY=VALUE", help="values for {{placeholders}}"
+    )
+    show.add_argument("--model", default="nano", metavar="M", help="the model whose tokenizer to use")
     show.add_argument("--index", type=int, default=0, metavar="N", help="which example (from 0)")
+    for flag in ("--dialogues", "--tokenizer"):  # of older versions
+        show.add_argument(flag, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,14 +42,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.action == "prepare":
         return _prepare(args)
-    if sum(given is not None for given in (args.recipe, args.dialogues, args.dataset)) != 1:
+    if args.dialogues or args.tokenizer:
         raise UserError(
-            "data show: name a recipe or a prepared folder, or --dataset D --model M, "
-            "or --dialogues PATH --tokenizer DIR"
+            "data show: --dialogues and --tokenizer have been replaced; write --dataset "
+            f"{args.dialogues or 'PATH'} --model {args.tokenizer or 'DIR'}"
         )
-    if args.dataset:
-        return _show_example(args)
-    return _show_mixture(args) if args.recipe else _show_dialogue(args)
+    if (args.recipe is None) == (args.dataset is None):
+        raise UserError("data show: name a recipe or a prepared folder, or use --dataset D --model M")
+    return _show_example(args) if args.dataset else _show_mixture(args)
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -160,24 +165,25 @@ def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
 
 
 def _show_example(args: argparse.Namespace) -> int:
-    """One example as fine-tuning sees it."""
+    """Print one example as fine-tuning encodes it, coloured by its loss mask."""
     from xverse.config import UserError
     from xverse.finetune.encode import load_data
-    from xverse.finetune.settings import Settings
+    from xverse.finetune.settings import read_settings
     from xverse.formats import load_tokenizer, resolve
 
-    settings = Settings(
-        model_name_or_path=args.model or "nano",
-        stage=args.stage,
-        dataset=args.dataset,
-        dataset_dir=Path(args.dataset_dir),
-        output_dir=Path(),
-        do_train=True,
-    )
-    tokenizer = load_tokenizer(resolve(settings.model_name_or_path))
-    examples = load_data(settings, tokenizer, args.cutoff_len).train
+    values = {
+        "model_name_or_path": args.model,
+        "stage": args.stage,
+        "dataset": args.dataset,
+        "dataset_dir": args.dataset_dir,
+        "identity": dict(pair.partition("=")[::2] for pair in args.identity),
+        "output_dir": ".",
+        "do_train": True,
+    }
+    tokenizer = load_tokenizer(resolve(args.model))
+    examples = load_data(read_settings(values, "data show"), tokenizer, args.cutoff_len).train
     if not 0 <= args.index < len(examples):
-        raise UserError(f"--index {args.index}: there are {len(examples)} examples, from 0")
+        raise UserError(f"--index {args.index}: there are {len(examples)} examples, numbered from 0")
     example = examples[args.index]
     _print_coloured(tokenizer, example.ids, example.mask)
     return 0
@@ -196,21 +202,3 @@ def _print_coloured(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> N
             start = stop
     Console(highlight=False, soft_wrap=True).print(text)
     print(f"{len(ids)} tokens, {sum(mask)} with loss (bold green)")
-
-
-def _show_dialogue(args: argparse.Namespace) -> int:
-    from xverse.config import UserError
-    from xverse.data.dialogues.instructions import InstructionReport, read_dialogues
-    from xverse.log import notice
-    from xverse.tokenizer import Tokenizer, encode_dialogue
-
-    if args.tokenizer is None:
-        raise UserError("data show --dialogues: needs --tokenizer DIR too")
-    tokenizer = Tokenizer.load(args.tokenizer)
-    report = InstructionReport()
-    dialogues = read_dialogues(args.dialogues, report)
-    notice(report.describe())
-    if not 0 <= args.index < len(dialogues):
-        raise UserError(f"--index {args.index}: there are {len(dialogues)} dialogues, from 0")
-    _print_coloured(tokenizer, *encode_dialogue(tokenizer, dialogues[args.index].messages))
-    return 0
