@@ -12,6 +12,8 @@ from xverse.data.prepare.ngrams import hash_words, ngrams, split_words
 from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index
 from xverse.texts import read_jsonl
 
+pytestmark = pytest.mark.slow
+
 
 def test_words_are_characters_where_no_spaces_are() -> None:
     assert split_words("It's 3.14, OK? 中文abc字 ｗｉｄｅ") == [
