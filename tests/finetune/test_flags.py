@@ -108,7 +108,7 @@ def test_values_reach_transformers(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"template": "vicuna"}, "only XVERSE's"),
         ({"do_train": False}, "nothing to do"),
@@ -128,14 +128,14 @@ def test_values_reach_transformers(tmp_path) -> None:
         ({"learning_rate": "fast"}, "learning_rate"),
     ],
 )
-def test_contradictions_are_one_line(values, said) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_contradictions_are_one_line(values, message) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         settings(**values)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--lora_rnak", "8"], "did you mean '--lora_rank'"),
         (["--stage", "stf"], "did you mean 'sft'"),
@@ -144,13 +144,13 @@ def test_contradictions_are_one_line(values, said) -> None:
         (["--do_train"], "missing key"),
     ],
 )
-def test_the_command_line_refuses_by_name(words, said, capsys) -> None:
+def test_the_command_line_refuses_by_name(words, message, capsys) -> None:
     try:
         code = main(["finetune", *words])
     except SystemExit as error:
         code = error.code
     assert code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_yaml_has_the_same_names(tmp_path, capsys) -> None:
