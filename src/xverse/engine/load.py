@@ -19,14 +19,13 @@ from xverse.formats import (
 )
 from xverse.formats.quantize import load_quantizing
 from xverse.log import notice
+from xverse.model.config import FLOAT32_BELOW
 
 if TYPE_CHECKING:
     import torch
 
     from xverse.model import XverseForCausalLM
 
-# On a CPU small models run in float32: any CPU is fast at it, and their bytes do not matter.
-FLOAT32_BELOW = 1_000_000_000
 # Their matmuls are so short that a second thread gains little, and loses much on a busy machine.
 ONE_THREAD_BELOW = 100_000_000
 _reported: set[Path] = set()

@@ -14,7 +14,7 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.data.benchmarks.questions import json_file
 from xverse.engine import Engine
-from xverse.engine.load import FLOAT32_BELOW, load_engine
+from xverse.engine.load import load_engine
 from xverse.eval.scoring import Item
 from xverse.formats import load_tokenizer, read_config, resolve
 

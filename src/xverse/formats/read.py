@@ -29,6 +29,7 @@ from xverse.formats.weights import (
     weight_files,
 )
 from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.model.config import FLOAT32_BELOW
 
 if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 # Precomputed rotary frequencies in upstream's files: the model computes its own.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
-_FLOAT32_BELOW = 1_000_000_000  # parameters; dequantised models above it would not fit
 
 
 def check_directory(path: str | Path) -> Path:
@@ -195,7 +195,7 @@ def _load_quantized(
     others = [name for name in files.names if not name.startswith(prefixes)]
     if dtype is None:
         norms = [name for name in others if name in expected and len(expected[name]) == 1]
-        exact = dequantize and model.config.num_parameters() < _FLOAT32_BELOW
+        exact = dequantize and model.config.num_parameters() < FLOAT32_BELOW
         dtype = torch.float32 if exact or not norms else files.get(norms[0]).dtype
     state: dict[str, Tensor] = {}
     unexpected: list[str] = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.data.feed import ORDERS, Batch, prefetch
+from xverse.data.feed import Batch, prefetch
 from xverse.hardware import keep_freed_memory
 from xverse.log import JsonlLog
 from xverse.model import IGNORE, XverseForCausalLM
@@ -34,9 +34,6 @@ from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
 from xverse.train.trackers import Trackers
 
 __all__ = ["Interrupted", "TrainConfig", "fit", "sum_loss", "train_step"]
-
-# What runs of older versions had, whose checkpoints do not say it.
-BEFORE = {"documents": ORDERS[0], "float8": False}
 
 BatchAt = Callable[[int, int], Batch]
 Validate = Callable[[Replica], dict[str, float]]
@@ -362,9 +359,8 @@ def _checkpoint(out: Path, world: World, identity: Mapping[str, Any]) -> tuple[P
     found = newest(out, world)
     if found is None:
         return None
-    # A key that only one of the two has came, or went, with another version of this code.
-    begun = {**BEFORE, **found[1]["identity"]}
-    both = begun.keys() & identity.keys()
+    begun = found[1]["identity"]
+    both = begun.keys() & identity.keys()  # a key on one side only was added or removed by another version
     differs = _difference({key: begun[key] for key in both}, {key: identity[key] for key in both})
     if differs:
         raise UserError(f"{out}: this run was begun with {differs}; set it back or change out")
