@@ -17,6 +17,7 @@ from xverse.engine import Engine
 from xverse.engine.load import load_engine
 from xverse.eval.scoring import Item
 from xverse.formats import load_tokenizer, read_config, resolve
+from xverse.model.config import FLOAT32_BELOW
 
 _LEAST_SHARED = 16  # tokens; less is not worth a cache
 
