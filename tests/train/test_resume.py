@@ -89,7 +89,8 @@ def test_killed_and_interrupted_run_equals_an_unharmed_one(
         if number != signal.SIGKILL:
             *_, said, last = stderr.splitlines()
             stopped = re.fullmatch(
-                r"stopped after step (\d+); (step-\d+) is saved, the same command goes on from it", said
+                r"stopped after step (\d+); (step-\d+) is saved; run the same command to continue from it",
+                said,
             )
             assert last == "xverse: interrupted"
             assert "Traceback" not in stderr

@@ -18,7 +18,7 @@ from xverse.files import atomic_file
 from xverse.finetune.examples import Dataset, DatasetConfig, ExampleFeed, load_datasets
 from xverse.formats import load_tokenizer, resolve, save_hf
 from xverse.model import IGNORE, XverseForCausalLM
-from xverse.train.loop import TrainConfig, fit, sum_loss
+from xverse.train.loop import Hooks, TrainConfig, fit, sum_loss
 from xverse.train.materialise import stored_model
 from xverse.train.memory import announce
 from xverse.train.parallel import Replica, World, whole, world_of
@@ -93,7 +93,7 @@ def _finetune(recipe: FinetuneRecipe, world: World) -> Path:
         feed.batch,
         recipe.train,
         recipe.out,
-        validate=validate,
+        hooks=Hooks(validate=validate),
         identity=identity,
         world=world,
         weights=weights,
