@@ -16,7 +16,7 @@ import torch
 from xverse import hardware
 from xverse.config import UserError
 from xverse.data.feed import Batch
-from xverse.formats.weights import write_safetensors
+from xverse.formats.weights import SafetensorsWriter
 from xverse.model import IGNORE, XverseConfig, XverseForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, from which ``python -m benchmarks`` works
@@ -94,27 +94,27 @@ def make_weights(config: XverseConfig, directory: Path, kind: str) -> None:
         rolled = block.roll(number * 7919)  # another start for each tensor; values need only be finite
         return rolled.repeat(-(-size // len(block)))[:size].clone().view(shapes[name])
 
+    (directory / "config.json").write_text(json.dumps(config.to_json()))
+    if kind == "safetensors":
+        writer = SafetensorsWriter(directory, len(shapes), SHARD_BYTES)
+        for number, name in enumerate(shapes):
+            writer.add(name, random(name, number))
+        writer.close()
+        return
     numbers = {name: number for number, name in enumerate(shapes)}
     shards = list(_shards({name: shape.numel() * 2 for name, shape in shapes.items()}))
     weight_map = {}
     for index, names in enumerate(shards, 1):
-        stem, suffix = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
-        file = f"{stem}-{index:05d}-of-{len(shards):05d}.{suffix}"
+        file = f"pytorch_model-{index:05d}-of-{len(shards):05d}.bin"
         weight_map.update(dict.fromkeys(names, file))
-        if kind == "safetensors":
-            chosen = {name: shapes[name] for name in names}
-            tensors = (random(name, numbers[name]) for name in names)
-            write_safetensors(directory / file, chosen, torch.bfloat16, tensors)
-        else:
-            state = {name: random(name, numbers[name]) for name in names}
-            for name in [name for name in names if name.endswith("self_attn.q_proj.weight")]:
-                buffer = name.replace("q_proj.weight", "rotary_emb.inv_freq")
-                state[buffer] = torch.ones(config.head_dim // 2)
-                weight_map[buffer] = file
-            torch.save(state, directory / file)
-    full = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
-    (directory / f"{full}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps(config.to_json()))
+        state = {name: random(name, numbers[name]) for name in names}
+        for name in [name for name in names if name.endswith("self_attn.q_proj.weight")]:
+            buffer = name.replace("q_proj.weight", "rotary_emb.inv_freq")
+            state[buffer] = torch.ones(config.head_dim // 2)
+            weight_map[buffer] = file
+        torch.save(state, directory / file)
+    index_text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (directory / "pytorch_model.bin.index.json").write_text(index_text)
 
 
 def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:

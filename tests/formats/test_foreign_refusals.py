@@ -184,7 +184,7 @@ def test_broken_tokenizers(make: Callable[..., Path]) -> None:
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
     assert "tokenizer.json: cannot be read as a tokenizer" in refusal(directory)
     (directory / "tokenizer.json").write_text("{")
-    assert "tokenizer.json: cannot be read as JSON" in refusal(directory)
+    assert "tokenizer.json: invalid JSON" in refusal(directory)
 
 
 def test_a_tokenizer_of_another_model(make: Callable[..., Path]) -> None:

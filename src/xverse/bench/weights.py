@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from xverse.formats.quantize import quick_settings
-from xverse.formats.quantized import set_layer
+from xverse.formats.schemes import set_layer
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.tiles import tile_rows
 from xverse.model import XverseConfig, XverseForCausalLM

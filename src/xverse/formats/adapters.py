@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from xverse.config import UserError, need
 from xverse.formats.compare import fixed_tokens
 from xverse.formats.compare import logits as logits_of
-from xverse.formats.weights import read_json
+from xverse.formats.weights import read_object
 from xverse.kernels.linear import QuantLinear
 from xverse.log import notice
 from xverse.model import FullCausal, XverseForCausalLM
@@ -82,7 +82,7 @@ def check_base(model: nn.Module, path: str | Path, base: str | Path) -> None:
     if not file.exists():
         notice(f"{path}: does not say which weights it was trained on; {base} is taken on trust")
         return
-    stored = read_json(file)
+    stored = read_object(file)
     if stored.get("fingerprint") != fingerprint(model):
         raise UserError(f"{path}: this adapter was trained on {stored.get('base')}, not on {base}")
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xverse.formats import weights
+
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DIMENSIONS = 2  # the most that a tensor of ours has
 
@@ -25,9 +27,7 @@ def read_header(file: Path) -> bytes:
 
     Raises ValueError for what is no such file.
     """
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
+    header, _ = weights.read_header(file)
     custom = header.pop("__metadata__", {}).get("DCP_SHARDING_INFO")
     offsets = json.loads(custom) if custom else {}
     names, boxes = [], []

@@ -16,8 +16,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from xverse.config import UserError
 from xverse.formats import load_model
+from xverse.formats.directory import read_scheme
 from xverse.formats.mapped import release
-from xverse.formats.read import read_scheme
 from xverse.model import XverseConfig, XverseForCausalLM, init_parameter
 
 Weights = Iterable[tuple[str, Tensor]]  # whole parameters by name, one at a time

@@ -19,7 +19,7 @@ from xverse.formats.compressed import (
     read_scheme,
 )
 from xverse.formats.gptq import read_gptq_scheme
-from xverse.formats.weights import SafetensorsWriter, TensorFiles, dtype_name, read_json
+from xverse.formats.weights import SafetensorsWriter, TensorFiles, dtype_name, read_object
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.tiles import from_rows, kernel_group_size, tile_rows
 from xverse.kernels.weight import QuantizedWeight
@@ -47,7 +47,7 @@ def quantization_of(path: Path, values: Mapping[str, Any]) -> Scheme | None:
     where = path / "config.json"
     if stated is None and (path / GPTQ_CONFIG).is_file():
         where = path / GPTQ_CONFIG
-        stated = {"quant_method": "gptq", **read_json(where)}
+        stated = {"quant_method": "gptq", **read_object(where)}
     if stated is None:
         return None
     return scheme_of(stated, where)
