@@ -101,7 +101,7 @@ def test_shares_are_of_the_fp8_peak_and_say_so(monkeypatch: pytest.MonkeyPatch) 
     assert (peak.flops, peak.name, peak.label) == (1979e12, "mfu_of_fp8", "MFU, of the FP8 peak")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     assert peak_of(GPU, None, fp8=True) is None
-    assert precision(config()) == "float8 in the layers' matrices, else bfloat16"
+    assert precision(config()) == "float8 in the layers' matrices, bfloat16 elsewhere"
 
 
 @needs_torchao

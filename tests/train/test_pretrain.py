@@ -42,8 +42,8 @@ def test_run_leaves_model_curve_and_records(
     assert "| steps | 6 applied, 0 skipped, 0 rollbacks |" in report
     assert "![loss](loss.png)" in report
     assert "MFU unknown" in report or torch.cuda.is_available()
-    assert "| checkpoints | 1 held the loop for " in report
-    assert "| communication not hidden | one process, none |" in report
+    assert "| checkpoints | 1 stalled training for " in report
+    assert "| exposed communication | none: one process |" in report
     assert "| all, predicted |" in report
     assert "memory of a process, predicted: " in output.err
     assert json.loads((out / "recipe.json").read_text())["shape"]["hidden_size"] == 32
