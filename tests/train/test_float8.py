@@ -58,7 +58,7 @@ def config(**settings: Any) -> TrainConfig:
 def test_settings_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="float8 goes with dtype bfloat16, not float32"):
         config(dtype="float32")
-    with pytest.raises(ValueError, match="float8 does not go with tensor 2"):
+    with pytest.raises(ValueError, match="float8 does not support tensor 2"):
         config(parallel="fsdp", tensor=2)
 
 

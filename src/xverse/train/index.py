@@ -23,9 +23,9 @@ _DIMENSIONS = 2  # the most that a tensor of the model or optimizer has
 
 
 def read_header(file: Path) -> bytes:
-    """What a file of a checkpoint holds: its tensors' types and names, and of each the place of the part.
+    """A compact form of a checkpoint file's header: each tensor's dtype, name and place in the whole tensor.
 
-    Raises ValueError for what is no such file.
+    Raises ValueError for another kind of file.
     """
     header, _ = weights.read_header(file)
     custom = header.pop("__metadata__", {}).get("DCP_SHARDING_INFO")
