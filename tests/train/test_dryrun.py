@@ -92,7 +92,7 @@ def test_a_world_of_1024_on_data_that_is_here(
             ["cluster.gpus=3"],
             "batch_size 8 does not divide into 3 processes of micro-batches of 1; the nearest",
         ),
-        (["cluster=null"], "write cluster: {device: a800, gpus: 1024} into the recipe"),
+        (["cluster=null"], "add cluster: {device: a800, gpus: 1024} to the recipe"),
         (["cluster.device=a80"], "unknown device 'a80'"),
         (["train.parallel=none"], "parallel: none, but there are 4 processes"),
         (["sequence_length=9000"], "sequence_length 9000 exceeds the 8192 positions"),
