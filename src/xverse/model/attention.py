@@ -68,8 +68,8 @@ class Packed:
 
 
 def document_starts(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """From ``document_ids`` int [B, T]: which tokens start a document, bool [B, T], and each token's position in
-    its document, int64 [B, T]."""
+    """From ``document_ids`` int [B, T]: which tokens start a document, bool [B, T], and each token's position
+    in its document, int64 [B, T]."""
     batch, length = document_ids.shape
     index = torch.arange(length, device=document_ids.device).expand(batch, length)  # [B, T]
     first = torch.ones_like(document_ids, dtype=torch.bool)

@@ -67,7 +67,8 @@ class XverseConfig:
         return training_flops(parameters, self.num_hidden_layers, self.hidden_size, length)
 
     def to_json(self, dtype: str = "bfloat16") -> dict[str, Any]:
-        """``config.json`` as upstream writes it, without ``auto_map``; ``dtype`` is that of the stored weights."""
+        """``config.json`` as upstream writes it, without ``auto_map``; ``dtype`` is that of the stored
+        weights."""
         values = dataclasses.asdict(self)
         values.pop("rope_scaling")
         if self.rope_scaling is not None:

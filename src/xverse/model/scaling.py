@@ -1,5 +1,5 @@
-"""Rope scaling: how a model's context extends beyond that of training. Needs no torch, since commands that read
-configurations must start fast."""
+"""Rope scaling: how a model's context extends beyond that of training. Needs no torch, since commands that
+read configurations must start fast."""
 
 from __future__ import annotations
 

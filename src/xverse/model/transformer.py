@@ -150,8 +150,8 @@ class XverseForCausalLM(nn.Module):
         return self.lm_head(self.model(tokens, context))
 
     def loss(self, tokens: Tensor, targets: Tensor, context: AttentionContext, z_loss: float = 0.0) -> Tensor:
-        """Sum of the token losses in nats, float32 [], of int64 [B, T] each, without the full logits; targets of
-        -100 are ignored."""
+        """Sum of the token losses in nats, float32 [], of int64 [B, T] each, without the full logits; targets
+        of -100 are ignored."""
         hidden = self.model(tokens, context)  # [B, T, D]
         return linear_cross_entropy(
             hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction="sum", z_loss=z_loss
