@@ -1,5 +1,7 @@
-"""Part of ``xverse bench quant``: attention over a paged cache. Decode is compared with the memory's read rate,
-prefill with PyTorch's attention and a plain matrix product."""
+"""Part of ``xverse bench quant``: attention over a paged cache.
+
+Decode is compared with the memory's read rate, prefill with PyTorch's attention and a plain matrix product.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +77,8 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
         yield Row(
             f"{name}, bf16 KV",
             f"{figures['bf16_gflops']:,.0f} GFLOP/s",
-            f"{figures['bf16_gflops'] / figures['matmul_gflops']:.0%} of a bf16 matmul; {faster:.1f} × PyTorch's "
-            f"attention ({figures['sdpa_gflops']:,.0f}); {at_least(FASTER, faster, '×')}",
+            f"{figures['bf16_gflops'] / figures['matmul_gflops']:.0%} of a bf16 matmul; {faster:.1f} × "
+            f"PyTorch's attention ({figures['sdpa_gflops']:,.0f}); {at_least(FASTER, faster, '×')}",
         )
         yield Row(f"{name}, int8 KV", f"{figures['int8_gflops']:,.0f} GFLOP/s")
 

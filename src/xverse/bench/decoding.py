@@ -48,8 +48,8 @@ class Forced:
 def texts(vocab_size: int) -> tuple[list[int], dict[str, list[int]]]:
     """A prompt and two replies: one quotes the prompt, the other continues with different text.
 
-    The text is real (the package's passages in thirteen languages), so that chance repetitions are as frequent
-    as usual. Its ids come from the embedded model's tokenizer, mapped into ``vocab_size``.
+    The text is real (the package's passages in thirteen languages), with chance repetitions as frequent as
+    usual. Its ids come from the embedded model's tokenizer, mapped into ``vocab_size``.
     """
     tokenizer = load_tokenizer(resolve("nano"))
     ids = [token % (vocab_size - 4) + 4 for token in parity_tokens(tokenizer, 0).flatten().tolist()]

@@ -58,10 +58,10 @@ def measure_named(
 ) -> dict[str, Any]:
     """Measure ``model``, or random weights of the named ``shape``. ``dtype`` and ``threads`` None: as in chat.
 
-    ``quantize`` (``int8``, ``int4``) quantises a model while loading; for a shape, it selects random quantised
-    weights. The parts "speculation" and "scheduler" (``bench/decoding.py``) have fixed lengths and batch sizes;
-    ``draft`` names the draft model of the former. Raises UserError for an unknown model or shape, a context
-    that is too long, too little memory, an unused draft, and for quantising a quantised model.
+    ``quantize`` (``int8``, ``int4``) quantises a model while loading; for a shape, it selects random
+    quantised weights. The parts "speculation" and "scheduler" (``bench/decoding.py``) have fixed lengths and
+    batch sizes; ``draft`` names the draft model of the former. Raises UserError for an unknown model or
+    shape, a context that is too long, too little memory, an unused draft, and a model quantised already.
     """
     if draft is not None and (part != "speculation" or shape is not None):
         raise UserError("--draft needs --part speculation and a --model with real weights")

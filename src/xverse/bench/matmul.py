@@ -32,7 +32,7 @@ Call = Callable[[], object]
 
 
 def run(config: XverseConfig, kinds: tuple[str, ...], rounds: int, threads: int) -> dict[str, Any]:
-    """Measure random weights of ``config``'s size for each of ``kinds``, with ``threads`` of PyTorch's threads."""
+    """Measure random weights of ``config``'s size for each of ``kinds``, with ``threads`` CPU threads."""
     result: dict[str, Any] = {"kernels": kernel_name()}
     buffer = hardware.bandwidth_buffer()
     for kind in kinds:

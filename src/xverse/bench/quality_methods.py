@@ -1,9 +1,9 @@
 """The quality of quantised models: every method beside upstream's, with and without outlier channels.
 
-Quantised models run as in production, with int8 activations and this machine's kernels. Methods are judged by
-their rise in perplexity as a share of that of upstream's method (``rtn-row``). Outlier channels are added to the
-source without changing its function: some weights of each norm are divided by s, and the columns that read them
-are multiplied by s.
+Quantised models run as in production, with int8 activations and this machine's kernels. Methods are judged
+by their rise in perplexity as a share of that of upstream's method (``rtn-row``). Outlier channels are added to
+the source without changing its function: some weights of each norm are divided by s, and the columns that read
+them are multiplied by s.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def measure(
     """Measure, print a table, return the figures.
 
     Each of ``texts`` is ``NAME=PATH,PATH…``; a path is a text file, a ``.jsonl``, a token shard, or a folder
-    of such, whose parts give equally much of ``tokens`` together. Without any the package's own parity text
-    is read. ``calibration``, of ``calibration_tokens``, is written the same way without a name; without it
-    ``gptq`` is left out.
+    of these, whose parts contribute equal shares of ``tokens``. Default: the package's own parity text.
+    ``calibration``, of ``calibration_tokens``, is given likewise without a name; without it ``gptq`` is left
+    out.
     """
     path = resolve(model)
     tokenizer = load_tokenizer(path)

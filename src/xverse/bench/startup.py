@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(help_runs: int = 7, chat_runs: int = 3, model: str = "nano") -> dict[str, Any]:
-    """Wall time of fresh processes from start to exit. Without the model, ``chat_not_measured`` is the reason."""
+    """Wall time of fresh processes. Without the model, ``chat_not_measured`` says why there is no reply."""
     notice(f"startup: {help_runs} × xverse --help, {chat_runs} × xverse chat --ask {QUESTION}")
     helps, _ = wall_times(["--help"], help_runs)
     result: dict[str, Any] = {
