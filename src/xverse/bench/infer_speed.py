@@ -56,7 +56,7 @@ def measure_named(
     part: str = "speed",
     draft: str | None = None,
 ) -> dict[str, Any]:
-    """Measure ``model``, or random weights of the named ``shape``. ``dtype`` and ``threads`` None: as in chat.
+    """Measure ``model``, or random weights of ``shape``. ``dtype`` and ``threads`` None: as in chat.
 
     ``quantize`` (``int8``, ``int4``) quantises a model while loading; for a shape, it selects random
     quantised weights. The parts "speculation" and "scheduler" (``bench/decoding.py``) have fixed lengths and

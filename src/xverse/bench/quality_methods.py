@@ -1,9 +1,9 @@
 """The quality of quantised models: every method beside upstream's, with and without outlier channels.
 
 Quantised models run as in production, with int8 activations and this machine's kernels. Methods are judged
-by their rise in perplexity as a share of that of upstream's method (``rtn-row``). Outlier channels are added to
-the source without changing its function: some weights of each norm are divided by s, and the columns that read
-them are multiplied by s.
+by their rise in perplexity as a share of that of upstream's method (``rtn-row``). Outlier channels are added
+to the source without changing its function: some weights of each norm are divided by s, and the columns that
+read them are multiplied by s.
 """
 
 from __future__ import annotations
