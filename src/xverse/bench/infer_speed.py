@@ -28,13 +28,14 @@ from xverse.bench.weights import placeholder_tokenizer, random_model, weights_ki
 from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.cache import position_bytes
-from xverse.engine.load import FLOAT32_BELOW, ONE_THREAD_BELOW
+from xverse.engine.load import ONE_THREAD_BELOW
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
 from xverse.formats.weights import weight_files
 from xverse.hardware import process_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
+from xverse.model.config import FLOAT32_BELOW
 from xverse.tokenizer import Tokenizer
 
 NANO_TARGET = 100.0  # decoded tokens/s with one request
