@@ -71,7 +71,7 @@ class Checkpointer:
         written: Any = dcp.async_save(
             dict(_tensors(model, optimizer)),
             storage_writer=_OwnFile(str(temporary), self._world.rank),
-            planner=_OwnPlan(self._first),
+            planner=OwnPlan(self._first),
             no_dist=True,
         )
         values = {"step": step, "processes": self._world.size, **state}
@@ -133,7 +133,7 @@ class Checkpointer:
                 _remove(old)
 
 
-class _OwnPlan(DefaultSavePlanner):
+class OwnPlan(DefaultSavePlanner):
     """Every process knows by itself what it writes. The planner of torch has process 0 gather the plans of
     all to find what several of them hold, and that grows with their number (benchmarks/scale.md)."""
 
