@@ -1,8 +1,8 @@
 """The work of process 0 in a run of many processes, by simulation: of 1,024 processes, one is real.
 
-Checkpoint plans, checkpoint headers, heartbeats and the order of data run the product's own code on the inputs
-of all ranks and are measured in CPU seconds, which other programs hardly affect. Collectives run in real gloo
-contexts, in threads of this process, and are measured in wall time.
+Checkpoint plans, checkpoint headers, heartbeats and the order of data run the product's own code on the
+inputs of all ranks, measured in CPU seconds, which other programs hardly affect. Collectives run in real gloo
+contexts in threads of this process, measured in wall time.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from benchmarks.studies import scale
 from xverse.data.feed import PretrainFeed
-from xverse.train.checkpoint import _OwnFile, OwnPlan
+from xverse.train.checkpoint import OwnPlan, _OwnFile
 from xverse.train.index import Index, Part, read_header
 from xverse.train.parallel import add_up
 
