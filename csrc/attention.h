@@ -1,5 +1,5 @@
-// The table of one instruction set for attention over a paged cache. As in kernels.h, each instruction set is a separate
-// translation unit; attention_api.cpp divides the work among threads.
+// The table of one instruction set for attention over a paged cache. As in kernels.h, each instruction set is a
+// separate translation unit; attention_api.cpp divides the work among threads.
 #pragma once
 
 #include <cstdint>
@@ -77,7 +77,7 @@ extern const AttentionKernels kAttentionAvx2;
 extern const AttentionKernels kAttentionAvx512;
 extern const AttentionKernels kAttentionAvx512Bf16;
 
-// AttentionKernels::prefill, in a unit of its own (attention_prefill.cpp).
+// AttentionKernels::prefill of AVX-512 BF16, defined in attention_prefill.cpp.
 void prefill_avx512_bf16(const PagedCache& cache, const int32_t* blocks, int head, int start, const Rows& queries,
                          int first, int count, uint16_t* out);
 #endif

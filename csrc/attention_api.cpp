@@ -90,7 +90,8 @@ void xv_paged_attention(const XvCache* cache, const void* q, const int32_t* tabl
   int64_t positions = 0;
   for (int64_t b = 0; b < batch; ++b) positions += lengths[b];
   if (positions * heads * head_dim < kSmallWork) threads = 1;
-  std::vector<int64_t> size(static_cast<size_t>(batch)), first(size_t(batch) + 1);  // of each query: positions in a part, and its first part
+  // Of each query: the positions in a part, and the number of its first part.
+  std::vector<int64_t> size(static_cast<size_t>(batch)), first(size_t(batch) + 1);
   for (int64_t b = 0; b < batch; ++b) {
     size[b] = part_size(lengths[b], paged.block_size);
     first[b + 1] = first[b] + (std::max(lengths[b], 1) + size[b] - 1) / size[b];

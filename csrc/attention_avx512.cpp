@@ -25,9 +25,9 @@ inline __m512 odd_floats(__m512i bf16) {
 }
 
 // Readers, one for each type of cache; head_dim = 32 * kSteps. `scores` returns 16 dot products of the query with
-// consecutive rows, not yet multiplied by `unit`; `mix` adds weighted rows to the sums, whose order `reorder` restores at
-// the end. Both prefetch the rows at `ahead`, except for int8, where the hardware prefetcher alone was faster: it reads
-// 4 KB from each of two places in turn.
+// consecutive rows, not yet multiplied by `unit`; `mix` adds weighted rows to the sums, whose order `reorder` restores
+// at the end. Both prefetch the rows at `ahead`, except for int8, where the hardware prefetcher alone was faster: it
+// reads 4 KB from each of two places in turn.
 
 template <int kSteps>
 struct Floats {

@@ -7,9 +7,9 @@
 //
 // A scan builds one list of words for each pair. The library instead builds a list whenever a merge creates a pair. The
 // two agree because no pair is created twice: all occurrences of a pair merge at once, from the left, so that the
-// symbols between two boundaries are what the merges make of those characters alone (if a run of equal symbols crosses a
-// boundary, an even number of them precedes it). So each token is created by exactly one pair, everywhere at once, and a
-// pair that contains it is created by the merge that creates the token or by the merge of the other symbol.
+// symbols between two boundaries are what the merges make of those characters alone (if a run of equal symbols crosses
+// a boundary, an even number of them precedes it). So each token is created by exactly one pair, everywhere at once,
+// and a pair that contains it is created by the merge that creates the token or by the merge of the other symbol.
 #include <algorithm>
 #include <atomic>
 #include <memory>

@@ -17,8 +17,8 @@ namespace xv {
 inline uint64_t pair_key(uint32_t left, uint32_t right) { return uint64_t(left) << 32 | right; }
 inline uint64_t hash_pair(uint64_t key) { return mix(key ^ 0x9E3779B97F4A7C15ull, 0xA0761D6478BD642Full); }
 
-// A sequence of words: a header of 32 bits (number of symbols: 15, count: 17), a 64-bit count if 17 bits are too few, the
-// symbols. Words that merges have shortened are padded with kFill, with which no header begins. Address space is
+// A sequence of words: a header of 32 bits (number of symbols: 15, count: 17), a 64-bit count if 17 bits are too few,
+// the symbols. Words that merges have shortened are padded with kFill, with which no header begins. Address space is
 // reserved for the largest possible size; memory is used only for what is written.
 template <class Symbol>
 class WordStore {
@@ -29,7 +29,8 @@ class WordStore {
 
   WordStore() = default;
   explicit WordStore(size_t capacity) : capacity_(capacity * sizeof(Symbol)) {
-    void* memory = ::mmap(nullptr, capacity_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* memory = ::mmap(nullptr, capacity_, PROT_READ | PROT_WRITE, kFlags, -1, 0);
     if (memory == MAP_FAILED) throw Failure{ENOMEM};
     slots = static_cast<Symbol*>(memory);
   }
@@ -156,7 +157,6 @@ class PairMap {
   }
   Value& make(uint64_t key) { return make(key, hash_pair(key)); }
   size_t size() const { return size_; }
-  size_t bytes() const { return places_.size() * sizeof(Value); }
   template <class Body>
   void each(const Body& body) const {
     for (const Value& value : places_)

@@ -1,5 +1,5 @@
-// Encoding texts to the token ids that the tokenizers library's BPE gives: split.h splits a text into words, whose pairs
-// merge in order of rank. Most words of a text repeat: each thread caches their ids.
+// Encoding texts to the token ids that the tokenizers library's BPE gives: split.h splits a text into words, whose
+// pairs merge in order of rank. Most words of a text repeat: each thread caches their ids.
 #include <algorithm>
 #include <atomic>
 #include <memory>

@@ -1,5 +1,5 @@
-// All layers of a model for a few tokens in one call (xverse_kernels.h). There is little work between the products of one
-// token; starting each step from Python, whose data the weights have evicted from the caches, took an eighth of the
+// All layers of a model for a few tokens in one call (xverse_kernels.h). There is little work between the products of
+// one token; starting each step from Python, whose data the weights have evicted from the caches, took an eighth of the
 // time. The steps are the functions of the other files, in the same order and with the same rounding.
 #include <initializer_list>
 

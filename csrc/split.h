@@ -19,7 +19,7 @@ enum class Split {
 };
 
 constexpr uint32_t kCodePoints = 0x110000;
-constexpr uint32_t kSpaceMark = 0x2581;  // how the vocabulary writes a space; never part of a word when it occurs in a text
+constexpr uint32_t kSpaceMark = 0x2581;  // how the vocabulary writes a space; in a text it is never part of a word
 
 inline const uint8_t* classes() {
   static const std::vector<uint8_t> table = [] {

@@ -1,5 +1,5 @@
-// The steps between the matrix products, each in one pass: norm, rotary embedding, gated activation. Computed in float32
-// and rounded once at the end. Plain C++ in an unnamed namespace, as generic.h.
+// The steps between the matrix products, each in one pass: norm, rotary embedding, gated activation. Computed in
+// float32 and rounded once at the end. Plain C++ in an unnamed namespace, as generic.h.
 #pragma once
 
 #include <cmath>

@@ -133,7 +133,7 @@ struct XvLayer {
   const struct XvCache* cache;
 };
 
-// Runs the residual stream x [tokens, hidden] through `count` layers, in place. Each token is a query of its own:
+// Runs the residual stream x [tokens, hidden] through `count` layers, in place. Each token is an independent query:
 // cos and sin [tokens, head_dim], slots and lengths [tokens], table [tokens, max_blocks] as for xv_paged_append and
 // xv_paged_attention. `buffer` has room for tokens * (6 * hidden + 3 * intermediate) values of `type`.
 void xv_fused_step(const struct XvLayer* layers, int count, void* x, const void* cos, const void* sin,
@@ -154,8 +154,8 @@ void xv_train_accumulate(float* total, const uint16_t* value, int64_t count, int
 void xv_train_norm(const void* x, const uint16_t* delta, const float* weight, void* sum, uint16_t* y, float* scale,
                    int type, int64_t rows, int64_t size, float eps, int threads);
 
-// The gradient dx [rows, size] of xv_train_norm's input, from dy and dsum, the gradient of `sum` as an output of its
-// own (null: zero). ddelta: the same in bfloat16 (null: not wanted). dweight [ceil(rows / 64), size], zero before the
+// The gradient dx [rows, size] of xv_train_norm's input, from dy and from dsum, the gradient of the output `sum` (null:
+// zero). ddelta: the same in bfloat16 (null: not wanted). dweight [ceil(rows / 64), size], zero before the
 // call: the weight's gradient, summed over 64 rows each. dsum, sum and dx are of `type`.
 void xv_train_norm_grad(const uint16_t* dy, const void* dsum, const void* sum, const float* weight, const float* scale,
                         void* dx, uint16_t* ddelta, float* dweight, int type, int64_t rows, int64_t size, int threads);

@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     import xverse  # noqa: F401 - registers the Auto classes
     from xverse.eval.backends import EngineBackend
-    from xverse.eval.run import plan
-    from xverse.eval.scoring import answers, ask
+    from xverse.eval.run import load_benchmarks
+    from xverse.eval.scoring import make_prompts, score_prompts
     from xverse.formats import resolve
 
     threads = args.threads or hardware.cores().usable
     torch.set_num_threads(threads)
-    (mmlu,) = plan(["mmlu"], Path(args.data_dir))
+    (mmlu,) = load_benchmarks(["mmlu"], Path(args.data_dir))
     subjects, left = [], args.questions
     for subject in mmlu.subjects[:: max(1, len(mmlu.subjects) // 8)]:
         if left > 0:
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         notice(f"evaluation: round {number + 1} of {args.rounds}")
         ours = EngineBackend.load(str(path), quantize=None, threads=threads)  # nothing is known from before
         begin = time.perf_counter()
-        asked = [ask(ours, mmlu.benchmark, subject, 5) for subject in subjects]
-        found = [each for subject in asked for each in answers(ours, subject)]
+        asked = [make_prompts(ours, mmlu.benchmark, subject, 5) for subject in subjects]
+        found = [each for subject in asked for each in score_prompts(ours, subject)]
         rates["xverse"].append(len(found) / (time.perf_counter() - begin))
         requests = [
             Instance("loglikelihood", {}, (each.prompt, f" {letter}"), index)

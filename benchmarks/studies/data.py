@@ -229,12 +229,12 @@ def planted_copies(documents: Iterator[str], count: int, seed: int = 0) -> dict[
     """Recall and precision of near-duplicates: ``count`` copies at Jaccard 0.8 to 1 planted among as many
     texts, as many likenesses below 0.7, and as many texts of their own."""
     from xverse.data.prepare.duplicates import DuplicatesStage, signature, similarity
-    from xverse.data.prepare.ngrams import words
+    from xverse.data.prepare.ngrams import split_words
 
     rng = random.Random(seed)
     texts: list[list[str]] = []
     for document in documents:
-        split = words(document)
+        split = split_words(document)
         for start in range(0, min(len(split), 1_200) - 120, 400):
             texts.append(split[start : start + rng.randrange(120, 400)])
     rng.shuffle(texts)
@@ -271,9 +271,9 @@ def planted_copies(documents: Iterator[str], count: int, seed: int = 0) -> dict[
 
 
 def _numbers(text: list[str]) -> Any:
-    from xverse.data.prepare.ngrams import word_numbers
+    from xverse.data.prepare.ngrams import hash_words
 
-    return word_numbers(" ".join(text))
+    return hash_words(" ".join(text))
 
 
 def _find(numbers: list[Any], least: float, signature: Any) -> list[tuple[int, int]]:
@@ -298,10 +298,10 @@ def planted_questions(
     """How many benchmark questions (of each at most ``most``) are found, each planted in a text of its own as
     a prompt has it; and in how many texts without one something is found."""
     from xverse.data.benchmarks.questions import LETTERS
-    from xverse.data.prepare.stages.decontaminate import DecontaminateStage, make_index, read_items
+    from xverse.data.prepare.stages.decontaminate import DecontaminateStage, make_index
 
     stage = DecontaminateStage(data_dir, benchmarks)
-    items = list(read_items(stage))
+    items = list(stage.questions())
     index = make_index(items, stage.ngram, stage.overlap)
     rng = random.Random(seed)
     texts = [text for text in documents if 200 < len(text) < 4_000][:2_000]

@@ -8,6 +8,7 @@ damaged input, counts it in the report and holds no more than one line, or 64 KB
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import io
 import json
@@ -198,6 +199,16 @@ def read_records(path: str | Path, report: ReadReport | None = None) -> Iterator
     with open_binary(path) as stream, _damage(path, None):
         array = stream.read(1 << 16).removeprefix(BOM).lstrip()[:1] == b"["
     yield from enumerate(read_json(path), 1) if array else read_jsonl(path, report)
+
+
+def read_csv(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file with the number of their last line from 1. Raises UserError for invalid CSV."""
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: invalid CSV ({error})") from None
 
 
 def read_lines(

@@ -1,4 +1,4 @@
-"""The kernels of every instruction set that this machine runs, one after the other."""
+"""A fixture for the kernels of every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xverse.kernels.native import NAMES, kernel_name, library
 
 @pytest.fixture(params=NAMES)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with one instruction set after the other; its name."""
+    """Runs the test with each instruction set; gives its name."""
     compiled = library()
     if compiled is None:
         pytest.skip("the kernels were not compiled")

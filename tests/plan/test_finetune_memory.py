@@ -70,11 +70,11 @@ def test_the_prediction_is_within_15_percent(large, tmp_path, flags) -> None:
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     said = " ".join(done.stderr.split())
-    peak, predicted = map(float, re.search(r"(\S+) GB at most, (\S+) GB predicted", said).groups())
+    peak, predicted = map(float, re.search(r"peak (\S+) GB, (\S+) GB predicted", said).groups())
     assert predicted == pytest.approx(peak, rel=0.15)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "memory peak, GB a process" in card
-    assert "memory predicted, GB a process" in card
+    assert "memory peak, GB per process" in card
+    assert "memory predicted, GB per process" in card
 
 
 def test_what_will_not_fit_is_refused_with_what_would(large, tmp_path, capsys, monkeypatch) -> None:

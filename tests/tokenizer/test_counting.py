@@ -72,7 +72,7 @@ def expected(files: list[Path]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for path in files:
         for text in texts.read_texts(path, texts.ReadReport()):
-            counts.update(native.words(text.decode()))
+            counts.update(native.pre_tokens(text.decode()))
     return counts
 
 
@@ -108,7 +108,7 @@ def test_a_small_table_spills_and_merges(tmp_path: Path) -> None:
     assert runs > 1
     native.merge_words([tmp_path / f"run.{index}" for index in range(runs)], tmp_path / "all")
     assert read_counts(tmp_path / "all") == sum(
-        (Counter(native.words(text[begin:].decode())) for begin in range(3)), Counter()
+        (Counter(native.pre_tokens(text[begin:].decode())) for begin in range(3)), Counter()
     )
 
 

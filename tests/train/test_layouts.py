@@ -23,6 +23,8 @@ from xverse.train.settings import layout_of
 
 from . import processes
 
+pytestmark = pytest.mark.slow
+
 # name: (processes, keys of TrainConfig); fsdp is over what the other degrees leave
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "FSDP": (2, {}),

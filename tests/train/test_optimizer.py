@@ -23,6 +23,8 @@ from xverse.train.loop import train_step
 from xverse.train.optimizer import MuonAdamW, make_optimizer, orthogonal, store, wsd_lr
 from xverse.train.plot import read_metrics
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, dtype="float32")
 
 

@@ -26,6 +26,8 @@ from xverse.train import PretrainRecipe, pretrain
 from xverse.train.checkpoint import checkpoints
 from xverse.train.plot import read_metrics
 
+pytestmark = pytest.mark.slow
+
 TensorsOf = Callable[[Path], dict[str, torch.Tensor]]
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from xverse.config import UserError, choose
-from xverse.eval.benchmarks import agieval, gaokao_bench
-from xverse.eval.benchmarks.mmlu import SUBJECTS
+from xverse.data.benchmarks import agieval, gaokao_bench
+from xverse.data.benchmarks.mmlu import SUBJECTS
 from xverse.files import atomic_directory
 from xverse.hub.web import HUGGING_FACE, download, members
 from xverse.log import notice

@@ -121,7 +121,7 @@ def test_a_second_command_on_the_same_folder_is_refused(
         first.send_signal(signal.SIGCONT)
         first.communicate()
     assert second.returncode == 2
-    assert second.stderr.startswith(f"xverse: {out}: another xverse data prepare is at work")
+    assert second.stderr.startswith(f"xverse: {out}: another xverse data prepare is using")
     assert second.stderr.count("\n") == 1
     assert first.returncode == 0
     assert tree(out) == tree(prepared)

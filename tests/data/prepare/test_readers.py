@@ -142,10 +142,10 @@ def test_a_huge_line_is_never_held(tmp_path: Path) -> None:
 
 
 def test_inputs_that_name_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no file of text here"):
+    with pytest.raises(UserError, match="no text files here"):
         input_units([Input(path=str(tmp_path / "*.jsonl"))])
     (tmp_path / "a.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="which format is this"):
+    with pytest.raises(UserError, match="unknown format; set format"):
         input_units([Input(path=str(tmp_path / "a.bin"))])
     with pytest.raises(UserError, match="unknown format 'jsonlines'; did you mean 'jsonl'"):
         input_units([Input(path=str(tmp_path / "a.bin"), format="jsonlines")])

@@ -85,7 +85,7 @@ def test_41_languages_of_real_lines(test_data: Path) -> None:
 
 
 def test_a_language_stage_of_languages_that_are_none() -> None:
-    with pytest.raises(UserError, match="languages: 'xx' is none that can be identified"):
+    with pytest.raises(UserError, match="languages: 'xx' cannot be identified"):
         build(LanguageStage, {"languages": ["en", "xx"]}, "recipe")
 
 

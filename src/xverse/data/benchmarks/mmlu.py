@@ -1,13 +1,20 @@
-"""MMLU (Hendrycks et al., arXiv:2009.03300), exactly as the authors' script asks it."""
+"""MMLU (Hendrycks et al., arXiv:2009.03300)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from xverse.config import UserError
-from xverse.data.benchmarks.questions import Question, Reader, Subject
-from xverse.eval.benchmark import Benchmark, Options, lettered
+from xverse.data.benchmarks.questions import (
+    Options,
+    Question,
+    QuestionReader,
+    RawQuestion,
+    Subject,
+    check_folder,
+)
 
+NAME, FOLDERS = "mmlu", ("mmlu",)
 _CATEGORIES = {
     "STEM": "abstract_algebra astronomy college_biology college_chemistry college_computer_science "
     "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
@@ -34,10 +41,30 @@ _MISSING = frozenset(
 )
 
 
-def load(folder: Path, reader: Reader, options: Options) -> list[Subject]:
+def read(path: Path, name: str, reader: QuestionReader) -> Iterator[RawQuestion]:
+    """Every question of a file; their ids begin with ``name``."""
+    for number, (where, row) in enumerate(reader.rows(path)):
+        cells = dict(enumerate(row))
+        yield RawQuestion(
+            id=f"{name}/{number}",
+            where=where,
+            text=cells.get(0, ""),
+            options=tuple(row[1:5]),
+            answer=cells.get(5),
+            problem="" if len(row) == 6 else f"{len(row)} columns, expected 6",
+        )
+
+
+def all_questions(data_dir: Path) -> Iterator[RawQuestion]:
+    """Every question of every split, for decontamination."""
+    for path in sorted((data_dir / "mmlu").glob("data/*/*.csv")):
+        yield from read(path, path.stem, QuestionReader(skip=True))
+
+
+def subjects(folder: Path, reader: QuestionReader, options: Options) -> list[Subject]:
+    """The subjects to score."""
     split = options.split or "test"
-    if not (folder / "data" / split).is_dir():
-        raise UserError(f"{folder / 'data' / split}: no such folder; `xverse eval fetch mmlu` gets MMLU")
+    check_folder(folder / "data" / split, NAME, "MMLU")
     return [
         Subject(
             name=name,
@@ -50,38 +77,13 @@ def load(folder: Path, reader: Reader, options: Options) -> list[Subject]:
     ]
 
 
-def _questions(folder: Path, split: str, name: str, reader: Reader, options: Options) -> list[Question]:
-    found = []
-    path = folder / "data" / split / f"{name}_{split}.csv"
-    for number, (where, row) in enumerate(reader.rows(path, None)):
-        if len(row) != 6:
-            reader.refuse(where, f"{len(row)} columns, expected 6")
-            continue
-        text, *choices, answer = row
+def _questions(
+    folder: Path, split: str, name: str, reader: QuestionReader, options: Options
+) -> list[Question]:
+    questions = []
+    for raw in read(folder / "data" / split / f"{name}_{split}.csv", name, reader):
+        choices = raw.options
         if not options.fix_none:
-            choices = ["nan" if choice in _MISSING else choice for choice in choices]
-        question = reader.question(where, text, choices, answer, id=f"{name}/{number}")
-        if question is not None:
-            found.append(question)
-    return found
-
-
-BENCHMARK = Benchmark(
-    name="mmlu",
-    title="MMLU",
-    folder="mmlu",
-    split="test",
-    splits=("test", "val"),
-    load=load,
-    header=lambda subject: (  # two blanks: the authors join an empty word
-        f"The following are multiple choice questions (with answers) about  {subject.title}.\n\n"
-    ),
-    item=lambda question: f"{question.text}{lettered(question)}\nAnswer:",
-    answer=lambda question, letter: f" {letter}",
-    between="\n\n",
-    average="micro",
-    categories=("STEM", "humanities", "social sciences", "other"),
-    shots_rule="the first five questions of the dev set",
-    method='tokens of " A" to " D"',
-    source="https://github.com/hendrycks/test",
-)
+            choices = tuple("nan" if choice in _MISSING else choice for choice in choices)
+        questions.append(reader.question(raw, choices))
+    return [question for question in questions if question is not None]
