@@ -46,7 +46,7 @@ def file_of(messages: Any, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("not json", "cannot be read as JSON"),
+        ("not json", "invalid JSON"),
         ("[1]", "not a saved conversation"),
         (file_of(MESSAGES, version=2), "version 2"),
         (file_of(MESSAGES, mesages=1), "did you mean 'messages'"),
@@ -73,5 +73,5 @@ def test_a_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_conversation(tmp_path / "none.json")
     (tmp_path / "b.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="invalid UTF-8"):
         load_conversation(tmp_path / "b.json")

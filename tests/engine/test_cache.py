@@ -92,14 +92,14 @@ def test_another_kv_dtype_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> No
 
 
 def test_a_cache_beyond_the_memory_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"take \d+\.\d GB, and .* are free; \d+ would fit"):
+    with pytest.raises(UserError, match=r"take \d+\.\d GB, and .* are free; at most \d+ fit"):
         Engine(tiny_model, tiny_tokenizer, max_cache_tokens=10**12)
     with pytest.raises(UserError, match="max_cache_tokens: 0 is out of range"):
         Engine(tiny_model, tiny_tokenizer, max_cache_tokens=0)
 
 
 def test_no_room_is_an_error_of_one_line(tiny_config: Any) -> None:
-    with pytest.raises(UserError, match="max_cache_tokens: no room for a cache of 32"):
+    with pytest.raises(UserError, match="max_cache_tokens: not enough memory for 32"):
         PagedCache(tiny_config, torch.float32, torch.device("cpu"), blocks=10**12, sequences=1)
 
 

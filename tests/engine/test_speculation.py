@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.proposers import _Ngrams
-from xverse.engine.speculation import guesses
+from xverse.engine.speculation import best_count
 from xverse.model.transformer import XverseForCausalLM, init_weights
 
 GREEDY = SamplingParams(temperature=0)
@@ -32,9 +32,9 @@ def ask(engine: Engine, prompt: list[int], new_tokens: int, sampling: SamplingPa
 def guessing(model: Any, tokenizer: Any, kind: Speculation | None, prefill_chunk: int = 512) -> Engine:
     """An engine to which guesses count as cheap: a draft as large as the model would not be asked at all."""
     engine = Engine(model, tokenizer, speculation=kind, prefill_chunk=prefill_chunk)
-    if engine._guesser is not None:
-        engine._guesser.proposer.cost = 0.03
-        engine._guesser._second_row = 0.0
+    if engine._speculator is not None:
+        engine._speculator.proposer.cost = 0.03
+        engine._speculator._second_row = 0.0
     return engine
 
 
@@ -80,10 +80,10 @@ def test_lookup_is_right_at_any_size(text: list[int], count: int) -> None:
 
 
 def test_the_number_of_guesses_follows_what_they_bring() -> None:
-    assert guesses(0.0, 0.02, 7) == 0
-    assert guesses(1.0, 0.02, 7) == 7
-    assert guesses(0.5, 1.0, 7) == 0  # a guess that costs a step
-    chosen = [guesses(rate / 20, 0.1, 15) for rate in range(21)]
+    assert best_count(0.0, 0.02, 7) == 0
+    assert best_count(1.0, 0.02, 7) == 7
+    assert best_count(0.5, 1.0, 7) == 0  # a guess that costs a step
+    chosen = [best_count(rate / 20, 0.1, 15) for rate in range(21)]
     assert chosen == sorted(chosen)
     assert 0 < chosen[10] < 15
 
@@ -130,8 +130,8 @@ def test_a_draft_gives_the_same_tokens(model: Any, close_draft: Any, tiny_tokeni
     assert list(got.values()) == [naive(model, prompt, 50) for prompt in prompts]
     stats = engine.stats()
     assert 0 < stats.accepted_tokens < stats.proposed_tokens
-    assert engine._guesser is not None
-    assert len(engine._guesser.proposer._cache.free_rows) == engine.max_batch  # type: ignore[attr-defined]
+    assert engine._speculator is not None
+    assert len(engine._speculator.proposer._cache.free_rows) == engine.max_batch  # type: ignore[attr-defined]
 
 
 def test_a_draft_of_a_short_context_stops_guessing(model: Any, tiny_tokenizer: Any, naive: Any) -> None:
@@ -188,9 +188,9 @@ def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, ti
 
 
 def test_what_cannot_guess_is_refused(model: Any, tiny_tokenizer: Any, nano_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="max_tokens: 0 guesses are out of range"):
+    with pytest.raises(UserError, match="max_tokens: 0 is out of range"):
         Speculation(max_tokens=0)
-    with pytest.raises(UserError, match="belong together, one of them is missing"):
+    with pytest.raises(UserError, match="give both the draft model"):
         Speculation(draft=model)
     speculation = Speculation(draft=model, draft_tokenizer=nano_tokenizer)
     with pytest.raises(UserError, match="draft: its tokenizer"):

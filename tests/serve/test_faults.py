@@ -36,7 +36,7 @@ CHAT = "/v1/chat/completions"
                 ]
             },
             "messages",
-            "no JSON",
+            "not valid JSON",
         ),
         ({"messages": QUESTION, "temperature": 1000}, "temperature", "out of range"),
         ({"messages": QUESTION, "temperature": "hot"}, "temperature", "valid number"),
@@ -68,7 +68,7 @@ CHAT = "/v1/chat/completions"
                 "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}},
             },
             "response_format",
-            "cannot be used",
+            "is not supported",
         ),
         (
             {

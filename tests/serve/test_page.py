@@ -218,7 +218,7 @@ def test_a_long_conversation_loses_its_beginning(launch: Any, visit: Any) -> Non
     for count in (1, 2, 3):
         visitor.say(f"{count} " + "word " * 3500)
         visitor.until_answered(count)
-    sync_api.expect(visitor.page.get_by_text("oldest messages are no longer seen").first).to_be_visible()
+    sync_api.expect(visitor.page.get_by_text("oldest messages are left out").first).to_be_visible()
     visitor.say("word " * 9000)
     sync_api.expect(visitor.page.get_by_text("exceed the context").first).to_be_visible()
     assert not visitor.errors

@@ -1,4 +1,4 @@
-"""Conversations in files: JSON with a format version, written whole or not at all."""
+"""Saved conversations: JSON files with a format version, written atomically."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from xverse.config import UserError, check_keys
 from xverse.files import atomic_file
+from xverse.texts import read_json
 from xverse.tokenizer.chat import check_messages
 
 FORMAT = "xverse-conversation"
@@ -18,7 +19,7 @@ Message = dict[str, str]  # role (system, user, exec, assistant) and content
 
 
 def save_conversation(messages: list[Message], path: str | Path) -> None:
-    """Write ``messages``. Raises UserError where there are none, or where ``path`` is some other file."""
+    """Write ``messages``. Raises UserError if there are none, or if ``path`` is another kind of file."""
     path = Path(path).expanduser()
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("there is no conversation to save yet")
@@ -29,22 +30,17 @@ def save_conversation(messages: list[Message], path: str | Path) -> None:
         _check_target(path)
         with atomic_file(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:  # beyond those that atomic_file names: a name too long, an I/O error
+    except OSError as error:  # not covered by atomic_file: a name that is too long, an I/O error
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def load_conversation(path: str | Path) -> list[Message]:
-    """The messages of a file that ``save_conversation`` wrote; the last is the assistant's.
+    """The messages of a file that ``save_conversation`` wrote; the last one is the assistant's.
 
     Raises UserError, in one line that names the file, for anything else.
     """
     path = Path(path).expanduser()
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())})") from None
+    values = read_json(path)
     _check_header(values, path)
     try:
         check_messages(values["messages"], last=("assistant",))
@@ -67,7 +63,9 @@ def _check_header(values: Any, path: Path) -> None:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{path}: not a saved conversation (its format is not '{FORMAT}')")
     if values.get("version") != VERSION:
-        raise UserError(f"{path}: version {values.get('version')!r} of the format is not known, {VERSION} is")
+        raise UserError(
+            f"{path}: unknown format version {values.get('version')!r}; this program reads version {VERSION}"
+        )
     check_keys(values, _KEYS, str(path))
     if "messages" not in values:
         raise UserError(f"{path}: missing key 'messages'")

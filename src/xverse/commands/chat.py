@@ -1,4 +1,4 @@
-"""``xverse chat``: in the terminal, through a pipe, or one answer with ``--ask`` or ``--complete``."""
+"""``xverse chat``: in the terminal, through a pipe, or a single reply with ``--ask`` or ``--complete``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from xverse.config import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    # Flags without a default stay out of the namespace: the model directory's own value then holds.
-    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
-    parser.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
-    parser.add_argument("--adapter", metavar="A", help="an adapter in peft's format", **unset)
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # absent from the namespace unless given
+    parser.add_argument(
+        "--model", default="nano", metavar="M", help="nano (the default), a model directory or a hub id"
+    )
+    parser.add_argument("--adapter", metavar="A", help="directory with an adapter in peft's format", **unset)
     once = parser.add_mutually_exclusive_group()
-    once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and leave", **unset)
-    once.add_argument("--complete", metavar="TEXT", help="print how TEXT goes on (base models)", **unset)
+    once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and exit", **unset)
+    once.add_argument("--complete", metavar="TEXT", help="print a continuation of TEXT and exit", **unset)
     parser.add_argument("--system", metavar="TEXT", help="system prompt", **unset)
     parser.add_argument(
-        "--quantize", choices=["int8", "int4"], help="make its weights smaller as it is loaded", **unset
+        "--quantize", choices=["int8", "int4"], help="quantise the weights while loading", **unset
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads", **unset)
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: by the model's size)", **unset
+    )
     add_sampling_flags(parser, "How replies are generated")
 
 
@@ -32,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("ask", "complete", "system"):
         _check_text(name, given)
     if "complete" in given and "system" in given:
-        raise UserError("--complete continues a plain text: it takes no --system")
+        raise UserError("--complete continues a plain text and takes no --system")
     overrides = given_sampling(args)
 
     from xverse.chat.session import load_session

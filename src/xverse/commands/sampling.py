@@ -13,8 +13,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
     """A flag for each parameter; those that are not given are absent from the namespace."""
     group = parser.add_argument_group(
         "sampling",
-        f"{purpose}. A parameter that is not given has the value in the model's generation_config.json, or "
-        "else the one in parentheses.",
+        f"{purpose}. Parameters that are not given come from the model's generation_config.json, or else "
+        "have the value in parentheses.",
     )
     group.add_argument(
         "--greedy",
@@ -31,7 +31,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
             param.flag,
             default=argparse.SUPPRESS,
             metavar=param.metavar,
-            help=param.help[0] + (f" ({default})" if default not in (None, ()) else ""),
+            help=param.help[0] + (f" ({default:g})" if default not in (None, ()) else ""),
             **options,
         )
 

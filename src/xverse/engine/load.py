@@ -1,4 +1,4 @@
-"""From a model's name to an engine that runs it, with the parameters that its makers chose."""
+"""Load a model by name into an engine, with the sampling parameters that its directory sets."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.quantize import load_quantizing
 from xverse.log import notice
+from xverse.model.config import FLOAT32_BELOW
 
 if TYPE_CHECKING:
     import torch
 
     from xverse.model import XverseForCausalLM
 
-# On a CPU small models run in float32: any CPU is fast at it, and their bytes do not matter.
-FLOAT32_BELOW = 1_000_000_000
-# Their matmuls are so short that a second thread gains little, and loses much on a busy machine.
+# The matmuls of smaller models are so short that a second thread gains little, or loses on a busy machine.
 ONE_THREAD_BELOW = 100_000_000
 _reported: set[Path] = set()
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """``stop_ids`` end a reply; the directory's generation_config.json stands above the defaults."""
+    """An engine, the sampling parameters of its model, and the token ids that end a reply."""
 
     engine: Engine
     sampling: SamplingParams
@@ -44,12 +43,13 @@ def load_engine(
     adapter: str | None = None,
     **settings: Any,
 ) -> Loaded:
-    """An engine for ``model`` (``nano``, a directory or a hub id); ``settings`` are the engine's own.
-    ``tokenizer``: a directory with another tokenizer than the model's own.
+    """An engine for ``model`` (``nano``, a directory or a hub id); ``settings`` are the engine's.
 
-    ``threads`` None leaves the choice to torch, or one for a small model. ``quantize``: ``int8`` or ``int4``,
-    made of an unquantised model as it is loaded. ``adapter``: a directory in peft's format, merged into plain
-    weights and kept beside quantised ones. Raises UserError for what cannot be loaded.
+    ``defaults`` apply to parameters that the directory's generation_config.json does not set. ``tokenizer``:
+    a directory with a tokenizer to use instead of the model's. ``threads`` None: torch's default, or one for
+    a small model. ``quantize``: ``int8`` or ``int4``, applied to an unquantised model while it is loaded.
+    ``adapter``: a directory in peft's format, merged into plain weights, kept separate from quantised ones.
+    Raises UserError for a model, tokenizer or adapter that cannot be loaded.
     """
     import torch
 
@@ -63,7 +63,7 @@ def load_engine(
         if not 1 <= threads <= 1024:
             raise UserError(f"threads: {threads} is out of range (1 to 1024)")
         torch.set_num_threads(threads)
-    words = (directory if tokenizer is None else ModelDirectory.named(tokenizer)).tokenizer
+    own_tokenizer = (directory if tokenizer is None else ModelDirectory.named(tokenizer)).tokenizer
     dtype = torch.float32 if config.num_parameters() < FLOAT32_BELOW else None
     if adapter is not None:
         weights = _adapted(directory, adapter, quantize, dtype)
@@ -71,23 +71,23 @@ def load_engine(
         weights = (
             load_model(directory, dtype) if quantize is None else load_quantizing(directory, quantize, dtype)
         )
-    ends = generation_config.get("eos_token_id", config.eos_token_id)
-    stop_ids = tuple(ends) if isinstance(ends, list) else (ends,)
-    return Loaded(Engine(weights, words, **settings), sampling, stop_ids)
+    end_ids = generation_config.get("eos_token_id", config.eos_token_id)
+    stop_ids = tuple(end_ids) if isinstance(end_ids, list) else (end_ids,)
+    return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids)
 
 
 def _report_unsupported(path: Path, generation_config: dict[str, Any]) -> None:
-    """Once per directory and process."""
+    """Report keys of a generation_config.json that have no effect, once per directory."""
     keys = unsupported_keys(generation_config)
     if keys and path not in _reported:
         _reported.add(path)
-        notice(f"{path / 'generation_config.json'}: not supported, without effect: {', '.join(keys)}")
+        notice(f"{path / 'generation_config.json'}: {', '.join(keys)} not supported; ignored")
 
 
 def _adapted(
     directory: ModelDirectory, adapter: str, quantize: str | None, dtype: torch.dtype | None
 ) -> XverseForCausalLM:
-    """The model with an adapter: merged into plain weights, beside quantised ones in its own precision."""
+    """The model with an adapter: merged into plain weights, or kept separate from quantised ones."""
     from xverse.formats.adapters import apply_adapter, check_adapter, check_base, merge_adapter
 
     check_adapter(adapter)

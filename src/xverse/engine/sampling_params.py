@@ -225,14 +225,12 @@ class SamplingParams:
         return dataclasses.replace(self, **{name: getattr(checked, name) for name in values})
 
 
+def _named(name: str, param: Param) -> Param:
+    return dataclasses.replace(param, name=name, http=param.http or name, stored=param.stored or name)
+
+
 PARAMS: dict[str, Param] = {
-    each.name: dataclasses.replace(
-        each.metadata["param"],
-        name=each.name,
-        http=each.metadata["param"].http or each.name,
-        stored=each.metadata["param"].stored or each.name,
-    )
-    for each in dataclasses.fields(SamplingParams)
+    field.name: _named(field.name, field.metadata["param"]) for field in dataclasses.fields(SamplingParams)
 }
 NEUTRAL = SamplingParams()
 # XVERSE's published values for its chat models, and those of its demonstration of text generation.

@@ -13,11 +13,11 @@ from xverse.model.attention import AttentionContext
 
 
 class CachedAttention:
-    """New tokens attend to themselves and to what the cache holds; padded keys are never seen.
+    """New tokens attend to themselves and to the cache, but never to padding.
 
     ``attention_mask`` is [B, past + T] (0 = padding) or a ready mask [B, 1, T, K], bool or additive.
-    ``position_ids`` [B, T] or [1, T]; without them positions count the tokens that are not padding, so that
-    a padded row computes just what it computes alone. ``cache`` is any transformers ``Cache``, or None.
+    ``position_ids`` [B, T] or [1, T]; without them positions count the tokens that are not padding, so
+    that padding does not change a row's result. ``cache`` is any transformers ``Cache``, or None.
     """
 
     def __init__(
@@ -53,13 +53,14 @@ class CachedAttention:
             self.positions = torch.arange(self.past, self.past + length, device=device).expand(batch, length)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``q``, ``k``, ``v`` [B, H, T, head_dim] → [B, H, T, head_dim]."""
         if self.cache is not None:
             k, v = self.cache.update(k, v, layer)  # [B, H, K, head_dim]; K exceeds past + T in a static cache
         if self.mask is None and not self.ready:
             self.mask = self._build_mask(k.shape[2], q.device)
             self.ready = True
         if self.mask is not None:
-            # With device_map the layers are on several devices; the mask moves along with them.
+            # With device_map the layers are on several devices, and the mask has to follow.
             dtype = self.mask.dtype if self.mask.dtype == torch.bool else q.dtype
             self.mask = self.mask.to(device=q.device, dtype=dtype)
         return scaled_dot_product_attention(
@@ -67,16 +68,16 @@ class CachedAttention:
         )
 
     def _build_mask(self, keys: int, device: torch.device) -> Tensor | None:
-        """Bool [B or 1, 1, T, K], True where a token may look; None where plain causal attention does."""
+        """Bool [B or 1, 1, T, K], True for visible keys; None if plain causal attention suffices."""
         if self.padding is None and keys == self.past + self.length and (self.length == 1 or not self.past):
             return None
         key = torch.arange(keys, device=device)  # [K]
         query = torch.arange(self.past, self.past + self.length, device=device)[:, None]  # [T, 1]
         allowed = (key <= query)[None]  # [1, T, K]
         if self.padding is not None:
-            # Unwritten slots of a static cache count as seen: causality hides them already.
+            # Unwritten slots of a static cache count as visible here; causality masks them.
             seen = pad(self.padding.to(device), (0, keys - self.padding.shape[1]), value=True)  # [B, K]
-            # A padding token sees itself, as a row without any key would be all NaN in some kernels.
+            # A padding token attends to itself: a row without any key is all NaN in some kernels.
             allowed = (allowed & seen[:, None]) | (key == query)  # [B, T, K]
         return allowed[:, None]
 
@@ -89,8 +90,8 @@ def attention_context(
     position_ids: Tensor | None,
     cache: Any,
 ) -> AttentionContext:
-    """The context of one forward call. Positions that start again, without mask or cache, are packed
-    documents (what padding-free collators send), each of which sees only itself."""
+    """The context of one forward call. Positions that restart, without mask or cache, are packed documents
+    (from padding-free collators), each of which attends only to itself."""
     if position_ids is not None and attention_mask is None and cache is None and length > 1:
         position_ids = position_ids.to(device).expand(batch, length)
         restarts = position_ids[:, 1:] <= position_ids[:, :-1]  # [B, T-1]

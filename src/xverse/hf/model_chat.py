@@ -1,4 +1,4 @@
-"""``model.chat``: a conversation in, the assistant's next turn out, whole or as it is made."""
+"""``model.chat``: the assistant's next turn of a conversation, complete or streamed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from xverse.config import UserError
-from xverse.engine.sampling_params import CHAT, NEUTRAL, PARAMS
+from xverse.engine.sampling_params import CHAT, NEUTRAL, PARAMS, SamplingParams
 from xverse.tokenizer import ChatPrompt, Tokenizer, encode_chat
 
 # Used if neither the caller nor the model's directory sets any parameter.
@@ -46,10 +52,10 @@ def chat(
     generation_config: GenerationConfig | None,
 ) -> str | Iterator[str]:
     """See ``XverseForCausalLM.chat``."""
-    words = own_tokenizer(tokenizer)
+    chat_tokenizer = wrap_tokenizer(tokenizer)
     settings = _settings(model, generation_config)
     prompt = encode_chat(
-        words,
+        chat_tokenizer,
         messages,
         max_new_tokens=settings.max_new_tokens or CHAT.max_new_tokens,
         max_positions=model.config.to_model_config().context_length,
@@ -61,40 +67,41 @@ def chat(
         "inputs": ids,
         "attention_mask": torch.ones_like(ids),
         "generation_config": settings,
+        "logits_processor": _penalties(settings, ids.shape[1]),
     }
     if settings.stop_strings:
         arguments["tokenizer"] = tokenizer
     ends = settings.eos_token_id
     end_ids = frozenset(ends if isinstance(ends, list) else [ends])
     if stream:
-        return _stream(model, words, arguments, end_ids)
+        return _stream(model, chat_tokenizer, arguments, end_ids)
     reply = model.generate(**arguments)[0, ids.shape[1] :].tolist()
-    return words.decode(_before_end(reply, end_ids))
+    return chat_tokenizer.decode(_before_end(reply, end_ids))
 
 
-def own_tokenizer(tokenizer: Any) -> Tokenizer:
-    """Our tokenizer with the vocabulary of a transformers one, made once for each.
+def wrap_tokenizer(tokenizer: Any) -> Tokenizer:
+    """Our tokenizer with the vocabulary of a transformers tokenizer, cached per object.
 
-    It is what encodes chats and decodes streams; transformers' would read the text of an end marker in a
-    message as the marker. Raises UserError for a tokenizer that has no ``tokenizers`` backend.
+    It encodes conversations and decodes streams; transformers' tokenizer would turn the text of an end marker
+    in a message into the marker. Raises UserError for a tokenizer without a ``tokenizers`` backend.
     """
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(
-            f"chat needs what AutoTokenizer.from_pretrained gives, not {type(tokenizer).__name__}"
+            f"chat needs a tokenizer from AutoTokenizer.from_pretrained, not {type(tokenizer).__name__}"
         )
-    size, words = _wrapped.get(tokenizer, (0, None))
-    if words is None or size != len(tokenizer):  # tokens may have been added since
-        words = Tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), "tokenizer")
-        _wrapped[tokenizer] = (len(tokenizer), words)
-    return words
+    size, chat_tokenizer = _wrapped.get(tokenizer, (0, None))
+    if chat_tokenizer is None or size != len(tokenizer):  # tokens may have been added
+        chat_tokenizer = Tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), "tokenizer")
+        _wrapped[tokenizer] = (len(tokenizer), chat_tokenizer)
+    return chat_tokenizer
 
 
-def _settings(model: Any, given: GenerationConfig | None) -> GenerationConfig:
-    settings = copy.deepcopy(model.generation_config if given is None else given)
+def _settings(model: Any, config: GenerationConfig | None) -> GenerationConfig:
+    settings = copy.deepcopy(model.generation_config if config is None else config)
     untouched = GenerationConfig()
-    if given is None and all(
+    if config is None and all(
         getattr(settings, key, None) == getattr(untouched, key, None) for key in _DECISIVE
     ):
         settings.update(**DEFAULTS)
@@ -105,6 +112,15 @@ def _settings(model: Any, given: GenerationConfig | None) -> GenerationConfig:
         if getattr(settings, key) is None:
             setattr(settings, key, getattr(model.config, key))
     return settings
+
+
+def _penalties(settings: GenerationConfig, prompt_length: int) -> LogitsProcessorList:
+    """OpenAI's presence and frequency penalties, which ``generate`` lacks."""
+    presence = getattr(settings, "presence_penalty", None) or 0.0
+    frequency = getattr(settings, "frequency_penalty", None) or 0.0
+    if not presence and not frequency:
+        return LogitsProcessorList()
+    return LogitsProcessorList([_CountPenalties(presence, frequency, prompt_length)])
 
 
 def _notice(prompt: ChatPrompt) -> None:
@@ -129,7 +145,7 @@ def _before_end(ids: list[int], end_ids: frozenset[int]) -> list[int]:
 
 
 def _stream(
-    model: Any, words: Tokenizer, arguments: dict[str, Any], end_ids: frozenset[int]
+    model: Any, chat_tokenizer: Tokenizer, arguments: dict[str, Any], end_ids: frozenset[int]
 ) -> Iterator[str]:
     tokens: queue.Queue[list[int] | BaseException | None] = queue.Queue()
     stop = threading.Event()
@@ -137,14 +153,14 @@ def _stream(
     def run() -> None:
         try:
             model.generate(**arguments, streamer=_QueueStreamer(tokens), stopping_criteria=criteria)
-        except BaseException as error:  # the reader raises it: a thread has nobody to tell
+        except BaseException as error:  # raised again by the reader
             tokens.put(error)
         tokens.put(None)
 
     criteria = StoppingCriteriaList([_Stopped(stop)])
     thread = threading.Thread(target=run, name="xverse-chat", daemon=True)
     thread.start()
-    decoder = words.stream()
+    decoder = chat_tokenizer.stream()
     try:
         while (item := tokens.get()) is not None:
             if isinstance(item, BaseException):
@@ -157,13 +173,25 @@ def _stream(
                 break
         if rest := decoder.finish():
             yield rest
-    finally:  # also where the reader closes the iterator or drops it
+    finally:  # also if the reader closes or drops the iterator
         stop.set()
         thread.join()
 
 
+class _CountPenalties(LogitsProcessor):
+    def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
+        self._sampling = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B, T], [B, V] → [B, V]
+        reply = input_ids[:, self._prompt_length :]
+        counts = torch.zeros_like(scores).scatter_add_(1, reply, torch.ones_like(reply, dtype=scores.dtype))
+        sampling = self._sampling
+        return scores - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
+
+
 class _QueueStreamer(BaseStreamer):
-    """Hands on what ``generate`` makes. The first call brings the prompt."""
+    """Forwards the tokens that ``generate`` produces. The first call contains the prompt."""
 
     def __init__(self, tokens: queue.Queue[Any]) -> None:
         self._tokens = tokens
@@ -175,7 +203,7 @@ class _QueueStreamer(BaseStreamer):
         self._prompt = False
 
     def end(self) -> None:
-        """The end comes after ``generate`` has returned, so that an error in it is not missed."""
+        """Nothing: the reader waits until ``generate`` has returned, so that it sees an error."""
 
 
 class _Stopped(StoppingCriteria):

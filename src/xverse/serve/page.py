@@ -84,7 +84,7 @@ def mount(app: FastAPI, service: Service, *, first: str = "chat") -> None:
 
 
 def _blocks(service: Service, first: str) -> gr.Blocks:
-    # By default Gradio keeps 10,000 events and makes a table of them after each.
+    # By default Gradio keeps 10,000 events and rebuilds a table of them after every one.
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
     blocks = gr.Blocks(title=service.name, analytics_enabled=False, fill_height=True)

@@ -1,7 +1,7 @@
-"""What the page's buttons do with conversations: messages in, messages out, and what the browser keeps.
+"""The conversations of the page: handlers of its buttons, and the data in the browser's storage.
 
-``saved`` is all that a browser keeps: "chats", a list of {"id", "messages"}, latest first; "at", the id
-of the one that is shown, or None; "language", ``zh`` or ``en``, or None for the browser's own.
+``saved`` is that data: "chats", a list of {"id", "messages"}, latest first; "at", the id of the chat that is
+shown, or None; "language", ``zh`` or ``en``, or None for the browser's language.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import gradio as gr
 
 from xverse.serve.page_texts import LANGUAGES, Texts
 
-MOST_CONVERSATIONS = 50  # browsers keep about 5 MB for a page
+MOST_CONVERSATIONS = 50  # browsers store about 5 MB per site
 Messages = list[dict[str, str]]
 
 
@@ -33,7 +33,7 @@ def again(history: Messages, chosen: gr.RetryData) -> Messages:
 
 
 def edited(history: Messages, chosen: gr.EditData) -> Messages:
-    """The conversation up to the message that was rewritten: what followed answered another one."""
+    """The conversation up to and including the edited message; later messages answered the old one."""
     before = plain(history)[: _index(chosen.index)]
     return [*before, {"role": "user", "content": str(chosen.value)}]
 
@@ -47,7 +47,7 @@ def nothing_saved() -> dict[str, Any]:
 
 
 def store(saved: dict[str, Any], history: Messages, language: str) -> tuple[dict[str, Any], Any]:
-    """Write the conversation that is shown down among the others."""
+    """Store the conversation that is shown."""
     history = plain(history)
     if history:
         chats = [chat for chat in saved["chats"] if chat["id"] != saved["at"]]
@@ -66,8 +66,8 @@ def leave(saved: dict[str, Any], history: Messages, language: str) -> tuple[Any,
 def choose(saved: dict[str, Any], history: Messages, language: str, chosen: str) -> tuple[Any, ...]:
     saved, _ = store(saved, history, language)
     saved = {**saved, "at": chosen}
-    found = current(saved)
-    return saved, listed(saved, language), found["messages"] if found else [], ""
+    chat = current(saved)
+    return saved, listed(saved, language), chat["messages"] if chat else [], ""
 
 
 def delete(saved: dict[str, Any], language: str) -> tuple[Any, ...]:
@@ -91,11 +91,11 @@ def _title(messages: Messages, texts: Texts) -> str:
 
 
 def plain(history: Sequence[Any]) -> Messages:
-    """Gradio's messages as roles and texts."""
-    found = []
+    """Gradio's messages reduced to role and text."""
+    messages = []
     for message in history:
         content = message["content"]
         if not isinstance(content, str):
             content = "".join(part["text"] for part in content if part.get("type") == "text")
-        found.append({"role": message["role"], "content": content})
-    return found
+        messages.append({"role": message["role"], "content": content})
+    return messages

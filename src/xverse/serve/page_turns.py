@@ -1,4 +1,4 @@
-"""One thing at a time: actions on the page take turns in the browser, and a reply can be ended."""
+"""Actions on the page run one at a time, in the browser; a running reply can be ended."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-# What changes the conversations has its turn in the browser alone. Each step there reads the page, asks the
-# server and writes the page: two at once undo one another. Gradio's own ``cancels`` is no help: it does not
-# wait for the reply, whose last words then arrive in the next conversation, and does nothing to one that the
-# server has not yet acknowledged.
+# Actions that change conversations take turns, serialised in the browser. Each step reads the page, calls the
+# server and writes the page, so two at once would overwrite each other. Gradio's ``cancels`` does not help:
+# it does not wait for the reply, whose last text then arrives in the next conversation, and it ignores a
+# reply that the server has not acknowledged yet.
 _TURN = """async (...inputs) => {
   const turns = (window.xverseTurns ??= {last: Promise.resolve()});
   const before = turns.last;
@@ -23,7 +23,7 @@ _TURN = """async (...inputs) => {
   return inputs;
 }"""
 AFTER_REPLY = _TURN % "await before;"
-# Again and again: a reply that was asked for shows its button only after some steps.
+# Repeatedly, because the button of a requested reply appears only after some steps.
 ENDING_REPLY = (
     _TURN
     % """const end = () => document.querySelector("#message [data-testid=stop-button]")?.click();
@@ -32,15 +32,15 @@ ENDING_REPLY = (
   await before;
   clearInterval(ending);"""
 )
-# The page is open before it knows what the browser keeps: a message may be there already.
+# The page is usable before the browser's data has arrived; a message may already have been sent.
 WIDTH = f"async () => {{ await ({AFTER_REPLY})(); return window.innerWidth; }}"
 OVER = "() => { window.xverseTurns.over(); }"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-Step = tuple[Callable[..., Any], Any, Any]  # a function, its inputs and its outputs
+Step = tuple[Callable[..., Any], Any, Any]  # function, inputs, outputs
 
 
 class Replies:
-    """The one that each browser window is given, if any, so that it can be ended."""
+    """The running reply of each browser window, if any, so that it can be ended."""
 
     def __init__(self) -> None:
         self._endings: dict[str | None, asyncio.Event] = {}
@@ -54,30 +54,30 @@ class Replies:
             self._endings.pop(window.session_hash, None)
 
     async def end(self, window: gr.Request) -> None:
-        """As if what it has said so far were all."""
+        """End the window's reply; the text so far is kept."""
         if ending := self._endings.get(window.session_hash):
             ending.set()
 
 
-async def until_ending(ending: asyncio.Event, found: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """What is found before ``ending``, which need not wait for the next piece."""
+async def until_ending(ending: asyncio.Event, source: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """The items of ``source`` until ``ending`` is set, without waiting for the next item."""
     end = asyncio.create_task(ending.wait())
-    piece: asyncio.Future[Any] | None = None
+    item: asyncio.Future[Any] | None = None
     try:
         while not ending.is_set():
-            piece = asyncio.ensure_future(anext(found, None))
-            await asyncio.wait((piece, end), return_when=asyncio.FIRST_COMPLETED)
-            if not piece.done() or piece.result() is None:
+            item = asyncio.ensure_future(anext(source, None))
+            await asyncio.wait((item, end), return_when=asyncio.FIRST_COMPLETED)
+            if not item.done() or item.result() is None:
                 return
-            yield piece.result()
+            yield item.result()
     finally:
         end.cancel()
-        if piece is not None and piece.cancel():
-            await asyncio.wait((piece,))
+        if item is not None and item.cancel():
+            await asyncio.wait((item,))
 
 
 def follow(event: Any, *steps: Step) -> Any:
-    """Each step when the one before has succeeded; where one fails, the next action has its turn."""
+    """Chain ``steps``, each after the success of the previous one; a failure ends the turn."""
     for function, inputs, outputs in steps:
         event.failure(None, None, None, js=OVER, queue=False, **QUIET)
         event = event.success(function, inputs, outputs, queue=False, **QUIET)
@@ -85,6 +85,6 @@ def follow(event: Any, *steps: Step) -> Any:
 
 
 def end_turn(event: Any) -> None:
-    """The next action has its turn after ``event``, whether it succeeds or fails."""
+    """End the turn after ``event``, whether it succeeds or fails."""
     for ended in (event.success, event.failure):
         ended(None, None, None, js=OVER, queue=False, **QUIET)

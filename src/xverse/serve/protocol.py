@@ -1,4 +1,4 @@
-"""What clients may send: OpenAI's fields and a few of our own. Unknown ones are refused by name."""
+"""The bodies that clients send: OpenAI's fields and a few more. Unknown fields are refused by name."""
 
 from __future__ import annotations
 

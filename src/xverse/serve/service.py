@@ -66,7 +66,7 @@ class Service:
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         prompt = encode_chat(
             self.tokenizer,
-            tools.messages(body),
+            tools.chat_messages(body),
             max_new_tokens=1,
             max_positions=self.context * 2,  # nothing is cut here: _room refuses what is too long
             truncation=self.context * 2,
