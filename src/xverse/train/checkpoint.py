@@ -72,7 +72,7 @@ class Checkpointer:
         written: Any = dcp.async_save(
             dict(_tensors(model, optimizer)),
             storage_writer=_OwnFile(str(temporary), self._world.rank),
-            planner=_OwnPlan(self._first),
+            planner=OwnPlan(self._first),
             no_dist=True,
         )
         values = {"step": step, "processes": self._world.size, **state}
@@ -134,7 +134,7 @@ class Checkpointer:
                 _remove(old)
 
 
-class _OwnPlan(DefaultSavePlanner):
+class OwnPlan(DefaultSavePlanner):
     """Each process plans on its own what it writes. torch's planner makes process 0 gather all plans to find
     duplicates, which grows with the number of processes (benchmarks/scale.md)."""
 
