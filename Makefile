@@ -1,8 +1,8 @@
-# make chat · make serve · make test · make bench · make lint: each sets up what it needs in .venv. `make` lists them.
+# make chat · make serve · make test · make bench · make lint: each installs what it needs into .venv. `make` lists them.
 
 PYTHON ?= python3
-# Where PyTorch's CPU build comes from on a machine without an NVIDIA GPU, beside the indexes that pip is
-# configured with. Empty (`make chat TORCH_INDEX=`): only those.
+# Extra index for PyTorch's CPU build, used on machines without an NVIDIA GPU. Empty (`make chat TORCH_INDEX=`):
+# only the indexes that pip is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 VENV := .venv
@@ -12,8 +12,11 @@ CORE := $(VENV)/.installed-core
 SERVE := $(VENV)/.installed-serve
 DEV := $(VENV)/.installed-dev
 
-# ASK and NAME go to their commands through the environment as they were typed: neither make nor the shell
-# expands a $, a quote or a backslash in them.
+# One pytest worker more than there are cores, because tests of servers and processes spend much time waiting.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+
+# ASK and NAME reach their commands through the environment, so that neither make nor the shell expands a $, a
+# quote or a backslash in them. NAME is split at spaces into a name and its flags.
 ASKED := $(filter-out undefined,$(origin ASK))
 unexport ASK NAME
 export XVERSE_ASK := $(value ASK)
@@ -26,13 +29,15 @@ help:
 	@echo 'make chat               talk to the embedded model in the terminal'
 	@echo 'make chat ASK="…"       answer once: the reply alone on stdout'
 	@echo 'make serve              the embedded model in the browser and behind OpenAI'"'"'s API, on 127.0.0.1:36000'
-	@echo 'make test               run the tests (CPU, no network)'
-	@echo 'make bench [NAME="…"]   measure speed on this machine, all of it or one benchmark'
-	@echo 'make lint               style, types and the rule that imports point downwards'
+	@echo 'make test               run the tests on all cores (CPU, no network)'
+	@echo 'make bench              measure speed on this machine (xverse bench)'
+	@echo 'make bench NAME="…"     one measurement with its flags; `make bench NAME=--help` lists them'
+	@echo 'make lint               check style, types and import layers'
 	@echo 'make clean              remove .venv, caches and builds'
 	@echo
 	@echo 'PYTHON=$(PYTHON)'
-	@echo 'TORCH_INDEX=$(TORCH_INDEX)   (index of the CPU build of PyTorch; empty: only those pip is configured with)'
+	@echo 'TORCH_INDEX=$(TORCH_INDEX)   (index of the CPU build of PyTorch; empty: only pip'"'"'s own)'
+	@echo 'WORKERS=$(WORKERS)   (processes of make test)'
 
 chat: $(CORE)
 	@$(BIN)/xverse chat $(if $(ASKED),--ask="$$XVERSE_ASK")
@@ -41,10 +46,11 @@ serve: $(SERVE)
 	@$(BIN)/xverse serve
 
 test: $(DEV)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
+	  --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 bench: $(CORE)
-	@$(BIN)/xverse bench $(if $(strip $(value NAME)),"$$XVERSE_NAME")
+	@set -f; $(BIN)/python -m benchmarks $${XVERSE_NAME:-all}
 
 lint: $(DEV)
 	@$(BIN)/ruff check .
@@ -54,23 +60,23 @@ lint: $(DEV)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# ---- set-up: everything it says goes to stderr, so that the reply is alone on stdout ----
+# ---- set-up: all messages go to stderr, so that stdout has the reply only ----
 
 $(BIN)/python:
 	@command -v "$(PYTHON)" >/dev/null || { \
-	  echo "make: no '$(PYTHON)' here; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	  echo "make: '$(PYTHON)' not found; install Python 3.11 or newer, or choose another: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); xverse needs Python 3.11 or newer:" \
 	    "make PYTHON=python3.12" >&2; exit 1; }
 	@echo "make: creating $(VENV)" >&2
 	@"$(PYTHON)" -m venv $(VENV) >&2 || { rm -rf $(VENV); \
-	  echo "make: '$(PYTHON) -m venv' does not work (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	  echo "make: '$(PYTHON) -m venv' failed (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
-# On a machine without a working NVIDIA driver the CPU build of PyTorch comes first, so that the packages
-# after it find their need met and never fetch gigabytes of CUDA. An index that cannot be reached is given
-# up soon, and asked for this one package alone (--no-deps): another configured one may hold the same wheel.
+# Without a working NVIDIA driver the CPU build of PyTorch is installed first, so that no later package pulls in
+# gigabytes of CUDA libraries. --retries and --timeout give up soon on an unreachable index, because another
+# configured index may have the same wheel; --no-deps limits that index to this package.
 $(CORE): pyproject.toml hatch_build.py $(wildcard csrc/*) | $(BIN)/python
 	@set -e; \
 	if ! nvidia-smi -L >/dev/null 2>&1; then \
@@ -81,7 +87,7 @@ $(CORE): pyproject.toml hatch_build.py $(wildcard csrc/*) | $(BIN)/python
 	  echo "make: installing $$torch" >&2; \
 	  $(PIP) install --no-deps --retries 1 --timeout 15 \
 	    $(if $(strip $(TORCH_INDEX)),--extra-index-url "$(strip $(TORCH_INDEX))") "$$torch" >&2 || { \
-	    echo "make: $$torch could not be installed; TORCH_INDEX names the index it comes from" \
+	    echo "make: $$torch could not be installed; set TORCH_INDEX to an index that has it" \
 	      "(now '$(strip $(TORCH_INDEX))')" >&2; exit 1; }; \
 	fi; \
 	echo "make: installing xverse" >&2; \
@@ -89,11 +95,11 @@ $(CORE): pyproject.toml hatch_build.py $(wildcard csrc/*) | $(BIN)/python
 	@touch $@
 
 $(SERVE): $(CORE)
-	@echo "make: installing what the server needs" >&2
+	@echo "make: installing the server" >&2
 	@$(PIP) install --quiet -e '.[web]' >&2
 	@touch $@
 
 $(DEV): $(CORE)
-	@echo "make: installing the tools for tests" >&2
+	@echo "make: installing the test tools" >&2
 	@$(PIP) install --quiet -e '.[dev]' >&2
 	@touch $@

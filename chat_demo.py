@@ -1,4 +1,4 @@
-"""The web chat under the flags that XVERSE published:
+"""The web chat, with the flags of XVERSE's published demo:
 
 python chat_demo.py --port='port' --model_path='/path/to/model/' --tokenizer_path='/path/to/tokenizer/'
 """

@@ -1,9 +1,8 @@
-"""Build hook: compile csrc/ into shared libraries, kernels for ``xverse.quant`` and training for
-``xverse.tokenizer``.
+"""Build hook: compile csrc/ to two shared libraries, for ``xverse.kernels`` and ``xverse.tokenizer``.
 
-Without a compiler the package installs all the same: it computes with PyTorch's operations (`xverse doctor`
-says which) and trains tokenizers with the ``tokenizers`` library. By hand: ``python hatch_build.py`` compiles
-into the checkout.
+Without a compiler the package installs without them: it computes with PyTorch's operations (`xverse doctor`
+reports which kernels are in use) and trains tokenizers with the ``tokenizers`` library. In a checkout,
+``python hatch_build.py`` compiles them in place.
 """
 
 from __future__ import annotations
@@ -24,20 +23,21 @@ ROOT = Path(__file__).resolve().parent
 KERNELS = "src/xverse/kernels/libxverse_kernels.so"
 BPE = "src/xverse/tokenizer/libxverse_bpe.so"
 
-# GCC 12's own intrinsics trip -Wmaybe-uninitialized thousands of times.
+# GCC 12's own intrinsics cause thousands of -Wmaybe-uninitialized warnings.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"]
 _AVX512 += ["-mprefer-vector-width=512"]
-_ROUNDING = ["-ffp-contract=off"]  # every instruction set is to give the same bits
-# (source, flags of its instruction set); each of the x86 files is empty for other processors
+_ROUNDING = ["-ffp-contract=off"]  # every instruction set must give the same bits
+# (source, flags of its instruction set). csrc/instruction_sets.cpp lists the tables that these units define.
 UNITS: list[tuple[str, list[str]]] = [
     ("api.cpp", []),
+    ("instruction_sets.cpp", []),
     ("portable.cpp", []),
     ("attention_api.cpp", []),
-    ("decoder.cpp", []),
+    ("fused_step.cpp", []),
     ("attention_generic.cpp", []),
-    ("rounding.cpp", [*_ROUNDING, "-DXV_ROUND=round_portable", "-DXV_ROUND_API"]),
+    ("rounding.cpp", [*_ROUNDING, "-DXV_ROUND=round_portable"]),
     ("training_api.cpp", []),
     ("training.cpp", ["-DXV_TRAINING=kTrainingPortable"]),
 ]
@@ -63,24 +63,24 @@ LIBRARIES = {
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler's command: $CXX, or the first of c++, g++, clang++ that is there."""
+    """The command of the C++ compiler: $CXX, or the first of c++, g++ and clang++ that exists."""
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
-    found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    return [found] if found else None
+    name = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    return [name] if name else None
 
 
-def _run(step: list[str]) -> str | None:
-    """Why a step of the compilation could not be done, or None."""
+def _run(command: list[str]) -> str | None:
+    """Run a command of the compilation; returns its error, or None."""
     try:
-        done = subprocess.run(step, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        return f"{step[0]}: {error.strerror}"
-    return f"{shlex.join(step)}\n{done.stderr.strip()}" if done.returncode else None
+        return f"{command[0]}: {error.strerror}"
+    return f"{shlex.join(command)}\n{result.stderr.strip()}" if result.returncode else None
 
 
 def compile_library(target: Path, units: list[tuple[str, list[str]]]) -> str | None:
-    """Compile sources of csrc/ to ``target``; returns why it could not be done, or None."""
+    """Compile sources of csrc/ to the library ``target``; returns the error, or None."""
     command = compiler()
     if command is None:
         return "no C++ compiler (c++, g++ or clang++) was found"
@@ -97,7 +97,7 @@ def compile_library(target: Path, units: list[tuple[str, list[str]]]) -> str | N
         if problem is not None:
             return problem
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the old file and by a rename: a process that has it mapped keeps the old one.
+        # Replaced by a rename: a process that has the old file mapped keeps it.
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copyfile(library, temporary)
         temporary.replace(target)
@@ -105,19 +105,19 @@ def compile_library(target: Path, units: list[tuple[str, list[str]]]) -> str | N
 
 
 def compile_all() -> str | None:
-    """Compile every library into the checkout; returns what went wrong, or None."""
+    """Compile every library in the checkout; returns the first error, or None."""
     problems = (compile_library(ROOT / library, units) for library, units in LIBRARIES.items())
     return next((problem for problem in problems if problem is not None), None)
 
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-except ImportError:  # run by hand in an environment without hatchling
+except ImportError:  # run as a script, without hatchling
     BuildHookInterface = object  # type: ignore[assignment,misc]
 
 
 class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
-    """Hatchling calls ``initialize`` for wheels and for editable installs."""
+    """Hatchling calls ``initialize`` for wheels and editable installs."""
 
     PLUGIN_NAME = "custom"
 
@@ -125,7 +125,7 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
         problem = compile_all()
         if problem is not None:
             if version == "editable":
-                for library in LIBRARIES:  # ones of an earlier version would not fit
+                for library in LIBRARIES:  # those of an earlier version would not match
                     (ROOT / library).unlink(missing_ok=True)
             self.app.display_warning(f"xverse: installed without its fast CPU kernels: {problem}")
             return

@@ -1,4 +1,4 @@
-"""Text generation with base models, under the flags that XVERSE published:
+"""Text generation with base models, with the flags of XVERSE's published demo:
 
 python text_generation_demo.py --port='port' --model_path='/path/to/model/' \\
     --tokenizer_path='/path/to/tokenizer/'

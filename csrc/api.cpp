@@ -1,10 +1,10 @@
-// The C interface that Python calls (xverse/kernels/native.py): chooses the instruction set, cuts the work into
-// blocks and shares it out.
+// Weights, products and the steps between them (xverse_kernels.h): divides the work into blocks, and among threads.
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels.h"
+#include "instruction_sets.h"
 #include "parallel.h"
+#include "xverse_kernels.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,27 +16,25 @@ void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
 
 namespace {
 
-const Kernels* kernels = &kPortable;
-
-// Scratch memory of the calling thread, 64-byte aligned, kept for the next call.
+// Scratch memory of the calling thread, aligned to 64 bytes and kept for its next call.
 struct Scratch {
   void* memory = nullptr;
   size_t size = 0;
   ~Scratch() { std::free(memory); }
-  void* get(size_t wanted) {
-    if (wanted > size) {
+  void* get(size_t bytes) {
+    if (bytes > size) {
       std::free(memory);
-      size = (wanted + 4095) / 4096 * 4096;
+      size = (bytes + 4095) / 4096 * 4096;
       memory = std::aligned_alloc(64, size);
-      if (memory == nullptr) std::abort();  // as everywhere: Linux hands out memory and kills later
+      if (memory == nullptr) std::abort();  // hardly happens: Linux overcommits memory
     }
     return memory;
   }
 };
 thread_local Scratch scratch;
 
-// Less than this many values are not worth waking threads for.
-constexpr int64_t kAlone = 32768;
+// With fewer values, waking threads takes longer than the work.
+constexpr int64_t kSmallWork = 32768;
 
 constexpr int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
 
@@ -49,33 +47,10 @@ constexpr int kLargestGroup = 128;
 
 extern "C" {
 
-// Choose a table by name, or the best one that this processor runs for "". Returns the name of the table in
-// use, null where the processor or this build does not have the one that was named.
-const char* xv_select(const char* name) {
-  const Kernels* found = nullptr;
-  const auto offer = [&](const Kernels& table, bool runs) {
-    if (runs && found == nullptr && (*name == 0 || std::strcmp(name, table.name) == 0)) found = &table;
-  };
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni");
-  offer(kAvx512Bf16, avx512 && __builtin_cpu_supports("avx512bf16"));
-  offer(kAvx512, avx512);
-  offer(kAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
-#endif
-  offer(kPortable, true);
-  if (found == nullptr) return nullptr;
-  kernels = found;
-  return kernels->name;
-}
-
 void xv_use_openmp(void* function) {
   gomp_parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(function);
 }
 
-// For memory that is about to be filled: fewer page faults then, and about a tenth more bandwidth when it is read.
 void xv_use_huge_pages(void* memory, int64_t size) {
 #if defined(__linux__)
   const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
@@ -86,12 +61,9 @@ void xv_use_huge_pages(void* memory, int64_t size) {
 #endif
 }
 
-// For each of `count` weights y [tokens, outputs] = x [tokens, inputs] times the tiled weight transposed. Rows of
-// x and y are contiguous. Several weights at once: x is quantised once, and the work shared out once.
 void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y, const int64_t* outputs, int count,
                      int type, int64_t tokens, int64_t inputs, int bits, int group, int threads) {
-  const Type kind = Type(type);
-  const Kernels& table = *kernels;
+  const Kernels& table = *instruction_set->kernels;
   const int64_t groups = inputs / group;
   const int64_t row_bytes = groups * (kScaleBytes + int64_t(4) * bits * group);
   const int64_t blocks = (tokens + kMaxTokens - 1) / kMaxTokens;
@@ -106,16 +78,16 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
                   reinterpret_cast<float*>(start + value_bytes),
                   reinterpret_cast<int32_t*>(start + value_bytes + scale_bytes)};
   };
-  const int size = kind == kFloat32 ? 4 : 2;
+  const int64_t size = size_of(type);
   const auto place = [&](void* from, int64_t at) { return static_cast<char*>(from) + at * size; };
-  constexpr int64_t kGroups = 8;  // of one token block, quantised as one piece of work
+  constexpr int64_t kGroups = 8;  // groups of one token block that are quantised as one piece of work
   const int64_t pieces = (groups + kGroups - 1) / kGroups;
-  share(blocks * pieces, tokens * inputs < kAlone / 2 ? 1 : threads, [&](int64_t begin, int64_t end) {
+  share(blocks * pieces, tokens * inputs < kSmallWork / 2 ? 1 : threads, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t b = piece / pieces, first = piece % pieces * kGroups;
       const int64_t width = (groups - first < kGroups ? groups - first : kGroups) * group;
       const Tokens block = block_at(b);
-      table.quantize(static_cast<const char*>(x) + (b * kMaxTokens * inputs + first * group) * size, kind, inputs,
+      table.quantize(static_cast<const char*>(x) + (b * kMaxTokens * inputs + first * group) * size, Type(type), inputs,
                      block.count, int(width), group, bits == 4 ? 8 : 128,
                      const_cast<int8_t*>(block.values) + first * group * block.count,
                      const_cast<float*>(block.scales) + first * block.count,
@@ -130,29 +102,29 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
     int weight = 0;
     int64_t before = 0;  // tile rows of the weights before this one
     for (int64_t row = begin; row < end; ++row) {
-      int64_t own = (outputs[weight] + kTileRows - 1) / kTileRows;
-      while (row - before >= own) {
-        before += own;
-        own = (outputs[++weight] + kTileRows - 1) / kTileRows;
+      int64_t weight_rows = (outputs[weight] + kTileRows - 1) / kTileRows;
+      while (row - before >= weight_rows) {
+        before += weight_rows;
+        weight_rows = (outputs[++weight] + kTileRows - 1) / kTileRows;
       }
       const int64_t first = (row - before) * kTileRows, width = outputs[weight];
       const int rows = int(width - first < kTileRows ? width - first : kTileRows);
       const uint8_t* tile = tiles[weight] + (row - before) * row_bytes;
-      for (int64_t b = 0; b < blocks; ++b) {  // the tile row stays in the second-level cache for all blocks
+      for (int64_t b = 0; b < blocks; ++b) {  // the row of tiles stays in the L2 cache for all blocks
         const Tokens block = block_at(b);
         tile_row(tile, block, int(inputs), group, out);
         for (int t = 0; t < block.count; ++t)
-          table.store(out + t * kTileRows, place(y[weight], (b * kMaxTokens + t) * width + first), kind, rows);
+          table.store(out + t * kTileRows, place(y[weight], (b * kMaxTokens + t) * width + first), Type(type),
+                      rows);
       }
     }
   });
 }
 
-// y [tokens, outputs] = x [tokens, inputs] times w [outputs, inputs] transposed, all bfloat16; 1 to 8 tokens.
 void xv_linear_bf16(const uint16_t* x, const uint16_t* w, uint16_t* y, int64_t tokens, int64_t outputs,
                     int64_t inputs, int threads) {
   constexpr int64_t kRows = 24;
-  const Kernels& table = *kernels;
+  const Kernels& table = *instruction_set->kernels;
   share((outputs + kRows - 1) / kRows, threads, [&](int64_t begin, int64_t end) {
     float out[8 * kRows];
     for (int64_t part = begin; part < end; ++part) {
@@ -165,64 +137,62 @@ void xv_linear_bf16(const uint16_t* x, const uint16_t* w, uint16_t* y, int64_t t
   });
 }
 
-// y [rows, size] = the root-mean-square norm of x times weight [size].
 void xv_rms_norm(const void* x, const void* weight, void* y, int type, int weight_type, int64_t rows, int64_t size,
                  float eps, int threads) {
-  const int64_t bytes = (type == kFloat32 ? 4 : 2) * size;
-  share(rows, rows * size < kAlone ? 1 : threads, [&](int64_t begin, int64_t end) {
-    kernels->rms_norm(static_cast<const char*>(x) + begin * bytes, weight, static_cast<char*>(y) + begin * bytes,
-                      Type(type), Type(weight_type), end - begin, int(size), eps);
+  const int64_t bytes = size_of(type) * size;
+  share(rows, rows * size < kSmallWork ? 1 : threads, [&](int64_t begin, int64_t end) {
+    instruction_set->kernels->rms_norm(static_cast<const char*>(x) + begin * bytes, weight,
+                                       static_cast<char*>(y) + begin * bytes, Type(type), Type(weight_type),
+                                       end - begin, int(size), eps);
   });
 }
 
-// y = silu(gate) * up, `count` values each.
 void xv_silu_mul(const void* gate, const void* up, void* y, int type, int64_t count, int threads) {
   constexpr int64_t kPart = 4096;
-  const int64_t width = type == kFloat32 ? 4 : 2;
-  share((count + kPart - 1) / kPart, count < kAlone ? 1 : threads, [&](int64_t begin, int64_t end) {
+  const int64_t width = size_of(type);
+  share((count + kPart - 1) / kPart, count < kSmallWork ? 1 : threads, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * kPart * width, values = (end * kPart < count ? end * kPart : count) - begin * kPart;
-    kernels->silu_mul(static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at,
-                      static_cast<char*>(y) + at, Type(type), values);
+    instruction_set->kernels->silu_mul(static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at,
+                                       static_cast<char*>(y) + at, Type(type), values);
   });
 }
 
-// Queries and keys [tokens, heads, head_dim] in place, by tables [tokens, head_dim].
 void xv_rotate(void* q, void* k, const void* cos, const void* sin, int type, int64_t tokens, int heads,
                int head_dim, int threads) {
-  const int64_t width = type == kFloat32 ? 4 : 2, row = int64_t(heads) * head_dim * width;
-  share(tokens, tokens * heads * head_dim < kAlone ? 1 : threads, [&](int64_t begin, int64_t end) {
+  const Kernels& table = *instruction_set->kernels;
+  const int64_t width = size_of(type), row = int64_t(heads) * head_dim * width;
+  share(tokens, tokens * heads * head_dim < kSmallWork ? 1 : threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const void* cosines = static_cast<const char*>(cos) + t * head_dim * width;
       const void* sines = static_cast<const char*>(sin) + t * head_dim * width;
-      kernels->rotate(static_cast<char*>(q) + t * row, cosines, sines, Type(type), heads, head_dim);
-      kernels->rotate(static_cast<char*>(k) + t * row, cosines, sines, Type(type), heads, head_dim);
+      table.rotate(static_cast<char*>(q) + t * row, cosines, sines, Type(type), heads, head_dim);
+      table.rotate(static_cast<char*>(k) + t * row, cosines, sines, Type(type), heads, head_dim);
     }
   });
 }
 
-// The tiles of a weight from its rows: `rows` [outputs, inputs * bits / 8] with unsigned values, the lower
-// input in the lower nibble; `scales` bfloat16 [outputs, inputs / group].
 void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_t outputs, int64_t inputs,
              int bits, int group, int threads) {
   const int64_t groups = inputs / group, row_bytes = inputs * bits / 8;
   const int64_t tile_bytes = kScaleBytes + int64_t(4) * bits * group;
 #if defined(__linux__)
   const int64_t size = (outputs + kTileRows - 1) / kTileRows * groups * tile_bytes;
-  // While free memory is plenty. Later each large page has to be made room for: slower than 512 small ones.
+  // Only with plenty of free memory. Otherwise the kernel has to compact memory for each huge page, which is slower
+  // than 512 small ones.
   constexpr int64_t kPlenty = int64_t(4) << 30;
   if (int64_t(sysconf(_SC_AVPHYS_PAGES)) * sysconf(_SC_PAGESIZE) > size + kPlenty) xv_use_huge_pages(tiles, size);
 #endif
-  constexpr int64_t kPart = 2048;  // bytes of each row that are brought in at a time
+  constexpr int64_t kPart = 2048;  // bytes of each row to copy at a time
   const int64_t group_bytes = int64_t(group) * bits / 8, part_groups = kPart / group_bytes;
   share((outputs + kTileRows - 1) / kTileRows, threads, [&](int64_t begin, int64_t end) {
-    alignas(64) uint8_t part[kTileRows][kPart + 64];  // rows apart by no power of two, or they share a set
+    alignas(64) uint8_t part[kTileRows][kPart + 64];  // the stride is not a power of two: rows would share a cache set
     for (int64_t row = begin; row < end; ++row) {
       uint8_t* tile = tiles + row * groups * tile_bytes;
       for (int64_t g = 0; g < groups; ++g, tile += tile_bytes) {
         const int64_t inside = g % part_groups;
         if (inside == 0) {
-          // Long pieces of one row after the other, as memory likes it: a group alone is one or two lines of
-          // each row, all of them in one set of the cache.
+          // Long runs of one row at a time: reading group by group would fetch one or two lines of each row, all of
+          // which map to one set of the cache.
           const int64_t left = (groups - g) * group_bytes, length = left < kPart ? left : kPart;
           for (int r = 0; r < kTileRows; ++r) {
             const int64_t output = row * kTileRows + r < outputs ? row * kTileRows + r : 0;
@@ -241,14 +211,14 @@ void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_
             for (int r = 0; r < kTileRows; ++r) std::memcpy(to + 4 * r, part[r] + from + k, 4);
           continue;
         }
-        // Turned first, then spread 16 rows at a time, which compilers vectorise: six times faster than in one.
+        // Transposing first, then spreading 16 rows at a time, vectorises: six times as fast as doing both at once.
         uint16_t pairs[kLargestGroup / 4][kTileRows];  // each row's bytes of four inputs
         for (int k = 0; k < group / 4; ++k)
           for (int r = 0; r < kTileRows; ++r) std::memcpy(&pairs[k][r], part[r] + from + 2 * k, 2);
         for (int k = 0; k < group / 4; ++k, to += 64) {
           uint32_t four[16];
           for (int r = 0; r < 16; ++r) {
-            // Two bytes of two nibbles each become four bytes; the other row's nibbles lie beside them.
+            // The four nibbles of one row become the low nibbles of four bytes, those of the other row the high ones.
             const uint32_t low = pairs[k][r], high = pairs[k][r + 16];
             four[r] = (low & 15) | (low & 0xf0) << 4 | (low & 0xf00) << 8 | (low & 0xf000) << 12 |
                       (high & 15) << 4 | (high & 0xf0) << 8 | (high & 0xf00) << 12 | (high & 0xf000) << 16;
@@ -260,20 +230,19 @@ void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_
   });
 }
 
-// The weight behind tiles, [outputs, inputs] in `type`: what `xv_tile` was given, each value times its scale.
 void xv_dequantize(const uint8_t* tiles, void* weight, int type, int64_t outputs, int64_t inputs, int bits,
                    int group, int threads) {
   const int64_t groups = inputs / group, tile_bytes = kScaleBytes + int64_t(4) * bits * group;
-  const int size = type == kFloat32 ? 4 : 2, halves = bits == 8 ? 2 : 1;
+  const int size = int(size_of(type)), halves = bits == 8 ? 2 : 1;
   const float bias = bits == 8 ? 128 : 8;
   share((outputs + kTileRows - 1) / kTileRows, threads, [&](int64_t begin, int64_t end) {
-    // One tile's values: rows of the weight itself may share a set of the cache.
+    // Collects one tile's values, because rows of the weight itself may map to one set of the cache.
     alignas(64) char values[kTileRows][kLargestGroup * 4];
     for (int64_t row = begin; row < end; ++row) {
       const uint8_t* tile = tiles + row * groups * tile_bytes;
       for (int64_t g = 0; g < groups; ++g, tile += tile_bytes) {
         for (int half = 0; half < 2; ++half) {
-          float scales[64];  // of the four bytes of each row
+          float scales[64];  // each row's scale four times
           for (int i = 0; i < 64; ++i) {
             uint16_t scale;
             std::memcpy(&scale, tile + 2 * (16 * half + i / 4), 2);
@@ -304,6 +273,16 @@ void xv_dequantize(const uint8_t* tiles, void* weight, int type, int64_t outputs
                       group * size);
       }
     }
+  });
+}
+
+void xv_round(const float* weight, const float* importance, int8_t* q, uint16_t* scales, int64_t rows, int64_t inputs,
+              int bits, int group, const float* divisors, int count, int threads) {
+  const Rounding settings{inputs, bits, group, divisors, count};
+  const int64_t groups = inputs / group;
+  share(rows, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      instruction_set->round_row(settings, weight + row * inputs, importance, q + row * inputs, scales + row * groups);
   });
 }
 

@@ -1,5 +1,5 @@
-// Attention over a paged cache: what one instruction set offers. As in kernels.h, each instruction set is a
-// translation unit of its own; `attention_api.cpp` chooses a table at run time and shares the work out.
+// The table of one instruction set for attention over a paged cache. As in kernels.h, each instruction set is a
+// separate translation unit; attention_api.cpp divides the work among threads.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,14 @@
 
 namespace xv {
 
-constexpr Type kInt8 = Type(2);  // of cached values only: one float scale for each position and head
-constexpr int kPrefillRows = 48; // queries of one tile: three AVX-512 registers of floats
-constexpr int kSumsUnit = 64;
-constexpr int kKeyGroup = 16;    // positions whose scores are made together; divides the block size
+constexpr int kPrefillRows = 48; // queries of one tile: the floats of three AVX-512 registers
+constexpr int kSumsUnit = 64;    // Part::sums is padded to a multiple of this many floats
+constexpr int kKeyGroup = 16;    // positions whose scores are computed together; divides the block size
 
 struct Pages {
   void* data;            // [blocks, heads, block_size, head_dim]
-  int64_t block_stride;  // elements from one block to the next: other layers may lie between them
-  float* scales;         // [blocks, heads, block_size] of int8, else null
+  int64_t block_stride;  // elements from one block to the next; other layers may be stored in between
+  float* scales;         // [blocks, heads, block_size] for int8, else null
   int64_t scale_stride;
 };
 
@@ -49,28 +48,25 @@ struct Rows {
   }
 };
 
-// Softmax of one head over a part of a sequence, not divided yet: a weight is 2^(score * log2(e) - maximum).
+// Unnormalised softmax of one head over a part of a sequence: a weight is 2^(score * log2(e) - maximum).
 struct Part {
   float maximum, total;
-  float* sums;  // [head_dim], with room for a multiple of kSumsUnit
+  float* sums;  // [head_dim]: the weighted sum of the values, padded to a multiple of kSumsUnit
 };
 
 struct AttentionKernels {
-  const char* name;
-
-  // One query, that of `token`, of each head sees the positions begin..end; `begin` starts a block. Queries
-  // of a bfloat16 cache are bfloat16. All heads of a block go before the next block: memory is then read in
-  // long runs. Head by head, 8 KB at a time, it gave less than half of its bandwidth.
+  // Decoding: for each head, the query of `token` sees the positions begin to end - 1; `begin` is the start of a
+  // block. A bfloat16 cache takes bfloat16 queries. All heads of a block are processed before the next block, so that
+  // memory is read in long runs: head by head, 8 KB at a time, reached less than half of the bandwidth.
   void (*decode)(const PagedCache& cache, const int32_t* blocks, int begin, int end, const Rows& queries,
                  int64_t token, Part* parts);
 
-  // Rows first..last of new keys or values into the places `slots` (block * block_size + offset).
+  // Stores the new keys or values of tokens first to last - 1 at slots[token] (block * block_size + offset).
   void (*append)(const PagedCache& cache, const Pages& pages, const Rows& rows, const int64_t* slots,
                  int64_t first, int64_t last);
 
-  // `count` queries (up to kPrefillRows) of one head, bfloat16: the query of token first + i sees the
-  // positions 0..start + first + i. Out [tokens, heads, head_dim], contiguous. Null: PyTorch's attention
-  // is used.
+  // Prefill: `count` bfloat16 queries (up to kPrefillRows) of one head. The query of token first + i sees the positions
+  // 0 to start + first + i. out [tokens, heads, head_dim]. Null: PyTorch's attention is used instead.
   void (*prefill)(const PagedCache& cache, const int32_t* blocks, int head, int start, const Rows& queries,
                   int first, int count, uint16_t* out);
 };
@@ -80,6 +76,10 @@ extern const AttentionKernels kAttentionPortable;
 extern const AttentionKernels kAttentionAvx2;
 extern const AttentionKernels kAttentionAvx512;
 extern const AttentionKernels kAttentionAvx512Bf16;
+
+// AttentionKernels::prefill of AVX-512 BF16, defined in attention_prefill.cpp.
+void prefill_avx512_bf16(const PagedCache& cache, const int32_t* blocks, int head, int start, const Rows& queries,
+                         int first, int count, uint16_t* out);
 #endif
 
 }  // namespace xv

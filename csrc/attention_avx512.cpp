@@ -1,4 +1,4 @@
-// x86 with AVX-512 VNNI; compiled a second time with AVX-512 BF16 for the processors that have it.
+// x86 with AVX-512 VNNI; compiled again with AVX-512 BF16.
 #if defined(__x86_64__)
 #include "attention_avx512.h"
 
@@ -8,15 +8,15 @@
 
 namespace {
 
-// Groups of positions between two updates of the softmax: about a page of keys, then as much of the values.
-// Twice that cost bfloat16 a quarter of its speed, half of it cost int8 a sixth.
+// Groups of positions between two updates of the softmax: about a page of keys, then as much of values. Twice as many
+// made bfloat16 a quarter slower; half as many made int8 a sixth slower.
 constexpr int groups_of(int row_bytes) {
   return row_bytes >= 256 ? 1 : row_bytes >= 128 ? 2 : 4;
 }
 
-constexpr int kAhead = 2048;  // bytes of keys, and of values, that are fetched ahead
+constexpr int kAhead = 2048;  // bytes to prefetch ahead, of keys and of values
 
-// Into the second-level cache: the first has fewer places for lines on their way, which would be the limit.
+// Into the L2 cache: the L1 cache has fewer line-fill buffers, which would be the limit.
 inline void fetch(const char* at) { _mm_prefetch(at, _MM_HINT_T1); }
 
 inline __m512 even_floats(__m512i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16, 16)); }
@@ -24,10 +24,10 @@ inline __m512 odd_floats(__m512i bf16) {
   return _mm512_castsi512_ps(_mm512_and_si512(bf16, _mm512_set1_epi32(int32_t(0xffff0000))));
 }
 
-// How one type of cache is read, head_dim = 32 * kSteps. `scores` gives 16 dot products of rows that lie one
-// after the other, times `unit`; `mix` adds weighted rows to the sums, in an order of its own that `reorder`
-// undoes. Both fetch the same bytes of the rows at `ahead`, except for int8, where the processor's own
-// prefetcher did better alone: it reads 4 KB from each of two places in turn.
+// Readers, one for each type of cache; head_dim = 32 * kSteps. `scores` returns 16 dot products of the query with
+// consecutive rows, not yet multiplied by `unit`; `mix` adds weighted rows to the sums, whose order `reorder` restores
+// at the end. Both prefetch the rows at `ahead`, except for int8, where the hardware prefetcher alone was faster: it
+// reads 4 KB from each of two places in turn.
 
 template <int kSteps>
 struct Floats {
@@ -135,8 +135,8 @@ struct BFloats {
   }
 };
 
-// The query as 16-bit integers, high and low bytes apart: products are exact in int32, and rounding the query
-// costs less than bfloat16 does.
+// The query is quantised to 16-bit integers, as separate high and low bytes: products are exact in int32, and the
+// rounding error of the query is smaller than bfloat16's.
 template <int kSteps>
 struct Bytes {
   using Stored = int8_t;
@@ -170,7 +170,7 @@ struct Bytes {
       high[i] = _mm512_load_si512(bytes[0] + 64 * i);
       low[i] = _mm512_load_si512(bytes[1] + 64 * i);
     }
-    // Keys are read as unsigned, 128 more than they are. Sixteen lanes start with this between them.
+    // Keys are read as unsigned, with 128 added. The first lane's initial value removes that from the sum of lanes.
     offset = _mm512_maskz_set1_epi32(1, -128 * sum);
     unit = usable ? largest / kLargest : poison;
   }
@@ -196,8 +196,8 @@ struct Bytes {
     return _mm512_cvtepi32_ps(_mm512_castps_si512(sum_each(sums, AddIntegers())));
   }
 
-  // Weights as 16-bit integers too, relative to the largest: four rows are woven together and multiplied by
-  // four weights in one instruction, where converting every value to float would be the limit.
+  // Weights are quantised to 16-bit integers too, relative to the largest. Four rows are interleaved and multiplied by
+  // four weights in one instruction; converting every value to float would be the limit.
   static void mix(const int8_t* row, const float* weights, int count, const char*,
                   __m512 (&sums)[kSums]) {
     alignas(16) uint8_t upper[kGroups * kKeyGroup], lower[kGroups * kKeyGroup];
@@ -251,7 +251,7 @@ struct Bytes {
     return _mm512_set1_epi32(bytes);
   }
 
-  // Weaving leaves four columns of each sixteen beside each other.
+  // Undoes the interleaving, which leaves four columns of each sixteen adjacent.
   static void reorder(float* sums) {
     float ordered[16 * kSums];
     for (int i = 0; i < kSums; ++i)
@@ -261,7 +261,7 @@ struct Bytes {
   }
 };
 
-// One head's query against up to Reader::kGroups groups of positions, whose rows lie one after the other.
+// One head's query against up to Reader::kGroups groups of positions, whose rows are consecutive.
 template <class Reader, int kSteps, class Stored>
 inline void attend(const Reader& reader, const Stored* keys, const Stored* values, const float* key_scales,
                    const float* value_scales, int count, const char* keys_ahead, const char* values_ahead,
@@ -324,7 +324,7 @@ void decode_of(const PagedCache& cache, const int32_t* blocks, int begin, int en
     const int rows = end - at < cache.block_size ? end - at : cache.block_size;
     for (int head = 0; head < cache.heads; ++head) {
       for (int j = 0; j < rows; j += kPositions) {
-        // What lies ahead is in this block or at the beginning of the next.
+        // Prefetch from this block or from the start of the next.
         const int64_t place = (int64_t(head) * cache.block_size + j) * kHeadDim + kDistance;
         const auto ahead = [&](const Pages& pages) {
           const Stored* from = place < size ? cache.row<Stored>(pages, block, 0, 0) + place
@@ -360,11 +360,9 @@ void decode(const PagedCache& cache, const int32_t* blocks, int begin, int end, 
 
 namespace xv {
 #if defined(__AVX512BF16__)
-void prefill_avx512_bf16(const PagedCache& cache, const int32_t* blocks, int head, int start,
-                         const Rows& queries, int first, int count, uint16_t* out);
-const AttentionKernels kAttentionAvx512Bf16 = {"avx512_bf16", decode, generic_append, prefill_avx512_bf16};
+const AttentionKernels kAttentionAvx512Bf16 = {decode, generic_append, prefill_avx512_bf16};
 #else
-const AttentionKernels kAttentionAvx512 = {"avx512_vnni", decode, generic_append, nullptr};
+const AttentionKernels kAttentionAvx512 = {decode, generic_append, nullptr};
 #endif
 }  // namespace xv
 #endif

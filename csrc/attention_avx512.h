@@ -1,7 +1,7 @@
-// What the AVX-512 kernels of attention share: exponentials, orders and sums across registers.
+// Shared by the AVX-512 attention kernels: exponentials, permutations and sums across registers.
 #pragma once
 
-// GCC 12's intrinsics leave lanes that no one reads undefined, and its own warning finds them.
+// GCC 12 warns of lanes that its own intrinsics leave undefined on purpose.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -11,11 +11,11 @@
 
 namespace {
 
-// 2^x for x <= 0, relative error 2e-7; 0 from -150 down, NaN stays NaN.
+// 2^x for x <= 0 with a relative error of 2e-7; 0 at -150 and below, NaN stays NaN.
 inline __m512 exp2_below_zero(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // of a NaN and a number, the second operand
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // with a NaN, max returns the second operand
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 rest = _mm512_sub_ps(x, whole);  // -0.5 to 0.5: Taylor's series of e^(rest * ln 2)
+  const __m512 rest = _mm512_sub_ps(x, whole);  // -0.5 to 0.5: Taylor series of e^(rest * ln 2)
   __m512 y = _mm512_set1_ps(1.5403530e-4f);
   y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.3333558e-3f));
   y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(9.6181291e-3f));
@@ -26,7 +26,7 @@ inline __m512 exp2_below_zero(__m512 x) {
   return _mm512_scalef_ps(y, whole);
 }
 
-// 16 + 16 values of two registers, one of each in turn.
+// Interleaves the two halves of a register, 16 values each.
 inline __m512i interleave_halves(__m512i both) {
   alignas(64) static constexpr uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
@@ -43,8 +43,7 @@ struct AddIntegers {
   }
 };
 
-// Lane j of the result is the sum of all lanes of r[j]: 30 shuffles for 16 sums, where one after the other
-// takes 64.
+// Lane j of the result is the sum of all lanes of r[j]: 30 shuffles for 16 sums; one by one they take 64.
 template <class Add>
 inline __m512 sum_each(const __m512 (&r)[16], Add add) {
   __m512 halves[8], quarters[4];

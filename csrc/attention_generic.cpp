@@ -1,10 +1,10 @@
-// Any processor; compiled a second time for x86 with AVX2 and FMA, where the compiler's vectors are wider.
+// For any processor; compiled again for x86 with AVX2 and FMA, where the compiler's vectors are wider.
 #include "attention_generic.h"
 
 namespace xv {
 #if defined(__AVX2__)
-const AttentionKernels kAttentionAvx2 = {"avx2", generic_decode, generic_append, nullptr};
+const AttentionKernels kAttentionAvx2 = {generic_decode, generic_append, nullptr};
 #else
-const AttentionKernels kAttentionPortable = {"portable", generic_decode, generic_append, nullptr};
+const AttentionKernels kAttentionPortable = {generic_decode, generic_append, nullptr};
 #endif
 }  // namespace xv

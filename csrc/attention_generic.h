@@ -1,5 +1,4 @@
-// Attention kernels in plain C++, written so that compilers vectorise them. Included by each instruction
-// set's translation unit inside an unnamed namespace, as generic.h is.
+// Attention kernels in plain C++ that compilers vectorise; in an unnamed namespace, as generic.h.
 #pragma once
 
 #include <cmath>
@@ -92,9 +91,9 @@ template <class Stored>
   decode(cache, blocks, begin, end, queries, token, parts);
 }
 
-// One scale for the whole vector. NaN or infinity in it make the scale NaN: it must not pass for a number.
+// One scale for the whole vector. NaN or infinity in it makes the scale NaN, so that it cannot pass for a number.
 inline float quantize_vector(const float* x, int size, int8_t* to) {
-  uint32_t largest = 0;  // magnitudes compare as integers do, and NaN is the largest of them
+  uint32_t largest = 0;  // as integers, magnitudes keep their order and NaN is the largest
   for (int d = 0; d < size; ++d) {
     uint32_t bits;
     std::memcpy(&bits, x + d, 4);

@@ -1,7 +1,6 @@
-// Attention of many queries over a paged cache, for x86 with AVX-512 BF16: tiles of queries by runs of keys
-// with a running softmax (FlashAttention, Dao et al., 2022, arXiv:2205.14135). Queries lie in the lanes, so
-// that keys are read as they are stored, one pair of bfloat16 broadcast at a time, and the softmax needs no
-// sum across lanes.
+// Prefill attention over a paged cache, for x86 with AVX-512 BF16: tiles of queries by runs of keys with an online
+// softmax (FlashAttention, Dao et al., 2022, arXiv:2205.14135). Each lane holds a query: keys are read as they are
+// stored, broadcast as pairs of bfloat16, and the softmax needs no sum across lanes.
 #if defined(__x86_64__)
 #include "attention_avx512.h"
 
@@ -10,7 +9,7 @@
 namespace {
 
 constexpr int kRun = 64;   // keys between two updates of the softmax
-constexpr int kBlock = 8;  // rows of a product: with three registers of queries, 24 sums
+constexpr int kBlock = 8;  // rows of a product: 24 sums with three registers of queries
 
 struct alignas(64) Scratch {
   __m512i queries[kMaxHeadDim / 2][3];  // pairs along the head's dimension
@@ -48,7 +47,7 @@ inline __m512i as_bfloat16(const int8_t* from) {
 }
 inline __m512i as_bfloat16(const uint16_t* from) { return _mm512_loadu_si512(from); }
 
-// Pairs of two rows; the place after the last row counts as zeros: 0 times what lies there may be NaN.
+// Pairs of adjacent rows. A missing second row is read as zeros: memory there may hold NaN, and 0 * NaN is NaN.
 template <class Stored>
 inline void pair_rows(const Stored* first, bool has_second, int head_dim, uint32_t* to) {
   for (int d = 0; d < head_dim; d += 32) {
@@ -101,7 +100,7 @@ void tile(const PagedCache& cache, const int32_t* blocks, int head, int start, c
       for (int r = 0; r < kBlock; ++r) {
         float scale = unit;
         if constexpr (kScaled) scale *= cache.scale(cache.keys, block, head, offset)[r];
-        const int hidden = at + j + r - (seen_by_all - 1);  // queries of the tile that come before this key
+        const int hidden = at + j + r - (seen_by_all - 1);  // queries of the tile before this key
         for (int i = 0; i < kVectors; ++i) {
           const int from = hidden - 16 * i;
           const __mmask16 sees = __mmask16(from <= 0 ? 0xffff : from >= 16 ? 0 : 0xffff << from);

@@ -1,4 +1,4 @@
-// x86 with AVX2 and FMA: pairs of products in 16 bits, pairs of those in 32.
+// x86 with AVX2 and FMA: pairs of products are summed in 16 bits, pairs of those sums in 32.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -7,14 +7,14 @@
 
 namespace {
 
-// Four inputs of 8 rows times four of a token. Stored weights are unsigned, at most 15 in 4 bits, so that two
-// products fit into 16 bits; 8-bit ones go in by magnitude, with their sign moved to the other factor.
+// Four inputs of 8 rows times four of a token. A stored weight of 4 bits is unsigned, at most 15, so that two products
+// fit in 16 bits. Weights of 8 bits enter as magnitudes, their sign moved to the other factor.
 template <int kBits>
 inline __m256i products(__m256i w, __m256i x) {
   const __m256i ones = _mm256_set1_epi16(1);
   if constexpr (kBits == 4) return _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones);
   const __m256i q = _mm256_xor_si256(w, _mm256_set1_epi8(int8_t(0x80)));
-  // |-128| * 127 twice would leave 16 bits: that weight is taken as its two halves' sum, -64 and -64.
+  // |-128| * 127 twice would overflow 16 bits: -128 enters as -64 - 64.
   const __m256i half = _mm256_and_si256(_mm256_cmpeq_epi8(q, _mm256_set1_epi8(-128)), _mm256_set1_epi8(-64));
   const __m256i rest = _mm256_sub_epi8(q, half);
   const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(rest), _mm256_sign_epi8(x, rest));
@@ -32,7 +32,7 @@ void block(const uint8_t* tiles, const int8_t* values, const float* scales, cons
   for (int g = 0; g < groups; ++g) {
     __m256i sums[kCount][4];
     for (int t = 0; t < kCount; ++t) {
-      // The shift of 8-bit weights is undone in `products`, so only 4-bit ones need the offset.
+      // `products` removes the bias of 8-bit weights; only 4-bit ones need the offset.
       const __m256i first = kBits == 4 ? _mm256_set1_epi32(offsets[g * stride + t]) : _mm256_setzero_si256();
       for (int i = 0; i < 4; ++i) sums[t][i] = first;
     }
@@ -90,7 +90,7 @@ void tile_row(const uint8_t* tiles, const Tokens& tokens, int inputs, int group,
 }  // namespace
 
 namespace xv {
-const Kernels kAvx2 = {"avx2", generic_quantize, tile_row<4>, tile_row<8>, generic_store, generic_dot_bf16, generic_rms_norm,
-                        generic_silu_mul, generic_rotate};
-}
+const Kernels kAvx2 = {generic_quantize, tile_row<4>,      tile_row<8>,      generic_store,
+                       generic_dot_bf16, generic_rms_norm, generic_silu_mul, generic_rotate};
+}  // namespace xv
 #endif

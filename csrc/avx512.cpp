@@ -1,4 +1,4 @@
-// x86 with AVX-512 VNNI; compiled a second time with AVX-512 BF16 for the processors that have it.
+// x86 with AVX-512 VNNI; compiled again with AVX-512 BF16.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -7,8 +7,8 @@
 
 namespace {
 
-// One instruction a token and half tile, its four inputs broadcast from memory. As an intrinsic the compiler
-// loads the broadcasts into registers first, which at 12 tokens are all taken: it spills accumulators.
+// One instruction for each token and half tile, which broadcasts four inputs from memory. With the intrinsic the
+// compiler loads the broadcasts into registers first; at 12 tokens none is free, and it spills accumulators.
 inline void add_products(__m512i& sums, __m512i w, const int8_t* x) {
   asm volatile("vpdpbusd %2%{1to16%}, %1, %0"
                : "+v"(sums)
@@ -17,7 +17,7 @@ inline void add_products(__m512i& sums, __m512i w, const int8_t* x) {
 
 template <int kBits, int kCount>
 void block(const uint8_t* tiles, const Tokens& tokens, int groups, int group, float* out) {
-  // With few tokens the chain of additions into one register is the limit: two chains.
+  // With few tokens the latency of additions to one register is the limit: use two chains.
   constexpr int kChains = kCount <= 4 ? 2 : 1;
   __m512 total[kCount][2];
   for (int t = 0; t < kCount; ++t) total[t][0] = total[t][1] = _mm512_setzero_ps();
@@ -95,7 +95,7 @@ void quantize(const void* x, Type type, int64_t stride, int count, int inputs, i
   for (int t = 0; t < count; ++t) {
     for (int start = 0; start < inputs; start += group) {
       const int64_t from = t * stride + start;
-      __m512i largest = _mm512_setzero_si512();  // magnitudes compare as integers do, and NaN is the largest
+      __m512i largest = _mm512_setzero_si512();  // as integers, magnitudes keep their order and NaN is the largest
       for (int k = 0; k < group; k += 16)
         largest = _mm512_max_epi32(
             largest, _mm512_and_si512(_mm512_castps_si512(load16(x, type, from + k)), magnitude));
@@ -108,7 +108,7 @@ void quantize(const void* x, Type type, int64_t stride, int count, int inputs, i
       __m512i sum = _mm512_setzero_si512();
       int8_t* to = values + int64_t(start) * count + 4 * t;
       for (int k = 0; k < group; k += 16, to += 16 * count) {
-        // Zero times NaN would be NaN, and its integer the smallest one: masked out, it is zero.
+        // Masked to zero: 0 * NaN would be NaN, which converts to the smallest integer.
         const __m512i rounded = _mm512_maskz_cvtps_epi32(
             usable ? 0xffff : 0, _mm512_mul_ps(load16(x, type, from + k), inverse));
         sum = _mm512_add_epi32(sum, rounded);
@@ -126,7 +126,6 @@ void quantize(const void* x, Type type, int64_t stride, int count, int inputs, i
 
 #if defined(__AVX512BF16__)
 #define XV_TABLE kAvx512Bf16
-#define XV_NAME "avx512_bf16"
 
 template <int kCount, int kRows>
 void dot_block(const uint16_t* w, const uint16_t* x, int inputs, float* out, int out_stride) {
@@ -184,8 +183,8 @@ void dot_blocks(const uint16_t* w, int rows, const uint16_t* x, int inputs, floa
   for (; r < rows; ++r) dot_block<kCount, 1>(w + int64_t(r) * inputs, x, inputs, out + r, rows);
 }
 
-// A single stream is the fastest way to read memory, so one or two tokens take the weights row by row, as long
-// as the tokens stay in the first-level cache. Beyond, a few rows share each load of the tokens.
+// Memory is read fastest as a single stream, so that one or two tokens take the weights row by row while the tokens fit
+// in the L1 cache. Otherwise a few rows share each load of the tokens.
 template <int kCount>
 void dot_rows(const uint16_t* w, int rows, const uint16_t* x, int inputs, float* out) {
   if constexpr (kCount <= 2) {
@@ -203,14 +202,13 @@ void dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inp
 }
 #else
 #define XV_TABLE kAvx512
-#define XV_NAME "avx512_vnni"
 constexpr auto dot_bf16 = generic_dot_bf16;
 #endif
 
 }  // namespace
 
 namespace xv {
-const Kernels XV_TABLE = {XV_NAME, quantize, tile_row<4>, tile_row<8>, generic_store, dot_bf16, generic_rms_norm,
-                           generic_silu_mul, generic_rotate};
-}
+const Kernels XV_TABLE = {quantize, tile_row<4>,      tile_row<8>,      generic_store,
+                          dot_bf16, generic_rms_norm, generic_silu_mul, generic_rotate};
+}  // namespace xv
 #endif

@@ -1,41 +1,42 @@
-// Byte-pair encoding over counted words, in bounded memory; the merges are those of the tokenizers library's
+// Learning byte-pair merges from counted words in bounded memory. The merges are those of the tokenizers library's
 // BpeTrainer, ties included (the smaller pair of ids first).
 //
-// Where every pair's words stood in lists, memory would grow with the tail of rare pairs, which are never merged. So
-// training goes in phases. A phase keeps the pairs that occur at least `threshold` times; it ends where a pair below
-// could be next. Then the words are scanned again, and the next phase begins with a lower threshold.
+// With a list of words for every pair, memory would grow with the long tail of rare pairs, which are never merged.
+// Therefore training runs in phases. A phase keeps the pairs that occur at least `threshold` times and ends when a pair
+// below the threshold could be next. Then the words are scanned again and a phase with a lower threshold begins.
 //
-// A scan gives each pair one list of words, as the library has, which lists words anew whenever a merge brings a pair
-// about: no pair comes about twice. For all of a pair's places merge at once, from the left, so that between two
-// boundaries of symbols, which were boundaries from the start, stands what the merges make of those characters alone
-// (a run of equal symbols that goes on beyond a boundary has an even number of them before it). So a token has one
-// way to be made, all of it is made at once, and pairs with it come about in that merge or in the other symbol's.
+// A scan builds one list of words for each pair. The library instead builds a list whenever a merge creates a pair. The
+// two agree because no pair is created twice: all occurrences of a pair merge at once, from the left, so that the
+// symbols between two boundaries are what the merges make of those characters alone (if a run of equal symbols crosses
+// a boundary, an even number of them precedes it). So each token is created by exactly one pair, everywhere at once,
+// and a pair that contains it is created by the merge that creates the token or by the merge of the other symbol.
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <thread>
 
 #include "bpe_store.h"
+#include "xverse_tokenizer.h"
 
 namespace xv {
 
 namespace {
 
 constexpr uint32_t kNone = UINT32_MAX;
-constexpr size_t kPairBytes = 96;        // of a pair in the map, the queue and the allocator, beside its list
-constexpr int64_t kPhase = 16;           // how far counts may fall within a phase
+constexpr size_t kPairBytes = 96;        // of a pair in the map, the queue and the allocator, without its list
+constexpr int64_t kPhase = 16;           // the threshold of a phase is its largest count divided by this
 
 struct Settings {
   uint32_t vocab_size, max_length;
   int64_t min_frequency;
-  size_t memory;  // bytes, as far as the words leave them
+  size_t memory;  // bytes, words included
   int threads;
 };
 
 struct Entry {
   int64_t count;
   uint64_t key;
-  uint8_t* list;  // uint32 size, then as in Positions; its own
+  uint8_t* list;  // owned: uint32 size, then the data of a Positions
   bool operator<(const Entry& other) const { return count != other.count ? count < other.count : key > other.key; }
 };
 
@@ -53,32 +54,31 @@ struct Filled {
   uint8_t* to = nullptr;
   uint32_t last = 0;
 };
-// What a merge changes beside one symbol: the pair with the merged one's part falls, the pair with the new one rises.
+// What a merge changes for one neighbouring symbol: its pair with the merged part falls, the one with the new symbol
+// rises.
 struct Neighbour {
   int64_t fall = 0, rise = 0;
   Positions words;
 };
 
-using Report = int (*)(int64_t merges, int64_t count);
-
 class Trainer {
  public:
-  // The tokens of merges get ids from `first_id` on; those below are special or single characters.
+  // The tokens of merges have the ids from `first_id` on; those below are special tokens or single characters.
   Trainer(const Settings& settings, uint32_t first_id) : settings_(settings), next_id_(first_id) {
     lengths_.assign(next_id_, 1);
     left_.resize(settings.vocab_size), right_.resize(settings.vocab_size);
   }
   ~Trainer() { clear_queue(); }
 
-  // Words from the files into the store; id_of maps code points to ids. A character without an id cuts a word.
+  // Loads the words of the files; id_of maps code points to ids. A character without an id splits a word.
   void load(WordMerge& merge, size_t bytes, const uint32_t* id_of) {
     is_wide_ = next_id_ > 60000;
     if (is_wide_) load_into(wide_, merge, bytes, id_of);
     else load_into(narrow_, merge, bytes, id_of);
   }
 
-  // Returns false where `report` asked to stop.
-  bool train(Report report) {
+  // Returns false if `report` stopped it.
+  bool train(XvtReport report) {
     for (bool first = true; next_id_ < settings_.vocab_size; first = false) {
       if (!is_wide_ && next_id_ >= WordStore<uint16_t>::kFill) widen(), first = true;
       const bool more = is_wide_ ? phase(wide_, first, report) : phase(narrow_, first, report);
@@ -89,7 +89,7 @@ class Trainer {
   }
 
   std::vector<uint32_t> merges;  // left, right, result, …
-  std::vector<int64_t> counts;   // of each merge, when it was made
+  std::vector<int64_t> counts;   // of each pair when it was merged
   int64_t words = 0, phases = 0;
 
  private:
@@ -152,7 +152,7 @@ class Trainer {
     if (short_of_memory) throw std::bad_alloc();
   }
 
-  // Counts all pairs and keeps those that the next phase needs. Returns false where none is left to merge.
+  // Counts all pairs and keeps those that the next phase needs. Returns false if none is left to merge.
   template <class Symbol>
   bool scan(const WordStore<Symbol>& store) {
     clear_queue();
@@ -160,10 +160,10 @@ class Trainer {
     const size_t room = settings_.memory > taken ? settings_.memory - taken : 0;
     const size_t budget = std::max(room / 2, size_t(1) << 24);
     const size_t most_places = std::max(budget / size_t(settings_.threads) / sizeof(Counted) / 3, size_t(1) << 14);
-    std::vector<std::vector<Counted>> found;
+    std::vector<std::vector<Counted>> frequent;
     std::atomic<int64_t> top{0};
     for (int parts = parts_;; parts *= 2) {
-      found.assign(size_t(parts), {});
+      frequent.assign(size_t(parts), {});
       top = 0;
       std::atomic<bool> overflow{false};
       on_threads(parts, [&](int part) {
@@ -191,7 +191,7 @@ class Trainer {
         while (known < best && !top.compare_exchange_weak(known, best)) {}
         const int64_t least = std::max<int64_t>(1, top / kPhase);
         pairs.each([&](const Counted& pair) {
-          if (counts_at_all(pair.key) && pair.count >= least) found[size_t(part)].push_back(pair);
+          if (counts_at_all(pair.key) && pair.count >= least) frequent[size_t(part)].push_back(pair);
         });
       });
       if (!overflow) break;
@@ -200,7 +200,7 @@ class Trainer {
     ++phases;
     threshold_ = std::max<int64_t>(1, top / kPhase);
     std::vector<Counted> chosen;
-    for (auto& part : found) {
+    for (auto& part : frequent) {
       for (const Counted& pair : part)
         if (pair.count >= threshold_) chosen.push_back(pair);
       part = {};
@@ -247,9 +247,9 @@ class Trainer {
     return top >= std::max<int64_t>(1, settings_.min_frequency);
   }
 
-  // Returns whether another phase is to follow.
+  // Returns whether another phase has to follow.
   template <class Symbol>
-  bool phase(WordStore<Symbol>& store, bool first, Report report) {
+  bool phase(WordStore<Symbol>& store, bool first, XvtReport report) {
     if (!first) store.compact();
     if (!scan(store)) return false;
     const uint32_t last_id = sizeof(Symbol) == 2 ? WordStore<uint16_t>::kFill : kNone;
@@ -320,7 +320,7 @@ class Trainer {
 
     for (const uint32_t x : touched_left_) fall(pair_key(x, a), left_[x].fall);
     for (const uint32_t y : touched_right_) fall(pair_key(b, y), right_[y].fall);
-    const int64_t fell = left_[made].fall;  // of (made, a) in "ab ab", which comes about and goes in one merge
+    const int64_t fell = left_[made].fall;  // of (made, a) in "abab", which one merge both creates and removes
     for (const uint32_t x : touched_left_) rise(pair_key(x, made), left_[x], 0);
     for (const uint32_t y : touched_right_) rise(pair_key(made, y), right_[y], y == a ? fell : 0);
     for (const uint32_t x : touched_left_) left_[x] = {};
@@ -343,7 +343,7 @@ class Trainer {
     if (Kept* pair = kept_.find(key)) pair->count -= count;
   }
 
-  // `fell`: what the same merge took from the pair again, before it was kept.
+  // `fell`: the part of the rise that the same merge took away again.
   void rise(uint64_t key, const Neighbour& neighbour, int64_t fell) {
     const int64_t count = neighbour.rise - fell;
     if (neighbour.rise == 0 || count < threshold_) return;
@@ -377,10 +377,10 @@ class Trainer {
   Settings settings_;
   uint32_t next_id_;
   std::vector<uint32_t> lengths_;  // in characters
-  WordStore<uint16_t> narrow_;     // until an id needs more
+  WordStore<uint16_t> narrow_;     // while ids fit in 16 bits
   WordStore<uint32_t> wide_;
   bool is_wide_ = false, stopped_ = false;
-  int parts_ = 1;  // in which pairs are counted, one after the other
+  int parts_ = 1;  // of the pairs, counted separately
   int64_t threshold_ = 1;
   PairMap<Kept> kept_;
   std::vector<Entry> queue_;
@@ -398,15 +398,10 @@ using namespace xv;
 
 extern "C" {
 
-// Merges from files of counted words (each file's counts times its multiplier).
-//
-// alphabet: code points whose ids are first_id, first_id + 1, …; spaces in words are read as U+2581. merges has room
-// for vocab_size triples of ids, counts for as many. told: [different words, phases]. Returns how many merges were
-// made, or minus errno's number (ECANCELED where `report` asked to stop).
 int64_t xvt_train(const char* const* paths, const int64_t* multipliers, int files, int64_t bytes,
                   const uint32_t* alphabet, int64_t characters, uint32_t first_id, uint32_t vocab_size,
-                  int64_t min_frequency, uint32_t max_length, int64_t memory, int threads, Report report,
-                  uint32_t* merges, int64_t* counts, int64_t* told) {
+                  int64_t min_frequency, uint32_t max_length, int64_t memory, int threads, XvtReport report,
+                  uint32_t* merges, int64_t* counts, int64_t* totals) {
   try {
     std::vector<uint32_t> id_of(0x110000, kNone);
     for (int64_t i = 0; i < characters; ++i) id_of[alphabet[i]] = first_id + uint32_t(i);
@@ -421,7 +416,7 @@ int64_t xvt_train(const char* const* paths, const int64_t* multipliers, int file
     if (!trainer.train(report)) return -ECANCELED;
     std::copy(trainer.merges.begin(), trainer.merges.end(), merges);
     std::copy(trainer.counts.begin(), trainer.counts.end(), counts);
-    told[0] = trainer.words, told[1] = trainer.phases;
+    totals[0] = trainer.words, totals[1] = trainer.phases;
     return int64_t(trainer.counts.size());
   } catch (const Failure& failure) {
     return -(failure.number != 0 ? failure.number : EIO);

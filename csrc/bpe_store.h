@@ -1,4 +1,4 @@
-// What training holds in memory: words as symbols, counts of pairs, lists of the words that a pair stands in.
+// What training keeps in memory: words as symbols, counts of pairs, lists of the words in which a pair occurs.
 #pragma once
 
 #include <sys/mman.h>
@@ -17,9 +17,9 @@ namespace xv {
 inline uint64_t pair_key(uint32_t left, uint32_t right) { return uint64_t(left) << 32 | right; }
 inline uint64_t hash_pair(uint64_t key) { return mix(key ^ 0x9E3779B97F4A7C15ull, 0xA0761D6478BD642Full); }
 
-// Words one after the other: a header of 32 bits (symbols: 15, count: 17), the count again in 64 bits where 17 are too
-// few, the symbols. A word that merges have shortened ends in kFill, which no header begins with.
-// Address space is taken for the most that can come, memory only for what is written.
+// A sequence of words: a header of 32 bits (number of symbols: 15, count: 17), a 64-bit count if 17 bits are too few,
+// the symbols. Words that merges have shortened are padded with kFill, with which no header begins. Address space is
+// reserved for the largest possible size; memory is used only for what is written.
 template <class Symbol>
 class WordStore {
  public:
@@ -29,9 +29,10 @@ class WordStore {
 
   WordStore() = default;
   explicit WordStore(size_t capacity) : capacity_(capacity * sizeof(Symbol)) {
-    void* found = ::mmap(nullptr, capacity_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (found == MAP_FAILED) throw Failure{ENOMEM};
-    slots = static_cast<Symbol*>(found);
+    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* memory = ::mmap(nullptr, capacity_, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+    if (memory == MAP_FAILED) throw Failure{ENOMEM};
+    slots = static_cast<Symbol*>(memory);
   }
   WordStore(const WordStore&) = delete;
   WordStore& operator=(const WordStore&) = delete;
@@ -71,7 +72,7 @@ class WordStore {
   void append(const From* symbols, uint32_t length, int64_t count) {
     const bool wide = count >= kWideCount;
     const uint32_t header = length | (wide ? kWideCount : uint32_t(count)) << 15;
-    Symbol moved[kLongestWord];  // the source may be this store, right behind
+    Symbol moved[kLongestWord];  // the source may overlap: it may be in this store
     for (uint32_t i = 0; i < length; ++i) moved[i] = Symbol(symbols[i]);
     std::memcpy(slots + used, &header, 4);
     used += kHeader;
@@ -83,7 +84,7 @@ class WordStore {
     used += length;
   }
 
-  // body(offset, word) for every word.
+  // Calls body(offset, word) for every word.
   template <class Body>
   void each(const Body& body) const {
     for (size_t offset = 0; offset < used;) {
@@ -97,7 +98,7 @@ class WordStore {
     }
   }
 
-  // Closes the gaps, drops words of one symbol and gives the memory back.
+  // Closes the gaps, drops words of one symbol and returns the memory.
   void compact() {
     const size_t end = used;
     size_t offset = 0;
@@ -113,7 +114,7 @@ class WordStore {
     release(used, end);
   }
 
-  // Gives memory of slots first..last back; what stands there is lost.
+  // Returns the memory of slots first to last - 1 to the system; their contents are lost.
   void release(size_t first, size_t last) {
     constexpr size_t kPage = 4096 / sizeof(Symbol);
     first = (first + kPage - 1) / kPage * kPage;
@@ -127,7 +128,8 @@ class WordStore {
   size_t capacity_ = 0;
 };
 
-// Open addressing from a pair's key to `Value`, which has a `key`; key 0 (of two special tokens) is an empty place.
+// A hash table with open addressing from a pair's key to `Value`, which has a `key`. Key 0, a pair of special tokens,
+// marks an empty slot.
 template <class Value>
 class PairMap {
  public:
@@ -155,7 +157,6 @@ class PairMap {
   }
   Value& make(uint64_t key) { return make(key, hash_pair(key)); }
   size_t size() const { return size_; }
-  size_t bytes() const { return places_.size() * sizeof(Value); }
   template <class Body>
   void each(const Body& body) const {
     for (const Value& value : places_)
@@ -177,7 +178,7 @@ class PairMap {
   size_t size_ = 0;
 };
 
-// Words' offsets in rising order, as varints of their distances; `last` is the last offset plus 1.
+// Offsets of words in increasing order, as varints of their differences; `last` is the last offset plus 1.
 struct Positions {
   uint8_t* data = nullptr;
   uint32_t size = 0, room = 0;
@@ -188,18 +189,18 @@ inline uint32_t varint_size(uint32_t value) {
   return value < 1u << 7 ? 1 : value < 1u << 14 ? 2 : value < 1u << 21 ? 3 : value < 1u << 28 ? 4 : 5;
 }
 
-// Memory of one merge's lists while they grow; all of it is free again after `reset`.
+// Arena for one merge's lists while they grow; `reset` frees all of it.
 class Pool {
  public:
   uint8_t* take(size_t size) {
     while (block_ < blocks_.size() && used_ + size > blocks_[block_].size()) ++block_, used_ = 0;
     if (block_ == blocks_.size()) blocks_.emplace_back(std::max(size, kBlock)), used_ = 0;
-    uint8_t* found = blocks_[block_].data() + used_;
+    uint8_t* memory = blocks_[block_].data() + used_;
     used_ += size;
-    return found;
+    return memory;
   }
   void append(Positions& list, uint32_t offset) {
-    if (list.last == offset + 1) return;  // the word is there already
+    if (list.last == offset + 1) return;  // the word is in the list already
     if (list.room - list.size < 5) {
       const uint32_t room = list.room == 0 ? 12 : 2 * list.room;
       uint8_t* moved = take(room);

@@ -1,5 +1,5 @@
-// Texts to token ids, as the tokenizers library's BPE gives them: words by split.h, the ids of a word by its merges in
-// the order of their ranks. Most words of a text have been seen before: each thread remembers theirs.
+// Encoding texts to the token ids that the tokenizers library's BPE gives: split.h splits a text into words, whose
+// pairs merge in order of rank. Most words of a text repeat: each thread caches their ids.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -9,14 +9,15 @@
 #include <thread>
 
 #include "split.h"
+#include "xverse_tokenizer.h"
 
 namespace xv {
 
 namespace {
 
 constexpr uint32_t kNone = UINT32_MAX;
-constexpr size_t kRemembered = 64;              // bytes of a word; longer ones seldom come again
-constexpr size_t kMostWords = size_t(1) << 18;  // that a thread remembers; then it begins anew
+constexpr size_t kLongestCached = 64;           // bytes of a word; longer ones rarely repeat
+constexpr size_t kMostWords = size_t(1) << 18;  // in a thread's cache; when full it is cleared
 constexpr size_t kMostBytes = size_t(1) << 24;
 
 struct Merge {
@@ -24,7 +25,7 @@ struct Merge {
   uint32_t rank = 0, id = 0;
 };
 
-// The vocabulary; read only once it is made.
+// The vocabulary; immutable.
 struct Vocabulary {
   Vocabulary(const uint32_t* characters, const uint32_t* ids, int64_t count, const uint32_t* bytes,
              const uint32_t* merged, int64_t merges)
@@ -36,8 +37,7 @@ struct Vocabulary {
     table.resize(size);
     for (int64_t i = 0; i < merges; ++i) {
       const uint32_t* const row = merged + 3 * i;
-      Merge& found = table[slot(row[0], row[1])];
-      found = {uint64_t(row[0]) << 32 | row[1], uint32_t(i), row[2]};
+      table[slot(row[0], row[1])] = {uint64_t(row[0]) << 32 | row[1], uint32_t(i), row[2]};
     }
   }
 
@@ -48,10 +48,10 @@ struct Vocabulary {
     return index;
   }
 
-  // The merge of a pair, or null.
+  // The merge of a pair; null: none.
   const Merge* find(uint32_t left, uint32_t right) const {
-    const Merge& found = table[slot(left, right)];
-    return found.key == UINT64_MAX ? nullptr : &found;
+    const Merge& merge = table[slot(left, right)];
+    return merge.key == UINT64_MAX ? nullptr : &merge;
   }
 
   std::vector<uint32_t> of_character;
@@ -59,14 +59,14 @@ struct Vocabulary {
   std::vector<Merge> table;
 };
 
-// What one thread needs to encode: words that it remembers, and room for one word's symbols.
+// The state of one encoding thread: its cache of words, and the symbols of the current word.
 class Worker {
  public:
   explicit Worker(const Vocabulary& vocabulary) : vocabulary_(vocabulary), slots_(size_t(1) << 10) {}
 
-  // Writes the ids of a word; returns where they end. There are at most as many as bytes.
+  // Writes the ids of a word, at most one for each byte; returns their end.
   uint32_t* encode(const uint8_t* word, size_t size, uint32_t* to) {
-    if (size > kRemembered) return merge(word, size, to);
+    if (size > kLongestCached) return merge(word, size, to);
     const uint64_t hash = hash_word(word, size);
     size_t index = hash & (slots_.size() - 1);
     for (; slots_[index].end != 0; index = (index + 1) & (slots_.size() - 1)) {
@@ -95,17 +95,17 @@ class Worker {
  private:
   struct Slot {
     uint64_t hash = 0;
-    uint32_t end = 0;  // of the entry in `known_`: ids, then the word; 0: empty
+    uint32_t end = 0;  // of the entry in `known_`: ids, then the word; 0: an empty slot
     uint16_t ids = 0, size = 0;
   };
   struct Symbol {
     uint32_t id;
     int32_t before, behind;  // -1: none
-    bool gone;               // part of the symbol in front of it
+    bool gone;               // merged into the symbol before it
   };
   struct Next {
     uint32_t rank, position, id;
-    bool operator<(const Next& other) const {  // the top of the heap has the least rank, then the first place
+    bool operator<(const Next& other) const {  // the top of the heap has the lowest rank, then the leftmost position
       return rank != other.rank ? rank > other.rank : position > other.position;
     }
   };
@@ -131,7 +131,7 @@ class Worker {
         for (int i = 0; i < length; ++i) add(vocabulary_.of_byte[at[i]]);
     }
     symbols_.back().behind = -1;
-    for (size_t i = 1; i < symbols_.size(); ++i) meet(uint32_t(i) - 1, uint32_t(i));
+    for (size_t i = 1; i < symbols_.size(); ++i) add_pair(uint32_t(i) - 1, uint32_t(i));
     std::make_heap(heap_.begin(), heap_.end());
     while (!heap_.empty()) {
       std::pop_heap(heap_.begin(), heap_.end());
@@ -141,14 +141,14 @@ class Worker {
       if (left.gone || left.behind < 0) continue;
       Symbol& right = symbols_[size_t(left.behind)];
       const Merge* const now = vocabulary_.find(left.id, right.id);
-      if (now == nullptr || now->id != next.id) continue;  // one of the two has become another since
+      if (now == nullptr || now->id != next.id) continue;  // one of the two symbols has changed since
       left.id = next.id, right.gone = true;
       left.behind = right.behind;
       if (left.behind >= 0) {
         symbols_[size_t(left.behind)].before = int32_t(next.position);
-        meet_again(next.position, uint32_t(left.behind));
+        push_pair(next.position, uint32_t(left.behind));
       }
-      if (left.before >= 0) meet_again(uint32_t(left.before), next.position);
+      if (left.before >= 0) push_pair(uint32_t(left.before), next.position);
     }
     for (int32_t i = 0; i >= 0; i = symbols_[size_t(i)].behind) *to++ = symbols_[size_t(i)].id;
     return to;
@@ -159,14 +159,14 @@ class Worker {
     symbols_.push_back({id, place - 1, place + 1, false});
   }
 
-  void meet(uint32_t left, uint32_t right) {
-    const Merge* const found = vocabulary_.find(symbols_[left].id, symbols_[right].id);
-    if (found != nullptr) heap_.push_back({found->rank, left, found->id});
+  void add_pair(uint32_t left, uint32_t right) {
+    const Merge* const merge = vocabulary_.find(symbols_[left].id, symbols_[right].id);
+    if (merge != nullptr) heap_.push_back({merge->rank, left, merge->id});
   }
 
-  void meet_again(uint32_t left, uint32_t right) {
+  void push_pair(uint32_t left, uint32_t right) {
     const size_t before = heap_.size();
-    meet(left, right);
+    add_pair(left, right);
     if (heap_.size() > before) std::push_heap(heap_.begin(), heap_.end());
   }
 
@@ -183,10 +183,10 @@ class Worker {
 struct Encoder {
   Encoder(Split split, Vocabulary vocabulary) : split(split), vocabulary(std::move(vocabulary)) {}
 
-  // A text's ids to `to`; returns where they end.
-  template <Split how>
+  // Writes a text's ids to `to`; returns their end.
+  template <Split kSplit>
   uint32_t* encode(Worker& worker, const uint8_t* text, size_t size, uint32_t* to) const {
-    each_word<how>(
+    each_word<kSplit>(
         text, size, classes(), [&](const uint8_t* word, size_t length) { to = worker.encode(word, length, to); },
         [&] {
           for (const uint8_t byte : {0xE2, 0x96, 0x81}) *to++ = vocabulary.of_byte[byte];
@@ -223,8 +223,6 @@ using namespace xv;
 
 extern "C" {
 
-// `split`: 1 kJoined, 2 kSpaces. `characters` and `ids` [count]; ids of the 256 bytes; rows of `merged` [merges, 3] are
-// left, right and result in the order of their ranks. Null where memory is short.
 Encoder* xvt_encoder(int split, const uint32_t* characters, const uint32_t* ids, int64_t count, const uint32_t* bytes,
                      const uint32_t* merged, int64_t merges) {
   try {
@@ -236,9 +234,6 @@ Encoder* xvt_encoder(int split, const uint32_t* characters, const uint32_t* ids,
 
 void xvt_encoder_free(Encoder* encoder) { delete encoder; }
 
-// The ids of documents in valid UTF-8, one after the other in `target`, `lengths` of each. Document i ends at ends[i];
-// `last` is put behind each where it is not UINT32_MAX. `target` has room for one id per byte and document.
-// Returns how many ids there are, or -1 where memory is short. Any number of calls may run at a time.
 int64_t xvt_encode(Encoder* encoder, const uint8_t* text, const int64_t* ends, int64_t documents, uint32_t last,
                    int threads, uint32_t* target, int64_t* lengths) {
   const auto begin_of = [&](int64_t i) { return i == 0 ? 0 : ends[i - 1]; };
@@ -267,7 +262,7 @@ int64_t xvt_encode(Encoder* encoder, const uint8_t* text, const int64_t* ends, i
   std::vector<std::thread> others;
   try {
     for (int i = 1; i < threads && i < documents; ++i) others.emplace_back(work);
-  } catch (const std::system_error&) {  // no more threads to be had: those there are do it
+  } catch (const std::system_error&) {  // no more threads are available: continue with fewer
   }
   work();
   for (std::thread& thread : others) thread.join();

@@ -1,5 +1,5 @@
-// Every kernel in plain C++, written so that compilers vectorise it. Included by each instruction set's
-// translation unit inside an unnamed namespace, so that no copy leaks into another one's.
+// Every kernel in plain C++ that compilers vectorise. In an unnamed namespace: each translation unit that includes this
+// file has its own copy, compiled with its own flags.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ using namespace xv;
 inline void quantize_row(const float* x, int inputs, int group, int bias, int count, int8_t* values,
                          float* scales, int32_t* offsets) {
   for (int start = 0; start < inputs; start += group) {
-    // Magnitudes compare as integers do, and NaN is the largest of them.
+    // As integers, magnitudes keep their order and NaN is the largest.
     uint32_t largest = 0;
     for (int k = 0; k < group; ++k) {
       uint32_t bits;
@@ -26,7 +26,7 @@ inline void quantize_row(const float* x, int inputs, int group, int bias, int co
     float maximum;
     std::memcpy(&maximum, &largest, 4);
     const bool finite = largest < 0x7f800000;
-    // Below the smallest normal number a reciprocal would overflow.
+    // Below the smallest normal number the reciprocal would overflow.
     const bool usable = finite && maximum > 127 * std::numeric_limits<float>::min();
     const float inverse = usable ? 127.0f / maximum : 0.0f;
     int32_t sum = 0;
@@ -45,7 +45,7 @@ inline void quantize_row(const float* x, int inputs, int group, int bias, int co
   }
 }
 
-// Token t's part of the block's arrays lies t places further (t * 4 bytes in `values`).
+// Token t's elements are at offset t in the block's arrays (4 * t bytes in `values`).
 [[maybe_unused]] void generic_quantize(const void* x, Type type, int64_t stride, int count, int inputs,
                                        int group, int bias, int8_t* values, float* scales,
                                        int32_t* offsets) {
@@ -113,7 +113,7 @@ template <int kBits>
     return;
   }
   uint16_t* bits = static_cast<uint16_t*>(to);
-  if (count == kTileRows) {  // a length that the compiler knows
+  if (count == kTileRows) {  // a length known at compile time
     for (int i = 0; i < kTileRows; ++i) bits[i] = to_bfloat16(from[i]);
   } else {
     for (int i = 0; i < count; ++i) bits[i] = to_bfloat16(from[i]);

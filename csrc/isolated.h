@@ -1,6 +1,6 @@
-// Characters that are pieces of their own in XVERSE's structure: what the tokenizers library (0.23) calls numeric
-// or punctuation. tests/tokenizer/test_words.py holds the table against the installed library, code point by code
-// point, and prints the new ranges where it has moved to another version of Unicode.
+// Characters that are always a word: those that the tokenizers library (0.23) classifies as numeric or punctuation.
+// tests/tokenizer/test_words.py compares the table with the installed library, code point by code point, and prints the
+// new ranges if the library has moved to another version of Unicode.
 #pragma once
 
 #include <cstdint>

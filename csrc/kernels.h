@@ -1,45 +1,48 @@
-// What one instruction set offers. Each instruction set is a translation unit of its own, compiled with its
-// own flags; `api.cpp` chooses a table at run time.
+// The table of one instruction set: products with quantised and bfloat16 weights, and the steps between them. Each
+// instruction set is a separate translation unit, compiled with its own flags; instruction_sets.h lists the tables.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "xverse_kernels.h"
+
 namespace xv {
 
 constexpr int kTileRows = 32;    // output rows of a tile of quantised weights
 constexpr int kScaleBytes = 64;  // 32 bfloat16 scales at the start of a tile
-constexpr int kMaxTokens = 12;   // tokens of one block: 24 int32 accumulators fill an AVX-512 register file
+constexpr int kMaxTokens = 12;   // tokens in a block: their 24 int32 accumulators nearly fill the AVX-512 registers
 
-enum Type : int { kFloat32 = 0, kBFloat16 = 1 };
+enum Type : int { kFloat32 = XV_FLOAT32, kBFloat16 = XV_BFLOAT16, kInt8 = XV_INT8 };
+
+inline int64_t size_of(int type) { return type == kFloat32 ? 4 : type == kBFloat16 ? 2 : 1; }
 
 // A block of up to kMaxTokens tokens, quantised to int8 with one scale for each token and group of inputs.
 struct Tokens {
   int count;              // T
-  const int8_t* values;   // [K/4, T, 4]: four inputs of a token beside each other
+  const int8_t* values;   // [K/4, T, 4]: four adjacent inputs of a token are contiguous
   const float* scales;    // [K/group, T]
-  const int32_t* offsets; // [K/group, T]: -bias * sum(values) of the group, since weights are stored unsigned
+  const int32_t* offsets; // [K/group, T]: -bias * sum(values) of the group, as weights are stored unsigned
 };
 
 struct Kernels {
-  const char* name;
-
-  // `count` rows of `inputs` values, rows `stride` elements apart, into the arrays of Tokens. `bias` is what the
-  // stored weights have been shifted by: 8 or 128. A group that holds NaN or infinity gets the scale NaN.
+  // Quantises `count` rows of `inputs` values, `stride` elements apart, to the arrays of Tokens. `bias`, 8 or 128, is
+  // the offset of the stored unsigned weights. A group with NaN or infinity gets the scale NaN.
   void (*quantize)(const void* x, Type type, int64_t stride, int count, int inputs, int group, int bias,
                    int8_t* values, float* scales, int32_t* offsets);
 
-  // One tile row (32 outputs over all inputs) times a block of tokens: out[t * 32 + row].
+  // One row of tiles (32 outputs, all inputs) times a block of tokens: out [T, 32].
   void (*tile_row4)(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out);
   void (*tile_row8)(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out);
 
-  // Outputs in the type of the result.
+  // Converts `count` outputs to the type of the result.
   void (*store)(const float* from, void* to, Type type, int count);
 
-  // Dot products of bfloat16 rows: out[t * rows + r] = sum_k x[t, k] * w[r, k]; up to 8 tokens.
+  // Dot products of bfloat16 rows: out [count, rows] = x [count, inputs] times the transpose of w [rows, inputs]; up
+  // to 8 tokens.
   void (*dot_bf16)(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out);
 
-  // The steps between the products; see steps.h.
+  // The steps between the products: steps.h.
   void (*rms_norm)(const void* x, const void* weight, void* y, Type type, Type weight_type, int64_t rows,
                    int size, float eps);
   void (*silu_mul)(const void* gate, const void* up, void* y, Type type, int64_t count);
@@ -61,7 +64,7 @@ inline float to_float(uint16_t bits) {
   return pun.value;
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline uint16_t to_bfloat16(float value) {
   union {
     float value;

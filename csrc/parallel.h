@@ -1,5 +1,5 @@
-// Work shared over PyTorch's own OpenMP threads. A pool of ours beside them would fight for the same cores:
-// OpenMP's threads keep spinning for milliseconds after each of PyTorch's operations.
+// Divides work among PyTorch's own OpenMP threads. A second thread pool would compete with them for the cores: OpenMP's
+// threads keep spinning for milliseconds after each of PyTorch's operations.
 #pragma once
 
 #include <atomic>
@@ -7,7 +7,7 @@
 
 namespace xv {
 
-// GOMP_parallel of the OpenMP library that PyTorch has loaded (LLVM's libomp exports it too); null: run alone.
+// GOMP_parallel of the OpenMP library that PyTorch has loaded (LLVM's libomp exports it too); null: one thread.
 extern void (*gomp_parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
 template <class Body>
@@ -22,7 +22,7 @@ void take_shares(void* data) {
   auto& shared = *static_cast<Shared<Body>*>(data);
   int64_t begin = shared.next.load(std::memory_order_relaxed);
   while (begin < shared.count) {
-    // A share of what is left: long runs first, single items at the end, so that a stalled core delays little.
+    // Guided scheduling: a share of the rest, long runs first and single items last, so that a slow core delays little.
     int64_t size = (shared.count - begin) / shared.divisor;
     int64_t end = begin + (size > 1 ? size : 1);
     if (!shared.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
@@ -31,7 +31,7 @@ void take_shares(void* data) {
   }
 }
 
-// Calls body(begin, end) over disjoint parts of 0..count on up to `threads` threads.
+// Calls body(begin, end) for disjoint ranges that cover 0 to count - 1, on up to `threads` threads.
 template <class Body>
 void share(int64_t count, int threads, const Body& body) {
   if (count <= 0) return;

@@ -1,37 +1,39 @@
-// Texts to words (pre-tokens of XVERSE's structure), as the tokenizers library splits them.
+// Splitting texts into words (XVERSE's pre-tokens), as the tokenizers library does.
 #pragma once
 
 #include <algorithm>
 
 #include "isolated.h"
 #include "words.h"
+#include "xverse_tokenizer.h"
 
 namespace xv {
 
 enum Class : uint8_t { kInside, kIsolate, kSpace, kTab, kLineEnd, kLiteral };
 
-// How spaces, tabs and line ends part words; numerals and punctuation always stand alone.
+// How spaces, tabs and line ends separate words; each numeral and punctuation mark is always a word.
 enum class Split {
-  kTraining,  // one space belongs to the word behind it, longer runs are words of their own (TRAINING_WORDS)
-  kJoined,    // a whole run of spaces belongs to the word behind it (WORDS)
-  kSpaces,    // every space begins a word; tabs and line ends are characters like others: Metaspace alone
+  kTraining,  // one space belongs to the word after it; the rest of a longer run is a word (TRAINING_WORDS)
+  kJoined = XVT_JOINED,  // a whole run of spaces belongs to the word after it (WORDS)
+  kSpaces = XVT_SPACES,  // every space begins a word; tabs and line ends are ordinary characters (Metaspace alone)
 };
 
 constexpr uint32_t kCodePoints = 0x110000;
-constexpr uint32_t kSpaceMark = 0x2581;  // how the vocabulary writes a space; the character itself is never a word's
+constexpr uint32_t kSpaceMark = 0x2581;  // how the vocabulary writes a space; in a text it is never part of a word
 
 inline const uint8_t* classes() {
   static const std::vector<uint8_t> table = [] {
-    std::vector<uint8_t> made(kCodePoints, kInside);
+    std::vector<uint8_t> classes(kCodePoints, kInside);
     for (const auto& range : kIsolated)
-      std::fill(made.begin() + range[0], made.begin() + range[1] + 1, kIsolate);
-    made[' '] = kSpace, made['\t'] = kTab, made['\r'] = made['\n'] = kLineEnd, made[kSpaceMark] = kLiteral;
-    return made;
+      std::fill(classes.begin() + range[0], classes.begin() + range[1] + 1, kIsolate);
+    classes[' '] = kSpace, classes['\t'] = kTab, classes['\r'] = classes['\n'] = kLineEnd;
+    classes[kSpaceMark] = kLiteral;
+    return classes;
   }();
   return table.data();
 }
 
-// Calls emit(word, size) for each word of a text in valid UTF-8, and literal() for each ▁ that stands between words.
+// Calls emit(word, size) for each word of a text in valid UTF-8, and literal() for each ▁ in the text.
 template <Split split, class Emit, class Literal>
 void each_word(const uint8_t* text, size_t size, const uint8_t* table, const Emit& emit, const Literal& literal) {
   const uint8_t* at = text;
@@ -57,7 +59,7 @@ void each_word(const uint8_t* text, size_t size, const uint8_t* table, const Emi
       if (!leads) continue;
       word = stop;
     }
-    while (at < end) {  // from `word`, which may begin with spaces, to the next white space
+    while (at < end) {  // from `word`, which may begin with spaces, to the next whitespace
       int length;
       const uint8_t inside = table[code_point(at, length)];
       if (inside == kInside || (split == Split::kSpaces && (inside == kTab || inside == kLineEnd))) {

@@ -1,5 +1,5 @@
-// The steps between the matrix products, each in one pass: norm, rotation, gated activation. In float32 inside,
-// rounded once at the end. Plain C++, included by each instruction set's unit inside an unnamed namespace.
+// The steps between the matrix products, each in one pass: norm, rotary embedding, gated activation. Computed in
+// float32 and rounded once at the end. Plain C++ in an unnamed namespace, as generic.h.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ inline float load(const uint16_t* x) { return to_float(*x); }
 inline void save(float* y, float value) { *y = value; }
 inline void save(uint16_t* y, float value) { *y = to_bfloat16(value); }
 
-// e^x to about two units in the last place: 2^n times a polynomial (Cephes' coefficients) of the rest.
+// e^x to about two units in the last place: 2^n times a polynomial (coefficients of Cephes) of the remainder.
 inline float exponential(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
@@ -94,7 +94,7 @@ void rotate_token(T* x, const T* cos, const T* sin, int heads, int head_dim) {
   }
 }
 
-// One token's heads in place, [heads, head_dim], by its row of the tables [head_dim].
+// One token's heads [heads, head_dim], in place, by its row of the tables [head_dim].
 [[maybe_unused]] void generic_rotate(void* x, const void* cos, const void* sin, Type type, int heads,
                                      int head_dim) {
   if (type == kFloat32)

@@ -1,4 +1,5 @@
-// One instruction set's table of training.h (XV_TRAINING names it): plain C++ that compilers vectorise.
+// The table of training.h, compiled once for each instruction set (XV_TRAINING names it): plain C++ that compilers
+// vectorise.
 #include "training.h"
 
 #include <cmath>
@@ -22,7 +23,7 @@ inline float total(const float* lanes) {
   return half[0];
 }
 
-// Calls body(i, lane) for 0..count in runs of kLanes that compilers vectorise.
+// Calls body(i, lane) for 0 to count - 1, in runs of kLanes that compilers vectorise.
 template <class Body>
 inline void in_lanes(int64_t count, const Body& body) {
   int64_t i = 0;
@@ -31,8 +32,7 @@ inline void in_lanes(int64_t count, const Body& body) {
   for (; i < count; ++i) body(i, 0);
 }
 
-// NaN is not looked for: no value of a sum of finite values is one, and what is infinite or NaN stays visible
-// in the float32 losses and norms.
+// Rounds without a check for NaN: finite inputs give none, and the float32 losses and norms still show it.
 inline uint16_t rounded(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -122,7 +122,7 @@ void silu_mul_grad(const uint16_t* dy, const uint16_t* gate, const uint16_t* up,
   }
 }
 
-void turn(const uint16_t* x, const float* cos, const float* sin, uint16_t* y, int head_dim, bool back) {
+void rotate(const uint16_t* x, const float* cos, const float* sin, uint16_t* y, int head_dim, bool back) {
   if (cos == nullptr) {
     std::memcpy(y, x, sizeof(uint16_t) * size_t(head_dim));
     return;
@@ -136,7 +136,7 @@ void turn(const uint16_t* x, const float* cos, const float* sin, uint16_t* y, in
   }
 }
 
-float softmax(uint16_t* scores, int keys, int first, int last, float scale, float* spare) {
+float softmax(uint16_t* scores, int keys, int first, int last, float scale, float* scratch) {
   const int count = last - first + 1;
   uint16_t* seen = scores + first;
   float most[kLanes];
@@ -149,37 +149,37 @@ float softmax(uint16_t* scores, int keys, int first, int last, float scale, floa
   for (float value : most) largest = value > largest ? value : largest;
   float lanes[kLanes] = {};
   in_lanes(count, [&](int64_t i, int j) {
-    spare[i] = exponential((to_float(seen[i]) - largest) * scale);
-    lanes[j] += spare[i];
+    scratch[i] = exponential((to_float(seen[i]) - largest) * scale);
+    lanes[j] += scratch[i];
   });
   const float sum = total(lanes), inverse = 1.0f / sum;
   std::memset(scores, 0, sizeof(uint16_t) * size_t(first));
-  for (int i = 0; i < count; ++i) seen[i] = rounded(spare[i] * inverse);
+  for (int i = 0; i < count; ++i) seen[i] = rounded(scratch[i] * inverse);
   std::memset(seen + count, 0, sizeof(uint16_t) * size_t(keys - last - 1));
   return largest * scale + std::log(sum);
 }
 
 void softmax_grad(uint16_t* scores, uint16_t* dp, int keys, int first, int last, float scale, float log_sum,
-                  float* spare) {
+                  float* scratch) {
   const int count = last - first + 1;
   uint16_t *seen = scores + first, *gradient = dp + first;
   float lanes[kLanes] = {};
   in_lanes(count, [&](int64_t i, int j) {
-    spare[i] = exponential(to_float(seen[i]) * scale - log_sum);
-    lanes[j] += spare[i] * to_float(gradient[i]);
+    scratch[i] = exponential(to_float(seen[i]) * scale - log_sum);
+    lanes[j] += scratch[i] * to_float(gradient[i]);
   });
   const float mean = total(lanes);
   std::memset(scores, 0, sizeof(uint16_t) * size_t(first));
   std::memset(dp, 0, sizeof(uint16_t) * size_t(first));
   for (int i = 0; i < count; ++i) {
-    seen[i] = rounded(spare[i]);
-    gradient[i] = rounded(spare[i] * (to_float(gradient[i]) - mean) * scale);
+    seen[i] = rounded(scratch[i]);
+    gradient[i] = rounded(scratch[i] * (to_float(gradient[i]) - mean) * scale);
   }
   std::memset(seen + count, 0, sizeof(uint16_t) * size_t(keys - last - 1));
   std::memset(gradient + count, 0, sizeof(uint16_t) * size_t(keys - last - 1));
 }
 
-float cross_entropy(uint16_t* logits, int64_t size, int64_t target, float z, float* spare) {
+float cross_entropy(uint16_t* logits, int64_t size, int64_t target, float z, float* scratch) {
   float most[kLanes];
   for (float& value : most) value = -3.0e38f;
   in_lanes(size, [&](int64_t i, int j) {
@@ -188,22 +188,22 @@ float cross_entropy(uint16_t* logits, int64_t size, int64_t target, float z, flo
   });
   float largest = most[0];
   for (float value : most) largest = value > largest ? value : largest;
-  // Sums of stretches, added in double: 100,534 values in 32 float lanes would lose digits.
+  // Partial sums added in double: 100,534 values in 32 float lanes would lose precision.
   double sum = 0;
   constexpr int64_t kStretch = 4096;
   for (int64_t start = 0; start < size; start += kStretch) {
     float lanes[kLanes] = {};
     in_lanes(size - start < kStretch ? size - start : kStretch, [&](int64_t i, int j) {
-      spare[start + i] = exponential(to_float(logits[start + i]) - largest);
-      lanes[j] += spare[start + i];
+      scratch[start + i] = exponential(to_float(logits[start + i]) - largest);
+      lanes[j] += scratch[start + i];
     });
     sum += double(total(lanes));
   }
   const float log_sum = largest + float(std::log(sum));
   const float loss = log_sum - to_float(logits[target]) + z * log_sum * log_sum;
   const float by = float((1.0 + 2.0 * double(z) * double(log_sum)) / sum);
-  const float at_target = spare[target] * by - 1.0f;
-  for (int64_t i = 0; i < size; ++i) logits[i] = rounded(spare[i] * by);
+  const float at_target = scratch[target] * by - 1.0f;
+  for (int64_t i = 0; i < size; ++i) logits[i] = rounded(scratch[i] * by);
   logits[target] = rounded(at_target);
   return loss;
 }
@@ -211,7 +211,6 @@ float cross_entropy(uint16_t* logits, int64_t size, int64_t target, float z, flo
 }  // namespace
 
 namespace xv {
-extern const TrainingKernels XV_TRAINING;
 const TrainingKernels XV_TRAINING = {add, accumulate, norm, norm_grad, silu_mul_grad,
-                                     turn, softmax, softmax_grad, cross_entropy};
+                                     rotate, softmax, softmax_grad, cross_entropy};
 }  // namespace xv

@@ -1,9 +1,10 @@
-// Attention of training in bfloat16, forward and backward, for x86 with AVX-512 BF16: blocks of queries by blocks of
-// keys, with a running softmax (FlashAttention-2, Dao, 2023, arXiv:2307.08691). One call computes one head, so that
-// every sum has one owner and one order, whatever the number of threads.
+// Attention for training in bfloat16, forward and backward, for x86 with AVX-512 BF16: blocks of queries by blocks of
+// keys with an online softmax (FlashAttention-2, Dao, 2023, arXiv:2307.08691). One call computes one head, so that the
+// order of every sum is the same for any number of threads.
 //
-// Scores lie transposed, keys by queries: a query is a lane, and softmax needs no sum across lanes. In each product one
-// side is broadcast pair by pair of bfloat16, the other lies in the lanes; both are pairs along what is summed over.
+// Scores are transposed, [keys, queries]: each lane holds a query, and softmax needs no sum across lanes. In each
+// product one operand is broadcast as pairs of bfloat16, the other is in the lanes; pairs are along the summed
+// dimension.
 #if defined(__x86_64__)
 #include "training.h"
 
@@ -19,12 +20,12 @@ using namespace xv;
 
 constexpr int kSide = 64;           // queries, and keys, of a block
 constexpr int kVectors = kSide / 16;
-constexpr int kRows = 6;            // rows of a product: with four registers of lanes, 24 sums
+constexpr int kRows = 6;            // rows of a product: 24 sums with four registers of lanes
 constexpr float kLog2e = 1.44269504f;
-constexpr float kHidden = -1e30f;   // a masked score; times anything sensible it is far below kLowest
-constexpr float kLowest = -1e20f;   // where the running maximum begins
+constexpr float kHidden = -1e30f;   // a masked score; times any sensible scale it is far below kLowest
+constexpr float kLowest = -1e20f;   // initial running maximum
 
-// 2^x, relative error 4e-6: 0 far below, infinite far above, NaN stays NaN.
+// 2^x with a relative error of 4e-6; underflows to 0, overflows to infinity, NaN stays NaN.
 inline __m512 exp2_of(__m512 x) {
   const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 to 1
   __m512 y = _mm512_set1_ps(1.35341679e-02f);
@@ -32,7 +33,7 @@ inline __m512 exp2_of(__m512 x) {
   y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(2.41442754e-01f));
   y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.93003836e-01f));
   y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.00000259e+00f));
-  return _mm512_scalef_ps(y, x);  // rounds x down itself
+  return _mm512_scalef_ps(y, x);  // scalef rounds x down
 }
 
 // sums[r] += over steps: pair r of this step, broadcast, times the step's pairs in the lanes.
@@ -58,7 +59,7 @@ inline void multiply(const void* pairs, int64_t row_stride, int64_t step_stride,
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
-// body(row, rows) over 0..count, a multiple of 16: runs of 6 rows, then of 4.
+// Calls body(row, rows) for 0 to count - 1, count a multiple of 16: runs of 6 rows, then of 4.
 template <class Body>
 inline void by_rows(int count, const Body& body) {
   int row = 0;
@@ -94,7 +95,7 @@ inline __m512i row_or_zeros(const uint16_t* rows, int row, int count, int width,
   return row < count ? _mm512_loadu_si512(rows + int64_t(row) * width + at) : _mm512_setzero_si512();
 }
 
-// `count` rows to lanes [kDim / 2][kVectors]: pairs along the row; zeros for rows that are not there.
+// `count` rows to lanes [kDim / 2][kVectors]: pairs along the row; zeros for missing rows.
 template <int kDim>
 inline void to_lanes(const uint16_t* rows, int count, __m512i* lanes) {
   for (int v = 0; v < kVectors; ++v)
@@ -106,7 +107,7 @@ inline void to_lanes(const uint16_t* rows, int count, __m512i* lanes) {
     }
 }
 
-// `count` rows to [kSide / 2][kDim / 16]: pairs of two rows.
+// `count` rows to [kSide / 2][kDim / 16]: pairs of adjacent rows.
 template <int kDim>
 inline void to_pairs(const uint16_t* rows, int count, __m512i* pairs) {
   alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -122,7 +123,7 @@ inline void to_pairs(const uint16_t* rows, int count, __m512i* pairs) {
 
 inline __m512i round_two(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// sums [kDim][kVectors], queries in the lanes, times `by`, to `count` rows of bfloat16.
+// sums [kDim][kVectors], queries in the lanes, times `by`, to `count` bfloat16 rows.
 template <int kDim>
 inline void from_lanes(const __m512* sums, const __m512 (&by)[kVectors], int count, uint16_t* rows) {
   for (int v = 0; v < kVectors; ++v)
@@ -138,7 +139,7 @@ inline void from_lanes(const __m512* sums, const __m512 (&by)[kVectors], int cou
     }
 }
 
-// Which of a block's queries see which keys: from starts[query] to the query itself.
+// Which queries of a block see which keys: those from starts[query] to the query itself.
 struct Mask {
   __m512i starts[kVectors], queries[kVectors];
   int least, most;  // of the starts
@@ -164,7 +165,7 @@ struct Mask {
   }
 };
 
-// body(first vector) with the number of vectors known: on the diagonal the queries before a key are left out.
+// Calls body(first vector) with a constant: on the diagonal, queries before the key are skipped.
 template <class Body>
 inline void from_vector(bool diagonal, int row, const Body& body) {
   const int first = diagonal ? row / 16 : 0;
@@ -173,7 +174,7 @@ inline void from_vector(bool diagonal, int row, const Body& body) {
   else if (first == 1)
     body(Constant<1>());
   else
-    body(Constant<2>());  // fewer than two vectors would wait for the sums
+    body(Constant<2>());  // with one vector the latency of the sums would be the limit
 }
 
 // Sums [kDim][kVectors] = by * sums + `pairs` [kSide / 2][kDim], broadcast, times weights [kSide / 2][kVectors].
@@ -205,7 +206,7 @@ inline void add_values(const __m512i* pairs, const __m512i* weights, const __m51
 
 inline int at_most(int value, int limit) { return value < limit ? value : limit; }
 
-// Rows of a block, from a copy with zeros below where some are not there.
+// The rows of a block; if some are missing, a copy padded with zeros.
 template <int kDim>
 inline const uint16_t* whole(const uint16_t* rows, int count, uint16_t* copy) {
   if (count >= kSide) return rows;
@@ -218,7 +219,7 @@ template <int kDim>
 void forward(const uint16_t* q, const uint16_t* k, const uint16_t* v, const int32_t* starts, uint16_t* out,
              float* log_sums, int length, float scale, void* memory) {
   const __m512 unit = _mm512_set1_ps(scale * kLog2e);
-  constexpr int kBlock = kSide / 2 * kDim / 16;  // registers of a packed block
+  constexpr int kBlock = kSide / 2 * kDim / 16;  // vectors of a packed block
   auto* values = static_cast<__m512i*>(memory);
   for (int at = 0; at < length; at += kSide)
     to_pairs<kDim>(v + int64_t(at) * kDim, length - at, values + at / kSide * kBlock);
@@ -314,13 +315,13 @@ inline void save_rows(const __m512* sums, float by, int count, uint16_t* rows) {
                         round_two(_mm512_mul_ps(sums[2 * i], scale), _mm512_mul_ps(sums[2 * i + 1], scale)));
 }
 
-// What the backward pass keeps of a block of queries.
+// What the backward pass keeps for a block of queries.
 template <int kDim>
 struct Block {
   static constexpr int kSize = kSide / 2 * kDim / 16;
   __m512i query_lanes[kSize], query_pairs[kSize], grad_lanes[kSize], grad_pairs[kSize];
   __m512 sums[kDim * kVectors];                 // of dq, queries in the lanes
-  __m512 log_sums[kVectors], means[kVectors];   // in powers of two; the sum over keys of p * dp
+  __m512 log_sums[kVectors], means[kVectors];   // log_sums: base 2; means: the sum over keys of p * dp
 };
 
 template <int kDim>
@@ -429,7 +430,6 @@ int64_t backward_bytes(int length) {
 }  // namespace
 
 namespace xv {
-extern const TrainingAttention kTrainingAttention64, kTrainingAttention128;
 const TrainingAttention kTrainingAttention64 = {forward<64>, backward<64>, forward_bytes<64>, backward_bytes<64>};
 const TrainingAttention kTrainingAttention128 = {forward<128>, backward<128>, forward_bytes<128>,
                                                    backward_bytes<128>};

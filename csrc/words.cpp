@@ -1,4 +1,4 @@
-// Texts to words, words to files of counts: bounded memory, sorted runs on the disk (see words.h).
+// Counting the words of texts in bounded memory: sorted run files on the disk, merged later (words.h).
 #include "words.h"
 
 #include <fcntl.h>
@@ -9,6 +9,7 @@
 #include <new>
 
 #include "split.h"
+#include "xverse_tokenizer.h"
 
 namespace xv {
 
@@ -24,7 +25,7 @@ bool WordReader::next() {
     end_ -= at_, at_ = 0;
     end_ += std::fread(buffer_.data() + end_, 1, buffer_.size() - kLongestRecord - end_, file_.get());
     if (std::ferror(file_.get())) throw Failure{EIO};
-    std::memset(buffer_.data() + end_, 0, kLongestRecord);  // an ill-formed end is read as zeros, not beyond
+    std::memset(buffer_.data() + end_, 0, kLongestRecord);  // a malformed end reads as zeros, not beyond the buffer
   }
   if (at_ == end_) return false;
   uint64_t size;
@@ -108,11 +109,11 @@ bool WordMerge::next() {
   return true;
 }
 
-// Counts words in a hash table; writes it out, sorted, as PREFIX.0, PREFIX.1, … whenever it is full.
+// Counts words in a hash table; whenever it is full, writes it, sorted, to PREFIX.0, PREFIX.1, …
 struct Counter {
   struct Slot {
     uint64_t hash;
-    uint32_t offset;  // into `bytes`, plus 1; 0: empty
+    uint32_t offset;  // into `bytes`, plus 1; 0: an empty slot
     uint32_t count;
   };
 
@@ -192,7 +193,7 @@ struct Counter {
   int64_t words = 0, long_words = 0, runs = 0;
 };
 
-// The number of errno that `body` failed with, 0 where it did not.
+// Runs `body`; returns 0, or the errno of its failure.
 template <class Body>
 int guard(const Body& body) {
   try {
@@ -211,16 +212,14 @@ using namespace xv;
 
 extern "C" {
 
-// Null where memory is short. Run files are PREFIX.0, PREFIX.1, …; about `memory` bytes are used.
 Counter* xvt_counter(const char* prefix, int64_t memory) {
-  Counter* made = nullptr;
-  guard([&] { made = new Counter(prefix, memory); });
-  return made;
+  Counter* counter = nullptr;
+  guard([&] { counter = new Counter(prefix, memory); });
+  return counter;
 }
 
 void xvt_counter_free(Counter* counter) { delete counter; }
 
-// Counts the words of documents in valid UTF-8: document i ends at ends[i]. Returns errno's number or 0.
 int xvt_counter_add(Counter* counter, const uint8_t* text, const int64_t* ends, int64_t documents) {
   return guard([&] {
     int64_t begin = 0;
@@ -230,15 +229,13 @@ int xvt_counter_add(Counter* counter, const uint8_t* text, const int64_t* ends, 
   });
 }
 
-// Writes what is left and tells [words, words left out for their length, run files].
-int xvt_counter_finish(Counter* counter, int64_t* told) {
+int xvt_counter_finish(Counter* counter, int64_t* totals) {
   return guard([&] {
     counter->spill();
-    told[0] = counter->words, told[1] = counter->long_words, told[2] = counter->runs;
+    totals[0] = counter->words, totals[1] = counter->long_words, totals[2] = counter->runs;
   });
 }
 
-// Where a text's words begin and end, in bytes (room for one per byte). Returns how many.
 int64_t xvt_word_bounds(const uint8_t* text, int64_t size, int64_t* begins, int64_t* ends) {
   int64_t count = 0;
   each_word<Split::kTraining>(text, size_t(size), classes(), [&](const uint8_t* word, size_t length) {
@@ -247,18 +244,16 @@ int64_t xvt_word_bounds(const uint8_t* text, int64_t size, int64_t* begins, int6
   return count;
 }
 
-// Files of counted words into one; tells [different words, occurrences, bytes].
-int xvt_merge_words(const char* const* paths, int files, const char* target, int64_t* told) {
+int xvt_merge_words(const char* const* paths, int files, const char* target, int64_t* totals) {
   return guard([&] {
     WordMerge merge(paths, nullptr, files);
     WordWriter writer(target);
     while (merge.next()) writer.put(merge.record.word, merge.record.size, merge.record.count);
     writer.finish();
-    told[0] = writer.records, told[1] = writer.occurrences, told[2] = writer.bytes;
+    totals[0] = writer.records, totals[1] = writer.occurrences, totals[2] = writer.bytes;
   });
 }
 
-// Adds to counts[code point] how often each character stands in the words of a file, times the multiplier.
 int xvt_count_characters(const char* path, int64_t multiplier, int64_t* counts) {
   return guard([&] {
     WordReader reader(path);
@@ -271,8 +266,6 @@ int xvt_count_characters(const char* path, int64_t multiplier, int64_t* counts) 
   });
 }
 
-// Items one after the other (of xverse bench's made text): item i of `bytes` stands at starts[i] … starts[i + 1] - 1.
-// `target` has room for `room` bytes. Returns how many were written; an item that does not fit ends it.
 int64_t xvt_concatenate(const uint8_t* bytes, const int64_t* starts, const int32_t* chosen, int64_t count,
                         uint8_t* target, int64_t room) {
   int64_t used = 0;

@@ -1,7 +1,7 @@
-// Words (pre-tokens of XVERSE's structure) and files of counted words.
+// Words (XVERSE's pre-tokens) and files of counted words.
 //
-// A file is a plain sequence of records, sorted by (hash of the word, word), each word once:
-//   length (varint), count (varint), the word's bytes in UTF-8 with plain spaces
+// A file is a sequence of records, one for each word, sorted by (hash of the word, word):
+//   length (varint), count (varint), the word in UTF-8 with plain spaces
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace xv {
 
-constexpr size_t kLongestWord = 16384;  // bytes; longer ones are no words of any language and are left out
+constexpr size_t kLongestWord = 16384;  // bytes; longer ones are not words of any language and are dropped
 
 inline uint64_t mix(uint64_t a, uint64_t b) {
   const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
@@ -69,7 +69,7 @@ inline int compare(const Record& a, const Record& b) {
   return order != 0 ? order : a.size < b.size ? -1 : a.size > b.size;
 }
 
-// Reads a file of counted words; throws Failure(errno) or Failure(EBADMSG) for an ill-formed one.
+// Reads a file of counted words. Throws Failure(errno), or Failure(EBADMSG) for a malformed file.
 class WordReader {
  public:
   explicit WordReader(const char* path);
@@ -90,7 +90,7 @@ class WordWriter {
   explicit WordWriter(const char* path);
   ~WordWriter();
   void put(const uint8_t* word, size_t size, uint64_t count);
-  void finish();  // on the disk when it returns
+  void finish();  // returns when the file is on the disk
   int64_t records = 0, occurrences = 0, bytes = 0;
 
  private:
@@ -100,7 +100,7 @@ class WordWriter {
   size_t used_ = 0;
 };
 
-// One sorted stream out of many; counts of equal words add up, each file's times its multiplier.
+// Merges sorted files to one sorted stream; counts of equal words add up, each file's times its multiplier.
 class WordMerge {
  public:
   WordMerge(const char* const* paths, const int64_t* multipliers, int files);
@@ -118,7 +118,7 @@ class WordMerge {
 };
 
 struct Failure {
-  int number;  // of errno
+  int number;  // errno
 };
 
 }  // namespace xv

@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests use the CPU and loopback alone; real data comes through ``test_data`` only."""
+"""Shared fixtures. Tests use the CPU and loopback only; real data comes from ``test_data``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-# Set before torch or huggingface_hub is imported anywhere; subprocesses that tests start inherit it.
+# Set before torch or huggingface_hub is imported; subprocesses of tests inherit it.
 _hf_home = tempfile.mkdtemp(prefix="xverse-tests-hf-")
 atexit.register(shutil.rmtree, _hf_home, ignore_errors=True)
 os.environ["HF_HOME"] = _hf_home
@@ -22,36 +22,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 ROOT = Path(__file__).resolve().parent.parent
-# The one place that knows where real data stands when XVERSE_TEST_DATA does not say.
-DEFAULT_TEST_DATA = ROOT.parent / "shared" / "data"
-
-
-# Files in which few tests take long. Several workers take whole files: begun last, one of these would let the
-# others wait for it.
-LONGEST = (
-    "serve/test_image.py",
-    "train/test_layouts.py",
-    "serve/test_page.py",
-    "serve/test_page_turns.py",
-    "finetune/test_distributed.py",
-    "test_wheel.py",
-    "train/test_optimizer.py",
-    "train/test_resume.py",
-    "data/test_duplicates.py",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        file = item.path.relative_to(ROOT / "tests").as_posix()
-        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
-
-    items.sort(key=place)
+    """Start files marked ``slow`` first: workers take whole files, and would wait for one begun last."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _loopback_only() -> Iterator[None]:
-    """Refuse every connection and name look-up that would leave this machine."""
+    """Refuse connections and name look-ups that leave this machine."""
     patch = pytest.MonkeyPatch()
     connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
 
@@ -59,7 +39,7 @@ def _loopback_only() -> Iterator[None]:
         host = address[0] if isinstance(address, tuple) else "localhost"  # a path is a Unix socket
         host = host.decode() if isinstance(host, bytes) else host
         if not (host in (None, "", "localhost", "::1", "0.0.0.0", "::") or host.startswith("127.")):
-            raise OSError(f"tests use no network, but something wants to reach {host}")
+            raise OSError(f"tests must not use the network; tried to reach {host}")
 
     def guarded_connect(self: socket.socket, address: Any) -> None:
         check(address)
@@ -82,16 +62,18 @@ def _loopback_only() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of real data sets; skips where there is none."""
-    path = Path(os.environ.get("XVERSE_TEST_DATA") or DEFAULT_TEST_DATA)
-    if not path.is_dir():
-        pytest.skip(f"no real data at {path}; set XVERSE_TEST_DATA to the folder that holds it")
+    """The folder of real data sets that XVERSE_TEST_DATA names; skips without one."""
+    name = os.environ.get("XVERSE_TEST_DATA")
+    if not name:
+        pytest.skip("needs real data: set XVERSE_TEST_DATA to its folder")
+    path = Path(name)
+    assert path.is_dir(), f"XVERSE_TEST_DATA: {path} is not a folder"
     return path
 
 
 @pytest.fixture(scope="session")
 def tiny_texts() -> list[str]:
-    """Some lines in each of about twenty languages, and a little code."""
+    """Lines in about twenty languages, and some code."""
     return (ROOT / "tests" / "tiny_corpus.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -119,7 +101,7 @@ def tiny_config(tiny_tokenizer: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def wide_config(tiny_tokenizer: Any) -> Any:
-    """An ``XverseConfig`` of 2 layers whose sizes groups of 128 divide."""
+    """An ``XverseConfig`` of 2 layers whose sizes are multiples of 128."""
     from xverse.model.config import XverseConfig
 
     return XverseConfig(
@@ -134,7 +116,7 @@ def wide_config(tiny_tokenizer: Any) -> Any:
 
 @pytest.fixture
 def tiny_model(tiny_config: Any) -> Any:
-    """``XverseForCausalLM`` of 2 layers in float32, the same random weights each time."""
+    """``XverseForCausalLM`` of 2 layers in float32 with fixed random weights."""
     from xverse.model.transformer import XverseForCausalLM, init_weights
 
     model = XverseForCausalLM(tiny_config)
@@ -144,7 +126,7 @@ def tiny_model(tiny_config: Any) -> Any:
 
 @pytest.fixture
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 kB, or of the size that the test asks for, where this may be mounted."""
+    """A file system of 600 kB, or of the size in the test's parameter; skips where mounting is refused."""
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '600k')}", "tmpfs", str(path)]

@@ -1,7 +1,8 @@
-"""Completion scripts follow the parsers, and the bash one works in a real bash."""
+"""Completion scripts follow the parsers and work in the real shells that are installed."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,6 +61,25 @@ def test_other_shells_name_every_verb_and_flag(shell: str, capsys: pytest.Captur
     if shutil.which(shell):
         check = subprocess.run([shell, "-n"], input=program, capture_output=True, text=True)
         assert check.returncode == 0, check.stderr
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh here")
+def test_zsh_registers_when_sourced(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(script("zsh", capsys))
+    line = "autoload -Uz compinit; compinit -u -D; source ./script; echo $_comps[xverse]"
+    check = subprocess.run(["zsh", "-f", "-c", line], capture_output=True, text=True, cwd=tmp_path)
+    assert (check.stdout, check.stderr) == ("_shtab_xverse\n", "")
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="no fish here")
+def test_fish_offers_choices(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(script("fish", capsys))
+    line = 'source ./script; complete -C "xverse export --format "'
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    check = subprocess.run(
+        ["fish", "-c", line], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert [row.split("\t")[0] for row in check.stdout.splitlines()] == ["hf", "llama", "gguf"]
 
 
 def test_unknown_shell(capsys: pytest.CaptureFixture[str]) -> None:

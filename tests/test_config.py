@@ -70,7 +70,12 @@ def test_off_is_a_word_where_it_is_a_choice() -> None:
     [
         ({"sede": 1}, "r.yaml: unknown key 'sede'; did you mean 'seed'?"),
         ({"qqqq": 1}, "r.yaml: unknown key 'qqqq'"),
-        ({"schedule": {"step": 1}}, "r.yaml: schedule: unknown key 'step'; did you mean 'steps'?"),
+        ({"schedule": {"step": 1}}, "r.yaml: unknown key 'schedule.step'; did you mean 'steps'?"),
+        (
+            {"sede": 1, "schedule": {"step": 1, "qqqq": 2}},
+            "r.yaml: unknown keys 'schedule.step' (did you mean 'steps'?), 'schedule.qqqq', "
+            "'sede' (did you mean 'seed'?)",
+        ),
         ({"schedule": {}}, "r.yaml: schedule: missing key 'steps'"),
         ({"schedule": 5}, "r.yaml: schedule: expected a mapping, found int"),
         ({"schedule": {"steps": "ten"}}, "r.yaml: schedule: steps: expected int, found str 'ten'"),
@@ -101,9 +106,11 @@ def test_load_with_overrides(tmp_path: Path) -> None:
     assert recipe.languages == ["zh"]
     assert recipe.weights == {"zh": 2.0}
     assert recipe.out == Path("~/x").expanduser()
+    assert load(Recipe, path, ["seed=1"], {"seed": 2}).seed == 2
     for override, said in {
         "schedule.stps=5": "did you mean 'steps'?",
-        "steps": "an override is written key=value",
+        "steps": "expected key=value",
+        "seed=[1": "not valid YAML",
         "out.x=1": "'out' is not a section",
     }.items():
         with pytest.raises(UserError, match=re.escape(said)):

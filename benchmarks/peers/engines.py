@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class Xverse:
     def __init__(self, path: str, weights: str, threads: int, tokens: int) -> None:
         import torch
 
-        from xverse.bench.infer import placeholder_tokenizer
+        from xverse.bench.weights import placeholder_tokenizer
         from xverse.engine import Engine
         from xverse.engine.cache import position_bytes
         from xverse.formats import load_model
@@ -61,11 +62,10 @@ class Xverse:
         self._handles: list[int] = []
 
     def start(self, prompts: Prompts) -> float:
-        from xverse.engine import Request, Sampling
+        from xverse.engine import Request, SamplingParams
 
         requests = [
-            Request(prompt_ids=ids, max_new_tokens=400, sampling=Sampling(temperature=0), stop_ids=())
-            for ids in prompts
+            Request(prompt_ids=ids, sampling=SamplingParams.greedy(400), stop_ids=()) for ids in prompts
         ]
         begin = time.perf_counter()
         self._handles = [self._engine.submit(request) for request in requests]
@@ -245,4 +245,8 @@ class Transformers:
             return self._model(torch.tensor([prompt])).logits[0, -1].tolist()
 
 
-ENGINES = {"xverse": Xverse, "llama.cpp": LlamaCpp, "transformers": Transformers}
+ENGINES: dict[str, Callable[[str, str, int, int], Runner]] = {
+    "xverse": Xverse,
+    "llama.cpp": LlamaCpp,
+    "transformers": Transformers,
+}

@@ -7,22 +7,29 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from xverse import hardware
-from xverse.bench.report import Row, at_least, finish, show
-from xverse.config import UserError
+from xverse.bench.report import Row, at_least, show
 from xverse.log import notice
 
 TARGET = 5.0
 TOLERANCE = 1e-3  # of a log-probability: float32, sums in another order
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="nano", help="nano or a model directory")
+    parser.add_argument("--data-dir", required=True, help="the folder with mmlu/")
+    parser.add_argument("--questions", type=int, default=400, help="of about eight subjects")
+    parser.add_argument("--batch-size", type=int, default=16, help="of the harness")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of both (default: all cores)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     from lm_eval.api.instance import Instance
@@ -30,27 +37,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import xverse  # noqa: F401 - registers the Auto classes
     from xverse.eval.backends import EngineBackend
-    from xverse.eval.run import plan
-    from xverse.eval.scoring import answers, ask
+    from xverse.eval.run import load_benchmarks
+    from xverse.eval.scoring import make_prompts, score_prompts
     from xverse.formats import resolve
 
-    threads = arguments.threads or hardware.cores().usable
+    threads = args.threads or hardware.cores().usable
     torch.set_num_threads(threads)
-    (mmlu,) = plan(["mmlu"], Path(arguments.data_dir))
-    subjects, left = [], arguments.questions
+    (mmlu,) = load_benchmarks(["mmlu"], Path(args.data_dir))
+    subjects, left = [], args.questions
     for subject in mmlu.subjects[:: max(1, len(mmlu.subjects) // 8)]:
         if left > 0:
             subjects.append(replace(subject, questions=subject.questions[:left]))
             left -= len(subject.questions)
-    path = resolve(arguments.model)
-    theirs = HFLM(pretrained=str(path), dtype="float32", batch_size=arguments.batch_size, device="cpu")
+    path = resolve(args.model)
+    theirs = HFLM(pretrained=str(path), dtype="float32", batch_size=args.batch_size, device="cpu")
     rates: dict[str, list[float]] = {"xverse": [], "lm-evaluation-harness": []}
-    for number in range(arguments.rounds):
-        notice(f"evaluation: round {number + 1} of {arguments.rounds}")
+    for number in range(args.rounds):
+        notice(f"evaluation: round {number + 1} of {args.rounds}")
         ours = EngineBackend.load(str(path), quantize=None, threads=threads)  # nothing is known from before
         begin = time.perf_counter()
-        asked = [ask(ours, mmlu.benchmark, subject, 5) for subject in subjects]
-        found = [each for subject in asked for each in answers(ours, subject)]
+        asked = [make_prompts(ours, mmlu.benchmark, subject, 5) for subject in subjects]
+        found = [each for subject in asked for each in score_prompts(ours, subject)]
         rates["xverse"].append(len(found) / (time.perf_counter() - begin))
         requests = [
             Instance("loglikelihood", {}, (each.prompt, f" {letter}"), index)
@@ -74,11 +81,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     result = {
         "bench": "evaluation",
-        "model": arguments.model,
+        "model": args.model,
         "questions": len(found),
         "tokens_per_prompt": round(statistics.mean(each.tokens for each in found)),
         "threads": threads,
-        "batch_size": arguments.batch_size,
+        "batch_size": args.batch_size,
         "questions_per_second": {name: [round(rate, 2) for rate in values] for name, values in rates.items()},
         "ratio": round(ratio, 2),
         "same_predictions": same,
@@ -86,7 +93,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "largest_difference": worst,
     }
     show(
-        f"MMLU, 5-shot, {arguments.model}, {len(found)} questions, {threads} threads",
+        f"MMLU, 5-shot, {args.model}, {len(found)} questions, {threads} threads",
         [
             *(Row(name, f"{statistics.median(values):.2f} questions/s") for name, values in rates.items()),
             Row("ratio", f"{ratio:.2f} ×", at_least(TARGET, ratio, "×")),
@@ -95,23 +102,3 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ],
     )
     return result
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="nano", help="nano or a model directory (default: nano)")
-    parser.add_argument("--data-dir", required=True, help="the folder with mmlu/")
-    parser.add_argument("--questions", type=int, default=400, help="of about eight subjects (default: 400)")
-    parser.add_argument("--batch-size", type=int, default=16, help="of the harness (default: 16)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of both (default: all cores)")
-    try:
-        finish(run(parser.parse_args()))
-    except UserError as error:
-        print(f"evaluation: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

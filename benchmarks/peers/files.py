@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from xverse.bench.infer import placeholder_tokenizer
-from xverse.bench.load import make_weights
+from benchmarks.studies.common import make_weights
+from xverse.bench.weights import placeholder_tokenizer
 from xverse.config import UserError
 from xverse.formats import load_model
 from xverse.formats.gguf import save_gguf

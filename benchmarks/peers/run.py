@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import files
 import numpy as np
 
+from benchmarks.peers import files
+from benchmarks.studies.common import ROOT
 from xverse import hardware
-from xverse.bench.report import Row, finish, show
+from xverse.bench.report import Row, show
 from xverse.config import UserError, choose
 from xverse.log import notice
 from xverse.model import SHAPES
 
-HERE = Path(__file__).resolve().parent
 TOKENS = 4096  # of the caches
 BATCH, BATCH_CONTEXT = 8, 64
 
@@ -58,10 +58,11 @@ class Worker:
         self.name = f"{kind} {weights}"
         arguments = [kind, str(path), weights, str(threads), str(TOKENS)]
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), *arguments],
+            [sys.executable, "-m", "benchmarks.peers.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            cwd=ROOT,
         )
         self.about = self._answer()
 
@@ -226,50 +227,39 @@ def rows(name: str, result: dict[str, Any]) -> Iterator[Row]:
             yield Row(f"logits of {engine}", f"cosine with ours {found['same_logits']:.4f}", found["notes"])
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = choose("shape", arguments.shape, SHAPES)
-    names = arguments.only or list(PARTS)
-    threads = arguments.threads or hardware.cores().usable
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", default="7b", help="a named shape")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="some parts (default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="of every engine")
+    parser.add_argument("--threads", type=int, help="of every engine (default: all cores)")
+    parser.add_argument("--work-dir", help="where the weights are made (default: $TMPDIR); 7b: 31 GB")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    config = choose("shape", args.shape, SHAPES)
+    names = args.only or list(PARTS)
+    threads = args.threads or hardware.cores().usable
     kinds = [weights for name in names for kind, weights in PARTS[name].peers if kind == "llama.cpp"]
-    parent = Path(arguments.work_dir or tempfile.gettempdir())
+    parent = Path(args.work_dir or tempfile.gettempdir())
     if not parent.is_dir():
         raise UserError(f"{parent}: no such directory")
     files.need_disk(parent, config, kinds)
     result: dict[str, Any] = {
         "bench": "peers",
-        "shape": arguments.shape,
+        "shape": args.shape,
         "threads": threads,
-        "rounds": arguments.rounds,
+        "rounds": args.rounds,
         "parts": {},
     }
     with tempfile.TemporaryDirectory(prefix="xverse-peers-", dir=parent) as name:
         folder = Path(name)
         source = files.make(config, folder, kinds)
         for part in names:
-            found = measure(PARTS[part], source, folder, threads, arguments.rounds, config.vocab_size)
+            found = measure(PARTS[part], source, folder, threads, args.rounds, config.vocab_size)
             result["parts"][part] = found
             show(
-                f"{arguments.shape} {part}, {threads} threads, medians of {arguments.rounds}",
+                f"{args.shape} {part}, {threads} threads, medians of {args.rounds}",
                 rows(part, found),
             )
             print(flush=True)
     return result
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", default="7b", help="a named shape (default: 7b)")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="some parts (default: all)")
-    parser.add_argument("--rounds", type=int, default=3, help="of every engine (default: 3)")
-    parser.add_argument("--threads", type=int, help="of every engine (default: all cores)")
-    parser.add_argument("--work-dir", help="where the weights are made (default: $TMPDIR); 7b: 31 GB")
-    try:
-        finish(run(parser.parse_args()))
-    except UserError as error:
-        print(f"peers: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

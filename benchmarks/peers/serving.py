@@ -6,18 +6,15 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import files
-from run import Worker, working
-
+from benchmarks.peers import files
+from benchmarks.peers.run import Worker, working
 from xverse import hardware
 from xverse.bench import serve
-from xverse.bench.infer import placeholder_tokenizer
-from xverse.bench.report import finish
+from xverse.bench.weights import placeholder_tokenizer
 from xverse.config import UserError, choose
 from xverse.formats.quantize import quantize_directory
 from xverse.log import notice
@@ -27,10 +24,17 @@ from xverse.quant.quantizer import QuantSettings
 CLIENTS, NEW_TOKENS = 8, 64
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = choose("shape", arguments.shape, SHAPES)
-    threads = arguments.threads or hardware.cores().usable
-    parent = Path(arguments.work_dir or tempfile.gettempdir())
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", default="7b", help="a named shape")
+    parser.add_argument("--rounds", type=int, default=3, help="of each of the three")
+    parser.add_argument("--threads", type=int, help="of each of them (default: all cores)")
+    parser.add_argument("--work-dir", help="where the weights are made (default: $TMPDIR); 7b: 31 GB")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    config = choose("shape", args.shape, SHAPES)
+    threads = args.threads or hardware.cores().usable
+    parent = Path(args.work_dir or tempfile.gettempdir())
     if not parent.is_dir():
         raise UserError(f"{parent}: no such directory")
     files.need_disk(parent, config, ["Q4_0"])
@@ -42,15 +46,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         quantize_directory(source, folder / "int4", placeholder_tokenizer(config.vocab_size), settings)
         shutil.rmtree(source)
         with working("llama.cpp", "Q4_0", folder, threads) as worker:
-            found = serve.run(
+            found = serve.measure(
                 str(folder / "int4"),
                 clients=CLIENTS,
                 new_tokens=NEW_TOKENS,
-                rounds=arguments.rounds,
+                rounds=args.rounds,
                 threads=threads,
                 peer=lambda prompts, new_tokens: _decode(worker, prompts, new_tokens),
             )
-    return {**found, "model": f"random {arguments.shape} INT4", "threads": threads, "peer": "llama.cpp Q4_0"}
+    return {**found, "model": f"random {args.shape} INT4", "threads": threads, "peer": "llama.cpp Q4_0"}
 
 
 def _decode(worker: Worker, prompts: list[list[int]], new_tokens: int) -> float:
@@ -58,21 +62,3 @@ def _decode(worker: Worker, prompts: list[list[int]], new_tokens: int) -> float:
     seconds = worker.ask("decode", steps=new_tokens - 1)["seconds"]
     worker.ask("stop")
     return len(prompts) * (new_tokens - 1) / seconds
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", default="7b", help="a named shape (default: 7b)")
-    parser.add_argument("--rounds", type=int, default=3, help="of each of the three (default: 3)")
-    parser.add_argument("--threads", type=int, help="of each of them (default: all cores)")
-    parser.add_argument("--work-dir", help="where the weights are made (default: $TMPDIR); 7b: 31 GB")
-    try:
-        finish(run(parser.parse_args()))
-    except UserError as error:
-        print(f"peers: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,21 +9,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
-
-
-def resident() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) * 1024
 
 
 def main() -> None:
     # Whatever the libraries print must not stand between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    from xverse.hardware import process_memory
+
     kind, path, weights, threads, tokens = sys.argv[1:]
-    from engines import ENGINES, Runner
+    from benchmarks.peers.engines import ENGINES, Runner
 
     engine: Runner = ENGINES[kind](path, weights, int(threads), int(tokens))
 
@@ -42,7 +38,7 @@ def main() -> None:
         if order["do"] == "start":
             answer({"seconds": engine.start(order["prompts"])})
         elif order["do"] == "decode":
-            answer({"seconds": engine.decode(order["steps"]), "resident": resident()})
+            answer({"seconds": engine.decode(order["steps"]), "resident": process_memory("VmRSS")})
         elif order["do"] == "logits":
             answer({"logits": engine.logits(order["prompt"])})
         else:

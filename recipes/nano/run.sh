@@ -5,7 +5,7 @@
 #
 # CORPUS  folder of {language}.jsonl(.gz) files with {"text": …, "lang": …} lines
 # SFT     folder of alpaca, sharegpt or messages files
-# OUT     folder of the run; started again, a run that was killed goes on where it stood
+# OUT     folder of the run; run again after an interruption, it resumes
 set -euo pipefail
 if (($# < 3 || $# > 4)); then
   sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
@@ -20,5 +20,6 @@ xverse=$(command -v .venv/bin/xverse || command -v xverse) || {
 
 "$xverse" data prepare recipes/nano/data.yaml corpus="$corpus" out="$out/data"
 "$xverse" pretrain recipes/nano/pretrain.yaml shape="$shape" data="$out/data" out="$out/pretrain"
-"$xverse" finetune recipes/nano/sft.yaml model="$out/pretrain/model" datasets.0.path="$sft" out="$out/sft"
-echo "xverse chat --model $out/sft/model"
+"$xverse" finetune recipes/nano/sft.yaml model_name_or_path="$out/pretrain/model" \
+  dataset.0.name="$sft" output_dir="$out/sft"
+echo "xverse chat --model $out/sft"

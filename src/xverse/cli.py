@@ -1,7 +1,7 @@
-"""The command line: ``xverse VERB``. Only the chosen verb's module is imported, so help comes at once.
+"""The command line: ``xverse VERB``. Only the module of the chosen verb is imported, so that help is fast.
 
-Each module in ``xverse.commands`` has ``HELP`` (one line), ``arguments(parser)`` and ``run(args) -> int``,
-and imports what is heavy inside ``run``.
+``VERBS`` gives each verb's help line. Each module in ``xverse.commands`` has ``arguments(parser)`` and
+``run(args) -> exit code``, and imports heavy modules inside ``run``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from xverse import __version__
@@ -21,7 +21,7 @@ VERBS = {
     "chat": "talk to a model in the terminal, or answer once with --ask",
     "serve": "put a model behind OpenAI's API, over HTTP",
     "quantize": "write a model with weights of 8 or 4 bits",
-    "export": "write a model as a Hugging Face or Llama directory",
+    "export": "write a model as a Hugging Face or Llama directory or GGUF file; merge adapters",
     "tokenizer": "train, repair or report on a tokenizer",
     "data": "prepare token shards from text, or show what a recipe holds",
     "plan": "find the layout of GPUs for a pretraining run, and what it will cost",
@@ -34,16 +34,33 @@ VERBS = {
 }
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends the default to a flag's help where the flag has one and the text does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, ()) or action.default == [] or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and the nearest flag or action suggested."""
+    """argparse with one-line errors and the nearest flag or action suggested.
+
+    ``moved``: choices that were removed, each with the message to give instead.
+    """
+
+    moved: Mapping[str, str] = {}
 
     def __init__(self, *args: object, **options: object) -> None:
         options.setdefault("allow_abbrev", False)
         super().__init__(*args, **options)  # type: ignore[arg-type]
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        # First of all, because argparse would rather complain of a required flag that is only misspelt.
-        for argument in args or ():
+        # First, because argparse reports a misspelt required flag as missing. An unknown action is reported
+        # before the flags behind it.
+        names = self.below()
+        unknown_action = names and args and not args[0].startswith("-") and args[0] not in names
+        for argument in () if unknown_action else args or ():
             flag = argument.split("=")[0]
             if flag == "--":
                 break
@@ -53,7 +70,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        if choice:
+        if choice and choice.group(1) in self.moved:
+            message = f"{choice.group(1)}: {self.moved[choice.group(1)]}"
+        elif choice:
             options = choice.group(2).replace("'", "").split(", ")
             message = f"unknown choice '{choice.group(1)}'{nearest(choice.group(1), options)} " + (
                 f"(known: {', '.join(options)})"
@@ -123,7 +142,7 @@ def verb_parser(verb: str) -> Parser:
     parser = Parser(
         prog=f"xverse {verb}",
         description=VERBS[verb][0].upper() + VERBS[verb][1:] + ".",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     importlib.import_module(f"xverse.commands.{verb}").arguments(parser)
     return parser

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import importlib.util
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 T = TypeVar("T")
+DISTRIBUTION = "xverse-lm"
 
 
 class UserError(Exception):
@@ -37,41 +40,120 @@ def choose(kind: str, name: str, options: Mapping[str, T]) -> T:
     raise UserError(f"unknown {kind} '{name}'{nearest(name, options)} (known: {', '.join(options)})")
 
 
+def need(module: str, extra: str, purpose: str, *, load: bool = True) -> Any:
+    """Import and return an optional ``module``, which the extra ``extra`` of pyproject.toml installs.
+
+    ``purpose`` begins the error message: the flag, file or command that needs the module. ``load=False`` only
+    checks that it can be found and returns None. Raises UserError with the command that installs it.
+    """
+    root = module.partition(".")[0]
+    try:
+        if load:
+            return importlib.import_module(module)
+        if importlib.util.find_spec(module) is not None:
+            return None
+        missing = root
+    except ModuleNotFoundError as error:
+        missing = (error.name or root).partition(".")[0]
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{purpose} needs {root}, which cannot be imported ({reason})") from error
+    raise UserError(f"{purpose} needs {missing}, which is not installed; run: {install_command(extra)}")
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra, from a package index or, in a checkout, from its folder."""
+    checkout = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()
+    return f"pip install -e '.[{extra}]'" if checkout else f"pip install '{DISTRIBUTION}[{extra}]'"
+
+
+def check_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """Raise one UserError that names all ``keys`` that are not ``known``, each with the nearest known one."""
+    options = list(known)
+    report_unknown([(str(key), nearest(str(key), options)) for key in keys if key not in options], where)
+
+
+def report_unknown(unknown: Sequence[tuple[str, str]], where: str) -> None:
+    """Raise UserError for pairs of an unknown key and its hint from ``nearest``, unless there are none."""
+    if len(unknown) == 1:
+        raise UserError(f"{where}: unknown key '{unknown[0][0]}'{unknown[0][1]}")
+    if unknown:
+        names = ", ".join(f"'{key}'" + (f" ({hint[2:]})" if hint else "") for key, hint in unknown)
+        raise UserError(f"{where}: unknown keys {names}")
+
+
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Make the dataclass ``cls`` from a mapping, recursively.
 
-    ``where`` names the source (a file, a flag) in errors. Raises UserError for a key that the dataclass
-    does not have, for a missing required key and for a value of the wrong type.
+    ``where`` names the source (a file, a flag) in errors. Raises UserError for unknown keys (all of them, at
+    every depth), for missing required keys and for a value of the wrong type.
     """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where}: expected a mapping, found {type(values).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    _mapping(values, where)
+    report_unknown(list(_unknown(cls, values, "")), where)
+    return _build(cls, values, where)
+
+
+def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    _mapping(values, where)
     hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), fields)}")
     arguments = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()}
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in arguments:
-            raise UserError(f"{where}: missing key '{name}'")
+    required = [
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    missing = [f"'{name}'" for name in required if name not in arguments]
+    if missing:
+        raise UserError(f"{where}: missing key{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
     try:
         return cls(**arguments)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
 
 
+def _unknown(hint: Any, value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Keys of ``value``, as dotted paths, that the dataclasses in ``hint`` do not have; each with a hint."""
+    for kind in _alternatives(hint):
+        origin = typing.get_origin(kind)
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            names = {field.name for field in dataclasses.fields(kind)}
+            hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in names}
+            for key, item in value.items():
+                if key in hints:
+                    yield from _unknown(hints[key], item, f"{path}{key}.")
+                else:
+                    yield f"{path}{key}", nearest(str(key), hints)
+            return
+        if origin is dict and isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from _unknown(typing.get_args(kind)[1], item, f"{path}{key}.")
+        elif origin in (list, tuple) and isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                yield from _unknown(typing.get_args(kind)[0], item, f"{path}{i}.")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; another type alone."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _mapping(value: Any, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: expected a mapping, found {type(value).__name__}")
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
+    options = _alternatives(hint)
+    if len(options) > 1:
         if value is None and type(None) in options:
             return None
         kinds = [option for option in options if option is not type(None)]
         fitting = [option for option in kinds if _is_mapping(option) == isinstance(value, Mapping)]
         return _convert((fitting or kinds)[0], value, where)
     if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, where)
+        return _build(typing.cast(type, hint), value, where)
     if origin is list:
         if not isinstance(value, list):
             raise UserError(f"{where}: expected a list, found {type(value).__name__}")
@@ -82,8 +164,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         item_hint = typing.get_args(hint)[0]
         return tuple(_convert(item_hint, item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where}: expected a mapping, found {type(value).__name__}")
+        _mapping(value, where)
         item_hint = typing.get_args(hint)[1]
         return {str(key): _convert(item_hint, item, f"{where}.{key}") for key, item in value.items()}
     if origin is typing.Literal:
@@ -113,32 +194,47 @@ def _is_mapping(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
 
 
-def load(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
-    """Read a YAML file into ``cls``.
+def load(
+    cls: type[T], path: str | Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+) -> T:
+    """Read a YAML file into ``cls``; ``overrides`` (see ``override``), then ``flags``, replace its values."""
+    values = override(read_yaml(path), overrides)
+    return build(cls, {**values, **(flags or {})}, str(path))
 
-    ``overrides`` are texts such as ``key=value``, ``section.key=value`` or ``list.0.key=value``.
+
+def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set in ``values``, in place, what texts such as ``key=value``, ``section.key=value`` and
+    ``list.0.key=value`` say; values are read as YAML. Raises UserError for one that cannot be applied.
     """
-    values = read_yaml(path)
-    for item in overrides:
-        key, separator, text = item.partition("=")
-        if not separator or not key:
-            raise UserError(f"'{item}': an override is written key=value")
+    for text in overrides:
+        key, value = key_value(text)
         target: Any = values
         *sections, last = key.split(".")
         for section in sections:
-            target = _inside(target, section, item)
+            target = _inside(target, section, text)
             if not isinstance(target, (dict, list)):
-                raise UserError(f"'{item}': '{section}' is not a section")
-        _inside(target, last, item)
-        target[int(last) if isinstance(target, list) else last] = yaml.safe_load(text)
-    return build(cls, values, str(path))
+                raise UserError(f"'{text}': '{section}' is not a section")
+        _inside(target, last, text)
+        target[int(last) if isinstance(target, list) else last] = value
+    return values
 
 
-def _inside(target: dict[str, Any] | list[Any], key: str, item: str) -> Any:
-    """What stands in a section or list under ``key``; a section that is not there yet is made."""
+def key_value(text: str) -> tuple[str, Any]:
+    """The key of ``key=value`` and its value, read as YAML. Raises UserError for anything else."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"'{text}': expected key=value")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"'{text}': the value is not valid YAML; quote it if it is text") from None
+
+
+def _inside(target: dict[str, Any] | list[Any], key: str, text: str) -> Any:
+    """The value of ``key`` in a section or list; a section that does not exist is created."""
     if isinstance(target, list):
         if not key.isdigit() or int(key) >= len(target):
-            raise UserError(f"'{item}': '{key}' is not one of the list's items 0 to {len(target) - 1}")
+            raise UserError(f"'{text}': '{key}' is not one of the list's items 0 to {len(target) - 1}")
         return target[int(key)]
     return target.setdefault(key, {})
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.bench import decoding, infer
+from xverse.bench import decoding, infer_speed, weights
 from xverse.config import UserError
 from xverse.formats import save_hf
 from xverse.model import XverseForCausalLM, init_weights
@@ -16,11 +16,11 @@ from xverse.model import XverseForCausalLM, init_weights
 
 @pytest.fixture
 def model(wide_config: Any) -> XverseForCausalLM:
-    return infer.random_model(replace(wide_config, vocab_size=700), torch.float32)
+    return weights.random_model(replace(wide_config, vocab_size=700), torch.float32)
 
 
 def test_forced_replies_are_said(model: Any) -> None:
-    found = decoding.speculation(model, infer.placeholder_tokenizer(700), "tiny", threads=1, rounds=1)
+    found = decoding.speculation(model, weights.placeholder_tokenizer(700), "tiny", threads=1, rounds=1)
     assert found["quoting"]["lookup_tok_s"] > 0
     assert found["other"]["ratio"] > 0
     assert 0 < found["accepted_tokens"] <= found["proposed_tokens"]
@@ -54,8 +54,8 @@ def test_the_share_outside_the_model(tiny_model: Any, tiny_tokenizer: Any) -> No
 def test_parts_on_the_command_line(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Any) -> None:
     save_hf(tiny_model, tiny_tokenizer, tmp_path / "model")
     path = str(tmp_path / "model")
-    assert infer.run(path, part="speculation", draft=path)["draft"]["same_replies"] == 8
+    assert infer_speed.measure_named(path, part="speculation", draft=path)["draft"]["same_replies"] == 8
     with pytest.raises(UserError, match="--draft: a draft guesses in --part speculation"):
-        infer.run(path, draft=path)
+        infer_speed.measure_named(path, draft=path)
     with pytest.raises(UserError, match="--draft"):
-        infer.run(shape="nano", part="speculation", draft="nano")
+        infer_speed.measure_named(shape="nano", part="speculation", draft="nano")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.bench import quality
+from xverse.bench import quality_methods as quality
 from xverse.config import UserError
 from xverse.formats import save_hf
 from xverse.model import FullCausal, XverseForCausalLM
@@ -40,7 +40,7 @@ def test_parts_give_equally_much_and_the_next_text_when_named_again(
     with pytest.raises(UserError, match="no such file or folder"):
         quality.read_rows(tiny_tokenizer, f"{first},{tmp_path / 'none'}", 1024)
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(UserError, match="no part of it holds 256 tokens"):
+    with pytest.raises(UserError, match="no part has 256 tokens"):
         quality.read_rows(tiny_tokenizer, str(tmp_path / "short.txt"), 1024)
 
 
@@ -50,7 +50,7 @@ def test_every_method_is_measured_and_judged(
     save_hf(tiny_model, tiny_tokenizer, tmp_path / "model")
     (tmp_path / "text.txt").write_text("The mill stands still, the river does not. " * 200)
     text = str(tmp_path / "text.txt")
-    result = quality.run(
+    result = quality.measure(
         str(tmp_path / "model"), [f"mill={text}"], text, tokens=512, threads=1, bits=(4,), group_size=32
     )
     assert [(each["method"], each["outliers"]) for each in result["results"]] == [
@@ -62,4 +62,4 @@ def test_every_method_is_measured_and_judged(
     assert "int4 gptq, outlier channels, mill" in table
     assert "of rtn-row's" in table
     with pytest.raises(UserError, match="NAME=PATH"):
-        quality.run(str(tmp_path / "model"), [text])
+        quality.measure(str(tmp_path / "model"), [text])

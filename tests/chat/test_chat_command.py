@@ -68,7 +68,7 @@ def test_a_pipe_has_replies_and_nothing_else(reciting_model: Path, tmp_path: Pat
         (["--ask", ""], "--ask: the text is empty"),
         (["--complete", " "], "--complete: the text is empty"),
         (["--ask", "\udcff"], "not valid UTF-8"),
-        (["--ask", "x", "--greedy", "--temperature", "1"], "contradict"),
+        (["--ask", "x", "--greedy", "--temperature", "1"], "mutually exclusive"),
         (["--complete", "x", "--system", "y"], "takes no --system"),
         (["--ask", "x", "--temperature", "-1"], "temperature: -1.0 is out of range"),
         (["--ask", "x", "--top-p", "nan"], "top_p"),

@@ -11,7 +11,7 @@ import torch
 from xverse.chat.session import Session, load_session
 from xverse.chat.terminal import Terminal
 from xverse.config import UserError
-from xverse.engine.load import CHAT, Parameters, from_generation_config
+from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config
 
 from .reciter import POSITIONS, RECITED
 
@@ -59,25 +59,25 @@ def test_reset_system_save_load(session: Session, tmp_path: Path, notices: list[
 
 
 def test_params(session: Session, notices: list[str]) -> None:
-    assert session.parameters.temperature == 0.3  # from the directory's generation_config.json
-    assert session.parameters.top_k == CHAT.top_k  # where that is silent
+    assert session.sampling.temperature == 0.3  # from the directory's generation_config.json
+    assert session.sampling.top_k == CHAT.top_k  # where that is silent
     out, code = converse(session, "/params temperature=0 seed=7 top_p=1e-1", "/params")
     assert (out, code) == ("", 0)
-    assert session.parameters == dataclasses.replace(session.parameters, temperature=0.0, seed=7, top_p=0.1)
+    assert session.sampling == dataclasses.replace(session.sampling, temperature=0.0, seed=7, top_p=0.1)
     assert "temperature = 0.0" in notices[-1]
     assert "seed = 7" in notices[-1]
-    before = session.parameters
+    before = session.sampling
     for line, message in [
         ("/params temprature=1", "did you mean 'temperature'"),
         ("/params temperature=-1", "temperature: -1.0 is out of range"),
         ("/params top_k=many", "top_k: expected int"),
         ("/params max_new_tokens=0", "max_new_tokens"),
-        ("/params temperature", "NAME=VALUE"),
+        ("/params temperature", "expected key=value"),
         ("/params seed=[", "seed"),
     ]:
         assert converse(session, line) == ("", 2)
         assert message in notices[-1]
-    assert session.parameters == before
+    assert session.sampling == before
 
 
 def test_commands_that_cannot_be_followed(session: Session, notices: list[str], tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_what_does_not_fit_the_context_is_announced(session: Session, notices: l
 
 
 def test_the_token_limit_is_announced(session: Session, notices: list[str]) -> None:
-    session.parameters = session.parameters.changed({"max_new_tokens": 3}, "test")
+    session.sampling = session.sampling.changed({"max_new_tokens": 3}, "test")
     out, _ = converse(session, "hello")
     assert RECITED.startswith(out.rstrip("\n"))
     assert "max_new_tokens = 3" in notices[-1]
@@ -159,4 +159,4 @@ def test_generation_config_rules() -> None:
     with pytest.raises(UserError, match=r"top_p: 7\.0"):
         from_generation_config({"top_p": 7}, CHAT)
     with pytest.raises(UserError, match="repetition_penalty"):
-        Parameters(repetition_penalty=0)
+        SamplingParams(repetition_penalty=0)

@@ -83,8 +83,7 @@ def test_blocks_mix_documents_from_all_over_the_shard(make_shard: MakeShard) -> 
     assert {i // 10 for i in orders[0][:100]} != {i // 10 for i in orders[1][:100]}
 
 
-def test_a_shard_of_one_block_has_the_order_of_times_without_blocks(make_shard: MakeShard) -> None:
-    """Runs on small sources go on as they were begun."""
+def test_a_shard_of_one_block_is_shuffled_as_a_whole(make_shard: MakeShard) -> None:
     packer = StreamPacker(make_shard([[i] for i in range(50)]), 1, seed=1)
     assert packer.blocks == 1
     name = packer.shard.name

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.cache import BLOCK_SIZE, BlockPool, PagedCache, RaggedContext, SequenceCache
 from xverse.formats import load_model, load_tokenizer, resolve
 from xverse.model.attention import FullCausal
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 NEVER = (10**6,)
 
 
@@ -53,7 +53,7 @@ def test_every_block_comes_back(tiny_model: Any, tiny_tokenizer: Any) -> None:
     pool = engine._cache.pool
     everything = pool.free
     requests = [
-        Request(prompt_ids=[5 + n] * (30 * n + 1), max_new_tokens=6, sampling=GREEDY, stop_ids=NEVER)
+        Request(prompt_ids=[5 + n] * (30 * n + 1), sampling=SamplingParams.greedy(6), stop_ids=NEVER)
         for n in range(4)
     ]
     handles = [engine.submit(request) for request in requests]
@@ -71,14 +71,14 @@ def test_every_block_comes_back(tiny_model: Any, tiny_tokenizer: Any) -> None:
     assert pool.free == everything
     with torch.no_grad():
         tiny_model.model.embed_tokens.weight[9] = torch.nan
-    (event,) = engine.stream(Request(prompt_ids=[9], max_new_tokens=20))
+    (event,) = engine.stream(Request(prompt_ids=[9], sampling=SamplingParams(max_new_tokens=20)))
     assert event.finish_reason == "error"
     assert pool.free == everything
 
 
 def test_a_full_cache_makes_requests_wait(tiny_model: Any, tiny_tokenizer: Any) -> None:
     engine = Engine(tiny_model, tiny_tokenizer, max_batch=3, max_cache_tokens=3 * 33)
-    request = Request(prompt_ids=[7] * 30, max_new_tokens=3, sampling=GREEDY, stop_ids=NEVER)
+    request = Request(prompt_ids=[7] * 30, sampling=SamplingParams.greedy(3), stop_ids=NEVER)
     handles = [engine.submit(request) for _ in range(7)]  # 33 positions each: a block and one position
     ended = []
     while engine.busy:
@@ -92,14 +92,14 @@ def test_another_kv_dtype_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> No
 
 
 def test_a_cache_beyond_the_memory_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"take \d+\.\d GB, and .* are free; \d+ would fit"):
+    with pytest.raises(UserError, match=r"take \d+\.\d GB, and .* are free; at most \d+ fit"):
         Engine(tiny_model, tiny_tokenizer, max_cache_tokens=10**12)
     with pytest.raises(UserError, match="max_cache_tokens: 0 is out of range"):
         Engine(tiny_model, tiny_tokenizer, max_cache_tokens=0)
 
 
 def test_no_room_is_an_error_of_one_line(tiny_config: Any) -> None:
-    with pytest.raises(UserError, match="max_cache_tokens: no room for a cache of 32"):
+    with pytest.raises(UserError, match="max_cache_tokens: not enough memory for 32"):
         PagedCache(tiny_config, torch.float32, torch.device("cpu"), blocks=10**12, sequences=1)
 
 
@@ -156,7 +156,7 @@ def test_decode_with_int8_follows_prefill(nano: Any) -> None:
     engine = Engine(model, tokenizer, kv_dtype="int8")
     events = list(
         engine.stream(
-            Request(prompt_ids=prompt, max_new_tokens=50, sampling=GREEDY, stop_ids=NEVER, logprobs=0)
+            Request(prompt_ids=prompt, sampling=SamplingParams.greedy(50), stop_ids=NEVER, logprobs=0)
         )
     )
     ids = prompt + [event.token_id for event in events if event.token_id is not None]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.engine import Engine, Event, Request, Sampling, Speculation
+from xverse.engine import Engine, Event, Request, SamplingParams, Speculation
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 NEVER = (10**6,)
 
 
@@ -50,15 +50,15 @@ def run(engine: Engine, *requests: Request) -> list[list[Event]]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=1, top_k=5, repetition_penalty=1.5)])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=1, top_k=5, repetition_penalty=1.5)])
 @pytest.mark.parametrize("speculation", [None, Speculation()])
 def test_only_what_is_allowed_is_said(
-    model: Any, tiny_tokenizer: Any, naive: Any, sampling: Sampling, speculation: Speculation | None
+    model: Any, tiny_tokenizer: Any, naive: Any, sampling: SamplingParams, speculation: Speculation | None
 ) -> None:
     text = [30, 40, 50, 60] * 5
     engine = Engine(model, tiny_tokenizer, speculation=speculation)
     forced = Request(prompt_ids=[30, 40, 50, 60], sampling=sampling, constraint=Given(text))
-    free = Request(prompt_ids=[9, 8], max_new_tokens=12, sampling=GREEDY, stop_ids=NEVER)
+    free = Request(prompt_ids=[9, 8], sampling=SamplingParams.greedy(12), stop_ids=NEVER)
     events, others = run(engine, forced, free)
     assert [event.token_id for event in events] == [*text, 3]
     assert events[-1].finish_reason == "stop"
@@ -78,7 +78,7 @@ def test_its_failure_is_its_own(
 ) -> None:
     engine = Engine(model, tiny_tokenizer, prefix_cache_bytes=0)
     failing = Request(prompt_ids=[5, 6], sampling=GREEDY, constraint=constraint)
-    healthy = Request(prompt_ids=[9, 8], max_new_tokens=12, sampling=GREEDY, stop_ids=NEVER)
+    healthy = Request(prompt_ids=[9, 8], sampling=SamplingParams.greedy(12), stop_ids=NEVER)
     events, others = run(engine, failing, healthy)
     assert [event.token_id for event in events] == [*said, None]
     assert events[-1].finish_reason == "error"
@@ -89,7 +89,7 @@ def test_its_failure_is_its_own(
 
 def test_what_runs_can_be_failed_and_what_waits_goes_on(model: Any, tiny_tokenizer: Any) -> None:
     engine = Engine(model, tiny_tokenizer, max_batch=2, prefix_cache_bytes=0)
-    request = Request(prompt_ids=[5, 6], max_new_tokens=3, sampling=GREEDY, stop_ids=NEVER)
+    request = Request(prompt_ids=[5, 6], sampling=SamplingParams.greedy(3), stop_ids=NEVER)
     handles = [engine.submit(request) for _ in range(3)]
     engine.step()
     events = engine.fail("the machine is on fire")

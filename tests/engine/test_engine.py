@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xverse.config import UserError
-from xverse.engine import Engine, Event, Request, Sampling, Speculation
+from xverse.engine import Engine, Event, Request, SamplingParams, Speculation
 from xverse.engine.cache import position_bytes
 from xverse.model.attention import FullCausal
 from xverse.model.transformer import XverseForCausalLM
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 NEVER = (10**6,)  # a stop id that no token has
 
 
@@ -40,7 +40,7 @@ def tokens(events: list[Event]) -> list[int | None]:
 def test_greedy_equals_full_recomputation(model: Any, tiny_tokenizer: Any, naive: Any) -> None:
     prompt = tiny_tokenizer.encode("你好，世界。 Hello, world!")
     engine = Engine(model, tiny_tokenizer, prefill_chunk=3)
-    request = Request(prompt_ids=prompt, max_new_tokens=40, sampling=GREEDY, stop_ids=NEVER)
+    request = Request(prompt_ids=prompt, sampling=SamplingParams.greedy(40), stop_ids=NEVER)
     events = list(engine.stream(request))
     assert tokens(events) == naive(model, prompt, 40)
     assert [event.finish_reason for event in events] == [None] * 39 + ["length"]
@@ -77,8 +77,8 @@ def test_greedy_equals_transformers_llama(model: Any, tiny_tokenizer: Any) -> No
             do_sample=False,
             repetition_penalty=penalty,
         )[0, len(prompt) :].tolist()
-        sampling = Sampling(temperature=0, repetition_penalty=penalty)
-        request = Request(prompt_ids=prompt, max_new_tokens=50, sampling=sampling)
+        sampling = SamplingParams.greedy(50, repetition_penalty=penalty)
+        request = Request(prompt_ids=prompt, sampling=sampling)
         assert tokens(list(Engine(model, tiny_tokenizer).stream(request))) == theirs
 
 
@@ -135,7 +135,7 @@ def test_requests_together_equal_each_alone(
         for _ in range(wait):
             for event in engine.step():
                 got[event.handle].append(event.token_id)
-        request = Request(prompt_ids=prompt, max_new_tokens=new_tokens, sampling=GREEDY, stop_ids=NEVER)
+        request = Request(prompt_ids=prompt, sampling=SamplingParams.greedy(new_tokens), stop_ids=NEVER)
         handle = engine.submit(request)
         got[handle] = []
         wanted[handle] = naive(model, prompt, new_tokens)
@@ -145,7 +145,7 @@ def test_requests_together_equal_each_alone(
     stats = engine.stats()
     assert stats.running == stats.waiting == 0
     assert stats.free_blocks + stats.cached_blocks == stats.blocks
-    assert stats.cached_blocks == stats.idle_blocks <= prefix_blocks
+    assert stats.cached_blocks == engine._prefixes.idle() <= prefix_blocks
 
 
 def test_out_of_blocks_the_last_to_come_is_preempted_and_goes_on(
@@ -153,9 +153,14 @@ def test_out_of_blocks_the_last_to_come_is_preempted_and_goes_on(
 ) -> None:
     engine = Engine(model, tiny_tokenizer, max_batch=4, max_cache_tokens=128, prefix_cache_bytes=0)
     prompts = [[5 + n] * 20 for n in range(4)]
-    sampling = [GREEDY, GREEDY, Sampling(seed=3), Sampling(seed=4, repetition_penalty=1.3)]
+    sampling = [GREEDY, GREEDY, SamplingParams(seed=3), SamplingParams(seed=4, repetition_penalty=1.3)]
     requests = [
-        Request(prompt_ids=prompt, max_new_tokens=100, sampling=each, stop_ids=NEVER, logprobs=0)
+        Request(
+            prompt_ids=prompt,
+            sampling=dataclasses.replace(each, max_new_tokens=100),
+            stop_ids=NEVER,
+            logprobs=0,
+        )
         for prompt, each in zip(prompts, sampling, strict=True)
     ]
     handles = [engine.submit(request) for request in requests]
@@ -175,7 +180,9 @@ def test_out_of_blocks_the_last_to_come_is_preempted_and_goes_on(
 def test_text_deltas_joined_are_the_decoded_tokens(model: Any, tiny_tokenizer: Any) -> None:
     engine = Engine(model, tiny_tokenizer)
     for seed in range(4):
-        request = Request(prompt_ids=[10], max_new_tokens=60, sampling=Sampling(seed=seed), stop_ids=NEVER)
+        request = Request(
+            prompt_ids=[10], sampling=SamplingParams(max_new_tokens=60, seed=seed), stop_ids=NEVER
+        )
         events = list(engine.stream(request))
         ids = [event.token_id for event in events if event.token_id is not None]
         assert "".join(event.text for event in events) == tiny_tokenizer.decode(ids)
@@ -183,10 +190,10 @@ def test_text_deltas_joined_are_the_decoded_tokens(model: Any, tiny_tokenizer: A
 
 def test_logprobs_are_those_of_the_model(model: Any, tiny_tokenizer: Any) -> None:
     prompt = tiny_tokenizer.encode("Logarithms")
-    sampling = Sampling(temperature=0.7, top_k=5, repetition_penalty=1.2, seed=3)
+    sampling = SamplingParams(temperature=0.7, top_k=5, repetition_penalty=1.2, seed=3, max_new_tokens=10)
     events = list(
         Engine(model, tiny_tokenizer).stream(
-            Request(prompt_ids=prompt, max_new_tokens=10, sampling=sampling, stop_ids=NEVER, logprobs=3)
+            Request(prompt_ids=prompt, sampling=sampling, stop_ids=NEVER, logprobs=3)
         )
     )
     ids = prompt + [event.token_id for event in events]
@@ -202,14 +209,18 @@ def test_logprobs_are_those_of_the_model(model: Any, tiny_tokenizer: Any) -> Non
 
 
 def test_no_logprobs_unless_asked(model: Any, tiny_tokenizer: Any) -> None:
-    (event,) = Engine(model, tiny_tokenizer).stream(Request(prompt_ids=[5], max_new_tokens=1))
+    (event,) = Engine(model, tiny_tokenizer).stream(
+        Request(prompt_ids=[5], sampling=SamplingParams(max_new_tokens=1))
+    )
     assert event.logprob is None
     assert event.prompt_logprobs is None
 
 
 def test_seed_decides_and_requests_do_not_disturb_each_other(model: Any, tiny_tokenizer: Any) -> None:
     def request(seed: int) -> Request:
-        return Request(prompt_ids=[20, 21], max_new_tokens=15, sampling=Sampling(seed=seed), stop_ids=NEVER)
+        return Request(
+            prompt_ids=[20, 21], sampling=SamplingParams(max_new_tokens=15, seed=seed), stop_ids=NEVER
+        )
 
     engine = Engine(model, tiny_tokenizer)
     alone = [tokens(list(engine.stream(request(seed)))) for seed in (1, 2, 3)]
@@ -222,7 +233,7 @@ def test_seed_decides_and_requests_do_not_disturb_each_other(model: Any, tiny_to
 def test_stop_ids_and_strings(model: Any, tiny_tokenizer: Any) -> None:
     engine = Engine(model, tiny_tokenizer)
     prompt = tiny_tokenizer.encode("Where does it stop?")
-    free = list(engine.stream(Request(prompt_ids=prompt, max_new_tokens=40, sampling=GREEDY, stop_ids=NEVER)))
+    free = list(engine.stream(Request(prompt_ids=prompt, sampling=SamplingParams.greedy(40), stop_ids=NEVER)))
     ids, text = tokens(free), "".join(event.text for event in free)
     stop_id = ids[5]
     events = list(engine.stream(Request(prompt_ids=prompt, sampling=GREEDY, stop_ids=(3, stop_id))))
@@ -233,7 +244,7 @@ def test_stop_ids_and_strings(model: Any, tiny_tokenizer: Any) -> None:
     stop = text[8:12]
     events = list(
         engine.stream(
-            Request(prompt_ids=prompt, max_new_tokens=40, sampling=GREEDY, stop_ids=NEVER, stop=[stop])
+            Request(prompt_ids=prompt, sampling=SamplingParams.greedy(40, stop=(stop,)), stop_ids=NEVER)
         )
     )
     assert events[-1].finish_reason == "stop"
@@ -242,7 +253,7 @@ def test_stop_ids_and_strings(model: Any, tiny_tokenizer: Any) -> None:
     held = text[-1] + "never comes"  # held back until the end, then given out
     events = list(
         engine.stream(
-            Request(prompt_ids=prompt, max_new_tokens=40, sampling=GREEDY, stop_ids=NEVER, stop=[held])
+            Request(prompt_ids=prompt, sampling=SamplingParams.greedy(40, stop=(held,)), stop_ids=NEVER)
         )
     )
     assert events[-1].finish_reason == "length"
@@ -252,7 +263,7 @@ def test_stop_ids_and_strings(model: Any, tiny_tokenizer: Any) -> None:
 def test_the_context_ends_a_reply(model: Any, tiny_tokenizer: Any, naive: Any) -> None:
     engine = Engine(with_context(model, 300), tiny_tokenizer)
     prompt = [7] * 30
-    request = Request(prompt_ids=prompt, max_new_tokens=1000, sampling=GREEDY, stop_ids=NEVER)
+    request = Request(prompt_ids=prompt, sampling=SamplingParams.greedy(1000), stop_ids=NEVER)
     events = list(engine.stream(request))
     assert len(events) == 270
     assert events[-1].finish_reason == "length"
@@ -267,8 +278,8 @@ def test_nan_logits_fail_only_their_request(model: Any, tiny_tokenizer: Any, nai
     with torch.no_grad():
         model.model.embed_tokens.weight[9] = torch.nan
     engine = Engine(model, tiny_tokenizer)
-    healthy = engine.submit(Request(prompt_ids=[5, 6], max_new_tokens=8, sampling=GREEDY, stop_ids=NEVER))
-    poisoned = engine.submit(Request(prompt_ids=[5, 9], max_new_tokens=8, sampling=GREEDY, stop_ids=NEVER))
+    healthy = engine.submit(Request(prompt_ids=[5, 6], sampling=SamplingParams.greedy(8), stop_ids=NEVER))
+    poisoned = engine.submit(Request(prompt_ids=[5, 9], sampling=SamplingParams.greedy(8), stop_ids=NEVER))
     events = collect(engine)
     assert tokens(events[healthy]) == naive(model, [5, 6], 8)
     (failure,) = events[poisoned]
@@ -280,7 +291,7 @@ def test_nan_logits_fail_only_their_request(model: Any, tiny_tokenizer: Any, nai
 
 def test_cancel_and_interleaved_streams(model: Any, tiny_tokenizer: Any) -> None:
     engine = Engine(model, tiny_tokenizer)
-    request = Request(prompt_ids=[30, 31], max_new_tokens=10, sampling=GREEDY, stop_ids=NEVER)
+    request = Request(prompt_ids=[30, 31], sampling=SamplingParams.greedy(10), stop_ids=NEVER)
     handle = engine.submit(request)
     engine.step()
     assert engine.cancel(handle)
@@ -302,7 +313,7 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(model: Any, tiny_tokenizer: A
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = torch.cat((state[name], torch.full((30, model.config.hidden_size), 9.0)))
     padded.load_state_dict(state)
-    request = Request(prompt_ids=[8, 9], max_new_tokens=20, sampling=GREEDY, stop_ids=NEVER)
+    request = Request(prompt_ids=[8, 9], sampling=SamplingParams.greedy(20), stop_ids=NEVER)
     assert tokens(list(Engine(padded, tiny_tokenizer).stream(request))) == naive(model, [8, 9], 20)
     with pytest.raises(UserError, match="prompt_ids"):
         Engine(padded, tiny_tokenizer).submit(Request(prompt_ids=[vocab]))
@@ -311,17 +322,17 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(model: Any, tiny_tokenizer: A
 def test_what_cannot_run_is_refused(model: Any, tiny_tokenizer: Any) -> None:
     engine = Engine(model, tiny_tokenizer, max_cache_tokens=100)
     with pytest.raises(UserError, match="max_new_tokens"):
-        engine.submit(Request(prompt_ids=[5], max_new_tokens=100))
+        engine.submit(Request(prompt_ids=[5], sampling=SamplingParams(max_new_tokens=100)))
     with pytest.raises(UserError, match="prompt_ids"):
         engine.submit(Request(prompt_ids=[-1]))
     with pytest.raises(UserError, match="max_batch"):
         Engine(model, tiny_tokenizer, max_batch=0)
     small = XverseForCausalLM(dataclasses.replace(model.config, vocab_size=50))
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="use the tokenizer of the model"):
         Engine(small, tiny_tokenizer)
 
 
 def test_bfloat16_runs_in_its_own_type(model: Any, tiny_tokenizer: Any) -> None:
     engine = Engine(model.to(torch.bfloat16), tiny_tokenizer)
-    request = Request(prompt_ids=[5, 6, 7], max_new_tokens=5, sampling=GREEDY, stop_ids=NEVER)
+    request = Request(prompt_ids=[5, 6, 7], sampling=SamplingParams.greedy(5), stop_ids=NEVER)
     assert len(list(engine.stream(request))) == 5

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from xverse.engine import Engine, Request, Sampling, Speculation
+from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.graphs import DecodeGraphs
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 NEVER = (10**6,)
 
 
@@ -24,7 +24,7 @@ def test_padded_steps_change_nothing(
         engine = Engine(model, tiny_tokenizer, kv_dtype=kv_dtype, speculation=speculation)
         engine._fused_step = DecodeGraphs(model, engine._cache) if padded else None
         handles = [
-            engine.submit(Request(prompt_ids=prompt, max_new_tokens=40, sampling=GREEDY, stop_ids=NEVER))
+            engine.submit(Request(prompt_ids=prompt, sampling=SamplingParams.greedy(40), stop_ids=NEVER))
             for prompt in prompts
         ]
         said: dict[int, list[int | None]] = {handle: [] for handle in handles}

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.cache import BLOCK_SIZE, BlockPool, position_bytes
 from xverse.engine.prefix import PrefixCache, extend_digests
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 NEVER = (10**6,)
 
 
@@ -84,7 +84,7 @@ def test_the_end_of_a_text_goes_before_its_beginning() -> None:
 
 
 def ask(engine: Engine, prompt: list[int], new_tokens: int = 4) -> list[int | None]:
-    request = Request(prompt_ids=prompt, max_new_tokens=new_tokens, sampling=GREEDY, stop_ids=NEVER)
+    request = Request(prompt_ids=prompt, sampling=SamplingParams.greedy(new_tokens), stop_ids=NEVER)
     return [event.token_id for event in engine.stream(request)]
 
 
@@ -111,7 +111,7 @@ def test_requests_that_come_together_compute_their_beginning_once(
     shared = [(13 * n) % 200 + 4 for n in range(96)]
     prompts = [shared + [20 + n] * 5 for n in range(6)]
     handles = [
-        engine.submit(Request(prompt_ids=prompt, max_new_tokens=3, sampling=GREEDY, stop_ids=NEVER))
+        engine.submit(Request(prompt_ids=prompt, sampling=SamplingParams.greedy(3), stop_ids=NEVER))
         for prompt in prompts
     ]
     got: dict[int, list[int | None]] = {handle: [] for handle in handles}
@@ -141,9 +141,9 @@ def test_a_cancelled_prompt_does_not_hold_up_those_that_waited_for_it(
 ) -> None:
     engine = Engine(model, tiny_tokenizer, prefill_chunk=8)
     text = [(17 * n) % 200 + 4 for n in range(90)]
-    first = engine.submit(Request(prompt_ids=text, max_new_tokens=3, sampling=GREEDY, stop_ids=NEVER))
+    first = engine.submit(Request(prompt_ids=text, sampling=SamplingParams.greedy(3), stop_ids=NEVER))
     engine.step()
-    second = engine.submit(Request(prompt_ids=text, max_new_tokens=3, sampling=GREEDY, stop_ids=NEVER))
+    second = engine.submit(Request(prompt_ids=text, sampling=SamplingParams.greedy(3), stop_ids=NEVER))
     engine.step()
     assert engine.stats().waiting == 1
     engine.cancel(first)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from xverse.config import UserError
-from xverse.engine import Request, Sampling
+from xverse.engine import Request, SamplingParams
 from xverse.engine.sampling import Adjustment, adjust_, candidates, choose
 
 VOCAB = 500
@@ -18,7 +18,7 @@ def logits() -> torch.Tensor:
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)) * 4  # [V]
 
 
-def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def filtered(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """Scores [G, V], -inf where a token is left out."""
     found = torch.full(logits.shape, -torch.inf)
     for rows, scores, ids in candidates(logits, sampling):
@@ -30,7 +30,7 @@ def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return found
 
 
-def theirs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def theirs(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     import transformers
 
     warpers: list[Any] = [transformers.TemperatureLogitsWarper(float(sampling.temperature))]
@@ -49,15 +49,15 @@ def theirs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(),
-        Sampling(temperature=0.3),
-        *(Sampling(top_k=k, temperature=0.7) for k in (1, 30, 5000)),
-        *(Sampling(top_p=p, temperature=1.5) for p in (0.05, 0.5, 0.9, 0.999)),
-        *(Sampling(min_p=p) for p in (0.01, 0.3, 1.0)),
-        Sampling(temperature=0.5, top_k=30, top_p=0.85, min_p=0.05),
+        SamplingParams(),
+        SamplingParams(temperature=0.3),
+        *(SamplingParams(top_k=k, temperature=0.7) for k in (1, 30, 5000)),
+        *(SamplingParams(top_p=p, temperature=1.5) for p in (0.05, 0.5, 0.9, 0.999)),
+        *(SamplingParams(min_p=p) for p in (0.01, 0.3, 1.0)),
+        SamplingParams(temperature=0.5, top_k=30, top_p=0.85, min_p=0.05),
     ],
 )
-def test_filters_are_transformers_definitions(size: int, spread: float, sampling: Sampling) -> None:
+def test_filters_are_transformers_definitions(size: int, spread: float, sampling: SamplingParams) -> None:
     logits = torch.randn(4, size, generator=torch.Generator().manual_seed(size)) * spread
     logits[1] = logits[1].round()  # ties
     logits[2, : size // 2] = -torch.inf
@@ -72,7 +72,7 @@ def test_filters_are_transformers_definitions(size: int, spread: float, sampling
 def test_repetition_penalty_is_transformers_definition(logits: torch.Tensor, penalty: float) -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    sampling = Sampling(repetition_penalty=penalty)
+    sampling = SamplingParams(repetition_penalty=penalty)
     adjustment = Adjustment(sampling, [3, 5, 5], torch.device("cpu"))
     for token in (499, 3):
         adjustment.add(token)
@@ -85,7 +85,7 @@ def test_repetition_penalty_is_transformers_definition(logits: torch.Tensor, pen
 
 def test_penalties_and_biases_are_openai_definition(logits: torch.Tensor) -> None:
     """Each score falls by count · frequency + (count > 0) · presence, counted in the reply alone."""
-    sampling = Sampling(presence_penalty=0.5, frequency_penalty=-1.5, logit_bias={3: 7.0, 499: -100})
+    sampling = SamplingParams(presence_penalty=0.5, frequency_penalty=-1.5, logit_bias={3: 7.0, 499: -100})
     adjustment = Adjustment(sampling, [8, 8, 9], torch.device("cpu"))
     expected = logits.clone()
     expected[3] += 7
@@ -100,11 +100,11 @@ def test_penalties_and_biases_are_openai_definition(logits: torch.Tensor) -> Non
 
 
 def test_nothing_to_adjust() -> None:
-    assert not Adjustment(Sampling(temperature=0.3, top_k=5), [1, 2], torch.device("cpu"))
+    assert not Adjustment(SamplingParams(temperature=0.3, top_k=5), [1, 2], torch.device("cpu"))
 
 
-def draw(logits: torch.Tensor, sampling: Sampling, seeds: list[int | None]) -> list[int]:
-    nothing = Adjustment(Sampling(), [], torch.device("cpu"))
+def draw(logits: torch.Tensor, sampling: SamplingParams, seeds: list[int | None]) -> list[int]:
+    nothing = Adjustment(SamplingParams(), [], torch.device("cpu"))
     generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
     return choose(logits, sampling, [nothing] * len(logits), generators)
 
@@ -113,12 +113,12 @@ def draw(logits: torch.Tensor, sampling: Sampling, seeds: list[int | None]) -> l
 def test_nothing_left_to_choose(values: dict[str, Any]) -> None:
     logits = torch.full((2, VOCAB), -torch.inf)
     logits[1, 7] = 1.0
-    assert draw(logits, Sampling(**values), [0, 0]) == [-1, 7]
+    assert draw(logits, SamplingParams(**values), [0, 0]) == [-1, 7]
 
 
 @pytest.mark.parametrize("values", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.01}])
 def test_a_row_alone_or_among_others_is_drawn_alike(values: dict[str, Any]) -> None:
-    sampling = Sampling(**values)
+    sampling = SamplingParams(**values)
     logits = torch.randn(16, 3000, generator=torch.Generator().manual_seed(0)) * 2
     logits[::3] = logits[::3].round()  # ties; a wide nucleus
     seeds: list[int | None] = list(range(16))
@@ -127,7 +127,7 @@ def test_a_row_alone_or_among_others_is_drawn_alike(values: dict[str, Any]) -> N
 
 
 def test_rows_are_adjusted_together_as_each_alone() -> None:
-    sampling = Sampling(temperature=0, repetition_penalty=1.3, frequency_penalty=0.4)
+    sampling = SamplingParams(temperature=0, repetition_penalty=1.3, frequency_penalty=0.4)
     logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0)).mul(4)
     adjustments = [Adjustment(sampling, list(range(4, 10 * row)), torch.device("cpu")) for row in range(5)]
     for token in (1, 8, 8, 77):
@@ -143,15 +143,17 @@ def test_rows_are_adjusted_together_as_each_alone() -> None:
 
 def test_tiny_temperatures_do_not_overflow(logits: torch.Tensor) -> None:
     best = int(logits.argmax())
-    assert draw(logits[None] * 1e30, Sampling(temperature=1e-4), [0]) == [best]
-    assert draw(logits[None], Sampling(temperature=1e-9), [None]) == [best]
+    assert draw(logits[None] * 1e30, SamplingParams(temperature=1e-4), [0]) == [best]
+    assert draw(logits[None], SamplingParams(temperature=1e-9), [None]) == [best]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=4), Sampling(top_p=0.9999)])
-def test_draws_follow_the_distribution(sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(top_k=4), SamplingParams(top_p=0.9999)]
+)
+def test_draws_follow_the_distribution(sampling: SamplingParams) -> None:
     logits = torch.tensor([[0.5, 0.2, 0.3, 0.0]]).log()
     generator = torch.Generator().manual_seed(1)
-    nothing = Adjustment(Sampling(), [], torch.device("cpu"))
+    nothing = Adjustment(SamplingParams(), [], torch.device("cpu"))
     counts = [0] * 4
     for token in choose(logits.expand(4000, 4), sampling, [nothing] * 4000, [generator] * 4000):
         counts[token] += 1
@@ -183,25 +185,25 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
         ("repetition_penalty", 1e9),
         ("seed", -1),
         ("seed", 2**64),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -5),
+        ("max_new_tokens", 1.5),
+        ("stop", "Human:"),
+        ("stop", [""]),
     ],
 )
 def test_sampling_values_out_of_range_are_named(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=field):
-        Sampling(**{field: value})
+        SamplingParams(**{field: value})
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("prompt_ids", []),
-        ("max_new_tokens", 0),
-        ("max_new_tokens", -5),
-        ("max_new_tokens", 1.5),
         ("logprobs", -1),
         ("logprobs", 21),
         ("prompt_logprobs", True),
-        ("stop", "Human:"),
-        ("stop", [""]),
     ],
 )
 def test_request_values_out_of_range_are_named(field: str, value: Any) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 from xverse.model.attention import FullCausal
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def logprobs(model: Any, ids: list[int]) -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_continuations_have_the_models_logprobs(
 
 def test_scoring_beside_generation(model: Any, tiny_tokenizer: Any, naive: Any) -> None:
     engine = Engine(model, tiny_tokenizer)
-    handle = engine.submit(Request(prompt_ids=[9, 8], max_new_tokens=5, sampling=GREEDY, stop_ids=()))
+    handle = engine.submit(Request(prompt_ids=[9, 8], sampling=SamplingParams.greedy(5), stop_ids=()))
     ((result,),) = engine.score([([5, 6], [[7, 8]])])
     assert result == pytest.approx(expected(model, [5, 6], [7, 8]), abs=1e-4)
     events = []
@@ -89,8 +89,8 @@ def test_prompt_logprobs(model: Any, tiny_tokenizer: Any, new_tokens: int, chunk
     prompt = [(5 * n) % 200 + 4 for n in range(45)]
     request = Request(
         prompt_ids=prompt,
-        max_new_tokens=new_tokens,
-        sampling=GREEDY,
+        sampling=SamplingParams.greedy(max(new_tokens, 1)),
+        generate=new_tokens > 0,
         stop_ids=(),
         prompt_logprobs=2,
     )

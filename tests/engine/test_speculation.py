@@ -11,26 +11,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling, Speculation
+from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.proposers import _Ngrams
-from xverse.engine.speculation import guesses
+from xverse.engine.speculation import best_count
 from xverse.model.transformer import XverseForCausalLM, init_weights
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 NEVER = (10**6,)
 
 
-def ask(engine: Engine, prompt: list[int], new_tokens: int, sampling: Sampling) -> list[int | None]:
-    request = Request(prompt_ids=prompt, max_new_tokens=new_tokens, sampling=sampling, stop_ids=NEVER)
+def ask(engine: Engine, prompt: list[int], new_tokens: int, sampling: SamplingParams) -> list[int | None]:
+    request = Request(
+        prompt_ids=prompt,
+        sampling=dataclasses.replace(sampling, max_new_tokens=new_tokens),
+        stop_ids=NEVER,
+    )
     return [event.token_id for event in engine.stream(request)]
 
 
 def guessing(model: Any, tokenizer: Any, kind: Speculation | None, prefill_chunk: int = 512) -> Engine:
     """An engine to which guesses count as cheap: a draft as large as the model would not be asked at all."""
     engine = Engine(model, tokenizer, speculation=kind, prefill_chunk=prefill_chunk)
-    if engine._guesser is not None:
-        engine._guesser.proposer.cost = 0.03
-        engine._guesser._second_row = 0.0
+    if engine._speculator is not None:
+        engine._speculator.proposer.cost = 0.03
+        engine._speculator._second_row = 0.0
     return engine
 
 
@@ -76,10 +80,10 @@ def test_lookup_is_right_at_any_size(text: list[int], count: int) -> None:
 
 
 def test_the_number_of_guesses_follows_what_they_bring() -> None:
-    assert guesses(0.0, 0.02, 7) == 0
-    assert guesses(1.0, 0.02, 7) == 7
-    assert guesses(0.5, 1.0, 7) == 0  # a guess that costs a step
-    chosen = [guesses(rate / 20, 0.1, 15) for rate in range(21)]
+    assert best_count(0.0, 0.02, 7) == 0
+    assert best_count(1.0, 0.02, 7) == 7
+    assert best_count(0.5, 1.0, 7) == 0  # a guess that costs a step
+    chosen = [best_count(rate / 20, 0.1, 15) for rate in range(21)]
     assert chosen == sorted(chosen)
     assert 0 < chosen[10] < 15
 
@@ -89,7 +93,7 @@ def test_lookup_gives_the_same_tokens_in_fewer_steps(model: Any, tiny_tokenizer:
     wanted = naive(model, prompt, 60)
     engine = Engine(model, tiny_tokenizer, speculation=Speculation())
     handle = engine.submit(
-        Request(prompt_ids=prompt, max_new_tokens=60, sampling=GREEDY, stop_ids=NEVER, logprobs=0)
+        Request(prompt_ids=prompt, sampling=SamplingParams.greedy(60), stop_ids=NEVER, logprobs=0)
     )
     steps, got = 0, []
     while engine.busy:
@@ -102,7 +106,7 @@ def test_lookup_gives_the_same_tokens_in_fewer_steps(model: Any, tiny_tokenizer:
     assert steps == 60 - stats.accepted_tokens
     plain = list(
         Engine(model, tiny_tokenizer).stream(
-            Request(prompt_ids=prompt, max_new_tokens=60, sampling=GREEDY, stop_ids=NEVER, logprobs=0)
+            Request(prompt_ids=prompt, sampling=SamplingParams.greedy(60), stop_ids=NEVER, logprobs=0)
         )
     )
     for one, other in zip(got, plain, strict=True):
@@ -116,7 +120,7 @@ def test_a_draft_gives_the_same_tokens(model: Any, close_draft: Any, tiny_tokeni
     engine = guessing(model, tiny_tokenizer, speculation, prefill_chunk=9)
     prompts = [[5, 6, 7], [(3 * n) % 100 + 4 for n in range(50)]]
     handles = [
-        engine.submit(Request(prompt_ids=prompt, max_new_tokens=50, sampling=GREEDY, stop_ids=NEVER))
+        engine.submit(Request(prompt_ids=prompt, sampling=SamplingParams.greedy(50), stop_ids=NEVER))
         for prompt in prompts
     ]
     got: dict[int, list[int | None]] = {handle: [] for handle in handles}
@@ -126,8 +130,8 @@ def test_a_draft_gives_the_same_tokens(model: Any, close_draft: Any, tiny_tokeni
     assert list(got.values()) == [naive(model, prompt, 50) for prompt in prompts]
     stats = engine.stats()
     assert 0 < stats.accepted_tokens < stats.proposed_tokens
-    assert engine._guesser is not None
-    assert len(engine._guesser.proposer._cache.free_rows) == engine.max_batch  # type: ignore[attr-defined]
+    assert engine._speculator is not None
+    assert len(engine._speculator.proposer._cache.free_rows) == engine.max_batch  # type: ignore[attr-defined]
 
 
 def test_a_draft_of_a_short_context_stops_guessing(model: Any, tiny_tokenizer: Any, naive: Any) -> None:
@@ -141,7 +145,7 @@ def test_seeded_draws_are_the_same(model: Any, close_draft: Any, tiny_tokenizer:
     """A guess is verified by the very draw that would have been made without it."""
     kinds = [None, Speculation(), Speculation(draft=close_draft, draft_tokenizer=tiny_tokenizer)]
     for seed in range(3):
-        sampling = Sampling(seed=seed, temperature=0.6, top_k=20, repetition_penalty=1.05)
+        sampling = SamplingParams(seed=seed, temperature=0.6, top_k=20, repetition_penalty=1.05)
         found = [ask(guessing(model, tiny_tokenizer, kind), [20, 30] * 10, 40, sampling) for kind in kinds]
         assert found[0] == found[1] == found[2]
 
@@ -161,8 +165,7 @@ def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, ti
         requests = [
             Request(
                 prompt_ids=[20, 30, 40],
-                max_new_tokens=3,
-                sampling=Sampling(seed=1000 * (kind is None) + number, top_k=3),
+                sampling=SamplingParams(max_new_tokens=3, seed=1000 * (kind is None) + number, top_k=3),
                 stop_ids=NEVER,
             )
             for number in range(1000)
@@ -185,9 +188,9 @@ def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, ti
 
 
 def test_what_cannot_guess_is_refused(model: Any, tiny_tokenizer: Any, nano_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="max_tokens: 0 guesses are out of range"):
+    with pytest.raises(UserError, match="max_tokens: 0 is out of range"):
         Speculation(max_tokens=0)
-    with pytest.raises(UserError, match="belong together, one of them is missing"):
+    with pytest.raises(UserError, match="give both the draft model"):
         Speculation(draft=model)
     speculation = Speculation(draft=model, draft_tokenizer=nano_tokenizer)
     with pytest.raises(UserError, match="draft: its tokenizer"):

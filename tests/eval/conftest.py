@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from xverse.eval.benchmarks.ceval import COLUMNS
-from xverse.eval.benchmarks.mmlu import SUBJECTS
+from xverse.data.benchmarks.ceval import COLUMNS
+from xverse.data.benchmarks.mmlu import SUBJECTS
 
 QUESTIONS = ["How many legs has a horse, {}?", 'What is "{}", or\nis it?', "Which is larger, {} or 2?"]
 

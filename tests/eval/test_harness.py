@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.eval.run import plan
-from xverse.eval.scoring import answers, ask
+from xverse.eval.run import load_benchmarks
+from xverse.eval.scoring import make_prompts, score_prompts
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -85,10 +85,10 @@ def test_our_prompts_as_a_task_there(
     harness: Any, engine_backend: Any, benchmarks: Path, tmp_path: Path
 ) -> None:
     """Identical strings: the accuracy that the harness finds is ours, question by question."""
-    (mmlu,) = plan(["mmlu"], benchmarks)
+    (mmlu,) = load_benchmarks(["mmlu"], benchmarks)
     rows, ours = [], []
     for subject in mmlu.subjects[:6]:
-        for each in answers(engine_backend, ask(engine_backend, mmlu.benchmark, subject, 5)):
+        for each in score_prompts(engine_backend, make_prompts(engine_backend, mmlu.benchmark, subject, 5)):
             ours.append(each.prediction == each.question.answer)
             rows.append({"prompt": each.prompt, "gold": "ABCD".index(each.question.answer or "A")})
     path = tmp_path / "prompts.jsonl"

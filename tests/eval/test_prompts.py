@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from xverse.eval.benchmark import Options
+from xverse.data.benchmarks.questions import Options
 from xverse.eval.benchmarks import BENCHMARKS
-from xverse.eval.run import Plan, plan
+from xverse.eval.run import LoadedBenchmark, load_benchmarks
 
 # Of all prompts with five shots, one after another, each with a zero byte behind it.
 DIGESTS = {
@@ -25,12 +25,12 @@ def data(test_data: Path) -> Path:
     return test_data / "eval"
 
 
-def read(name: str, data: Path, **options: Any) -> Plan:
-    (found,) = plan([name], data, options=Options(**options))
+def read(name: str, data: Path, **options: Any) -> LoadedBenchmark:
+    (found,) = load_benchmarks([name], data, options=Options(**options))
     return found
 
 
-def prompts(found: Plan) -> list[str]:
+def prompts(found: LoadedBenchmark) -> list[str]:
     return [
         found.benchmark.prompt(subject, question, 5)
         for subject in found.subjects

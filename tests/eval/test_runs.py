@@ -147,18 +147,18 @@ def test_malformed_rows(random_model: Path, benchmarks: Path, tmp_path: Path, ca
     )
     more = ("--tasks", "ceval", "--limit", "2")
     assert main(["eval", *flags(random_model, data, tmp_path / "out", *more)]) == 2
-    assert "law_val.csv, line 8: the answer 'F' is none of A, B, C, D" in capsys.readouterr().err
+    assert "law_val.csv, line 8: the answer 'F' is not one of A, B, C, D" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     more = (*more, "--skip-malformed")
     assert main(["eval", *flags(random_model, data, tmp_path / "out", *more)]) == 0
-    assert "2 malformed rows left out" in capsys.readouterr().out
+    assert "2 malformed rows skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("more", "part"),
     [
         (["--tasks", "mmul"], "mmlu"),
-        (["--tasks", ","], "names no task"),
+        (["--tasks", ","], "at least one task"),
         (["--tasks", "mmlu", "--split", "dev2"], "test, val"),
         (["--tasks", "agieval"], "`xverse eval fetch agieval`"),
         (["--tasks", "gaokao-bench"], "`xverse eval fetch gaokao-bench`"),

@@ -13,8 +13,8 @@ from xverse.config import UserError
 from xverse.data.benchmarks.questions import Question, Subject
 from xverse.eval.backends import EngineBackend, TransformersBackend
 from xverse.eval.benchmarks import BENCHMARKS
-from xverse.eval.run import plan
-from xverse.eval.scoring import Answered, answers, ask
+from xverse.eval.run import load_benchmarks
+from xverse.eval.scoring import Answer, make_prompts, score_prompts
 
 
 def plainly(backend: EngineBackend, ids: list[int], continuation: list[int]) -> float:
@@ -30,13 +30,13 @@ def plainly(backend: EngineBackend, ids: list[int], continuation: list[int]) -> 
 
 @pytest.fixture
 def law(benchmarks: Path) -> Subject:
-    (found,) = plan(["ceval"], benchmarks)
+    (found,) = load_benchmarks(["ceval"], benchmarks)
     return found.subjects[1]
 
 
 def test_scores_are_those_of_a_plain_forward_pass(engine_backend: Any, law: Subject) -> None:
-    asked = ask(engine_backend, BENCHMARKS["ceval"], law, 5)
-    for each, found in zip(asked, answers(engine_backend, asked), strict=True):
+    asked = make_prompts(engine_backend, BENCHMARKS["ceval"], law, 5)
+    for each, found in zip(asked, score_prompts(engine_backend, asked), strict=True):
         expected = [plainly(engine_backend, each.ids, continuation) for continuation in each.continuations]
         assert found.logprobs == pytest.approx(expected, abs=1e-4)
         assert found.prediction == "ABCD"[expected.index(max(expected))]
@@ -45,7 +45,7 @@ def test_scores_are_those_of_a_plain_forward_pass(engine_backend: Any, law: Subj
 def test_letters_are_tokens_of_the_real_prompt(engine_backend: Any, law: Subject) -> None:
     encode = engine_backend.engine.tokenizer.encode
     benchmark = BENCHMARKS["ceval"]
-    for each in ask(engine_backend, benchmark, law, 5):
+    for each in make_prompts(engine_backend, benchmark, law, 5):
         for letter, continuation in zip("ABCD", each.continuations, strict=True):
             assert [*each.ids, *continuation] == encode(each.prompt + letter)
 
@@ -59,9 +59,9 @@ def test_letters_of_several_tokens(engine_backend: Any) -> None:
     benchmark = dataclasses.replace(
         BENCHMARKS["ceval"], answer=lambda question, letter: {"A": "𠮷野", "B": "𠮸"}[letter]
     )
-    (asked,) = ask(engine_backend, benchmark, subject, 0)
+    (asked,) = make_prompts(engine_backend, benchmark, subject, 0)
     assert {len(each) for each in asked.continuations} != {1}
-    (found,) = answers(engine_backend, [asked])
+    (found,) = score_prompts(engine_backend, [asked])
     expected = [plainly(engine_backend, asked.ids, each) for each in asked.continuations]
     assert found.logprobs == pytest.approx(expected, abs=1e-4)
 
@@ -69,7 +69,7 @@ def test_letters_of_several_tokens(engine_backend: Any) -> None:
 @pytest.mark.parametrize("name", ["mmlu", "ceval"])
 def test_sharing_the_beginning_changes_nothing(random_model: Path, benchmarks: Path, name: str) -> None:
     """Logits within 1e-4 (sums in another order), predictions equal where the margin is larger."""
-    (found,) = plan([name], benchmarks)
+    (found,) = load_benchmarks([name], benchmarks)
     sharing, alone = (
         EngineBackend.load(
             str(random_model), quantize=None, threads=1, max_cache_tokens=40_000, prefix_cache_bytes=size
@@ -77,8 +77,8 @@ def test_sharing_the_beginning_changes_nothing(random_model: Path, benchmarks: P
         for size in (2**26, 0)
     )
     for subject in found.subjects[:4]:
-        asked = ask(sharing, found.benchmark, subject, 5)
-        pairs = zip(answers(sharing, asked), answers(alone, asked), strict=True)
+        asked = make_prompts(sharing, found.benchmark, subject, 5)
+        pairs = zip(score_prompts(sharing, asked), score_prompts(alone, asked), strict=True)
         for one, other in pairs:
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
             best, second = sorted(other.logprobs, reverse=True)[:2]
@@ -89,7 +89,7 @@ def test_sharing_the_beginning_changes_nothing(random_model: Path, benchmarks: P
 
 def test_equal_letters_go_to_the_first() -> None:
     question = Question(id="x", text="?", options=("a", "b", "c"), answer="B")
-    found = Answered(question=question, prompt="", shots=0, tokens=1, logprobs=(-2.0, -1.0, -1.0))
+    found = Answer(question=question, prompt="", shots=0, tokens=1, logprobs=(-2.0, -1.0, -1.0))
     assert found.prediction == "B"
 
 
@@ -97,7 +97,7 @@ def test_shots_are_dropped_until_it_fits_and_the_question_never_cut(
     engine_backend: Any, law: Subject
 ) -> None:
     benchmark = BENCHMARKS["ceval"]
-    sizes = {count: len(ask(engine_backend, benchmark, law, count)[0].ids) for count in range(6)}
+    sizes = {count: len(make_prompts(engine_backend, benchmark, law, count)[0].ids) for count in range(6)}
     for room, count in (
         (sizes[5] + 1, 5),
         (sizes[5], 4),
@@ -106,12 +106,12 @@ def test_shots_are_dropped_until_it_fits_and_the_question_never_cut(
         (sizes[0] + 1, 0),
     ):
         engine_backend.context = room
-        first = ask(engine_backend, benchmark, law, 5)[0]
+        first = make_prompts(engine_backend, benchmark, law, 5)[0]
         assert first.shots == count
         assert first.prompt == benchmark.prompt(law, first.question, count)
     engine_backend.context = sizes[0]
     with pytest.raises(UserError, match=r"law/0: its \d+ tokens do not fit into the model's context of"):
-        ask(engine_backend, benchmark, law, 5)
+        make_prompts(engine_backend, benchmark, law, 5)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -126,11 +126,13 @@ def test_transformers_scores_the_same(
     backend = TransformersBackend(
         model, engine_backend.engine.tokenizer.encode, name="hf", context=8192, share=share, batch_tokens=700
     )
-    (found,) = plan(["mmlu"], benchmarks)
+    (found,) = load_benchmarks(["mmlu"], benchmarks)
     for subject in found.subjects[:3]:
-        asked = ask(engine_backend, found.benchmark, subject, 5)
-        assert ask(backend, found.benchmark, subject, 5) == asked
-        for one, other in zip(answers(backend, asked), answers(engine_backend, asked), strict=True):
+        asked = make_prompts(engine_backend, found.benchmark, subject, 5)
+        assert make_prompts(backend, found.benchmark, subject, 5) == asked
+        for one, other in zip(
+            score_prompts(backend, asked), score_prompts(engine_backend, asked), strict=True
+        ):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
     assert backend.shares == share
 
@@ -173,23 +175,25 @@ def test_a_model_whose_cache_cannot_be_shared_computes_whole_prompts(engine_back
 
 @pytest.mark.parametrize("name", list(BENCHMARKS))
 def test_an_oracle_is_always_right_and_its_contrary_never(name: str, test_data: Path, oracle: Any) -> None:
-    plans = plan([name], test_data / "eval", limit=30)
+    plans = load_benchmarks([name], test_data / "eval", limit=30)
     for right in (True, False):
         backend = oracle(plans, right=right)
         for subject in plans[0].subjects:
-            for each in answers(backend, ask(backend, plans[0].benchmark, subject, 5)):
+            for each in score_prompts(backend, make_prompts(backend, plans[0].benchmark, subject, 5)):
                 assert (each.prediction == each.question.answer) == right
 
 
 @pytest.mark.parametrize("name", list(BENCHMARKS))
 def test_random_weights_know_nothing(name: str, test_data: Path, engine_backend: Any) -> None:
     """Where a prediction does not depend on the key, the expected accuracy is Σ p(predicted) · p(key)."""
-    plans = plan([name], test_data / "eval", limit={"mmlu": 8, "ceval": 8}.get(name, 25))
+    plans = load_benchmarks([name], test_data / "eval", limit={"mmlu": 8, "ceval": 8}.get(name, 25))
     right = total = 0
     predicted: dict[str, int] = {}
     keys: dict[str, int] = {}
     for subject in plans[0].subjects:
-        for each in answers(engine_backend, ask(engine_backend, plans[0].benchmark, subject, 1)):
+        for each in score_prompts(
+            engine_backend, make_prompts(engine_backend, plans[0].benchmark, subject, 1)
+        ):
             total += 1
             right += each.prediction == each.question.answer
             predicted[each.prediction] = predicted.get(each.prediction, 0) + 1

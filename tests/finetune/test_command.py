@@ -117,8 +117,8 @@ def test_early_stopping(document, flags, tmp_path) -> None:
         ({"save_steps": "3"}, "multiple"),
         ({"lr_scheduler_type": "cosin"}, "cosin"),
         ({"eval_dataset": "none"}, "no dataset 'none'"),
-        ({"enable_liger_kernel": ""}, "leave the flag out here"),
-        ({"group_by_length": "", "packing": ""}, "packing fills rows instead"),
+        ({"enable_liger_kernel": ""}, "use_liger_kernel needs CUDA"),
+        ({"group_by_length": "", "packing": ""}, "cannot be combined with packing"),
     ],
 )
 def test_mistakes_are_one_line(document, flags, capsys, change, said) -> None:

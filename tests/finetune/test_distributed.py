@@ -20,6 +20,8 @@ from xverse.cli import main
 from xverse.formats import load_model, save_hf
 from xverse.train.plot import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     **os.environ,

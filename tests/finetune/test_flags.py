@@ -110,14 +110,17 @@ def test_values_reach_transformers(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"template": "vicuna"}, "XVERSE's own"),
+        ({"template": "vicuna"}, "only XVERSE's"),
         ({"do_train": False}, "nothing to do"),
         ({"dataset": None}, "needs a dataset"),
         ({"deepspeed": "a.json", "fsdp": "full_shard"}, "one of them"),
         ({"eval_strategy": "steps", "evaluation_strategy": "epoch"}, "one setting"),
+        ({"use_liger_kernel": True, "enable_liger_kernel": False}, "one setting"),
+        ({"save_dtype": "float32"}, "needs finetuning_type full"),
+        ({"lora_rnak": 3, "lerning_rate": 1}, "lerning_rate.*learning_rate"),
         ({"load_best_model_at_end": True}, "needs evaluation"),
         ({"val_size": 1.5}, "neither a share"),
-        ({"val_size": 0.1, "eval_dataset": "y"}, "one of them"),
+        ({"val_size": 0.1, "eval_dataset": "y"}, "mutually exclusive"),
         ({"train_on_prompt": True, "mask_history": True}, "contradict"),
         ({"bf16": True, "fp16": True}, "contradict"),
         ({"lora_rnak": 3}, "did you mean 'lora_rank'"),
@@ -137,7 +140,7 @@ def test_contradictions_are_one_line(values, said) -> None:
         (["--lora_rnak", "8"], "did you mean '--lora_rank'"),
         (["--stage", "stf"], "did you mean 'sft'"),
         (["--bf16", "maybe"], "neither true nor false"),
-        ([], "name a recipe, or give flags"),
+        ([], "give a recipe or flags"),
         (["--do_train"], "missing key"),
     ],
 )

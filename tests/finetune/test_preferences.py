@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from transformers import TrainingArguments
 
 from xverse.cli import main
-from xverse.finetune.encode import Example, load_pairs
+from xverse.finetune.encode import Example, load_data
 from xverse.finetune.preferences import PairTrainer, log_probabilities
 from xverse.finetune.settings import read_settings
 from xverse.finetune.trainer import join
@@ -76,7 +76,7 @@ def test_pairs_share_their_prompt_and_skip_what_is_none(pairs, tiny_tokenizer) -
     (pairs / "pairs.json").write_text(json.dumps([*rows, same]))
     values = {"model_name_or_path": "x", "output_dir": "y", "dataset": "pairs.json", "do_train": True}
     settings = read_settings({**values, "dataset_dir": str(pairs), "stage": "dpo"}, "test")
-    data = load_pairs(settings, tiny_tokenizer, 64)
+    data = load_data(settings, tiny_tokenizer, 64)
     assert len(data.train) == 80
     assert "1 chosen and rejected alike" in data.notes[0]
     for chosen, rejected in zip(data.train[::2], data.train[1::2], strict=True):
@@ -98,7 +98,7 @@ def test_orpo_is_its_formula(tiny_config: Any, tmp_path: Path) -> None:
     options = {"examples": examples, "held_out": [], "row_length": None, "pad_id": 1, "reference": None}
     trainer = PairTrainer(model=model, args=args, **options, beta=0.3, kind="orpo", supervised=0.0)
     batch = join(examples, [0, 1], 1)
-    loss, margin = trainer._judge(model, batch)
+    loss, margin = trainer._losses(model, batch)
     sums, counts = log_probabilities(model, batch)
     chosen, rejected = (sums / counts).double().exp().tolist()
     ratio = math.log(chosen / (1 - chosen)) - math.log(rejected / (1 - rejected))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,14 +13,11 @@ import pytest
 
 from xverse.cli import main
 from xverse.config import UserError, build
-from xverse.data.dialogues.conversations import DatasetInfo, to_dialogue, to_preference
-from xverse.data.dialogues.instructions import Skip
+from xverse.data.dialogues.formats import DatasetInfo
 from xverse.finetune.encode import encode_within, load_data
-from xverse.finetune.settings import read_settings
-from xverse.finetune.sources import find_sources, packaged, read_source
+from xverse.finetune.settings import DatasetUse, read_settings
+from xverse.finetune.sources import Source, find_sources, packaged, read_file, source_files
 from xverse.tokenizer import encode_chat, encode_dialogue
-
-CALL = {"name": "area", "arguments": {"side": 3}}
 
 
 def settings(folder: Path, **values: Any) -> Any:
@@ -26,112 +25,23 @@ def settings(folder: Path, **values: Any) -> Any:
     return read_settings({"model_name_or_path": "x", "output_dir": "y", **values}, "test")
 
 
-def info(**values: Any) -> DatasetInfo:
-    return build(DatasetInfo, values, "test")
+def uses(names: str) -> list[DatasetUse]:
+    return [DatasetUse(name=name.strip()) for name in names.split(",")]
 
 
-def roles(item: dict[str, Any], **values: Any) -> list[tuple[str, str]]:
-    return [(m["role"], m["content"]) for m in to_dialogue(item, info(**values)).messages]
-
-
-def test_alpaca_with_system_and_history() -> None:
-    item = {
-        "instruction": "and",
-        "input": "then",
-        "output": "last",
-        "system": "be kind",
-        "history": [["q1", "a1"], ["q2", "a2"]],
-    }
-    assert roles(item, columns={"system": "system", "history": "history"}) == [
-        ("system", "be kind"),
-        ("user", "q1"),
-        ("assistant", "a1"),
-        ("user", "q2"),
-        ("assistant", "a2"),
-        ("user", "and\nthen"),
-        ("assistant", "last"),
-    ]
-    renamed = {"question": "q", "answer": "a"}
-    assert roles(renamed, columns={"prompt": "question", "response": "answer"}) == [
-        ("user", "q"),
-        ("assistant", "a"),
-    ]
-
-
-def test_sharegpt_with_tools_and_openai_messages_say_the_same() -> None:
-    sharegpt = {
-        "tools": json.dumps([{"name": "area", "description": "d", "parameters": {}}]),
-        "conversations": [
-            {"from": "human", "value": "how big?"},
-            {"from": "function_call", "value": json.dumps(CALL)},
-            {"from": "observation", "value": "9"},
-            {"from": "gpt", "value": "nine"},
-        ],
-    }
-    openai = {
-        "tools": [{"type": "function", "function": {"name": "area", "description": "d", "parameters": {}}}],
-        "messages": [
-            {"role": "user", "content": "how big?"},
-            {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [{"function": {"name": "area", "arguments": json.dumps(CALL["arguments"])}}],
-            },
-            {"role": "tool", "content": "9"},
-            {"role": "assistant", "content": "nine"},
-        ],
-    }
-    tags = {
-        "role_tag": "role",
-        "content_tag": "content",
-        "user_tag": "user",
-        "assistant_tag": "assistant",
-        "observation_tag": "tool",
-    }
-    first = roles(sharegpt, formatting="sharegpt", columns={"tools": "tools"})
-    columns = {"tools": "tools", "messages": "messages"}
-    assert first == roles(openai, formatting="sharegpt", columns=columns, tags=tags)
-    assert [role for role, _ in first] == ["system", "user", "assistant", "exec", "assistant"]
-    assert first[2][1] == f"<tool_call>{json.dumps(CALL)}</tool_call>"
-    assert '"name": "area"' in first[0][1]
-
-
-@pytest.mark.parametrize(
-    ("item", "why"),
-    [
-        ({"conversations": [{"from": "gpt", "value": "a"}]}, "roles out of order"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]}, "empty text"),
-        ({"conversations": [{"from": "robot", "value": "a"}]}, "unknown role"),
-        ({"conversations": [{"from": "function_call", "value": "no json"}]}, "ill-formed tool call"),
-        ({"conversations": "text"}, "ill-formed turn"),
-    ],
-)
-def test_unusable_items_say_why(item, why) -> None:
-    with pytest.raises(Skip, match=why):
-        to_dialogue(item, info(formatting="sharegpt"))
-
-
-def test_preferences_of_both_formats() -> None:
-    item = {
-        "conversations": [{"from": "human", "value": "q"}],
-        "chosen": {"from": "gpt", "value": "good"},
-        "rejected": {"from": "gpt", "value": "bad"},
-    }
-    pair = to_preference(item, info(formatting="sharegpt", ranking=True))
-    assert (pair.messages, pair.chosen, pair.rejected) == ([{"role": "user", "content": "q"}], "good", "bad")
-    plain = to_preference({"instruction": "q", "chosen": "good", "rejected": "bad"}, info(ranking=True))
-    assert plain == pair
+def items(source: Source) -> list[Any]:
+    return [item for file in source_files(source) for item in read_file(file, "sft", Counter())]
 
 
 def test_names_are_entries_files_folders_and_homes(folder) -> None:
-    found = find_sources("alpaca_gpt4_en, turns.json,belle_1m,some/where", folder)
+    found = find_sources(uses("alpaca_gpt4_en, turns.json,belle_1m,some/where"), folder)
     assert [source.path and source.path.name for source in found] == ["small.json", "turns.json", None, None]
     assert found[2].info.hf_hub_url == "BelleGroup/train_1M_CN"
     assert found[3].info.hf_hub_url == "some/where"
-    (home,) = find_sources("alpaca_gpt4_en", folder.parent)  # no dataset_info.json of its own
+    (home,) = find_sources(uses("alpaca_gpt4_en"), folder.parent)  # no dataset_info.json of its own
     assert home.info.hf_hub_url == "llamafactory/alpaca_gpt4_en"
-    (guessed,) = find_sources("turns.json", folder)
-    assert len(list(read_source(guessed, "sft", Counter()))) == 40
+    (guessed,) = find_sources(uses("turns.json"), folder)
+    assert len(items(guessed)) == 40
 
 
 def test_every_packaged_entry_is_well_formed() -> None:
@@ -141,19 +51,19 @@ def test_every_packaged_entry_is_well_formed() -> None:
 
 def test_unknown_names_and_columns_list_what_exists(folder) -> None:
     with pytest.raises(UserError, match=r"did you mean 'alpaca_gpt4_en'.*other.*codealpaca"):
-        find_sources("alpaca_gtp4_en", folder)
+        find_sources(uses("alpaca_gtp4_en"), folder)
     (folder / "dataset_info.json").write_text(
         json.dumps({"a": {"file_name": "small.json", "columns": {"prompt": "question"}}, "b": {"colums": {}}})
     )
-    with pytest.raises(UserError, match=r"no column 'question' \(there are: instruction, input, output\)"):
-        list(read_source(find_sources("a", folder)[0], "sft", Counter()))
+    with pytest.raises(UserError, match=r"no column 'question' \(columns: instruction, input, output\)"):
+        items(find_sources(uses("a"), folder)[0])
     with pytest.raises(UserError, match="did you mean 'columns'"):
-        find_sources("b", folder)
+        find_sources(uses("b"), folder)
     (folder / "dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match="ill-formed JSON"):
-        find_sources("a", folder)
+    with pytest.raises(UserError, match="invalid JSON"):
+        find_sources(uses("a"), folder)
     with pytest.raises(UserError, match="cannot be fetched"):
-        list(read_source(find_sources("some/where", folder.parent)[0], "sft", Counter()))
+        items(find_sources(uses("some/where"), folder.parent)[0])
 
 
 def test_csv_parquet_and_text(tmp_path, tiny_tokenizer) -> None:
@@ -256,6 +166,9 @@ def test_data_show_prints_one_example(folder, base, capsys) -> None:
     assert "Human: say hello 3\n\nAssistant: good morning and again" in shown
     assert "with loss (bold green)" in shown
     assert main([*words, "--index", "40"]) == 2
+    capsys.readouterr()
+    assert main(["data", "show", "--dialogues", "d.json", "--tokenizer", "t"]) == 2
+    assert "write --dataset d.json --model t" in capsys.readouterr().err
 
 
 def test_real_datasets_are_read(test_data, tiny_tokenizer) -> None:
@@ -269,3 +182,94 @@ def test_real_datasets_are_read(test_data, tiny_tokenizer) -> None:
         settings(folder, dataset="wiki_demo,c4_demo", stage="pt", max_samples=5), tiny_tokenizer, 512
     )
     assert text.train
+
+
+def test_a_checksum_is_checked(folder, tiny_tokenizer) -> None:
+    file = folder / "small.json"
+    entry = {"file_name": "small.json", "file_sha1": hashlib.sha1(file.read_bytes()).hexdigest()}
+    (folder / "dataset_info.json").write_text(json.dumps({"a": entry}))
+    assert len(load_data(settings(folder, dataset="a"), tiny_tokenizer, 64).train) == 40
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(UserError, match=r"small.json has SHA-1 .*, not .*; restore the file or update"):
+        find_sources(uses("a"), folder)
+
+
+def test_placeholders_need_an_identity(folder, tiny_tokenizer) -> None:
+    rows = [{"instruction": "who", "input": "", "output": "I am {{name}} by {{author}}."}] * 3
+    (folder / "who.json").write_text(json.dumps(rows))
+    message = r"who.json: item 0 has unfilled placeholders .*; fill them with --identity author=… name=…, or"
+    with pytest.raises(UserError, match=message):
+        load_data(settings(folder, dataset="who.json"), tiny_tokenizer, 64)
+    with pytest.raises(UserError, match="unfilled"):  # of a file in a folder, too
+        load_data(settings(folder, dataset=str(folder)), tiny_tokenizer, 64)
+    with pytest.raises(UserError, match="--identity author=…,"):
+        load_data(settings(folder, dataset="who.json", identity={"name": "N"}), tiny_tokenizer, 64)
+    named = settings(folder, dataset="who.json", identity={"name": "N", "author": "A"})
+    example = load_data(named, tiny_tokenizer, 64).train[0]
+    assert "I am N by A." in tiny_tokenizer.decode(example.ids)
+    kept = load_data(settings(folder, dataset="who.json", keep_placeholders=True), tiny_tokenizer, 64)
+    assert "{{name}}" in tiny_tokenizer.decode(kept.train[0].ids)
+
+
+def test_files_of_a_folder_are_bounded_filtered_and_repeated(tmp_path, tiny_tokenizer, capsys) -> None:
+    good = [{"instruction": f"say {i}", "input": "", "output": "one"} for i in range(40)]
+    long = [{"instruction": "speak", "input": "", "output": "many words " * 30}]
+    (tmp_path / "a.json").write_text(json.dumps(long + good))
+    (tmp_path / "b.json").write_text(json.dumps([{"text": "no instruction"}]))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.jsonl.gz").write_bytes(gzip.compress(json.dumps(good[0]).encode()))
+    (tmp_path / "LICENSE").write_text("MIT")
+    use = {"name": str(tmp_path), "num_samples": 41, "max_reply_tokens": 20, "repeat": 3}
+    data = load_data(settings(tmp_path, dataset=[use], val_size=4.0), tiny_tokenizer, 400)
+    counts = Counter(example.name for example in data.train)
+    assert (len(counts), set(counts.values()), len(data.valid)) == (37, {3}, 4)
+    assert not set(counts) & {example.name for example in data.valid}
+    assert {example.dataset for example in (*data.train, *data.valid)} == {"a.json", "c.jsonl.gz"}
+    log = " ".join(capsys.readouterr().err.split())
+    assert "a.json: 40 examples; skipped 1: 1 with replies of more than 20 tokens" in log
+    assert "b.json" in log
+    assert "no column 'output'" in log
+    few = settings(tmp_path, dataset=[{**use, "num_samples": 20}])
+    names = [example.name for example in load_data(few, tiny_tokenizer, 400).train]
+    assert len(set(names)) == 21
+    assert names == [example.name for example in load_data(few, tiny_tokenizer, 400).train]
+    other = settings(tmp_path, dataset=[{**use, "num_samples": 20}], seed=1)
+    assert names != [example.name for example in load_data(other, tiny_tokenizer, 400).train]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.json", b'[{"id": "x"}]', r"unknown format \(keys: id\); accepted are alpaca"),
+        ("a.json", b"[]", "0 examples; nothing to train on"),
+        ("a.json", b"[{]", "invalid JSON"),
+        ("a.json", b'["\xff"]', "invalid UTF-8"),
+        ("a.json", b'[{"instruction": "x", "output": ""}]', "skipped 1: 1 empty text; nothing to train on"),
+        ("a.json.gz", gzip.compress(b"[" + b"{}, " * 5000)[:-20], "broken gzip stream"),
+    ],
+)
+def test_unusable_files_are_refused(tmp_path, tiny_tokenizer, name, data, message) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        load_data(settings(tmp_path, dataset=name), tiny_tokenizer, 64)
+
+
+def test_bad_lines_are_counted(tmp_path, tiny_tokenizer, capsys) -> None:
+    good = json.dumps({"instruction": "Hi", "output": "Hello!"}).encode()
+    (tmp_path / "a.jsonl").write_bytes(b'{"instruction": "x"}\n{"instr\n\n' + good)
+    (tmp_path / "b.jsonl").write_bytes(good + b'\n{"instr\n{"instruction": "\xff"}\n')
+    with pytest.raises(UserError, match="no column 'output'"):
+        load_data(settings(tmp_path, dataset="a.jsonl"), tiny_tokenizer, 64)
+    assert len(load_data(settings(tmp_path, dataset="b.jsonl"), tiny_tokenizer, 64).train) == 1
+    assert "skipped 2: 2 ill-formed lines" in " ".join(capsys.readouterr().err.split())
+
+
+def test_every_public_demo_file_gives_its_dialogues(test_data, tiny_tokenizer) -> None:
+    folder = test_data / "sft" / "llama-factory"
+    counts = {"glaive_toolcall_en_demo": 300, "glaive_toolcall_zh_demo": 300, "kto_en_demo": 300}
+    counts |= {"identity": 91}
+    for name, count in counts.items():
+        chosen = settings(folder, dataset=name, identity={"name": "N", "author": "A"})
+        assert len(load_data(chosen, tiny_tokenizer, 4096).train) == count
+    with pytest.raises(UserError, match=r"identity.json: item 0 has unfilled placeholders \{\{author"):
+        load_data(settings(folder, dataset="identity"), tiny_tokenizer, 4096)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.engine import Engine, Request, Sampling, Speculation
+from xverse.engine import Engine, Request, SamplingParams, Speculation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,8 +21,7 @@ def generate(engine: Engine, prompts: list[list[int]], new_tokens: int = 40) -> 
         engine.submit(
             Request(
                 prompt_ids=prompt,
-                max_new_tokens=new_tokens,
-                sampling=Sampling(temperature=0),
+                sampling=SamplingParams.greedy(new_tokens),
                 stop_ids=(10**6,),
             )
         )
@@ -65,7 +64,7 @@ def test_bfloat16_and_int8_cache_run(model: Any, tiny_tokenizer: Any, kv_dtype: 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_run(wide_config: Any, tiny_tokenizer: Any, bits: int) -> None:
-    from xverse.bench.infer import random_model
+    from xverse.bench.weights import random_model
 
     model = random_model(wide_config, torch.bfloat16, f"int{bits}").cuda()
     engine = Engine(model, tiny_tokenizer, max_cache_tokens=4096)
@@ -76,8 +75,7 @@ def test_sampling_repeats_by_its_seed(model: Any, tiny_tokenizer: Any) -> None:
     engine = Engine(model.cuda(), tiny_tokenizer, max_cache_tokens=4096)
     request = Request(
         prompt_ids=[5, 6],
-        max_new_tokens=20,
-        sampling=Sampling(seed=3, top_k=20, top_p=0.9, repetition_penalty=1.1),
+        sampling=SamplingParams(max_new_tokens=20, seed=3, top_k=20, top_p=0.9, repetition_penalty=1.1),
         stop_ids=(10**6,),
     )
     first, second = ([event.token_id for event in engine.stream(request)] for _ in range(2))

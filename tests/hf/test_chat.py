@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
+from xverse.engine.sampling_params import PARAMS, SamplingParams
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -114,7 +115,7 @@ def test_settings_come_from_the_caller_the_model_or_upstream(
 ) -> None:
     from transformers import GenerationConfig
 
-    from xverse.hf import chat
+    from xverse.hf import model_chat
 
     seen: list[Any] = []
 
@@ -129,8 +130,47 @@ def test_settings_come_from_the_caller_the_model_or_upstream(
     assert (seen[-1].do_sample, seen[-1].max_new_tokens, seen[-1].eos_token_id) == (False, 2048, 3)
     hf_model.generation_config = GenerationConfig(pad_token_id=1, eos_token_id=3)
     hf_model.chat(hf_tokenizer, MESSAGES)
-    assert {key: getattr(seen[-1], key) for key in chat.DEFAULTS} == chat.DEFAULTS
+    assert {key: getattr(seen[-1], key) for key in model_chat.DEFAULTS} == model_chat.DEFAULTS
     assert hf_model.generation_config.do_sample is None  # the model's own is not touched
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMS if name not in ("seed", "logit_bias")])
+def test_every_sampling_parameter_reaches_generate(
+    name: str, hf_model: Any, hf_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import GenerationConfig
+
+    seen: dict[str, Any] = {}
+
+    def generate(inputs: Tensor, **options: Any) -> Tensor:
+        seen.update(options)
+        return inputs
+
+    monkeypatch.setattr(hf_model, "generate", generate)
+    value = {"stop": ["END"], "max_new_tokens": 7, "top_k": 7}.get(name, 0.5)
+    config = GenerationConfig(**{PARAMS[name].stored: value})
+    hf_model.chat(hf_tokenizer, MESSAGES, generation_config=config)
+    assert getattr(seen["generation_config"], PARAMS[name].stored) == value
+    assert len(seen["logits_processor"]) == ("ence_penalty" in name or "ency_penalty" in name)
+
+
+def test_penalties_equal_the_engine() -> None:
+    from transformers import GenerationConfig
+
+    from xverse.engine.sampling import Adjustment, adjust_
+    from xverse.hf.model_chat import _penalties
+
+    config = GenerationConfig(presence_penalty=0.5, frequency_penalty=0.25)
+    sampling = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    prompt, reply = [4, 5], [6, 6, 7]
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
+    adjustment = Adjustment(sampling, prompt, torch.device("cpu"))
+    for token in reply:
+        adjustment.add(token)
+    expected = logits.clone()
+    adjust_(expected, sampling, [adjustment])
+    (processor,) = _penalties(config, len(prompt))
+    assert torch.allclose(processor(torch.tensor([prompt + reply]), logits), expected)
 
 
 def test_long_conversation_loses_old_rounds_with_a_warning(scripted: Any, hf_tokenizer: Any) -> None:

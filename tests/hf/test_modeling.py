@@ -114,7 +114,7 @@ def test_wrong_arguments_are_named(hf_model: Any) -> None:
         hf_model(ids, atention_mask=ids)
     with pytest.raises(ValueError, match="attention_mask is"):
         hf_model(ids, attention_mask=torch.ones(1, 3))
-    with pytest.raises(ValueError, match="either"):
+    with pytest.raises(ValueError, match="exactly one"):
         hf_model()
 
 

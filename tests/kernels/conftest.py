@@ -1,4 +1,4 @@
-"""The kernels of every instruction set that this machine runs, one after the other."""
+"""A fixture for the kernels of every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from xverse.kernels.native import NAMES, kernel_name, library
 
 @pytest.fixture(params=NAMES)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with one instruction set after the other; its name."""
-    found = library()
-    if found is None:
+    """Runs the test with each instruction set; gives its name."""
+    compiled = library()
+    if compiled is None:
         pytest.skip("the kernels were not compiled")
-    if found.xv_select(request.param.encode()) is None:
+    if compiled.xv_select(request.param.encode()) is None:
         pytest.skip(f"this processor does not have {request.param}")
     yield request.param
-    found.xv_select(kernel_name().encode())
+    compiled.xv_select(kernel_name().encode())

@@ -1,4 +1,4 @@
-"""What of the CUDA side can be checked without a GPU: the layout that PyTorch's kernel is given."""
+"""What can be checked of CUDA without a GPU: the layout that PyTorch's kernel receives."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_shapes_that_pytorchs_operations_accept(inputs: int) -> None:
     with FakeTensorMode():  # tensors without data
         tiles = torch.empty(tile_shape(45, inputs, 4, 32), dtype=torch.uint8)
         x = torch.empty(2, 3, inputs, dtype=torch.bfloat16)
-        found = cuda.quant_linear(x, tiles, 45, 4)
-        assert (found.shape, found.dtype) == ((2, 3, 45), torch.bfloat16)
+        result = cuda.quant_linear(x, tiles, 45, 4)
+        assert (result.shape, result.dtype) == ((2, 3, 45), torch.bfloat16)
         weight, scales = cuda.int4_weight(tiles)
         assert weight.shape[0] * 8 == 64
         assert weight.shape[1] * weight.shape[3] * 32 == inputs
@@ -37,6 +37,6 @@ def test_shapes_that_pytorchs_operations_accept(inputs: int) -> None:
         assert cuda.quant_linear(x, tiles, 45, 8).shape == (2, 3, 45)
 
 
-def test_both_operations_have_a_cuda_side() -> None:
+def test_both_operations_have_a_cuda_implementation() -> None:
     for name in ("quant_linear", "quant_linears"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"xverse::{name}", "CUDA")

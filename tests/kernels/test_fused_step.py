@@ -1,4 +1,4 @@
-"""All layers in one call: the same bits as the modules one by one, and rows that depend on nothing else."""
+"""All layers in one call: the same bits as the modules one by one, and rows that do not depend on others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.bench.infer import random_model
+from xverse.bench.weights import random_model
 from xverse.engine.cache import PagedCache, RaggedContext, SequenceCache
 from xverse.kernels.fused_step import fused_step
 from xverse.kernels.inference import use_kernels
@@ -39,7 +39,7 @@ def make(config: Any, kind: str) -> XverseForCausalLM:
 
 
 class Texts:
-    """Sequences of random tokens in a cache, ``lengths`` of them computed."""
+    """Sequences of tokens in a cache, of which the first ``lengths`` are computed."""
 
     def __init__(self, model: XverseForCausalLM, lengths: list[int], kv_dtype: str) -> None:
         dtype = model.model.norm.weight.dtype
@@ -81,7 +81,7 @@ def test_the_bits_are_those_of_the_modules(wide_config: Any, kind: str, kv_dtype
     for segments in ([(0, 1)], [(0, 1), (1, 1), (2, 1)], [(2, 4), (0, 1), (1, 3)]):
         one, other = (Texts(model, [5, 0, 100], kv_dtype) for _ in range(2))
         assert torch.equal(one.run(segments, native=True), other.run(segments))
-        # What went into the cache is the same, too: the next step sees it.
+        # The cache has the same contents too: the next step reads it.
         for texts in (one, other):
             for number, count in segments:
                 texts.sequences[number].length += count
@@ -94,7 +94,7 @@ def test_the_bits_are_those_of_the_modules(wide_config: Any, kind: str, kv_dtype
 def test_a_row_does_not_depend_on_the_others(
     wide_config: Any, kind: str, kv_dtype: str, threads: int
 ) -> None:
-    """Guesses are verified by the very bits that would have been computed one token at a time."""
+    """Speculative decoding relies on it: drafts are verified by the bits of single-token steps."""
     model = make(wide_config, kind)
     before = torch.get_num_threads()
     alone = Texts(model, [5, 70], kv_dtype)
@@ -110,14 +110,14 @@ def test_a_row_does_not_depend_on_the_others(
     assert torch.equal(together[2:], torch.stack(rows))
 
 
-def test_other_models_are_left_to_their_modules(wide_config: Any) -> None:
+def test_other_models_have_no_fused_step(wide_config: Any) -> None:
     plain = XverseForCausalLM(wide_config)
     init_weights(plain, seed=0)
     use_kernels(plain)
     layers = Texts(plain, [0], "auto").cache.layers
-    assert fused_step(plain, layers) is None  # float32 products are PyTorch's
+    assert fused_step(plain, layers) is None  # float32 products run in PyTorch
     model = make(wide_config, "int4")
     layers = Texts(model, [0], "auto").cache.layers
     assert fused_step(model, layers) is not None
     model.model.layers[0].mlp.down_proj.order = torch.arange(256)
-    assert fused_step(model, layers) is None  # the inputs of a layer are permuted
+    assert fused_step(model, layers) is None  # a layer with permuted inputs

@@ -1,4 +1,4 @@
-"""The compiled kernels against float64, over odd shapes, for every instruction set of this machine."""
+"""The compiled kernels compared with float64, over odd shapes, for every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from xverse.kernels.tiles import tile, untile
 from xverse.kernels.weight import QuantizedWeight
 from xverse.model.config import XverseConfig
 from xverse.model.rope import rope_tables, rotate
+from xverse.quant import methods
 
 
 def random_weight(outputs: int, inputs: int, bits: int, group: int, seed: int = 0) -> QuantizedWeight:
-    """Every integer of the range, the smallest one included, and scales of very different sizes."""
+    """Every integer of the range, the smallest included, and scales of very different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     half = 1 << (bits - 1)
     q = torch.randint(-half, half, (outputs, inputs), dtype=torch.int8, generator=generator)
@@ -32,8 +33,8 @@ def random_weight(outputs: int, inputs: int, bits: int, group: int, seed: int = 
 
 
 def reference(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """(the product in float64 of activations quantised as the kernels do it, the sum of the magnitudes that
-    an error in rounding is to be measured by), both [M, N]."""
+    """The product in float64 with activations quantised as in the kernels, and the sum of magnitudes by which
+    rounding errors are measured, both [M, N]."""
     group = weight.group_size
     grouped = x.double().unflatten(1, (-1, group))  # [M, G, group]
     largest = grouped.abs().amax(-1, keepdim=True)
@@ -44,7 +45,7 @@ def reference(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     return exact, size
 
 
-# A value that lies in the middle between two integers may go to either: at most one step in a few places.
+# A value halfway between two integers may round to either: at most one step in a few places.
 TIES = 2e-4
 BF16 = 2.0**-8
 
@@ -62,34 +63,34 @@ def test_quantised_linear(
     for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 25, 40):
         x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens)).to(dtype)
         exact, size = reference(x, weight)
-        found = ops.quant_linear(x, tiles, outputs, bits)
-        assert found.dtype == dtype
+        result = ops.quant_linear(x, tiles, outputs, bits)
+        assert result.dtype == dtype
         tolerance = TIES + (BF16 if dtype == torch.bfloat16 else 0)
-        assert ((found.double() - exact).abs() <= tolerance * size).all(), (kernels, tokens)
+        assert ((result.double() - exact).abs() <= tolerance * size).all(), (kernels, tokens)
 
 
 def test_activations_are_quantised_group_by_group(kernels: str) -> None:
     weight = random_weight(40, 256, 4, 128)
     x = torch.randn(3, 256)
-    x[:, 5] = 1e4  # spoils its own group of 128 only
+    x[:, 5] = 1e4  # coarsens its own group of 128 only
     x[1] = 0
     x[2, 128:] = 0
     exact, size = reference(x, weight)
-    found = ops.quant_linear(x, tile(weight), 40, 4)
-    assert ((found.double() - exact).abs() <= TIES * size).all()
-    assert (found[1] == 0).all()
+    result = ops.quant_linear(x, tile(weight), 40, 4)
+    assert ((result.double() - exact).abs() <= TIES * size).all()
+    assert (result[1] == 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_bad_token_spoils_no_other(kernels: str, value: float) -> None:
+def test_a_bad_token_does_not_affect_others(kernels: str, value: float) -> None:
     weight = random_weight(40, 256, 4, 128)
     x = torch.randn(13, 256)
     clean = ops.quant_linear(x, tile(weight), 40, 4)
     x[4, 7] = value
-    found = ops.quant_linear(x, tile(weight), 40, 4)
-    assert found[4].isnan().all()
+    result = ops.quant_linear(x, tile(weight), 40, 4)
+    assert result[4].isnan().all()
     others = torch.arange(13) != 4
-    assert torch.equal(found[others], clean[others])
+    assert torch.equal(result[others], clean[others])
 
 
 def test_tiny_and_huge_activations(kernels: str) -> None:
@@ -97,10 +98,10 @@ def test_tiny_and_huge_activations(kernels: str) -> None:
     for size in (1e-40, 1e-30, 1e30):
         x = torch.full((1, 128), size)
         exact, magnitude = reference(x, weight)
-        found = ops.quant_linear(x, tile(weight), 32, 8)
-        assert found.isfinite().all()
-        if size > 1e-37:  # smaller ones count as zero
-            assert ((found.double() - exact).abs() <= TIES * magnitude).all()
+        result = ops.quant_linear(x, tile(weight), 32, 8)
+        assert result.isfinite().all()
+        if size > 1e-37:  # smaller values count as zero
+            assert ((result.double() - exact).abs() <= TIES * magnitude).all()
 
 
 def test_several_weights_at_once_equal_one_by_one(kernels: str) -> None:
@@ -108,9 +109,9 @@ def test_several_weights_at_once_equal_one_by_one(kernels: str) -> None:
         layers = [QuantLinear.from_weight(random_weight(n, 256, bits, 128, n)) for n in (33, 1, 200)]
         for tokens in (1, 30):
             x = torch.randn(2, tokens, 256, dtype=torch.bfloat16)
-            for layer, found in zip(layers, QuantLinear.together(layers, x), strict=True):
-                assert found.shape == (2, tokens, layer.out_features)
-                assert torch.equal(found, layer(x))
+            for layer, result in zip(layers, QuantLinear.together(layers, x), strict=True):
+                assert result.shape == (2, tokens, layer.out_features)
+                assert torch.equal(result, layer(x))
     mixed = [layers[0], QuantLinear.from_weight(random_weight(8, 256, 4, 64))]
     assert [y.shape[-1] for y in QuantLinear.together(mixed, x)] == [33, 8]
 
@@ -154,8 +155,8 @@ def test_dequantised_parts_are_the_weight(
     bits: int, outputs: int, inputs: int, group: int, dtype: torch.dtype
 ) -> None:
     tiles = tile(random_weight(outputs, inputs, bits, group))
-    found = [part.clone() for part in ops.dequantized_parts(tiles, outputs, bits, dtype)]
-    assert torch.equal(torch.cat(found), untile(tiles, outputs, bits).dequantize(dtype))
+    result = [part.clone() for part in ops.dequantized_parts(tiles, outputs, bits, dtype)]
+    assert torch.equal(torch.cat(result), untile(tiles, outputs, bits).dequantize(dtype))
 
 
 def test_scale_per_row_comes_back() -> None:
@@ -172,10 +173,10 @@ def test_bf16_linear(kernels: str, outputs: int, inputs: int) -> None:
     weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)
     for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9):
         x = torch.randn(tokens, inputs, dtype=torch.bfloat16)
-        found = ops.linear_bf16(x, weight)
+        result = ops.linear_bf16(x, weight)
         exact = x.double() @ weight.double().T
         size = x.double().abs() @ weight.double().abs().T
-        assert ((found.double() - exact).abs() <= BF16 * exact.abs() + 1e-6 * size).all(), (kernels, tokens)
+        assert ((result.double() - exact).abs() <= BF16 * exact.abs() + 1e-6 * size).all(), (kernels, tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,13 +192,13 @@ def test_norm_and_activation(kernels: str, dtype: torch.dtype, size: int) -> Non
         torch.testing.assert_close(ops.silu_mul(x, up).double(), active, rtol=2 * tolerance, atol=1e-30)
 
 
-def test_activation_at_the_ends(kernels: str) -> None:
+def test_activation_of_extreme_values(kernels: str) -> None:
     x = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 1e30, float("inf"), float("nan")])
-    found = ops.silu_mul(x, torch.ones(8))
-    assert found[:3].abs().max() < 1e-6 * 1e30  # -1e30 / e^87 is small beside 1e30
-    assert found[3] == 0
-    assert torch.equal(found[4:7], x[4:7])
-    assert found[7].isnan()
+    result = ops.silu_mul(x, torch.ones(8))
+    assert result[:3].abs().max() < 1e-6 * 1e30  # -1e30 / e^87 is small compared with 1e30
+    assert result[3] == 0
+    assert torch.equal(result[4:7], x[4:7])
+    assert result[7].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -218,8 +219,20 @@ def test_rotation(kernels: str, dtype: torch.dtype) -> None:
         ]
         ops.rotate_(q, k, cos, sin)
         tolerance = 1e-6 if dtype == torch.float32 else BF16
-        for found, exact in zip((q, k), expected, strict=True):
-            torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+        for result, exact in zip((q, k), expected, strict=True):
+            torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_gives_the_bits_of_pytorch(kernels: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(33, 384, generator=generator) * 0.02
+    importance = torch.rand(384, generator=generator) + 0.01
+    compiled = methods.rtn(weight, bits, 64, importance)
+    monkeypatch.setattr(methods, "library", lambda: None)
+    plain = methods.rtn(weight, bits, 64, importance)
+    assert torch.equal(compiled.q, plain.q)
+    assert torch.equal(compiled.scales, plain.scales)
 
 
 def test_operations_have_shapes_on_the_meta_device() -> None:
@@ -271,7 +284,7 @@ def test_without_kernels_pytorch_computes() -> None:
     assert (done.returncode, done.stdout) == (0, "torch\n"), done.stderr
 
 
-def test_named_kernels_are_used_or_refused(kernels: str) -> None:
+def test_selected_kernels_are_used_or_refused(kernels: str) -> None:
     done = run_with(kernels, LINEAR)
     assert (done.returncode, done.stdout) == (0, f"{kernels}\n"), done.stderr
     done = run_with("avx1024", LINEAR)
@@ -279,7 +292,7 @@ def test_named_kernels_are_used_or_refused(kernels: str) -> None:
     assert "XVERSE_KERNELS: 'avx1024' is not one of" in done.stderr
 
 
-def test_missing_library_says_so_once(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_missing_library_is_reported_once(tmp_path) -> None:  # type: ignore[no-untyped-def]
     code = (
         "import pathlib, xverse.kernels.native as native\n"
         f"native.LIBRARY = pathlib.Path({str(tmp_path / 'gone.so')!r})\n" + LINEAR

@@ -1,4 +1,5 @@
-"""Attention over a paged cache against float64, over odd shapes, for every instruction set here."""
+"""Attention over a paged cache compared with float64, over odd shapes, for every instruction set of this
+machine."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from xverse.kernels import paged_attention as attention
-from xverse.kernels.native import NAMES, kernel_name
+from xverse.kernels import paged_attention
+from xverse.kernels.native import NAMES, kernel_name, library
 from xverse.kernels.paged_attention import PagedLayer, quantize_rows
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}  # of a result in this type
@@ -30,24 +31,22 @@ TYPES = [
 def paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test with one instruction set after the other, and with PyTorch's operations."""
     if request.param == "none":
-        monkeypatch.setattr(attention, "_kernels", lambda: None)
+        monkeypatch.setattr(paged_attention, "library", lambda: None)
         yield request.param
         return
-    found = attention._kernels()
-    if found is None:
+    kernels = library()
+    if kernels is None:
         pytest.skip("the kernels were not compiled")
-    if found.xv_select(request.param.encode()) is None:
+    if kernels.xv_select(request.param.encode()) is None:
         pytest.skip(f"this processor does not have {request.param}")
-    found.xv_select(kernel_name().encode())
-    found.xv_select_attention(request.param.encode())
     yield request.param
-    found.xv_select_attention(kernel_name().encode())
+    kernels.xv_select(kernel_name().encode())
 
 
 def empty_cache(
     blocks: int, heads: int, block_size: int, head_dim: int, dtype: torch.dtype, layer: int = 1
 ) -> PagedLayer:
-    """One of several layers that lie in one tensor; what is not written holds NaN or 127."""
+    """One of several layers in one tensor; unwritten positions hold NaN or 127."""
     shape = (blocks, 3, 2, heads, block_size)
     scales = torch.full(shape, torch.nan) if dtype == torch.int8 else None
     data = torch.full((*shape, head_dim), 127 if dtype == torch.int8 else torch.nan, dtype=dtype)
@@ -95,9 +94,9 @@ def exact(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return (scores.softmax(-1)[:, None] @ values)[:, 0]
 
 
-def off(found: Tensor, wanted: Tensor) -> float:
-    """The largest error of a head's output, relative to its size."""
-    return float(((found.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+def error_of(result: Tensor, expected: Tensor) -> float:
+    """The largest error of a head's output, relative to its norm."""
+    return float(((result.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
 @pytest.mark.parametrize(("stored", "dtype"), TYPES)
@@ -112,20 +111,20 @@ def test_decode(paths: str, block_size: int, head_dim: int, stored: torch.dtype,
         q = (
             torch.randn(3, len(lengths), head_dim).to(dtype).transpose(0, 1)
         )  # strides that are not contiguous
-        found = filled.cache.attend(q, filled.table, filled.lengths)
-        assert found.dtype == dtype
-        wanted = torch.stack([exact(q[row], *filled.stored(row)) for row in range(len(lengths))])
-        bound = max(ROUNDING[dtype], 3e-4 if stored == torch.int8 else 0)  # a query has 16 bits there
+        result = filled.cache.attend(q, filled.table, filled.lengths)
+        assert result.dtype == dtype
+        expected = torch.stack([exact(q[row], *filled.stored(row)) for row in range(len(lengths))])
+        bound = max(ROUNDING[dtype], 3e-4 if stored == torch.int8 else 0)  # there a query has 16 bits
         if paths == "none" or head_dim == 16:
-            bound *= 4  # PyTorch's attention gets keys and values in the query's type
-        assert off(found, wanted) < bound
+            bound *= 4  # PyTorch's attention receives keys and values in the query's dtype
+        assert error_of(result, expected) < bound
 
 
 @pytest.mark.parametrize(("stored", "dtype"), TYPES)
 def test_a_rows_bits_depend_on_that_row_alone(paths: str, stored: torch.dtype, dtype: torch.dtype) -> None:
-    """However many queries there are, of the same sequence or of others, and on however many threads."""
+    """For any number of queries, of the same sequence or of others, and any number of threads."""
     if paths == "none":
-        pytest.skip("PyTorch's attention promises nothing of the kind")
+        pytest.skip("PyTorch's attention does not guarantee this")
     filled = Filled([1300, 40, 700], 8, 32, 64, stored)
     lengths = torch.tensor([1295, 1296, 1297, 40, 699, 700, 64, 65], dtype=torch.int32)
     table = filled.table[[0, 0, 0, 1, 2, 2, 2, 2]]
@@ -148,12 +147,12 @@ def test_prefill(paths: str, head_dim: int, stored: torch.dtype) -> None:
     for block_size, tokens, start in ((16, 1, 0), (32, 1, 40), (16, 7, 30), (32, 50, 0), (64, 100, 33)):
         filled = Filled([start + tokens], 2, block_size, head_dim, stored)
         q = torch.randn(2, tokens, head_dim).bfloat16().transpose(0, 1)
-        found = filled.cache.prefill(q, filled.table[0], start)
+        result = filled.cache.prefill(q, filled.table[0], start)
         keys, values = filled.stored(0)
-        wanted = torch.stack(
+        expected = torch.stack(
             [exact(q[t], keys[:, : start + t + 1], values[:, : start + t + 1]) for t in range(tokens)]
         )
-        assert off(found, wanted) < 4 * ROUNDING[torch.bfloat16]  # weights are bfloat16 too
+        assert error_of(result, expected) < 4 * ROUNDING[torch.bfloat16]  # weights are bfloat16 too
 
 
 @pytest.mark.parametrize("start", [0, 37])
@@ -161,18 +160,18 @@ def test_prefill_in_float32(start: int) -> None:
     filled = Filled([start + 20], 2, 16, 64, torch.float32)
     q = torch.randn(20, 2, 64)
     keys, values = filled.stored(0)
-    wanted = torch.stack(
+    expected = torch.stack(
         [exact(q[t], keys[:, : start + t + 1], values[:, : start + t + 1]) for t in range(20)]
     )
-    assert off(filled.cache.prefill(q, filled.table[0], start), wanted) < ROUNDING[torch.float32]
+    assert error_of(filled.cache.prefill(q, filled.table[0], start), expected) < ROUNDING[torch.float32]
 
 
 def test_decode_equals_attention_over_contiguous_tensors(paths: str) -> None:
     filled = Filled([77], 4, 32, 64, torch.float32)
     q = torch.randn(1, 4, 64)
     keys, values = filled.k[0].transpose(0, 1)[None], filled.v[0].transpose(0, 1)[None]  # [1, H, L, D]
-    wanted = scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]
-    torch.testing.assert_close(filled.cache.attend(q, filled.table, filled.lengths), wanted)
+    expected = scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]
+    torch.testing.assert_close(filled.cache.attend(q, filled.table, filled.lengths), expected)
 
 
 def test_threads_share_a_long_context(paths: str) -> None:
@@ -182,9 +181,9 @@ def test_threads_share_a_long_context(paths: str) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found = filled.cache.attend(q, filled.table, filled.lengths)
-            wanted = torch.stack([exact(q[row], *filled.stored(row)) for row in range(2)])
-            assert off(found, wanted) < ROUNDING[torch.bfloat16]
+            result = filled.cache.attend(q, filled.table, filled.lengths)
+            expected = torch.stack([exact(q[row], *filled.stored(row)) for row in range(2)])
+            assert error_of(result, expected) < ROUNDING[torch.bfloat16]
     finally:
         torch.set_num_threads(before)
 
@@ -192,7 +191,7 @@ def test_threads_share_a_long_context(paths: str) -> None:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("what", ["keys", "values"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_bad_number_spoils_its_own_sequence_and_head(
+def test_nan_and_infinity_affect_their_own_sequence_and_head_alone(
     paths: str, stored: torch.dtype, what: str, value: float
 ) -> None:
     filled = Filled([70, 60, 90], 2, 32, 64, stored)
@@ -202,23 +201,23 @@ def test_a_bad_number_spoils_its_own_sequence_and_head(
     k, v = filled.k[1][40:41].clone(), filled.v[1][40:41].clone()
     (k if what == "keys" else v)[0, 1, 5] = value
     filled.cache.append(k, v, filled.table[1, 1:2].long() * 32 + 8)
-    found = filled.cache.attend(q, filled.table, filled.lengths)
-    assert torch.equal(found[[0, 2]], clean[[0, 2]])
-    assert torch.equal(found[1, 0], clean[1, 0])
+    result = filled.cache.attend(q, filled.table, filled.lengths)
+    assert torch.equal(result[[0, 2]], clean[[0, 2]])
+    assert torch.equal(result[1, 0], clean[1, 0])
     if what == "values" or stored == torch.int8 or value != value:
-        assert not found[1, 1].isfinite().all()
+        assert not result[1, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_bad_query_gives_nothing_that_looks_right(paths: str, value: float) -> None:
+def test_a_bad_query_gives_no_finite_result(paths: str, value: float) -> None:
     for stored in (torch.float32, torch.bfloat16, torch.int8):
         filled = Filled([40, 40], 2, 32, 64, stored)
         q = torch.randn(2, 2, 64).bfloat16()
         clean = filled.cache.attend(q, filled.table, filled.lengths)
         q[0, 0, 3] = value
-        found = filled.cache.attend(q, filled.table, filled.lengths)
-        assert not found[0, 0].isfinite().any()
-        assert torch.equal(found[1], clean[1])
+        result = filled.cache.attend(q, filled.table, filled.lengths)
+        assert not result[0, 0].isfinite().any()
+        assert torch.equal(result[1], clean[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -241,22 +240,3 @@ def test_int8_rows_are_within_half_a_step(paths: str, dtype: torch.dtype) -> Non
     untouched = torch.ones(48, dtype=torch.bool)
     untouched[slots] = False
     assert (cache.keys.transpose(1, 2).flatten(0, 1)[untouched] == 127).all()
-
-
-def test_operations_have_shapes_on_the_meta_device_and_are_well_formed() -> None:
-    filled = Filled([20], 2, 16, 32, torch.int8)
-    cache = filled.cache
-    tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-    q = torch.randn(1, 2, 32)
-    checks = ("test_schema", "test_faketensor")
-    calls = (
-        (torch.ops.xverse.paged_attention.default, (q, *tensors, filled.table, filled.lengths)),
-        (torch.ops.xverse.paged_prefill.default, (q, *tensors, filled.table[0], 19)),
-        (torch.ops.xverse.paged_append.default, (q, q, torch.tensor([3]), *tensors)),
-    )
-    for operation, arguments in calls:
-        torch.library.opcheck(operation, arguments, test_utils=checks)
-    found = torch.ops.xverse.paged_attention(q, *tensors, filled.table, filled.lengths)
-    assert torch.equal(found, cache.attend(q, filled.table, filled.lengths))
-    meta = [tensor.to("meta") for tensor in (q, *tensors, filled.table, filled.lengths)]
-    assert torch.ops.xverse.paged_attention(*meta).shape == q.shape

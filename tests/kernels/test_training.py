@@ -1,15 +1,14 @@
-"""The kernels of training on a CPU against the plain layers, in bfloat16 and in float32."""
+"""The training kernels on the CPU compared with the plain layers, in bfloat16 and float32."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from xverse.kernels.native import kernel_name, library
+from xverse.kernels.native import library
 from xverse.kernels.training import KernelPacked, loss_kernels, use_training_kernels
 from xverse.model import Packed, XverseConfig, XverseForCausalLM, init_weights, linear_cross_entropy
 from xverse.model.loss import IGNORE
@@ -17,24 +16,11 @@ from xverse.train.blocks import prepare_blocks
 from xverse.train.settings import TrainConfig
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels were not compiled")
-TABLES = [b"portable", b"avx2", b"avx512_vnni", b"avx512_bf16"]
-
-
-@pytest.fixture(params=TABLES, ids=bytes.decode)
-def table(request: pytest.FixtureRequest) -> Iterator[bytes]:
-    """The name of one instruction set's table, in use; those beyond this processor's are left out."""
-    found = library()
-    assert found is not None
-    if TABLES.index(request.param) > TABLES.index(kernel_name().encode()):
-        pytest.skip(f"this processor does not have {request.param.decode()}")
-    found.xv_select_training(request.param)
-    yield request.param
-    found.xv_select_training(kernel_name().encode())
 
 
 @pytest.fixture(scope="module", params=[32, 64], ids=lambda size: f"heads of {size}")
 def model(request: pytest.FixtureRequest) -> XverseForCausalLM:
-    """Heads of 64 have a kernel of their own on processors with AVX-512 BF16."""
+    """Heads of 64 have a fused kernel on processors with AVX-512 BF16."""
     config = XverseConfig(
         vocab_size=1000, hidden_size=3 * request.param, intermediate_size=200, num_hidden_layers=2,
         num_attention_heads=3, max_position_embeddings=512,
@@ -67,8 +53,8 @@ def gradients(
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = model.loss(tokens, targets, context(ids), z_loss=1e-3)
     loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
+    results = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **results}
 
 
 def with_kernels(model: XverseForCausalLM) -> XverseForCausalLM:
@@ -78,10 +64,10 @@ def with_kernels(model: XverseForCausalLM) -> XverseForCausalLM:
 
 
 def test_a_step_is_as_exact_as_the_plain_one(
-    table: bytes, model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]
+    kernels: str, model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """Both compute in bfloat16. Against float32 the kernels' gradients are off by no more than the plain
-    layers' are: taken together 5 % of leeway, for a single small tensor, whose error is luck, half."""
+    """Both compute in bfloat16. Compared with float32, the kernels' gradients have no larger error than the
+    plain layers': 5 % of tolerance in all, a half for single tensors, whose errors vary randomly."""
     exact = gradients(copy.deepcopy(model), batch, Packed, torch.float32)
     plain = gradients(copy.deepcopy(model), batch, Packed, torch.bfloat16)
     ours = gradients(with_kernels(model), batch, KernelPacked, torch.bfloat16)
@@ -94,15 +80,15 @@ def test_a_step_is_as_exact_as_the_plain_one(
     assert errors.norm() < 1.05 * peers.norm()
 
 
-def test_in_float32_nothing_changes(model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_float32_does_not_change(model: XverseForCausalLM, batch: tuple[Tensor, Tensor, Tensor]) -> None:
     plain = gradients(copy.deepcopy(model), batch, Packed, torch.float32)
     ours = gradients(with_kernels(model), batch, KernelPacked, torch.float32)
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
-def test_threads_change_no_bit() -> None:
-    """Of the kernels; PyTorch's matmuls answer for themselves. The attention here is the fused kernel on
-    processors that have it."""
+def test_threads_do_not_change_the_bits() -> None:
+    """Of the kernels alone, not of PyTorch's matmuls. The attention is the fused kernel on processors that
+    have it."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(70, 5000, generator=generator).bfloat16()
     targets = torch.randint(0, 5000, (70,), generator=generator)
@@ -111,18 +97,18 @@ def test_threads_change_no_bit() -> None:
     assert kernels is not None
     ids = (torch.arange(333).expand(2, 333) > torch.tensor([[100], [301]])).int()
     qkv = [torch.randn(2, 5, 333, 64, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
-    before, found = torch.get_num_threads(), []
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             loss, grad = kernels.softmax_gradient(logits.clone(), targets, 0.0)
             with torch.autocast("cpu", torch.bfloat16):
                 mixed = KernelPacked(ids).attend(0, *qkv)
-            found.append((loss, grad, mixed, *torch.autograd.grad(mixed.sum(), qkv)))
+            results.append((loss, grad, mixed, *torch.autograd.grad(mixed.sum(), qkv)))
     finally:
         torch.set_num_threads(before)
-    for others in found[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
@@ -135,8 +121,8 @@ def test_recomputed_layers_give_the_same_bits(
         again,
         TrainConfig(steps=1, batch_size=1, learning_rate=1.0, activation_checkpointing=kind),  # type: ignore[arg-type]
     )
-    found = gradients(again, batch, KernelPacked, torch.bfloat16)
-    assert all(torch.equal(found[name], kept[name]) for name in kept)
+    results = gradients(again, batch, KernelPacked, torch.bfloat16)
+    assert all(torch.equal(results[name], kept[name]) for name in kept)
 
 
 def attend(
@@ -153,7 +139,7 @@ def attend(
 @pytest.mark.parametrize("deviation", [1, 4])
 @pytest.mark.parametrize(("length", "documents"), [(1, 1), (33, 3), (130, 5), (257, 2), (600, 4)])
 @pytest.mark.parametrize("size", [64, 128])
-def test_attention(table: bytes, length: int, documents: int, deviation: int, size: int) -> None:
+def test_attention(kernels: str, length: int, documents: int, deviation: int, size: int) -> None:
     """Relative error (root mean square) of output and gradients against float32: below 0.7 % and under twice
     that of PyTorch's own where scores have a standard deviation of 1. Larger scores are rounded more
     coarsely, as in any attention with scores in bfloat16; the fused kernel keeps them in float32."""
@@ -166,17 +152,17 @@ def test_attention(table: bytes, length: int, documents: int, deviation: int, si
     exact = attend(Packed, torch.float32, ids, qkv, weights)
     ours, plain = (attend(kind, torch.bfloat16, ids, qkv, weights) for kind in (KernelPacked, Packed))
     for true, one, other in zip(exact, ours, plain, strict=True):
-        norm = true.norm().clamp(min=1e-2)  # of one token q and k have no gradient
+        norm = true.norm().clamp(min=1e-2)  # with one token, q and k have no gradient
         error, peer = ((x - true).norm() / norm for x in (one, other))
-        assert error < (0.007 if deviation == 1 or table == b"avx512_bf16" else 0.015)
+        assert error < (0.007 if deviation == 1 or kernels == "avx512_bf16" else 0.015)
         if deviation == 1:
             assert error < 2 * peer + 1e-3
 
 
 @pytest.mark.parametrize("size", [64, 128])
-def test_documents_that_begin_beside_an_edge(table: bytes, size: int) -> None:
-    """Of the kernel's blocks of 64 keys, each over the end of the next block: a key too many or too few is an
-    error of a tenth."""
+def test_documents_that_begin_next_to_a_block_boundary(kernels: str, size: int) -> None:
+    """The kernel's blocks have 64 keys; each document extends beyond the next block. One key too many or too
+    few is an error of a tenth."""
     generator = torch.Generator().manual_seed(0)
     cuts = torch.tensor([1, 62, 63, 64, 65, 127, 128])
     ids = (torch.arange(257) >= cuts[:, None]).int()
@@ -187,19 +173,19 @@ def test_documents_that_begin_beside_an_edge(table: bytes, size: int) -> None:
         assert ((one - true).flatten(1).norm(dim=1) < 0.007 * true.flatten(1).norm(dim=1)).all()
 
 
-def test_loss_in_chunks(table: bytes) -> None:
-    """Several chunks, ignored targets, a vocabulary that is no multiple of anything."""
+def test_loss_in_chunks(kernels: str) -> None:
+    """Several chunks, ignored targets, a vocabulary size without small factors."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(200, 32, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(1013, 32, generator=generator).requires_grad_()
     targets = torch.randint(0, 1013, (200,), generator=generator)
     targets[3:9] = IGNORE
     with torch.autocast("cpu", torch.bfloat16):
-        kernels = loss_kernels(hidden)
-    assert kernels is not None
+        chunked = loss_kernels(hidden)
+    assert chunked is not None
     results = []
-    for each in (kernels._replace(chunk_bytes=64 * 2 * 1013), None):
-        loss = linear_cross_entropy(hidden, weight, targets, z_loss=1e-2, kernels=each)
+    for option in (chunked, None):
+        loss = linear_cross_entropy(hidden, weight, targets, z_loss=1e-2, chunk=64, kernels=option)
         results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     for one, other in zip(*results, strict=True):
         assert (one - other).float().norm() < 5e-3 * other.float().norm()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
 from xverse.model.rope import rope_tables
 from xverse.model.scaling import RopeScaling
@@ -104,9 +104,7 @@ def test_the_engine_reaches_the_longer_context(scaled: Any, tiny_tokenizer: Any,
                 context = FullCausal(1, len(ids))
                 context.rope_lengths = torch.tensor([[len(prompt) + new_tokens]])  # type: ignore[attr-defined]
                 ids.append(int(scaled(torch.tensor([ids]), context)[0, -1].argmax()))
-        request = Request(
-            prompt_ids=prompt, max_new_tokens=new_tokens, sampling=Sampling(temperature=0), stop_ids=()
-        )
+        request = Request(prompt_ids=prompt, sampling=SamplingParams.greedy(new_tokens), stop_ids=())
         assert [event.token_id for event in engine.stream(request)] == ids[len(prompt) :]
 
 

@@ -12,17 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.studies.plan import fit, leave_one_out, read_measurements
 from xverse.cli import main
 from xverse.model.config import SHAPES, named_shape
 from xverse.plan.cost import FITTED, Constants, predict
 from xverse.plan.devices import DEVICES
 from xverse.plan.layout import Architecture, Layout, problem
-from xverse.plan.measurements import fit, leave_one_out, read_measurements
 from xverse.plan.memory import memory
 from xverse.plan.report import settings
 from xverse.plan.search import ROOM, search, task_of
-from xverse.train.layout import layout_of
-from xverse.train.settings import TrainConfig
+from xverse.train.settings import TrainConfig, layout_of
 
 SEVEN = Architecture.of(named_shape("7b"))
 A800 = DEVICES["a800"]
@@ -61,8 +60,8 @@ def test_an_architecture_has_the_parameters_and_flops_of_its_shape(name: str) ->
     assert arch.parameters == shape.num_parameters() - norms
     linears = 6 * (arch.parameters - shape.vocab_size * shape.hidden_size)
     attention = 12 * shape.num_hidden_layers * shape.hidden_size * 512
-    assert arch.flops_per_token(512) == linears + attention
-    assert arch.flops_per_token(512, causal=True) == linears + attention / 2
+    assert arch.flops_per_token(512)["full"] == linears + attention
+    assert arch.flops_per_token(512)["causal"] == linears + attention / 2
 
 
 def test_time_and_memory_move_as_they_must() -> None:
@@ -98,7 +97,7 @@ def test_the_best_of_1024_a800_is_found_at_once_and_can_run() -> None:
     found = search(task)
     assert time.perf_counter() - start < 10
     best = found[0]
-    assert best.layout.gpus == 1024
+    assert best.layout.processes == 1024
     assert best.layout.sequences * 8192 == task.batch_tokens
     assert best.memory.total <= ROOM * A800.memory
     assert not problem(SEVEN, best.layout, 8192, 8)
@@ -145,7 +144,7 @@ def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path
     [
         (["--device", "a80", "--gpus", "8"], "unknown device 'a80'; did you mean 'a800'?"),
         (["--shape", "7bb", "--device", "a800", "--gpus", "8"], "unknown shape '7bb'; did you mean '7b'?"),
-        (["--device", "a800", "--gpus", "8", "--seq", "9000"], "9,000 tokens is beyond the 8,192 positions"),
+        (["--device", "a800", "--gpus", "8", "--seq", "9000"], "9,000 tokens exceeds the 8,192 positions"),
         (
             ["--device", "a800", "--gpus", "1000", "--batch-tokens", "8388608"],
             "1,000 × A800 80 GB takes 1,024 sequences of 8,192 tokens a step: the batch does not divide "
@@ -155,7 +154,7 @@ def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path
             ["--shape", "65b", "--device", "a800", "--gpus", "2"],
             "the nearest number of GPUs that works is 32",
         ),
-        (["--device", "a800", "--gpus", "8", "--batch-tokens", "1000"], "8,192 is near"),
+        (["--device", "a800", "--gpus", "8", "--batch-tokens", "1000"], "the nearest is 8,192"),
         (["--device", "a800", "--gpus", "0"], "--gpus must be at least 1, not 0"),
         (["--device", "a800", "--gpus", "8", "--tflops", "-3"], "flops must be positive"),
     ],

@@ -67,11 +67,11 @@ def test_long_text_is_taken_from_everywhere(
         ("a.txt", " \n\t\n", "is empty"),
         ("a.jsonl", "\n", "is empty"),
         ("a.txt", "too little", "too few; give at least 256"),
-        ("a.txt", b"\xff\xfe\x00", "is not a UTF-8 text"),
-        ("a.jsonl", '{"text": "x"}\n{"content": "x"}\n', 'line 2 is not a JSON object with a "text"'),
-        ("a.jsonl", "[]\n", "line 1 is not"),
-        ("a.jsonl.gz", b"nothing zipped", "is not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(ENGLISH.encode(), mtime=0)[:-20], "is not a whole gzip file"),
+        ("a.txt", b"\xff\xfe\x00", "invalid UTF-8 at byte 0"),
+        ("a.jsonl", '{"text": "x"}\n{"content": "x"}\n', 'line 2: expected a JSON object with a "text"'),
+        ("a.jsonl", "[]\n", "line 1: expected"),
+        ("a.jsonl.gz", b"nothing zipped", "broken gzip stream"),
+        ("a.jsonl.gz", gzip.compress(ENGLISH.encode(), mtime=0)[:-20], "broken gzip stream"),
     ],
 )
 def test_unusable_files_are_refused_by_name(
@@ -85,7 +85,7 @@ def test_unusable_files_are_refused_by_name(
 
 
 def test_missing_file_is_named(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"none\.txt: cannot be read"):
+    with pytest.raises(UserError, match=r"none\.txt: no such file"):
         calibration_tokens(tiny_tokenizer, tmp_path / "none.txt")
 
 

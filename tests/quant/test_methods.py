@@ -1,4 +1,4 @@
-"""Rounding: against plain scaling, against the compiled search, and GPTQ in the error that it minimises."""
+"""Rounding compared with plain scaling and with the compiled search; GPTQ by the error that it minimises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xverse.config import UserError
 from xverse.kernels.native import library
 from xverse.kernels.weight import QuantizedWeight
 from xverse.quant import methods
-from xverse.quant.gptq import Hessian, HessianFactor, gptq, output_error
+from xverse.quant.gptq import Hessian, HessianFactor, gptq
 from xverse.quant.methods import round_to, rtn, rtn_row
 
 
@@ -51,15 +51,15 @@ def test_searched_scales_are_never_worse_than_the_largest_magnitude(
     plain = (largest / (2 ** (bits - 1) - 1)).bfloat16()
     plain_error = (QuantizedWeight(round_to(weight, plain, bits), plain, bits).dequantize() - weight).square()
     error = (rtn(weight, bits, group).dequantize() - weight).square()
-    grouped = (each.view(5, -1, group).sum(2) for each in (error, plain_error))
+    grouped = (x.view(5, -1, group).sum(2) for x in (error, plain_error))
     searched, unsearched = grouped
     assert (searched <= unsearched * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 def test_compiled_search_gives_the_bits_of_pytorchs(
-    bits: int, weighed: bool, monkeypatch: pytest.MonkeyPatch
+    bits: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if library() is None:
         pytest.skip("the kernels were not compiled")
@@ -68,7 +68,7 @@ def test_compiled_search_gives_the_bits_of_pytorchs(
     weight[4, :128] *= 1e-32
     weight[5, 7] = torch.nan
     weight[6, 200] = torch.inf
-    importance = torch.rand(384, generator=torch.Generator().manual_seed(1)) + 0.01 if weighed else None
+    importance = torch.rand(384, generator=torch.Generator().manual_seed(1)) + 0.01 if weighted else None
     compiled = rtn(weight, bits, 128, importance)
     monkeypatch.setattr(methods, "library", lambda: None)
     plain = rtn(weight, bits, 128, importance)
@@ -98,9 +98,9 @@ def test_importance_moves_the_error_to_unimportant_inputs() -> None:
     weight = _weight(32, 128)
     importance = torch.ones(128)
     importance[:4] = 1000.0
-    weighed, plain = rtn(weight, 4, 128, importance), rtn(weight, 4, 128)
-    assert _error(plain, weight) < _error(weighed, weight)
-    difference = [(each.dequantize() - weight).square() * importance for each in (weighed, plain)]
+    weighted, plain = rtn(weight, 4, 128, importance), rtn(weight, 4, 128)
+    assert _error(plain, weight) < _error(weighted, weight)
+    difference = [(x.dequantize() - weight).square() * importance for x in (weighted, plain)]
     assert difference[0].sum() < 0.8 * difference[1].sum()
 
 
@@ -140,10 +140,11 @@ def test_gptq_changes_the_outputs_far_less_than_rounding_to_nearest(group: int) 
     torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-3)
     learnt = gptq(weight, 4, group, HessianFactor(hessian))
     nearest = rtn(weight, 4, group, hessian.diagonal())
-    errors = [output_error(each.dequantize() - weight, hessian) for each in (learnt, nearest)]
+    differences = [rounded.dequantize() - weight for rounded in (learnt, nearest)]
+    errors = [((difference @ hessian) * difference).sum() for difference in differences]
     assert errors[0] < 0.5 * errors[1]
     held_out = _correlated(2000, 256)[:500]
-    outputs = [(held_out @ (each.dequantize() - weight).T).square().mean() for each in (learnt, nearest)]
+    outputs = [(held_out @ difference.T).square().mean() for difference in differences]
     assert outputs[0] < 0.6 * outputs[1]
     assert torch.equal(learnt.q, gptq(weight, 4, group, HessianFactor(hessian)).q)
 
@@ -155,7 +156,7 @@ def test_gptq_without_correlation_rounds_to_nearest() -> None:
     assert torch.equal(learnt.scales, nearest.scales)
 
 
-def test_gptq_stands_inputs_that_were_never_seen_and_a_singular_hessian() -> None:
+def test_gptq_accepts_inputs_that_are_always_zero_and_a_singular_hessian() -> None:
     weight, x = _weight(8, 64), _correlated(20, 64)
     x[:, 10:20] = 0.0
     learnt = gptq(weight, 4, 32, HessianFactor(_hessian(x)))

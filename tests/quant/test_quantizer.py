@@ -1,4 +1,4 @@
-"""The streaming pipeline: its figures are those of two whole models, and it holds one layer at a time."""
+"""Quantising layer by layer: the figures of two whole models, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight
 from xverse.model import FullCausal, XverseForCausalLM
 from xverse.quant.equalize import equalize_layer
-from xverse.quant.layerwise import forward, input_sizes, make_layer
+from xverse.quant.layerwise import forward, input_rms, make_layer
 from xverse.quant.quantizer import METHODS, Quantizer, QuantSettings, random_tokens
 
 
 class Reader:
-    """Gives a model's tensors, and counts how many of the copies that it gave are still alive."""
+    """Returns copies of a model's tensors and counts the elements of those that are still alive."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state, self.given, self.most = state, weakref.WeakSet[Tensor](), 0
+        self.state, self.alive, self.most = state, weakref.WeakSet[Tensor](), 0
 
     def __call__(self, prefix: str) -> dict[str, Tensor]:
         gc.collect()
-        found = {name: tensor.clone() for name, tensor in self.state.items() if name.startswith(prefix)}
-        for tensor in found.values():
-            self.given.add(tensor)
-        self.most = max(self.most, sum(tensor.numel() for tensor in self.given))
-        return found
+        copies = {name: tensor.clone() for name, tensor in self.state.items() if name.startswith(prefix)}
+        for tensor in copies.values():
+            self.alive.add(tensor)
+        self.most = max(self.most, sum(tensor.numel() for tensor in self.alive))
+        return copies
 
 
 def _tokens(config: Any, rows: int, seed: int) -> Tensor:
@@ -67,7 +67,7 @@ def _whole(config: Any, tensors: Mapping[str, Tensor | QuantizedWeight]) -> Xver
 
 @pytest.fixture
 def model(tiny_model: XverseForCausalLM) -> XverseForCausalLM:
-    """The tiny model with norms that are not 1, so that folding them would show."""
+    """The tiny model with norms other than 1, so that folding them would show."""
     generator = torch.Generator().manual_seed(5)
     for name, parameter in tiny_model.named_parameters():
         if "norm" in name:
@@ -76,23 +76,23 @@ def model(tiny_model: XverseForCausalLM) -> XverseForCausalLM:
 
 
 def _inject(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    changed = dict(state)
-    behind = {
+    scaled = dict(state)
+    consumers = {
         "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
     }
     pairs = {
         f"model.layers.{layer}.{norm}.weight": [f"model.layers.{layer}.{name}.weight" for name in names]
         for layer in range(2)
-        for norm, names in behind.items()
+        for norm, names in consumers.items()
     }
     for norm, names in {**pairs, "model.norm.weight": ["lm_head.weight"]}.items():
         factors = torch.ones(len(state[norm]))
         factors[3::20] = factor
-        changed[norm] = state[norm] / factors
+        scaled[norm] = state[norm] / factors
         for name in names:
-            changed[name] = state[name] * factors
-    return changed
+            scaled[name] = state[name] * factors
+    return scaled
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -108,18 +108,18 @@ def test_report_is_that_of_two_whole_models(model: XverseForCausalLM, method: st
     assert report.tokens == sample.numel()
     assert report.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
     assert report.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item(), abs=0.01)
-    for logs, found in ((p, report.perplexity_source), (q, report.perplexity_quantized)):
+    for logs, perplexity in ((p, report.perplexity_source), (q, report.perplexity_quantized)):
         expected = torch.nn.functional.nll_loss(logs[:, :-1].flatten(0, 1), sample[:, 1:].flatten()).exp()
-        assert found == pytest.approx(expected.item(), rel=1e-5)
+        assert perplexity == pytest.approx(expected.item(), rel=1e-5)
     assert report.delta_perplexity == report.perplexity_quantized / report.perplexity_source - 1
     assert len(report.layer_errors) == 2
     assert all(0 < error < 0.3 for error in report.layer_errors)
-    assert report.bytes_source == sum(each.numel() * 4 for each in model.state_dict().values())
+    assert report.bytes_source == sum(tensor.numel() * 4 for tensor in model.state_dict().values())
     expected_bytes = sum(
-        each.numel() * each.itemsize
-        if isinstance(each, Tensor)
-        else each.q.numel() * each.bits // 8 + 2 * each.scales.numel()
-        for each in tensors.values()
+        tensor.numel() * tensor.itemsize
+        if isinstance(tensor, Tensor)
+        else tensor.q.numel() * tensor.bits // 8 + 2 * tensor.scales.numel()
+        for tensor in tensors.values()
     )
     assert report.bytes_quantized == expected_bytes
     assert len(report.describe()) == 3
@@ -160,7 +160,7 @@ def test_source_is_not_changed(model: XverseForCausalLM) -> None:
     tensors = dict(state)
     run = Quantizer(
         model.config,
-        lambda prefix: {name: each for name, each in tensors.items() if name.startswith(prefix)},
+        lambda prefix: {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)},
         _settings("gptq"),
         calibration=_tokens(model.config, 8, 1),
         sample=_tokens(model.config, 2, 2),
@@ -175,20 +175,20 @@ def test_balancing_a_layer_preserves_its_outputs(model: XverseForCausalLM, dtype
     config = model.config
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     prefix = "model.layers.1."
-    layer = make_layer(config, 1, {name: each for name, each in state.items() if name.startswith(prefix)})
+    layer = make_layer(config, 1, {name: tensor for name, tensor in state.items() if name.startswith(prefix)})
     x = torch.randn(3, 16, config.hidden_size, generator=torch.Generator().manual_seed(0))
     x[..., 7] *= 30
     before = forward(layer, config, x)
-    sizes = equalize_layer(layer, input_sizes(layer, config, x))
+    balanced = equalize_layer(layer, input_rms(layer, config, x))
     assert layer.input_layernorm.weight.dtype == dtype
     torch.testing.assert_close(forward(layer, config, x), before, rtol=1e-5, atol=1e-5)
-    measured = input_sizes(layer, config, x)
+    measured = input_rms(layer, config, x)
     for name in ("qkv", "o", "gate_up", "down"):
-        torch.testing.assert_close(getattr(measured, name), getattr(sizes, name), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(getattr(measured, name), getattr(balanced, name), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_rescaled_channels_cost_nothing(model: XverseForCausalLM, method: str) -> None:
+def test_rescaled_channels_do_not_change_the_result(model: XverseForCausalLM, method: str) -> None:
     sample = _tokens(model.config, 5, 2)
     injected = _inject(model.state_dict(), 32.0)
     torch.testing.assert_close(
@@ -210,13 +210,13 @@ def test_one_layer_at_a_time(model: XverseForCausalLM) -> None:
     for _ in Quantizer(model.config, reader, settings, sample=_tokens(model.config, 2, 2)).tensors():
         pass
     largest = max(
-        sum(each.numel() for name, each in model.state_dict().items() if name.startswith(prefix))
+        sum(tensor.numel() for name, tensor in model.state_dict().items() if name.startswith(prefix))
         for prefix in ("model.layers.0.", "lm_head.", "model.embed_tokens.")
     )
     assert reader.most <= largest + model.config.hidden_size
 
 
-def test_steps_are_told(model: XverseForCausalLM) -> None:
+def test_progress_is_reported(model: XverseForCausalLM) -> None:
     steps: list[str] = []
     _run(model, _settings("rtn"), progress=steps.append)
     assert steps == ["embedding", "layer 1 of 2", "layer 2 of 2", "head"]

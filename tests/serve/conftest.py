@@ -89,7 +89,7 @@ def make_service(loaded: Any, **settings: Any) -> Any:
         runner=runner,
         tokenizer=engine.tokenizer,
         name="nano",
-        parameters=settings.pop("parameters", loaded.parameters),
+        sampling=settings.pop("sampling", loaded.sampling),
         stop_ids=settings.pop("stop_ids", loaded.stop_ids),
         grammars=Grammars(engine.tokenizer, loaded.stop_ids),
         metrics=Metrics(runner),
@@ -246,8 +246,8 @@ def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
 def storyteller(nano: Any, launch: Any) -> Any:
     """A server whose replies go on until somebody ends them, at the speed of a large model: as fast as this
     one they would soon be so long that drawing them is all that the browser does."""
-    endless = dataclasses.replace(nano.parameters, max_new_tokens=8000)
-    server = launch(page="chat", stop_ids=(), parameters=endless)
+    endless = dataclasses.replace(nano.sampling, max_new_tokens=8000)
+    server = launch(page="chat", stop_ids=(), sampling=endless)
     engine = server.service.runner.engine
     step = engine.step
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.cli import verb_parser
-from xverse.engine import Request, Sampling
+from xverse.engine import Request, SamplingParams
 from xverse.engine.load import load_engine
 from xverse.formats import load_model, save_hf
 from xverse.model.transformer import XverseForCausalLM, init_weights
@@ -38,13 +37,12 @@ def test_it_answers_with_the_adapter(adapted, quantize) -> None:
     from starlette.testclient import TestClient
 
     from xverse.serve.app import create_app
-    from xverse.serve.start import load_service
+    from xverse.serve.start import ServiceSettings, load_service
 
     base, adapter = adapted
-    kind = ["--quantize", quantize] if quantize else []
-    args = verb_parser("serve").parse_args(["--model", base, "--adapter", adapter, "--name", "own", *kind])
+    settings = ServiceSettings(model=base, adapter=adapter, name="own", quantize=quantize)
     ids = [5, 300, 301, 302]
-    request = Request(prompt_ids=ids, max_new_tokens=8, sampling=Sampling(temperature=0.0), stop_ids=(3,))
+    request = Request(prompt_ids=ids, sampling=SamplingParams.greedy(8), stop_ids=(3,))
     expected, without = (
         "".join(
             event.text for event in load_engine(base, quantize=quantize, adapter=a).engine.stream(request)
@@ -52,7 +50,7 @@ def test_it_answers_with_the_adapter(adapted, quantize) -> None:
         for a in (adapter, None)
     )
     assert expected != without
-    with TestClient(create_app(load_service(args), None), base_url="http://127.0.0.1") as client:
+    with TestClient(create_app(load_service(settings), None), base_url="http://127.0.0.1") as client:
         body = {"model": "own", "prompt": ids, "max_tokens": 8, "temperature": 0}
         body["repetition_penalty"] = 1.0
         reply = client.post("/v1/completions", json=body)

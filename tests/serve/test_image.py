@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 # What changes the machine itself; the environment of the test has it already.
 OF_THE_MACHINE = ("apt-get", "useradd")

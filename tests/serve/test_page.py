@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 
@@ -192,7 +194,7 @@ def test_text_generation(launch: Any, visit: Any) -> None:
     visitor.picture("generation")
     page = visitor.page
     page.get_by_text("Settings").last.click()
-    number = page.get_by_label("number input for Longest reply, in tokens").last
+    number = page.get_by_label("number input for Maximum tokens").last
     number.fill("6000")
     number.press("Tab")
     page.locator("#go-on").click()
@@ -216,9 +218,9 @@ def test_a_long_conversation_loses_its_beginning(launch: Any, visit: Any) -> Non
     for count in (1, 2, 3):
         visitor.say(f"{count} " + "word " * 3500)
         visitor.until_answered(count)
-    sync_api.expect(visitor.page.get_by_text("oldest messages are no longer seen").first).to_be_visible()
+    sync_api.expect(visitor.page.get_by_text("oldest messages are left out").first).to_be_visible()
     visitor.say("word " * 9000)
-    sync_api.expect(visitor.page.get_by_text("do not fit into the context").first).to_be_visible()
+    sync_api.expect(visitor.page.get_by_text("exceed the context").first).to_be_visible()
     assert not visitor.errors
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 

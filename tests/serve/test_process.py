@@ -89,7 +89,7 @@ def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Any) -> None:
         (["--api-key-file", "/nowhere"], "--api-key-file"),
         (["--max-batch", "0"], "max_batch"),
         (["--host", "256.1.1.1"], "256.1.1.1"),
-        (["--allowed-origin", "friend.example"], "no origin"),
+        (["--allowed-origin", "friend.example"], "not an origin"),
         (["--tokenizer", "/nowhere"], "/nowhere"),
         (["--log-contents", "--no-access-log"], "not allowed with"),
     ],

@@ -33,7 +33,7 @@ def test_train_report_repair(tmp_path: Path, corpus: list[str], capsys: pytest.C
     assert captured.out.strip() == str(out)
     told = " ".join(captured.err.split())  # notices wrap at the terminal's width
     assert "1 lines skipped: 1 invalid UTF-8" in told
-    assert "1 ill-formed JSON" in told
+    assert "1 invalid JSON" in told
     assert Tokenizer.load(out).vocab_size == 640
 
     assert main(["tokenizer", "report", "--tokenizer", str(out), "--json", *corpus]) == 0
@@ -85,7 +85,7 @@ def test_refusals(tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixtu
     train = ["tokenizer", "train", "--vocab-size", "640", "--out"]
     for arguments, message in [
         ([*train, out, str(tmp_path / "none.txt")], "none.txt: no such file"),
-        ([*train, out, str(tmp_path / "folder")], "is a directory without"),
+        ([*train, out, str(tmp_path / "folder")], "no .txt or .jsonl files in this folder"),
         ([*train, out, str(empty)], "no usable text"),
         ([*train, f"{empty}/tok", corpus[0]], "cannot be written"),
         ([*train, out, "--limit-alphabet", "-1", corpus[0]], "must not be negative"),

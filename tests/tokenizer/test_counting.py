@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from xverse import texts
 from xverse.config import UserError
-from xverse.tokenizer import counting, native, texts
-from xverse.tokenizer.counting import count_words
+from xverse.tokenizer import counting, native
+from xverse.tokenizer.counting import count_words, split_into_parts
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the compiled part was not built")
 MEMORY = 1 << 22
@@ -70,8 +71,8 @@ def read_counts(path: Path) -> Counter[str]:
 def expected(files: list[Path]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for path in files:
-        for text in texts.read_texts(texts.Span(path), texts.Skipped()):
-            counts.update(native.words(text.decode()))
+        for text in texts.read_texts(path, texts.ReadReport()):
+            counts.update(native.pre_tokens(text.decode()))
     return counts
 
 
@@ -107,7 +108,7 @@ def test_a_small_table_spills_and_merges(tmp_path: Path) -> None:
     assert runs > 1
     native.merge_words([tmp_path / f"run.{index}" for index in range(runs)], tmp_path / "all")
     assert read_counts(tmp_path / "all") == sum(
-        (Counter(native.words(text[begin:].decode())) for begin in range(3)), Counter()
+        (Counter(native.pre_tokens(text[begin:].decode())) for begin in range(3)), Counter()
     )
 
 
@@ -220,20 +221,20 @@ def test_what_cannot_be_used_is_told_by_file(
         f"{cut}: broken gzip stream" in told.replace(" d.jsonl", "d.jsonl")
         or "d.jsonl.gz: broken gzip" in told
     )
-    assert "1 ill-formed JSON" in told
+    assert "1 invalid JSON" in told
     assert "2 invalid UTF-8" in told
     assert read_counts(result.path)["good"] == 1
 
 
 def test_long_lines_and_long_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "LONGEST_JSON_LINE", 1 << 12)
+    monkeypatch.setattr(texts.read_jsonl, "__defaults__", (None, 1 << 12))
     plain, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
     plain.write_text("龘" * 2_000_000 + " end\nnext", encoding="utf-8")  # one line of 6 MB, one word
     lines.write_text(
         json.dumps({"text": "x " * 9000}) + "\n" + json.dumps({"text": "short"}), encoding="utf-8"
     )
-    skipped = texts.Skipped()
-    blocks = list(texts.read_texts(texts.Span(plain), skipped))
+    skipped = texts.ReadReport()
+    blocks = list(texts.read_texts(plain, skipped))
     assert b"".join(blocks) == plain.read_bytes()
     assert max(map(len, blocks)) < 1.2 * (1 << 20)
     counts = count_words([plain, lines], tmp_path / "out", memory=MEMORY, threads=1)
@@ -247,8 +248,13 @@ def test_spans_cover_a_file_once(tmp_path: Path, tiny_texts: list[str], size: in
     path = tmp_path / "a.txt"
     data = "\n".join(tiny_texts[:20]).encode() + b"\n\n\nlast"
     path.write_bytes(data)
-    parts = texts.split_into_parts([path], size)
-    read = [text for part in parts for span in part for text in texts.read_texts(span, texts.Skipped())]
+    parts = split_into_parts([path], size)
+    read = [
+        text
+        for part in parts
+        for span in part
+        for text in texts.read_texts(span.path, texts.ReadReport(), span.begin, span.end)
+    ]
     assert b"".join(read) == data
 
 
@@ -257,6 +263,6 @@ def test_small_files_share_a_part(tmp_path: Path) -> None:
     for number in range(10):
         files.append(tmp_path / f"{number}.jsonl")
         files[-1].write_text('{"text": "a"}\n')
-    parts = texts.split_into_parts(files, 50)
+    parts = split_into_parts(files, 50)
     assert [span.path for part in parts for span in part] == files
     assert {len(part) for part in parts[:-1]} == {4}

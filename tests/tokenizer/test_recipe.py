@@ -82,7 +82,7 @@ def test_complete_is_complete_and_others_are_refused(
     with pytest.raises(UserError, match="other settings or texts"):
         train_recipe(recipe(corpus, "out", temperature=0.5))
     (corpus.parent / "out" / "training.json").unlink()
-    with pytest.raises(UserError, match="not this recipe's"):
+    with pytest.raises(UserError, match="of another recipe"):
         train_recipe(recipe(corpus, "out"))
 
 

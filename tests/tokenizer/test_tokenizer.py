@@ -171,7 +171,7 @@ def test_refused_files(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     broken_merge = copy.deepcopy(values)
     broken_merge["model"]["merges"].append(["no such", "tokens"])
     for content, message in [
-        ("{", "not a JSON file"),
+        ("{", "invalid JSON"),
         ("[]", "expected a JSON object"),
         ("{}", "no BPE model"),
         ('{"model": {"type": "WordPiece", "vocab": {}}}', "a WordPiece tokenizer"),
@@ -188,5 +188,5 @@ def test_refused_files(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not a JSON file"):
+    with pytest.raises(UserError, match="invalid UTF-8"):
         Tokenizer.load(path)

@@ -36,7 +36,7 @@ def by_library(text: str) -> list[str]:
 @given(st.text(st.one_of(st.sampled_from(ODD), st.characters(exclude_categories=["Cs"])), max_size=60))
 @settings(max_examples=500, deadline=None)
 def test_any_text(text: str) -> None:
-    assert native.words(text) == by_library(text)
+    assert native.pre_tokens(text) == by_library(text)
 
 
 def test_every_code_point_stands_alone_as_in_the_library() -> None:
@@ -62,7 +62,7 @@ def test_every_code_point_stands_alone_as_in_the_library() -> None:
                 ranges.append([points[index]] * 2)
         white = str.maketrans(" \t\r\n", "bbbb")
         expected = [word for word, _ in alone.pre_tokenize_str(text.translate(white))]
-        assert native.words(text.translate(white)) == expected, ranges
+        assert native.pre_tokens(text.translate(white)) == expected, ranges
 
 
 @pytest.mark.data
@@ -73,4 +73,4 @@ def test_real_texts_of_every_language(test_data: Path) -> None:
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             for line in islice(stream, 0, 200, 50):
                 text = json.loads(line)["text"]
-                assert native.words(text) == by_library(text), path
+                assert native.pre_tokens(text) == by_library(text), path

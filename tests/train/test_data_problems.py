@@ -44,9 +44,11 @@ def test_a_shard_that_changes_is_found_by_its_digest(copied: Path) -> None:
     os.utime(copied / "train" / "en" / "tokens.bin", ns=(touched, touched))
     assert watch() == "", "touched, but of the same content"
     scribble(copied / "train" / "zh")
-    assert watch().startswith(f"{copied / 'train' / 'zh' / 'tokens.bin'}: not what was prepared (its SHA-256")
+    assert watch().startswith(
+        f"{copied / 'train' / 'zh' / 'tokens.bin'}: changed since it was prepared (SHA-256"
+    )
     shutil.rmtree(copied / "train" / "zh")
-    assert "this shard cannot be read any more" in watch() or "prepared again" in watch()
+    assert "this shard can no longer be read" in watch() or "prepared again" in watch()
 
 
 def test_a_shard_that_changes_under_a_running_job_ends_it_without_a_checkpoint(
@@ -65,7 +67,7 @@ def test_a_shard_that_changes_under_a_running_job_ends_it_without_a_checkpoint(
         return path
 
     monkeypatch.setattr(Checkpointer, "save", then_scribble)
-    with pytest.raises(UserError, match="not what was prepared"):
+    with pytest.raises(UserError, match="changed since it was prepared"):
         pretrain(load(PretrainRecipe, recipe))
     monkeypatch.undo()
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000004"]

@@ -32,7 +32,7 @@ from xverse.model import XverseConfig, XverseForCausalLM, init_weights
 from xverse.train import TrainConfig
 from xverse.train.blocks import prepare_blocks
 from xverse.train.loop import train_step
-from xverse.train.memory import peak_resident
+from xverse.hardware import peak_memory
 from xverse.train.optimizer import make_optimizer
 
 def steps(shape, settings, batch, length, count):
@@ -54,9 +54,9 @@ job = json.loads(sys.argv[1])
 small = {**job["shape"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
          "num_attention_heads": 2}
 steps(small, job["settings"], 4, 8, 1)  # libraries are loaded
-before = peak_resident()
+before = peak_memory()
 steps(job["shape"], job["settings"], job["batch"], job["length"], 2)
-print(peak_resident() - before)
+print(peak_memory() - before)
 """
 
 
@@ -106,8 +106,8 @@ MEASURED = {
 
 
 def test_each_layout_is_predicted_as_it_was_measured() -> None:
-    from xverse.bench.parallel import LAYOUTS
-    from xverse.bench.parallel import settings as layout_settings
+    from benchmarks.studies.parallel import LAYOUTS
+    from benchmarks.studies.parallel import settings as layout_settings
     from xverse.model import named_shape
 
     for name, degrees in LAYOUTS.items():
@@ -140,7 +140,7 @@ def test_a_mesh_divides_what_its_processes_share() -> None:
 
 def test_no_layout_is_advised_that_the_trainer_refuses() -> None:
     config = TrainConfig(**settings(batch_size=8, micro_batch_size=2, parallel="fsdp", pipeline=2))
-    with pytest.raises(UserError, match="take a smaller shape"):
+    with pytest.raises(UserError, match="use a smaller shape"):
         check_memory(XverseConfig(**{**SHAPE, "num_hidden_layers": 4}), config, LENGTH, 4, available=10**6)
     with pytest.raises(UserError, match="batch_size 4 does not divide into 3 processes"):
         check_memory(XverseConfig(**SHAPE), TrainConfig(**settings(parallel="ddp")), LENGTH, 3)
@@ -152,16 +152,16 @@ def test_what_does_not_fit_is_refused_with_settings_that_would() -> None:
     with pytest.raises(UserError) as caught:
         check_memory(shape, config, LENGTH, available=predicted - 1)
     said = str(caught.value)
-    assert "it would fit with micro_batch_size: 2 (train.check_memory: false" in said
+    assert "it fits with micro_batch_size: 2 (train.check_memory: false" in said
     changed = TrainConfig(**settings(micro_batch_size=2))
     assert sum(predicted_memory(shape, changed, LENGTH).values()) < predicted
     least = TrainConfig(
         **settings(micro_batch_size=1, activation_checkpointing="full", optimizer_dtype="bfloat16")
     )
     tight = sum(predicted_memory(shape, least, LENGTH).values())
-    with pytest.raises(UserError, match=r"would fit with .*full and optimizer_dtype: bfloat16"):
+    with pytest.raises(UserError, match=r"fits with .*full and optimizer_dtype: bfloat16"):
         check_memory(shape, config, LENGTH, available=tight)
-    with pytest.raises(UserError, match="take a smaller shape"):
+    with pytest.raises(UserError, match="use a smaller shape"):
         check_memory(shape, config, LENGTH, available=10**6)
     check_memory(shape, TrainConfig(**settings(check_memory=False)), LENGTH, available=10**6)
 
@@ -172,10 +172,10 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda device, sharing: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
     assert main(["pretrain", str(write_recipe(steps=2))]) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("xverse: one process would take 0.0 GB of memory")
+    assert line.startswith("xverse: one process needs 0.0 GB of memory")
     assert not (tmp_path / "run").exists()
 
 

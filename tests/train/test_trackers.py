@@ -57,7 +57,7 @@ def test_a_missing_library_says_what_to_install(
     fit_tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r'wandb is not installed; pip install "xverse-lm\[track\]"'):
+    with pytest.raises(UserError, match=r"wandb, which is not installed; run: pip install -e '\.\[track\]'"):
         fit_tiny(tmp_path, steps=3, trackers=["wandb"])
     assert not (tmp_path / "checkpoints").exists()
 

@@ -1,354 +1,39 @@
-"""Generation through the engine: prefill and decode speed, beside what memory and matmuls allow here."""
+"""``xverse bench infer``: prefill and decode speed of a model, or of random weights of a shape."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import statistics
-import time
-from collections.abc import Iterator, Sequence
+import argparse
 from typing import Any
 
-import torch
-from torch import nn
-
-from xverse import hardware
-from xverse.bench.report import (
-    MATMUL,
-    Row,
-    at_least,
-    count_threads,
-    in_gb,
-    need_memory,
-    process_memory,
-    say_gb,
-    show,
-    using_threads,
-)
-from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling
-from xverse.engine.cache import position_bytes
-from xverse.engine.load import FLOAT32_BELOW, ONE_THREAD_BELOW
-from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
-from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
-from xverse.formats.quantized import set_layer
-from xverse.formats.weights import weight_files
-from xverse.kernels.linear import QuantLinear
-from xverse.kernels.tiles import tile_rows
-from xverse.log import notice
-from xverse.model import XverseConfig, XverseForCausalLM, named_shape
-from xverse.tokenizer import SPECIAL_TOKENS, Tokenizer
-from xverse.tokenizer.tokenizer import SPACE
-
-NANO_TARGET = 100.0  # decoded tokens/s of one request
-PREFILL_CHUNK = 512
-_SPARE = 2**30  # the bandwidth buffer, activations and the libraries
+from xverse.bench.options import add_model, add_quantize, add_rounds, add_shape, add_threads, positive
 
 
-def run(
-    model: str = "nano",
-    shape: str | None = None,
-    *,
-    prompt_tokens: int = 512,
-    new_tokens: int = 128,
-    batch: int = 1,
-    threads: int | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    rounds: int = 3,
-    part: str = "speed",
-    draft: str | None = None,
-) -> dict[str, Any]:
-    """Measure ``model``, or random weights of the named ``shape``. ``dtype`` and ``threads`` None: chat's.
-
-    ``quantize``: ``int8`` or ``int4``, made of the model's weights as they are loaded; of a shape, random
-    quantised weights are made at once. ``part`` "speculation" and "scheduler" are those of
-    ``bench/decoding.py``; there lengths and batch are given. ``draft`` is a model that guesses for this one.
-    Raises UserError for an unknown model or shape, too long a context, too little memory, a draft that has no
-    use, and for quantising a quantised model.
-    """
-    if draft is not None and (part != "speculation" or shape is not None):
-        raise UserError("--draft: a draft guesses in --part speculation, for a --model with real weights")
-    path = None if shape else resolve(model)
-    config = read_config(path) if path else named_shape(shape or "")
-    small = config.num_parameters() < FLOAT32_BELOW
-    chosen = getattr(torch, dtype) if dtype else torch.float32 if small else torch.bfloat16
-    check_context(config, prompt_tokens, new_tokens, batch)
-    size = _weight_bytes(config, chosen)
-    if quantize:
-        size = stored_bytes(config, quick_settings(quantize))
-    elif path and read_scheme(path):
-        size = sum(file.stat().st_size for file in weight_files(path))
-    need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE)
-    if path:
-        weights = load_quantizing(path, quantize, chosen) if quantize else load_model(path, chosen)
-        tokenizer = load_tokenizer(path)
-    else:
-        notice(f"infer: making {size / 1e9:.2f} GB of random weights")
-        weights, tokenizer = random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
-    if part != "speed":
-        from xverse.bench import decoding
-
-        threads = threads or default_threads(config)
-        if part == "scheduler":
-            return decoding.scheduler(weights, tokenizer, shape or model, threads=threads)
-        if shape is not None:
-            return decoding.speculation(weights, tokenizer, shape, threads=threads)
-        small_one = None
-        if draft is not None:
-            where = resolve(draft)
-            small_one = load_model(where, chosen), load_tokenizer(where)
-        return decoding.acceptance(weights, tokenizer, model, small_one, threads=threads)
-    return measure(
-        weights,
-        tokenizer,
-        shape or model,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch=batch,
-        threads=threads,
-        rounds=rounds,
+def arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    add_model(source)
+    add_shape(source)
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=512, metavar="N", help="length of each prompt"
+    )
+    parser.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="timed decoding steps")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="concurrent requests")
+    add_rounds(parser, 3)
+    add_threads(parser, "as xverse chat")
+    add_quantize(parser)
+    parser.add_argument(
+        "--part",
+        choices=["speed", "speculation", "scheduler"],
+        default="speed",
+        help="speculation: with forced replies for a shape, real ones for a model; scheduler: the share of a "
+        "step of 64 sequences spent outside the model",
+    )
+    parser.add_argument("--draft", metavar="M", help="draft model for --part speculation")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: as xverse chat)"
     )
 
 
-def measure(
-    model: XverseForCausalLM,
-    tokenizer: Tokenizer,
-    name: str,
-    *,
-    prompt_tokens: int,
-    new_tokens: int,
-    batch: int = 1,
-    threads: int | None = None,
-    rounds: int = 3,
-) -> dict[str, Any]:
-    """Medians of ``rounds`` rounds, the machine's read bandwidth sampled around each.
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from xverse.bench.infer_speed import measure_named
 
-    Prefill is one prompt alone. Decode is ``new_tokens`` steps, greedy, with all of
-    ``batch`` requests running and none prefilling; tokens of the whole batch count.
-    """
-    config = model.config
-    check_context(config, prompt_tokens, new_tokens, batch)
-    threads = threads or default_threads(config)
-    dtype = model.model.norm.weight.dtype
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(4, tokenizer.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
-    notice(
-        f"infer {name}: {rounds} rounds of {prompt_tokens} + {new_tokens} tokens, {count_threads(threads)}"
-    )
-    with using_threads(threads):
-        matmul = [hardware.matmul_flops(dtype, *MATMUL, seconds=0.2)]
-        buffer = hardware.bandwidth_buffer()
-        # The prompts of one round must not be found again in the next.
-        engine = Engine(model, tokenizer, max_batch=batch, prefill_chunk=PREFILL_CHUNK, prefix_cache_bytes=0)
-        _round(engine, prompts[:1], min(new_tokens, 4))  # touches every weight once
-        reads = [hardware.read_bandwidth(buffer, threads, seconds=0.2)]
-        found = []
-        for _ in range(rounds):
-            found.append(_round(engine, prompts, new_tokens))
-            reads.append(hardware.read_bandwidth(buffer, threads, seconds=0.2))
-        buffer_bytes = buffer.numel() * buffer.element_size()
-        del buffer
-        matmul.append(hardware.matmul_flops(dtype, *MATMUL, seconds=0.2))
-    decode_tok_s = statistics.median(batch * new_tokens / each["decode_s"] for each in found)
-    prefill_tok_s = statistics.median(prompt_tokens / each["prefill_s"] for each in found)
-    read = [_step_bytes(model, batch, each["positions"]) * new_tokens / each["decode_s"] for each in found]
-    around = [(before + after) / 2 for before, after in itertools.pairwise(reads)]
-    shares = [rate / bound for rate, bound in zip(read, around, strict=True)]
-    resident = [each["resident"] for each in found if each["resident"] is not None]
-    tflops = prefill_flops(config, prompt_tokens) / prompt_tokens * prefill_tok_s / 1e12
-    weight_bytes = _tensor_bytes(model)
-    result = {
-        "bench": "infer",
-        "model": name,
-        "parameters": config.num_parameters(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "weights": weights_kind(model),
-        "threads": threads,
-        "batch": batch,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "context": prompt_tokens + new_tokens,
-        "rounds": rounds,
-        "decode_tok_s": round(decode_tok_s, 2),
-        "prefill_tok_s": round(prefill_tok_s, 2),
-        "decode_runs_tok_s": [round(batch * new_tokens / each["decode_s"], 2) for each in found],
-        "prefill_runs_tok_s": [round(prompt_tokens / each["prefill_s"], 2) for each in found],
-        "weights_gb": in_gb(weight_bytes),
-        "rss_gb": in_gb(max(resident) - buffer_bytes) if resident else None,
-        "read_gb_s": round(statistics.median(read) / 1e9, 3),
-        "device_read_gb_s": round(statistics.median(reads) / 1e9, 3),
-        "device_read_samples_gb_s": [round(rate / 1e9, 3) for rate in reads],
-        "read_share": round(statistics.median(shares), 4),
-        "prefill_tflops": round(tflops, 5),
-        "matmul_tflops": [round(rate / 1e12, 5) for rate in matmul],
-        "prefill_matmul_share": round(tflops * 1e12 / statistics.mean(matmul), 4),
-    }
-    show(f"infer {name}: {result['weights']}, {count_threads(threads)}, batch {batch}", _rows(result))
-    return result
-
-
-def default_threads(config: XverseConfig) -> int:
-    """As ``xverse chat`` takes."""
-    return 1 if config.num_parameters() < ONE_THREAD_BELOW else hardware.cores().usable
-
-
-def _rows(result: dict[str, Any]) -> Iterator[Row]:
-    nano = result["model"] == "nano" and result["batch"] == 1
-    target = at_least(NANO_TARGET, result["decode_tok_s"], "tok/s") if nano else ""
-    context = f"{result['prompt_tokens']} + {result['new_tokens']} tokens"
-    yield Row(f"decode, {context}", f"{result['decode_tok_s']:,.1f} tok/s", target)
-    bound = f"{result['read_share']:.0%} of {result['device_read_gb_s']:.1f} GB/s measured around it"
-    if result["weights_gb"] * 1e9 < hardware.last_level_cache():
-        bound += "; the weights fit into the last-level cache, so this is no limit"
-    yield Row("  weights and KV read", f"{result['read_gb_s']:.2f} GB/s", bound)
-    peak = statistics.mean(result["matmul_tflops"])
-    yield Row("prefill, one prompt", f"{result['prefill_tok_s']:,.1f} tok/s")
-    bound = f"{result['prefill_matmul_share']:.0%} of {peak:.3f} TFLOP/s measured ({result['dtype']} matmul)"
-    yield Row("  causal attention counted", f"{result['prefill_tflops']:.3f} TFLOP/s", bound)
-    weights = f"weights {say_gb(result['weights_gb'])}"
-    yield Row("resident set while decoding", say_gb(result["rss_gb"]), weights)
-
-
-def _round(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
-    """Prefill the first prompt alone, then the others, then time ``new_tokens`` steps of them all.
-
-    ``positions`` is how many cached positions one timed step reads on average, over all requests.
-    """
-    longest = _positions(len(prompts[0]), new_tokens, len(prompts)) - len(prompts[0])
-    greedy = Sampling(temperature=0.0)
-    requests = [
-        Request(prompt_ids=ids, max_new_tokens=longest, sampling=greedy, stop_ids=()) for ids in prompts
-    ]
-    start = time.perf_counter()
-    handles = [engine.submit(requests[0])]
-    produced = dict.fromkeys(handles, 0)
-    while not produced[handles[0]]:
-        _count(engine, produced)
-    prefill = time.perf_counter() - start
-    handles += [engine.submit(request) for request in requests[1:]]
-    produced |= dict.fromkeys(handles[1:], 0)
-    while not all(produced.values()):
-        _count(engine, produced)
-    first = sum(len(prompts[0]) + count for count in produced.values())
-    start = time.perf_counter()
-    for _ in range(new_tokens):
-        assert len(engine.step()) == len(prompts), "every request yields one token in each timed step"
-    decode = time.perf_counter() - start
-    resident = process_memory("VmRSS")
-    for handle in handles:
-        engine.cancel(handle)
-    positions = first + len(prompts) * (new_tokens - 1) / 2
-    return {"prefill_s": prefill, "decode_s": decode, "positions": positions, "resident": resident}
-
-
-def _count(engine: Engine, produced: dict[int, int]) -> None:
-    for event in engine.step():
-        if event.error:
-            raise UserError(event.error)
-        produced[event.handle] += 1
-
-
-def _positions(prompt_tokens: int, new_tokens: int, batch: int) -> int:
-    """Positions that the first request may reach: it decodes while the others are prefilled."""
-    return prompt_tokens + new_tokens + (batch - 1) * -(-prompt_tokens // PREFILL_CHUNK) + 2
-
-
-def check_context(config: XverseConfig, prompt_tokens: int, new_tokens: int, batch: int) -> None:
-    """Raises UserError where the measurement does not fit into the model's positions."""
-    needed = _positions(prompt_tokens, new_tokens, batch)
-    if needed > config.context_length:
-        raise UserError(
-            f"{prompt_tokens} prompt and {new_tokens} new tokens at batch {batch} need {needed} positions, "
-            f"the model has {config.context_length}"
-        )
-
-
-def prefill_flops(config: XverseConfig, tokens: int) -> float:
-    """FLOPs of one prompt: all linears for each token, the head for the last, attention counted causal."""
-    embedding = config.vocab_size * config.hidden_size
-    linears = config.num_parameters() - 2 * embedding
-    attention = 4 * config.num_hidden_layers * config.hidden_size * tokens * tokens / 2
-    return 2 * linears * tokens + 2 * embedding + attention
-
-
-def _step_bytes(model: XverseForCausalLM, batch: int, positions: float) -> float:
-    """Bytes that one decode step has to read: every weight once, of the embedding ``batch`` rows, and the
-    keys and values of ``positions``."""
-    item = model.model.norm.weight.element_size()
-    weights = _tensor_bytes(model) - _tensor_bytes(model.model.embed_tokens)
-    kv = 2 * model.config.num_hidden_layers * model.config.hidden_size * item
-    return weights + batch * model.config.hidden_size * item + kv * positions
-
-
-def _tensor_bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
-
-
-def weights_kind(model: XverseForCausalLM) -> str:
-    """``int4``, ``int8`` or the type of the layers' weights."""
-    layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
-    return f"int{layer.bits}" if isinstance(layer, QuantLinear) else str(layer.weight.dtype).split(".")[-1]
-
-
-def _weight_bytes(config: XverseConfig, dtype: torch.dtype) -> int:
-    return config.num_parameters() * dtype.itemsize
-
-
-def _cache_bytes(config: XverseConfig, dtype: torch.dtype, tokens: int, batch: int) -> int:
-    return position_bytes(config, dtype) * tokens * batch
-
-
-def random_model(config: XverseConfig, dtype: torch.dtype, quantize: str | None = None) -> XverseForCausalLM:
-    """Random weights as fast as memory is written: a block of normal values repeated, norm weights of 1.
-
-    With ``quantize`` (``int8``, ``int4``) the linears are random integers in the kernels' tiles.
-    """
-    with torch.device("meta"):
-        model = XverseForCausalLM(config)
-    generator = torch.Generator().manual_seed(0)
-    block = torch.empty(1 << 20).normal_(0.0, 0.02, generator=generator).to(dtype)
-    if quantize:
-        settings = quick_settings(quantize)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear):
-                bits = settings.resolved_head_bits if name == "lm_head" else settings.bits
-                shape = (module.out_features, module.in_features)
-                set_layer(model, name, _random_layer(*shape, bits, settings.group_size))
-    state = {}
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        tensor = torch.ones(parameter.shape, dtype=dtype)
-        if parameter.dim() > 1:
-            rolled = block.roll(number * 7919)  # another beginning for each tensor
-            for part in tensor.view(-1).split(len(block)):
-                part.copy_(rolled[: len(part)])
-        state[name] = tensor
-    model.load_state_dict(state, assign=True, strict=False)  # the tiles are there already
-    return model
-
-
-def _random_layer(outputs: int, inputs: int, bits: int, group_size: int) -> QuantLinear:
-    """Weights of a standard deviation of 0.02."""
-    rows = torch.randint(0, 256, (outputs, inputs * bits // 8), dtype=torch.uint8)
-    scales = torch.full((outputs, inputs // group_size), 0.02 * 12**0.5 / 2**bits, dtype=torch.bfloat16)
-    with torch.device("meta"):
-        layer = QuantLinear(inputs, outputs, bits, group_size)
-    layer.tiles = tile_rows(rows, scales, bits)
-    return layer
-
-
-def placeholder_tokenizer(size: int) -> Tokenizer:
-    """A tokenizer of XVERSE's structure with ``size`` entries that mean nothing: random weights need one
-    only so that the engine has ids and text to work with."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers
-
-    texts = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
-    assert size >= len(texts), f"a vocabulary of {size} has no room for bytes"
-    texts.append(SPACE)  # a blank has to come back from its ids
-    texts += [f"{SPACE}{number:06d}" for number in range(size - len(texts))]
-    vocab = {text: number for number, text in enumerate(texts)}
-    backend = Backend(models.BPE(vocab, [], byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    backend.add_special_tokens(list(SPECIAL_TOKENS))
-    return Tokenizer(json.loads(backend.to_str()))
+    return measure_named(**vars(args))

@@ -1,47 +1,45 @@
-"""Quantisation on this machine: the kernels beside their bounds, memory and time of a quantised model."""
+"""``xverse bench quant``: the kernels of matrix products and of attention beside their bounds."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import argparse
 from typing import Any
 
 from xverse import hardware
-from xverse.bench import attention, footprint, gptq, matmul
+from xverse.bench.options import add_rounds, add_shape, add_threads
 from xverse.bench.report import count_threads, show, using_threads
 from xverse.config import choose
 from xverse.model import SHAPES
 
-PARTS = ("matmul", "attention", "memory", "gptq")
+PARTS = ("matmul", "attention")
 
 
-def run(
-    shape: str = "7b",
-    part: str | None = None,
-    rounds: int = 5,
-    threads: int | None = None,
-    directory: str | Path | None = None,
-) -> dict[str, Any]:
-    """Measure one of ``PARTS`` or all of them. ``directory`` is where weights are made for "memory".
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser, "7b")
+    parser.add_argument("--part", choices=PARTS, help="one part (default: both)")
+    add_rounds(parser, 5)
+    add_threads(parser)
 
-    Raises UserError for an unknown shape, too little memory or disk space.
-    """
-    config = choose("shape", shape, SHAPES)
-    threads = threads or hardware.cores().usable
-    parts = PARTS if part is None else (part,)
-    result: dict[str, Any] = {"bench": "quant", "shape": shape, "threads": threads, "rounds": rounds}
-    if "memory" in parts:  # first: its children want the machine's memory for themselves
-        place = Path(directory).expanduser() if directory else None
-        result["memory"] = footprint.run(config, place, threads)
-        show(f"quant {shape}: memory and time", footprint.rows(result["memory"], shape))
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Raises UserError for an unknown shape and for too little memory."""
+    from xverse.bench import attention, matmul
+
+    config = choose("shape", args.shape, SHAPES)
+    threads = args.threads or hardware.cores().usable
+    parts = PARTS if args.part is None else (args.part,)
+    result: dict[str, Any] = {
+        "bench": "quant",
+        "shape": args.shape,
+        "threads": threads,
+        "rounds": args.rounds,
+    }
+    title = f"quant {args.shape}, {count_threads(threads)}"
     with using_threads(threads):
-        title = f"quant {shape}, {count_threads(threads)}"
         if "matmul" in parts:
-            result["matmul"] = matmul.run(config, matmul.KINDS, rounds, threads)
+            result["matmul"] = matmul.run(config, matmul.KINDS, args.rounds, threads)
             show(f"{title}: products with {result['matmul']['kernels']}", matmul.rows(result["matmul"]))
         if "attention" in parts:
             result["attention"] = attention.run(threads=threads)
             show(f"{title}: attention", attention.rows(result["attention"]))
-        if "gptq" in parts:
-            result["gptq"] = gptq.run(config)
-            show(f"{title}: GPTQ", gptq.rows(result["gptq"]))
     return result

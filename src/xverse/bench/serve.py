@@ -1,28 +1,31 @@
-"""The server under load from another process, beside the engine alone on the same prompts."""
+"""``xverse bench serve``: the server under load, beside the engine alone on similar prompts."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from xverse.bench.client import Stream, chat, completion, cpu_seconds, serving, together
+from xverse import hardware
+from xverse.bench.client import Stream, chat, completion, serving, together
+from xverse.bench.options import add_model, add_quantize, add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, show
 from xverse.config import UserError
-from xverse.engine import Engine, Request, Sampling
-from xverse.engine.load import ONE_THREAD_BELOW, load_engine
-from xverse.formats import load_tokenizer, read_config, resolve
 from xverse.log import notice
 
-OFFLINE_TARGET = 0.9  # of the engine's own rate; of nano a step is as short as sending its tokens takes
-PEER_TARGET = 2.5  # of llama.cpp's rate with as many sequences
+if TYPE_CHECKING:
+    from xverse.engine import Engine
+
+OFFLINE_TARGET = (
+    0.9  # of the engine's rate; not for small models, whose steps are as short as sending the tokens
+)
+PEER_TARGET = 2.5  # of llama.cpp's rate with the same number of sequences
 SLOWEST_TARGET = 1 / 3  # of the median stream's rate
-REPEAT_TARGET = 0.15  # of the first time to the first token, with a prompt that is known
+REPEAT_TARGET = 0.15  # of the uncached time to first token, for a prompt whose prefix is cached
 IDLE_TARGET = 0.01  # of a core
-GRAMMAR_TARGETS = {"small": 0.70, "large": 0.85}  # of the rate without one
+GRAMMAR_TARGETS = {"small": 0.70, "large": 0.85}  # of the rate without a grammar
 _SHARED = 1000
 _SCHEMA = {
     "type": "object",
@@ -32,7 +35,23 @@ _SCHEMA = {
 Peer = Callable[[list[list[int]], int], float]
 
 
-def run(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_quantize(parser)
+    parser.add_argument("--clients", type=positive, default=8, metavar="N", help="concurrent streams")
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=64, metavar="N", help="length of each prompt"
+    )
+    parser.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="tokens per stream")
+    add_rounds(parser, 3)
+    add_threads(parser, "as xverse chat")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(
     model: str = "nano",
     quantize: str | None = None,
     *,
@@ -43,11 +62,16 @@ def run(
     threads: int | None = None,
     peer: Peer | None = None,
 ) -> dict[str, Any]:
-    """Measure ``xverse serve`` with so many streaming clients; medians of ``rounds``, in which the engine
-    alone, the server and ``peer`` (prompts, new tokens → tokens a second) take turns.
+    """Measure ``xverse serve`` with ``clients`` streaming clients. Medians over ``rounds``, in each of which
+    the engine alone, the server and ``peer`` (prompts, new tokens → tokens/s) take turns.
 
     Raises UserError for an unknown model.
     """
+    import torch
+
+    from xverse.engine.load import ONE_THREAD_BELOW, load_engine
+    from xverse.formats import load_tokenizer, read_config, resolve
+
     path = resolve(model)
     small = read_config(path).num_parameters() < ONE_THREAD_BELOW
     generator = torch.Generator().manual_seed(0)
@@ -60,21 +84,21 @@ def run(
     engine: Engine = load_engine(
         model, quantize=quantize, threads=threads, prefix_cache_bytes=0, max_batch=clients
     ).engine
-    found: dict[str, list[float]] = {}
+    figures: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
+        figures.setdefault(name, []).append(value)
 
     errors = 0
     try:
         with serving(model, quantize, threads) as (port, process):
-            together(port, [completion(prompts(1, prompt_tokens)[0], 4)])  # every weight touched once
+            together(port, [completion(prompts(1, prompt_tokens)[0], 4)])  # touches every weight once
             _offline(engine, prompts(clients, prompt_tokens), 4)
             for number in range(rounds):
                 notice(f"serve {model}: round {number + 1} of {rounds}")
                 note("offline", _offline(engine, prompts(clients, prompt_tokens), new_tokens))
-                asked = [completion(prompt, new_tokens) for prompt in prompts(clients, prompt_tokens)]
-                streams = together(port, asked)
+                bodies = [completion(prompt, new_tokens) for prompt in prompts(clients, prompt_tokens)]
+                streams = together(port, bodies)
                 errors += sum(stream.error is not None for stream in streams)
                 rates = [stream.rate for stream in streams]
                 note("total", _total(streams))
@@ -83,24 +107,24 @@ def run(
                 if peer is not None:
                     note("peer", peer(prompts(clients, prompt_tokens), new_tokens))
                 (long,) = prompts(1, _SHARED)
-                known = [together(port, [completion(long + end, 2)])[0].first for end in prompts(4, 8)]
-                note("shared_first", known[0])
-                note("shared_again", statistics.median(known[1:]))
+                cached = [together(port, [completion(long + end, 2)])[0].first for end in prompts(4, 8)]
+                note("shared_first", cached[0])
+                note("shared_again", statistics.median(cached[1:]))
                 (plain,) = together(port, [chat(new_tokens)])
                 (formed,) = together(port, [chat(new_tokens, _SCHEMA)])
                 note("plain", plain.rate)
                 note("structured", formed.rate)
-            used, seconds = cpu_seconds(process.pid), 5.0
+            used, seconds = _seconds(process.pid), 5.0
             time.sleep(seconds)
-            idle = (cpu_seconds(process.pid) - used) / seconds
+            idle = (_seconds(process.pid) - used) / seconds
     finally:
         torch.set_num_threads(before)
 
     def share(of: str, to: str) -> float:
-        """Within each round: the memory's speed changes between them."""
-        return statistics.median(a / b for a, b in zip(found[of], found[to], strict=True))
+        """The median of ratios within rounds, because the memory's speed changes between rounds."""
+        return statistics.median(a / b for a, b in zip(figures[of], figures[to], strict=True))
 
-    middle = {name: round(statistics.median(values), 4) for name, values in found.items()}
+    medians = {name: round(statistics.median(values), 4) for name, values in figures.items()}
     result: dict[str, Any] = {
         "bench": "serve",
         "model": model,
@@ -108,21 +132,21 @@ def run(
         "clients": clients,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "rounds": {name: [round(value, 4) for value in values] for name, values in found.items()},
-        "offline_tok_s": middle["offline"],
-        "total_tok_s": middle["total"],
+        "rounds": {name: [round(value, 4) for value in values] for name, values in figures.items()},
+        "offline_tok_s": medians["offline"],
+        "total_tok_s": medians["total"],
         "offline_share": round(share("total", "offline"), 3),
-        "slowest_of_median": round(min(found["slowest"]), 3),
+        "slowest_of_median": round(min(figures["slowest"]), 3),
         "errors": errors,
-        "first_token_s": middle["first_token"],
-        "shared_first_s": middle["shared_first"],
-        "shared_again_s": middle["shared_again"],
+        "first_token_s": medians["first_token"],
+        "shared_first_s": medians["shared_first"],
+        "shared_again_s": medians["shared_again"],
         "repeat_share": round(share("shared_again", "shared_first"), 4),
         "structured_share": round(share("structured", "plain"), 3),
         "idle_cpu_share": round(idle, 4),
     }
     if peer is not None:
-        result |= {"peer_tok_s": middle["peer"], "peer_ratio": round(share("total", "peer"), 2)}
+        result |= {"peer_tok_s": medians["peer"], "peer_ratio": round(share("total", "peer"), 2)}
     show(f"serve {model}: {clients} streaming clients", _rows(result, small))
     return result
 
@@ -132,7 +156,7 @@ def _rows(result: dict[str, Any], small: bool) -> Iterator[Row]:
     bound = f"{share:.2f} × the engine alone ({result['offline_tok_s']:.1f} tok/s)"
     if not small:
         bound += "; " + at_least(OFFLINE_TARGET, share, "×")
-    yield Row("decoded by all streams together", f"{result['total_tok_s']:.1f} tok/s", bound)
+    yield Row("all streams together", f"{result['total_tok_s']:.1f} tok/s", bound)
     if "peer_ratio" in result:
         text = f"{result['peer_ratio']:.2f} × the peer ({result['peer_tok_s']:.1f} tok/s)"
         yield Row("beside the peer", text, at_least(PEER_TARGET, result["peer_ratio"], "×"))
@@ -151,13 +175,17 @@ def _rows(result: dict[str, Any], small: bool) -> Iterator[Row]:
     yield Row("idle", f"{idle:.2%} of a core", at_most(IDLE_TARGET, idle, ""))
 
 
+def _seconds(pid: int) -> float:
+    return hardware.process_seconds(pid) or 0.0
+
+
 def _total(streams: list[Stream]) -> float:
-    """Tokens per second while all streams decode: between the last one's first token and the first one's
-    last. Prompts are read before that, and of the engine alone they are not counted either."""
+    """Tokens per second while all streams decode, from the latest first token to the earliest last one. This
+    leaves out prefill, as does the figure for the engine alone."""
     begin = max(stream.begun + stream.first for stream in streams)
     end = min(stream.ended for stream in streams)
     if end <= begin:
-        raise UserError("the streams did not run together: more --new-tokens are needed")
+        raise UserError("the streams did not overlap; use more --new-tokens")
     inside = sum(
         sum(begin < piece <= end for piece in stream.pieces) * stream.tokens / len(stream.pieces)
         for stream in streams
@@ -166,10 +194,11 @@ def _total(streams: list[Stream]) -> float:
 
 
 def _offline(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
-    """Tokens per second that the engine decodes of these prompts together, without a server."""
-    greedy = Sampling(temperature=0)
+    """Tokens per second of the engine decoding these prompts together, without a server."""
+    from xverse.engine import Request, SamplingParams
+
     handles = {
-        engine.submit(Request(prompt_ids=ids, max_new_tokens=new_tokens, sampling=greedy, stop_ids=()))
+        engine.submit(Request(prompt_ids=ids, sampling=SamplingParams.greedy(new_tokens), stop_ids=()))
         for ids in prompts
     }
     while handles:

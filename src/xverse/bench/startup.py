@@ -1,7 +1,8 @@
-"""What a person waits for: ``xverse --help``, and a first answer from the embedded model."""
+"""``xverse bench startup``: wall time of ``xverse --help`` and of a first answer from the embedded model."""
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import statistics
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xverse.bench.options import add_model, positive
 from xverse.bench.report import Row, at_most, show
 from xverse.config import UserError
 from xverse.formats import resolve
@@ -21,9 +23,20 @@ CHAT_TARGET = 5.0  # seconds, median
 QUESTION = "你好"
 
 
-def run(help_runs: int = 7, chat_runs: int = 3, model: str = "nano") -> dict[str, Any]:
-    """Wall time of fresh processes, from start to exit. Without the embedded model, the second figure is
-    not measured and the result says why."""
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--help-runs", type=positive, default=7, metavar="N", help="processes that print the help"
+    )
+    parser.add_argument("--chat-runs", type=positive, default=3, metavar="N", help="processes that answer")
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
+
+
+def measure(help_runs: int = 7, chat_runs: int = 3, model: str = "nano") -> dict[str, Any]:
+    """Wall time of fresh processes. Without the model, ``chat_not_measured`` says why there is no reply."""
     notice(f"startup: {help_runs} × xverse --help, {chat_runs} × xverse chat --ask {QUESTION}")
     helps, _ = wall_times(["--help"], help_runs)
     result: dict[str, Any] = {
@@ -53,11 +66,11 @@ def run(help_runs: int = 7, chat_runs: int = 3, model: str = "nano") -> dict[str
 def wall_times(arguments: Sequence[str], runs: int) -> tuple[list[float], str]:
     """Seconds of each of ``runs`` processes ``xverse ARGUMENTS``, and the stdout of the first.
 
-    Raises UserError with the last line of stderr where one of them fails.
+    Raises UserError with the last line of stderr if one fails.
     """
     command = [*program(), *arguments]
     times: list[float] = []
-    said = ""
+    stdout = ""
     for number in range(runs):
         start = time.perf_counter()
         process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
@@ -65,16 +78,16 @@ def wall_times(arguments: Sequence[str], runs: int) -> tuple[list[float], str]:
         if process.returncode:
             lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
             raise UserError(f"xverse {' '.join(arguments)} failed: {lines[-1]}")
-        said = said if number else process.stdout.strip()
-    return times, said
+        stdout = stdout if number else process.stdout.strip()
+    return times, stdout
 
 
 def program() -> list[str]:
-    """The installed command of this interpreter, as a person starts it; else the module."""
+    """The command installed beside this interpreter; otherwise the module."""
     script = shutil.which("xverse", path=str(Path(sys.executable).parent))
     return [script] if script else [sys.executable, "-m", "xverse.cli"]
 
 
 def _seconds(times: Sequence[float]) -> str:
-    each = ", ".join(f"{seconds:.2f}" for seconds in times)
-    return f"{statistics.median(times):.3f} s (median of {each})"
+    runs = ", ".join(f"{seconds:.2f}" for seconds in times)
+    return f"{statistics.median(times):.3f} s (median of {runs})"

@@ -1,27 +1,24 @@
-"""Pretraining speed and memory against transformers' Llama under its Trainer, in the same run.
+"""``xverse bench train``: pretraining speed and memory beside transformers' Llama under its Trainer.
 
-Same shape, weights, batch, precision and optimizer: bf16 autocast over float32 parameters, fused AdamW,
-gradients clipped. Ours takes ``train/``'s own step. Each side is a process of its own, which holds still
-while the other computes: they run in turn, A B A B, so that a change of the machine's speed meets both, and
-the ratio is the median over the pairs.
+Both sides use the same shape, weights, batch, precision (bf16 autocast over float32 parameters) and optimizer
+(fused AdamW, clipped gradients); ours runs the training step of ``train/``. Each side has its own process;
+they alternate, so that changes in the machine's speed affect both. The ratio is the median over pairs.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from xverse import hardware
+from xverse.bench.options import add_batch, add_shape, add_threads, positive
 from xverse.bench.report import (
     Row,
     at_least,
@@ -29,35 +26,41 @@ from xverse.bench.report import (
     count_threads,
     in_gb,
     need_memory,
-    process_memory,
     say_gb,
     show,
     using_threads,
 )
 from xverse.config import UserError
-from xverse.data.feed import Batch
-from xverse.formats.write import llama_config
 from xverse.log import notice
-from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights, named_shape
-from xverse.train.blocks import prepare_blocks
-from xverse.train.loop import TrainConfig, train_step
-from xverse.train.optimizer import make_adamw
-from xverse.train.report import flops_per_token
+from xverse.model import XverseConfig, named_shape
 
-# At shape mini: of the Trainer's tokens/s, of the measured matmul rate, of the Trainer's peak memory.
+# For mini, by vocabulary, relative to the Trainer's tokens/s, the matmul rate and the Trainer's peak memory.
 TARGETS: dict[int, dict[str, float]] = {
     8192: {"ratio": 1.4, "matmul_share": 0.7},
     100_534: {"ratio": 1.9, "memory_ratio": 0.5},
 }
-LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
 BLOCKS = 4
 SIDES = ("xverse", "transformers")
 
-CHILD = "import sys; from xverse.bench.train import child; child(sys.argv[1])"
-Gate = Callable[[], bool]  # waits until this side may take its next step; False: no more
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser, "mini")
+    parser.add_argument(
+        "--vocabulary",
+        type=positive,
+        metavar="V",
+        help="entries (default: those of the shape; for mini 8,192, then 100,534)",
+    )
+    add_batch(parser, 8, 512)
+    parser.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps of each side")
+    add_threads(parser)
 
 
-def run(
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure_named(**vars(args))
+
+
+def measure_named(
     shape: str = "mini",
     *,
     vocabulary: int | None = None,
@@ -66,15 +69,15 @@ def run(
     steps: int = 12,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Measure a named shape; ``mini`` with 8,192 and 100,534 entries unless ``vocabulary`` says how many.
+    """Measure a named shape; without ``vocabulary``, ``mini`` has 8,192 and then 100,534 entries.
 
     Raises UserError for an unknown shape, too few steps or too little memory.
     """
-    found = named_shape(shape)
-    sizes = [vocabulary] if vocabulary else list(TARGETS) if shape == "mini" else [found.vocab_size]
+    config = named_shape(shape)
+    sizes = [vocabulary] if vocabulary else list(TARGETS) if shape == "mini" else [config.vocab_size]
     results = [
         measure(
-            dataclasses.replace(found, vocab_size=size),
+            dataclasses.replace(config, vocab_size=size),
             shape,
             batch_size=batch_size,
             sequence_length=sequence_length,
@@ -95,9 +98,11 @@ def measure(
     steps: int,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Up to ``steps`` timed steps of each side in equal blocks, at least three, after one that warms up."""
+    """At most ``steps`` timed steps of each side, in equal blocks, after a warm-up step."""
+    import torch
+
     if steps < 3:
-        raise UserError(f"steps: {steps} are too few for a median of pairs (at least 3)")
+        raise UserError(f"steps: {steps} are too few for a median of pairs; use at least 3")
     if not 2 <= sequence_length <= config.context_length:
         raise UserError(f"sequence_length: {sequence_length} is out of range (2 to {config.context_length})")
     threads = threads or hardware.cores().usable
@@ -113,7 +118,7 @@ def measure(
         }
         first_loss = {side: take(1)["loss"] for side, take in sides.items()}
         difference = abs(first_loss["xverse"] - first_loss["transformers"])
-        assert difference < 0.05, f"the two do not train the same model: first losses {first_loss}"
+        assert difference < 0.05, f"the sides do not train the same model: first losses {first_loss}"
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         memory: dict[str, int | None] = {}
         for number in range(steps // block):
@@ -125,7 +130,7 @@ def measure(
             notice(f"{title}: pair {number + 1} of {steps // block}")
     tokens = batch_size * sequence_length
     ratios = [theirs / ours for ours, theirs in zip(seconds["xverse"], seconds["transformers"], strict=True)]
-    flops = flops_per_token(config, sequence_length)
+    flops = config.flops_per_token(sequence_length)
     peak = statistics.median(matmul)
     result: dict[str, Any] = {
         "bench": "train",
@@ -149,7 +154,7 @@ def measure(
         speed = tokens / statistics.median(seconds[side])
         result[side] = {
             "tokens_s": round(speed, 2),
-            "step_s": [round(each, 4) for each in seconds[side]],
+            "step_s": [round(step, 4) for step in seconds[side]],
             "tflops": {kind: round(speed * count / 1e12, 8) for kind, count in flops.items()},
             "matmul_share": {kind: round(speed * count / peak, 4) for kind, count in flops.items()},
             "peak_rss_gb": in_gb(memory.get(side)),
@@ -170,39 +175,30 @@ def _rows(result: dict[str, Any], peak: float) -> Iterator[Row]:
         target = at_most(bound, result["memory_ratio"], "×") if bound else ""
         yield Row("xverse / transformers, peak RSS", f"{result['memory_ratio']:.3f} ×", target)
     for side in SIDES:
-        found = result[side]
-        yield Row(f"{side}", f"{found['tokens_s']:,.1f} tokens/s")
+        figures = result[side]
+        yield Row(f"{side}", f"{figures['tokens_s']:,.1f} tokens/s")
         for kind in ("causal", "full"):
-            share = f"{found['matmul_share'][kind]:.0%} of {peak / 1e12:.3f} TFLOP/s measured (bf16 matmul)"
-            wanted = targets.get("matmul_share") if side == "xverse" and kind == "causal" else None
-            if wanted:
-                share += f"; {at_least(wanted, found['matmul_share'][kind], '')}"
-            yield Row(f"  attention counted {kind}", f"{found['tflops'][kind]:.3f} TFLOP/s", share)
+            share = f"{figures['matmul_share'][kind]:.0%} of {peak / 1e12:.3f} TFLOP/s measured (bf16 matmul)"
+            goal = targets.get("matmul_share") if side == "xverse" and kind == "causal" else None
+            if goal:
+                share += f"; {at_least(goal, figures['matmul_share'][kind], '')}"
+            yield Row(f"  attention counted {kind}", f"{figures['tflops'][kind]:.3f} TFLOP/s", share)
         least = f"parameters, gradients, moments: {16 * result['parameters'] / 1e9:.3f} GB"
-        yield Row("  peak RSS", say_gb(found["peak_rss_gb"]), least)
+        yield Row("  peak RSS", say_gb(figures["peak_rss_gb"]), least)
 
 
 def estimated_memory(config: XverseConfig, batch_size: int, length: int) -> int:
-    """Bytes that both sides take at their fullest: float32 parameters, gradients and two moments of each;
-    the peer's activations, with logits in float32 and bfloat16 and attention scores."""
+    """Peak bytes of both sides together: float32 parameters, gradients and two moments of each; the peer's
+    activations, including attention scores and logits in float32 and bfloat16."""
     layer = 20 * config.hidden_size + 10 * config.intermediate_size + 10 * config.num_attention_heads * length
     activations = config.num_hidden_layers * layer + 16 * config.vocab_size
     return 32 * config.num_parameters() + batch_size * length * activations
 
 
-def random_batch(config: XverseConfig, batch_size: int, length: int) -> Batch:
-    """One document of random tokens per row, each position but the last with its successor as target."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(4, config.vocab_size, (batch_size, length), generator=generator)  # [B, T]
-    targets = torch.full_like(tokens, IGNORE)
-    targets[:, :-1] = tokens[:, 1:]
-    return Batch(tokens, targets, torch.zeros_like(tokens, dtype=torch.int32))
-
-
 @contextlib.contextmanager
 def _side(job: dict[str, Any]) -> Iterator[Callable[[int], dict[str, Any]]]:
-    """Start a side; yields a function that lets it take some steps and returns what it says of them."""
-    command = [sys.executable, "-c", CHILD, json.dumps(job)]
+    """Start the process of one side; yields a function that runs some steps and returns its report."""
+    command = [sys.executable, "-m", "xverse.bench.train_worker", json.dumps(job)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -211,7 +207,7 @@ def _side(job: dict[str, Any]) -> Iterator[Callable[[int], dict[str, Any]]]:
         print(steps, file=process.stdin, flush=True)
         line = process.stdout.readline()  # type: ignore[union-attr]
         if not line:
-            raise UserError(f"train: the process of {job['side']} ended early (its messages are above)")
+            raise UserError(f"train: the process of {job['side']} ended early; its messages are above")
         return json.loads(line)
 
     try:
@@ -220,85 +216,3 @@ def _side(job: dict[str, Any]) -> Iterator[Callable[[int], dict[str, Any]]]:
         process.wait(timeout=60)
     finally:
         process.kill()
-
-
-def child(text: str) -> None:
-    """What a side's process does: as many steps as each line of stdin says; seconds, the last loss and its
-    own peak memory on stdout."""
-    job = json.loads(text)
-    torch.set_num_threads(job["threads"])
-    config = XverseConfig.from_json(job["config"])
-    model = XverseForCausalLM(config)
-    init_weights(model, seed=0)
-    batch = random_batch(config, job["batch_size"], job["length"])
-    answers, sys.stdout = sys.stdout, sys.stderr  # a library's own words do not belong among the answers
-    state: dict[str, Any] = {"left": 0, "all": 0, "start": 0.0, "loss": 0.0}
-
-    def gate() -> bool:
-        if state["left"] == 0:
-            if state["all"]:
-                seconds = time.perf_counter() - state["start"]
-                answer = {"seconds": seconds, "loss": state["loss"], "memory": process_memory("VmHWM")}
-                print(json.dumps(answer), file=answers, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                return False
-            state["left"] = state["all"] = int(line)
-            state["start"] = time.perf_counter()
-        state["left"] -= 1
-        return True
-
-    (_ours if job["side"] == "xverse" else _theirs)(model, batch, gate, state)
-
-
-def _ours(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str, Any]) -> None:
-    config = TrainConfig(
-        steps=1, batch_size=len(batch.tokens), learning_rate=LEARNING_RATE, grad_clip=CLIP, dtype="bfloat16"
-    )
-    prepare_blocks(model, config)
-    hardware.keep_freed_memory()
-    optimizer = make_adamw(model, weight_decay=WEIGHT_DECAY, betas=BETAS)
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
-    while gate():
-        state["loss"], _ = train_step(model, batch, config)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def _theirs(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str, Any]) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
-    values = llama_config(model.config, torch.float32)
-    values.pop("torch_dtype")
-    peer = LlamaForCausalLM(LlamaConfig(**{**values, "use_cache": False})).train()
-    peer.load_state_dict(model.state_dict())
-
-    class Recorded(Trainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            loss = super().training_step(*args, **kwargs)
-            state["loss"] = loss.item()
-            return loss
-
-    class Gated(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            if not gate():
-                sys.exit(0)
-
-    class Same(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-        def __len__(self) -> int:
-            return 2**30
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            row = batch.tokens[index % len(batch.tokens)]
-            return {"input_ids": row, "labels": row}  # it shifts the labels itself
-
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder, use_cpu=True, bf16=True, per_device_train_batch_size=len(batch.tokens), max_steps=2**20,
-            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=WEIGHT_DECAY,
-            adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, optim="adamw_torch_fused",
-            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
-            train_sampling_strategy="sequential",
-        )  # fmt: skip
-        Recorded(peer, args, train_dataset=Same(), callbacks=[Gated()]).train()

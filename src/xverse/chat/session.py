@@ -1,37 +1,39 @@
-"""A conversation with a model: it knows the engine and the messages, and nothing of terminals."""
+"""A conversation with a model. It knows the engine and the messages, but no terminal."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-from xverse.chat.conversation import Message
+from xverse.chat.saved import Message
 from xverse.config import UserError
-from xverse.engine import Engine, FinishReason
-from xverse.engine.load import CHAT, Parameters, load_engine
+from xverse.engine import Engine, FinishReason, Request, SamplingParams
+from xverse.engine.load import load_engine
+from xverse.engine.sampling_params import CHAT
 from xverse.tokenizer import encode_chat, input_limit
 
 
 class Session:
-    """Messages so far, and replies to the next one. ``notify`` is told what the user should know."""
+    """The messages so far, and replies to the next one. ``notify`` receives messages for the user."""
 
     def __init__(
         self,
         engine: Engine,
-        parameters: Parameters,
+        sampling: SamplingParams,
         stop_ids: tuple[int, ...],
         notify: Callable[[str], None],
     ) -> None:
         self.engine = engine
-        self.parameters = parameters
+        self.sampling = sampling
         self.stop_ids = stop_ids
         self.notify = notify
         self.messages: list[Message] = []
 
     @property
     def system(self) -> str:
-        return self.messages[0]["content"] if self.messages[:1] and self._starts_with_system() else ""
+        return self.messages[0]["content"] if self._starts_with_system() else ""
 
     @system.setter
     def system(self, text: str) -> None:
@@ -39,21 +41,21 @@ class Session:
         self.messages = [{"role": "system", "content": text}, *turns] if text else turns
 
     def reset(self) -> None:
-        """Forget the turns; the system prompt stays."""
+        """Forget the turns; keep the system prompt."""
         self.messages = self.messages[: self._starts_with_system()]
 
     def reply(self, text: str) -> Generator[str, None, None]:
         """Yield the reply to ``text`` piece by piece; both become part of the conversation.
 
-        What was said before an interruption or ``close`` counts as the reply; when nothing was said yet,
-        the turn is dropped. Raises UserError where the model fails.
+        After an interruption or ``close`` the reply is what was generated so far; if that is nothing, the
+        turn is dropped. Raises UserError if the model fails.
         """
         question = {"role": "user", "content": text}
         config = self.engine.model.config
         prompt = encode_chat(
             self.engine.tokenizer,
             [*self.messages, question],
-            max_new_tokens=self.parameters.max_new_tokens,
+            max_new_tokens=self.sampling.max_new_tokens,
             max_positions=config.context_length,
             truncation=config.max_tokenizer_truncation,
         )
@@ -61,39 +63,38 @@ class Session:
             self.notify(f"too long for the context: the oldest {prompt.dropped_rounds} rounds were left out")
         if prompt.cut_tokens:
             self.notify(f"too long for the context: {prompt.cut_tokens} tokens were cut from the end")
-        said: list[str] = []
-        ended = False
+        reply: list[str] = []
+        finished = False
         try:
             with contextlib.closing(self._generate(prompt.ids)) as pieces:
                 for piece in pieces:
-                    said.append(piece)
+                    reply.append(piece)
                     yield piece
-            ended = True
+            finished = True
         finally:
-            if ended or any(said):
-                self.messages += [question, {"role": "assistant", "content": "".join(said)}]
+            if finished or any(reply):
+                self.messages += [question, {"role": "assistant", "content": "".join(reply)}]
 
     def complete(self, text: str) -> Generator[str, None, None]:
-        """Yield how the text goes on, as a base model does; the conversation is not touched.
+        """Yield the continuation of ``text``, as a base model generates it; the conversation stays as it is.
 
-        A text too long for the context loses its beginning.
+        A text that is too long for the context loses its beginning.
         """
         if not text:
             raise UserError("the text to complete is empty")
         config = self.engine.model.config
         ids = self.engine.tokenizer.encode(text)
         limit = input_limit(
-            self.parameters.max_new_tokens, config.context_length, config.max_tokenizer_truncation
+            self.sampling.max_new_tokens, config.context_length, config.max_tokenizer_truncation
         )
         if len(ids) > limit:
             self.notify(f"too long for the context: the first {len(ids) - limit} tokens were left out")
         yield from self._generate(ids[-limit:])
 
     def _generate(self, prompt_ids: list[int]) -> Generator[str, None, None]:
+        request = Request(prompt_ids=prompt_ids, sampling=self.sampling, stop_ids=self.stop_ids)
         reason: FinishReason | None = None
-        with contextlib.closing(
-            self.engine.stream(self.parameters.request(prompt_ids, self.stop_ids))
-        ) as events:
+        with contextlib.closing(self.engine.stream(request)) as events:
             for event in events:
                 reason = event.finish_reason
                 if event.text:
@@ -101,7 +102,7 @@ class Session:
                 if event.error:
                     raise UserError(f"the reply failed: {event.error}")
         if reason == "length":
-            self.notify(f"stopped at the limit (max_new_tokens = {self.parameters.max_new_tokens})")
+            self.notify(f"stopped at the length limit (max_new_tokens = {self.sampling.max_new_tokens})")
 
     def _starts_with_system(self) -> bool:
         return bool(self.messages) and self.messages[0]["role"] == "system"
@@ -111,13 +112,13 @@ def load_session(
     model: str,
     overrides: Mapping[str, Any],
     *,
-    defaults: Parameters = CHAT,
+    defaults: SamplingParams = CHAT,
     threads: int | None = None,
     quantize: str | None = None,
     adapter: str | None = None,
     notify: Callable[[str], None],
 ) -> Session:
-    """A session with ``model``, as ``load_engine`` loads it; ``overrides`` stand above its parameters."""
+    """A session with ``model``, loaded by ``load_engine``; ``overrides`` replace its sampling parameters."""
     loaded = load_engine(model, defaults=defaults, threads=threads, quantize=quantize, adapter=adapter)
-    parameters = loaded.parameters.changed(overrides, "parameters")
-    return Session(loaded.engine, parameters, loaded.stop_ids, notify)
+    sampling = dataclasses.replace(loaded.sampling, **overrides)
+    return Session(loaded.engine, sampling, loaded.stop_ids, notify)

@@ -1,35 +1,33 @@
-"""The terminal around a session: reading turns, slash commands, streaming output, Ctrl-C and Ctrl-D.
+"""The terminal interface of a session: reading turns, slash commands, streaming output, Ctrl-C and Ctrl-D.
 
-Between two terminals it is a dialogue with a prompt. Through a pipe each line is a turn, and stdout has the
-replies and nothing else. Either way notices go to stderr.
+If stdin and stdout are terminals, there is a prompt. Otherwise each input line is a turn, and stdout receives
+the replies only. Messages to the user go to stderr in both cases.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Generator
 from typing import TextIO
 
-import yaml
-
-from xverse.chat.conversation import load_conversation, save_conversation
+from xverse.chat.saved import load_conversation, save_conversation
 from xverse.chat.session import Session
-from xverse.config import UserError, nearest
+from xverse.config import UserError, key_value, nearest
+from xverse.engine.sampling_params import PARAMS
 from xverse.log import notice
 
 COMMANDS = {
     "/reset": "/reset                 forget the conversation, keep the system prompt",
     "/system": "/system [TEXT]         set the system prompt, or remove it",
     "/save": "/save FILE             write the conversation to a file",
-    "/load": "/load FILE             go on with a saved conversation",
-    "/params": "/params [NAME=VALUE …] show or change how replies are generated",
-    "/help": "/help                  this list",
-    "/exit": "/exit                  leave, as Ctrl-D does",
+    "/load": "/load FILE             continue a saved conversation",
+    "/params": "/params [NAME=VALUE …] show or change the sampling parameters",
+    "/help": "/help                  show this list",
+    "/exit": "/exit                  leave (also Ctrl-D)",
 }
-_KEYS = "Ctrl-C stops a reply, Alt-Enter begins a new line, // at the start of a line sends a slash."
+_KEYS = "Ctrl-C stops a reply, Alt-Enter starts a new line, // at the start of a line sends a slash."
 
-# A terminal would obey control characters; a model must not be able to move the cursor or set a title.
+# A terminal interprets control characters; a model must not be able to move the cursor or set a title.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -43,7 +41,7 @@ class Terminal:
         self._read: Callable[[], str] = _prompter() if self.interactive else lambda: _read_line(stdin)
 
     def run(self) -> int:
-        """Returns the exit code: 2 where a line that came through a pipe could not be followed, else 0."""
+        """Returns the exit code: 2 if a line from a pipe could not be processed, else 0."""
         if self.interactive:
             notice("Type a message. /help lists the commands; Ctrl-C stops a reply, Ctrl-D leaves.")
         code = 0
@@ -67,7 +65,7 @@ class Terminal:
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                notice("stopped; what was said is kept")
+                notice("stopped; the reply so far is kept")
 
     def _turn(self, line: str) -> None:
         if not line.strip():
@@ -87,7 +85,7 @@ class Terminal:
             notice("\n".join([*COMMANDS.values(), _KEYS]))
         elif name == "/reset":
             session.reset()
-            notice("the conversation is forgotten")
+            notice("conversation cleared")
         elif name == "/system":
             session.system = rest
             notice("system prompt set" if rest else "system prompt removed")
@@ -103,22 +101,20 @@ class Terminal:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)} (/help lists the commands)")
 
     def _params(self, rest: str) -> None:
-        values = {}
-        for item in rest.split():
-            key, equals, text = item.partition("=")
-            if not equals:
-                raise UserError(f"/params: '{item}' is not written NAME=VALUE")
-            try:
-                values[key] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                values[key] = text
-        self.session.parameters = self.session.parameters.changed(values, "/params")
-        shown = dataclasses.asdict(self.session.parameters)
-        notice("\n".join(f"{key} = {'random' if value is None else value}" for key, value in shown.items()))
+        values = dict(key_value(item) for item in rest.split())
+        self.session.sampling = self.session.sampling.changed(values, "/params")
+        shown = {name: getattr(self.session.sampling, name) for name in PARAMS if not PARAMS[name].api_only}
+        notice("\n".join(f"{name} = {_shown(value)}" for name, value in shown.items()))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(repr, value)) or "none"
+    return "random" if value is None else str(value)
 
 
 def show(pieces: Generator[str, None, None], stdout: TextIO) -> None:
-    """Write a reply as it comes, raw: wrapping and right-to-left order are the terminal's business."""
+    """Write a reply as it arrives, raw: wrapping and right-to-left order are up to the terminal."""
     filtered = stdout.isatty()
     begun = False
     try:
@@ -127,7 +123,7 @@ def show(pieces: Generator[str, None, None], stdout: TextIO) -> None:
                 stdout.write(piece.translate(_CONTROL) if filtered else piece)
                 stdout.flush()
                 begun = True
-        begun = True  # an empty reply is a line too
+        begun = True  # an empty reply is a line, too
     finally:
         if begun:
             stdout.write("\n")
@@ -148,7 +144,7 @@ def _read_line(stdin: TextIO) -> str:
 
 
 def _prompter() -> Callable[[], str]:
-    """Line editing with history and wide characters; pasted line ends stay in the message."""
+    """Line editing with history and wide characters; pasted line breaks stay in the message."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent

@@ -1,4 +1,4 @@
-"""``xverse chat``: in the terminal, through a pipe, or one answer with ``--ask`` or ``--complete``."""
+"""``xverse chat``: in the terminal, through a pipe, or a single reply with ``--ask`` or ``--complete``."""
 
 from __future__ import annotations
 
@@ -7,48 +7,40 @@ import io
 import sys
 from typing import Any
 
+from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
-
-PARAMETERS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "max_new_tokens")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    # Flags without a default stay out of the namespace: the model directory's own value then holds.
-    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
-    parser.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
-    parser.add_argument("--adapter", metavar="A", help="an adapter in peft's format", **unset)
-    once = parser.add_mutually_exclusive_group()
-    once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and leave", **unset)
-    once.add_argument("--complete", metavar="TEXT", help="print how TEXT goes on (base models)", **unset)
-    parser.add_argument("--system", metavar="TEXT", help="system prompt", **unset)
-    parser.add_argument("--greedy", action="store_true", help="always the most probable token", **unset)
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy", **unset)
-    parser.add_argument("--top-p", type=float, metavar="P", **unset)
-    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off", **unset)
-    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is off", **unset)
-    parser.add_argument("--seed", type=int, metavar="N", help="the same replies each time", **unset)
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest reply", **unset)
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # absent from the namespace unless given
     parser.add_argument(
-        "--quantize", choices=["int8", "int4"], help="make its weights smaller as it is loaded", **unset
+        "--model", default="nano", metavar="M", help="nano (the default), a model directory or a hub id"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads", **unset)
+    parser.add_argument("--adapter", metavar="A", help="directory with an adapter in peft's format", **unset)
+    once = parser.add_mutually_exclusive_group()
+    once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and exit", **unset)
+    once.add_argument("--complete", metavar="TEXT", help="print a continuation of TEXT and exit", **unset)
+    parser.add_argument("--system", metavar="TEXT", help="system prompt", **unset)
+    parser.add_argument(
+        "--quantize", choices=["int8", "int4"], help="quantise the weights while loading", **unset
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: by the model's size)", **unset
+    )
+    add_sampling_flags(parser, "How replies are generated")
 
 
 def run(args: argparse.Namespace) -> int:
     given = vars(args)
     for name in ("ask", "complete", "system"):
         _check_text(name, given)
-    if "greedy" in given and "temperature" in given:
-        raise UserError("--greedy and --temperature contradict each other; give one of them")
     if "complete" in given and "system" in given:
-        raise UserError("--complete continues a plain text: it takes no --system")
-    overrides = {name: given[name] for name in PARAMETERS if name in given}
-    if "greedy" in given:
-        overrides["temperature"] = 0.0
+        raise UserError("--complete continues a plain text and takes no --system")
+    overrides = given_sampling(args)
 
     from xverse.chat.session import load_session
     from xverse.chat.terminal import Terminal, show
-    from xverse.engine.load import CHAT, COMPLETION
+    from xverse.engine.sampling_params import CHAT, COMPLETION
     from xverse.log import notice
 
     for stream in (sys.stdin, sys.stdout):

@@ -13,23 +13,59 @@ if TYPE_CHECKING:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="prepare|show")
-    prepare = actions.add_parser("prepare", help="make a tokenizer and token shards from a folder of text")
-    prepare.add_argument("recipe", metavar="RECIPE.yaml", help="corpus, out, vocab_size, …")
+    prepare = actions.add_parser("prepare", help="make a tokenizer and token shards from text")
+    prepare.add_argument("recipe", metavar="RECIPE.yaml", help="recipe; docs/data.md describes its keys")
     prepare.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings in place of the recipe's"
+        "overrides", nargs="*", metavar="key=value", help="settings that override the recipe's"
     )
-    show = actions.add_parser("show", help="a mixture as a tree, or one example coloured by its loss mask")
-    show.add_argument("recipe", nargs="?", metavar="RECIPE|FOLDER", help="a recipe, or a prepared folder")
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the recipe's")
-    show.add_argument("--mixture", metavar="FILE", help="a mixture in place of the recipe's")
-    show.add_argument("--dialogues", metavar="PATH", help="a file or folder of instructions")
-    show.add_argument("--tokenizer", metavar="DIR", help="the tokenizer for --dialogues")
-    show.add_argument("--dataset", metavar="D", help="a name of dataset_info.json, a file or a hub id")
-    show.add_argument("--dataset-dir", default="data", metavar="DIR", help="the folder of dataset_info.json")
-    show.add_argument("--stage", choices=["sft", "pt"], default="sft", help="how --dataset is read")
-    show.add_argument("--cutoff-len", type=int, default=2048, metavar="N", help="longest example in tokens")
-    show.add_argument("--model", metavar="M", help="the model of --dataset; its tokenizer is used")
-    show.add_argument("--index", type=int, default=0, metavar="N", help="which example (from 0)")
+    show = actions.add_parser(
+        "show", help="show a mixture as a tree, or a fine-tuning example coloured by its loss mask"
+    )
+    show.add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE|FOLDER",
+        help="a recipe or a prepared folder, to show its mixture",
+    )
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
+    show.add_argument("--mixture", metavar="FILE", help="mixture file that replaces the recipe's mixture")
+    show.add_argument(
+        "--dataset", metavar="D", help="fine-tuning data: a name in dataset_info.json, a file or a hub id"
+    )
+    show.add_argument(
+        "--dataset-dir",
+        default="data",
+        metavar="DIR",
+        help="folder with dataset_info.json (default: %(default)s)",
+    )
+    show.add_argument(
+        "--stage",
+        choices=["sft", "pt", "dpo"],
+        default="sft",
+        help="how to read --dataset (default: %(default)s)",
+    )
+    show.add_argument(
+        "--cutoff-len",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="maximum length of an example in tokens (default: %(default)s)",
+    )
+    show.add_argument(
+        "--identity",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values for {{placeholders}} in the data",
+    )
+    show.add_argument(
+        "--model", default="nano", metavar="M", help="model whose tokenizer is used (default: %(default)s)"
+    )
+    show.add_argument(
+        "--index", type=int, default=0, metavar="N", help="index of the example, from 0 (default: 0)"
+    )
+    for flag in ("--dialogues", "--tokenizer"):  # of older versions
+        show.add_argument(flag, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,37 +73,32 @@ def run(args: argparse.Namespace) -> int:
 
     if args.action == "prepare":
         return _prepare(args)
-    if sum(given is not None for given in (args.recipe, args.dialogues, args.dataset)) != 1:
+    if args.dialogues or args.tokenizer:
         raise UserError(
-            "data show: name a recipe or a prepared folder, or --dataset D --model M, "
-            "or --dialogues PATH --tokenizer DIR"
+            "data show: --dialogues and --tokenizer have been replaced; write --dataset "
+            f"{args.dialogues or 'PATH'} --model {args.tokenizer or 'DIR'}"
         )
-    if args.dataset:
-        return _show_example(args)
-    return _show_mixture(args) if args.recipe else _show_dialogue(args)
+    if (args.recipe is None) == (args.dataset is None):
+        raise UserError("data show: give a recipe or a prepared folder, or --dataset D --model M")
+    return _show_example(args) if args.dataset else _show_mixture(args)
 
 
 def _prepare(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from xverse.config import UserError, load
+    from xverse.config import load, need
 
-    try:
-        from xverse.data.prepare.pipeline import PrepareRecipe, prepare
-        from xverse.data.prepare.report import first_of
-    except ModuleNotFoundError as error:
-        if error.name not in ("datatrove", "py3langid", "zstandard"):
-            raise
-        raise UserError(
-            f"data prepare needs {error.name}: pip install 'xverse-lm[data]', or -e '.[data]' in a checkout"
-        ) from None
+    need("datatrove", "data", "data prepare", load=False)
+    need("zstandard", "data", "data prepare", load=False)
+    from xverse.data.prepare.pipeline import PrepareRecipe, prepare
+    from xverse.data.prepare.report import first_of
 
     recipe = load(PrepareRecipe, args.recipe, args.overrides)
     report = prepare(recipe)
     if report is None:
         print(
-            "submitted; when the jobs have left the queue run this command again: it prints the report or "
+            "submitted; run this command again when the jobs have left the queue: it prints the report or "
             "submits what is missing"
         )
         return 0
@@ -89,7 +120,7 @@ def _prepare(args: argparse.Namespace) -> int:
     if report.dropped:
         print("dropped: " + ", ".join(f"{count:,} by {stage}" for stage, count in report.dropped.items()))
     if recipe.stages.any():
-        print(f"what became of the text: {recipe.out / 'report.md'}")
+        print(f"report: {recipe.out / 'report.md'}")
     for line in first_of(report.skipped):
         print(line)
     return 0
@@ -136,53 +167,59 @@ def _show_mixture(args: argparse.Namespace) -> int:
 
 
 def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
-    """What the argument names, and how many sequences its run has (0 where it is no pretraining recipe)."""
+    """The feed that the argument names, and the number of sequences of its run (0 unless a pretraining
+    recipe)."""
     from xverse.config import UserError, load, read_yaml
     from xverse.data.feed import PretrainFeed
     from xverse.data.mixture import MixtureConfig
 
     path = Path(args.recipe)
-    given = MixtureConfig(file=Path(args.mixture)) if args.mixture else MixtureConfig()
+    mixture = MixtureConfig(file=Path(args.mixture)) if args.mixture else MixtureConfig()
     if not path.exists():
         raise UserError(f"{path}: no such recipe or folder")
     if path.is_dir():
         if args.overrides:
-            raise UserError(f"'{args.overrides[0]}': a folder takes no settings, only a recipe does")
-        return PretrainFeed(path, given, 512, 0), 0
+            raise UserError(f"'{args.overrides[0]}': only a recipe takes settings, not a folder")
+        return PretrainFeed(path, mixture, 512, 0), 0
     if {"corpus", "inputs"} & set(read_yaml(path)):
         from xverse.data.prepare.pipeline import PrepareRecipe
 
-        return PretrainFeed(load(PrepareRecipe, path, args.overrides).out, given, 512, 0), 0
+        return PretrainFeed(load(PrepareRecipe, path, args.overrides).out, mixture, 512, 0), 0
     from xverse.train import PretrainRecipe
 
     recipe = load(PretrainRecipe, path, args.overrides)
     sequences = recipe.train.sequences(recipe.train.steps)
-    mixture = given if args.mixture else recipe.mixture
     feed = PretrainFeed(
-        recipe.data, mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.sequences
+        recipe.data,
+        mixture if args.mixture else recipe.mixture,
+        recipe.sequence_length,
+        recipe.seed,
+        sequences,
+        recipe.train.sequences,
     )
     return feed, sequences
 
 
 def _show_example(args: argparse.Namespace) -> int:
-    """One example as fine-tuning sees it."""
+    """Print one example as fine-tuning encodes it, coloured by its loss mask."""
     from xverse.config import UserError
     from xverse.finetune.encode import load_data
-    from xverse.finetune.settings import Settings
+    from xverse.finetune.settings import read_settings
     from xverse.formats import load_tokenizer, resolve
 
-    settings = Settings(
-        model_name_or_path=args.model or "nano",
-        stage=args.stage,
-        dataset=args.dataset,
-        dataset_dir=Path(args.dataset_dir),
-        output_dir=Path(),
-        do_train=True,
-    )
-    tokenizer = load_tokenizer(resolve(settings.model_name_or_path))
-    examples = load_data(settings, tokenizer, args.cutoff_len).train
+    values = {
+        "model_name_or_path": args.model,
+        "stage": args.stage,
+        "dataset": args.dataset,
+        "dataset_dir": args.dataset_dir,
+        "identity": dict(pair.partition("=")[::2] for pair in args.identity),
+        "output_dir": ".",
+        "do_train": True,
+    }
+    tokenizer = load_tokenizer(resolve(args.model))
+    examples = load_data(read_settings(values, "data show"), tokenizer, args.cutoff_len).train
     if not 0 <= args.index < len(examples):
-        raise UserError(f"--index {args.index}: there are {len(examples)} examples, from 0")
+        raise UserError(f"--index {args.index}: there are {len(examples)} examples, numbered from 0")
     example = examples[args.index]
     _print_coloured(tokenizer, example.ids, example.mask)
     return 0
@@ -201,21 +238,3 @@ def _print_coloured(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> N
             start = stop
     Console(highlight=False, soft_wrap=True).print(text)
     print(f"{len(ids)} tokens, {sum(mask)} with loss (bold green)")
-
-
-def _show_dialogue(args: argparse.Namespace) -> int:
-    from xverse.config import UserError
-    from xverse.data.dialogues.instructions import InstructionReport, read_dialogues
-    from xverse.log import notice
-    from xverse.tokenizer import Tokenizer, encode_dialogue
-
-    if args.tokenizer is None:
-        raise UserError("data show --dialogues: needs --tokenizer DIR too")
-    tokenizer = Tokenizer.load(args.tokenizer)
-    report = InstructionReport()
-    dialogues = read_dialogues(args.dialogues, report)
-    notice(report.describe())
-    if not 0 <= args.index < len(dialogues):
-        raise UserError(f"--index {args.index}: there are {len(dialogues)} dialogues, from 0")
-    _print_coloured(tokenizer, *encode_dialogue(tokenizer, dialogues[args.index].messages))
-    return 0

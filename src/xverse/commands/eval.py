@@ -1,4 +1,4 @@
-"""``xverse eval``: benchmarks, their report, comparison, and where their data comes from."""
+"""``xverse eval``: running benchmarks, reporting and comparing runs, and fetching the data."""
 
 from __future__ import annotations
 
@@ -18,59 +18,84 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, text: str) -> argparse.ArgumentParser:
         return actions.add_parser(name, help=text, description=text, formatter_class=parser.formatter_class)
 
-    run = add("run", "score a model; a run that was killed goes on when it is started again")
+    run = add("run", "score a model; started again, a killed run resumes")
     run.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
     run.add_argument(
         "--tasks",
         default=DEFAULT_TASKS,
         metavar="T,…",
-        help="of these, and ppl, gsm8k, humaneval, skills (%(default)s)",
+        help="tasks, also ppl, gsm8k, humaneval, skills and custom benchmarks (.yaml) (default: %(default)s)",
     )
-    run.add_argument("--data-dir", metavar="D", help="folder with the benchmarks (default: what fetch got)")
-    run.add_argument("--out", required=True, metavar="DIR", help="answers and report")
-    run.add_argument("--shots", type=int, default=5, metavar="N", help="examples before each question (5)")
-    run.add_argument("--limit", type=int, metavar="N", help="questions of each subject (default: all)")
-    run.add_argument("--split", metavar="S", help="such as test or val (default: the benchmark's own)")
-    run.add_argument("--quantize", choices=["int8", "int4"], help="make the weights smaller first")
+    run.add_argument(
+        "--data-dir", metavar="D", help="data directory with the benchmarks (default: where fetch puts them)"
+    )
+    run.add_argument("--out", required=True, metavar="DIR", help="folder for answers and report")
+    run.add_argument(
+        "--shots", type=int, default=5, metavar="N", help="examples before each question, 0 to 5 (default: 5)"
+    )
+    run.add_argument(
+        "--limit", type=int, metavar="N", help="answer only the first N questions of each subject"
+    )
+    run.add_argument(
+        "--split",
+        metavar="S",
+        help="split to answer, such as test or val (default: the benchmark's usual one)",
+    )
+    run.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights first")
     run.add_argument(
         "--backend",
         choices=["engine", "transformers"],
-        help="default: the engine for XVERSE, transformers for Baichuan, ChatGLM2, Falcon, InternLM, Llama, "
-        "MPT, Vicuna",
+        help="what runs the model (default: the engine for XVERSE, transformers for Baichuan, ChatGLM2, "
+        "Falcon, InternLM, Llama, MPT, Vicuna)",
     )
-    run.add_argument("--kv-dtype", choices=["auto", "int8"], default="auto", help="type of the cache")
+    run.add_argument(
+        "--kv-dtype",
+        choices=["auto", "int8"],
+        default="auto",
+        help="type of the engine's KV cache (default: %(default)s)",
+    )
     run.add_argument(
         "--fix-none",
         action="store_true",
-        help='MMLU: the option "None", where the official text is nan',
+        help='MMLU: keep the option "None", which the official script reads as "nan"',
     )
-    run.add_argument("--skip-malformed", action="store_true", help="leave malformed rows out, and count them")
-    run.add_argument("--texts", metavar="D", help="ppl: a folder with a file of text for each language")
-    run.add_argument("--allow-code", action="store_true", help="humaneval: run what the model writes")
-    run.add_argument("--shard", metavar="I/N", help="answer the I-th of N parts (from 0); report joins them")
-    run.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    run.add_argument(
+        "--skip-malformed", action="store_true", help="skip and count malformed rows of the benchmarks"
+    )
+    run.add_argument("--texts", metavar="D", help="ppl: folder with a text file for each language")
+    run.add_argument(
+        "--allow-code", action="store_true", help="humaneval: permit running the code that the model writes"
+    )
+    run.add_argument(
+        "--shard", metavar="I/N", help="answer only the I-th (from 0) of N parts; `eval report` joins them"
+    )
+    run.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
-    report = add("report", "tables, plot and report.json of finished runs; several: at several precisions")
-    report.add_argument("runs", nargs="+", metavar="DIR", help="folders of `eval run`")
-    report.add_argument("--out", metavar="DIR", help="where to write (default: the first folder)")
+    report = add("report", "tables, plot and report.json of one or several runs, such as several precisions")
+    report.add_argument("runs", nargs="+", metavar="DIR", help="output folders of `eval run`")
+    report.add_argument("--out", metavar="DIR", help="folder for the report (default: the first run's)")
 
-    compare = add("compare", "two runs on the same questions, with the significance of their difference")
-    compare.add_argument("first", metavar="DIR")
-    compare.add_argument("second", metavar="DIR")
+    compare = add(
+        "compare", "compare two runs on the same questions, with the significance of the difference"
+    )
+    compare.add_argument("first", metavar="FIRST", help="output folder of a run")
+    compare.add_argument("second", metavar="SECOND", help="output folder of the other run")
 
-    fetch = add("fetch", "download the benchmarks' data, verified")
-    fetch.add_argument("sets", nargs="*", metavar="SET", help="which (default: all)")
-    fetch.add_argument("--data-dir", metavar="D", help="where to (default: the cache)")
+    fetch = add("fetch", "download and verify the benchmarks' data")
+    fetch.add_argument(
+        "sets", nargs="*", metavar="SET", help="mmlu, ceval, agieval, gaokao-bench (default: all)"
+    )
+    fetch.add_argument("--data-dir", metavar="D", help="folder to write (default: the cache)")
 
 
 def run(args: argparse.Namespace) -> int:
     return {"run": _run, "report": _report, "compare": _compare, "fetch": _fetch}[args.action](args)
 
 
-def data_folder(given: str | None) -> Path:
-    """Where benchmarks are: as named, or where ``fetch`` puts them."""
-    if given is not None:
-        return Path(given).expanduser()
+def data_folder(path: str | None) -> Path:
+    """The data directory: the given one, or where ``fetch`` puts the benchmarks."""
+    if path is not None:
+        return Path(path).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "xverse" / "eval"
 
@@ -82,24 +107,25 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--limit: {args.limit} is out of range (at least 1)")
     shard = _shard(args.shard)
     from xverse.config import choose
+    from xverse.data.benchmarks.custom import is_description
+    from xverse.data.benchmarks.questions import Options
     from xverse.eval import run as evaluation
     from xverse.eval.backends import EngineBackend, load_backend
-    from xverse.eval.benchmark import Options
     from xverse.eval.benchmarks import BENCHMARKS
-    from xverse.eval.generation import Settings
+    from xverse.eval.generation import TaskSettings
     from xverse.eval.tasks import TASKS
 
     names = list(dict.fromkeys(name for name in args.tasks.split(",") if name))
     if not names:
-        raise UserError("--tasks: names no task")
+        raise UserError("--tasks: name at least one task")
     for name in names:
-        if not evaluation.is_file(name):
+        if not is_description(name):
             choose("task", name, {**BENCHMARKS, **TASKS})
     others = [name for name in names if name in TASKS]
     if "humaneval" in others and not args.allow_code:
-        raise UserError("humaneval runs what the model writes; --allow-code says that it may")
+        raise UserError("humaneval runs code that the model writes; pass --allow-code to permit it")
     data_dir = data_folder(args.data_dir)
-    plans = evaluation.plan(
+    benchmarks = evaluation.load_benchmarks(
         [name for name in names if name not in TASKS],
         data_dir,
         options=Options(split=args.split, fix_none=args.fix_none),
@@ -115,8 +141,8 @@ def _run(args: argparse.Namespace) -> int:
         kv_dtype=args.kv_dtype,
     )
     if others and not isinstance(backend, EngineBackend):
-        raise UserError(f"{others[0]} is for XVERSE models: other models are scored on multiple choice alone")
-    asked = {
+        raise UserError(f"{others[0]} needs an XVERSE model; others are scored on multiple choice only")
+    settings = {
         "model": args.model,
         "quantize": args.quantize,
         "kv_dtype": args.kv_dtype,
@@ -127,11 +153,11 @@ def _run(args: argparse.Namespace) -> int:
         "fix_none": args.fix_none,
         "texts": args.texts,
     }
-    facts = evaluation.to_folder(plans, backend, out, asked, shard=shard)
+    facts = evaluation.to_folder(benchmarks, backend, out, settings, shard=shard)
     if isinstance(backend, EngineBackend) and shard[0] == 0:
         texts = None if args.texts is None else Path(args.texts).expanduser()
-        settings = Settings(limit=args.limit, allow_code=args.allow_code, texts=texts)
-        evaluation.run_tasks(others, backend, data_dir, out, settings)
+        task_settings = TaskSettings(limit=args.limit, allow_code=args.allow_code, texts=texts)
+        evaluation.run_tasks(others, backend, data_dir, out, task_settings)
     if shard == (0, 1):
         from xverse.eval import report
 
@@ -149,7 +175,7 @@ def _shard(text: str | None) -> tuple[int, int]:
         return 0, 1
     number, slash, count = text.partition("/")
     if not slash or not number.isdigit() or not count.isdigit() or int(number) >= int(count):
-        raise UserError(f"--shard: '{text}' is no I/N with I from 0 to N - 1")
+        raise UserError(f"--shard: expected I/N with I from 0 to N - 1, found '{text}'")
     return int(number), int(count)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from xverse.formats import ModelDirectory
     from xverse.model import XverseForCausalLM
 
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # of a directory's weights
@@ -65,13 +66,13 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from xverse.formats import load_model, load_tokenizer, parity, read_generation_config, resolve
+    from xverse.formats import ModelDirectory, load_model, parity
     from xverse.formats.write import check_target, save_hf, save_llama
 
     out = Path(args.out).expanduser()
     check_target(out, args.overwrite)
-    source = resolve(args.model)
-    tokenizer = load_tokenizer(source)
+    source = ModelDirectory.named(args.model)
+    tokenizer = source.tokenizer
     model = load_merged(source, args.adapter)
     stored = model.lm_head.weight.dtype
     dtype = getattr(torch, TYPES[args.type]) if args.type else stored
@@ -81,10 +82,10 @@ def run(args: argparse.Namespace) -> int:
         tokenizer,
         out,
         dtype,
-        generation_config=read_generation_config(source),
+        generation_config=source.generation_config,
         max_shard_bytes=shard_bytes,
         overwrite=args.overwrite,
-        documents=source,
+        documents=source.path,
     )
     difference = parity(model, load_model(out) if args.format == "hf" else _stock_llama(out, dtype))
     print(f"{out}: {args.format}, {str(dtype).removeprefix('torch.')}")
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     return _verdict(difference, lossless=dtype in (stored, torch.float32))
 
 
-def load_merged(source: Path, adapter: str | None) -> XverseForCausalLM:
+def load_merged(source: ModelDirectory, adapter: str | None) -> XverseForCausalLM:
     """The model of a directory, dequantised, with an adapter merged; prints what merging changed."""
     from xverse.formats import load_model
 
@@ -110,15 +111,15 @@ def load_merged(source: Path, adapter: str | None) -> XverseForCausalLM:
     return model
 
 
-def _merge(source: Path, adapter: str) -> tuple[XverseForCausalLM, torch.Tensor]:
+def _merge(source: ModelDirectory, adapter: str) -> tuple[XverseForCausalLM, torch.Tensor]:
     """The merged model, and the logits of the adapter beside the weights, quantised ones dequantised."""
-    from xverse.formats import load_model, read_scheme
+    from xverse.formats import load_model
     from xverse.formats.adapters import check_adapter, check_base, merge_and_logits
 
     check_adapter(adapter)  # before a large model is read
-    if read_scheme(source) is None:
-        return merge_and_logits(load_model(source), adapter, source)
-    check_base(load_model(source), adapter, source)
+    if source.scheme is None:
+        return merge_and_logits(load_model(source), adapter, source.path)
+    check_base(load_model(source), adapter, source.path)
     return merge_and_logits(load_model(source, dequantize=True), adapter)
 
 
@@ -128,7 +129,7 @@ def _export_quantized(args: argparse.Namespace) -> int:
             "--quantize goes with --adapter and --format hf alone; for other models, xverse quantize does it"
         )
 
-    from xverse.formats import load_model, load_tokenizer, read_generation_config, resolve
+    from xverse.formats import ModelDirectory, load_model
     from xverse.formats.adapters import differences
     from xverse.formats.compare import fixed_tokens, logits
     from xverse.formats.quantize import quick_settings
@@ -137,8 +138,8 @@ def _export_quantized(args: argparse.Namespace) -> int:
 
     out = Path(args.out).expanduser()
     check_target(out, args.overwrite)
-    source = resolve(args.model)
-    tokenizer = load_tokenizer(source)
+    source = ModelDirectory.named(args.model)
+    tokenizer = source.tokenizer
     model, before = _merge(source, args.adapter)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
@@ -150,9 +151,9 @@ def _export_quantized(args: argparse.Namespace) -> int:
         model.config,
         tokenizer,
         out,
-        generation_config=read_generation_config(source),
+        generation_config=source.generation_config,
         overwrite=args.overwrite,
-        documents=source,
+        documents=source.path,
     )
     tokens = fixed_tokens(model.config.vocab_size)
     difference, divergence = differences(before, logits(load_model(out, dequantize=True), tokens))
@@ -168,14 +169,14 @@ def _export_gguf(args: argparse.Namespace) -> int:
     if args.max_shard_size:
         raise UserError("--max-shard-size: GGUF is one file; leave the flag out")
 
-    from xverse.formats import load_tokenizer, parity, read_generation_config, resolve
+    from xverse.formats import ModelDirectory, parity
     from xverse.formats.gguf import check_file, licence_of, open_gguf, save_gguf
     from xverse.formats.spm import random_differences
 
     out = Path(args.out).expanduser()
     check_file(out, args.overwrite)
-    source = resolve(args.model)
-    tokenizer = load_tokenizer(source)
+    source = ModelDirectory.named(args.model)
+    tokenizer = source.tokenizer
     model = load_merged(source, args.adapter)
     kind = args.type or "f16"
     vocabulary = save_gguf(
@@ -184,8 +185,8 @@ def _export_gguf(args: argparse.Namespace) -> int:
         out,
         kind,
         name=Path(args.model).name,
-        licence=licence_of(source),
-        generation_config=read_generation_config(source),
+        licence=licence_of(source.path),
+        generation_config=source.generation_config,
         overwrite=args.overwrite,
     )
     difference = parity(model, open_gguf(out))

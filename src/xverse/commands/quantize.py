@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.method != "gptq" and args.calibration is not None:
         raise UserError(f"--calibration: --method {args.method} uses no text; --method gptq does")
 
-    from xverse.formats import load_tokenizer, read_config, resolve
+    from xverse.formats import ModelDirectory
     from xverse.formats.quantize import progress_bar, quantize_directory
     from xverse.formats.write import check_target
     from xverse.quant.quantizer import QuantSettings
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out).expanduser()
     check_target(out, args.overwrite)
-    source = resolve(args.model)
-    config, tokenizer = read_config(source), load_tokenizer(source)
+    source = ModelDirectory.named(args.model)
+    config, tokenizer = source.config, source.tokenizer
     settings = QuantSettings(
         bits=args.bits,
         method=args.method,

@@ -1,9 +1,11 @@
-"""``xverse serve``: a model behind OpenAI's API."""
+"""``xverse serve``: OpenAI's API over HTTP."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
+import math
 import os
 import signal
 import socket
@@ -12,7 +14,8 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.commands.sampling import add_sampling_flags, given_sampling
+from xverse.config import UserError, need
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STALLED_SECONDS = 60
@@ -22,59 +25,65 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, text: str, **options: Any) -> None:
         parser.add_argument(name, help=text, **options)
 
-    add("--model", "nano, a model directory or a hub id", default="nano", metavar="M")
-    add("--tokenizer", "a directory with another tokenizer than the model's", metavar="T")
-    add("--adapter", "an adapter in peft's format", metavar="A")
-    add("--quantize", "make its weights smaller as it is loaded", choices=["int8", "int4"])
+    add("--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
+    add("--tokenizer", "directory with a tokenizer to use instead of the model's", metavar="T")
+    add("--adapter", "directory with an adapter in peft's format", metavar="A")
+    add("--quantize", "quantise the weights while loading", choices=["int8", "int4"])
     add("--host", "address to listen on (%(default)s)", default="127.0.0.1", metavar="H")
-    add("--port", "%(default)s; 0: any free one", type=_number, default=36000, metavar="P")
-    add("--name", "the model's name in the API (default: its directory's)", metavar="NAME")
-    add("--api-key-file", "keys, one a line; clients send one (also: XVERSE_API_KEY)", metavar="F")
-    text = "host name that requests may carry beside the loopback names; '*' allows all"
+    add("--port", "port to listen on (%(default)s); 0: any free", type=_number, default=36000, metavar="P")
+    add("--name", "name of the model in the API (default: that of its directory)", metavar="NAME")
+    add("--api-key-file", "file of API keys, one per line (also: XVERSE_API_KEY)", metavar="F")
+    text = "host name that requests may use besides the loopback names; '*' allows all"
     add("--allowed-host", text, action="append", metavar="H")
-    add("--allowed-origin", "origin of web pages that may ask, as https://HOST", action="append", metavar="O")
-    add("--page", "what the web page opens with; none: no page", choices=["chat", "generation", "none"])
-    add("--max-batch", "requests at once (%(default)s)", type=_number, default=64, metavar="N")
-    add("--max-waiting", "further ones that wait (%(default)s)", type=_number, default=256, metavar="N")
-    add("--max-cache-tokens", "room of the key-value cache", type=_number, metavar="N")
-    add("--kv-dtype", "type of the cache", choices=["auto", "int8"], default="auto")
-    add("--speculate", "guess tokens from the text, verify several at once", action="store_true")
-    add("--timeout", "seconds for a reply (%(default)s)", type=float, default=600.0, metavar="S")
-    add("--max-body-mb", "largest body of a request (%(default)s)", type=float, default=4.0, metavar="MB")
-    add("--threads", "CPU threads", type=_number, metavar="N")
+    text = "origin of web pages that may use the API, such as https://HOST"
+    add("--allowed-origin", text, action="append", metavar="O")
+    text = "tab that the web page opens with (chat); none: no web page"
+    add("--page", text, choices=["chat", "generation", "none"])
+    add("--max-batch", "requests that run at once (%(default)s)", type=_number, default=64, metavar="N")
+    add("--max-waiting", "requests that may wait (%(default)s)", type=_number, default=256, metavar="N")
+    text = "capacity of the key-value cache in tokens (default: half of the free memory)"
+    add("--max-cache-tokens", text, type=_number, metavar="N")
+    text = "data type of the key-value cache; auto: the model's"
+    add("--kv-dtype", text, choices=["auto", "int8"], default="auto")
+    add("--speculate", "speculative decoding: propose tokens by n-gram lookup", action="store_true")
+    add("--timeout", "time limit of a reply in seconds (%(default)g)", type=float, default=600.0, metavar="S")
+    text = "size limit of a request body in MB (%(default)g)"
+    add("--max-body-mb", text, type=float, default=4.0, metavar="MB")
+    add("--threads", "CPU threads (default: chosen by the model's size)", type=_number, metavar="N")
     log = parser.add_mutually_exclusive_group()
-    log.add_argument("--no-access-log", help="no line for each request on stderr", action="store_true")
-    log.add_argument("--log-contents", help="requests and replies in that line", action="store_true")
+    log.add_argument("--no-access-log", help="write no log line per request to stderr", action="store_true")
+    log.add_argument("--log-contents", help="include requests and replies in the log", action="store_true")
+    add_sampling_flags(parser, "Defaults for requests that do not set a parameter")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.timeout <= 0:
-        raise UserError(f"--timeout: {args.timeout:g} seconds are out of range (above 0)")
-    if args.max_body_mb <= 0:
-        raise UserError(f"--max-body-mb: {args.max_body_mb:g} is out of range (above 0)")
+    for flag, value in (("--timeout", args.timeout), ("--max-body-mb", args.max_body_mb)):
+        if not 0 < value < math.inf:
+            raise UserError(f"{flag}: {value:g} is out of range (above 0)")
+    sampling = given_sampling(args)
     keys = read_keys(args.api_key_file)
-    try:
-        import uvicorn
-        from starlette.middleware.cors import CORSMiddleware
+    uvicorn = need("uvicorn", "serve", "xverse serve")
+    need("fastapi", "serve", "xverse serve")
+    need("prometheus_client", "serve", "xverse serve")
+    need("llguidance", "serve", "xverse serve")
+    from starlette.middleware.cors import CORSMiddleware
 
-        from xverse.serve.app import create_app
-        from xverse.serve.guard import Guard
-        from xverse.serve.start import load_service
-    except ImportError as error:
-        raise UserError(
-            f"xverse serve needs {error.name}: pip install 'xverse-lm[serve]', or -e '.[serve]' in a checkout"
-        ) from None
     from xverse.log import notice
+    from xverse.serve.app import create_app
+    from xverse.serve.guard import Guard
+    from xverse.serve.start import ServiceSettings, load_service
 
     if args.host not in LOOPBACK and not keys:
         notice(
-            f"serve: {args.host} can be reached from other machines and there is no API key: "
-            "whoever reaches it may use it (--api-key-file F)"
+            f"serve: {args.host} is reachable from other machines without an API key; set one with "
+            "--api-key-file"
         )
-    origins = [_origin(given) for given in args.allowed_origin or []]
+    origins = [_origin(text) for text in args.allowed_origin or []]
     page = _page(args.page)
     with listen(args.host, args.port) as listener:
-        service = load_service(args)
+        names = {field.name for field in dataclasses.fields(ServiceSettings)} & vars(args).keys()
+        settings = ServiceSettings(**{name: getattr(args, name) for name in names}, sampling=sampling)
+        service = load_service(settings)
         app: Any = Guard(
             create_app(service, page),
             hosts=allowed_hosts(args.host, args.allowed_host or []),
@@ -84,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             origins=origins,
             contents=args.log_contents,
         )
-        if origins:  # outside the guard: a browser asks for permission before it sends a key
+        if origins:  # outside the guard: preflight requests carry no key
             app = CORSMiddleware(
                 app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
             )
@@ -97,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             server.should_exit = True
 
         service.runner.on_death = die
-        # uvicorn ends what runs and then raises the signal once more, for whoever handled it before.
+        # uvicorn finishes running requests and then raises the signal again for the previous handler.
         signal.signal(signal.SIGTERM, lambda number, frame: None)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -110,13 +119,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bound before the model is loaded: an address that is taken should not cost minutes."""
+    """A listening socket, bound before the model is loaded so that an address in use is reported at once."""
     if not 0 <= port < 65536:
         raise UserError(f"--port: {port} is out of range (0 to 65535)")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # a client that reads nothing for so long has left (Linux)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # drop clients that stop reading (Linux)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
         return listener
     except OSError as error:
@@ -124,32 +133,31 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def allowed_hosts(host: str, more: list[str]) -> list[str] | None:
-    """Names that a request may carry; None: any. Of who listens on every address nobody knows them all."""
+    """Host names that requests may use; None: any, also when listening on all addresses without ``more``."""
     if "*" in more or (host in ("0.0.0.0", "::") and not more):
         return None
     return [*LOOPBACK, host, *more]
 
 
-def _origin(given: str) -> str:
-    parts = urllib.parse.urlsplit(given)
+def _origin(text: str) -> str:
+    parts = urllib.parse.urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
-        raise UserError(f"--allowed-origin: '{given}' is no origin; one reads https://example.org")
-    return given.lower()
+        raise UserError(f"--allowed-origin: '{text}' is not an origin; write https://example.org")
+    return text.lower()
 
 
-def _page(asked: str | None) -> str | None:
-    """The tab that the web page opens with. Without Gradio there is no page, unless one was asked for."""
-    if asked == "none":
+def _page(tab: str | None) -> str | None:
+    """The tab that the web page opens with. ``tab`` None means chat, or no page without Gradio."""
+    if tab == "none":
         return None
-    if importlib.util.find_spec("gradio") is None:
-        if asked is not None:
-            raise UserError("the web page needs gradio: pip install 'xverse-lm[web]', or -e '.[web]'")
-        return None
-    return asked or "chat"
+    if tab is None:
+        return None if importlib.util.find_spec("gradio") is None else "chat"
+    need("gradio", "web", "the web page", load=False)
+    return tab
 
 
 def read_keys(path: str | None) -> list[str]:
-    """The keys of a file, one a line, and that of the environment."""
+    """The keys in a file, one per line, and the one in the environment."""
     keys: list[str] = []
     if path is not None:
         try:
@@ -158,11 +166,11 @@ def read_keys(path: str | None) -> list[str]:
             raise UserError(f"--api-key-file: {path} cannot be read ({error})") from None
         keys += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not keys:
-            raise UserError(f"--api-key-file: there is no key in {path}")
+            raise UserError(f"--api-key-file: {path} contains no key")
     if os.environ.get("XVERSE_API_KEY"):
         keys.append(os.environ["XVERSE_API_KEY"])
     if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
-        raise UserError("API keys are printable ASCII without blanks")
+        raise UserError("API keys must be printable ASCII without spaces")
     return keys
 
 

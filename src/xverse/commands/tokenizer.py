@@ -20,23 +20,32 @@ _VOCABULARY = "[NAME=]PATH: tokenizer.json or its directory, .tiktoken, sentence
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="train|repair|report")
     train = actions.add_parser("train", help="train a tokenizer of XVERSE's structure")
-    train.add_argument("--out", metavar="DIR", help="directory to write")
-    train.add_argument("--vocab-size", type=int, metavar="N", help="entries in all, exactly")
-    train.add_argument("--limit-alphabet", type=int, metavar="N", help="single characters at most")
-    train.add_argument("--initial-characters", metavar="TEXT", help="characters to keep always")
-    train.add_argument("--min-frequency", type=int, metavar="N", help="a merge's occurrences (default: 2)")
-    train.add_argument("--memory-gb", type=float, metavar="GB", help="memory to stay within (default: 3)")
-    train.add_argument("--threads", type=int, metavar="N", help="(default: all usable cores)")
+    train.add_argument("--out", metavar="DIR", help="output directory; overrides the recipe's")
+    train.add_argument("--vocab-size", type=int, metavar="N", help="exact number of entries")
+    train.add_argument(
+        "--limit-alphabet",
+        type=int,
+        metavar="N",
+        help="maximum number of single characters (default: a third of the vocabulary)",
+    )
+    train.add_argument("--initial-characters", metavar="TEXT", help="characters that always get a token")
+    train.add_argument(
+        "--min-frequency", type=int, metavar="N", help="occurrences that a merge needs (default: 2)"
+    )
+    train.add_argument("--memory-gb", type=float, metavar="GB", help="memory limit (default: 3)")
+    train.add_argument("--threads", type=int, metavar="N", help="threads (default: all usable cores)")
     train.add_argument(
         "files", nargs="+", metavar="FILE|RECIPE.yaml", help=f"{_FILES}; or a recipe, then key=value settings"
     )
-    repair = actions.add_parser("repair", help="mend a tokenizer.json that current libraries refuse")
-    repair.add_argument("source", metavar="IN", help="tokenizer.json or model directory")
-    repair.add_argument("target", metavar="OUT", help="file or directory to write")
-    report = actions.add_parser("report", help="compression, byte fallback and round trip, beside others")
+    repair = actions.add_parser("repair", help="repair a tokenizer.json that current libraries refuse")
+    repair.add_argument("source", metavar="IN", help="tokenizer.json or model directory to repair")
+    repair.add_argument("target", metavar="OUT", help="file or directory to write; may be IN")
+    report = actions.add_parser(
+        "report", help="compression, byte fallback and round trip, compared with other vocabularies"
+    )
     report.add_argument("--tokenizer", required=True, metavar="PATH", help=_VOCABULARY)
     report.add_argument(
-        "--against", nargs="+", default=[], metavar="PATH", help="vocabularies to compare with"
+        "--against", nargs="+", default=[], metavar="PATH", help="other vocabularies to compare with"
     )
     report.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     report.add_argument("--out", metavar="DIR", help="also write report.md, report.json and report.png there")
@@ -50,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from xverse.config import UserError
 
-    given = {
+    flags = {
         name: getattr(args, name)
         for name in (
             *("out", "vocab_size", "limit_alphabet", "initial_characters"),
@@ -59,96 +68,95 @@ def _train(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None
     }
     if args.files[0].endswith((".yaml", ".yml")):
-        return _train_recipe(args.files[0], args.files[1:], given)
+        return _train_recipe(args.files[0], args.files[1:], flags)
     for name in ("out", "vocab_size"):
-        if name not in given:
-            raise UserError(f"tokenizer train: --{name.replace('_', '-')} is missing (or name a recipe)")
-    return _train_files(args.files, given)
+        if name not in flags:
+            raise UserError(f"tokenizer train: --{name.replace('_', '-')} is missing (or give a recipe)")
+    return _train_files(args.files, flags)
 
 
-def _train_recipe(path: str, overrides: Sequence[str], given: dict[str, Any]) -> int:
-    import json
-
+def _train_recipe(path: str, overrides: Sequence[str], flags: dict[str, Any]) -> int:
     from rich.console import Console
     from rich.table import Table
 
     from xverse.config import load
     from xverse.tokenizer.recipe import TokenizerRecipe, train_recipe
 
-    flags = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
-    recipe = load(TokenizerRecipe, path, [*overrides, *flags])
+    recipe = load(TokenizerRecipe, path, overrides, flags)
     _check_writable(recipe.out)
     report = train_recipe(recipe)
     table = Table("language", box=None, pad_edge=False)
-    for column in ("texts", "bytes", "different words", "weight", "single characters"):
+    for column in ("texts", "bytes", "distinct words", "weight", "single characters"):
         table.add_column(column, justify="right")
     for name, row in report["languages"].items():
         counts = (f"{row[key]:,}" for key in ("texts", "bytes", "different_words"))
         table.add_row(name, *counts, f"{row['weight']:.2%}", f"{row['single_characters']:.3%}")
     Console(highlight=False, markup=False).print(table)
-    _tell(report["vocab_size"], report["hash"], report)
+    _summarise(report["vocab_size"], report["hash"], report)
     print(recipe.out)
     return 0
 
 
-def _train_files(names: Sequence[str], given: dict[str, Any]) -> int:
+def _train_files(names: Sequence[str], flags: dict[str, Any]) -> int:
     from xverse.config import build
     from xverse.files import alone
+    from xverse.texts import find_files
     from xverse.tokenizer.recipe import TokenizerRecipe
-    from xverse.tokenizer.texts import find_files
 
     files = find_files(names)
-    out = Path(given["out"])
+    out = Path(flags["out"])
     _check_writable(out)
-    recipe = build(TokenizerRecipe, {"corpus": names[0], **given}, "tokenizer train")
-    with alone(out.with_name(f".{out.name}.lock"), f"{out}: another xverse tokenizer train makes this one"):
-        _train_out(files, given, recipe, out)
+    recipe = build(TokenizerRecipe, {"corpus": names[0], **flags}, "tokenizer train")
+    with alone(
+        out.with_name(f".{out.name}.lock"), f"{out}: another xverse tokenizer train is writing this one"
+    ):
+        _train_out(files, flags, recipe, out)
     return 0
 
 
-def _train_out(files: Sequence[Path], given: dict[str, Any], recipe: TokenizerRecipe, out: Path) -> None:
+def _train_out(files: Sequence[Path], flags: dict[str, Any], recipe: TokenizerRecipe, out: Path) -> None:
     from xverse.log import notice
     from xverse.tokenizer import native
     from xverse.tokenizer.counting import remove_counts
     from xverse.tokenizer.recipe import train_files
 
     if native.library() is None:
-        notice("without xverse's compiled code: the tokenizers library trains, with all texts in memory")
-        _train_in_memory(files, given)
+        notice("xverse's compiled code is missing: training with the tokenizers library, all texts in memory")
+        _train_in_memory(files, flags)
         return
-    # Counts of a run that is killed stay there for the next one.
+    # The next run reuses the counts of a killed one.
     counts = out.with_name(f".{out.name}.counts")
     tokenizer, figures = train_files(recipe, files, counts)
     tokenizer.save(out)
     remove_counts(counts)
-    _tell(tokenizer.vocab_size, tokenizer.hash, figures)
+    _summarise(tokenizer.vocab_size, tokenizer.hash, figures)
     print(out)
 
 
-def _train_in_memory(files: Sequence[Path], given: dict[str, Any]) -> None:
+def _train_in_memory(files: Sequence[Path], flags: dict[str, Any]) -> None:
     from xverse.config import UserError
+    from xverse.texts import ReadReport, read_texts
     from xverse.tokenizer import train_tokenizer
-    from xverse.tokenizer.texts import Skipped, Span, read_texts
 
     options = {
-        name: given[name] for name in given if name not in ("out", "vocab_size", "memory_gb", "threads")
+        name: flags[name] for name in flags if name not in ("out", "vocab_size", "memory_gb", "threads")
     }
-    skipped = Skipped()
-    texts = [text.decode() for path in files for text in read_texts(Span(path), skipped)]
+    report = ReadReport()
+    texts = [text.decode() for path in files for text in read_texts(path, report)]
     if not texts:
         raise UserError(f"{files[0]}: no usable text in these files")
-    tokenizer = train_tokenizer(texts, given["vocab_size"], **options)
-    tokenizer.save(given["out"])
-    _tell(tokenizer.vocab_size, tokenizer.hash, {})
-    print(given["out"])
+    tokenizer = train_tokenizer(texts, flags["vocab_size"], **options)
+    tokenizer.save(flags["out"])
+    _summarise(tokenizer.vocab_size, tokenizer.hash, {})
+    print(flags["out"])
 
 
-def _tell(size: int, digest: str, figures: dict[str, Any]) -> None:
+def _summarise(size: int, digest: str, figures: dict[str, Any]) -> None:
     from xverse.log import notice
 
     counts = ""
     if figures:
-        notice(f"{figures['words']:,} different words; {figures['phases']} phases of merging")
+        notice(f"{figures['words']:,} distinct words; {figures['phases']} phases of merging")
         counts = f" ({figures['characters']:,} characters, {figures['merges']:,} merges)"
     notice(f"{size} entries{counts}, hash {digest}")
 
@@ -167,16 +175,16 @@ def _report(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from xverse.texts import find_files
     from xverse.tokenizer import Tokenizer
     from xverse.tokenizer.report import as_json, by_file, in_detail, measure, overview
-    from xverse.tokenizer.texts import find_files
     from xverse.tokenizer.vocabularies import load_vocabulary
 
     files = find_files(args.files)
     if args.out:
         _check_writable(Path(args.out))
     reports = [
-        measure(load_vocabulary(name), files, told=number == 0)
+        measure(load_vocabulary(name), files, notices=number == 0)
         for number, name in enumerate([args.tokenizer, *args.against])
     ]
     head: dict[str, Any] = {"tokenizer": args.tokenizer, "vocab_size": reports[0].vocabulary.size}
@@ -193,7 +201,7 @@ def _report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(values, ensure_ascii=False))
     else:
-        width = None if sys.stdout.isatty() else 120  # a file would be folded at 80
+        width = None if sys.stdout.isatty() else 120  # otherwise a file would be wrapped at 80
         for rows in tables:
             table = Table(box=None, pad_edge=False)
             for number, column in enumerate(rows[0]):
@@ -226,11 +234,11 @@ def _write_report(
 
 
 def _check_writable(directory: Path) -> None:
-    """What cannot be written should be known before minutes of training, not after. Leaves nothing behind."""
+    """Raise UserError if the directory cannot be written, before minutes of training; creates nothing."""
     from xverse.config import UserError
 
-    standing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not standing.is_dir():
-        raise UserError(f"{directory}: cannot be written ({standing} is a file)")
-    if not os.access(standing, os.W_OK | os.X_OK):
-        raise UserError(f"{directory}: cannot be written (no permission in {standing})")
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{directory}: cannot be written ({existing} is a file)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{directory}: cannot be written (no permission in {existing})")

@@ -22,7 +22,7 @@ from xverse.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-# How the documents of a run's sources are shuffled: those of one together, or in ``StreamPacker``'s blocks.
+# How a run's documents are shuffled, part of its identity: by source, or in ``StreamPacker``'s blocks.
 ORDERS = ("shuffled as a whole", f"shuffled in blocks of {RUNS} runs of {RUN}")
 
 
@@ -45,11 +45,11 @@ def collate(sequences: Sequence[PackedSequence]) -> Batch:
 
 
 class PretrainFeed:
-    """The training batches and validation batches of a prepared folder.
+    """The training and validation batches of a prepared folder.
 
-    The order is a pure function of (seed, step): it does not know how many processes read it. Raises
-    UserError for a folder that is not prepared, for damaged shards and for an impossible mixture. Caps and
-    stages of a mixture need the number of ``sequences`` of the run, and of those ``before`` a step.
+    The order is a pure function of (seed, step), independent of the number of processes. Caps and stages of a
+    mixture need the number of ``sequences`` in the run, and of those ``before`` a step. Raises UserError for
+    a folder that is not prepared, damaged shards and an impossible mixture.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class PretrainFeed:
         for shard in shards.values():
             if shard.header.tokenizer != self.tokenizer.hash:
                 raise UserError(
-                    f"{shard.path}: its tokens are not of {self.folder / 'tokenizer'}; prepare it again"
+                    f"{shard.path}: not encoded with {self.folder / 'tokenizer'}; prepare it again"
                 )
         return shards
 
@@ -103,7 +103,7 @@ class PretrainFeed:
 
     @property
     def valid_names(self) -> list[str]:
-        """The sources that have held-out text."""
+        """The sources with held-out text."""
         return list(self.valid)
 
     def sequence(self, n: int) -> PackedSequence:
@@ -112,19 +112,20 @@ class PretrainFeed:
         return self.packers[source].sequence(k)
 
     def batch(self, first: int, stop: int) -> Batch:
-        """The run's sequences from ``first`` to before ``stop``."""
+        """The run's sequences ``first`` to ``stop`` - 1."""
         return collate([self.sequence(n) for n in range(first, stop)])
 
     def valid_batches(
         self, name: str, batch_size: int, max_tokens: int | None = None
     ) -> Iterator[tuple[Batch, int]]:
-        """Go through a source's held-out documents in order; yields batches and the text bytes they score.
+        """Yield a source's held-out documents in order, as batches with the number of text bytes that they
+        score.
 
-        Each token of a document is scored once, but for the first, which nothing predicts; the bytes are
-        those of the scored tokens, so bits per byte = sum of the loss in nats / ln 2 / sum of the bytes.
-        End tokens are scored and have no bytes. A document that is cut at a sequence's end goes on without
-        its context. ``max_tokens`` (rounded up to whole sequences) bounds the work; the last sequence is
-        padded, and the last batch may have fewer rows.
+        Every token of a document except the first is scored once. The bytes are those of the scored tokens,
+        so bits per byte = sum of the loss in nats / ln 2 / sum of the bytes. End tokens are scored and have
+        no bytes. A document split between sequences continues without its context. ``max_tokens``, rounded up
+        to whole sequences, limits the work; the last sequence is padded, and the last batch may have fewer
+        rows.
         """
         shard = choose("validation source", name, self.valid)
         total = min(shard.header.tokens, max_tokens or shard.header.tokens)
@@ -143,30 +144,28 @@ class PretrainFeed:
         following = shard.tokens[start + 1 : stop + 1]
         targets[: len(following)] = following
         places = np.arange(start, start + self.length)
-        document = (
-            np.searchsorted(shard.offsets, places, side="right") - 1
-        )  # padding lies beyond the last one
+        document = np.searchsorted(shard.offsets, places, side="right") - 1  # padding is after the last one
         ends = shard.offsets[1:][(shard.offsets[1:] > start) & (shard.offsets[1:] <= stop)]
         targets[ends - 1 - start] = IGNORE
         return PackedSequence(tokens, targets, (document - document[0]).astype(np.int32))
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
-        """How many bytes of text each token stands for, int64 [vocab_size]; 0 for special tokens."""
+        """The number of text bytes of each token, int64 [vocab_size]; 0 for special tokens."""
         if self._token_bytes is None:
             self._token_bytes = token_byte_lengths(self.tokenizer)
         return self._token_bytes
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """UTF-8 bytes that each token adds to a text, int64 [vocab_size]; special tokens add none."""
+    """The number of UTF-8 bytes of each token, int64 [vocab_size]; 0 for special tokens."""
     lengths = [len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)]
     lengths = [0 if i in tokenizer.special_ids else length for i, length in enumerate(lengths)]
     return np.array(lengths, np.int64)
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """Iterate with a thread that stays up to ``depth`` items ahead; its errors are raised here."""
+    """Iterate with a thread that works up to ``depth`` items ahead; its errors are raised here."""
     ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 

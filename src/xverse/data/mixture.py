@@ -1,4 +1,4 @@
-"""Mixtures: which source the n-th sequence of a run comes from, as a pure function of (seed, n)."""
+"""Mixtures: the source of a run's n-th sequence, as a pure function of (seed, n)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ OTHERS = "*"
 class Shares:
     """How often each source is drawn, in one stage of a run.
 
-    ``weights``: shares of sources by name. Or ``categories``: shares of categories, and ``languages``: shares
-    of languages within every category that has any of them. ``*`` stands for all that are not named. Where
-    nothing says more, sources are drawn by size ** ``temperature`` (1, the default: as they come; 0: all
-    alike), and so is the share of ``*`` divided. Shares that are written sum to 1, or to 100. What no key
-    covers is not drawn.
+    Either ``weights``: shares of sources by name; or ``categories``: shares of categories, and ``languages``:
+    shares of languages within every category that has any of them. ``*`` means all others. Without shares,
+    sources are drawn in proportion to size ** ``temperature`` (default 1: by size; 0: equally), and so is the
+    share of ``*`` divided. Given shares must sum to 1 or to 100. Sources that no key covers are not drawn.
     """
 
     weights: dict[str, float] | None = None
@@ -38,9 +37,9 @@ class Shares:
     languages: dict[str, float] | None = None
 
     def resolve(self, sizes: Mapping[str, int], kinds: Kinds | None = None) -> dict[str, float]:
-        """A weight for every source of ``sizes``; ``kinds``: (category, language) of each.
+        """The weight of every source in ``sizes``; ``kinds``: (category, language) of each.
 
-        Raises UserError for unknown names and for impossible weights.
+        Raises UserError for unknown names and invalid weights.
         """
         power = 1.0 if self.temperature is None else self.temperature
         if not 0 <= power <= 1:
@@ -49,15 +48,15 @@ class Shares:
         if self.categories is None and self.languages is None:
             return _divide(self.weights, {name: name for name in sizes}, scaled, "source")
         if self.weights is not None:
-            raise UserError("mixture: say either weights by source, or categories and languages")
+            raise UserError("mixture: give either weights, or categories and languages")
         kinds = kinds or {name: ("text", name) for name in sizes}
         category = {name: kinds[name][0] for name in sizes}
         language = {name: kinds[name][1] for name in sizes}
         if self.languages is not None:
             check_weights(self.languages, [*language.values(), OTHERS], "language", summing=True)
-            for each in set(category.values()):
-                mine = {name: scaled[name] for name in sizes if category[name] == each}
-                # A category with no language that is named, such as code, is divided by size.
+            for group in set(category.values()):
+                mine = {name: scaled[name] for name in sizes if category[name] == group}
+                # A category without any of the named languages, such as code, is divided by size.
                 if OTHERS in self.languages or any(language[name] in self.languages for name in mine):
                     named = {language[name]: self.languages.get(language[name], 0.0) for name in mine}
                     named = {key: value for key, value in named.items() if key in self.languages}
@@ -71,17 +70,17 @@ class Shares:
 
 @dataclass
 class MixtureStage(Shares):
-    """Shares that hold from a step of the run on."""
+    """Shares from a step of the run onwards."""
 
     from_step: int = 0
 
 
 @dataclass
 class MixtureConfig(Shares):
-    """How often each source is drawn in a run: ``Shares``, with caps and stages.
+    """How often each source is drawn in a run: ``Shares`` with caps and stages.
 
-    ``epochs``: how many times a run may go through a source, by source or ``*``; what a cap takes away the
-    other sources have. ``stages`` replace the shares from their steps on. ``file`` says all this elsewhere.
+    ``epochs``: maximum number of passes over a source, by source or ``*``; the other sources receive the
+    excess. ``stages`` replace the shares from their steps onwards. ``file``: a YAML file with these keys.
     """
 
     epochs: dict[str, float] = field(default_factory=dict)
@@ -89,11 +88,11 @@ class MixtureConfig(Shares):
     file: Path | None = None
 
     def read(self) -> MixtureConfig:
-        """What ``file`` says, or this. Raises UserError where both say something."""
+        """The mixture in ``file``, or this one. Raises UserError if both are given."""
         if self.file is None:
             return self
         if self != MixtureConfig(file=self.file):
-            raise UserError("mixture: a file says everything; say nothing beside it")
+            raise UserError("mixture: file and other keys are mutually exclusive")
         return load(MixtureConfig, self.file)
 
     def build(
@@ -105,27 +104,27 @@ class MixtureConfig(Shares):
         sequences: int = 0,
         before: Callable[[int], int] | None = None,
     ) -> Mixture | Schedule:
-        """The mixture of a run of so many sequences (0: not known; then no cap holds), of which
-        ``before(step)`` come before a step.
+        """The mixture of a run of ``sequences`` (0: unknown, caps do not apply), ``before(step)`` of them
+        before a step.
 
         ``sizes``: tokens of each source; ``lengths``: sequences of its epoch. Raises UserError as ``resolve``
-        does, for stages out of order, and for caps that leave nothing to draw.
+        does, for stages out of order, and for caps that leave too little to draw.
         """
         stages: list[Shares] = [self, *self.stages]
         steps = [0, *(stage.from_step for stage in self.stages)]
         if any(after <= before for before, after in itertools.pairwise(steps)):
-            raise UserError("mixture: the stages' from_step must grow, and begin above 0")
+            raise UserError("mixture: from_step of the stages must increase, starting above 0")
         if len(stages) > 1 and before is None:
-            raise UserError("mixture: stages count steps, and only a recipe for pretraining has steps")
+            raise UserError("mixture: stages need a pretraining recipe, because they count steps")
         starts = [before(step) if before else 0 for step in steps]
         if len(stages) > 1 and sequences and starts[-1] >= sequences:
-            raise UserError(f"mixture: a stage begins at step {steps[-1]}, and the run ends before")
+            raise UserError(f"mixture: a stage begins at step {steps[-1]}, after the end of the run")
         weights = [stage.resolve(sizes, kinds) for stage in stages]
         if self.epochs and sequences:
             weights = self._capped(weights, [*starts, sequences], lengths)
         if len(stages) == 1:
             return Mixture(weights[0], lengths, seed)
-        parts = [Mixture(each, lengths, seed, stage) for stage, each in enumerate(weights)]
+        parts = [Mixture(shares, lengths, seed, stage) for stage, shares in enumerate(weights)]
         return Schedule(parts, starts, sequences)
 
     def _capped(
@@ -153,26 +152,28 @@ def _divide(
     what: str,
     summing: bool = True,
 ) -> dict[str, float]:
-    """Weights of sources: the share of each one's group, divided within it in proportion to ``scaled``."""
-    given = {OTHERS: 1.0} if shares is None else dict(shares)
-    rest = given.pop(OTHERS, 0.0)
-    check_weights({**given, OTHERS: rest}, [*(group[name] for name in scaled), OTHERS], what, summing)
-    keys = {name: group[name] if group[name] in given else OTHERS for name in scaled}
+    """Weights of sources: the share of each source's group, divided in it in proportion to ``scaled``."""
+    explicit = {OTHERS: 1.0} if shares is None else dict(shares)
+    rest = explicit.pop(OTHERS, 0.0)
+    check_weights({**explicit, OTHERS: rest}, [*(group[name] for name in scaled), OTHERS], what, summing)
+    keys = {name: group[name] if group[name] in explicit else OTHERS for name in scaled}
     totals: dict[str, float] = {}
     for name, value in scaled.items():
         totals[keys[name]] = totals.get(keys[name], 0.0) + value
     result = {}
     for name, value in scaled.items():
-        share, whole = given.get(keys[name], rest), totals[keys[name]]
+        share, whole = explicit.get(keys[name], rest), totals[keys[name]]
         alone = value == whole and keys[name] != OTHERS
         result[name] = 0.0 if value == 0 else share if alone else share * value / whole
     return result
 
 
 def _cap(weights: Mapping[str, float], most: Mapping[str, float]) -> dict[str, float]:
-    """Shares in proportion to weights, none above its ``most``. UserError where they cannot reach 1."""
+    """Shares in proportion to weights, none above its ``most``. Raises UserError if they cannot sum to 1."""
     if sum(most[name] for name, weight in weights.items() if weight > 0) < 1 - 1e-9:
-        raise UserError("mixture: the caps in epochs leave the run too little text; raise them or shorten it")
+        raise UserError(
+            "mixture: the caps in epochs leave too little text for the run; raise them or shorten the run"
+        )
     total = sum(weights.values())
     shares = {name: weight / total for name, weight in weights.items()}
     fixed: set[str] = set()
@@ -190,27 +191,29 @@ def _cap(weights: Mapping[str, float], most: Mapping[str, float]) -> dict[str, f
 def check_weights(
     weights: Mapping[str, float], known: list[str], what: str = "source", summing: bool = False
 ) -> None:
-    """Raises UserError for a name that does not exist, a negative weight, or weights that are all zero; with
-    ``summing`` also for weights that sum neither to 1 nor to 100, but for half a hundredth of it."""
+    """Raise UserError for unknown names, negative weights, or weights that are all zero.
+
+    With ``summing``, also for weights that do not sum to 1 or 100, within 0.5 %.
+    """
     for name, weight in weights.items():
         if name not in known:
-            there = nearest(name, known) or f" (the data has {', '.join(sorted(set(known) - {OTHERS}))})"
-            raise UserError(f"mixture: unknown {what} '{name}'{there}")
+            hint = nearest(name, known) or f" (the data has {', '.join(sorted(set(known) - {OTHERS}))})"
+            raise UserError(f"mixture: unknown {what} '{name}'{hint}")
         if not 0 <= weight < float("inf"):
-            raise UserError(f"mixture: the weight of '{name}' is {weight}; weights are 0 or more")
+            raise UserError(f"mixture: the weight of '{name}' is {weight}; weights must not be negative")
     total = sum(weights.values())
     if weights and total == 0:
         raise UserError("mixture: every weight is zero")
     if summing and not (abs(total - 1) <= 0.005 or abs(total - 100) <= 0.5):
-        raise UserError(f"mixture: the weights by {what} sum to {total:g}, not to 1 (or to 100)")
+        raise UserError(f"mixture: the weights by {what} sum to {total:g}, not to 1 or 100")
 
 
 class Mixture:
-    """Deals sequences out to sources.
+    """Distributes sequences to sources.
 
     In each period of 1,000,000 sequences every source has its share to the nearest sequence, spread evenly;
-    each block of 1,000 is shuffled by (seed, block). ``sizes`` (sequences in one epoch of the source) serves
-    to say how many epochs a run makes.
+    each block of 1,000 is shuffled by (seed, block). ``sizes``: sequences in an epoch of each source, for
+    reporting epochs.
     """
 
     def __init__(
@@ -222,7 +225,7 @@ class Mixture:
         self.sizes = dict(sizes)
         self.names = [name for name, weight in weights.items() if weight > 0]
         self.counts = _apportion(np.array([weights[name] for name in self.names], np.float64))
-        # The j-th of a source's c draws stands at time (j + offset) / c; sorting by time spreads all evenly.
+        # The j-th of a source's c draws has time (j + offset) / c; sorting by time spreads all evenly.
         source = np.repeat(np.arange(len(self.names), dtype=np.int32), self.counts)
         first = np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         offset = (source + 0.5) / len(self.names)
@@ -242,13 +245,13 @@ class Mixture:
         return slots, drawn
 
     def locate(self, n: int) -> tuple[str, int]:
-        """The source of the run's n-th sequence, and that it is the k-th drawn from there (both from 0)."""
+        """The source of the run's n-th sequence, and its number k among those of the source (both from 0)."""
         assert n >= 0
         slots, drawn = self._block(n // BLOCK)
         return self.names[slots[n % BLOCK]], int(drawn[n % BLOCK])
 
     def drawn(self, count: int) -> dict[str, int]:
-        """How often each source is drawn among the first ``count`` sequences."""
+        """The number of draws of each source among the first ``count`` sequences."""
         block, inside = divmod(count, BLOCK)
         period, row = divmod(block, PERIOD // BLOCK)
         totals = period * self.counts + self._before[row]
@@ -257,7 +260,7 @@ class Mixture:
         return {name: int(total) for name, total in zip(self.names, totals, strict=True)}
 
     def simulate(self, count: int = PERIOD) -> dict[str, float]:
-        """The share of each source among ``count`` sequences, drawn one block after the other."""
+        """The share of each source among the first ``count`` sequences, by drawing them."""
         totals = np.zeros(len(self.names), np.int64)
         for block in range(-(-count // BLOCK)):
             slots = self._make_block(block)[0][: count - block * BLOCK]
@@ -265,15 +268,15 @@ class Mixture:
         return {name: int(total) / count for name, total in zip(self.names, totals, strict=True)}
 
     def identity(self) -> dict[str, Any]:
-        """What decides the order, besides the seed."""
+        """Everything that the order depends on besides the seed."""
         return self.shares()
 
     def shares(self) -> dict[str, float]:
-        """The share of the sequences that each source with a positive weight has, in all 1."""
+        """The share of sequences of each source with a positive weight; they sum to 1."""
         return {name: int(count) / PERIOD for name, count in zip(self.names, self.counts, strict=True)}
 
     def __str__(self) -> str:
-        """One line: the largest sources and what is left for the others."""
+        """One line: the largest sources and the share of the others."""
         ranked = sorted(self.shares().items(), key=lambda item: -item[1])
         parts = [f"{name} {100 * share:.1f} %" for name, share in ranked[:5]]
         if len(ranked) > 5:
@@ -282,14 +285,14 @@ class Mixture:
         return f"mixture of {len(ranked)} sources ({', '.join(parts)})"
 
     def epochs(self, sequences: int) -> dict[str, float]:
-        """How many times a run of so many sequences goes through each source."""
+        """The number of epochs of each source in a run of ``sequences``."""
         return {name: share * sequences / max(1, self.sizes[name]) for name, share in self.shares().items()}
 
 
 class Schedule:
-    """Mixtures one after the other: part ``i`` from sequence ``starts[i]`` on, in a run of ``sequences``.
+    """Consecutive mixtures: part ``i`` begins at sequence ``starts[i]`` of a run of ``sequences``.
 
-    A part goes on in each source where the one before it stopped.
+    A part continues each source where the previous one stopped.
     """
 
     def __init__(self, parts: list[Mixture], starts: list[int], sequences: int) -> None:
@@ -301,20 +304,20 @@ class Schedule:
             self._before.append({name: before.get(name, 0) + drawn.get(name, 0) for name in self.sizes})
 
     def locate(self, n: int) -> tuple[str, int]:
-        """The source of the run's n-th sequence, and that it is the k-th drawn from there (both from 0)."""
+        """The source of the run's n-th sequence, and its number k among those of the source (both from 0)."""
         index = bisect.bisect_right(self.starts, n) - 1
         source, k = self.parts[index].locate(n - self.starts[index])
         return source, k + self._before[index].get(source, 0)
 
     def shares(self) -> dict[str, float]:
-        """The share of the run's sequences that each source has; where its length is unknown, of part 0."""
+        """The share of each source in the run's sequences; in part 0 if the run's length is unknown."""
         if not self.sequences:
             return self.parts[0].shares()
         drawn = self._totals(self.sequences)
         return {name: count / self.sequences for name, count in drawn.items() if count}
 
     def epochs(self, sequences: int) -> dict[str, float]:
-        """How many times a run of so many sequences goes through each source."""
+        """The number of epochs of each source in a run of ``sequences``."""
         return {name: n / max(1, self.sizes[name]) for name, n in self._totals(sequences).items() if n}
 
     def _totals(self, count: int) -> dict[str, int]:
@@ -323,7 +326,7 @@ class Schedule:
         return {name: self._before[index].get(name, 0) + drawn.get(name, 0) for name in self.sizes}
 
     def identity(self) -> dict[str, Any]:
-        """What decides the order, besides the seed."""
+        """Everything that the order depends on besides the seed."""
         return {f"from {start}": part.shares() for start, part in zip(self.starts, self.parts, strict=True)}
 
     def __str__(self) -> str:
@@ -333,12 +336,12 @@ class Schedule:
 
 
 def _apportion(weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Integers that sum to PERIOD in proportion to positive weights (largest remainder), none of them 0."""
+    """Positive integers that sum to PERIOD in proportion to weights float64 [sources] (largest remainder)."""
     exact = weights / weights.sum() * PERIOD
     counts = np.floor(exact).astype(np.int64)
     leftover = PERIOD - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:leftover]] += 1
-    for index in np.flatnonzero(counts == 0):  # drawn once in a million rather than never
+    for index in np.flatnonzero(counts == 0):  # at least once in a million
         counts[index] += 1
         counts[counts.argmax()] -= 1
     return counts

@@ -1,4 +1,4 @@
-"""Orders that are pure functions of their keys, the same on every machine and library version."""
+"""Permutations that are pure functions of their keys, the same with every machine and library version."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 
 def random_order(count: int, *key: int | str) -> NDArray[np.int64]:
-    """A permutation of ``range(count)`` that depends on ``key`` alone, int64 [count].
+    """A permutation of ``range(count)`` that depends on ``key`` only, int64 [count].
 
-    The sort keys are SplitMix64 (Steele, Lea and Flood 2014), not numpy's generators, whose streams may
-    change between versions: the order of training data has to outlive an upgrade.
+    The sort keys come from SplitMix64 (Steele, Lea and Flood 2014), because the streams of numpy's generators
+    may change between versions, and the order of training data must not.
     """
     digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
     start = np.uint64(int.from_bytes(digest, "little"))

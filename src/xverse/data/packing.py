@@ -1,7 +1,7 @@
-"""Packed sequences: documents side by side in rows of one length, none of them seeing another.
+"""Packed sequences: several documents in a row of fixed length, which do not attend to each other.
 
-For pretraining, ``StreamPacker`` cuts an endless stream of shuffled documents into sequences without any
-padding. For fine-tuning, ``pack_examples`` puts whole examples into bins by best fit.
+For pretraining, ``StreamPacker`` cuts an endless stream of shuffled documents into sequences without padding.
+For fine-tuning, ``pack_examples`` puts whole examples into bins by best fit.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ class PackedSequence:
     document_ids: NDArray[np.int32]
 
 
-RUN = 256  # documents that lie side by side
-RUNS = 256  # of them are shuffled together
+RUN = 256  # neighbouring documents, which stay in one block
+RUNS = 256  # per block
 BLOCK = RUN * RUNS
 
 
 @dataclass
 class _Block:
-    """A part of an epoch: its documents in order, and where each one ends in it, int64 [documents]."""
+    """A part of an epoch: its documents in order, and the end of each in the block, both int64
+    [documents]."""
 
     start: int
     order: NDArray[np.int64]
@@ -48,14 +49,14 @@ class _Block:
 class StreamPacker:
     """Cuts a shard's documents, shuffled anew in each epoch, into sequences of ``length`` tokens.
 
-    Epochs follow each other without a gap, so in each epoch every token stands in exactly one sequence, and
-    a sequence may hold the end of one epoch and the start of the next. A document that is cut continues as
-    the first document of the next sequence; its last token here still has its target. ``sequence(k)`` is a
-    pure function of (shard, length, seed, k).
+    Epochs follow each other without a gap: in each epoch every token is in exactly one sequence, and a
+    sequence may contain the end of one epoch and the start of the next. A split document continues as the
+    first document of the next sequence; its last token here keeps its target. ``sequence(k)`` is a pure
+    function of (shard, length, seed, k).
 
-    The shuffle takes no memory for each document, of which a large source has billions: runs of ``run``
-    neighbours are shuffled, and so many of them as have ``block`` documents are then shuffled document by
-    document. Of those only the block at hand is in memory. A shard of one block is shuffled as a whole.
+    The memory of the shuffle does not grow with the number of documents, of which a large source has
+    billions: runs of ``run`` neighbours are shuffled, then the documents within blocks of ``block``. Only the
+    current block is in memory. A shard of one block is shuffled as a whole.
     """
 
     def __init__(self, shard: Shard, length: int, seed: int, run: int = RUN, block: int = BLOCK) -> None:
@@ -69,16 +70,17 @@ class StreamPacker:
 
     @property
     def blocks(self) -> int:
-        """How many parts of the documents are shuffled apart."""
+        """The number of blocks, which are shuffled separately."""
         return -(-len(self.shard) // (self._run * self._runs))
 
     @property
     def sequences_per_epoch(self) -> int:
-        """Sequences that hold one whole epoch, rounded up."""
+        """The number of sequences in an epoch, rounded up."""
         return -(-self.tokens_per_epoch // self.length)
 
     def _make_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The order of an epoch's runs [runs], and where each block of them ends in it [blocks]."""
+        """The order of an epoch's runs, int64 [runs], and the ends of their blocks in tokens, int64
+        [blocks]."""
         count = -(-len(self.shard) // self._run)
         if self.blocks == 1:
             return np.arange(count), np.array([self.tokens_per_epoch])
@@ -93,9 +95,8 @@ class StreamPacker:
         documents = (starts[:, None] + np.arange(self._run)).ravel()
         documents = documents[documents < len(self.shard)]
         lengths = self.shard.offsets[documents + 1] - self.shard.offsets[documents]
-        # The first block's key is that of times without blocks: what is one block has the order that it had.
-        which = [number] if number else []
-        order = random_order(len(documents), "documents", self.seed, self.shard.name, epoch, *which)
+        key = ("documents", self.seed, self.shard.name, epoch)
+        order = random_order(len(documents), *key, *([number] if number else ()))
         return _Block(int(ends[number - 1]) if number else 0, documents[order], np.cumsum(lengths[order]))
 
     def sequence(self, k: int) -> PackedSequence:
@@ -133,17 +134,18 @@ class StreamPacker:
 
 
 def pack_examples(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Put examples of the given lengths into bins of ``length`` by best-fit decreasing.
+    """Pack examples of the given lengths into bins of ``length`` by best-fit decreasing.
 
-    Returns the indices of each bin's examples. No example is split; each one must be 1 to ``length`` long.
+    Returns the indices of each bin's examples. Examples are not split; each length must be from 1 to
+    ``length``.
     """
     assert all(0 < size <= length for size in lengths)
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # sorted (free tokens, bin): the first that fits is the tightest
+    room: list[tuple[int, int]] = []  # sorted (free tokens, bin), so the first that fits is the tightest
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        found = bisect_left(room, (lengths[index], 0))
-        if found < len(room):
-            free, target = room.pop(found)
+        place = bisect_left(room, (lengths[index], 0))
+        if place < len(room):
+            free, target = room.pop(place)
         else:
             free, target = length, len(bins)
             bins.append([])
@@ -158,8 +160,8 @@ def packed_from_examples(
 ) -> PackedSequence:
     """One row of ``length`` from whole examples, each ``(ids, loss_mask)`` of equal lengths.
 
-    A position has a target where the token after it, in the same example, has loss. The padding behind is
-    a document of its own without targets.
+    A position has a target if the next token of the same example has loss. The padding is a separate document
+    without targets.
     """
     tokens = np.full(length, pad_id, np.int64)
     targets = np.full(length, IGNORE, np.int64)
@@ -168,7 +170,7 @@ def packed_from_examples(
     for number, (ids, loss_mask) in enumerate(examples):
         end = filled + len(ids)
         assert len(ids) == len(loss_mask)
-        assert end <= length, "the examples of a row fit into it"
+        assert end <= length, "the examples exceed the row"
         tokens[filled:end] = ids
         document_ids[filled:end] = number
         if len(ids) > 1:

@@ -5,7 +5,7 @@ A shard is a directory::
     tokens.bin    uint32 little-endian [tokens]; each document ends with the end-of-text token
     offsets.bin   int64 little-endian [documents + 1]; document i is tokens[offsets[i]:offsets[i + 1]]
     header.json   format, tokenizer hash, language, category, counts
-    DONE          SHA-256 of header.json, written last: without it the shard does not count
+    DONE          SHA-256 of header.json, written last: without it the shard is unfinished
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from xverse.files import atomic_file
 FORMAT = 1
 TOKEN = np.dtype("<u4")
 OFFSET = np.dtype("<i8")
-COPIED = 4_000_000  # entries that are copied at a time
+COPIED = 4_000_000  # entries copied at a time
 
 
 @dataclass
 class ShardHeader:
-    """What a shard says about itself."""
+    """The metadata of a shard."""
 
     tokenizer: str
     language: str
@@ -45,10 +45,10 @@ class ShardHeader:
 
 
 class ShardWriter:
-    """Writes one shard, document by document; ``finish`` makes it count.
+    """Writes one shard, document by document; ``finish`` completes it.
 
-    What an interrupted writer left in ``path`` is replaced. Use it as a context manager: leaving the block
-    without ``finish`` closes the files and leaves the shard without its marker.
+    Replaces the leftovers of an interrupted writer in ``path``. Use it as a context manager: leaving the
+    block without ``finish`` closes the files and leaves the shard unfinished.
     """
 
     def __init__(self, path: str | Path, header: ShardHeader) -> None:
@@ -66,10 +66,10 @@ class ShardWriter:
         self._digest = hashlib.sha256()
 
     def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], text_bytes: int) -> None:
-        """Append documents that came from so many bytes of text.
+        """Append documents of ``text_bytes`` bytes of text in all.
 
-        ``tokens`` are theirs, one document after the other, each with its end token; ``lengths`` how many
-        each has.
+        ``tokens`` uint32 [tokens]: concatenated, each document with its end token; ``lengths`` int64
+        [documents].
         """
         offsets = self.header.tokens + np.cumsum(lengths, dtype=OFFSET)
         self._write(tokens.astype(TOKEN, copy=False).tobytes(), offsets.astype(OFFSET))
@@ -77,7 +77,7 @@ class ShardWriter:
         self.header.text_bytes += text_bytes
 
     def append(self, shard: Shard) -> None:
-        """Append all the documents of a finished shard."""
+        """Append all documents of a finished shard."""
         before = self.header.tokens
         for start in range(0, len(shard.tokens), COPIED):
             self._write(shard.tokens[start : start + COPIED].tobytes(), np.empty(0, OFFSET))
@@ -139,12 +139,12 @@ class Shard:
         return self.header.documents
 
     def document(self, index: int) -> NDArray[np.uint32]:
-        """The tokens of one document, uint32 [length], the end token included."""
+        """The tokens of one document, uint32 [length], including the end token."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     @staticmethod
     def open(path: str | Path) -> Shard:
-        """Map a finished shard. Raises UserError that names the file which is missing or damaged."""
+        """Map a finished shard. Raises UserError naming a missing or damaged file."""
         path = Path(path)
         header = read_header(path)
         if header is None:
@@ -154,14 +154,14 @@ class Shard:
             ("offsets.bin", header.documents + 1, OFFSET),
         ):
             expected = count * kind.itemsize
-            found = (path / name).stat().st_size if (path / name).is_file() else -1
-            if found != expected:
-                size = "missing" if found < 0 else f"{found} bytes"
+            size = (path / name).stat().st_size if (path / name).is_file() else -1
+            if size != expected:
+                state = "missing" if size < 0 else f"{size} bytes"
                 raise UserError(
-                    f"{path / name}: {size}, expected {expected} bytes; delete {path} and prepare it again"
+                    f"{path / name}: {state}, expected {expected} bytes; delete {path} and prepare it again"
                 )
         if header.documents == 0 or header.tokens == 0:
-            raise UserError(f"{path}: this shard holds no documents")
+            raise UserError(f"{path}: this shard contains no documents")
         tokens = np.memmap(path / "tokens.bin", TOKEN, "r")
         offsets = np.memmap(path / "offsets.bin", OFFSET, "r")
         if offsets[0] != 0 or offsets[-1] != header.tokens or bool(np.any(np.diff(offsets) <= 0)):
@@ -170,9 +170,9 @@ class Shard:
 
 
 def read_header(path: Path) -> ShardHeader | None:
-    """The header of a finished shard, or None where there is none or it is unfinished.
+    """The header of a finished shard; None if there is none or it is unfinished.
 
-    Raises UserError where the header is damaged or of another format.
+    Raises UserError if the header is damaged or of another format.
     """
     marker, file = path / "DONE", path / "header.json"
     if not marker.is_file():
@@ -180,10 +180,10 @@ def read_header(path: Path) -> ShardHeader | None:
     try:
         text = file.read_text(encoding="utf-8")
         if hashlib.sha256(text.encode()).hexdigest() != marker.read_text().strip():
-            raise ValueError("it does not match its marker")
+            raise ValueError("does not match its marker")
         values = json.loads(text)
         if values.get("format") != FORMAT:
-            raise ValueError(f"format {values.get('format')}, this version reads {FORMAT}")
+            raise ValueError(f"format {values.get('format')}; this version reads {FORMAT}")
         return ShardHeader(**values)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: damaged ({error}); delete {path} and prepare it again") from None

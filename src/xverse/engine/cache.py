@@ -1,4 +1,4 @@
-"""Keys and values of all requests in blocks of positions, and the attention context that uses them."""
+"""The paged cache: keys and values of all requests in blocks, and the attention context over them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xverse import hardware
 from xverse.config import UserError
+from xverse.hardware import available_memory
 from xverse.kernels.ops import advise_huge_pages
 from xverse.kernels.paged_attention import PagedLayer
 from xverse.model.config import XverseConfig
@@ -18,8 +18,7 @@ KV_DTYPES = ("auto", "int8")
 
 
 class BlockPool:
-    """Which of ``count`` blocks are taken, and by how many holders. A block that was freed last goes first:
-    its memory is there already."""
+    """Reference counts of ``count`` blocks. Blocks are reused last-freed-first: their pages are resident."""
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count - 1, -1, -1))
@@ -27,26 +26,26 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """How many blocks nobody holds."""
+        """The number of blocks without a holder."""
         return len(self._free)
 
     def take(self) -> int:
-        """A free block, held once. Raises IndexError where there is none."""
+        """Allocate a block with one holder. Raises IndexError if none is free."""
         block = self._free.pop()
         self._holders[block] = 1
         return block
 
     def share(self, block: int) -> None:
-        """One more holder of a block that is taken."""
+        """Add a holder to an allocated block."""
         assert self._holders[block] > 0, f"block {block} is free"
         self._holders[block] += 1
 
     def holders(self, block: int) -> int:
-        """How many hold it."""
+        """The number of holders."""
         return self._holders[block]
 
     def release(self, block: int) -> None:
-        """One holder less; without any the block is free."""
+        """Remove a holder; without any the block is free."""
         assert self._holders[block] > 0, f"block {block} is free"
         self._holders[block] -= 1
         if not self._holders[block]:
@@ -54,11 +53,11 @@ class BlockPool:
 
 
 class PagedCache:
-    """Room for ``blocks`` blocks of BLOCK_SIZE positions, [blocks, layers, 2, H, BLOCK_SIZE, head_dim].
+    """Memory for ``blocks`` blocks of BLOCK_SIZE positions, [blocks, layers, 2, H, BLOCK_SIZE, head_dim].
 
-    ``kv_dtype`` "auto" stores in ``dtype``, "int8" with a float32 scale for each position and head. At most
-    ``sequences`` sequences use it at once. On a CPU the memory counts only once it is written to; other
-    devices take it at once. Raises UserError for another ``kv_dtype``, or where there is no such room.
+    ``kv_dtype`` "auto" stores in ``dtype``, "int8" with a float32 scale per position and head. At most
+    ``sequences`` sequences use it at once. On a CPU pages become resident when first written; other devices
+    allocate them at once. Raises UserError for an unknown ``kv_dtype`` or if there is not enough memory.
     """
 
     def __init__(
@@ -82,14 +81,14 @@ class PagedCache:
         except RuntimeError as error:
             size = blocks * position_bytes(config, dtype, kv_dtype) * BLOCK_SIZE / 1e9
             raise UserError(
-                f"max_cache_tokens: no room for a cache of {blocks * BLOCK_SIZE} tokens ({size:.1f} GB)"
+                f"max_cache_tokens: not enough memory for {blocks * BLOCK_SIZE} tokens ({size:.1f} GB)"
             ) from error
         scaling = config.rope_scaling
         self.rope_depends_on_length = scaling is not None and scaling.rope_type == "dynamic"
         self.pool = BlockPool(blocks)
-        self.scratch = blocks  # a block that nobody reads
-        # The blocks of each sequence in order; places without a block name block 0, and kernels look at no
-        # more than a sequence's positions.
+        self.scratch = blocks  # a block that is never read
+        # The blocks of each sequence in order. Unused entries are 0; kernels read no further than the
+        # positions of a sequence.
         width = -(-config.context_length // BLOCK_SIZE)
         self.tables = torch.zeros(sequences, width, dtype=torch.int32, device=device)
         self.free_rows = list(range(sequences - 1, -1, -1))
@@ -106,36 +105,34 @@ class PagedCache:
 
 
 def position_bytes(config: XverseConfig, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
-    """Bytes that one position of one request takes in all layers."""
+    """Bytes of one position of one request in all layers."""
     vector = config.head_dim + 4 if kv_dtype == "int8" else config.head_dim * dtype.itemsize
     return 2 * config.num_hidden_layers * config.num_attention_heads * vector
 
 
 def cache_tokens(
-    wanted: int | None, bytes_each: int, device: torch.device, *, longest: int, most: int
+    requested: int | None, token_bytes: int, device: torch.device, *, longest: int, most: int
 ) -> int:
-    """How many tokens the cache is to hold: ``wanted``, or what half of the free memory holds, at least one
-    sequence of the ``longest`` kind and at most ``most``.
+    """The capacity of the cache in tokens: ``requested``, or as many as fit in half of the free memory, at
+    least ``longest`` and at most ``most``.
 
-    Raises UserError for more than the memory holds: on a CPU the cache takes memory as it is written to, and
-    would fail much later.
+    Raises UserError for more than fits: on a CPU the allocation would succeed and fail much later.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else hardware.memory()[1]
-    if wanted is None:
-        return most if free is None else min(most, max(longest, free // 2 // bytes_each))
-    if wanted < BLOCK_SIZE:
-        raise UserError(f"max_cache_tokens: {wanted} is out of range (at least {BLOCK_SIZE})")
-    if free is not None and wanted * bytes_each > free:
+    free = available_memory(device)
+    if requested is None:
+        return min(most, max(longest, free // 2 // token_bytes))
+    if requested < BLOCK_SIZE:
+        raise UserError(f"max_cache_tokens: {requested} is out of range (at least {BLOCK_SIZE})")
+    if requested * token_bytes > free:
         raise UserError(
-            f"max_cache_tokens: {wanted} tokens of cache take {wanted * bytes_each / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB of memory are free; {free // bytes_each} would fit"
+            f"max_cache_tokens: {requested} tokens take {requested * token_bytes / 1e9:.1f} GB, but only "
+            f"{free / 1e9:.1f} GB of memory are free; at most {free // token_bytes} fit"
         )
-    return wanted
+    return requested
 
 
 class SequenceCache:
-    """One request's blocks in order, of which ``length`` positions are written, of ``longest`` that it may
-    ever have."""
+    """One request's blocks in order. ``length`` positions are written, of at most ``longest``."""
 
     def __init__(self, cache: PagedCache, longest: int) -> None:
         self.cache = cache
@@ -145,16 +142,16 @@ class SequenceCache:
         self.row = cache.free_rows.pop()
 
     def missing(self, length: int) -> int:
-        """How many blocks more ``length`` positions need."""
+        """How many more blocks ``length`` positions need."""
         return -(-length // BLOCK_SIZE) - len(self.blocks)
 
     def reserve(self, length: int) -> None:
-        """Take blocks for ``length`` positions in all. Raises IndexError where the cache is full."""
+        """Allocate blocks for ``length`` positions in total. Raises IndexError if the cache is full."""
         for _ in range(self.missing(length)):
             self._add(self.cache.pool.take())
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Begin with ``blocks`` that another sequence has filled."""
+        """Start with ``blocks`` that another sequence has filled."""
         assert not self.blocks
         for block in blocks:
             self.cache.pool.share(block)
@@ -162,7 +159,7 @@ class SequenceCache:
         self.length = len(blocks) * BLOCK_SIZE
 
     def release(self) -> None:
-        """Give all blocks back, and the row of the table; it is of no use any more."""
+        """Release all blocks and the table row. The object must not be used afterwards."""
         while self.blocks:
             self.cache.pool.release(self.blocks.pop())
         self.cache.free_rows.append(self.row)
@@ -172,16 +169,16 @@ class SequenceCache:
         self.blocks.append(block)
 
 
-# Segments of up to so many tokens are guesses to verify: each token is a query of its own.
+# Segments of up to this many tokens are verified proposals: each token becomes a separate query.
 _SHORT = 16
 
 
 class RaggedContext:
-    """The next ``count`` tokens of each of several sequences in one row of tokens [1, N], one after another.
+    """The next ``count`` tokens of each of several sequences, one after another in one row [1, N].
 
-    Each token sees its own sequence's cache and what comes before it here. Room for them is reserved.
-    ``single`` is true where every token is a query of its own: then ``slots`` int64 [N], ``table`` int32
-    [N, blocks] and ``lengths`` int32 [N] say all that there is to know, as for ``PagedLayer.attend``.
+    Each token attends to its own sequence's cache and to its predecessors in its segment; the blocks are
+    reserved. If ``single``, every token is a separate query, and ``slots`` int64 [N], ``table`` int32
+    [N, blocks] and ``lengths`` int32 [N] describe the step completely, as for ``PagedLayer.attend``.
     """
 
     def __init__(self, segments: Sequence[tuple[SequenceCache, int]]) -> None:
@@ -189,14 +186,14 @@ class RaggedContext:
         self._layers = cache.layers
         positions: list[int] = []
         slots: list[int] = []
-        rows: list[int] = []  # of the table, for tokens of short segments
-        places: list[int] = []  # where those tokens are
+        rows: list[int] = []  # of the table, for each token of the short segments
+        short: list[int] = []  # indices of those tokens
         self._long: list[tuple[int, int, Tensor, int]] = []  # first token, end, blocks, first position
         for sequence, count in segments:
             start, at, blocks = sequence.length, len(positions), sequence.blocks
             if count <= _SHORT:
                 rows += [sequence.row] * count
-                places += range(at, at + count)
+                short += range(at, at + count)
             else:
                 self._long.append((at, at + count, cache.tables[sequence.row], start))
             for position in range(start, start + count):
@@ -210,17 +207,18 @@ class RaggedContext:
             longest = [sequence.longest for sequence, count in segments for _ in range(count)]
             self.rope_lengths = torch.tensor([longest], device=device)
         self.single = not self._long
-        # No sequence has more blocks: what lies to their right in the table need not be looked at.
+        # No sequence has more blocks; the rest of the table is not read.
         self.longest_table = max(len(sequence.blocks) for sequence, _ in segments)
         self.lengths = self.positions[0].int() + 1
-        self._places: Tensor | None = None  # [S], of the short segments' tokens where there are others
+        self._short: Tensor | None = None  # [S], indices of the short segments' tokens if there are others
         if rows:
             self.table = cache.tables[torch.tensor(rows, device=device), : self.longest_table]  # [S, blocks]
         if rows and self._long:
-            self._places = torch.tensor(places, device=device)
-            self.lengths = self.lengths[self._places]
+            self._short = torch.tensor(short, device=device)
+            self.lengths = self.lengths[self._short]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``q``, ``k``, ``v`` [1, H, N, head_dim] → [1, H, N, head_dim]."""
         pages = self._layers[layer]
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, H, head_dim]
         pages.append(k, v, self.slots)
@@ -228,8 +226,8 @@ class RaggedContext:
             mixed = pages.attend(q, self.table, self.lengths)
         else:
             mixed = q.new_empty(q.shape)
-            if self._places is not None:
-                mixed[self._places] = pages.attend(q[self._places], self.table, self.lengths)
+            if self._short is not None:
+                mixed[self._short] = pages.attend(q[self._short], self.table, self.lengths)
             for first, end, blocks, start in self._long:
                 mixed[first:end] = pages.prefill(q[first:end], blocks, start)
         return mixed.transpose(0, 1)[None]  # [1, H, N, head_dim]

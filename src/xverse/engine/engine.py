@@ -1,8 +1,8 @@
-"""The engine: several requests at once, one model forward for all of their next tokens.
+"""The engine: generation for several requests at once, one forward pass of the model per step.
 
-A step takes what the scheduler gives it (the next token of every request that decodes, guesses behind them,
-chunks of prompts), runs it through the model as one row of tokens, and chooses tokens where a request's last
-one has been computed.
+A step runs what the scheduler selects (the next token of every decoding request, proposed tokens, chunks of
+prompts) through the model as one row of tokens, and chooses a token wherever a request's last one has been
+computed.
 """
 
 from __future__ import annotations
@@ -21,31 +21,30 @@ from xverse.engine.prefix import PrefixCache
 from xverse.engine.request import Event, Request
 from xverse.engine.sampling import Adjustment, Key, choose, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
-from xverse.engine.scoring import Item, Scores, score_prompt, token_logprob
+from xverse.engine.scoring import Scores, ScoringItem, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
-from xverse.engine.speculation import Guesser, Speculation
+from xverse.engine.speculation import Speculation, Speculator
 from xverse.engine.stop import StopText
 from xverse.kernels.fused_step import FusedStep, fused_step
 from xverse.kernels.inference import use_kernels
 from xverse.model.transformer import XverseForCausalLM
 from xverse.tokenizer import Tokenizer
 
-_NOT_FINITE = "the model's logits are not finite numbers: its weights are damaged, or overflow their type"
+_NOT_FINITE = "the model's logits are not finite: its weights are damaged or overflow their data type"
 PREFIX_CACHE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What the engine holds now, in requests and blocks of cache, and what it has done since it began."""
+    """The engine's state in requests and cache blocks, and counters since its start."""
 
     running: int
     waiting: int
     blocks: int
-    free_blocks: int  # nobody holds them
-    cached_blocks: int  # the prefix cache holds them, alone or beside requests
-    idle_blocks: int  # the prefix cache alone holds them
+    free_blocks: int  # without a holder
+    cached_blocks: int  # held by the prefix cache, alone or together with requests
     preemptions: int
-    reused_tokens: int  # of prompts, found in the prefix cache
+    reused_tokens: int  # prompt tokens found in the prefix cache
     proposed_tokens: int
     accepted_tokens: int
 
@@ -53,14 +52,15 @@ class Stats:
 class Engine:
     """Generates for many requests over one model. Not thread-safe: one thread submits and steps.
 
-    On a CPU the model's layers are told to compute in our kernels (``kernels/inference.py``).
+    On a CPU the model's layers are switched to our kernels (``kernels/inference.py``).
 
-    ``max_batch`` requests run at once and further ones wait. The cache holds ``max_cache_tokens`` of them all
-    (None: what half of the free memory holds); where it is full, requests wait and go on later. A step
-    computes at most ``prefill_chunk`` tokens of prompts. ``kv_dtype`` "int8" halves the cache of a bfloat16
-    model; "auto" stores it in the model's type. ``prefix_cache_bytes`` of the cache are kept when a request
-    has ended, for others that begin alike; 0 turns that off. ``speculation`` None decodes one token at a
-    time. Raises UserError for values out of range, and models and tokenizers that do not fit.
+    At most ``max_batch`` requests run at once; further ones wait. The cache holds ``max_cache_tokens`` in
+    total (None: as many as fit in half of the free memory); when it is full, requests are preempted and
+    resume later. A step computes at most ``prefill_chunk`` prompt tokens. ``kv_dtype`` "int8" halves the
+    cache of a bfloat16 model; "auto" stores it in the model's dtype. Up to ``prefix_cache_bytes`` are kept
+    after requests end, for requests with the same beginning; 0 turns this off. ``speculation`` None decodes
+    one token at a time. Raises UserError for values out of range, and for a model and a tokenizer that do not
+    match.
     """
 
     def __init__(
@@ -75,64 +75,61 @@ class Engine:
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         speculation: Speculation | None = None,
     ) -> None:
-        for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
-            if value < 1:
-                raise UserError(f"{name}: {value} is out of range (at least 1)")
-        if prefix_cache_bytes < 0:
-            raise UserError(f"prefix_cache_bytes: {prefix_cache_bytes} is out of range (0: off)")
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
-                "they do not belong together"
-            )
+        _check_settings(model, tokenizer, max_batch, prefill_chunk, prefix_cache_bytes)
         self.model = model.eval()
         use_kernels(model)
         self.tokenizer = tokenizer
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
+        self._vocab_size = tokenizer.vocab_size
         weight = model.model.norm.weight  # the one that is never quantised
-        self._device, dtype = weight.device, weight.dtype
-        bytes_each = position_bytes(model.config, dtype, kv_dtype)
+        self._device = weight.device
+        token_bytes = position_bytes(model.config, weight.dtype, kv_dtype)
         context = model.config.context_length
-        max_cache_tokens = cache_tokens(
-            max_cache_tokens, bytes_each, self._device, longest=context, most=max_batch * context
+        self.max_cache_tokens = cache_tokens(
+            max_cache_tokens, token_bytes, self._device, longest=context, most=max_batch * context
         )
-        self.max_cache_tokens = max_cache_tokens
         # Each running request may leave a block partly used.
-        blocks = -(-max_cache_tokens // BLOCK_SIZE) + max_batch
+        self._blocks = -(-self.max_cache_tokens // BLOCK_SIZE) + max_batch
         self._cache = PagedCache(
-            model.config, dtype, self._device, blocks=blocks, sequences=max_batch, kv_dtype=kv_dtype
+            model.config,
+            weight.dtype,
+            self._device,
+            blocks=self._blocks,
+            sequences=max_batch,
+            kv_dtype=kv_dtype,
         )
-        self._blocks = blocks
-        self._fused_step: FusedStep | DecodeGraphs | None = None
-        if self._device.type == "cuda":
-            self._fused_step = DecodeGraphs(model, self._cache)
-        elif self._device.type == "cpu":
-            self._fused_step = fused_step(model, self._cache.layers)
-        self._prefixes = PrefixCache(self._cache.pool, prefix_cache_bytes // (bytes_each * BLOCK_SIZE))
+        self._fused_step = self._make_fused_step()
+        self._prefixes = PrefixCache(self._cache.pool, prefix_cache_bytes // (token_bytes * BLOCK_SIZE))
         self._scheduler = Scheduler(
             self._cache, self._prefixes, max_batch=max_batch, prefill_chunk=prefill_chunk
         )
-        self._vocab_size = tokenizer.vocab_size
-        self._guesser: Guesser | None = None
-        if speculation is not None:
-            self._guesser = Guesser(
-                speculation,
-                model,
-                tokenizer,
-                cache_tokens=max_cache_tokens,
-                max_batch=max_batch,
-                prefill_chunk=prefill_chunk,
-                position_bytes=bytes_each,
-                native=self._fused_step is not None,
-                rows_at_once=8 if self._device.type == "cpu" else 64,
-            )
+        self._speculator = None if speculation is None else self._make_speculator(speculation, token_bytes)
         self._undelivered: list[Event] = []
         self._next_handle = 0
 
+    def _make_fused_step(self) -> FusedStep | DecodeGraphs | None:
+        """The fast path for steps of a few tokens, if this device has one."""
+        if self._device.type == "cuda":
+            return DecodeGraphs(self.model, self._cache)
+        return fused_step(self.model, self._cache.layers) if self._device.type == "cpu" else None
+
+    def _make_speculator(self, speculation: Speculation, token_bytes: int) -> Speculator:
+        return Speculator(
+            speculation,
+            self.model,
+            self.tokenizer,
+            cache_tokens=self.max_cache_tokens,
+            max_batch=self.max_batch,
+            prefill_chunk=self.prefill_chunk,
+            position_bytes=token_bytes,
+            native=self._fused_step is not None,
+            rows_at_once=8 if self._device.type == "cpu" else 64,
+        )
+
     @property
     def busy(self) -> bool:
-        """Whether a request waits or runs, or has events that no ``step`` returned yet."""
+        """Whether a request waits, runs, or has events that ``step`` has not returned yet."""
         return bool(self._scheduler.waiting or self._scheduler.running or self._undelivered)
 
     def stats(self) -> Stats:
@@ -142,22 +139,21 @@ class Engine:
             blocks=self._blocks,
             free_blocks=self._cache.pool.free,
             cached_blocks=len(self._prefixes),
-            idle_blocks=self._prefixes.idle(),
             preemptions=self._scheduler.preemptions,
             reused_tokens=self._scheduler.reused_tokens,
-            proposed_tokens=self._guesser.proposed if self._guesser else 0,
-            accepted_tokens=self._guesser.accepted if self._guesser else 0,
+            proposed_tokens=self._speculator.proposed if self._speculator else 0,
+            accepted_tokens=self._speculator.accepted if self._speculator else 0,
         )
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns its handle. Raises UserError for one that cannot run here."""
+        """Queue a request and return its handle. Raises UserError for a request that cannot run."""
         prompted = None
         if request.prompt_logprobs is not None:
             prompted = Prompted(start=1, alternatives=request.prompt_logprobs)
         return self._enqueue(request, prompted)
 
     def cancel(self, handle: int) -> bool:
-        """Drop a request; no event of it comes any more. False where it was not there, or had ended."""
+        """Drop a request; it produces no further events. False if it is unknown or has ended."""
         self._undelivered = [event for event in self._undelivered if event.handle != handle]
         for sequence in self._scheduler.running:
             if sequence.handle == handle:
@@ -171,8 +167,8 @@ class Engine:
         return False
 
     def fail(self, message: str) -> list[Event]:
-        """End every request that runs with an error, or the next one where none does: for who met an
-        exception in ``step``. The others that wait are none the worse for it."""
+        """End all running requests with an error, or the first waiting one if none runs: for a caller that
+        caught an exception from ``step``. Other waiting requests are not affected."""
         events = [self._failed(sequence, message) for sequence in list(self._scheduler.running)]
         if not events and self._scheduler.waiting:
             sequence = self._scheduler.waiting.popleft()
@@ -182,27 +178,27 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Advance the running requests; returns what happened, [] when idle.
+        """Advance the running requests and return their events, [] when idle.
 
-        Without speculation a request yields at most one token in a step.
+        Without speculation a request yields at most one token per step.
         """
         work = self._scheduler.schedule()
-        if self._guesser is not None and work:
-            self._guesser.propose(work, self._scheduler)
+        if self._speculator is not None and work:
+            self._speculator.propose(work, self._scheduler)
         events = self._forward(work) if work else []
         if self._undelivered:
             events, self._undelivered = self._undelivered + events, []
         return events
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
-        """The events of one request alone, as they come. Closing the generator cancels the request.
+        """The events of one request as they occur. Closing the generator cancels the request.
 
-        Other requests advance at the same time; their events are kept for the next ``step``.
+        Other requests advance at the same time; the next ``step`` returns their events.
         """
         handle = self.submit(request)
         try:
             while True:
-                for event in self._steps_for(lambda each: each == handle):
+                for event in self._step_for(lambda other: other == handle):
                     yield event
                     if event.finish_reason is not None:
                         return
@@ -210,24 +206,24 @@ class Engine:
             self.cancel(handle)
 
     def score(
-        self, items: Many[Item], progress: Callable[[int], None] | None = None
+        self, items: Many[ScoringItem], progress: Callable[[int], None] | None = None
     ) -> list[list[list[float]]]:
         """Natural log-probabilities of given continuations, without generating.
 
-        An item is a prompt and its continuations, in ids; the result has one number for each token of each
-        continuation. What items have in common at their beginning is computed once. ``progress`` is told how
-        many items are done. Raises UserError for an item that does not fit into the context, or whose
-        log-probabilities are no numbers.
+        An item is a prompt and its continuations, as ids; the result has one number per token of each
+        continuation. Common prefixes of items are computed once. ``progress`` is called with the number of
+        finished items. Raises UserError for an item that exceeds the context, or whose log-probabilities are
+        not finite.
         """
         return self._scores(Scores(items, progress)).results
 
     def score_likeliest(
-        self, items: Many[Item], progress: Callable[[int], None] | None = None
+        self, items: Many[ScoringItem], progress: Callable[[int], None] | None = None
     ) -> list[list[tuple[float, bool]]]:
-        """As ``score``: each continuation's sum, and whether all its tokens are the likeliest there."""
+        """As ``score``: each continuation's sum, and whether all its tokens are the most probable ones."""
         scores = self._scores(Scores(items, progress, if_likeliest=True))
         return [
-            [(sum(each), likeliest) for each, likeliest in zip(*pair, strict=True)]
+            [(sum(logprobs), likeliest) for logprobs, likeliest in zip(*pair, strict=True)]
             for pair in zip(scores.results, scores.likeliest, strict=True)
         ]
 
@@ -236,25 +232,25 @@ class Engine:
             for request, prompted in scores.requests():
                 scores.submitted(self._enqueue(request, prompted), prompted)
             while scores.open:
-                for event in self._steps_for(scores.open.__contains__):
+                for event in self._step_for(scores.open.__contains__):
                     scores.take(event)
         finally:
             for handle in list(scores.open):
                 self.cancel(handle)
         return scores
 
-    def _steps_for(self, mine: Callable[[int], bool]) -> list[Event]:
-        """The events of one step that are ``mine`` by handle; those of others are kept."""
+    def _step_for(self, mine: Callable[[int], bool]) -> list[Event]:
+        """Run a step. Return the events whose handle is ``mine``; keep the others for the next ``step``."""
         events = self.step()
         self._undelivered += [event for event in events if not mine(event.handle)]
         return [event for event in events if mine(event.handle)]
 
     def check(self, request: Request) -> None:
-        """Raises UserError where ``submit`` would. May be called from any thread."""
+        """Raises UserError if ``submit`` would. May be called from any thread."""
         self._check(request, ())
 
     def _check(self, request: Request, finals: Many[int]) -> int:
-        """How many tokens the request may have in the end."""
+        """The most tokens that the request may have in the end."""
         context, prompt = self.model.config.context_length, len(request.prompt_ids)
         if prompt > context or (prompt == context and request.max_new_tokens):
             raise UserError(f"prompt_ids: {prompt} tokens leave no room in a context of {context}")
@@ -266,8 +262,8 @@ class Engine:
         needed = min(prompt + request.max_new_tokens, context)
         if needed > self.max_cache_tokens:
             raise UserError(
-                f"max_new_tokens: prompt and answer may take {needed} tokens of cache, "
-                f"and there are {self.max_cache_tokens}; ask for fewer"
+                f"max_new_tokens: prompt and reply may need {needed} tokens of cache, which holds "
+                f"{self.max_cache_tokens}; lower max_new_tokens"
             )
         return needed
 
@@ -282,7 +278,7 @@ class Engine:
             else:
                 generator.manual_seed(sampling.seed)
         adjustment = Adjustment(sampling, request.prompt_ids, self._device)
-        asks = adjustment or request.constraint is not None or request.logprobs is not None
+        needs_logits = bool(adjustment) or request.constraint is not None or request.logprobs is not None
         handle = self._next_handle
         self._next_handle += 1
         self._scheduler.waiting.append(
@@ -291,15 +287,15 @@ class Engine:
                 request=request,
                 tokens=list(request.prompt_ids),
                 prompt_tokens=len(request.prompt_ids),
-                tokens_at_most=needed,
-                decoder=self.tokenizer.stream(),
-                stop=StopText(request.stop),
+                most_tokens=needed,
+                text_decoder=self.tokenizer.stream(),
+                stop=StopText(request.sampling.stop),
                 adjustment=adjustment,
                 key=key(sampling),
                 generator=generator,
-                plain=generator is None and not asks,
+                plain=generator is None and not needs_logits,
                 prompted=prompted,
-                acceptance=self._guesser.acceptance if self._guesser else 0.0,
+                acceptance=self._speculator.acceptance if self._speculator else 0.0,
                 # With "dynamic" rope scaling keys depend on how long the text may become.
                 salt=str(needed).encode() if self._cache.rope_depends_on_length else b"",
             )
@@ -311,14 +307,14 @@ class Engine:
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        if self._guesser is not None:
-            self._guesser.forget(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
 
     def _forward(self, work: list[Work]) -> list[Event]:
-        """Compute ``work``; choose tokens where a sequence's last one is among it."""
+        """Compute ``work``; choose a token for each sequence whose last token is in it."""
         tokens: list[int] = []
         segments = []
-        wanted: list[int] = []  # rows of hidden states from which tokens are chosen
+        choosing_rows: list[int] = []  # rows of hidden states from which tokens are chosen
         choosing: list[Work] = []
         others: list[tuple[Work, slice]] = []
         for item in work:
@@ -331,9 +327,9 @@ class Engine:
             segments.append((sequence.cache, len(tokens) - first))
             if sequence.scoring or end < len(sequence.tokens):
                 others.append((item, slice(first, len(tokens))))
-            if end == len(sequence.tokens) and end < sequence.tokens_at_most:
+            if end == len(sequence.tokens) and end < sequence.most_tokens:
                 choosing.append(item)
-                wanted += range(first + item.count - 1, len(tokens))
+                choosing_rows += range(first + item.count - 1, len(tokens))
         context = RaggedContext(segments)
         hidden = self._hidden(torch.tensor(tokens, device=self._device), context)  # [N, D]
         events: list[Event] = []
@@ -343,8 +339,8 @@ class Engine:
             else:
                 self._scheduler.computed(item.sequence, item.count)
         if choosing:
-            if len(wanted) < len(tokens):
-                hidden = hidden[torch.tensor(wanted, device=self._device)]  # [R, D]
+            if len(choosing_rows) < len(tokens):
+                hidden = hidden[torch.tensor(choosing_rows, device=self._device)]  # [R, D]
             events += self._choose(choosing, self._logits(hidden))
         return events
 
@@ -356,12 +352,12 @@ class Engine:
         return self.model.model(tokens[None], context)[0]
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [R, D] → logits [R, V]; padding rows of an embedding are no tokens."""
+        """Hidden states [R, D] → logits [R, V], without an embedding's padding rows."""
         return self.model.lm_head(hidden)[:, : self._vocab_size]
 
     def _choose(self, work: list[Work], logits: Tensor) -> list[Event]:
-        """The next tokens of each sequence of ``work`` from its rows of ``logits`` [R, V]: one more than its
-        guesses, as far as those are right."""
+        """Choose the next tokens of each sequence of ``work`` from its rows of ``logits`` [R, V]: one for
+        each proposed token that is right, and one more."""
         greatest, best = logits.max(dim=-1)  # [R]; NaN and +inf come through
         greatest_list, tokens = greatest.tolist(), best.tolist()
         first = 0
@@ -385,24 +381,24 @@ class Engine:
                     if tokens[at] < 0:
                         raise ValueError("every token is forbidden")
                     event = self._advance(sequence, tokens[at], logits[at])
-                except Exception as error:  # a constraint's own, too: the others go on
+                except Exception as error:  # also from a constraint; other requests continue
                     event = self._error(sequence, str(error) or type(error).__name__)
                 events.append(event)
-                guess = at - first
-                if event.finish_reason or guess == len(item.proposed) or tokens[at] != item.proposed[guess]:
+                index = at - first
+                if event.finish_reason or index == len(item.proposed) or tokens[at] != item.proposed[index]:
                     break
                 accepted += 1
             first += 1 + len(item.proposed)
             self._scheduler.computed(sequence, item.count + accepted)
-            if self._guesser is not None:
-                self._guesser.verified(item, accepted)
+            if self._speculator is not None:
+                self._speculator.verified(item, accepted)
             if event.finish_reason:
                 self._retire(sequence)
         return events
 
     @staticmethod
     def _sample(group: list[tuple[int, Sequence]], logits: Tensor, tokens: list[int]) -> None:
-        """Tokens of sequences with equal sampling values from their rows of ``logits``, into ``tokens``."""
+        """Choose tokens for sequences with equal ``key`` from their rows of ``logits``, into ``tokens``."""
         rows = [row for row, _ in group]
         chosen = choose(
             logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)],
@@ -424,7 +420,7 @@ class Engine:
             constraint.accept(tokens[row])
 
     def _advance(self, sequence: Sequence, token: int, logits: Tensor) -> Event:
-        """``token`` was chosen from ``logits`` [V]."""
+        """Append ``token``, which was chosen from ``logits`` [V]."""
         request = sequence.request
         sequence.tokens.append(token)
         event = Event(handle=sequence.handle, token_id=token, text="")
@@ -438,10 +434,10 @@ class Engine:
         if token in request.stop_ids:
             event.finish_reason = "stop"
         else:
-            event.text, stopped = sequence.stop.push(sequence.decoder.push(token))
+            event.text, stopped = sequence.stop.push(sequence.text_decoder.push(token))
             if stopped:
                 event.finish_reason = "stop"
-            elif len(sequence.tokens) >= sequence.tokens_at_most:
+            elif len(sequence.tokens) >= sequence.most_tokens:
                 event.finish_reason = "length"
         if event.finish_reason is not None and not stopped:
             rest, stopped = self._rest(sequence)
@@ -451,7 +447,7 @@ class Engine:
         return event
 
     def _score(self, item: Work, hidden: Tensor) -> list[Event]:
-        """The log-probabilities that a chunk of a prompt gives, from its ``hidden`` states [T, D]."""
+        """Record the log-probabilities of a prompt chunk from its ``hidden`` states [T, D]."""
         sequence = item.sequence
         assert sequence.prompted is not None
         finite = score_prompt(sequence.prompted, sequence.tokens, sequence.computed, hidden, self._logits)
@@ -459,24 +455,24 @@ class Engine:
             return [self._failed(sequence, _NOT_FINITE)]
         if sequence.computed + item.count < len(sequence.tokens):
             self._scheduler.computed(sequence, item.count)
-        elif len(sequence.tokens) >= sequence.tokens_at_most:
+        elif len(sequence.tokens) >= sequence.most_tokens:
             self._scheduler.computed(sequence, item.count)
             event = Event(handle=sequence.handle, token_id=None, text="", finish_reason="length")
             self._report(sequence, event)
             self._retire(sequence)
             return [event]
-        return []  # its first token is chosen now, too
+        return []  # _forward also chooses the first token
 
     @staticmethod
     def _report(sequence: Sequence, event: Event) -> None:
         assert sequence.prompted is not None
-        event.prompt_logprobs = sequence.prompted.found
+        event.prompt_logprobs = sequence.prompted.logprobs
         sequence.reported = True
 
     @staticmethod
     def _rest(sequence: Sequence) -> tuple[str, bool]:
-        """Text that was held back until the end, and whether a stop string came to light in it."""
-        text, stopped = sequence.stop.push(sequence.decoder.finish())
+        """Text that was held back until the end, and whether it contained a stop text."""
+        text, stopped = sequence.stop.push(sequence.text_decoder.finish())
         return text + sequence.stop.finish(), stopped
 
     def _failed(self, sequence: Sequence, message: str) -> Event:
@@ -486,3 +482,22 @@ class Engine:
     def _error(self, sequence: Sequence, message: str) -> Event:
         text = self._rest(sequence)[0]
         return Event(handle=sequence.handle, token_id=None, text=text, finish_reason="error", error=message)
+
+
+def _check_settings(
+    model: XverseForCausalLM,
+    tokenizer: Tokenizer,
+    max_batch: int,
+    prefill_chunk: int,
+    prefix_cache_bytes: int,
+) -> None:
+    for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise UserError(f"{name}: {value} is out of range (at least 1)")
+    if prefix_cache_bytes < 0:
+        raise UserError(f"prefix_cache_bytes: {prefix_cache_bytes} is out of range (at least 0)")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
+            "use the tokenizer of the model"
+        )

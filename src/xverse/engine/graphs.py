@@ -1,7 +1,7 @@
-"""Decoding on CUDA: the forward pass for a few tokens recorded once as a graph and replayed.
+"""Decoding on CUDA: the forward pass for a few tokens, captured once as a graph and replayed.
 
 A step of one token launches hundreds of kernels that take microseconds each; launched one by one from Python
-they would leave the device idle for most of the time. A graph fixes shapes, so steps are padded to the next
+they would leave the device idle most of the time. A graph has fixed shapes, so steps are padded to the next
 power of two in tokens and in blocks of the longest sequence.
 """
 
@@ -19,7 +19,7 @@ from xverse.model.transformer import XverseForCausalLM
 
 @dataclass
 class _Inputs:
-    """Where a graph reads from: an attention context of N single queries over W blocks each."""
+    """A graph's static inputs: an attention context of N single queries over W blocks each."""
 
     tokens: Tensor  # int64 [N]
     positions: Tensor  # int64 [1, N]
@@ -37,9 +37,9 @@ class _Inputs:
 
 
 class DecodeGraphs:
-    """Runs steps of up to ``most_tokens`` single queries; graphs are recorded when their shape first comes.
+    """Runs steps of up to ``most_tokens`` single queries. A graph is captured when its shape first occurs.
 
-    Without CUDA the same padded steps run as they are, which is how they are tested.
+    Without CUDA the padded steps run eagerly, for tests.
     """
 
     def __init__(self, model: XverseForCausalLM, cache: PagedCache, most_tokens: int = 64) -> None:
@@ -71,7 +71,7 @@ class DecodeGraphs:
         if self._cache.device.type != "cuda":
             return self._forward(inputs)[:count]
         if shape not in self._graphs:
-            self._graphs[shape] = self._record(inputs)
+            self._graphs[shape] = self._capture(inputs)
         graph, hidden = self._graphs[shape]
         graph.replay()
         return hidden[:count].clone()
@@ -93,8 +93,8 @@ class DecodeGraphs:
     def _forward(self, inputs: _Inputs) -> Tensor:
         return self._model(inputs.tokens[None], inputs)[0]
 
-    def _record(self, inputs: _Inputs) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Warmed up beside the current stream, as PyTorch asks for, then recorded."""
+    def _capture(self, inputs: _Inputs) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Warm up on a side stream, as PyTorch requires, then capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -108,5 +108,5 @@ class DecodeGraphs:
 
 
 def _above(count: int) -> int:
-    """The least power of two that is not below ``count``."""
+    """The smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()

@@ -1,7 +1,7 @@
-"""Automatic prefix cache: full blocks of tokens that some request computed are found again by their content.
+"""Automatic prefix cache: full blocks of tokens that a request has computed are found by their content.
 
-A block is known by a digest of its own tokens and of all before them (a hash chain, as in vLLM's automatic
-prefix caching), so what two requests share is found without a tree.
+A block's key is a digest of its tokens and of all preceding ones (a hash chain, as in vLLM's automatic prefix
+caching), so common prefixes are found without a tree.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from xverse.engine.cache import BLOCK_SIZE, BlockPool
 def extend_digests(digests: list[bytes], tokens: Sequence[int], salt: bytes = b"") -> None:
     """Append the digests of the full blocks of ``tokens`` that ``digests`` lacks.
 
-    SHA-256, because a collision would show one user's text to another. ``salt`` keeps apart what does not
-    depend on the tokens alone.
+    SHA-256, because a collision would reveal one user's text to another. ``salt`` separates blocks whose
+    contents depend on more than the tokens.
     """
     for index in range(len(digests), len(tokens) // BLOCK_SIZE):
         block = array("q", tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
@@ -27,40 +27,40 @@ def extend_digests(digests: list[bytes], tokens: Sequence[int], salt: bytes = b"
 
 
 class PrefixCache:
-    """Digests and the blocks that hold their keys and values; at most ``blocks_at_most`` of them.
+    """Digests and the blocks that hold their keys and values, at most ``blocks_at_most`` of them.
 
-    The cache is one holder of each of its blocks. The longest unused goes first, and of one text the end
-    before the beginning, without which it could not be found.
+    The cache is one holder of each of its blocks. The least recently used block is evicted first, and of one
+    text the end before the beginning, because blocks are found from the beginning on.
     """
 
     def __init__(self, pool: BlockPool, blocks_at_most: int) -> None:
         self._pool = pool
         self.blocks_at_most = blocks_at_most
-        self._blocks: OrderedDict[bytes, int] = OrderedDict()  # the longest unused first
+        self._blocks: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest beginning of ``digests`` that is here."""
-        found: list[int] = []
+        """The blocks of the longest cached prefix of ``digests``."""
+        blocks: list[int] = []
         for digest in digests:
             block = self._blocks.get(digest)
             if block is None:
                 break
-            found.append(block)
-        return found
+            blocks.append(block)
+        return blocks
 
     def touch(self, digests: Sequence[bytes]) -> None:
-        """They were used just now."""
+        """Mark them as used now."""
         for digest in reversed(digests):
             if digest in self._blocks:
                 self._blocks.move_to_end(digest)
 
     def add(self, digest: bytes, block: int) -> None:
-        """Keep a full block, unless there is one of the same content or no room.
+        """Cache a full block, unless an equal one is cached or there is no room.
 
-        Room is made by what nobody uses: a text longer than all of it keeps its beginning.
+        Only blocks without another holder are evicted, so a text longer than the cache keeps its beginning.
         """
         if digest in self._blocks or (len(self._blocks) >= self.blocks_at_most and not self.free(1)):
             return
@@ -68,11 +68,11 @@ class PrefixCache:
         self._blocks[digest] = block
 
     def idle(self) -> int:
-        """How many of the blocks nobody else holds: so many can be freed."""
+        """How many blocks have no other holder and can be freed."""
         return sum(self._pool.holders(block) == 1 for block in self._blocks.values())
 
     def free(self, count: int) -> int:
-        """Forget up to ``count`` blocks that nobody else holds; returns how many."""
+        """Evict up to ``count`` blocks without another holder; returns how many."""
         victims: list[bytes] = []
         for digest, block in self._blocks.items():
             if len(victims) == count:

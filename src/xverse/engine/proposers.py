@@ -1,4 +1,4 @@
-"""Who guesses what a text says next: the text itself, or a small model."""
+"""Proposers of tokens for speculative decoding: n-gram lookup in the text itself, and a draft model."""
 
 from __future__ import annotations
 
@@ -14,67 +14,67 @@ from xverse.model.transformer import XverseForCausalLM
 
 
 class Proposer(Protocol):
-    """``cost``: of making one guess, as a share of a step of the model."""
+    """``cost`` is that of proposing one token, as a share of a step of the model."""
 
     cost: float
 
-    def propose(self, asked: Many[tuple[Sequence, int]]) -> list[list[int]]:
-        """For each sequence up to so many tokens that may follow its own."""
+    def propose(self, counts: Many[tuple[Sequence, int]]) -> list[list[int]]:
+        """For each sequence, up to the given number of tokens that may follow its own."""
         ...
 
     def forget(self, sequence: Sequence) -> None:
-        """It has ended."""
+        """Drop the state of a sequence that has ended."""
         ...
 
 
-class Lookup:
-    """The text repeats itself: what followed the last tokens where they stood before follows again.
+class NgramProposer:
+    """Prompt lookup decoding (Saxena, 2023): proposes what followed the last occurrence of the final n-gram.
 
-    Prompt lookup decoding (Saxena, 2023). Two sizes of n-grams; the longer one is the better witness.
+    There are two sizes of n-grams. The longer one predicts better and is tried first.
     """
 
     cost = 0.0
     _SIZES = (4, 2)
 
     def __init__(self) -> None:
-        self._seen: dict[int, _Ngrams] = {}
+        self._ngrams: dict[int, _Ngrams] = {}
 
-    def propose(self, asked: Many[tuple[Sequence, int]]) -> list[list[int]]:
-        found = []
-        for sequence, count in asked:
-            ngrams = self._seen.get(sequence.handle)
+    def propose(self, counts: Many[tuple[Sequence, int]]) -> list[list[int]]:
+        proposals = []
+        for sequence, count in counts:
+            ngrams = self._ngrams.get(sequence.handle)
             if ngrams is None:
-                ngrams = self._seen[sequence.handle] = _Ngrams(self._SIZES)
-            found.append(ngrams.continuation(sequence.tokens, count))
-        return found
+                ngrams = self._ngrams[sequence.handle] = _Ngrams(self._SIZES)
+            proposals.append(ngrams.continuation(sequence.tokens, count))
+        return proposals
 
     def forget(self, sequence: Sequence) -> None:
-        self._seen.pop(sequence.handle, None)
+        self._ngrams.pop(sequence.handle, None)
 
 
 class _Ngrams:
-    """Where each n-gram of a growing text was last followed by something."""
+    """The end of the last occurrence of each n-gram of a growing text, its final one excepted."""
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self._ends: list[tuple[int, dict[tuple[int, ...], int]]] = [(size, {}) for size in sizes]
-        self._known = 0  # tokens that may end an n-gram
+        self._indexed = 0  # tokens up to which n-grams are indexed
 
     def continuation(self, tokens: list[int], count: int) -> list[int]:
         for size, ends in self._ends:
-            for end in range(max(self._known, size), len(tokens)):
+            for end in range(max(self._indexed, size), len(tokens)):
                 ends[tuple(tokens[end - size : end])] = end
-        self._known = len(tokens)
+        self._indexed = len(tokens)
         for size, ends in self._ends:
-            before = ends.get(tuple(tokens[-size:]))
-            if before is not None:
-                # What lies beyond the end of the text is taken to repeat at the same distance.
-                distance = len(tokens) - before
-                return [tokens[before + index % distance] for index in range(count)]
+            end_before = ends.get(tuple(tokens[-size:]))
+            if end_before is not None:
+                # Beyond the end of the text, repeat with the same period.
+                distance = len(tokens) - end_before
+                return [tokens[end_before + index % distance] for index in range(count)]
         return []
 
 
-class Draft:
-    """A small model of the same tokenizer decodes greedily ahead, with a cache of its own."""
+class DraftModelProposer:
+    """A small model with the same tokenizer that decodes ahead greedily, in a separate cache."""
 
     def __init__(
         self,
@@ -98,44 +98,46 @@ class Draft:
         self._chunk = prefill_chunk
         self._states: dict[int, _DraftState] = {}
 
-    def propose(self, asked: Many[tuple[Sequence, int]]) -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in asked]
+    def propose(self, counts: Many[tuple[Sequence, int]]) -> list[list[int]]:
+        proposals: list[list[int]] = [[] for _ in counts]
         active: list[tuple[_DraftState, list[int], int]] = []
-        for (sequence, count), guessed in zip(asked, found, strict=True):
-            state = self._ready(sequence, count)
+        for (sequence, count), proposal in zip(counts, proposals, strict=True):
+            state = self._prepare(sequence, count)
             if state is not None:
-                active.append((state, guessed, count))
+                active.append((state, proposal, count))
         while active:
-            # Of each the tokens that its cache lacks: many at first, then the one guessed last.
-            segments = [(state.cache, state.lacking(guessed)[: self._chunk]) for state, guessed, _ in active]
+            # Feed the tokens that each cache lacks: many at first, then the last proposed one.
+            segments = [
+                (state.cache, state.missing(proposal)[: self._chunk]) for state, proposal, _ in active
+            ]
             tokens = [token for _, part in segments for token in part]
             context = RaggedContext([(cache, len(part)) for cache, part in segments])
             device = context.positions.device
             hidden = self._model.model(torch.tensor([tokens], device=device), context)[0]  # [N, D]
             ends = torch.tensor([len(part) for _, part in segments], device=device).cumsum(0) - 1
             best = self._model.lm_head(hidden[ends])[:, : self._vocab_size].argmax(dim=-1).tolist()  # [B]
-            for (state, guessed, _), (cache, part), token in zip(active, segments, best, strict=True):
+            for (state, proposal, _), (cache, part), token in zip(active, segments, best, strict=True):
                 cache.length += len(part)
                 state.fed += part
-                if not state.lacking(guessed):
-                    guessed.append(token)
-            active = [item for item in active if len(item[1]) < item[2]]
-        return found
+                if not state.missing(proposal):
+                    proposal.append(token)
+            active = [entry for entry in active if len(entry[1]) < entry[2]]
+        return proposals
 
     def forget(self, sequence: Sequence) -> None:
         state = self._states.pop(sequence.handle, None)
         if state is not None:
             state.cache.release()
 
-    def _ready(self, sequence: Sequence, count: int) -> _DraftState | None:
-        """The sequence's state with room for ``count`` guesses; None where there is none."""
+    def _prepare(self, sequence: Sequence, count: int) -> _DraftState | None:
+        """The sequence's state with room for ``count`` more tokens; None if there is no room."""
         length = len(sequence.tokens) + count
         state = self._states.get(sequence.handle)
         if state is None:
             if length > self._positions or not self._cache.free_rows:
                 return None
             state = self._states[sequence.handle] = _DraftState(
-                SequenceCache(self._cache, sequence.tokens_at_most)
+                SequenceCache(self._cache, sequence.most_tokens)
             )
         state.follow(sequence.tokens)
         if length > self._positions or state.cache.missing(length) > self._cache.pool.free:
@@ -148,11 +150,11 @@ class Draft:
 class _DraftState:
     def __init__(self, cache: SequenceCache) -> None:
         self.cache = cache
-        self.fed: list[int] = []  # what the cache holds: tokens of the text, then guesses
+        self.fed: list[int] = []  # the contents of the cache: tokens of the text, then proposed ones
         self._tokens: list[int] = []
 
     def follow(self, tokens: list[int]) -> None:
-        """The text goes on in ``tokens``: what was guessed differently is forgotten."""
+        """Update the text to ``tokens``; drop proposed tokens that differ from it."""
         same = min(len(self._tokens), len(self.fed))
         while same < min(len(self.fed), len(tokens) - 1) and self.fed[same] == tokens[same]:
             same += 1
@@ -161,7 +163,7 @@ class _DraftState:
         self.cache.length = same
         self._tokens = list(tokens)
 
-    def lacking(self, guessed: list[int]) -> list[int]:
-        at = len(self.fed)
-        known = len(self._tokens)
-        return self._tokens[at:] + guessed if at < known else guessed[at - known :]
+    def missing(self, proposal: list[int]) -> list[int]:
+        """The tokens of the text and of ``proposal`` that are not in the cache."""
+        at, text = len(self.fed), len(self._tokens)
+        return self._tokens[at:] + proposal if at < text else proposal[at - text :]

@@ -1,110 +1,69 @@
-"""What goes into the engine and what comes out. Values out of range are refused here, by name."""
+"""What the engine takes and what it returns. Values out of range are refused here, by name."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from xverse.config import UserError
+from xverse.engine.sampling_params import SamplingParams
 
-# "stop": a stop id or stop string; "length": max_new_tokens or the context; "error": this request failed.
+# "stop": a stop id or stop text; "length": max_new_tokens or the context; "error": this request failed.
 FinishReason = Literal["stop", "length", "error"]
-MOST_ALTERNATIVES = 20  # as many as OpenAI's API gives beside a token
-
-# What ``Sampling`` takes; top_p itself excludes 0.
-RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0, 100),
-    "top_k": (0, 2**31 - 1),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "repetition_penalty": (0.01, 100),
-    "presence_penalty": (-2, 2),
-    "frequency_penalty": (-2, 2),
-    "seed": (0, 2**62),
-}
+MOST_ALTERNATIVES = 20  # as many as OpenAI's API reports per token
 
 
 class Constraint(Protocol):
-    """What a reply must look like, decided token by token: a grammar, a JSON schema, a given text.
+    """Restricts a reply token by token: to a grammar, a JSON schema, a given text.
 
-    The engine asks ``apply`` for every token that it chooses and then tells ``accept`` which one it was. What
-    is forbidden gets -inf. An exception that either of them raises fails this request alone.
+    For each token the engine calls ``apply``, chooses, and calls ``accept`` with its choice. An exception
+    from either fails this request alone.
     """
 
     def apply(self, logits: Tensor) -> Tensor:
-        """``logits`` float32 [V], not to be changed → the same with -inf for every forbidden token."""
+        """``logits`` float32 [V], not to be modified → the same with -inf for every forbidden token."""
         ...
 
     def accept(self, token_id: int) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a token is chosen; ``temperature`` 0 is greedy. The defaults change nothing of the distribution.
-
-    ``repetition_penalty`` counts prompt and reply (CTRL, arXiv:1909.05858); ``presence_penalty`` and
-    ``frequency_penalty`` count the reply alone, as OpenAI defines them. ``logit_bias`` is added first of all.
-    ``seed`` None draws a different sequence each time. Raises UserError for a value out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    min_p: float = 0.0  # 0: off
-    repetition_penalty: float = 1.0  # 1: off
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            if name != "seed" or self.seed is not None:
-                whole = name in ("top_k", "seed")
-                _check(name, getattr(self, name), low, high, above=name == "top_p", whole=whole)
-        for token, bias in self.logit_bias.items():
-            if not _is_whole(token) or token < 0:
-                raise UserError(f"logit_bias: {token!r} is not the id of a token")
-            _check(f"logit_bias of token {token}", bias, -100, 100)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Request:
     """One text to continue. Raises UserError for an empty prompt or a value out of range.
 
-    ``logprobs``: how many of the most probable tokens to report beside each chosen one, with their
-    log-probabilities; None reports none at all. ``prompt_logprobs``: the same for the prompt's tokens, in the
-    first event; only then may ``max_new_tokens`` be 0, which generates nothing.
+    ``logprobs``: how many of the most probable tokens to report with each chosen one, with their
+    log-probabilities; None reports none, not even the chosen one's. ``prompt_logprobs``: the same for the
+    prompt's tokens, in the first event. Without ``generate`` the request computes only these.
     """
 
     prompt_ids: Sequence[int]
-    max_new_tokens: int = 2048
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: Sequence[int] = (3,)
-    stop: Sequence[str] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+    generate: bool = True
 
     def __post_init__(self) -> None:
         if not len(self.prompt_ids):
             raise UserError("prompt_ids: the prompt has no tokens")
-        least = 1 if self.prompt_logprobs is None else 0
-        _check("max_new_tokens", self.max_new_tokens, least, 2**31 - 1, whole=True)
         for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check(name, getattr(self, name), 0, MOST_ALTERNATIVES, whole=True)
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError("stop: expected a list of strings that are not empty")
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 0 <= value <= MOST_ALTERNATIVES):
+                raise UserError(f"{name}: {value!r} is out of range (0 to {MOST_ALTERNATIVES})")
+        assert self.generate or self.prompt_logprobs is not None, "nothing to compute"
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.sampling.max_new_tokens if self.generate else 0
 
 
 class TokenLogprob(NamedTuple):
-    """A token's natural log-probability under the model itself, before sampling values change it, and the
-    most probable tokens in its place, best first."""
+    """A token's natural log-probability under the model itself, before sampling parameters apply, and the
+    most probable tokens at its position, best first."""
 
     token_id: int
     logprob: float
@@ -113,13 +72,12 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Event:
-    """One token of one request, and the text that became certain with it.
+    """One token of one request, and the text that it completes.
 
-    ``text`` may be empty, where a character or a possible stop string is not complete yet; the texts of a
-    request joined are its answer, without stop ids and stop strings. The last event has a ``finish_reason``;
-    when that is "error", ``error`` says what happened and there is no token. ``logprob`` is there where the
-    request asks for it; ``prompt_logprobs``, one for each of the prompt's tokens from the second on, in the
-    first event.
+    ``text`` may be empty while a character or a possible stop text is incomplete; the texts of a request
+    joined are its reply, without stop ids and stop texts. The last event has a ``finish_reason``; if that is
+    "error", ``error`` is the message and there is no token. ``logprob`` is set if the request asks for it;
+    the first event carries ``prompt_logprobs``, one for each prompt token from the second on.
     """
 
     handle: int
@@ -129,18 +87,3 @@ class Event:
     prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check(
-    name: str, value: float, low: float, high: float, above: bool = False, whole: bool = False
-) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value > high or value < low or (above and value == low):
-        bounds = f"above {low}, at most {high}" if above else f"{low} to {high}"
-        raise UserError(f"{name}: {value!r} is out of range ({bounds})")
-    if whole and not _is_whole(value):
-        raise UserError(f"{name}: {value!r} is not a whole number")

@@ -1,58 +1,56 @@
-"""How the next token is chosen: plain functions over rows of logits, for all rows with equal values at once.
+"""Choosing the next token: plain functions over rows of logits, for all rows with equal parameters at once.
 
 Definitions and order (bias, penalties, temperature, top-k, top-p, min-p) are those of transformers'
-``generate``; presence and frequency penalties are OpenAI's. A vocabulary is long and what a draw considers is
-short: rows are narrowed to their best candidates, in descending order, as soon as that is known to be exact.
-What is chosen in a row depends on that row and its generator alone.
+``generate``; presence and frequency penalties are OpenAI's. Rows are narrowed to their best candidates, in
+descending order, as soon as the result is known to be exact, because a draw considers few of the vocabulary's
+entries. The choice in a row depends on that row and its generator alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from xverse.engine.request import Sampling
+from xverse.engine.sampling_params import NEUTRAL, PARAMS, SamplingParams
 
-_GREEDY_BELOW = 1e-5  # a temperature so low is the limit that it tends to, and would overflow
-_TIES = 16  # candidates beyond top-k, where what equals the last one may stand
-_NUCLEUS = 1024  # candidates among which top-p is looked for first
+_GREEDY_BELOW = 1e-5  # dividing by a smaller temperature would overflow
+_TIES = 16  # candidates beyond top-k, for ties with the last one
+_NUCLEUS = 1024  # candidates in which top-p is searched first
 
 Key = tuple[float, ...]
+# All parameters that change a distribution; the others may differ among rows that are drawn together.
+_distribution = attrgetter(
+    *(name for name in PARAMS if name not in ("seed", "max_new_tokens", "stop", "logit_bias"))
+)
+_penalties = attrgetter("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def is_greedy(sampling: Sampling) -> bool:
+def is_greedy(sampling: SamplingParams) -> bool:
     return sampling.temperature < _GREEDY_BELOW
 
 
-def key(sampling: Sampling) -> Key:
+def key(sampling: SamplingParams) -> Key:
     """Requests with equal keys can be drawn together."""
-    return (
-        sampling.temperature,
-        sampling.top_k,
-        sampling.top_p,
-        sampling.min_p,
-        sampling.repetition_penalty,
-        sampling.presence_penalty,
-        sampling.frequency_penalty,
-    )
+    return _distribution(sampling)
 
 
 class Adjustment:
-    """What is added to or taken from the scores of single tokens of one request: biases and penalties.
+    """Biases and penalties on the logits of single tokens of one request.
 
-    ``add`` is told of each token of the reply. The tokens that matter are few: those of prompt and reply.
+    ``add`` registers each token of the reply. Only tokens of the prompt and the reply are stored.
     """
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], device: torch.device) -> None:
-        # A token of the reply is counted where a penalty asks; one of the prompt for repetition only.
-        self._counting = key(sampling)[4:] != key(Sampling())[4:]
+    def __init__(self, sampling: SamplingParams, prompt_ids: Sequence[int], device: torch.device) -> None:
+        # Penalties count the tokens of the reply; the repetition penalty also covers the prompt.
+        self._counting = _penalties(sampling) != _penalties(NEUTRAL)
         prompt = dict.fromkeys(prompt_ids if sampling.repetition_penalty != 1 else ())
-        self._places = {token: place for place, token in enumerate(prompt)}
+        self._indices = {token: index for index, token in enumerate(prompt)}
         self.count = len(prompt)
         self.ids = torch.tensor(list(prompt), dtype=torch.long, device=device)
-        self.said = torch.zeros(self.count, device=device)  # how often in the reply
+        self.occurrences = torch.zeros(self.count, device=device)  # in the reply
         self.bias: tuple[Tensor, Tensor] | None = None
         if sampling.logit_bias:
             values = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device)
@@ -65,49 +63,49 @@ class Adjustment:
         """One more token of the reply."""
         if not self._counting:
             return
-        place = self._places.setdefault(token, self.count)
-        if place == self.count:
+        index = self._indices.setdefault(token, self.count)
+        if index == self.count:
             self.count += 1
-            if place == len(self.ids):
+            if index == len(self.ids):
                 room = max(64, len(self.ids))
                 self.ids = torch.cat((self.ids, self.ids.new_zeros(room)))
-                self.said = torch.cat((self.said, self.said.new_zeros(room)))
-            self.ids[place] = token
-        self.said[place] += 1
+                self.occurrences = torch.cat((self.occurrences, self.occurrences.new_zeros(room)))
+            self.ids[index] = token
+        self.occurrences[index] += 1
 
 
-def adjust_(logits: Tensor, sampling: Sampling, adjustments: Sequence[Adjustment]) -> None:
-    """Change ``logits`` float32 [G, V] in place; the penalties of all rows are those of ``sampling``."""
+def adjust_(logits: Tensor, sampling: SamplingParams, adjustments: Sequence[Adjustment]) -> None:
+    """Apply biases and penalties to ``logits`` float32 [G, V] in place; ``sampling`` holds for all rows."""
     flat, size = logits.view(-1), logits.shape[-1]
-    ids, said, counts = [], [], []
+    ids, occurrences, counts = [], [], []
     for row, adjustment in zip(logits, adjustments, strict=True):
         if adjustment.bias is not None:
             row.index_add_(0, *adjustment.bias)
         count = adjustment.count
         ids.append(adjustment.ids[:count])
-        said.append(adjustment.said[:count])
+        occurrences.append(adjustment.occurrences[:count])
         counts.append(count)
     if not any(counts):
         return
     first = torch.arange(0, len(flat), size, device=logits.device)
-    places = torch.cat(ids) + first.repeat_interleave(torch.tensor(counts, device=logits.device))  # [S]
-    scores = flat[places]
+    indices = torch.cat(ids) + first.repeat_interleave(torch.tensor(counts, device=logits.device))  # [S]
+    scores = flat[indices]
     penalty = sampling.repetition_penalty
     if penalty != 1:
         scores = torch.where(scores < 0, scores * penalty, scores / penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:
-        times = torch.cat(said)
+        times = torch.cat(occurrences)
         scores -= sampling.presence_penalty * (times > 0) + sampling.frequency_penalty * times
-    flat[places] = scores
+    flat[indices] = scores
 
 
 def choose(
     logits: Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     adjustments: Sequence[Adjustment],
     generators: Sequence[torch.Generator | None],
 ) -> list[int]:
-    """A token for each row of ``logits`` [G, V], by values of one ``key``; -1 where all are forbidden."""
+    """A token for each row of ``logits`` [G, V], all of one ``key``; -1 if every token is forbidden."""
     logits = logits.float()
     if any(adjustments):
         logits = logits.clone()
@@ -122,21 +120,21 @@ def choose(
     for rows, scores, ids in candidates(logits, sampling):
         weights = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # [R, K]
         dice = [torch.rand(1, generator=generators[row], device=logits.device) for row in rows]
-        # In (0, 1] of the sum: where it is reached first, something was added.
-        reached = (1 - torch.cat(dice).double())[:, None] * weights[:, -1:]
-        places = (weights < reached).sum(dim=-1, keepdim=True)  # [R, 1]
-        tokens = places if ids is None else ids.gather(-1, places.clamp(max=ids.shape[-1] - 1))
+        # A point in (0, 1] of the sum, so that a token of weight 0 is never drawn.
+        point = (1 - torch.cat(dice).double())[:, None] * weights[:, -1:]
+        indices = (weights < point).sum(dim=-1, keepdim=True)  # [R, 1]
+        tokens = indices if ids is None else ids.gather(-1, indices.clamp(max=ids.shape[-1] - 1))
         possible = (scores.amax(dim=-1) > -torch.inf).tolist()
         for row, token, fine in zip(rows, tokens[:, 0].tolist(), possible, strict=True):
             chosen[row] = token if fine else -1
     return chosen
 
 
-def candidates(logits: Tensor, sampling: Sampling) -> list[tuple[list[int], Tensor, Tensor | None]]:
+def candidates(logits: Tensor, sampling: SamplingParams) -> list[tuple[list[int], Tensor, Tensor | None]]:
     """Rows of ``logits`` float32 [G, V] after temperature, top-k, top-p and min-p.
 
-    In parts (row numbers, scores [R, K], ids [R, K]), because rows may need different numbers of candidates;
-    what is left out has the score -inf. Without ids the candidates are the vocabulary in its order.
+    The result comes in parts (row numbers, scores [R, K], ids [R, K]), because rows may need different
+    numbers of candidates. Excluded candidates score -inf. With ids None the candidates are the vocabulary.
     """
     rows, size = list(range(len(logits))), logits.shape[-1]
     k = min(sampling.top_k, size)
@@ -158,7 +156,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> list[tuple[list[int], Tens
         shares = (temperature(values, top, sampling.temperature) - total).exp().sum(dim=-1)
         exact = (shares > sampling.top_p + 1e-4).tolist()
     parts: list[tuple[list[int], Tensor, Tensor | None]] = []
-    for row in [row for row in rows if not exact[row]]:  # ties at top-k, or a nucleus wider than expected
+    for row in [row for row in rows if not exact[row]]:  # ties at top-k, or a large nucleus
         full, full_ids = logits[row : row + 1].sort(dim=-1, descending=True)
         if k:
             full = keep_top_k(full, k)
@@ -173,25 +171,25 @@ def candidates(logits: Tensor, sampling: Sampling) -> list[tuple[list[int], Tens
     return parts
 
 
-def _scored(values: Tensor, top: Tensor, total: Tensor | None, sampling: Sampling) -> Tensor:
+def _scored(values: Tensor, top: Tensor, total: Tensor | None, sampling: SamplingParams) -> Tensor:
     scores = temperature(values, top, sampling.temperature)
     return min_p(top_p(scores, sampling.top_p, total), sampling.min_p)
 
 
 def temperature(logits: Tensor, top: Tensor, value: float) -> Tensor:
-    """Divide by ``value``; the greatest logit, ``top`` [G, 1], is moved to 0 first: nothing overflows."""
+    """``logits`` [G, K] less the greatest, ``top`` [G, 1], so that nothing overflows, over ``value``."""
     return (logits - top) / value
 
 
 def keep_top_k(values: Tensor, k: int) -> Tensor:
-    """Of descending ``values`` [G, K] keep the first ``k``, and what equals the last of them."""
+    """Of descending ``values`` [G, K] keep the first ``k`` and those equal to the last of them."""
     return values.masked_fill(values < values[:, k - 1 : k], -torch.inf)
 
 
 def top_p(scores: Tensor, p: float, total: Tensor | None = None) -> Tensor:
-    """Of descending ``scores`` [G, K] keep the first whose probabilities reach ``p`` together.
+    """Of descending ``scores`` [G, K] keep the first ones whose probabilities together reach ``p``.
 
-    ``total`` [G, 1] is the logarithm of the sum of all exponentials, of ``scores`` where it is None.
+    ``total`` [G, 1] is the logsumexp of the full row; None computes it from ``scores``.
     """
     if p == 1:
         return scores
@@ -205,5 +203,5 @@ def top_p(scores: Tensor, p: float, total: Tensor | None = None) -> Tensor:
 
 
 def min_p(scores: Tensor, p: float) -> Tensor:
-    """Keep what is at least ``p`` times as probable as the best (arXiv:2407.01082); the best scores 0."""
+    """Of ``scores`` [G, K], whose best is 0, keep those at least ``p`` times as probable as the best."""
     return scores if p == 0 else scores.masked_fill(scores < torch.tensor(p).log().item(), -torch.inf)

@@ -1,8 +1,8 @@
-"""Which tokens of which requests the next step computes: continuous batching with chunked prefill.
+"""The scheduler: continuous batching with chunked prefill.
 
-Requests come first that came first. Blocks of the cache are taken as a request grows; where none is left, the
-prefix cache gives up what nobody uses, then the request that came last is preempted: it waits again, in front
-of the others, and computes its cache anew when there is room.
+Requests are served in order of arrival. Blocks are allocated as a request grows. If none is free, unused
+blocks of the prefix cache are evicted; then the most recent request is preempted: it waits again, ahead of
+the others, and recomputes its cache when there is room.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from xverse.engine.cache import BLOCK_SIZE, PagedCache, SequenceCache
 from xverse.engine.prefix import PrefixCache
 from xverse.engine.sequence import Sequence
 
-# While others decode, a step prefills only this part of a chunk: they wait for it.
+# While others decode, a step prefills only a fraction of a chunk, because they wait for it.
 _SHARED_CHUNK = 4
 
 
 @dataclass(slots=True)
 class Work:
-    """The next ``count`` tokens of a sequence, and ``proposed`` guesses behind them."""
+    """The next ``count`` tokens of a sequence, followed by ``proposed`` ones to verify."""
 
     sequence: Sequence
     count: int
@@ -29,7 +29,7 @@ class Work:
 
 
 class Scheduler:
-    """``running`` sequences, in order of arrival, and ``waiting`` ones."""
+    """``running`` and ``waiting`` sequences, in order of arrival."""
 
     def __init__(
         self, cache: PagedCache, prefixes: PrefixCache, *, max_batch: int, prefill_chunk: int
@@ -42,11 +42,11 @@ class Scheduler:
         self._prefixes = prefixes
         self._max_batch = max_batch
         self._prefill_chunk = prefill_chunk
-        # Blocks that a running sequence is about to compute: others wait for them instead of computing them.
+        # Blocks that a running sequence is about to compute; others wait for them.
         self._coming: dict[bytes, Sequence] = {}
 
     def schedule(self) -> list[Work]:
-        """The work of the next step, for which the cache has room. Empty where no sequence is left."""
+        """The work of the next step, with its blocks reserved. Empty if there are no sequences."""
         work = [
             Work(sequence, 1, [])
             for sequence in list(self.running)
@@ -65,7 +65,7 @@ class Scheduler:
         return [item for item in work if item.sequence.cache is not None]  # others were preempted meanwhile
 
     def propose(self, item: Work, tokens: list[int]) -> None:
-        """Let ``tokens`` be verified behind the item's own, as many as there is room for without harm."""
+        """Append ``tokens`` to the item for verification, if blocks for them are free."""
         cache = item.sequence.cache
         assert cache is not None
         missing = cache.missing(len(item.sequence.tokens) + len(tokens))
@@ -74,7 +74,7 @@ class Scheduler:
             item.proposed = tokens
 
     def computed(self, sequence: Sequence, count: int) -> None:
-        """``count`` more of its tokens are in the cache; full blocks can be found from now on."""
+        """Record that ``count`` more tokens are in the cache; full blocks enter the prefix cache."""
         cache = sequence.cache
         assert cache is not None
         cache.length += count
@@ -87,7 +87,7 @@ class Scheduler:
             sequence.registered = full
 
     def retire(self, sequence: Sequence) -> None:
-        """It runs no longer; what nobody else holds of its cache is free."""
+        """Remove a running sequence and release its blocks."""
         self.running.remove(sequence)
         self._leave(sequence)
 
@@ -99,29 +99,29 @@ class Scheduler:
         return count
 
     def _admit(self) -> Sequence | None:
-        """Start the first waiting sequence that can: there is room for all of its tokens, and one block more
-        for each running one."""
+        """Start the first waiting sequence for which there is room: for all of its tokens, and for one more
+        block of each running sequence."""
         if len(self.running) >= self._max_batch:
             return None
         for sequence in islice(self.waiting, self._max_batch):
             digests = sequence.reusable()
-            found = self._prefixes.find(digests)
-            if len(found) < len(digests) and digests[len(found)] in self._coming:
+            cached = self._prefixes.find(digests)
+            if len(cached) < len(digests) and digests[len(cached)] in self._coming:
                 continue
-            cache = SequenceCache(self._cache, sequence.tokens_at_most)
-            cache.share(found)
+            cache = SequenceCache(self._cache, sequence.most_tokens)
+            cache.share(cached)
             if not self._room(cache.missing(len(sequence.tokens)) + len(self.running)):
                 cache.release()
                 return None
             self.reused_tokens += cache.length
-            sequence.cache, sequence.registered = cache, len(found)
-            self._prefixes.touch(digests[: len(found)])
+            sequence.cache, sequence.registered = cache, len(cached)
+            self._prefixes.touch(digests[: len(cached)])
             if self._prefixes.blocks_at_most:
-                for digest in digests[len(found) :]:
+                for digest in digests[len(cached) :]:
                     self._coming.setdefault(digest, sequence)
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            self.running.sort(key=lambda each: each.handle)
+            self.running.sort(key=lambda running: running.handle)
             return sequence
         return None
 
@@ -130,8 +130,8 @@ class Scheduler:
         return blocks <= free or blocks <= free + self._prefixes.idle()
 
     def _reserve(self, sequence: Sequence, length: int) -> bool:
-        """Take the blocks for ``length`` positions, at the cost of what is worth less; False where the
-        sequence itself had to go."""
+        """Allocate the blocks for ``length`` positions, evicting and preempting if necessary. False if the
+        sequence itself was preempted."""
         pool = self._cache.pool
         while sequence.cache is not None:
             missing = sequence.cache.missing(length) - pool.free
@@ -145,7 +145,7 @@ class Scheduler:
         self.preemptions += 1
         self.retire(sequence)
         if sequence.prompted is not None and sequence.scoring:
-            sequence.prompted.found.clear()
+            sequence.prompted.logprobs.clear()
         self.waiting.appendleft(sequence)
 
     def _leave(self, sequence: Sequence) -> None:

@@ -1,4 +1,4 @@
-"""Log-probabilities of given text: of a prompt's own tokens, and of continuations of it."""
+"""Log-probabilities of given text: of a prompt's tokens, and of continuations of it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from xverse.config import UserError
 from xverse.engine.request import Event, Request, TokenLogprob
 from xverse.engine.sequence import Prompted
 
-Item = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and its continuations
+ScoringItem = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and its continuations, as ids
 
-_ROWS_AT_ONCE = 128  # logits of so many tokens exist at a time: 51 MB at 100,534 entries
+_ROWS_AT_ONCE = 128  # tokens whose logits exist at a time: 51 MB with 100,534 entries
 
 
 def token_logprob(logprobs: Tensor, token: int, alternatives: int) -> TokenLogprob:
-    """``token``'s entry of ``logprobs`` float32 [V], and the ``alternatives`` greatest."""
+    """``token``'s entry of ``logprobs`` float32 [V], and the ``alternatives`` greatest ones."""
     top: tuple[tuple[int, float], ...] = ()
     if alternatives:
         values, ids = logprobs.topk(min(alternatives, len(logprobs)))
@@ -32,27 +32,27 @@ def score_prompt(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
 ) -> bool:
-    """Add to ``prompted`` what ``hidden`` states [T, D] of the tokens from index ``start`` on say.
+    """Add log-probabilities to ``prompted``, from ``hidden`` states [T, D] of the tokens from ``start`` on.
 
-    ``head`` makes logits [T, V] of them. Returns whether all of these were numbers.
+    ``head`` computes logits [T, V]. Returns whether all log-probabilities are finite.
     """
     first = max(prompted.start - 1 - start, 0)  # the state of a token predicts the next one
     for part in hidden[first:].split(_ROWS_AT_ONCE):
         logprobs = head(part).float().log_softmax(dim=-1)  # [R, V]
         at = start + first + 1
         first += len(part)
-        targets = tokens[at : at + len(part)]  # one short at the end of the prompt
+        targets = tokens[at : at + len(part)]  # one fewer at the end of the prompt
         rows = torch.arange(len(targets), device=logprobs.device)
         chosen = logprobs[rows, torch.tensor(targets, dtype=torch.long, device=logprobs.device)].tolist()
         if not all(value <= 0 for value in chosen):  # NaN compares as False
             return False
         if prompted.alternatives:
-            prompted.found += [
+            prompted.logprobs += [
                 token_logprob(row, token, prompted.alternatives)
                 for row, token in zip(logprobs, targets, strict=False)
             ]
         else:
-            prompted.found += [TokenLogprob(*pair) for pair in zip(targets, chosen, strict=True)]
+            prompted.logprobs += [TokenLogprob(*pair) for pair in zip(targets, chosen, strict=True)]
         if prompted.finals and at + len(part) > len(tokens):
             prompted.final_logprobs = logprobs[-1, list(prompted.finals)].tolist()
             prompted.final_best = int(logprobs[-1].argmax())
@@ -62,17 +62,17 @@ def score_prompt(
 
 
 class Scores:
-    """The requests that ``Engine.score`` makes of its items, and the results as they arrive.
+    """The requests that ``Engine.score`` makes from its items, and the results as they arrive.
 
-    Continuations that differ in their last token only are one request: "A", "B", "C", "D" cost one pass.
-    ``likeliest``, known ``if_likeliest``: whether all tokens of a continuation are the likeliest there.
+    Continuations that differ only in their last token share a request: "A", "B", "C", "D" cost one pass.
+    With ``if_likeliest``, ``likeliest`` tells whether all tokens of a continuation are the most probable.
     """
 
     def __init__(
-        self, items: Sequence[Item], progress: Callable[[int], None] | None, if_likeliest: bool = False
+        self, items: Sequence[ScoringItem], progress: Callable[[int], None] | None, if_likeliest: bool = False
     ) -> None:
-        self.results: list[list[list[float]]] = [[[] for _ in each] for _, each in items]
-        self.likeliest: list[list[bool]] = [[False for _ in each] for _, each in items]
+        self.results: list[list[list[float]]] = [[[] for _ in texts] for _, texts in items]
+        self.likeliest: list[list[bool]] = [[False for _ in texts] for _, texts in items]
         self._alternatives = 1 if if_likeliest else 0
         self.open: dict[int, tuple[int, list[int], Prompted]] = {}
         self._items = items
@@ -82,7 +82,7 @@ class Scores:
         self._next: tuple[int, list[int]] = (0, [])
 
     def requests(self) -> Iterator[tuple[Request, Prompted]]:
-        """Each has to be followed by ``submitted``."""
+        """The caller submits each request and then calls ``submitted``."""
         for index, (prompt, continuations) in enumerate(self._items):
             stems: dict[tuple[int, ...], list[int]] = {}
             for number, continuation in enumerate(continuations):
@@ -92,7 +92,7 @@ class Scores:
             self._left[index] = len(stems)
             for stem, numbers in stems.items():
                 finals = tuple(continuations[number][-1] for number in numbers)
-                request = Request(prompt_ids=[*prompt, *stem], max_new_tokens=0, prompt_logprobs=0)
+                request = Request(prompt_ids=[*prompt, *stem], prompt_logprobs=0, generate=False)
                 self._next = index, numbers
                 start = max(len(prompt), 1)
                 yield request, Prompted(start=start, alternatives=self._alternatives, finals=finals)
@@ -101,15 +101,15 @@ class Scores:
         self.open[handle] = (*self._next, prompted)
 
     def take(self, event: Event) -> None:
-        """The only event of one of the requests. Raises UserError where it failed."""
+        """Take the only event of one of the requests. Raises UserError if it failed."""
         index, numbers, prompted = self.open.pop(event.handle)
         if event.error:
             raise UserError(f"item {index}: {event.error}")
-        stem = [each.logprob for each in prompted.found]
-        begun = all(each.top and each.top[0][0] == each.token_id for each in prompted.found)
+        stem = [token.logprob for token in prompted.logprobs]
+        likeliest = all(token.top and token.top[0][0] == token.token_id for token in prompted.logprobs)
         for number, token, final in zip(numbers, prompted.finals, prompted.final_logprobs, strict=True):
             self.results[index][number] = [*stem, final]
-            self.likeliest[index][number] = begun and token == prompted.final_best
+            self.likeliest[index][number] = likeliest and token == prompted.final_best
         self._left[index] -= 1
         if not self._left[index]:
             self._done += 1

@@ -1,4 +1,4 @@
-"""A request while it waits and runs: its tokens, where its cache stands, what has been said of it."""
+"""The state of a request while it waits and runs."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from xverse.tokenizer import StreamDecoder
 
 @dataclass(eq=False)
 class Prompted:
-    """Log-probabilities of a prompt's tokens from index ``start`` on, and of ``finals`` behind its last."""
+    """Log-probabilities of a prompt's tokens from index ``start`` on, and of ``finals`` after its last."""
 
     start: int
     alternatives: int = 0
     finals: tuple[int, ...] = ()
-    found: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     final_logprobs: list[float] = field(default_factory=list)
-    final_best: int = -1  # the likeliest token in their place
+    final_best: int = -1  # the most probable token at their position
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """``tokens`` are the prompt and what was generated; the cache holds ``computed`` of them, at most all but
-    the last. Nothing but the cache is lost when the sequence is preempted."""
+    """``tokens`` are the prompt and the reply. The cache holds ``computed`` of them, at most all but the
+    last; preemption loses nothing else."""
 
     handle: int
     request: Request
     tokens: list[int]
-    tokens_at_most: int
-    decoder: StreamDecoder
+    most_tokens: int
+    text_decoder: StreamDecoder
     stop: StopText
     adjustment: Adjustment
     key: Key
     generator: torch.Generator | None
-    plain: bool  # the greatest logit is its next token, and nothing else is asked
+    plain: bool  # greedy, without penalties, constraint or log-probabilities
     prompted: Prompted | None
     salt: bytes
     prompt_tokens: int
-    acceptance: float  # share of guesses that were right, a running mean
+    acceptance: float  # share of proposed tokens that were accepted, a running mean
     digests: list[bytes] = field(default_factory=list)
     cache: SequenceCache | None = None
     registered: int = 0  # blocks that were offered to the prefix cache
@@ -56,12 +56,12 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """How many of the tokens are not in the cache."""
+        """The number of tokens that are not in the cache."""
         return len(self.tokens) - self.computed
 
     @property
     def scoring(self) -> bool:
-        """Whether log-probabilities of the prompt are still to be found."""
+        """Whether log-probabilities of the prompt remain to be computed."""
         return self.prompted is not None and not self.reported
 
     def full_digests(self) -> list[bytes]:
@@ -70,8 +70,8 @@ class Sequence:
         return self.digests
 
     def reusable(self) -> list[bytes]:
-        """Those of the blocks that need not be computed where they are at hand: all before the first token
-        whose logits are needed."""
+        """Digests of the blocks that may come from the prefix cache: all before the first token whose logits
+        are needed."""
         first = len(self.tokens) - 1
         if self.prompted is not None and self.scoring:
             first = min(first, self.prompted.start - 1)

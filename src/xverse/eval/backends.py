@@ -1,28 +1,27 @@
-"""What scores: this project's engine, or any causal language model of transformers."""
+"""Backends that score prompts: the engine, or any causal language model of transformers."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.data.benchmarks.questions import json_file
 from xverse.engine import Engine
-from xverse.engine.load import FLOAT32_BELOW, load_engine
-from xverse.eval.scoring import Item
-from xverse.formats import load_tokenizer, read_config, resolve
+from xverse.engine.load import load_engine
+from xverse.eval.scoring import ScoreItem
+from xverse.formats import ModelDirectory
+from xverse.model.config import FLOAT32_BELOW
 
 _LEAST_SHARED = 16  # tokens; less is not worth a cache
 
 
 class EngineBackend:
-    """What prompts have in common at their beginning is computed once: the engine's prefix cache finds it."""
+    """Scores with the engine, whose prefix cache computes a common beginning of prompts once."""
 
     def __init__(self, engine: Engine, name: str, stop_ids: Sequence[int] = ()) -> None:
         self.name = name
@@ -32,23 +31,30 @@ class EngineBackend:
         self.dtype = str(next(engine.model.parameters()).dtype).removeprefix("torch.")
 
     @classmethod
-    def load(cls, model: str, *, quantize: str | None, threads: int | None, **settings: Any) -> EngineBackend:
-        """Raises UserError for what cannot be loaded."""
-        loaded = load_engine(model, quantize=quantize, threads=threads, max_batch=32, **settings)
-        return cls(loaded.engine, model, loaded.stop_ids)
+    def load(
+        cls, model: str | ModelDirectory, *, quantize: str | None, threads: int | None, **settings: Any
+    ) -> EngineBackend:
+        """Load a model. Raises UserError where that is not possible."""
+        directory = ModelDirectory.named(model)
+        loaded = load_engine(directory, quantize=quantize, threads=threads, max_batch=32, **settings)
+        return cls(loaded.engine, directory.name, loaded.stop_ids)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.engine.tokenizer.encode_batch(texts)
 
     def score(
-        self, items: Sequence[Item], progress: Callable[[int], None] | None = None
+        self, items: Sequence[ScoreItem], progress: Callable[[int], None] | None = None
     ) -> list[list[float]]:
-        return [[sum(each) for each in found] for found in self.engine.score(items, progress)]
+        scores = self.engine.score(items, progress)
+        return [[sum(logprobs) for logprobs in continuations] for continuations in scores]
 
 
 class TransformersBackend:
-    """``encode``: text to ids. The longest common beginning of a batch is computed once and its cache given
-    to all; a model whose cache cannot be copied or continued computes whole prompts."""
+    """Scores with a model of transformers; ``encode`` maps text to ids.
+
+    The longest common prefix of a batch is computed once, and its cache is copied for every row. Models whose
+    cache cannot be copied or continued compute whole prompts.
+    """
 
     def __init__(
         self,
@@ -67,61 +73,63 @@ class TransformersBackend:
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
 
     @classmethod
-    def load(cls, model: str, *, threads: int | None = None) -> TransformersBackend:
-        """XVERSE in our transformers class, or another model of XVERSE's tables in one of transformers' own,
-        on a GPU where there is one. Raises UserError for what cannot be loaded."""
+    def load(cls, model: str | ModelDirectory, *, threads: int | None = None) -> TransformersBackend:
+        """Load XVERSE in this project's transformers class, or another model of the published tables in that
+        of transformers, on a GPU if there is one. Raises UserError where that is not possible."""
         if threads is not None:
             torch.set_num_threads(threads)
-        path = resolve(model)
-        if model_type(path) == "xverse":
+        directory = ModelDirectory.named(model)
+        if directory.model_type == "xverse":
             from xverse.hf import XverseForCausalLM
 
-            tokenizer = load_tokenizer(path)
-            found: Any = XverseForCausalLM.from_pretrained(
-                path, dtype=_dtype(read_config(path).num_parameters())
+            tokenizer, config = directory.tokenizer, directory.config
+            xverse: Any = XverseForCausalLM.from_pretrained(
+                directory.path, dtype=_dtype(config.num_parameters())
             )
-            return cls(_placed(found), tokenizer.encode, name=model, context=read_config(path).context_length)
+            return cls(_placed(xverse), tokenizer.encode, name=directory.name, context=config.context_length)
         from xverse.formats.foreign import load_foreign
 
-        foreign = load_foreign(path)
-        parameters = sum(each.numel() for each in foreign.model.parameters())
+        foreign = load_foreign(directory)
+        parameters = sum(parameter.numel() for parameter in foreign.model.parameters())
         loaded: Any = foreign.model
         loaded = loaded.to(_dtype(parameters) or loaded.dtype)
         first, encode = list(foreign.tokenizer.bos_ids), foreign.tokenizer.encode
         context = _context(loaded.config)
-        return cls(_placed(loaded), lambda text: [*first, *encode(text)], name=model, context=context)
+        return cls(
+            _placed(loaded), lambda text: [*first, *encode(text)], name=directory.name, context=context
+        )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
 
     def score(
-        self, items: Sequence[Item], progress: Callable[[int], None] | None = None
+        self, items: Sequence[ScoreItem], progress: Callable[[int], None] | None = None
     ) -> list[list[float]]:
         results: list[list[float]] = [[] for _ in items]
-        # Continuations of one token are read off the prompt's last place; others need a row each.
+        # One forward pass of the prompt scores all continuations of one token; longer ones need a row each.
         rows: list[tuple[int, int | None, list[int]]] = []
         for index, (ids, continuations) in enumerate(items):
             results[index] = [0.0] * len(continuations)
             if all(len(continuation) == 1 for continuation in continuations):
                 rows.append((index, None, ids))
             else:
-                rows += [(index, n, [*ids, *each[:-1]]) for n, each in enumerate(continuations)]
+                rows += [(index, n, [*ids, *tokens[:-1]]) for n, tokens in enumerate(continuations)]
         done: set[int] = set()
         common = 0
-        if self.shares and len(rows) > 1:  # a prompt's last token stays: what follows it is wanted
+        if self.shares and len(rows) > 1:  # the last token of a prompt stays: its logits are needed
             common = min(_common([ids for _, _, ids in rows]), min(len(ids) for ids, _ in items) - 1)
         prefix = self._prefix(rows[0][2][:common]) if common >= _LEAST_SHARED else None
         start = common if prefix is not None else 0
         for batch in _batches(rows, start, self._batch_tokens):
-            wanted = [1 if number is None else len(items[index][1][number]) for index, number, _ in batch]
-            logprobs = self._forward([ids[start:] for _, _, ids in batch], wanted, prefix, start)
-            for (index, number, _), found in zip(batch, logprobs, strict=True):
+            counts = [1 if number is None else len(items[index][1][number]) for index, number, _ in batch]
+            logprobs = self._forward([ids[start:] for _, _, ids in batch], counts, prefix, start)
+            for (index, number, _), scores in zip(batch, logprobs, strict=True):
                 continuations = items[index][1]
                 if number is None:
-                    results[index] = [found[0, each[0]].item() for each in continuations]
+                    results[index] = [scores[0, tokens[0]].item() for tokens in continuations]
                 else:
-                    places = torch.arange(len(found))
-                    results[index][number] = found[places, torch.tensor(continuations[number])].sum().item()
+                    places = torch.arange(len(scores))
+                    results[index][number] = scores[places, torch.tensor(continuations[number])].sum().item()
                 done.add(index)
             if progress is not None:
                 progress(len(done))
@@ -129,23 +137,25 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def _prefix(self, ids: list[int]) -> Any:
-        """The cache of a common beginning, or None where this model's cannot be shared."""
+        """The cache of a common prefix; None if this model's cache cannot be shared."""
         try:
             device = next(self._model.parameters()).device
-            found = self._model(torch.tensor([ids], device=device), use_cache=True).past_key_values
-            again = copy.deepcopy(found)
+            cache = self._model(torch.tensor([ids], device=device), use_cache=True).past_key_values
+            again = copy.deepcopy(cache)
             again.batch_repeat_interleave(2)
-            if found.get_seq_length() != len(ids):  # a window that forgets
-                raise ValueError("the cache does not hold the whole text")
+            if cache.get_seq_length() != len(ids):  # sliding window
+                raise ValueError("the cache does not hold the whole prefix")
         except (AttributeError, TypeError, ValueError, NotImplementedError):
             self.shares = False
             return None
-        return found
+        return cache
 
     @torch.inference_mode()
-    def _forward(self, texts: list[list[int]], wanted: list[int], prefix: Any, start: int) -> list[Tensor]:
-        """Log-probabilities float32 [W, V] behind the last ``wanted`` tokens of each text. Padding stands at
-        the right, where causal attention does not see it."""
+    def _forward(self, texts: list[list[int]], counts: list[int], prefix: Any, start: int) -> list[Tensor]:
+        """For each text log-probabilities float32 [count, V] after its last ``count`` tokens.
+
+        Padding is on the right, where causal attention does not see it.
+        """
         device = next(self._model.parameters()).device
         longest = max(map(len, texts))
         ids = torch.zeros(len(texts), longest, dtype=torch.long)
@@ -158,9 +168,9 @@ class TransformersBackend:
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(len(texts))
             settings["past_key_values"] = cache
-        spans = [range(len(text) - count, len(text)) for text, count in zip(texts, wanted, strict=True)]
+        spans = [range(len(text) - count, len(text)) for text, count in zip(texts, counts, strict=True)]
         places = list(range(longest))
-        if self._chooses:  # of a large vocabulary the logits are most of the work
+        if self._chooses:  # with a large vocabulary the logits dominate the cost
             places = sorted({place for span in spans for place in span})
             settings["logits_to_keep"] = torch.tensor(places, device=device)
         logits = self._model(ids.to(device), **settings).logits  # [B, places, V]
@@ -175,23 +185,17 @@ def load_backend(
     model: str, *, which: str | None, quantize: str | None, threads: int | None, kv_dtype: str
 ) -> EngineBackend | TransformersBackend:
     """``which``: ``engine`` or ``transformers``; None: the engine for XVERSE, transformers for others."""
-    which = which or ("engine" if model_type(resolve(model)) == "xverse" else "transformers")
+    directory = ModelDirectory.named(model)
+    which = which or ("engine" if directory.model_type == "xverse" else "transformers")
     if which == "engine":
-        return EngineBackend.load(model, quantize=quantize, threads=threads, kv_dtype=kv_dtype)
+        return EngineBackend.load(directory, quantize=quantize, threads=threads, kv_dtype=kv_dtype)
     if quantize is not None or kv_dtype != "auto":
-        raise UserError(
-            "--quantize and --kv-dtype belong to the engine; this model is scored by transformers"
-        )
-    return TransformersBackend.load(model, threads=threads)
-
-
-def model_type(path: Path) -> str:
-    """As config.json says; raises UserError where it does not."""
-    return str(json_file(path / "config.json").get("model_type"))
+        raise UserError("--quantize and --kv-dtype need the engine; this model is scored with transformers")
+    return TransformersBackend.load(directory, threads=threads)
 
 
 def _dtype(parameters: int) -> torch.dtype | None:
-    """Small models in float32, others as they are stored."""
+    """float32 for small models; None (as stored) for others."""
     return torch.float32 if parameters < FLOAT32_BELOW else None
 
 
@@ -200,16 +204,16 @@ def _placed(model: Any) -> Any:
 
 
 def _context(config: Any) -> int:
-    """How long a text may be; configs have several names for it."""
+    """The context length, for which configs have several names."""
     for name in ("max_position_embeddings", "seq_length", "max_seq_len"):
         if isinstance(getattr(config, name, None), int):
             return int(getattr(config, name))
-    raise UserError("config.json does not say how long the model's context is")
+    raise UserError("config.json does not give the model's context length")
 
 
 def _common(rows: Sequence[list[int]]) -> int:
-    """How many ids all rows begin with; at least one of each is left over."""
-    first, last = min(rows), max(rows)  # what these two share, all that lie between them begin with, too
+    """The length of the longest common prefix of all rows that leaves at least one id of each."""
+    first, last = min(rows), max(rows)  # all rows share the common prefix of these two
     most = min(map(len, rows)) - 1
     return next((place for place in range(most) if first[place] != last[place]), most)
 
@@ -217,7 +221,7 @@ def _common(rows: Sequence[list[int]]) -> int:
 def _batches(
     rows: Sequence[tuple[int, int | None, list[int]]], start: int, most: int
 ) -> list[list[tuple[int, int | None, list[int]]]]:
-    """Neighbours of like length, at most ``most`` tokens with their padding."""
+    """Rows sorted by length, in batches of at most ``most`` tokens including padding."""
     batches: list[list[tuple[int, int | None, list[int]]]] = []
     longest = 0
     for row in sorted(rows, key=lambda row: len(row[2])):
@@ -228,15 +232,3 @@ def _batches(
             batches.append([row])
             longest = len(row[2]) - start
     return batches
-
-
-def need(module: str) -> Any:
-    """An optional library of evaluation. Raises UserError where it is not installed."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(
-            f"this needs {module}: pip install 'xverse-lm[eval]', or -e '.[eval]' in a checkout"
-        ) from None

@@ -1,31 +1,24 @@
-"""What a multiple-choice benchmark is: its questions, how a prompt is written, how its score is averaged."""
+"""What a multiple-choice benchmark is: its questions, its prompts, and how its score is averaged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from xverse.data.benchmarks.questions import Question, Reader, Subject
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a user may choose of how a benchmark is read."""
-
-    split: str | None = None  # None: the benchmark's own
-    fix_none: bool = False  # MMLU: the option "None" as it stands, where the official script reads "nan"
+from xverse.data.benchmarks.questions import Options, Question, QuestionReader, Subject
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A prompt is the ``header``, every shot's ``item``, ``answer`` and ``between``, the question's ``item``.
+    """A prompt is the ``header``, then ``item``, ``answer`` and ``between`` of each shot, and the question's
+    ``item``.
 
-    ``answer`` makes of a letter what follows an item: " A" and "A" are different tokens, and points apart.
-    ``average``: micro counts questions, macro is the mean over subjects. ``load`` reads a folder's subjects.
-    ``shots_rule`` says which questions are the shots, and ``method`` the rest that one has to know to compare
-    scores; the report prints both.
+    ``answer`` maps a letter to the text that follows an item: " A" and "A" are different tokens, and scores
+    differ by points. ``average``: micro averages questions, macro subjects. ``load`` reads the subjects of a
+    folder. The report prints ``shots_rule``, which questions are the shots, and ``method``, what else affects
+    the scores.
     """
 
     name: str
@@ -33,7 +26,7 @@ class Benchmark:
     folder: str
     split: str
     splits: tuple[str, ...]
-    load: Callable[[Path, Reader, Options], list[Subject]]
+    load: Callable[[Path, QuestionReader, Options], list[Subject]]
     header: Callable[[Subject], str]
     item: Callable[[Question], str]
     answer: Callable[[Question, str], str]
@@ -46,7 +39,7 @@ class Benchmark:
     notes: tuple[str, ...] = field(default=())
 
     def shots(self, subject: Subject, count: int) -> str:
-        """What all questions of a subject begin with: the header and the first ``count`` shots."""
+        """The common beginning of a subject's prompts: the header and the first ``count`` shots."""
         parts = [self.header(subject)]
         for shot in subject.shots[:count]:
             assert shot.answer is not None
@@ -54,7 +47,7 @@ class Benchmark:
         return "".join(parts)
 
     def prompt(self, subject: Subject, question: Question, count: int) -> str:
-        """What the model reads; its answer is the likeliest of ``answer`` for each letter."""
+        """The prompt of a question; the model's answer is the letter whose ``answer`` is likeliest."""
         return self.shots(subject, count) + self.item(question)
 
 
@@ -62,22 +55,3 @@ def lettered(question: Question) -> str:
     """``\\nA. first\\nB. second`` …, as MMLU and C-Eval write options."""
     lines = zip(question.letters, question.options, strict=False)
     return "".join(f"\n{letter}. {option}" for letter, option in lines)
-
-
-def first_ones_out(
-    questions: Sequence[Question], count: int = 5
-) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
-    """The fixed rule for benchmarks whose authors published no shots: the first question of each of the first
-    ``count`` items is a shot and is not scored. (An item's questions share the part of ``id`` before "#".)"""
-    shots: dict[str, Question] = {}
-    for question in questions:
-        if len(shots) < count:
-            shots.setdefault(question.id.partition("#")[0], question)
-    chosen = {shot.id for shot in shots.values()}
-    return tuple(shots.values()), tuple(each for each in questions if each.id not in chosen)
-
-
-SHOTS_TAKEN_OUT = (
-    "the first question of each of a subject's first five items; these are not scored (which ones XVERSE "
-    "used is not published)"
-)

@@ -1,4 +1,4 @@
-"""Two evaluations on the questions that both answered."""
+"""Comparison of two evaluations on the questions that both answered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNIFICANT = 0.05
 
 
 def lines(first: Path, second: Path) -> Iterator[str]:
-    """A Markdown table. Raises UserError where they have no question in common, or not the same prompts."""
+    """A Markdown table. Raises UserError where they have no question in common, or different prompts."""
     one, other = report.read(first), report.read(second)
     tasks = [task for task in one.answers if task in other.answers]
     if not tasks:
@@ -26,23 +26,23 @@ def lines(first: Path, second: Path) -> Iterator[str]:
         theirs = {(row["subject"], row["id"]): row for rows in other.answers[task].values() for row in rows}
         for rows in one.answers[task].values():
             for row in rows:
-                mate = theirs.get((row["subject"], row["id"]))
-                if mate is None or row["answer"] is None:
+                match = theirs.get((row["subject"], row["id"]))
+                if match is None or row["answer"] is None:
                     continue
-                if mate["prompt"] != row["prompt"]:
+                if match["prompt"] != row["prompt"]:
                     raise UserError(
-                        f"{task}, {row['id']}: the prompts differ ({row['shots']} and {mate['shots']} "
+                        f"{task}, {row['id']}: the prompts differ ({row['shots']} and {match['shots']} "
                         "shots); scores of different prompts are not compared"
                     )
-                pairs.append((row["prediction"] == row["answer"], mate["prediction"] == mate["answer"]))
+                pairs.append((row["prediction"] == row["answer"], match["prediction"] == match["answer"]))
         if not pairs:
             raise UserError(f"{task}: {first} and {second} have no question in common")
-        found = paired([mine for mine, _ in pairs], [his for _, his in pairs])
-        mark = "*" if found.p < SIGNIFICANT else ""
-        spread = f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
-        difference = f"{100 * (found.second - found.first):+.2f} ({spread}){mark}"
-        scores = f"{100 * found.first:.2f} | {100 * found.second:.2f}"
-        counts = f"{found.only_first} | {found.only_second}"
-        yield f"| {task} ({found.count}) | {scores} | {difference} | {counts} | {found.p:.3g} |"
+        result = paired([first for first, _ in pairs], [second for _, second in pairs])
+        mark = "*" if result.p < SIGNIFICANT else ""
+        spread = f"{100 * result.low:+.2f} to {100 * result.high:+.2f}"
+        difference = f"{100 * (result.second - result.first):+.2f} ({spread}){mark}"
+        scores = f"{100 * result.first:.2f} | {100 * result.second:.2f}"
+        counts = f"{result.only_first} | {result.only_second}"
+        yield f"| {task} ({result.count}) | {scores} | {difference} | {counts} | {result.p:.3g} |"
     yield ""
-    yield "Scores are per question here, whatever the benchmark's average. p: exact McNemar test."
+    yield "Scores are averages over questions, whatever the benchmark's rule. p: exact McNemar test."

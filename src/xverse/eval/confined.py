@@ -1,6 +1,6 @@
-"""The other side of ``sandbox.py``: a script that confines itself, says so, and runs a program.
+"""The script that ``sandbox.py`` starts: it confines itself, reports that, and runs a program.
 
-``python -I -S confined.py PROGRAM SECONDS MEMORY``; it imports nothing of xverse.
+``python -I -S confined.py PROGRAM SECONDS MEMORY``; it imports nothing from xverse.
 """
 
 import ctypes
@@ -21,12 +21,12 @@ def main() -> None:
     library = ctypes.CDLL(None, use_errno=True)
     if library.unshare(_NEW_USER | _NEW_PROCESSES | _NEW_NETWORK):
         sys.exit(f"unshare: {os.strerror(ctypes.get_errno())}")
-    child = os.fork()  # the first process of its namespace: it sees none but its own, and they end with it
+    child = os.fork()  # process 1 of its namespace: it sees only its descendants, which die with it
     if child:
         _, status = os.waitpid(child, 0)
         sys.exit(0 if status == 0 else 1)
     library.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    with open(path, encoding="utf-8") as file:  # noqa: PTH123 - without site there is as little as possible
+    with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib is not loaded here
         program = file.read()
     for kind, limit in (
         (resource.RLIMIT_AS, memory),

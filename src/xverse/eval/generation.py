@@ -1,4 +1,4 @@
-"""Replies of an engine to many prompts at once, and the tasks that are scored by what a model writes."""
+"""Generating replies to many prompts at once, and what a generative task is."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from xverse.engine import Engine, Request, Sampling
+from xverse.engine import Engine, Request, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """``limit``: so many items of each kind. ``allow_code``: what the model writes may be run."""
+class TaskSettings:
+    """``limit``: at most so many items of each kind; ``allow_code``: generated code may be run."""
 
     limit: int | None = None
     allow_code: bool = False
-    texts: Path | None = None  # of `ppl`
+    texts: Path | None = None  # folder of texts for ppl
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """``figures``: for the report's table; ``rows``: one for each item; ``page``: Markdown."""
+    """``figures``: for the report's table; ``rows``: one for each item; ``page``: Markdown or empty."""
 
     title: str
     method: str
@@ -31,14 +31,14 @@ class Outcome:
 
 
 class Task(Protocol):
-    """``progress(items, of)`` is told after each."""
+    """``progress(done, total)`` is called after each item."""
 
     def __call__(
         self,
         engine: Engine,
         stop_ids: Sequence[int],
         data_dir: Path,
-        settings: Settings,
+        settings: TaskSettings,
         progress: Callable[[int, int], None],
     ) -> Outcome: ...
 
@@ -52,7 +52,7 @@ def generate(
     stop: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """The likeliest continuation of every prompt, up to a stop string or a stop id, without it.
+    """The greedy continuation of every prompt up to, and without, a stop string or stop id.
 
     Raises UserError for a prompt that leaves no room for a reply.
     """
@@ -62,10 +62,8 @@ def generate(
     for index, ids in enumerate(prompts):
         request = Request(
             prompt_ids=ids,
-            max_new_tokens=max(1, min(max_new_tokens, room - len(ids))),
-            sampling=Sampling(temperature=0),
+            sampling=SamplingParams.greedy(max(1, min(max_new_tokens, room - len(ids))), stop=tuple(stop)),
             stop_ids=tuple(stop_ids),
-            stop=list(stop),
         )
         handles[engine.submit(request)] = index
     done = 0

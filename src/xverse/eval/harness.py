@@ -1,6 +1,6 @@
-"""The engine as a model of EleutherAI's lm-evaluation-harness, for every task that is not written here.
+"""The engine as a model of EleutherAI's lm-evaluation-harness, for tasks that this project does not have.
 
-``import xverse.eval.harness`` registers it there as the model ``xverse``.
+``import xverse.eval.harness`` registers it as the model ``xverse``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from xverse.engine import Request, Sampling
+from xverse.engine import Request, SamplingParams
 from xverse.eval.backends import EngineBackend
-from xverse.eval.scoring import Item
+from xverse.eval.scoring import ScoreItem
 
 
 @register_model("xverse")
 class Harness(LM):
-    """Arguments: ``model``, ``quantize``, ``threads``, ``max_new_tokens``. Raises UserError for what cannot
-    be loaded."""
+    """Arguments: ``model``, ``quantize``, ``threads``, ``max_new_tokens``. Raises UserError for a model that
+    cannot be loaded."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Harness(LM):
         quantize: str | None = None,
         threads: int | None = None,
         max_new_tokens: int = 256,
-        **ignored: Any,  # batch_size, device, max_batch_size: the harness gives them to every model
+        **ignored: Any,  # batch_size, device, max_batch_size: the harness passes them to every model
     ) -> None:
         super().__init__()
         self._backend = EngineBackend.load(
@@ -44,12 +44,11 @@ class Harness(LM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         items = [self._divided(*request.args) for request in requests]
-        found = self._engine.score_likeliest(items)
-        return [scores[0] for scores in found]
+        return [scores[0] for scores in self._engine.score_likeliest(items)]
 
-    def _divided(self, context: str, continuation: str) -> Item:
-        """Ids of a context and its continuation, encoded together; blanks at the context's end belong to what
-        follows, as the harness has it."""
+    def _divided(self, context: str, continuation: str) -> ScoreItem:
+        """Ids of a context and its continuation, encoded together. As in the harness, trailing blanks of the
+        context count to the continuation."""
         blanks = len(context) - len(context.rstrip())
         if blanks:
             context, continuation = context[:-blanks], context[-blanks:] + continuation
@@ -62,7 +61,7 @@ class Harness(LM):
         return ids[max(0, len(ids) + len(rest) - longest) :], [rest]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the context that share nothing."""
+        """Log-likelihoods of whole texts, in windows of the context length without overlap."""
         results = []
         for request in requests:
             ids = self._engine.tokenizer.encode(request.args[0])
@@ -93,11 +92,11 @@ class Harness(LM):
         sampled = bool(settings.get("do_sample")) and float(settings.get("temperature") or 0) > 0
         return Request(
             prompt_ids=ids,
-            max_new_tokens=most,
-            sampling=Sampling(
+            sampling=SamplingParams(
+                max_new_tokens=most,
+                stop=(until,) if isinstance(until, str) else tuple(until),
                 temperature=float(settings["temperature"]) if sampled else 0,
                 top_p=float(settings.get("top_p") or 1) if sampled else 1,
             ),
             stop_ids=self._backend.stop_ids,
-            stop=[until] if isinstance(until, str) else list(until),
         )

@@ -1,4 +1,4 @@
-"""The tables that XVERSE published, with their footnotes: README of XVERSE-7B."""
+"""The result tables of XVERSE-7B's README, with their footnotes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CEVAL: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("XVERSE-7B", "base", ("57.1", "48.9", "71.0", "59.7", "56.7")),
     ("XVERSE-7B-Chat", "chat", ("55.4", "47.9", "68.5", "57.3", "55.1")),
 )
-# The benchmarks' own names of these categories, in the tables' order.
+# The names that the benchmarks use for these categories, in the tables' order.
 CATEGORIES = {
     "mmlu": ("STEM", "social sciences", "humanities", "other"),
     "ceval": ("STEM", "Social Science", "Humanities", "Other"),

@@ -1,4 +1,4 @@
-"""The report of one evaluation or several: the tables that XVERSE published, and these runs' rows."""
+"""The report of evaluations: the published tables of XVERSE-7B with a row for each run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.eval import published, store
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.statistics import Score, score
 from xverse.files import atomic_file
+from xverse.texts import read_json
 
 Rows = list[dict[str, Any]]
 _LIBRARIES = ("torch", "transformers", "tokenizers")
@@ -22,13 +23,13 @@ _LIBRARIES = ("torch", "transformers", "tokenizers")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a folder holds. ``answers``: task, subject, rows; ``facts``: how the run went."""
+    """The contents of a folder. ``answers``: by task and subject; ``facts``: time and memory of the run."""
 
     folder: Path
     settings: dict[str, Any]
     facts: dict[str, Any]
     answers: dict[str, dict[str, Rows]]
-    tasks: dict[str, dict[str, Any]]  # those that are no multiple choice
+    tasks: dict[str, dict[str, Any]]  # those other than multiple choice
 
     @property
     def name(self) -> str:
@@ -38,48 +39,38 @@ class Evaluation:
 
 
 def read(folder: Path) -> Evaluation:
-    """Raises UserError where there is no evaluation, or one without a finished subject."""
+    """Read a folder. Raises UserError where there is no evaluation, or no finished subject."""
     settings = store.settings(folder)
     answers: dict[str, dict[str, Rows]] = {}
     for path in sorted((folder / "answers").glob("*/*.jsonl")):
         answers.setdefault(path.parent.name, {})[path.stem] = store.read(path)
-    tasks = {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((folder / "tasks").glob("*.json"))
-    }
+    tasks = {path.stem: read_json(path) for path in sorted((folder / "tasks").glob("*.json"))}
     if not answers and not tasks:
         raise UserError(f"{folder}: no subject has been answered yet")
     facts = folder / "run.json"
-    return Evaluation(
-        folder,
-        settings,
-        json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {},
-        answers,
-        tasks,
-    )
+    return Evaluation(folder, settings, read_json(facts) if facts.exists() else {}, answers, tasks)
 
 
 def scores(evaluation: Evaluation, task: str, category: str | None = None) -> Score:
-    """Of a task's scored subjects, or of those of one category; nan where there are none."""
+    """The score of a task, or of one of its categories; nan if nothing was scored."""
     average = BENCHMARKS[task].average if task in BENCHMARKS else evaluation.settings["average"][task]
     return score(_right(evaluation, task, category), average)
 
 
 def _right(evaluation: Evaluation, task: str, category: str | None = None) -> dict[str, list[bool]]:
-    wanted = evaluation.settings["categories"].get(task, {})
+    categories = evaluation.settings["categories"].get(task, {})
     return {
         subject: [row["prediction"] == row["answer"] for row in rows if row["answer"] is not None]
         for subject, rows in evaluation.answers.get(task, {}).items()
-        if category is None or wanted.get(subject) == category
+        if category is None or categories.get(subject) == category
     }
 
 
 def write(folder: Path, evaluations: Sequence[Evaluation]) -> None:
-    """``report.md``, ``report.json``, ``report.png``, and C-Eval's ``submission.json`` for its test set."""
+    """Write report.md, report.json and report.png, and for C-Eval's test set ceval_submission.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for evaluation in evaluations:
-        sent = submission(evaluation)
-        if sent:
+        if sent := submission(evaluation):
             _write(folder / "ceval_submission.json", json.dumps(sent, ensure_ascii=False, indent=1))
     _write(folder / "report.json", json.dumps(as_json(evaluations), ensure_ascii=False))
     _write(folder / "report.md", "\n".join(markdown(evaluations)) + "\n")
@@ -87,34 +78,32 @@ def write(folder: Path, evaluations: Sequence[Evaluation]) -> None:
 
 
 def as_json(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """The first evaluation's questions and every one's scores."""
+    """The scores of every evaluation, and the first one's questions."""
     first = evaluations[0]
     return {
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")
-        },
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "runs": [
             {
-                "name": each.name,
-                "settings": each.settings,
-                "facts": each.facts,
+                "name": run.name,
+                "settings": run.settings,
+                "facts": run.facts,
                 "tasks": {
                     task: {
-                        **_plain(scores(each, task)),
+                        **_plain(scores(run, task)),
                         "categories": {
-                            name: _plain(scores(each, task, name))
-                            for name in sorted(set(each.settings["categories"].get(task, {}).values()))
+                            name: _plain(scores(run, task, name))
+                            for name in sorted(set(run.settings["categories"].get(task, {}).values()))
                         },
                         "subjects": {
                             subject: _plain(score({subject: right}, "micro"))
-                            for subject, right in _right(each, task).items()
+                            for subject, right in _right(run, task).items()
                         },
                     }
-                    for task in each.answers
+                    for task in run.answers
                 },
-                "figures": {name: task["figures"] for name, task in each.tasks.items()},
+                "figures": {name: task["figures"] for name, task in run.tasks.items()},
             }
-            for each in evaluations
+            for run in evaluations
         ],
         "questions": [
             row for subjects in first.answers.values() for rows in subjects.values() for row in rows
@@ -123,7 +112,7 @@ def as_json(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
 
 
 def submission(evaluation: Evaluation) -> dict[str, dict[str, str]]:
-    """What the authors of C-Eval take for its test set: subject, id, letter."""
+    """The form in which C-Eval's authors score its test set: letters by subject and id."""
     if "test" not in evaluation.settings["splits"].get("ceval", ""):
         return {}
     return {
@@ -133,16 +122,16 @@ def submission(evaluation: Evaluation) -> dict[str, dict[str, str]]:
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    names = ", ".join(each.name for each in evaluations)
+    names = ", ".join(run.name for run in evaluations)
     yield f"# Evaluation of {names}\n"
-    tasks = [task for task in published.OVERALL_COLUMNS if any(task in each.answers for each in evaluations)]
-    others = sorted({task for each in evaluations for task in each.answers} - set(published.OVERALL_COLUMNS))
+    tasks = [task for task in published.OVERALL_COLUMNS if any(task in run.answers for run in evaluations)]
+    others = sorted({task for run in evaluations for task in run.answers} - set(published.OVERALL_COLUMNS))
     if tasks:
         columns = [_heading(task) for task in published.OVERALL_COLUMNS]
         rows = [(f"{name} (published)", kind, values) for name, kind, values in published.OVERALL]
         rows += [
-            (f"**{each.name}**", "this run", tuple(_cell(each, task) for task in published.OVERALL_COLUMNS))
-            for each in evaluations
+            (f"**{run.name}**", "this run", tuple(_cell(run, task) for task in published.OVERALL_COLUMNS))
+            for run in evaluations
         ]
         yield from _table(["model", "type", *columns], rows)
         yield ""
@@ -152,30 +141,30 @@ def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
         ("mmlu", "MMLU by category", published.MMLU),
         ("ceval", "C-Eval by category", published.CEVAL),
     ):
-        if not any(task in each.answers for each in evaluations):
+        if not any(task in run.answers for run in evaluations):
             continue
         yield f"## {title}\n"
         rows = [(f"{name} (published)", kind, values) for name, kind, values in table]
-        for each in evaluations:
-            if task in each.answers:
+        for run in evaluations:
+            if task in run.answers:
                 kinds = (None, *published.CATEGORIES[task])
                 rows.append(
                     (
-                        f"**{each.name}**",
+                        f"**{run.name}**",
                         "this run",
-                        tuple(_percent(scores(each, task, kind)) for kind in kinds),
+                        tuple(_percent(scores(run, task, kind)) for kind in kinds),
                     )
                 )
         yield from _table(["model", "type", *published.CATEGORY_COLUMNS], rows)
         yield ""
     yield from _precisions(evaluations)
-    for name in sorted({name for each in evaluations for name in each.tasks}):
-        yield from _figures([each for each in evaluations if name in each.tasks], name)
+    for name in sorted({name for run in evaluations for name in run.tasks}):
+        yield from _figures([run for run in evaluations if name in run.tasks], name)
     yield "## How it was measured\n"
     for task in [*tasks, *others]:
         yield from _method(evaluations, task)
-    for each in evaluations:
-        yield f"\n{each.name}: {_said(each)}"
+    for run in evaluations:
+        yield f"\n{run.name}: {_settings(run)}"
     yield "\n![The scores](report.png)"
 
 
@@ -188,12 +177,12 @@ def _cell(evaluation: Evaluation, task: str) -> str:
     return _percent(scores(evaluation, task)) if task in evaluation.answers else "–"
 
 
-def _percent(found: Score) -> str:
-    return "–" if math.isnan(found.value) else f"{100 * found.value:.1f}"
+def _percent(value: Score) -> str:
+    return "–" if math.isnan(value.value) else f"{100 * value.value:.1f}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[tuple[str, str, Sequence[str]]]) -> Iterator[str]:
-    """The best of each column bold."""
+    """A Markdown table with the best value of each column in bold."""
     yield "| " + " | ".join(columns) + " |"
     yield "|" + "---|" * 2 + ":---:|" * (len(columns) - 2)
     best = [
@@ -214,9 +203,9 @@ def _number(cell: str) -> float:
 
 
 def _precisions(evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    """Precision, memory and MMLU, where one model was evaluated at several."""
-    own = [each for each in evaluations if "mmlu" in each.answers]
-    reference = next((each for each in own if not each.settings.get("quantize")), None)
+    """Precision, memory and MMLU of a model that was evaluated at several precisions."""
+    own = [run for run in evaluations if "mmlu" in run.answers]
+    reference = next((run for run in own if not run.settings.get("quantize")), None)
     if len(own) < 2 or reference is None:
         return
     yield "## Precision\n"
@@ -224,13 +213,13 @@ def _precisions(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     yield "|---|---|:---:|:---:|:---:|:---:|"
     for row in published.QUANTISED:
         yield f"| XVERSE-7B-Chat (published) | {' | '.join(row)} | | |"
-    for each in own:
-        memory = each.facts.get("peak_memory_gb")
-        precision = (each.settings.get("quantize") or str(each.settings.get("dtype", ""))).upper()
-        same, divergence = agreement(reference, each, "mmlu")
-        beside = ("", "") if each is reference else (f"{100 * same:.1f} %", f"{divergence:.4f}")
+    for run in own:
+        memory = run.facts.get("peak_memory_gb")
+        precision = (run.settings.get("quantize") or str(run.settings.get("dtype", ""))).upper()
+        same, divergence = agreement(reference, run, "mmlu")
+        beside = ("", "") if run is reference else (f"{100 * same:.1f} %", f"{divergence:.4f}")
         shown = "–" if memory is None else f"{memory:.1f}"
-        cells = [each.name, precision, shown, _percent(scores(each, "mmlu")), *beside]
+        cells = [run.name, precision, shown, _percent(scores(run, "mmlu")), *beside]
         yield "| " + " | ".join(cells) + " |"
     yield "\nKL divergence from the unquantised probabilities of the letters: nats, mean over questions.\n"
 
@@ -263,37 +252,37 @@ def _divergence(one: dict[str, float], other: dict[str, float]) -> float:
 def _figures(evaluations: Sequence[Evaluation], name: str) -> Iterator[str]:
     first = evaluations[0].tasks[name]
     yield f"## {first['title']}\n"
-    yield "| | " + " | ".join(each.name for each in evaluations) + " |"
+    yield "| | " + " | ".join(run.name for run in evaluations) + " |"
     yield "|---|" + ":---:|" * len(evaluations)
     for figure in first["figures"]:
-        cells = [each.tasks[name]["figures"].get(figure, math.nan) for each in evaluations]
+        cells = [run.tasks[name]["figures"].get(figure, math.nan) for run in evaluations]
         yield f"| {figure} | " + " | ".join(f"{cell:.4g}" for cell in cells) + " |"
     page = f" The replies: [{name}.md]({name}.md)." if first["page"] else ""
     yield f"\n{first['method'].capitalize()}.{page}\n"
 
 
 def _method(evaluations: Sequence[Evaluation], task: str) -> Iterator[str]:
-    said = next(each.settings["methods"][task] for each in evaluations if task in each.answers)
-    yield f"- **{said['title']}**: {said['method']}. Average: {said['average']}. Shots: {said['shots']}."
-    for each in evaluations:
-        if task not in each.answers:
+    how = next(run.settings["methods"][task] for run in evaluations if task in run.answers)
+    yield f"- **{how['title']}**: {how['method']}. Average: {how['average']}. Shots: {how['shots']}."
+    for run in evaluations:
+        if task not in run.answers:
             continue
-        found = scores(each, task)
-        skipped = len(each.settings["skipped"].get(task, []))
+        value = scores(run, task)
+        skipped = len(run.settings["skipped"].get(task, []))
         fewer = sum(
-            row["shots"] < each.settings["shots"] for rows in each.answers[task].values() for row in rows
+            row["shots"] < run.settings["shots"] for rows in run.answers[task].values() for row in rows
         )
-        text = f"  - {each.name}: {100 * found.value:.2f} ± {100 * found.error:.2f} %"
-        text += f" (95 %: {100 * found.low:.2f} to {100 * found.high:.2f}), {found.count} questions"
-        text += f" of split {each.settings['splits'][task]}"
+        text = f"  - {run.name}: {100 * value.value:.2f} ± {100 * value.error:.2f} %"
+        text += f" (95 %: {100 * value.low:.2f} to {100 * value.high:.2f}), {value.count} questions"
+        text += f" of split {run.settings['splits'][task]}"
         if fewer:
-            text += f"; {fewer} with fewer than {each.settings['shots']} shots, which did not fit"
+            text += f"; {fewer} with fewer than {run.settings['shots']} shots, which did not fit"
         if skipped:
-            text += f"; {skipped} malformed rows left out"
+            text += f"; {skipped} malformed rows skipped"
         yield text
 
 
-def _said(evaluation: Evaluation) -> str:
+def _settings(evaluation: Evaluation) -> str:
     shown = {
         name: value for name, value in evaluation.settings.items() if not isinstance(value, (dict, list))
     }
@@ -302,26 +291,24 @@ def _said(evaluation: Evaluation) -> str:
 
 def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     """Bars with 95 % intervals, XVERSE-7B's published scores as marks, chance as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    need("matplotlib", "eval", "report.png").use("Agg")
     from matplotlib import pyplot
 
-    tasks = [task for task in BENCHMARKS if any(task in each.answers for each in evaluations)]
+    tasks = [task for task in BENCHMARKS if any(task in run.answers for run in evaluations)]
     if not tasks:
         return
     figure, axis = pyplot.subplots(figsize=(1.6 + 1.5 * len(tasks), 4))
     width = 0.8 / len(evaluations)
-    for number, each in enumerate(evaluations):
-        found = [scores(each, task) if task in each.answers else None for task in tasks]
+    for number, run in enumerate(evaluations):
+        values = [scores(run, task) if task in run.answers else None for task in tasks]
         at = [index + (number - (len(evaluations) - 1) / 2) * width for index in range(len(tasks))]
-        pairs = [(place, one) for place, one in zip(at, found, strict=True) if one is not None]
+        pairs = [(place, one) for place, one in zip(at, values, strict=True) if one is not None]
         heights = [100 * one.value for _, one in pairs]
         spread = [
             [100 * (one.value - one.low) for _, one in pairs],
             [100 * (one.high - one.value) for _, one in pairs],
         ]
-        axis.bar([place for place, _ in pairs], heights, width, yerr=spread, capsize=3, label=each.name)
+        axis.bar([place for place, _ in pairs], heights, width, yerr=spread, capsize=3, label=run.name)
     xverse = dict(zip(published.OVERALL_COLUMNS, published.OVERALL[-2][2], strict=True))
     marks = [(index, float(xverse[task].rstrip("²"))) for index, task in enumerate(tasks) if task in xverse]
     places, heights = [place for place, _ in marks], [height for _, height in marks]
@@ -337,9 +324,9 @@ def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _plain(found: Score) -> dict[str, float | int | None]:
-    """nan, which JSON does not know, as null."""
-    return {name: None if value != value else value for name, value in asdict(found).items()}
+def _plain(score: Score) -> dict[str, float | int | None]:
+    """A score for JSON, with nan as null."""
+    return {name: None if value != value else value for name, value in asdict(score).items()}
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,24 +1,23 @@
-"""An evaluation: tasks, subject by subject, into a folder of answers."""
+"""Running an evaluation: tasks, subject by subject, into a folder of answers."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xverse import log
+from xverse import hardware, log
 from xverse.config import UserError, choose
-from xverse.data.benchmarks.questions import Reader, Subject
+from xverse.data.benchmarks.custom import is_description
+from xverse.data.benchmarks.questions import Options, QuestionReader, Subject
 from xverse.eval import custom, store
 from xverse.eval.backends import EngineBackend
-from xverse.eval.benchmark import Benchmark, Options
+from xverse.eval.benchmark import Benchmark
 from xverse.eval.benchmarks import BENCHMARKS
-from xverse.eval.generation import Settings
-from xverse.eval.scoring import Backend, answers, ask
+from xverse.eval.generation import TaskSettings
+from xverse.eval.scoring import Backend, make_prompts, score_prompts
 from xverse.eval.tasks import TASKS
 from xverse.files import atomic_file
 from xverse.log import notice
@@ -27,8 +26,8 @@ SHOTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is to be asked. ``limit``: so many questions of each subject, from the beginning."""
+class LoadedBenchmark:
+    """A benchmark with the questions to answer, and the malformed rows that were skipped."""
 
     benchmark: Benchmark
     split: str
@@ -40,43 +39,41 @@ class Plan:
         return sum(len(subject.questions) for subject in self.subjects)
 
 
-def is_file(name: str) -> bool:
-    """Whether a task is the description of a user's own benchmark."""
-    return name.endswith((".yaml", ".yml"))
-
-
-def plan(
+def load_benchmarks(
     names: Sequence[str],
     data_dir: Path,
     *,
     options: Options | None = None,
     limit: int | None = None,
     skip_malformed: bool = False,
-) -> list[Plan]:
-    """Read the benchmarks. Raises UserError for an unknown one, missing data or a malformed row."""
-    plans = []
+) -> list[LoadedBenchmark]:
+    """Read the benchmarks, at most the first ``limit`` questions of each subject.
+
+    Raises UserError for an unknown benchmark, missing data or a malformed row.
+    """
+    benchmarks = []
     for name in dict.fromkeys(names):
-        benchmark = custom.load(Path(name)) if is_file(name) else choose("task", name, BENCHMARKS)
-        asked = options or Options()
-        if asked.split is not None and asked.split not in benchmark.splits:
-            raise UserError(f"--split: {name} has {', '.join(benchmark.splits)}, not '{asked.split}'")
-        reader = Reader(skip=skip_malformed)
-        subjects = benchmark.load(data_dir / benchmark.folder, reader, asked)
+        benchmark = custom.load(Path(name)) if is_description(name) else choose("task", name, BENCHMARKS)
+        options = options or Options()
+        if options.split is not None and options.split not in benchmark.splits:
+            raise UserError(f"--split: {name} has {', '.join(benchmark.splits)}, not '{options.split}'")
+        reader = QuestionReader(skip=skip_malformed)
+        subjects = benchmark.load(data_dir / benchmark.folder, reader, options)
         if limit is not None:
-            subjects = [replace(each, questions=each.questions[:limit]) for each in subjects]
-        plans.append(
-            Plan(
+            subjects = [replace(subject, questions=subject.questions[:limit]) for subject in subjects]
+        benchmarks.append(
+            LoadedBenchmark(
                 benchmark=benchmark,
-                split=asked.split or benchmark.split,
+                split=options.split or benchmark.split,
                 subjects=tuple(subjects),
                 skipped=tuple(reader.skipped),
             )
         )
-    return plans
+    return benchmarks
 
 
 def run(
-    plans: Sequence[Plan],
+    benchmarks: Sequence[LoadedBenchmark],
     backend: Backend,
     out: Path,
     *,
@@ -84,24 +81,26 @@ def run(
     shard: tuple[int, int] = (0, 1),
     progress: Callable[[str, int], None] | None = None,
 ) -> int:
-    """Answer what is not answered yet of this shard (number, of so many); returns how many questions.
+    """Answer the unanswered questions of a shard (index, count); returns how many there were.
 
-    ``progress(subject, questions)`` is told after some of them. Subjects go to shards in turn, the largest
-    first, so that all have about as much to do.
+    ``progress(subject, questions)`` is called as questions are answered. Subjects are dealt to shards largest
+    first, which balances them.
     """
     answered = 0
-    for each, subject in _of_shard(plans, shard):
-        path = store.path_of(out, each.benchmark.name, subject.name)
+    for loaded, subject in _of_shard(benchmarks, shard):
+        path = store.path_of(out, loaded.benchmark.name, subject.name)
         if not path.exists():
-            answered += _subject(each.benchmark, subject, backend, path, shots, progress)
+            answered += _subject(loaded.benchmark, subject, backend, path, shots, progress)
         elif progress is not None:
             progress(subject.name, len(subject.questions))
     return answered
 
 
-def _of_shard(plans: Sequence[Plan], shard: tuple[int, int]) -> list[tuple[Plan, Subject]]:
+def _of_shard(
+    benchmarks: Sequence[LoadedBenchmark], shard: tuple[int, int]
+) -> list[tuple[LoadedBenchmark, Subject]]:
     number, shards = shard
-    order = [(each, subject) for each in plans for subject in each.subjects]
+    order = [(loaded, subject) for loaded in benchmarks for subject in loaded.subjects]
     order.sort(key=lambda pair: -len(pair[1].questions))
     return order[number::shards]
 
@@ -116,48 +115,48 @@ def _subject(
 ) -> int:
     if len(subject.shots) < shots and not path.exists():
         notice(f"eval: {benchmark.name}, {subject.name}: only {len(subject.shots)} shots of {shots}")
-    told = 0
+    reported = 0
 
-    def tell(done: int) -> None:
-        nonlocal told
+    def report(done: int) -> None:
+        nonlocal reported
         if progress is not None:
-            progress(subject.name, done - told)
-        told = done
+            progress(subject.name, done - reported)
+        reported = done
 
-    found = answers(backend, ask(backend, benchmark, subject, shots), tell)
-    rows: list[dict[str, Any]] = [store.row(benchmark.name, subject.name, answered) for answered in found]
+    answers = score_prompts(backend, make_prompts(backend, benchmark, subject, shots), report)
+    rows: list[dict[str, Any]] = [store.row(benchmark.name, subject.name, answer) for answer in answers]
     store.write(path, rows)
     return len(rows)
 
 
 def to_folder(
-    plans: Sequence[Plan],
+    benchmarks: Sequence[LoadedBenchmark],
     backend: Backend,
     out: Path,
-    asked: dict[str, Any],
+    settings: dict[str, Any],
     *,
     shard: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
-    """``run`` with its settings in the folder, a progress bar on stderr, and how it went in ``run.json``.
+    """``run`` with a progress bar on stderr; stores the settings, and time and memory in ``run.json``.
 
-    ``asked``: the settings that decide the answers. Raises UserError where the folder holds others.
+    ``settings``: everything that the answers depend on. Raises UserError where the folder holds others.
     """
-    store.begin(out, {**asked, **described(plans)})
+    store.begin(out, {**settings, **described(benchmarks)})
     begin = time.monotonic()
-    total = sum(len(subject.questions) for _, subject in _of_shard(plans, shard))
+    total = sum(len(subject.questions) for _, subject in _of_shard(benchmarks, shard))
     with log.progress() as bar:
         line = bar.add_task("eval", total=total)
 
-        def tell(subject: str, done: int) -> None:
+        def report(subject: str, done: int) -> None:
             bar.update(line, advance=done, description=subject)
 
-        answered = run(plans, backend, out, shots=asked["shots"], shard=shard, progress=tell)
+        answered = run(benchmarks, backend, out, shots=settings["shots"], shard=shard, progress=report)
     seconds = time.monotonic() - begin
     facts = {
         "questions": answered,
         "seconds": round(seconds, 1),
         "questions_per_second": round(answered / seconds, 2) if answered else None,
-        "peak_memory_gb": round(_peak_memory() / 1e9, 2),
+        "peak_memory_gb": round(hardware.peak_memory() / 1e9, 2),
     }
     if answered and shard == (0, 1):
         store.write_json(out / "run.json", facts)
@@ -165,9 +164,9 @@ def to_folder(
 
 
 def run_tasks(
-    names: Sequence[str], backend: EngineBackend, data_dir: Path, out: Path, settings: Settings
+    names: Sequence[str], backend: EngineBackend, data_dir: Path, out: Path, settings: TaskSettings
 ) -> None:
-    """The tasks that are no multiple choice, each into a file of its own; what stands there stays."""
+    """Run the tasks other than multiple choice, each into one file; skip those that have one."""
     for name in names:
         path = out / "tasks" / f"{name}.json"
         if path.exists():
@@ -175,10 +174,12 @@ def run_tasks(
         with log.progress() as bar:
             line = bar.add_task(name, total=None)
 
-            def tell(done: int, of: int, line: Any = line, bar: Any = bar) -> None:
+            def report(done: int, of: int, line: Any = line, bar: Any = bar) -> None:
                 bar.update(line, completed=done, total=of)
 
-            outcome = choose("task", name, TASKS)(backend.engine, backend.stop_ids, data_dir, settings, tell)
+            outcome = choose("task", name, TASKS)(
+                backend.engine, backend.stop_ids, data_dir, settings, report
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         if outcome.page:
             with atomic_file(out / f"{name}.md") as partial:
@@ -186,33 +187,27 @@ def run_tasks(
         store.write_json(path, asdict(outcome))
 
 
-def described(plans: Sequence[Plan]) -> dict[str, Any]:
-    """What a report has to say of how each task was asked."""
+def described(benchmarks: Sequence[LoadedBenchmark]) -> dict[str, Any]:
+    """How each task is prompted and averaged, for the report."""
     return {
-        "average": {each.benchmark.name: each.benchmark.average for each in plans},
-        "splits": {each.benchmark.name: each.split for each in plans},
+        "average": {loaded.benchmark.name: loaded.benchmark.average for loaded in benchmarks},
+        "splits": {loaded.benchmark.name: loaded.split for loaded in benchmarks},
         "methods": {
-            each.benchmark.name: {
-                "title": each.benchmark.title,
-                "method": each.benchmark.method,
-                "average": each.benchmark.average,
-                "shots": each.benchmark.shots_rule,
+            loaded.benchmark.name: {
+                "title": loaded.benchmark.title,
+                "method": loaded.benchmark.method,
+                "average": loaded.benchmark.average,
+                "shots": loaded.benchmark.shots_rule,
             }
-            for each in plans
+            for loaded in benchmarks
         },
         "categories": {
-            each.benchmark.name: {subject.name: subject.category for subject in each.subjects}
-            for each in plans
+            loaded.benchmark.name: {subject.name: subject.category for subject in loaded.subjects}
+            for loaded in benchmarks
         },
         "counts": {
-            each.benchmark.name: {subject.name: len(subject.questions) for subject in each.subjects}
-            for each in plans
+            loaded.benchmark.name: {subject.name: len(subject.questions) for subject in loaded.subjects}
+            for loaded in benchmarks
         },
-        "skipped": {each.benchmark.name: list(each.skipped) for each in plans},
+        "skipped": {loaded.benchmark.name: list(loaded.skipped) for loaded in benchmarks},
     }
-
-
-def _peak_memory() -> int:
-    """Bytes that this process has had resident at most."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

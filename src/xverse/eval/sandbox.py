@@ -1,8 +1,8 @@
-"""Python that nobody has read, in a process of its own (Linux).
+"""Runs untrusted Python in a confined process (Linux).
 
-It has a network namespace without any connection, sees no processes but its own, and has little memory, time
-and files, an empty folder that is removed afterwards, and none of our environment. It is no defence against
-somebody who means harm and knows of a hole in the kernel: such code belongs into a virtual machine.
+The process has a network namespace without connections and its own process namespace, limits on memory, time
+and files, an empty folder that is removed afterwards, and an empty environment. This is not a defence against
+kernel exploits: run hostile code in a virtual machine.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _READY = b"confined\n"
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     ok: bool
-    said: str  # the end of what it wrote to stderr, or why it was stopped
+    stderr: str  # what it wrote there, or why it was stopped
 
 
-def run_python(program: str, seconds: float, memory: int = MEMORY) -> Result:
-    """Run ``program``; not ok where it fails, or takes longer. Raises UserError where this machine cannot cut
-    a process off from the network: then nothing of it has run."""
+def run_python(program: str, seconds: float, memory: int = MEMORY) -> RunResult:
+    """Run ``program``; the result is not ok if it fails or exceeds ``seconds``. Raises UserError, before
+    running anything, where this machine cannot isolate a process from the network."""
     if sys.platform != "linux":
-        raise UserError("code is run on Linux only: elsewhere it cannot be cut off from the network")
+        raise UserError("code runs on Linux only: elsewhere it cannot be isolated from the network")
     with tempfile.TemporaryDirectory(prefix="xverse-sandbox-") as folder:
         path = Path(folder) / "program.py"
         path.write_text(program, encoding="utf-8")
@@ -49,16 +49,16 @@ def run_python(program: str, seconds: float, memory: int = MEMORY) -> Result:
         )
         late = False
         try:
-            printed, said = process.communicate(timeout=seconds)
+            stdout, stderr = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             late = True
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+                os.killpg(process.pid, signal.SIGKILL)  # and its descendants
         if late:
             process.communicate()
-            return Result(False, f"stopped after {seconds:g} seconds")
-    if not printed.startswith(_READY):
-        reason = said.decode(errors="replace").strip().rpartition("\n")[2]
-        raise UserError(f"this machine cannot cut a process off from the network ({reason}); no code was run")
-    return Result(process.returncode == 0, said.decode(errors="replace"))
+            return RunResult(False, f"stopped after {seconds:g} seconds")
+    if not stdout.startswith(_READY):
+        reason = stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise UserError(f"this machine cannot isolate a process from the network ({reason}); no code was run")
+    return RunResult(process.returncode == 0, stderr.decode(errors="replace"))

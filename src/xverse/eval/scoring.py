@@ -1,4 +1,4 @@
-"""From questions to predictions: prompts that fit, the letters' tokens, their log-probabilities."""
+"""From questions to predictions: prompts that fit, the tokens of the letters, and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from xverse.config import UserError
 from xverse.data.benchmarks.questions import Question, Subject
 from xverse.eval.benchmark import Benchmark
 
-Item = tuple[list[int], list[list[int]]]  # a prompt and its continuations
+ScoreItem = tuple[list[int], list[list[int]]]  # a prompt and its continuations
 
 
 class Backend(Protocol):
-    """A model that scores. ``context``: tokens of a prompt with its continuation."""
+    """A model that scores. ``context``: the maximum length of a prompt with its continuation, in tokens."""
 
     name: str
     context: int
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids that the model reads for each text, with what its family puts before any text."""
+        """The token ids of each text, including those that the model family puts before any text."""
         ...
 
     def score(
-        self, items: Sequence[Item], progress: Callable[[int], None] | None = None
+        self, items: Sequence[ScoreItem], progress: Callable[[int], None] | None = None
     ) -> list[list[float]]:
         """The log-probability of every continuation, summed over its tokens."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A question as the model gets it."""
+class Prompt:
+    """A question as the model reads it."""
 
     question: Question
     prompt: str
@@ -42,7 +42,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
+class Answer:
     """``logprobs``: one natural log-probability for each letter, in their order."""
 
     question: Question
@@ -53,18 +53,18 @@ class Answered:
 
     @property
     def prediction(self) -> str:
-        """The likeliest letter; of equally likely ones the first."""
+        """The likeliest letter; the first of equally likely ones."""
         best = max(self.logprobs)
         return self.question.letters[self.logprobs.index(best)]
 
 
-def ask(backend: Backend, benchmark: Benchmark, subject: Subject, shots: int) -> list[Asked]:
+def make_prompts(backend: Backend, benchmark: Benchmark, subject: Subject, shots: int) -> list[Prompt]:
     """The prompts of a subject's questions. Shots are dropped from the end until a prompt fits; the question
-    is never cut. Raises UserError for one that does not fit without any shots."""
+    is never truncated. Raises UserError for a question that does not fit without shots."""
     prompts = [benchmark.prompt(subject, question, shots) for question in subject.questions]
-    found = _tokenised(backend, benchmark, subject.questions, prompts)
-    asked = []
-    for question, prompt, (ids, continuations) in zip(subject.questions, prompts, found, strict=True):
+    items = _tokenised(backend, benchmark, subject.questions, prompts)
+    made = []
+    for question, prompt, (ids, continuations) in zip(subject.questions, prompts, items, strict=True):
         count = min(shots, len(subject.shots))
         while not _fits(backend, ids, continuations):
             if count == 0:
@@ -75,36 +75,36 @@ def ask(backend: Backend, benchmark: Benchmark, subject: Subject, shots: int) ->
             count -= 1
             prompt = benchmark.prompt(subject, question, count)
             ((ids, continuations),) = _tokenised(backend, benchmark, [question], [prompt])
-        asked.append(
-            Asked(question=question, prompt=prompt, shots=count, ids=ids, continuations=continuations)
+        made.append(
+            Prompt(question=question, prompt=prompt, shots=count, ids=ids, continuations=continuations)
         )
-    return asked
+    return made
 
 
-def answers(
-    backend: Backend, asked: Sequence[Asked], progress: Callable[[int], None] | None = None
-) -> list[Answered]:
-    """In the order of ``asked``; short prompts first, as those of one length are computed together."""
-    order = sorted(range(len(asked)), key=lambda index: len(asked[index].ids))
-    items = [(asked[index].ids, asked[index].continuations) for index in order]
+def score_prompts(
+    backend: Backend, prompts: Sequence[Prompt], progress: Callable[[int], None] | None = None
+) -> list[Answer]:
+    """In the order of ``prompts``. Short prompts are computed first, so that batches hold similar lengths."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+    items = [(prompts[index].ids, prompts[index].continuations) for index in order]
     scores = dict(zip(order, backend.score(items, progress), strict=True))
     return [
-        Answered(
-            question=each.question,
-            prompt=each.prompt,
-            shots=each.shots,
-            tokens=len(each.ids),
+        Answer(
+            question=prompt.question,
+            prompt=prompt.prompt,
+            shots=prompt.shots,
+            tokens=len(prompt.ids),
             logprobs=tuple(scores[index]),
         )
-        for index, each in enumerate(asked)
+        for index, prompt in enumerate(prompts)
     ]
 
 
 def _tokenised(
     backend: Backend, benchmark: Benchmark, questions: Sequence[Question], prompts: Sequence[str]
-) -> list[Item]:
-    """Where the answers' tokens begin is found in the ids of prompt and answer together: a blank or a colon
-    may become one token with the letter."""
+) -> list[ScoreItem]:
+    """Prompt and answer are encoded together, because a blank or a colon may merge with the letter into one
+    token; the answer begins where the ids differ."""
     texts = [
         prompt + benchmark.answer(question, letter)
         for question, prompt in zip(questions, prompts, strict=True)
@@ -114,14 +114,14 @@ def _tokenised(
     return [_divided([next(encoded) for _ in question.letters]) for question in questions]
 
 
-def _divided(encoded: Sequence[list[int]]) -> Item:
-    """What the texts' ids have in common, and how each goes on."""
+def _divided(encoded: Sequence[list[int]]) -> ScoreItem:
+    """The common prefix of the texts' ids, and the rest of each."""
     shortest = min(len(ids) for ids in encoded)
     first = encoded[0]
-    common = shortest - 1  # something is left of each
+    common = shortest - 1  # leave at least one id of each
     while any(ids[:common] != first[:common] for ids in encoded):
         common -= 1
-    assert common > 0, "answers that have nothing in common"
+    assert common > 0, "answers without a common prefix"
     return first[:common], [ids[common:] for ids in encoded]
 
 

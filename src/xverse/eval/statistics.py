@@ -1,4 +1,4 @@
-"""Accuracies with what they are worth: standard errors, bootstrap intervals, paired tests."""
+"""Accuracies with standard errors and bootstrap intervals, and paired tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Score:
 
 
 def score(right: Mapping[str, Sequence[bool]], average: Literal["micro", "macro"], seed: int = 0) -> Score:
-    """Of every subject's right and wrong answers."""
+    """The score of a task from its subjects' right and wrong answers."""
     groups = [np.asarray(values, dtype=float) for values in right.values() if len(values)]
     if not groups:
         return Score(math.nan, math.nan, math.nan, math.nan, 0)
@@ -37,7 +37,7 @@ def score(right: Mapping[str, Sequence[bool]], average: Literal["micro", "macro"
     else:
         value = float(means.mean())
         error = math.sqrt(float((weights**2 * means * (1 - means) / sizes).sum()))
-    # The number of right answers in a resample of a subject is binomial: no need to draw them one by one.
+    # The number of right answers in a resample of a subject is binomial.
     generator = np.random.default_rng(seed)
     drawn = generator.binomial(sizes, means, (RESAMPLES, len(groups))) / sizes
     low, high = np.quantile((drawn * weights).sum(axis=1), [0.025, 0.975])
@@ -46,11 +46,11 @@ def score(right: Mapping[str, Sequence[bool]], average: Literal["micro", "macro"
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same questions. ``p``: of the exact two-sided McNemar test."""
+    """Two models on the same questions. ``p``: from the exact two-sided McNemar test."""
 
     first: float
     second: float
-    only_first: int  # questions that it alone answered right
+    only_first: int  # questions that only the first answered right
     only_second: int
     count: int
     low: float  # 95 % bootstrap interval of second - first
@@ -59,7 +59,7 @@ class Paired:
 
 
 def paired(first: Sequence[bool], second: Sequence[bool], seed: int = 0) -> Paired:
-    """McNemar 1947, exact: of the questions on which they differ, half would be expected either way."""
+    """The exact McNemar test (1947): where two equal models differ, each is right half of the time."""
     assert len(first) == len(second) > 0
     one, other = np.asarray(first, dtype=int), np.asarray(second, dtype=int)
     only_first, only_second = int((one > other).sum()), int((other > one).sum())

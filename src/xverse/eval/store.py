@@ -1,6 +1,6 @@
-"""An evaluation's folder: one file of answers for each subject, so that a killed run goes on where it stood.
+"""An evaluation's folder: one file of answers for each subject, so that a killed run resumes there.
 
-``settings.json`` says what was asked of which model; a run under other settings does not go on.
+``settings.json`` records model, tasks and settings; a run with other settings is refused.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.eval.scoring import Answered
+from xverse.eval.scoring import Answer
 from xverse.files import atomic_file
+from xverse.texts import read_json, read_jsonl
 
 
 def begin(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or go on in it. Raises UserError where it holds an evaluation with other settings."""
+    """Create the folder or resume in it. Raises UserError if it holds an evaluation with other settings."""
     path = out / "settings.json"
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+        stored = read_json(path)
+        different = sorted(key for key in {*stored, *settings} if stored.get(key) != settings.get(key))
         if different:
             name = different[0]
             raise UserError(
-                f"{out}: holds an evaluation with another {name} ({found.get(name)!r}, now "
+                f"{out}: holds an evaluation with another {name} ({stored.get(name)!r}, now "
                 f"{settings.get(name)!r}); name another --out"
             )
         return
@@ -34,14 +35,12 @@ def begin(out: Path, settings: dict[str, Any]) -> None:
 
 
 def settings(out: Path) -> dict[str, Any]:
-    """Raises UserError where there is no evaluation."""
-    try:
-        found: dict[str, Any] = json.loads((out / "settings.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{out}: no evaluation here (settings.json: {error.strerror})") from None
-    except ValueError:
-        raise UserError(f"{out}: its settings.json is no JSON") from None
-    return found
+    """The settings of an evaluation. Raises UserError where there is none."""
+    path = out / "settings.json"
+    if not path.exists():
+        raise UserError(f"{out}: no evaluation here (no settings.json)")
+    values: dict[str, Any] = read_json(path)
+    return values
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,7 +53,7 @@ def path_of(out: Path, task: str, subject: str) -> Path:
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All of a subject or nothing."""
+    """Write all answers of a subject, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -62,22 +61,22 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The answers of a subject."""
+    return [row for _, row in read_jsonl(path)]
 
 
-def row(task: str, subject: str, answered: Answered) -> dict[str, Any]:
-    """As it stands in the files and in report.json: one log-probability for each letter."""
-    question = answered.question
-    assert all(math.isfinite(value) for value in answered.logprobs), question.id
+def row(task: str, subject: str, answer: Answer) -> dict[str, Any]:
+    """An answer as it is stored here and in report.json, with one log-probability for each letter."""
+    question = answer.question
+    assert all(math.isfinite(value) for value in answer.logprobs), question.id
     return {
         "task": task,
         "subject": subject,
         "id": question.id,
-        "prompt": answered.prompt,
-        "shots": answered.shots,
-        "tokens": answered.tokens,
-        "prediction": answered.prediction,
+        "prompt": answer.prompt,
+        "shots": answer.shots,
+        "tokens": answer.tokens,
+        "prediction": answer.prediction,
         "answer": question.answer,
-        "logprobs": dict(zip(question.letters, answered.logprobs, strict=True)),
+        "logprobs": dict(zip(question.letters, answer.logprobs, strict=True)),
     }

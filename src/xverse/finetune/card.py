@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from xverse import __version__
 from xverse.files import atomic_file
 from xverse.finetune.encode import Data
-from xverse.finetune.settings import Settings
+from xverse.finetune.settings import Settings, to_values
 
 KINDS = {"full": "all weights", "lora": "a LoRA adapter", "freeze": "some layers"}
 
@@ -33,8 +34,8 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
     ]
     lines += ["## Data", "", *(f"- {note}" for note in data.notes)]
     sizes = [len(part) // (2 if settings.stage == "dpo" else 1) for part in (data.train, data.valid)]
-    what = "pairs" if settings.stage == "dpo" else "examples"
-    lines += [f"- {sizes[0]} {what} to train on, {sizes[1]} held out", ""]
+    unit = "pairs" if settings.stage == "dpo" else "examples"
+    lines += [f"- {sizes[0]} {unit} to train on, {sizes[1]} held out", ""]
     lines += ["## Figures", "", "| | |", "|---|---|"]
     figures = {"steps": state.global_step, "epochs": state.epoch, "best loss": state.best_metric}
     figures |= {
@@ -42,23 +43,19 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
         for name in ("train_loss", "eval_loss", "eval_perplexity", "eval_margin", "eval_accuracy")
     }
     for name in ("memory_predicted_gb", "memory_peak_gb"):
-        figures[f"{name.replace('_', ' ').removesuffix(' gb')}, GB a process"] = metrics.get(name)
+        figures[f"{name.replace('_', ' ').removesuffix(' gb')}, GB per process"] = metrics.get(name)
     figures["best checkpoint"] = (
         Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
     )
     for name, value in figures.items():
         if value is not None:
             lines.append(f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |")
-    unit = "DPO's, a pair" if settings.stage == "dpo" else "in nats per token with loss"
-    lines += ["", f"Losses are {unit}.", ""]
+    scale = "DPO's, per pair" if settings.stage == "dpo" else "in nats per token with loss"
+    lines += ["", f"Losses are {scale}.", ""]
     if (out / "loss.png").exists():
         lines += ["![loss](loss.png)", ""]
-    lines += ["## Settings", "", "```yaml"]
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if value is not None and value != field.default:
-            lines.append(f"{field.name}: {str(value).lower() if isinstance(value, bool) else value}")
-    lines += ["```", ""]
+    text = yaml.safe_dump(to_values(settings), sort_keys=False, allow_unicode=True)
+    lines += ["## Settings", "", "```yaml", text.rstrip(), "```", ""]
     lines.append(f"xverse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
     with atomic_file(out / "README.md") as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -4,258 +4,327 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from xverse.config import UserError
-from xverse.data.dialogues.conversations import Preference, to_dialogue, to_preference, to_text
-from xverse.data.dialogues.instructions import Skip
+from xverse.data.dialogues.formats import (
+    DatasetInfo,
+    Messages,
+    Skip,
+    fill_placeholders,
+    is_undesirable,
+    to_dialogue,
+    to_preference,
+    to_text,
+)
 from xverse.data.order import random_order
 from xverse.finetune.settings import Settings
-from xverse.finetune.sources import Source, find_sources, read_source
+from xverse.finetune.sources import Source, SourceFile, find_sources, read_file, source_files
 from xverse.log import notice
-from xverse.tokenizer import Tokenizer, encode_dialogue
+from xverse.tokenizer import Tokenizer
 from xverse.tokenizer.chat import message_ids
 
-Message = Mapping[str, str]
-FIRST = 64  # of a stream: what a run that goes on knows its data by
+FIRST = 64  # examples of a stream that identify its data when a run is resumed
 
 
 @dataclass(frozen=True)
 class Example:
-    """``ids`` and, for each, whether it has loss. ``name`` says where it came from, for messages."""
+    """``ids`` and, for each, whether it has loss. ``name`` is its origin, such as ``alpaca_en[17]``."""
 
     ids: list[int]
     mask: list[bool]
     name: str
 
+    @property
+    def dataset(self) -> str:
+        return self.name.rpartition("[")[0]
+
+
+Group = list[Example]  # examples that stay neighbours: one, or a preference pair's chosen and rejected reply
+
 
 @dataclass
 class Data:
-    """The examples to train on, those held out or of ``eval_dataset``, and what was read."""
+    """The examples to train on, those held out or of ``eval_dataset``, and what the reader reported."""
 
     train: list[Example] = field(default_factory=list)
     valid: list[Example] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
+class UnfilledPlaceholder(UserError):
+    """An item has ``{{placeholders}}`` that ``identity`` does not fill."""
+
+
 def load_data(settings: Settings, tokenizer: Tokenizer, length: int, quiet: bool = False) -> Data:
-    """Read, encode and split what ``settings`` name; examples have at most ``length`` tokens.
+    """Read, encode and split the datasets of ``settings``; examples have at most ``length`` tokens.
 
-    Says what was left out and cut. Raises UserError for unknown datasets and columns, and where nothing
-    usable is found.
+    In stage dpo the chosen reply and the rejected one to each prompt are neighbours in the lists. Reports
+    what was skipped and cut. Raises UserError for unknown datasets and columns, for unfilled placeholders
+    and for a dataset without a usable example.
     """
     data = Data()
-
-    def read(names: str) -> list[Example]:
-        found: list[Example] = []
-        for source in find_sources(names, settings.dataset_dir):
-            examples, note = _read(source, settings, tokenizer, length)
-            data.notes.append(note)
-            if not quiet:
-                notice(note)
-            found += examples
-        return found
-
+    reader = _Reader(settings, tokenizer, length, data.notes)
     if settings.dataset:
-        examples = read(settings.dataset)
-        held_out = settings.held_out(len(examples))
-        order = random_order(len(examples), "split", settings.seed).tolist()
-        data.valid = [examples[i] for i in sorted(order[:held_out])]
-        data.train = [examples[i] for i in sorted(order[held_out:])]
+        sources = find_sources(settings.dataset, settings.dataset_dir)
+        groups = [(group, source.use.repeat) for source in sources for group in reader.source(source)]
+        held_out = settings.held_out(len(groups))
+        order = random_order(len(groups), "split", settings.seed).tolist()
+        data.valid = _flat(groups[i][0] for i in sorted(order[:held_out]))
+        train = [groups[i] for i in sorted(order[held_out:])]
+        data.train = _flat(group for group, repeat in train for _ in range(repeat))
         if held_out:
-            asked = "val_size" if settings.val_size else "no validation set named"
-            data.notes.append(f"{held_out} of {len(examples)} examples held out ({asked})")
-            if not quiet:
-                notice(data.notes[-1])
+            reason = "val_size" if settings.val_size else "no validation set named"
+            data.notes.append(f"{held_out} of {len(groups)} {reader.unit} held out ({reason})")
     if settings.eval_dataset:
-        data.valid = read(settings.eval_dataset)
-    return data
-
-
-def _read(source: Source, settings: Settings, tokenizer: Tokenizer, length: int) -> tuple[list[Example], str]:
-    skipped: Counter[str] = Counter()
-    cut: Counter[str] = Counter()
-    examples = list(iterate(source, settings, tokenizer, length, skipped, cut))
-    note = f"{source.name}: {len(examples)} examples"
-    if skipped:
-        note += f"; skipped {skipped.total()}: " + ", ".join(f"{n} {why}" for why, n in skipped.most_common())
-    if cut:
-        note += f"; over {length} tokens: " + ", ".join(f"{n} {what}" for what, n in cut.items())
-    if not examples:
-        raise UserError(f"{note}; nothing to train on")
-    return examples, note
-
-
-def iterate(
-    source: Source,
-    settings: Settings,
-    tokenizer: Tokenizer,
-    length: int,
-    skipped: Counter[str],
-    cut: Counter[str],
-) -> Iterator[Example]:
-    """The examples of a source as they are read; what is left out or cut is counted by reason."""
-    count = 0
-    for number, (item, info) in enumerate(read_source(source, settings.stage, skipped)):
-        if settings.max_samples is not None and count >= settings.max_samples:
-            return
-        name = f"{source.name}[{number}]"
-        try:
-            if settings.stage == "pt":
-                ids = [*tokenizer.encode(to_text(item, info)), tokenizer.eos_id]
-                # A document longer than a row goes on in further ones.
-                for start in range(0, len(ids), length):
-                    part = ids[start : start + length]
-                    if len(part) > 1:
-                        count += 1
-                        yield Example(part, [False] + [True] * (len(part) - 1), name)
-                continue
-            messages = to_dialogue(item, info).messages
-        except Skip as reason:
-            skipped[str(reason)] += 1
-            continue
-        ids, mask, what = encode_within(tokenizer, messages, length)
-        if what:
-            cut[what] += 1
-        if settings.train_on_prompt:
-            mask = [False] + [True] * (len(ids) - 1)
-        elif settings.mask_history:
-            mask = _last_only(mask)
-        count += 1
-        yield Example(ids, mask, name)
-
-
-def stream_data(
-    settings: Settings, tokenizer: Tokenizer, length: int
-) -> tuple[Data, Callable[[], Iterator[Example]]]:
-    """``--streaming``: the first ``val_size`` examples held out, or ``eval_dataset``, and a function that
-    reads all others from the beginning. Raises UserError where the first files hold nothing usable."""
-    assert settings.dataset is not None
-    sources = find_sources(settings.dataset, settings.dataset_dir)
-    held_out = int(settings.val_size)
-
-    def read() -> Iterator[Example]:
-        for source in sources:
-            yield from iterate(source, settings, tokenizer, length, Counter(), Counter())
-
-    first = list(itertools.islice(read(), held_out + FIRST))
-    if len(first) <= held_out:
-        raise UserError(
-            f"{settings.dataset}: {len(first)} usable examples, and {held_out} are to be held out"
-        )
-    data = Data(train=first[held_out:], valid=first[:held_out])
-    data.notes.append(f"{settings.dataset}: streamed; the first {held_out} examples held out")
-    if settings.eval_dataset:
-        for source in find_sources(settings.eval_dataset, settings.dataset_dir):
-            examples, note = _read(source, settings, tokenizer, length)
-            data.valid += examples
-            data.notes.append(note)
-    return data, lambda: itertools.islice(read(), held_out, None)
-
-
-def encode_within(
-    tokenizer: Tokenizer, messages: Sequence[Message], length: int
-) -> tuple[list[int], list[bool], str]:
-    """A dialogue of at most ``length`` tokens as ids and loss mask, and what was cut (empty: nothing).
-
-    What gives way, in this order: the oldest rounds, as in chat; the end of the last question; the system
-    message; the end of the last answer, which then has no end marker either.
-    """
-    ids, mask = encode_dialogue(tokenizer, messages)
-    if len(ids) <= length:
-        return ids, mask, ""
-    system = list(messages[:1]) if messages[0]["role"] == "system" else []
-    turns = list(messages[len(system) :])
-    while len(turns) > 2:
-        turns = turns[2:]
-        ids, mask = _join(tokenizer, [*system, *turns])
-        if len(ids) <= length:
-            return ids, mask, "lost their oldest rounds"
-    (asked, question), (replied, answer) = (message_ids(tokenizer, message) for message in turns)
-    before = [token for message in system for part in message_ids(tokenizer, message) for token in part]
-    room = length - len(before) - len(asked) - len(replied) - len(answer)
-    if room < 1:
-        room += len(before)
-        before = []
-    question = question[: max(1, room)]
-    prompt = before + asked + question + replied
-    answer = answer[: length - len(prompt)]
-    if not answer:
-        raise UserError(f"cutoff_len {length} leaves no room for an answer")
-    what = "had the last question cut" if room >= 1 else "had question and answer cut"
-    return prompt + answer, [False] * len(prompt) + [True] * len(answer), what
-
-
-def _join(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """As ``encode_dialogue``, for what may begin with the result of a tool."""
-    ids: list[int] = []
-    mask: list[bool] = []
-    for message in messages:
-        prefix, content = message_ids(tokenizer, message)
-        ids += prefix + content
-        mask += [False] * len(prefix) + [message["role"] == "assistant"] * len(content)
-    return ids, mask
-
-
-def _last_only(mask: list[bool]) -> list[bool]:
-    """Loss on the last run of it alone."""
-    start = len(mask)
-    while start and mask[start - 1]:
-        start -= 1
-    return [False] * start + mask[start:]
-
-
-def load_pairs(settings: Settings, tokenizer: Tokenizer, length: int, quiet: bool = False) -> Data:
-    """Preference pairs as ``load_data`` reads single examples. The chosen answer and the rejected one to each
-    prompt are neighbours in the lists: a dialogue each, with loss on the last answer."""
-    data = Data()
-
-    def read(names: str) -> list[list[Example]]:
-        pairs: list[list[Example]] = []
-        for source in find_sources(names, settings.dataset_dir):
-            skipped: Counter[str] = Counter()
-            before = len(pairs)
-            for number, (item, info) in enumerate(read_source(source, "dpo", skipped)):
-                if settings.max_samples is not None and len(pairs) - before >= settings.max_samples:
-                    break
-                try:
-                    preference = to_preference(item, info)
-                except Skip as reason:
-                    skipped[str(reason)] += 1
-                    continue
-                pairs.append(_encode_pair(tokenizer, preference, length, f"{source.name}[{number}]"))
-            note = f"{source.name}: {len(pairs) - before} pairs"
-            if skipped:
-                note += "; skipped " + ", ".join(f"{n} {why}" for why, n in skipped.most_common())
-            data.notes.append(note)
-            if len(pairs) == before:
-                raise UserError(f"{note}; nothing to train on")
-        return pairs
-
-    def flat(pairs: Sequence[list[Example]]) -> list[Example]:
-        return [side for pair in pairs for side in pair]
-
-    if settings.dataset:
-        pairs = read(settings.dataset)
-        order = random_order(len(pairs), "split", settings.seed).tolist()
-        held_out = settings.held_out(len(pairs))
-        data.valid = flat([pairs[i] for i in sorted(order[:held_out])])
-        data.train = flat([pairs[i] for i in sorted(order[held_out:])])
-        if held_out:
-            data.notes.append(f"{held_out} of {len(pairs)} pairs held out")
-    if settings.eval_dataset:
-        data.valid = flat(read(settings.eval_dataset))
+        sources = find_sources(settings.eval_dataset, settings.dataset_dir)
+        data.valid = _flat(group for source in sources for group in reader.source(source))
     if not quiet:
         for note in data.notes:
             notice(note)
     return data
 
 
-def _encode_pair(tokenizer: Tokenizer, pair: Preference, length: int, name: str) -> list[Example]:
-    sides = []
-    for answer in (pair.chosen, pair.rejected):
-        messages = [*pair.messages, {"role": "assistant", "content": answer}]
-        ids, mask, _ = encode_within(tokenizer, messages, length)
-        sides.append(Example(ids, _last_only(mask), name))
-    return sides
+def stream_data(
+    settings: Settings, tokenizer: Tokenizer, length: int
+) -> tuple[Data, Callable[[], Iterator[Example]]]:
+    """With ``streaming``: the first ``val_size`` examples held out, or ``eval_dataset``, and a function that
+    reads all others from the beginning. Raises UserError if the first files have no usable example."""
+    data = Data()
+    reader = _Reader(settings, tokenizer, length, data.notes)
+    sources = find_sources(settings.dataset, settings.dataset_dir)
+    names = ", ".join(source.name for source in sources)
+    held_out = int(settings.val_size)
+
+    def read() -> Iterator[Example]:
+        for source in sources:
+            for group in reader.stream(source):
+                yield from group
+
+    first = list(itertools.islice(read(), held_out + FIRST))
+    if len(first) <= held_out:
+        raise UserError(f"{names}: {len(first)} usable examples, and {held_out} are to be held out")
+    data.train, data.valid = first[held_out:], first[:held_out]
+    data.notes.append(f"{names}: streamed; the first {held_out} examples held out")
+    for source in find_sources(settings.eval_dataset, settings.dataset_dir):
+        data.valid += _flat(reader.source(source))
+    return data, lambda: itertools.islice(read(), held_out, None)
+
+
+def _flat(groups: Iterable[Group]) -> list[Example]:
+    return list(itertools.chain.from_iterable(groups))
+
+
+@dataclass
+class _Counts:
+    """Items that were skipped and examples that were cut, by reason; KTO's undesirable replies."""
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)
+    undesirable: int = 0
+
+    def note(self, text: str, length: int) -> str:
+        if self.skipped:
+            reasons = ", ".join(f"{n} {why}" for why, n in self.skipped.most_common())
+            text += f"; skipped {self.skipped.total()}: {reasons}"
+        if self.cut:
+            text += f"; over {length} tokens: " + ", ".join(f"{n} {what}" for what, n in self.cut.items())
+        if self.undesirable:
+            text += (
+                f"; {self.undesirable} have replies tagged undesirable, which are trained on like the others"
+            )
+        return text
+
+
+class _Reader:
+    """Datasets to encoded groups. ``notes`` collects a line for each dataset, or file of a local folder."""
+
+    def __init__(self, settings: Settings, tokenizer: Tokenizer, length: int, notes: list[str]) -> None:
+        self.settings, self.tokenizer, self.length, self.notes = settings, tokenizer, length, notes
+        self.unit = "pairs" if settings.stage == "dpo" else "examples"
+
+    def source(self, source: Source) -> list[Group]:
+        """All groups of a dataset. Raises UserError if there are none."""
+        groups: list[Group] = []
+        counts, local = _Counts(), False
+        for file in source_files(source):
+            before, local = len(groups), file.in_folder
+            if before == self.settings.max_samples:
+                break
+            if local:
+                counts = _Counts()
+            try:
+                groups += self._file(file, counts, before)
+            except UserError as error:
+                if not local or isinstance(error, UnfilledPlaceholder):
+                    raise
+                self.notes.append(f"skipped {error}")
+                continue
+            if local:
+                note = f"{file.name}: {len(groups) - before} {self.unit}"
+                self.notes.append(counts.note(note, self.length))
+        note = counts.note(f"{source.name}: {len(groups)} {self.unit}", self.length)
+        if not groups:
+            raise UserError(f"{note}; nothing to train on")
+        if not local:
+            self.notes.append(note)
+        return groups
+
+    def stream(self, source: Source) -> Iterator[Group]:
+        """The groups of a dataset as they are needed, in the order of its files."""
+        count = 0
+        for file in source_files(source):
+            for group in self._file(file, _Counts(), count):
+                count += 1
+                yield group
+
+    def _file(self, file: SourceFile, counts: _Counts, before: int) -> Iterator[Group]:
+        """The groups of one file, up to num_samples, and with the ``before`` read already to max_samples."""
+        limits = [file.source.use.num_samples or file.source.info.num_samples]
+        items: Iterable[tuple[int, tuple[Any, DatasetInfo]]]
+        items = enumerate(read_file(file, self.settings.stage, counts.skipped))
+        if limits[0] is not None and not self.settings.streaming:
+            rows = list(items)
+            order = random_order(len(rows), "samples", self.settings.seed, file.path.name).tolist()
+            items = (rows[i] for i in order)
+        if self.settings.max_samples is not None:
+            limits.append(self.settings.max_samples - before)
+        limit = min((n for n in limits if n is not None), default=None)
+        count = 0
+        for number, (item, info) in items:
+            if limit is not None and count >= limit:
+                return
+            try:
+                groups = self._encode(item, info, file, number, counts)
+            except Skip as reason:
+                counts.skipped[str(reason)] += 1
+                continue
+            count += len(groups)
+            yield from groups
+
+    def _encode(
+        self, item: Any, info: DatasetInfo, file: SourceFile, number: int, counts: _Counts
+    ) -> list[Group]:
+        """An item's examples: a pair, the parts of a long text, or one. Raises Skip for an unusable item."""
+        name = f"{file.name}[{number}]"
+        if self.settings.stage == "pt":
+            ids = [*self.tokenizer.encode(to_text(item, info)), self.tokenizer.eos_id]
+            parts = [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
+            return [
+                [Example(part, [False] + [True] * (len(part) - 1), name)] for part in parts if len(part) > 1
+            ]
+        if self.settings.stage == "dpo":
+            pair = to_preference(item, info)
+            messages = self._filled(pair.messages, file, number)
+            group = []
+            for reply in (pair.chosen, pair.rejected):
+                (answer,) = self._filled([{"role": "assistant", "content": reply}], file, number)
+                ids, mask, _ = encode_within(self.tokenizer, [*messages, answer], self.length)
+                group.append(Example(ids, _last_only(mask), name))
+            return [group]
+        messages = self._filled(to_dialogue(item, info), file, number)
+        parts_of = [_parts(self.tokenizer, message) for message in messages]
+        most = file.source.use.max_reply_tokens
+        replies = [len(part.content) for part in parts_of if part.reply]
+        if most is not None and sum(replies) > most * len(replies):
+            raise Skip(f"with replies of more than {most} tokens")
+        ids, mask, what = _fit(parts_of, self.length)
+        if what:
+            counts.cut[what] += 1
+        counts.undesirable += is_undesirable(item, info)
+        if self.settings.train_on_prompt:
+            mask = [False] + [True] * (len(ids) - 1)
+        elif self.settings.mask_history:
+            mask = _last_only(mask)
+        return [[Example(ids, mask, name)]]
+
+    def _filled(self, messages: Messages, file: SourceFile, number: int) -> Messages:
+        """Messages with ``identity`` in the place of ``{{placeholders}}``. Raises UserError for others."""
+        if not any("{{" in message["content"] for message in messages):
+            return messages
+        unfilled: set[str] = set()
+        filled = [
+            {**message, "content": fill_placeholders(message["content"], self.settings.identity, unfilled)}
+            for message in messages
+        ]
+        if unfilled and not self.settings.keep_placeholders:
+            keys = sorted(unfilled)
+            raise UnfilledPlaceholder(
+                f"{file.path}: item {number} has unfilled placeholders "
+                f"{', '.join(f'{{{{{key}}}}}' for key in keys)}; fill them with "
+                f"--identity {' '.join(f'{key}=…' for key in keys)}, or keep them as text with "
+                "--keep_placeholders"
+            )
+        return filled
+
+
+def encode_within(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], length: int
+) -> tuple[list[int], list[bool], str]:
+    """A dialogue of at most ``length`` tokens as ids and loss mask, and what was cut (empty: nothing).
+
+    Cut in this order: the oldest rounds, as in chat; the end of the last question; the system message; the
+    end of the last reply, which then has no end marker either.
+    """
+    return _fit([_parts(tokenizer, message) for message in messages], length)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A message as ids: its role's prefix, and the content with its end."""
+
+    role: str
+    prefix: list[int]
+    content: list[int]
+
+    @property
+    def reply(self) -> bool:
+        return self.role == "assistant"
+
+
+def _parts(tokenizer: Tokenizer, message: Mapping[str, str]) -> _Part:
+    return _Part(message["role"], *message_ids(tokenizer, message))
+
+
+def _fit(parts: Sequence[_Part], length: int) -> tuple[list[int], list[bool], str]:
+    ids, mask = _join(parts)
+    if len(ids) <= length:
+        return ids, mask, ""
+    system = list(parts[:1]) if parts[0].role == "system" else []
+    turns = list(parts[len(system) :])
+    while len(turns) > 2:
+        turns = turns[2:]
+        ids, mask = _join([*system, *turns])
+        if len(ids) <= length:
+            return ids, mask, "lost their oldest rounds"
+    question, reply = turns
+    before = [token for part in system for token in (*part.prefix, *part.content)]
+    room = length - len(before) - len(question.prefix) - len(reply.prefix) - len(reply.content)
+    if room < 1:
+        room += len(before)
+        before = []
+    prompt = before + question.prefix + question.content[: max(1, room)] + reply.prefix
+    kept = reply.content[: length - len(prompt)]
+    if not kept:
+        raise UserError(f"cutoff_len {length} leaves no room for a reply")
+    what = "had the last question cut" if room >= 1 else "had question and answer cut"
+    return prompt + kept, [False] * len(prompt) + [True] * len(kept), what
+
+
+def _join(parts: Iterable[_Part]) -> tuple[list[int], list[bool]]:
+    ids: list[int] = []
+    mask: list[bool] = []
+    for part in parts:
+        ids += part.prefix + part.content
+        mask += [False] * len(part.prefix) + [part.reply] * len(part.content)
+    return ids, mask
+
+
+def _last_only(mask: list[bool]) -> list[bool]:
+    """Loss on its last run alone."""
+    start = len(mask)
+    while start and mask[start - 1]:
+        start -= 1
+    return [False] * start + mask[start:]

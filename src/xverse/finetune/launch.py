@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.finetune.settings import Settings, training_values
 
 
@@ -22,17 +21,25 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     sharded = bool(settings.fsdp) or by_launcher
     if settings.deepspeed:
         if by_launcher:
-            raise UserError("accelerate was told to use FSDP, and --deepspeed shards too; give one of them")
+            raise UserError(
+                "accelerate launches with FSDP, and --deepspeed shards the model, too; use one of them"
+            )
         values["deepspeed"] = str(deepspeed_file(settings.deepspeed))
         _alone()
+    if settings.save_dtype and (sharded or settings.deepspeed):
+        raise UserError(
+            "save_dtype cannot be combined with fsdp or deepspeed; convert the result with xverse export"
+        )
     if settings.load_best_model_at_end and settings.evaluates == "epoch":
         values.setdefault("save_strategy", "epoch")
     for name in ("fsdp_config", "lr_scheduler_kwargs"):
         if name in values and values[name].lstrip().startswith("{"):
             values[name] = json.loads(values[name])
     for tracker in str(values["report_to"]).split(","):
-        if tracker in ("tensorboard", "wandb") and importlib.util.find_spec(tracker) is None:
-            raise UserError(f"report_to {tracker} needs pip install {tracker}")
+        if tracker == "tensorboard":
+            need("tensorboard", "track", "--report_to tensorboard", load=False)
+        elif tracker == "wandb":
+            need("wandb", "track", "--report_to wandb", load=False)
     if "," in values["report_to"]:
         values["report_to"] = values["report_to"].split(",")
     values |= {
@@ -41,8 +48,10 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         "logging_nan_inf_filter": False,
         "prediction_loss_only": True,
     }
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
-        values.setdefault("use_cpu", True)  # transformers would refuse bf16 without being told
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would log its choice to stdout
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        values.setdefault("use_cpu", True)  # otherwise transformers refuses bf16
     if settings.gradient_checkpointing:
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
@@ -51,14 +60,14 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         text = " ".join(str(error).split())
         raise UserError(f"finetune: {text.replace('--', '')}") from None
     if sharded and args.world_size == 1:
-        raise UserError("fsdp shards a model over processes, and there is one; start it with torchrun")
+        raise UserError("--fsdp needs more than one process; launch with torchrun")
     if sharded and args.use_cpu:
         _shard_on_cpu()
     return args
 
 
 def _alone() -> None:
-    """What DeepSpeed needs to know of a process that no launcher started."""
+    """Set the variables that DeepSpeed reads, for a process without a launcher."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -74,8 +83,8 @@ def _alone() -> None:
 
 
 def _shard_on_cpu() -> None:
-    """Accelerate shards on accelerators only and would silently copy the model to each process of a CPU.
-    PyTorch's FSDP2 works with gloo: another kind than MULTI_CPU lets Accelerate use it."""
+    """Let Accelerate shard on CPUs. PyTorch's FSDP2 works with gloo, but Accelerate would silently replicate
+    the model there; it shards for every distributed type except MULTI_CPU."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
@@ -83,14 +92,11 @@ def _shard_on_cpu() -> None:
 
 
 def deepspeed_file(name: str) -> Path:
-    """The file that ``--deepspeed`` names; a bare name that is not here means one of ``recipes/sft``.
+    """The file that ``--deepspeed`` names; a bare name without a local file means one of ``recipes/sft``.
 
-    Raises UserError where there is none, and where DeepSpeed is not installed.
+    Raises UserError if there is none, or if DeepSpeed is not installed.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "--deepspeed needs pip install 'xverse-lm[finetune]', or -e '.[finetune]' in a checkout"
-        )
+    need("deepspeed", "finetune", "--deepspeed", load=False)
     path = Path(name).expanduser()
     if path.is_file():
         return path

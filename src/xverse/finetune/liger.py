@@ -1,35 +1,33 @@
-"""LinkedIn's Liger kernels on CUDA, for what the model does beside matmuls, attention and the loss.
+"""LinkedIn's Liger kernels on CUDA for norms and gated activations.
 
-The loss is fused with the head here already (``model/loss.py``), and so Liger's is not used.
+``model/loss.py`` already fuses the loss with the output head, so Liger's fused loss is not used.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.model.transformer import MLP, RMSNorm
 
 
 def use_liger(model: nn.Module) -> None:
-    """Let norms and gated activations of ``model`` compute in Liger's kernels, in place.
+    """Replace the norms and gated activations of ``model`` by Liger's kernels, in place.
 
     Raises UserError without CUDA or liger-kernel.
     """
     if not torch.cuda.is_available():
-        raise UserError("use_liger_kernel: Liger's kernels run on CUDA alone; leave the flag out here")
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise UserError("use_liger_kernel needs pip install liger-kernel")
+        raise UserError("use_liger_kernel needs CUDA; omit it on this device")
+    need("liger_kernel", "gpu", "use_liger_kernel", load=False)
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     class LigerRMSNorm(RMSNorm):
         def forward(self, x: Tensor) -> Tensor:
-            # "gemma": in float32 up to and including the weight, as XVERSE's norm.
+            # "gemma" computes in float32 up to and including the weight, like XVERSE's norm.
             result: Any = LigerRMSNormFunction.apply(x, self.weight, self.eps, 0.0, "gemma", False)
             return result
 

@@ -1,4 +1,4 @@
-"""Which weights learn: all, an adapter's, or those of some layers."""
+"""Which weights are trained: all, an adapter's, or those of some layers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def prepare(model: Any, settings: Settings) -> Any:
-    """``model``, a transformers one, ready for ``finetuning_type``; with an adapter it is peft's.
+    """Prepare a transformers model for ``finetuning_type``; with an adapter, returns peft's wrapper.
 
-    Raises UserError for names of modules that the model does not have.
+    Raises UserError for unknown module names.
     """
     if settings.finetuning_type == "lora":
         return _with_adapter(model, settings)
     if settings.adapter_name_or_path:
-        raise UserError("adapter_name_or_path goes on with an adapter; it needs finetuning_type lora")
+        raise UserError("adapter_name_or_path needs finetuning_type lora")
     if settings.finetuning_type == "freeze":
         _freeze(model, settings)
     return model
@@ -56,20 +56,18 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
 
 def _quantised(config: Any) -> None:
     if config.use_dora:
-        raise UserError("use_dora: DoRA needs the norms of plain weights; leave it out with quantised ones")
+        raise UserError("use_dora needs unquantised weights, whose norms DoRA uses; omit it")
     from xverse.formats.qlora import register
 
     register(config)
 
 
-def _names(text: str, every: tuple[str, ...], model: Any, flag: str) -> list[str]:
-    names = list(every) if text == "all" else [name.strip() for name in text.split(",")]
+def _names(text: str, all_names: tuple[str, ...], model: Any, flag: str) -> list[str]:
+    names = list(all_names) if text == "all" else [name.strip() for name in text.split(",")]
     known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _has_weight(module)})
     for name in names:
         if name not in known:
-            raise UserError(
-                f"{flag}: no module '{name}'{nearest(name, known)} (there are: {', '.join(known)})"
-            )
+            raise UserError(f"{flag}: no module '{name}'{nearest(name, known)} (modules: {', '.join(known)})")
     return names
 
 
@@ -78,13 +76,13 @@ def _has_weight(module: nn.Module) -> bool:
 
 
 def _freeze(model: Any, settings: Settings) -> None:
-    """Only the last ``freeze_trainable_layers`` layers learn (the first ones where it is negative)."""
+    """Train only the last ``freeze_trainable_layers`` layers, or the first ones if it is negative."""
     count, layers = settings.freeze_trainable_layers, model.model.layers
     if abs(count) > len(layers):
         raise UserError(f"freeze_trainable_layers {count}: the model has {len(layers)} layers")
     model.requires_grad_(False)
-    every = tuple(name.rpartition(".")[2] for name, m in layers[0].named_modules() if _has_weight(m))
-    names = _names(settings.freeze_trainable_modules, every, model, "freeze_trainable_modules")
+    linears = tuple(name.rpartition(".")[2] for name, m in layers[0].named_modules() if _has_weight(m))
+    names = _names(settings.freeze_trainable_modules, linears, model, "freeze_trainable_modules")
     for layer in layers[-count:] if count > 0 else layers[:-count]:
         for name, module in layer.named_modules():
             if name.rpartition(".")[2] in names or name in names:
@@ -97,6 +95,6 @@ def _freeze(model: Any, settings: Settings) -> None:
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:
-    """How many parameters learn, and how many there are. Sharded ones (ZeRO-3) count whole."""
+    """The numbers of trained and of all parameters. Sharded ones (ZeRO-3) count whole."""
     counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
+    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)

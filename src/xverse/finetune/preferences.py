@@ -1,8 +1,9 @@
 """Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290), its variants, and ORPO (Hong et
 al., 2024, arXiv:2403.07691), on pairs without padding.
 
-trl's trainer would tokenise the rendered template, whose ids differ from XVERSE's at the seams, and make
-logits for prompts, too. Here a pair is two examples of ``encode.py``, and only tokens with loss have logits.
+trl's trainer would tokenise the rendered template, whose ids differ from XVERSE's where a role's prefix meets
+the text, and compute logits for prompts. Here a pair is two examples of ``encode.py``, and only tokens with
+loss have logits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from xverse.model import IGNORE
 
 
 def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of each example in a row of ``join``: the summed log-probability and the count of its tokens with loss,
+    """The summed log-probability and the number of tokens with loss of each example in a row of ``join``,
     float32 [n] each."""
     targets = batch["labels"][0, 1:]  # [T-1]; an example's first token has no label
     kept = (targets != IGNORE).nonzero().flatten()  # [K]
@@ -39,37 +40,37 @@ def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class PairTrainer(FinetuneTrainer):
-    """``examples`` are chosen and rejected answers by turns. ``reference`` is the frozen model that they are
-    judged against; None: the model itself without its adapter (ORPO needs none)."""
+    """``examples`` alternate between chosen and rejected replies. ``reference`` is a frozen model; None means
+    the trained one without its adapter (ORPO needs no reference)."""
 
     group = 2
 
     def __init__(self, *, reference: Any, beta: float, kind: str, supervised: float, **options: Any) -> None:
         super().__init__(**options)
-        self.model_accepts_loss_kwargs = False  # a mean over pairs, not over tokens
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs, not over tokens
         self.beta, self.kind, self.supervised = beta, kind, supervised
         self.reference = reference
         if reference is not None:
             self.reference = reference.eval().requires_grad_(False).to(self.args.device)
 
     def batch_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        loss, _ = self._judge(model, inputs)
+        loss, _ = self._losses(model, inputs)
         return loss.mean()
 
-    def _judge(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and reward margin of each pair, [n]."""
         if (batch["labels"] == IGNORE).all():  # a filler row
             sums, _ = log_probabilities(model, batch)
             return sums, sums
         sums, counts = log_probabilities(model, batch)
-        if self.kind == "orpo":  # no reference; the odds are those of a mean token (arXiv:2403.07691)
+        if self.kind == "orpo":  # odds of the mean token's probability (arXiv:2403.07691)
             means = (sums / counts).view(-1, 2)  # [n, 2]
             odds = means - torch.log1p(-means.exp())
             ratio = odds[:, 0] - odds[:, 1]
             return -means[:, 0] - self.beta * logsigmoid(ratio), self.beta * ratio.detach()
         with torch.no_grad(), self._without_adapter(model) as frozen:
-            known, _ = log_probabilities(frozen, batch)
-        gains = (sums - known).view(-1, 2)  # [n, 2]
+            reference, _ = log_probabilities(frozen, batch)
+        gains = (sums - reference).view(-1, 2)  # [n, 2]
         if self.kind == "ipo":  # per token (Azar et al., 2023, arXiv:2310.12036)
             gains = gains / counts.view(-1, 2)
         margin = gains[:, 0] - gains[:, 1]
@@ -97,9 +98,9 @@ class PairTrainer(FinetuneTrainer):
 
     def held_out_sums(self, model: Any, batch: Batch) -> list[float]:
         if (batch["labels"] == IGNORE).all():
-            self._judge(model, batch)
+            self._losses(model, batch)
             return [0.0, 0.0, 0.0, 0.0]
-        loss, margin = self._judge(model, batch)
+        loss, margin = self._losses(model, batch)
         return [loss.sum().item(), float(len(loss)), margin.sum().item(), (margin > 0).sum().item()]
 
     def held_out_metrics(self, sums: list[float]) -> dict[str, float]:

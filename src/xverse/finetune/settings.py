@@ -1,196 +1,280 @@
-"""The flags of ``xverse finetune``: LLaMA-Factory's and transformers' names, with their meanings.
+"""The settings of ``xverse finetune``, with LLaMA-Factory's and transformers' names and meanings.
 
-One frozen dataclass is the command line, the YAML form and the list of what is known. Nothing heavy is
-imported here.
+One frozen dataclass defines the flags, the keys of a recipe, their help texts and the table in
+docs/finetuning.md. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from xverse.config import UserError, build
 
 TEMPLATES = ("default", "xverse")
-HELD_OUT = 0.01  # where evaluation is asked for and no validation set is named
+HELD_OUT = 0.01  # share held out for evaluation without val_size and eval_dataset
+Moment = Literal["no", "steps", "epoch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetUse:
+    """How a run uses one dataset: an item of ``dataset`` that a recipe writes as a mapping."""
+
+    name: Annotated[str, "name in dataset_info.json, file, folder or hub id"]
+    repeat: Annotated[int, "how often each training example occurs in an epoch"] = 1
+    num_samples: Annotated[int | None, "at most this many examples of each file, drawn at random by seed"] = (
+        None
+    )
+    max_reply_tokens: Annotated[
+        int | None, "drop dialogues whose replies have more tokens than this on average"
+    ] = None
+
+    def __post_init__(self) -> None:
+        for name in ("repeat", "num_samples", "max_reply_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to train on what, and how. A field that is None leaves the choice to transformers.
+    """What to train on what, and how. For a field that is None, transformers chooses the value.
 
-    Raises ValueError, naming the flag, for values that contradict each other.
+    Raises ValueError, naming the setting, for values that contradict each other.
     """
 
     # the model and the method
-    model_name_or_path: str
-    adapter_name_or_path: str | None = None
-    stage: Literal["sft", "pt", "dpo"] = "sft"
-    finetuning_type: Literal["full", "lora", "freeze"] = "lora"
-    template: str = "default"
-    freeze_trainable_layers: int = 2
-    freeze_trainable_modules: str = "all"
-    freeze_extra_modules: str | None = None
-    lora_rank: int = 8
-    lora_alpha: float | None = None
-    lora_dropout: float = 0.0
-    lora_target: str = "all"
-    additional_target: str | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    quantization_bit: Literal[4, 8] | None = None
-    pure_bf16: bool = False
-    pref_beta: float = 0.1
-    pref_loss: Literal["sigmoid", "hinge", "ipo", "orpo"] = "sigmoid"
-    pref_ftx: float = 0.0
-    use_liger_kernel: bool = False
-    enable_liger_kernel: bool = False  # LLaMA-Factory's name
+    model_name_or_path: Annotated[str, "base model: a directory, a hub id or nano"]
+    adapter_name_or_path: Annotated[str | None, "adapter to continue training"] = None
+    stage: Annotated[
+        Literal["sft", "pt", "dpo"],
+        "supervised fine-tuning, continued pretraining, or preference optimisation",
+    ] = "sft"
+    finetuning_type: Annotated[
+        Literal["full", "lora", "freeze"], "train all weights, an adapter, or some layers"
+    ] = "lora"
+    template: Annotated[str, "chat format: XVERSE's, under the names default and xverse"] = "default"
+    freeze_trainable_layers: Annotated[
+        int, "with freeze: train the last N layers; a negative number trains the first ones"
+    ] = 2
+    freeze_trainable_modules: Annotated[str, "with freeze: modules to train in these layers, or all"] = "all"
+    freeze_extra_modules: Annotated[
+        str | None, "with freeze: modules outside the layers to train as well"
+    ] = None
+    lora_rank: Annotated[int, "rank of the adapter"] = 8
+    lora_alpha: Annotated[float | None, "scale of the adapter; unset: twice the rank"] = None
+    lora_dropout: Annotated[float, "dropout on the adapter's input"] = 0.0
+    lora_target: Annotated[str, "modules that get an adapter, separated by commas, or all"] = "all"
+    additional_target: Annotated[str | None, "with lora: modules to train whole, such as lm_head"] = None
+    use_rslora: Annotated[bool, "scale the adapter by 1/sqrt(rank)"] = False
+    use_dora: Annotated[bool, "train a DoRA adapter"] = False
+    quantization_bit: Annotated[Literal[4, 8] | None, "quantise the base while loading it (QLoRA)"] = None
+    pure_bf16: Annotated[bool, "keep weights and optimizer state in bfloat16, without float32 copies"] = False
+    pref_beta: Annotated[float, "with dpo: strength of the preference term"] = 0.1
+    pref_loss: Annotated[
+        Literal["sigmoid", "hinge", "ipo", "orpo"],
+        "with dpo: the loss; sigmoid is DPO's, orpo needs no reference model",
+    ] = "sigmoid"
+    pref_ftx: Annotated[float, "with dpo: weight of the supervised loss on the chosen reply"] = 0.0
+    use_liger_kernel: Annotated[bool, "compute norms and activations with Liger's kernels (CUDA)"] = False
 
     # the data
-    dataset: str | None = None
-    eval_dataset: str | None = None
-    dataset_dir: Path = Path("data")
-    cutoff_len: int = 2048
-    max_samples: int | None = None
-    streaming: bool = False
-    buffer_size: int = 16384
-    group_by_length: bool = False
-    train_sampling_strategy: Literal["random", "group_by_length"] | None = None
-    val_size: float = 0.0
-    packing: bool | None = None
-    neat_packing: bool = False
-    train_on_prompt: bool = False
-    mask_history: bool = False
-    overwrite_cache: bool = False
-    preprocessing_num_workers: int | None = None
-    padding_side: Literal["left", "right"] | None = None
+    dataset: Annotated[
+        tuple[DatasetUse, ...],
+        "names in dataset_info.json, files, folders or hub ids, separated by commas; in a recipe a list, too",
+    ] = ()
+    eval_dataset: Annotated[tuple[DatasetUse, ...], "datasets to evaluate on, written like dataset"] = ()
+    dataset_dir: Annotated[Path, "folder of dataset_info.json and its files"] = Path("data")
+    identity: Annotated[
+        dict[str, str], "values for {{placeholders}} in the data, such as name=… author=…"
+    ] = field(default_factory=dict)
+    keep_placeholders: Annotated[
+        bool, "accept {{placeholders}} that identity does not fill as plain text"
+    ] = False
+    cutoff_len: Annotated[int, "longest example, and longest packed row, in tokens"] = 2048
+    max_samples: Annotated[int | None, "use only the first N usable examples of each dataset"] = None
+    streaming: Annotated[
+        bool, "read the data while training instead of loading it first; needs max_steps"
+    ] = False
+    buffer_size: Annotated[int, "with streaming: examples shuffled at a time"] = 16384
+    group_by_length: Annotated[bool, "put rows of similar length into one step"] = False
+    val_size: Annotated[float, "examples of dataset to hold out: a share below 1, or a number"] = 0.0
+    packing: Annotated[
+        bool | None, "put several examples into one row, isolated from each other; unset: only with stage pt"
+    ] = None
+    train_on_prompt: Annotated[bool, "compute the loss on prompts, too"] = False
+    mask_history: Annotated[bool, "compute the loss on the last reply only"] = False
+    overwrite_cache: Annotated[bool, "accepted without effect: nothing is cached"] = False
+    preprocessing_num_workers: Annotated[
+        int | None, "accepted without effect: the tokenizer uses all cores"
+    ] = None
+    padding_side: Annotated[
+        Literal["left", "right"] | None, "saved with the tokenizer; training itself does not pad"
+    ] = None
 
     # the run
-    output_dir: Path
-    overwrite_output_dir: bool = False
-    resume_from_checkpoint: str | None = None
-    plot_loss: bool = False
-    early_stopping_steps: int | None = None
-    evaluation_strategy: Literal["no", "steps", "epoch"] | None = None
-    warmup_ratio: float | None = None
-    local_rank: int | None = None  # the launcher's; the environment says it too
+    output_dir: Annotated[Path, "folder of the run and of the finished model"]
+    overwrite_output_dir: Annotated[bool, "start anew in a folder that holds another run"] = False
+    resume_from_checkpoint: Annotated[
+        str | None, "checkpoint to resume from; unset: the last complete one"
+    ] = None
+    plot_loss: Annotated[bool, "draw loss.png"] = False
+    early_stopping_steps: Annotated[int | None, "stop after N evaluations without a better loss"] = None
+    save_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, "type of the finished weights; unset: the base's"
+    ] = None
+    generation: Annotated[
+        dict[str, Any], "values for the finished model's generation_config.json, such as temperature=0.5"
+    ] = field(default_factory=dict)
+    local_rank: Annotated[int | None, "set by launchers of several processes"] = None
 
     # transformers' TrainingArguments of the same names
-    do_train: bool = False
-    do_eval: bool = False
-    eval_strategy: Literal["no", "steps", "epoch"] | None = None
-    eval_steps: float | None = None
-    eval_delay: float | None = None
-    eval_on_start: bool | None = None
-    per_device_train_batch_size: int | None = None
-    per_device_eval_batch_size: int | None = None
-    gradient_accumulation_steps: int | None = None
-    num_train_epochs: float | None = None
-    max_steps: int | None = None
-    learning_rate: float | None = None
-    lr_scheduler_type: str | None = None
-    lr_scheduler_kwargs: str | None = None
-    warmup_steps: float | None = None
-    weight_decay: float | None = None
-    adam_beta1: float | None = None
-    adam_beta2: float | None = None
-    adam_epsilon: float | None = None
-    max_grad_norm: float | None = None
-    optim: str | None = None
-    optim_args: str | None = None
-    neftune_noise_alpha: float | None = None
-    logging_strategy: Literal["no", "steps", "epoch"] | None = None
-    logging_steps: float | None = None
-    logging_first_step: bool | None = None
-    save_strategy: Literal["no", "steps", "epoch", "best"] | None = None
-    save_steps: float | None = None
-    save_total_limit: int | None = None
-    save_only_model: bool | None = None
-    load_best_model_at_end: bool | None = None
-    metric_for_best_model: str | None = None
-    greater_is_better: bool | None = None
-    seed: int = 42
-    data_seed: int | None = None
-    full_determinism: bool | None = None
-    bf16: bool | None = None
-    fp16: bool | None = None
-    tf32: bool | None = None
-    use_cpu: bool | None = None
-    gradient_checkpointing: bool | None = None
-    torch_compile: bool | None = None
-    deepspeed: str | None = None
-    fsdp: str | None = None
-    fsdp_config: str | None = None
-    ddp_backend: str | None = None
-    ddp_timeout: int | None = None
-    ddp_find_unused_parameters: bool | None = None
-    dataloader_num_workers: int | None = None
-    dataloader_pin_memory: bool | None = None
-    report_to: str | None = None
-    run_name: str | None = None
-    disable_tqdm: bool | None = None
+    do_train: Annotated[bool, "train"] = False
+    do_eval: Annotated[bool, "evaluate at the end"] = False
+    eval_strategy: Annotated[Moment | None, "when to evaluate during training"] = None
+    eval_steps: Annotated[float | None, "steps between evaluations; a share of the run if below 1"] = None
+    eval_delay: Annotated[float | None, "steps or epochs before the first evaluation"] = None
+    eval_on_start: Annotated[bool | None, "evaluate before the first step"] = None
+    per_device_train_batch_size: Annotated[int | None, "rows of a micro-batch on each process"] = None
+    per_device_eval_batch_size: Annotated[int | None, "rows of an evaluation batch on each process"] = None
+    gradient_accumulation_steps: Annotated[int | None, "micro-batches of a step"] = None
+    num_train_epochs: Annotated[float | None, "passes over the dataset"] = None
+    max_steps: Annotated[int | None, "optimizer steps; overrides num_train_epochs"] = None
+    learning_rate: Annotated[float | None, "peak learning rate"] = None
+    lr_scheduler_type: Annotated[str | None, "schedule of the learning rate, such as cosine_with_min_lr"] = (
+        None
+    )
+    lr_scheduler_kwargs: Annotated[
+        str | None, 'options of the schedule as JSON, such as {"min_lr_rate": 0.02}'
+    ] = None
+    warmup_steps: Annotated[float | None, "steps of linear warm-up; a share of the run if below 1"] = None
+    weight_decay: Annotated[float | None, "weight decay of matrices"] = None
+    adam_beta1: Annotated[float | None, "AdamW's beta1"] = None
+    adam_beta2: Annotated[float | None, "AdamW's beta2"] = None
+    adam_epsilon: Annotated[float | None, "AdamW's epsilon"] = None
+    max_grad_norm: Annotated[float | None, "clip gradients to this norm"] = None
+    optim: Annotated[str | None, "optimizer, by transformers' name"] = None
+    optim_args: Annotated[str | None, "options of the optimizer"] = None
+    neftune_noise_alpha: Annotated[float | None, "noise added to embeddings (NEFTune)"] = None
+    logging_strategy: Annotated[Moment | None, "when to log the loss"] = None
+    logging_steps: Annotated[float | None, "steps between log lines"] = None
+    logging_first_step: Annotated[bool | None, "log the first step, too"] = None
+    save_strategy: Annotated[Literal["no", "steps", "epoch", "best"] | None, "when to write checkpoints"] = (
+        None
+    )
+    save_steps: Annotated[float | None, "steps between checkpoints"] = None
+    save_total_limit: Annotated[int | None, "checkpoints to keep"] = None
+    save_only_model: Annotated[
+        bool | None, "write checkpoints without optimizer state; they cannot be resumed"
+    ] = None
+    load_best_model_at_end: Annotated[bool | None, "finish with the best evaluated checkpoint"] = None
+    metric_for_best_model: Annotated[str | None, "metric that defines the best checkpoint"] = None
+    greater_is_better: Annotated[bool | None, "whether that metric should rise"] = None
+    seed: Annotated[int, "seed of initialisation, order and held-out examples"] = 42
+    data_seed: Annotated[int | None, "seed of the order; unset: seed"] = None
+    full_determinism: Annotated[bool | None, "use deterministic kernels only"] = None
+    bf16: Annotated[bool | None, "compute in bfloat16; full fine-tuning keeps weights in float32"] = None
+    fp16: Annotated[bool | None, "compute in float16 with loss scaling (CUDA)"] = None
+    tf32: Annotated[bool | None, "allow TF32 matmuls (CUDA)"] = None
+    use_cpu: Annotated[bool | None, "train on the CPU"] = None
+    gradient_checkpointing: Annotated[
+        bool | None, "recompute activations in the backward pass to save memory"
+    ] = None
+    torch_compile: Annotated[bool | None, "compile the model"] = None
+    deepspeed: Annotated[
+        str | None, "DeepSpeed's JSON file; deepspeed.json also names recipes/sft/deepspeed.json"
+    ] = None
+    fsdp: Annotated[str | None, "shard the model with FSDP2, such as full_shard; needs torchrun"] = None
+    fsdp_config: Annotated[str | None, "FSDP's options as JSON, or a JSON file"] = None
+    ddp_backend: Annotated[str | None, "communication backend of several processes"] = None
+    ddp_timeout: Annotated[int | None, "seconds after which communication fails"] = None
+    ddp_find_unused_parameters: Annotated[bool | None, "let DDP search for parameters without gradient"] = (
+        None
+    )
+    dataloader_num_workers: Annotated[int | None, "processes that prepare batches"] = None
+    dataloader_pin_memory: Annotated[bool | None, "pin batches in memory (CUDA)"] = None
+    report_to: Annotated[str | None, "experiment trackers: tensorboard or wandb, separated by commas"] = None
+    run_name: Annotated[str | None, "name of the run in trackers"] = None
+    disable_tqdm: Annotated[bool | None, "accepted: progress is logged as lines"] = None
 
     def __post_init__(self) -> None:
+        self._check_task()
+        self._check_data()
+        self._check_method()
+
+    def _check_task(self) -> None:
         if self.template not in TEMPLATES:
             raise ValueError(
-                f"template '{self.template}': XVERSE's own is used, under the names {' and '.join(TEMPLATES)}"
+                f"template '{self.template}': only XVERSE's is supported ({' or '.join(TEMPLATES)})"
             )
         if not (self.do_train or self.do_eval):
-            raise ValueError("nothing to do; give do_train, do_eval or both")
+            raise ValueError("nothing to do; set do_train, do_eval or both")
         if self.do_train and not self.dataset:
             raise ValueError("do_train needs a dataset")
         if not self.do_train and not self.dataset and not self.eval_dataset:
-            raise ValueError("do_eval needs an eval_dataset, or a dataset to hold out from")
-        if self.eval_strategy and self.evaluation_strategy not in (None, self.eval_strategy):
-            raise ValueError("eval_strategy and evaluation_strategy are one setting and differ here")
+            raise ValueError("do_eval needs eval_dataset, or a dataset to hold out examples from")
         if self.deepspeed and self.fsdp:
-            raise ValueError("deepspeed and fsdp both shard the model; give one of them")
+            raise ValueError("deepspeed and fsdp both shard the model; use one of them")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 contradict each other; use one of them")
+        if self.early_stopping_steps is not None and not self.load_best_model_at_end:
+            raise ValueError("early_stopping_steps needs load_best_model_at_end")
+        if self.evaluates == "no" and self.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end needs evaluation; set eval_strategy to steps or epoch")
+
+    def _check_data(self) -> None:
         if self.eval_dataset and self.val_size:
-            raise ValueError("val_size holds out of dataset what eval_dataset names; give one of them")
+            raise ValueError("val_size and eval_dataset are mutually exclusive; use one of them")
         if self.val_size < 0 or (self.val_size >= 1 and self.val_size != int(self.val_size)):
             raise ValueError(
                 f"val_size {self.val_size:g} is neither a share below 1 nor a number of examples"
             )
         if self.train_on_prompt and self.mask_history:
             raise ValueError("train_on_prompt and mask_history contradict each other")
-        if self.warmup_ratio is not None and self.warmup_steps is not None:
-            raise ValueError("warmup_ratio and warmup_steps are one setting; give one of them")
-        if self.cutoff_len < 8 or self.lora_rank < 1 or self.freeze_trainable_layers == 0:
-            raise ValueError("cutoff_len must be at least 8, lora_rank 1, freeze_trainable_layers not 0")
-        if self.stage == "dpo" and self.packs:
-            raise ValueError("packing is for single examples; dpo trains on pairs")
+        if self.cutoff_len < 8:
+            raise ValueError("cutoff_len must be at least 8")
+        if self.by_rows and self.packs:
+            raise ValueError(f"{self.by_rows} cannot be combined with packing")
         if self.streaming:
             if self.stage == "dpo" or not self.max_steps or self.max_steps < 1:
-                raise ValueError("streaming needs max_steps, as its end is not known, and stage sft or pt")
+                raise ValueError("streaming needs max_steps and stage sft or pt")
+            if self.group_by_length:
+                raise ValueError("group_by_length cannot be combined with streaming")
+            if any(use.repeat > 1 for use in self.dataset):
+                raise ValueError("repeat cannot be combined with streaming")
             if 0 < self.val_size < 1 or (self.wants_evaluation and not (self.val_size or self.eval_dataset)):
                 raise ValueError(
-                    "streaming: a share is not known; give val_size as a number, or eval_dataset"
+                    "with streaming the dataset's size is unknown: set val_size to a number of examples, "
+                    "or use eval_dataset"
                 )
-        if self.by_length and (self.packs or self.streaming):
-            raise ValueError("group_by_length is for rows of one example each; packing fills rows instead")
+
+    def _check_method(self) -> None:
+        if self.lora_rank < 1 or self.freeze_trainable_layers == 0:
+            raise ValueError("lora_rank must be at least 1 and freeze_trainable_layers not 0")
         if self.quantization_bit and self.finetuning_type != "lora":
             raise ValueError(
-                "quantization_bit: quantised weights do not learn; it needs finetuning_type lora"
+                "quantization_bit needs finetuning_type lora: quantised weights cannot be trained"
             )
+        if self.finetuning_type == "lora" and (self.save_dtype or self.generation):
+            name = "save_dtype" if self.save_dtype else "generation"
+            raise ValueError(f"{name} needs finetuning_type full or freeze: an adapter uses its base's")
         if self.pref_beta <= 0:
             raise ValueError("pref_beta must be above 0")
-        if self.early_stopping_steps is not None and not self.load_best_model_at_end:
-            raise ValueError("early_stopping_steps needs load_best_model_at_end")
-        if self.evaluates == "no" and (self.load_best_model_at_end or self.early_stopping_steps):
-            raise ValueError("load_best_model_at_end needs evaluation; give eval_strategy steps or epoch")
+
+    @property
+    def by_rows(self) -> str:
+        """The setting that needs rows of one example each, or an empty string."""
+        return "stage dpo" if self.stage == "dpo" else "group_by_length" if self.group_by_length else ""
 
     @property
     def evaluates(self) -> str:
         """When evaluation runs during training: ``no``, ``steps`` or ``epoch``."""
-        return self.eval_strategy or self.evaluation_strategy or "no"
-
-    @property
-    def by_length(self) -> bool:
-        return self.group_by_length or self.train_sampling_strategy == "group_by_length"
+        return self.eval_strategy or "no"
 
     @property
     def wants_evaluation(self) -> bool:
@@ -198,12 +282,11 @@ class Settings:
 
     @property
     def packs(self) -> bool:
-        """Whether several examples share a row; pt does unless told otherwise. Documents never see each
-        other, so that ``packing`` and ``neat_packing`` are the same here."""
-        return self.neat_packing or (self.stage == "pt" if self.packing is None else self.packing)
+        """Whether several examples share a row; by default only in stage pt."""
+        return self.stage == "pt" if self.packing is None else self.packing
 
     def held_out(self, count: int) -> int:
-        """How many of ``count`` examples become the validation set where none is named."""
+        """How many of ``count`` examples to hold out of ``dataset`` for validation."""
         if self.eval_dataset or not (self.wants_evaluation or self.val_size):
             return 0
         if self.val_size >= 1:
@@ -211,32 +294,134 @@ class Settings:
         return min(max(1, math.floor(count * (self.val_size or HELD_OUT))), count - 1)
 
 
-# What is ours to act on; every field from do_train on goes to transformers as it is.
-_NAMES = [field.name for field in dataclasses.fields(Settings)]
+# Fields from do_train on are passed to transformers unchanged.
+_NAMES = [item.name for item in dataclasses.fields(Settings)]
 OWN = frozenset(_NAMES[: _NAMES.index("do_train")])
+
+# Other names of a setting, which LLaMA-Factory or older versions of transformers use.
+ALIASES = {
+    "enable_liger_kernel": "use_liger_kernel",
+    "evaluation_strategy": "eval_strategy",
+    "neat_packing": "packing",
+    "train_sampling_strategy": "group_by_length",
+    "warmup_ratio": "warmup_steps",
+}
 
 
 def training_values(settings: Settings) -> dict[str, Any]:
     """The keyword arguments of transformers' TrainingArguments."""
     values = {
-        field.name: getattr(settings, field.name)
-        for field in dataclasses.fields(settings)
-        if field.name not in OWN and getattr(settings, field.name) is not None
+        name: value for name in _NAMES if name not in OWN and (value := getattr(settings, name)) is not None
     }
     values["eval_strategy"] = settings.evaluates
-    if settings.warmup_ratio is not None:
-        values["warmup_steps"] = settings.warmup_ratio  # below 1 it is a share, since transformers 5
     values.setdefault("report_to", "none")
     return {**values, "output_dir": str(settings.output_dir)}
 
 
 def read_settings(values: Mapping[str, Any], where: str) -> Settings:
-    """Settings from flags or YAML. Raises UserError, naming the key, for what is unknown or wrong."""
+    """Settings from flags, a recipe or both. Raises UserError, naming the keys, for unknown or wrong ones."""
     values = dict(values)
-    for name in ("dataset", "eval_dataset", "lora_target", "report_to"):  # YAML may write lists
+    _refuse_former_recipe(values, where)
+    _resolve_aliases(values, where)
+    for name in ("dataset", "eval_dataset"):
+        if values.get(name) is not None:
+            values[name] = _dataset_uses(values[name])
+        else:
+            values.pop(name, None)
+    for name in ("lora_target", "report_to"):
         if isinstance(values.get(name), list):
             values[name] = ",".join(map(str, values[name]))
-    settings = build(Settings, values, where)
-    if settings.fp16 and settings.bf16:
-        raise UserError(f"{where}: bf16 and fp16 contradict each other; give one of them")
-    return settings
+    for name in ("lr_scheduler_kwargs", "fsdp_config"):
+        if isinstance(values.get(name), Mapping):
+            values[name] = json.dumps(values[name])
+    return build(Settings, values, where)
+
+
+def to_values(settings: Settings) -> dict[str, Any]:
+    """Plain values, without defaults, from which ``read_settings`` makes equal settings."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        if value is None or value == default:
+            continue
+        if item.name in ("dataset", "eval_dataset"):
+            value = [_plain(use) for use in value]
+            if all(isinstance(use, str) for use in value):
+                value = ",".join(value)
+        values[item.name] = str(value) if isinstance(value, Path) else value
+    return values
+
+
+def _plain(use: DatasetUse) -> str | dict[str, Any]:
+    values = {
+        item.name: getattr(use, item.name)
+        for item in dataclasses.fields(use)
+        if getattr(use, item.name) != item.default
+    }
+    return use.name if list(values) == ["name"] else values
+
+
+def _dataset_uses(value: Any) -> Any:
+    """Names separated by commas, or a list of names and mappings, as a list of mappings."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    if not isinstance(value, list):
+        return value
+    return [{"name": item} if isinstance(item, str) else item for item in value]
+
+
+def _resolve_aliases(values: dict[str, Any], where: str) -> None:
+    for alias, name in ALIASES.items():
+        value = values.pop(alias, None)
+        if alias == "train_sampling_strategy" and value is not None:
+            if value not in ("random", "group_by_length"):
+                raise UserError(f"{where}: {alias}: '{value}' is not one of random, group_by_length")
+            value = value == "group_by_length"
+        if value is None or (alias == "neat_packing" and not value):
+            continue
+        if values.get(name) not in (None, value):
+            raise UserError(
+                f"{where}: {name} and {alias} are one setting and differ here; remove one of them"
+            )
+        values[name] = value
+
+
+FORMER_KEYS = {
+    "model": "model_name_or_path",
+    "out": "output_dir",
+    "datasets": "dataset, a list of {name: …}",
+    "sequence_length": "cutoff_len, with packing: true",
+    "valid_share": "val_size",
+    "train.steps": "max_steps",
+    "train.batch_size": "per_device_train_batch_size",
+    "train.learning_rate": "learning_rate",
+    "train.warmup_steps": "warmup_steps",
+    "train.final_lr_ratio": "lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr_rate: …}",
+    "train.weight_decay": "weight_decay",
+    "train.beta1": "adam_beta1",
+    "train.beta2": "adam_beta2",
+    "train.grad_clip": "max_grad_norm",
+    "train.dtype": "bf16: true or false",
+    "train.micro_batch_size": "gradient_accumulation_steps",
+    "train.activation_checkpointing": "gradient_checkpointing",
+    "train.compile": "torch_compile",
+    "train.checkpoint_every": "save_steps",
+    "train.keep_checkpoints": "save_total_limit",
+    "train.validate_every": "eval_strategy: steps, eval_steps",
+    "train.log_every": "logging_steps",
+    "train.trackers": "report_to",
+}
+
+
+def _refuse_former_recipe(values: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for the keys of recipes before all recipes had these settings."""
+    train = values.get("train")
+    keys = [key for key in values if key in FORMER_KEYS]
+    keys += [f"train.{key}" for key in train] if isinstance(train, Mapping) else []
+    if keys:
+        changes = ", ".join(f"{key} → {FORMER_KEYS.get(key, 'remove it')}" for key in keys)
+        raise UserError(
+            f"{where}: the keys of fine-tuning recipes have changed: {changes}; add do_train: true and "
+            "finetuning_type: full (recipes/nano/sft.yaml is an example)"
+        )

@@ -1,19 +1,22 @@
-"""From the names in ``--dataset`` to items: dataset_info.json, files, folders and repositories of hubs."""
+"""From the names in ``dataset`` to items: dataset_info.json, files, folders and repositories of hubs."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError, build, nearest
-from xverse.data.dialogues.conversations import DatasetInfo, check_columns, guess
-from xverse.data.dialogues.instructions import read_items
+from xverse.config import UserError, build, nearest, need
+from xverse.data.dialogues.formats import DatasetInfo, check_columns, guess
+from xverse.finetune.settings import DatasetUse
+from xverse.hub.datasets import fetch_dataset
 from xverse.log import notice
+from xverse.texts import ReadReport, read_json, read_records, read_text
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".txt", ".csv", ".parquet")
@@ -22,115 +25,142 @@ INFO = "dataset_info.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset and where it lies: files here, or a repository to fetch them from."""
+    """A dataset, how the run uses it and where it is: local files, or a repository to fetch them from."""
 
-    name: str
+    use: DatasetUse
     info: DatasetInfo
     path: Path | None
-    guessed: bool = False  # its format shows in the keys of its items
+    guessed: bool = False  # no entry describes it; the keys of its items show the format
+
+    @property
+    def name(self) -> str:
+        return self.use.name
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a dataset. ``name`` is the file's in a local folder and the dataset's otherwise."""
+
+    source: Source
+    path: Path
+    name: str
+    in_folder: bool
 
 
 def packaged() -> dict[str, Any]:
-    """The entries that are known everywhere, with their homes on hubs."""
+    """The entries known without a dataset_info.json, with their repositories on hubs."""
     text = (importlib.resources.files("xverse.finetune") / INFO).read_text(encoding="utf-8")
     return json.loads(text)
 
 
-def find_sources(names: str, folder: Path) -> list[Source]:
-    """What ``names`` (parted by commas) mean: entries of ``folder/dataset_info.json`` or of the packaged one,
-    paths in ``folder`` or from here, or ids of dataset repositories.
+def find_sources(uses: Sequence[DatasetUse], folder: Path) -> list[Source]:
+    """What the names mean: entries of ``folder/dataset_info.json`` or of the packaged one, paths in
+    ``folder`` or the working directory, or ids of dataset repositories.
 
-    Raises UserError, listing what there is, for a name that is none of these.
+    Raises UserError, listing the known datasets, for any other name.
     """
     file = folder / INFO
     known: dict[str, Any] = packaged()
     own: dict[str, Any] = {}
     if file.is_file():
-        try:
-            own = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: ill-formed JSON ({error})") from None
+        own = read_json(file)
         if not isinstance(own, dict):
             raise UserError(f"{file}: expected a mapping of names to datasets")
-    found = []
-    for name in (part.strip() for part in names.split(",")):
+    sources = []
+    for use in uses:
+        name = use.name
         if name in own:
-            found.append(_entry(name, own[name], file))
+            sources.append(_entry(use, own[name], file))
         elif any((path := place).exists() for place in (folder / name, Path(name).expanduser()) if name):
-            found.append(Source(name, DatasetInfo(), path, guessed=True))
+            sources.append(Source(use, DatasetInfo(), path, guessed=True))
         elif name in known:
-            found.append(_entry(name, known[name], Path(INFO)))
+            sources.append(_entry(use, known[name], Path(INFO)))
         elif name.count("/") == 1 and not Path(name).suffix:
-            found.append(Source(name, DatasetInfo(hf_hub_url=name), None, guessed=True))
+            sources.append(Source(use, DatasetInfo(hf_hub_url=name), None, guessed=True))
         else:
             here = [*own, *(item.name for item in folder.glob("*") if item.name.endswith(SUFFIXES))]
             listing = ", ".join(sorted(here)) or "nothing"
             raise UserError(
                 f"no dataset '{name}'{nearest(name, [*here, *known])} ({folder} has {listing}; "
-                f"with a home on a hub: {', '.join(known)})"
+                f"known on hubs: {', '.join(known)})"
             )
-    return found
+    return sources
 
 
-def _entry(name: str, values: Any, file: Path) -> Source:
-    info = build(DatasetInfo, values, f"{file}: {name}")
-    if info.hf_hub_url or info.ms_hub_url:
-        return Source(name, info, None)
+def _entry(use: DatasetUse, values: Any, file: Path) -> Source:
+    where = f"{file}: {use.name}"
+    info = build(DatasetInfo, values, where)
+    if info.on_hub:
+        return Source(use, info, None)
     if info.file_name is None:
-        raise UserError(f"{file}: {name}: has neither file_name nor hf_hub_url; others are not supported")
+        raise UserError(f"{where}: needs file_name, hf_hub_url or ms_hub_url")
     path = file.parent / info.file_name
     if not path.exists():
-        raise UserError(f"{file}: {name}: no such file or folder: {path}")
-    return Source(name, info, path)
+        raise UserError(f"{where}: no such file or folder: {path}")
+    if info.file_sha1:
+        _check_sha1(path, info.file_sha1, where)
+    return Source(use, info, path)
 
 
-def read_source(source: Source, stage: str, skipped: Counter[str]) -> Iterator[tuple[Any, DatasetInfo]]:
-    """The items of a dataset with their description. Lines that are no JSON are counted in ``skipped``.
+def _check_sha1(path: Path, expected: str, where: str) -> None:
+    if path.is_dir():
+        raise UserError(f"{where}: file_sha1 needs a file, and {path} is a folder")
+    with path.open("rb") as stream:
+        actual = hashlib.file_digest(stream, "sha1").hexdigest()
+    if actual != expected.lower():
+        raise UserError(
+            f"{where}: {path} has SHA-1 {actual}, not {expected}; restore the file or update file_sha1"
+        )
 
-    Raises UserError for files that cannot be read, or whose columns do not fit.
-    """
+
+def source_files(source: Source) -> list[SourceFile]:
+    """The files of a dataset, fetched if need be, in name order. Raises UserError if there are none."""
     info = source.info
     path = source.path or fetch(source)
-    files = [path]
-    if path.is_dir():
-        files = sorted(item for item in path.rglob("*") if item.is_file() and item.name.endswith(SUFFIXES))
-        files = [item for item in files if item.name not in (INFO, "dataset_infos.json")]
-        if source.path is None:
-            files = _of_split(files, path, info, source.name)
-        if not files:
-            raise UserError(f"{path}: no dataset here; known are {', '.join(SUFFIXES)}")
-    limit = info.num_samples
-    count = 0
-    for file in files:
-        first = True
-        for item in _read_file(file, skipped):
-            if limit is not None and count >= limit:
-                return
-            if first and source.guessed:
-                info = guess(item, str(file))
-            if first:
-                check_columns(item, info, stage, f"{source.name} ({file.name})")
-                first = False
-            count += 1
-            yield item, info
+    if not path.is_dir():
+        return [SourceFile(source, path, source.name, in_folder=False)]
+    files = sorted(item for item in path.rglob("*") if item.is_file() and item.name.endswith(SUFFIXES))
+    files = [item for item in files if item.name not in (INFO, "dataset_infos.json")]
+    if source.path is None:
+        files = _of_split(files, path, info, source.name)
+    if not files:
+        raise UserError(f"{path}: no dataset here; known formats are {', '.join(SUFFIXES)}")
+    local = source.path is not None
+    return [SourceFile(source, item, item.name if local else source.name, in_folder=local) for item in files]
 
 
-def _read_file(file: Path, skipped: Counter[str]) -> Iterator[Any]:
+def read_file(file: SourceFile, stage: str, skipped: Counter[str]) -> Iterator[tuple[Any, DatasetInfo]]:
+    """The items of one file with their description. Ill-formed lines are counted in ``skipped``.
+
+    Raises UserError for a file that cannot be read, or whose columns do not fit.
+    """
+    source, info = file.source, file.source.info
+    for number, item in enumerate(_items(file.path, skipped)):
+        if number == 0:
+            if source.guessed:
+                info = guess(item, str(file.path))
+            where = source.name
+            if file.path.name != where:
+                where += f" ({file.path.name})"
+            check_columns(item, info, stage, where)
+        yield item, info
+
+
+def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
     if file.name.endswith(JSON_SUFFIXES):
-        yield from read_items(file, skipped)
+        report = ReadReport()
+        for _, item in read_records(file, report):
+            yield item
+        if report.broken_files:
+            raise UserError(f"{file}: {report.broken_files[0]}")
+        if report.skipped:
+            skipped["ill-formed lines"] += report.skipped
     elif file.suffix == ".txt":
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read ({error})") from None
-        for line in lines:
+        for line in read_text(file).splitlines():
             if line.strip():
                 yield {"text": line}
     else:
-        try:
-            import pandas
-        except ImportError:
-            raise UserError(f"{file}: CSV and parquet need pip install 'xverse-lm[finetune]'") from None
+        pandas = need("pandas", "finetune", str(file))
         try:
             table = pandas.read_csv(file) if file.suffix == ".csv" else pandas.read_parquet(file)
         except (OSError, ValueError, ImportError) as error:
@@ -139,41 +169,15 @@ def _read_file(file: Path, skipped: Counter[str]) -> Iterator[Any]:
 
 
 def fetch(source: Source) -> Path:
-    """Download a dataset's repository into the hub's cache, or find it there.
-
-    Raises UserError, in one line, where neither is possible.
-    """
+    """Download a dataset's repository into the hub's cache, or find it there. Raises UserError otherwise."""
     info = source.info
-    home = info.hf_hub_url
-    if home is None:
-        return _fetch_modelscope(source)
-    from huggingface_hub import snapshot_download
-
     patterns = [f"{info.folder}/*" if info.folder else f"*{suffix}" for suffix in SUFFIXES]
     try:
-        return Path(snapshot_download(home, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # the hub's library raises a dozen kinds; all mean the same to the user
-        if info.ms_hub_url:
-            try:
-                return _fetch_modelscope(source)
-            except UserError:
-                pass
-        text = " ".join(str(error).split())[:200]
+        return fetch_dataset(info.hf_hub_url, info.ms_hub_url, patterns)
+    except UserError as error:
         raise UserError(
-            f"{source.name}: {home} cannot be fetched ({type(error).__name__}: {text}); "
-            f"a local copy is used where --dataset names its file"
+            f"dataset {source.name} cannot be fetched: {error}; --dataset PATH uses a local copy"
         ) from None
-
-
-def _fetch_modelscope(source: Source) -> Path:
-    try:
-        from modelscope import dataset_snapshot_download
-    except ImportError:
-        raise UserError(f"{source.name}: needs pip install 'xverse-lm[modelscope]'") from None
-    try:
-        return Path(dataset_snapshot_download(source.info.ms_hub_url))
-    except Exception as error:
-        raise UserError(f"{source.name}: {source.info.ms_hub_url} cannot be fetched ({error})") from None
 
 
 def _of_split(files: list[Path], root: Path, info: DatasetInfo, name: str) -> list[Path]:

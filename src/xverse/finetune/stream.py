@@ -1,5 +1,5 @@
-"""Rows of a data set that is larger than memory: read and encoded as they are needed, again from the first
-where a run goes on. What the n-th row holds depends on the files and the settings alone."""
+"""Rows of a dataset that is larger than memory, read and encoded as they are needed. The n-th row depends on
+the files and the settings alone; a resumed run reads the data again from the start."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from xverse.finetune.encode import Example
 
 
 class Stream(Dataset[list[Example]]):
-    """``count`` rows of what ``read()`` gives, from its beginning again where it ends.
+    """``count`` rows of the examples of ``read()``, which starts again when it ends.
 
-    ``buffer`` examples at a time are mixed by ``seed`` and, with ``length``, packed into rows of so many
-    tokens. Rows are asked for in rising order; the way to a later one leads through all before it.
+    ``buffer`` examples at a time are shuffled by ``seed`` and, with ``length``, packed into rows of at most
+    so many tokens. Request rows in increasing order; skipping ahead reads and discards every row in between.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class Stream(Dataset[list[Example]]):
                 return row
 
     def _all(self) -> Iterator[list[Example]]:
-        window, held = 0, []
+        window, pending = 0, []
         while True:
             for example in self.read():
-                held.append(example)
-                if len(held) == self.buffer:
-                    yield from self._mixed(held, window)
-                    window, held = window + 1, []
-            if held:
-                yield from self._mixed(held, window)
-                window, held = window + 1, []
+                pending.append(example)
+                if len(pending) == self.buffer:
+                    yield from self._shuffled(pending, window)
+                    window, pending = window + 1, []
+            if pending:
+                yield from self._shuffled(pending, window)
+                window, pending = window + 1, []
 
-    def _mixed(self, examples: list[Example], window: int) -> list[list[Example]]:
+    def _shuffled(self, examples: list[Example], window: int) -> list[list[Example]]:
         order = random_order(len(examples), "stream", self.seed, window).tolist()
         rows = [[examples[i]] for i in order]
         if self.length is not None:

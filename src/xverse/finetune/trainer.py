@@ -1,9 +1,9 @@
 """transformers' Trainer over examples without padding: sampler, batches, exact evaluation, checks.
 
-The examples of a micro-batch lie one behind the other in a single row, with positions from 0 in each. The
-model's attention goes document by document, so that the loss is that of padded rows, and nothing is computed
-for padding. ``num_items_in_batch`` counts the tokens with loss of a whole step over all processes, so that
-neither accumulation nor the number of processes changes the loss.
+The examples of a micro-batch are concatenated into a single row, with positions from 0 in each. Attention is
+computed per example, so the loss equals that of padded rows, without computing anything for padding.
+``num_items_in_batch`` counts the tokens with loss of a whole step over all processes, so neither gradient
+accumulation nor the number of processes changes the loss.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from xverse.finetune.encode import Example
 from xverse.finetune.stream import Stream
 from xverse.log import JsonlLog, notice
 from xverse.model import IGNORE
+from xverse.train.survival import Requests
 
-FILLER = -1  # a row without examples: it evens out the last step of an epoch and has no loss
+FILLER = -1  # a row without examples and loss, which completes the last step of an epoch
 Batch = dict[str, Tensor]
 
 
 class Rows(Dataset[list[Example]]):
-    """Rows of examples, by their numbers: ``group`` neighbours, or as many as fit into ``length`` tokens."""
+    """Rows of examples, as indices: ``group`` neighbours, or as many as fit into ``length`` tokens."""
 
     def __init__(self, examples: Sequence[Example], length: int | None, seed: int, group: int = 1) -> None:
-        self.examples = examples
+        self.examples, self.length, self.seed = examples, length, seed
         self.rows = [list(range(start, start + group)) for start in range(0, len(examples), group)]
         if length is not None:
             order = random_order(len(examples), "rows", seed).tolist()
@@ -55,8 +56,8 @@ class Rows(Dataset[list[Example]]):
 
 
 class Order(Sampler[int]):
-    """All rows in an order of (seed, epoch) alone, filled up to whole steps of ``multiple`` rows. With
-    ``lengths`` the rows of a step are about equally long: neighbours among 50 steps' rows in that order."""
+    """All rows in an order that depends on (seed, epoch) alone, filled up to a multiple of ``multiple`` rows.
+    With ``lengths``, 50 steps' rows at a time are sorted by length, so rows of a step are similar."""
 
     def __init__(self, count: int, multiple: int, seed: int, lengths: Sequence[int] | None = None) -> None:
         self.count, self.multiple, self.seed, self.epoch = count, multiple, seed, 0
@@ -92,21 +93,21 @@ class Order(Sampler[int]):
 def widest(rows: Rows, batch: int, processes: int, seed: int, grouped: bool) -> tuple[int, int]:
     """Tokens in the largest micro-batch of the first epoch, and how many of them have loss."""
     order = list(Order(len(rows), batch * processes, seed, rows.lengths() if grouped else None))
-    found = []
+    sizes = []
     for start in range(0, len(order), batch):
-        held = [example for row in order[start : start + batch] for example in rows[row]]
-        found.append((sum(len(e.ids) for e in held), sum(sum(e.mask) for e in held)))
-    return max(found)
+        examples = [example for row in order[start : start + batch] for example in rows[row]]
+        sizes.append((sum(len(e.ids) for e in examples), sum(sum(e.mask) for e in examples)))
+    return max(sizes)
 
 
 def join(examples: Sequence[Example], numbers: Sequence[int], pad_id: int) -> Batch:
-    """One row of the examples of those numbers, see ``row_of``."""
+    """One row of the examples with these indices, see ``row_of``."""
     return row_of([examples[number] for number in numbers], pad_id)
 
 
 def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
-    """All ``examples`` in a row: input_ids, labels and position_ids int64 [1, T], and ``names``, the first
-    ones' as bytes, uint8 [n].
+    """All ``examples`` in one row: input_ids, labels and position_ids int64 [1, T], and ``names``, those of
+    the first eight as bytes, uint8 [n].
 
     Labels are not shifted; the first token of an example has none.
     """
@@ -131,10 +132,10 @@ def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 class FinetuneTrainer(Trainer):
-    """``examples`` and ``held_out`` are encoded already; ``row_length`` packs rows of so many tokens.
-    ``grouped``: the rows of a step are about equally long. ``stream`` stands in the place of ``examples``."""
+    """Trains on ``examples``, or on ``stream`` instead, and evaluates on ``held_out``. ``row_length`` packs
+    rows of at most so many tokens; ``grouped`` makes the rows of a step similar in length."""
 
-    group = 1  # examples that belong together
+    group = 1  # neighbouring examples that stay in one row
 
     def __init__(
         self,
@@ -169,14 +170,14 @@ class FinetuneTrainer(Trainer):
         return Order(len(self.train_dataset), multiple, self._order_seed, lengths)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # A sharded model writes its own later than Trainer looks for the folder of the best checkpoint.
+        # A sharded model writes its files later than Trainer looks for the folder of the best checkpoint.
         Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}").mkdir(
             parents=True, exist_ok=True
         )
         super()._save_checkpoint(model, trial)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. Raises UserError, naming the examples, where the loss is no finite number."""
+        """As Trainer's. Raises UserError, naming the examples, if the loss is not finite."""
         names = bytes(inputs.pop("names").tolist()).decode()
         targets = kwargs.get("num_items_in_batch")
         if targets is not None and int(targets) == 0:
@@ -187,8 +188,8 @@ class FinetuneTrainer(Trainer):
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()} on {names}; a lower "
-                "learning_rate or max_grad_norm may help, or these examples are damaged"
+                f"step {self.state.global_step + 1}: the loss is {loss.item()} on {names}; lower "
+                "learning_rate or max_grad_norm, or check these examples"
             )
         return result
 
@@ -196,7 +197,7 @@ class FinetuneTrainer(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def held_out_sums(self, model: Any, batch: Batch) -> list[float]:
-        """Loss and count of one batch, and what else is summed over the held-out examples."""
+        """Loss and count of one batch, then other sums over the held-out examples; four numbers at most."""
         output = model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1)
         return [output.loss.item(), (batch["labels"] != IGNORE).sum().item()]
 
@@ -208,42 +209,55 @@ class FinetuneTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss in nats per token with loss over all held-out examples: each counts once, whatever the number
-        of processes."""
+        """Loss in nats per token with loss over all held-out examples, and for each of several datasets.
+
+        Each example counts once, whatever the number of processes.
+        """
         started = time.perf_counter()
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         assert isinstance(rows, Rows)
-        size = self.args.per_device_eval_batch_size
-        batches = [
-            [number for row in rows.rows[start : start + size] for number in row]
-            for start in range(0, len(rows), size)
-        ]
+        datasets = sorted({example.dataset for example in rows.examples})
+        batches = list(self._batches_by_dataset(rows, datasets))
         world, rank = self.args.world_size, self.args.process_index
-        # Sharded models gather weights in every forward pass, so that all processes make equally many.
-        batches += [[]] * (-len(batches) % world)
+        # Sharded models gather weights in every forward pass, so all processes must run equally many.
+        batches += [(0, [])] * (-len(batches) % world)
         model: Any = self.model_wrapped if self.is_in_train else self.model
         if not self.is_in_train:
             model = model.to(self.args.device)
         was_training = model.training
         model.eval()
-        sums = torch.zeros(4, dtype=torch.float64)
-        for numbers in batches[rank::world]:
-            batch = join(rows.examples, numbers, self.pad_id)
+        sums = torch.zeros(len(datasets), 4, dtype=torch.float64)
+        for number, indices in batches[rank::world]:
+            batch = join(rows.examples, indices, self.pad_id)
             del batch["names"]
             batch = {key: value.to(self.args.device) for key, value in batch.items()}
-            found = self.held_out_sums(model, batch)
-            sums[: len(found)] += torch.tensor(found, dtype=torch.float64)
+            values = self.held_out_sums(model, batch)
+            sums[number, : len(values)] += torch.tensor(values, dtype=torch.float64)
         model.train(was_training)
-        total = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
-        figures = {**self.held_out_metrics(total), "runtime": round(time.perf_counter() - started, 3)}
+        sums = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").cpu()
+        figures = {**self.held_out_metrics(sums.sum(0).tolist())}
+        if len(datasets) > 1:
+            for name, values in zip(datasets, sums.tolist(), strict=True):
+                figures[f"loss/{name}"] = self.held_out_metrics(values)["loss"]
+        figures["runtime"] = round(time.perf_counter() - started, 3)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _batches_by_dataset(self, rows: Rows, datasets: list[str]) -> Iterator[tuple[int, list[int]]]:
+        """Batches of example indices, each of one dataset, with that dataset's number."""
+        length = rows.length
+        size = self.args.per_device_eval_batch_size
+        for number, name in enumerate(datasets):
+            own = [i for i, example in enumerate(rows.examples) if example.dataset == name]
+            part = Rows([rows.examples[i] for i in own], length, rows.seed, self.group)
+            for start in range(0, len(part), size):
+                yield number, [own[i] for row in part.rows[start : start + size] for i in row]
+
 
 class Record(TrainerCallback):
-    """Writes what Trainer logs to ``metrics.jsonl``, in the form that ``plot_loss`` reads, and says it."""
+    """Writes what Trainer logs to ``metrics.jsonl``, as ``plot_loss`` reads it, and to the console."""
 
     def __init__(self, path: Any) -> None:
         self.path = path
@@ -265,7 +279,10 @@ class Record(TrainerCallback):
                 f"learning rate {logs.get('learning_rate', 0):.2e}  {pace:.2f} s/step  {left} left"
             )
         elif "eval_loss" in logs:
-            record["valid"] = {"all": logs["eval_loss"]}
+            parts = {
+                key.removeprefix("eval_loss/"): logs[key] for key in logs if key.startswith("eval_loss/")
+            }
+            record["valid"] = {"all": logs["eval_loss"], **parts}
             names = ("loss", "perplexity", "margin", "accuracy")
             shown = [f"{name} {logs[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in logs]
             notice(f"held out at step {state.global_step}: {', '.join(shown)}")
@@ -274,3 +291,19 @@ class Record(TrainerCallback):
         log = JsonlLog(self.path)
         log.write(record)
         log.close()
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves a checkpoint after the step in which a signal arrived, and ends training if it asked for that."""
+
+    def __init__(self, signals: Requests) -> None:
+        self.signals = signals
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        flags = torch.tensor([self.signals.stop, self.signals.save], dtype=torch.int32, device=args.device)
+        if args.world_size > 1:  # processes receive a signal in different steps; agree on one
+            torch.distributed.all_reduce(flags)
+        self.signals.stop, save = (bool(flag) for flag in flags.tolist())
+        self.signals.save = False
+        control.should_save |= save or self.signals.stop
+        control.should_training_stop |= self.signals.stop

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xverse.formats.compare import logits, parity
-    from xverse.formats.gguf import open_gguf, save_gguf
-    from xverse.formats.read import (
-        load_model,
+    from xverse.formats.directory import (
+        ModelDirectory,
         load_tokenizer,
         read_config,
         read_generation_config,
         read_scheme,
     )
+    from xverse.formats.gguf import open_gguf, save_gguf
+    from xverse.formats.read import load_model
     from xverse.formats.write import save_hf, save_llama, save_quantized
     from xverse.hub.resolve import resolve
 
@@ -28,16 +29,18 @@ _HOME = {
     "open_gguf": "xverse.formats.gguf",
     "save_gguf": "xverse.formats.gguf",
     "load_model": "xverse.formats.read",
-    "load_tokenizer": "xverse.formats.read",
-    "read_config": "xverse.formats.read",
-    "read_generation_config": "xverse.formats.read",
-    "read_scheme": "xverse.formats.read",
+    "ModelDirectory": "xverse.formats.directory",
+    "load_tokenizer": "xverse.formats.directory",
+    "read_config": "xverse.formats.directory",
+    "read_generation_config": "xverse.formats.directory",
+    "read_scheme": "xverse.formats.directory",
     "save_hf": "xverse.formats.write",
     "save_llama": "xverse.formats.write",
     "save_quantized": "xverse.formats.write",
 }
 
 __all__ = [
+    "ModelDirectory",
     "load_model",
     "load_tokenizer",
     "logits",

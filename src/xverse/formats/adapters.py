@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.formats.compare import fixed_tokens
 from xverse.formats.compare import logits as logits_of
-from xverse.formats.weights import read_json
+from xverse.formats.weights import read_object
 from xverse.kernels.linear import QuantLinear
 from xverse.log import notice
 from xverse.model import FullCausal, XverseForCausalLM
@@ -82,7 +82,7 @@ def check_base(model: nn.Module, path: str | Path, base: str | Path) -> None:
     if not file.exists():
         notice(f"{path}: does not say which weights it was trained on; {base} is taken on trust")
         return
-    stored = read_json(file)
+    stored = read_object(file)
     if stored.get("fingerprint") != fingerprint(model):
         raise UserError(f"{path}: this adapter was trained on {stored.get('base')}, not on {base}")
 
@@ -150,10 +150,4 @@ def check_adapter(path: str | Path) -> Path:
 
 
 def import_peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UserError(
-            "adapters need peft: pip install 'xverse-lm[finetune]', or -e '.[finetune]'"
-        ) from None
-    return peft
+    return need("peft", "finetune", "an adapter")

@@ -3,7 +3,7 @@
 For each quantised matrix [N, K] of ``b`` bits a file holds ``weight_packed`` int32 [N, K·b/32] (values
 shifted by 2^(b-1), the lowest input in the lowest bits), ``weight_scale`` [N, K/group] and ``weight_shape``
 int64 [2] (https://github.com/vllm-project/compressed-tensors). As little-endian bytes the packed rows are
-those of ``quant.tiles.to_rows``, so reading and writing move bytes and compute nothing.
+those of ``kernels.tiles.to_rows``, so reading and writing move bytes and compute nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A quantised matrix as the loader takes it: ``rows`` as ``quant.tiles.to_rows`` writes them.
+    """A quantised matrix as the loader takes it: ``rows`` as ``kernels.tiles.to_rows`` writes them.
 
     ``rows`` uint8 [N, K · bits / 8], ``scales`` bfloat16 [N, K/group]. With ``order`` int64 [K] the inputs
     lie permuted: column k belongs to input ``order[k]``.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from xverse.config import UserError, choose
 from xverse.files import atomic_file
-from xverse.formats.read import check_vocabulary
+from xverse.formats.directory import check_vocabulary
 from xverse.formats.spm import Vocabulary, spm_vocabulary
 from xverse.log import console, progress
 from xverse.model import XverseConfig, XverseForCausalLM

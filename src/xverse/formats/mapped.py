@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from xverse import hardware
+
 _FEW = 16  # tokens whose pages may stay
-_MAPS = Path("/proc/self/maps")
 _DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
@@ -47,20 +47,9 @@ def keep_in_file(embedding: nn.Embedding) -> None:
 
 def _is_mapped(weight: Tensor) -> bool:
     """Whether all of it lies in one mapping of a file."""
-    if (
-        torch.compiler.is_compiling()
-        or _DONTNEED is None
-        or not _MAPS.exists()
-        or weight.device.type != "cpu"
-    ):
+    if torch.compiler.is_compiling() or _DONTNEED is None or weight.device.type != "cpu":
         return False
-    start, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
-    for line in _MAPS.read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        low, high = (int(part, 16) for part in fields[0].split("-"))
-        if low <= start and end <= high:
-            return fields[4] != "0" and len(fields) == 6 and fields[5].startswith("/")
-    return False
+    return hardware.file_mapped(weight.data_ptr(), weight.data_ptr() + weight.nbytes)
 
 
 def release(weight: Tensor, known: bool = False) -> None:

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from xverse.config import UserError, choose
+from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
-from xverse.formats.quantized import set_layer
-from xverse.formats.read import (
-    IGNORED_SUFFIX,
-    check_tensors,
-    read_config,
-    read_generation_config,
-    read_scheme,
-)
-from xverse.formats.weights import DTYPES, TensorFiles, dtype_name, weight_files
+from xverse.formats.read import IGNORED_SUFFIX, check_tensors
+from xverse.formats.schemes import set_layer
+from xverse.formats.weights import DTYPES, dtype_name
 from xverse.formats.write import check_target, save_quantized
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight
@@ -43,15 +38,15 @@ class Source:
     Raises UserError for a directory that is quantised already or does not hold the model's tensors.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = read_config(path)
-        if read_scheme(path) is not None:
+    def __init__(self, directory: ModelDirectory) -> None:
+        path = self.path = directory.path
+        self.config = directory.config
+        if directory.scheme is not None:
             raise UserError(f"{path}: is quantised already; quantise the model that it was made from")
         with torch.device("meta"):
             state = XverseForCausalLM(self.config).state_dict()
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
-        self._files = TensorFiles(weight_files(path))
+        self._files = directory.tensors
         names = [name for name in self._files.names if not name.endswith(IGNORED_SUFFIX)]
         missing = [name for name in self._shapes if name not in self._files]
         check_tensors(path, missing, [name for name in names if name not in self._shapes], {})
@@ -73,7 +68,7 @@ class Source:
 
 
 def quantize_directory(
-    source: Path,
+    source: str | Path | ModelDirectory,
     out: Path,
     tokenizer: Tokenizer,
     settings: QuantSettings,
@@ -90,9 +85,10 @@ def quantize_directory(
     quantised, the settings do not fit it, or the target must not be written or has no room for the result.
     """
     check_target(out, overwrite)
-    if out.exists() and out.samefile(source):
+    directory = ModelDirectory.of(source)
+    if out.exists() and out.samefile(directory.path):
         raise UserError(f"{out}: is the model itself; choose another path for the quantised one")
-    tensors = Source(source)
+    tensors = Source(directory)
     _check_space(out, stored_bytes(tensors.config, settings))
     run = Quantizer(
         tensors.config,
@@ -108,9 +104,9 @@ def quantize_directory(
         tokenizer,
         out,
         llama=llama,
-        generation_config=read_generation_config(source),
+        generation_config=directory.generation_config,
         overwrite=overwrite,
-        documents=source,
+        documents=directory.path,
     )
     return run.report
 
@@ -120,14 +116,16 @@ def quick_settings(kind: str) -> QuantSettings:
     return QuantSettings(bits=choose("quantize", kind, {"int8": 8, "int4": 4}), embedding_bits=16)
 
 
-def load_quantizing(path: Path, kind: str, dtype: torch.dtype | None = None) -> XverseForCausalLM:
+def load_quantizing(
+    directory: str | Path | ModelDirectory, kind: str, dtype: torch.dtype | None = None
+) -> XverseForCausalLM:
     """The model of an unquantised directory with weights of ``int8`` or ``int4``, quantised as they are read.
 
     Never is more than a layer of it in memory unquantised; the embedding stays the mapped file. ``dtype`` is
     that of everything else, None the stored one. Raises UserError as ``quantize_directory``.
     """
     settings = quick_settings(kind)
-    source = Source(path)
+    source = Source(ModelDirectory.of(directory))
     with progress_bar(source.config) as progress:
         return build(
             source.config,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xverse.config import UserError
+from xverse.texts import read_json
 
 SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"
@@ -50,14 +51,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError for a missing or ill-formed file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())})") from None
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if it cannot be read or holds anything else."""
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object")
     return values
@@ -84,7 +80,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map")
     names = list(dict.fromkeys(str(name) for name in weight_map.values()))
@@ -128,17 +124,25 @@ class _Place:
     end: int
 
 
-def _read_places(file: Path) -> dict[str, _Place]:
-    """From the header of a safetensors file that was found sound: asking the library for each tensor reads
-    the header anew each time, half a second in all at 7B."""
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, with ``__metadata__``, and the offset of its data in bytes.
+
+    Raises ValueError for another kind of file.
+    """
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
+        return json.loads(opened.read(size)), 8 + size
+
+
+def _read_places(file: Path) -> dict[str, _Place]:
+    """The tensors in a valid safetensors file. The library would parse the header for each tensor anew, which
+    takes half a second in all at 7B."""
+    header, start = read_header(file)
     places = {}
     for name, entry in header.items():
         dtype = _READABLE.get(entry.get("dtype"))
         if name != "__metadata__" and dtype is not None:
-            begin, end = (8 + size + offset for offset in entry["data_offsets"])
+            begin, end = (start + offset for offset in entry["data_offsets"])
             places[name] = _Place(dtype, tuple(entry["shape"]), begin, end)
     return places
 
@@ -262,30 +266,6 @@ def _unreadable(path: Path, error: Exception) -> NoReturn:
         f"{path}: cannot be read, probably truncated ({path.stat().st_size:,} bytes); "
         f"fetch it again ({reason[:120]})"
     ) from None
-
-
-def write_safetensors(
-    path: Path, shapes: Mapping[str, Iterable[int]], dtype: torch.dtype, tensors: Iterable[Tensor]
-) -> None:
-    """Write one safetensors file. ``tensors`` come in the order of ``shapes`` and are cast to ``dtype``."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        offsets = [end, end + size]
-        header[name] = {"dtype": DTYPES[dtype_name(dtype)], "shape": list(shape), "data_offsets": offsets}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for tensor in tensors:
-            plain = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            file.write(plain.view(torch.uint8).flatten().numpy().data)
-        assert file.tell() == 8 + len(text) + end, "tensors do not match the announced shapes"
 
 
 class SafetensorsWriter:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from xverse.config import UserError
 from xverse.files import atomic_directory
-from xverse.formats.quantized import write_quantized
-from xverse.formats.read import check_vocabulary
+from xverse.formats.directory import check_vocabulary
+from xverse.formats.schemes import write_quantized
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
-from xverse.formats.weights import DTYPES, SAFETENSORS, dtype_name, write_safetensors
+from xverse.formats.weights import DTYPES, SafetensorsWriter, dtype_name
 from xverse.kernels.weight import QuantizedWeight
 from xverse.model import XverseConfig, XverseForCausalLM
 
@@ -211,25 +211,10 @@ def _write_weights(
     model: XverseForCausalLM, directory: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     tensors = model.state_dict()
-    shards: list[list[str]] = [[]]
-    filled = 0
+    writer = SafetensorsWriter(directory, len(tensors), max_shard_bytes)
     for name, tensor in tensors.items():
-        size = tensor.numel() * dtype.itemsize
-        if filled + size > max_shard_bytes and shards[-1]:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = SAFETENSORS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shapes = {name: tensors[name].shape for name in names}
-        write_safetensors(directory / file, shapes, dtype, (tensors[name] for name in names))
-        weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory / f"{SAFETENSORS}.index.json", index)
+        writer.add(name, tensor.detach().to(dtype))
+    writer.close()
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

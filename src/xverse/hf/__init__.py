@@ -1,4 +1,4 @@
-"""Transformers integration: Auto classes, ``.chat``, registration. Names load on first use."""
+"""Integration with transformers: Auto classes, ``.chat``, registration. Names load on first use."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ __all__ = ["XverseConfig", "XverseForCausalLM", "XverseTokenizer"]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'xverse.hf' has no attribute '{name}'")
-    install()  # again, for what `import xverse` could not do in the middle of an import of transformers
+    install()  # again, because `import xverse` does nothing during an import of transformers
     return getattr(importlib.import_module(f"xverse.hf.{_HOME[name]}"), name)

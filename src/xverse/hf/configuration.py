@@ -1,4 +1,4 @@
-"""XVERSE's configuration as transformers wants it: upstream's ``config.json`` keys."""
+"""XVERSE's configuration class for transformers, with the keys of upstream's ``config.json``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from xverse.formats.shim import AUTO_MAP, SHIM_FILES
 from xverse.model.config import XverseConfig as ModelConfig
 from xverse.model.scaling import RopeScaling
 
-QUANT_METHOD = "xverse"  # by which transformers finds our quantizer
+QUANT_METHOD = "xverse"  # under which transformers finds our quantizer
 
 
 class StoredQuantization(QuantizationConfigMixin):
-    """A ``quantization_config`` that our quantizer loads; it writes itself as it was read.
+    """A ``quantization_config`` for our quantizer, written back exactly as it was read.
 
-    transformers chooses the quantizer by ``quant_method``, which in the file is that of the format.
+    transformers selects the quantizer by ``quant_method``, which in the file names the format instead.
     """
 
     def __init__(self, **stored: Any) -> None:
@@ -28,7 +28,7 @@ class StoredQuantization(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enumeration of theirs
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As the dictionary for which transformers takes it while it looks for a quantizer."""
+        """Dictionary access, which transformers uses while it looks for a quantizer."""
         return QUANT_METHOD if key == "quant_method" else default
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,9 +38,9 @@ class StoredQuantization(QuantizationConfigMixin):
 class XverseConfig(PretrainedConfig):
     """Configuration of ``XverseForCausalLM``; the defaults are XVERSE-7B's.
 
-    ``rope_theta`` stays a key of its own, as upstream has it; ``rope_parameters`` is read too. Raises
-    UserError for rope scaling of an unknown kind; other things that the model lacks (grouped-query attention,
-    biases) are refused when one is built.
+    ``rope_theta`` remains a separate key, as in upstream's files; ``rope_parameters`` is read, too. Raises
+    UserError for an unknown kind of rope scaling. Other features that the model lacks (grouped-query
+    attention, biases) are refused when a model is built.
     """
 
     model_type = "xverse"
@@ -86,7 +86,7 @@ class XverseConfig(PretrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
-        # What would name code of the directory for transformers to run; `save_pretrained` writes our own.
+        # These keys name code in the directory for transformers to run; `save_pretrained` writes ours.
         for key in ("auto_map", "custom_pipelines"):
             kwargs.pop(key, None)
         stored = kwargs.get("quantization_config")
@@ -95,9 +95,9 @@ class XverseConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def to_model_config(self) -> ModelConfig:
-        """The configuration of ``xverse.model``. Raises UserError for what the model does not have."""
+        """The configuration for ``xverse.model``. Raises UserError for features that the model lacks."""
         values = self.to_dict()
-        if isinstance(self.eos_token_id, list):  # several ends shape no tensor; generation knows them all
+        if isinstance(self.eos_token_id, list):  # generation uses the whole list
             values["eos_token_id"] = self.eos_token_id[0]
         return ModelConfig.from_json(values, self.name_or_path or "config")
 
@@ -110,7 +110,7 @@ class XverseConfig(PretrainedConfig):
         return cls(**{**values, **kwargs})
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Also writes the shim, so that the directory loads where xverse is installed but not imported."""
+        """Also writes the shim, so that the directory loads if xverse is installed but not imported."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         for name, text in SHIM_FILES.items():
             (Path(save_directory) / name).write_text(text, encoding="utf-8")
@@ -122,4 +122,4 @@ class XverseConfig(PretrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: transformers calls this when the shim led here, and would then copy this file about."""
+        """Nothing: transformers calls this after loading the shim, and would then copy this file."""

@@ -1,4 +1,4 @@
-"""The one model of ``xverse.model`` behind transformers' interface."""
+"""``xverse.model``'s model behind transformers' interface."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from xverse.hf import chat, quantization
-from xverse.hf.attention import attention_context
+from xverse.hf import model_chat, quantization
+from xverse.hf.cached_attention import attention_context
 from xverse.hf.configuration import XverseConfig
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.training import loss_kernels
@@ -26,7 +26,7 @@ _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_valu
 
 
 class XverseDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
-    """The model's layer, which transformers' gradient checkpointing can switch to recomputing."""
+    """The model's layer, with transformers' gradient checkpointing."""
 
 
 class XverseForCausalLM(PreTrainedModel, GenerationMixin):
@@ -41,7 +41,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = ["XverseDecoderLayer"]  # noqa: RUF012 (transformers reads plain lists)
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
-    # Upstream's files carry the rotary frequencies of each layer; the model computes them.
+    # Upstream's files contain the rotary frequencies of each layer; the model computes them.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
 
     def __init__(self, config: XverseConfig) -> None:
@@ -86,17 +86,17 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """``input_ids`` int64 [B, T] or ``inputs_embeds`` [B, T, D] → loss, logits [B, T, V], cache.
 
-        ``labels`` [B, T] are shifted here (``shift_labels`` are so already); -100 has no loss. The loss never
-        makes the logits. While training with labels no logits are made at all: ``skip_logits=False`` asks for
-        them, ``skip_logits=True`` leaves them out elsewhere. ``num_items_in_batch`` divides a summed loss.
-        ``cache`` is what transformers 5.24 and newer call ``past_key_values``.
-        ``token_type_ids``, which upstream's tokenizer returns, and ``cache_position``, which the cache knows
-        better, have no effect. Raises ValueError for ``output_attentions``: the kernels keep no weights.
+        ``labels`` [B, T] are shifted here, ``shift_labels`` already; -100 is ignored. The loss does not
+        materialise the logits. Training with labels returns none, unless ``skip_logits=False``;
+        ``skip_logits=True`` omits them elsewhere. ``num_items_in_batch`` divides a summed loss. ``cache`` is
+        the name of ``past_key_values`` since transformers 5.24. ``token_type_ids``, which upstream's
+        tokenizer returns, and ``cache_position``, which follows from the cache, have no effect. Raises
+        ValueError for ``output_attentions``, because the kernels do not keep attention weights.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions is not supported: attention runs in kernels that keep none")
+            raise ValueError("output_attentions is not supported: the kernels do not keep attention weights")
         num_items = loss_kwargs.pop("num_items_in_batch", None)
         if loss_kwargs:
             raise TypeError(f"forward() got unexpected arguments: {', '.join(loss_kwargs)}")
@@ -106,7 +106,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values if cache is None else cache
         if recomputing:
-            cache = None  # a recomputed layer would enter its keys twice
+            cache = None  # a recomputed layer would append its keys twice
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         context = attention_context(x.shape[0], x.shape[1], x.device, attention_mask, position_ids, cache)
@@ -147,16 +147,16 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
                 kernels=loss_kernels(flat),
             )
         else:
-            kept = (targets != IGNORE).nonzero().flatten()  # the head may pass over a prompt's tokens
+            kept = (targets != IGNORE).nonzero().flatten()  # skips the head for tokens without a loss
             loss = cross_entropy(self.lm_head(flat[kept]).float(), targets[kept], reduction=reduction)
         if num_items is not None:
             loss = loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
         return loss
 
     def _head_weight(self, hidden: Tensor) -> Tensor | None:
-        """[V, D] where the head is nothing but its weight, which a quantised one makes for the moment: less
-        than all logits. Adapters, FSDP, ZeRO-3 and accelerate's device hooks act in the head's forward, which
-        the chunked loss does not call."""
+        """The head's weight [V, D] if its forward is a plain product, else None. A quantised head is
+        dequantised temporarily, which takes less memory than all logits. Adapters, FSDP, ZeRO-3 and
+        accelerate's hooks act in the head's forward, which the chunked loss does not call."""
         head: Any = self.lm_head
         if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
             return None
@@ -174,14 +174,14 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         stream: bool = False,
         generation_config: GenerationConfig | None = None,
     ) -> str | Iterator[str]:
-        """The assistant's next turn, as upstream's ``chat``: a text, or with ``stream`` its deltas.
+        """The assistant's next turn, as in upstream's ``chat``: a text, or with ``stream`` its deltas.
 
-        ``tokenizer`` is the transformers tokenizer of this model. ``messages`` are mappings with role and
-        content, ending with a user turn; they are not modified. A conversation that does not fit loses its
+        ``tokenizer`` is this model's transformers tokenizer. ``messages`` are mappings with role and content,
+        ending with a user turn; they are not modified. A conversation that exceeds the context loses its
         oldest rounds, with a warning. Closing the iterator stops the generation.
         Raises xverse.config.UserError for messages with wrong roles or order.
         """
-        return chat.chat(self, tokenizer, messages, stream, generation_config)
+        return model_chat.chat(self, tokenizer, messages, stream, generation_config)
 
     def quantize(
         self,
@@ -193,28 +193,28 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> XverseForCausalLM:
         """Weights of 8 or 4 bits in the place of this model's, layer by layer; returns the model itself.
 
-        The linears of the layers get ``bits``, the output head 8 (with ``rtn-row`` it stays as it is), the
-        embedding stays. ``method``: ``rtn``, ``rtn-row`` (XVERSE's own scheme, which has no groups) or
-        ``gptq``, which learns from ``calibration``, token ids int64 [n, T]. The model can only be used for
+        The linears of the layers get ``bits``, the output head 8 (none with ``rtn-row``), the
+        embedding is not quantised. ``method``: ``rtn``, ``rtn-row`` (XVERSE's scheme, without groups) or
+        ``gptq``, which needs ``calibration``, token ids int64 [n, T]. The model can only be used for
         inference afterwards. Raises xverse.config.UserError for other bits, methods or groups, for groups
-        that do not divide a layer's inputs, and for a model that is quantised already.
+        that do not divide a layer's inputs, and for a model that is already quantised.
         """
         settings = QuantSettings(bits=bits, method=method, group_size=group_size, embedding_bits=16)
         quantization.quantize(self, settings, calibration)
         return self
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, so that no ``custom_generate/generate.py`` of a directory runs."""
+        """Refused, so that a directory's ``custom_generate/generate.py`` never runs."""
         raise OSError("XVERSE models use the installed generation code only")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
-        """Nothing: transformers calls this when the shim led here, and would then copy this file about."""
+        """Nothing: transformers calls this after loading the shim, and would then copy this file."""
 
 
 @contextlib.contextmanager
 def _recorded(layers: Any) -> Iterator[list[Tensor]]:
-    """The outputs of ``layers`` [B, T, D] each, as they come while the block runs."""
+    """A list that collects the outputs [B, T, D] of ``layers`` inside the ``with`` block."""
     states: list[Tensor] = []
     hooks = [layer.register_forward_hook(lambda _m, _i, output: states.append(output)) for layer in layers]
     try:

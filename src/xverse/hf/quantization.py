@@ -1,8 +1,8 @@
 """Quantised weights behind transformers' interface: ``from_pretrained``, ``quantize``, ``save_pretrained``.
 
-transformers asks a quantizer to prepare the empty model and to finish it after loading. Ours takes the
-quantised layers out before, so that transformers loads the rest, and fills them from the same files after,
-one matrix at a time. compressed-tensors' own package is not needed.
+transformers calls a quantizer to prepare the empty model and to finish it after loading. Ours removes the
+quantised layers before, so that transformers loads the rest, and fills them from the same files afterwards,
+one matrix at a time. The compressed-tensors package is not needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from xverse.config import UserError
 from xverse.formats.compressed import EMBEDDING, pack, quantization_config, refuse_order
-from xverse.formats.quantized import (
+from xverse.formats.schemes import (
     layer_of,
     quantized_layer,
     quantized_names,
@@ -35,10 +35,10 @@ from xverse.quant.quantizer import Quantizer, QuantSettings
 
 
 class XverseQuantizer(HfQuantizer):
-    """Loads what ``xverse quantize``, compressed-tensors and GPTQ write; saves what the first does."""
+    """Loads the formats of ``xverse quantize``, compressed-tensors and GPTQ; saves the first."""
 
     quantization_config: StoredQuantization
-    requires_calibration = True  # in transformers' words: it loads quantised weights and makes none
+    requires_calibration = True  # transformers' term: it loads quantised weights and does not quantise
 
     def __init__(self, quantization_config: StoredQuantization, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -48,7 +48,7 @@ class XverseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._files = [Path(file) for file in kwargs.get("checkpoint_files") or []]
         if not self._files:
-            raise UserError("quantised weights are loaded from a directory or a hub id only")
+            raise UserError("quantised weights can only be loaded from a directory or a hub id")
         where = self._files[0].parent
         scheme = scheme_of(self.quantization_config.stored, where / "config.json")
         names = quantized_names(TensorFiles(self._files), scheme)
@@ -64,7 +64,7 @@ class XverseQuantizer(HfQuantizer):
         devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
         if len(devices) > 1:
             raise UserError(
-                f"a quantised model stays on one device, and device_map names {', '.join(devices)}"
+                f"a quantised model must be on one device, but device_map names {', '.join(devices)}"
             )
         norm = model.model.norm.weight
         files, where = TensorFiles(self._files), self._files[0].parent
@@ -77,7 +77,7 @@ class XverseQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What ``save_pretrained`` writes: compressed-tensors' names, and the configuration to match."""
+        """Tensors for ``save_pretrained`` under compressed-tensors' names; updates the configuration."""
         state: dict[str, Tensor] = {}
         quantized: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
@@ -96,11 +96,11 @@ class XverseQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True  # with adapters: gradients pass through, the weights themselves stay
+        return True  # with adapters: gradients pass through, the quantised weights stay fixed
 
 
 def register_quantizer() -> None:
-    """Make transformers know the quantizer."""
+    """Register the quantizer with transformers."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = StoredQuantization
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = XverseQuantizer
 
@@ -122,14 +122,14 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def quantize(model: Any, settings: QuantSettings, calibration: Tensor | None) -> None:
-    """Replace the linears of an ``XverseForCausalLM`` in place, layer by layer, each where it stands."""
+    """Replace the linears of an ``XverseForCausalLM`` in place, layer by layer, each on its device."""
     if any(isinstance(module, (QuantLinear, QuantEmbedding)) for module in model.modules()):
-        raise UserError("the model is quantised already")
+        raise UserError("the model is already quantised")
     if getattr(model, "is_quantized", False):
-        raise UserError("the model is quantised already, by another program")
+        raise UserError("the model was already quantised by another program")
     changed = [name for name, module in model.named_modules() if _is_foreign(module)]
     if changed:
-        raise UserError(f"{changed[0]} is no plain linear any more (an adapter?): quantise before adding one")
+        raise UserError(f"{changed[0]} is not a plain linear ; quantise before adding an adapter")
     parameters = dict(model.named_parameters())
     if any(parameter.device.type == "meta" for parameter in parameters.values()):
         raise UserError("a model with offloaded weights cannot be quantised")
@@ -160,7 +160,7 @@ def quantize(model: Any, settings: QuantSettings, calibration: Tensor | None) ->
 
 def _placed(model: Any, run: Quantizer) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     for name, tensor in run.tensors():
-        assert name != f"{EMBEDDING}.weight" or isinstance(tensor, Tensor), "the embedding stays as it is"
+        assert name != f"{EMBEDDING}.weight" or isinstance(tensor, Tensor), "the embedding is not quantised"
         yield name, tensor
 
 

@@ -1,9 +1,9 @@
 """Make ``AutoConfig``, ``AutoModelForCausalLM`` and ``AutoTokenizer`` know ``model_type: xverse``.
 
-``install()`` runs at ``import xverse`` and costs nothing: where transformers is not imported yet, it leaves
-a finder that registers right after somebody imports it. transformers prefers explicitly registered classes
-to a directory's own code even under ``trust_remote_code=True``, so no ``.py`` that ``config.json`` names
-runs. For code that ``tokenizer_config.json`` names there is no such preference: see ``_drop_tokenizer_code``.
+``install()`` runs at ``import xverse`` and is cheap: if transformers is not imported yet, it installs an
+import finder that registers the classes right after the import. transformers prefers registered classes to a
+directory's code even with ``trust_remote_code=True``, so a ``.py`` file named in ``config.json`` never runs.
+For code named in ``tokenizer_config.json`` there is no such preference: see ``_drop_tokenizer_code``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision",
 
 
 def install() -> None:
-    """Register now if transformers is imported, else when it gets imported. May be called repeatedly."""
+    """Register now if transformers is imported, else as soon as it is. May be called repeatedly."""
     if _LIBRARY in sys.modules:
-        # In the middle of its import our own would fail; the first use of `xverse.hf` comes here again.
+        # During its import, registering would fail; the first use of `xverse.hf` calls this again.
         if not _importing():
             register()
     elif not any(getattr(finder, "is_xverse_hook", False) for finder in sys.meta_path):
@@ -37,10 +37,10 @@ def _importing() -> bool:
 
 
 def register() -> None:
-    """Enter our classes in transformers' tables. A transformers that we do not fit costs a warning only."""
+    """Register our classes with transformers. An incompatible transformers causes a warning only."""
     try:
         _register()
-    except Exception as error:  # we run inside somebody else's `import transformers`, which must not fail
+    except Exception as error:  # this runs during the user's `import transformers`, which must not fail
         warnings.warn(f"xverse: not registered with transformers: {error!r}", stacklevel=2)
 
 
@@ -57,18 +57,18 @@ def _register() -> None:
     AutoConfig.register(XverseConfig.model_type, XverseConfig, exist_ok=True)
     AutoModelForCausalLM.register(XverseConfig, XverseForCausalLM, exist_ok=True)
     AutoTokenizer.register(XverseConfig, tokenizer_class=XverseTokenizer, exist_ok=True)
-    # Upstream's tokenizer_config.json names PreTrainedTokenizerFast, and a name there wins over a registered
-    # class, except for the model types in this table, whose published class is known not to load.
+    # Upstream's tokenizer_config.json names PreTrainedTokenizerFast, which takes precedence over a registered
+    # class, except for model types in this table of published classes that do not load.
     tokenization_auto.TOKENIZER_MAPPING_NAMES[XverseConfig.model_type] = XverseTokenizer.__name__
     tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(XverseConfig.model_type)
     _drop_tokenizer_code(tokenization_auto, XverseConfig.model_type)
 
 
 def _drop_tokenizer_code(tokenization_auto: Any, model_type: str) -> None:
-    """Wrap ``get_tokenizer_config`` so that an XVERSE directory names no tokenizer code.
+    """Wrap ``get_tokenizer_config`` so that it ignores tokenizer code named by an XVERSE directory.
 
-    The one patch here: with such code named, ``AutoTokenizer`` passes over the registered class and, under
-    ``trust_remote_code=True``, runs it. XVERSE publishes none. Other models' configurations pass untouched.
+    Otherwise ``AutoTokenizer`` prefers such code to the registered class, and runs it with
+    ``trust_remote_code=True``. XVERSE publishes no tokenizer code. Other models are not affected.
     """
     from transformers import PretrainedConfig
 
@@ -84,12 +84,12 @@ def _drop_tokenizer_code(tokenization_auto: Any, model_type: str) -> None:
                 values.pop("auto_map")
         return values
 
-    get_tokenizer_config.is_xverse_wrapper = True  # type: ignore[attr-defined]  # a mark for the next reload
+    get_tokenizer_config.is_xverse_wrapper = True  # type: ignore[attr-defined]  # marks the wrapper for a reload
     tokenization_auto.get_tokenizer_config = get_tokenizer_config
 
 
 class _AfterImport:
-    """A finder that finds nothing itself: it lets transformers load as ever, then registers, once."""
+    """A finder that lets transformers load as usual and then registers our classes, once."""
 
     is_xverse_hook = True
 
@@ -110,7 +110,7 @@ class _AfterImport:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            # Not in find_spec, which also runs for those who only ask whether transformers is there.
+            # Not in find_spec, which also runs when a program only checks for transformers.
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
                 register()

@@ -14,10 +14,10 @@ from xverse.tokenizer.repair import needs_repair, read_tokenizer_json, repair_js
 
 
 class XverseTokenizer(PreTrainedTokenizerFast):
-    """``PreTrainedTokenizerFast`` whose ``tokenizer.json`` is repaired in memory where it needs it.
+    """``PreTrainedTokenizerFast`` that repairs ``tokenizer.json`` in memory if necessary.
 
-    Upstream's file does not load in current libraries. Special tokens that the directory does not name are
-    XVERSE's. It saves itself as PreTrainedTokenizerFast, with the repaired file, which loads everywhere.
+    Upstream's file does not load in current libraries. Special tokens default to XVERSE's. The class is saved
+    as PreTrainedTokenizerFast with the repaired file, which loads without xverse.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -34,13 +34,13 @@ class XverseTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def convert_to_native_format(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing to convert: for a class with an ``__init__``, transformers would read the file here."""
+        """Nothing to convert; the default would read the file here because this class has an __init__."""
         kwargs.pop("trust_remote_code", None)
         return kwargs
 
     @classmethod
     def _patch_mistral_regex(cls, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
-        # For any vocabulary above 100,000 transformers asks the hub whether this is a Mistral. It is not.
+        # For vocabularies above 100,000 transformers queries the hub whether the model is a Mistral.
         return tokenizer
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
@@ -50,6 +50,6 @@ class XverseTokenizer(PreTrainedTokenizerFast):
             if path.name.endswith("tokenizer_config.json"):
                 config = json.loads(path.read_text(encoding="utf-8"))
                 config["tokenizer_class"] = "PreTrainedTokenizerFast"
-                config.pop("auto_map", None)  # read along with a directory's own, unused code
+                config.pop("auto_map", None)  # of a directory's code, which is not used
                 path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         return files

@@ -1,8 +1,8 @@
-"""The quantised product on CUDA, in PyTorch's own kernels.
+"""Products with quantised weights on CUDA, in PyTorch's own kernels.
 
-INT4 with bfloat16 activations runs in ``_weight_int4pack_mm`` (a fused dequantising product), for which each
-weight is brought into that kernel's layout when it is first used; the tiles stay beside it. INT8, and other
-types of activations, dequantise a part of the weight at a time and multiply.
+INT4 with bfloat16 activations runs in ``_weight_int4pack_mm``, a product fused with dequantisation. Each
+weight is converted to that kernel's layout on first use, and its tiles are kept. INT8 and other dtypes of
+activations dequantise and multiply one part of the weight at a time.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from xverse.kernels.ops import _library, dequantized_linear
+from xverse.kernels.ops import OPERATIONS, dequantized_linear
 from xverse.kernels.tiles import TILE_ROWS, tile_group_size, untile
 
-_packed = WeakTensorKeyDictionary()  # tiles → the kernel's weight, scales and zeros
+_packed = WeakTensorKeyDictionary()  # tiles → the kernel's weight, its scales and zeros
 
 
 def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
-    """``x`` [..., K] times a tiled weight → [..., outputs]; activations are not quantised."""
+    """``x`` [..., K] times a weight in ``tiles`` → [..., outputs] of the same dtype; activations are not
+    quantised."""
     if bits != 4 or x.dtype != torch.bfloat16:
         return dequantized_linear(x, tiles, outputs, bits)
     if tiles not in _packed:
@@ -32,13 +33,14 @@ def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
 
 def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
     """``quant_linear`` of one input and several weights."""
-    return [quant_linear(x, *each, bits) for each in zip(tiles, outputs, strict=True)]
+    return [quant_linear(x, *weight, bits) for weight in zip(tiles, outputs, strict=True)]
 
 
 def int4_weight(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel's weight and its scales and zeros from tiles of 4 bits, rows padded to a multiple of 32.
+    """The kernel's weight, and its scales and zeros bfloat16 [K/g, N, 2], from 4-bit tiles; N is padded to a
+    multiple of 32.
 
-    The kernel computes ``(q - 8) · scale + zero`` with unsigned q, so our zeros are 0.
+    The kernel computes ``(q - 8) · scale + zero`` with unsigned q, so the zeros are 0.
     """
     rows, scales = int4_rows(tiles)
     inputs = rows.shape[1] * 2
@@ -54,5 +56,5 @@ def int4_rows(tiles: Tensor) -> tuple[Tensor, Tensor]:
     return unsigned[:, 0::2] << 4 | unsigned[:, 1::2], weight.scales
 
 
-_library.impl("quant_linear", quant_linear, "CUDA")
-_library.impl("quant_linears", quant_linears, "CUDA")
+OPERATIONS.impl("quant_linear", quant_linear, "CUDA")
+OPERATIONS.impl("quant_linears", quant_linears, "CUDA")

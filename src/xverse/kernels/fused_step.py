@@ -1,8 +1,7 @@
-"""A model's layers for a few tokens at a time in one call of our kernels (``csrc/decoder.cpp``)."""
+"""All decoder layers of a model in one call of a kernel, for few tokens (``csrc/fused_step.cpp``)."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -11,23 +10,21 @@ from torch import Tensor, nn
 
 from xverse.kernels.inference import BF16Linear
 from xverse.kernels.linear import QuantLinear
-from xverse.kernels.native import library
+from xverse.kernels.native import TYPES, Layer, Weight, library
 from xverse.kernels.ops import BF16_TOKENS
 from xverse.kernels.paged_attention import PagedLayer
 from xverse.kernels.tiles import tile_group_size
 from xverse.model.attention import AttentionContext
 from xverse.model.transformer import XverseForCausalLM
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_MOST_TOKENS = 64  # with more the products take so long that nothing else matters
-
+_MOST_TOKENS = 64  # with more, the time between the products is negligible
 
 _LINEARS = {name: f"self_attn.{name}_proj" for name in "qkvo"}
 _LINEARS |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 
 
 class SingleQueries(AttentionContext, Protocol):
-    """Tokens [1, N] that are a query of their own each: ``slots`` int64 [N], where the cache takes them;
+    """Tokens [1, N], each an independent query: ``slots`` int64 [N] in the cache for its key and value;
     ``table`` int32 [N, blocks] and ``lengths`` int32 [N] as for ``PagedLayer.attend``."""
 
     slots: Tensor
@@ -35,31 +32,11 @@ class SingleQueries(AttentionContext, Protocol):
     lengths: Tensor
 
 
-class _Weight(ctypes.Structure):
-    """``Weight`` of csrc/decoder.cpp."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("outputs", ctypes.c_int64),
-        ("bits", ctypes.c_int),
-        ("group", ctypes.c_int),
-    )
-
-
-class _Layer(ctypes.Structure):
-    """``Layer`` of csrc/decoder.cpp."""
-
-    _fields_ = (
-        *((name, _Weight) for name in _LINEARS),
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "cache")),
-    )
-
-
 class FusedStep:
     """The layers of one model over one paged cache.
 
-    Gives the same bits as the model's own forward pass: the same kernels, called one after the other. The
-    model's tensors and the cache have to stay where they are.
+    Gives the same bits as the model's own forward pass: it calls the same kernels one after the other. The
+    model's tensors and the cache must not move.
     """
 
     def __init__(self, model: XverseForCausalLM, cache: Sequence[PagedLayer], most_tokens: int) -> None:
@@ -67,57 +44,57 @@ class FusedStep:
         self.most_tokens = most_tokens
         self._eps = config.rms_norm_eps
         self._heads, self._sizes = config.num_attention_heads, (config.hidden_size, config.intermediate_size)
-        self._norm_type = _TYPES[model.model.norm.weight.dtype]
-        self._layers = (_Layer * len(cache))()
+        self._norm_type = TYPES[model.model.norm.weight.dtype]
+        self._layers = (Layer * len(cache))()
         self._model = model.model
-        self._kept = [model.state_dict(), cache]  # whose memory is pointed at
-        for number, (found, pages) in enumerate(zip(self._layers, cache, strict=True)):
+        self._kept_alive = [model.state_dict(), cache]  # the structs point to their memory
+        for number, (struct, pages) in enumerate(zip(self._layers, cache, strict=True)):
             layer = model.get_submodule(f"model.layers.{number}")
             for name, path in _LINEARS.items():
-                setattr(found, name, _weight(layer.get_submodule(path)))
-            found.attention_norm = layer.get_parameter("input_layernorm.weight").data_ptr()
-            found.mlp_norm = layer.get_parameter("post_attention_layernorm.weight").data_ptr()
-            found.cache = pages.address
+                setattr(struct, name, _weight(layer.get_submodule(path)))
+            struct.attention_norm = layer.get_parameter("input_layernorm.weight").data_ptr()
+            struct.mlp_norm = layer.get_parameter("post_attention_layernorm.weight").data_ptr()
+            struct.cache = pages.address
 
     def __call__(self, tokens: Tensor, context: SingleQueries) -> Tensor:
         """``tokens`` int64 [N] → normed hidden states [N, D]."""
         kernels = library()
         assert kernels is not None
         assert len(tokens) <= self.most_tokens
-        x = self._model.embed_tokens(tokens)  # [N, D], ours to change
+        x = self._model.embed_tokens(tokens)  # [N, D], a new tensor
         cos, sin = self._model.rope(context, x.dtype)  # [1, 1, N, head_dim]
         hidden, intermediate = self._sizes
         buffer = x.new_empty(len(x) * (6 * hidden + 3 * intermediate))
-        kernels.xv_decoder(
+        kernels.xv_fused_step(
             self._layers, len(self._layers), x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             context.slots.data_ptr(), context.table.data_ptr(), context.lengths.data_ptr(), buffer.data_ptr(),
-            _TYPES[x.dtype], self._norm_type, len(x), hidden, intermediate, self._heads,
+            TYPES[x.dtype], self._norm_type, len(x), hidden, intermediate, self._heads,
             context.table.stride(0), self._eps, torch.get_num_threads(),
         )  # fmt: skip
         return self._model.norm(x)
 
 
 def fused_step(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> FusedStep | None:
-    """A decoder for ``model``, where kernels compute all of its layers and its cache; None elsewhere."""
+    """The fused step of ``model``, or None unless kernels compute all of its layers and its cache."""
     dtype = model.model.norm.weight.dtype
-    if library() is None or dtype not in _TYPES:
+    if library() is None or dtype not in TYPES:
         return None
     if any(pages.address is None or pages.keys.dtype not in (dtype, torch.int8) for pages in cache):
         return None
-    most = _MOST_TOKENS
+    most_tokens = _MOST_TOKENS
     for layer in model.model.layers:
-        for path in _LINEARS.values():  # an adapter beside one of them is none of these kinds
+        for path in _LINEARS.values():
             module = layer.get_submodule(path)
             if type(module) is BF16Linear:
-                most = BF16_TOKENS
-            elif type(module) is not QuantLinear or module.order is not None:
+                most_tokens = BF16_TOKENS
+            elif type(module) is not QuantLinear or module.order is not None:  # such as one with an adapter
                 return None
-    return FusedStep(model, cache, most)
+    return FusedStep(model, cache, most_tokens)
 
 
-def _weight(module: nn.Module) -> _Weight:
+def _weight(module: nn.Module) -> Weight:
     if isinstance(module, QuantLinear):
         group = tile_group_size(module.tiles, module.bits)
-        return _Weight(module.tiles.data_ptr(), module.out_features, module.bits, group)
+        return Weight(module.tiles.data_ptr(), module.out_features, module.bits, group)
     assert isinstance(module, BF16Linear)
-    return _Weight(module.weight.data_ptr(), module.out_features, 16, 0)
+    return Weight(module.weight.data_ptr(), module.out_features, 16, 0)

@@ -1,4 +1,4 @@
-"""A model's plain layers on the CPU, computed in our kernels while no gradients are recorded."""
+"""The unquantised layers of a model on the CPU, computed in kernels while no gradients are recorded."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from xverse.model.transformer import MLP, Attention, RMSNorm
 
 
 class BF16Linear(nn.Linear):
-    """``nn.Linear`` in bfloat16: up to 8 tokens at the speed of memory."""
+    """``nn.Linear`` in bfloat16, [..., K] → [..., N]; for up to 8 tokens bound by memory bandwidth."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().forward(x)
-        run = ops.linear_bf16 if ops.direct(x) else torch.ops.xverse.linear_bf16
+        run = ops.linear_bf16 if ops.is_eager_cpu(x) else torch.ops.xverse.linear_bf16
         return run(x, self.weight)
 
 
 class FusedRMSNorm(RMSNorm):
-    """The norm in one pass."""
+    """The norm [..., D] → [..., D] in one pass, rounded once."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().forward(x)
-        run = ops.rms_norm if ops.direct(x) else torch.ops.xverse.rms_norm
+        run = ops.rms_norm if ops.is_eager_cpu(x) else torch.ops.xverse.rms_norm
         return run(x, self.weight, self.eps)
 
 
 class FusedMLP(MLP):
-    """The gated activation in one pass, rounded once."""
+    """The gated activation [..., d_ff] in one pass, rounded once."""
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().activate(gate, up)
-        run = ops.silu_mul if ops.direct(gate) else torch.ops.xverse.silu_mul
+        run = ops.silu_mul if ops.is_eager_cpu(gate) else torch.ops.xverse.silu_mul
         return run(gate, up)
 
 
 class FusedAttention(Attention):
-    """The rotation of queries and keys in place, rounded once."""
+    """Rotary embedding of queries and keys [B, T, H, head_dim] in place, rounded once."""
 
     def rotate(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled():
             return super().rotate(q, k, rope)
-        run = ops.rotate_ if ops.direct(q) else torch.ops.xverse.rotate_
+        run = ops.rotate_ if ops.is_eager_cpu(q) else torch.ops.xverse.rotate_
         run(q, k, *rope)
         return q.transpose(1, 2), k.transpose(1, 2)
 
@@ -58,10 +58,11 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Let the layers of ``model`` compute in our kernels, in place; parameters and their names stay.
+    """Changes the classes of the layers of ``model`` to ones that compute in kernels; parameters keep their
+    names.
 
-    Nothing changes on other devices than the CPU. Results differ from the plain layers by rounding: what is
-    made in several rounded steps there is rounded once here.
+    Does nothing on devices other than the CPU. Results differ from the plain layers by rounding: the kernels
+    round once where the layers round after each of several steps.
     """
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Layers with quantised weights, in the place of ``nn.Linear`` and ``nn.Embedding``."""
+"""Layers with quantised weights that replace ``nn.Linear`` and ``nn.Embedding``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-import xverse.kernels.cuda  # noqa: F401  (what the operations do on CUDA)
+import xverse.kernels.cuda  # noqa: F401  (registers the operations on CUDA)
 from xverse.kernels import ops
 from xverse.kernels.tiles import from_rows, kernel_group_size, tile, tile_shape, to_rows, untile
 from xverse.kernels.weight import QuantizedWeight
@@ -16,9 +16,9 @@ from xverse.kernels.weight import QuantizedWeight
 class QuantLinear(nn.Module):
     """``x`` [..., in_features] → [..., out_features] with a weight of 4 or 8 bits, without bias.
 
-    ``tiles`` is the weight in the kernels' layout (``tiles.py``). The buffer moves with the module; on
-    CUDA the same weight runs in PyTorch's own kernels. With ``order`` int64 [in_features] the weight's
-    columns lie permuted, as GPTQ's activation order has them: column k belongs to input ``order[k]``.
+    ``tiles`` is the weight in the kernels' layout (``tiles.py``). The buffer moves with the module; on CUDA
+    the same weight runs in PyTorch's own kernels. With ``order`` int64 [in_features] the weight's columns are
+    permuted, as by GPTQ's activation order: column k belongs to input ``order[k]``.
     """
 
     tiles: Tensor
@@ -43,25 +43,25 @@ class QuantLinear(nn.Module):
 
     @property
     def qweight(self) -> Tensor:
-        """``tiles``, under the name by which peft finds out where an adapter belongs."""
+        """``tiles``, under the name that peft reads to place an adapter."""
         return self.tiles
 
     def to_weight(self) -> QuantizedWeight:
-        """The weight in its plain form; exactly what ``from_weight`` was given, on the module's device.
+        """The weight that ``from_weight`` received, bit for bit, on the module's device.
 
-        Its columns are those of ``tiles``: in ``order`` where there is one.
+        Its columns are those of ``tiles``: permuted if there is an ``order``.
         """
-        found = untile(self.tiles, self.out_features, self.bits)
-        step = found.scales.shape[1] * self.group_size // self.in_features
-        return QuantizedWeight(found.q, found.scales[:, ::step].contiguous(), self.bits)
+        weight = untile(self.tiles, self.out_features, self.bits)
+        step = weight.scales.shape[1] * self.group_size // self.in_features
+        return QuantizedWeight(weight.q, weight.scales[:, ::step].contiguous(), self.bits)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out_features, in_features], some rows at a time; its columns as in ``to_weight``."""
+        """The weight [out_features, in_features] as ``dtype``, with the columns of ``to_weight``."""
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.tiles.device)
-        done = 0
+        start = 0
         for part in ops.dequantized_parts(self.tiles, self.out_features, self.bits, dtype):
-            weight[done : done + len(part)] = part
-            done += len(part)
+            weight[start : start + len(part)] = part
+            start += len(part)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,21 +69,21 @@ class QuantLinear(nn.Module):
             x = x.index_select(-1, self.order)
         if torch.is_grad_enabled() and x.requires_grad:  # the kernels record no gradients
             return ops.dequantized_linear(x, self.tiles, self.out_features, self.bits)
-        run = ops.quant_linear if ops.direct(x) else torch.ops.xverse.quant_linear
+        run = ops.quant_linear if ops.is_eager_cpu(x) else torch.ops.xverse.quant_linear
         return run(x, self.tiles, self.out_features, self.bits)
 
     @staticmethod
     def together(layers: Sequence[QuantLinear], x: Tensor) -> list[Tensor]:
-        """``[layer(x) for layer in layers]`` with the input quantised once, where they are of one kind."""
+        """``[layer(x) for layer in layers]``; quantises the input once if the layers have the same format."""
         first = layers[0]
-        alike = all(
+        same_format = all(
             (layer.bits, layer.group_size, layer.order) == (first.bits, first.group_size, None)
             and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
             for layer in layers
         )
-        if not alike or (torch.is_grad_enabled() and x.requires_grad):
+        if not same_format or (torch.is_grad_enabled() and x.requires_grad):
             return [layer(x) for layer in layers]
-        run = ops.quant_linears if ops.direct(x) else torch.ops.xverse.quant_linears
+        run = ops.quant_linears if ops.is_eager_cpu(x) else torch.ops.xverse.quant_linears
         return run(x, [layer.tiles for layer in layers], [layer.out_features for layer in layers], first.bits)
 
     def extra_repr(self) -> str:
@@ -94,9 +94,9 @@ class QuantLinear(nn.Module):
 
 
 class QuantEmbedding(nn.Module):
-    """Token ids int64 [...] → ``dtype`` [..., D]; rows are dequantised as they are looked up.
+    """Token ids int64 [...] → ``dtype`` [..., D]; rows are dequantised when they are looked up.
 
-    ``rows`` uint8 [V, D · bits / 8] as ``quant.tiles.to_rows`` writes them, ``scales`` bfloat16 [V, D/group].
+    ``rows`` uint8 [V, D · bits / 8] in the layout of ``tiles.to_rows``, ``scales`` bfloat16 [V, D/group].
     """
 
     rows: Tensor
@@ -117,8 +117,8 @@ class QuantEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         flat = tokens.flatten()
-        chosen = from_rows(self.rows[flat], self.scales[flat], self.bits)
-        return chosen.dequantize(torch.float32).to(self.dtype).view(*tokens.shape, -1)
+        weight = from_rows(self.rows[flat], self.scales[flat], self.bits)
+        return weight.dequantize(torch.float32).to(self.dtype).view(*tokens.shape, -1)
 
     def extra_repr(self) -> str:
         return f"{self.scales.shape[0]}, {self.rows.shape[1] * 8 // self.bits}, bits={self.bits}"

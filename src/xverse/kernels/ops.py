@@ -1,7 +1,7 @@
-"""The kernels as PyTorch operations ``torch.ops.xverse.*``, with shapes for the meta device.
+"""The kernels of inference as PyTorch operations ``torch.ops.xverse.*``, with shapes for the meta device.
 
-Where the compiled kernels are missing, the same operations in PyTorch: slower, and with activations that are
-not quantised.
+Without the compiled kernels the same operations run in PyTorch: slower, and with activations that are not
+quantised.
 """
 
 from __future__ import annotations
@@ -14,31 +14,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from xverse.kernels.native import library
+from xverse.kernels.native import TYPES, library
 from xverse.kernels.tiles import TILE_ROWS, tile_group_size, untile
 from xverse.model.rope import rotate
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_ROWS_AT_ONCE = 2048  # outputs that exist dequantised at a time
-BF16_TOKENS = 8  # above them PyTorch's own matmul is the faster one
+_ROWS_AT_ONCE = 2048  # outputs that are dequantised at a time
+BF16_TOKENS = 8  # with more tokens PyTorch's matmul is faster
 
-_library = torch.library.Library("xverse", "DEF")
-_library.define("quant_linear(Tensor x, Tensor tiles, int outputs, int bits) -> Tensor")
-_library.define("quant_linears(Tensor x, Tensor[] tiles, int[] outputs, int bits) -> Tensor[]")
-_library.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
-_library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
-_library.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
-_library.define("rotate_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()")
+OPERATIONS = torch.library.Library("xverse", "DEF")
+OPERATIONS.define("quant_linear(Tensor x, Tensor tiles, int outputs, int bits) -> Tensor")
+OPERATIONS.define("quant_linears(Tensor x, Tensor[] tiles, int[] outputs, int bits) -> Tensor[]")
+OPERATIONS.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
+OPERATIONS.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+OPERATIONS.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
+OPERATIONS.define("rotate_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()")
 
 
-def direct(x: Tensor) -> bool:
-    """Whether our functions may be called as they are: eager, on the CPU. The dispatcher's way to a Python
-    function takes as long as a small product; compilers and tensors that are none need it."""
+def is_eager_cpu(x: Tensor) -> bool:
+    """Whether functions of this module may be called without PyTorch's dispatcher, which takes as long as a
+    small product: ``x`` is a plain tensor on the CPU and nothing is being compiled."""
     return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
-    """``x`` [..., K], float32 or bfloat16, times a tiled weight → [..., outputs] of the same type.
+    """``x`` [..., K], float32 or bfloat16, times a weight in ``tiles`` → [..., outputs] of the same dtype.
 
     Activations are quantised to int8 with one scale for each token and group of inputs; products are summed
     in int32 within a group and in float32 across groups.
@@ -49,37 +48,37 @@ def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
 def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
     """``quant_linear`` of one input and several weights of the same number of bits and group size."""
     kernels = library()
-    kind = _TYPES.get(x.dtype)
-    if kernels is None or kind is None:
-        return [dequantized_linear(x, *each, bits) for each in zip(tiles, outputs, strict=True)]
+    if kernels is None or x.dtype not in TYPES:
+        return [dequantized_linear(x, *weight, bits) for weight in zip(tiles, outputs, strict=True)]
     inputs, count = x.shape[-1], len(tiles)
     x = x.contiguous()
-    y = [x.new_empty((*x.shape[:-1], each)) for each in outputs]
+    y = [x.new_empty((*x.shape[:-1], size)) for size in outputs]
     if x.numel():
         pointers = ctypes.c_void_p * count
         kernels.xv_quant_linear(
             x.data_ptr(),
-            pointers(*[each.data_ptr() for each in tiles]),
-            pointers(*[each.data_ptr() for each in y]),
+            pointers(*[weight.data_ptr() for weight in tiles]),
+            pointers(*[output.data_ptr() for output in y]),
             (ctypes.c_int64 * count)(*outputs),
-            count, kind, x.numel() // inputs, inputs, bits, tile_group_size(tiles[0], bits),
+            count, TYPES[x.dtype], x.numel() // inputs, inputs, bits, tile_group_size(tiles[0], bits),
             torch.get_num_threads(),
         )  # fmt: skip
     return y
 
 
 def dequantized_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
-    """The same with PyTorch's operations on any device: the weight is dequantised part by part. Gradients
-    reach ``x``; they keep the quantised weight alone, and dequantise it once more."""
+    """``quant_linear`` in PyTorch's operations, on any device, differentiable in ``x``; activations are not
+    quantised. The weight is dequantised part by part, and again in the backward pass, which keeps only the
+    quantised weight."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _DequantizedLinear.apply(x, tiles, outputs, bits)
 
 
 def dequantized_parts(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The weight [rows, inputs] in the order of its outputs, some rows at a time: each part may be
-    overwritten by the next."""
-    kernels, kind = library(), _TYPES.get(dtype)
+    """The rows of a weight in order, as parts [rows, inputs] of ``dtype``; each part may overwrite the one
+    before."""
+    kernels = library()
     group = tile_group_size(tiles, bits)
     inputs = tiles.shape[1] * group
     buffer: Tensor | None = None
@@ -87,18 +86,21 @@ def dequantized_parts(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype
     for part in tiles.split(_ROWS_AT_ONCE // TILE_ROWS):
         rows = min(len(part) * TILE_ROWS, outputs - done)
         done += rows
-        if kernels is None or kind is None or not direct(part):
+        if kernels is None or dtype not in TYPES or not is_eager_cpu(part):
             yield untile(part, rows, bits).dequantize(dtype)
             continue
         if buffer is None:
             buffer = torch.empty(rows, inputs, dtype=dtype)
         kernels.xv_dequantize(
-            part.data_ptr(), buffer.data_ptr(), kind, rows, inputs, bits, group, torch.get_num_threads()
-        )
+            part.data_ptr(), buffer.data_ptr(), TYPES[dtype], rows, inputs, bits, group,
+            torch.get_num_threads(),
+        )  # fmt: skip
         yield buffer[:rows]
 
 
 class _DequantizedLinear(torch.autograd.Function):
+    """``x`` [..., K] of any float dtype → [..., outputs]; the gradient [..., outputs] → [..., K]."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
         ctx.tiles, ctx.outputs, ctx.bits = tiles, outputs, bits
@@ -123,7 +125,8 @@ class _DequantizedLinear(torch.autograd.Function):
 
 
 def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
-    """``x`` bfloat16 [..., K] times ``weight`` bfloat16 [N, K] transposed, faster for up to 8 tokens."""
+    """``x`` bfloat16 [..., K] times the transpose of ``weight`` bfloat16 [N, K] → [..., N]; faster than
+    PyTorch's matmul for up to 8 tokens."""
     kernels = library()
     inputs = x.shape[-1]
     tokens = x.numel() // inputs
@@ -139,40 +142,38 @@ def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm of ``x`` [..., D], multiplied by the weight in float32 and rounded once."""
+    """RMSNorm of ``x`` [..., D] times ``weight`` [D] → x's shape and dtype; float32 inside, rounded once."""
     kernels = library()
-    kind, weight_kind = _TYPES.get(x.dtype), _TYPES.get(weight.dtype)
-    if kernels is None or kind is None or weight_kind is None:
+    if kernels is None or x.dtype not in TYPES or weight.dtype not in TYPES:
         return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     x = x.contiguous()
     y = torch.empty_like(x)
     size = x.shape[-1]
     kernels.xv_rms_norm(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), kind, weight_kind, x.numel() // size, size, eps,
-        torch.get_num_threads(),
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), TYPES[x.dtype], TYPES[weight.dtype],
+        x.numel() // size, size, eps, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``, in float32 inside and rounded once."""
+    """``silu(gate) * up`` of two tensors [...] of one dtype; float32 inside, rounded once."""
     kernels = library()
-    kind = _TYPES.get(gate.dtype)
-    if kernels is None or kind is None:
+    if kernels is None or gate.dtype not in TYPES:
         return torch.nn.functional.silu(gate) * up
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     kernels.xv_silu_mul(
-        gate.data_ptr(), up.data_ptr(), y.data_ptr(), kind, y.numel(), torch.get_num_threads()
+        gate.data_ptr(), up.data_ptr(), y.data_ptr(), TYPES[gate.dtype], y.numel(), torch.get_num_threads()
     )
     return y
 
 
 def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate queries and keys [B, T, H, head_dim] in place, by tables [B, 1, T, head_dim] of their type."""
+    """Rotary embedding of queries and keys [B, T, H, head_dim], in place, by tables [B, 1, T, head_dim]; all
+    of one dtype."""
     kernels = library()
-    kind = _TYPES.get(q.dtype)
-    if kernels is None or kind is None or not (q.is_contiguous() and k.is_contiguous()):
+    if kernels is None or q.dtype not in TYPES or not (q.is_contiguous() and k.is_contiguous()):
         for x in (q, k):
             x.copy_(rotate(x.transpose(1, 2), cos, sin).transpose(1, 2))
         return
@@ -180,14 +181,14 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     shape = (batch, 1, length, head_dim)
     cos, sin = cos.expand(shape).contiguous(), sin.expand(shape).contiguous()
     kernels.xv_rotate(
-        q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), kind, batch * length, heads, head_dim,
-        torch.get_num_threads(),
+        q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), TYPES[q.dtype], batch * length, heads,
+        head_dim, torch.get_num_threads(),
     )  # fmt: skip
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
-    """Ask for large pages for a tensor on the CPU that is not written yet: faster to fill and to read, where
-    the system has them at hand."""
+    """Request huge pages for a tensor on the CPU that has not been written yet: faster to fill and to read
+    where the system has them available."""
     kernels = library()
     if kernels is not None and tensor.device.type == "cpu":
         kernels.xv_use_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
@@ -199,7 +200,7 @@ def _shape_quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Te
 
 
 def _shape_quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
-    return [_shape_quant_linear(x, *each, bits) for each in zip(tiles, outputs, strict=True)]
+    return [_shape_quant_linear(x, *weight, bits) for weight in zip(tiles, outputs, strict=True)]
 
 
 def _shape_linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ def _shape_linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
 
 
 for _operation in (quant_linear, quant_linears, linear_bf16, rms_norm, silu_mul, rotate_):
-    _library.impl(_operation.__name__, _operation, "CPU")
+    OPERATIONS.impl(_operation.__name__, _operation, "CPU")
 for _name, _shapes in (
     ("quant_linear", _shape_quant_linear),
     ("quant_linears", _shape_quant_linears),
@@ -216,4 +217,4 @@ for _name, _shapes in (
     ("silu_mul", lambda gate, up: torch.empty_like(gate)),
     ("rotate_", lambda q, k, cos, sin: None),
 ):
-    torch.library.register_fake(f"xverse::{_name}", _shapes, lib=_library)
+    torch.library.register_fake(f"xverse::{_name}", _shapes, lib=OPERATIONS)

@@ -1,8 +1,8 @@
-"""The layout that the kernels read: tiles of 32 outputs by one group of inputs, one stream in memory.
+"""The kernels' layout of a quantised weight: contiguous tiles of 32 outputs by one group of inputs.
 
 A tile is 64 bytes of bfloat16 scales, then for every four inputs 16 outputs of four bytes each. With 8 bits
-the other 16 outputs follow; with 4 bits they lie in the upper nibbles of the same bytes. Values are stored
-unsigned, shifted by 2^(bits-1). A weight is [ceil(N/32), K/group, 64 + 4 · bits · group] bytes.
+the other 16 outputs follow; with 4 bits they are the upper nibbles of the same bytes. Values are stored
+unsigned, offset by 2^(bits-1). A weight is [ceil(N/32), K/group, 64 + 4 · bits · group] bytes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ def tile_shape(outputs: int, inputs: int, bits: int, group_size: int) -> tuple[i
 
 
 def tile_group_size(tiles: Tensor, bits: int) -> int:
+    """Inputs in a group of a weight in tiles."""
     return (tiles.shape[2] - SCALE_BYTES) // (4 * bits)
 
 
 def kernel_group_size(group_size: int) -> int:
-    """The largest group of the kernels that divides ``group_size``; 0 where none does."""
+    """The largest group size of the kernels that divides ``group_size``; 0 if none does."""
     return max((size for size in GROUP_SIZES if group_size % size == 0), default=0)
 
 
 def tile(weight: QuantizedWeight) -> Tensor:
-    """The tiles of a weight, uint8. A scale per row is repeated for groups that the kernels know."""
+    """The tiles uint8 of a weight. Groups larger than the kernels' are split, with their scale repeated."""
     group = kernel_group_size(weight.group_size)
     assert group, f"no kernel for groups of {weight.group_size}"
     weight = weight.regrouped(group)
@@ -40,7 +41,7 @@ def tile(weight: QuantizedWeight) -> Tensor:
 
 
 def to_rows(weight: QuantizedWeight) -> Tensor:
-    """Unsigned values row by row, uint8 [N, K · bits / 8], the lower input in the lower nibble."""
+    """Unsigned values, uint8 [N, K · bits / 8], the lower input in the lower nibble."""
     if weight.bits == 8:
         return weight.q.view(torch.uint8) ^ 0x80
     unsigned = (weight.q + 8).view(torch.uint8)
@@ -48,7 +49,7 @@ def to_rows(weight: QuantizedWeight) -> Tensor:
 
 
 def from_rows(rows: Tensor, scales: Tensor, bits: int) -> QuantizedWeight:
-    """The weight behind ``rows`` as ``to_rows`` writes them."""
+    """The inverse of ``to_rows``, with ``scales`` bfloat16 [N, K/group]."""
     if bits == 8:
         return QuantizedWeight((rows ^ 0x80).view(torch.int8), scales, bits)
     nibbles = torch.stack((rows & 15, rows >> 4), dim=2).view(rows.shape[0], -1)  # [N, K]
@@ -56,7 +57,7 @@ def from_rows(rows: Tensor, scales: Tensor, bits: int) -> QuantizedWeight:
 
 
 def tile_rows(rows: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Tiles from ``rows`` uint8 [N, K · bits / 8] and ``scales`` bfloat16 [N, K / group]."""
+    """Tiles from ``rows`` uint8 [N, K · bits / 8] and ``scales`` bfloat16 [N, K/group]."""
     outputs, groups = scales.shape
     inputs = rows.shape[1] * 8 // bits
     group = inputs // groups
@@ -83,7 +84,7 @@ def tile_rows(rows: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def untile(tiles: Tensor, outputs: int, bits: int) -> QuantizedWeight:
-    """The weight [outputs, K] in a tensor of tiles, on its device."""
+    """The weight [outputs, K] in ``tiles``, on their device."""
     count, groups, _ = tiles.shape
     group = tile_group_size(tiles, bits)
     scales = tiles[:, :, :SCALE_BYTES].contiguous().view(torch.bfloat16)  # [N/32, G, 32]

@@ -1,8 +1,9 @@
-"""Training in bfloat16 on a CPU: the steps between the matrix products as kernels, forward and backward.
+"""Training in bfloat16 on the CPU: the steps between the matrix products as kernels, forward and backward.
 
-``use_training_kernels`` changes the classes of a model's layers, ``KernelPacked`` is the attention context.
-Both compute plainly where the kernels do not fit: other devices, other types, no kernels. Results differ by
-rounding: what the plain layers round after each step is rounded once here.
+``use_training_kernels`` changes the classes of a model's layers; ``KernelPacked`` is the attention context.
+Both fall back to the plain layers where the kernels do not apply: on other devices, with other dtypes, or if
+they were not compiled. Results differ by rounding: the kernels round once where the plain layers round after
+each of several steps.
 """
 
 from __future__ import annotations
@@ -14,21 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from xverse.kernels.native import library
-from xverse.kernels.ops import direct, silu_mul
+from xverse.kernels.native import TYPES, library
+from xverse.kernels.ops import OPERATIONS, is_eager_cpu, silu_mul
 from xverse.model import Packed, linear_cross_entropy
 from xverse.model.attention import AttentionContext
 from xverse.model.loss import LossKernels
 from xverse.model.transformer import MLP, Attention, DecoderLayer, RMSNorm, XverseForCausalLM, apply_all
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_NORM_ROWS = 64  # xv_train_norm_grad sums the weight's gradient apart for so many rows
-_LOGIT_BYTES = 128 * 2**20  # of one chunk of the loss
-_SCORE_BYTES = 16 * 2**20  # of one block of attention scores: small enough for a last-level cache
+_NORM_ROWS = 64  # rows in a partial sum of the weight's gradient in xv_train_norm_grad
+_SCORE_BYTES = 16 * 2**20  # of one block of attention scores: fits in a last-level cache
 
 
 def kernels_fit(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor, or a fake one, on the CPU under autocast to bfloat16, with kernels there."""
+    """Whether the kernels apply: they were compiled, and ``x`` is a plain or fake tensor on the CPU under
+    autocast to bfloat16."""
     return (
         (type(x) is Tensor or isinstance(x, FakeTensor))
         and x.device.type == "cpu"
@@ -40,8 +40,12 @@ def kernels_fit(x: Tensor) -> bool:
 
 
 class _AddNorm(torch.autograd.Function):
-    """x float32 or bfloat16 [..., D] (+ delta bfloat16) → the sum in x's type, and its norm times ``weight``
-    in bfloat16."""
+    """x [..., D] float32 or bfloat16, delta [..., D] bfloat16 or None, weight [D] → x + delta in x's dtype
+    and RMSNorm(x + delta) · weight in bfloat16, both [..., D].
+
+    Backward: gradients of both results in their dtypes (the first may be None) → gradients of x in its dtype,
+    of delta in bfloat16 and of the weight in float32.
+    """
 
     @staticmethod
     def forward(
@@ -53,7 +57,7 @@ class _AddNorm(torch.autograd.Function):
         size = x.shape[-1]
         delta = None if delta is None else delta.contiguous()
         weight = weight.float()
-        _run("xv_train_norm", x, delta, weight, total, y, scales, _TYPES[x.dtype], scales.numel(), size, eps)
+        _call("xv_train_norm", x, delta, weight, total, y, scales, TYPES[x.dtype], scales.numel(), size, eps)
         ctx.save_for_backward(total, weight, scales)
         ctx.has_delta = delta is not None
         return total, y
@@ -68,30 +72,20 @@ class _AddNorm(torch.autograd.Function):
         ddelta = torch.empty_like(dy) if ctx.has_delta else None
         rows, size = scales.numel(), total.shape[-1]
         parts = weight.new_zeros(-(-rows // _NORM_ROWS), size)
-        _run(
+        _call(
             "xv_train_norm_grad",
-            dy,
-            dsum,
-            total,
-            weight,
-            scales,
-            dx,
-            ddelta,
-            parts,
-            _TYPES[total.dtype],
-            rows,
-            size,
-        )
+            dy, dsum, total, weight, scales, dx, ddelta, parts, TYPES[total.dtype], rows, size,
+        )  # fmt: skip
         return dx, ddelta, parts.sum(0), None
 
 
 class _Add(torch.autograd.Function):
-    """x float32 + delta bfloat16."""
+    """x [..., D] float32 + delta [..., D] bfloat16 → [..., D] float32; gradients in the inputs' dtypes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor) -> Tensor:
         x, delta, y = x.contiguous(), delta.contiguous(), torch.empty_like(x)
-        _run("xv_train_add", x, delta, y, y.numel())
+        _call("xv_train_add", x, delta, y, y.numel())
         return y
 
     @staticmethod
@@ -100,7 +94,8 @@ class _Add(torch.autograd.Function):
 
 
 class _Linears(torch.autograd.Function):
-    """x bfloat16 [..., K] times each weight [N, K] transposed, in bfloat16."""
+    """x [..., K] bfloat16 times the transpose of each weight [N, K] → [..., N] bfloat16; gradients in the
+    inputs' dtypes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -120,61 +115,66 @@ class _Linears(torch.autograd.Function):
             for row, weight in zip(rows[1:], weights[1:], strict=True):
                 dx.addmm_(row, weight)
             dx = dx.view_as(x)
-        wanted = zip(rows, ctx.types, ctx.needs_input_grad[1:], strict=True)
-        return dx, *[(row.T @ flat).to(kind) if want else None for row, kind, want in wanted]
+        weights = zip(rows, ctx.types, ctx.needs_input_grad[1:], strict=True)
+        return dx, *[(row.T @ flat).to(dtype) if needed else None for row, dtype, needed in weights]
 
 
 class _SiluMul(torch.autograd.Function):
+    """silu(gate) · up, all [..., d_ff] bfloat16; the gradient → those of gate and up, bfloat16."""
+
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu_mul(gate, up) if direct(gate) else torch.ops.xverse.silu_mul(gate, up)
+        return silu_mul(gate, up) if is_eager_cpu(gate) else torch.ops.xverse.silu_mul(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dy, dgate, dup = grads[0].contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        _run("xv_train_silu_mul_grad", dy, gate, up, dgate, dup, gate.numel())
+        _call("xv_train_silu_mul_grad", dy, gate, up, dgate, dup, gate.numel())
         return dgate, dup
 
 
 class _ToHeads(torch.autograd.Function):
-    """bfloat16 [B, T, H, head_dim] → [B, H, T, head_dim], turned by tables float32 [B, T, head_dim]."""
+    """x [B, T, H, head_dim] bfloat16 → [B, H, T, head_dim] bfloat16, with rotary embedding by ``cos`` and
+    ``sin`` float32 [B, 1, T, head_dim] unless they are None; the gradient goes the same way back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         ctx.tables = cos, sin
-        return _turn(x, cos, sin, back=False)
+        return _rotate(x, cos, sin, back=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.tables
-        return _turn(grads[0], cos, sin, back=True), None, None
+        return _rotate(grads[0], cos, sin, back=True), None, None
 
 
 class _FromHeads(torch.autograd.Function):
-    """bfloat16 [B, H, T, head_dim] → [B, T, H, head_dim]."""
+    """x [B, H, T, head_dim] bfloat16 → [B, T, H, head_dim] bfloat16; the gradient goes back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _turn(x, None, None, back=True)
+        return _rotate(x, None, None, back=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _turn(grads[0], None, None, back=False)
+        return _rotate(grads[0], None, None, back=False)
 
 
-def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
+    """``_ToHeads``, or its inverse, of bfloat16."""
     x = x.contiguous()
     batch, length, heads, size = (x.transpose(1, 2) if back else x).shape
     y = x.new_empty((batch, length, heads, size) if back else (batch, heads, length, size))
-    _run("xv_train_turn", x, cos, sin, y, batch, length, heads, size, back)
+    _call("xv_train_rotate", x, cos, sin, y, batch, length, heads, size, back)
     return y
 
 
 class _Attention(torch.autograd.Function):
-    """Causal attention inside documents: q, k, v bfloat16 [B, H, T, head_dim]; ``starts`` int32 [B, T] is the
-    first key that each query sees."""
+    """Causal attention within documents: q, k, v bfloat16 [B, H, T, head_dim] → bfloat16 [B, H, T, head_dim].
+    ``starts`` int32 [B, T] is the first key that each query sees. The gradient → those of q, k, v, bfloat16.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
@@ -190,46 +190,38 @@ class _Attention(torch.autograd.Function):
             return *_attention_grads(grads[0], q, k, v, log_sums, starts), None
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         grad = grads[0].contiguous()
-        _run("xv_train_attention_grad", grad, q, k, v, out, log_sums, starts, dq, dk, dv, *q.shape)
+        _call("xv_train_attention_grad", grad, q, k, v, out, log_sums, starts, dq, dk, dv, *q.shape)
         return dq, dk, dv, None
 
 
 def _is_fused(q: Tensor) -> bool:
-    """Whether one kernel computes all of the attention of heads of this size on this processor."""
-    found = library()
-    return found is not None and bool(found.xv_has_train_attention(q.shape[-1]))
+    """Whether one kernel computes the whole attention of ``q`` [B, H, T, head_dim] on this processor."""
+    kernels = library()
+    return kernels is not None and bool(kernels.xv_has_train_attention(q.shape[-1]))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, and the log of each query's sum of exponentials, float32 [B, H, T].
+    """The output bfloat16 [B, H, T, head_dim] of ``_Attention``, and the log of each query's sum of
+    exponentials float32 [B, H, T].
 
-    Without the fused kernel: blocks of queries against the keys before them; as in FlashAttention (Dao et
-    al., 2022, arXiv:2205.14135) the backward pass computes the scores again from the log-sums, so that no
-    score outlives its block.
+    Without the fused kernel: blocks of queries against the keys before them. As in FlashAttention (Dao et
+    al., 2022, arXiv:2205.14135) the backward pass recomputes the scores from the log-sums, so that only one
+    block of scores exists at a time.
     """
     batch, heads, length, size = q.shape
     out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if _is_fused(q):
-        _run("xv_train_attention", q, k, v, starts, out, log_sums, *q.shape)
+        _call("xv_train_attention", q, k, v, starts, out, log_sums, *q.shape)
         return out, log_sums
     q, k, v, mixed = (x.flatten(0, 1) for x in (q, k, v, out))  # [B*H, T, head_dim]
     for first, last, least in _blocks(q, starts):
         keys = slice(least, last)
         scores = torch.bmm(q[:, first:last], k[:, keys].transpose(1, 2))  # [B*H, block, keys]
-        _run(
+        _call(
             "xv_train_softmax",
-            scores,
-            starts,
-            log_sums,
-            batch,
-            heads,
-            length,
-            first,
-            last - first,
-            least,
-            last - least,
+            scores, starts, log_sums, batch, heads, length, first, last - first, least, last - least,
             size**-0.5,
-        )
+        )  # fmt: skip
         mixed[:, first:last] = torch.bmm(scores, v[:, keys])
     return out, log_sums
 
@@ -237,6 +229,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor,
 def _attention_grads(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, bfloat16 [B, H, T, head_dim], without the fused kernel."""
     shape, size = q.shape, q.shape[-1]
     grad, q, k, v = (x.contiguous().flatten(0, 1) for x in (grad, q, k, v))  # [B*H, T, head_dim]
     dq = torch.empty_like(q)
@@ -246,19 +239,10 @@ def _attention_grads(
         queries, gradients = q[:, first:last], grad[:, first:last]
         scores = torch.bmm(queries, k[:, keys].transpose(1, 2))  # [B*H, block, keys]
         dp = torch.bmm(gradients, v[:, keys].transpose(1, 2))
-        _run(
+        _call(
             "xv_train_softmax_grad",
-            scores,
-            dp,
-            starts,
-            log_sums,
-            *shape[:3],
-            first,
-            last - first,
-            least,
-            last - least,
-            size**-0.5,
-        )
+            scores, dp, starts, log_sums, *shape[:3], first, last - first, least, last - least, size**-0.5,
+        )  # fmt: skip
         dq[:, first:last] = torch.bmm(dp, k[:, keys])
         dk[:, keys] += torch.bmm(dp.transpose(1, 2), queries)
         dv[:, keys] += torch.bmm(scores.transpose(1, 2), gradients)
@@ -266,23 +250,22 @@ def _attention_grads(
     return dq, dk, dv
 
 
-# One operation for the dispatcher: selective recomputation keeps its result, and not the scores inside, which
+# One operation for the dispatcher, so that selective recomputation keeps its result but not the scores, which
 # the softmax overwrites.
-_operations = torch.library.Library("xverse", "FRAGMENT")
-_operations.define("packed_attention(Tensor q, Tensor k, Tensor v, Tensor starts) -> (Tensor, Tensor)")
-_operations.impl("packed_attention", _attention, "CPU")
+OPERATIONS.define("packed_attention(Tensor q, Tensor k, Tensor v, Tensor starts) -> (Tensor, Tensor)")
+OPERATIONS.impl("packed_attention", _attention, "CPU")
 torch.library.register_fake(
     "xverse::packed_attention",
     lambda q, k, v, starts: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
-    lib=_operations,
+    lib=OPERATIONS,
 )
 
 
 def _blocks(q: Tensor, starts: Tensor) -> Iterator[tuple[int, int, int]]:
-    """First query, last + 1, and the first key that one of them sees, block by block of ``q`` [B*H, T, …]."""
+    """Blocks of the queries of ``q`` [B*H, T, head_dim]: first query, last query + 1, and the first key that
+    any of them sees."""
     rows, length = q.shape[:2]
-    fits = _SCORE_BYTES // (2 * rows * length) // 32 * 32
-    block = min(max(fits, 32), 256)
+    block = min(max(_SCORE_BYTES // (2 * rows * length) // 32 * 32, 32), 256)
     least = starts.amin(0)  # [T]
     for first in range(0, length, block):
         last = min(first + block, length)
@@ -290,7 +273,7 @@ def _blocks(q: Tensor, starts: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 class KernelPacked(Packed):
-    """``Packed`` whose attention is ours where the kernels fit."""
+    """``Packed`` with attention by kernels where they apply."""
 
     def __init__(self, document_ids: Tensor) -> None:
         super().__init__(document_ids)
@@ -298,14 +281,18 @@ class KernelPacked(Packed):
         self._starts = (index - self.positions).to(torch.int32)  # [B, T]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, H, T, head_dim] → [B, H, T, head_dim]."""
         if q.dtype != torch.bfloat16 or not kernels_fit(q):
             return super().attend(layer, q, k, v)
         return _Attention.apply(q, k, v, self._starts)
 
 
 class TrainingLinear(nn.Linear):
+    """``nn.Linear``: [..., K] → [..., N]."""
+
     @classmethod
     def together(cls, layers: list[nn.Linear], x: Tensor) -> list[Tensor]:
+        """``[layer(x) for layer in layers]`` of ``x`` [..., K]; the gradient of ``x`` is one tensor."""
         if not kernels_fit(x):
             return [nn.Linear.forward(layer, x) for layer in layers]
         return list(_Linears.apply(x.to(torch.bfloat16), *[layer.weight for layer in layers]))
@@ -315,6 +302,8 @@ class TrainingLinear(nn.Linear):
 
 
 class TrainingMLP(MLP):
+    """The activation [..., d_ff] in one pass."""
+
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         if gate.dtype != torch.bfloat16 or not kernels_fit(gate):
             return super().activate(gate, up)
@@ -322,14 +311,16 @@ class TrainingMLP(MLP):
 
 
 class TrainingAttention(Attention):
+    """Heads are split, rotated and transposed in one pass; [B, T, D] → [B, T, D]."""
+
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
         if x.dtype != torch.bfloat16 or not kernels_fit(x):
             return super().forward(x, rope, context)
         batch, length = x.shape[:2]
-        cos, sin = (each.float().expand(batch, 1, length, self.head_dim).contiguous() for each in rope)
+        cos, sin = (table.float().expand(batch, 1, length, self.head_dim).contiguous() for table in rope)
         q, k, v = (
-            each.view(batch, length, -1, self.head_dim)
-            for each in apply_all((self.q_proj, self.k_proj, self.v_proj), x)
+            heads.view(batch, length, -1, self.head_dim)
+            for heads in apply_all((self.q_proj, self.k_proj, self.v_proj), x)
         )
         q, k, v = _ToHeads.apply(q, cos, sin), _ToHeads.apply(k, cos, sin), _ToHeads.apply(v, None, None)
         mixed = context.attend(self.layer, q, k, v)  # [B, H, T, head_dim]
@@ -337,13 +328,17 @@ class TrainingAttention(Attention):
 
 
 class TrainingRMSNorm(RMSNorm):
+    """The norm [..., D] → [..., D] bfloat16, in one pass."""
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype not in _TYPES or not kernels_fit(x):
+        if x.dtype not in TYPES or not kernels_fit(x):
             return super().forward(x)
         return _AddNorm.apply(x, None, self.weight, self.eps)[1]
 
 
 class TrainingLayer(DecoderLayer):
+    """Residual additions fused with the norms after them; the residual stream [B, T, D] stays float32."""
+
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
         if x.dtype != torch.float32 or not kernels_fit(x):
             return super().forward(x, rope, context)
@@ -354,6 +349,8 @@ class TrainingLayer(DecoderLayer):
 
 
 class TrainingForCausalLM(XverseForCausalLM):
+    """The loss by kernels."""
+
     def loss(self, tokens: Tensor, targets: Tensor, context: AttentionContext, z_loss: float = 0.0) -> Tensor:
         hidden = self.model(tokens, context).flatten(0, 1)  # [B*T, D]
         return linear_cross_entropy(
@@ -372,8 +369,9 @@ _TRAINING: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_training_kernels(model: nn.Module) -> None:
-    """Let the layers of ``model``, ours or transformers' form of it, compute in our kernels, in place;
-    parameters and their names stay. The head stays: the loss takes its weight."""
+    """Changes the classes of the layers of ``model``, xverse's or its transformers wrapper, to ones that
+    compute in kernels; parameters and their names stay. The head does not change: the loss takes its weight.
+    """
     for module in model.model.modules():  # type: ignore[union-attr]  # XverseModel
         kind = _TRAINING.get(type(module))
         if kind is not None and getattr(module, "bias", None) is None:
@@ -383,26 +381,28 @@ def use_training_kernels(model: nn.Module) -> None:
 
 
 def loss_kernels(hidden: Tensor) -> LossKernels | None:
-    """For ``linear_cross_entropy``, where they fit."""
-    return LossKernels(_softmax_gradient, _accumulate, _LOGIT_BYTES) if kernels_fit(hidden) else None
+    """The kernels for ``linear_cross_entropy`` of ``hidden`` [N, D], or None where they do not apply."""
+    return LossKernels(_softmax_gradient, _accumulate) if kernels_fit(hidden) else None
 
 
 def _softmax_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """``logits`` bfloat16 [N, V] and ``targets`` int64 [N] → the sum of losses float32 [], and the gradient
+    of the logits in their place."""
     losses = torch.empty(len(logits), dtype=torch.float32)
-    _run("xv_train_cross_entropy", logits, targets.contiguous(), losses, *logits.shape, z_loss)
+    _call("xv_train_cross_entropy", logits, targets.contiguous(), losses, *logits.shape, z_loss)
     return losses.sum(), logits
 
 
 def _accumulate(total: Tensor, value: Tensor) -> None:
-    """``total`` float32 += ``value`` bfloat16, both contiguous."""
-    _run("xv_train_accumulate", total, value, total.numel())
+    """``total`` float32 [...] += ``value`` bfloat16 [...], both contiguous."""
+    _call("xv_train_accumulate", total, value, total.numel())
 
 
-def _run(name: str, *arguments: Tensor | float | None) -> None:
-    """Call a kernel; tensors go as their addresses. Of fake ones the shapes alone are wanted: no call."""
-    if any(isinstance(each, FakeTensor) for each in arguments):
+def _call(name: str, *arguments: Tensor | float | None) -> None:
+    """Call a kernel, passing the addresses of tensors; nothing to compute if one is a fake tensor."""
+    if any(isinstance(argument, FakeTensor) for argument in arguments):
         return
-    found = library()
-    assert found is not None
-    pointers = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
-    getattr(found, name)(*pointers, torch.get_num_threads())
+    kernels = library()
+    assert kernels is not None
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    getattr(kernels, name)(*values, torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""A quantised weight in its plain form, which every method makes and every format stores."""
+"""A quantised weight as integers and scales: the result of every method, the content of every format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from xverse.config import UserError
 
 BITS = (4, 8)
-GROUP_SIZES = (32, 64, 128)  # inputs that share a scale; what the kernels and the stored format take
+GROUP_SIZES = (32, 64, 128)  # inputs that share a scale, as the kernels and the stored format take them
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class QuantizedWeight:
         return self.q.shape[1] // self.scales.shape[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] that the integers stand for."""
+        """``q · scale``, [N, K] of ``dtype``."""
         grouped = self.q.view(*self.scales.shape, self.group_size).to(dtype)  # [N, G, group]
         return (grouped * self.scales.to(dtype)[..., None]).view(self.q.shape)
 
     def regrouped(self, group_size: int) -> QuantizedWeight:
-        """The same weight with its scales repeated for smaller groups."""
+        """The same weight with its scales repeated for smaller groups of ``group_size`` inputs."""
         assert self.group_size % group_size == 0
         return QuantizedWeight(
             self.q, self.scales.repeat_interleave(self.group_size // group_size, dim=1), self.bits
@@ -50,13 +50,13 @@ class QuantizedWeight:
 
 
 def check_bits(bits: int) -> None:
-    """Raises UserError for a number of bits that is not offered."""
+    """Raises UserError for an unsupported number of bits."""
     if bits not in BITS:
         raise UserError(f"bits: {bits} is not supported; 8 or 4")
 
 
 def check_group_size(group_size: int, *sizes: int) -> None:
-    """Raises UserError for a group size that is not offered or does not divide the input ``sizes``."""
+    """Raises UserError for a group size that is unsupported or does not divide one of the input ``sizes``."""
     if group_size not in GROUP_SIZES:
         known = ", ".join(map(str, GROUP_SIZES))
         raise UserError(f"group_size: {group_size} is not supported; one of {known}")

@@ -1,12 +1,16 @@
-"""How a run is laid out over GPUs, and what does not fit together."""
+"""Layouts: how the work of a training run is divided over processes, one for each GPU. Arithmetic only;
+``train/parallel.py`` applies a layout to the model."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Literal
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
-from xverse.model.config import XverseConfig
+from xverse.config import UserError
+from xverse.model.config import XverseConfig, training_flops
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -41,7 +45,7 @@ class Architecture:
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer's matrices; norms and biases are left out."""
+        """Parameters of one layer's matrices, without norms and biases."""
         d = self.hidden_size
         attention = 2 * d * d + 2 * d * self.kv_size
         return attention + (3 if self.gated else 2) * d * self.intermediate_size
@@ -55,22 +59,21 @@ class Architecture:
         ends = self.head_parameters * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + ends
 
-    def flops_per_token(self, length: int, causal: bool = False) -> float:
-        """Of training, forward and backward: 6 for each parameter but the embedding's, and attention counted
-        full (12 · layers · d · T) or causal (half of that)."""
-        attention = 12 * self.layers * self.hidden_size * length
+    def flops_per_token(self, length: int) -> dict[str, float]:
+        """Training FLOPs per token, see ``training_flops``."""
         matrices = self.layers * self.layer_parameters + self.head_parameters
-        return 6 * matrices + attention / (2 if causal else 1)
+        return training_flops(matrices, self.layers, self.hidden_size, length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Degrees of parallelism; their product is the number of GPUs.
+    """Degrees of parallelism; their product is the number of processes.
 
-    ``shard`` GPUs share parameters, gradients and optimizer states (FSDP), ``replicate`` groups of them hold
-    the same (with ``shard`` above 1: HSDP, else DDP). ``tensor`` includes sequence parallelism. Each of the
-    ``pipeline`` stages holds ``virtual_stages`` runs of layers (interleaved 1F1B). ``micro_batch`` is in
-    sequences of one data-parallel rank, ``accumulate`` how many of them make a step there.
+    ``shard`` processes share parameters, gradients and optimizer states (FSDP), ``replicate`` groups of them
+    hold copies (with ``shard`` above 1: HSDP, else DDP); the ``replicate`` × ``shard`` data-parallel ranks
+    have different rows of a batch. ``tensor`` includes sequence parallelism. Each of the ``pipeline`` stages
+    holds ``virtual_stages`` runs of layers (interleaved 1F1B). A data-parallel rank takes ``accumulate``
+    micro-batches of ``micro_batch`` sequences a step.
     """
 
     shard: int = 1
@@ -84,30 +87,56 @@ class Layout:
     checkpointing: Checkpointing = "none"
 
     @property
-    def gpus(self) -> int:
+    def processes(self) -> int:
         return self.shard * self.replicate * self.tensor * self.context * self.pipeline
 
     @property
     def data(self) -> int:
-        """Ranks that see different sequences."""
+        """Data-parallel ranks."""
         return self.shard * self.replicate
 
     @property
     def sharded_over(self) -> int:
-        """GPUs that share one copy of a stage's states: context parallelism's hold the same weights, and
-        FSDP shards over them too."""
+        """Processes that share one copy of a stage's states. Those of context parallelism hold the same
+        weights, and FSDP shards over them too."""
         return self.shard * self.context if self.shard > 1 else 1
 
     @property
+    def stages(self) -> int:
+        """Runs of layers over all processes of a pipeline."""
+        return self.pipeline * self.virtual_stages
+
+    @property
+    def in_flight(self) -> float:
+        """Micro-batches whose activations the first pipeline stage holds at once."""
+        if self.pipeline == 1:
+            return 1.0
+        return min(self.accumulate, self.pipeline + (self.pipeline - 1) / self.virtual_stages)
+
+    @property
     def compiles(self) -> bool:
-        """Whether the trainer can compile the layers: torch.compile goes neither with its selective
-        checkpointing nor with its tensor parallelism."""
+        """Whether the trainer can compile the layers: torch.compile works neither with selective
+        checkpointing nor with tensor parallelism."""
         return self.checkpointing != "selective" and self.tensor == 1
 
     @property
     def sequences(self) -> int:
-        """Of one step, over all."""
+        """Sequences of one step, over all processes."""
         return self.data * self.micro_batch * self.accumulate
+
+    def place(self, rank: int) -> tuple[int, int, int, int]:
+        """A process's pipeline stage, data-parallel rank, context rank and tensor rank. Neighbours in tensor
+        and context are neighbours in rank, because they communicate most."""
+        rank, tensor = divmod(rank, self.tensor)
+        rank, context = divmod(rank, self.context)
+        pipeline, data = divmod(rank, self.data)
+        return pipeline, data, context, tensor
+
+    @property
+    def mesh(self) -> str:
+        """The degrees above 1, outermost first: ``pipeline 2 × shard 4``."""
+        names = ("pipeline", "replicate", "shard", "context", "tensor")
+        return " × ".join(f"{name} {getattr(self, name)}" for name in names if getattr(self, name) > 1) or "1"
 
     def __str__(self) -> str:
         parts = []
@@ -130,24 +159,154 @@ class Layout:
         return dataclasses.asdict(self)
 
 
-def problem(arch: Architecture, layout: Layout, length: int, gpus_per_machine: int) -> str:
-    """Why the trainer cannot run a layout, with the numbers; an empty string where it can. The rules are
-    those of ``train/layout.py``, and that tensor parallelism stays within a machine."""
-    tensor, context, stages = layout.tensor, layout.context, layout.pipeline * layout.virtual_stages
-    for name in ("heads", "kv_heads", "intermediate_size", "hidden_size"):
+class Batch(NamedTuple):
+    """Sequences of a step over all processes, of a micro-batch of one process (0: all that it has), and of
+    the first step where the batch grows (0: it does not)."""
+
+    size: int
+    micro: int = 0
+    ramp_start: int = 0
+
+
+_CONFIG_KEYS = {  # of Architecture's sizes
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "intermediate_size": "intermediate_size",
+    "hidden_size": "hidden_size",
+}
+
+
+def problem(
+    arch: Architecture, layout: Layout, length: int | None = None, gpus_per_machine: int | None = None
+) -> str:
+    """Why the trainer cannot run a layout, with the numbers, or an empty string. ``length`` is that of a
+    sequence. With ``gpus_per_machine``, tensor parallelism beyond one machine is refused too: it would run,
+    but slowly."""
+    tensor, context, pipeline = layout.tensor, layout.context, layout.pipeline
+    for name, key in _CONFIG_KEYS.items():
         if getattr(arch, name) % tensor:
-            return f"{name} {getattr(arch, name)} does not divide by tensor {tensor}"
-    if tensor > gpus_per_machine:
-        return f"tensor {tensor} reaches beyond one machine of {gpus_per_machine} GPUs"
-    if context > 1 and length % (2 * context):
-        return f"a sequence of {length} does not divide into {2 * context} chunks of context {context}"
-    if length // context % tensor:
-        return f"a sequence of {length} does not divide by context {context} × tensor {tensor}"
-    if arch.layers % stages:
-        return f"{arch.layers} layers do not divide into {stages} pipeline stages"
-    batches = layout.accumulate
-    if batches < layout.pipeline or batches % max(1, batches // layout.pipeline):
+            return f"{key} {getattr(arch, name)} does not divide by tensor {tensor}"
+    if gpus_per_machine is not None and tensor > gpus_per_machine:
+        return f"tensor {tensor} exceeds one machine of {gpus_per_machine} GPUs"
+    if arch.layers % layout.stages:
         return (
-            f"pipeline {layout.pipeline} needs a multiple of {layout.pipeline} micro-batches, not {batches}"
+            f"num_hidden_layers {arch.layers} do not divide into pipeline {pipeline} × virtual_stages "
+            f"{layout.virtual_stages} = {layout.stages} stages"
+        )
+    if length is not None and context > 1 and length % (2 * context):
+        return f"sequence_length {length} does not divide into 2 × context {context} = {2 * context} chunks"
+    if length is not None and length // context % tensor:
+        return f"sequence_length {length} does not divide by context {context} × tensor {tensor}"
+    batches = layout.accumulate
+    if batches < pipeline:
+        return (
+            f"pipeline {pipeline} needs at least {pipeline} micro-batches, but the "
+            f"{layout.micro_batch * batches} rows of a process are {batches} of micro_batch_size "
+            f"{layout.micro_batch}"
+        )
+    if batches % (batches // pipeline):
+        return (
+            f"pipeline {pipeline} needs {batches // pipeline} equal rounds, into which {batches} "
+            f"micro-batches of micro_batch_size {layout.micro_batch} do not divide"
         )
     return ""
+
+
+def with_batch(layout: Layout, batch: Batch) -> Layout | str:
+    """``layout`` with the micro-batches of ``batch``, or why the batch does not divide."""
+    if batch.ramp_start % layout.data:
+        return f"batch_ramp_start {batch.ramp_start} does not divide into {layout.data} processes"
+    rows, rest = divmod(batch.size, layout.data)
+    micro = batch.micro or rows
+    if rest or not rows or rows % micro:
+        fault = f"batch_size {batch.size} does not divide into {layout.data} processes"
+        return fault + (f" of micro-batches of {batch.micro}" if batch.micro else "")
+    return replace(layout, micro_batch=micro, accumulate=rows // micro)
+
+
+def arrange(
+    requested: Layout,
+    processes: int,
+    batch: Batch,
+    arch: Architecture,
+    length: int | None = None,
+    gpus_per_machine: int | None = None,
+    fsdp: bool = True,
+) -> Layout:
+    """The ``requested`` degrees on a number of processes, with FSDP over what they leave.
+
+    Raises UserError that says what does not divide, and under FSDP the nearest layout that works.
+    """
+    layout = replace(requested, shard=max(1, processes // requested.processes)) if fsdp else requested
+    arranged: Layout | str
+    if layout.processes != processes:
+        product = f" = {requested.processes}" if "×" in requested.mesh else ""
+        arranged = f"{requested.mesh}{product} does not divide {processes:,} processes"
+    else:
+        arranged = with_batch(layout, batch)
+        if isinstance(arranged, Layout):
+            arranged = problem(arch, arranged, length, gpus_per_machine) or arranged
+    if isinstance(arranged, Layout):
+        return arranged
+    nearest = _nearest(layout, processes, batch, arch, length, gpus_per_machine) if fsdp else ""
+    raise UserError(arranged + nearest)
+
+
+def _nearest(
+    requested: Layout,
+    processes: int,
+    batch: Batch,
+    arch: Architecture,
+    length: int | None,
+    gpus_per_machine: int | None,
+) -> str:
+    """The layout that works and is the fewest doublings away from ``requested``, for an error message."""
+    best: tuple[float, Layout] | None = None
+    given = batch.micro or max(1, batch.size // requested.data)
+    sizes = {batch.micro, *_divisors(batch.size)}
+    for micro, degrees in itertools.product(sorted(sizes), itertools.product(_divisors(processes), repeat=4)):
+        if processes % math.prod(degrees):
+            continue
+        pipeline, replicate, context, tensor = degrees
+        for virtual in sorted({requested.virtual_stages, 1}) if pipeline > 1 else [1]:
+            degree: dict[str, Any] = {
+                "pipeline": pipeline,
+                "replicate": replicate,
+                "context": context,
+                "tensor": tensor,
+            }
+            shard = processes // math.prod(degrees)
+            layout = with_batch(
+                replace(requested, shard=shard, virtual_stages=virtual, **degree),
+                batch._replace(micro=micro),
+            )
+            if isinstance(layout, str) or problem(arch, layout, length, gpus_per_machine):
+                continue
+            pairs = zip(_degrees(layout), _degrees(requested), strict=True)
+            distance = sum(abs(math.log2(a / b)) for a, b in pairs)
+            if micro != batch.micro:
+                distance += 0.5 + 0.01 * abs(math.log2(micro / given))
+            if best is None or distance < best[0]:
+                best = distance, layout if micro != batch.micro else replace(layout, micro_batch=0)
+    if best is None:
+        return ""
+    layout = best[1]
+    names = [
+        "pipeline",
+        *(["virtual_stages"] if layout.pipeline > 1 else []),
+        "replicate",
+        "context",
+        "tensor",
+    ]
+    names += ["micro_batch_size"] if layout.micro_batch else []
+    values = {**layout.keys(), "micro_batch_size": layout.micro_batch}
+    advice = ", ".join(f"{name}: {values[name]}" for name in names)
+    return f"; the nearest that works on {processes}: {advice}"
+
+
+def _degrees(layout: Layout) -> tuple[int, ...]:
+    return layout.pipeline, layout.virtual_stages, layout.replicate, layout.context, layout.tensor
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

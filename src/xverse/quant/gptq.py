@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., 2022): round column by column, and let the columns to come make up for each error."""
+"""GPTQ (Frantar et al., 2022): round column by column, and compensate each error in the remaining columns."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from xverse.kernels.weight import QuantizedWeight
 from xverse.quant.methods import rtn
 
-_BLOCK = 128  # columns whose errors are applied to the rest of the weight in one product
+_BLOCK = 128  # columns whose errors are applied to the remaining columns in one product
 _DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean
 
 
 class Hessian:
-    """The mean of x xᵀ over the inputs ``x`` of a linear layer; what its output error is measured by."""
+    """The mean of x xᵀ over the inputs ``x`` of a linear layer, by which its output error is measured."""
 
     def __init__(self, inputs: int) -> None:
         self.tokens = 0
         self._sum = torch.zeros(inputs, inputs)
 
     def add(self, x: Tensor) -> None:
-        """Takes in inputs [..., K]."""
+        """Adds inputs [..., K]."""
         x = x.flatten(0, -2).float()
         self._sum.addmm_(x.T, x)
         self.tokens += len(x)
@@ -32,25 +32,25 @@ class Hessian:
 
 
 class HessianFactor:
-    """What rounding the weights of one input needs to know of it: made once for all layers that share it."""
+    """A Hessian, factorised once for all layers that share the input: the order of the columns, their
+    importance and the Cholesky factor of the inverse."""
 
     def __init__(self, hessian: Tensor) -> None:
-        """``hessian`` float32 [K, K]. Columns are taken by importance: the largest diagonal first ("act
-        order")."""
+        """``hessian`` float32 [K, K]. Columns are rounded in order of importance, the largest diagonal first
+        (activation order)."""
         assert hessian.isfinite().all(), "a Hessian that is not finite has no inverse"
         diagonal = hessian.diagonal()
-        floor = 1e-6 * diagonal.mean().item()  # inputs that were never seen are rounded to nearest
+        floor = 1e-6 * diagonal.mean().item()  # columns of inputs that are always 0 are rounded to nearest
         self.importance = diagonal.clamp(min=floor or 1.0)  # [K]
-        self.order = diagonal.argsort(descending=True)
+        self.order = diagonal.argsort(descending=True)  # [K]
         self.upper = _inverse_root(hessian[self.order][:, self.order])  # [K, K]
 
 
 def gptq(weight: Tensor, bits: int, group_size: int, factor: HessianFactor) -> QuantizedWeight:
-    """Round ``weight`` [N, K] so that its outputs change little for the inputs behind ``factor``.
+    """Round ``weight`` [N, K] so that its outputs change little for the inputs of the Hessian in ``factor``.
 
-    The groups' scales are found first, on the weight as it is and weighted by the Hessian's diagonal
-    (``methods.rtn``): the order of the columns is free then, and the stored layout stays plain groups.
-    Raises UserError as ``rtn`` does.
+    The scales of the groups are computed first, by ``rtn`` weighted with the Hessian's diagonal. That leaves
+    the order of the columns free, and the stored layout stays plain groups. Raises UserError as ``rtn`` does.
     """
     weight = weight.float()
     nearest = rtn(weight, bits, group_size, factor.importance)
@@ -61,13 +61,8 @@ def gptq(weight: Tensor, bits: int, group_size: int, factor: HessianFactor) -> Q
     return QuantizedWeight(q.T.contiguous(), nearest.scales, bits)
 
 
-def output_error(difference: Tensor, hessian: Tensor) -> float:
-    """The mean square of ``difference`` [N, K] times an input, summed over outputs."""
-    return ((difference @ hessian) * difference).sum().item()
-
-
 def _inverse_root(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse."""
+    """The upper Cholesky factor [K, K] of the damped Hessian's inverse."""
     damping = _DAMPING
     mean = hessian.diagonal().mean().item() or 1.0
     while True:
@@ -78,11 +73,11 @@ def _inverse_root(hessian: Tensor) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return upper
-        damping *= 10  # float32 has run out of digits
+        damping *= 10  # not positive definite in float32
 
 
 def _round_columns(columns: Tensor, scales: Tensor, upper: Tensor, bits: int) -> Tensor:
-    """Integers int8 [K, N]; ``columns`` float32 [K, N] are used up."""
+    """Integers int8 [K, N] for ``columns`` float32 [K, N], which are overwritten, and ``scales`` [K, N]."""
     half = 1 << (bits - 1)
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
     q = torch.empty(columns.shape, dtype=torch.int8)

@@ -1,4 +1,4 @@
-"""One decoder layer at a time: made from tensors, run over hidden states, looked into."""
+"""One decoder layer at a time: built from tensors, run over hidden states, measured and replaced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from xverse.model import FullCausal, XverseConfig
 from xverse.model.rope import rope_tables
 from xverse.model.transformer import DecoderLayer, RMSNorm
-from xverse.quant.equalize import InputSizes
+from xverse.quant.equalize import InputRMS
 from xverse.quant.gptq import Hessian
 
 LINEARS = (
@@ -24,11 +24,11 @@ LINEARS = (
     "mlp.down_proj",
 )
 _TOKENS_AT_ONCE = 4096
-_SIZE_TOKENS = 2048  # a channel's root mean square is known well enough from these
+_RMS_TOKENS = 2048  # enough to estimate the root mean square of a channel
 
 
 def make_layer(config: XverseConfig, number: int, tensors: Mapping[str, Tensor]) -> DecoderLayer:
-    """Layer ``number`` of full-named tensors, as float32 copies; its norms keep their stored type."""
+    """Layer ``number`` from tensors by full name: float32 copies of its weights, its norms as stored."""
     prefix = f"model.layers.{number}."
     with torch.device("meta"):
         layer = DecoderLayer(config, number)
@@ -40,28 +40,29 @@ def make_layer(config: XverseConfig, number: int, tensors: Mapping[str, Tensor])
 
 
 def make_norm(weight: Tensor, eps: float) -> RMSNorm:
+    """A norm with ``weight`` [D]."""
     with torch.device("meta"):
         norm = RMSNorm(len(weight), eps)
     norm.weight = nn.Parameter(weight, requires_grad=False)
     return norm
 
 
-def parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Views of some rows of [n, T, D] at a time."""
+def batches(x: Tensor) -> tuple[Tensor, ...]:
+    """Views [r, T, D] of some rows of ``x`` [n, T, D] at a time."""
     return x.split(max(1, _TOKENS_AT_ONCE // x.shape[1]))
 
 
 def forward(layer: DecoderLayer, config: XverseConfig, x: Tensor) -> Tensor:
-    """The layer over hidden states float32 [n, T, D]."""
-    return torch.cat([layer(part, *_context(config, part)) for part in parts(x)])
+    """The layer's output for hidden states float32 [n, T, D] → [n, T, D]."""
+    return torch.cat([layer(rows, *_context(config, rows)) for rows in batches(x)])
 
 
-def input_sizes(layer: DecoderLayer, config: XverseConfig, x: Tensor) -> InputSizes:
-    """The sizes of the linears' inputs where the layer runs over ``x`` [n, T, D], or over some rows of it."""
-    rows = x[:: max(1, x.shape[0] * x.shape[1] // _SIZE_TOKENS)]
+def input_rms(layer: DecoderLayer, config: XverseConfig, x: Tensor) -> InputRMS:
+    """The root mean squares of the linears' inputs when the layer runs over some rows of ``x`` [n, T, D]."""
+    rows = x[:: max(1, x.shape[0] * x.shape[1] // _RMS_TOKENS)]
     squares: dict[str, Tensor] = {}
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def record(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             total = arguments[0].flatten(0, -2).square().sum(dim=0)
             squares[name] = squares[name] + total if name in squares else total
@@ -69,53 +70,54 @@ def input_sizes(layer: DecoderLayer, config: XverseConfig, x: Tensor) -> InputSi
         return hook
 
     names = (LINEARS[0], LINEARS[3], LINEARS[4], LINEARS[6])
-    hooks = [layer.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    hooks = [layer.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
     forward(layer, config, rows)
     for hook in hooks:
         hook.remove()
     count = rows.shape[0] * rows.shape[1]
-    return InputSizes(*((squares[name] / count).sqrt() for name in names))
+    return InputRMS(*((squares[name] / count).sqrt() for name in names))
 
 
-def learn(
+def replace_linears(
     layer: DecoderLayer,
     config: XverseConfig,
     x: Tensor,
     replace: Callable[[tuple[str, ...], Hessian], None],
 ) -> None:
-    """Has the linears replaced in the order of the forward pass, each with the Hessian of what the replaced
-    ones before it give; ``x`` [n, T, D] becomes the layer's output."""
+    """Calls ``replace(names, hessian)`` for the linears in the order of the forward pass; ``hessian`` is that
+    of their inputs with the linears before them replaced. ``x`` [n, T, D] becomes the layer's output, in
+    place."""
     attention: nn.Module = layer.self_attn
     mlp: nn.Module = layer.mlp
     hessian = Hessian(config.hidden_size)
-    for rows in parts(x):
+    for rows in batches(x):
         hessian.add(layer.input_layernorm(rows))
     replace(LINEARS[:3], hessian)
 
     output, attention.o_proj = attention.o_proj, nn.Identity()
     hessian = Hessian(config.hidden_size)
     mixed = []
-    for rows in parts(x):
+    for rows in batches(x):
         mixed.append(attention(layer.input_layernorm(rows), *_context(config, rows)))  # [r, T, D]
         hessian.add(mixed[-1])
     attention.o_proj = output
     replace(LINEARS[3:4], hessian)
-    for rows, values in zip(parts(x), mixed, strict=True):
+    for rows, values in zip(batches(x), mixed, strict=True):
         rows += layer.get_submodule(LINEARS[3])(values)
     del mixed
 
     hessian = Hessian(config.hidden_size)
-    for rows in parts(x):
+    for rows in batches(x):
         hessian.add(layer.post_attention_layernorm(rows))
     replace(LINEARS[4:6], hessian)
 
     down, mlp.down_proj = mlp.down_proj, nn.Identity()
     hessian = Hessian(config.intermediate_size)
-    for rows in parts(x):
+    for rows in batches(x):
         hessian.add(mlp(layer.post_attention_layernorm(rows)))  # [r, T, d_ff]
     mlp.down_proj = down
     replace(LINEARS[6:], hessian)
-    for rows in parts(x):
+    for rows in batches(x):
         rows += mlp(layer.post_attention_layernorm(rows))
 
 

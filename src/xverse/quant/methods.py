@@ -1,7 +1,7 @@
-"""Rounding weights to integers: upstream's scheme, and groups whose scale is searched for.
+"""Rounding weights to integers: upstream's scheme, and groups with a search for the best scale.
 
-Everything here is symmetric: a weight is an integer times its group's scale, with no zero point. The scales
-are rounded to bfloat16 before the integers are chosen, so that the integers fit what is stored.
+All methods are symmetric: a weight is an integer times its group's scale, without a zero point. The scales
+are rounded to bfloat16 before the integers are chosen, so that the integers match the stored scales.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 from xverse.kernels.native import library
 from xverse.kernels.weight import QuantizedWeight, check_bits, check_group_size
 
-_ROWS_AT_ONCE = 1 << 22  # weights of which PyTorch's search holds copies at a time
+_ROWS_AT_ONCE = 1 << 22  # weights for which PyTorch's search holds copies at a time
 _LANES = 32  # partial sums of an error; fixed, so that every instruction set adds in the same order
-_SMALLEST = 1e-30  # a group below it becomes zeros: the reciprocal of its scale would overflow
+_SMALLEST = 1e-30  # groups below it become zeros: the reciprocal of the scale would overflow
 
 
 def rtn_row(weight: Tensor, bits: int) -> QuantizedWeight:
-    """Upstream's rounding: one scale for each row of ``weight`` [N, K], which maps its largest magnitude to
-    the largest integer, 2^(bits-1) - 1. Raises UserError for bits other than 4 and 8."""
+    """Upstream's rounding: one scale for each row of ``weight`` [N, K] that maps its largest magnitude to the
+    largest integer, 2^(bits-1) - 1. Raises UserError for bits other than 4 and 8."""
     check_bits(bits)
     largest = weight.float().abs().amax(dim=1, keepdim=True)  # [N, 1]
     scales = (largest / ((1 << (bits - 1)) - 1)).bfloat16()
@@ -31,11 +31,11 @@ def rtn(
 ) -> QuantizedWeight:
     """Round to nearest with the scale of each row and group of inputs that leaves the smallest squared error.
 
-    ``weight`` [N, K] of any float type; ``importance`` float32 [K] weighs the error of each input (the mean
-    square of its activation), None weighs all alike. Scales are tried over a grid of clipping factors and
-    both signs (a negative one gives the side of -2^(bits-1) to positive weights), then refined by least
-    squares. The compiled search and PyTorch's give the same bits. A weight that is not finite makes its
-    group's scale NaN. Raises UserError for bits or a group size that is not offered or does not divide K.
+    ``weight`` [N, K] of any float dtype; ``importance`` float32 [K] weights the error of each input (the mean
+    square of its activation), None weights all equally. The search tries a grid of clipping factors with both
+    signs (a negative scale gives the integer -2^(bits-1) to positive weights), then refines by least squares.
+    The compiled search and PyTorch's give the same bits. A weight that is not finite makes its group's scale
+    NaN. Raises UserError for unsupported bits or a group size that is unsupported or does not divide K.
     """
     check_bits(bits)
     check_group_size(group_size, weight.shape[1])
@@ -60,15 +60,15 @@ def rtn(
 
 
 def round_to(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The integers int8 [N, K] that are nearest to ``weight`` for given ``scales`` bfloat16 [N, K/group]."""
+    """The integers int8 [N, K] nearest to ``weight`` [N, K] for ``scales`` bfloat16 [N, K/group]."""
     grouped = weight.float().view(*scales.shape, -1)  # [N, G, group]
     return _integers(grouped, _reciprocal(scales), bits).to(torch.int8).view(weight.shape)
 
 
 def search_grid(bits: int) -> Tensor:
-    """What a group's largest magnitude is divided by to get the scales that are tried, float32, ascending.
+    """Divisors float32 [n], ascending: each divides a group's largest magnitude and gives a scale to try.
 
-    Below 2^(bits-1) - 1 the grid is coarser than need be; above 2^(bits-1) the largest weights are clipped.
+    Below 2^(bits-1) - 1 the steps are larger than necessary; above 2^(bits-1) the largest weights clip.
     """
     if bits == 8:
         return torch.tensor([126.0, 127.0, 127.5, 128.0, 130.0, 134.0])
@@ -88,38 +88,38 @@ def _integers(grouped: Tensor, reciprocal: Tensor, bits: int) -> Tensor:
 def _search(
     weight: Tensor, bits: int, group_size: int, importance: Tensor, divisors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The search of csrc/rounding.cpp, operation by operation."""
+    """The search of csrc/rounding.cpp, operation by operation: int8 [N, K], scales bfloat16 [N, G]."""
     grouped = weight.view(weight.shape[0], -1, group_size)  # [N, G, group]
-    weighed = importance.view(-1, group_size)  # [G, group]
+    per_group = importance.view(-1, group_size)  # [G, group]
     largest = grouped.abs().amax(dim=2)  # [N, G]
     largest = torch.where(largest < _SMALLEST, 0.0, largest)
     best_error = torch.full(largest.shape, torch.inf, device=weight.device)
-    best_scale = (largest / divisors[0]).bfloat16()  # kept where no error is finite
+    best_scale = (largest / divisors[0]).bfloat16()  # kept if no error is finite
 
-    def offer(scale: Tensor) -> None:
+    def try_scale(scale: Tensor) -> None:
         nonlocal best_error, best_scale
         q = _integers(grouped, _reciprocal(scale), bits)
-        off = grouped - q * scale.float()[..., None]
-        error = _lane_sum(off * off * weighed)
+        difference = grouped - q * scale.float()[..., None]
+        error = _lane_sum(difference * difference * per_group)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
 
     for divisor in divisors.tolist():
         scale = (largest / divisor).bfloat16()
-        offer(scale)
-        offer(-scale)
+        try_scale(scale)
+        try_scale(-scale)
     for _ in range(2):
         q = _integers(grouped, _reciprocal(best_scale), bits)
-        above, below = _lane_sum(grouped * q * weighed), _lane_sum(q * q * weighed)
-        offer(torch.where(below > 0, above / below, 0.0).bfloat16())
+        numerator, denominator = _lane_sum(grouped * q * per_group), _lane_sum(q * q * per_group)
+        try_scale(torch.where(denominator > 0, numerator / denominator, 0.0).bfloat16())
     best_scale = torch.where(largest.isfinite(), best_scale, torch.nan)
     q = _integers(grouped, _reciprocal(best_scale), bits).nan_to_num(0.0).to(torch.int8)
     return q.view(weight.shape), best_scale
 
 
 def _lane_sum(values: Tensor) -> Tensor:
-    """The sum over the last dimension in the order of the compiled code: lanes first, then pairs of them."""
+    """The sum over the last dimension in the order of the compiled code: by lanes, then pairs of lanes."""
     lanes = values[..., :_LANES].clone()
     for start in range(_LANES, values.shape[-1], _LANES):
         lanes += values[..., start : start + _LANES]

@@ -1,4 +1,4 @@
-"""What quantising costs, measured while it goes on: both models' hidden states are carried side by side."""
+"""What quantising costs, measured during the run: hidden states and logits of both models compared."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LOGIT_BYTES = 128 * 2**20  # float32 logits of one model that exist at a time
+_LOGIT_BYTES = 128 * 2**20  # float32 logits of one model held at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """A quantised model against its source on ``tokens`` tokens; figures are None where none were given.
+    """A quantised model compared with its source on ``tokens`` tokens; without tokens the figures are None.
 
-    ``kl`` is the mean KL(source ‖ quantised) in nats, ``top1`` the share of positions where both would
-    choose the same token, ``layer_errors`` ‖quantised - source‖ / ‖source‖ of the hidden states after each
-    layer. ``noise`` is the standard error of the perplexity's relative rise. Bytes are those of the tensors
-    as they are stored.
+    ``kl`` is the mean KL(source ‖ quantised) in nats, ``top1`` the share of positions where both choose the
+    same token, ``layer_errors`` ‖quantised - source‖ / ‖source‖ of the hidden states after each layer.
+    ``noise`` is the standard error of the relative rise in perplexity. Bytes are those of the stored tensors.
     """
 
     tokens: int
@@ -33,13 +32,13 @@ class ParityReport:
 
     @property
     def delta_perplexity(self) -> float | None:
-        """The rise of the perplexity as a share of the source's."""
+        """The rise in perplexity as a share of the source's."""
         if self.perplexity_source is None or self.perplexity_quantized is None:
             return None
         return self.perplexity_quantized / self.perplexity_source - 1
 
     def describe(self) -> list[str]:
-        """Lines for people."""
+        """The report as lines of text."""
         sizes = (
             f"{self.bytes_source / 1e9:.3f} → {self.bytes_quantized / 1e9:.3f} GB "
             f"({self.bytes_source / self.bytes_quantized:.2f} times smaller)"
@@ -66,17 +65,17 @@ class LogitFigures:
         self._kl = self._source = self._quantized = self._squares = self._same = 0.0
 
     def add(self, source: Tensor, quantized: Tensor, targets: Tensor) -> None:
-        """Logits [N, V] of both, and ``targets`` int64 [N]: the tokens that follow, -100 for none."""
+        """Adds logits [N, V] of both models; ``targets`` int64 [N]: the next tokens, -100 for none."""
         log_p, log_q = source.float().log_softmax(1), quantized.float().log_softmax(1)
         self.tokens += len(targets)
         self._same += (log_p.argmax(1) == log_q.argmax(1)).sum().item()
         known = targets >= 0
         at = targets[known][:, None]
         self.targets += len(at)
-        right_p, right_q = log_p[known].gather(1, at).double(), log_q[known].gather(1, at).double()
-        self._source -= right_p.sum().item()
-        self._quantized -= right_q.sum().item()
-        self._squares += (right_p - right_q).square().sum().item()
+        target_p, target_q = log_p[known].gather(1, at).double(), log_q[known].gather(1, at).double()
+        self._source -= target_p.sum().item()
+        self._quantized -= target_q.sum().item()
+        self._squares += (target_p - target_q).square().sum().item()
         self._kl += log_p.exp().mul_(log_p - log_q).sum(1).double().sum().item()
 
     def report(
@@ -101,15 +100,15 @@ class LogitFigures:
 
 
 def next_tokens(tokens: Tensor) -> Tensor:
-    """What follows each token of rows int64 [n, T]; -100 after the last of a row."""
+    """The token after each token of rows int64 [n, T] → int64 [n, T]; -100 after the last of a row."""
     return torch.cat((tokens[:, 1:], tokens.new_full((len(tokens), 1), -100)), dim=1)
 
 
 def rows_at_once(vocab_size: int) -> int:
-    """How many tokens' logits to form at a time."""
+    """The number of tokens whose logits to compute at a time."""
     return max(1, _LOGIT_BYTES // (4 * vocab_size))
 
 
 def relative_error(source: Tensor, quantized: Tensor) -> float:
-    """‖quantised - source‖ / ‖source‖."""
+    """‖quantised - source‖ / ‖source‖ of tensors [...]."""
     return ((quantized - source).norm() / source.norm().clamp(min=1e-30)).item()

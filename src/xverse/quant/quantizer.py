@@ -1,7 +1,7 @@
-"""Quantise a model layer by layer: one layer of it in memory, and the parity figures from the same pass.
+"""Quantises a model layer by layer, with one layer in memory, and measures the parity in the same pass.
 
-The source's tensors come from a function, the quantised ones go out of an iterator; hidden states of both
-models, each fed by its own layers before, are all that is kept between layers.
+The source's tensors come from a function, an iterator gives the quantised ones. Only hidden states are kept
+between layers: those of the source and those of the quantised model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from xverse.model import XverseConfig
 from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
 from xverse.quant.gptq import Hessian, HessianFactor, gptq
-from xverse.quant.layerwise import LINEARS, forward, input_sizes, learn, make_layer, make_norm, parts
+from xverse.quant.layerwise import (
+    LINEARS,
+    batches,
+    forward,
+    input_rms,
+    make_layer,
+    make_norm,
+    replace_linears,
+)
 from xverse.quant.methods import rtn, rtn_row
 from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, relative_error, rows_at_once
 
@@ -29,16 +37,16 @@ METHODS: tuple[Method, ...] = ("rtn", "rtn-row", "gptq")
 Quantized = Tensor | QuantizedWeight
 Inputs = Tensor | HessianFactor | None
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-_RANDOM_ROWS, _RANDOM_LENGTH = 2, 128  # tokens drawn at random that show rtn the channels' sizes
-_ROWS_AT_ONCE = 8192  # of the embedding or the head, widened to float32 at a time
+_RANDOM_ROWS, _RANDOM_LENGTH = 2, 128  # random tokens by which rtn measures the channels
+_ROWS_AT_ONCE = 8192  # of the embedding or the head, converted to float32 at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSettings:
-    """How to quantise. ``head_bits`` and ``embedding_bits``: 4, 8, or 16 for "left as it is".
+    """How to quantise. ``head_bits`` and ``embedding_bits`` are 4, 8, or 16 for not quantised; None means 16
+    with upstream's ``rtn-row`` and 8 with the other methods.
 
-    None takes the rule: upstream's ``rtn-row`` leaves both; the others take 8 bits for both.
-    Raises UserError for bits, a method or a group size that is not offered.
+    Raises UserError for unsupported bits, methods or group sizes.
     """
 
     bits: int
@@ -66,20 +74,20 @@ class QuantSettings:
 
 
 def random_tokens(vocab_size: int) -> Tensor:
-    """Tokens int64 [2, 128] drawn evenly from the vocabulary, always the same. ``rtn`` needs no text: which
-    channels are large shows on any tokens (the residual stream's outlier channels hardly depend on them)."""
+    """Tokens int64 [2, 128] drawn uniformly from the vocabulary with a fixed seed. ``rtn`` needs no text: the
+    outlier channels of the residual stream hardly depend on the tokens."""
     shape = (_RANDOM_ROWS, _RANDOM_LENGTH)
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
 class Quantizer:
-    """One run over a model: go through ``tensors()`` to its end, then read ``report``.
+    """Quantises one model: iterate over ``tensors()`` to the end, then read ``report``.
 
-    ``read(prefix)`` gives the source's tensors whose name starts with ``prefix`` (``model.embed_tokens.``,
-    ``model.layers.3.``, ``model.norm.``, ``lm_head.``) on the CPU, under their full names, in any float type.
-    They are not changed and not kept beyond their layer. ``calibration`` int64 [n, T] is what ``gptq``
-    learns from; on ``sample`` int64 [n, T] the parity is measured. Raises UserError for a group size that
-    does not divide a layer's inputs, for ``gptq`` without calibration and for weights that are not finite.
+    ``read(prefix)`` returns the source's tensors whose name starts with ``prefix`` (``model.embed_tokens.``,
+    ``model.layers.3.``, ``model.norm.``, ``lm_head.``), by their full names, on the CPU, of any float dtype.
+    They are not changed and not kept after their layer. ``gptq`` needs ``calibration`` int64 [n, T]; parity
+    is measured on ``sample`` int64 [n, T]. Raises UserError for a group size that does not divide a layer's
+    inputs, for ``gptq`` without calibration and for weights that are not finite.
     """
 
     def __init__(
@@ -108,14 +116,16 @@ class Quantizer:
 
     @property
     def report(self) -> ParityReport:
-        """The figures of the run; only after the last tensor."""
-        assert self._report is not None, "the tensors have not all been taken yet"
+        """The figures of the run, available after the last tensor."""
+        assert self._report is not None, "tensors() has not been exhausted yet"
         return self._report
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Quantized]]:
-        """Every tensor of the quantised model in the model's order; norm weights come changed."""
-        source, quantized, learning = None, None, None
+        """Every tensor of the quantised model by name, in the model's order; the norm weights differ from the
+        source's."""
+        # Hidden states [n, T, D] of the source and the quantised model on the sample, and on the calibration.
+        source, quantized, calibration = None, None, None
         self.progress("embedding")
         embedding = self._read(EMBEDDING)[EMBEDDING]
         stored = self._embedding(embedding)
@@ -123,7 +133,7 @@ class Quantizer:
             source = embedding[self.sample].float()  # [n, T, D]
             quantized = _look_up(stored, self.sample)
         if self.calibration is not None:
-            learning = _look_up(stored, self.calibration)
+            calibration = _look_up(stored, self.calibration)
         del embedding
         yield EMBEDDING, stored
         del stored
@@ -134,18 +144,18 @@ class Quantizer:
             layer = make_layer(self.config, number, self._read(prefix))
             if source is not None:
                 source = forward(layer, self.config, source)
-            made = self._quantize_layer(layer, prefix, learning)
+            tensors = self._quantize_layer(layer, prefix, calibration)
             if source is not None and quantized is not None:
                 quantized = forward(layer, self.config, quantized)
                 errors.append(relative_error(source, quantized))
-            if learning is not None and self.settings.method == "rtn":
-                learning = forward(layer, self.config, learning)
+            if calibration is not None and self.settings.method == "rtn":
+                calibration = forward(layer, self.config, calibration)
             del layer
-            yield from made.items()
-            del made
+            yield from tensors.items()
+            del tensors
         self.progress("head")
         norm, head = self._read(NORM)[NORM], self._read(HEAD)[HEAD]
-        new_norm, new_head = self._head(norm, head, learning)
+        new_norm, new_head = self._head(norm, head, calibration)
         figures = LogitFigures()
         if source is not None and quantized is not None:
             self._measure(figures, (source, norm, head), (quantized, new_norm, new_head))
@@ -156,27 +166,28 @@ class Quantizer:
         self._report = figures.report(tuple(errors), self._bytes_source, self._bytes_quantized)
 
     def _read(self, prefix: str) -> Mapping[str, Tensor]:
-        self._reading = {}  # let go of the last ones first
+        self._reading = {}  # frees the previous tensors first
         self._reading = self.read(prefix.removesuffix("weight"))
         self._bytes_source += sum(tensor.numel() * tensor.itemsize for tensor in self._reading.values())
         return self._reading
 
     def _count(self, name: str, stored: Quantized) -> None:
-        """Adds a tensor to the size, and refuses what cannot be quantised."""
+        """Adds a tensor to the size of the model; raises UserError if it is not finite."""
         if isinstance(stored, Tensor):
             self._bytes_quantized += stored.numel() * stored.itemsize
             return
         self._check_finite(name, stored.scales)
         self._bytes_quantized += stored.q.numel() * stored.bits // 8 + 2 * stored.scales.numel()
 
-    def _check_finite(self, name: str, *made: Tensor) -> None:
-        """Raises UserError that names the source's tensor that is not finite, where ``made`` shows one."""
-        if not all(tensor.isfinite().all() for tensor in made):
-            broken = (each for each, tensor in self._reading.items() if not tensor.isfinite().all())
-            raise UserError(f"{next(broken, name)}: holds NaN or infinity; the model cannot be quantised")
+    def _check_finite(self, name: str, *results: Tensor) -> None:
+        """Raises UserError if ``results`` are not finite; names the source's tensor that is not."""
+        if not all(tensor.isfinite().all() for tensor in results):
+            sources = (source for source, tensor in self._reading.items() if not tensor.isfinite().all())
+            raise UserError(f"{next(sources, name)}: holds NaN or infinity; the model cannot be quantised")
 
     def _round(self, weight: Tensor, bits: int, inputs: Inputs = None) -> QuantizedWeight:
-        """``inputs``: what is known of a linear's inputs, mean squares [K] or a plan of gptq's."""
+        """``weight`` [N, K] by the method of the run; ``inputs``: mean squares [K] of the inputs or their
+        Hessian."""
         if self.settings.method == "rtn-row":
             return rtn_row(weight, bits)
         if isinstance(inputs, HessianFactor):
@@ -187,71 +198,72 @@ class Quantizer:
         bits = self.settings.resolved_embedding_bits
         stored: Quantized = weight
         if bits != 16:
-            stored = _joined([self._round(part.float(), bits) for part in weight.split(_ROWS_AT_ONCE)])
+            stored = _concatenate([self._round(part.float(), bits) for part in weight.split(_ROWS_AT_ONCE)])
         self._count(EMBEDDING, stored)
         return stored
 
     def _quantize_layer(
-        self, layer: DecoderLayer, prefix: str, learning: Tensor | None
+        self, layer: DecoderLayer, prefix: str, calibration: Tensor | None
     ) -> dict[str, Quantized]:
-        """Replaces the linears of ``layer`` and returns its tensors; gptq moves ``learning`` [n, T, D] on."""
-        found: dict[str, QuantizedWeight] = {}
+        """Replaces the linears of ``layer`` and returns its tensors; with gptq ``calibration`` [n, T, D]
+        becomes the layer's output, in place."""
+        weights: dict[str, QuantizedWeight] = {}
 
         def replace(names: tuple[str, ...], inputs: Inputs) -> None:
             for name in names:
                 parent, child = name.split(".")
                 owner = layer.get_submodule(parent)
-                found[name] = self._round(owner.get_parameter(f"{child}.weight"), self.settings.bits, inputs)
-                self._count(f"{prefix}{name}.weight", found[name])
-                setattr(owner, child, QuantLinear.from_weight(found[name]))
+                weight = self._round(owner.get_parameter(f"{child}.weight"), self.settings.bits, inputs)
+                self._count(f"{prefix}{name}.weight", weight)
+                setattr(owner, child, QuantLinear.from_weight(weight))
+                weights[name] = weight
 
-        if learning is None:
+        def replace_by_gptq(names: tuple[str, ...], hessian: Hessian) -> None:
+            replace(names, HessianFactor(hessian.mean))
+
+        if calibration is None:
             replace(LINEARS, None)
         else:
-            sizes = input_sizes(layer, self.config, learning)
-            self._check_finite(prefix, sizes.qkv, sizes.o, sizes.gate_up, sizes.down)
-            sizes = equalize_layer(layer, sizes)
+            rms = input_rms(layer, self.config, calibration)
+            self._check_finite(prefix, rms.qkv, rms.o, rms.gate_up, rms.down)
+            rms = equalize_layer(layer, rms)
             if self.settings.method == "gptq":
-                learn(
-                    layer,
-                    self.config,
-                    learning,
-                    lambda names, hessian: replace(names, HessianFactor(hessian.mean)),
-                )
+                replace_linears(layer, self.config, calibration, replace_by_gptq)
             else:
-                replace(LINEARS[:3], _importance(sizes.qkv))
-                replace(LINEARS[3:4], _importance(sizes.o))
-                replace(LINEARS[4:6], _importance(sizes.gate_up))
-                replace(LINEARS[6:], _importance(sizes.down))
-        made: dict[str, Quantized] = {f"{prefix}{name}.weight": found[name] for name in LINEARS}
+                replace(LINEARS[:3], _importance(rms.qkv))
+                replace(LINEARS[3:4], _importance(rms.o))
+                replace(LINEARS[4:6], _importance(rms.gate_up))
+                replace(LINEARS[6:], _importance(rms.down))
+        tensors: dict[str, Quantized] = {f"{prefix}{name}.weight": weights[name] for name in LINEARS}
         for name in ("input_layernorm", "post_attention_layernorm"):
-            made[f"{prefix}{name}.weight"] = layer.get_parameter(f"{name}.weight").detach()
-            self._count(name, made[f"{prefix}{name}.weight"])
-        return made
+            tensors[f"{prefix}{name}.weight"] = layer.get_parameter(f"{name}.weight").detach()
+            self._count(name, tensors[f"{prefix}{name}.weight"])
+        return tensors
 
-    def _head(self, norm: Tensor, head: Tensor, learning: Tensor | None) -> tuple[Tensor, Quantized]:
+    def _head(self, norm: Tensor, head: Tensor, calibration: Tensor | None) -> tuple[Tensor, Quantized]:
+        """The final norm's weight [D] and the head [V, D], quantised."""
         bits = self.settings.resolved_head_bits
         stored: Quantized = head
         if bits != 16:
             inputs: Inputs = None
             factors = torch.ones(())
-            if learning is not None:
-                hessian = self._head_inputs(norm, learning)
+            if calibration is not None:
+                hessian = self._head_inputs(norm, calibration)
                 self._check_finite(NORM, hessian)
-                norm, factors, sizes = split_norm(norm, [head], hessian.diagonal().sqrt())
-                inputs = _importance(sizes)
+                norm, factors, rms = split_norm(norm, [head], hessian.diagonal().sqrt())
+                inputs = _importance(rms)
                 if self.settings.method == "gptq":
                     inputs = HessianFactor(hessian / factors[:, None] / factors)
-            made = [self._round(x.float() * factors, bits, inputs) for x in head.split(_ROWS_AT_ONCE)]
-            stored = _joined(made)
+            parts = [self._round(x.float() * factors, bits, inputs) for x in head.split(_ROWS_AT_ONCE)]
+            stored = _concatenate(parts)
         self._count(NORM, norm)
         self._count(HEAD, stored)
         return norm, stored
 
-    def _head_inputs(self, norm: Tensor, learning: Tensor) -> Tensor:
-        """The Hessian [D, D] of the head's inputs."""
+    def _head_inputs(self, norm: Tensor, calibration: Tensor) -> Tensor:
+        """The Hessian [D, D] of the head's inputs; hidden states ``calibration`` [n, T, D]."""
         hessian = Hessian(self.config.hidden_size)
-        for rows in parts(learning):
+        for rows in batches(calibration):
             hessian.add(make_norm(norm, self.config.rms_norm_eps)(rows))
         return hessian.mean
 
@@ -261,7 +273,7 @@ class Quantizer:
         source: tuple[Tensor, Tensor, Tensor],
         quantized: tuple[Tensor, Tensor, Quantized],
     ) -> None:
-        """Logits of both from hidden states, norm weight and head."""
+        """Adds the logits of both models to ``figures``; from hidden states [n, T, D], norm and head."""
         assert self.sample is not None
         eps = self.config.rms_norm_eps
         targets = next_tokens(self.sample).flatten()
@@ -275,6 +287,7 @@ class Quantizer:
 
 
 def _linear(weight: Quantized) -> Callable[[Tensor], Tensor]:
+    """x [N, D] → [N, V] with a weight [V, D]."""
     if isinstance(weight, QuantizedWeight):
         return QuantLinear.from_weight(weight)
 
@@ -285,17 +298,18 @@ def _linear(weight: Quantized) -> Callable[[Tensor], Tensor]:
 
 
 def _look_up(weight: Quantized, tokens: Tensor) -> Tensor:
+    """``tokens`` int64 [n, T] → embeddings float32 [n, T, D]."""
     if isinstance(weight, QuantizedWeight):
         return QuantEmbedding.from_weight(weight, torch.float32)(tokens)
     return weight[tokens].float()
 
 
-def _joined(made: list[QuantizedWeight]) -> QuantizedWeight:
-    q, scales = torch.cat([part.q for part in made]), torch.cat([part.scales for part in made])
-    return QuantizedWeight(q, scales, made[0].bits)
+def _concatenate(parts: list[QuantizedWeight]) -> QuantizedWeight:
+    q, scales = torch.cat([part.q for part in parts]), torch.cat([part.scales for part in parts])
+    return QuantizedWeight(q, scales, parts[0].bits)
 
 
-def _importance(sizes: Tensor) -> Tensor:
-    """Mean squares [K] of inputs, those that were hardly seen counting a thousandth of the average."""
-    squares = sizes.square()
+def _importance(rms: Tensor) -> Tensor:
+    """Mean squares [K] from root mean squares [K] of inputs, at least a thousandth of their average."""
+    squares = rms.square()
     return squares.clamp(min=max(1e-3 * squares.mean().item(), 1e-30))

@@ -22,7 +22,7 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def create_app(service: Service, page: str | None = None) -> FastAPI:
-    """The application; its runner starts with it. ``page``: the web page's first tab, None for no page."""
+    """The application, which starts the runner. ``page``: the web page's first tab, or None for no page."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -37,17 +37,17 @@ def create_app(service: Service, page: str | None = None) -> FastAPI:
         app.add_exception_handler(kind, handler)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
-        # Tokenising a long text takes a while, and others are to be answered meanwhile.
-        reply = ChatReply(service, asked, await asyncio.to_thread(service.chat, asked))
-        if asked.stream:
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        # In a thread, because tokenising a long text would block other requests.
+        reply = ChatReply(service, body, await asyncio.to_thread(service.chat, body))
+        if body.stream:
             return _stream(service, reply.chunks())
         return await _while_connected(request, reply.body())
 
     @app.post("/v1/completions")
-    async def completions(asked: CompletionRequest, request: Request) -> Response:
-        reply = CompletionReply(service, asked, await asyncio.to_thread(service.complete, asked))
-        if asked.stream:
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        reply = CompletionReply(service, body, await asyncio.to_thread(service.complete, body))
+        if body.stream:
             return _stream(service, reply.chunks())
         return await _while_connected(request, reply.body())
 
@@ -61,25 +61,25 @@ def create_app(service: Service, page: str | None = None) -> FastAPI:
         return _model(service)
 
     @app.post("/tokenize")
-    async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
-        tokens = service.tokenizer.encode(asked.text, allow_special=asked.allow_special)
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        tokens = service.tokenizer.encode(body.text, allow_special=body.allow_special)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": service.context}
 
     @app.post("/detokenize")
-    async def detokenize(asked: DetokenizeRequest) -> dict[str, str]:
-        return {"text": service.tokenizer.decode(asked.tokens, skip_special=False)}
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        return {"text": service.tokenizer.decode(body.tokens, skip_special=False)}
 
     @app.get("/health")
     @app.get("/health/ready")
     async def ready() -> Response:
-        fine = service.runner.ready()
-        state = "ready" if fine else "draining" if service.runner.draining else "not ready"
-        return JSONResponse({"status": state}, status_code=200 if fine else 503)
+        healthy = service.runner.ready()
+        state = "ready" if healthy else "draining" if service.runner.draining else "not ready"
+        return JSONResponse({"status": state}, status_code=200 if healthy else 503)
 
     @app.get("/health/live")
     async def live() -> Response:
-        fine = service.runner.alive()
-        return JSONResponse({"status": "live" if fine else "dead"}, status_code=200 if fine else 503)
+        alive = service.runner.alive()
+        return JSONResponse({"status": "live" if alive else "dead"}, status_code=200 if alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -87,15 +87,15 @@ def create_app(service: Service, page: str | None = None) -> FastAPI:
 
     known = {route.path for route in app.routes if isinstance(route, APIRoute)}
 
-    # The page takes every address that no route before it takes; these are none of its own.
+    # The page would answer every other address; unknown paths under /v1 get an API error instead.
     @app.api_route("/v1/{path:path}", methods=[*_METHODS], include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:
         if f"/v1/{path}" in known:
-            raise ApiError(405, f"{request.method} is not for /v1/{path}", code="method_not_allowed")
-        raise ApiError(404, f"/v1/{path} is not here", code="unknown_path")
+            raise ApiError(405, f"/v1/{path} does not accept {request.method}", code="method_not_allowed")
+        raise ApiError(404, f"/v1/{path} does not exist", code="unknown_path")
 
     if page is not None:
-        from xverse.serve.page import mount  # Gradio takes seconds to import
+        from xverse.serve.page import mount  # importing Gradio takes seconds
 
         mount(app, service, first=page)
     return app
@@ -113,19 +113,19 @@ def _model(service: Service) -> dict[str, Any]:
 
 def _stream(service: Service, chunks: AsyncGenerator[bytes, None]) -> Response:
     service.runner.check_room()
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx passes it on at once
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no buffering in nginx
     return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
 
 
 async def _while_connected(request: Request, work: Awaitable[dict[str, Any]]) -> Response:
-    """The finished work as JSON; a client that leaves cancels it."""
+    """The result of ``work`` as JSON. A disconnect of the client cancels it."""
     task = asyncio.ensure_future(work)
 
-    async def left() -> None:
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    watcher = asyncio.ensure_future(left())
+    watcher = asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():

@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients expect: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xverse.serve.runner import Busy, Draining
 
 
 class ApiError(Exception):
-    """Answered with ``status``; ``param`` names the field that is to blame."""
+    """Answered with HTTP ``status``; ``param`` names the offending field."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -48,7 +48,7 @@ def answer(
 
 
 def of_user_error(error: UserError) -> ApiError:
-    """Our own messages begin with the field's name."""
+    """The field is taken from the beginning of the message."""
     text = str(error)
     field, colon, _ = text.partition(":")
     return ApiError(400, text, param=field if colon and field.isidentifier() else None)
@@ -75,20 +75,20 @@ async def on_draining(request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:
-    """The first thing that is wrong, with the path of its field."""
+    """Report the first error, with the path of its field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if part != "body"]
-    # Of a union every alternative complains, and their names stand in the path.
-    whole = first["type"] in ("extra_forbidden", "missing")  # then the last part is the client's own word
+    # The path contains the names of a union's alternatives, which are not part of the client's field.
+    whole = first["type"] in ("extra_forbidden", "missing")  # the last part is the client's own field
     kept = [part for part in path if part.isidentifier() or part.isdigit() or (whole and part is path[-1])]
     field = ".".join(kept)
     if first["type"] == "json_invalid":
-        return answer(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
+        return answer(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "extra_forbidden":
         return answer(400, f"{field}: unknown field", field, "unknown_field")
     if first["type"] == "missing":
-        return answer(400, f"{field or 'body'}: missing", field or None, "missing_field")
+        return answer(400, f"{field or 'body'}: required field is missing", field or None, "missing_field")
     return answer(400, f"{field or 'body'}: {first['msg']}", field or None, "invalid_value")
 
 

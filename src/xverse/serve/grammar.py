@@ -1,4 +1,4 @@
-"""Output that always has the form that was asked for: JSON schemas through llguidance, token by token."""
+"""Constrained output: JSON schemas and tool calls, enforced token by token with llguidance."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from xverse.tokenizer import Tokenizer
 
 MOST_BYTES = 64 * 1024  # of a schema
 _OBJECT = {"type": "object"}
-# No blanks but those after commas and colons: a model may otherwise write blanks without an end.
+# Only the spaces after commas and colons: otherwise a model may write whitespace without end.
 _TIGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-# Keywords by which one part of a schema speaks of another's properties.
+# Keywords with which one part of a schema refers to the properties of another.
 _COMBINED = {"allOf", "oneOf", "not", "if", "dependentSchemas", "unevaluatedProperties"}
 
 
 class Grammars:
-    """Compiles what requests ask for. One for each server."""
+    """Compiles the grammars of requests; one object per server."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
@@ -34,27 +34,29 @@ class Grammars:
 
     @functools.cached_property
     def _vocabulary(self) -> llguidance.LLTokenizer:
-        """The tokens' bytes. Made when the first grammar comes: at 100,534 entries it takes a while."""
-        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Words(self._tokenizer, self._stop_ids)))
+        """The bytes of all tokens, computed on first use: with 100,534 entries it takes a while."""
+        return llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_TokenizerAdapter(self._tokenizer, self._stop_ids))
+        )
 
-    def of_chat(self, asked: ChatRequest) -> str | None:
-        """The grammar of a reply, or None where anything may be said. Raises ApiError for one that is too
-        large or that does not compile."""
-        form = asked.response_format
-        offered = tools.offered_tools(asked)
-        if tools.must_call(asked):
+    def of_chat(self, body: ChatRequest) -> str | None:
+        """The grammar of a reply, or None if it is not constrained. Raises ApiError for a schema that is too
+        large or does not compile."""
+        response_format = body.response_format
+        offered = tools.offered_tools(body)
+        if tools.must_call(body):
             schema = tools.call_schema(offered)
             self._check_size(schema, "tools")
             inside = json.dumps({**_closed(schema), "x-guidance": _TIGHT})
             lark = f'start: "{tools.OPEN}" call "{tools.CLOSE}"\ncall: %json {inside}\n'
             return self._compiled(lambda: llguidance.LLMatcher.grammar_from_lark(lark), "tools")
-        if form is None or form.type == "text":
+        if response_format is None or response_format.type == "text":
             return None
-        if form.type == "json_object":
+        if response_format.type == "json_object":
             return self._compiled(lambda: _from_schema(_OBJECT), "response_format")
-        if form.json_schema is None:
-            raise ApiError(400, "response_format: json_schema is missing", param="response_format")
-        schema = form.json_schema.schema_
+        if response_format.json_schema is None:
+            raise ApiError(400, "response_format: the field json_schema is missing", param="response_format")
+        schema = response_format.json_schema.schema_
         self._check_size(schema, "response_format")
         return self._compiled(lambda: _from_schema(schema), "response_format")
 
@@ -69,7 +71,7 @@ class Grammars:
         except RecursionError:
             raise ApiError(400, f"{param}: the schema is nested too deeply", param=param) from None
         if size > MOST_BYTES:
-            text = f"{param}: the schema has {size} bytes, at most {MOST_BYTES} are allowed"
+            text = f"{param}: the schema has {size} bytes; the limit is {MOST_BYTES}"
             raise ApiError(400, text, param=param, code="schema_too_large")
 
     def _compiled(self, make: Callable[[], str], param: str) -> str:
@@ -80,7 +82,7 @@ class Grammars:
         except (ValueError, RecursionError) as error:
             reason = str(error)
         if reason:
-            text = f"{param}: the schema cannot be used: {' '.join(reason.split())[:300]}"
+            text = f"{param}: the schema is not supported: {' '.join(reason.split())[:300]}"
             raise ApiError(400, text, param=param, code="bad_schema")
         return grammar
 
@@ -90,11 +92,11 @@ def _from_schema(schema: dict[str, Any]) -> str:
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema without the properties that it does not name.
+    """The schema with ``additionalProperties: false`` as the default of objects that list properties.
 
-    JSON Schema allows them wherever nothing else is said, and who lists properties expects no others; a model
-    that has begun one may go on without an end. A schema whose parts are combined stays as it is: one part
-    may name the properties of another.
+    JSON Schema allows further properties by default, but authors of a list rarely expect them, and a model
+    may generate them without end. A schema that combines parts is not changed, because one part may name the
+    properties of another.
     """
     return schema if _combines(schema) else _without_others(schema)
 
@@ -107,7 +109,7 @@ def _combines(part: Any) -> bool:
 
 def _without_others(part: Any) -> Any:
     if isinstance(part, list):
-        return [_without_others(each) for each in part]
+        return [_without_others(item) for item in part]
     if not isinstance(part, dict):
         return part
     part = dict(part)
@@ -116,23 +118,23 @@ def _without_others(part: Any) -> Any:
             part[key] = _without_others(part[key])
     for key in ("properties", "patternProperties", "$defs", "definitions"):
         if isinstance(part.get(key), dict):
-            part[key] = {name: _without_others(each) for name, each in part[key].items()}
+            part[key] = {name: _without_others(item) for name, item in part[key].items()}
     if "properties" in part and not {"$ref", "anyOf"} & part.keys():
         part.setdefault("additionalProperties", False)
     return part
 
 
 class Grammar:
-    """The constraint of one reply."""
+    """The constraint of one reply; implements ``engine.Constraint``."""
 
     def __init__(self, matcher: Any, vocab_size: int, stop_ids: tuple[int, ...]) -> None:
         self._matcher = matcher
         self._size = vocab_size
         self._stop_ids = [token for token in stop_ids if token < vocab_size]
-        self.failed = ""  # why; a form can be too much work for a step and yet have compiled
+        self.failed = ""  # the reason: a schema can compile and still exceed the work limit of a step
 
     def apply(self, logits: Tensor) -> Tensor:
-        """``logits`` float32 [V] with -inf for what the grammar does not allow here."""
+        """``logits`` float32 [V] → the same with -inf for every token that the grammar forbids here."""
         if self._matcher.is_error():
             self._fail()
         if self._matcher.is_stopped():
@@ -141,8 +143,8 @@ class Grammar:
         else:
             mask = bytearray(self._matcher.compute_bitmask())
             bits = torch.frombuffer(mask, dtype=torch.uint8)  # 8 tokens each, the lowest bit first
-            places = torch.arange(8, dtype=torch.uint8)
-            allowed = (bits[:, None] >> places & 1).bool().flatten()[: self._size]
+            shifts = torch.arange(8, dtype=torch.uint8)
+            allowed = (bits[:, None] >> shifts & 1).bool().flatten()[: self._size]
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
     def accept(self, token_id: int) -> None:
@@ -156,8 +158,8 @@ class Grammar:
         raise ValueError(f"the grammar failed: {self.failed}")
 
 
-class _Words:
-    """What llguidance asks of a tokenizer."""
+class _TokenizerAdapter:
+    """The tokenizer interface that llguidance expects."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""What stands in front of every request: host names, keys, sizes, the access log."""
+"""Checks of every request: host name, origin, API key, size; and the access log."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# Of these the load balancer and Prometheus ask without a key; they say nothing of anybody's text.
+# Open to load balancers and Prometheus without a key; they expose no user text.
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 
-# What a model writes becomes part of a page. It may not make the browser fetch from elsewhere (an image's
-# address can carry a conversation away), and nobody may put the page into a frame of his own.
+# A model's output becomes part of the page. It must not make the browser fetch from other hosts (an image's
+# URL could leak a conversation), and other pages must not embed this one in a frame.
 _HEADERS = [
     (
         b"content-security-policy",
@@ -38,13 +38,13 @@ _HEADERS = [
 
 
 class Guard:
-    """Plain ASGI middleware, so that a stream passes through untouched.
+    """Plain ASGI middleware, so that streams pass through unchanged.
 
-    ``hosts`` that a request may name (None: any): a page that somebody else serves can make a browser ask
-    127.0.0.1, under its own name. What such a page asks names its origin too; ``origins`` are welcome all the
-    same. ``keys``: where there are any, one of them has to come as a bearer token, or as the password that a
-    browser asks its user for. Bodies above ``max_body`` bytes are refused. The log has one JSON line for each
-    request; with ``contents``, what was asked and answered at ``/v1/`` stands in it too.
+    ``hosts``: the host names that requests may use (None: any). This stops DNS rebinding, where another
+    site's page makes the browser send requests to 127.0.0.1 under that site's name. Cross-origin requests
+    are refused, except from ``origins``. ``keys``: if not empty, requests need one of them as a bearer token
+    or as the password of HTTP basic authentication. Bodies above ``max_body`` bytes are refused. The log has
+    one JSON line per request; ``contents`` adds requests and replies of ``/v1/``.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Guard:
         self._contents = contents
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # nothing here speaks it, and nothing below would check it
+        if scope["type"] == "websocket":  # not supported, and not checked below
             await send({"type": "websocket.close"})
             return
         if scope["type"] != "http":
@@ -75,7 +75,7 @@ class Guard:
             return
         begin, status, sent = time.monotonic(), 0, 0
         keep = self._log and self._contents and scope["path"].startswith("/v1/")
-        asked, answered = bytearray(), bytearray()
+        request_body, response_body = bytearray(), bytearray()
 
         async def counted(message: MutableMapping[str, Any]) -> None:
             nonlocal status, sent
@@ -84,7 +84,7 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
             sent += len(message.get("body", b""))
             if keep:
-                answered.extend(message.get("body", b""))
+                response_body.extend(message.get("body", b""))
             await send(message)
 
         try:
@@ -92,7 +92,7 @@ class Guard:
             if refused is not None:
                 await refused(scope, receive, counted)
             else:
-                await self._app(scope, self._limited(receive, asked if keep else None), counted)
+                await self._app(scope, self._limited(receive, request_body if keep else None), counted)
         finally:
             if self._log:
                 line = {
@@ -105,8 +105,8 @@ class Guard:
                     "seconds": round(time.monotonic() - begin, 3),
                 }
                 if keep:
-                    line["request"] = asked.decode("utf-8", errors="replace")
-                    line["response"] = answered.decode("utf-8", errors="replace")
+                    line["request"] = request_body.decode("utf-8", errors="replace")
+                    line["response"] = response_body.decode("utf-8", errors="replace")
                 print(json.dumps(line), file=sys.stderr, flush=True)
 
     def _refusal(self, scope: Scope) -> Any:
@@ -114,14 +114,16 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = (host.rsplit(":", 1)[0] if not host.endswith("]") else host).strip("[]")
         if self._hosts is not None and name not in self._hosts:
-            return errors.answer(421, f"this server does not answer to the host name '{name}'", code="host")
+            return errors.answer(421, f"the host name '{name}' is not allowed (--allowed-host)", code="host")
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if origin and origin not in self._origins and not self._own(origin, name):
-            return errors.answer(403, f"pages of '{origin}' may not ask this server", code="origin")
+            return errors.answer(
+                403, f"the origin '{origin}' is not allowed (--allowed-origin)", code="origin"
+            )
         if self._keys and scope["path"] not in OPEN_PATHS:
-            given = _given_key(headers.get(b"authorization", b""))
-            fits = [hmac.compare_digest(given, key) for key in self._keys]  # all, in constant time
-            if not any(fits):
+            key_sent = _sent_key(headers.get(b"authorization", b""))
+            matches = [hmac.compare_digest(key_sent, key) for key in self._keys]  # all, in constant time
+            if not any(matches):
                 text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
                 kind = "Bearer" if scope["path"].startswith("/v1/") else 'Basic realm="API key as password"'
                 return errors.answer(401, text, code="invalid_api_key", headers={"WWW-Authenticate": kind})
@@ -143,7 +145,7 @@ class Guard:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_body:  # sent in pieces, without saying how much
+            if received > self._max_body:  # chunked, without Content-Length
                 raise HTTPException(413, f"the body is larger than {self._max_body} bytes")
             if copy is not None:
                 copy.extend(message.get("body", b""))
@@ -152,13 +154,13 @@ class Guard:
         return limited
 
 
-def _given_key(authorization: bytes) -> bytes:
-    kind, _, given = authorization.partition(b" ")
+def _sent_key(authorization: bytes) -> bytes:
+    kind, _, value = authorization.partition(b" ")
     if kind.lower() == b"bearer":
-        return given.strip()
+        return value.strip()
     if kind.lower() == b"basic":
         try:
-            return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
         except binascii.Error:
             return b""
     return b""

@@ -1,4 +1,4 @@
-"""What Prometheus reads at ``/metrics``."""
+"""Metrics for Prometheus, at ``/metrics``."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own."""
+    """Counters of one server, in a separate registry."""
 
     def __init__(self, runner: EngineRunner) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "xverse_requests", "Requests by how they ended", ["endpoint", "outcome"], registry=self.registry
+            "xverse_requests", "Requests by outcome", ["endpoint", "outcome"], registry=self.registry
         )
-        self.prompt_tokens = Counter("xverse_prompt_tokens", "Tokens of prompts", registry=self.registry)
+        self.prompt_tokens = Counter("xverse_prompt_tokens", "Prompt tokens", registry=self.registry)
         self.first_token = Histogram(
             "xverse_time_to_first_token_seconds",
-            "From a request's arrival to its first token",
+            "Time from arrival of a request to its first token",
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.between_tokens = Histogram(
-            "xverse_inter_token_seconds", "Between two tokens", buckets=_SECONDS, registry=self.registry
+            "xverse_inter_token_seconds",
+            "Time between two tokens",
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self.registry.register(_Engine(runner))
 
@@ -37,7 +40,7 @@ class Metrics:
 
 
 class _Engine:
-    """The engine's own numbers, read when they are asked for."""
+    """The engine's state, read at collection time."""
 
     def __init__(self, runner: EngineRunner) -> None:
         self._runner = runner
@@ -45,20 +48,20 @@ class _Engine:
     def collect(self) -> Iterator[Metric]:
         stats = self._runner.stats
         for name, text, value in (
-            ("running", "Requests that run", stats.running),
-            ("waiting", "Requests that wait", stats.waiting),
+            ("running", "Running requests", stats.running),
+            ("waiting", "Waiting requests", stats.waiting),
             ("cache_blocks", "Blocks of the key-value cache", stats.blocks),
-            ("cache_free_blocks", "Blocks that nobody holds", stats.free_blocks),
-            ("cache_prefix_blocks", "Blocks that the prefix cache holds", stats.cached_blocks),
-            ("ready", "Whether requests are answered", int(self._runner.ready())),
+            ("cache_free_blocks", "Free blocks of the cache", stats.free_blocks),
+            ("cache_prefix_blocks", "Blocks held by the prefix cache", stats.cached_blocks),
+            ("ready", "Whether the server is ready", int(self._runner.ready())),
         ):
             yield GaugeMetricFamily(f"xverse_{name}", text, value=value)
         for name, text, value in (
-            ("generated_tokens", "Tokens generated", self._runner.tokens),
-            ("engine_failures", "Exceptions in a step", self._runner.failures),
-            ("preemptions", "Requests that had to give up their cache", stats.preemptions),
-            ("reused_tokens", "Tokens of prompts found in the prefix cache", stats.reused_tokens),
-            ("proposed_tokens", "Tokens guessed", stats.proposed_tokens),
-            ("accepted_tokens", "Guesses that were right", stats.accepted_tokens),
+            ("generated_tokens", "Generated tokens", self._runner.tokens),
+            ("engine_failures", "Exceptions in engine steps", self._runner.failures),
+            ("preemptions", "Preempted requests", stats.preemptions),
+            ("reused_tokens", "Prompt tokens found in the prefix cache", stats.reused_tokens),
+            ("proposed_tokens", "Tokens proposed by speculation", stats.proposed_tokens),
+            ("accepted_tokens", "Proposed tokens that were accepted", stats.accepted_tokens),
         ):
             yield CounterMetricFamily(f"xverse_{name}", text, value=value)

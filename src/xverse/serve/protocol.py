@@ -1,28 +1,15 @@
-"""What clients may send: OpenAI's fields and a few of our own. Unknown ones are refused by name."""
+"""The bodies that clients send: OpenAI's fields and a few more. Unknown fields are refused by name."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, create_model
 
-from xverse.engine.request import RANGES
+from xverse.engine.sampling_params import MOST_STOPS, PARAMS, Param
 
 MOST_CHOICES = 16
-MOST_STOPS = 16
 Number = Annotated[float, Field(strict=True)]
-
-
-def _ranged(name: str) -> Any:
-    """An optional number, its range in the OpenAPI document. The engine itself checks it, and says more."""
-    low, high = RANGES[name]
-    bounds = {"exclusiveMinimum" if name == "top_p" else "minimum": low, "maximum": high}
-
-    def narrow(schema: dict[str, Any]) -> None:
-        number = next(each for each in schema["anyOf"] if each["type"] != "null")
-        number.update(bounds)
-
-    return Field(default=None, json_schema_extra=narrow)
 
 
 class Strict(BaseModel):
@@ -96,28 +83,50 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
-class Generation(Strict):
-    """What both endpoints take."""
+def _sampling_field(param: Param) -> tuple[Any, Any]:
+    """An optional field; its range is in the OpenAPI document. ``SamplingParams`` checks it."""
+    kinds: dict[type, Any] = {
+        float: Number,
+        int: StrictInt,
+        str: StrictStr | Annotated[list[StrictStr], Field(max_length=MOST_STOPS)],
+        dict: dict[str, Number],
+    }
+    bounds = {"exclusiveMinimum" if param.above else "minimum": param.low, "maximum": param.high}
+
+    def narrow(schema: dict[str, Any]) -> None:
+        number = next(option for option in schema["anyOf"] if option["type"] != "null")
+        number.update({key: value for key, value in bounds.items() if value is not None})
+
+    ranged = param.kind in (float, int)
+    extra: dict[str, Any] = {"json_schema_extra": narrow} if ranged else {}
+    return kinds[param.kind] | None, Field(default=None, description=param.help[0], **extra)
+
+
+if TYPE_CHECKING:
+    SamplingFields = Strict
+else:
+    SamplingFields = create_model(
+        "SamplingFields",
+        __base__=Strict,
+        **{param.http: _sampling_field(param) for param in PARAMS.values()},
+    )
+
+
+class Generation(SamplingFields):
+    """The fields of both endpoints: the sampling parameters and what follows here."""
 
     model: StrictStr = ""
-    temperature: Number | None = _ranged("temperature")
-    top_p: Number | None = _ranged("top_p")
-    top_k: StrictInt | None = _ranged("top_k")
-    min_p: Number | None = _ranged("min_p")
-    repetition_penalty: Number | None = _ranged("repetition_penalty")
-    presence_penalty: Number | None = _ranged("presence_penalty")
-    frequency_penalty: Number | None = _ranged("frequency_penalty")
-    logit_bias: dict[str, Number] | None = None
-    seed: StrictInt | None = _ranged("seed")
     n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
-    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MOST_STOPS)] | None = None
-    max_tokens: StrictInt | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     user: StrictStr | None = None
 
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+    def sampling(self) -> dict[str, Any]:
+        """The sampling parameters that the client sets, by the engine's names."""
+        values = {name: getattr(self, param.http) for name, param in PARAMS.items()}
+        if isinstance(values["stop"], str):
+            values["stop"] = (values["stop"],)
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class ChatRequest(Generation):

@@ -1,4 +1,4 @@
-"""What the engine says, in the shape of OpenAI's answers: whole, or as server-sent events."""
+"""Engine events as OpenAI's responses: complete, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _UTF8 = codecs.getincrementaldecoder("utf-8")
 
 @dataclass
 class Choice:
-    """One reply as far as it has come."""
+    """The state of one reply."""
 
     index: int
     request: Request
@@ -35,21 +35,21 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
-    streamed: int = 0  # characters that went out
-    sent: int = 0  # log-probabilities that did
-    offset: int = 0  # and characters of their tokens
+    streamed: int = 0  # characters sent
+    sent: int = 0  # log-probabilities sent
+    offset: int = 0  # characters of their tokens
     characters: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8(errors="replace"))
 
 
 async def events(service: Service, endpoint: str, choice: Choice) -> AsyncGenerator[Event, None]:
-    """The events of a choice, which is brought up to date with each. Raises ApiError where it fails."""
+    """The events of a choice, which is updated with each. Raises ApiError if it fails."""
     begin = last = time.monotonic()
     outcome = "cancelled"
     try:
-        async with aclosing(service.runner.stream(choice.request)) as found:
+        async with aclosing(service.runner.stream(choice.request)) as stream:
             while True:
                 left = begin + service.timeout - time.monotonic()
-                event = await asyncio.wait_for(anext(found), max(left, 0.001))
+                event = await asyncio.wait_for(anext(stream), max(left, 0.001))
                 now = time.monotonic()
                 if event.token_id is not None:
                     (
@@ -62,9 +62,9 @@ async def events(service: Service, endpoint: str, choice: Choice) -> AsyncGenera
                 if event.logprob is not None:
                     choice.logprobs.append(event.logprob)
                 if event.error is not None:
-                    form = choice.request.constraint
-                    if isinstance(form, Grammar) and form.failed:
-                        text = f"response_format: the schema cannot be used: {form.failed}"
+                    grammar = choice.request.constraint
+                    if isinstance(grammar, Grammar) and grammar.failed:
+                        text = f"response_format: the schema is not supported: {grammar.failed}"
                         raise ApiError(400, text, param="response_format", code="bad_schema")
                     raise ApiError(500, event.error, code="generation_failed")
                 choice.finish_reason = event.finish_reason
@@ -74,7 +74,9 @@ async def events(service: Service, endpoint: str, choice: Choice) -> AsyncGenera
                     return
     except TimeoutError:
         outcome = "timeout"
-        raise ApiError(504, f"no end after {service.timeout:g} seconds", code="timeout") from None
+        raise ApiError(
+            504, f"the reply exceeded the time limit of {service.timeout:g} seconds", code="timeout"
+        ) from None
     except (ApiError, UserError, Busy, Draining):
         outcome = "error"
         raise
@@ -83,12 +85,12 @@ async def events(service: Service, endpoint: str, choice: Choice) -> AsyncGenera
 
 
 async def whole(service: Service, endpoint: str, requests: Sequence[Request]) -> list[Choice]:
-    """All choices to their ends. One that fails, or a client that leaves, cancels the others."""
+    """Run all choices to their ends. One that fails, or a disconnect, cancels the others."""
     choices = [Choice(index, request) for index, request in enumerate(requests)]
 
     async def run(choice: Choice) -> None:
-        async with aclosing(events(service, endpoint, choice)) as found:
-            async for _ in found:
+        async with aclosing(events(service, endpoint, choice)) as stream:
+            async for _ in stream:
                 pass
 
     try:
@@ -103,13 +105,13 @@ async def whole(service: Service, endpoint: str, requests: Sequence[Request]) ->
 async def merged(
     service: Service, endpoint: str, choices: Sequence[Choice]
 ) -> AsyncGenerator[tuple[Choice, Event], None]:
-    """The events of several choices as they come."""
+    """The events of several choices in order of arrival."""
     arrived: asyncio.Queue[tuple[Choice, Event] | Exception | None] = asyncio.Queue(maxsize=64)
 
     async def run(choice: Choice) -> None:
         try:
-            async with aclosing(events(service, endpoint, choice)) as found:
-                async for event in found:
+            async with aclosing(events(service, endpoint, choice)) as stream:
+                async for event in stream:
                     await arrived.put((choice, event))
             await arrived.put(None)
         except Exception as error:
@@ -133,7 +135,7 @@ async def merged(
 
 
 def usage(choices: Sequence[Choice], prompts: int) -> dict[str, int]:
-    """``prompts`` of the choices' prompts are different ones; each counts once."""
+    """Token counts. ``prompts``: how many different prompts the choices have; each counts once."""
     step = max(1, len(choices) // max(1, prompts))
     prompt = sum(len(choice.request.prompt_ids) for choice in choices[::step])
     completion = sum(choice.tokens for choice in choices)
@@ -145,12 +147,12 @@ def usage(choices: Sequence[Choice], prompts: int) -> dict[str, int]:
 
 
 class ChatReply:
-    """Answers to one ``/v1/chat/completions``."""
+    """The response to one ``/v1/chat/completions`` request."""
 
     endpoint = "chat"
 
-    def __init__(self, service: Service, asked: ChatRequest, requests: Sequence[Request]) -> None:
-        self._service, self._asked, self._requests = service, asked, requests
+    def __init__(self, service: Service, body: ChatRequest, requests: Sequence[Request]) -> None:
+        self._service, self._body, self._requests = service, body, requests
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -168,7 +170,7 @@ class ChatReply:
         }
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
-        content, calls = tools.parse(choice.text, self._asked)
+        content, calls = tools.parse(choice.text, self._body)
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if calls:
             message["tool_calls"] = calls
@@ -179,12 +181,12 @@ class ChatReply:
             "finish_reason": "tool_calls" if calls else choice.finish_reason,
         }
 
-    def _logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._asked.logprobs:
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._body.logprobs:
             return None
-        return {"content": [self._token(each) for each in found], "refusal": None}
+        return {"content": [self._token(token) for token in tokens], "refusal": None}
 
-    def _token(self, found: TokenLogprob) -> dict[str, Any]:
+    def _token(self, chosen: TokenLogprob) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self._service.tokenizer.token_bytes(token)
             return {
@@ -193,23 +195,24 @@ class ChatReply:
                 "bytes": list(text),
             }
 
-        return {**entry(found.token_id, found.logprob), "top_logprobs": [entry(*each) for each in found.top]}
+        top = [entry(*alternative) for alternative in chosen.top]
+        return {**entry(chosen.token_id, chosen.logprob), "top_logprobs": top}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         choices = [Choice(index, request) for index, request in enumerate(self._requests)]
         self._service.metrics.prompt_tokens.inc(len(self._requests[0].prompt_ids))
-        calling = bool(tools.offered_tools(self._asked))
+        calling = bool(tools.offered_tools(self._body))
         try:
             for choice in choices:
                 yield self._chunk(choice, {"role": "assistant", "content": ""})
-            async with aclosing(merged(self._service, self.endpoint, choices)) as found:
-                async for choice, event in found:
+            async with aclosing(merged(self._service, self.endpoint, choices)) as stream:
+                async for choice, event in stream:
                     ended = event.finish_reason is not None
                     delta: dict[str, Any] = {}
                     reason: str | None = event.finish_reason
                     until = tools.certain(choice.text) if calling else len(choice.text)
                     if ended and calling:
-                        _, calls = tools.parse(choice.text, self._asked)
+                        _, calls = tools.parse(choice.text, self._body)
                         if calls:
                             reason = "tool_calls"
                             delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
@@ -227,7 +230,7 @@ class ChatReply:
                         logprobs = None
                     if ended:
                         yield self._chunk(choice, {}, logprobs, reason)
-            if self._asked.stream_options is not None and self._asked.stream_options.include_usage:
+            if self._body.stream_options is not None and self._body.stream_options.include_usage:
                 yield _data({**self._chunk_head(), "choices": [], "usage": usage(choices, 1)})
         except Exception as error:
             yield _failure(error)
@@ -249,13 +252,13 @@ class ChatReply:
 
 
 class CompletionReply:
-    """Answers to one ``/v1/completions``."""
+    """The response to one ``/v1/completions`` request."""
 
     endpoint = "completions"
 
-    def __init__(self, service: Service, asked: CompletionRequest, requests: Sequence[Request]) -> None:
-        self._service, self._asked, self._requests = service, asked, requests
-        self._prompts = len(requests) // (asked.n or 1)
+    def __init__(self, service: Service, body: CompletionRequest, requests: Sequence[Request]) -> None:
+        self._service, self._body, self._requests = service, body, requests
+        self._prompts = len(requests) // (body.n or 1)
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -265,49 +268,51 @@ class CompletionReply:
 
     async def body(self) -> dict[str, Any]:
         choices = await whole(self._service, self.endpoint, self._requests)
-        found = usage(choices, self._prompts)
-        self._service.metrics.prompt_tokens.inc(found["prompt_tokens"])
-        return {**self._head, "choices": [self._choice(choice) for choice in choices], "usage": found}
+        used = usage(choices, self._prompts)
+        self._service.metrics.prompt_tokens.inc(used["prompt_tokens"])
+        return {**self._head, "choices": [self._choice(choice) for choice in choices], "usage": used}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         text = self._echoed(choice) + choice.text
         return self._one(choice, text, self._logprobs(choice), choice.finish_reason)
 
     def _echoed(self, choice: Choice) -> str:
-        if not self._asked.echo:
+        if not self._body.echo:
             return ""
         return self._service.tokenizer.decode(choice.request.prompt_ids, skip_special=False)
 
     def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
-        """Those that did not go out yet."""
-        if self._asked.logprobs is None:
+        """The log-probabilities that were not sent yet."""
+        if self._body.logprobs is None:
             return None
         token_bytes = self._service.tokenizer.token_bytes
 
         def text(token: int) -> str:
-            """Parts of a character as OpenAI writes them: replaced, they would all look alike."""
+            """Incomplete characters in OpenAI's notation, so that they stay distinguishable."""
             try:
                 return token_bytes(token).decode()
             except UnicodeDecodeError:
                 return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes(token))
 
         tokens: list[int] = []
-        found: list[TokenLogprob | None] = []
-        if self._asked.echo and not choice.sent:  # nothing comes before the first token
+        logprobs: list[TokenLogprob | None] = []
+        if self._body.echo and not choice.sent:  # the first token has no log-probability
             tokens.append(choice.request.prompt_ids[0])
-            found.append(None)
-        for each in [*choice.prompt_logprobs, *choice.logprobs][choice.sent :]:
-            tokens.append(each.token_id)
-            found.append(each)
+            logprobs.append(None)
+        for token in [*choice.prompt_logprobs, *choice.logprobs][choice.sent :]:
+            tokens.append(token.token_id)
+            logprobs.append(token)
         choice.sent = len(choice.prompt_logprobs) + len(choice.logprobs)
         offsets = []
-        for token in tokens:
+        for token_id in tokens:
             offsets.append(choice.offset)
-            choice.offset += len(choice.characters.decode(token_bytes(token)))
+            choice.offset += len(choice.characters.decode(token_bytes(token_id)))
         return {
-            "tokens": [text(token) for token in tokens],
-            "token_logprobs": [each and each.logprob for each in found],
-            "top_logprobs": [each and {text(token): value for token, value in each.top} for each in found],
+            "tokens": [text(token_id) for token_id in tokens],
+            "token_logprobs": [token and token.logprob for token in logprobs],
+            "top_logprobs": [
+                token and {text(token_id): value for token_id, value in token.top} for token in logprobs
+            ],
             "text_offset": offsets,
         }
 
@@ -319,19 +324,19 @@ class CompletionReply:
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         choices = [Choice(index, request) for index, request in enumerate(self._requests)]
         self._service.metrics.prompt_tokens.inc(usage(choices, self._prompts)["prompt_tokens"])
-        begun: set[int] = set()
+        echoed: set[int] = set()
         try:
-            async with aclosing(merged(self._service, self.endpoint, choices)) as found:
-                async for choice, event in found:
+            async with aclosing(merged(self._service, self.endpoint, choices)) as stream:
+                async for choice, event in stream:
                     text = event.text
-                    if self._asked.echo and choice.index not in begun:
+                    if self._body.echo and choice.index not in echoed:
                         text = self._echoed(choice) + text
-                    begun.add(choice.index)
+                    echoed.add(choice.index)
                     logprobs = self._logprobs(choice)
                     if text or logprobs or event.finish_reason is not None:
                         one = self._one(choice, text, logprobs, event.finish_reason)
                         yield _data({**self._head, "choices": [one]})
-            if self._asked.stream_options is not None and self._asked.stream_options.include_usage:
+            if self._body.stream_options is not None and self._body.stream_options.include_usage:
                 yield _data({**self._head, "choices": [], "usage": usage(choices, self._prompts)})
         except Exception as error:
             yield _failure(error)
@@ -344,7 +349,7 @@ def _data(value: dict[str, Any]) -> bytes:
 
 
 def _failure(error: Exception) -> bytes:
-    """What ends a stream that failed; its status line is long gone."""
+    """The last event of a stream that failed after its status line was sent."""
     if isinstance(error, ApiError):
         return _data(errors.body(error.status, str(error), error.param, error.code))
     if isinstance(error, Busy):

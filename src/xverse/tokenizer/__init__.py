@@ -1,4 +1,4 @@
-"""Tokenizer: train, repair, encode chats, decode streams (floor 2)."""
+"""Tokenizer: training, repair, encoding of chats, decoding of streams."""
 
 from xverse.tokenizer.chat import (
     CHAT_TEMPLATE,

@@ -2,10 +2,9 @@
 
     Human: {user}\n\nAssistant: {assistant}<|endoftext|>Human: {user}\n\nAssistant:␠
 
-The ids are built as upstream's ``chat`` builds them: role prefixes and contents are tokenised separately
-and concatenated. So the first word of a turn has no ``▁``, and no text can spell an end marker. The
-template gives the same text to programs that tokenise the whole of it; there the space of a prefix joins
-the word that follows, so ids differ while the text is equal.
+As in upstream's ``chat``, role prefixes and contents are tokenised separately and concatenated. So the first
+word of a turn has no ``▁``, and no text can spell an end marker. Programs that tokenise the text rendered by
+the template get the same text with other ids: the space of a prefix joins the word that follows.
 """
 
 from __future__ import annotations
@@ -14,32 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xverse.config import UserError, nearest
+from xverse.config import UserError, check_keys, nearest
+from xverse.tokenizer.chat_template import CHAT_TEMPLATE
 from xverse.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PREFIXES = {"system": "Human: ", "user": "Human: ", "exec": "Exec: ", "assistant": "Assistant: "}
 SUFFIXES = {"system": "\n", "user": "\n\n", "exec": "\n\n", "assistant": SPECIAL_TOKENS[3]}
 _KEYS = ("role", "content")
 
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' and not loop.first -%}"
-    "{{- raise_exception('a system message must be the first one') -}}"
-    "{%- elif message['role'] == 'system' -%}{{- 'Human: ' + message['content'] + '\\n' -}}"
-    "{%- elif message['role'] == 'user' -%}{{- 'Human: ' + message['content'] + '\\n\\n' -}}"
-    "{%- elif message['role'] == 'exec' -%}{{- 'Exec: ' + message['content'] + '\\n\\n' -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- 'Assistant: ' + message['content'] + '<|endoftext|>' -}}"
-    "{%- else -%}{{- raise_exception('unknown role ' + message['role']) -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}"
-)
-
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """``ids`` end after "Assistant: "; what truncation cost is counted, for a notice to the user."""
+    """``ids`` end after "Assistant: "; the other fields count what truncation removed."""
 
     ids: list[int]
     dropped_rounds: int = 0
@@ -47,15 +32,16 @@ class ChatPrompt:
 
 
 def input_limit(max_new_tokens: int, max_positions: int = 8192, truncation: int = 6144) -> int:
-    """How many prompt tokens are allowed: room for the reply, but never less than half of the positions."""
+    """The maximum prompt length in tokens: leaves room for the reply, but is at least half of the
+    positions."""
     return min(max(max_positions - max_new_tokens, max_positions // 2), truncation)
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], *, last: Sequence[str]) -> None:
-    """Raise UserError naming the message, unless roles, order, keys and contents are right.
+    """Raise UserError, naming the message, for wrong roles, order, keys or contents.
 
-    A dialogue is an optional system message, then turns of user or exec and assistant by turns; it starts
-    with user, and its last role is one of ``last``.
+    A dialogue is an optional system message, then user or exec alternating with assistant; it starts with
+    user, and its last role is one of ``last``.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise UserError(f"messages: expected a list of messages, found {type(messages).__name__}")
@@ -83,9 +69,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]], *, last: Sequence[str]
 def _check_message(message: Any, where: str) -> None:
     if not isinstance(message, Mapping):
         raise UserError(f"{where}: expected a mapping with role and content, found {type(message).__name__}")
-    for key in message:
-        if key not in _KEYS:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), _KEYS)}")
+    check_keys(message, _KEYS, where)
     for key in _KEYS:
         if key not in message:
             raise UserError(f"{where}: missing key '{key}'")
@@ -108,9 +92,9 @@ def encode_chat(
 ) -> ChatPrompt:
     """The prompt for the next assistant turn, within ``input_limit``.
 
-    Oldest whole rounds are dropped first; if the last turn alone is too long, it is cut on the right (its
-    two line ends with it, as upstream cuts). The system message stays through both, where upstream drops
-    it with the first round; one longer than half of the limit is cut to that.
+    Oldest rounds are dropped first. If the last turn alone is too long, it is truncated on the right, its two
+    line ends included, as upstream does. The system message is kept, where upstream drops it with the first
+    round; it is truncated to half of the limit.
 
     Raises UserError for messages that ``check_messages`` refuses; the last must be user or exec.
     """
@@ -136,7 +120,7 @@ def encode_chat(
 def encode_dialogue(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
 ) -> tuple[list[int], list[bool]]:
-    """A whole dialogue for training: ids, and for each whether it has loss (assistant content and EOS).
+    """The ids of a whole dialogue for training, and its loss mask: assistant content and EOS have loss.
 
     Nothing is truncated. Raises UserError for messages that ``check_messages`` refuses; the last must be
     assistant.
@@ -154,7 +138,7 @@ def encode_dialogue(
 def render_template(
     messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, template: str = CHAT_TEMPLATE
 ) -> str:
-    """The text of a chat template, rendered in Jinja's sandbox: a template may come from a stranger.
+    """Render a chat template, in Jinja's sandbox because templates may be untrusted.
 
     Raises UserError where the template refuses the messages, is ill-formed or does what the sandbox forbids.
     """
@@ -164,7 +148,7 @@ def render_template(
     def refuse(text: str) -> str:
         raise jinja2.TemplateError(text)
 
-    # The same whitespace settings as transformers uses, so that a template means the same in both.
+    # The whitespace settings of transformers, so that a template renders alike in both.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     try:
@@ -179,7 +163,7 @@ def render_template(
 
 
 def message_ids(tokenizer: Tokenizer, message: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """The ids of the role's prefix, and those of the content with what closes it."""
+    """The ids of the role's prefix, and those of the content with its end."""
     role, content = message["role"], message["content"]
     prefix = tokenizer.encode(PREFIXES[role])
     if role == "assistant":
@@ -188,7 +172,7 @@ def message_ids(tokenizer: Tokenizer, message: Mapping[str, Any]) -> tuple[list[
 
 
 def _rounds(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[list[int]]]:
-    """The system message's ids, and those of each round: one user or exec turn with its answer."""
+    """The ids of the system message, and of each round: a user or exec turn with its answer."""
     system: list[int] = []
     rounds: list[list[int]] = []
     for message in messages:

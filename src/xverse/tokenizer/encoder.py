@@ -1,7 +1,7 @@
-"""Encoding by compiled code (csrc/encode.cpp): the ids that the ``tokenizers`` library gives, but faster.
+"""Encoding by compiled code (csrc/encode.cpp), with the same ids as the ``tokenizers`` library but faster.
 
-The library spends most of its time on splitting; here a text is split in one pass, and words that came before
-are remembered. What is not of XVERSE's structure is left to the library.
+The library spends most of its time on splitting; here a text is split in one pass, and the ids of recent
+words are cached. Tokenizers of another structure than XVERSE's are left to the library.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from xverse.hardware import cores
 from xverse.tokenizer import native
 
 SPACE = "▁"  # U+2581, how Metaspace writes a space inside tokens
-# Unlike in training (TRAINING_WORDS of train.py) all spaces before a word are in its piece. Merges of spaces
-# alone come last, so that the word takes its space before the run closes up: the same, but without a rule
-# that only this pre-tokenizer can express (formats/spm.py).
+# Unlike in training (TRAINING_WORDS in train.py), all spaces before a word are part of its piece. Merges of
+# spaces alone come last, so the word takes its space before the run is merged. The result is the same,
+# without a rule that only this pre-tokenizer can express (formats/spm.py).
 WORDS = r" *[^ \t\r\n]+|[\r\n]+|\t+| +"
-_JOINED, _SPACES = 1, 2  # enum Split of csrc/split.h
+_JOINED, _SPACES = 1, 2  # XvtSplit of csrc/xverse_tokenizer.h
 _NONE = 2**32 - 1
 _PIECES = ({"type": "Digits", "individual_digits": True}, {"type": "Punctuation", "behavior": "Isolated"})
 _SPLIT = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
 
 
 class Encoder:
-    """Encodes with the vocabulary of a tokenizer.json (repaired). Any number of threads may call it."""
+    """Encodes with the vocabulary of a repaired tokenizer.json. Thread-safe."""
 
     def __init__(self, split: int, values: dict[str, Any]) -> None:
         vocab: dict[str, int] = values["model"]["vocab"]
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in values["model"]["merges"]]
         single = {ord(token): index for token, index in vocab.items() if len(token) == 1}
         single[ord(" ")] = single[ord(SPACE)]
-        points, ids = (np.array(list(each), np.uint32) for each in (single.keys(), single.values()))
+        points, ids = (np.array(list(column), np.uint32) for column in (single.keys(), single.values()))
         in_bytes = np.array([vocab[f"<0x{byte:02X}>"] for byte in range(256)], np.uint32)
         rows = np.array([(vocab[a], vocab[b], vocab[a + b]) for a, b in merges], np.uint32).reshape(-1, 3)
         library = native.require()
@@ -52,7 +52,8 @@ class Encoder:
     def encode(
         self, texts: Sequence[bytes], last: int | None
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Ids of texts in valid UTF-8, one after the other, and how many each has; ``last`` ends each."""
+        """The concatenated ids of texts in valid UTF-8, uint32 [ids], and the number of each text's ids,
+        int64 [texts]; ``last`` is appended to each text."""
         ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
         data = texts[0] if len(texts) == 1 else b"".join(texts)
         ids = np.empty(len(data) + len(texts), np.uint32)
@@ -67,8 +68,7 @@ class Encoder:
 
 
 def make_encoder(values: dict[str, Any]) -> Encoder | None:
-    """The encoder for a tokenizer.json, or None where only the library can do it: not compiled, or of another
-    structure than XVERSE's or ours."""
+    """The encoder for a tokenizer.json; None if the code was not compiled or the structure is another."""
     split = _split_of(values.get("pre_tokenizer"))
     model = values["model"]
     vocab = model["vocab"]
@@ -104,7 +104,7 @@ def _split_of(pre_tokenizer: Any) -> int | None:
 
 
 def _threads() -> int:
-    """As the library decides it: one where the processes are the parallelism."""
+    """As in the library: one thread where processes provide the parallelism."""
     if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "0", "off"):
         return 1
     return cores().usable

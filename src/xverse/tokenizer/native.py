@@ -1,5 +1,7 @@
-"""The compiled part of the tokenizer: words of texts, files of counts, merges (csrc/words.cpp, csrc/bpe.cpp);
-``encoder.py`` calls the rest (csrc/encode.cpp)."""
+"""Bindings of the tokenizer's compiled code: counting words, learning merges (csrc/words.cpp, csrc/bpe.cpp).
+
+``encoder.py`` calls the encoder (csrc/encode.cpp).
+"""
 
 from __future__ import annotations
 
@@ -47,30 +49,31 @@ _SIGNATURES = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not compiled."""
+    """The library, or None if it was not compiled."""
     try:
-        found = ctypes.CDLL(str(LIBRARY))
+        loaded = ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
     for name, (arguments, result) in _SIGNATURES.items():
-        function = getattr(found, name)
+        function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, result
-    return found
+    return loaded
 
 
 def require() -> ctypes.CDLL:
-    """The library. Raises UserError where it was not compiled."""
-    found = library()
-    if found is None:
+    """The library. Raises UserError if it was not compiled."""
+    loaded = library()
+    if loaded is None:
         raise UserError(
-            "this needs xverse's compiled code, which was not built (no C++ compiler then): install a "
-            "compiler (c++, g++ or clang++) and xverse again"
+            "this needs xverse's compiled code, which was not built because there was no C++ compiler: "
+            "install one (c++, g++ or clang++), then xverse again"
         )
-    return found
+    return loaded
 
 
-def words(text: str) -> list[str]:
-    """The pre-tokens of a text, spaces as they are; a literal ▁, always written as bytes, is in none."""
+def pre_tokens(text: str) -> list[str]:
+    """The pre-tokens of a text, with plain spaces; a literal ▁, which is always encoded as bytes, is in
+    none."""
     data = text.encode()
     bounds = np.empty((2, len(data)), dtype=np.int64)
     count = require().xvt_word_bounds(data, len(data), bounds[0].ctypes.data, bounds[1].ctypes.data)
@@ -80,8 +83,8 @@ def words(text: str) -> list[str]:
 class Counter:
     """Counts words into sorted run files ``PREFIX.0``, ``PREFIX.1`` …, in about ``memory`` bytes.
 
-    One thread at a time; calls release the interpreter. ``finish`` returns (words, words left out because
-    they are longer than 16,384 bytes, run files). Raises UserError where the disk is full.
+    Not thread-safe; calls release the GIL. ``finish`` returns (words, words skipped because they are longer
+    than 16,384 bytes, run files). Raises OSError if the disk is full.
     """
 
     def __init__(self, prefix: Path, memory: int) -> None:
@@ -91,16 +94,16 @@ class Counter:
             raise MemoryError
 
     def add(self, documents: Sequence[bytes]) -> None:
-        """Texts in valid UTF-8."""
+        """Count the words of texts in valid UTF-8."""
         ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
         data = documents[0] if len(documents) == 1 else b"".join(documents)
         code = require().xvt_counter_add(self._counter, data, ends.ctypes.data, len(ends))
         _check(code, self._prefix)
 
     def finish(self) -> tuple[int, int, int]:
-        told = np.zeros(3, dtype=np.int64)
-        _check(require().xvt_counter_finish(self._counter, told.ctypes.data), self._prefix)
-        words, long_words, runs = told.tolist()
+        figures = np.zeros(3, dtype=np.int64)
+        _check(require().xvt_counter_finish(self._counter, figures.ctypes.data), self._prefix)
+        words, long_words, runs = figures.tolist()
         return words, long_words, runs
 
     def close(self) -> None:
@@ -109,16 +112,16 @@ class Counter:
 
 
 def merge_words(sources: Sequence[Path], target: Path) -> tuple[int, int, int]:
-    """Files of counted words into one: (different words, occurrences, bytes)."""
-    told = np.zeros(3, dtype=np.int64)
-    code = require().xvt_merge_words(_paths(sources), len(sources), os.fsencode(target), told.ctypes.data)
+    """Merge files of counted words into one; returns (distinct words, occurrences, bytes)."""
+    figures = np.zeros(3, dtype=np.int64)
+    code = require().xvt_merge_words(_paths(sources), len(sources), os.fsencode(target), figures.ctypes.data)
     _check(code, target)
-    different, occurrences, size = told.tolist()
+    different, occurrences, size = figures.tolist()
     return different, occurrences, size
 
 
 def count_characters(sources: Sequence[Path], multipliers: Sequence[int]) -> np.ndarray:
-    """How often each character stands in the words of the files, weighted: int64 [0x110000]."""
+    """The weighted number of occurrences of each character in files of counted words, int64 [0x110000]."""
     counts = np.zeros(0x110000, dtype=np.int64)
     for source, multiplier in zip(sources, multipliers, strict=True):
         code = require().xvt_count_characters(os.fsencode(source), multiplier, counts.ctypes.data)
@@ -139,17 +142,18 @@ def train(
     threads: int,
     report: Callable[[int, int], None] = lambda merges, count: None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Merges of counted words: ids [N, 3] (left, right, result) in order, their counts [N], and figures.
+    """Learn the merges of counted words, the same as the library's BpeTrainer.
 
-    The ids of ``alphabet`` begin at ``first_id``; the merges' follow. ``report(merges so far, last count)``
-    is called now and then. The merges are those of the library's BpeTrainer. Figures: words and phases.
+    Returns ids uint32 [N, 3] (left, right, result) in order, their counts int64 [N], and figures (words,
+    phases). The ids of ``alphabet`` begin at ``first_id``; those of the merges follow. ``report(merges so
+    far, last count)`` is called from time to time.
     """
     stopped: list[BaseException] = []
 
-    def told(merges: int, count: int) -> int:
+    def call_report(merges: int, count: int) -> int:
         try:
             report(merges, count)
-        except BaseException as error:  # KeyboardInterrupt too; it must not be lost in ctypes
+        except BaseException as error:  # also KeyboardInterrupt, which ctypes would lose
             stopped.append(error)
             return 1
         return 0
@@ -162,7 +166,7 @@ def train(
     size = sum(source.stat().st_size for source in sources)
     made = require().xvt_train(
         *(_paths(sources), scale.ctypes.data, len(sources), size, points.ctypes.data, len(points), first_id),
-        *(vocab_size, min_frequency, max_token_length, memory, threads, _REPORT(told)),
+        *(vocab_size, min_frequency, max_token_length, memory, threads, _REPORT(call_report)),
         *(merges.ctypes.data, counts.ctypes.data, figures.ctypes.data),
     )
     if stopped:
@@ -173,14 +177,14 @@ def train(
 
 
 class Concatenation:
-    """Joins items that are chosen by number, far faster than ``bytes.join``: for made text of any size."""
+    """Joins items chosen by index, far faster than ``bytes.join``; generates text for measurements."""
 
     def __init__(self, items: Sequence[bytes]) -> None:
         self._bytes = np.frombuffer(b"".join(items), dtype=np.uint8)
         self._starts = np.cumsum([0, *map(len, items)], dtype=np.int64)
 
     def join(self, chosen: np.ndarray) -> bytes:
-        """``chosen``: int32 [N], numbers of items."""
+        """The items with indices ``chosen``, int32 [N], concatenated."""
         room = int((self._starts[chosen + 1] - self._starts[chosen]).sum())
         target = np.empty(room, dtype=np.uint8)
         addresses = (array.ctypes.data for array in (self._bytes, self._starts, chosen))
@@ -197,11 +201,9 @@ def _check(code: int, path: Path) -> None:
     if code == 0:
         return
     if code == errno.ENOMEM:
-        raise UserError("not enough memory for the words of these texts; give fewer of them")
+        raise UserError("not enough memory for the words of these texts; use fewer texts")
     if code == errno.EOVERFLOW:
-        raise UserError(
-            "too many different words for one training (4 × 10⁹ characters of them); give less text"
-        )
+        raise UserError("too many distinct words for one training (4 × 10⁹ characters); use fewer texts")
     if code == errno.EBADMSG:
-        raise UserError(f"{path}: not a file of counted words, or a broken one; remove it and count again")
+        raise UserError(f"{path}: not a file of counted words, or damaged; remove it and count again")
     raise OSError(code, os.strerror(code), str(path))

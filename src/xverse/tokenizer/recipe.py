@@ -1,11 +1,10 @@
 """Train a tokenizer of XVERSE's structure from a recipe, in bounded memory: counted words to merges
 (csrc/bpe.cpp).
 
-How much of the vocabulary a language gets is decided by the weight of its words. With ``temperature`` a
-language's share of all is (its share of the texts) ** temperature, times ``shares[language]``: 1 leaves the
-texts as they are, 0 makes languages equal in characters. ``rounds`` then makes them equal in need: after each
-training the weights become shares / (tokens that the language's texts take), which is where the sum of shares
-× log(tokens) is least.
+A language's part of the vocabulary depends on the weight of its words. ``temperature`` makes a language's
+share (its share of the texts) ** temperature, times ``shares[language]``: 1 keeps the texts' proportions, 0
+makes languages equal in characters. ``rounds`` then balances by need: after each training the weights become
+shares / (tokens of the language's texts), which minimises the sum of shares × log(tokens).
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from xverse.config import UserError, nearest
 from xverse.files import alone, atomic_file
 from xverse.hardware import cores
 from xverse.log import notice
+from xverse.texts import ReadReport, find_files, read_json, read_texts, stem
 from xverse.tokenizer import native
 from xverse.tokenizer.counting import WordCounts, count_words, remove_counts
-from xverse.tokenizer.texts import Skipped, Span, file_language, find_files, read_texts
 from xverse.tokenizer.tokenizer import SPACE, Tokenizer
 from xverse.tokenizer.train import FIXED, assemble, check_room, check_size, choose_alphabet, default_limit
 
-INTERPRETER = 100 << 20  # bytes of memory
-SCALE = 1000  # the smallest weight as a whole number; counts are integers
+INTERPRETER = 100 << 20  # bytes
+SCALE = 1000  # the smallest weight as an integer, because counts are integers
 SAMPLE, SAMPLE_REACH = (
     400_000,
     64_000_000,
-)  # bytes of a language's texts that a round measures, and of how many
+)  # bytes of a language's texts that a round samples, from the first so many
 
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """``corpus`` is a folder of {language}.jsonl(.gz) or .txt; ``languages`` chooses among them.
+    """``corpus``: a folder of {language}.jsonl(.gz) or .txt files, of which ``languages`` selects some.
 
-    ``out`` gets the tokenizer and training.json. ``counts`` (default: counts/ in ``out``) keeps the counted
-    words by language; a recipe with other weights may name the same folder and begins with merging.
+    ``out`` receives the tokenizer and training.json. ``counts`` (default: counts/ in ``out``) keeps the words
+    counted by language; a recipe with other weights may reuse the folder and starts with merging.
     """
 
     corpus: Path
@@ -56,9 +55,11 @@ class TokenizerRecipe:
     temperature: float = 1.0
     shares: dict[str, float] = field(default_factory=dict)
     rounds: int = 0
-    limit_alphabet: int | None = None  # single characters at most; None: a third of the vocabulary
-    character_coverage: float = 0.0  # of each language's characters, single whatever the others need
-    characters: list[str] = field(default_factory=list)  # always single: assigned ones of ranges "4E00-9FFF"
+    limit_alphabet: int | None = None  # maximum number of single characters; None: a third of the vocabulary
+    character_coverage: float = 0.0  # of each language's characters, always single
+    characters: list[str] = field(
+        default_factory=list
+    )  # always single: assigned code points of ranges such as "4E00-9FFF"
     initial_characters: str = ""
     min_frequency: int = 2
     max_token_length: int = 16
@@ -84,11 +85,13 @@ class TokenizerRecipe:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         if wrong := [name for name, share in self.shares.items() if not share > 0]:
-            raise ValueError(f"shares: '{wrong[0]}' must be above 0; leave a language out by languages")
+            raise ValueError(
+                f"shares: '{wrong[0]}' must be above 0; to exclude a language, list the others in languages"
+            )
 
 
 @dataclass
-class Source:
+class CountedLanguage:
     """A language's counted words."""
 
     language: str
@@ -98,16 +101,15 @@ class Source:
 
 
 def train_recipe(recipe: TokenizerRecipe) -> dict[str, Any]:
-    """Train, write ``recipe.out`` and return what stands in its training.json.
+    """Train, write ``recipe.out`` and return the contents of its training.json.
 
-    A killed run started again counts only what is missing; one that is complete says so and does nothing.
-    Raises UserError for what the recipe or its texts lack, and where ``out`` holds another recipe's
-    tokenizer or another process trains in it.
+    Started again, a killed run counts only what is missing, and a complete one does nothing. Raises UserError
+    for a problem of the recipe or its texts, and if ``out`` holds another recipe's tokenizer or is in use.
     """
     native.require()
     files = _files_by_language(recipe)
     digest = _digest(recipe, files)
-    with alone(recipe.out / ".lock", f"{recipe.out}: another xverse tokenizer train works in this folder"):
+    with alone(recipe.out / ".lock", f"{recipe.out}: another xverse tokenizer train is using this folder"):
         return _train(recipe, files, digest)
 
 
@@ -116,7 +118,7 @@ def _train(recipe: TokenizerRecipe, files: Mapping[str, list[Path]], digest: str
     if record.exists():
         return _finished(record, digest)
     if (recipe.out / "tokenizer.json").exists():
-        raise UserError(f"{recipe.out}: holds a tokenizer that is not this recipe's; name another folder")
+        raise UserError(f"{recipe.out}: holds a tokenizer of another recipe; name another folder")
     start = time.perf_counter()
     threads, memory = _resources(recipe)
     sources = _counted(recipe, files, memory // 2, threads)
@@ -155,28 +157,32 @@ def _train(recipe: TokenizerRecipe, files: Mapping[str, list[Path]], digest: str
 
 def _counted(
     recipe: TokenizerRecipe, files: Mapping[str, list[Path]], memory: int, threads: int
-) -> list[Source]:
+) -> list[CountedLanguage]:
     folder = recipe.counts or recipe.out / "counts"
     sources = []
-    with alone(folder / ".lock", f"{folder}: another xverse tokenizer train counts words in this folder"):
+    with alone(
+        folder / ".lock", f"{folder}: another xverse tokenizer train is counting words in this folder"
+    ):
         for number, (language, paths) in enumerate(files.items(), 1):
             counts = count_words(paths, folder / language, memory=memory, threads=threads)
-            shown = f"{counts.different:,} different words of {counts.occurrences:,}"
+            shown = f"{counts.different:,} distinct words of {counts.occurrences:,}"
             notice(f"{number}/{len(files)} {language}: {shown}")
-            sources.append(Source(language, paths, counts, native.count_characters([counts.path], [1])))
+            sources.append(
+                CountedLanguage(language, paths, counts, native.count_characters([counts.path], [1]))
+            )
     return sources
 
 
 def train_files(
     recipe: TokenizerRecipe, files: Sequence[Path], counts: Path
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer of files without regard to their languages; words are counted into ``counts``.
+    """Train on files regardless of language, counting their words into the folder ``counts``.
 
-    What is counted stays there where a run is killed or the disk is full.
+    Finished counts stay there if the run is killed or the disk is full.
     """
     threads, memory = _resources(recipe)
     words = count_words(files, counts, memory=memory // 2, threads=threads)
-    source = Source("all", list(files), words, native.count_characters([words.path], [1]))
+    source = CountedLanguage("all", list(files), words, native.count_characters([words.path], [1]))
     try:
         result = train_words(recipe, [source], {"all": 1.0}, memory, threads)
     except UserError:
@@ -186,18 +192,19 @@ def train_files(
 
 
 def _resources(recipe: TokenizerRecipe) -> tuple[int, int]:
-    """Threads, and bytes of memory without the interpreter."""
+    """Number of threads, and bytes of memory besides the interpreter."""
     return recipe.threads or cores().usable, int(recipe.memory_gb * 1e9) - INTERPRETER
 
 
 def train_words(
     recipe: TokenizerRecipe,
-    sources: Sequence[Source],
+    sources: Sequence[CountedLanguage],
     weights: Mapping[str, float],
     memory: int,
     threads: int,
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer of counted words, each language's times its weight, and figures of the training."""
+    """Train on counted words, each language's multiplied by its weight; also returns figures of the
+    training."""
     scale = _scale(weights)
     multipliers = [max(1, round(weights[source.language] * scale)) for source in sources]
     characters = np.zeros_like(sources[0].characters)
@@ -226,7 +233,7 @@ def train_words(
 
 
 def merge_texts(ids: np.ndarray, alphabet: Sequence[str]) -> list[tuple[str, str]]:
-    """Merges as pairs of texts from ids [N, 3]."""
+    """Merges as pairs of texts, from ids uint32 [N, 3] (left, right, result)."""
     tokens = [""] * FIXED + list(alphabet)
     pairs = []
     for left, right, made in ids.tolist():
@@ -236,8 +243,8 @@ def merge_texts(ids: np.ndarray, alphabet: Sequence[str]) -> list[tuple[str, str
     return pairs
 
 
-def first_weights(recipe: TokenizerRecipe, sources: Sequence[Source]) -> dict[str, float]:
-    """The factor of each language's counts, from ``temperature`` and ``shares``."""
+def first_weights(recipe: TokenizerRecipe, sources: Sequence[CountedLanguage]) -> dict[str, float]:
+    """The weight of each language's counts, from ``temperature`` and ``shares``."""
     sizes = {source.language: int(source.characters.sum()) for source in sources}
     return {
         name: recipe.shares.get(name, 1.0) * size ** (recipe.temperature - 1) for name, size in sizes.items()
@@ -250,25 +257,25 @@ def _scale(weights: Mapping[str, float]) -> float:
 
 
 def _files_by_language(recipe: TokenizerRecipe) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}
     for path in find_files([recipe.corpus]):
-        found.setdefault(file_language(path), []).append(path)
+        files.setdefault(stem(path), []).append(path)
     for name in [*recipe.languages, *recipe.shares]:
-        if name not in found:
-            raise UserError(f"{recipe.corpus}: no texts of '{name}'{nearest(name, found)}")
+        if name not in files:
+            raise UserError(f"{recipe.corpus}: no texts of '{name}'{nearest(name, files)}")
     if recipe.languages:
-        found = {name: found[name] for name in sorted(set(recipe.languages))}
+        files = {name: files[name] for name in sorted(set(recipe.languages))}
     for name in recipe.shares:
-        if name not in found:
+        if name not in files:
             raise UserError(f"shares: '{name}' is not among languages")
-    for name, paths in found.items():
+    for name, paths in files.items():
         if not any(path.stat().st_size for path in paths):
-            raise UserError(f"{paths[0]}: is empty; '{name}' has no text (languages says which to take)")
-    return found
+            raise UserError(f"{paths[0]}: is empty; '{name}' has no text (select others with languages)")
+    return files
 
 
-def _always(recipe: TokenizerRecipe, sources: Sequence[Source]) -> set[str]:
-    """The characters that the recipe asks for by name, by range, and by each language's coverage."""
+def _always(recipe: TokenizerRecipe, sources: Sequence[CountedLanguage]) -> set[str]:
+    """The characters that the recipe requires: listed, in ranges, and by each language's coverage."""
     always = set(recipe.initial_characters)
     for text in recipe.characters:
         always |= set(_range(text))
@@ -289,21 +296,24 @@ def _range(text: str) -> list[str]:
         if not 0 <= begin <= end <= 0x10FFFF:
             raise ValueError
     except ValueError:
-        raise UserError(f"characters: '{text}' is no range of code points such as 4E00-9FFF") from None
-    # Not what Unicode has left free, nor private characters, nor halves of surrogate pairs.
+        raise UserError(
+            f"characters: expected a range of code points such as 4E00-9FFF, found '{text}'"
+        ) from None
+    # Without unassigned, private and surrogate code points.
     points = map(chr, range(begin, end + 1))
     return [point for point in points if unicodedata.category(point) not in ("Cn", "Co", "Cs")]
 
 
-def _tokens(tokenizer: Tokenizer, source: Source) -> float:
-    """About how many tokens a language's texts take, by a sample of the beginnings of its files."""
+def _tokens(tokenizer: Tokenizer, source: CountedLanguage) -> float:
+    """The approximate number of tokens of a language's texts, from a sample of the beginnings of its
+    files."""
     reach = SAMPLE_REACH // len(source.files)
     share = min(1.0, SAMPLE / min(max(source.counts.bytes, 1), SAMPLE_REACH))
     texts: list[str] = []
     used = 0
     for path in source.files:
         seen = taken = 0
-        for text in read_texts(Span(path), Skipped()):
+        for text in read_texts(path, ReadReport()):
             if taken <= seen * share:
                 taken += len(text)
                 texts.append(text.decode())
@@ -315,8 +325,8 @@ def _tokens(tokenizer: Tokenizer, source: Source) -> float:
     return max(tokens, 1) * source.counts.bytes / max(used, 1)
 
 
-def _coverage(source: Source, tokenizer: Tokenizer) -> float:
-    """The share of a language's characters that need no byte fallback."""
+def _coverage(source: CountedLanguage, tokenizer: Tokenizer) -> float:
+    """The share of a language's characters without byte fallback."""
     vocab = tokenizer.values["model"]["vocab"]
     single = [
         point for point in np.flatnonzero(source.characters) if chr(point) in vocab or chr(point) == " "
@@ -326,20 +336,15 @@ def _coverage(source: Source, tokenizer: Tokenizer) -> float:
 
 def _digest(recipe: TokenizerRecipe, files: Mapping[str, Sequence[Path]]) -> str:
     settings = dataclasses.asdict(recipe)
-    for name in ("corpus", "out", "counts", "memory_gb", "threads"):  # they do not change the tokenizer
+    for name in ("corpus", "out", "counts", "memory_gb", "threads"):  # they do not affect the tokenizer
         del settings[name]
     sizes = {name: [path.stat().st_size for path in paths] for name, paths in files.items()}
     return hashlib.sha256(json.dumps([settings, sizes], sort_keys=True).encode()).hexdigest()
 
 
 def _finished(record: Path, digest: str) -> dict[str, Any]:
-    try:
-        report: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{record}: cannot be read ({error})") from None
+    report: dict[str, Any] = read_json(record)
     if report.get("digest") != digest:
-        raise UserError(
-            f"{record.parent}: holds the tokenizer of other settings or texts; name another folder"
-        )
-    notice(f"{record.parent}: is complete; nothing to do")
+        raise UserError(f"{record.parent}: holds a tokenizer of other settings or texts; name another folder")
+    notice(f"{record.parent}: complete, nothing to do")
     return report

@@ -1,8 +1,8 @@
-"""Mend tokenizer.json files that current ``tokenizers`` releases refuse.
+"""Repair of tokenizer.json files that current ``tokenizers`` releases refuse.
 
-Upstream's files say ``"add_prefix_space": false`` in their Metaspace parts. Since tokenizers 0.19 that
-contradicts the default ``prepend_scheme`` ("always") and the whole file is refused. Saying
-``"prepend_scheme": "never"`` beside it is what the old field meant.
+Upstream's files have ``"add_prefix_space": false`` in their Metaspace parts. Since tokenizers 0.19 this
+contradicts the default ``prepend_scheme`` ("always"), and the whole file is refused. The repair adds
+``"prepend_scheme": "never"``, which is what the old field meant.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 from xverse.config import UserError
 from xverse.files import atomic_directory, atomic_file
+from xverse.texts import read_json
 
 _NESTED = ("pretokenizers", "decoders")  # the keys under which the two Sequence types hold their parts
 
 
 def repair_json(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a tokenizer.json's mapping with the Metaspace parts of pre_tokenizer and decoder mended.
+    """A copy of a tokenizer.json's mapping with repaired Metaspace parts in pre_tokenizer and decoder.
 
-    The old field stays beside the new one, so that old and new libraries both read the result. A mapping
-    that needs no repair comes back equal.
+    The old field stays, so that old and new libraries both read the result.
     """
     result = copy.copy(values)
     for part in ("pre_tokenizer", "decoder"):
@@ -50,28 +50,20 @@ def _repair_part(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
-    """The mapping in a tokenizer.json. Raises UserError for what is missing, unreadable or no JSON object."""
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # JSON and UTF-8 errors both
-        raise UserError(f"{path}: not a JSON file ({error})") from None
+    """The mapping in a tokenizer.json. Raises UserError if the file is missing or not a JSON object."""
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a tokenizer.json (expected a JSON object)")
     return values
 
 
 def write_tokenizer_json(values: dict[str, Any], path: Path) -> None:
-    """Write the mapping as tokenizer.json is usually written: indented, in UTF-8, not ASCII escapes."""
+    """Write the mapping in the usual form of a tokenizer.json: indented UTF-8 without ASCII escapes."""
     path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def repair_file(source: str | Path, target: str | Path) -> bool:
-    """Repair a tokenizer.json, or the one in a directory (other files are copied as they are).
+    """Repair a tokenizer.json, or the one in a directory (other files are copied unchanged).
 
     Writes atomically; source and target may be the same. Returns whether anything needed repair.
     """

@@ -1,6 +1,4 @@
-"""How well vocabularies compress texts: by file (a language, usually), beside each other, as table, JSON and
-plot.
-"""
+"""How well vocabularies compress texts, by file (usually a language), as table, JSON and plot."""
 
 from __future__ import annotations
 
@@ -10,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.log import notice
-from xverse.tokenizer.texts import Skipped, Span, file_language, read_texts
-from xverse.tokenizer.vocabularies import Vocabulary
+from xverse.texts import ReadReport, read_texts, stem
+from xverse.tokenizer.vocabularies import ComparedVocabulary
 
 BATCH = 256  # texts
-LONGEST_WORDS = 20  # characters a word on average; above it the language does not write spaces between words
+LONGEST_WORDS = 20  # characters per word on average, above which a language does not separate words by spaces
 
 
 @dataclass
 class FileReport:
-    """What one vocabulary makes of one file. ``words`` are separated by white space."""
+    """The figures of one vocabulary on one file. ``words`` are separated by white space."""
 
     file: str
     documents: int = 0
@@ -34,8 +32,8 @@ class FileReport:
 
     @property
     def rates(self) -> dict[str, float | None]:
-        """``fertility``: tokens per word, None where words are not written apart. ``byte_fallback``: the
-        share of tokens that are a part of a character only."""
+        """``fertility``: tokens per word, None for languages without spaces between words. ``byte_fallback``:
+        the share of tokens that encode only a part of a character."""
         tokens = max(1, self.tokens)
         apart = self.words * LONGEST_WORDS > self.characters
         return {
@@ -48,24 +46,26 @@ class FileReport:
 
 @dataclass
 class VocabularyReport:
-    vocabulary: Vocabulary
+    """The figures of one vocabulary on all files."""
+
+    vocabulary: ComparedVocabulary
     files: list[FileReport]
-    used: int  # different ids that occurred
+    used: int  # distinct ids that occurred
 
     @property
     def unused(self) -> int:
         return self.vocabulary.size - self.used
 
     def ratio(self, other: VocabularyReport) -> float:
-        """The geometric mean over the files of this one's tokens per the other's."""
+        """The geometric mean over the files of this vocabulary's tokens per token of the other."""
         pairs = zip(self.files, other.files, strict=True)
         return math.exp(
-            sum(math.log(max(1, mine.tokens) / max(1, its.tokens)) for mine, its in pairs) / len(self.files)
+            sum(math.log(max(1, one.tokens) / max(1, two.tokens)) for one, two in pairs) / len(self.files)
         )
 
 
-def measure(vocabulary: Vocabulary, files: Sequence[Path], told: bool = True) -> VocabularyReport:
-    """Encode all texts of the files, and decode them again where the vocabulary is ours.
+def measure(vocabulary: ComparedVocabulary, files: Sequence[Path], notices: bool = True) -> VocabularyReport:
+    """Encode all texts of the files, and decode them again if the vocabulary has a decoder.
 
     Raises UserError for a file without a usable text.
     """
@@ -73,8 +73,8 @@ def measure(vocabulary: Vocabulary, files: Sequence[Path], told: bool = True) ->
     used: set[int] = set()
     for path in files:
         row = FileReport(str(path))
-        skipped = Skipped()
-        for batch in _batches(read_texts(Span(path), skipped)):
+        skipped = ReadReport()
+        for batch in _batches(read_texts(path, skipped)):
             for text, ids in zip(batch, vocabulary.encode(batch), strict=True):
                 row.documents += 1
                 row.bytes += len(text.encode())
@@ -85,7 +85,7 @@ def measure(vocabulary: Vocabulary, files: Sequence[Path], told: bool = True) ->
                 row.fallback_tokens += sum(index in vocabulary.pieces for index in ids)
                 if vocabulary.decode is not None:
                     row.round_trip = row.round_trip and vocabulary.decode(ids) == text
-        if told and skipped.describe():
+        if notices and skipped.describe():
             notice(f"{path}: {skipped.describe()}")
         if not row.documents:
             raise UserError(f"{path}: no usable text in this file")
@@ -94,9 +94,7 @@ def measure(vocabulary: Vocabulary, files: Sequence[Path], told: bool = True) ->
 
 
 def as_json(reports: Sequence[VocabularyReport]) -> list[dict[str, Any]]:
-    """One mapping for each vocabulary; ``tokens_ratio`` compares the first with it (below 1: the first is
-    shorter).
-    """
+    """One mapping for each vocabulary; ``tokens_ratio``: tokens of the first per token of this one."""
     return [
         {
             "name": report.vocabulary.name,
@@ -110,9 +108,7 @@ def as_json(reports: Sequence[VocabularyReport]) -> list[dict[str, Any]]:
 
 
 def overview(reports: Sequence[VocabularyReport]) -> list[list[str]]:
-    """A table (head first): each vocabulary over all files, and the geometric mean of the first's tokens per
-    its.
-    """
+    """A table (head first): each vocabulary over all files; last, ``tokens_ratio``."""
     head = [
         "vocabulary",
         "entries",
@@ -148,7 +144,7 @@ def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
         head,
         *(
             [
-                file_language(Path(rows[0].file)),
+                stem(Path(rows[0].file)),
                 *(f"{row.tokens / max(1, row.characters):.3f}" for row in rows),
             ]
             for rows in zip(*(report.files for report in reports), strict=True)
@@ -194,19 +190,15 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def plot(reports: Sequence[VocabularyReport], target: Path) -> None:
-    """Tokens per character of every file, files by the first vocabulary's, as PNG. Needs matplotlib."""
-    try:
-        import matplotlib
+    """Tokens per character of every file as PNG, sorted by the first vocabulary. Needs matplotlib."""
+    need("matplotlib", "eval", "report.png").use("Agg")
+    import matplotlib.pyplot as plt
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("the plot needs matplotlib: pip install 'xverse-lm[track]'") from None
     order = sorted(
         range(len(reports[0].files)),
         key=lambda i: reports[0].files[i].tokens / max(1, reports[0].files[i].characters),
     )
-    names = [file_language(Path(reports[0].files[index].file)) for index in order]
+    names = [stem(Path(reports[0].files[index].file)) for index in order]
     figure, axes = plt.subplots(figsize=(8, 1.5 + 0.2 * len(order)), layout="constrained")
     for number, report in enumerate(reports):
         values = [report.files[index].tokens / max(1, report.files[index].characters) for index in order]

@@ -1,8 +1,8 @@
-"""The tokenizer: ids from text, text from ids, both without loss.
+"""The tokenizer: lossless conversion between text and ids.
 
-The ``tokenizers`` library does the BPE of one text, compiled code that of many (encoder.py). Decoding is
-ours, from bytes: a token is a byte string, a text is the UTF-8 decoding of the joined bytes. So streaming
-can hold back an unfinished character, and the sum of what it emits is always the full decode.
+The ``tokenizers`` library encodes single texts, compiled code many at once (encoder.py). Decoding joins the
+bytes of the tokens and decodes them as UTF-8, so that a stream can hold back an unfinished character and its
+pieces always add up to the full text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from xverse.config import UserError
 from xverse.files import atomic_file
+from xverse.tokenizer.chat_template import CHAT_TEMPLATE
 from xverse.tokenizer.encoder import SPACE, Encoder, make_encoder
 from xverse.tokenizer.repair import read_tokenizer_json, repair_json, write_tokenizer_json
 
@@ -33,9 +34,9 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Tokenizer:
     """A BPE tokenizer of XVERSE's structure.
 
-    ``backend`` is the ``tokenizers.Tokenizer`` as other libraries load it. ``encode`` here differs from it
-    in two places, both for safety: the text of a special token stays text (unless ``allow_special``), and
-    a literal ``▁`` stays a ``▁`` (the backend reads it as a space).
+    ``backend`` is the ``tokenizers.Tokenizer`` as other libraries load it. ``encode`` differs from it in two
+    ways, both for safety: the text of a special token stays text (unless ``allow_special``), and a literal
+    ``▁`` stays a ``▁`` (the backend reads it as a space).
     """
 
     unk_id, pad_id, bos_id, eos_id = 0, 1, 2, 3
@@ -43,11 +44,11 @@ class Tokenizer:
     def __init__(self, values: dict[str, Any], where: str = "tokenizer.json") -> None:
         """``values`` is the mapping of a tokenizer.json, repaired or not; ``where`` names it in errors.
 
-        Raises UserError where it is not a BPE tokenizer of XVERSE's structure.
+        Raises UserError unless it is a BPE tokenizer of XVERSE's structure.
         """
         self.values = repair_json(values)
         _check(self.values, where)
-        # User text must not become special ids, so plain encoding knows no special tokens at all.
+        # User text must not become special ids, so plain encoding has no special tokens at all.
         added = self.values.get("added_tokens") or []
         plain = {**self.values, "added_tokens": [token for token in added if not token.get("special")]}
         self._plain = _build(plain, where)
@@ -69,13 +70,13 @@ class Tokenizer:
 
     @functools.cached_property
     def backend(self) -> tokenizers.Tokenizer:
-        """The library's tokenizer that knows the special tokens. Made when it is first wanted: at 100,534
-        entries that takes a fifth of a second, and conversation does without."""
+        """The library's tokenizer with the special tokens. Built on first use: with 100,534 entries this
+        takes a fifth of a second, and chat does not need it."""
         return _build(self.values, "tokenizer.json")
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a model directory or a tokenizer.json; upstream's broken files are repaired in memory."""
+        """Load from a model directory or a tokenizer.json; upstream's broken files are repaired in memory."""
         path = Path(path)
         if path.is_dir():
             if not (path / "tokenizer.json").exists():
@@ -88,7 +89,8 @@ class Tokenizer:
 
     @property
     def hash(self) -> str:
-        """sha256 (hex) of what decides the ids; the same however the file was formatted or re-saved."""
+        """The sha256 (hex) of everything that the ids depend on; reformatting or re-saving does not change
+        it."""
         if not self._hash:
             self._hash = hashlib.sha256(_canonical(self.values)).hexdigest()
         return self._hash
@@ -96,12 +98,11 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of ``text``, without BOS or EOS. ``decode(encode(text)) == text`` for any Unicode text.
 
-        ``<|endoftext|>`` and its like in the text are ordinary characters unless ``allow_special``: nobody
-        ends a turn by typing it. Upstream, through PreTrainedTokenizerFast, always maps them to their ids.
-        A surrogate pair is read as the character that it stands for; a lone surrogate, which is no
-        character and has no UTF-8 form, as U+FFFD: half an emoji must not end a conversation.
+        ``<|endoftext|>`` and other special tokens in the text are ordinary characters unless
+        ``allow_special``, so that typing one does not end a turn. Upstream, through PreTrainedTokenizerFast,
+        always maps them to ids. Surrogates are replaced as by ``replace_surrogates``.
         """
-        text = _scalar(text)
+        text = replace_surrogates(text)
         backend = self.backend if allow_special else self._plain
         if SPACE not in text or not self._space_character_ids:
             return backend.encode(text, add_special_tokens=False).ids
@@ -121,7 +122,9 @@ class Tokenizer:
             return [ids[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
         backend = self.backend if allow_special else self._plain
         plain = [index for index, text in enumerate(texts) if SPACE not in text]
-        encodings = backend.encode_batch_fast([_scalar(texts[i]) for i in plain], add_special_tokens=False)
+        encodings = backend.encode_batch_fast(
+            [replace_surrogates(texts[i]) for i in plain], add_special_tokens=False
+        )
         result: list[list[int]] = [[] for _ in texts]
         for index, encoding in zip(plain, encodings, strict=True):
             result[index] = encoding.ids
@@ -133,12 +136,12 @@ class Tokenizer:
     def encode_flat(
         self, texts: Sequence[str], last: int | None = None
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """The ids of texts one after the other, uint32 [ids], and how many each has, int64 [texts].
+        """The concatenated ids of texts, uint32 [ids], and the number of each text's ids, int64 [texts].
 
-        ``last`` is put behind each. In parallel threads, and without a Python object for each id.
+        ``last`` is appended to each text. Runs in parallel threads, without a Python object for each id.
         """
         if self._encoder is not None:
-            return self._encoder.encode([_scalar(text).encode() for text in texts], last)
+            return self._encoder.encode([replace_surrogates(text).encode() for text in texts], last)
         encoded = self.encode_batch(texts)
         if last is not None:
             for ids in encoded:
@@ -157,18 +160,16 @@ class Tokenizer:
         return self._bytes[token_id]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of ``ids``; special tokens are left out or shown. Invalid UTF-8 becomes U+FFFD."""
+        """The text of ``ids``, with special tokens skipped or shown. Invalid UTF-8 becomes U+FFFD."""
         parts = [self.token_bytes(index) for index in ids if not (skip_special and index in self.special_ids)]
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def stream(self, skip_special: bool = True) -> StreamDecoder:
-        """A decoder that takes ids one by one."""
+        """A decoder for ids one by one."""
         return StreamDecoder(self, skip_special)
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json (repaired) and tokenizer_config.json, so that stock transformers loads it."""
-        from xverse.tokenizer.chat import CHAT_TEMPLATE
-
         directory = Path(directory)
         with atomic_file(directory / "tokenizer.json") as path:
             write_tokenizer_json(self.values, path)
@@ -191,7 +192,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text from ids one by one: what ``push`` and ``finish`` return, joined, is the full decode."""
+    """Decodes ids one by one; the texts from ``push`` and ``finish`` add up to the full decode."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -199,13 +200,13 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that is now certain; empty while a character is unfinished."""
+        """The text that is complete now; empty while a character is unfinished."""
         if self._skip_special and token_id in self._tokenizer.special_ids:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """What was held back: U+FFFD for an unfinished character, or nothing."""
+        """The rest: U+FFFD for an unfinished character, or nothing."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -214,8 +215,8 @@ def _check(values: dict[str, Any], where: str) -> None:
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(vocab, dict):
         kind = model.get("type") if isinstance(model, dict) else None
-        found = f"a {kind} tokenizer" if kind and kind != "BPE" else "no BPE model"
-        raise UserError(f"{where}: not a BPE tokenizer of XVERSE's structure (found {found})")
+        problem = f"a {kind} tokenizer" if kind and kind != "BPE" else "no BPE model"
+        raise UserError(f"{where}: not a BPE tokenizer of XVERSE's structure (found {problem})")
     if "Metaspace" not in json.dumps(values.get("pre_tokenizer")):
         raise UserError(f"{where}: not a BPE tokenizer of XVERSE's structure (no Metaspace pre-tokenizer)")
     added = values.get("added_tokens") or []
@@ -229,8 +230,8 @@ def _check(values: dict[str, Any], where: str) -> None:
     ids = {**vocab, **{token["content"]: token["id"] for token in added}}
     for index, name in enumerate(SPECIAL_TOKENS[1:], start=1):
         if ids.get(name) != index:
-            found = f"it has id {ids[name]}" if name in ids else "it is missing"
-            raise UserError(f"{where}: the special token {name} must have id {index}, but {found}")
+            problem = f"it has id {ids[name]}" if name in ids else "it is missing"
+            raise UserError(f"{where}: the special token {name} must have id {index}, but {problem}")
 
 
 def _build(values: dict[str, Any], where: str) -> tokenizers.Tokenizer:
@@ -250,7 +251,8 @@ def _token_bytes(text: str, literal: bool) -> bytes:
     return bytes.fromhex(byte.group(1)) if byte else text.replace(SPACE, " ").encode()
 
 
-def _scalar(text: str) -> str:
+def replace_surrogates(text: str) -> str:
+    """Surrogate pairs as the characters that they encode, lone surrogates as U+FFFD; other text unchanged."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -285,7 +287,7 @@ def _canonical_part(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
     part = {key: _canonical_part(value) for key, value in part.items()}
-    if part.get("type") == "Metaspace":  # libraries write its defaults or leave them out
+    if part.get("type") == "Metaspace":  # libraries may omit its defaults
         part.pop("add_prefix_space", None)
         part.pop("str_rep", None)
         part.setdefault("split", True)

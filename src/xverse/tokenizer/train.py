@@ -1,7 +1,7 @@
-"""XVERSE's structure, and training it with the ``tokenizers`` library, which holds all texts in memory.
+"""The structure of XVERSE's tokenizer, and training it with the ``tokenizers`` library, all texts in memory.
 
-Vocabulary in order: four special tokens, 256 byte tokens, single characters in code-point order, merges.
-``counting.py`` and ``recipe.py`` train the same in bounded memory, with compiled code.
+The vocabulary in order: four special tokens, 256 byte tokens, single characters by code point, merges.
+``counting.py`` and ``recipe.py`` train the same tokenizer in bounded memory, with compiled code.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tokenizers import Tokenizer as Backend
 
 from xverse.config import UserError
 from xverse.tokenizer.encoder import WORDS
-from xverse.tokenizer.tokenizer import SPACE, SPECIAL_TOKENS, Tokenizer, _scalar
+from xverse.tokenizer.tokenizer import SPACE, SPECIAL_TOKENS, Tokenizer, replace_surrogates
 
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
-# One space belongs to the word that follows it; longer runs, tabs and line ends are pieces of their own.
-# Metaspace's own splitting would cut "    def" into four pieces, and no merge could ever join indentation.
+# One space belongs to the word that follows it; longer runs, tabs and line ends are separate pieces.
+# Metaspace's splitting would cut "    def" into four pieces, so that no merge could join indentation.
 TRAINING_WORDS = r" ?[^ \t\r\n]+|[\r\n]+|\t+| +(?= [^ \t\r\n])| +"
-FIXED = len(SPECIAL_TOKENS) + len(BYTE_TOKENS)  # ids in front of the characters
+FIXED = len(SPECIAL_TOKENS) + len(BYTE_TOKENS)  # ids before the characters
 
 
 def train_tokenizer(
@@ -36,14 +36,14 @@ def train_tokenizer(
     max_token_length: int = 16,
     show_progress: bool = False,
 ) -> Tokenizer:
-    """BPE with byte fallback from ``texts``; exactly ``vocab_size`` entries; the same texts, the same result.
+    """Train BPE with byte fallback and exactly ``vocab_size`` entries; deterministic.
 
-    ``limit_alphabet`` bounds the single characters (the most frequent win; default a third of the
-    vocabulary); rarer ones are written as bytes. ``initial_characters`` are in the alphabet whatever their
-    frequency. ``max_token_length`` is in characters: longer merges only fit the text that they came from.
-    Holds the texts in memory. Raises UserError where the corpus does not give enough merges.
+    ``limit_alphabet`` limits the single characters to the most frequent (default: a third of the vocabulary);
+    others are encoded as bytes. ``initial_characters`` are always in the alphabet. ``max_token_length`` is in
+    characters: longer merges would only fit the text that they came from. Holds the texts in memory. Raises
+    UserError if the texts do not give enough merges.
     """
-    documents = [_scalar(text) for text in texts]
+    documents = [replace_surrogates(text) for text in texts]
     counts: Counter[str] = Counter()
     for text in documents:
         counts.update(text)
@@ -72,9 +72,8 @@ def library_merges(
     max_token_length: int = 16,
     show_progress: bool = False,
 ) -> list[tuple[str, str]]:
-    """The merges that the library's trainer learns; ``others`` are the texts' characters outside the
-    alphabet.
-    """
+    """The merges that the library's trainer learns; ``others``: characters of the texts outside the
+    alphabet."""
     backend = Backend(models.BPE(byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -98,7 +97,7 @@ def library_merges(
 
 
 def assemble(alphabet: Sequence[str], merges: Sequence[tuple[str, str]]) -> Tokenizer:
-    """The tokenizer with these characters, in code-point order, and these merges, in the order learnt."""
+    """The tokenizer with these characters, by code point, and these merges, in the order learnt."""
     tokens = [*SPECIAL_TOKENS, *BYTE_TOKENS, *alphabet, *("".join(pair) for pair in merges)]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     # Merges of spaces alone come last (see WORDS); the sort is stable.
@@ -110,21 +109,22 @@ def assemble(alphabet: Sequence[str], merges: Sequence[tuple[str, str]]) -> Toke
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    # The byte tokens are not special: as such the text "<0x41>" would be read as a byte.
+    # The byte tokens are not special; otherwise the text "<0x41>" would be read as a byte.
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     values: dict[str, Any] = json.loads(backend.to_str())
     return Tokenizer(values)
 
 
 def default_limit(vocab_size: int, limit_alphabet: int | None) -> int:
+    """The maximum number of single characters."""
     return max(vocab_size - FIXED, 0) // 3 if limit_alphabet is None else limit_alphabet
 
 
 def choose_alphabet(counts: Mapping[str, int], limit: int, initial: Iterable[str] = "") -> list[str]:
-    """The characters that get tokens of their own, in code-point order; the others are left to byte fallback.
+    """The characters that become tokens, by code point; others are left to byte fallback.
 
-    The most frequent ones up to ``limit``, ties by code point; ``initial`` are in it whatever their
-    frequency. The library's own choice breaks ties by hash order, which differs from run to run.
+    ``initial``, then the most frequent up to ``limit``, ties by code point. (The library breaks ties by hash
+    order, which differs between runs.)
     """
     always = {" ", *initial} - {SPACE}
     # A literal ▁ is always written as bytes.
@@ -134,7 +134,7 @@ def choose_alphabet(counts: Mapping[str, int], limit: int, initial: Iterable[str
 
 
 def check_room(vocab_size: int, alphabet: Sequence[str]) -> None:
-    """Raises UserError where the vocabulary is full before the first merge."""
+    """Raise UserError if the vocabulary is full before the first merge."""
     if vocab_size <= FIXED + len(alphabet):
         raise UserError(
             f"vocab size {vocab_size} leaves no room for merges: {FIXED} special and byte tokens "
@@ -145,7 +145,7 @@ def check_room(vocab_size: int, alphabet: Sequence[str]) -> None:
 def check_size(
     vocab_size: int, alphabet: Sequence[str], merges: Sequence[tuple[str, str]], min_frequency: int
 ) -> None:
-    """Raises UserError where the texts gave too few merges."""
+    """Raise UserError if the texts gave too few merges."""
     new = len({"".join(pair) for pair in merges})
     size = FIXED + len(alphabet) + new
     if size != vocab_size:

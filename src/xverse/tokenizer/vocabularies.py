@@ -1,14 +1,14 @@
-"""Other publishers' vocabularies, each read by the library that made it, for comparison in reports.
+"""Vocabularies of any publisher, each read with its library, for comparison in reports.
 
-- a directory or ``tokenizer.json``: the ``tokenizers`` library
-- ``.tiktoken`` or a ``.model`` of text lines ``base64 rank``: tiktoken. Such a file does not say how text is
-  split before it; Qwen's is known by its 151,643 ranks, others are split as Llama 3 and cl100k do.
-- sentencepiece's ``.model``: sentencepiece
-- ``.gguf`` with a vocabulary of sentencepiece's kind ("llama"): sentencepiece, from the pieces in the file
+- a directory or ``tokenizer.json``: the ``tokenizers`` library - ``.tiktoken`` or a ``.model`` with lines
+``base64 rank``: tiktoken. Such a file does not tell how text is split first: Qwen's is recognised by its
+151,643 ranks, others are split as in Llama 3 and cl100k - sentencepiece's ``.model``: sentencepiece -
+``.gguf`` with a vocabulary of sentencepiece's kind ("llama"): sentencepiece, from the pieces in the file
 """
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.tokenizer.tokenizer import Tokenizer
 
 # As Llama 3 (tokenizer.py), Qwen (tokenization_qwen.py) and tiktoken's cl100k_base publish them.
@@ -29,20 +29,20 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """``encode`` gives the ids of many texts, without special tokens; ``pieces`` are the ids that stand for a
-    part of a character only (byte fallback).
+class ComparedVocabulary:
+    """``encode``: the ids of many texts, without special tokens; ``pieces``: ids that encode only a part of a
+    character (byte fallback).
     """
 
     name: str
     size: int
     encode: Callable[[Sequence[str]], list[list[int]]]
     pieces: frozenset[int]
-    decode: Callable[[Sequence[int]], str] | None = None  # None: what a decoder gives back is not compared
+    decode: Callable[[Sequence[int]], str] | None = None  # None: the round trip is not checked
 
 
-def load_vocabulary(path: str | Path) -> Vocabulary:
-    """Read one. Raises UserError for a file that is missing, of no known kind, or whose library is."""
+def load_vocabulary(path: str | Path) -> ComparedVocabulary:
+    """Read a vocabulary. Raises UserError if the file or its library is missing, or its kind is unknown."""
     path = Path(path)
     name, _, rest = str(path).partition("=")
     if rest and not path.exists():
@@ -64,16 +64,16 @@ def load_vocabulary(path: str | Path) -> Vocabulary:
     raise UserError(f"{path}: not a vocabulary (tokenizer.json, .tiktoken, sentencepiece's .model or .gguf)")
 
 
-def _from_json(name: str, path: Path) -> Vocabulary:
+def _from_json(name: str, path: Path) -> ComparedVocabulary:
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         ours = Tokenizer.load(file)
     except UserError:
         return _from_other_json(name, file)
-    return Vocabulary(name, ours.vocab_size, ours.encode_batch, ours.byte_ids, ours.decode)
+    return ComparedVocabulary(name, ours.vocab_size, ours.encode_batch, ours.byte_ids, ours.decode)
 
 
-def _from_other_json(name: str, file: Path) -> Vocabulary:
+def _from_other_json(name: str, file: Path) -> ComparedVocabulary:
     import tokenizers
 
     from xverse.tokenizer.repair import read_tokenizer_json
@@ -81,8 +81,6 @@ def _from_other_json(name: str, file: Path) -> Vocabulary:
     values = read_tokenizer_json(file)
     values["added_tokens"] = [token for token in values.get("added_tokens") or [] if not token.get("special")]
     try:
-        import json
-
         backend = tokenizers.Tokenizer.from_str(json.dumps(values))
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{file}: not a usable tokenizer.json ({' '.join(str(error).split())})") from None
@@ -100,18 +98,18 @@ def _from_other_json(name: str, file: Path) -> Vocabulary:
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    return Vocabulary(name, len(vocab), encode, pieces)
+    return ComparedVocabulary(name, len(vocab), encode, pieces)
 
 
 def _byte_letters() -> dict[int, str]:
-    """GPT-2's letters for bytes (its encoder.py): printable ones as they are, others from U+0100."""
+    """GPT-2's letters for bytes (its encoder.py): printable bytes unchanged, others from U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def _from_tiktoken(name: str, path: Path) -> Vocabulary:
-    tiktoken = _need("tiktoken", path)
+def _from_tiktoken(name: str, path: Path) -> ComparedVocabulary:
+    tiktoken = need("tiktoken", "eval", str(path))
     import base64
 
     ranks: dict[bytes, int] = {}
@@ -127,17 +125,17 @@ def _from_tiktoken(name: str, path: Path) -> Vocabulary:
     )
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        if len(ranks) == _QWEN_RANKS:  # its tokenizer normalises first
+        if len(ranks) == _QWEN_RANKS:  # Qwen's tokenizer normalises first
             texts = [unicodedata.normalize("NFC", text) for text in texts]
         return encoding.encode_ordinary_batch(list(texts), num_threads=2)
 
-    return Vocabulary(
+    return ComparedVocabulary(
         name, len(ranks), encode, frozenset(i for token, i in ranks.items() if not _is_text(token))
     )
 
 
-def _from_sentencepiece(name: str, path: Path, proto: bytes) -> Vocabulary:
-    package = _need("sentencepiece", path)
+def _from_sentencepiece(name: str, path: Path, proto: bytes) -> ComparedVocabulary:
+    package = need("sentencepiece", "eval", str(path))
     try:
         processor = package.SentencePieceProcessor(model_proto=proto)
     except RuntimeError as error:
@@ -146,10 +144,10 @@ def _from_sentencepiece(name: str, path: Path, proto: bytes) -> Vocabulary:
     pieces = frozenset(
         index for index in range(size) if processor.is_byte(index) or processor.is_unknown(index)
     )
-    return Vocabulary(name, size, lambda texts: processor.encode(list(texts)), pieces)
+    return ComparedVocabulary(name, size, lambda texts: processor.encode(list(texts)), pieces)
 
 
-def _from_gguf(name: str, path: Path) -> Vocabulary:
+def _from_gguf(name: str, path: Path) -> ComparedVocabulary:
     from gguf import GGUFReader
 
     try:
@@ -163,9 +161,9 @@ def _from_gguf(name: str, path: Path) -> Vocabulary:
 
     if value("model") != "llama":
         raise UserError(
-            f"{path}: its vocabulary is of the kind '{value('model')}'; only sentencepiece's is read"
+            f"{path}: unsupported vocabulary '{value('model')}'; only sentencepiece's (llama) is read"
         )
-    schema = _need("sentencepiece.sentencepiece_model_pb2", path)
+    schema = need("sentencepiece.sentencepiece_model_pb2", "eval", str(path))
     model = schema.ModelProto()
     kinds = value("token_type")
     for token, score, kind in zip(value("tokens"), value("scores"), kinds, strict=True):
@@ -184,12 +182,3 @@ def _is_text(token: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _need(name: str, path: Path) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{path} needs {name}: pip install 'xverse-lm[eval]'") from None

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from xverse.config import UserError, need
 from xverse.files import atomic_file
 from xverse.log import notice
 
@@ -15,8 +16,7 @@ Figures = list[tuple[int, dict[str, float]]]
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of ``metrics.jsonl``, in order of steps.
 
-    Where a run went back to a checkpoint, what it does again replaces what was recorded from that step on;
-    a line that was cut off is passed over.
+    After a rollback the repeated steps replace the records from that step on; a truncated line is ignored.
     """
     records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -24,7 +24,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        # Others stand beside the record of their step, or say from which step a run goes on.
+        # Other records accompany that of their step, or note from which step a run resumes.
         trained = "loss" in record or "skipped" in record
         while records and records[-1]["step"] >= record["step"] + (not trained):
             records.pop()
@@ -35,12 +35,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def plot_loss(out: Path, title: str, validation: str = "nats per token") -> Path | None:
     """Draw ``out/loss.png`` from ``out/metrics.jsonl``; ``validation`` is the unit of its figures.
 
-    Returns None where matplotlib is not installed or nothing is recorded.
+    Returns None if matplotlib is not installed or nothing is recorded.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which would open windows and change a notebook's
-    except ImportError:
-        notice('no loss curve: matplotlib is missing; pip install "xverse-lm[track]"')
+    try:  # not pyplot, which would open windows and change a notebook's backend
+        matplotlib = need("matplotlib.figure", "track", "the loss curve")
+    except UserError as error:
+        notice(f"no loss curve: {error}")
         return None
     file = out / "metrics.jsonl"
     records = read_metrics(file) if file.exists() else []
@@ -49,7 +49,7 @@ def plot_loss(out: Path, title: str, validation: str = "nats per token") -> Path
     if not train:
         notice(f"no loss curve: {file} holds no steps")
         return None
-    figure = Figure(figsize=(12 if valid else 8, 5), layout="constrained")
+    figure = matplotlib.Figure(figsize=(12 if valid else 8, 5), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 2 if valid else 1, squeeze=False)[0]
     steps, losses = zip(*train, strict=True)
@@ -71,7 +71,7 @@ def plot_loss(out: Path, title: str, validation: str = "nats per token") -> Path
 
 
 def _draw_validation(panel: Any, valid: Figures) -> None:
-    """One line for each figure. Of many only the first ("all"), the highest and the lowest are named."""
+    """One line for each figure. Of many, only the first ("all"), the highest and the lowest are labelled."""
     last = valid[-1][1]
     first, *others = last
     ranked = sorted(others, key=lambda name: last[name], reverse=True)

@@ -5,16 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xverse.bench.data import planted_copies, planted_questions
-from xverse.data.benchmarks.texts import Item
-from xverse.data.prepare.corpus import CorpusReport, read_documents
+from benchmarks.studies.data import planted_copies, planted_questions
+from xverse.data.benchmarks.questions import RawQuestion
 from xverse.data.prepare.duplicates import EXACT, NEAR, choose_copies, signature, similarity
-from xverse.data.prepare.ngrams import ngrams, word_numbers, words
-from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index, read_items
+from xverse.data.prepare.ngrams import hash_words, ngrams, split_words
+from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index
+from xverse.texts import read_jsonl
+
+pytestmark = pytest.mark.slow
 
 
 def test_words_are_characters_where_no_spaces_are() -> None:
-    assert words("It's 3.14, OK? 中文abc字 ｗｉｄｅ") == [
+    assert split_words("It's 3.14, OK? 中文abc字 ｗｉｄｅ") == [
         "it",
         "s",
         "3",
@@ -26,28 +28,28 @@ def test_words_are_characters_where_no_spaces_are() -> None:
         "字",
         "wide",
     ]
-    assert words("हिन्दी में") == ["हिन्दी", "में"]
-    assert words("ภาษา") == ["ภ", "า", "ษ", "า"]
-    assert words("これは本") == ["こ", "れ", "は", "本"]
+    assert split_words("हिन्दी में") == ["हिन्दी", "में"]
+    assert split_words("ภาษา") == ["ภ", "า", "ษ", "า"]
+    assert split_words("これは本") == ["こ", "れ", "は", "本"]
 
 
 def test_an_ngram_is_its_words_and_their_order() -> None:
-    one, two = word_numbers("a b c d"), word_numbers("b c d a")
+    one, two = hash_words("a b c d"), hash_words("b c d a")
     assert ngrams(one, 3)[1] == ngrams(two, 3)[0]
     assert ngrams(one, 3)[0] != ngrams(two, 3)[1]
     assert len(ngrams(one, 5)) == 0
     # Pinned: it decides which documents go, on every machine.
-    assert int(word_numbers("words")[0]) == 69340570595827017
+    assert int(hash_words("words")[0]) == 69340570595827017
 
 
 def test_signatures_estimate_similarity() -> None:
     text = [f"w{i}" for i in range(400)]
     changed = [*text[:200], "other", *text[201:]]
-    one, two = word_numbers(" ".join(text)), word_numbers(" ".join(changed))
+    one, two = hash_words(" ".join(text)), hash_words(" ".join(changed))
     true = similarity(one, two)
     assert float(np.mean(signature(one) == signature(two))) == pytest.approx(true, abs=0.08)
-    assert np.array_equal(signature(one), signature(word_numbers(" ".join(text).upper() + "!")))
-    assert signature(word_numbers("")).min() == 2**32 - 1
+    assert np.array_equal(signature(one), signature(hash_words(" ".join(text).upper() + "!")))
+    assert signature(hash_words("")).min() == 2**32 - 1
 
 
 def test_chains_of_copies_keep_their_first() -> None:
@@ -61,32 +63,35 @@ def test_chains_of_copies_keep_their_first() -> None:
 @pytest.mark.parametrize("language", ["en", "zh", "th"])
 def test_planted_copies_are_found(test_data: Path, language: str) -> None:
     path = test_data / "corpus" / f"{language}.jsonl.gz"
-    texts = (
-        document.text for document, _ in zip(read_documents(path, CorpusReport()), range(600), strict=False)
-    )
+    texts = (row["text"] for (_, row), _ in zip(read_jsonl(path), range(600), strict=False))
     found = planted_copies(texts, 150)
     assert found["recall"] >= 0.95
     assert found["precision"] >= 0.95
 
 
+def q(id: str, text: str, options: tuple[str, ...] = (), passage: str = "") -> RawQuestion:
+    return RawQuestion(id=id, where=id, text=text, options=options, passage=passage)
+
+
 ITEMS = [
     (
         "mmlu",
-        Item("m/0", "Which enzyme unwinds the double helix of DNA during its replication in a living cell?"),
+        q("m/0", "Which enzyme unwinds the double helix of DNA during its replication in a living cell?"),
     ),
     (
         "mmlu",
-        Item("m/1", "Which of the following statements is true?", ("Cats bark", "Dogs purr", "Fish sing")),
+        q("m/1", "Which of the following statements is true?", ("Cats bark", "Dogs purr", "Fish sing")),
     ),
     (
         "mmlu",
-        Item(
-            "m/2", "Which of the following statements is true?", ("One is even", "Two is prime", "Ten is odd")
-        ),
+        q("m/2", "Which of the following statements is true?", ("One is even", "Two is prime", "Ten is odd")),
     ),
-    ("mmlu", Item("m/3", "Pi is")),
-    ("ceval", Item("c/0", "下列关于法律推理的表述，能够成立的是____。", ("甲", "乙", "丙", "丁"))),
-    ("agieval", Item("a/0", "What does the author think?", (), " ".join(f"passage{i}" for i in range(40)))),
+    ("mmlu", q("m/3", "Pi is")),
+    ("ceval", q("c/0", "下列关于法律推理的表述，能够成立的是____。", ("甲", "乙", "丙", "丁"))),
+    (
+        "agieval",
+        q("a/0", "What does the author think?", (), " ".join(f"passage{i}" for i in range(40))),
+    ),
 ]
 
 
@@ -97,7 +102,7 @@ def test_questions_are_found_whole_or_by_half_of_their_ngrams(tmp_path: Path) ->
     assert index.too_short == {"mmlu": ["m/3"]}
 
     def find(text: str) -> set[tuple[str, str]]:
-        assert made.find(text) == index.find(text, word_numbers(text))
+        assert made.find(text) == index.find(text, hash_words(text))
         return index.find(text)
 
     before, after = "Some text before it. ", " And some text after it."
@@ -115,13 +120,13 @@ def test_questions_are_found_whole_or_by_half_of_their_ngrams(tmp_path: Path) ->
 
 
 SHORT = [
-    ("agieval", Item("math/0", "Simplify $\\sqrt{720}$.")),
-    ("agieval", Item("math/1", "Compute $\\cos 36^\\circ.$")),
-    ("agieval", Item("math/2", "Solve it.")),
-    ("ceval", Item("art/0", "____是喜剧角色。", ("丑", "生", "杂", "净"))),
-    ("ceval", Item("teacher/0", "1，1，2，6，24，____。", ("48", "96", "120", "144"))),
-    ("mmlu", Item("m/0", "This is", ("a", "b"))),
-    ("mmlu", Item("m/1", "This is", ("c", "d"))),
+    ("agieval", q("math/0", "Simplify $\\sqrt{720}$.")),
+    ("agieval", q("math/1", "Compute $\\cos 36^\\circ.$")),
+    ("agieval", q("math/2", "Solve it.")),
+    ("ceval", q("art/0", "____是喜剧角色。", ("丑", "生", "杂", "净"))),
+    ("ceval", q("teacher/0", "1，1，2，6，24，____。", ("48", "96", "120", "144"))),
+    ("mmlu", q("m/0", "This is", ("a", "b"))),
+    ("mmlu", q("m/1", "This is", ("c", "d"))),
 ]
 
 
@@ -151,7 +156,7 @@ def test_short_questions_are_found_as_whole_lines_or_sentences(text: str, found:
 
 
 def test_every_short_question_of_the_benchmarks_is_found(test_data: Path) -> None:
-    items = list(read_items(DecontaminateStage(test_data / "eval", ["agieval", "ceval"])))
+    items = list(DecontaminateStage(test_data / "eval", ["agieval", "ceval"]).questions())
     index = make_index(items)
     assert index.too_short == {}
     short = {index.texts[i] for i in index.lines}
@@ -170,9 +175,7 @@ def test_every_short_question_of_the_benchmarks_is_found(test_data: Path) -> Non
 
 def test_every_planted_question_of_the_benchmarks_is_found(test_data: Path) -> None:
     path = test_data / "corpus" / "en.jsonl.gz"
-    texts = (
-        document.text for document, _ in zip(read_documents(path, CorpusReport()), range(900), strict=False)
-    )
+    texts = (row["text"] for (_, row), _ in zip(read_jsonl(path), range(900), strict=False))
     benchmarks = ["ceval", "gaokao-english", "gsm8k"]  # xverse bench data has all of them
     found = planted_questions(test_data / "eval", texts, benchmarks, most=100)
     for name, row in found["benchmarks"].items():

@@ -104,7 +104,7 @@ def test_every_stage_does_its_part(prepared: Path) -> None:
     assert (prepared / "report.png").read_bytes().startswith(b"\x89PNG")
     bad = (prepared / "skipped.txt").read_text().splitlines()
     assert len(bad) == 4
-    assert bad[0].endswith("part0.jsonl, line 4: ill-formed JSON")
+    assert bad[0].endswith("part0.jsonl, line 4: invalid JSON")
     tokenizer = Tokenizer.load(prepared / "tokenizer")
     for name in ("web_de", "web_en", "web_fr"):
         shard = Shard.open(prepared / "train" / name)
@@ -198,7 +198,7 @@ def test_a_killed_worker_is_one_clear_line(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100
     )
     assert done.stdout.startswith(
-        "dying: a worker was killed, perhaps for want of memory; run the command again"
+        "dying: a worker was killed, perhaps because memory ran out; run the command again"
     )
 
 
@@ -233,7 +233,7 @@ def test_too_many_bad_lines_fail_the_run(recipe_file: Path, tmp_path: Path) -> N
 
 def test_stages_that_leave_nothing(recipe_file: Path, tmp_path: Path) -> None:
     changes = [f"out={tmp_path}/out", "executor.workers=1", "stages.language={languages: [zh]}"]
-    with pytest.raises(UserError, match="the stages leave no document"):
+    with pytest.raises(UserError, match="the stages drop every document"):
         prepare(load(PrepareRecipe, recipe_file, changes))
 
 
@@ -243,7 +243,7 @@ def test_a_language_without_a_document_is_named(
     changes = [f"out={tmp_path}/out", "executor.workers=1"]
     changes.append("stages.language={languages: [en, de, fr, ta], mismatch: relabel}")
     prepare(load(PrepareRecipe, recipe_file, changes))
-    assert "ta: no document is left in this language" in capsys.readouterr().err
+    assert "ta: no document left in this language" in capsys.readouterr().err
 
 
 def test_another_recipe_is_refused(recipe_file: Path, prepared: Path) -> None:
@@ -255,14 +255,14 @@ def test_text_that_does_not_say_its_language(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"inputs: [{{path: {tmp_path}/a.txt}}]\nout: {tmp_path}/out\n")
-    with pytest.raises(UserError, match="this text does not say its language; give the input a lang"):
+    with pytest.raises(UserError, match="a text without a language; give the input a lang"):
         prepare(load(PrepareRecipe, recipe))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("stages.normalize=true", "unknown key 'normalize'; did you mean 'normalise'"),
+        ("stages.normalize=true", "unknown key 'stages.normalize'; did you mean 'normalise'"),
         ("stages.quality.languages.en={min_wrds: 3}", "unknown rule 'min_wrds'"),
         ("corpus=here", "name the text: either corpus or inputs"),
         ("executor.workers=0", "workers and tasks are at least 1"),

@@ -14,10 +14,11 @@ import pytest
 
 from xverse.cli import main
 from xverse.config import UserError
-from xverse.data.prepare.corpus import CorpusReport, read_documents
 from xverse.data.prepare.executor import ExecutorConfig
 from xverse.data.prepare.pipeline import PrepareRecipe, choose_valid, prepare
+from xverse.data.prepare.readers import corpus_units, read_unit
 from xverse.data.shards import Shard
+from xverse.texts import ReadReport
 from xverse.tokenizer import Tokenizer
 
 # Dies by its own SIGKILL at the n-th time that something is about to land on the disk.
@@ -63,8 +64,8 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shards_hold_exactly_the_corpus(corpus: Path, prepared: Path) -> None:
     tokenizer = Tokenizer.load(prepared / "tokenizer")
     expected: dict[str, set[str]] = {"en": set(), "zh": set(), "code_py": set()}
-    for path in corpus.iterdir():
-        for document in read_documents(path, CorpusReport()):
+    for unit in corpus_units(corpus):
+        for document in read_unit(unit, ReadReport(), 1 << 20):
             expected["code_py" if document.lang == "py" else document.lang].add(document.text)
     for name, texts in expected.items():
         shards = [Shard.open(prepared / split / name) for split in ("train", "valid")]
@@ -120,7 +121,7 @@ def test_a_second_command_on_the_same_folder_is_refused(
         first.send_signal(signal.SIGCONT)
         first.communicate()
     assert second.returncode == 2
-    assert second.stderr.startswith(f"xverse: {out}: another xverse data prepare is at work")
+    assert second.stderr.startswith(f"xverse: {out}: another xverse data prepare is using")
     assert second.stderr.count("\n") == 1
     assert first.returncode == 0
     assert tree(out) == tree(prepared)
@@ -150,7 +151,7 @@ def test_duplicates_and_bad_lines_are_reported(corpus: Path, prepared: Path, tmp
     given = PrepareRecipe(folder, tmp_path / "out", tokenizer=prepared / "tokenizer", valid_share=0.1)
     report = prepare(given)
     assert report.duplicates == 10
-    assert report.skipped == {"a.jsonl": "2 lines skipped: 1 invalid UTF-8, 1 ill-formed JSON"}
+    assert report.skipped == {"a.jsonl": "2 lines skipped: 1 invalid UTF-8, 1 invalid JSON"}
     assert sum(row.documents + row.valid_documents for row in report.sources) == 60
     assert sum(row.skipped_lines for row in report.sources) == 2
     assert report.tokenizer == Tokenizer.load(prepared / "tokenizer").hash

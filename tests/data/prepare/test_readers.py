@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from xverse.config import UserError
-from xverse.data.prepare.corpus import CorpusReport, read_lines
-from xverse.data.prepare.readers import Input, input_units, read_unit
+from xverse.data.prepare.readers import Input, corpus_units, input_units, read_unit
+from xverse.texts import ReadReport, read_lines
 
 ROWS = [{"text": f"document {i} 文", "lang": "en", "source": "made"} for i in range(40)]
 
 
-def read(limit: int = 10_000, **given: Any) -> tuple[list[str], CorpusReport]:
-    report = CorpusReport()
+def read(limit: int = 10_000, **given: Any) -> tuple[list[str], ReadReport]:
+    report = ReadReport()
     units = input_units([Input(**given)])
     return [document.text for unit in units for document in read_unit(unit, report, limit)], report
 
@@ -47,10 +47,10 @@ def test_a_hugging_face_dataset(tmp_path: Path) -> None:
         rows = "".join(json.dumps({"body": row["text"]}) + "\n" for row in ROWS[i::2])
         (tmp_path / f"train-{i}.jsonl").write_text(rows, encoding="utf-8")
     units = input_units([Input(dataset=str(tmp_path), text_key="body", lang="en")])
-    found = [[document.text for document in read_unit(unit, CorpusReport(), 1000)] for unit in units]
+    found = [[document.text for document in read_unit(unit, ReadReport(), 1000)] for unit in units]
     assert sorted(found[0] + found[1]) == sorted(row["text"] for row in ROWS)
     with pytest.raises(UserError, match="no column 'text'"):
-        list(read_unit(input_units([Input(dataset=str(tmp_path))])[0], CorpusReport(), 1000))
+        list(read_unit(input_units([Input(dataset=str(tmp_path))])[0], ReadReport(), 1000))
     with pytest.raises(UserError, match="dataset"):
         input_units([Input(dataset=str(tmp_path / "nowhere"))])
 
@@ -93,7 +93,7 @@ def test_what_is_broken_is_listed_with_its_line(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join(lines))
     texts, report = read(path=str(path))
     assert texts == [row["text"] for row in ROWS[:3]]
-    assert report.bad_lines == [(2, "ill-formed JSON"), (4, "invalid UTF-8"), (5, "too long")]
+    assert report.bad_lines == [(2, "invalid JSON"), (4, "invalid UTF-8"), (5, "too long")]
     (tmp_path / "t.txt").write_bytes(b"good\nb\xffd\nagain\n")
     texts, report = read(path=str(tmp_path / "t.txt"))
     assert texts == ["good\nagain"]
@@ -134,7 +134,7 @@ def test_a_huge_line_is_never_held(tmp_path: Path) -> None:
             file.write(b"x" * 1_000_000)
         file.write(b'"}\n{"text": "short"}\n')
     tracemalloc.start()
-    report = CorpusReport()
+    report = ReadReport()
     assert [line for _, line in read_lines(path, report, 1_000_000)] == [b'{"text": "short"}\n']
     assert tracemalloc.get_traced_memory()[1] < 8_000_000
     tracemalloc.stop()
@@ -142,10 +142,10 @@ def test_a_huge_line_is_never_held(tmp_path: Path) -> None:
 
 
 def test_inputs_that_name_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no file of text here"):
+    with pytest.raises(UserError, match="no text files here"):
         input_units([Input(path=str(tmp_path / "*.jsonl"))])
     (tmp_path / "a.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="which format is this"):
+    with pytest.raises(UserError, match="unknown format; set format"):
         input_units([Input(path=str(tmp_path / "a.bin"))])
     with pytest.raises(UserError, match="unknown format 'jsonlines'; did you mean 'jsonl'"):
         input_units([Input(path=str(tmp_path / "a.bin"), format="jsonlines")])
@@ -154,3 +154,28 @@ def test_inputs_that_name_nothing(tmp_path: Path) -> None:
         input_units([Input(path=str(tmp_path / "a.txt")), Input(path=str(tmp_path))])
     with pytest.raises(ValueError, match="either a path or a dataset"):
         Input()
+
+
+def test_documents_say_their_language_or_take_the_name_of_the_file(tmp_path: Path) -> None:
+    rows = [
+        {"text": "first", "lang": "fr", "source": "s"},
+        {"text": "second"},
+        {"text": "outside", "lang": "../../etc"},
+    ]
+    (tmp_path / "en.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = ReadReport()
+    found = list(read_unit(corpus_units(tmp_path)[0], report, 1000))
+    assert [(d.text, d.lang, d.source) for d in found] == [("first", "fr", "s"), ("second", "en", "")]
+    assert (report.read, report.bad_lang) == (2, 1)
+    assert report.describe() == "1 lines skipped: 1 with an unusable lang"
+
+
+def test_the_files_of_a_corpus_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such corpus folder"):
+        corpus_units(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no \.jsonl or \.jsonl\.gz file"):
+        corpus_units(tmp_path)
+    for name in ("zh.jsonl.gz", "en.jsonl", "en.jsonl.gz", "manifest.json", ".en.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    units = [(unit.name, unit.lang) for unit in corpus_units(tmp_path)]
+    assert units == [("en.jsonl", "en"), ("en.jsonl.gz", "en"), ("zh.jsonl.gz", "zh")]

@@ -74,7 +74,7 @@ def test_languages_are_told_apart() -> None:
 
 def test_41_languages_of_real_lines(test_data: Path) -> None:
     """The published figure is of 300 lines each (benchmarks/data.md); here 40 keep it from falling."""
-    from xverse.bench.data import held_out_lines
+    from benchmarks.studies.data import held_out_lines
 
     right = {}
     for language in LANGUAGES:
@@ -85,7 +85,7 @@ def test_41_languages_of_real_lines(test_data: Path) -> None:
 
 
 def test_a_language_stage_of_languages_that_are_none() -> None:
-    with pytest.raises(UserError, match="languages: 'xx' is none that can be identified"):
+    with pytest.raises(UserError, match="languages: 'xx' cannot be identified"):
         build(LanguageStage, {"languages": ["en", "xx"]}, "recipe")
 
 

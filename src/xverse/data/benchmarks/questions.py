@@ -1,23 +1,49 @@
-"""Multiple-choice questions, and the files that hold them."""
+"""Multiple-choice questions, and reading the files that hold them.
+
+Every benchmark has one module here. Its ``read`` gives each question of a file as a ``RawQuestion``, whether
+it can be scored or not: decontamination searches for all of them, scoring uses those that it can.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from xverse.config import UserError
+from xverse.texts import parse_json, read_csv, read_json, read_lines
 
 LETTERS = "ABCDEFGHIJ"
+SHOTS_TAKEN_OUT = (
+    "the first question of each of a subject's first five items; these are not scored (which ones XVERSE "
+    "used is not published)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawQuestion:
+    """A question as its file has it. ``where``: file and line; ``answer``: of any type, None if missing.
+
+    ``letters``: the possible answers, where ``options`` do not tell; ``number``: of a blank in its passage;
+    ``problem``: why the row is malformed, if it is.
+    """
+
+    id: str
+    where: str
+    text: str
+    options: tuple[Any, ...] = ()
+    passage: str = ""
+    answer: Any = None
+    letters: str = ""
+    number: int = 0
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """``answer``: the letter of the right option, or None where it is not published. ``options`` may be empty
-    where they stand within the ``text``; ``letters`` then says which there are."""
+    """A question that can be scored. ``answer``: the letter of the right option, None where it is not
+    published. ``options`` is empty where they are part of the ``text``; ``letters`` then names them."""
 
     id: str
     text: str
@@ -34,7 +60,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The questions that are scored, and the ``shots`` that come before each of them, with their answers."""
+    """The questions that are scored, and the ``shots`` that precede each of them, with their answers."""
 
     name: str
     title: str
@@ -43,90 +69,117 @@ class Subject:
     questions: tuple[Question, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a benchmark is read, as far as the user can choose."""
+
+    split: str | None = None  # None: the benchmark's default
+    fix_none: bool = False  # MMLU: keep the option "None", which the official script reads as "nan"
+
+
 @dataclass
-class Reader:
-    """Reads rows. One that is malformed is refused with its file and line, or left out where ``skip`` says
-    so, and then stands in ``skipped``."""
+class QuestionReader:
+    """Reads rows. A malformed row is refused with its file and line, or skipped if ``skip``, and then listed
+    in ``skipped``."""
 
     skip: bool = False
     skipped: list[str] = field(default_factory=list)
 
-    def rows(self, path: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, list[str]]]:
-        """Rows of a CSV file with their places. ``columns``: names that its first row must have, in order;
-        None: it has no such row."""
-        with _opened(path) as file:
-            lines = csv.reader(file, strict=True)
-            try:
-                if columns is not None:
-                    found = next(lines, [])
-                    if found[: len(columns)] != list(columns):
-                        raise UserError(
-                            f"{path}: the columns are {', '.join(found)}, expected {', '.join(columns)}"
-                        )
-                for row in lines:
-                    yield f"{path}, line {lines.line_num}", row
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise UserError(f"{path}, line {lines.line_num}: {error}") from None
+    def rows(self, path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, list[str]]]:
+        """Rows of a CSV file with their places. ``columns``: names that the first row must begin with; None:
+        there is no row of names."""
+        check_file(path)
+        rows = read_csv(path)
+        if columns is not None:
+            _, header = next(rows, (0, []))
+            if header[: len(columns)] != list(columns):
+                raise UserError(f"{path}: the columns are {', '.join(header)}, expected {', '.join(columns)}")
+        for number, row in rows:
+            yield f"{path}, line {number}", row
 
     def objects(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """Objects of a JSON-lines file with their places."""
-        with _opened(path) as file:
+        check_file(path)
+        for number, line in read_lines(path):
+            where = f"{path}, line {number}"
             try:
-                for number, line in enumerate(file, 1):
-                    where = f"{path}, line {number}"
-                    try:
-                        value = json.loads(line)
-                    except ValueError as error:
-                        self.refuse(where, f"no JSON ({error})")
-                        continue
-                    if isinstance(value, dict):
-                        yield where, value
-                    else:
-                        self.refuse(where, "no JSON object")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}: {error}") from None
+                value = parse_json(line, where)
+            except UserError as error:
+                self._refuse(str(error))
+                continue
+            if isinstance(value, dict):
+                yield where, value
+            else:
+                self.refuse(where, "expected a JSON object")
 
     def refuse(self, where: str, why: str) -> None:
-        """A row that is malformed. Raises UserError unless such rows are to be left out."""
-        if not self.skip:
-            raise UserError(f"{where}: {why} (--skip-malformed leaves such rows out)")
-        self.skipped.append(f"{where}: {why}")
+        """Raise UserError for a malformed row, or list it if malformed rows are skipped."""
+        self._refuse(f"{where}: {why}")
 
-    def question(
-        self, where: str, text: Any, options: Sequence[Any], answer: Any, **more: Any
-    ) -> Question | None:
-        """A question whose parts are what they should be; None where it was left out."""
-        letters = LETTERS[: len(options)]
-        if not isinstance(text, str) or not text.strip():
-            self.refuse(where, "the question has no text")
-            return None
-        if len(options) < 2 or not all(isinstance(option, str) for option in options):
-            self.refuse(where, "fewer than two options, or one that is no text")
-            return None
-        if answer is not None and (not isinstance(answer, str) or len(answer) != 1 or answer not in letters):
-            self.refuse(where, f"the answer {answer!r} is none of {', '.join(letters)}")
-            return None
-        return Question(text=text, options=tuple(options), answer=answer, **more)
+    def _refuse(self, message: str) -> None:
+        if not self.skip:
+            raise UserError(f"{message} (--skip-malformed skips such rows)")
+        self.skipped.append(message)
+
+    def question(self, raw: RawQuestion, options: Sequence[Any] | None = None) -> Question | None:
+        """The question to score, with ``options`` in place of those of ``raw`` if given; None if it was
+        skipped."""
+        options = raw.options if options is None else options
+        letters, answer = LETTERS[: len(options)], raw.answer
+        if raw.problem:
+            self.refuse(raw.where, raw.problem)
+        elif not raw.text.strip():
+            self.refuse(raw.where, "the question has no text")
+        elif len(options) < 2 or not all(isinstance(option, str) for option in options):
+            self.refuse(raw.where, "expected two or more options, all of them text")
+        elif answer is not None and (
+            not isinstance(answer, str) or len(answer) != 1 or answer not in letters
+        ):
+            self.refuse(raw.where, f"the answer {answer!r} is not one of {', '.join(letters)}")
+        else:
+            return Question(
+                id=raw.id, text=raw.text, options=tuple(options), answer=answer, passage=raw.passage
+            )
+        return None
+
+
+def first_ones_out(
+    questions: Sequence[Question], count: int = 5
+) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """Shots and scored questions where the authors published no shots.
+
+    The first question of each of the first ``count`` items is a shot. (An item's questions share the part of
+    ``id`` before "#".)
+    """
+    shots: dict[str, Question] = {}
+    for question in questions:
+        if len(shots) < count:
+            shots.setdefault(question.id.partition("#")[0], question)
+    chosen = {shot.id for shot in shots.values()}
+    return tuple(shots.values()), tuple(question for question in questions if question.id not in chosen)
+
+
+def text_of(value: Any) -> str:
+    """The text of a row's value, empty for none."""
+    return str(value or "")
+
+
+def check_file(path: Path) -> None:
+    """Raises UserError, naming the command that fetches benchmarks, where there is no such file."""
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file; `xverse eval fetch` gets the benchmarks, --data-dir names the folder "
+            "that holds them"
+        )
+
+
+def check_folder(path: Path, name: str, title: str) -> None:
+    """The same for a folder of the benchmark ``name``."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; `xverse eval fetch {name}` gets {title}")
 
 
 def json_file(path: Path) -> Any:
-    """Raises UserError for what is no JSON."""
-    with _opened(path) as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path}: no JSON ({error})") from None
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return path.open(encoding="utf-8", newline="")
-    except OSError as error:
-        _missing(path, error)
-
-
-def _missing(path: Path, error: OSError) -> NoReturn:
-    raise UserError(
-        f"{path}: {error.strerror or error}; `xverse eval fetch` gets the benchmarks, --data-dir names "
-        "the folder that holds them"
-    ) from None
+    """The value of a benchmark's JSON file. Raises UserError where it is missing or not valid."""
+    check_file(path)
+    return read_json(path)

@@ -1,8 +1,8 @@
-"""The first phase of ``xverse data prepare``: every file is read and goes through the stages.
+"""The first phase of ``xverse data prepare``: every file is read and processed by the stages.
 
-For file ``i`` a task leaves in its folder ``i.docs.jsonl.zst`` (text, lang, name, source of what was kept),
-``i.keys.npy`` (hash, bytes and source of each), for near-duplicates ``i.bands.npy`` and
-``i.signatures.npy``, and last ``i.json``, the record that makes the file count.
+For file ``i`` a task writes ``i.docs.jsonl.zst`` (text, lang, name and source of kept documents),
+``i.keys.npy`` (hash, bytes and source of each), for near-duplicates ``i.bands.npy`` and ``i.signatures.npy``,
+and last ``i.json``, the record that marks the file as done.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.data.prepare.corpus import CorpusReport, Document
 from xverse.data.prepare.duplicates import BANDS, KEY, PERMUTATIONS, DuplicatesStage, band_hashes, signature
 from xverse.data.prepare.ledger import Ledger, UnitRecord
-from xverse.data.prepare.ngrams import word_numbers
-from xverse.data.prepare.readers import Unit, read_unit
-from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index, read_items
+from xverse.data.prepare.ngrams import hash_words
+from xverse.data.prepare.readers import Document, Unit, read_unit
+from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index
 from xverse.data.prepare.stages.language import LanguageStage, identify
 from xverse.data.prepare.stages.normalise import normalise
 from xverse.data.prepare.stages.pii import scrub
 from xverse.data.prepare.stages.quality import QualityStage, quality
 from xverse.files import atomic_file
+from xverse.texts import ReadReport, read_jsonl
 
-BUFFER = 2_048  # documents whose keys are held
+BUFFER = 2_048  # documents whose keys are buffered
 
 
 @dataclass
 class StagesConfig:
-    """Which stages text goes through, in this order; one that is absent is left out."""
+    """The stages of a run, in their order; absent ones are skipped."""
 
     normalise: bool = False
     language: LanguageStage | None = None
@@ -49,24 +49,24 @@ class StagesConfig:
     decontaminate: DecontaminateStage | None = None
 
     def any(self) -> bool:
-        """Whether there is any stage at all."""
+        """Whether there is any stage."""
         return any(vars(self).values())
 
 
 @dataclass
 class BuildIndex:
-    """The phase before: the index of the benchmarks' questions."""
+    """The preceding phase: builds the index of benchmark questions."""
 
     stage: DecontaminateStage
     path: Path
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
-        make_index(read_items(self.stage), self.stage.ngram, self.stage.overlap).save(self.path)
+        make_index(self.stage.questions(), self.stage.ngram, self.stage.overlap).save(self.path)
 
 
 @dataclass
 class Clean:
-    """Reads the units that fall to a rank and writes what the stages leave of them to ``folder``."""
+    """Reads the units of a rank and writes what the stages keep to ``folder``."""
 
     units: list[Unit]
     stages: StagesConfig
@@ -77,7 +77,7 @@ class Clean:
     _index: Index | None = field(default=None, init=False, repr=False)
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
-        # The largest files first, so that the last tasks are short ones.
+        # Largest files first, so that the last tasks are short.
         order = sorted(range(len(self.units)), key=lambda i: -self.units[i].size)
         index = Index.load(self.index) if self.stages.decontaminate is not None else None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,12 +86,12 @@ class Clean:
                 self._clean(number, index)
 
     def _clean(self, number: int, index: Index | None) -> None:
-        unit, report, ledger = self.units[number], CorpusReport(), Ledger()
+        unit, report, ledger = self.units[number], ReadReport(), Ledger()
         names: dict[tuple[str, str, str], int] = {}
         near = self.stages.near_duplicates is not None
         with UnitWriter(self.folder / f"{number:05d}", near) as writer:
             for document in read_unit(unit, report, self.max_line_bytes):
-                # "project:path/of/the/file" counts as the project: a report has a row for each source.
+                # The report has a row for each source; "project:path/of/the/file" counts as the project.
                 source = document.source.split(":")[0] or "-"
                 size = len(document.text.encode())
                 ledger.count(ledger.read, document.lang, source, size)
@@ -103,8 +103,8 @@ class Clean:
                     continue
                 if not document.lang:
                     raise UserError(
-                        f"{unit.name}: this text does not say its language; give the input a lang, or let "
-                        "stages.language find it"
+                        f"{unit.name}: a text without a language; give the input a lang, or enable "
+                        "stages.language"
                     )
                 name = document.lang if category == "text" else f"{category}_{document.lang}"
                 place = names.setdefault((name, document.lang, category), len(names))
@@ -115,7 +115,8 @@ class Clean:
     def _stages(
         self, document: Document, category: str, index: Index | None, ledger: Ledger
     ) -> tuple[str | None, NDArray[np.uint64]]:
-        """Change the document as the stages do; why it is dropped or None, and its words as numbers."""
+        """Apply the stages; returns why the document is dropped, or None, and its hashed words, uint64
+        [words]."""
         stages, code, nothing = self.stages, category == "code", np.empty(0, np.uint64)
         if stages.normalise:
             document.text = normalise(document.text, code)
@@ -130,12 +131,12 @@ class Clean:
             if why is not None:
                 return f"quality: {why}", nothing
         if stages.pii:
-            document.text, found = scrub(document.text)
-            for mark, count in found.items():
+            document.text, marks = scrub(document.text)
+            for mark, count in marks.items():
                 ledger.scrubbed[mark] = ledger.scrubbed.get(mark, 0) + count
         if index is None and stages.near_duplicates is None:
             return None, nothing
-        numbers = word_numbers(document.text)
+        numbers = hash_words(document.text)
         if index is not None and (questions := index.find(document.text, numbers)):
             for benchmark, item in sorted(questions):
                 ledger.questions.setdefault(benchmark, [])
@@ -150,13 +151,13 @@ class Clean:
         if not language or confidence < stage.min_confidence:
             return "unsure"
         if document.lang and document.lang != language and stage.mismatch == "drop":
-            return f"says {document.lang}, is {language}"
+            return f"declared {document.lang}, detected {language}"
         document.lang = language
-        return None if language in stage.languages else f"{language} is not wanted"
+        return None if language in stage.languages else f"{language} not in languages"
 
 
 class UnitWriter:
-    """Writes what is kept of one unit. Nothing but a small buffer is held; the files land atomically."""
+    """Writes the kept documents of one unit, through a small buffer; the files appear atomically."""
 
     def __init__(self, path: Path, near: bool) -> None:
         self.path, self.near = path, near
@@ -181,7 +182,7 @@ class UnitWriter:
     def add(
         self, document: Document, name: str, source: str, key: int, place: int, numbers: NDArray[np.uint64]
     ) -> None:
-        """Write a document; ``place``: which of the unit's sources it is of; ``numbers``: its words."""
+        """Write a document; ``place``: index of its source; ``numbers``: its hashed words, uint64 [words]."""
         row = {"text": document.text, "lang": document.lang, "name": name, "source": source}
         self._docs.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self._keys.append((key, len(document.text.encode()), place))
@@ -206,13 +207,13 @@ class UnitWriter:
                 self._docs.close()
                 for name, (raw, file) in self._raw.items():
                     file.close()
-                    self._land(name, raw)
+                    self._write_array(name, raw)
         finally:
             for raw, _ in self._raw.values():
                 raw.unlink(missing_ok=True)
             self._stack.__exit__(kind, *rest)
 
-    def _land(self, name: str, raw: Path) -> None:
+    def _write_array(self, name: str, raw: Path) -> None:
         shape: tuple[int, ...]
         kind, shape = {
             "keys": (KEY, (self._count,)),
@@ -221,28 +222,25 @@ class UnitWriter:
         }[name]
         array: NDArray[Any] = np.memmap(raw, kind, "r", shape=shape) if self._count else np.empty(shape, kind)
         if name == "bands":
-            array = array.T  # [BANDS, documents]: a search reads one band at a time
+            array = array.T  # [BANDS, documents], because a search reads one band at a time
         with atomic_file(f"{self.path}.{name}.npy") as temporary, temporary.open("wb") as file:
             np.lib.format.write_array(file, np.ascontiguousarray(array))
 
 
 def category_of(unit: Unit, language: str) -> str:
-    """The input's category, or what a file is named before its language (``code`` of ``code_py``)."""
+    """The input's category, or the prefix of a file's name before its language (``code`` of ``code_py``)."""
     if unit.input.category is not None:
         return unit.input.category
     return unit.lang.removesuffix(f"_{language}") if unit.lang.endswith(f"_{language}") else "text"
 
 
 def text_hash(text: str, seed: int) -> int:
-    """64 bits that identify a text and, by the seed, decide about holding it out."""
+    """A 64-bit hash that identifies a text and, with the seed, decides whether it is held out."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "big")
 
 
 def read_cleaned(path: Path) -> Iterator[dict[str, str]]:
-    """The documents that a unit left: text, lang, name, source."""
-    import zstandard
-
-    with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-        for line in io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20):
-            yield json.loads(line)
+    """The kept documents of a unit: text, lang, name, source."""
+    for _, row in read_jsonl(path, limit=1 << 40):
+        yield row

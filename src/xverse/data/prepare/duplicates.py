@@ -1,12 +1,13 @@
-"""Duplicates: exact ones by a hash of the text, near ones by MinHash (Broder 1997) and bands.
+"""Duplicates: exact ones by a hash of the text, near ones by MinHash (Broder 1997) with banding.
 
-A text is the set of its 5-grams of words (of characters where words have no spaces, see ``ngrams.py``).
-256 minima of hashes estimate the Jaccard index of two texts with a standard deviation of 0.025 at 0.8. Texts
-that agree in all 8 minima of one of 32 bands are compared: at a Jaccard index of 0.8 the chance of that is
-0.997, at 0.5 it is 0.12. A pair counts from two standard deviations below the threshold.
+A text is represented by the set of its word 5-grams (character 5-grams in scripts without spaces, see
+``ngrams.py``). 256 minima of hashes estimate the Jaccard index of two texts, with a standard deviation of
+0.025 at 0.8. Texts that agree in all 8 minima of one of 32 bands are compared: the probability of that is
+0.997 at a Jaccard index of 0.8, and 0.12 at 0.5. A pair counts from two standard deviations below the
+threshold.
 
-Everything is kept in arrays of the documents of one file; the search goes over the files of all tasks, each
-task taking the bands whose hashes fall to it.
+Hashes and signatures are stored in arrays for each file; every task searches the arrays of all files for the
+hashes that fall to it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ KEY = np.dtype([("text", "<u8"), ("bytes", "<i8"), ("source", "<i4")])
 
 @dataclass
 class DuplicatesStage:
-    """``threshold``: the Jaccard index from which on two documents count as copies."""
+    """``threshold``: the Jaccard index from which two documents count as copies."""
 
     threshold: float = 0.8
 
@@ -40,7 +41,7 @@ class DuplicatesStage:
 
     @property
     def least(self) -> float:
-        """The share of equal minima from which on a pair counts."""
+        """The share of equal minima from which a pair counts."""
         return self.threshold - 2 * (self.threshold * (1 - self.threshold) / PERMUTATIONS) ** 0.5
 
 
@@ -58,18 +59,19 @@ def _multipliers() -> NDArray[np.uint64]:
 _MULTIPLY, _ADD = _multipliers()
 
 
-def shingles(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The distinct 5-grams of a text's words, uint64; of a shorter text, the whole of it."""
-    return np.unique(ngrams(numbers, min(NGRAM, max(1, len(numbers)))))
+def shingles(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The distinct 5-grams, uint64, of hashed words, uint64 [words]; a shorter text is one gram."""
+    return np.unique(ngrams(hashes, min(NGRAM, max(1, len(hashes)))))
 
 
-def signature(numbers: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """The minima, uint32 [PERMUTATIONS], of a text's words, uint64 [words]; all 2**32 - 1 without a word."""
+def signature(hashes: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """The MinHash minima, uint32 [PERMUTATIONS], of hashed words, uint64 [words]; all 2**32 - 1 without
+    words."""
     minima = np.full(PERMUTATIONS, 2**32 - 1, np.uint32)
-    found = shingles(numbers)
+    grams = shingles(hashes)
     with np.errstate(over="ignore"):
-        for start in range(0, len(found), _CHUNK):
-            hashed = found[start : start + _CHUNK] * _MULTIPLY[:, None]  # [PERMUTATIONS, chunk]
+        for start in range(0, len(grams), _CHUNK):
+            hashed = grams[start : start + _CHUNK] * _MULTIPLY[:, None]  # [PERMUTATIONS, chunk]
             hashed += _ADD[:, None]
             hashed >>= np.uint64(32)  # multiply-shift: Dietzfelbinger et al. 1997
             np.minimum(minima, hashed.min(axis=1).astype(np.uint32), out=minima)
@@ -77,7 +79,7 @@ def signature(numbers: NDArray[np.uint64]) -> NDArray[np.uint32]:
 
 
 def band_hashes(minima: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    """A hash for each band, uint64 [..., BANDS], of signatures [..., PERMUTATIONS]."""
+    """The hash of each band, uint64 [..., BANDS], of signatures uint32 [..., PERMUTATIONS]."""
     rows = minima.reshape(*minima.shape[:-1], BANDS, ROWS).astype(np.uint64)
     value = np.zeros(rows.shape[:-1], np.uint64)
     with np.errstate(over="ignore"):
@@ -88,9 +90,9 @@ def band_hashes(minima: NDArray[np.uint32]) -> NDArray[np.uint64]:
 
 
 class Documents:
-    """What the reading tasks left of all documents: keys, bands and signatures by file, memory-mapped.
+    """Keys, bands and signatures of all documents, by file and memory-mapped.
 
-    A document's number counts through the files in their order, so it does not depend on the tasks.
+    Documents are numbered through the files in order, independently of the tasks.
     """
 
     def __init__(self, folder: Path, files: int) -> None:
@@ -102,11 +104,12 @@ class Documents:
         return int(self.starts[-1])
 
     def texts(self, part: int, parts: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Hashes of whole texts that fall to one of so many parts, and whose they are."""
+        """Hashes of the whole texts that fall to a part, uint64, and their documents, int64."""
         return self._part((keys["text"] for keys in self.keys), part, parts)
 
     def band(self, band: int, part: int, parts: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Hashes of one band that fall to a part, and whose they are; texts without a word have none."""
+        """Hashes of one band that fall to a part, uint64, and their documents, int64, without texts of no
+        words."""
         empty = band_hashes(np.full(PERMUTATIONS, 2**32 - 1, np.uint32))[band]
         arrays = (self._load(i, "bands")[band] for i in range(len(self.keys)))
         hashes, owners = self._part(arrays, part, parts)
@@ -125,7 +128,7 @@ class Documents:
         return np.concatenate(hashes), np.concatenate(owners).astype(np.int64)
 
     def signatures(self, numbers: NDArray[np.int64]) -> NDArray[np.uint16]:
-        """The signatures of documents, uint16 [documents, PERMUTATIONS] (the low half of each minimum)."""
+        """The signatures of documents, uint16 [documents, PERMUTATIONS], the low half of each minimum."""
         result = np.empty((len(numbers), PERMUTATIONS), np.uint16)
         files = np.searchsorted(self.starts, numbers, side="right") - 1
         for i in np.unique(files):
@@ -139,7 +142,7 @@ class Documents:
 
 
 def exact_pairs(documents: Documents, part: int, parts: int) -> NDArray[np.int64]:
-    """(first, copy) of equal texts, int64 [pairs, 2]."""
+    """Pairs (first, copy) of equal texts, int64 [pairs, 2]."""
     hashes, owners = documents.texts(part, parts)
     order = np.lexsort((owners, hashes))
     first = _firsts(hashes[order])
@@ -148,13 +151,13 @@ def exact_pairs(documents: Documents, part: int, parts: int) -> NDArray[np.int64
 
 
 def near_pairs(documents: Documents, part: int, parts: int, least: float) -> NDArray[np.int64]:
-    """(earlier, copy) of texts alike in at least the share ``least`` of their minima, int64 [pairs, 2]."""
-    found = [np.empty((0, 2), np.int64)]
+    """Pairs (earlier, copy) of texts that share at least ``least`` of their minima, int64 [pairs, 2]."""
+    matches = [np.empty((0, 2), np.int64)]
     for band in range(BANDS):
         hashes, owners = documents.band(band, part, parts)
         order = np.lexsort((owners, hashes))
         hashes, owners = hashes[order], owners[order]
-        for _ in range(8):  # those that are unlike the first of their group are compared among themselves
+        for _ in range(8):  # compare those unlike the first of their group with each other
             if len(hashes) < 2:
                 break
             first = _firsts(hashes)
@@ -162,10 +165,10 @@ def near_pairs(documents: Documents, part: int, parts: int, least: float) -> NDA
             pairs = np.stack([owners[first], owners], axis=1)[rest]
             alike = np.zeros(len(owners), bool)
             alike[rest] = _alike(documents, pairs, least)
-            found.append(pairs[alike[rest]])
+            matches.append(pairs[alike[rest]])
             left = rest & ~alike
             hashes, owners = hashes[left], owners[left]
-    return np.unique(np.concatenate(found), axis=0)
+    return np.unique(np.concatenate(matches), axis=0)
 
 
 def _alike(documents: Documents, pairs: NDArray[np.int64], least: float) -> NDArray[np.bool_]:
@@ -178,7 +181,7 @@ def _alike(documents: Documents, pairs: NDArray[np.int64], least: float) -> NDAr
 
 
 def _firsts(values: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each place of a sorted array, the first place with the same value."""
+    """For each index of a sorted array, the first index with the same value, int64 [values]."""
     starts = (
         np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
         if len(values)
@@ -189,9 +192,9 @@ def _firsts(values: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def choose_copies(count: int, exact: NDArray[np.int64], near: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """What becomes of each of ``count`` documents, uint8: 0 stays, or EXACT or NEAR copy of an earlier one.
+    """The fate of each of ``count`` documents, uint8: 0 (kept), or EXACT or NEAR copy of an earlier one.
 
-    Documents that a chain of pairs connects are one group, of which the first stays.
+    Documents connected by pairs form a group, of which the first is kept.
     """
     group = np.arange(count)
     pairs = np.concatenate([exact, near]).astype(np.int64)
@@ -212,6 +215,6 @@ def choose_copies(count: int, exact: NDArray[np.int64], near: NDArray[np.int64])
 def similarity(
     first: Sequence[int] | NDArray[np.uint64], second: Sequence[int] | NDArray[np.uint64]
 ) -> float:
-    """The Jaccard index of two texts' 5-grams, from their word numbers."""
-    one, two = (set(shingles(np.asarray(each, np.uint64)).tolist()) for each in (first, second))
+    """The Jaccard index of two texts' 5-grams, from their hashed words, uint64 [words]."""
+    one, two = (set(shingles(np.asarray(text, np.uint64)).tolist()) for text in (first, second))
     return len(one & two) / max(1, len(one | two))

@@ -1,7 +1,7 @@
 """The last phases of ``xverse data prepare``: cleaned documents become token shards.
 
 Each task encodes whole files into parts, one for every source and split in the file; then the parts of a
-source are joined in the files' order. So shards are the same bytes whatever the number of tasks was.
+source are joined in the order of the files. So the bytes of a shard do not depend on the number of tasks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from xverse.data.prepare.duplicates import EXACT, NEAR
 from xverse.data.prepare.ledger import Ledger, UnitRecord
 from xverse.data.shards import Shard, ShardHeader, ShardWriter, read_header
 from xverse.files import atomic_file
+from xverse.texts import read_json
 from xverse.tokenizer import Tokenizer
 
 BATCH_BYTES = 1_000_000
@@ -31,8 +32,8 @@ _COPY = {EXACT: "duplicates: exact", NEAR: "duplicates: near"}
 
 
 @dataclass
-class Source:
-    """One source of text: what is left of it, and the hashes of the documents that are held out."""
+class SplitSource:
+    """One source of text: its remaining documents, and the hashes of the held-out ones."""
 
     name: str
     language: str
@@ -43,22 +44,22 @@ class Source:
 
 
 @dataclass
-class Plan:
-    """What the run found before it encodes: sources by name, and how many copies there are."""
+class SplitPlan:
+    """What becomes of the documents: sources by name with their held-out documents, and numbers of copies."""
 
-    sources: dict[str, Source]
+    sources: dict[str, SplitSource]
     exact: int = 0
     near: int = 0
 
     @staticmethod
-    def load(path: Path) -> Plan:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        sources = {name: Source(**source) for name, source in values.pop("sources").items()}
-        return Plan(sources, **values)
+    def load(path: Path) -> SplitPlan:
+        values = read_json(path)
+        sources = {name: SplitSource(**source) for name, source in values.pop("sources").items()}
+        return SplitPlan(sources, **values)
 
 
 def documents(work: Path, unit: int) -> Iterator[tuple[dict[str, str], int, int]]:
-    """A unit's documents, each with its hash and what becomes of it (0: it stays)."""
+    """A unit's documents, each with its hash and its fate (0: kept)."""
     keys = np.load(work / "docs" / f"{unit:05d}.keys.npy")["text"].tolist()
     fates = np.load(work / "fates" / f"{unit:05d}.npy").tolist()
     yield from zip(read_cleaned(work / "docs" / f"{unit:05d}.docs.jsonl.zst"), keys, fates, strict=True)
@@ -66,13 +67,13 @@ def documents(work: Path, unit: int) -> Iterator[tuple[dict[str, str], int, int]
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(folder: Path, changed: int) -> Tokenizer:
-    """Loading 100,534 entries takes a second or two: once for each worker, not once for each of its tasks."""
+    """Cached, because loading 100,534 entries takes a second or two; ``changed`` invalidates the cache."""
     return Tokenizer.load(folder)
 
 
 @dataclass
 class Encode:
-    """Encodes the units that fall to a rank into ``WORK/parts/UNIT/SPLIT/NAME``."""
+    """Encodes the units of a rank into ``WORK/parts/UNIT/SPLIT/NAME``."""
 
     work: Path
     tokenizer: Path
@@ -81,14 +82,16 @@ class Encode:
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
         tokenizer = _tokenizer(self.tokenizer, (self.tokenizer / "tokenizer.json").stat().st_mtime_ns)
-        plan = Plan.load(self.work / "plan.json")
+        plan = SplitPlan.load(self.work / "plan.json")
         valid = {name: frozenset(source.valid) for name, source in plan.sources.items()}
         order = sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i])
         for unit in order[rank::tasks]:
             if not (self.work / "parts" / f"{unit:05d}.json").exists():
                 self._encode(unit, plan, valid, tokenizer)
 
-    def _encode(self, unit: int, plan: Plan, valid: dict[str, frozenset[int]], tokenizer: Tokenizer) -> None:
+    def _encode(
+        self, unit: int, plan: SplitPlan, valid: dict[str, frozenset[int]], tokenizer: Tokenizer
+    ) -> None:
         folder, ledger = self.work / "parts" / f"{unit:05d}", Ledger()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -129,7 +132,7 @@ class Encode:
 
 @dataclass
 class Join:
-    """Joins the parts of the sources that fall to a rank into ``OUT/SPLIT/NAME``."""
+    """Joins the parts of a rank's sources into ``OUT/SPLIT/NAME``."""
 
     work: Path
     out: Path
@@ -138,7 +141,7 @@ class Join:
     fingerprint: str
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
-        plan = Plan.load(self.work / "plan.json")
+        plan = SplitPlan.load(self.work / "plan.json")
         tokenizer = _tokenizer(self.tokenizer, (self.tokenizer / "tokenizer.json").stat().st_mtime_ns).hash
         for name in sorted(plan.sources)[rank::tasks]:
             source = plan.sources[name]
@@ -168,8 +171,8 @@ class Join:
 
 
 def unit_record(work: Path, unit: int) -> UnitRecord:
-    """What a unit gave, with what the last phases did to it."""
+    """A unit's record including the last phases."""
     record = UnitRecord.load(work / "docs" / f"{unit:05d}.json")
-    after = Ledger(**json.loads((work / "parts" / f"{unit:05d}.json").read_text(encoding="utf-8")))
+    after = Ledger(**read_json(work / "parts" / f"{unit:05d}.json"))
     record.ledger.add(after)
     return record

@@ -1,12 +1,11 @@
-"""Running a recipe's phases: here in processes, or on a cluster by datatrove's Slurm and Ray executors.
+"""Running a recipe's phases: in local processes, or on a cluster with datatrove's Slurm and Ray executors.
 
-A phase is one call for each of its tasks, ``work(None, rank, tasks)``, as datatrove's pipelines have it; its
-markers stand in ``LOGS/PHASE/completions``. Tasks write their files atomically and leave alone what is there,
-so a phase that was killed is simply run again.
+A phase calls ``work(None, rank, tasks)`` for each of its tasks, as in datatrove's pipelines; completion
+markers are in ``LOGS/PHASE/completions``. Tasks write files atomically and skip existing ones, so a killed
+phase is run again.
 
-On one machine the tasks run in a subclass of datatrove's ``PipelineExecutor`` of our own: its
-``LocalPipelineExecutor`` waits for ever where a worker was killed (as for want of memory), and its workers
-outlive a parent that was.
+Local runs use a subclass of datatrove's ``PipelineExecutor``, because datatrove's ``LocalPipelineExecutor``
+hangs when a worker is killed (for example by the OOM killer), and its workers outlive a killed parent.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from xverse.log import progress
 
 @dataclass
 class ExecutorConfig:
-    """``workers``: tasks at a time (default: every usable core; on a cluster: no limit). ``tasks``: at most
-    so many are made of the files of a recipe. ``options``: what datatrove's ``SlurmPipelineExecutor`` or
-    ``RayPipelineExecutor`` take besides: partition, time, mem_per_cpu_gb, venv_path, …
+    """``workers``: concurrent tasks (default: every usable core; on a cluster no limit). ``tasks``: maximum
+    number of tasks into which a recipe's files are divided. ``options``: further arguments of datatrove's
+    ``SlurmPipelineExecutor`` or ``RayPipelineExecutor``: partition, time, mem_per_cpu_gb, venv_path, …
     """
 
     kind: Literal["local", "slurm", "ray"] = "local"
@@ -47,7 +46,7 @@ class ExecutorConfig:
 
     def __post_init__(self) -> None:
         if self.tasks < 1 or (self.workers is not None and self.workers < 1):
-            raise ValueError("executor: workers and tasks are at least 1")
+            raise ValueError("executor: workers and tasks must be at least 1")
         if self.options and self.kind == "local":
             raise ValueError("executor: a local run takes no options")
 
@@ -62,10 +61,10 @@ class Phase:
 
 
 def run_phases(phases: list[Phase], config: ExecutorConfig, logs: Path) -> bool:
-    """Run what is missing of the phases, each after the one before it.
+    """Run the missing tasks of the phases in order.
 
-    Returns False where a cluster's queue has them now and this process does not wait. Raises UserError as
-    the tasks do, for a full disk, and for a worker that died.
+    Returns False if they were submitted to a cluster's queue. Raises the UserErrors of the tasks, and
+    UserError for a full disk or a killed worker.
     """
     if config.kind == "local":
         _run_here(phases, config, logs)
@@ -74,7 +73,7 @@ def run_phases(phases: list[Phase], config: ExecutorConfig, logs: Path) -> bool:
     for phase in phases:
         executors.append(_cluster_executor(phase, config, logs, executors[-1] if executors else None))
     if config.kind == "slurm":
-        executors[-1].run()  # submits what it depends on first
+        executors[-1].run()  # submits its dependencies first
         return all(not executor.get_incomplete_ranks() for executor in executors)
     for executor in executors:
         executor.run()
@@ -121,7 +120,7 @@ def _cluster_executor(
 
 
 class LocalExecutor(PipelineExecutor):
-    """Runs a phase's tasks in this process, or in a pool of processes that the phases of a run share."""
+    """Runs a phase's tasks in this process, or in a pool of processes shared by all phases."""
 
     def __init__(self, phase: Phase, logs: Path, pool: ProcessPoolExecutor | None) -> None:
         super().__init__([phase.work], str(logs / phase.name))
@@ -133,7 +132,7 @@ class LocalExecutor(PipelineExecutor):
         ranks = self.get_incomplete_ranks()
         for _ in range(self.world_size - len(ranks)):
             self.done()
-        pool, self.pool = self.pool, None  # what the workers get of this object is without the pool
+        pool, self.pool = self.pool, None  # the pool cannot be pickled for the workers
         done, self.done = self.done, _nothing
         if pool is None or len(ranks) < 2:
             for rank in ranks:
@@ -147,8 +146,8 @@ class LocalExecutor(PipelineExecutor):
                 done()
         except BrokenProcessPool:
             raise UserError(
-                f"{self.phase.name}: a worker was killed, perhaps for want of memory; run the command "
-                "again to go on, with a smaller executor.workers if need be"
+                f"{self.phase.name}: a worker was killed, perhaps because memory ran out; run the command "
+                "again to resume, if needed with a smaller executor.workers"
             ) from None
         except BaseException:
             for future in futures:
@@ -165,8 +164,8 @@ class LocalExecutor(PipelineExecutor):
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
-                    f"{error.filename or self.phase.name}: the disk is full; free some space and run the "
-                    "command again to go on"
+                    f"{error.filename or self.phase.name}: the disk is full; free space and run the command "
+                    "again to resume"
                 ) from None
             raise
         return PipelineStats()
@@ -176,7 +175,7 @@ class LocalExecutor(PipelineExecutor):
         return self.phase.tasks
 
     def get_distributed_env(self, node_rank: int = -1) -> DistributedEnvVars:
-        raise AssertionError("one machine has no need of it")
+        raise AssertionError("only clusters need this")
 
 
 def _run_here(phases: list[Phase], config: ExecutorConfig, logs: Path) -> None:
@@ -184,9 +183,7 @@ def _run_here(phases: list[Phase], config: ExecutorConfig, logs: Path) -> None:
     with ExitStack() as stack:
         pool = None
         if workers > 1:
-            context = multiprocessing.get_context(
-                "spawn"
-            )  # fork and a tokenizer's threads do not go together
+            context = multiprocessing.get_context("spawn")  # fork is unsafe with the tokenizer's threads
             pool = ProcessPoolExecutor(workers, context, _start_worker)
             stack.callback(pool.shutdown, cancel_futures=True)
         bar = stack.enter_context(progress())

@@ -1,4 +1,4 @@
-"""What became of the documents of a run: counts by stage, language and source, and examples."""
+"""Counts of a run's documents by stage, language and source, and examples of dropped ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xverse.data.prepare.corpus import CorpusReport
 from xverse.files import atomic_file
+from xverse.texts import ReadReport, read_json
 
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 240
@@ -20,8 +20,8 @@ Table = dict[str, list[int]]  # "language<tab>source" -> [documents, bytes]
 
 @dataclass
 class Ledger:
-    """``read`` and ``kept`` by (language, source); ``dropped`` the same by "stage: rule"; ``scrubbed`` by
-    placeholder; ``examples`` of what was dropped, as [hash, language, text]; ``questions`` by benchmark.
+    """``read`` and ``kept`` by language and source; ``dropped`` the same by "stage: rule"; ``scrubbed`` by
+    placeholder; ``examples`` of dropped documents, [hash, language, text]; ``questions`` found, by benchmark.
     """
 
     read: Table = field(default_factory=dict)
@@ -32,40 +32,40 @@ class Ledger:
     questions: dict[str, list[str]] = field(default_factory=dict)
 
     def count(self, table: Table, language: str, source: str, size: int, documents: int = 1) -> None:
-        """Add documents of so many bytes to a table."""
+        """Add documents of ``size`` bytes to a table."""
         row = table.setdefault(f"{language}\t{source}", [0, 0])
         row[0] += documents
         row[1] += size
 
     def drop(self, why: str, language: str, source: str, text: str, key: int) -> None:
-        """Count a dropped document, and keep its beginning if ``key`` is among the lowest."""
+        """Count a dropped document; keep its beginning as an example if ``key`` is among the lowest."""
         self.count(self.dropped.setdefault(why, {}), language, source, len(text.encode()))
         self._keep(why, [[key, language, text[:EXAMPLE_CHARACTERS]]])
 
-    def _keep(self, why: str, found: list[list[Any]]) -> None:
-        both = self.examples.setdefault(why, []) + found
+    def _keep(self, why: str, examples: list[list[Any]]) -> None:
+        both = self.examples.setdefault(why, []) + examples
         self.examples[why] = sorted(both, key=lambda example: example[0])[:EXAMPLES]
 
     def add(self, other: Ledger) -> None:
-        """Add what another part of the run did."""
+        """Add the counts of another part of the run."""
         for mine, theirs in ((self.read, other.read), (self.kept, other.kept)):
             _add(mine, theirs)
         for why, table in other.dropped.items():
             _add(self.dropped.setdefault(why, {}), table)
         for mark, count in other.scrubbed.items():
             self.scrubbed[mark] = self.scrubbed.get(mark, 0) + count
-        for why, found in other.examples.items():
-            self._keep(why, found)
+        for why, examples in other.examples.items():
+            self._keep(why, examples)
         for name, items in other.questions.items():
             self.questions[name] = sorted({*self.questions.get(name, ()), *items})
 
 
 @dataclass
 class UnitRecord:
-    """What one file gave: its ledger, its bad lines, and the sources (name, language, category) in it."""
+    """The record of one file: its ledger, its bad lines, and its sources (name, language, category)."""
 
     ledger: Ledger
-    report: CorpusReport
+    report: ReadReport
     sources: list[list[str]] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
@@ -74,9 +74,9 @@ class UnitRecord:
 
     @staticmethod
     def load(path: Path) -> UnitRecord:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         values["report"]["bad_lines"] = [tuple(line) for line in values["report"]["bad_lines"]]
-        return UnitRecord(Ledger(**values["ledger"]), CorpusReport(**values["report"]), values["sources"])
+        return UnitRecord(Ledger(**values["ledger"]), ReadReport(**values["report"]), values["sources"])
 
 
 def _add(mine: Table, theirs: Table) -> None:

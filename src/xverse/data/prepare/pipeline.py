@@ -1,18 +1,18 @@
 """``xverse data prepare``: text becomes a tokenizer and token shards, split into train and valid.
 
-    OUT/recipe.json            what made this folder; another recipe is refused
+    OUT/recipe.json            the recipe of this folder; another one is refused
     OUT/tokenizer/             tokenizer.json and its configuration
     OUT/train/NAME/            one token shard for each source of text (xverse.data.shards)
     OUT/valid/NAME/            held-out documents
     OUT/report.md, report.png  what each stage kept and dropped, with examples
-    OUT/skipped.txt            lines that could not be read, with file and number, where there are any
-    OUT/report.json            the table that is printed, written last
-    OUT/work/                  what the phases hand on, until the report is written
+    OUT/skipped.txt            unreadable lines, with file and line number, if there are any
+    OUT/report.json            the printed table, written last
+    OUT/work/                  intermediate files, until the report is written
 
-The phases: index (the benchmarks' questions), clean (read, stages), copies (find duplicates), plan (which go,
-which are held out), tokenizer, encode, join, report. Every file is a pure function of recipe and text,
-whatever runs it (``executor.py``). So a run that was killed is simply run again: what is finished
-stays, the rest is made anew, byte for byte the same.
+The phases: index (benchmark questions), clean (read, stages), copies (find duplicates), plan (drop copies,
+hold out documents), tokenizer, encode, join, report. Every file is a pure function of recipe and text,
+however it is run (``executor.py``). So a killed run is simply run again: finished files are kept, the others
+are made again, byte for byte the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 from xverse.config import UserError
 from xverse.data.prepare.clean import BuildIndex, Clean, StagesConfig
 from xverse.data.prepare.duplicates import Documents, choose_copies, exact_pairs, near_pairs
-from xverse.data.prepare.encode import SPLITS, Encode, Join, Plan, Source, documents
+from xverse.data.prepare.encode import SPLITS, Encode, Join, SplitPlan, SplitSource, documents
 from xverse.data.prepare.executor import ExecutorConfig, Phase, run_phases
 from xverse.data.prepare.ledger import UnitRecord
 from xverse.data.prepare.readers import Input, Unit, corpus_units, input_units
@@ -45,19 +45,20 @@ from xverse.data.prepare.report import (
 from xverse.data.shards import read_header
 from xverse.files import alone, atomic_directory, atomic_file
 from xverse.log import notice
+from xverse.texts import read_json
 from xverse.tokenizer import Tokenizer, train_tokenizer
 
 
 @dataclass
 class PrepareRecipe:
-    """What ``prepare`` makes of which text.
+    """The recipe of ``prepare``.
 
-    The text is a ``corpus`` folder of JSON lines, or ``inputs`` of any kind. A source of text is a language
-    (the documents' ``lang``), with a category ``CATEGORY_LANG``; a corpus file's own name says the category
-    (``code_py``). ``tokenizer_sample_bytes`` caps each source's part in training the tokenizer,
-    ``tokenizer_sample_overrides`` names other caps. About ``valid_share`` of each source, at most
-    ``valid_bytes``, is held out. Where more than ``max_bad_share`` of the lines cannot be read, or a file is
-    broken and ``allow_broken_files`` is false, the run fails; lines above ``max_line_bytes`` are skipped.
+    The text is a ``corpus`` folder of JSON lines, or ``inputs`` of any kind. A source is a language (``lang``
+    of the documents), or CATEGORY_LANG with a category, which a corpus file's name may give (``code_py``).
+    ``tokenizer_sample_bytes`` limits the text of each source for training the tokenizer,
+    ``tokenizer_sample_overrides`` sets other limits by source. About ``valid_share`` of each source, at most
+    ``valid_bytes``, is held out. The run fails if more than ``max_bad_share`` of the lines are unreadable, or
+    if a file is broken and ``allow_broken_files`` is false; lines above ``max_line_bytes`` are skipped.
     """
 
     corpus: Path | None = None
@@ -81,7 +82,7 @@ class PrepareRecipe:
         if self.out == Path():
             raise ValueError("missing key 'out'")
         if (self.corpus is None) == (not self.inputs):
-            raise ValueError("name the text: either corpus or inputs")
+            raise ValueError("give either corpus or inputs")
         for name in ("valid_share", "max_bad_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 1")
@@ -90,25 +91,25 @@ class PrepareRecipe:
                 raise ValueError(f"{name} must be positive")
 
     def units(self) -> list[Unit]:
-        """Every file of the recipe. Raises UserError where there are none."""
+        """All files of the recipe. Raises UserError if there are none."""
         return corpus_units(self.corpus) if self.corpus is not None else input_units(self.inputs)
 
 
 def prepare(recipe: PrepareRecipe) -> PrepareReport | None:
-    """Make ``recipe.out``, or what is missing of it; None where a cluster's queue has it now.
+    """Make ``recipe.out`` or its missing parts; returns None if the work was submitted to a cluster's queue.
 
-    Raises UserError for missing, empty or too broken text, a folder that another recipe made or another
-    command is at work in, damaged shards and a full disk.
+    Raises UserError for missing, empty or too damaged text, for a folder of another recipe or in use, for
+    damaged shards and a full disk.
     """
     units = recipe.units()
-    # The tasks of a cluster share the folder, and none of them comes by here.
-    with alone(recipe.out / ".lock", f"{recipe.out}: another xverse data prepare is at work in this folder"):
+    # Tasks of a cluster share the folder, but do not run this.
+    with alone(recipe.out / ".lock", f"{recipe.out}: another xverse data prepare is using this folder"):
         return _prepare(recipe, units)
 
 
 def _prepare(recipe: PrepareRecipe, units: list[Unit]) -> PrepareReport | None:
     fingerprint = claim(recipe, units)
-    if recipe.executor.kind == "local":  # on a cluster an earlier command's tasks may still be writing
+    if recipe.executor.kind == "local":  # on a cluster, tasks of an earlier command may still be writing
         _clear_leftovers(recipe.out)
     report = _finished(recipe, fingerprint)
     work = recipe.out / "work"
@@ -125,14 +126,14 @@ def _prepare(recipe: PrepareRecipe, units: list[Unit]) -> PrepareReport | None:
 
 
 def phases(recipe: PrepareRecipe, units: list[Unit], fingerprint: str) -> list[Phase]:
-    """The phases of a run, in their order."""
+    """The phases of a run, in order."""
     work, stages, count = recipe.out / "work", recipe.stages, len(units)
     tasks = min(count, recipe.executor.tasks)
     index, tokenizer = work / "questions.npz", recipe.out / "tokenizer"
     clean = Clean(units, stages, work / "docs", index, recipe.max_line_bytes, recipe.seed)
-    found = [Phase("index", BuildIndex(stages.decontaminate, index))] if stages.decontaminate else []
+    first = [Phase("index", BuildIndex(stages.decontaminate, index))] if stages.decontaminate else []
     return [
-        *found,
+        *first,
         Phase("clean", clean, tasks),
         Phase("copies", FindCopies(recipe, count), tasks),
         Phase("plan", MakePlan(recipe, units)),
@@ -145,24 +146,24 @@ def phases(recipe: PrepareRecipe, units: list[Unit], fingerprint: str) -> list[P
 
 @dataclass
 class FindCopies:
-    """Finds the pairs of copies whose hashes fall to a rank: ``WORK/pairs/RANK.npz``."""
+    """Finds the pairs of copies whose hashes belong to a rank: ``WORK/pairs/RANK.npz``."""
 
     recipe: PrepareRecipe
     units: int
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
         work, stage = self.recipe.out / "work", self.recipe.stages.near_duplicates
-        found = Documents(work / "docs", self.units)
+        stored = Documents(work / "docs", self.units)
         near = np.empty((0, 2), np.int64)
         if stage is not None:
-            near = near_pairs(found, rank, tasks, stage.least)
+            near = near_pairs(stored, rank, tasks, stage.least)
         with atomic_file(work / "pairs" / f"{rank:05d}.npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, exact=exact_pairs(found, rank, tasks), near=near)
+            np.savez(file, exact=exact_pairs(stored, rank, tasks), near=near)
 
 
 @dataclass
 class MakePlan:
-    """Decides what becomes of each document: ``WORK/fates/UNIT.npy`` and ``WORK/plan.json``."""
+    """Decides the fate of each document: ``WORK/fates/UNIT.npy`` and ``WORK/plan.json``."""
 
     recipe: PrepareRecipe
     units: list[Unit]
@@ -171,20 +172,20 @@ class MakePlan:
         work = self.recipe.out / "work"
         records = [UnitRecord.load(work / "docs" / f"{i:05d}.json") for i in range(len(self.units))]
         self._check(records)
-        found = Documents(work / "docs", len(self.units))
+        stored = Documents(work / "docs", len(self.units))
         pairs = [np.load(path) for path in sorted((work / "pairs").glob("*.npz"))]
-        exact, near = (np.concatenate([each[kind] for each in pairs]) for kind in ("exact", "near"))
-        fates = choose_copies(len(found), exact, near)
-        plan = Plan({}, int(np.sum(fates == 1)), int(np.sum(fates == 2)))
+        exact, near = (np.concatenate([part[kind] for part in pairs]) for kind in ("exact", "near"))
+        fates = choose_copies(len(stored), exact, near)
+        plan = SplitPlan({}, int(np.sum(fates == 1)), int(np.sum(fates == 2)))
         sizes: dict[str, dict[int, int]] = {}
         for i, record in enumerate(records):
-            mine = fates[found.starts[i] : found.starts[i + 1]]
+            mine = fates[stored.starts[i] : stored.starts[i + 1]]
             with atomic_file(work / "fates" / f"{i:05d}.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, mine)
-            left = np.asarray(found.keys[i])[mine == 0]
+            left = np.asarray(stored.keys[i])[mine == 0]
             for place, (name, language, category) in enumerate(record.sources):
                 rows = left[left["source"] == place]
-                source = plan.sources.setdefault(name, Source(name, language, category))
+                source = plan.sources.setdefault(name, SplitSource(name, language, category))
                 source.documents += len(rows)
                 source.text_bytes += int(rows["bytes"].sum())
                 sizes.setdefault(name, {}).update(
@@ -194,7 +195,7 @@ class MakePlan:
             source.valid = sorted(choose_valid(sizes[name], self.recipe.valid_share, self.recipe.valid_bytes))
         plan.sources = {name: source for name, source in sorted(plan.sources.items()) if source.documents}
         for language in self._languages() - {source.language for source in plan.sources.values()}:
-            notice(f"{language}: no document is left in this language")
+            notice(f"{language}: no document left in this language")
         with atomic_file(work / "plan.json") as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(plan)), encoding="utf-8")
 
@@ -203,19 +204,19 @@ class MakePlan:
         return set(stage.languages) if stage is not None else set()
 
     def _check(self, records: list[UnitRecord]) -> None:
-        """Refuse text of which nothing is left, and too many bad lines."""
+        """Raise UserError if no document is left, or too much of the text is unreadable."""
         recipe = self.recipe
         where = recipe.corpus if recipe.corpus is not None else "inputs"
-        told = unreadable([unit.name for unit in self.units], records)
-        for line in first_of(told):
+        problems = unreadable([unit.name for unit in self.units], records)
+        for line in first_of(problems):
             notice(line)
-        why = "; ".join(f"{name}: {text}" for name, text in told.items())
+        why = "; ".join(f"{name}: {text}" for name, text in problems.items())
         why = f" ({why[:500]})" if why else ""
         if not any(record.report.read for record in records):
             raise UserError(f"{where}: no usable document in this corpus{why}")
         if not any(record.sources for record in records):
             rules = sorted({rule for record in records for rule in record.ledger.dropped})
-            raise UserError(f"{where}: the stages leave no document ({', '.join(rules)})")
+            raise UserError(f"{where}: the stages drop every document ({', '.join(rules)})")
         bad = sum(record.report.skipped for record in records)
         lines = bad + sum(record.report.read for record in records)
         if bad > recipe.max_bad_share * lines:
@@ -235,9 +236,9 @@ class MakePlan:
 
 
 def choose_valid(sizes: dict[int, int], share: float, most: int) -> set[int]:
-    """The hashes of the held-out documents: the lowest hashes, until a share of the bytes is reached.
+    """The hashes of the held-out documents: the lowest ones, up to a share of the bytes.
 
-    Documents longer than ``most`` stay in training; so does everything of a source under ten documents.
+    Documents longer than ``most``, and all documents of a source with fewer than ten, stay in training.
     """
     budget = min(most, share * sum(sizes.values()))
     chosen: set[int] = set()
@@ -255,7 +256,7 @@ def choose_valid(sizes: dict[int, int], share: float, most: int) -> set[int]:
 
 @dataclass
 class MakeTokenizer:
-    """Makes ``OUT/tokenizer``, by training or from ``recipe.tokenizer``."""
+    """Makes ``OUT/tokenizer``: trains it or copies ``recipe.tokenizer``."""
 
     recipe: PrepareRecipe
     units: int
@@ -273,9 +274,9 @@ class MakeTokenizer:
             tokenizer.save(temporary)
 
     def _sample(self) -> Iterator[str]:
-        """Training texts: of each source, documents chosen by hash up to about its cap."""
+        """Training texts: documents of each source chosen by hash, up to about its limit."""
         recipe, work = self.recipe, self.recipe.out / "work"
-        plan = Plan.load(work / "plan.json")
+        plan = SplitPlan.load(work / "plan.json")
         thresholds, valid = {}, {}
         for name, source in plan.sources.items():
             cap = recipe.tokenizer_sample_overrides.get(name, recipe.tokenizer_sample_bytes)
@@ -283,20 +284,17 @@ class MakeTokenizer:
         for unit in range(self.units):
             for row, key, fate in documents(work, unit):
                 name = row["name"]
-                # The low bits: the high ones already decide about holding out.
+                # Low bits, because the high bits decide which documents are held out.
                 if not fate and key not in valid[name] and (key & 0xFFFFFFFF) / 2**32 < thresholds[name]:
                     yield row["text"]
 
 
 def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
-    """Mark the folder as this recipe's, or refuse it; returns the recipe's fingerprint."""
+    """Mark the folder as this recipe's; returns the recipe's fingerprint. Raises UserError for another's
+    folder."""
     names = ("corpus", "out", "executor", "max_bad_share", "allow_broken_files")
     values = dataclasses.asdict(recipe)
     settings: dict[str, Any] = {name: value for name, value in values.items() if name not in names}
-    fresh = PrepareRecipe(corpus=Path("corpus"), out=Path("out"))
-    for name in ("inputs", "stages", "max_line_bytes"):  # absent where they are as they were before they were
-        if getattr(recipe, name) == getattr(fresh, name):
-            del settings[name]
     settings["tokenizer"] = Tokenizer.load(recipe.tokenizer).hash if recipe.tokenizer is not None else None
     settings["files"] = {unit.name: unit.size for unit in units}
     settings = json.loads(json.dumps(settings, default=str))
@@ -312,20 +310,18 @@ def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
             temporary.write_text(text + "\n", encoding="utf-8")
         return fingerprint
     try:
-        made_by = json.loads(file.read_text(encoding="utf-8"))
+        made_by = read_json(file)
         if made_by["fingerprint"] == fingerprint:
             return fingerprint
-        different = [name for name, value in settings.items() if made_by.get(name) != value]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        different = [name for name, value in settings.items() if made_by.get(name, value) != value]
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: damaged ({error}); delete {recipe.out} or choose another out") from None
-    raise UserError(
-        f"{recipe.out}: made by another recipe (differs in {', '.join(different) or 'version'}); "
-        "choose another out or delete the folder"
-    )
+    made = f"another recipe (differs in {', '.join(different)})" if different else "another version of xverse"
+    raise UserError(f"{recipe.out}: made by {made}; choose another out or delete the folder")
 
 
 def _clear_leftovers(out: Path) -> None:
-    """Remove what a killed run was writing: the temporaries of atomic_file and atomic_directory."""
+    """Remove the temporary files and folders of a killed run."""
     for folder in (out, *(out / "work" / name for name in ("", "docs", "pairs", "fates", "parts"))):
         for left in folder.glob(".*.tmp"):
             if left.is_dir():
@@ -339,12 +335,12 @@ def _finished(recipe: PrepareRecipe, fingerprint: str) -> PrepareReport | None:
     if not file.exists():
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values.pop("recipe") != fingerprint:
             return None
         report = PrepareReport(**values)
         report.sources = [PreparedSource(**row) for row in values["sources"]]
-    except (ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
     rows = [(row.name, "train", row.documents) for row in report.sources]
     rows += [(row.name, "valid", row.valid_documents) for row in report.sources]

@@ -1,39 +1,44 @@
-"""Reading text of any kind: which files a recipe's inputs stand for, and the documents in them.
+"""Reading text of any kind: the files of a recipe's inputs, and the documents in them.
 
-A ``Unit`` is one file, or one shard of a Hugging Face dataset: what one task reads from beginning to end.
-What is broken is skipped, counted and listed in a ``CorpusReport``; nothing is held but one line, one row
-or one record of a web archive.
+A ``Unit`` is one file or one shard of a Hugging Face dataset, which one task reads from beginning to end.
+Damaged input is skipped and recorded in a ``ReadReport``. Only one line, row or web archive record is held in
+memory.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError, choose
-from xverse.data.prepare.corpus import (
-    CorpusReport,
-    Document,
-    checked_document,
-    corpus_files,
-    file_stem,
-    is_name,
-    parse_document,
-    read_lines,
-)
+from xverse.config import UserError, choose, need
+from xverse.texts import ReadReport, read_jsonl, read_lines, row_text, stem
 
-TEXT_PIECE = 1_000_000  # a longer text file becomes several documents, cut at a line's end
+TEXT_PIECE = 1_000_000  # bytes; a longer text file becomes several documents, split at line ends
+
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass
+class Document:
+    """One text and its language."""
+
+    text: str
+    lang: str
+    source: str = ""
 
 
 @dataclass
 class Input:
-    """Where text comes from: ``path`` (a file, a folder or a pattern) or ``dataset`` (Hugging Face).
+    """A source of text: ``path`` (a file, a folder or a pattern) or ``dataset`` (Hugging Face).
 
-    ``lang`` and ``category`` hold for all of it; without ``lang`` each document says its own, or the language
-    stage finds it. ``text_key`` names the column of the text. ``lines``: in a text file every line is a
-    document; otherwise the file is one. ``format``: jsonl, txt, parquet or warc where the name does not say.
+    ``lang`` and ``category`` apply to all of it; without ``lang``, documents declare their language or the
+    language stage detects it. ``text_key`` is the column of the text. ``lines``: each line of a text file is
+    a document, instead of the whole file. ``format``: jsonl, txt, parquet or warc, if the file name does not
+    tell.
     """
 
     path: str | None = None
@@ -50,15 +55,15 @@ class Input:
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.dataset is None):
-            raise ValueError("an input has either a path or a dataset")
+            raise ValueError("an input needs either a path or a dataset")
         for name in ("lang", "category"):
             if getattr(self, name) is not None and not is_name(getattr(self, name)):
-                raise ValueError(f"{name} '{getattr(self, name)}' cannot be a folder's name")
+                raise ValueError(f"{name} '{getattr(self, name)}' cannot be a folder name")
 
 
 @dataclass
 class Unit:
-    """One file or dataset shard. ``size`` in bytes, 0: unknown; ``lang``: of text that says none."""
+    """One file or dataset shard. ``size``: bytes, 0 if unknown; ``lang``: of text that declares none."""
 
     name: str
     input: Input
@@ -69,6 +74,7 @@ class Unit:
     lang: str = ""
 
 
+CORPUS_SUFFIXES = (".jsonl", ".jsonl.gz")
 FORMATS = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"),
     "txt": (".txt", ".txt.gz", ".txt.zst"),
@@ -78,35 +84,39 @@ FORMATS = {
 
 
 def format_of(path: Path) -> str | None:
-    """The format that a file's name says."""
+    """The format according to a file's name."""
     return next((name for name, suffixes in FORMATS.items() if path.name.endswith(suffixes)), None)
 
 
 def corpus_units(folder: Path) -> list[Unit]:
-    """The units of a corpus folder of JSON lines. Raises UserError where there are none."""
-    paths = [path for group in corpus_files(folder).values() for path in group]
+    """The JSON-lines files of a corpus folder, by name. Raises UserError if there are none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such corpus folder")
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name.endswith(CORPUS_SUFFIXES) and not path.name.startswith(".")
+    ]
+    if not paths:
+        raise UserError(f"{folder}: no .jsonl or .jsonl.gz file in this corpus folder")
     return [
         Unit(
-            path.name,
-            Input(path=str(path), format="jsonl"),
-            path,
-            size=path.stat().st_size,
-            lang=file_stem(path),
+            path.name, Input(path=str(path), format="jsonl"), path, size=path.stat().st_size, lang=stem(path)
         )
         for path in paths
     ]
 
 
 def input_units(inputs: list[Input]) -> list[Unit]:
-    """All the units of a recipe's inputs, in the order of the inputs and of the files' names.
+    """All units of a recipe's inputs, in the order of inputs and file names.
 
-    Raises UserError for an input without a file, and for a format that is not known.
+    Raises UserError for an input without files and for an unknown format.
     """
     units: list[Unit] = []
-    for given in inputs:
-        if given.format is not None:
-            choose("format", given.format, FORMATS)
-        units += _dataset_units(given) if given.dataset else _path_units(given)
+    for source in inputs:
+        if source.format is not None:
+            choose("format", source.format, FORMATS)
+        units += _dataset_units(source) if source.dataset else _path_units(source)
     names = [unit.name for unit in units]
     twice = next((name for name in names if names.count(name) > 1), None) if len(names) < 10_000 else None
     if twice is not None:
@@ -114,53 +124,52 @@ def input_units(inputs: list[Input]) -> list[Unit]:
     return units
 
 
-def _path_units(given: Input) -> list[Unit]:
-    pattern = str(Path(given.path or "").expanduser())
+def _path_units(source: Input) -> list[Unit]:
+    pattern = str(Path(source.path or "").expanduser())
     root = Path(pattern)
     if root.is_dir():
-        found = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
-        found = [path for path in found if given.format or format_of(path)]
+        paths = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+        paths = [path for path in paths if source.format or format_of(path)]
     elif root.is_file():
-        found = [root]
+        paths = [root]
     else:
-        found = sorted(path for path in _matches(root) if path.is_file())
-    if not found:
-        raise UserError(f"{given.path}: no file of text here ({', '.join(FORMATS)})")
-    for path in found:
-        if given.format is None and format_of(path) is None:
-            raise UserError(f"{path}: which format is this? say format: {' | '.join(FORMATS)}")
-    lang = given.lang or ""
-    return [Unit(str(path), given, path, size=path.stat().st_size, lang=lang) for path in found]
+        paths = sorted(path for path in _matches(root) if path.is_file())
+    if not paths:
+        raise UserError(f"{source.path}: no text files here ({', '.join(FORMATS)})")
+    for path in paths:
+        if source.format is None and format_of(path) is None:
+            raise UserError(f"{path}: unknown format; set format: {' | '.join(FORMATS)}")
+    lang = source.lang or ""
+    return [Unit(str(path), source, path, size=path.stat().st_size, lang=lang) for path in paths]
 
 
 def _matches(pattern: Path) -> Iterator[Path]:
-    """The paths that a pattern such as ``web/**/*.warc.gz`` stands for."""
+    """The paths that match a pattern such as ``web/**/*.warc.gz``."""
     parts = pattern.parts
     first = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
     if first < len(parts):
         yield from Path(*parts[:first]).glob("/".join(parts[first:]))
 
 
-def _dataset_units(given: Input) -> list[Unit]:
-    shards = _dataset(given).num_shards
-    name = "/".join(filter(None, (given.dataset, given.config, given.split, given.revision)))
-    lang = given.lang or ""
-    return [Unit(f"{name}/{i}", given, shard=i, shards=shards, lang=lang) for i in range(shards)]
+def _dataset_units(source: Input) -> list[Unit]:
+    shards = _dataset(source).num_shards
+    name = "/".join(filter(None, (source.dataset, source.config, source.split, source.revision)))
+    lang = source.lang or ""
+    return [Unit(f"{name}/{i}", source, shard=i, shards=shards, lang=lang) for i in range(shards)]
 
 
-def _dataset(given: Input) -> Any:
-    import datasets
-
+def _dataset(source: Input) -> Any:
+    datasets = need("datasets", "data", f"dataset {source.dataset}")
     try:
         return datasets.load_dataset(
-            given.dataset, given.config, split=given.split, revision=given.revision, streaming=True
+            source.dataset, source.config, split=source.split, revision=source.revision, streaming=True
         )
     except (OSError, ValueError, ConnectionError) as error:
-        raise UserError(f"dataset {given.dataset}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"dataset {source.dataset}: {' '.join(str(error).split())[:300]}") from None
 
 
-def read_unit(unit: Unit, report: CorpusReport, max_line_bytes: int) -> Iterator[Document]:
-    """The documents of a unit. ``lang`` is empty where neither the text nor the input says it."""
+def read_unit(unit: Unit, report: ReadReport, max_line_bytes: int) -> Iterator[Document]:
+    """The documents of a unit. ``lang`` is empty if neither the document nor the input declares it."""
     if unit.path is None:
         documents = _read_dataset(unit, report)
     else:
@@ -174,18 +183,31 @@ def read_unit(unit: Unit, report: CorpusReport, max_line_bytes: int) -> Iterator
         yield document
 
 
-def _read_jsonl(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+def _document(row: Any, number: int, unit: Unit, report: ReadReport) -> Document | None:
+    """The document in a row of any format; None, counted in the report, where it is unusable."""
+    text = row_text(row, number, report, unit.input.text_key)
+    if text is None:
+        return None
+    lang, source = row.get("lang", unit.lang), row.get("source", "")
+    if not isinstance(lang, str) or not (lang == "" or is_name(lang)):
+        report.skip("bad_lang", number)
+        return None
+    return Document(text, lang, source if isinstance(source, str) else "")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text may become a directory's name."""
+    return _SAFE_NAME.fullmatch(text) is not None
+
+
+def _read_jsonl(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
     assert unit.path is not None
-    key = unit.input.text_key
-    for number, line in read_lines(unit.path, report, limit):
-        if not line.strip():
-            continue
-        document = parse_document(line, number, unit.lang, report, key)
-        if document is not None:
+    for number, row in read_jsonl(unit.path, report, limit):
+        if (document := _document(row, number, unit, report)) is not None:
             yield document
 
 
-def _read_txt(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+def _read_txt(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
     assert unit.path is not None
     piece: list[str] = []
     size = 0
@@ -205,19 +227,19 @@ def _read_txt(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document
         yield Document("".join(piece).strip("\r\n"), unit.lang)
 
 
-def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+def _read_parquet(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
+    need("pyarrow", "data", str(unit.path))
     import pyarrow
     import pyarrow.parquet
 
-    assert unit.path is not None
     key, number = unit.input.text_key, 0
     try:
         with pyarrow.parquet.ParquetFile(unit.path) as file:
             columns = [name for name in (key, "lang", "source") if name in file.schema_arrow.names]
             if key not in columns:
                 known = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{unit.path}: no column '{key}' (it has {known}); say text_key")
-            # One group after the other: reading ahead would lose what stands before a broken one.
+                raise UserError(f"{unit.path}: no column '{key}' (it has {known}); set text_key")
+            # One row group at a time, so that those before a broken one are not lost.
             batches = (
                 batch
                 for group in range(file.num_row_groups)
@@ -227,7 +249,7 @@ def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Docu
                 for row in batch.to_pylist():
                     number += 1
                     row = {name: value for name, value in row.items() if value is not None}
-                    document = checked_document(row, number, unit.lang, report, key)
+                    document = _document(row, number, unit, report)
                     if document is not None and len(document.text) > limit:
                         report.skip("too_long", number)
                     elif document is not None:
@@ -237,7 +259,9 @@ def _read_parquet(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Docu
         report.broken_files.append(f"broken parquet after row {number} ({why})")
 
 
-def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Document]:
+def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
+    assert unit.path is not None
+    need("warcio", "data", str(unit.path))
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
@@ -254,7 +278,7 @@ def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Documen
                     continue
                 data = record.content_stream().read(limit + 1)
                 if len(data) <= limit and record.raw_stream.limit > 0:
-                    raise EOFError(f"it ends {record.raw_stream.limit} bytes early")
+                    raise EOFError(f"truncated by {record.raw_stream.limit} bytes")
                 if len(data) > limit:
                     report.skip("too_long", number)
                     continue
@@ -269,25 +293,24 @@ def _read_warc(unit: Unit, report: CorpusReport, limit: int) -> Iterator[Documen
 
 
 def _page_text(data: bytes) -> str | None:
-    import trafilatura
-
+    trafilatura = need("trafilatura", "data", "reading web archives")
     text: str | None = trafilatura.extract(data, include_comments=False, deduplicate=False)
     return text
 
 
-def _read_dataset(unit: Unit, report: CorpusReport) -> Iterator[Document]:
+def _read_dataset(unit: Unit, report: ReadReport) -> Iterator[Document]:
     rows = _dataset(unit.input).shard(unit.shards, unit.shard)
     if unit.input.text_key not in (rows.column_names or [unit.input.text_key]):
         known = ", ".join(rows.column_names)
-        raise UserError(f"{unit.name}: no column '{unit.input.text_key}' (it has {known}); say text_key")
+        raise UserError(f"{unit.name}: no column '{unit.input.text_key}' (it has {known}); set text_key")
     for number, row in enumerate(rows, 1):
         row = {name: value for name, value in row.items() if value is not None}
-        document = checked_document(row, number, unit.lang, report, unit.input.text_key)
+        document = _document(row, number, unit, report)
         if document is not None:
             yield document
 
 
-_READERS: dict[str, Callable[[Unit, CorpusReport, int], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Unit, ReadReport, int], Iterator[Document]]] = {
     "jsonl": _read_jsonl,
     "txt": _read_txt,
     "parquet": _read_parquet,

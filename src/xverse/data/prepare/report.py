@@ -1,4 +1,4 @@
-"""The report of ``xverse data prepare``: what each stage kept and dropped, by language and source."""
+"""The report of ``xverse data prepare``: documents kept and dropped by stage, language and source."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from xverse.config import need
 from xverse.data.prepare.clean import StagesConfig
-from xverse.data.prepare.encode import SPLITS, Plan, unit_record
+from xverse.data.prepare.encode import SPLITS, SplitPlan, unit_record
 from xverse.data.prepare.ledger import Ledger, Table, UnitRecord, total
 from xverse.data.shards import ShardHeader, read_header
 from xverse.files import atomic_file
@@ -34,7 +35,7 @@ class PreparedSource:
 @dataclass
 class PrepareReport:
     """The result of ``prepare``. ``dropped``: documents by stage; ``scrubbed``: placeholders by kind;
-    ``questions``: benchmark items found, by benchmark."""
+    ``questions``: benchmark questions found, by benchmark."""
 
     sources: list[PreparedSource]
     duplicates: int
@@ -47,28 +48,28 @@ class PrepareReport:
     questions: dict[str, int] = field(default_factory=dict)
 
 
-FILES = 20  # that are told one by one
+FILES = 20  # reported one by one
 
 
 def unreadable(names: list[str], records: list[UnitRecord]) -> dict[str, str]:
-    """What was skipped of each file, by its name; also that it holds no document."""
-    found = {}
-    for name, record in zip(names, records, strict=True):
-        if record.report.describe() or not record.report.read:
-            found[name] = record.report.describe() or "no document in it"
-    return found
+    """By name, the files with skipped lines or without documents, and the reason."""
+    return {
+        name: record.report.describe() or "no document in it"
+        for name, record in zip(names, records, strict=True)
+        if record.report.describe() or not record.report.read
+    }
 
 
-def first_of(told: dict[str, str]) -> list[str]:
-    """A line for each of the first files, and how many there are more."""
-    lines = [f"{name}: {text}" for name, text in told.items()]
+def first_of(problems: dict[str, str]) -> list[str]:
+    """A line for each of the first files, and the number of further ones."""
+    lines = [f"{name}: {text}" for name, text in problems.items()]
     more = len(lines) - FILES
-    return lines if more <= 0 else [*lines[:FILES], f"and {more:,} more files, which report.md names"]
+    return lines if more <= 0 else [*lines[:FILES], f"and {more:,} more files, listed in report.md"]
 
 
 @dataclass
 class WriteReport:
-    """The last phase."""
+    """The last phase: writes the reports."""
 
     out: Path
     units: list[str]
@@ -77,7 +78,7 @@ class WriteReport:
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
         work = self.out / "work"
-        plan = Plan.load(work / "plan.json")
+        plan = SplitPlan.load(work / "plan.json")
         records = [unit_record(work, i) for i in range(len(self.units))]
         ledger = Ledger()
         for record in records:
@@ -103,14 +104,14 @@ class WriteReport:
             )
             temporary.write_text(text + "\n", encoding="utf-8")
 
-    def _report(self, plan: Plan, records: list[UnitRecord], ledger: Ledger) -> PrepareReport:
+    def _report(self, plan: SplitPlan, records: list[UnitRecord], ledger: Ledger) -> PrepareReport:
         nothing = ShardHeader("", "")
         tokenizer = Tokenizer.load(self.out / "tokenizer")
         owners = [min((row[0] for row in record.sources), default="") for record in records]
         rows = []
         for name in plan.sources:
             train, valid = (read_header(self.out / split / name) or nothing for split in SPLITS)
-            # A bad line has no language: the file's first source answers for it.
+            # A bad line has no language, so it is counted for the file's first source.
             skipped = sum(
                 record.report.skipped for record, owner in zip(records, owners, strict=True) if owner == name
             )
@@ -134,14 +135,14 @@ class WriteReport:
 
 
 def stages_of(ledger: Ledger) -> dict[str, list[int]]:
-    """For each stage that dropped anything, the documents that each of its rules dropped."""
-    found: dict[str, list[int]] = {}
+    """Numbers of documents dropped by each rule, for each stage that dropped any."""
+    counts: dict[str, list[int]] = {}
     for why in sorted(ledger.dropped, key=_order):
-        found.setdefault(why.split(":")[0], []).append(total(ledger.dropped[why].values())[0])
-    return found
+        counts.setdefault(why.split(":")[0], []).append(total(ledger.dropped[why].values())[0])
+    return counts
 
 
-ROWS = 100  # of a table: the largest
+ROWS = 100  # largest rows of a table that are shown
 _STAGES = ("normalise", "language", "quality", "decontaminate", "duplicates")
 
 
@@ -153,7 +154,7 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
     """The report as Markdown."""
     read, kept = total(ledger.read.values()), total(ledger.kept.values())
     lines = [
-        "# What became of the text",
+        "# Prepared text",
         "",
         f"Read: {read[0]:,} documents, {read[1]:,} bytes. Kept: {kept[0]:,} documents, {kept[1]:,} bytes.",
         "",
@@ -161,7 +162,7 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
     if plots:
         lines += ["![kept and dropped by language](report.png)", ""]
     if report.skipped:
-        lines += ["## Not readable", "", "Each line is in skipped.txt (the first thousand of a file).", ""]
+        lines += ["## Unreadable", "", "skipped.txt lists the lines (the first thousand of a file).", ""]
         lines += [f"- {name}: {text}" for name, text in report.skipped.items()] + [""]
     if ledger.dropped:
         rows = [
@@ -176,7 +177,7 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
         ]
     if ledger.scrubbed:
         rows = [[f"`{mark}`", f"{count:,}"] for mark, count in sorted(ledger.scrubbed.items())]
-        lines += ["## Personal data", "", *_table(["placeholder", "put in place"], rows), ""]
+        lines += ["## Personal data", "", *_table(["placeholder", "replaced"], rows), ""]
     if about:
         rows = [
             [
@@ -188,15 +189,15 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
             ]
             for name, count in about["items"].items()
         ]
-        head = ["benchmark", "questions", "too short to look for", "found", "documents dropped for it"]
+        head = ["benchmark", "questions", "too short to search for", "found", "documents dropped"]
         lines += ["## Decontamination", "", *_table(head, rows), ""]
         for name, short in about["too_short"].items():
             more = f" and {len(short) - ROWS:,} more" if len(short) > ROWS else ""
-            lines += [f"Too short to look for in {name}: {', '.join(short[:ROWS])}{more}.", ""]
+            lines += [f"Too short to search for in {name}: {', '.join(short[:ROWS])}{more}.", ""]
     for title, column in (("language", 0), ("source", 1)):
         lines += [f"## By {title}", "", *_by(ledger, column, title), ""]
     if ledger.examples:
-        lines += ["## Examples of what was dropped", ""]
+        lines += ["## Examples of dropped documents", ""]
         for why in sorted(ledger.examples, key=_order):
             lines += [f"**{why}**", ""]
             lines += [f"- {lang or '?'}: `{_one_line(text)}`" for _, lang, text in ledger.examples[why]] + [
@@ -244,7 +245,8 @@ def _one_line(text: str) -> str:
 
 
 def plot(ledger: Ledger, path: Path) -> None:
-    """Kept and dropped documents by language, as a PNG file."""
+    """Plot kept and dropped documents by language, as a PNG file."""
+    need("matplotlib", "data", "report.png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

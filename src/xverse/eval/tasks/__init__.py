@@ -1,4 +1,4 @@
-"""Tasks that are no multiple choice: one file for each."""
+"""Tasks other than multiple choice, one file each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GSM8K (Cobbe et al., arXiv:2110.14168): grade-school mathematics, in words and with a number at the end."""
+"""GSM8K (Cobbe et al., arXiv:2110.14168): the number at the end of a worked solution."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xverse.config import UserError
-from xverse.data.benchmarks.questions import Reader
+from xverse.data.benchmarks import gsm8k
+from xverse.data.benchmarks.questions import QuestionReader
 from xverse.engine import Engine
-from xverse.eval.generation import Outcome, Settings, generate
+from xverse.eval.generation import Outcome, TaskSettings, generate
 
 SHOTS = 5
-_CALCULATION = re.compile(r"<<.*?>>")  # notes for a calculator, which the text repeats
+_CALCULATION = re.compile(r"<<.*?>>")  # calculator annotations, which repeat the text
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -20,18 +21,19 @@ def run(
     engine: Engine,
     stop_ids: Sequence[int],
     data_dir: Path,
-    settings: Settings,
+    settings: TaskSettings,
     progress: Callable[[int, int], None],
 ) -> Outcome:
+    path = data_dir / "gsm8k" / "test.jsonl"
     rows = [
-        (where, row["question"], _CALCULATION.sub("", row["answer"]))
-        for where, row in Reader().objects(data_dir / "gsm8k" / "test.jsonl")
+        (raw.where, raw.text, _CALCULATION.sub("", str(raw.answer)))
+        for raw in gsm8k.read(path, "test", QuestionReader())
     ]
     if len(rows) <= SHOTS:
-        raise UserError(f"{data_dir / 'gsm8k'}: {len(rows)} questions are too few")
+        raise UserError(f"{data_dir / 'gsm8k'}: {len(rows)} questions are too few (more than 5 are needed)")
     shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for _, question, answer in rows[:SHOTS])
-    asked = rows[SHOTS:][: settings.limit]
-    prompts = [f"{shots}Question: {question}\nAnswer:" for _, question, _ in asked]
+    scored = rows[SHOTS:][: settings.limit]
+    prompts = [f"{shots}Question: {question}\nAnswer:" for _, question, _ in scored]
     replies = generate(
         engine,
         engine.tokenizer.encode_batch(prompts),
@@ -40,7 +42,7 @@ def run(
         stop=["\n\n", "Question:"],
         progress=progress,
     )
-    found = [
+    results = [
         {
             "task": "gsm8k",
             "id": where.rpartition(" ")[2],
@@ -49,20 +51,20 @@ def run(
             "prediction": last_number(reply),
             "answer": last_number(answer),
         }
-        for (where, _, answer), prompt, reply in zip(asked, prompts, replies, strict=True)
+        for (where, _, answer), prompt, reply in zip(scored, prompts, replies, strict=True)
     ]
-    right = sum(row["prediction"] == row["answer"] for row in found)
+    right = sum(row["prediction"] == row["answer"] for row in results)
     return Outcome(
         title="GSM8K",
         method=f"{SHOTS}-shot, the likeliest text, its number behind #### or else its last one; the shots "
         "are the first questions of the test set and not scored",
-        figures={"exact match, %": 100 * right / len(found), "questions": len(found)},
-        rows=found,
+        figures={"exact match, %": 100 * right / len(results), "questions": len(results)},
+        rows=results,
     )
 
 
 def last_number(text: str) -> str | None:
-    """The number behind ``####``, or else the last one, without commas and without a fraction of zeros."""
+    """The number after ``####``, else the last number, without commas and trailing zeros of a fraction."""
     marked = text.rpartition("####")
     numbers = _NUMBER.findall(marked[2]) if marked[1] else _NUMBER.findall(text)
     if not numbers:

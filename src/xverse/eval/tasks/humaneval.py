@@ -1,9 +1,7 @@
-"""HumanEval (Chen et al., arXiv:2107.03374): functions that a model writes, run against their tests."""
+"""HumanEval (Chen et al., arXiv:2107.03374): functions that the model writes, run against their tests."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +9,13 @@ from typing import Any
 
 from xverse import hardware
 from xverse.config import UserError
+from xverse.data.benchmarks import humaneval
+from xverse.data.benchmarks.humaneval import Problem
 from xverse.engine import Engine
-from xverse.eval.generation import Outcome, Settings, generate
+from xverse.eval.generation import Outcome, TaskSettings, generate
 from xverse.eval.sandbox import run_python
 
-STOPS = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert "]  # where the function has ended
+STOPS = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert "]  # the function has ended
 SECONDS = 10.0
 
 
@@ -23,39 +23,35 @@ def run(
     engine: Engine,
     stop_ids: Sequence[int],
     data_dir: Path,
-    settings: Settings,
+    settings: TaskSettings,
     progress: Callable[[int, int], None],
 ) -> Outcome:
     if not settings.allow_code:
         raise UserError(
-            "humaneval runs what the model writes, in a process without network and with little memory and "
-            "time; --allow-code says that it may"
+            "humaneval runs code that the model writes, in a process without network and with limited memory "
+            "and time; pass --allow-code to permit it"
         )
     path = data_dir / "humaneval" / "HumanEval.jsonl.gz"
-    try:
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    problems: list[dict[str, Any]] = [json.loads(line) for line in lines][: settings.limit]
-    prompts = engine.tokenizer.encode_batch([problem["prompt"] for problem in problems])
-    written = generate(engine, prompts, max_new_tokens=400, stop_ids=stop_ids, stop=STOPS, progress=progress)
+    problems = [problem for _, problem in humaneval.read(path)][: settings.limit]
+    prompts = engine.tokenizer.encode_batch([problem.prompt for problem in problems])
+    code = generate(engine, prompts, max_new_tokens=400, stop_ids=stop_ids, stop=STOPS, progress=progress)
     with ThreadPoolExecutor(hardware.cores().usable) as pool:
         results = list(
             pool.map(
                 lambda pair: run_python(program(pair[0], pair[1]), SECONDS),
-                zip(problems, written, strict=True),
+                zip(problems, code, strict=True),
             )
         )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "task": "humaneval",
-            "id": problem["task_id"],
-            "prompt": problem["prompt"],
+            "id": problem.task_id,
+            "prompt": problem.prompt,
             "reply": text,
             "passed": result.ok,
-            "said": result.said[-500:],
+            "stderr": result.stderr[-500:],
         }
-        for problem, text, result in zip(problems, written, results, strict=True)
+        for problem, text, result in zip(problems, code, results, strict=True)
     ]
     return Outcome(
         title="HumanEval",
@@ -65,6 +61,6 @@ def run(
     )
 
 
-def program(problem: dict[str, Any], written: str) -> str:
-    """The function with its tests: it ends without an error where all of them pass."""
-    return f"{problem['prompt']}{written}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+def program(problem: Problem, code: str) -> str:
+    """The function with its tests: it exits without an error if all of them pass."""
+    return f"{problem.prompt}{code}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"

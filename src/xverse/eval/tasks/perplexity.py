@@ -1,4 +1,4 @@
-"""Bits per byte of plain text, language by language: comparable between tokenizers, as perplexity is not."""
+"""Bits per byte of plain text by language; unlike perplexity, comparable between tokenizers."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pathlib import Path
 
 from xverse.config import UserError
 from xverse.engine import Engine
-from xverse.eval.generation import Outcome, Settings
-from xverse.quant.text import read_texts
+from xverse.eval.generation import Outcome, TaskSettings
+from xverse.texts import load_texts
 
-WINDOW = 1024  # tokens that are read together
-_TEXTS = 200  # of each language
+WINDOW = 1024  # tokens
+_TEXTS = 200  # per language
 
 
 def run(
     engine: Engine,
     stop_ids: Sequence[int],
     data_dir: Path,
-    settings: Settings,
+    settings: TaskSettings,
     progress: Callable[[int, int], None],
 ) -> Outcome:
     folder = settings.texts or data_dir / "texts"
     paths = sorted(path for path in folder.glob("*") if path.name.endswith((".txt", ".jsonl", ".jsonl.gz")))
     if not paths:
         raise UserError(
-            f"{folder}: no .txt, .jsonl or .jsonl.gz files; --texts names a folder with one a language"
+            f"{folder}: no .txt, .jsonl or .jsonl.gz files; --texts names a folder with one for each language"
         )
     figures = {}
     rows = []
     for number, path in enumerate(paths):
         language = path.name.partition(".")[0]
-        texts = read_texts(path)[: settings.limit or _TEXTS]
+        texts = load_texts(path)[: settings.limit or _TEXTS]
         nats, tokens, size = _measure(engine, texts)
         figures[language] = nats / math.log(2) / size
         rows.append(
@@ -57,7 +57,7 @@ def run(
 
 
 def _measure(engine: Engine, texts: Sequence[str]) -> tuple[float, int, int]:
-    """Negative log-probability in nats, tokens and bytes of what was predicted."""
+    """Negative log-probability in nats, tokens and bytes of the predicted text."""
     items = []
     size = tokens = 0
     length = min(WINDOW, engine.model.config.context_length)

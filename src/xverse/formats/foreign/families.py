@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from xverse.config import UserError
-from xverse.formats.weights import read_json
+from xverse.formats.weights import read_object
 
 _CHATGLM_NAMES = {
     "model.embed_tokens": "transformer.embedding.word_embeddings",
@@ -354,5 +354,5 @@ def _which_baichuan(settings: Settings) -> str:
     if "BaiChuanForCausalLM" in (settings.values.get("architectures") or []):  # with the capital C: the first
         return "baichuan"
     generation = settings.file.parent / "generation_config.json"
-    chat = generation.exists() and "user_token_id" in read_json(generation)
+    chat = generation.exists() and "user_token_id" in read_object(generation)
     return "baichuan2-chat" if chat else "baichuan2"

@@ -12,11 +12,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from xverse.config import UserError, choose
+from xverse.formats.directory import ModelDirectory
 from xverse.formats.foreign.chat import Chat, chat_of
 from xverse.formats.foreign.families import FAMILIES, Family, Settings, detect
 from xverse.formats.foreign.text import ForeignTokenizer, load_foreign_tokenizer
-from xverse.formats.read import check_directory
-from xverse.formats.weights import DTYPES, dtype_name, listed, read_json, read_tensors, weight_files
+from xverse.formats.weights import DTYPES, dtype_name, listed, read_tensors
 
 _HEAD = "lm_head.weight"
 
@@ -38,20 +38,21 @@ class ForeignModel:
 
 
 def load_foreign(
-    path: str | Path, dtype: torch.dtype | None = None, *, family: str | None = None
+    source: str | Path | ModelDirectory, dtype: torch.dtype | None = None, *, family: str | None = None
 ) -> ForeignModel:
-    """Load the model and the tokenizer of ``path``, a directory in its publisher's Hugging Face layout.
+    """Load the model and the tokenizer of ``source``, a directory in its publisher's Hugging Face layout.
 
     Code of the directory is never run. ``dtype`` None keeps the stored one; then the parameters are the
     memory-mapped files, where no computing was needed. ``family`` (a name of ``FAMILIES``) overrides what
     ``detect`` finds. Raises UserError, in one line, for a family or setting that is not supported, for
     missing, unexpected and mis-shaped tensors by the publisher's names, and for a missing tokenizer.
     """
-    path = check_directory(path)
-    settings = Settings(path / "config.json", read_json(path / "config.json"))
+    directory = ModelDirectory.of(source)
+    path = directory.path
+    settings = Settings(path / "config.json", directory.values)
     name = family or detect(settings)
     chosen = choose("family", name, FAMILIES)
-    files = weight_files(path)
+    files = directory.weight_files
     try:
         with torch.device("meta"):
             model = chosen.build(settings)

@@ -15,8 +15,8 @@ from typing import Any
 
 import tokenizers
 
-from xverse.config import UserError
-from xverse.formats.weights import read_json
+from xverse.config import UserError, need
+from xverse.formats.weights import read_object
 
 # Elsewhere either file will do. ChatGLM2's special tokens are in neither.
 _FILES = {"falcon": ("tokenizer.json",), "mpt": ("tokenizer.json",), "chatglm2": ("tokenizer.model",)}
@@ -51,7 +51,7 @@ def load_foreign_tokenizer(path: str | Path, family: str) -> ForeignTokenizer:
     """
     path = Path(path)
     settings = path / "tokenizer_config.json"
-    values = read_json(settings) if settings.exists() else {}
+    values = read_object(settings) if settings.exists() else {}
     names = _FILES.get(family, ("tokenizer.json", "tokenizer.model"))
     for name in names:
         if (path / name).is_file():
@@ -66,7 +66,7 @@ def _adds_bos(values: dict[str, Any], family: str) -> bool:
 
 
 def _from_json(file: Path, values: dict[str, Any], family: str) -> ForeignTokenizer:
-    stored = read_json(file)
+    stored = read_object(file)
     added = stored.get("added_tokens") or []
     plain = {**stored, "added_tokens": [token for token in added if not token.get("special")]}
     backend, encoder = _build(stored, file), _build(plain, file)
@@ -105,12 +105,9 @@ def _build(values: dict[str, Any], file: Path) -> tokenizers.Tokenizer:
 
 
 def _from_sentencepiece(file: Path, values: dict[str, Any], family: str) -> ForeignTokenizer:
+    sentencepiece = need("sentencepiece", "eval", str(file))
     try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise UserError(f"{file} needs sentencepiece: pip install 'xverse-lm[eval]'") from None
-    try:
-        processor = SentencePieceProcessor(model_proto=file.read_bytes())
+        processor = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
     except (RuntimeError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
     size = processor.get_piece_size()

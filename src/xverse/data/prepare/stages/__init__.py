@@ -1,1 +1,1 @@
-"""What a document goes through: one module a stage, each with a pure function on one text."""
+"""The stages of document processing: one module each, with a pure function of one text."""

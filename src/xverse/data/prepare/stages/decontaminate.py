@@ -1,11 +1,11 @@
-"""Decontamination: documents that hold a benchmark's question are found by its 13-grams.
+"""Decontamination: finds documents that contain a benchmark's question, by its 13-grams.
 
-As for GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C) words are compared without case and
-punctuation; Chinese, Japanese and Thai by characters. A document holds a question where it has at least
-``overlap`` of the question's distinct 13-grams: one shared phrase, such as a law's title, is no
-contamination. A question shorter than 13 words counts whole. One that is too short to be told from ordinary
-text, or that several items share ("which of these is true?"), is looked for together with its options. One
-that is too short even so ("Simplify $\\sqrt{720}$.") counts where it is a whole line or sentence.
+As for GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C), words are compared without case and
+punctuation; Chinese, Japanese and Thai by characters. A document contains a question if it has at least
+``overlap`` of the question's distinct 13-grams; one shared phrase, such as the title of a law, is not
+contamination. A question shorter than 13 words must match as a whole. A question too short to be distinctive,
+or shared by several items ("which of these is true?"), is searched for together with its options. One that is
+still too short ("Simplify $\\sqrt{720}$.") must be a whole line or sentence.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError, choose
-from xverse.data.benchmarks.questions import LETTERS
-from xverse.data.benchmarks.texts import READERS, Item
-from xverse.data.prepare.ngrams import UNSPACED, ngrams, word_numbers, words
+from xverse.data.benchmarks import FILES, custom
+from xverse.data.benchmarks.questions import LETTERS, RawQuestion
+from xverse.data.prepare.ngrams import UNSPACED, hash_words, ngrams, split_words
 from xverse.files import atomic_file
 
-# Characters where words have no spaces, and numbers where there is nothing else, are half a word each.
-MIN_WORDS = 5.0  # of a text that is looked for anywhere
-MIN_LINE = 2.5  # of one that has to be a whole line or sentence
+# A character in scripts without spaces, or a number in a text of numbers only, counts as half a word.
+MIN_WORDS = 5.0  # of a text that may occur anywhere
+MIN_LINE = 2.5  # of a text that must be a whole line or sentence
 _BREAKS = re.compile(r"[\r\n]+|(?<=[.!?:])[^\w\s]*\s+|(?<=[。！？：])")
 
 
 @dataclass
 class DecontaminateStage:
-    """``data_dir``: the folder of benchmarks of ``xverse eval``; ``benchmarks``: by default all in it."""
+    """``data_dir``: the data directory of ``xverse eval``; ``benchmarks``: names, or descriptions of custom
+    benchmarks (.yaml); by default all known ones in ``data_dir``."""
 
     data_dir: Path
     benchmarks: list[str] | None = None
@@ -44,27 +45,41 @@ class DecontaminateStage:
 
     def __post_init__(self) -> None:
         if self.ngram < MIN_WORDS or not 0 < self.overlap <= 1:
-            raise ValueError(f"decontaminate: ngram is at least {MIN_WORDS:g}, overlap above 0 and at most 1")
+            raise ValueError(
+                f"decontaminate: ngram must be at least {MIN_WORDS:g}, overlap above 0 and at most 1"
+            )
 
-    def names(self) -> list[str]:
-        """The benchmarks that are looked for. Raises UserError where one is missing."""
-        for name in self.benchmarks or ():
-            choose("benchmark", name, READERS)
-            if not (self.data_dir / name).is_dir():
-                raise UserError(f"{self.data_dir / name}: no such benchmark folder; see xverse eval fetch")
-        found = self.benchmarks or [name for name in READERS if (self.data_dir / name).is_dir()]
-        if not found:
-            raise UserError(f"{self.data_dir}: none of the benchmarks is here ({', '.join(READERS)})")
-        return found
+    def questions(self) -> Iterator[tuple[str, RawQuestion]]:
+        """Every question, with its benchmark's name. Raises UserError for a benchmark that is missing."""
+        names = self.benchmarks or [name for name, files in FILES.items() if files.present(self.data_dir)]
+        if not names:
+            raise UserError(f"{self.data_dir}: contains none of the benchmarks {', '.join(FILES)}")
+        for name in names:
+            for question in self._questions(name):
+                if question.text.strip() or question.passage.strip():
+                    yield Path(name).stem, question
+
+    def _questions(self, name: str) -> Iterator[RawQuestion]:
+        if custom.is_description(name):
+            description = custom.load_description(Path(name))
+            folder = description.in_folder(self.data_dir)
+            present, questions = folder.is_dir(), custom.all_questions(description, self.data_dir)
+        else:
+            files, folder = choose("benchmark", name, FILES), self.data_dir / name
+            present, questions = files.present(self.data_dir), files.all_questions(self.data_dir)
+        if not present:
+            raise UserError(f"{folder}: no such benchmark folder; `xverse eval fetch` gets the benchmarks")
+        return questions
 
 
 @dataclass
 class Index:
-    """The n-grams of all questions: for each length sorted ``grams`` uint64 and whose they are, int32.
+    """The n-grams of all questions: for each length sorted ``grams``, uint64, and the texts they belong to,
+    int32.
 
-    ``texts``: (benchmark, item) of each text; ``totals`` int32 [texts]: its distinct n-grams; ``lines``:
-    those that have to be a whole line or sentence; ``items``: how many items of each benchmark there are;
-    ``too_short``: those that cannot be looked for.
+    ``texts``: (benchmark, question) of each text; ``totals`` int32 [texts]: its number of distinct n-grams;
+    ``lines``: texts that must be a whole line or sentence; ``items``: number of questions of each benchmark;
+    ``too_short``: questions that cannot be searched for.
     """
 
     overlap: float
@@ -76,17 +91,17 @@ class Index:
     items: dict[str, int] = field(default_factory=dict)
     too_short: dict[str, list[str]] = field(default_factory=dict)
 
-    def find(self, text: str, numbers: NDArray[np.uint64] | None = None) -> set[tuple[str, str]]:
-        """The (benchmark, item) that a document holds; ``numbers``: its words, uint64 [words], if known."""
-        numbers = word_numbers(text) if numbers is None else numbers
+    def find(self, text: str, hashes: NDArray[np.uint64] | None = None) -> set[tuple[str, str]]:
+        """The (benchmark, question) in a document; ``hashes``: its hashed words, uint64 [words], if known."""
+        hashes = hash_words(text) if hashes is None else hashes
         counts: Counter[int] = Counter()
         for n, table in self.grams.items():
-            found = ngrams(numbers, n)
-            if len(found) == 0:
+            grams = ngrams(hashes, n)
+            if len(grams) == 0:
                 continue
-            places = np.searchsorted(table, found)
+            places = np.searchsorted(table, grams)
             places[places == len(table)] = 0
-            hits = np.unique(found[table[places] == found])
+            hits = np.unique(grams[table[places] == grams])
             for start, stop in zip(
                 np.searchsorted(table, hits, "left"), np.searchsorted(table, hits, "right"), strict=True
             ):
@@ -97,18 +112,19 @@ class Index:
         return {self.texts[i] for i in held}
 
     def _as_lines(self, text: str) -> set[int]:
-        """The texts that are whole lines or sentences of a document."""
-        found: set[int] = set()
+        """The texts that are a whole line or sentence of a document."""
+        matches: set[int] = set()
         for line in _BREAKS.split(text):
-            numbers = word_numbers(line)
-            table = self.grams.get(len(numbers))
+            hashes = hash_words(line)
+            table = self.grams.get(len(hashes))
             if table is not None:
-                whole = ngrams(numbers, len(numbers))[0]
+                whole = ngrams(hashes, len(hashes))[0]
                 start, stop = np.searchsorted(table, whole, "left"), np.searchsorted(table, whole, "right")
-                found.update(self.owners[len(numbers)][start:stop].tolist())
-        return found
+                matches.update(self.owners[len(hashes)][start:stop].tolist())
+        return matches
 
     def save(self, path: Path) -> None:
+        """Write the index atomically, as .npz."""
         arrays: dict[str, Any] = {f"grams{n}": table for n, table in self.grams.items()}
         arrays |= {f"owners{n}": table for n, table in self.owners.items()}
         rest = {key: value for key, value in asdict(self).items() if key not in ("grams", "owners", "totals")}
@@ -128,49 +144,31 @@ class Index:
             return Index(grams=tables[0], owners=tables[1], totals=arrays["totals"], **about)
 
 
-def read_items(stage: DecontaminateStage) -> Iterator[tuple[str, Item]]:
-    """Every item of the stage's benchmarks, with the benchmark's name."""
-    for name in stage.names():
-        for item in READERS[name](stage.data_dir / name):
-            yield name, item
-
-
-def make_index(items: Iterable[tuple[str, Item]], ngram: int = 13, overlap: float = 0.5) -> Index:
-    """The index of benchmark items."""
-    read = list(items)
-    seen = Counter((name, " ".join(words(item.text))) for name, item in read)
-    chosen: list[NDArray[np.uint64]] = []
+def make_index(questions: Iterable[tuple[str, RawQuestion]], ngram: int = 13, overlap: float = 0.5) -> Index:
+    """The index of questions, each with its benchmark's name."""
+    pairs = list(questions)
+    occurrences = Counter((name, " ".join(split_words(question.text))) for name, question in pairs)
+    hashed: list[NDArray[np.uint64]] = []
     texts: list[tuple[str, str]] = []
     lines: list[int] = []
     too_short: dict[str, list[str]] = {}
-    for name, item in read:
-        single = seen[name, " ".join(words(item.text))] == 1
-        if single and _length(item.text) >= MIN_WORDS:
-            forms, least = [item.text], MIN_WORDS
-        else:
-            lettered = [f"{letter} {option}" for letter, option in zip(LETTERS, item.options, strict=False)]
-            forms = [" ".join((item.text, *item.options)), " ".join((item.text, *lettered))]
-            least = MIN_WORDS if _length(forms[0]) >= MIN_WORDS else MIN_LINE
-            if least == MIN_LINE and single:
-                forms.append(item.text)  # the options may stand on lines of their own
-        looked = [each for each in dict.fromkeys(forms) if _length(each) >= least]
-        if _length(item.passage) >= MIN_WORDS:
-            looked.append(item.passage)
-        if not looked:
-            too_short.setdefault(name, []).append(item.id)
-        for each in looked:
-            if _length(each) < MIN_WORDS:
-                lines.append(len(chosen))
-            chosen.append(word_numbers(each))
-            texts.append((name, item.id))
+    for name, question in pairs:
+        searched = _searched(question, occurrences[name, " ".join(split_words(question.text))] == 1)
+        if not searched:
+            too_short.setdefault(name, []).append(question.id)
+        for text in searched:
+            if _length(text) < MIN_WORDS:
+                lines.append(len(hashed))
+            hashed.append(hash_words(text))
+            texts.append((name, question.id))
     owned: dict[int, list[tuple[NDArray[np.uint64], int]]] = {}
-    totals = np.zeros(len(chosen), np.int32)
-    for i, numbers in enumerate(chosen):
-        n = min(ngram, len(numbers))
-        distinct = np.unique(ngrams(numbers, n))
+    totals = np.zeros(len(hashed), np.int32)
+    for i, hashes in enumerate(hashed):
+        n = min(ngram, len(hashes))
+        distinct = np.unique(ngrams(hashes, n))
         totals[i] = len(distinct)
         owned.setdefault(n, []).append((distinct, i))
-    counts = dict(Counter(name for name, _ in read))
+    counts = dict(Counter(name for name, _ in pairs))
     index = Index(overlap, {}, {}, totals, texts, lines, counts, too_short)
     for n, parts in sorted(owned.items()):
         grams = np.concatenate([distinct for distinct, _ in parts])
@@ -180,12 +178,30 @@ def make_index(items: Iterable[tuple[str, Item]], ngram: int = 13, overlap: floa
     return index
 
 
+def _searched(question: RawQuestion, single: bool) -> list[str]:
+    """The texts to search for; ``single``: no other question of its benchmark has the same text."""
+    text, options = question.text, tuple(map(str, question.options))
+    if single and _length(text) >= MIN_WORDS:
+        forms, least = [text], MIN_WORDS
+    else:
+        lettered = [f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False)]
+        forms = [" ".join((text, *options)), " ".join((text, *lettered))]
+        least = MIN_WORDS if _length(forms[0]) >= MIN_WORDS else MIN_LINE
+        if least == MIN_LINE and single:
+            forms.append(text)  # the options may be on lines of their own
+    searched = [form for form in dict.fromkeys(forms) if _length(form) >= least]
+    if _length(question.passage) >= MIN_WORDS:
+        searched.append(question.passage)
+    return searched
+
+
 def _length(text: str) -> float:
-    """Words; characters of scripts without spaces, and numbers where nothing else stands, for half a one."""
-    found = words(text)
-    if all(word.isnumeric() for word in found):
-        return len(found) / 2
-    return len(found) - sum(len(word) == 1 and _is_unspaced(word) for word in found) / 2
+    """The number of words, with characters of scripts without spaces, and numbers in a text of numbers, as
+    half."""
+    words = split_words(text)
+    if all(word.isnumeric() for word in words):
+        return len(words) / 2
+    return len(words) - sum(len(word) == 1 and _is_unspaced(word) for word in words) / 2
 
 
 def _is_unspaced(character: str) -> bool:

@@ -1,7 +1,7 @@
-"""Language identification: py3langid (its model is inside the package), restricted to a recipe's languages.
+"""Language identification with py3langid, whose model is part of the package, among a recipe's languages.
 
-It was chosen over lingua and fastText's lid.176 by accuracy and speed on this project's 41 languages
-(benchmarks/data.md). Malay and Indonesian it confuses; words that only one of them uses decide there.
+It was chosen over lingua and fastText's lid.176 by accuracy and speed on 41 languages (benchmarks/data.md).
+It confuses Malay and Indonesian, which words used in only one of them tell apart.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from xverse.config import need
+
 _NAMES = (
     "ar bg ca cs da de el en es et fa fi fr he hi hu id it ja kk ko lt lv mr ms nl no pl pt ro ru sk sl "
     "sr sv ta th tr uk vi zh"
 )
 LANGUAGES = tuple(_NAMES.split())
-SAMPLE = 2_000  # characters that are looked at: of the beginning, the middle and the end
+SAMPLE = 2_000  # characters examined, from the beginning, the middle and the end
 _SPELT_AS = {"nb": "no", "nn": "no"}
-# Code, addresses and markup, which are English in every language.
+# Code, addresses and markup, which look English in every language.
 _NOISE = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\S+@\S+|\]\([^)\n]*\)|<[^>\n]{1,200}>|[\w./\\-]+\.[a-z]{2,5}\b",
     re.S,
@@ -30,9 +32,8 @@ _WORD = re.compile(r"[a-z]{3,}")
 
 @dataclass
 class LanguageStage:
-    """``languages``: those that are kept. A document of another one is dropped, as is one of which the
-    language is less sure than ``min_confidence``, or is not the one that the document says (``mismatch``:
-    drop or relabel).
+    """Drops documents in other ``languages``, those identified with less than ``min_confidence``, and those
+    whose declared language differs from the detected one (``mismatch``: drop or relabel).
     """
 
     languages: list[str] = field(default_factory=lambda: list(LANGUAGES))
@@ -44,13 +45,13 @@ class LanguageStage:
             raise ValueError(f"min_confidence {self.min_confidence} is not between 0 and 1")
         unknown = sorted(set(self.languages) - known_languages())
         if unknown:
-            raise ValueError(f"languages: '{unknown[0]}' is none that can be identified")
+            raise ValueError(f"languages: '{unknown[0]}' cannot be identified")
 
 
 def identify(text: str, languages: Sequence[str] = LANGUAGES) -> tuple[str, float]:
-    """The language of a text among ``languages`` and how sure that is, 0 to 1 (py3langid's own figure).
+    """The language of a text among ``languages``, and py3langid's confidence, 0 to 1.
 
-    Up to 2,000 characters are looked at, code and addresses left out. A text without a letter is ("", 0.0).
+    Examines up to 2,000 characters without code and addresses. A text without letters gives ("", 0.0).
     """
     sample = _sample(text)
     if not any(map(str.isalpha, sample)):
@@ -59,8 +60,8 @@ def identify(text: str, languages: Sequence[str] = LANGUAGES) -> tuple[str, floa
     language = _SPELT_AS.get(language, language)
     if language in ("ms", "id") and "ms" in languages and "id" in languages:
         words = _WORD.findall(sample.lower())
-        malay = sum(word in _usual("ms") for word in words)
-        indonesian = sum(word in _usual("id") for word in words)
+        malay = sum(word in _typical_words("ms") for word in words)
+        indonesian = sum(word in _typical_words("id") for word in words)
         if malay != indonesian:
             language = "ms" if malay > indonesian else "id"
     return language, float(confidence)
@@ -68,7 +69,7 @@ def identify(text: str, languages: Sequence[str] = LANGUAGES) -> tuple[str, floa
 
 def _sample(text: str) -> str:
     third = SAMPLE // 3
-    if len(text) > 4 * SAMPLE:  # parts long enough that code cut out of them leaves something
+    if len(text) > 4 * SAMPLE:  # parts long enough to leave text when code is removed
         middle = len(text) // 2
         parts = (text[: 2 * third], text[middle - third : middle + third], text[-2 * third :])
         return " ".join(_NOISE.sub(" ", part) for part in parts)[:SAMPLE] or text[:SAMPLE]
@@ -76,27 +77,24 @@ def _sample(text: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def _usual(language: str) -> frozenset[str]:
-    """Words that are usual in one of Malay and Indonesian and rare in the other: chosen by their frequencies
-    in half of the documents of this project's corpus."""
+def _typical_words(language: str) -> frozenset[str]:
+    """Words typical of Malay or of Indonesian and rare in the other, by frequency in half of a corpus."""
     path = Path(__file__).with_name(f"words.{language}.txt")
     return frozenset(path.read_text(encoding="utf-8").split())
 
 
 @lru_cache(maxsize=4)
 def _identifier(languages: tuple[str, ...]) -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    written = [name for name, ours in _SPELT_AS.items() if ours in languages and name in model.labels]
-    model.set_languages([name for name in languages if name in model.labels] + written)
+    langid = need("py3langid.langid", "data", "language identification")
+    model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    spellings = [name for name, code in _SPELT_AS.items() if code in languages and name in model.labels]
+    model.set_languages([name for name in languages if name in model.labels] + spellings)
     return model
 
 
 @lru_cache(maxsize=1)
 def known_languages() -> frozenset[str]:
-    """Every language that can be identified."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    labels = LanguageIdentifier.from_model_file(MODEL_FILE).labels
+    """All languages that can be identified."""
+    langid = need("py3langid.langid", "data", "language identification")
+    labels = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE).labels
     return frozenset(_SPELT_AS.get(name, name) for name in labels)

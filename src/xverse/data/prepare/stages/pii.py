@@ -1,9 +1,8 @@
 """Personal data: e-mail, public IP addresses, phone, card and identity numbers become placeholders.
 
-Numbers have to prove themselves: cards by their Luhn digit and their issuer's prefix, Chinese identity
-numbers by date and check digit (GB 11643), IBANs by ISO 7064, IP addresses by being public. Telephone numbers
-are taken where they are written as such: with +, with separators, after a word for them, or as a Chinese
-mobile number.
+Numbers are verified: cards by Luhn digit and issuer prefix, Chinese identity numbers by date and check digit
+(GB 11643), IBANs by ISO 7064, IP addresses by being public. Telephone numbers are recognised by their
+notation: with +, with separators, after a word for them, or as a Chinese mobile number.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ _DIGITS = re.compile(r"\d[\d .()-]{5}", re.ASCII)
 
 
 def scrub(text: str) -> tuple[str, dict[str, int]]:
-    """The text with placeholders in place of personal data, and how many of each kind there were."""
-    found: dict[str, int] = {}
+    """The text with placeholders for personal data, and the number of each kind."""
+    counts: dict[str, int] = {}
 
     def put(mark: str) -> str:
-        found[mark] = found.get(mark, 0) + 1
+        counts[mark] = counts.get(mark, 0) + 1
         return mark
 
     if "@" in text:
@@ -62,18 +61,18 @@ def scrub(text: str) -> tuple[str, dict[str, int]]:
     if text.count(":") > 1:
         text = _IPV6.sub(lambda match: put(IP) if _public(match[0]) else match[0], text)
     if not _DIGITS.search(text):
-        return text, found
+        return text, counts
     text = _IPV4.sub(lambda match: put(IP) if _public(match[0]) else match[0], text)
     text = _IDENTITY.sub(lambda match: put(IDENTITY) if is_identity(match[0]) else match[0], text)
     text = _IBAN.sub(lambda match: put(IBAN) if is_iban(match[0]) else match[0], text)
     text = _CARD.sub(lambda match: put(CARD) if is_card(match[0]) else match[0], text)
     text = _PHONE.sub(lambda match: put(PHONE) if _phone_digits(match[0]) else match[0], text)
     text = _SPOKEN.sub(lambda match: match[1] + (put(PHONE) if _phone_digits(match[2]) else match[2]), text)
-    return text, found
+    return text, counts
 
 
 def is_card(text: str) -> bool:
-    """Whether the digits in a text pass Luhn's check (ISO/IEC 7812-1) and are not all alike."""
+    """Whether the digits in a text pass Luhn's check (ISO/IEC 7812-1) and are not all equal."""
     digits = [int(character) for character in text if character.isdigit()]
     if not 13 <= len(digits) <= 19 or len(set(digits)) < 2:
         return False
@@ -82,7 +81,7 @@ def is_card(text: str) -> bool:
 
 
 def is_identity(text: str) -> bool:
-    """Whether 18 characters are a Chinese identity number: a real date of birth and the right check digit."""
+    """Whether 18 characters are a Chinese identity number: a valid date of birth and check digit."""
     try:
         datetime.date(int(text[6:10]), int(text[10:12]), int(text[12:14]))
     except ValueError:

@@ -1,9 +1,9 @@
 """Quality filters: rules of Gopher, C4 and FineWeb, with thresholds by language.
 
 Rae et al. 2021 (arXiv 2112.11446, table A1), Raffel et al. 2019 (1910.10683, section 2.2), Penedo et al. 2024
-(2406.17557, section 3.6). Their figures are for English. Here words are counted as the language writes them:
-Chinese, Japanese and Thai have no spaces, so their text is measured in characters, its letters are looked for
-in its own script, and sentences end with 。！？, or in Thai with nothing at all.
+(2406.17557, section 3.6). Their thresholds are for English. Text without spaces between words (Chinese,
+Japanese, Thai) is measured in characters, with a minimum share of its script; sentences end with 。！？, in
+Thai with no mark.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _BLOCKED = (
 
 @dataclass
 class Rules:
-    """Thresholds of one language; a rule whose threshold is None is off.
+    """Thresholds of one language; None disables a rule.
 
-    ``min_words`` and ``max_words`` count characters where there are no spaces between words; the mean word
-    length does not apply there. Shares are of 1.
+    ``min_words`` and ``max_words`` count characters in scripts without spaces; the mean word length does not
+    apply there. Shares are between 0 and 1.
     """
 
     min_words: int | None = 50
@@ -91,15 +91,15 @@ _BY_LANGUAGE: dict[str, dict[str, float | None]] = {
 
 @dataclass
 class QualityStage:
-    """``all``: thresholds in place of the built-in ones for every language; ``languages``: for one."""
+    """Thresholds that replace the built-in ones: ``all`` for every language, ``languages`` for one."""
 
     all: dict[str, float | None] = field(default_factory=dict)
     languages: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = [each.name for each in fields(Rules)]
-        for given in (self.all, *self.languages.values()):
-            unknown = next((name for name in given if name not in known), None)
+        known = [rule.name for rule in fields(Rules)]
+        for changes in (self.all, *self.languages.values()):
+            unknown = next((name for name in changes if name not in known), None)
             if unknown is not None:
                 raise ValueError(f"quality: unknown rule '{unknown}' (known: {', '.join(known)})")
 
@@ -115,7 +115,7 @@ def make_rules(language: str, changes: Mapping[str, float | None] | None = None)
 
 
 def quality(text: str, language: str, rules: Rules) -> str | None:
-    """Why a text is to be dropped (the name of the first rule that it breaks), or None."""
+    """The name of the first rule that a text breaks, for which it is dropped; None if it breaks none."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         return "min_words"
@@ -146,8 +146,8 @@ def _words_reason(text: str, rules: Rules, language: str) -> str | None:
     if _under(sum(any(map(str.isalpha, word)) for word in words) / count, rules.min_letter_words):
         return "min_letter_words"
     if rules.min_stop_words is not None and language in _STOP:
-        found = _stop_words(language).intersection(map(str.lower, words))
-        if len(found) < rules.min_stop_words:
+        stop_words = _stop_words(language).intersection(map(str.lower, words))
+        if len(stop_words) < rules.min_stop_words:
             return "min_stop_words"
     return None
 
@@ -187,7 +187,7 @@ def _repetition_reason(text: str, lines: Sequence[str], rules: Rules, unspaced: 
         return "max_same_lines"
     if _over(again / sum(map(len, lines)), rules.max_same_line_characters):
         return "max_same_line_characters"
-    # Of n words, or of twice as many characters where words have no spaces between them.
+    # N-grams of words, or of twice as many characters in scripts without spaces.
     words: Sequence[str] = "".join(text.split()) if unspaced else text.split()
     total = len(words) if unspaced else sum(map(len, words))
     short, long = (4, 20) if unspaced else (2, 10)
@@ -210,7 +210,7 @@ def _under(value: float, limit: float | None) -> bool:
 
 
 def _repeated_share(words: Sequence[str], n: int) -> int:
-    """How many characters stand in n-grams that stood before, each counted once."""
+    """The number of characters in repeated n-grams, without overlaps."""
     seen: set[int] = set()
     repeated, position = 0, 0
     while position + n <= len(words):
@@ -235,5 +235,5 @@ def _stop_words(language: str) -> frozenset[str]:
 
 @lru_cache(maxsize=64)
 def _script(language: str) -> re.Pattern[str] | None:
-    """What the letters of a language without spaces look like; None where words have spaces between them."""
+    """The letters of a language without spaces between words; None for other languages."""
     return re.compile(f"[{_SCRIPTS[language]}]") if language in _SCRIPTS else None

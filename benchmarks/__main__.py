@@ -1,0 +1,78 @@
+"""``python -m benchmarks NAME [options]``, from the root of the checkout: run one study or comparison.
+
+The benchmarks of ``xverse bench`` are reached by their names too, and ``all`` runs those that it runs without
+a name. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from xverse import cli
+from xverse.bench.report import finish
+from xverse.commands.bench import BENCHMARKS
+from xverse.config import UserError, nearest
+
+# name: (module, what it measures)
+STUDIES = {
+    "checkpoint": (
+        "studies.checkpoint",
+        "how long checkpoints stall a training run, and how long resuming takes",
+    ),
+    "data": (
+        "studies.data",
+        "preparing text: shards beside the tokenizers library, the pipeline, its stages",
+    ),
+    "finetune": ("studies.finetune", "fine-tuning beside transformers' and trl's trainers; memory of QLoRA"),
+    "finetune-quality": ("studies.finetune_quality", "held-out losses after fine-tuning, by method"),
+    "float8": ("studies.float8", "pretraining in FP8 beside bfloat16: loss curves and speed; needs CUDA"),
+    "footprint": ("studies.footprint", "memory and time of a quantised model from end to end"),
+    "gptq": ("studies.gptq", "time of GPTQ on layers of a shape"),
+    "load": ("studies.load", "peak memory while loading a model, beside the size of its weights"),
+    "parallel": ("studies.parallel", "peak memory of each process under each layout of two processes"),
+    "plan": ("studies.plan", "the planner's cost model beside published measurements, and its fit"),
+    "scale": ("studies.scale", "what a run of up to 1,024 processes costs its process 0, by simulation"),
+    "soak": ("studies.soak", "the server under mixed load with clients that hang up: memory, blocks, errors"),
+    "survival": ("studies.survival", "kill -9 of random processes under torchrun: steps lost, recovery time"),
+    "tokenizer": ("studies.tokenizer", "training a tokenizer beside the tokenizers library's trainer"),
+    "peers": ("peers.run", "the engine beside llama.cpp and transformers"),
+    "peers-serving": ("peers.serving", "the server beside llama.cpp"),
+    "peers-evaluation": ("peers.evaluation", "scoring MMLU beside lm-evaluation-harness"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one study; returns the exit code."""
+    name, *rest = argv or ["--help"]
+    if name == "all":
+        return cli.main(["bench"])
+    if name in BENCHMARKS:
+        return cli.main(["bench", *argv])
+    if name in ("-h", "--help"):
+        print("usage: python -m benchmarks NAME [options]   (NAME --help for its options)\n\nnames:")
+        for known, (_, text) in STUDIES.items():
+            print(f"  {known:<17} {text}")
+        print(f"  {', '.join(BENCHMARKS)}: as xverse bench; all: those in turn")
+        return 0
+    try:
+        if name not in STUDIES:
+            raise UserError(f"unknown name '{name}'{nearest(name, [*STUDIES, *BENCHMARKS])}")
+        path, text = STUDIES[name]
+        module = importlib.import_module(f"benchmarks.{path}")
+        parser = cli.Parser(
+            prog=f"benchmarks {name}",
+            description=f"{text[0].upper()}{text[1:]}.",
+            formatter_class=cli.HelpFormatter,
+        )
+        module.arguments(parser)
+        finish(module.run(parser.parse_args(rest)))
+    except UserError as error:
+        print(f"benchmarks {name}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

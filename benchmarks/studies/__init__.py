@@ -1,0 +1,1 @@
+"""One-off measurements, one module each with ``arguments(parser)`` and ``run(args) -> figures``."""

@@ -1,0 +1,1 @@
+"""Programs that a study runs in a process of their own."""

@@ -1,0 +1,47 @@
+"""Command-line flags that several benchmarks share. Imports nothing heavy: ``--help`` reads it."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, as a flag's value."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
+    return int(text)
+
+
+def add_model(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
+
+
+def add_shape(parser: argparse._ActionsContainer, default: str | None = None) -> None:
+    """Without ``default`` beside ``--model``, which it replaces."""
+    text = "a named shape" if default else "a named shape with random weights, such as 7b"
+    parser.add_argument("--shape", default=default, metavar="S", help=text)
+
+
+def add_quantize(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights while loading")
+
+
+def add_batch(parser: argparse._ActionsContainer, rows: int, length: int) -> None:
+    parser.add_argument("--batch-size", type=positive, default=rows, metavar="N", help="sequences per step")
+    parser.add_argument(
+        "--sequence-length", type=positive, default=length, metavar="N", help="tokens per sequence"
+    )
+
+
+def add_rounds(parser: argparse._ActionsContainer, default: int) -> None:
+    parser.add_argument(
+        "--rounds", type=positive, default=default, metavar="N", help="rounds to take medians of"
+    )
+
+
+def add_threads(parser: argparse._ActionsContainer, default: str = "all usable cores") -> None:
+    parser.add_argument("--threads", type=positive, metavar="N", help=f"CPU threads (default: {default})")
+
+
+def add_directory(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--directory", metavar="DIR", help="where temporary files go (default: $TMPDIR)")

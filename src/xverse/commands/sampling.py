@@ -1,0 +1,47 @@
+"""Flags for the sampling parameters, derived from ``SamplingParams``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from xverse.config import UserError
+from xverse.engine.sampling_params import CHAT, PARAMS, SamplingParams
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """A flag for each parameter; those that are not given are absent from the namespace."""
+    group = parser.add_argument_group(
+        "sampling",
+        f"{purpose}. Parameters that are not given come from the model's generation_config.json, or else "
+        "have the value in parentheses.",
+    )
+    group.add_argument(
+        "--greedy",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="always take the most probable token: --temperature 0",
+    )
+    for name, param in PARAMS.items():
+        if param.api_only:
+            continue
+        default = getattr(CHAT, name)
+        options: dict[str, Any] = {"action": "append"} if param.kind is str else {"type": param.kind}
+        group.add_argument(
+            param.flag,
+            default=argparse.SUPPRESS,
+            metavar=param.metavar,
+            help=param.help[0] + (f" ({default:g})" if default not in (None, ()) else ""),
+            **options,
+        )
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The parameters that the command line sets. Raises UserError for a value out of range."""
+    given = {name: getattr(args, name) for name in PARAMS if hasattr(args, name)}
+    if hasattr(args, "greedy"):
+        if "temperature" in given:
+            raise UserError("--greedy and --temperature are mutually exclusive")
+        given["temperature"] = 0.0
+    SamplingParams(**given)
+    return given

@@ -1,0 +1,157 @@
+"""A model directory whose files are each read once, when first used."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xverse.config import UserError, nearest
+from xverse.formats.schemes import Scheme, quantization_of
+from xverse.formats.weights import TensorFiles, listed, read_object, weight_files
+from xverse.hub.resolve import resolve
+from xverse.model import XverseConfig
+
+if TYPE_CHECKING:
+    from xverse.tokenizer import Tokenizer
+
+# What a Llama config means where it leaves a key out (transformers' LlamaConfig); XVERSE's defaults differ.
+LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
+
+
+class ModelDirectory:
+    """Config, generation config, quantisation scheme, weight files and tokenizer of a directory.
+
+    Nothing is read before it is used, and nothing twice. ``name`` is how the user named the model:
+    ``nano``, a hub id or the path.
+    """
+
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        self.path = Path(path)
+        self.name = name or str(path)
+
+    @classmethod
+    def of(cls, source: str | Path | ModelDirectory) -> ModelDirectory:
+        """``source`` itself, or the directory at this path."""
+        return source if isinstance(source, ModelDirectory) else cls(source)
+
+    @classmethod
+    def named(cls, model: str | Path | ModelDirectory) -> ModelDirectory:
+        """The directory of ``nano``, a path or a hub id; raises UserError as ``resolve`` does."""
+        return cls(resolve(model), model) if isinstance(model, str) else cls.of(model)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """``config.json`` as stored. Raises UserError where this is not a model directory."""
+        return read_object(check_directory(self.path) / "config.json")
+
+    @property
+    def model_type(self) -> str:
+        """``xverse``, ``llama`` or another publisher's, as ``config.json`` has it."""
+        return str(self.values.get("model_type"))
+
+    @cached_property
+    def config(self) -> XverseConfig:
+        """The shape of the model, XVERSE's own or a Llama-named one of the same structure.
+
+        Raises UserError that names what does not fit: another model type, biases, grouped-query attention,
+        tied embeddings, weights quantised in an unsupported way.
+        """
+        file, values = self.path / "config.json", self.values
+        if self.model_type not in ("xverse", "llama"):
+            stored = values.get("model_type")
+            raise UserError(f"{file}: model_type {stored!r} is neither 'xverse' nor 'llama'")
+        if values.get("num_experts"):
+            raise UserError(f"{file}: a mixture of experts (num_experts) is not supported")
+        _ = self.scheme  # an unsupported one is reported here already
+        if self.model_type == "llama":
+            values = {**LLAMA_DEFAULTS, **values}
+        config = XverseConfig.from_json(values, str(file))
+        head_dim = values.get("head_dim") or config.head_dim
+        if head_dim != config.head_dim:
+            raise UserError(f"{file}: head_dim {head_dim} is not hidden_size / num_attention_heads")
+        return config
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        """How the weights are quantised, or None. Raises UserError for an unsupported method."""
+        return quantization_of(self.path, self.values)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """``generation_config.json``; empty if there is none."""
+        file = self.path / "generation_config.json"
+        return read_object(file) if file.exists() else {}
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The weight files in the index's order. Raises UserError where any is missing."""
+        return weight_files(self.path)
+
+    @cached_property
+    def tensors(self) -> TensorFiles:
+        """The stored tensors by name."""
+        return TensorFiles(self.weight_files)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, repaired in memory if it is one that XVERSE published broken.
+
+        Raises UserError if there is none or if its ids exceed the model's vocabulary. The directory may hold
+        nothing but a tokenizer.
+        """
+        from xverse.tokenizer import Tokenizer
+
+        if not (self.path / "tokenizer.json").is_file():
+            raise UserError(f"{self}: has no tokenizer.json; copy it from the model's published directory")
+        tokenizer = Tokenizer.load(self.path)
+        if (self.path / "config.json").exists():
+            check_vocabulary(tokenizer, self.config, self.path)
+        return tokenizer
+
+
+def check_directory(path: str | Path) -> Path:
+    """``path`` as a Path. Raises UserError if it is not a model directory, with what it holds instead."""
+    path = Path(path)
+    if not path.exists():
+        siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such directory{nearest(path.name, siblings)}")
+    if not path.is_dir():
+        raise UserError(f"{path}: is a file; give the model directory that holds config.json")
+    if not (path / "config.json").exists():
+        names = sorted(item.name for item in path.iterdir())
+        holds = f"it holds {listed(names)}" if names else "it is empty"
+        raise UserError(f"{path}: not a model directory: no config.json ({holds})")
+    return path
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: XverseConfig, where: str | Path) -> None:
+    """Raise UserError if the tokenizer has ids that the model has no embedding for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
+            "they do not belong together"
+        )
+
+
+def read_config(source: str | Path | ModelDirectory) -> XverseConfig:
+    """``ModelDirectory.config`` of a path."""
+    return ModelDirectory.of(source).config
+
+
+def read_scheme(source: str | Path | ModelDirectory) -> Scheme | None:
+    """``ModelDirectory.scheme`` of a path."""
+    return ModelDirectory.of(source).scheme
+
+
+def read_generation_config(source: str | Path | ModelDirectory) -> dict[str, Any]:
+    """``ModelDirectory.generation_config`` of a path."""
+    return ModelDirectory.of(source).generation_config
+
+
+def load_tokenizer(source: str | Path | ModelDirectory) -> Tokenizer:
+    """``ModelDirectory.tokenizer`` of a path."""
+    return ModelDirectory.of(source).tokenizer

@@ -1,0 +1,171 @@
+"""Quantised model directories: read into quantised layers, or dequantised; written tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from xverse.config import UserError
+from xverse.formats.compressed import (
+    EMBEDDING,
+    METHOD,
+    StoredRows,
+    pack,
+    quantization_config,
+    read_scheme,
+)
+from xverse.formats.gptq import read_gptq_scheme
+from xverse.formats.weights import SafetensorsWriter, TensorFiles, dtype_name, read_object
+from xverse.kernels.linear import QuantEmbedding, QuantLinear
+from xverse.kernels.tiles import from_rows, kernel_group_size, tile_rows
+from xverse.kernels.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from xverse.model import XverseConfig
+
+GPTQ_CONFIG = "quantize_config.json"  # of AutoGPTQ, before config.json had quantization_config
+
+
+class Scheme(Protocol):
+    """A way in which quantised matrices are stored. ``marker`` ends the name of one tensor of each."""
+
+    marker: str
+
+    def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows: ...
+
+
+def quantization_of(path: Path, values: Mapping[str, Any]) -> Scheme | None:
+    """How the weights of a directory with ``config.json`` ``values`` are quantised; None: they are not.
+
+    Raises UserError, in one line that names it, for a kind that is not supported.
+    """
+    stated = values.get("quantization_config")
+    where = path / "config.json"
+    if stated is None and (path / GPTQ_CONFIG).is_file():
+        where = path / GPTQ_CONFIG
+        stated = {"quant_method": "gptq", **read_object(where)}
+    if stated is None:
+        return None
+    return scheme_of(stated, where)
+
+
+def scheme_of(stated: Any, where: str | Path) -> Scheme:
+    """The scheme of a ``quantization_config``. Raises UserError as ``quantization_of``."""
+    if not isinstance(stated, dict):
+        raise UserError(f"{where}: quantization_config is not an object")
+    method = stated.get("quant_method")
+    if method == METHOD:
+        return read_scheme(stated, where)
+    if method == "gptq":
+        return read_gptq_scheme(stated, where)
+    named = f"({method})" if method else "of an unnamed method"
+    raise UserError(f"{where}: quantised weights {named} are not supported; use the unquantised model")
+
+
+def quantized_names(files: TensorFiles, scheme: Scheme) -> list[str]:
+    """The modules whose weights are quantised, in the files' order."""
+    suffix = f".{scheme.marker}"
+    return [name.removesuffix(suffix) for name in files.names if name.endswith(suffix)]
+
+
+def load_layers(
+    model: nn.Module, files: TensorFiles, scheme: Scheme, dtype: torch.dtype, where: Path
+) -> None:
+    """Put quantised layers in the place of those of ``model`` whose weights ``files`` hold quantised.
+
+    One matrix at a time is read, tiled and dropped, so that no more than one of them is there twice. The
+    embedding's rows stay in the mapped file: of it only what is looked up becomes resident. ``dtype`` is what
+    the embedding gives. Raises UserError in one line for a damaged tensor and for one of no layer.
+    """
+    for name in quantized_names(files, scheme):
+        layer = layer_of(model, name, where)
+        shape = (layer.weight.shape[0], layer.weight.shape[1])
+        set_layer(model, name, quantized_layer(read_stored(files, scheme, name, shape, where), layer, dtype))
+
+
+def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The quantised layer that computes what ``layer`` does with the weight ``stored``."""
+    if isinstance(layer, nn.Embedding):
+        return QuantEmbedding(stored.rows, stored.scales, stored.bits, dtype)
+    inputs = stored.rows.shape[1] * 8 // stored.bits
+    group = inputs // stored.scales.shape[1]
+    repeat = group // kernel_group_size(group)
+    scales = stored.scales.repeat_interleave(repeat, dim=1) if repeat > 1 else stored.scales
+    with torch.device("meta"):
+        module = QuantLinear(inputs, stored.scales.shape[0], stored.bits, group)
+    module.tiles = tile_rows(stored.rows, scales, stored.bits)
+    if stored.order is not None:
+        module.order = stored.order
+    return module
+
+
+def dequantized(
+    files: TensorFiles, scheme: Scheme, name: str, shape: tuple[int, int], dtype: torch.dtype, where: Path
+) -> Tensor:
+    """The weight [N, K] of a module as plain numbers."""
+    stored = read_stored(files, scheme, name, shape, where)
+    weight = from_rows(stored.rows, stored.scales, stored.bits).dequantize().to(dtype)
+    return weight if stored.order is None else torch.empty_like(weight).index_copy_(1, stored.order, weight)
+
+
+def layer_of(model: nn.Module, name: str, where: Path) -> Any:
+    """The linear or embedding ``name`` of a model. Raises UserError where it has none of that name."""
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, (nn.Linear, nn.Embedding)):
+        raise UserError(f"{where}: the weights do not fit config.json: unexpected {name}")
+    return layer
+
+
+def set_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Replace the module ``name`` of ``model``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def read_stored(
+    files: TensorFiles, scheme: Scheme, name: str, shape: tuple[int, int], where: Path
+) -> StoredRows:
+    """``scheme.read`` with ``where`` in the message of what is wrong."""
+    try:
+        return scheme.read(files, name, shape)
+    except UserError as error:
+        if str(where) in str(error):  # it names the file already
+            raise
+        raise UserError(f"{where}: {error}") from None
+
+
+def write_quantized(
+    tensors: Iterable[tuple[str, Tensor | QuantizedWeight]],
+    config: XverseConfig,
+    directory: Path,
+    max_shard_bytes: int,
+) -> dict[str, Any]:
+    """Write the weights of a model, as they come, into ``directory``; returns the keys for config.json.
+
+    Tensors that are not quantised keep their type. The keys are ``quantization_config`` and ``torch_dtype``.
+    """
+    tensors_at_most = 27 * config.num_hidden_layers + 12
+    writer = SafetensorsWriter(directory, tensors_at_most, max_shard_bytes)
+    kinds: dict[str, tuple[int, int, int]] = {}
+    plain: list[str] = []
+    dtype = torch.bfloat16
+    for name, tensor in tensors:
+        module = name.removesuffix(".weight")
+        if isinstance(tensor, QuantizedWeight):
+            kinds[module] = (tensor.bits, tensor.q.shape[1], tensor.scales.shape[1])
+            for suffix, part in pack(tensor).items():
+                writer.add(f"{module}.{suffix}", part)
+        else:
+            if tensor.dim() == 2 and module != EMBEDDING:
+                plain.append(module)
+            dtype = tensor.dtype
+            writer.add(name, tensor)
+    writer.close()
+    return {"torch_dtype": dtype_name(dtype), "quantization_config": quantization_config(kinds, plain)}

@@ -1,0 +1,347 @@
+"""Reading text, JSON and JSON lines: the only module that opens, decompresses and decodes such files.
+
+Files are UTF-8, with or without a byte order mark, plain or compressed (``.gz``, ``.zst``). Without a
+``report``, a function raises UserError at the first problem, naming the file and the line. With one, it skips
+damaged input, counts it in the report and holds no more than one line, or 64 KB of a text file, in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from xverse.config import UserError, need
+
+BOM = b"\xef\xbb\xbf"
+COMPRESSED = (".gz", ".zst")
+TEXT_KINDS = (".txt", ".jsonl")
+MAX_LINE_BYTES = 64_000_000
+BLOCK = 1 << 16  # bytes of a .txt file that make one text
+LONGEST_TEXT_LINE = 1 << 20
+LISTED = 1_000  # skipped lines that are listed, of each file; the others are only counted
+
+KINDS = {
+    "bad_utf8": "invalid UTF-8",
+    "bad_json": "invalid JSON",
+    "no_text": "without a text",
+    "bad_lang": "with an unusable lang",
+    "empty": "empty",
+    "too_long": "too long",
+}
+
+
+@dataclass
+class ReadReport:
+    """What was read from a file and what was skipped, in lines.
+
+    ``bad_lines``: the first skipped lines, as (line from 1, reason); ``broken_files``: how a file breaks off.
+    """
+
+    read: int = 0
+    bytes: int = 0
+    bad_utf8: int = 0
+    bad_json: int = 0
+    no_text: int = 0
+    bad_lang: int = 0
+    empty: int = 0
+    too_long: int = 0
+    broken_files: list[str] = field(default_factory=list)
+    bad_lines: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        return sum(getattr(self, kind) for kind in KINDS)
+
+    def skip(self, kind: str, line: int) -> None:
+        """Count a skipped line; ``kind`` is a key of KINDS."""
+        setattr(self, kind, getattr(self, kind) + 1)
+        if len(self.bad_lines) < LISTED:
+            self.bad_lines.append((line, KINDS[kind]))
+
+    def describe(self) -> str:
+        """One line such as ``2 lines skipped: 1 invalid UTF-8, 1 invalid JSON``; empty if all was well."""
+        parts = [f"{getattr(self, kind)} {text}" for kind, text in KINDS.items() if getattr(self, kind)]
+        lines = [f"{self.skipped} lines skipped: {', '.join(parts)}"] if parts else []
+        return "; ".join(lines + self.broken_files)
+
+
+def stem(path: str | Path) -> str:
+    """A file's name without its format and compression: ``en`` of en.jsonl.gz."""
+    name = Path(path).name
+    for suffix in (*COMPRESSED, *TEXT_KINDS, ".json"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def kind_of(path: Path) -> str:
+    """The format's suffix of a name, without compression: ``.jsonl`` of en.jsonl.gz."""
+    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def find_files(names: Iterable[str | Path]) -> list[Path]:
+    """The named files; of a folder, the text files in it, by name.
+
+    Raises UserError for a file that is missing, unreadable or of another kind, and for a folder without any.
+    """
+    paths: list[Path] = []
+    for path in map(Path, names):
+        if path.is_dir():
+            visible = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+            files = [file for file in visible if kind_of(file) in TEXT_KINDS]
+            if not files:
+                raise UserError(f"{path}: no .txt or .jsonl files in this folder")
+        else:
+            files = [path]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file}: no such file")
+            if not os.access(file, os.R_OK):
+                raise UserError(f"{file}: cannot be read (no permission)")
+            if kind_of(file) not in TEXT_KINDS:
+                raise UserError(f"{file}: expected a .txt or .jsonl file, plain or compressed (.gz, .zst)")
+        paths += files
+    return paths
+
+
+def open_binary(path: str | Path) -> BinaryIO:
+    """Open a file for reading; ``.gz`` and ``.zst`` are decompressed. Raises UserError if that fails."""
+    path = Path(path)
+    try:
+        if path.suffix == ".gz":
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        if path.suffix == ".zst":
+            zstandard = need("zstandard", "data", str(path))
+            file = path.open("rb")
+            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
+            return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 20))
+        return path.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def _damage(path: str | Path, report: ReadReport | None) -> Iterator[None]:
+    """Record in the report that a compressed stream breaks off.
+
+    Raises UserError for I/O errors, and for a broken stream where there is no report.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)):
+            reason = f"broken gzip stream ({str(error).rstrip('.')})"
+        elif type(error).__name__ == "ZstdError":  # of a library that only .zst files need
+            reason = f"broken zstd stream ({error})"
+        elif isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        else:
+            raise
+        if report is None:
+            raise UserError(f"{path}: {reason}") from None
+        report.broken_files.append(reason)
+
+
+def read_text(path: str | Path) -> str:
+    """The whole text of a file. Raises UserError where it cannot be read or is not UTF-8."""
+    with open_binary(path) as stream, _damage(path, None):
+        data = stream.read()
+    try:
+        return data.removeprefix(BOM).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: invalid UTF-8 at byte {error.start}") from None
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value of a JSON text; ``where`` names its source. Raises UserError for invalid JSON or UTF-8."""
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text)
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: invalid UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: invalid JSON ({error})") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file. Raises UserError where it cannot be read or is not valid."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_jsonl(
+    path: str | Path, report: ReadReport | None = None, limit: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON-lines file with their line numbers from 1; blank lines are ignored."""
+    for number, line in read_lines(path, report, limit):
+        if line.strip():
+            try:
+                yield number, json.loads(line.decode())
+            except UnicodeDecodeError:
+                _skip(report, "bad_utf8", path, number)
+            except (ValueError, RecursionError) as error:
+                _skip(report, "bad_json", path, number, f" ({error})")
+
+
+def read_records(path: str | Path, report: ReadReport | None = None) -> Iterator[tuple[int, Any]]:
+    """The items of a JSON array, or the values of JSON lines, with their numbers from 1.
+
+    Raises UserError for an array that is not valid JSON, with a report too.
+    """
+    with open_binary(path) as stream, _damage(path, None):
+        array = stream.read(1 << 16).removeprefix(BOM).lstrip()[:1] == b"["
+    yield from enumerate(read_json(path), 1) if array else read_jsonl(path, report)
+
+
+def read_csv(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file with the number of their last line from 1. Raises UserError for invalid CSV."""
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: invalid CSV ({error})") from None
+
+
+def read_lines(
+    path: str | Path, report: ReadReport | None = None, limit: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers from 1, each of at most ``limit`` bytes.
+
+    A longer line is skipped without being held in memory; a stream that breaks ends there. Raises UserError
+    where the file cannot be opened, and without a report in those two cases.
+    """
+    number = 0
+    with open_binary(path) as stream, _damage(path, report):
+        while line := stream.readline(limit + 1):
+            number += 1
+            if len(line) > limit and not line.endswith(b"\n"):
+                while (rest := stream.readline(limit)) and not rest.endswith(b"\n"):
+                    pass
+                _skip(report, "too_long", path, number)
+                continue
+            yield number, line.removeprefix(BOM) if number == 1 else line
+
+
+def _skip(report: ReadReport | None, kind: str, path: str | Path, number: int, detail: str = "") -> None:
+    if report is None:
+        raise UserError(f"{path}, line {number}: {KINDS[kind]}{detail}") from None
+    report.skip(kind, number)
+
+
+def row_text(row: object, number: int, report: ReadReport, key: str = "text") -> str | None:
+    """The text under ``key`` of a row of any format; None, counted in the report, where it has none."""
+    text = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        report.skip("no_text", number)
+    elif not text.strip():
+        report.skip("empty", number)
+    elif not _encodable(text):
+        report.skip("bad_utf8", number)
+    else:
+        return text
+    return None
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()  # JSON can escape half a surrogate pair, which UTF-8 cannot hold
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def load_texts(path: str | Path) -> list[str]:
+    """All texts of a file: a ``.txt`` file is one, each line of a ``.jsonl`` file has one under "text".
+
+    Raises UserError for anything that is not as described, and for a file without text.
+    """
+    path = Path(path)
+    if kind_of(path) == ".jsonl":
+        texts = []
+        for number, row in read_jsonl(path):
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise UserError(f'{path}, line {number}: expected a JSON object with a "text"')
+            texts.append(row["text"])
+    else:
+        texts = [read_text(path)]
+    if not any(text.strip() for text in texts):
+        raise UserError(f"{path}: is empty")
+    return texts
+
+
+def read_texts(path: Path, report: ReadReport, begin: int = 0, end: int = -1) -> Iterator[bytes]:
+    """The texts of a file in valid UTF-8, none empty: each line of ``.jsonl``, otherwise blocks of 64 KB.
+
+    A block ends at a line's end; a line above 1 MB is cut between characters. ``begin`` and ``end`` (-1: all)
+    choose the lines of an uncompressed .txt file that begin in these bytes. Raises UserError where the file
+    cannot be read.
+    """
+    if kind_of(path) == ".jsonl":
+        rows = read_jsonl(path, report)
+        values = (row_text(row, number, report) for number, row in rows)
+        blocks: Iterator[bytes] = (value.encode() for value in values if value is not None)
+    else:
+        blocks = _blocks(path, report, begin, end)
+    for block in blocks:
+        report.read += 1
+        report.bytes += len(block)
+        yield block
+
+
+def _blocks(path: Path, report: ReadReport, begin: int, end: int) -> Iterator[bytes]:
+    with open_binary(path) as stream, _damage(path, report):
+        for number, block in enumerate(_cut(stream, begin, end)):
+            if number == begin == 0 and not (block := block.removeprefix(BOM)):
+                continue
+            if _is_utf8(block):
+                yield block
+                continue
+            lines = block.splitlines(keepends=True)
+            valid = [line for line in lines if _is_utf8(line)]
+            report.bad_utf8 += len(lines) - len(valid)
+            if valid:
+                yield b"".join(valid)
+
+
+def _cut(stream: BinaryIO, at: int, end: int) -> Iterator[bytes]:
+    if at:  # an unfinished line belongs to the span before
+        stream.seek(at - 1)
+        while (line := stream.readline(LONGEST_TEXT_LINE)) and not line.endswith(b"\n"):
+            pass
+        at = stream.tell()
+    unfinished = False  # a line that began in this span and was cut
+    while end < 0 or at < end or unfinished:
+        block = stream.read(BLOCK if end < 0 else min(BLOCK, max(end - at, 0)))
+        if not block.endswith(b"\n"):
+            block += stream.readline(LONGEST_TEXT_LINE)
+            if not block.endswith(b"\n"):
+                block += _rest_of_character(stream)
+        if not block:
+            return
+        at, unfinished = at + len(block), not block.endswith(b"\n")
+        yield block
+
+
+def _rest_of_character(stream: BinaryIO) -> bytes:
+    """The bytes up to the next character, so that a cut in a long line falls between characters."""
+    following = stream.read(3)
+    count = next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
+    stream.seek(count - len(following), os.SEEK_CUR)
+    return following[:count]
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

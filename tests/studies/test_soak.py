@@ -1,0 +1,34 @@
+"""The study ``soak``, for seconds instead of minutes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from benchmarks.__main__ import main
+
+pytest.importorskip("fastapi")
+pytest.importorskip("llguidance")
+
+
+def measured(capsys: Any, *flags: str) -> dict[str, Any]:
+    assert main(flags) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_soak(capsys: Any) -> None:
+    found = measured(capsys, "soak", "--minutes", "0.15", "--clients", "4", "--leaving", "0.5")
+    assert found["failed"] == []
+    assert found["alive"]
+    assert sum(found["answered"].values()) > 0
+    assert sum(found["left"].values()) > 0
+    assert found["blocks_held_after"] == 0
+    assert found["engine_failures"] == 0
+
+
+@pytest.mark.parametrize("flags", [["--minutes", "0"], ["--leaving", "2"], ["--model", "/nowhere"]])
+def test_wrong_settings(capsys: Any, flags: list[str]) -> None:
+    assert main(["soak", *flags]) == 2
+    assert flags[1] in capsys.readouterr().err
