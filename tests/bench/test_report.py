@@ -85,7 +85,8 @@ def test_all_goes_on_without_room(capsys: pytest.CaptureFixture[str]) -> None:
             ["soak", "--minutes", "5"],
             "soak: this measurement is in the checkout only: python -m",
         ),
-        (["quant", "--part", "memory"], "python -m benchmarks footprint"),
+        (["quality"], "quality: this measurement is in the checkout only: python -m benchmarks quality"),
+        (["quant", "--part", "memory"], "unknown argument '--part'"),
     ],
 )
 def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
