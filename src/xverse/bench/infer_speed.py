@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,8 @@ from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.cache import position_bytes
 from xverse.engine.load import ONE_THREAD_BELOW
-from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
+from xverse.formats import ModelDirectory, load_model
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
-from xverse.formats.weights import weight_files
 from xverse.hardware import process_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
@@ -66,20 +66,20 @@ def measure_named(
     """
     if draft is not None and (part != "speculation" or shape is not None):
         raise UserError("--draft needs --part speculation and a --model with real weights")
-    path = None if shape else resolve(model)
-    config = read_config(path) if path else named_shape(shape or "")
+    directory = None if shape else ModelDirectory.named(model)
+    config = directory.config if directory else named_shape(shape or "")
     small = config.num_parameters() < FLOAT32_BELOW
     chosen = getattr(torch, dtype) if dtype else torch.float32 if small else torch.bfloat16
     check_context(config, prompt_tokens, new_tokens, batch)
     size = _weight_bytes(config, chosen)
     if quantize:
         size = stored_bytes(config, quick_settings(quantize))
-    elif path and read_scheme(path):
-        size = sum(file.stat().st_size for file in weight_files(path))
+    elif directory and directory.scheme:
+        size = sum(file.stat().st_size for file in directory.weight_files)
     need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE)
-    if path:
-        weights = load_quantizing(path, quantize, chosen) if quantize else load_model(path, chosen)
-        tokenizer = load_tokenizer(path)
+    if directory:
+        load = partial(load_quantizing, directory, quantize) if quantize else partial(load_model, directory)
+        weights, tokenizer = load(dtype=chosen), directory.tokenizer
     else:
         notice(f"infer: generating {size / 1e9:.2f} GB of random weights")
         weights, tokenizer = random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
@@ -91,8 +91,8 @@ def measure_named(
             return decoding.speculation(weights, tokenizer, shape, threads=threads)
         draft_model = None
         if draft is not None:
-            where = resolve(draft)
-            draft_model = load_model(where, chosen), load_tokenizer(where)
+            other = ModelDirectory.named(draft)
+            draft_model = load_model(other, chosen), other.tokenizer
         return decoding.acceptance(weights, tokenizer, model, draft_model, threads=threads)
     return measure(
         weights,

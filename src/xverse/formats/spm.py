@@ -24,6 +24,7 @@ import itertools
 import random
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 from xverse.config import UserError
@@ -49,6 +50,10 @@ class Vocabulary:
     tokens: list[str]
     scores: list[float]
     kinds: list[Kind]
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        return {token: index for index, token in enumerate(self.tokens)}
 
 
 def spm_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
@@ -101,19 +106,48 @@ def spm_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
 
 def spm_encode(vocabulary: Vocabulary, text: str) -> list[int]:
     """The ids that llama.cpp computes for ``text`` without special tokens (``llm_tokenizer_spm``)."""
-    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-    return _encode(vocabulary, ids, text)
+    parts: list[str] = list(text.replace(" ", SPACE))
+    before = list(range(-1, len(parts) - 1))
+    after = [*range(1, len(parts)), -1]
+    queue: list[tuple[float, int, int, int]] = []
+
+    def offer(left: int, right: int) -> None:
+        if left >= 0 and right >= 0:
+            index = vocabulary.ids.get(parts[left] + parts[right])
+            if index is not None:
+                size = len(parts[left]) + len(parts[right])
+                heapq.heappush(queue, (-vocabulary.scores[index], left, right, size))
+
+    for left in range(len(parts) - 1):
+        offer(left, left + 1)
+    while queue:
+        _, left, right, size = heapq.heappop(queue)
+        if not parts[left] or not parts[right] or len(parts[left]) + len(parts[right]) != size:
+            continue
+        parts[left] += parts[right]
+        parts[right] = ""
+        after[left] = after[right]
+        if after[right] >= 0:
+            before[after[right]] = left
+        offer(before[left], left)
+        offer(left, after[left])
+    result: list[int] = []
+    for part in filter(None, parts):
+        index = vocabulary.ids.get(part)
+        result += (
+            [index] if index is not None else [vocabulary.ids[f"<0x{byte:02X}>"] for byte in part.encode()]
+        )
+    return result
 
 
 def random_differences(tokenizer: Tokenizer, vocabulary: Vocabulary, texts: int = 2000) -> int:
     """How many of so many random texts, eight tokens each, get other ids from llama.cpp than from us."""
     chosen = random.Random(0)
-    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     ordinary = [index for index, kind in enumerate(vocabulary.kinds) if kind is Kind.NORMAL]
     different = 0
     for _ in range(texts):
         text = tokenizer.decode(chosen.choices(ordinary, k=8))
-        different += _encode(vocabulary, ids, text) != tokenizer.encode(text)
+        different += spm_encode(vocabulary, text) != tokenizer.encode(text)
     return different
 
 
@@ -173,36 +207,3 @@ def _write_nul_as_byte(tokens: list[str], kinds: list[Kind]) -> None:
             tokens[index], kinds[index] = "<0x00>", Kind.BYTE
         elif "\0" in text:
             tokens[index], kinds[index] = f"[UNREACHED_{index}]", Kind.UNUSED
-
-
-def _encode(vocabulary: Vocabulary, ids: dict[str, int], text: str) -> list[int]:
-    parts: list[str] = list(text.replace(" ", SPACE))
-    before = list(range(-1, len(parts) - 1))
-    after = [*range(1, len(parts)), -1]
-    queue: list[tuple[float, int, int, int]] = []
-
-    def offer(left: int, right: int) -> None:
-        if left >= 0 and right >= 0:
-            index = ids.get(parts[left] + parts[right])
-            if index is not None:
-                size = len(parts[left]) + len(parts[right])
-                heapq.heappush(queue, (-vocabulary.scores[index], left, right, size))
-
-    for left in range(len(parts) - 1):
-        offer(left, left + 1)
-    while queue:
-        _, left, right, size = heapq.heappop(queue)
-        if not parts[left] or not parts[right] or len(parts[left]) + len(parts[right]) != size:
-            continue
-        parts[left] += parts[right]
-        parts[right] = ""
-        after[left] = after[right]
-        if after[right] >= 0:
-            before[after[right]] = left
-        offer(before[left], left)
-        offer(left, after[left])
-    result: list[int] = []
-    for part in filter(None, parts):
-        index = ids.get(part)
-        result += [index] if index is not None else [ids[f"<0x{byte:02X}>"] for byte in part.encode()]
-    return result

@@ -17,7 +17,7 @@ from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.data.watch import ShardWatch
 from xverse.files import atomic_file
-from xverse.formats import load_tokenizer, resolve, save_hf
+from xverse.formats import ModelDirectory, save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train.float8 import check_float8
@@ -193,13 +193,13 @@ def _initial(
     of another shape or with another tokenizer than the data's."""
     if recipe.model is None:
         return empty_model(config), initial_weights(config, recipe.seed)
-    source = resolve(recipe.model)
+    source = ModelDirectory.named(recipe.model)
     model, weights = stored_model(source)
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         found, wanted = getattr(model.config, key), getattr(config, key)
         if found != wanted:
             raise UserError(f"{recipe.model}: {key} {found}, but the recipe's shape has {wanted}")
-    if load_tokenizer(source).hash != tokenizer.hash:
+    if source.tokenizer.hash != tokenizer.hash:
         raise UserError(
             f"{recipe.data} was prepared with another tokenizer than that of {recipe.model}; "
             f"prepare it with tokenizer: {source}"
