@@ -59,7 +59,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     types = GGUF_TYPES if args.format == "gguf" else tuple(TYPES)
     if args.type and args.type not in types:
-        raise UserError(f"--type {args.type}: --format {args.format} supports {', '.join(types)}")
+        raise UserError(
+            f"--type {args.type}: not a type of --format {args.format} (known: {', '.join(types)})"
+        )
     if args.quantize:
         return _export_quantized(args)
     if args.format == "gguf":
@@ -167,7 +169,7 @@ def _export_quantized(args: argparse.Namespace) -> int:
 
 def _export_gguf(args: argparse.Namespace) -> int:
     if args.max_shard_size:
-        raise UserError("--max-shard-size: GGUF is a single file; omit the flag")
+        raise UserError("--max-shard-size: GGUF is one file; omit the flag")
 
     from xverse.formats import ModelDirectory, parity
     from xverse.formats.gguf import check_file, licence_of, open_gguf, save_gguf
