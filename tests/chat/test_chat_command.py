@@ -169,7 +169,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(endless_model: Path, 
         terminal.type("你好\r")
         terminal.wait_for(RECITED)
         terminal.type("\x03")
-        assert "limit" not in terminal.wait_for("stopped; what was said is kept")
+        assert "limit" not in terminal.wait_for("stopped; the reply so far is kept")
         terminal.wait_for(PROMPT)
         terminal.type(f"/save {saved}\r")
         terminal.wait_for("2 messages saved")

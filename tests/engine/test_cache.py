@@ -92,7 +92,7 @@ def test_another_kv_dtype_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> No
 
 
 def test_a_cache_beyond_the_memory_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"take \d+\.\d GB, and .* are free; at most \d+ fit"):
+    with pytest.raises(UserError, match=r"take \d+\.\d GB, but only .* are free; at most \d+ fit"):
         Engine(tiny_model, tiny_tokenizer, max_cache_tokens=10**12)
     with pytest.raises(UserError, match="max_cache_tokens: 0 is out of range"):
         Engine(tiny_model, tiny_tokenizer, max_cache_tokens=0)

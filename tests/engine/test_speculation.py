@@ -151,7 +151,7 @@ def test_seeded_draws_are_the_same(model: Any, close_draft: Any, tiny_tokenizer:
 
 
 def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, tiny_tokenizer: Any) -> None:
-    """Frequencies of the three tokens after a prompt, with and without speculation: chi-squared, 2,000 draws."""
+    """Frequencies of three tokens after a prompt, with and without speculation: chi-squared, 2,000 draws."""
     from collections import Counter
 
     with torch.no_grad():

@@ -79,7 +79,7 @@ CHAT = "/v1/chat/completions"
                 },
             },
             "response_format",
-            "at most 65536",
+            "the limit is 65536",
         ),
     ],
 )
