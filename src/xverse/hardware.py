@@ -308,10 +308,13 @@ def bandwidth_buffer(device: str = "cpu") -> torch.Tensor:
     return torch.ones(size // 4, dtype=torch.float32, device=device)  # [n]
 
 
-def read_bandwidth(buffer: torch.Tensor, threads: int | None = None, seconds: float = 0.4) -> float:
-    """Bytes per second at which ``buffer`` [n] float32 is read, by a sum over it with ``threads`` threads.
+def read_bandwidth(
+    buffer: torch.Tensor, threads: int | None = None, seconds: float = 0.4, best: bool = False
+) -> float:
+    """Bytes per second at which ``buffer`` [n] float32 is read, by a sum over it with ``threads`` threads;
+    the mean, or the ``best`` of the calls.
 
-    The state of a machine's memory can change by almost a factor of two within seconds: sample right before
+    The speed of a machine's memory can change by almost a factor of two within seconds: sample right before
     and after what the figure is compared with.
     """
     import torch
@@ -320,27 +323,35 @@ def read_bandwidth(buffer: torch.Tensor, threads: int | None = None, seconds: fl
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        each = _time_each(buffer.sum, buffer.device.type, seconds)
+        each = _time_each(buffer.sum, buffer.device.type, seconds, best)
     finally:
         torch.set_num_threads(before)
     return buffer.numel() * buffer.element_size() / each
 
 
 def matmul_flops(
-    dtype: torch.dtype, rows: int, inner: int, columns: int, device: str = "cpu", seconds: float = 0.5
+    dtype: torch.dtype,
+    rows: int,
+    inner: int,
+    columns: int,
+    device: torch.device | str = "cpu",
+    seconds: float = 0.5,
+    best: bool = False,
 ) -> float:
-    """FLOP/s of ``[rows, inner] @ [inner, columns]`` in ``dtype``, with the threads that torch has now."""
+    """FLOP/s of ``[rows, inner] @ [inner, columns]`` in ``dtype``, with torch's current number of threads;
+    the mean, or the ``best`` of the calls."""
     import torch
 
     left = torch.randn(rows, inner, device=device).to(dtype)  # [rows, inner]
     right = torch.randn(inner, columns, device=device).to(dtype)  # [inner, columns]
     out = torch.empty(rows, columns, dtype=dtype, device=device)  # [rows, columns]
-    each = _time_each(lambda: torch.matmul(left, right, out=out), device, seconds)
+    each = _time_each(lambda: torch.matmul(left, right, out=out), str(device), seconds, best)
     return 2 * rows * inner * columns / each
 
 
-def _time_each(action: Callable[[], Any], device: str, seconds: float) -> float:
-    """Mean seconds of one call, after one call to warm up, over at least ``seconds``."""
+def _time_each(action: Callable[[], Any], device: str, seconds: float, best: bool) -> float:
+    """Seconds of one call, after one call to warm up, over at least ``seconds``: the mean, or the ``best`` of
+    at least five, which a short disturbance does not change."""
     import torch
 
     def wait() -> None:
@@ -350,6 +361,14 @@ def _time_each(action: Callable[[], Any], device: str, seconds: float) -> float:
     action()
     wait()
     count, batch, start = 0, 1, time.perf_counter()
+    shortest, last = math.inf, start
+    while best:
+        action()
+        wait()
+        now = time.perf_counter()
+        shortest, last, count = min(shortest, now - last), now, count + 1
+        if count >= 5 and now - start >= seconds:
+            return shortest
     while True:
         for _ in range(batch):
             action()

@@ -36,10 +36,11 @@ def recipe_of(path: Path) -> PretrainRecipe:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_for_7b_fit_their_clusters(path: Path) -> None:
+def test_recipes_for_7b_fit_their_clusters(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the mixture's file is named from there
     recipe = recipe_of(path)
     assert recipe.cluster is not None
-    assert recipe.mixture.weights is not None
+    mixture = recipe.mixture.read()
     shape, _ = checked_shape(recipe)
     device = DEVICES[recipe.cluster.device]
     layout = layout_of(recipe.train, recipe.cluster.gpus, shape, recipe.sequence_length, 8)
@@ -47,8 +48,13 @@ def test_recipes_for_7b_fit_their_clusters(path: Path) -> None:
     if recipe.cluster.gpus > 8:
         tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
         assert tokens == pytest.approx(2.6e12, rel=1e-4)
-        assert len(recipe.mixture.weights) == 42
-        assert sum(recipe.mixture.weights.values()) == pytest.approx(100, abs=0.1)
+        assert mixture.categories is not None
+        assert mixture.languages is not None
+        assert len(mixture.languages) == 41
+        assert sum(mixture.categories.values()) == pytest.approx(100, abs=0.1)
+        assert sum(mixture.languages.values()) == pytest.approx(100, abs=0.1)
+    else:
+        assert mixture.weights is not None
 
 
 def test_a_dry_run_of_7b() -> None:

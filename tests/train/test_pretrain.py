@@ -39,7 +39,7 @@ def test_run_leaves_model_curve_and_records(
     }  # fmt: skip
     assert (out / "loss.png").read_bytes().startswith(PNG)
     report = (out / "report.md").read_text()
-    assert "| steps | 6 counted, 0 passed over, 0 times back |" in report
+    assert "| steps | 6 applied, 0 skipped, 0 rollbacks |" in report
     assert "![loss](loss.png)" in report
     assert "MFU unknown" in report or torch.cuda.is_available()
     assert "| checkpoints | 1 held the loop for " in report

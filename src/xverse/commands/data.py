@@ -13,26 +13,57 @@ if TYPE_CHECKING:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="prepare|show")
-    prepare = actions.add_parser("prepare", help="make a tokenizer and token shards from a folder of text")
-    prepare.add_argument("recipe", metavar="RECIPE.yaml", help="corpus, out, vocab_size, …")
+    prepare = actions.add_parser("prepare", help="make a tokenizer and token shards from text")
+    prepare.add_argument("recipe", metavar="RECIPE.yaml", help="recipe; docs/data.md describes its keys")
     prepare.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings in place of the recipe's"
+        "overrides", nargs="*", metavar="key=value", help="settings that override the recipe's"
     )
-    show = actions.add_parser("show", help="a mixture as a tree, or one example coloured by its loss mask")
-    show.add_argument("recipe", nargs="?", metavar="RECIPE|FOLDER", help="a recipe, or a prepared folder")
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the recipe's")
-    show.add_argument("--mixture", metavar="FILE", help="a mixture in place of the recipe's")
+    show = actions.add_parser(
+        "show", help="show a mixture as a tree, or a fine-tuning example coloured by its loss mask"
+    )
     show.add_argument(
-        "--dataset", metavar="D", help="fine-tuning data: a name of dataset_info.json, file or hub id"
+        "recipe",
+        nargs="?",
+        metavar="RECIPE|FOLDER",
+        help="a recipe or a prepared folder, to show its mixture",
     )
-    show.add_argument("--dataset-dir", default="data", metavar="DIR", help="the folder of dataset_info.json")
-    show.add_argument("--stage", choices=["sft", "pt", "dpo"], default="sft", help="how to read --dataset")
-    show.add_argument("--cutoff-len", type=int, default=2048, metavar="N", help="longest example in tokens")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
+    show.add_argument("--mixture", metavar="FILE", help="mixture file that replaces the recipe's mixture")
     show.add_argument(
-        "--identity", nargs="+", default=[], metavar="KEY=VALUE", help="values for {{placeholders}}"
+        "--dataset", metavar="D", help="fine-tuning data: a name in dataset_info.json, a file or a hub id"
     )
-    show.add_argument("--model", default="nano", metavar="M", help="the model whose tokenizer to use")
-    show.add_argument("--index", type=int, default=0, metavar="N", help="which example (from 0)")
+    show.add_argument(
+        "--dataset-dir",
+        default="data",
+        metavar="DIR",
+        help="folder with dataset_info.json (default: %(default)s)",
+    )
+    show.add_argument(
+        "--stage",
+        choices=["sft", "pt", "dpo"],
+        default="sft",
+        help="how to read --dataset (default: %(default)s)",
+    )
+    show.add_argument(
+        "--cutoff-len",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="maximum length of an example in tokens (default: %(default)s)",
+    )
+    show.add_argument(
+        "--identity",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values for {{placeholders}} in the data",
+    )
+    show.add_argument(
+        "--model", default="nano", metavar="M", help="model whose tokenizer is used (default: %(default)s)"
+    )
+    show.add_argument(
+        "--index", type=int, default=0, metavar="N", help="index of the example, from 0 (default: 0)"
+    )
     for flag in ("--dialogues", "--tokenizer"):  # of older versions
         show.add_argument(flag, help=argparse.SUPPRESS)
 
@@ -48,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.dialogues or 'PATH'} --model {args.tokenizer or 'DIR'}"
         )
     if (args.recipe is None) == (args.dataset is None):
-        raise UserError("data show: name a recipe or a prepared folder, or use --dataset D --model M")
+        raise UserError("data show: give a recipe or a prepared folder, or --dataset D --model M")
     return _show_example(args) if args.dataset else _show_mixture(args)
 
 
@@ -67,7 +98,7 @@ def _prepare(args: argparse.Namespace) -> int:
     report = prepare(recipe)
     if report is None:
         print(
-            "submitted; when the jobs have left the queue run this command again: it prints the report or "
+            "submitted; run this command again when the jobs have left the queue: it prints the report or "
             "submits what is missing"
         )
         return 0
@@ -89,7 +120,7 @@ def _prepare(args: argparse.Namespace) -> int:
     if report.dropped:
         print("dropped: " + ", ".join(f"{count:,} by {stage}" for stage, count in report.dropped.items()))
     if recipe.stages.any():
-        print(f"what became of the text: {recipe.out / 'report.md'}")
+        print(f"report: {recipe.out / 'report.md'}")
     for line in first_of(report.skipped):
         print(line)
     return 0
@@ -136,30 +167,35 @@ def _show_mixture(args: argparse.Namespace) -> int:
 
 
 def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
-    """What the argument names, and how many sequences its run has (0 where it is no pretraining recipe)."""
+    """The feed that the argument names, and the number of sequences of its run (0 unless a pretraining
+    recipe)."""
     from xverse.config import UserError, load, read_yaml
     from xverse.data.feed import PretrainFeed
     from xverse.data.mixture import MixtureConfig
 
     path = Path(args.recipe)
-    given = MixtureConfig(file=Path(args.mixture)) if args.mixture else MixtureConfig()
+    mixture = MixtureConfig(file=Path(args.mixture)) if args.mixture else MixtureConfig()
     if not path.exists():
         raise UserError(f"{path}: no such recipe or folder")
     if path.is_dir():
         if args.overrides:
-            raise UserError(f"'{args.overrides[0]}': a folder takes no settings, only a recipe does")
-        return PretrainFeed(path, given, 512, 0), 0
+            raise UserError(f"'{args.overrides[0]}': only a recipe takes settings, not a folder")
+        return PretrainFeed(path, mixture, 512, 0), 0
     if {"corpus", "inputs"} & set(read_yaml(path)):
         from xverse.data.prepare.pipeline import PrepareRecipe
 
-        return PretrainFeed(load(PrepareRecipe, path, args.overrides).out, given, 512, 0), 0
+        return PretrainFeed(load(PrepareRecipe, path, args.overrides).out, mixture, 512, 0), 0
     from xverse.train import PretrainRecipe
 
     recipe = load(PretrainRecipe, path, args.overrides)
     sequences = recipe.train.sequences(recipe.train.steps)
-    mixture = given if args.mixture else recipe.mixture
     feed = PretrainFeed(
-        recipe.data, mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.sequences
+        recipe.data,
+        mixture if args.mixture else recipe.mixture,
+        recipe.sequence_length,
+        recipe.seed,
+        sequences,
+        recipe.train.sequences,
     )
     return feed, sequences
 

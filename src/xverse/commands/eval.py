@@ -92,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
     return {"run": _run, "report": _report, "compare": _compare, "fetch": _fetch}[args.action](args)
 
 
-def data_folder(given: str | None) -> Path:
+def data_folder(path: str | None) -> Path:
     """The data directory: the given one, or where ``fetch`` puts the benchmarks."""
-    if given is not None:
-        return Path(given).expanduser()
+    if path is not None:
+        return Path(path).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "xverse" / "eval"
 

@@ -153,16 +153,16 @@ def _divide(
     summing: bool = True,
 ) -> dict[str, float]:
     """Weights of sources: the share of each source's group, divided in it in proportion to ``scaled``."""
-    given = {OTHERS: 1.0} if shares is None else dict(shares)
-    rest = given.pop(OTHERS, 0.0)
-    check_weights({**given, OTHERS: rest}, [*(group[name] for name in scaled), OTHERS], what, summing)
-    keys = {name: group[name] if group[name] in given else OTHERS for name in scaled}
+    explicit = {OTHERS: 1.0} if shares is None else dict(shares)
+    rest = explicit.pop(OTHERS, 0.0)
+    check_weights({**explicit, OTHERS: rest}, [*(group[name] for name in scaled), OTHERS], what, summing)
+    keys = {name: group[name] if group[name] in explicit else OTHERS for name in scaled}
     totals: dict[str, float] = {}
     for name, value in scaled.items():
         totals[keys[name]] = totals.get(keys[name], 0.0) + value
     result = {}
     for name, value in scaled.items():
-        share, whole = given.get(keys[name], rest), totals[keys[name]]
+        share, whole = explicit.get(keys[name], rest), totals[keys[name]]
         alone = value == whole and keys[name] != OTHERS
         result[name] = 0.0 if value == 0 else share if alone else share * value / whole
     return result

@@ -267,13 +267,13 @@ def _method(evaluations: Sequence[Evaluation], task: str) -> Iterator[str]:
     for run in evaluations:
         if task not in run.answers:
             continue
-        found = scores(run, task)
+        value = scores(run, task)
         skipped = len(run.settings["skipped"].get(task, []))
         fewer = sum(
             row["shots"] < run.settings["shots"] for rows in run.answers[task].values() for row in rows
         )
-        text = f"  - {run.name}: {100 * found.value:.2f} ± {100 * found.error:.2f} %"
-        text += f" (95 %: {100 * found.low:.2f} to {100 * found.high:.2f}), {found.count} questions"
+        text = f"  - {run.name}: {100 * value.value:.2f} ± {100 * value.error:.2f} %"
+        text += f" (95 %: {100 * value.low:.2f} to {100 * value.high:.2f}), {value.count} questions"
         text += f" of split {run.settings['splits'][task]}"
         if fewer:
             text += f"; {fewer} with fewer than {run.settings['shots']} shots, which did not fit"

@@ -10,6 +10,9 @@ from typing import Any
 from xverse.config import UserError, build, choose
 from xverse.model.scaling import RopeScaling
 
+# Parameters. On a CPU smaller models run in float32, which any CPU is fast at; larger ones may not fit.
+FLOAT32_BELOW = 1_000_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class XverseConfig:

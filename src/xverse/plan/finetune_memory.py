@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from xverse import hardware
 from xverse.config import UserError
-from xverse.model import XverseConfig
+from xverse.model.chunks import logit_bytes
+from xverse.model.config import XverseConfig
 
 if TYPE_CHECKING:
     from xverse.finetune.settings import Settings
 
 GROUP = 128  # of weights that are quantised as they are loaded
-CHUNK = 3 * 32 * 2**20  # logits of the chunked loss, their gradient and one copy
 DENSE = 512  # rows up to this length whose documents attend through whole score matrices (model/attention.py)
 GROWTH = 40 * 2**20  # of the program on a CPU once it trains: libraries that load late, buffers of matmuls
 
@@ -80,7 +80,8 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     if settings.stage == "dpo":
         head += load.kept * shape.vocab_size * (size + 3 * 4)
     else:
-        head += CHUNK
+        plain = 3 * logit_bytes(load.kept, shape.vocab_size) // 2  # logits, their gradient and one copy
+        head += max(plain, logit_bytes(load.kept, shape.vocab_size, kernels=_takes_kernels(half)))
         if quantised or (half and not narrow):
             head += 2 * vocabulary  # the head once more, in the type of the matmul
     head_learns = not lora and (settings.finetuning_type == "full" or "lm_head" in _extra(settings))
@@ -99,6 +100,15 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
         "activations": int(held),
         "loss and copies": int(max(0, working - (earlier or gradients) - held)),
     }
+
+
+def _takes_kernels(half: bool) -> bool:
+    """Whether the loss computes in the CPU kernels."""
+    if not half or hardware.compute_device().type != "cpu":
+        return False
+    from xverse.kernels.native import library
+
+    return library() is not None
 
 
 def keeps_freed(settings: Settings, stored_quantised: bool) -> bool:

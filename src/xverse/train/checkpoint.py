@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
@@ -35,7 +34,7 @@ from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.log import notice
 from xverse.train.index import Index, Part, read_header
-from xverse.train.materialise import held, put
+from xverse.train.materialise import held
 from xverse.train.parallel import ALONE, Replica, World
 
 PREFIX = "step-"
@@ -234,10 +233,6 @@ def load_checkpoint(
 
     Raises UserError, in all processes, for a checkpoint of other tensors.
     """
-    if "files" not in state:
-        with _together(path, world):
-            _load_first_format(path, model, optimizer)
-        return
     files = sorted(state["files"])
     headers: list[bytes] = []
     with _together(path, world):
@@ -326,8 +321,8 @@ def _state(path: Path, world: World) -> tuple[dict[str, Any], str]:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
                 raise ValueError("state.json holds no step and identity")
-            if not isinstance(state.get("files", {}), dict):
-                raise ValueError("state.json does not say which files there are")
+            if not isinstance(state.get("files"), dict):
+                raise ValueError("state.json does not list the files")
         except READING as error:
             problem = _reason(error)
     return world.agreed((state, problem))
@@ -335,43 +330,12 @@ def _state(path: Path, world: World) -> tuple[dict[str, Any], str]:
 
 def _verify(path: Path, state: dict[str, Any], world: World) -> None:
     """Whether this process's share of the files is what was written. Raises ValueError and others if not."""
-    if "files" in state:
-        for name in sorted(state["files"])[world.rank :: world.size]:
-            size, digest = state["files"][name]
-            if (path / name).stat().st_size != size:
-                raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {size}")
-            if _fingerprint(path / name) != [size, digest]:
-                raise ValueError(f"{name} is not what was written")
-    elif world.rank == 0:  # the first format had no digests
-        for name in ("model.safetensors", "optimizer.safetensors"):
-            load_file(path / name)
-
-
-def _load_first_format(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One process wrote ``model.safetensors`` and ``optimizer.safetensors`` (AdamW's), whole tensors each."""
-    parameters = dict(model.named_parameters())
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    tensors, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    _check({name: t.shape for name, t in tensors.items()}, {name: p.shape for name, p in parameters.items()})
-    wanted = {f"{key}.{name}": p.shape for key in ("exp_avg", "exp_avg_sq") for name, p in trained.items()}
-    wanted |= {f"step.{name}": torch.Size() for name in trained}
-    _check({name: t.shape for name, t in moments.items()}, wanted)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            put(tensors[name], parameter)
-    for name, trainable in trained.items():
-        optimizer.state[trainable] = {
-            "step": moments[f"step.{name}"].to(trainable.device, copy=True),
-            "exp_avg": _spread(moments[f"exp_avg.{name}"], trainable),
-            "exp_avg_sq": _spread(moments[f"exp_avg_sq.{name}"], trainable),
-        }
-
-
-def _spread(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole ``tensor``, sharded as ``parameter`` is."""
-    value = torch.zeros_like(parameter, dtype=tensor.dtype, requires_grad=False)
-    put(tensor, value)
-    return value
+    for name in sorted(state["files"])[world.rank :: world.size]:
+        size, digest = state["files"][name]
+        if (path / name).stat().st_size != size:
+            raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {size}")
+        if _fingerprint(path / name) != [size, digest]:
+            raise ValueError(f"{name} has another SHA-256 than state.json records")
 
 
 def _check(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from xverse import hardware
 from xverse.config import UserError
 from xverse.train.parallel import World
 
@@ -45,23 +44,15 @@ class Reading:
 
 
 def measure(world: World, dtype: str) -> tuple[list[Reading], float]:
-    """The readings of all processes, by rank, and the seconds of one all-reduce of 16 MiB (of 256 on a GPU).
-    Every process calls it. ``XVERSE_PREFLIGHT_REPEAT=RANK:N`` makes a process compute and read everything
-    N times, so that the check itself can be checked."""
+    """The readings of all processes, by rank, and the seconds of one all-reduce of 16 MiB (256 on a GPU).
+    Every process calls it."""
     gpu = world.device.type == "cuda"
-    rank, _, times = os.environ.get("XVERSE_PREFLIGHT_REPEAT", "-1:1").partition(":")
-    repeat = int(times) if int(rank) == world.rank else 1
     sides = (8192, 8192, 8192) if gpu else (512, 2048, 2048)
-    kind = getattr(torch, dtype)
-    left = torch.randn(sides[0], sides[1], device=world.device).to(kind)  # [rows, inner]
-    right = torch.randn(sides[1], sides[2], device=world.device).to(kind)  # [inner, columns]
-    out = torch.empty(sides[0], sides[2], dtype=kind, device=world.device)  # [rows, columns]
     world.wait()
-    each = _seconds(lambda: torch.matmul(left, right, out=out), repeat, world.device)
-    matmul = 2 * sides[0] * sides[1] * sides[2] / each
+    matmul = hardware.matmul_flops(getattr(torch, dtype), *sides, world.device, SECONDS, best=True)
     buffer = torch.ones((2**31 if gpu else 2**27) // 4, device=world.device)
     world.wait()
-    memory = buffer.numel() * 4 / _seconds(buffer.sum, repeat, world.device)
+    memory = hardware.read_bandwidth(buffer, seconds=SECONDS, best=True)
     message = buffer[: (2**28 if gpu else 2**24) // 4].clone()
     exchange = max((_exchange(message, other, world) for other in _neighbours(world)), default=0.0)
     start = time.perf_counter()
@@ -141,21 +132,6 @@ def _exchange(message: torch.Tensor, other: int, world: World) -> float:
         _settle(world.device)
         best = min(best, time.perf_counter() - start)
     return 2 * message.numel() * message.element_size() / best
-
-
-def _seconds(action: Callable[[], Any], repeat: int, device: torch.device) -> float:
-    """Of ``repeat`` calls: the best of those that fit into SECONDS, of five at least, so that what another
-    program does for a moment makes no process slow."""
-    action()
-    _settle(device)
-    best, count, began = float("inf"), 0, time.perf_counter()
-    while count < 5 or time.perf_counter() - began < SECONDS:
-        start = time.perf_counter()
-        for _ in range(repeat):
-            action()
-        _settle(device)
-        best, count = min(best, time.perf_counter() - start), count + 1
-    return best
 
 
 def _settle(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from xverse.formats import load_tokenizer, resolve, save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train.float8 import check_float8
-from xverse.train.loop import TrainConfig, fit
+from xverse.train.loop import Hooks, TrainConfig, fit
 from xverse.train.materialise import Weights, empty_model, initial_weights, stored_model
 from xverse.train.memory import announce
 from xverse.train.parallel import Replica, World, whole, world_of
@@ -170,10 +170,12 @@ def _pretrain(
         feed.batch,
         recipe.train,
         recipe.out,
-        validate=validate,
-        evaluate=None if evaluate is None else lambda model: evaluate(model, feed.tokenizer),
+        hooks=Hooks(
+            validate=validate,
+            evaluate=None if evaluate is None else lambda model: evaluate(model, feed.tokenizer),
+            data_problem=ShardWatch(feed.train.values()),
+        ),
         identity=identity,
-        data_problem=ShardWatch(feed.train.values()),
         world=world,
         weights=weights,
     )

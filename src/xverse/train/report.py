@@ -151,7 +151,7 @@ def _rows(
     yield "loss, first and last step", f"{losses[0]['loss']:.4f} → {losses[-1]['loss']:.4f} nats"
     yield (
         "steps",
-        (f"{found['steps']:,} counted, {found['skipped']:,} passed over, {found['rollbacks']} times back"),
+        (f"{found['steps']:,} applied, {found['skipped']:,} skipped, {found['rollbacks']} rollbacks"),
     )
     yield "tokens", f"{found['tokens']:,.0f} at {found['tokens_per_second']:,.0f} a second"
     waited = share(found["data_seconds"], found["seconds"])

@@ -66,12 +66,12 @@ def all_questions(data_dir: Path) -> Iterator[RawQuestion]:
 def subjects(folder: Path, reader: QuestionReader, options: Options) -> list[Subject]:
     """The subjects to score."""
     check_folder(folder / "data" / "v1", NAME, "AGIEval")
-    found = []
+    result = []
     for name, (title, language) in TASKS.items():
         shots, scored = first_ones_out(_questions(folder / "data" / "v1" / f"{name}.jsonl", name, reader))
         category = "English" if language == "en" else "Chinese"
-        found.append(Subject(name=name, title=title, category=category, shots=shots, questions=scored))
-    return found
+        result.append(Subject(name=name, title=title, category=category, shots=shots, questions=scored))
+    return result
 
 
 def _questions(path: Path, name: str, reader: QuestionReader) -> list[Question]:

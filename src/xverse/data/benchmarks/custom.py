@@ -114,7 +114,7 @@ def subjects(
     paths = sorted(folder.glob(pattern))
     if not paths:
         raise UserError(f"{folder / pattern}: no such file")
-    found = []
+    result = []
     for path in paths:
         name = _subject_of(path, folder, pattern)
         scored: tuple[Question, ...] = tuple(_questions(description, path, name, reader))
@@ -124,8 +124,8 @@ def subjects(
             examples = folder / description.files[description.shots].replace("*", name)
             shots = tuple(_questions(description, examples, name, reader)[:5])
         title = name.replace("_", " ")
-        found.append(Subject(name=name, title=title, category="all", shots=shots, questions=scored))
-    return found
+        result.append(Subject(name=name, title=title, category="all", shots=shots, questions=scored))
+    return result
 
 
 def _subject_of(path: Path, folder: Path, pattern: str) -> str:

@@ -1,8 +1,8 @@
-"""GAOKAO-Bench's objective questions: texts as they were scanned, taken apart.
+"""Splitting GAOKAO-Bench's objective questions, which are scanned texts.
 
-An item is one text with one or several sub-questions, its options within it. ``parts`` finds the
-sub-questions by their numbers, and each one's options by their letters. What cannot be found stays in the
-text: a sub-question without options of its own is asked with the whole item.
+An item is one text with one or several sub-questions and their options. ``parts`` finds the sub-questions by
+their numbers and their options by letters. What cannot be found stays in the text: a sub-question without
+separate options is asked with the whole item.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import re
 from dataclasses import dataclass
 
 _STOP = "[．.、。:：]"
-# "41." "（2）" "3、" anywhere, "25 What" at a line's beginning: a sub-question's number.
+# Number of a sub-question: "41." "（2）" "3、" anywhere, "25 What" at the beginning of a line.
 _NUMBER = re.compile(
     rf"[（(]\s*(\d{{1,2}})\s*[）)]|(?<![\d.,$\\])(\d{{1,2}})\s*{_STOP}(?!\d)|^\s*(\d{{1,2}})(?=\s+\S)",
     re.MULTILINE,
 )
-# An option's letter: with a stop, or else "A 一脉相承", "CThey lived" as scans have them.
+# Letter of an option: with a stop, or as in scans "A 一脉相承", "CThey lived".
 _LETTER = re.compile(rf"(?<![A-Za-z$\\{{])([A-G])\s*{_STOP}")
 _LOOSE = re.compile(
     rf"(?<![A-Za-z$\\{{])([A-G])\s*{_STOP}|(?<=[\s）)])([A-G])(?=\s+\S)|^\s*([A-G])(?=[A-Z])", re.MULTILINE
@@ -27,8 +27,8 @@ _BLANK = re.compile(r"[ \t\u3000]+")
 
 @dataclass(frozen=True)
 class Part:
-    """One sub-question: what it shares with the others, its own text, its options (none: they stand in one of
-    the two), and its number, where it has one."""
+    """One sub-question: the text shared with the others, its text, its options (empty if they are within one
+    of these), and its number, if it has one."""
 
     shared: str
     text: str
@@ -46,24 +46,24 @@ def parts(text: str, count: int) -> list[Part]:
     if places is None:
         places = _by_options(text, count)
     if places is None:
-        # Blanks in a text with options for all of them together: every sub-question needs all of it.
+        # Blanks in a text with common options: every sub-question needs the whole text.
         first = _first_blank(text, count)
         stem, options = split_options(text)
         return [Part(stem, "", options, None if first is None else first + offset) for offset in range(count)]
     ends = [start for start, _ in places[1:]] + [len(text)]
     shared = text[: places[0][0]].strip()
-    found = []
+    result = []
     for (start, number), end in zip(places, ends, strict=True):
         stem, options = split_options(text[start:end].strip())
-        found.append(Part(shared, stem, options, number or None))
-    return found
+        result.append(Part(shared, stem, options, number or None))
+    return result
 
 
 def split_options(text: str, letters: str = "ABCDEFG") -> tuple[str, tuple[str, ...]]:
-    """The text before the options, and these; none where no A to D (or further) stand in their order."""
+    """The text before the options, and the options; none unless A to D (or further) follow in order."""
     for pattern in (_LETTER, _LOOSE):
         marks = _marks(text, pattern)
-        # The last A after which the others follow: a text may speak of "A." before.
+        # The last A that the others follow, because the text may mention "A." before.
         for first in reversed([index for index, mark in enumerate(marks) if mark[2] == "A"]):
             chain = [marks[first]]
             for mark in marks[first + 1 :]:
@@ -78,22 +78,22 @@ def split_options(text: str, letters: str = "ABCDEFG") -> tuple[str, tuple[str, 
 
 
 def _marks(text: str, pattern: re.Pattern[str]) -> list[tuple[int, int, str]]:
-    """Where letters of options begin and end, and which they are."""
+    """Begin, end and letter of every option letter."""
     return [(m.start(), m.end(), m[m.lastindex or 0]) for m in pattern.finditer(text)]
 
 
 def _has_options(text: str) -> bool:
-    """A, B and C in their order: one of four may be misprinted."""
+    """Whether A, B and C occur in order; one of four may be misprinted."""
     letters = "".join(letter for _, _, letter in _marks(text, _LOOSE))
     return re.search("A.*B.*C", letters) is not None
 
 
 def _numbers(text: str, count: int) -> list[tuple[int, int]] | None:
-    """Where so many successive numbers stand, each with options behind it: (place, number)."""
-    found = [(m.start(), int(m[m.lastindex or 0])) for m in _NUMBER.finditer(text)]
-    for first in range(len(found)):
-        chain = [found[first]]
-        for place in found[first + 1 :]:
+    """(place, number) of ``count`` consecutive numbers, each followed by options; None if there are none."""
+    numbers = [(m.start(), int(m[m.lastindex or 0])) for m in _NUMBER.finditer(text)]
+    for first in range(len(numbers)):
+        chain = [numbers[first]]
+        for place in numbers[first + 1 :]:
             follows = len(chain) < count and place[1] == chain[-1][1] + 1
             if follows and _has_options(text[chain[-1][0] : place[0]]):
                 chain.append(place)
@@ -103,8 +103,8 @@ def _numbers(text: str, count: int) -> list[tuple[int, int]] | None:
 
 
 def _by_options(text: str, count: int) -> list[tuple[int, int]] | None:
-    """Where the numbers are missing or wrong: so many groups of A to D, each begun by the line that follows
-    the group before it."""
+    """For missing or wrong numbers: ``count`` groups of A to D, each beginning with the line after the
+    previous group."""
     groups: list[list[int]] = []
     for start, _, letter in _marks(text, _LETTER):
         if letter == "A":
@@ -123,7 +123,7 @@ def _by_options(text: str, count: int) -> list[tuple[int, int]] | None:
 
 
 def _first_blank(text: str, count: int) -> int | None:
-    """The number of the first of ``count`` blanks that stand, numbered, in a text."""
+    """The number of the first of ``count`` numbered blanks in a text."""
     numbers = {int(match) for match in re.findall(r"(?<!\d)(\d{1,2})(?!\d)", text)}
     firsts = [n for n in sorted(numbers) if all(n + offset in numbers for offset in range(count))]
     return firsts[-1] if firsts else None

@@ -98,11 +98,11 @@ def all_questions(data_dir: Path) -> Iterator[RawQuestion]:
 
 def subjects(folder: Path, reader: QuestionReader, options: Options) -> list[Subject]:
     """The subjects to score."""
-    found = []
+    result = []
     for name, (title, category) in FILES.items():
         shots, scored = first_ones_out(single_answer(examples(objective(folder, name)), name, reader))
-        found.append(Subject(name=name, title=title, category=category, shots=shots, questions=scored))
-    return found
+        result.append(Subject(name=name, title=title, category=category, shots=shots, questions=scored))
+    return result
 
 
 def single_answer(rows: Rows, name: str, reader: QuestionReader) -> list[Question]:

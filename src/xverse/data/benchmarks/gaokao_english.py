@@ -45,8 +45,8 @@ def all_questions(data_dir: Path) -> Iterator[RawQuestion]:
 
 def subjects(folder: Path, reader: QuestionReader, options: Options) -> list[Subject]:
     """The subjects to score; ``folder`` is GAOKAO-Bench's."""
-    found = []
+    result = []
     for name, title, file, places in KINDS:
         shots, scored = first_ones_out(single_answer(_papers(folder, file, places), name, reader))
-        found.append(Subject(name=name, title=title, category=title, shots=shots, questions=scored))
-    return found
+        result.append(Subject(name=name, title=title, category=title, shots=shots, questions=scored))
+    return result

@@ -124,23 +124,23 @@ def input_units(inputs: list[Input]) -> list[Unit]:
     return units
 
 
-def _path_units(given: Input) -> list[Unit]:
-    pattern = str(Path(given.path or "").expanduser())
+def _path_units(source: Input) -> list[Unit]:
+    pattern = str(Path(source.path or "").expanduser())
     root = Path(pattern)
     if root.is_dir():
         paths = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
-        paths = [path for path in paths if given.format or format_of(path)]
+        paths = [path for path in paths if source.format or format_of(path)]
     elif root.is_file():
         paths = [root]
     else:
         paths = sorted(path for path in _matches(root) if path.is_file())
     if not paths:
-        raise UserError(f"{given.path}: no text files here ({', '.join(FORMATS)})")
+        raise UserError(f"{source.path}: no text files here ({', '.join(FORMATS)})")
     for path in paths:
-        if given.format is None and format_of(path) is None:
+        if source.format is None and format_of(path) is None:
             raise UserError(f"{path}: unknown format; set format: {' | '.join(FORMATS)}")
-    lang = given.lang or ""
-    return [Unit(str(path), given, path, size=path.stat().st_size, lang=lang) for path in paths]
+    lang = source.lang or ""
+    return [Unit(str(path), source, path, size=path.stat().st_size, lang=lang) for path in paths]
 
 
 def _matches(pattern: Path) -> Iterator[Path]:
@@ -151,21 +151,21 @@ def _matches(pattern: Path) -> Iterator[Path]:
         yield from Path(*parts[:first]).glob("/".join(parts[first:]))
 
 
-def _dataset_units(given: Input) -> list[Unit]:
-    shards = _dataset(given).num_shards
-    name = "/".join(filter(None, (given.dataset, given.config, given.split, given.revision)))
-    lang = given.lang or ""
-    return [Unit(f"{name}/{i}", given, shard=i, shards=shards, lang=lang) for i in range(shards)]
+def _dataset_units(source: Input) -> list[Unit]:
+    shards = _dataset(source).num_shards
+    name = "/".join(filter(None, (source.dataset, source.config, source.split, source.revision)))
+    lang = source.lang or ""
+    return [Unit(f"{name}/{i}", source, shard=i, shards=shards, lang=lang) for i in range(shards)]
 
 
-def _dataset(given: Input) -> Any:
-    datasets = need("datasets", "data", f"dataset {given.dataset}")
+def _dataset(source: Input) -> Any:
+    datasets = need("datasets", "data", f"dataset {source.dataset}")
     try:
         return datasets.load_dataset(
-            given.dataset, given.config, split=given.split, revision=given.revision, streaming=True
+            source.dataset, source.config, split=source.split, revision=source.revision, streaming=True
         )
     except (OSError, ValueError, ConnectionError) as error:
-        raise UserError(f"dataset {given.dataset}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"dataset {source.dataset}: {' '.join(str(error).split())[:300]}") from None
 
 
 def read_unit(unit: Unit, report: ReadReport, max_line_bytes: int) -> Iterator[Document]:

@@ -49,7 +49,7 @@ def run(
             "prompt": problem.prompt,
             "reply": text,
             "passed": result.ok,
-            "said": result.stderr[-500:],
+            "stderr": result.stderr[-500:],
         }
         for problem, text, result in zip(problems, code, results, strict=True)
     ]

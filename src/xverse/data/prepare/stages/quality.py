@@ -98,8 +98,8 @@ class QualityStage:
 
     def __post_init__(self) -> None:
         known = [rule.name for rule in fields(Rules)]
-        for given in (self.all, *self.languages.values()):
-            unknown = next((name for name in given if name not in known), None)
+        for changes in (self.all, *self.languages.values()):
+            unknown = next((name for name in changes if name not in known), None)
             if unknown is not None:
                 raise ValueError(f"quality: unknown rule '{unknown}' (known: {', '.join(known)})")
 
@@ -146,8 +146,8 @@ def _words_reason(text: str, rules: Rules, language: str) -> str | None:
     if _under(sum(any(map(str.isalpha, word)) for word in words) / count, rules.min_letter_words):
         return "min_letter_words"
     if rules.min_stop_words is not None and language in _STOP:
-        found = _stop_words(language).intersection(map(str.lower, words))
-        if len(found) < rules.min_stop_words:
+        stop_words = _stop_words(language).intersection(map(str.lower, words))
+        if len(stop_words) < rules.min_stop_words:
             return "min_stop_words"
     return None
 
