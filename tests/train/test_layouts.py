@@ -225,7 +225,7 @@ def test_settings_that_do_not_go_together() -> None:
     for keys, said in (
         ({"tensor": 2}, "tensor 2 needs parallel: fsdp, not none"),
         ({"parallel": "ddp", "context": 2}, "context 2 needs parallel: fsdp, not ddp"),
-        ({"parallel": "fsdp", "tensor": 2, "compile": True}, "compile does not go with tensor 2"),
+        ({"parallel": "fsdp", "tensor": 2, "compile": True}, "compile does not support tensor 2"),
         ({"parallel": "fsdp", "pipeline": 0}, "pipeline must be positive, not 0"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -165,7 +165,7 @@ def flip(path: Path) -> None:
     ("file", "damage", "reason"),
     [
         (shard, truncate, r"has \d+ bytes, not \d+"),
-        (shard, flip, "is not what was written"),
+        (shard, flip, "has another SHA-256"),
         (shard, Path.unlink, "No such file"),
         (lambda path: path / "state.json", lambda path: path.write_text("{"), "Expecting"),
         (lambda path: path / "state.json", lambda path: path.write_text('{"step": 4}'), "identity"),
@@ -196,7 +196,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_serves(
         fit_tiny(tmp_path, steps=4)
     message = str(caught.value)
     assert message.startswith(f"{last}: this checkpoint cannot be read (")
-    assert message.endswith("nor is there a whole one before it; delete it to begin again")
+    assert message.endswith("and no earlier one is intact; delete it to start again")
     assert "\n" not in message
 
 

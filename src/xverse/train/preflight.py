@@ -1,4 +1,4 @@
-"""Before the first step: what each process reaches, and which of them is slower than the others."""
+"""The check before the first step: how fast each process is, and which are slower than the others."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from xverse.config import UserError
 from xverse.train.parallel import World
 
 EXIT_SLOW = 69  # EX_UNAVAILABLE of sysexits.h
-SECONDS = 0.15  # of each measurement, after one call to warm up
+SECONDS = 0.15  # at least, of each measurement
 MEASURES = {"matmul": "FLOP/s", "memory": "B/s", "exchange": "B/s"}
 
 
 class SlowProcess(UserError):
-    """A process is slower than the others; the scheduler is to replace its node."""
+    """A process is slower than the others; the scheduler should replace its node."""
 
     exit_code = EXIT_SLOW
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one process reached: ``matmul`` in FLOP/s in the dtype of the run, ``memory`` in bytes/s read,
-    ``exchange`` in bytes/s to and from the better of its two neighbours (0 where it is alone)."""
+    """What one process measured: ``matmul`` in FLOP/s in the run's dtype, ``memory`` in bytes/s read,
+    ``exchange`` in bytes/s to and from the faster of its two neighbours (0 without neighbours)."""
 
     rank: int
     host: str
@@ -68,7 +68,7 @@ def measure(world: World, dtype: str) -> tuple[list[Reading], float]:
 
 
 def slow(readings: list[Reading], share: float) -> list[str]:
-    """Which processes reach less than ``share`` of the median of all, and of what; one line each."""
+    """One line for each process and measure below ``share`` of the median."""
     lines = []
     for measure_, unit in MEASURES.items():
         middle = statistics.median(getattr(reading, measure_) for reading in readings)
@@ -83,9 +83,9 @@ def slow(readings: list[Reading], share: float) -> list[str]:
 
 
 def check(world: World, mode: str, share: float, dtype: str) -> dict[str, Any]:
-    """Measure, say it, and name what is slow; returns what was found, for the records.
+    """Measure, print the figures and name slow processes; returns the figures for the records.
 
-    Raises SlowProcess in all processes where one is slow and ``mode`` is "stop".
+    Raises SlowProcess in all processes if one is slow and ``mode`` is "stop".
     """
     start = time.perf_counter()
     readings, all_reduce = measure(world, dtype)
@@ -99,16 +99,16 @@ def check(world: World, mode: str, share: float, dtype: str) -> dict[str, Any]:
     world.say(f"pre-flight check ({time.perf_counter() - start:.1f} s): {figures}")
     lines = slow(readings, share)
     if lines and mode == "stop":
-        raise SlowProcess(f"pre-flight check: {'; '.join(lines)}; take it out, or set train.preflight: warn")
+        raise SlowProcess(f"pre-flight check: {'; '.join(lines)}; remove it, or set train.preflight: warn")
     for line in lines:
         world.say(f"WARNING: pre-flight check: {line}")
     return {"readings": [asdict(reading) for reading in readings], "all_reduce": all_reduce, "slow": lines}
 
 
 def _neighbours(world: World) -> list[int]:
-    """With whom this process exchanges, in the two rounds in which all pairs are apart; -1 for nobody.
+    """This process's partners in two rounds of disjoint pairs; -1 for none.
 
-    A process slows its partners too, but each of these has another neighbour, whose figure counts.
+    A slow process slows its partners too, but each of them has another partner, whose figure counts.
     """
     if world.size == 1:
         return []
@@ -118,7 +118,8 @@ def _neighbours(world: World) -> list[int]:
 
 
 def _exchange(message: torch.Tensor, other: int, world: World) -> float:
-    """Bytes a second, both ways together, with process ``other``; 0 without one. All processes call it."""
+    """Bytes per second, both directions together, with rank ``other``; 0 if negative. All processes call
+    it."""
     world.wait()
     if other < 0:
         return 0.0
