@@ -102,15 +102,15 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
     int weight = 0;
     int64_t before = 0;  // tile rows of the weights before this one
     for (int64_t row = begin; row < end; ++row) {
-      int64_t own = (outputs[weight] + kTileRows - 1) / kTileRows;
-      while (row - before >= own) {
-        before += own;
-        own = (outputs[++weight] + kTileRows - 1) / kTileRows;
+      int64_t weight_rows = (outputs[weight] + kTileRows - 1) / kTileRows;
+      while (row - before >= weight_rows) {
+        before += weight_rows;
+        weight_rows = (outputs[++weight] + kTileRows - 1) / kTileRows;
       }
       const int64_t first = (row - before) * kTileRows, width = outputs[weight];
       const int rows = int(width - first < kTileRows ? width - first : kTileRows);
       const uint8_t* tile = tiles[weight] + (row - before) * row_bytes;
-      for (int64_t b = 0; b < blocks; ++b) {  // the tile row stays in the second-level cache for all blocks
+      for (int64_t b = 0; b < blocks; ++b) {  // the row of tiles stays in the L2 cache for all blocks
         const Tokens block = block_at(b);
         tile_row(tile, block, int(inputs), group, out);
         for (int t = 0; t < block.count; ++t)

@@ -1,4 +1,4 @@
-"""What checkpoints cost a training run: how long they hold it, what they slow down, and resuming from one."""
+"""The cost of checkpoints: how long they stall a training run, how much they slow it, and resuming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from xverse.train.memory import predicted_memory
 from xverse.train.plot import read_metrics
 from xverse.train.report import figures
 
-STALL_TARGET = 0.05  # of the time of the steps, at one checkpoint in 100
+STALL_TARGET = 0.05  # of the time of the steps, with a checkpoint every 100
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def measure(
     threads: int | None = None,
     directory: str | None = None,
 ) -> dict[str, Any]:
-    """Two runs, without and with checkpoints. Raises UserError where ``every`` leaves no step to resume."""
+    """Two runs, without and with checkpoints. Raises UserError if ``every`` leaves no step to resume."""
     config = named_shape(shape)
     if not every < steps:
         raise UserError(f"--every: {every} must be below --steps {steps}")
@@ -66,22 +66,22 @@ def measure(
     need_memory(2 * sum(predicted_memory(config, settings, sequence_length).values()))
     with tempfile.TemporaryDirectory(dir=directory) as folder, using_threads(threads):
         without, beside = Path(folder) / "without", Path(folder) / "with"
-        notice(f"checkpoint {shape}: {steps} steps without")
+        notice(f"checkpoint {shape}: {steps} steps without checkpoints")
         _train(job, without, 0)
         notice(f"checkpoint {shape}: {steps} steps with a checkpoint every {every}")
         _train(job, beside, every)
         last = checkpoints(beside)[-1]
         size = sum(file.stat().st_size for file in last.iterdir())
-        found = [figures(_before_the_end(out, steps)) for out in (without, beside)]
+        totals = [figures(_before_the_end(out, steps)) for out in (without, beside)]
         medians = [
             statistics.median(r["seconds"] for r in read_metrics(out / "metrics.jsonl") if "loss" in r)
             for out in (without, beside)
         ]
-        shutil.rmtree(last)  # that of the end: the run goes on from the one before
+        shutil.rmtree(last)  # the final one, so that the run resumes from the one before
         notice(f"checkpoint {shape}: resuming in a fresh process")
         resumed = _resumed({**job, "every": every}, beside)
-    count = found[1]["checkpoints"]
-    cost = (found[1]["stall_seconds"] + found[1]["beside_seconds"]) / count
+    count = totals[1]["checkpoints"]
+    cost = (totals[1]["stall_seconds"] + totals[1]["beside_seconds"]) / count
     result = {
         "bench": "checkpoint",
         "model": shape,
@@ -92,10 +92,10 @@ def measure(
         "every": every,
         "checkpoint_bytes": size,
         "step_seconds": {"without": round(medians[0], 4), "with": round(medians[1], 4)},
-        "stall_seconds": round(found[1]["stall_seconds"] / count, 4),
-        "beside_seconds": round(found[1]["beside_seconds"] / count, 4),
+        "stall_seconds": round(totals[1]["stall_seconds"] / count, 4),
+        "beside_seconds": round(totals[1]["beside_seconds"] / count, 4),
         "stall_share": round(cost / (every * medians[0]), 4),
-        "wall_seconds": {"without": round(found[0]["wall"], 3), "with": round(found[1]["wall"], 3)},
+        "wall_seconds": {"without": round(totals[0]["wall"], 3), "with": round(totals[1]["wall"], 3)},
         "resume": resumed,
     }
     title = f"checkpoint {shape}: batch {batch_size} × {sequence_length}, {count_threads(threads)}"
@@ -105,8 +105,8 @@ def measure(
 
 def _rows(result: dict[str, Any]) -> Iterator[Row]:
     text = f"{result['stall_seconds']:.3f} s, {result['checkpoint_bytes'] / 1e9:.3f} GB"
-    yield Row("a checkpoint holds the loop", text)
-    yield Row("steps beside it take more", f"{result['beside_seconds']:.3f} s")
+    yield Row("stall of the loop by a checkpoint", text)
+    yield Row("slowdown of the steps during writing", f"{result['beside_seconds']:.3f} s")
     step = result["step_seconds"]["without"]
     text = f"{result['stall_share']:.2%} of {result['every']} steps of {step:.3f} s"
     yield Row("both together", text, at_most(STALL_TARGET, result["stall_share"], "of the steps' time"))
@@ -114,11 +114,11 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
     yield Row("whole runs, without and with", f"{wall['without']:.1f} s and {wall['with']:.1f} s")
     resume = result["resume"]
     yield Row("resuming: verifying and reading", f"{resume['reading']:.2f} s")
-    yield Row("  from the start of a process to its first step", f"{resume['to_first_step']:.2f} s")
+    yield Row("  from process start to the first step", f"{resume['to_first_step']:.2f} s")
 
 
 def _before_the_end(out: Path, steps: int) -> list[dict[str, Any]]:
-    """The records without the last checkpoint, which every run writes."""
+    """The records without the final checkpoint, which every run writes."""
     records = read_metrics(out / "metrics.jsonl")
     return [r for r in records if not ("checkpoint" in r and r["step"] == steps - 1)]
 
@@ -140,14 +140,14 @@ def _train(job: dict[str, Any], out: Path, every: int) -> None:
 
 
 def _resumed(job: dict[str, Any], out: Path) -> dict[str, float]:
-    """Seconds of reading the checkpoint, and from the start of a process to the end of its first step."""
+    """Seconds to read the checkpoint, and from process start to the end of the first step."""
     before = len((out / "metrics.jsonl").read_text().splitlines())
     start = time.time()
     process = subprocess.Popen(module("checkpoint", json.dumps({**job, "out": str(out)})), cwd=ROOT)
     reading = None
     try:
         while True:
-            lines = (out / "metrics.jsonl").read_text().split("\n")[before:-1]  # whole ones
+            lines = (out / "metrics.jsonl").read_text().split("\n")[before:-1]  # complete ones
             for record in map(json.loads, lines):
                 reading = record.get("resume_seconds", reading)
                 if "loss" in record and reading is not None:
@@ -161,7 +161,7 @@ def _resumed(job: dict[str, Any], out: Path) -> dict[str, float]:
 
 
 def child(text: str) -> None:
-    """What the fresh process does."""
+    """Resume the run that the JSON ``text`` describes; runs in a fresh process."""
     job = json.loads(text)
     with using_threads(job["threads"]):
         _train(job, Path(job["out"]), job["every"])

@@ -1,4 +1,4 @@
-"""What several studies share: random weights on disk, random batches, processes and their memory."""
+"""Helpers of several studies: random weights on disk, random batches, child processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from xverse.data.feed import Batch
 from xverse.formats.weights import SafetensorsWriter
 from xverse.model import IGNORE, XverseConfig, XverseForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout, from which ``python -m benchmarks`` works
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout; ``python -m benchmarks`` runs there
 SHARD_BYTES = 2 * 10**9
 
 
 def module(name: str, *arguments: str) -> list[str]:
-    """The command that runs ``benchmarks/studies/{name}.py`` in a fresh process with ROOT as its folder."""
+    """The command for ``benchmarks/studies/{name}.py`` in a fresh process, to be run in ROOT."""
     return [sys.executable, "-m", f"benchmarks.studies.{name}", *arguments]
 
 
@@ -58,13 +58,13 @@ def run_finetune(settings: Mapping[str, object], threads: int) -> dict[str, Any]
 
 
 def need_proc() -> None:
-    """Raises UserError on a system that does not report a process's peak memory."""
+    """Raises UserError on a system without /proc."""
     if hardware.process_memory("VmHWM") is None:
         raise UserError("this study reads /proc/self/status, which only Linux has")
 
 
 def existing(directory: str | Path | None) -> Path:
-    """``directory`` or the system's temporary one. Raises UserError where it does not exist."""
+    """``directory`` or the temporary one. Raises UserError if it does not exist."""
     path = Path(directory or tempfile.gettempdir()).expanduser().resolve()
     if not path.is_dir():
         raise UserError(f"{path}: no such directory")
@@ -76,13 +76,13 @@ def check_space(directory: Path, size: int) -> None:
     if free < size * 1.02:
         raise UserError(
             f"needs {size * 1.02 / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free in {directory}; "
-            "--directory names another place"
+            "choose another place with --directory"
         )
 
 
 def make_weights(config: XverseConfig, directory: Path, kind: str) -> None:
-    """A model directory without tokenizer: random bfloat16 weights, sharded as upstream's, ``bin`` with the
-    ``inv_freq`` buffers that upstream's files hold. Needs the memory of one tensor, or of one ``.bin`` shard.
+    """Write a model directory without tokenizer: random bfloat16 weights, sharded as upstream's; ``bin``
+    files have upstream's ``inv_freq`` buffers. Needs the memory of one tensor, or of one ``.bin`` shard.
     """
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in XverseForCausalLM(config).named_parameters()}
@@ -130,7 +130,7 @@ def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
 
 
 def batch_of(config: XverseConfig, length: int, first: int, stop: int) -> Batch:
-    """Sequences of random tokens, each position but the last with a target."""
+    """Sequences ``first`` to ``stop`` of random tokens; all positions but the last have targets."""
     rows = []
     for row in range(first, stop):
         generator = torch.Generator().manual_seed(row)

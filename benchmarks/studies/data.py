@@ -1,4 +1,4 @@
-"""What preparing text costs, and how good its stages are.
+"""The cost of preparing text, and the quality of its stages.
 
 Parts: ``encode`` (shards written, beside the ``tokenizers`` library on the same texts), ``pipeline`` (every
 stage over a corpus), ``duplicates`` (planted copies), ``language`` (held-out lines), ``questions`` (planted
@@ -33,7 +33,7 @@ from xverse.bench.options import add_directory, positive
 from xverse.config import UserError
 
 PARTS = ("encode", "pipeline", "duplicates", "language", "questions")
-# Code, addresses and names of files: no prose of any language.
+# Code, addresses and file names, which are not prose of any language.
 _NOISE = re.compile(r"https?://\S+|\S+@\S+|`[^`]*`|\]\([^)]*\)|<[^>]*>")
 _CODE = re.compile(r"[={}_;|]|[a-z]\.[a-z]")
 _CHARACTERS = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
@@ -97,7 +97,7 @@ def measure(
 
 
 def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> dict[str, Any]:
-    """Bytes of text a second: the library on texts in memory with so many threads; our shards end to end."""
+    """Bytes of text per second: the library on texts in memory with ``workers`` threads; our pipeline."""
     import tokenizers
 
     from xverse.data.prepare.executor import ExecutorConfig, run_phases
@@ -144,7 +144,7 @@ def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> 
 
 
 def _repeated(folder: Path, out: Path, times: int) -> Path:
-    """A corpus so many times as large; no document stands in it twice, as copies would be removed."""
+    """A corpus ``times`` as large, in which all documents differ, since duplicates would be removed."""
     out.mkdir()
     for path in folder.glob("*.jsonl.gz"):
         name = path.name.removesuffix(".jsonl.gz")
@@ -164,7 +164,7 @@ def _repeated(folder: Path, out: Path, times: int) -> Path:
 
 @dataclass
 class _Watched:
-    """A phase's work; afterwards the worker that did it says how much memory it has taken so far."""
+    """The work of a phase, after which the worker records its peak memory."""
 
     work: Callable[[Any, int, int], None]
     folder: Path
@@ -173,7 +173,7 @@ class _Watched:
         from xverse.hardware import process_memory
 
         self.work(data, rank, tasks)
-        if multiprocessing.parent_process() is None:  # a phase of one task runs in the benchmark itself
+        if multiprocessing.parent_process() is None:  # a phase with one task runs in this process
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{rank}").write_text(str(process_memory("VmHWM") or 0))
@@ -184,15 +184,15 @@ def _watched(phase: Any, memory: Path) -> Any:
 
 
 def _peaks(memory: Path) -> dict[str, float]:
-    """The most that a worker had held at the end of each phase, in MB; workers stay for several phases."""
-    found: dict[str, float] = {}
+    """Peak memory of any worker at the end of each phase, in MB; workers serve several phases."""
+    peaks: dict[str, float] = {}
     for phase in sorted(memory.glob("*"), key=lambda path: path.stat().st_mtime):
-        found[phase.name] = round(max(int(file.read_text()) for file in phase.iterdir()) / 1e6)
-    return found
+        peaks[phase.name] = round(max(int(file.read_text()) for file in phase.iterdir()) / 1e6)
+    return peaks
 
 
 def _pipeline(folder: Path, model: Path, out: Path, workers: int, evaluation: Path | None) -> dict[str, Any]:
-    """Seconds of every phase, with all stages on."""
+    """Seconds of every phase with all stages enabled."""
     from xverse.data.prepare.clean import StagesConfig
     from xverse.data.prepare.duplicates import DuplicatesStage
     from xverse.data.prepare.executor import ExecutorConfig, run_phases
@@ -226,8 +226,8 @@ def _pipeline(folder: Path, model: Path, out: Path, workers: int, evaluation: Pa
 
 
 def planted_copies(documents: Iterator[str], count: int, seed: int = 0) -> dict[str, Any]:
-    """Recall and precision of near-duplicates: ``count`` copies at Jaccard 0.8 to 1 planted among as many
-    texts, as many likenesses below 0.7, and as many texts of their own."""
+    """Recall and precision of near-duplicate detection: ``count`` copies with Jaccard similarity 0.8 to 1 are
+    planted among their originals, ``count`` similar texts below 0.7 and ``count`` unrelated ones."""
     from xverse.data.prepare.duplicates import DuplicatesStage, signature, similarity
     from xverse.data.prepare.ngrams import split_words
 
@@ -280,7 +280,7 @@ def _find(numbers: list[Any], least: float, signature: Any) -> list[tuple[int, i
     from xverse.data.prepare.duplicates import KEY, Documents, band_hashes, near_pairs
 
     with tempfile.TemporaryDirectory() as temporary:
-        minima = np.stack([signature(each) for each in numbers])
+        minima = np.stack([signature(text) for text in numbers])
         np.save(f"{temporary}/00000.keys.npy", np.zeros(len(minima), KEY))
         np.save(f"{temporary}/00000.bands.npy", np.ascontiguousarray(band_hashes(minima).T))
         np.save(f"{temporary}/00000.signatures.npy", minima.astype("<u2"))
@@ -295,8 +295,8 @@ def planted_questions(
     most: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How many benchmark questions (of each at most ``most``) are found, each planted in a text of its own as
-    a prompt has it; and in how many texts without one something is found."""
+    """How many benchmark questions (at most ``most`` of each benchmark) are found, each planted in a separate
+    text in the form of a prompt; and the number of false hits in texts without one."""
     from xverse.data.benchmarks.questions import LETTERS
     from xverse.data.prepare.stages.decontaminate import DecontaminateStage, make_index
 
@@ -327,9 +327,9 @@ def planted_questions(
 
 
 def held_out_lines(corpus: Path, language: str, count: int, documents: int | None = None) -> list[str]:
-    """Lines of prose of at least 50 characters, from the half of the documents that chose no word list: no
-    code, no table, no address, and at least 40 letters (25 Chinese or Japanese ones). ``documents``: so many
-    are read at most."""
+    """Lines of prose of at least 50 characters, from the half of the documents that the word lists were not
+    made from. Prose has no code, table or address, and at least 40 letters (25 if Chinese or Japanese). At
+    most ``documents`` are read."""
     chosen = []
     with gzip.open(corpus / f"{language}.jsonl.gz", "rt", encoding="utf-8") as file:
         for row in itertools.islice(file, documents):

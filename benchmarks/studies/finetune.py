@@ -1,7 +1,7 @@
 """Fine-tuning: speed and memory beside transformers' and trl's trainers, and the memory of QLoRA.
 
-``--part peers``: contenders in turn, each in a process of its own, several rounds, medians. ``--part
-memory``: some steps of QLoRA on random weights of a shape.
+``--part peers``: contenders take turns, each in its own process, over several rounds; figures are medians.
+``--part memory``: steps of QLoRA on random weights of a shape.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_sh
 from xverse.quant.quantizer import QuantSettings
 
 VOCABULARY = 100_534
-# ours against whose: tokens/s at least so many times, memory at most so many times
+# ours, the peer, minimum ratio of tokens/s, maximum ratio of memory
 TARGETS = (("xverse", "transformers", 1.3, 0.6), ("xverse-packed", "trl", 1.1, 0.95))
 QLORA_GB = 10.0
 
@@ -101,7 +101,7 @@ def compare(
 ) -> dict[str, Any]:
     """Tokens/s and peak memory of every side. Raises UserError for too few steps or too little memory."""
     if steps < 2:
-        raise UserError("steps: at least 2, the first of which warms up")
+        raise UserError("steps: use at least 2; the first one warms up")
     for side in sides:
         choose("contenders", side, {name: name for name in CONTENDERS})
     config = dataclasses.replace(named_shape(shape), vocab_size=vocabulary)
@@ -109,11 +109,11 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="xverse-finetune-") as name:
         job = _prepare(Path(name), config, data, sequence_length)
         job |= {"length": sequence_length, "batch_size": batch_size, "steps": steps, "threads": threads}
-        found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for number in range(rounds):
             for side in sides:
                 notice(f"finetune: round {number + 1} of {rounds}, {side}")
-                found[side].append(_child({**job, "side": side}))
+                runs[side].append(_child({**job, "side": side}))
     result: dict[str, Any] = {
         "bench": "finetune",
         "part": "peers",
@@ -124,9 +124,9 @@ def compare(
         "steps": steps,
         "rounds": rounds,
         "threads": threads,
-        "contenders": {side: _summary(each) for side, each in found.items()},
+        "contenders": {side: _summary(some) for side, some in runs.items()},
     }
-    result["ratios"] = _ratios(found)
+    result["ratios"] = _ratios(runs)
     result["shape"] = shape
     title = f"finetune: {batch_size} × {sequence_length}, V {config.vocab_size:,}, {count_threads(threads)}"
     show(title, _rows(result))
@@ -134,7 +134,7 @@ def compare(
 
 
 def _prepare(folder: Path, config: XverseConfig, data: Path, length: int) -> dict[str, Any]:
-    """Equal weights for both kinds of model, and the examples' ids and masks."""
+    """Write equal weights for both kinds of model, and the ids and masks of the examples."""
     from xverse.finetune.encode import load_data
     from xverse.formats import load_tokenizer, resolve, save_hf, save_llama
 
@@ -162,31 +162,31 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _speed(found: dict[str, Any]) -> float:
-    """Tokens that are no padding a second, without the first step."""
-    return sum(found["tokens"][1:]) / sum(found["seconds"][1:])
+def _speed(run: dict[str, Any]) -> float:
+    """Tokens per second without padding and without the first step."""
+    return sum(run["tokens"][1:]) / sum(run["seconds"][1:])
 
 
-def _summary(found: list[dict[str, Any]]) -> dict[str, Any]:
-    peaks = [each["peak_bytes"] for each in found if each["peak_bytes"]]
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"]]
     return {
-        "tokens_s": round(statistics.median(_speed(each) for each in found), 2),
-        "tokens_s_rounds": [round(_speed(each), 2) for each in found],
-        "tokens_a_step": round(statistics.mean(found[0]["tokens"][1:]), 1),
+        "tokens_s": round(statistics.median(_speed(run) for run in runs), 2),
+        "tokens_s_rounds": [round(_speed(run), 2) for run in runs],
+        "tokens_a_step": round(statistics.mean(runs[0]["tokens"][1:]), 1),
         "peak_gb": round(statistics.median(peaks) / 1e9, 4) if peaks else None,
-        "first_loss": found[0]["losses"][0],
-        "last_loss": found[0]["losses"][-1],
+        "first_loss": runs[0]["losses"][0],
+        "last_loss": runs[0]["losses"][-1],
     }
 
 
-def _ratios(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _ratios(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     ratios = []
     for ours, family, speed, memory in TARGETS:
-        rivals = [side for side in found if side.startswith(family)]
-        if ours not in found:
+        rivals = [side for side in runs if side.startswith(family)]
+        if ours not in runs:
             continue
         for rival in rivals:
-            pairs = list(zip(found[ours], found[rival], strict=True))
+            pairs = list(zip(runs[ours], runs[rival], strict=True))
             ratios.append(
                 {
                     "ours": ours,
@@ -203,27 +203,27 @@ def _ratios(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _rows(result: dict[str, Any]) -> Iterator[Row]:
-    for side, found in result["contenders"].items():
-        speed = f"{found['tokens_s']:,.1f} tokens/s, {found['tokens_a_step']:,.0f} a step"
-        loss = f"loss {found['first_loss']:.3f} → {found['last_loss']:.3f}"
-        yield Row(side, f"{speed}; {found['peak_gb']} GB", loss)
+    for side, figures in result["contenders"].items():
+        speed = f"{figures['tokens_s']:,.1f} tokens/s, {figures['tokens_a_step']:,.0f} per step"
+        loss = f"loss {figures['first_loss']:.3f} → {figures['last_loss']:.3f}"
+        yield Row(side, f"{speed}; {figures['peak_gb']} GB", loss)
     promised = result["shape"] == "mini" and result["vocabulary"] == VOCABULARY
-    for each in result["ratios"]:
-        name = f"{each['ours']} / {each['theirs']}"
+    for ratio in result["ratios"]:
+        name = f"{ratio['ours']} / {ratio['theirs']}"
         yield Row(
             f"{name}, tokens/s",
-            f"{each['speed']:.2f} ×",
-            at_least(each["speed_target"], each["speed"], "×") if promised else "",
+            f"{ratio['speed']:.2f} ×",
+            at_least(ratio["speed_target"], ratio["speed"], "×") if promised else "",
         )
         yield Row(
             f"{name}, memory",
-            f"{each['memory']:.2f} ×",
-            at_most(each["memory_target"], each["memory"], "×") if promised else "",
+            f"{ratio['memory']:.2f} ×",
+            at_most(ratio["memory_target"], ratio["memory"], "×") if promised else "",
         )
 
 
 def measure_memory(name: str, sequence_length: int, steps: int, threads: int, place: Path) -> dict[str, Any]:
-    """Steps of QLoRA with checkpointing on random INT4 weights, batch 1, rows full of random tokens."""
+    """Steps of QLoRA with activation checkpointing on random INT4 weights, on full rows of random tokens."""
     config = named_shape(name)
     check_space(place, 3 * config.num_parameters())
     with tempfile.TemporaryDirectory(prefix="xverse-qlora-", dir=place) as folder:
@@ -249,7 +249,7 @@ def measure_memory(name: str, sequence_length: int, steps: int, threads: int, pl
             "save_strategy": "no", "output_dir": Path(folder) / "out",
         }  # fmt: skip
         notice(f"finetune: {steps} steps of QLoRA at {sequence_length} tokens")
-        found = run_finetune(flags, threads)
+        figures = run_finetune(flags, threads)
     result = {
         "bench": "finetune",
         "part": "memory",
@@ -257,9 +257,9 @@ def measure_memory(name: str, sequence_length: int, steps: int, threads: int, pl
         "tokens": sequence_length,
         "steps": steps,
         "threads": threads,
-        **found,
+        **figures,
     }
-    peak = found["peak_bytes"] / 1e9
+    peak = figures["peak_bytes"] / 1e9
     title = (
         f"QLoRA of {name} on INT4, {sequence_length} tokens, batch 1, recomputing; {count_threads(threads)}"
     )
@@ -269,8 +269,8 @@ def measure_memory(name: str, sequence_length: int, steps: int, threads: int, pl
             f"{peak:.2f} GB",
             at_most(QLORA_GB, peak, "GB") if name == "7b" else "",
         ),
-        Row("predicted", f"{found['metrics']['memory_predicted_gb']:.2f} GB"),
-        Row("seconds a step", f"{found['metrics']['train_runtime'] / steps:.1f}"),
+        Row("predicted", f"{figures['metrics']['memory_predicted_gb']:.2f} GB"),
+        Row("seconds per step", f"{figures['metrics']['train_runtime'] / steps:.1f}"),
     ]
     show(title, rows_shown)
     return result

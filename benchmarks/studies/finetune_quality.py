@@ -1,4 +1,4 @@
-"""What fine-tuning learns: held-out losses of a base model before and after, by method and data set.
+"""Held-out losses of a base model before and after fine-tuning, by method and data set.
 
 All weights, LoRA and QLoRA see the same instructions in the same order; DPO trains an adapter of its own on
 the fully tuned model. Curves and a table go to a folder.
@@ -26,7 +26,7 @@ from xverse.finetune.settings import read_settings
 from xverse.hardware import cores
 from xverse.log import notice
 
-# Beneath --data, as published; those that are there are used.
+# Below --data, as published; missing ones are skipped.
 INSTRUCTIONS = {
     "alpaca_en": "alpaca_data_en_52k.json.gz",
     "alpaca_zh": "alpaca_zh.json.gz",
@@ -34,16 +34,16 @@ INSTRUCTIONS = {
     "alpaca_zh_demo": "llama-factory/alpaca_zh_demo.json",
 }
 PAIRS = ("llama-factory/dpo_en_demo.json", "llama-factory/dpo_zh_demo.json")
-HELD_OUT = 100  # of each data set, and of the pairs
-MOST = 4000  # of each data set that a run of this size can reach
-LENGTH, ROWS = 512, 4  # packed rows of a step
+HELD_OUT = 100  # per data set, and of the pairs
+MOST = 4000  # per data set; a run of this size does not reach more
+LENGTH, ROWS = 512, 4  # tokens of a packed row, rows per step
 LORA = {"finetuning_type": "lora", "lora_rank": "64", "learning_rate": "1e-3"}
 METHODS: dict[str, dict[str, str]] = {
     "full": {"finetuning_type": "full", "learning_rate": "3e-4"},
     "lora": LORA,
     "qlora": {**LORA, "quantization_bit": "4"},
 }
-LORA_TARGET, QLORA_TARGET = 1.05, 1.03  # of full SFT's and of LoRA's held-out loss
+LORA_TARGET, QLORA_TARGET = 1.05, 1.03  # maximum ratio to the held-out loss of full fine-tuning, and of LoRA
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(data: Path, base: str, out: Path, steps: int, threads: int) -> dict[str, Any]:
-    """Train by each method for ``steps`` steps; DPO for half as many again. Writes ``out``.
+    """Train with each method for ``steps`` steps, and DPO for 1.5 times as many. Writes to ``out``.
 
     Raises UserError where ``data`` holds none of the sets, or where ``out`` holds files already.
     """
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: holds files already; name another --out")
+        raise UserError(f"{out}: is not empty; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     names = _split(data, out)
@@ -86,7 +86,7 @@ def measure(data: Path, base: str, out: Path, steps: int, threads: int) -> dict[
         run_finetune({**here, "output_dir": str(out / method)}, threads)
         model, adapter = (str(out / "full"), None) if method == "full" else (base, out / method)
         losses[method] = _held_out(model, adapter, 4 if method == "qlora" else 0, out, names)
-    found: dict[str, Any] = {}
+    preferences: dict[str, Any] = {}
     if pairs:
         notice("finetune: dpo")
         longer = steps * 3 // 2
@@ -96,7 +96,7 @@ def measure(data: Path, base: str, out: Path, steps: int, threads: int) -> dict[
         flags |= {"model_name_or_path": str(out / "full")}
         flags |= {"per_device_eval_batch_size": "4", "lora_rank": "16"}
         done = run_finetune({**common, **flags}, threads)
-        found = {key: done["metrics"][f"eval_{key}"] for key in ("margin", "accuracy", "loss")}
+        preferences = {key: done["metrics"][f"eval_{key}"] for key in ("margin", "accuracy", "loss")}
     ratios = {
         "lora / full": _mean(losses["lora"]) / _mean(losses["full"]),
         "qlora / lora": _mean(losses["qlora"]) / _mean(losses["lora"]),
@@ -108,7 +108,7 @@ def measure(data: Path, base: str, out: Path, steps: int, threads: int) -> dict[
         "threads": threads,
         "losses": losses,
         "ratios": ratios,
-        "dpo": found,
+        "dpo": preferences,
         "curves": sorted(str(path.relative_to(out)) for path in out.glob("*/loss.png")),
     }
     show(f"held-out loss after {steps} steps from {base}, {count_threads(threads)}", _rows(result))
@@ -124,9 +124,7 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
     base = result["losses"]["base"]
     for method, losses in result["losses"].items():
         for name, loss in losses.items():
-            lower = (
-                "lower than the base's: " + ("yes" if loss < base[name] else "no") if method != "base" else ""
-            )
+            lower = "below the base's: " + ("yes" if loss < base[name] else "no") if method != "base" else ""
             yield Row(f"{method}, {name}", f"{loss:.4f} nats, perplexity {math.exp(loss):.2f}", lower)
     for (name, ratio), target in zip(result["ratios"].items(), (LORA_TARGET, QLORA_TARGET), strict=True):
         yield Row(name, f"{ratio:.4f} ×", at_most(target, ratio, "×"))
@@ -143,7 +141,7 @@ def _read(path: Path) -> list[Any]:
 
 
 def _split(data: Path, out: Path) -> list[str]:
-    """``NAME.train.json`` and ``NAME.valid.json`` in ``out``, no instruction in both; the names."""
+    """Write NAME.train.json and NAME.valid.json to ``out``, with disjoint instructions; returns the names."""
     names = []
     for name, place in INSTRUCTIONS.items():
         path = next((path for path in (data / place, data / Path(place).name) if path.is_file()), None)
@@ -151,13 +149,13 @@ def _split(data: Path, out: Path) -> list[str]:
             continue
         items = [item for item in _read(path) if item.get("output", "").strip()]
         random.Random(0).shuffle(items)
-        held, asked = items[:HELD_OUT], {item["instruction"] for item in items[:HELD_OUT]}
-        kept = [item for item in items[HELD_OUT:] if item["instruction"] not in asked][:MOST]
+        held, instructions = items[:HELD_OUT], {item["instruction"] for item in items[:HELD_OUT]}
+        kept = [item for item in items[HELD_OUT:] if item["instruction"] not in instructions][:MOST]
         (out / f"{name}.train.json").write_text(json.dumps(kept, ensure_ascii=False))
         (out / f"{name}.valid.json").write_text(json.dumps(held, ensure_ascii=False))
         names.append(name)
     if not names:
-        raise UserError(f"{data}: none of {', '.join(INSTRUCTIONS.values())} is there")
+        raise UserError(f"{data}: none of {', '.join(INSTRUCTIONS.values())} was found")
     return names
 
 
@@ -171,7 +169,7 @@ def _pairs(data: Path, out: Path) -> Path | None:
 
 @torch.no_grad()
 def _held_out(model: str, adapter: Path | None, bits: int, out: Path, names: list[str]) -> dict[str, float]:
-    """Nats per token with loss, by data set."""
+    """Mean loss in nats per token, by data set."""
     from transformers import AutoModelForCausalLM
 
     from xverse.finetune.trainer import row_of
@@ -180,16 +178,16 @@ def _held_out(model: str, adapter: Path | None, bits: int, out: Path, names: lis
 
     source = resolve(model)
     tokenizer = load_tokenizer(source)
-    found: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     if bits:
-        found.quantize(bits)
+        network.quantize(bits)
     if adapter is not None:
         from peft import PeftModel
 
         from xverse.formats.adapters import peft_config
 
-        found = PeftModel.from_pretrained(found, str(adapter), config=peft_config(found, adapter))
-    found.eval()
+        network = PeftModel.from_pretrained(network, str(adapter), config=peft_config(network, adapter))
+    network.eval()
     losses = {}
     for name in names:
         values = {"model_name_or_path": model, "dataset": str(out / f"{name}.valid.json"), "do_train": True}
@@ -201,7 +199,7 @@ def _held_out(model: str, adapter: Path | None, bits: int, out: Path, names: lis
         for start in range(0, len(examples), 8):
             batch = row_of(examples[start : start + 8], tokenizer.pad_id)
             del batch["names"]
-            total += found(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss.item()
+            total += network(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss.item()
             count += int((batch["labels"] != IGNORE).sum())
         losses[name] = total / count
     return losses

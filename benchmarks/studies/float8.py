@@ -25,7 +25,7 @@ from xverse.train.optimizer import learning_rate, make_optimizer
 from xverse.train.parallel import World, distribute
 from xverse.train.report import peak_of
 
-LAST = 10  # steps, at most, whose mean loss stands for the end of a curve
+LAST = 10  # final steps whose mean loss represents the end of a curve
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def measure(
     micro_batch_size: int = 0,
     compile: bool = False,
 ) -> dict[str, Any]:
-    """Train a named shape from the same weights in both types, on a prepared folder, on one GPU.
+    """Train a named shape from the same weights in both types on a prepared folder, on one GPU.
 
     Raises UserError where there is no GPU with FP8, and for a folder that is not prepared.
     """
@@ -69,20 +69,20 @@ def measure(
     device = compute_device()
     check_float8(config, named_shape(shape), device, sequence_length)
     feed = PretrainFeed(data, MixtureConfig(), sequence_length, seed=0)
-    found = dataclasses.replace(named_shape(shape), vocab_size=feed.tokenizer.vocab_size)
-    result = compare(found, config, feed, device)
+    model_config = dataclasses.replace(named_shape(shape), vocab_size=feed.tokenizer.vocab_size)
+    result = compare(model_config, config, feed, device)
     rows = []
     for name, figures in result["curves"].items():
         rate = figures["tokens_per_second"]
         peak = peak_of(device, None, name == "float8")
         share = "unknown"
         if peak:
-            full = found.flops_per_token(sequence_length)["full"]
-            share = f"{100 * rate * full / peak.flops:.1f} % {peak.label} (attention counted full)"
+            full = model_config.flops_per_token(sequence_length)["full"]
+            share = f"{100 * rate * full / peak.flops:.1f} % {peak.label} (full attention)"
         rows.append(Row(f"{name}, tokens/s", f"{rate:,.0f}", share))
         rows.append(Row(f"{name}, loss at the end, nats", f"{figures['end']:.4f}"))
     rows.append(Row("FP8's loss above bfloat16's, at the end", f"{100 * result['end_above']:+.2f} %"))
-    rows.append(Row("furthest apart, of all steps", f"{100 * result['furthest']:.2f} %"))
+    rows.append(Row("largest difference at any step", f"{100 * result['furthest']:.2f} %"))
     show(f"FP8 beside bfloat16: {shape}, {steps} steps of {batch_size} × {sequence_length}", rows)
     return {"bench": "float8", "shape": shape, "device": torch.cuda.get_device_name(device), **result}
 
@@ -90,7 +90,7 @@ def measure(
 def compare(
     shape: XverseConfig, config: TrainConfig, feed: PretrainFeed, device: torch.device
 ) -> dict[str, Any]:
-    """Losses of every step in both types, and how far they are apart, as shares of bfloat16's."""
+    """Losses of every step in both types, and their differences relative to bfloat16's."""
     curves = {
         name: _curve(shape, dataclasses.replace(config, float8=name == "float8"), feed, device)
         for name in ("bfloat16", "float8")
@@ -99,7 +99,7 @@ def compare(
     return {
         "curves": curves,
         "end_above": curves["float8"]["end"] / curves["bfloat16"]["end"] - 1,
-        "furthest": max(abs(found - wanted) / wanted for found, wanted in pairs),
+        "furthest": max(abs(ours - reference) / reference for ours, reference in pairs),
     }
 
 
@@ -115,7 +115,7 @@ def _curve(
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        losses.append(train_step(replica, batch, config)[0])  # which waits for the device
+        losses.append(train_step(replica, batch, config)[0])  # synchronises with the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - start)

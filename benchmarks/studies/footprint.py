@@ -1,7 +1,7 @@
-"""Memory and time of a quantised model from end to end: quantising, starting, reading a long prompt.
+"""Memory and time of a quantised model from end to end: quantising, starting, prefilling a long prompt.
 
 Random weights of a named shape are written once and quantised by ``xverse quantize``; every measurement is a
-fresh process that reports its own VmHWM, file pages included. Linux only.
+fresh process that reports its VmHWM, file pages included. Linux only.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from xverse.log import notice
 from xverse.model import SHAPES, XverseConfig
 
 TOKENS = 2048
-# GB of 1e9 bytes: the promises at 7B with 2,048 tokens, for keys and values in bfloat16 and in int8
+# Targets at 7B with 2,048 tokens, in GB, for keys and values in bfloat16 and in int8
 LIMITS = {"bf16": (16.2, 15.7), "int8": (9.0, 8.5), "int4": (5.3, 4.8)}
-QUANTIZE_GB, QUANTIZE_S = 8.0, 300  # of `xverse quantize` with rtn at 7B
+QUANTIZE_GB, QUANTIZE_S = 8.0, 300  # targets of `xverse quantize` with rtn at 7B
 START_S = 5.0  # from the command to the first token, files in the page cache
 STARTS = 3
 
@@ -57,14 +57,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(config: XverseConfig, directory: str | None, threads: int) -> dict[str, Any]:
-    """All measurements of one shape. ``directory``: where weights are made (None: the temporary one)."""
+    """All measurements of one shape. ``directory``: for the weights (None: the temporary one)."""
     need_proc()
     target = existing(directory)
     check_space(target, 4 * config.num_parameters())
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="xverse-footprint-", dir=target) as name:
         folders = {kind: Path(name) / kind for kind in LIMITS}
-        notice(f"footprint: making random bf16 weights in {name}")
+        notice(f"footprint: generating random bf16 weights in {name}")
         folders["bf16"].mkdir()
         make_weights(config, folders["bf16"], "safetensors")
         placeholder_tokenizer(config.vocab_size).save(folders["bf16"])
@@ -75,7 +75,7 @@ def measure(config: XverseConfig, directory: str | None, threads: int) -> dict[s
             del done["stderr"]
             size = sum(file.stat().st_size for file in folders[kind].glob("*.safetensors"))
             result[f"quantize_{kind}"] = {**done, "file_bytes": size}
-        _forget(folders["bf16"])  # or every page that a start takes would have to be made room for
+        _forget(folders["bf16"])  # otherwise each start would have to evict its pages first
         for kind in ("int4", "int8"):
             result[f"start_{kind}_s"] = _starts(folders[kind])
         for kind, folder in folders.items():
@@ -86,7 +86,7 @@ def measure(config: XverseConfig, directory: str | None, threads: int) -> dict[s
 
 
 def rows(result: dict[str, Any], shape: str) -> Iterator[Row]:
-    """The table's lines; the promises are for 7B."""
+    """The lines of the table; the targets are for 7B."""
     promised = shape == "7b"
     for kind in ("int8", "int4"):
         done = result[f"quantize_{kind}"]
@@ -97,13 +97,13 @@ def rows(result: dict[str, Any], shape: str) -> Iterator[Row]:
             f"{at_most(QUANTIZE_S, seconds, 's')}; {at_most(QUANTIZE_GB, peak, 'GB')}" if promised else "",
         )
     for kind in ("int4", "int8"):
-        found = statistics.median(result[f"start_{kind}_s"])
-        bound = at_most(START_S, found, "s") if promised else ""
-        yield Row(f"first token after the command, {kind}", f"{found:.2f} s", bound)
+        seconds = statistics.median(result[f"start_{kind}_s"])
+        bound = at_most(START_S, seconds, "s") if promised else ""
+        yield Row(f"first token after the command, {kind}", f"{seconds:.2f} s", bound)
     for kind, limits in LIMITS.items():
         for cache, limit in zip(("auto", "int8"), limits, strict=True):
-            found = result[f"memory_{kind}_kv_{cache}"]
-            peak = found["peak_bytes"] / 1e9
+            figures = result[f"memory_{kind}_kv_{cache}"]
+            peak = figures["peak_bytes"] / 1e9
             yield Row(
                 f"peak, {TOKENS} tokens, {kind}, KV {'bf16' if cache == 'auto' else cache}",
                 f"{peak:.2f} GB",
@@ -112,7 +112,7 @@ def rows(result: dict[str, Any], shape: str) -> Iterator[Row]:
 
 
 def _forget(folder: Path) -> None:
-    """Takes a folder's files out of the page cache."""
+    """Drop a folder's files from the page cache."""
     for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -120,9 +120,9 @@ def _forget(folder: Path) -> None:
 
 
 def _starts(folder: Path) -> list[float]:
-    """Seconds from the command to the end of an answer of one token, in fresh processes."""
+    """Seconds from the command to the end of a reply of one token, in fresh processes."""
     seconds = []
-    for _ in range(1 + STARTS):  # the first one fills the page cache
+    for _ in range(1 + STARTS):  # the first one warms the page cache
         start = time.perf_counter()
         run_xverse(["chat", "--model", str(folder), "--complete", "a", "--max-new-tokens", "1"])
         seconds.append(round(time.perf_counter() - start, 3))

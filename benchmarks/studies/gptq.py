@@ -20,8 +20,8 @@ from xverse.model import SHAPES, XverseConfig, XverseForCausalLM
 from xverse.quant.quantizer import Quantizer, QuantSettings
 
 LAYERS = 2
-VOCABULARY = 4096  # embedding and head are no part of what is timed
-TOKENS = (16, 512)  # rows of calibration
+VOCABULARY = 4096  # embedding and head are not timed
+TOKENS = (16, 512)  # calibration rows and their length
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,14 +47,14 @@ def measure(config: XverseConfig) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def read(prefix: str) -> Mapping[str, Tensor]:
-        found = {}
+        tensors = {}
         for name, shape in shapes.items():
             if name.startswith(prefix):
                 plain = torch.ones(shape) if len(shape) == 1 else torch.empty(shape)
-                found[name] = (
+                tensors[name] = (
                     plain if len(shape) == 1 else plain.normal_(0.0, 0.02, generator=generator)
                 ).bfloat16()
-        return found
+        return tensors
 
     steps: list[tuple[str, float]] = []
 
@@ -68,20 +68,20 @@ def measure(config: XverseConfig) -> dict[str, Any]:
         pass
     moments = dict(steps)
     first, last = moments["layer 1 of 2"], moments["head"]
-    each = (last - first) / LAYERS
+    seconds = (last - first) / LAYERS
     return {
         "layers": LAYERS,
         "calibration_tokens": tokens.numel(),
-        "seconds_per_layer": round(each, 1),
+        "seconds_per_layer": round(seconds, 1),
         "extrapolated_layers": config.num_hidden_layers,
-        "extrapolated_s": round(each * config.num_hidden_layers),
+        "extrapolated_s": round(seconds * config.num_hidden_layers),
         "peak_gb": round((hardware.process_memory("VmHWM") or 0) / 1e9, 2),
     }
 
 
 def rows(result: dict[str, Any]) -> Iterator[Row]:
-    """The table's lines."""
-    tokens, each = result["calibration_tokens"], result["seconds_per_layer"]
-    yield Row(f"gptq, {tokens:,} tokens, a layer", f"{each:.1f} s", f"mean of {result['layers']}")
+    """The lines of the table."""
+    tokens, seconds = result["calibration_tokens"], result["seconds_per_layer"]
+    yield Row(f"gptq, {tokens:,} tokens, per layer", f"{seconds:.1f} s", f"mean of {result['layers']}")
     whole = result["extrapolated_s"] / 60
     yield Row("  all layers", f"{whole:.0f} min", f"extrapolated to {result['extrapolated_layers']} layers")

@@ -1,7 +1,7 @@
-"""Memory while loading: peak resident set above the process's baseline, against the size of the weights.
+"""Memory while loading: peak resident set above the baseline of the process, beside the size of the weights.
 
-Makes random bfloat16 weights of a named shape in a temporary directory, loads them in a fresh process, reads
-every byte of every parameter, and reports VmHWM − baseline for safetensors and for ``.bin``. Linux only.
+Generates random bfloat16 weights of a named shape in a temporary directory, loads them in a fresh process,
+reads all parameters, and reports VmHWM − baseline for safetensors and for ``.bin``. Linux only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from xverse.config import UserError, choose
 from xverse.log import notice
 from xverse.model import SHAPES
 
-LIMIT = 1.05  # the promise: peak RSS above the baseline, in units of the weights ...
-PROMISED = "7b"  # ... of this shape; beside a small model the code that loads it weighs
+LIMIT = 1.05  # target: peak RSS above the baseline, as a multiple of the weights ...
+PROMISED = "7b"  # ... for this shape; with a small model the code itself dominates
 FORMATS = ("safetensors", "bin")
 
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(shape: str = "7b", directory: str | Path | None = None) -> dict[str, Any]:
-    """Measure both formats. ``directory`` is where the weights are made (None: the system's temporary one).
+    """Measure both formats. ``directory``: for the weights (None: the temporary one).
 
     Raises UserError for an unknown shape, a missing directory, too little disk space or memory, or a system
     without /proc.
@@ -44,28 +44,30 @@ def measure(shape: str = "7b", directory: str | Path | None = None) -> dict[str,
     need_proc()
     target = existing(directory)
     size = 2 * config.num_parameters()
-    need_memory(LIMIT * size)  # with less, pages leave again and the peak says nothing
+    need_memory(LIMIT * size)  # with less, pages are evicted and the peak is meaningless
     result: dict[str, Any] = {"bench": "load", "shape": shape, "limit": LIMIT}
     rows = []
     checksums = set()
-    for kind in FORMATS:  # one after the other: the disk holds the weights once
+    for kind in FORMATS:  # in sequence, so that the disk holds the weights once
         check_space(target, size)
         with tempfile.TemporaryDirectory(prefix="xverse-load-", dir=target) as name:
-            notice(f"load {shape}: making {size / 1e9:.2f} GB of {kind} weights in {name}")
+            notice(f"load {shape}: generating {size / 1e9:.2f} GB of {kind} weights in {name}")
             try:
                 make_weights(config, Path(name), kind)
             except OSError as error:
                 raise UserError(f"{name}: the weights could not be written: {error.strerror}") from error
-            found = _load(Path(name))
-        checksums.add(found.pop("checksum"))
-        above = found["peak_bytes"] - found["baseline_bytes"]
-        found["ratio"] = round(above / found["weight_bytes"], 4)
-        result[kind] = found
+            figures = _load(Path(name))
+        checksums.add(figures.pop("checksum"))
+        above = figures["peak_bytes"] - figures["baseline_bytes"]
+        figures["ratio"] = round(above / figures["weight_bytes"], 4)
+        result[kind] = figures
         limit = f"the target of {LIMIT} × is for {PROMISED}"
         if shape == PROMISED:
-            limit = at_most(LIMIT, found["ratio"], "× the weights")
-        rows.append(Row(kind, f"{say_gb(in_gb(above))} = {found['ratio']:.3f} × the weights", limit))
-        seconds = f"{found['load_s']:.2f} s, {found['load_and_read_s']:.2f} s with reading every byte"
+            limit = at_most(LIMIT, figures["ratio"], "× the weights")
+        rows.append(Row(kind, f"{say_gb(in_gb(above))} = {figures['ratio']:.3f} × the weights", limit))
+        seconds = (
+            f"{figures['load_s']:.2f} s, {figures['load_and_read_s']:.2f} s including reading every byte"
+        )
         rows.append(Row("  time to load", seconds))
     assert len(checksums) == 1, "the two formats gave different weights"
     result["passed"] = all(result[kind]["ratio"] <= LIMIT for kind in FORMATS)

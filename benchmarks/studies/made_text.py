@@ -1,8 +1,8 @@
-"""Text of any size in many languages with a realistic vocabulary, for measuring: made from a real corpus.
+"""Generate text of any size in many languages, with a realistic vocabulary, from a real corpus.
 
-For each language: its real words by frequency, behind them words that a character model of third order (the
-next character by the two before it) makes of them; drawn by Zipf's law, so that new words never stop coming.
-One byte in twenty is of the real texts themselves.
+For each language, a list of its real words by frequency, followed by words from a character model (the next
+character given the previous two), is sampled by Zipf's law, so that new words keep appearing. One byte in
+twenty comes from the real texts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from xverse.hardware import cores
 from xverse.texts import ReadReport, find_files, read_texts, stem
 from xverse.tokenizer import native
 
-REAL_BYTES = 4_000_000  # of each language's corpus that is read
-WORDS_PER_MB = 5600  # different words in a language's list, for each MB that is made
-LONGEST = 16  # characters of a made word
+REAL_BYTES = 4_000_000  # read of each language's corpus
+WORDS_PER_MB = 5600  # distinct words in a language's list per generated MB
+LONGEST = 16  # characters of a generated word
 CHUNK = 100_000  # words
 SPACED = [b" ", b", ", b". ", b"\n"]
 UNSPACED = [b"", "，".encode(), "。".encode(), b"\n"]
@@ -50,7 +50,7 @@ class Concatenation:
 
 
 def make_text(corpus: Path, folder: Path, size: int, seed: int = 0) -> list[Path]:
-    """Write ``size`` bytes as {language}.txt, the same for every language of the corpus; returns the files.
+    """Write ``size`` bytes as {language}.txt, equally many for every language; returns the files.
 
     The same corpus, size and seed give the same bytes.
     """
@@ -74,16 +74,16 @@ def _make_language(source: Path, target: Path, size: int, seed: list[int]) -> No
         cuts = np.cumsum(generator.integers(1, 5, len(text)))
         words = [word for a, b in pairwise(cuts.tolist()) if (word := text[a:b].strip())]
     if len(words) < 100:
-        raise UserError(f"{source}: too little text to make more of it")
+        raise UserError(f"{source}: too little text to imitate")
     known = [word for word, _ in Counter(words).most_common()]
-    wanted = max(2000, int(size / 1e6 * WORDS_PER_MB))
-    vocabulary = dict.fromkeys(known[: wanted // 3])
+    target_size = max(2000, int(size / 1e6 * WORDS_PER_MB))
+    vocabulary = dict.fromkeys(known[: target_size // 3])
     model = _character_model(known)
     before = 0
-    while before + wanted // 100 < len(vocabulary) < wanted:  # a small corpus may not give as many
+    while before + target_size // 100 < len(vocabulary) < target_size:  # a small corpus may not yield as many
         before = len(vocabulary)
-        vocabulary.update(dict.fromkeys(_invent(model, wanted // 2, generator)))
-    encoded = [word.encode() for word in list(vocabulary)[:wanted]]
+        vocabulary.update(dict.fromkeys(_invent(model, target_size // 2, generator)))
+    encoded = [word.encode() for word in list(vocabulary)[:target_size]]
     items = Concatenation([*encoded, *(SPACED if spaced else UNSPACED)])
     endings = np.repeat(np.arange(4), HOW_OFTEN) + len(encoded)
     chosen = np.empty(2 * CHUNK, dtype=np.int32)
@@ -98,7 +98,7 @@ def _make_language(source: Path, target: Path, size: int, seed: list[int]) -> No
             chunk += b"\n" + real[begin : real.find(b"\n", begin + piece) + 1 or len(real)]
             taken += piece
             chunk = chunk[: size - written]
-            if written + len(chunk) >= size:  # end with a whole line
+            if written + len(chunk) >= size:  # end with a complete line
                 chunk = chunk[: chunk.rfind(b"\n") + 1] or chunk
                 written = size
             stream.write(chunk)
@@ -115,23 +115,25 @@ def _beginning(source: Path) -> Iterator[bytes]:
 
 
 def _character_model(words: list[str]) -> tuple[np.ndarray, ...]:
-    """What follows each two characters in ``words``: for each state where its continuations begin and how
-    many there are; for each continuation its character and the state that it leads to; last the first state.
+    """What follows each pair of characters (a state) in ``words``.
+
+    Returns int64 arrays: per state, the index of its first continuation and their number; per continuation,
+    its character and next state; and the initial state.
     """
     flat = np.frombuffer("".join(f"\1\1{word}\0" for word in words).encode("utf-32-le"), np.uint32)
     flat = flat.astype(np.int64)
-    positions = np.flatnonzero(flat != 1)  # characters and ends: what can follow a state
+    positions = np.flatnonzero(flat != 1)  # characters and word ends, which can follow a state
     contexts = flat[positions - 2] << 21 | flat[positions - 1]
     order = np.argsort(contexts, kind="stable")
     states, first, counts = np.unique(contexts[order], return_index=True, return_counts=True)
     following = positions[order]
     characters = flat[following]
-    after = np.searchsorted(states, flat[following - 1] << 21 | characters)  # past an end it is not used
+    after = np.searchsorted(states, flat[following - 1] << 21 | characters)  # unused after a word end
     return first, counts, characters, after, np.searchsorted(states, [1 << 21 | 1])
 
 
 def _invent(model: tuple[np.ndarray, ...], count: int, generator: np.random.Generator) -> list[str]:
-    """Words of the model; all of them grow at once, character by character."""
+    """``count`` words sampled from the model, all extended together, character by character."""
     first, counts, characters, after, beginning = model
     state = np.repeat(beginning, count)
     grown = np.zeros((count, LONGEST), dtype=np.uint32)
@@ -146,9 +148,7 @@ def _invent(model: tuple[np.ndarray, ...], count: int, generator: np.random.Gene
 
 
 def prefix(files: list[Path], folder: Path, size: int) -> list[Path]:
-    """The beginnings of files, ``size`` bytes in all and each to the end of a line, as files of the same
-    names.
-    """
+    """Write the beginnings of ``files``, ``size`` bytes in all and cut at line ends, to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for path in files:

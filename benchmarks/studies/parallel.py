@@ -1,4 +1,4 @@
-"""Peak memory of each process under each layout of two, beside that of one process alone.
+"""Peak memory of each process under each layout of two, beside that of a single process.
 
 Every process is a fresh one, and what counts is its peak resident set above what it has before the model is
 made (interpreter, torch, process group). The C library gives freed tensors back at once
@@ -37,7 +37,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "context 2": {"context": 2},
     "pipeline 2": {"pipeline": 2},
 }
-STEPS = 2  # the optimizer's moments appear in the first one
+STEPS = 2  # the first one allocates the optimizer's moments
 MMAP_THRESHOLD = 64 * 1024
 
 
@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(shape: str = "mini", *, batch_size: int = 4, sequence_length: int = 2048) -> dict[str, Any]:
-    """Measure a named shape in float32, one sequence at a time. Raises UserError for one that does not divide
-    or does not fit into memory."""
+    """Measure a named shape in float32, one sequence at a time. Raises UserError for a shape that the layouts
+    do not divide or that does not fit into memory."""
     config = named_shape(shape)
     need_memory(2 * 20 * config.num_parameters())
     peaks: dict[str, list[int]] = {}
@@ -79,8 +79,8 @@ def compare(shape: str = "mini", *, batch_size: int = 4, sequence_length: int = 
 def _rows(peaks: dict[str, list[int]]) -> Iterator[Row]:
     alone = peaks["one process"][0]
     for name, some in peaks.items():
-        each = ", ".join(say_gb(peak / 1e9) for peak in some)
-        yield Row(f"{name}: peak of each process", each, f"{max(some) / alone:.0%} of one process")
+        sizes = ", ".join(say_gb(peak / 1e9) for peak in some)
+        yield Row(f"{name}: peak of each process", sizes, f"{max(some) / alone:.0%} of one process")
 
 
 def settings(batch_size: int, parallel: str, degrees: dict[str, int]) -> TrainConfig:
@@ -96,7 +96,7 @@ def settings(batch_size: int, parallel: str, degrees: dict[str, int]) -> TrainCo
 
 
 def measure(config: XverseConfig, name: str, batch_size: int, length: int, processes: int) -> list[int]:
-    """Bytes at the peak of each process above its start."""
+    """Peak bytes of each process above its start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -119,14 +119,14 @@ def measure(config: XverseConfig, name: str, batch_size: int, length: int, proce
         )
         for rank in range(processes)
     ]
-    said = [process.communicate()[0] for process in started]
+    outputs = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
-        raise UserError(f"bench parallel: {name} failed (its reason stands above)")
-    return [json.loads(text.splitlines()[-1]) for text in said]
+        raise UserError(f"{name} failed; its messages are above")
+    return [json.loads(text.splitlines()[-1]) for text in outputs]
 
 
 def child(job: str) -> None:
-    """What each fresh process does: some steps, then its own peak on stdout."""
+    """Run steps of training as the JSON ``job`` says and print the peak memory; runs in a fresh process."""
     values = json.loads(job)
     name, length = values["layout"], values["length"]
     parallel = "none" if name == "one process" else "fsdp"
@@ -135,7 +135,7 @@ def child(job: str) -> None:
     with world_of(train.parallel) as world:
         before = process_memory("VmRSS")
         if before is None:
-            raise UserError("bench parallel reads /proc/self/status, which only Linux has")
+            raise UserError("this study reads /proc/self/status, which only Linux has")
         replica = distribute(empty_model(config), train, world, initial_weights(config, seed=0))
         optimizer = make_optimizer(replica.model, train)
         start, stop = replica.rows(train.batch_size)

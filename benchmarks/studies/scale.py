@@ -1,8 +1,8 @@
-"""What a run of many processes costs its process 0, by simulation: a world of 1,024 of which one is real.
+"""The work of process 0 in a run of many processes, by simulation: of 1,024 processes, one is real.
 
-Checkpoint plans, checkpoint headers, heartbeats and the order of data are the product's own code over as many
-ranks' inputs as asked for, in seconds of processor time, which other programs hardly change. Collectives are
-measured between real gloo contexts, in threads of this process, by the clock.
+Checkpoint plans, checkpoint headers, heartbeats and the order of data run the product's own code on the
+inputs of all ranks, measured in CPU seconds, which other programs hardly affect. Collectives run in real gloo
+contexts in threads of this process, measured in wall time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from xverse.data.packing import StreamPacker
 from xverse.data.shards import Shard, ShardHeader
 from xverse.log import notice
 from xverse.model import named_shape
-from xverse.train.checkpoint import _OwnPlan
+from xverse.train.checkpoint import OwnPlan
 from xverse.train.dryrun import fake_world
 from xverse.train.index import Index, read_header
 from xverse.train.materialise import empty_model
@@ -75,14 +75,14 @@ def measure(
     threads: Sequence[int] = THREADS,
     gathered: int = 256,
 ) -> dict[str, Any]:
-    """Processor seconds and bytes of process 0 for every number of ``ranks``; seconds of a sum among
-    ``threads`` gloo contexts. Torch's own planning and reading of headers, which ours replace, are measured
-    up to ``gathered``."""
+    """CPU seconds and bytes of process 0 for every number of ``ranks``; seconds of a sum in ``threads`` gloo
+    contexts. Torch's own planning and reading of headers, which ours replace, are measured up to
+    ``gathered``."""
     result: dict[str, Any] = {"bench": "scale", "shape": shape, "ranks": {}, "gloo": {}}
     rows = []
     for count in ranks:
         notice(f"scale: {count} ranks")
-        found = {
+        figures = {
             **own_plan(shape, count),
             **(checkpoint_plan(shape, count) if count <= gathered else {}),
             **checkpoint_headers(shape, count, theirs=count <= gathered),
@@ -90,8 +90,8 @@ def measure(
             **heartbeats(count),
             **data_order(count),
         }
-        result["ranks"][count] = found
-        rows += [Row(f"{count:,} ranks: {key}", f"{value:,.4g}") for key, value in found.items()]
+        result["ranks"][count] = figures
+        rows += [Row(f"{count:,} ranks: {key}", f"{value:,.4g}") for key, value in figures.items()]
     for count in threads:
         result["gloo"][count] = gloo(count)
         rows += [
@@ -108,8 +108,8 @@ def measure(
 
 @contextlib.contextmanager
 def sharded_tensors(shape: str, count: int, rank: int = 0) -> Iterator[dict[str, Any]]:
-    """What ``rank`` of ``count`` holds of a model and AdamW's states under FSDP, without memory; inside the
-    block this process is that rank."""
+    """The shards of a model and of AdamW's state that ``rank`` of ``count`` holds under FSDP, without memory.
+    Inside the block this process acts as that rank."""
     with fake_world(count, rank) as world:
         model = empty_model(named_shape(shape))
         config = TrainConfig(steps=1, batch_size=count, learning_rate=1e-4, parallel="fsdp")
@@ -123,7 +123,7 @@ def sharded_tensors(shape: str, count: int, rank: int = 0) -> Iterator[dict[str,
 
 
 def local_plan(shape: str, count: int) -> SavePlan:
-    """Rank 0's, as torch's planner makes it."""
+    """Rank 0's plan from torch's planner."""
     with sharded_tensors(shape, count) as tensors:
         planner = DefaultSavePlanner()
         planner.set_up_planner(tensors, is_coordinator=True)
@@ -131,17 +131,17 @@ def local_plan(shape: str, count: int) -> SavePlan:
 
 
 def own_plan(shape: str, count: int) -> dict[str, float]:
-    """Rank 0's planning as the product does it: nothing is sent."""
+    """Rank 0's planning in the product, which sends nothing."""
     with sharded_tensors(shape, count) as tensors:
         start = time.process_time()
-        planner = _OwnPlan(True)
+        planner = OwnPlan(True)
         planner.set_up_planner(tensors, is_coordinator=True)
         planner.create_global_plan([planner.create_local_plan()])
         return {"own_plan_s": time.process_time() - start}
 
 
 def plan_of(rank: int, first: SavePlan) -> SavePlan:
-    """Rank ``rank``'s plan as it differs from rank 0's: other rows of each sharded tensor."""
+    """The plan of ``rank``, derived from rank 0's: it has other rows of each sharded tensor."""
 
     def moved(item: WriteItem) -> WriteItem:
         if item.index.offset is None or not len(item.index.offset):
@@ -149,7 +149,7 @@ def plan_of(rank: int, first: SavePlan) -> SavePlan:
         data = item.tensor_data
         assert data is not None
         rows, whole = data.chunk.sizes[0], data.size[0]
-        start = min(rank * rows, whole)  # FSDP's shares: the last ones may be short or empty
+        start = min(rank * rows, whole)  # the last shards of FSDP may be short or empty
         offsets = torch.Size([start, *data.chunk.offsets[1:]])
         sizes = torch.Size([min(rows, whole - start), *data.chunk.sizes[1:]])
         chunk = dataclasses.replace(data.chunk, offsets=offsets, sizes=sizes)
@@ -160,12 +160,12 @@ def plan_of(rank: int, first: SavePlan) -> SavePlan:
 
 
 def checkpoint_plan(shape: str, count: int) -> dict[str, float]:
-    """torch.distributed.checkpoint's planning of one save: process 0 is sent every rank's plan, removes what
-    several would write, and sends each its own back. The product does without."""
+    """torch.distributed.checkpoint's planning of one save, which the product avoids: process 0 gathers all
+    plans, removes duplicate writes and sends each plan back."""
     first = local_plan(shape, count)
     sent = [pickle.dumps(plan_of(rank, first)) for rank in range(count)]
     start = time.process_time()
-    plans = [pickle.loads(each) for each in sent]
+    plans = [pickle.loads(plan) for plan in sent]
     planner = DefaultSavePlanner()
     planner.set_up_planner({}, is_coordinator=True)
     together, _ = planner.create_global_plan(plans)
@@ -177,9 +177,9 @@ def checkpoint_plan(shape: str, count: int) -> dict[str, float]:
 
 
 def checkpoint_headers(shape: str, count: int, theirs: bool = False) -> dict[str, float]:
-    """What loading a checkpoint of ``count`` files begins with, in each of as many processes: the header of
-    one file, what all tell each other of theirs, and where this one's parts lie. ``theirs``: torch's reader
-    too, with which each process reads all headers."""
+    """The start of loading a checkpoint of ``count`` files by as many processes: each reads the header of one
+    file, receives those of the others and locates its own parts. ``theirs``: also torch's reader, with which
+    each process reads all headers."""
     names = [item.index.fqn for item in local_plan(shape, 2).items]
     with tempfile.TemporaryDirectory() as folder:
         header = {name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, name in
@@ -193,24 +193,24 @@ def checkpoint_headers(shape: str, count: int, theirs: bool = False) -> dict[str
         files = sorted(Path(folder).iterdir())
         start = time.process_time()
         read_header(files[-1])
-        found = {"header_s": time.process_time() - start}
-        told = [read_header(file) for file in files]
+        figures = {"header_s": time.process_time() - start}
+        headers = [read_header(file) for file in files]
         start = time.process_time()
-        index = Index([file.name for file in files], told)
+        index = Index([file.name for file in files], headers)
         parts = [index.parts(name, (count - 1,), (1,)) for name in names]
-        found["index_s"] = time.process_time() - start
-        assert all([part.file for part in each] == [files[-1].name] for each in parts)
-        found["index_bytes"] = float(sum(map(len, told)))
+        figures["index_s"] = time.process_time() - start
+        assert all([part.file for part in own] == [files[-1].name] for own in parts)
+        figures["index_bytes"] = float(sum(map(len, headers)))
         if theirs:
             start = time.process_time()
             HuggingFaceStorageReader(folder).read_metadata()
-            found["torch_headers_s"] = time.process_time() - start
-            found["torch_headers_bytes"] = float(sum(file.stat().st_size for file in files))
-    return found
+            figures["torch_headers_s"] = time.process_time() - start
+            figures["torch_headers_bytes"] = float(sum(file.stat().st_size for file in files))
+    return figures
 
 
 def digests(shape: str, count: int) -> dict[str, float]:
-    """Bytes of a checkpoint that each process verifies at a start, and the seconds by the rate of SHA-256."""
+    """Bytes that each process verifies when it starts, and the seconds by the rate of SHA-256."""
     some = bytes(2**27)
     start = time.process_time()
     hashlib.sha256(some)
@@ -220,7 +220,7 @@ def digests(shape: str, count: int) -> dict[str, float]:
 
 
 def heartbeats(count: int) -> dict[str, float]:
-    """What a hung process reads to say who is furthest behind: one file of each rank, once."""
+    """What a hung process reads to find the slowest rank: one file per rank, once."""
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(count):
             dog = Watchdog(Path(folder), World(rank, count), 0)
@@ -228,14 +228,14 @@ def heartbeats(count: int) -> dict[str, float]:
             dog.beat(7 if rank == count - 1 else 8, "step")
             dog._write("running")
         start = time.process_time()
-        said = dog._behind()
+        report = dog._behind()
         seconds = time.process_time() - start
-    assert said == f"rank {count - 1} (step 8, step)", said
+    assert report == f"rank {count - 1} (step 8, step)", report
     return {"heartbeats_s": seconds}
 
 
 def data_order(count: int, length: int = 8192) -> dict[str, float]:
-    """The last rank's row of a step's batch of ``count`` rows: found without those of the others."""
+    """Finding the last rank's row in a step's batch of ``count`` rows, without the other rows."""
     shards = {f"source{i}": made_shard(f"source{i}", 2000) for i in range(42)}
     packers = {name: StreamPacker(shard, length, 0) for name, shard in shards.items()}
     mixture = Mixture(dict.fromkeys(shards, 1.0), dict.fromkeys(shards, 1000), 0)
@@ -249,8 +249,8 @@ def data_order(count: int, length: int = 8192) -> dict[str, float]:
 
 
 def document_order(count: int) -> dict[str, float]:
-    """What a process computes and holds of the order of a source's documents: once an epoch, and once a block
-    of it, of which two are kept."""
+    """Time and memory of the order of a source's documents: once per epoch, and once per block, of which two
+    are kept."""
     packer = StreamPacker(made_shard("documents", count), 8192, 0)
     start = time.process_time()
     runs, ends = packer._epoch(0)
@@ -268,7 +268,7 @@ def document_order(count: int) -> dict[str, float]:
 
 
 def made_shard(name: str, documents: int) -> Shard:
-    """A shard in memory, of documents of 600 to 1,400 tokens that all lie on the same few."""
+    """A shard of documents of 600 to 1,400 tokens, in which all tokens share one location in memory."""
     lengths = np.random.default_rng(0).integers(600, 1400, documents)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     header = ShardHeader("made", "en", "text", "made", documents=documents, tokens=int(offsets[-1]))
@@ -277,8 +277,8 @@ def made_shard(name: str, documents: int) -> Shard:
 
 
 def gloo(count: int, rounds: int = 20) -> dict[str, float]:
-    """Median seconds of a sum of 4 numbers among so many gloo contexts in threads: ``World.sum``'s, and
-    gloo's own, which it replaces."""
+    """Median seconds of a sum of 4 numbers in ``count`` gloo contexts in threads, by ``World.sum`` and by
+    gloo's allreduce, which it replaces."""
     with tempfile.TemporaryDirectory() as folder:
         times: dict[str, list[float]] = {"doubling": [], "ring": []}
         barrier = threading.Barrier(count)

@@ -1,4 +1,4 @@
-"""The server under mixed load for a long time, with clients that hang up: what stays behind of them?"""
+"""The server under long mixed load with clients that hang up: does it return all memory and cache blocks?"""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from xverse.formats import resolve
 from xverse.hardware import process_memory
 from xverse.log import notice
 
-FLAT_TARGET = 0.02  # of the median, to either side
-_WARM = 0.25  # of the time, in which every buffer has been used once
-_EVERY = 5.0  # seconds between two looks
-_CACHE = 20_000  # tokens: small, so that it is full early
+FLAT_TARGET = 0.02  # deviation from the median
+_WARM = 0.25  # share of the time for warming up
+_EVERY = 5.0  # seconds between samples
+_CACHE = 20_000  # tokens; small, so that it fills early
 _WORDS = [
     "the",
     "sea",
@@ -47,7 +47,7 @@ _WORDS = [
 
 @dataclass
 class Tally:
-    """What the clients saw, by kind of request."""
+    """Outcomes of requests, by kind."""
 
     answered: collections.Counter[str] = field(default_factory=collections.Counter)
     left: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -81,7 +81,7 @@ def measure(
     seed: int = 0,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Load for ``minutes``, then look whether everything was given back. Raises UserError for values out of
+    """Apply load for ``minutes``, then check what the server still holds. Raises UserError for values out of
     range."""
     if minutes <= 0:
         raise UserError(f"--minutes: {minutes:g} is out of range (above 0)")
@@ -89,7 +89,7 @@ def measure(
         raise UserError(f"--leaving: {leaving:g} is out of range (0 to 1)")
     resolve(model)
     tally = Tally()
-    samples: list[tuple[float, int, float]] = []  # seconds, bytes, blocks that requests hold
+    samples: list[tuple[float, int, float]] = []  # seconds, bytes, blocks held by requests
     with serving(model, quantize, threads, ["--max-cache-tokens", str(_CACHE)]) as (port, process):
         begin = time.monotonic()
         end = begin + 60 * minutes
@@ -108,7 +108,7 @@ def measure(
             )
         for worker in workers:
             worker.join()
-        for _ in range(100):  # the last ones that left are noticed at the end of a step
+        for _ in range(100):  # the last disconnects are noticed at the end of a step
             figures = _figures(port)
             if not figures["running"] and not figures["waiting"]:
                 break
@@ -142,8 +142,8 @@ def measure(
 
 def _rows(result: dict[str, Any]) -> Iterator[Row]:
     yield Row("answered", str(sum(result["answered"].values())))
-    yield Row("hung up midway", str(sum(result["left"].values())))
-    yield Row("wrong requests refused", str(sum(result["refused"].values())))
+    yield Row("hung up on", str(sum(result["left"].values())))
+    yield Row("invalid requests refused", str(sum(result["refused"].values())))
     failed = len(result["failed"])
     yield Row("failed", str(failed), at_most(0, failed, "requests"))
     drift = result["memory_drift"]
@@ -151,17 +151,17 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
     yield Row("memory, after the first quarter", text, at_most(FLAT_TARGET, drift, "of the median"))
     held = result["blocks_held_after"]
     text = f"{held:g}, {result['blocks_held_under_load']:g} under load"
-    yield Row("blocks that nobody gave back", text, at_most(0, held, "blocks"))
+    yield Row("blocks not returned", text, at_most(0, held, "blocks"))
 
 
 def _figures(port: int) -> dict[str, float]:
-    """The server's own, without their labels."""
-    found = {}
+    """The server's metrics that have no labels."""
+    figures = {}
     for line in get(port, "/metrics")[1].splitlines():
         name, _, value = line.partition(" ")
         if name.startswith("xverse_") and "{" not in name:
-            found[name.removeprefix("xverse_")] = float(value)
-    return found
+            figures[name.removeprefix("xverse_")] = float(value)
+    return figures
 
 
 def _held(figures: dict[str, float]) -> float:
@@ -201,7 +201,7 @@ def _client(port: int, chance: random.Random, leaving: float, end: float, tally:
 
 
 def _begun(port: int, body: dict[str, Any], chance: random.Random, leaves: bool) -> tuple[Any, Any]:
-    """The connection and its answer; None for one who leaves before there is any."""
+    """The connection and its response; None if the client hangs up before there is one."""
     if leaves and not body.get("stream"):
         connection = http.client.HTTPConnection("127.0.0.1", port)
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"

@@ -1,4 +1,4 @@
-"""A training run under torchrun whose processes are killed at random moments, against one left in peace."""
+"""A training run under torchrun whose processes are killed at random, beside an undisturbed run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def measure(
     sequence_length: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Raises UserError for an unknown shape, and for batches that do not divide."""
+    """Raises UserError for an unknown shape, and for a batch that the processes do not divide."""
     config = named_shape(shape)
     if batch_size % processes:
         raise UserError(f"--batch-size: {batch_size} does not divide into {processes} processes")
@@ -68,18 +68,18 @@ def measure(
         "length": sequence_length,
     }
     with tempfile.TemporaryDirectory() as folder:
-        peace, war = Path(folder) / "peace", Path(folder) / "war"
-        notice(f"survival {shape}: {job['steps']} steps in peace")
-        _ended(_started(job, peace, processes, restarts=0))
-        process = _started(job, war, processes, restarts=kills)
+        quiet, killed = Path(folder) / "quiet", Path(folder) / "killed"
+        notice(f"survival {shape}: {job['steps']} undisturbed steps")
+        _ended(_started(job, quiet, processes, restarts=0))
+        process = _started(job, killed, processes, restarts=kills)
         try:
-            events = [_kill(process, war, number, apart, random.Random(seed * 1000 + number), processes)
+            events = [_kill(process, killed, number, apart, random.Random(seed * 1000 + number), processes)
                       for number in range(kills)]  # fmt: skip
         except BaseException:
             process.kill()
             raise
         _ended(process)
-        same = _losses(peace) == _losses(war)
+        same = _losses(quiet) == _losses(killed)
     lost = [event["lost"] for event in events]
     seconds = [event["seconds"] for event in events]
     result = {
@@ -99,14 +99,16 @@ def measure(
 
 
 def _rows(result: dict[str, Any], every: int) -> Iterator[Row]:
-    # The newest checkpoint may have been under way when the process was killed.
+    # A checkpoint that was being written when the process was killed is lost.
     lost = f"{statistics.mean(result['lost_steps']):.1f}, at most {result['lost_most']}"
-    yield Row("steps done again after a kill", lost, at_most(2 * every, result["lost_most"], "steps"))
+    yield Row("steps repeated after a kill", lost, at_most(2 * every, result["lost_most"], "steps"))
     seconds = result["seconds_to_next_step"]
     yield Row(
         "from the kill to the next new step", f"{seconds['median']:.1f} s, at most {seconds['most']:.1f} s"
     )
-    yield Row("losses of all steps equal those in peace", "yes" if result["losses_equal"] else "NO")
+    yield Row(
+        "losses of all steps equal those of the undisturbed run", "yes" if result["losses_equal"] else "NO"
+    )
 
 
 def _started(job: dict[str, Any], out: Path, processes: int, restarts: int) -> subprocess.Popen[bytes]:
@@ -133,19 +135,19 @@ def _ended(process: subprocess.Popen[bytes]) -> None:
 def _kill(
     process: subprocess.Popen[bytes], out: Path, number: int, apart: int, chance: random.Random, size: int
 ) -> dict[str, Any]:
-    """Kill one process at a random moment; returns what that cost."""
-    wanted = number * apart + chance.randrange(2, apart)
-    _until(process, lambda: max(_losses(out), default=-1) >= wanted)
+    """Kill one process at a random moment; returns the steps and seconds lost."""
+    target = number * apart + chance.randrange(2, apart)
+    _until(process, lambda: max(_losses(out), default=-1) >= target)
     time.sleep(chance.uniform(0, 0.1))
     rank = chance.randrange(size)
     pid = json.loads((out / "heartbeats" / f"{rank}.json").read_text())["pid"]
     before = len(_lines(out))
     start = time.time()
     os.kill(pid, signal.SIGKILL)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
 
     def again() -> bool:
-        """A step after that from which the run has gone on."""
+        """Whether the run has resumed and completed a step that is new."""
         lines = _lines(out)
         later = [r for r in lines[before:] if "resume_seconds" in r]
         if not later:
@@ -154,26 +156,26 @@ def _kill(
         at = lines.index(resumed)
         done = max(r["step"] for r in lines[:at] if "loss" in r)
         new = [r for r in lines[at:] if "loss" in r and r["step"] > done]
-        found.update(lost=done - resumed["step"], resumed=resumed["step"] + 1)
+        figures.update(lost=done - resumed["step"], resumed=resumed["step"] + 1)
         if new:
-            found["seconds"] = round(new[0]["time"] - start, 2)
+            figures["seconds"] = round(new[0]["time"] - start, 2)
         return bool(new)
 
     _until(process, again)
-    notice(f"kill {number + 1}: rank {rank}, {found['lost']} steps again, {found['seconds']:.1f} s")
-    return {"rank": rank, **found}
+    notice(f"kill {number + 1}: rank {rank}, {figures['lost']} steps repeated, {figures['seconds']:.1f} s")
+    return {"rank": rank, **figures}
 
 
 def _until(process: subprocess.Popen[bytes], ready: Any) -> None:
     deadline = time.monotonic() + PATIENCE
     while not ready():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise UserError("the training run did not come back after a kill")
+            raise UserError("the training run did not recover from a kill")
         time.sleep(0.02)
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
-    """All records in the order in which they were written; a half one at the end is left out."""
+    """All records in the order of writing, without an incomplete one at the end."""
     file = out / "metrics.jsonl"
     records = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
@@ -190,7 +192,7 @@ def _losses(out: Path) -> dict[int, float]:
 
 
 def main(job: dict[str, Any], out: Path) -> None:
-    """What each process under torchrun does."""
+    """Train as ``job`` says; runs in each process under torchrun."""
     config = XverseConfig.from_json(job["shape"])
     with world_of("fsdp") as world:
         model = XverseForCausalLM(config)

@@ -1,9 +1,8 @@
-"""Training a tokenizer: time and memory of ours on text of any size, beside the ``tokenizers`` library's
-trainer.
+"""Training a tokenizer: time and memory on text of any size, beside the ``tokenizers`` library's trainer.
 
-The library trains on a prefix of the same text, in both orders with ours, and the results must be equal; then
-on the largest prefix that it manages in the memory that ours took for the whole. Every training is a process
-of its own, which reports its VmHWM. Linux only.
+The library trains on a prefix of the same text, before and after ours, and the results must be equal. It then
+trains on the largest prefix that fits into the memory that ours took for the whole text. Every training has
+its own process, which reports its VmHWM. Linux only.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from xverse.config import UserError
 from xverse.log import notice
 from xverse.tokenizer import Tokenizer, native
 
-LIMIT_GB, SPEEDUP = 4.0, 2.0  # the promises: peak memory at 10 GB of text; speed beside the library at 500 MB
-UNIQUE = 40_000_000  # different words that 10 GB are to have
+LIMIT_GB, SPEEDUP = 4.0, 2.0  # targets: peak memory at 10 GB of text; speed relative to the library at 500 MB
+UNIQUE = 40_000_000  # target for the distinct words in 10 GB
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +70,7 @@ def measure(
     threads: int | None = None,
     directory: str | Path | None = None,
 ) -> dict[str, Any]:
-    """All of it. ``corpus``: the folder that text is made of; ``directory``: where (None: the temporary one).
+    """Measure everything. ``corpus``: text to imitate; ``directory``: for generated text (None: temporary).
 
     Raises UserError for too little disk, a missing folder, or a system without /proc.
     """
@@ -91,9 +90,8 @@ def measure(
         files = make_text(Path(corpus), folder / "text", size_mb * 10**6, seed)
         made_s = time.perf_counter() - start
         made = sum(path.stat().st_size for path in files)
-        notice(
-            f"tokenizer: made {made / 1e9:.2f} GB in {len(files)} languages, {made / 1e6 / made_s:.0f} MB/s"
-        )
+        rate = f"{made / 1e6 / made_s:.0f} MB/s"
+        notice(f"tokenizer: generated {made / 1e9:.2f} GB in {len(files)} languages, {rate}")
         common = ["--vocab-size", str(vocab_size), "--limit-alphabet", str(limit_alphabet)]
         common += ["--memory-gb", str(memory_gb), "--threads", str(workers)]
         whole = _ours(folder, "whole", folder / "text", common)
@@ -157,15 +155,19 @@ def _show(result: dict[str, Any]) -> None:
         f"tokenizer: {result['vocab_size']:,} entries from {result['text_bytes'] / 1e9:.2f} GB in "
         f"{result['languages']} languages",
         [
-            Row("text made", f"{result['made_mb_s']:.0f} MB/s (seed {result['seed']})"),
-            Row("different words", f"{whole['words']:,}", unique),
+            Row("text generated", f"{result['made_mb_s']:.0f} MB/s (seed {result['seed']})"),
+            Row("distinct words", f"{whole['words']:,}", unique),
             Row("ours, all of it", f"{whole['seconds']:.1f} s ({speed:.1f} MB/s)"),
             Row("  peak memory", f"{peak:.2f} GB", at_most(LIMIT_GB, round(peak, 2), "GB")),
             Row(f"prefix of {result['prefix_mb']} MB: ours", f"{', '.join(of_ours)} s"),
             Row("  the library", f"{', '.join(of_library)} s"),
-            Row("  speed beside it", f"{result['speedup']:.2f} ×", at_least(SPEEDUP, result["speedup"], "×")),
+            Row(
+                "  speed relative to it",
+                f"{result['speedup']:.2f} ×",
+                at_least(SPEEDUP, result["speedup"], "×"),
+            ),
             Row("  same tokenizer", "yes" if result["equal_merges"] else "NO", "target: yes"),
-            Row("the library in ours' memory", most["said"]),
+            Row("the library in the same memory", most["summary"]),
         ],
     )
 
@@ -173,13 +175,13 @@ def _show(result: dict[str, Any]) -> None:
 def _ours(folder: Path, name: str, texts: Path, common: list[str]) -> dict[str, Any]:
     out = folder / name
     figures = run_xverse(["tokenizer", "train", "--out", str(out), *common, str(texts)], capture=True)
-    counted = [line for line in figures.pop("stderr").splitlines() if "different words" in line]
+    counted = [line for line in figures.pop("stderr").splitlines() if "distinct words" in line]
     tokenizer = Tokenizer.load(out)
     return {**figures, "hash": tokenizer.hash, "words": int(counted[-1].split()[0].replace(",", ""))}
 
 
 def _alphabet(directory: Path, files: list[Path], vocab_size: int) -> dict[str, Any]:
-    """What the library is told: the single characters that ours chose, and the others that the texts have."""
+    """Settings for the library: the single characters that ours chose, and the others in the texts."""
     values = Tokenizer.load(directory).values["model"]
     made = {"".join(pair) for pair in values["merges"]}
     alphabet = sorted(token for token in values["vocab"] if len(token) == 1 and token not in made)
@@ -189,7 +191,7 @@ def _alphabet(directory: Path, files: list[Path], vocab_size: int) -> dict[str, 
 def _peer(
     folder: Path, texts: Path, settings: Path, threads: int, limit: float = 0, seconds: float = 0
 ) -> Any:
-    """The library's run; None where it goes beyond ``limit`` bytes or ``seconds``, where they are given."""
+    """Run the library; None if it exceeds ``limit`` bytes or ``seconds`` (0: no limit)."""
     figures = folder / "peer.json"
     figures.unlink(missing_ok=True)
     command = module("workers.library_trainer", str(figures), str(texts), str(settings))
@@ -203,9 +205,11 @@ def _peer(
             process.kill()
             process.communicate()
             return None
-    said = process.communicate()[1]
+    stderr = process.communicate()[1]
     if process.returncode:
-        raise UserError(f"the library's trainer failed: {(said.strip().splitlines() or ['no message'])[-1]}")
+        raise UserError(
+            f"the library's trainer failed: {(stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
     notice(f"tokenizer: the library on {texts.name} took {time.perf_counter() - start:.1f} s")
     return json.loads(figures.read_text())
 
@@ -222,7 +226,7 @@ def _largest_prefix(
     known: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """By doubling or halving the prefix that was measured, until memory, text or time ends."""
+    """Double or halve the measured prefix until memory, text or time runs out."""
     best = {"prefix_mb": known_mb, **known} if known["peak_bytes"] <= limit else None
     size, why = known_mb, "the memory"
     deadline = time.perf_counter() + seconds
@@ -237,26 +241,36 @@ def _largest_prefix(
             break
         part = prefix(files, folder / f"prefix-{size}", size * 10**6)
         path = folder / "larger.json"
-        told = json.loads(settings.read_text())
+        known_settings = json.loads(settings.read_text())
         path.write_text(
-            json.dumps({**told, "others": _others(part, told["alphabet"]), "vocab_size": vocab_size})
+            json.dumps(
+                {
+                    **known_settings,
+                    "others": _others(part, known_settings["alphabet"]),
+                    "vocab_size": vocab_size,
+                }
+            )
         )
-        found = _peer(folder, part[0].parent, path, threads, limit, left)
+        run = _peer(folder, part[0].parent, path, threads, limit, left)
         shutil.rmtree(part[0].parent)
-        if found is None:
+        if run is None:
             if best is not None:
                 why = "the memory" if time.perf_counter() < deadline else "the time for it"
                 break
             continue
         going_up = best is not None
-        best = {"prefix_mb": size, **found}
+        best = {"prefix_mb": size, **run}
         if not going_up:
             break
     if best is None:
-        return {"prefix_mb": None, "said": f"no prefix down to {max(size, 1)} MB fits", "limit_bytes": limit}
-    said = f"{best['prefix_mb']} MB in {best['seconds']:.1f} s, {best['peak_bytes'] / 1e9:.2f} GB"
-    said += f" (ended by {why})"
-    return {**best, "limit_bytes": limit, "ended_by": why, "said": said}
+        return {
+            "prefix_mb": None,
+            "summary": f"no prefix down to {max(size, 1)} MB fits",
+            "limit_bytes": limit,
+        }
+    summary = f"{best['prefix_mb']} MB in {best['seconds']:.1f} s, {best['peak_bytes'] / 1e9:.2f} GB"
+    summary += f" (ended by {why})"
+    return {**best, "limit_bytes": limit, "ended_by": why, "summary": summary}
 
 
 def _others(files: list[Path], alphabet: list[str]) -> list[str]:

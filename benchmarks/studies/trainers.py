@@ -1,4 +1,4 @@
-"""One contender of the study ``finetune``: some steps of full fine-tuning in a process of its own.
+"""One contender of the study ``finetune``: steps of full fine-tuning in its own process.
 
 All train equal weights on equal examples with equal loss masks, ``batch_size`` rows a step, in bf16 over
 float32 parameters with fused AdamW. Ours: ``xverse`` one example a row, ``xverse-packed`` rows filled up.
@@ -23,13 +23,13 @@ CONTENDERS = ("xverse", "transformers", "xverse-packed", "trl-bfd", "trl-wrapped
 
 
 def child(text: str) -> None:
-    """Train as the JSON job says; print tokens, seconds of each step and peak memory as one JSON line."""
+    """Train as the JSON job ``text`` says; print tokens, seconds per step and peak memory as JSON."""
     job = json.loads(text)
     torch.set_num_threads(job["threads"])
     started: list[float] = []
     ended: list[float] = []
     tokens: list[int] = []
-    rows: list[Example] = [Example(*each) for each in json.loads(Path(job["examples"]).read_text())]
+    rows: list[Example] = [Example(*row) for row in json.loads(Path(job["examples"]).read_text())]
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -42,16 +42,15 @@ def child(text: str) -> None:
     trainer = _trainer(job, rows, Clock())
     collate = trainer.data_collator
 
-    def counting(found: Any) -> Any:
-        batch = collate(found)
+    def counting(examples: Any) -> Any:
+        batch = collate(examples)
         mask = batch.get("attention_mask")
         ids = batch["input_ids"]
         tokens.append(int(mask.sum()) if mask is not None else ids.numel())
         return batch
 
     trainer.data_collator = counting
-    losses = trainer.train().training_loss
-    del losses
+    trainer.train()
     curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     steps = [end - start for start, end in zip(started, ended, strict=True)]
     result = {"tokens": tokens[: len(steps)], "seconds": steps, "losses": curve}
@@ -117,15 +116,15 @@ def _peer(job: dict[str, Any], rows: list[Example], clock: Any, common: dict[str
     ]
     dataset = Dataset.from_dict({"input_ids": [e.ids for e in rows], "labels": labels})
     model = LlamaForCausalLM.from_pretrained(job["llama"], dtype=torch.float32, use_cache=False)
-    words = AutoTokenizer.from_pretrained(job["llama"])
-    words.pad_token = words.convert_ids_to_tokens(1)
+    tokenizer = AutoTokenizer.from_pretrained(job["llama"])
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
     if job["side"] == "transformers":
         with_masks = dataset.map(lambda row: {"attention_mask": [1] * len(row["input_ids"])})
         return Trainer(
             model=model,
             args=TrainingArguments(**common),
             train_dataset=with_masks,
-            data_collator=DataCollatorForSeq2Seq(words, padding=True),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
             callbacks=[clock],
         )
     from trl import SFTConfig, SFTTrainer
@@ -138,7 +137,7 @@ def _peer(job: dict[str, Any], rows: list[Example], clock: Any, common: dict[str
         gradient_checkpointing=False,
     )
     return SFTTrainer(
-        model=model, args=args, train_dataset=dataset, processing_class=words, callbacks=[clock]
+        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock]
     )
 
 

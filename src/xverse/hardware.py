@@ -1,7 +1,7 @@
-"""What this machine is and what it can reach: cores, memory, instruction sets, GPUs, measured bounds.
+"""This machine's cores, memory, instruction sets, GPUs and measured bounds; the only reader of /proc.
 
-Every speed figure is printed beside its bound; the bounds come from here. Measurements need torch, which is
-imported inside them, so that this module itself is light.
+Every speed figure is printed beside its bound, and the bounds come from here. Functions that need torch
+import it themselves, so that importing this module is fast.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Peaks:
-    """A device's peaks as its vendor states them: dense bf16 FLOP/s, memory bytes/s, and dense FP8 FLOP/s
-    where it has FP8."""
+    """A device's peaks as stated by its vendor: dense bf16 FLOP/s, memory bytes/s, and dense FP8 FLOP/s if it
+    has FP8."""
 
     bf16_flops: float
     bandwidth: float
     fp8_flops: float | None = None
 
 
-_PEAKS = (  # the driver's names, in the order in which they are tried
+_PEAKS = (  # by the driver's name; the first match counts
     (r"A100 80GB PCIe", Peaks(312e12, 1935e9)),
     (r"A100-SXM4-80GB", Peaks(312e12, 2039e9)),
     (r"A100-(SXM4|PCIE)-40GB", Peaks(312e12, 1555e9)),
@@ -54,12 +54,11 @@ _PEAKS = (  # the driver's names, in the order in which they are tried
 
 
 def device_peaks(name: str) -> Peaks | None:
-    """Peaks of the whole GPU that the driver calls ``name``, or None where it is not known here.
+    """Peaks of the whole GPU with the driver's ``name``, or None (a share of an unknown peak prints
+    "unknown").
 
-    None rather than a guess: a share of an unknown peak prints as "unknown".
-
-    Sources: NVIDIA's published figures as others quote them, not read in the data sheets themselves; of
-    figures "with sparsity", half.
+    Sources: NVIDIA's published figures as quoted by others, not checked in the data sheets; half of figures
+    "with sparsity".
 
     - A100: 312 TFLOP/s; 1,555 GB/s (40 GB), 1,935 (80 GB PCIe), 2,039 (80 GB SXM). Several tables agree.
     - A800: an A100 with slower NVLink. Tables give 312 TFLOP/s, and 2,039 GB/s for SXM; that PCIe has the
@@ -88,7 +87,7 @@ def share(value: float, peak: float | None) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # CPU and memory
 
-# As Linux spells them in /proc/cpuinfo: x86 first, then Arm (asimd is NEON).
+# In the spelling of /proc/cpuinfo: x86 first, then Arm (asimd is NEON).
 _INSTRUCTION_SETS = (
     *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni"),
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
@@ -98,7 +97,7 @@ _INSTRUCTION_SETS = (
 
 @dataclass(frozen=True)
 class Cores:
-    """Processor cores: those of the machine, and how many this process may keep busy."""
+    """Processor cores: those of the machine, and how many this process may use."""
 
     machine: int
     affinity: int
@@ -110,14 +109,14 @@ class Cores:
 
 
 def cores() -> Cores:
-    """Cores by affinity mask and control-group quota; outside Linux, those of the machine."""
+    """Cores by affinity mask and control-group quota; outside Linux all cores of the machine."""
     machine = os.cpu_count() or 1
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
     return Cores(machine, affinity, _cpu_quota())
 
 
 def cpu_model() -> str:
-    """The processor's marketing name, as far as the system tells it."""
+    """The processor's marketing name if the system reports it."""
     for line in _read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Model", "Processor"):
@@ -128,7 +127,7 @@ def cpu_model() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """SIMD instruction sets that matter to matrix products, in /proc/cpuinfo's spelling; [] if not known."""
+    """SIMD instruction sets relevant to matrix products, in the spelling of /proc/cpuinfo; [] if unknown."""
     for line in _read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
@@ -138,7 +137,8 @@ def instruction_sets() -> list[str]:
 
 
 def memory() -> tuple[int, int | None]:
-    """(bytes of RAM this process may use, bytes available now or None where the system does not say)."""
+    """(bytes of RAM that this process may use, bytes available now or None if the system does not report
+    it)."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = _memory_limit()
     available = None
@@ -155,7 +155,7 @@ def process_memory(key: str, pid: int | None = None) -> int | None:
     """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of a process, by default this one; None without /proc or
     once the process has ended.
 
-    Not getrusage: its peak starts with the parent's, from before exec.
+    getrusage would not do: its peak starts with the parent's, from before exec.
     """
     for line in _read(f"/proc/{pid or 'self'}/status").splitlines():
         if line.startswith(f"{key}:"):
@@ -215,8 +215,8 @@ def file_mapped(start: int, end: int) -> bool:
 
 
 def last_level_cache() -> int:
-    """Bytes of last-level cache, all instances together; 0 where the system does not say."""
-    best: tuple[int, int] = (0, 0)  # level, bytes in all
+    """Bytes of last-level cache, all instances together; 0 if the system does not report it."""
+    best: tuple[int, int] = (0, 0)  # level, total bytes
     for level in (2, 3, 4):
         instances: dict[str, int] = {}
         for index in Path("/sys/devices/system/cpu").glob(f"cpu[0-9]*/cache/index{level}"):
@@ -229,7 +229,7 @@ def last_level_cache() -> int:
 
 
 def _cgroups() -> list[Path]:
-    """This process's control group and those above it, innermost first (version 2)."""
+    """This process's control group and its ancestors, innermost first (version 2)."""
     for line in _read("/proc/self/cgroup").splitlines():
         if line.startswith("0::"):
             root = Path("/sys/fs/cgroup")
@@ -241,9 +241,9 @@ def _cgroups() -> list[Path]:
 def _cpu_quota() -> float | None:
     quotas = []
     for group in _cgroups():
-        words = _read(group / "cpu.max").split()
-        if len(words) == 2 and words[0] != "max":
-            quotas.append(int(words[0]) / int(words[1]))
+        fields = _read(group / "cpu.max").split()
+        if len(fields) == 2 and fields[0] != "max":
+            quotas.append(int(fields[0]) / int(fields[1]))
     version1 = Path("/sys/fs/cgroup/cpu")
     quota, period = (
         _read(version1 / "cpu.cfs_quota_us").strip(),
@@ -282,7 +282,7 @@ def _output(*command: str) -> str:
 
 
 def compute_device(index: int = 0) -> torch.device:
-    """What training computes on: the CUDA device of this index where there is one, else the CPU."""
+    """The device of training: the CUDA device of this index if there is CUDA, else the CPU."""
     import torch
 
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
@@ -293,9 +293,9 @@ def compute_device(index: int = 0) -> torch.device:
 
 
 def bandwidth_buffer(device: str = "cpu") -> torch.Tensor:
-    """A float32 tensor much larger than any cache, [n], every page of it touched.
+    """A float32 tensor [n], much larger than any cache, with every page touched.
 
-    512 MiB, or four times the last-level cache where that is more, but no more than an eighth of free memory.
+    It has 512 MiB, or four times the last-level cache if that is more, but at most an eighth of free memory.
     """
     import torch
 
@@ -308,10 +308,13 @@ def bandwidth_buffer(device: str = "cpu") -> torch.Tensor:
     return torch.ones(size // 4, dtype=torch.float32, device=device)  # [n]
 
 
-def read_bandwidth(buffer: torch.Tensor, threads: int | None = None, seconds: float = 0.4) -> float:
-    """Bytes per second at which ``buffer`` [n] float32 is read, by a sum over it with ``threads`` threads.
+def read_bandwidth(
+    buffer: torch.Tensor, threads: int | None = None, seconds: float = 0.4, best: bool = False
+) -> float:
+    """Bytes per second at which ``buffer`` [n] float32 is read, by a sum over it with ``threads`` threads;
+    the mean, or the ``best`` of the calls.
 
-    The state of a machine's memory can change by almost a factor of two within seconds: sample right before
+    The speed of a machine's memory can change by almost a factor of two within seconds: sample right before
     and after what the figure is compared with.
     """
     import torch
@@ -320,27 +323,35 @@ def read_bandwidth(buffer: torch.Tensor, threads: int | None = None, seconds: fl
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        each = _time_each(buffer.sum, buffer.device.type, seconds)
+        each = _time_each(buffer.sum, buffer.device.type, seconds, best)
     finally:
         torch.set_num_threads(before)
     return buffer.numel() * buffer.element_size() / each
 
 
 def matmul_flops(
-    dtype: torch.dtype, rows: int, inner: int, columns: int, device: str = "cpu", seconds: float = 0.5
+    dtype: torch.dtype,
+    rows: int,
+    inner: int,
+    columns: int,
+    device: torch.device | str = "cpu",
+    seconds: float = 0.5,
+    best: bool = False,
 ) -> float:
-    """FLOP/s of ``[rows, inner] @ [inner, columns]`` in ``dtype``, with the threads that torch has now."""
+    """FLOP/s of ``[rows, inner] @ [inner, columns]`` in ``dtype``, with torch's current number of threads;
+    the mean, or the ``best`` of the calls."""
     import torch
 
     left = torch.randn(rows, inner, device=device).to(dtype)  # [rows, inner]
     right = torch.randn(inner, columns, device=device).to(dtype)  # [inner, columns]
     out = torch.empty(rows, columns, dtype=dtype, device=device)  # [rows, columns]
-    each = _time_each(lambda: torch.matmul(left, right, out=out), device, seconds)
+    each = _time_each(lambda: torch.matmul(left, right, out=out), str(device), seconds, best)
     return 2 * rows * inner * columns / each
 
 
-def _time_each(action: Callable[[], Any], device: str, seconds: float) -> float:
-    """Mean seconds of one call, after one call to warm up, over at least ``seconds``."""
+def _time_each(action: Callable[[], Any], device: str, seconds: float, best: bool) -> float:
+    """Seconds of one call, after one call to warm up, over at least ``seconds``: the mean, or the ``best`` of
+    at least five, which a short disturbance does not change."""
     import torch
 
     def wait() -> None:
@@ -350,6 +361,14 @@ def _time_each(action: Callable[[], Any], device: str, seconds: float) -> float:
     action()
     wait()
     count, batch, start = 0, 1, time.perf_counter()
+    shortest, last = math.inf, start
+    while best:
+        action()
+        wait()
+        now = time.perf_counter()
+        shortest, last, count = min(shortest, now - last), now, count + 1
+        if count >= 5 and now - start >= seconds:
+            return shortest
     while True:
         for _ in range(batch):
             action()
@@ -358,22 +377,22 @@ def _time_each(action: Callable[[], Any], device: str, seconds: float) -> float:
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
             return elapsed / count
-        batch = min(2 * batch, 64)  # a wait after each call would measure the launch on a fast device
+        batch = min(2 * batch, 64)  # synchronising after each call would measure launches on a fast device
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, under glibc: a training step gives back and asks again for the
-    same large blocks, and each 4 KiB of fresh memory costs a page fault (11 % of a step of ``mini``)."""
+    """Make glibc keep freed memory: a training step frees and allocates the same large blocks again, and each
+    4 KiB of fresh memory costs a page fault (11 % of a step of ``mini``)."""
     _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1})
 
 
 def return_freed_memory() -> None:
-    """Let each large block of this process go back to the system as it is freed, under glibc, at the cost of
-    page faults: what lives is then all that is resident. Kept blocks leave holes that the next size does not
-    fit (7 GB beside 6 of QLoRA at 7B); how many depends on the buffers that matmuls take on a processor."""
+    """Make glibc return each large block to the system when it is freed, at the cost of page faults, so that
+    only live memory is resident. Kept blocks leave holes that later sizes do not fit (7 GB beside 6 GB of
+    QLoRA at 7B), depending on the matmul buffers of the processor."""
     _mallopt({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 2**20, _M_TRIM_THRESHOLD: 2**22})
 
 

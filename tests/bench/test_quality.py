@@ -40,7 +40,7 @@ def test_parts_give_equally_much_and_the_next_text_when_named_again(
     with pytest.raises(UserError, match="no such file or folder"):
         quality.read_rows(tiny_tokenizer, f"{first},{tmp_path / 'none'}", 1024)
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(UserError, match="no part of it holds 256 tokens"):
+    with pytest.raises(UserError, match="no part has 256 tokens"):
         quality.read_rows(tiny_tokenizer, str(tmp_path / "short.txt"), 1024)
 
 

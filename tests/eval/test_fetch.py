@@ -94,7 +94,7 @@ def test_a_changed_copy_is_noticed(homes: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("data.tar", b"no archive", "no archive, or a broken one"),
+        ("data.tar", b"no archive", "not an archive, or a damaged one"),
         ("data.tar", None, "cannot be fetched"),
     ],
 )

@@ -12,14 +12,14 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
-LFS = (".bin", ".safetensors", "tokenizer.json")
+LFS = (".bin", ".safetensors", ".parquet", "tokenizer.json")
 
 
 class LoopbackHub:
     """``files`` are the repository; ``log`` holds (method, file, Range header) of each file request."""
 
-    def __init__(self, model: str, directory: Path) -> None:
-        self.model = model
+    def __init__(self, model: str, directory: Path, kind: str = "models") -> None:
+        self.model, self.kind = model, kind
         self.files = {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
         self.log: list[tuple[str, str, str | None]] = []
         self.cut: dict[str, int] = {}  # file → bytes after which its connection breaks, once
@@ -54,10 +54,11 @@ def serve(hub: LoopbackHub) -> Iterator[LoopbackHub]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            if path in (f"/api/models/{hub.model}", f"/api/models/{hub.model}/revision/main"):
+            api = f"/api/{hub.kind}/{hub.model}"
+            if path in (api, f"{api}/revision/main"):
                 info = {"id": hub.model, "modelId": hub.model, "sha": COMMIT, "siblings": hub.listing()}
                 self._json({**info, "private": False, "tags": [], "downloads": 0, "likes": 0})
-            elif path == f"/api/models/{hub.model}/tree/{COMMIT}":
+            elif path == f"{api}/tree/{COMMIT}":
                 self._json(hub.listing())
             elif path.startswith(f"/api/v1/models/{hub.model}"):
                 self._modelscope(path)
@@ -96,7 +97,8 @@ def serve(hub: LoopbackHub) -> Iterator[LoopbackHub]:
             self.wfile.write(body)
 
         def _file(self, path: str) -> None:
-            prefix = f"/{hub.model}/resolve/{COMMIT}/"
+            folder = "" if hub.kind == "models" else f"/{hub.kind}"
+            prefix = f"{folder}/{hub.model}/resolve/{COMMIT}/"
             name = path.removeprefix(prefix)
             if not path.startswith(prefix) or name not in hub.files:
                 self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")

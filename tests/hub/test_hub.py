@@ -42,7 +42,8 @@ def hub(upstream: Path) -> Iterator[LoopbackHub]:
 class Client:
     """``resolve`` in a process of its own, since huggingface_hub reads its environment once."""
 
-    def __init__(self, home: Path, endpoint: str) -> None:
+    def __init__(self, home: Path, endpoint: str, program: str = PROGRAM) -> None:
+        self.program = program
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
             "HF_HOME": str(home),
@@ -54,7 +55,7 @@ class Client:
 
     def start(self, model: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, model],
+            [sys.executable, "-c", self.program, model],
             env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -141,6 +142,63 @@ def test_killed_download_is_resumed(hub: LoopbackHub, client: Client, model: Any
     assert parity(model, load_model(path)) == 0.0
     assert ("GET", SHARD, "bytes=50000-") in hub.log
     assert not list(tmp_path.glob("home/hub/*/blobs/*.part"))
+
+
+DATASET = """
+import sys
+from xverse.config import UserError
+from xverse.hub.datasets import fetch_dataset
+try:
+    print(fetch_dataset(sys.argv[1], None, ["*.parquet", "*.jsonl"]))
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+LIBRARY = "import sys, huggingface_hub as hub; print(hub.snapshot_download(sys.argv[1]))"
+
+
+def test_dataset(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "train.parquet").write_bytes(bytes(range(256)) * 400)
+    (source / "test.jsonl").write_text('{"text": "a"}\n')
+    (source / "loader.py").write_text("raise SystemExit")
+    with serve(LoopbackHub("org/set", source, "datasets")) as hub:
+        client = Client(tmp_path / "home", hub.endpoint, DATASET)
+        hub.cut = {"train.parquet": 40_000}
+        path = client.resolve("org/set")
+        assert {item.name: item.read_bytes() for item in path.iterdir()} == {
+            name: content for name, content in hub.files.items() if name != "loader.py"
+        }
+        assert ("GET", "train.parquet", "bytes=40000-") in hub.log
+        assert client.resolve("org/set", HF_HUB_OFFLINE="1") == path
+        damaged = (path / "train.parquet").resolve()
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+        assert "train.parquet does not have the hub's checksum" in client.refused("org/set")
+        assert client.resolve("org/set") == path
+        assert "has no dataset 'org/sett'" in client.refused("org/sett")
+        assert "not in the cache" in client.refused("org/sett", HF_HUB_OFFLINE="1")
+
+
+def test_the_library_alone_starts_a_killed_download_over(hub: LoopbackHub, tmp_path: Path) -> None:
+    """The reason for ``xverse.hub.huggingface``; once this fails, ``snapshot_download`` can replace it."""
+    client = Client(tmp_path / "home", hub.endpoint, LIBRARY)
+    hub.stall = {SHARD: 50_000}
+    process = client.start(CHAT)
+    try:
+        deadline = time.monotonic() + 60
+        while ("GET", SHARD, None) not in hub.log:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.5)
+    finally:
+        process.kill()
+        process.communicate()
+    hub.released.set()
+    hub.log.clear()
+    client.resolve(CHAT)
+    assert [wanted for method, name, wanted in hub.log if (method, name) == ("GET", SHARD)] == [None]
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from xverse.kernels import native as kernels
+from xverse.tokenizer import encoder
 from xverse.tokenizer import native as tokenizer
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -42,8 +43,8 @@ def declared(prefix: str) -> dict[str, tuple[str, list[str]]]:
 def fields(struct: str) -> list[tuple[str, str]]:
     """(name, type) of each field of a struct of xverse_kernels.h."""
     (body,) = re.findall(rf"struct {struct} {{(.*?)}};", text("xverse_kernels.h"))
-    found = [re.fullmatch(r"(.*?)(\w+)", field.strip()) for field in body.split(";") if field.strip()]
-    return [(match[2], match[1].strip()) for match in found if match]
+    parsed = [re.fullmatch(r"(.*?)(\w+)", field.strip()) for field in body.split(";") if field.strip()]
+    return [(match[2], match[1].strip()) for match in parsed if match]
 
 
 def matches(c_type: str, binding: Any) -> bool:
@@ -101,6 +102,11 @@ def test_dtypes_have_the_codes_of_the_header() -> None:
     codes = {name.lower(): int(code) for name, code in re.findall(r"XV_(\w+) = (\d+)", body)}
     assert {str(dtype).removeprefix("torch."): code for dtype, code in kernels.CACHE_TYPES.items()} == codes
     assert kernels.TYPES.items() <= kernels.CACHE_TYPES.items()
+
+
+def test_splits_have_the_codes_of_the_header() -> None:
+    (body,) = re.findall(r"enum XvtSplit {(.*?)}", text("xverse_tokenizer.h"))
+    assert re.findall(r"XVT_\w+ = (\d+)", body) == [str(encoder._JOINED), str(encoder._SPACES)]
 
 
 def test_instruction_sets_are_those_of_the_table() -> None:

@@ -184,8 +184,8 @@ def test_loss_in_chunks(kernels: str) -> None:
         chunked = loss_kernels(hidden)
     assert chunked is not None
     results = []
-    for each in (chunked, None):
-        loss = linear_cross_entropy(hidden, weight, targets, z_loss=1e-2, chunk=64, kernels=each)
+    for option in (chunked, None):
+        loss = linear_cross_entropy(hidden, weight, targets, z_loss=1e-2, chunk=64, kernels=option)
         results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     for one, other in zip(*results, strict=True):
         assert (one - other).float().norm() < 5e-3 * other.float().norm()

@@ -81,7 +81,7 @@ def test_what_will_not_fit_is_refused_with_what_would(large, tmp_path, capsys, m
     monkeypatch.setattr(hardware, "available_memory", lambda device: 2 * 10**8)
     assert main(["finetune", *words(large, tmp_path / "out", finetuning_type="full")]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    said = re.search(r"needs 0\.\d GB of memory, and 0\.2 GB are free; what would fit: (.*)", error)
+    said = re.search(r"needs 0\.\d GB of memory, and 0\.2 GB are available; what fits: (.*)", error)
     assert "finetuning_type lora" in said[1]
     assert not list((tmp_path / "out").glob("*.safetensors"))
 

@@ -144,7 +144,7 @@ def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path
     [
         (["--device", "a80", "--gpus", "8"], "unknown device 'a80'; did you mean 'a800'?"),
         (["--shape", "7bb", "--device", "a800", "--gpus", "8"], "unknown shape '7bb'; did you mean '7b'?"),
-        (["--device", "a800", "--gpus", "8", "--seq", "9000"], "9,000 tokens is beyond the 8,192 positions"),
+        (["--device", "a800", "--gpus", "8", "--seq", "9000"], "9,000 tokens exceeds the 8,192 positions"),
         (
             ["--device", "a800", "--gpus", "1000", "--batch-tokens", "8388608"],
             "1,000 × A800 80 GB takes 1,024 sequences of 8,192 tokens a step: the batch does not divide "
@@ -154,7 +154,7 @@ def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path
             ["--shape", "65b", "--device", "a800", "--gpus", "2"],
             "the nearest number of GPUs that works is 32",
         ),
-        (["--device", "a800", "--gpus", "8", "--batch-tokens", "1000"], "8,192 is near"),
+        (["--device", "a800", "--gpus", "8", "--batch-tokens", "1000"], "the nearest is 8,192"),
         (["--device", "a800", "--gpus", "0"], "--gpus must be at least 1, not 0"),
         (["--device", "a800", "--gpus", "8", "--tflops", "-3"], "flops must be positive"),
     ],

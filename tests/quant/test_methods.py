@@ -51,7 +51,7 @@ def test_searched_scales_are_never_worse_than_the_largest_magnitude(
     plain = (largest / (2 ** (bits - 1) - 1)).bfloat16()
     plain_error = (QuantizedWeight(round_to(weight, plain, bits), plain, bits).dequantize() - weight).square()
     error = (rtn(weight, bits, group).dequantize() - weight).square()
-    grouped = (each.view(5, -1, group).sum(2) for each in (error, plain_error))
+    grouped = (x.view(5, -1, group).sum(2) for x in (error, plain_error))
     searched, unsearched = grouped
     assert (searched <= unsearched * (1 + 1e-5)).all()
 

@@ -108,18 +108,18 @@ def test_report_is_that_of_two_whole_models(model: XverseForCausalLM, method: st
     assert report.tokens == sample.numel()
     assert report.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
     assert report.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item(), abs=0.01)
-    for logs, found in ((p, report.perplexity_source), (q, report.perplexity_quantized)):
+    for logs, perplexity in ((p, report.perplexity_source), (q, report.perplexity_quantized)):
         expected = torch.nn.functional.nll_loss(logs[:, :-1].flatten(0, 1), sample[:, 1:].flatten()).exp()
-        assert found == pytest.approx(expected.item(), rel=1e-5)
+        assert perplexity == pytest.approx(expected.item(), rel=1e-5)
     assert report.delta_perplexity == report.perplexity_quantized / report.perplexity_source - 1
     assert len(report.layer_errors) == 2
     assert all(0 < error < 0.3 for error in report.layer_errors)
-    assert report.bytes_source == sum(each.numel() * 4 for each in model.state_dict().values())
+    assert report.bytes_source == sum(tensor.numel() * 4 for tensor in model.state_dict().values())
     expected_bytes = sum(
-        each.numel() * each.itemsize
-        if isinstance(each, Tensor)
-        else each.q.numel() * each.bits // 8 + 2 * each.scales.numel()
-        for each in tensors.values()
+        tensor.numel() * tensor.itemsize
+        if isinstance(tensor, Tensor)
+        else tensor.q.numel() * tensor.bits // 8 + 2 * tensor.scales.numel()
+        for tensor in tensors.values()
     )
     assert report.bytes_quantized == expected_bytes
     assert len(report.describe()) == 3
@@ -160,7 +160,7 @@ def test_source_is_not_changed(model: XverseForCausalLM) -> None:
     tensors = dict(state)
     run = Quantizer(
         model.config,
-        lambda prefix: {name: each for name, each in tensors.items() if name.startswith(prefix)},
+        lambda prefix: {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)},
         _settings("gptq"),
         calibration=_tokens(model.config, 8, 1),
         sample=_tokens(model.config, 2, 2),
@@ -175,7 +175,7 @@ def test_balancing_a_layer_preserves_its_outputs(model: XverseForCausalLM, dtype
     config = model.config
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     prefix = "model.layers.1."
-    layer = make_layer(config, 1, {name: each for name, each in state.items() if name.startswith(prefix)})
+    layer = make_layer(config, 1, {name: tensor for name, tensor in state.items() if name.startswith(prefix)})
     x = torch.randn(3, 16, config.hidden_size, generator=torch.Generator().manual_seed(0))
     x[..., 7] *= 30
     before = forward(layer, config, x)
@@ -210,7 +210,7 @@ def test_one_layer_at_a_time(model: XverseForCausalLM) -> None:
     for _ in Quantizer(model.config, reader, settings, sample=_tokens(model.config, 2, 2)).tensors():
         pass
     largest = max(
-        sum(each.numel() for name, each in model.state_dict().items() if name.startswith(prefix))
+        sum(tensor.numel() for name, tensor in model.state_dict().items() if name.startswith(prefix))
         for prefix in ("model.layers.0.", "lm_head.", "model.embed_tokens.")
     )
     assert reader.most <= largest + model.config.hidden_size

@@ -23,7 +23,7 @@ from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.data.prepare.pipeline import PrepareRecipe, prepare
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights
-from xverse.train import TrainConfig, fit
+from xverse.train import Hooks, TrainConfig, fit
 
 LENGTH = 48
 CLI = "import sys\nfrom xverse.cli import main\nsys.exit(main())\n"
@@ -202,7 +202,7 @@ def fit_tiny(feed: PretrainFeed, tiny_shape: dict[str, int]) -> Callable[..., Xv
             feed.batch,
             config,
             out,
-            validate=validate,
+            hooks=Hooks(validate=validate),
             identity=identity,
         )
         return model

@@ -26,7 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from xverse.config import UserError
 from xverse.data.feed import Batch
 from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights
-from xverse.train import TrainConfig, fit
+from xverse.train import Hooks, TrainConfig, fit
 from xverse.train.checkpoint import _tensors, load_checkpoint
 from xverse.train.loop import sum_loss
 from xverse.train.materialise import empty_model, initial_weights
@@ -100,7 +100,7 @@ def train(job: dict[str, Any], world: World = ALONE) -> None:
     out = Path(job["out"])
     try:
         weights = None if alone else initial_weights(SHAPE, seed=0)
-        fit(model, batch_at, config, out, validate=validate, world=world, weights=weights)
+        fit(model, batch_at, config, out, hooks=Hooks(validate=validate), world=world, weights=weights)
     except UserError as error:
         (out.parent / f"{out.name}.{world.rank}.error").write_text(str(error))
         return

@@ -36,10 +36,11 @@ def recipe_of(path: Path) -> PretrainRecipe:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_for_7b_fit_their_clusters(path: Path) -> None:
+def test_recipes_for_7b_fit_their_clusters(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the mixture's file is named from there
     recipe = recipe_of(path)
     assert recipe.cluster is not None
-    assert recipe.mixture.weights is not None
+    mixture = recipe.mixture.read()
     shape, _ = checked_shape(recipe)
     device = DEVICES[recipe.cluster.device]
     layout = layout_of(recipe.train, recipe.cluster.gpus, shape, recipe.sequence_length, 8)
@@ -47,8 +48,13 @@ def test_recipes_for_7b_fit_their_clusters(path: Path) -> None:
     if recipe.cluster.gpus > 8:
         tokens = recipe.train.steps * recipe.train.batch_size * recipe.sequence_length
         assert tokens == pytest.approx(2.6e12, rel=1e-4)
-        assert len(recipe.mixture.weights) == 42
-        assert sum(recipe.mixture.weights.values()) == pytest.approx(100, abs=0.1)
+        assert mixture.categories is not None
+        assert mixture.languages is not None
+        assert len(mixture.languages) == 41
+        assert sum(mixture.categories.values()) == pytest.approx(100, abs=0.1)
+        assert sum(mixture.languages.values()) == pytest.approx(100, abs=0.1)
+    else:
+        assert mixture.weights is not None
 
 
 def test_a_dry_run_of_7b() -> None:
@@ -57,9 +63,9 @@ def test_a_dry_run_of_7b() -> None:
     assert found.seconds < 120
     assert "7,299,846,144 parameters" in said
     assert "8 processes; rank 0 holds 912,482,816" in said
-    assert "1 × 8,192 tokens went forward and backward" in said
-    assert "is not here; only the names and weights of the mixture's 3 sources" in said
-    counted = float(re.search(r"([0-9.]+) GB kept between", said)[1])  # type: ignore[index]
+    assert "1 × 8,192 tokens ran forward and backward" in said
+    assert "is not on this machine; only the names and weights of the mixture's 3 sources" in said
+    counted = float(re.search(r"([0-9.]+) GB kept", said)[1])  # type: ignore[index]
     assert counted == pytest.approx(float(re.search(r"activations ([0-9.]+)", said)[1]), rel=0.15)  # type: ignore[index]
 
 
@@ -74,7 +80,7 @@ def test_a_world_of_1024_on_data_that_is_here(
     said = capsys.readouterr().out
     assert "1,024 processes; rank 0 holds" in said
     assert "mixture of 2 sources" in said
-    assert "1 × 48 tokens went forward and backward" in said
+    assert "1 × 48 tokens ran forward and backward" in said
     assert "predicted for: FSDP 1024, micro-batch 1 × 2" in said
     assert not (path.parent / "run").exists()
 
@@ -86,11 +92,11 @@ def test_a_world_of_1024_on_data_that_is_here(
             ["cluster.gpus=3"],
             "batch_size 8 does not divide into 3 processes of micro-batches of 1; the nearest",
         ),
-        (["cluster=null"], "write cluster: {device: a800, gpus: 1024} into the recipe"),
+        (["cluster=null"], "add cluster: {device: a800, gpus: 1024} to the recipe"),
         (["cluster.device=a80"], "unknown device 'a80'"),
         (["train.parallel=none"], "parallel: none, but there are 4 processes"),
-        (["sequence_length=9000"], "sequence_length 9000 is beyond the 8192 positions"),
-        (["data=nowhere", "mixture.weights={'a b': 1}"], "'a b' is no name of a source"),
+        (["sequence_length=9000"], "sequence_length 9000 exceeds the 8192 positions"),
+        (["data=nowhere", "mixture.weights={'a b': 1}"], "'a b' does not name a source"),
         (["data=nowhere", "mixture.file=nowhere.yaml"], "nowhere.yaml: no such file"),
         (["data=nowhere", "mixture={categories: {web: 0.5}}"], "0.5"),
         (["data=nowhere", "mixture.weights={en: -1}"], "the weight of 'en' is -1"),
@@ -110,7 +116,7 @@ def test_what_does_not_fit_into_memory_is_found(write_recipe: Recipe) -> None:
         {"shape": "7b", "sequence_length": 8192, "data": "nowhere", "cluster": {"device": "a800", "gpus": 8}},
         steps=2, batch_size=32, micro_batch_size=4, parallel="fsdp",
     )  # fmt: skip
-    with pytest.raises(UserError, match="GB are needed of 80 GB of A800 80 GB; xverse plan finds what fits"):
+    with pytest.raises(UserError, match="but A800 80 GB has 80 GB; find a layout that fits with xverse plan"):
         dry_run(load(PretrainRecipe, path))
 
 

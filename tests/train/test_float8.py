@@ -56,9 +56,9 @@ def config(**settings: Any) -> TrainConfig:
 
 
 def test_settings_that_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="float8 goes with dtype bfloat16, not float32"):
+    with pytest.raises(ValueError, match="float8 needs dtype bfloat16, not float32"):
         config(dtype="float32")
-    with pytest.raises(ValueError, match="float8 does not go with tensor 2"):
+    with pytest.raises(ValueError, match="float8 does not support tensor 2"):
         config(parallel="fsdp", tensor=2)
 
 
@@ -71,7 +71,7 @@ def test_without_cuda_it_is_one_line(
     said = capsys.readouterr().err.strip().splitlines()
     assert said == [
         "xverse: float8 needs a CUDA GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell), "
-        "and there is none here; leave train.float8 out"
+        "and there is none here; remove train.float8"
     ]
     assert not (tmp_path / "run").exists()
 
@@ -81,7 +81,7 @@ def test_what_a_gpu_must_have(tiny_shape: dict[str, int], monkeypatch: pytest.Mo
     check_float8(config(float8=False), shape, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(UserError, match=r"NVIDIA A100-SXM4-80GB has 8\.0; leave"):
+    with pytest.raises(UserError, match=r"NVIDIA A100-SXM4-80GB has 8\.0; remove"):
         check_float8(config(), shape, GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -101,7 +101,7 @@ def test_shares_are_of_the_fp8_peak_and_say_so(monkeypatch: pytest.MonkeyPatch) 
     assert (peak.flops, peak.name, peak.label) == (1979e12, "mfu_of_fp8", "MFU, of the FP8 peak")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     assert peak_of(GPU, None, fp8=True) is None
-    assert precision(config()) == "float8 in the layers' matrices, else bfloat16"
+    assert precision(config()) == "float8 in the layers' matrices, bfloat16 elsewhere"
 
 
 @needs_torchao

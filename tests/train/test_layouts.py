@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from xverse.config import UserError
@@ -56,7 +56,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # DDP holds what one process holds, CP what FSDP does, and TP × CP what TP × FSDP does.
     others = [name for name in LAYOUTS if name not in ("DDP", "CP", "TP × CP")]
     sources = [str(folder / name / "checkpoints" / "step-00000010") for name in ("one", *others)]
-    sources.append(str(first_format(folder / "one" / "checkpoints" / "step-00000010", folder / "first")))
     phases: list[dict[str, Any]] = []
     for count in (2, 4):
         names = [name for name, (size, _) in LAYOUTS.items() if size == count]
@@ -82,17 +81,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stdout[-5000:]
     return folder
-
-
-def first_format(checkpoint: Path, there: Path) -> Path:
-    """The tensors of a checkpoint, as the first version of this code wrote them."""
-    there.mkdir()
-    tensors = processes.read_alone(checkpoint)
-    for kind in ("model", "optimizer"):
-        some = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{kind}.")}
-        save_file(some, there / f"{kind}.safetensors")
-    (there / "state.json").write_text(json.dumps({"step": 10, "identity": {}}))
-    return there
 
 
 def curve(out: Path) -> list[tuple[int, float, float]]:
@@ -237,7 +225,7 @@ def test_settings_that_do_not_go_together() -> None:
     for keys, said in (
         ({"tensor": 2}, "tensor 2 needs parallel: fsdp, not none"),
         ({"parallel": "ddp", "context": 2}, "context 2 needs parallel: fsdp, not ddp"),
-        ({"parallel": "fsdp", "tensor": 2, "compile": True}, "compile does not go with tensor 2"),
+        ({"parallel": "fsdp", "tensor": 2, "compile": True}, "compile does not support tensor 2"),
         ({"parallel": "fsdp", "pipeline": 0}, "pipeline must be positive, not 0"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -165,7 +165,7 @@ def test_norms_and_embedding_are_not_decayed(tiny_shape: dict[str, int]) -> None
 
 def test_divergence_stops_with_one_clear_line(fit_tiny: Fit, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"step \d+: loss .*nan.*: the run diverged; begin again in"
+        UserError, match=r"step \d+: loss .*nan.*: the run diverged; start again in"
     ) as caught:
         fit_tiny(tmp_path, steps=50, learning_rate=1e30, grad_clip=0.0, checkpoint_every=1)
     assert "\n" not in str(caught.value)

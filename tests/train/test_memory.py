@@ -140,7 +140,7 @@ def test_a_mesh_divides_what_its_processes_share() -> None:
 
 def test_no_layout_is_advised_that_the_trainer_refuses() -> None:
     config = TrainConfig(**settings(batch_size=8, micro_batch_size=2, parallel="fsdp", pipeline=2))
-    with pytest.raises(UserError, match="take a smaller shape"):
+    with pytest.raises(UserError, match="use a smaller shape"):
         check_memory(XverseConfig(**{**SHAPE, "num_hidden_layers": 4}), config, LENGTH, 4, available=10**6)
     with pytest.raises(UserError, match="batch_size 4 does not divide into 3 processes"):
         check_memory(XverseConfig(**SHAPE), TrainConfig(**settings(parallel="ddp")), LENGTH, 3)
@@ -152,16 +152,16 @@ def test_what_does_not_fit_is_refused_with_settings_that_would() -> None:
     with pytest.raises(UserError) as caught:
         check_memory(shape, config, LENGTH, available=predicted - 1)
     said = str(caught.value)
-    assert "it would fit with micro_batch_size: 2 (train.check_memory: false" in said
+    assert "it fits with micro_batch_size: 2 (train.check_memory: false" in said
     changed = TrainConfig(**settings(micro_batch_size=2))
     assert sum(predicted_memory(shape, changed, LENGTH).values()) < predicted
     least = TrainConfig(
         **settings(micro_batch_size=1, activation_checkpointing="full", optimizer_dtype="bfloat16")
     )
     tight = sum(predicted_memory(shape, least, LENGTH).values())
-    with pytest.raises(UserError, match=r"would fit with .*full and optimizer_dtype: bfloat16"):
+    with pytest.raises(UserError, match=r"fits with .*full and optimizer_dtype: bfloat16"):
         check_memory(shape, config, LENGTH, available=tight)
-    with pytest.raises(UserError, match="take a smaller shape"):
+    with pytest.raises(UserError, match="use a smaller shape"):
         check_memory(shape, config, LENGTH, available=10**6)
     check_memory(shape, TrainConfig(**settings(check_memory=False)), LENGTH, available=10**6)
 
@@ -175,7 +175,7 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(
     monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
     assert main(["pretrain", str(write_recipe(steps=2))]) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("xverse: one process would take 0.0 GB of memory")
+    assert line.startswith("xverse: one process needs 0.0 GB of memory")
     assert not (tmp_path / "run").exists()
 
 

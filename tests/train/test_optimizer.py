@@ -225,14 +225,14 @@ def test_a_batch_grows_in_equal_stages() -> None:
     assert [CONFIG.rows(0), CONFIG.sequences(3)] == [4, 12]
     for wrong, said in (
         ({"batch_ramp_start": 5}, "batch_size 12 is not a multiple of batch_ramp_start 5"),
-        ({"batch_ramp_steps": 0}, "need each other"),
-        ({"batch_ramp_steps": 51}, "batch_ramp_steps 51 are more than steps 50"),
-        ({"parallel": "fsdp", "pipeline": 2}, "batch_ramp_start does not go with pipeline"),
+        ({"batch_ramp_steps": 0}, "must be set together"),
+        ({"batch_ramp_steps": 51}, "batch_ramp_steps 51 exceeds steps 50"),
+        ({"parallel": "fsdp", "pipeline": 2}, "batch_ramp_start does not support pipeline"),
     ):
         with pytest.raises(ValueError, match=said):
             dataclasses.replace(config, **wrong)
 
 
 def test_compile_and_selective_are_refused() -> None:
-    with pytest.raises(ValueError, match="compile does not go with activation_checkpointing selective"):
+    with pytest.raises(ValueError, match="compile does not support activation_checkpointing selective"):
         dataclasses.replace(CONFIG, compile=True, activation_checkpointing="selective")

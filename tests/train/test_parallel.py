@@ -108,7 +108,7 @@ def test_signals_reach_one_process_and_all_save(
     os.kill(pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "the same command goes on from it" in output
+    assert "run the same command to continue from it" in output
     assert len(checkpoints(out)) == 2, "SIGUSR1 saves and goes on, SIGTERM saves and stops"
     assert json.loads((out / "heartbeats" / "0.json").read_text())["status"] == "stopped"
 

@@ -9,10 +9,25 @@ from typing import Any
 
 import pytest
 
+from xverse import hardware
 from xverse.cli import main
 from xverse.train.parallel import ALONE
 from xverse.train.plot import read_metrics
 from xverse.train.preflight import Reading, measure, slow
+
+SLOW = """
+import os, sys
+from xverse import cli, hardware
+
+time_each = hardware._time_each
+
+def repeated(action, *arguments):
+    return time_each(lambda: [action() for _ in range(8)], *arguments)
+
+if os.environ["RANK"] == "1":
+    hardware._time_each = repeated
+sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
+"""
 
 
 def reading(rank: int, **values: float) -> Reading:
@@ -35,9 +50,11 @@ def test_a_slow_process_is_named_and_ends_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rank 1 of three computes and reads everything eight times; torchrun reports its exit code."""
-    recipe = write_recipe(steps=2, batch_size=6, parallel="ddp", preflight="stop", preflight_share=0.4)
-    process = torchrun(3, str(recipe), environment={"XVERSE_PREFLIGHT_REPEAT": "1:8"})
+    """Rank 1 of three does the work of each measurement eight times; torchrun reports its exit code."""
+    recipe = write_recipe(
+        steps=2, batch_size=6, parallel="ddp", preflight="stop", preflight_share=0.4, dtype="float32"
+    )
+    process = torchrun(3, str(recipe), script=SLOW)
     output, _ = process.communicate()
     assert process.returncode != 0
     said = " ".join(output.split())
@@ -50,7 +67,7 @@ def test_a_slow_process_is_named_and_ends_the_run(
 def test_one_process_says_what_it_reaches_and_its_speed_is_a_share_of_it(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["pretrain", str(write_recipe(steps=2, preflight="warn"))]) == 0
+    assert main(["pretrain", str(write_recipe(steps=2, preflight="warn", dtype="float32"))]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "pre-flight check (" in said
     assert "% of the matmul measured here, causal" in said
@@ -67,9 +84,14 @@ def test_one_process_says_what_it_reaches_and_its_speed_is_a_share_of_it(
 
 
 def test_repeated_work_is_measured_as_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XVERSE_PREFLIGHT_REPEAT", "0:6")
-    (loaded,), _ = measure(ALONE, "float32")
-    monkeypatch.delenv("XVERSE_PREFLIGHT_REPEAT")
+    time_each = hardware._time_each
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            hardware,
+            "_time_each",
+            lambda action, *rest: time_each(lambda: [action() for _ in range(6)], *rest),
+        )
+        (loaded,), _ = measure(ALONE, "float32")
     (free,), _ = measure(ALONE, "float32")
     assert loaded.matmul < 0.6 * free.matmul
     assert loaded.memory < 0.6 * free.memory

@@ -39,11 +39,11 @@ def test_run_leaves_model_curve_and_records(
     }  # fmt: skip
     assert (out / "loss.png").read_bytes().startswith(PNG)
     report = (out / "report.md").read_text()
-    assert "| steps | 6 counted, 0 passed over, 0 times back |" in report
+    assert "| steps | 6 applied, 0 skipped, 0 rollbacks |" in report
     assert "![loss](loss.png)" in report
     assert "MFU unknown" in report or torch.cuda.is_available()
-    assert "| checkpoints | 1 held the loop for " in report
-    assert "| communication not hidden | one process, none |" in report
+    assert "| checkpoints | 1 stalled training for " in report
+    assert "| exposed communication | none: one process |" in report
     assert "| all, predicted |" in report
     assert "memory of a process, predicted: " in output.err
     assert json.loads((out / "recipe.json").read_text())["shape"]["hidden_size"] == 32
@@ -81,7 +81,7 @@ def test_mistakes_in_the_recipe_are_one_line(
         (["train.dtype=float16"], "train: dtype: 'float16' is not one of bfloat16, float32"),
         (
             ["sequence_length=9000"],
-            "sequence_length 9000 is beyond the 8192 positions of shape of the recipe",
+            "sequence_length 9000 exceeds the 8192 positions of shape of the recipe",
         ),
         (["sequence_length=1"], "sequence_length must be at least 2"),
         (["initializer_range=-1"], "initializer_range must be positive"),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from benchmarks.studies import scale
 from xverse.data.feed import PretrainFeed
-from xverse.train.checkpoint import _OwnFile, _OwnPlan
+from xverse.train.checkpoint import OwnPlan, _OwnFile
 from xverse.train.index import Index, Part, read_header
 from xverse.train.parallel import add_up
 
@@ -44,7 +44,7 @@ def test_a_checkpoint_is_planned_by_each_rank_alone() -> None:
     world = 12  # 256 and 768 rows do not divide by it: some ranks' shares are short
     for rank in range(world):
         with scale.sharded_tensors("nano", world, rank) as tensors:
-            planner = _OwnPlan(rank == 0)
+            planner = OwnPlan(rank == 0)
             planner.set_up_planner(tensors, is_coordinator=True)
             plan = planner.create_local_plan()
         (own,), _ = planner.create_global_plan(_OwnFile("unused", rank).prepare_global_plan([plan]))

@@ -82,10 +82,7 @@ def test_each_process_verifies_and_reads_its_share(
         assert found["headers"] == [mine]
         reason = "this checkpoint cannot be read (No such file or directory)"
         step = out / "checkpoints" / "step-00000002"
-        assert (
-            found["newest"]
-            == f"{step}: {reason}, nor is there a whole one before it; delete it to begin again"
-        )
+        assert found["newest"] == f"{step}: {reason}, and no earlier one is intact; delete it to start again"
         assert found["load"] == f"{step}: {reason}"
     assert (out / "checkpoints" / "damaged-step-00000004").is_dir()
-    assert said.count("is not what was written); going back to step-00000002") == 1
+    assert said.count("has another SHA-256 than state.json records); going back to step-00000002") == 1

@@ -60,7 +60,7 @@ def test_rollback_takes_the_weights_of_the_last_checkpoint(
     model = Poisoned(tiny_shape, {8, 9, 10})
     records = run(feed, model, tmp_path / "a", settings)
     assert [r["rollback"] for r in records if "rollback" in r] == [6]
-    assert "3 in a row; back to the weights of step-00000006, on with the data of step 12" in " ".join(
+    assert "3 in a row; rolled back to step-00000006, continuing with the data of step 12" in " ".join(
         capsys.readouterr().err.split()
     )
     expected = Poisoned(tiny_shape, {6, 7, 8, 9, 10})

@@ -1,1 +1,1 @@
-"""Measurements. Each prints a table for people and returns the figures that end up in one JSON object."""
+"""Measurements. Each prints a table and returns its figures for one JSON object."""

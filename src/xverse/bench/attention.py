@@ -1,5 +1,7 @@
-"""Attention over a paged cache: decode beside the memory's read rate, prefill beside PyTorch's attention and
-a plain matrix product. Part of ``xverse bench quant``."""
+"""Part of ``xverse bench quant``: attention over a paged cache.
+
+Decode is compared with the memory's read rate, prefill with PyTorch's attention and a plain matrix product.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from xverse.kernels.ops import advise_huge_pages
 from xverse.kernels.paged_attention import PagedLayer
 
 CONTEXTS = (512, 2048, 8192)
-POSITIONS = 32768  # cached in all, over several layers: more than any cache holds
+POSITIONS = 32768  # in all layers together: more than any CPU cache holds
 PREFILL_TOKENS = 512
 PREFILL_STARTS = (0, 1536)
 READ_SHARE = 0.9
@@ -39,7 +41,7 @@ def run(
     prefill_tokens: int = PREFILL_TOKENS,
     prefill_starts: tuple[int, ...] = PREFILL_STARTS,
 ) -> dict[str, Any]:
-    """Medians of ``rounds`` rounds of one sequence; torch has ``threads`` threads. Rates in GB/s, GFLOP/s."""
+    """Medians over ``rounds`` of one sequence, with ``threads`` of PyTorch's threads. In GB/s and GFLOP/s."""
     need_memory(6 * positions * heads * head_dim + 2**30)
     result: dict[str, Any] = {"kernels": kernel_name(), "heads": heads, "head_dim": head_dim}
     result["decode"] = []
@@ -48,37 +50,37 @@ def run(
         for context in contexts:
             layers = max(1, positions // context)
             cache = _random_cache(layers * -(-context // block_size), heads, block_size, head_dim, kind)
-            found = _decode_rate(cache, context, layers, buffer, rounds, threads)
-            result["decode"].append({"kv": kind, "context": context, **found})
+            figures = _decode_rate(cache, context, layers, buffer, rounds, threads)
+            result["decode"].append({"kv": kind, "context": context, **figures})
             del cache
     del buffer
     result["prefill"] = []
     for start in prefill_starts:
-        found = _prefill_rates(start, prefill_tokens, heads, block_size, head_dim, rounds)
-        result["prefill"].append({"start": start, "tokens": prefill_tokens, **found})
+        figures = _prefill_rates(start, prefill_tokens, heads, block_size, head_dim, rounds)
+        result["prefill"].append({"start": start, "tokens": prefill_tokens, **figures})
     return result
 
 
 def rows(result: dict[str, Any]) -> Iterator[Row]:
-    """The table's lines."""
-    for found in result["decode"]:
-        share = f"{found['share']:.1%} of the read rate around it"
-        target = at_least(READ_SHARE, found["share"], "") if found["context"] >= 2048 else ""
+    """The lines of the table."""
+    for figures in result["decode"]:
+        share = f"{figures['share']:.1%} of the read rate sampled around it"
+        target = at_least(READ_SHARE, figures["share"], "") if figures["context"] >= 2048 else ""
         yield Row(
-            f"decode, {found['kv']} KV, context {found['context']:,}",
-            f"{found['gb_s']:.1f} of {found['device_read_gb_s']:.1f} GB/s",
+            f"decode, {figures['kv']} KV, context {figures['context']:,}",
+            f"{figures['gb_s']:.1f} of {figures['device_read_gb_s']:.1f} GB/s",
             f"{share}; {target}" if target else share,
         )
-    for found in result["prefill"]:
-        name = f"prefill, {found['tokens']} tokens from {found['start']:,}"
-        faster = found["bf16_gflops"] / found["sdpa_gflops"]
+    for figures in result["prefill"]:
+        name = f"prefill, {figures['tokens']} tokens from {figures['start']:,}"
+        faster = figures["bf16_gflops"] / figures["sdpa_gflops"]
         yield Row(
             f"{name}, bf16 KV",
-            f"{found['bf16_gflops']:,.0f} GFLOP/s",
-            f"{found['bf16_gflops'] / found['matmul_gflops']:.0%} of a bf16 matmul; {faster:.1f} × PyTorch's "
-            f"attention ({found['sdpa_gflops']:,.0f}); {at_least(FASTER, faster, '×')}",
+            f"{figures['bf16_gflops']:,.0f} GFLOP/s",
+            f"{figures['bf16_gflops'] / figures['matmul_gflops']:.0%} of a bf16 matmul; {faster:.1f} × "
+            f"PyTorch's attention ({figures['sdpa_gflops']:,.0f}); {at_least(FASTER, faster, '×')}",
         )
-        yield Row(f"{name}, int8 KV", f"{found['int8_gflops']:,.0f} GFLOP/s")
+        yield Row(f"{name}, int8 KV", f"{figures['int8_gflops']:,.0f} GFLOP/s")
 
 
 def _random_cache(blocks: int, heads: int, block_size: int, head_dim: int, kind: str) -> PagedLayer:
@@ -96,9 +98,9 @@ def _random_cache(blocks: int, heads: int, block_size: int, head_dim: int, kind:
 def _decode_rate(
     cache: PagedLayer, context: int, layers: int, buffer: Tensor, rounds: int, threads: int
 ) -> dict[str, Any]:
-    """One token of one sequence through ``layers`` layers, which here are parts of one cache."""
-    each = -(-context // cache.block_size)
-    tables = torch.arange(layers * each, dtype=torch.int32).view(layers, 1, each)
+    """Decode a token of one sequence through ``layers`` layers, which are parts of one cache."""
+    blocks = -(-context // cache.block_size)
+    tables = torch.arange(layers * blocks, dtype=torch.int32).view(layers, 1, blocks)
     lengths = torch.tensor([context], dtype=torch.int32)
     q = torch.randn(1, cache.heads, cache.head_dim).bfloat16()
 
@@ -128,16 +130,16 @@ def _decode_rate(
 def _prefill_rates(
     start: int, tokens: int, heads: int, block_size: int, head_dim: int, rounds: int
 ) -> dict[str, float]:
-    """Causal attention counted: every pair of a query and a key that it sees."""
+    """FLOPs count every pair of a query and a key that it attends to."""
     flops = 4 * heads * head_dim * (start * tokens + tokens * (tokens + 1) / 2)
     blocks = -(-(start + tokens) // block_size)
     table = torch.arange(blocks, dtype=torch.int32)
     q = torch.randn(tokens, heads, head_dim).bfloat16()
-    found = {}
+    figures = {}
     for kind in _TYPES:
         cache = _random_cache(blocks, heads, block_size, head_dim, kind)
         seconds = _median_time(lambda cache=cache: cache.prefill(q, table, start), rounds)  # type: ignore[misc]
-        found[f"{kind}_gflops"] = round(flops / seconds / 1e9, 1)
+        figures[f"{kind}_gflops"] = round(flops / seconds / 1e9, 1)
     keys, values = torch.randn(2, 1, heads, start + tokens, head_dim).bfloat16()
     queries = q.transpose(0, 1)[None]  # [1, H, T, head_dim]
     positions = torch.arange(start + tokens)
@@ -146,9 +148,9 @@ def _prefill_rates(
         lambda: scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=not start),
         rounds,
     )
-    found["sdpa_gflops"] = round(flops / seconds / 1e9, 1)
-    found["matmul_gflops"] = round(hardware.matmul_flops(torch.bfloat16, *MATMUL, seconds=0.2) / 1e9, 1)
-    return found
+    figures["sdpa_gflops"] = round(flops / seconds / 1e9, 1)
+    figures["matmul_gflops"] = round(hardware.matmul_flops(torch.bfloat16, *MATMUL, seconds=0.2) / 1e9, 1)
+    return figures
 
 
 def _median_time(action: Callable[[], object], rounds: int) -> float:

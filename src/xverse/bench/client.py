@@ -1,4 +1,4 @@
-"""A server in a process of its own, and clients that ask it over loopback."""
+"""A server in its own process, and clients that send requests over loopback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xverse.config import UserError
 def serving(
     model: str, quantize: str | None, threads: int | None, more: Sequence[str] = ()
 ) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """``xverse serve``: its port and its process. Raises UserError where it does not start."""
+    """Run ``xverse serve``; yields its port and process. Raises UserError if it does not start."""
     flags = ["serve", "--model", model, "--port", "0", "--no-access-log", *more]
     flags += ["--quantize", quantize] if quantize else []
     flags += ["--threads", str(threads)] if threads else []
@@ -33,13 +33,13 @@ def serving(
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise UserError(f"xverse serve ended with {process.wait()}")
+            raise UserError(f"xverse serve exited with code {process.wait()}")
         port = int(line.rsplit(":", 1)[1])
         try:
-            while get(port, "/health")[0] != 200:  # it listens before it has loaded
+            while get(port, "/health")[0] != 200:  # it listens before the model is loaded
                 time.sleep(0.1)
         except (OSError, http.client.HTTPException):
-            raise UserError(f"xverse serve ended with {process.wait()}") from None
+            raise UserError(f"xverse serve exited with code {process.wait()}") from None
         yield port, process
     finally:
         process.terminate()
@@ -48,51 +48,51 @@ def serving(
 
 @dataclass
 class Stream:
-    """What one client saw; seconds."""
+    """What one client observed; times in seconds."""
 
     begun: float = 0.0
     first: float = 0.0
     ended: float = 0.0
     tokens: int = 0
     error: str | None = None
-    pieces: list[float] = field(default_factory=list)  # when each piece of text came; one token, mostly
+    pieces: list[float] = field(default_factory=list)  # arrival times of pieces of text, mostly of one token
 
     @property
     def rate(self) -> float:
         return (self.tokens - 1) / max(self.ended - self.begun - self.first, 1e-9)
 
 
-def together(port: int, asked: Sequence[dict[str, Any]]) -> list[Stream]:
-    """One client for each request, all at once, each to its last token."""
-    streams = [Stream() for _ in asked]
+def together(port: int, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
+    """Send all requests at once, each from its own client, and read every stream to its end."""
+    streams = [Stream() for _ in bodies]
     threads = [
         threading.Thread(target=_follow, args=(port, body, stream))
-        for body, stream in zip(asked, streams, strict=True)
+        for body, stream in zip(bodies, streams, strict=True)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     failed = next((stream.error for stream in streams if stream.error), None)
-    if failed and len(asked) == 1:
+    if failed and len(bodies) == 1:
         raise UserError(f"the server failed: {failed}")
     return streams
 
 
 def completion(prompt: list[int], new_tokens: int) -> dict[str, Any]:
-    """A greedy request of so many tokens, whatever the model would like."""
+    """A greedy request for exactly ``new_tokens`` tokens."""
     return {"prompt": prompt, "max_tokens": new_tokens, **_ENDLESS}
 
 
 def chat(new_tokens: int, schema: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The same of a conversation, in the form of a JSON schema where there is one."""
+    """The same for a conversation, constrained to a JSON ``schema`` if one is given."""
     body = {"messages": [{"role": "user", "content": "Names?"}], "max_tokens": new_tokens, **_ENDLESS}
     if schema is not None:
         body["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
     return body
 
 
-# The end of a reply is token 3: it never comes.
+# Token 3 ends a reply; its logit bias prevents it.
 _ENDLESS: dict[str, Any] = {
     "stream": True,
     "temperature": 0,
@@ -102,7 +102,7 @@ _ENDLESS: dict[str, Any] = {
 
 
 def post(port: int, body: dict[str, Any], timeout: float = 600.0) -> tuple[Any, Any]:
-    """The connection and the answer, of which nothing was read but its head."""
+    """The connection and its response, of which only the header has been read."""
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
@@ -138,8 +138,8 @@ def _follow(port: int, body: dict[str, Any], stream: Stream) -> None:
                 stream.tokens = data["usage"]["completion_tokens"]
                 continue
             now = time.perf_counter()
-            said = data["choices"][0]
-            if not stream.first and (said.get("text") or said.get("delta", {}).get("content")):
+            choice = data["choices"][0]
+            if not stream.first and (choice.get("text") or choice.get("delta", {}).get("content")):
                 stream.first = now - stream.begun
             stream.pieces.append(now)
             stream.ended = now

@@ -1,5 +1,5 @@
-"""What surrounds the forward pass: speculation at the speed of a large model, its real acceptance on a small
-one, and the share of a step that scheduler and sampling take."""
+"""Parts of ``xverse bench infer``: speculation with forced replies, its acceptance rate with real ones, and
+the share of a step spent in scheduler and sampling."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CHAT = dataclasses.replace(CHAT, seed=0)
 
 
 class Forced:
-    """A constraint that leaves one text: the model computes as ever, and what it says is known beforehand."""
+    """A constraint that allows one text only: the model computes as usual, and its reply is known."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._left = list(reversed(tokens))
@@ -46,16 +46,16 @@ class Forced:
 
 
 def texts(vocab_size: int) -> tuple[list[int], dict[str, list[int]]]:
-    """A prompt, a reply that consists of quotations from it, and one that goes on with other text.
+    """A prompt and two replies: one quotes the prompt, the other continues with different text.
 
-    Real text (the package's passages in thirteen languages), where chance repetitions are as frequent as they
-    are; in the ids of the embedded model's tokenizer, brought into the vocabulary of the measured one.
+    The text is real (the package's passages in thirteen languages), with chance repetitions as frequent as
+    usual. Its ids come from the embedded model's tokenizer, mapped into ``vocab_size``.
     """
     tokenizer = load_tokenizer(resolve("nano"))
     ids = [token % (vocab_size - 4) + 4 for token in parity_tokens(tokenizer, 0).flatten().tolist()]
     prompt, other = ids[:_PROMPT], ids[_PROMPT : _PROMPT + _TARGET]
     quoting: list[int] = []
-    for place in range(40, _PROMPT, 110):  # four passages, each begun with a word of another text
+    for place in range(40, _PROMPT, 110):  # four passages, each after a word of other text
         quoting += [other[place % _TARGET], *prompt[place : place + _QUOTE]]
     return prompt, {"quoting": quoting[:_TARGET], "other": other}
 
@@ -63,7 +63,7 @@ def texts(vocab_size: int) -> tuple[list[int], dict[str, list[int]]]:
 def speculation(
     model: XverseForCausalLM, tokenizer: Tokenizer, name: str, *, threads: int, rounds: int = 3
 ) -> dict[str, Any]:
-    """Decoding speed with prompt lookup against plain decoding, the replies forced token by token."""
+    """Decoding speed with prompt lookup beside plain decoding, with forced replies."""
     prompt, replies = texts(tokenizer.vocab_size)
     size = len(prompt) + _TARGET + 64
     lengths = f"{len(prompt)} + {_TARGET} tokens"
@@ -78,7 +78,7 @@ def speculation(
             for text, reply in replies.items():
                 for kind, engine in engines.items():
                     seconds, _ = _generate(engine, prompt, len(reply), _GREEDY, Forced(reply))
-                    if number:  # the first one prefills, and touches every weight once
+                    if number:  # the first round prefills and touches every weight once
                         rates[text][kind].append((len(reply) - 1) / seconds)
     stats = engines["lookup"].stats()
     result: dict[str, Any] = {
@@ -93,11 +93,11 @@ def speculation(
         "proposed_tokens": stats.proposed_tokens,
         "accepted_tokens": stats.accepted_tokens,
     }
-    for text, found in rates.items():
+    for text, kinds in rates.items():
         result[text] = {
-            **{f"{kind}_tok_s": round(statistics.median(each), 2) for kind, each in found.items()},
-            "ratio": round(statistics.median(_ratios(found["lookup"], found["plain"])), 3),
-            "ratios": [round(each, 3) for each in _ratios(found["lookup"], found["plain"])],
+            **{f"{kind}_tok_s": round(statistics.median(values), 2) for kind, values in kinds.items()},
+            "ratio": round(statistics.median(_ratios(kinds["lookup"], kinds["plain"])), 3),
+            "ratios": [round(ratio, 3) for ratio in _ratios(kinds["lookup"], kinds["plain"])],
         }
     show(
         f"speculation {name}: {result['weights']}, {count_threads(threads)}, forced replies", _forced(result)
@@ -110,9 +110,11 @@ def _forced(result: dict[str, Any]) -> Iterator[Row]:
         ("quoting", "a reply that quotes its prompt", QUOTING_TARGET),
         ("other", "a reply that does not", OTHER_TARGET),
     ):
-        found = result[text]
-        rates = f"{found['plain_tok_s']:.2f} → {found['lookup_tok_s']:.2f} tok/s, {found['ratio']:.2f} ×"
-        yield Row(title, rates, at_least(target, found["ratio"], "×"))
+        figures = result[text]
+        rates = (
+            f"{figures['plain_tok_s']:.2f} → {figures['lookup_tok_s']:.2f} tok/s, {figures['ratio']:.2f} ×"
+        )
+        yield Row(title, rates, at_least(target, figures["ratio"], "×"))
 
 
 def acceptance(
@@ -124,14 +126,14 @@ def acceptance(
     threads: int,
     rounds: int = 3,
 ) -> dict[str, Any]:
-    """Real greedy replies of 64 tokens to eight prompts of 48: which guesses are right, what that brings."""
+    """Speed and acceptance rate with greedy replies of 64 tokens to eight prompts of 48."""
     ids = parity_tokens(tokenizer, 0).flatten().tolist()
     prompts = [ids[start : start + 48] for start in range(0, 8 * 96, 96)]
     kinds: dict[str, Speculation | None] = {"plain": None, "lookup": Speculation()}
     if draft is not None:
         kinds["draft"] = Speculation(draft=draft[0], draft_tokenizer=draft[1])
     notice(f"acceptance {name}: {rounds} rounds of {len(prompts)} × 64 tokens, {count_threads(threads)}")
-    said: dict[str, list[list[int]]] = {kind: [] for kind in kinds}
+    outputs: dict[str, list[list[int]]] = {kind: [] for kind in kinds}
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     with using_threads(threads):
         engines = {
@@ -143,24 +145,24 @@ def acceptance(
                 replies = [_generate(engine, prompt, 64, _GREEDY) for prompt in prompts]
                 if number:
                     rates[kind].append(63 * len(prompts) / sum(seconds for seconds, _ in replies))
-                said[kind] = [tokens for _, tokens in replies]
+                outputs[kind] = [tokens for _, tokens in replies]
     result: dict[str, Any] = {"bench": "infer", "part": "speculation", "model": name, "threads": threads}
     rows = []
     for kind, engine in engines.items():
         stats = engine.stats()
-        same = sum(one == other for one, other in zip(said[kind], said["plain"], strict=True))
-        found = {
+        same = sum(one == other for one, other in zip(outputs[kind], outputs["plain"], strict=True))
+        figures = {
             "tok_s": round(statistics.median(rates[kind]), 1),
             "ratio": round(statistics.median(_ratios(rates[kind], rates["plain"])), 3),
             "proposed_tokens": stats.proposed_tokens,
             "accepted_tokens": stats.accepted_tokens,
             "same_replies": same,
         }
-        result[kind] = found
-        text = f"{found['tok_s']:.1f} tok/s, {found['ratio']:.2f} × plain"
+        result[kind] = figures
+        text = f"{figures['tok_s']:.1f} tok/s, {figures['ratio']:.2f} × plain"
         if stats.proposed_tokens:
-            text += f", {stats.accepted_tokens / stats.proposed_tokens:.0%} of the guesses right"
-        rows.append(Row(kind, text, f"{same} of {len(prompts)} replies as without"))
+            text += f", {stats.accepted_tokens / stats.proposed_tokens:.0%} of the drafts accepted"
+        rows.append(Row(kind, text, f"{same} of {len(prompts)} replies unchanged"))
     show(f"speculation {name}: real greedy replies, {count_threads(threads)}", rows)
     return result
 
@@ -168,7 +170,7 @@ def acceptance(
 def scheduler(
     model: XverseForCausalLM, tokenizer: Tokenizer, name: str, *, batch: int = 64, threads: int = 1
 ) -> dict[str, Any]:
-    """The share of a decoding step of ``batch`` sequences that is not spent in the model."""
+    """The share of a decoding step of ``batch`` sequences that is spent outside the model."""
     steps = 60
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(4, tokenizer.vocab_size, (batch, 32), generator=generator).tolist()
@@ -207,15 +209,15 @@ def scheduler(
 
 
 def _timed(engine: Engine) -> list[float]:
-    """Seconds that the engine spends in the model, appended as they pass."""
+    """A list that receives the seconds of each call of the engine into its model."""
     seconds: list[float] = []
 
     def wrapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*arguments: Any) -> Tensor:
             begin = time.perf_counter()
-            found = function(*arguments)
+            output = function(*arguments)
             seconds.append(time.perf_counter() - begin)
-            return found
+            return output
 
         return call
 
@@ -231,7 +233,7 @@ def _generate(
     sampling: SamplingParams,
     constraint: Forced | None = None,
 ) -> tuple[float, list[int]]:
-    """Seconds from the first token to the last, and all of them."""
+    """Seconds from the first token to the last, and the tokens."""
     request = Request(
         prompt_ids=prompt,
         sampling=dataclasses.replace(sampling, max_new_tokens=new_tokens),

@@ -28,18 +28,19 @@ from xverse.bench.weights import placeholder_tokenizer, random_model, weights_ki
 from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.cache import position_bytes
-from xverse.engine.load import FLOAT32_BELOW, ONE_THREAD_BELOW
+from xverse.engine.load import ONE_THREAD_BELOW
 from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
 from xverse.formats.weights import weight_files
 from xverse.hardware import process_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
+from xverse.model.config import FLOAT32_BELOW
 from xverse.tokenizer import Tokenizer
 
-NANO_TARGET = 100.0  # decoded tokens/s of one request
+NANO_TARGET = 100.0  # decoded tokens/s with one request
 PREFILL_CHUNK = 512
-_SPARE = 2**30  # the bandwidth buffer, activations and the libraries
+_SPARE = 2**30  # bytes for the bandwidth buffer, activations and libraries
 
 
 def measure_named(
@@ -56,16 +57,15 @@ def measure_named(
     part: str = "speed",
     draft: str | None = None,
 ) -> dict[str, Any]:
-    """Measure ``model``, or random weights of the named ``shape``. ``dtype`` and ``threads`` None: chat's.
+    """Measure ``model``, or random weights of ``shape``. ``dtype`` and ``threads`` None: as in chat.
 
-    ``quantize``: ``int8`` or ``int4``, made of the model's weights as they are loaded; of a shape, random
-    quantised weights are made at once. ``part`` "speculation" and "scheduler" are those of
-    ``bench/decoding.py``; there lengths and batch are given. ``draft`` is a model that guesses for this one.
-    Raises UserError for an unknown model or shape, too long a context, too little memory, a draft that has no
-    use, and for quantising a quantised model.
+    ``quantize`` (``int8``, ``int4``) quantises a model while loading; for a shape, it selects random
+    quantised weights. The parts "speculation" and "scheduler" (``bench/decoding.py``) have fixed lengths and
+    batch sizes; ``draft`` names the draft model of the former. Raises UserError for an unknown model or
+    shape, a context that is too long, too little memory, an unused draft, and a model quantised already.
     """
     if draft is not None and (part != "speculation" or shape is not None):
-        raise UserError("--draft: a draft guesses in --part speculation, for a --model with real weights")
+        raise UserError("--draft needs --part speculation and a --model with real weights")
     path = None if shape else resolve(model)
     config = read_config(path) if path else named_shape(shape or "")
     small = config.num_parameters() < FLOAT32_BELOW
@@ -81,7 +81,7 @@ def measure_named(
         weights = load_quantizing(path, quantize, chosen) if quantize else load_model(path, chosen)
         tokenizer = load_tokenizer(path)
     else:
-        notice(f"infer: making {size / 1e9:.2f} GB of random weights")
+        notice(f"infer: generating {size / 1e9:.2f} GB of random weights")
         weights, tokenizer = random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
     if part != "speed":
         threads = threads or default_threads(config)
@@ -89,11 +89,11 @@ def measure_named(
             return decoding.scheduler(weights, tokenizer, shape or model, threads=threads)
         if shape is not None:
             return decoding.speculation(weights, tokenizer, shape, threads=threads)
-        small_one = None
+        draft_model = None
         if draft is not None:
             where = resolve(draft)
-            small_one = load_model(where, chosen), load_tokenizer(where)
-        return decoding.acceptance(weights, tokenizer, model, small_one, threads=threads)
+            draft_model = load_model(where, chosen), load_tokenizer(where)
+        return decoding.acceptance(weights, tokenizer, model, draft_model, threads=threads)
     return measure(
         weights,
         tokenizer,
@@ -117,10 +117,10 @@ def measure(
     threads: int | None = None,
     rounds: int = 3,
 ) -> dict[str, Any]:
-    """Medians of ``rounds`` rounds, the machine's read bandwidth sampled around each.
+    """Medians over ``rounds``; the machine's read bandwidth is sampled before and after each.
 
-    Prefill is one prompt alone. Decode is ``new_tokens`` steps, greedy, with all of
-    ``batch`` requests running and none prefilling; tokens of the whole batch count.
+    Prefill is timed with one prompt. Decoding is timed over ``new_tokens`` greedy steps while all ``batch``
+    requests decode and none prefills; the tokens of the whole batch count.
     """
     config = model.config
     check_context(config, prompt_tokens, new_tokens, batch)
@@ -134,23 +134,23 @@ def measure(
     with using_threads(threads):
         matmul = [hardware.matmul_flops(dtype, *MATMUL, seconds=0.2)]
         buffer = hardware.bandwidth_buffer()
-        # The prompts of one round must not be found again in the next.
+        # No prefix cache, because rounds repeat their prompts.
         engine = Engine(model, tokenizer, max_batch=batch, prefill_chunk=PREFILL_CHUNK, prefix_cache_bytes=0)
         _round(engine, prompts[:1], min(new_tokens, 4))  # touches every weight once
         reads = [hardware.read_bandwidth(buffer, threads, seconds=0.2)]
-        found = []
+        runs = []
         for _ in range(rounds):
-            found.append(_round(engine, prompts, new_tokens))
+            runs.append(_round(engine, prompts, new_tokens))
             reads.append(hardware.read_bandwidth(buffer, threads, seconds=0.2))
         buffer_bytes = buffer.numel() * buffer.element_size()
         del buffer
         matmul.append(hardware.matmul_flops(dtype, *MATMUL, seconds=0.2))
-    decode_tok_s = statistics.median(batch * new_tokens / each["decode_s"] for each in found)
-    prefill_tok_s = statistics.median(prompt_tokens / each["prefill_s"] for each in found)
-    read = [_step_bytes(model, batch, each["positions"]) * new_tokens / each["decode_s"] for each in found]
+    decode_tok_s = statistics.median(batch * new_tokens / run["decode_s"] for run in runs)
+    prefill_tok_s = statistics.median(prompt_tokens / run["prefill_s"] for run in runs)
+    read = [_step_bytes(model, batch, run["positions"]) * new_tokens / run["decode_s"] for run in runs]
     around = [(before + after) / 2 for before, after in itertools.pairwise(reads)]
     shares = [rate / bound for rate, bound in zip(read, around, strict=True)]
-    resident = [each["resident"] for each in found if each["resident"] is not None]
+    resident = [run["resident"] for run in runs if run["resident"] is not None]
     tflops = prefill_flops(config, prompt_tokens) / prompt_tokens * prefill_tok_s / 1e12
     weight_bytes = _tensor_bytes(model)
     result = {
@@ -167,8 +167,8 @@ def measure(
         "rounds": rounds,
         "decode_tok_s": round(decode_tok_s, 2),
         "prefill_tok_s": round(prefill_tok_s, 2),
-        "decode_runs_tok_s": [round(batch * new_tokens / each["decode_s"], 2) for each in found],
-        "prefill_runs_tok_s": [round(prompt_tokens / each["prefill_s"], 2) for each in found],
+        "decode_runs_tok_s": [round(batch * new_tokens / run["decode_s"], 2) for run in runs],
+        "prefill_runs_tok_s": [round(prompt_tokens / run["prefill_s"], 2) for run in runs],
         "weights_gb": in_gb(weight_bytes),
         "rss_gb": in_gb(max(resident) - buffer_bytes) if resident else None,
         "read_gb_s": round(statistics.median(read) / 1e9, 3),
@@ -184,7 +184,7 @@ def measure(
 
 
 def default_threads(config: XverseConfig) -> int:
-    """As ``xverse chat`` takes."""
+    """The number of threads that ``xverse chat`` would use."""
     return 1 if config.num_parameters() < ONE_THREAD_BELOW else hardware.cores().usable
 
 
@@ -193,9 +193,9 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
     target = at_least(NANO_TARGET, result["decode_tok_s"], "tok/s") if nano else ""
     context = f"{result['prompt_tokens']} + {result['new_tokens']} tokens"
     yield Row(f"decode, {context}", f"{result['decode_tok_s']:,.1f} tok/s", target)
-    bound = f"{result['read_share']:.0%} of {result['device_read_gb_s']:.1f} GB/s measured around it"
+    bound = f"{result['read_share']:.0%} of {result['device_read_gb_s']:.1f} GB/s sampled around it"
     if result["weights_gb"] * 1e9 < hardware.last_level_cache():
-        bound += "; the weights fit into the last-level cache, so this is no limit"
+        bound += "; the weights fit into the last-level cache, so memory bandwidth does not bound it"
     yield Row("  weights and KV read", f"{result['read_gb_s']:.2f} GB/s", bound)
     peak = statistics.mean(result["matmul_tflops"])
     yield Row("prefill, one prompt", f"{result['prefill_tok_s']:,.1f} tok/s")
@@ -206,9 +206,9 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
 
 
 def _round(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
-    """Prefill the first prompt alone, then the others, then time ``new_tokens`` steps of them all.
+    """Time the prefill of the first prompt, prefill the others, then time ``new_tokens`` steps of all.
 
-    ``positions`` is how many cached positions one timed step reads on average, over all requests.
+    ``positions``: cached positions read by a timed step, on average, over all requests.
     """
     longest = _positions(len(prompts[0]), new_tokens, len(prompts)) - len(prompts[0])
     requests = [
@@ -244,12 +244,12 @@ def _count(engine: Engine, produced: dict[int, int]) -> None:
 
 
 def _positions(prompt_tokens: int, new_tokens: int, batch: int) -> int:
-    """Positions that the first request may reach: it decodes while the others are prefilled."""
+    """Positions that the first request may reach, since it decodes while the others prefill."""
     return prompt_tokens + new_tokens + (batch - 1) * -(-prompt_tokens // PREFILL_CHUNK) + 2
 
 
 def check_context(config: XverseConfig, prompt_tokens: int, new_tokens: int, batch: int) -> None:
-    """Raises UserError where the measurement does not fit into the model's positions."""
+    """Raises UserError if the measurement exceeds the model's positions."""
     needed = _positions(prompt_tokens, new_tokens, batch)
     if needed > config.context_length:
         raise UserError(
@@ -259,15 +259,15 @@ def check_context(config: XverseConfig, prompt_tokens: int, new_tokens: int, bat
 
 
 def prefill_flops(config: XverseConfig, tokens: int) -> float:
-    """FLOPs of one prompt: all linears for each token, the head for the last, attention counted causal."""
+    """FLOPs of a prompt: all linears for each token, the head for the last one, causal attention."""
     embedding = config.vocab_size * config.hidden_size
     forward = config.flops_per_token(tokens)["causal"] / 3
     return forward * tokens - 2 * embedding * (tokens - 1)
 
 
 def _step_bytes(model: XverseForCausalLM, batch: int, positions: float) -> float:
-    """Bytes that one decode step has to read: every weight once, of the embedding ``batch`` rows, and the
-    keys and values of ``positions``."""
+    """Bytes read by a decoding step: all weights once (of the embedding, ``batch`` rows), and the keys and
+    values of ``positions``."""
     item = model.model.norm.weight.element_size()
     weights = _tensor_bytes(model) - _tensor_bytes(model.model.embed_tokens)
     kv = 2 * model.config.num_hidden_layers * model.config.hidden_size * item

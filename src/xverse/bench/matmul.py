@@ -1,5 +1,5 @@
-"""The matrix products of a whole model, layer after layer: bytes per second at one row beside the memory's
-read rate, operations per second at several rows. Part of ``xverse bench quant``."""
+"""Part of ``xverse bench quant``: the matrix products of a whole model, layer by layer. Bytes per second with
+one row, beside the memory's read rate; operations per second with several rows."""
 
 from __future__ import annotations
 
@@ -24,38 +24,35 @@ from xverse.model import XverseConfig
 KINDS = ("int4", "int8", "bf16")
 BITS = {"int4": 4, "int8": 8}
 GROUP = 128
-READ_SHARE = 0.92  # the promise at one row
-GOPS = {
-    8: 700,
-    512: 750,
-}  # the promises of INT4 at 8 and 512 rows, in 1e9 multiplications and additions a second
-DRIFT = 0.10  # a round whose two samples of the read rate differ by more is made again
+READ_SHARE = 0.92  # target for one row
+GOPS = {8: 700, 512: 750}  # targets of INT4 by rows, in 1e9 multiplications and additions per second
+DRIFT = 0.10  # a round is repeated if the read rates before and after it differ by more
 ATTEMPTS = 8
 Call = Callable[[], object]
 
 
 def run(config: XverseConfig, kinds: tuple[str, ...], rounds: int, threads: int) -> dict[str, Any]:
-    """Random weights of ``config``'s size for each of ``kinds`` in turn; torch has ``threads`` threads."""
+    """Measure random weights of ``config``'s size for each of ``kinds``, with ``threads`` CPU threads."""
     result: dict[str, Any] = {"kernels": kernel_name()}
     buffer = hardware.bandwidth_buffer()
     for kind in kinds:
-        notice(f"quant: making random {kind} weights")
+        notice(f"quant: generating random {kind} weights")
         need_memory(1.1 * sum(_bytes(kind, *shape) * count for shape, count in _shapes(config)))
         layers = _layers(config, kind)
-        found = {"rows_1": _read_rate(layers, buffer, kind, rounds, threads)}
+        figures = {"rows_1": _read_rate(layers, buffer, kind, rounds, threads)}
         if kind != "bf16":
             for rows in GOPS:
-                found[f"rows_{rows}"] = _operation_rate(layers, kind, rows, rounds)
-        result[kind] = found
+                figures[f"rows_{rows}"] = _operation_rate(layers, kind, rows, rounds)
+        result[kind] = figures
         del layers
     return result
 
 
 def rows(result: dict[str, Any]) -> Iterator[Row]:
-    """The table's lines."""
+    """The lines of the table."""
     for kind in (kind for kind in KINDS if kind in result):
         one = result[kind]["rows_1"]
-        share = f"{one['share']:.1%} of the read rate around it"
+        share = f"{one['share']:.1%} of the read rate sampled around it"
         yield Row(
             f"{kind}, all layers, 1 row",
             f"{one['gb_s']:.1f} of {one['device_read_gb_s']:.1f} GB/s",
@@ -69,7 +66,7 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
 
 
 def _shapes(config: XverseConfig) -> list[tuple[tuple[int, int], int]]:
-    """(outputs, inputs) of each product and how often it is there."""
+    """(outputs, inputs) of each product, and how many there are."""
     size, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     return [
         ((size, size), 4 * layers),
@@ -87,7 +84,7 @@ def _bytes(kind: str, outputs: int, inputs: int) -> int:
 
 
 def _layers(config: XverseConfig, kind: str) -> list[list[Any]]:
-    """In the order of a forward pass: the weights that read one input together."""
+    """Weights in the order of a forward pass, grouped by the input that they share."""
     size, inner = config.hidden_size, config.intermediate_size
     make = _random_bf16 if kind == "bf16" else _random_quantised(BITS[kind])
     groups: list[list[Any]] = []
@@ -116,11 +113,11 @@ def _random_quantised(bits: int) -> Callable[[int, int], QuantLinear]:
 
 
 def random_tiles(outputs: int, inputs: int, bits: int, group_size: int) -> Tensor:
-    """Tiles of random integers whose weights have a deviation of about 0.02, made at the speed of memory."""
+    """Tiles of random integers, generated at memory speed; weights have a deviation of about 0.02."""
     shape = tile_shape(outputs, inputs, bits, group_size)
     tiles = torch.empty(shape, dtype=torch.uint8)
     block = torch.randint(0, 256, shape[1:], dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    deviation = (256 if bits == 8 else 16) / 12**0.5  # of evenly drawn integers
+    deviation = (256 if bits == 8 else 16) / 12**0.5  # of uniformly distributed integers
     scales = torch.full((32,), 0.02 / deviation, dtype=torch.bfloat16)
     block[:, :64] = scales.view(torch.uint8)
     tiles.copy_(block)
@@ -163,10 +160,10 @@ def _read_rate(
         reads.append(hardware.read_bandwidth(buffer, threads, seconds=0.2))
         before, after = reads[-2:]
         if abs(before - after) > DRIFT * min(before, after):
-            dropped += 1  # the memory changed its speed meanwhile
+            dropped += 1  # the memory's speed changed meanwhile
             continue
         kept.append((size / seconds, (before + after) / 2))
-    if not kept:  # a machine that never holds still: every round counts, and the samples show it
+    if not kept:  # the read rate never settled: use every round; the samples show it
         kept = [
             (size / _time(calls), statistics.mean(pair))
             for pair in itertools.islice(itertools.pairwise(reads), rounds)
@@ -184,7 +181,7 @@ def _read_rate(
 
 @torch.inference_mode()
 def _operation_rate(layers: list[list[Any]], kind: str, tokens: int, rounds: int) -> dict[str, Any]:
-    # With 512 rows a pass over the whole model takes a quarter of a minute: a few layers stand for all.
+    # A pass of 512 rows over the whole model takes 15 s; a few layers represent all.
     part = layers if tokens <= 8 else layers[:8]
     operations = sum(2 * tokens * w.in_features * w.out_features for group in part for w in group)
     calls = _calls(part, kind, tokens)

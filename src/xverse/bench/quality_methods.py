@@ -1,9 +1,9 @@
-"""What quantising costs in quality: every method against upstream's, with and without outlier channels.
+"""The quality of quantised models: every method beside upstream's, with and without outlier channels.
 
-Quantised models run as they do in use: int8 activations, the kernels of this machine. The share of upstream's
-rise in perplexity (``rtn-row``) is what the methods are judged by. For the second half outlier channels are
-put into the source without changing what it computes: some weights of each norm are divided by s and the
-columns behind them multiplied by s.
+Quantised models run as in production, with int8 activations and this machine's kernels. Methods are judged
+by their rise in perplexity as a share of that of upstream's method (``rtn-row``). Outlier channels are added
+to the source without changing its function: some weights of each norm are divided by s, and the columns that
+read them are multiplied by s.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from xverse.quant.text import parity_tokens
 from xverse.texts import load_texts
 from xverse.tokenizer import Tokenizer
 
-LENGTH = 256  # tokens of a row: mini and nano are trained on rows of so many
-SEED, SHARE, FACTORS = 0, 1 / 64, (8.0, 64.0)  # of outlier channels: their share of all, the range of s
-# The largest share of rtn-row's rise in perplexity at 4 bits; the largest rise at 8 bits.
+LENGTH = 256  # tokens per row, as in the training of mini and nano
+SEED, SHARE, FACTORS = 0, 1 / 64, (8.0, 64.0)  # of outlier channels: seed, share of all channels, range of s
+# Maximum at 4 bits, as a share of rtn-row's rise in perplexity; maximum rise at 8 bits.
 TARGETS = {
     ("rtn", False): 0.70,
     ("gptq", False): 0.40,
@@ -58,9 +58,9 @@ def measure(
     """Measure, print a table, return the figures.
 
     Each of ``texts`` is ``NAME=PATH,PATH…``; a path is a text file, a ``.jsonl``, a token shard, or a folder
-    of such, whose parts give equally much of ``tokens`` together. Without any the package's own parity text
-    is read. ``calibration``, of ``calibration_tokens``, is written the same way without a name; without it
-    ``gptq`` is left out.
+    of these, whose parts contribute equal shares of ``tokens``. Default: the package's own parity text.
+    ``calibration``, of ``calibration_tokens``, is given likewise without a name; without it ``gptq`` is left
+    out.
     """
     path = resolve(model)
     tokenizer = load_tokenizer(path)
@@ -79,15 +79,15 @@ def measure(
         results = []
         for outliers in (False, True):
             tensors = inject(state, source.config) if outliers else state
-            for each in bits:
+            for width in bits:
                 for method in methods:
                     settings = QuantSettings(
-                        bits=each, method=method, group_size=group_size, embedding_bits=16
+                        bits=width, method=method, group_size=group_size, embedding_bits=16
                     )
                     quantized = quantize(source.config, tensors, settings, learning)
                     for name, reference in references.items():
                         figures = reference.compare(quantized)
-                        results.append(Result(method, each, outliers, name, figures))
+                        results.append(Result(method, width, outliers, name, figures))
     rows = [Row(**row) for row in _rows(results)]
     show(f"Quality of quantised {model}, kernels {kernel_name()}", rows)
     return {
@@ -112,7 +112,7 @@ class Result:
     figures: ParityReport
 
     def share(self, results: Sequence[Result]) -> float | None:
-        """The rise in perplexity as a share of rtn-row's; None where rtn-row's is no rise."""
+        """The rise in perplexity as a share of rtn-row's; None if perplexity did not rise with rtn-row."""
         for other in results:
             same = (other.bits, other.outliers, other.text) == (self.bits, self.outliers, self.text)
             if same and other.method == "rtn-row" and (other.figures.delta_perplexity or 0) > 0:
@@ -120,7 +120,7 @@ class Result:
         return None
 
     def bound(self, results: Sequence[Result]) -> str:
-        """The target and whether it is met."""
+        """The target, and whether it is met."""
         share = self.share(results)
         target = TARGETS.get((self.method, self.outliers))
         if self.bits == 8:
@@ -131,7 +131,7 @@ class Result:
         if target is None:
             return ""
         if share is None:
-            return f"target ≤ {target:.0%} of rtn-row's: not measured (rtn-row's is no rise)"
+            return f"target ≤ {target:.0%} of rtn-row's: not measured (no rise with rtn-row)"
         return f"target ≤ {target:.0%} of rtn-row's: {share:.0%}, {'met' if share <= target else 'missed'}"
 
     def to_json(self, results: Sequence[Result]) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _rows(results: Sequence[Result]) -> Iterator[dict[str, str]]:
 def quantize(
     config: XverseConfig, state: Mapping[str, Tensor], settings: QuantSettings, calibration: Tensor | None
 ) -> XverseForCausalLM:
-    """A model with quantised layers, computing in float32."""
+    """A model with quantised layers that computes in float32."""
     run = Quantizer(
         config,
         lambda prefix: {name: tensor for name, tensor in state.items() if name.startswith(prefix)},
@@ -176,7 +176,7 @@ def quantize(
 
 
 def inject(state: Mapping[str, Tensor], config: XverseConfig, seed: int = SEED) -> dict[str, Tensor]:
-    """The same model with outlier channels, drawn for each norm; the factors are spread evenly in log s."""
+    """Weights of the same function with random outlier channels in each norm; log s is uniform."""
     changed = dict(state)
     generator = torch.Generator().manual_seed(seed)
     count = max(1, round(SHARE * config.hidden_size))
@@ -199,7 +199,7 @@ def inject(state: Mapping[str, Tensor], config: XverseConfig, seed: int = SEED) 
 
 
 class _Reference:
-    """The source's answers on rows of tokens: its last hidden states, from which logits are formed again."""
+    """The source's last hidden states on rows of tokens, from which its logits are recomputed."""
 
     def __init__(self, model: XverseForCausalLM, tokens: Tensor) -> None:
         self.tokens, self._head = tokens, model.lm_head.weight
@@ -219,36 +219,36 @@ class _Reference:
 
 
 def _hidden(model: XverseForCausalLM, rows: Tensor) -> Tensor:
-    """Normed hidden states [n·T, D]."""
+    """Hidden states after the last norm, float32 [n·T, D], of ``rows`` int64 [n, T]."""
     return model.model(rows, FullCausal(*rows.shape)).flatten(0, 1)
 
 
 def _named(text: str) -> tuple[str, str]:
     name, separator, paths = text.partition("=")
     if not separator or not name or not paths:
-        raise UserError(f"'{text}': a text is written NAME=PATH or NAME=PATH,PATH")
+        raise UserError(f"'{text}': write NAME=PATH or NAME=PATH,PATH")
     return name, paths
 
 
 def read_rows(tokenizer: Tokenizer, paths: str, tokens: int) -> Tensor:
-    """Rows int64 [n, 256] of about ``tokens`` tokens, equally many from each part; short parts give less. A
-    part that is named several times gives the text that follows each time.
+    """About ``tokens`` tokens as rows int64 [n, 256], equally many from each part; short parts give fewer. A
+    part that is named again continues where it stopped.
 
     Raises UserError for a path that is missing, has too little text, or holds tokens of another tokenizer.
     """
     parts = [part for path in paths.split(",") for part in _parts(Path(path))]
     rows = max(1, tokens // LENGTH // len(parts))
-    found = []
+    blocks = []
     taken: Counter[Path] = Counter()
     for part in parts:
         ids = _ids(tokenizer, part, taken[part], taken[part] + rows * LENGTH)
         taken[part] += rows * LENGTH
         count = len(ids) // LENGTH
         if count:
-            found.append(torch.tensor(ids[: count * LENGTH]).view(count, LENGTH))
-    if not found:
-        raise UserError(f"{paths}: no part of it holds {LENGTH} tokens")
-    return torch.cat(found)
+            blocks.append(torch.tensor(ids[: count * LENGTH]).view(count, LENGTH))
+    if not blocks:
+        raise UserError(f"{paths}: no part has {LENGTH} tokens")
+    return torch.cat(blocks)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -256,10 +256,10 @@ def _parts(path: Path) -> list[Path]:
         raise UserError(f"{path}: no such file or folder")
     if path.is_file() or (path / "header.json").exists():
         return [path]
-    found = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
-    if not found:
+    parts = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
+    if not parts:
         raise UserError(f"{path}: is empty")
-    return found
+    return parts
 
 
 def _ids(tokenizer: Tokenizer, path: Path, start: int, stop: int) -> list[int]:
@@ -273,5 +273,5 @@ def _ids(tokenizer: Tokenizer, path: Path, start: int, stop: int) -> list[int]:
         return ids[start:stop]
     shard = Shard.open(path)
     if shard.header.tokenizer != tokenizer.hash:
-        raise UserError(f"{path}: its tokens are not of this model's tokenizer")
+        raise UserError(f"{path}: its tokens come from another tokenizer than the model's")
     return shard.tokens[start:stop].tolist()

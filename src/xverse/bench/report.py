@@ -1,4 +1,4 @@
-"""What every measurement says beside its figures: which code, which machine, and the bound of each figure."""
+"""What every measurement reports besides its figures: the code, the machine, and a bound for each figure."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import xverse
 from xverse import hardware
 from xverse.config import UserError
 
-MATMUL = (512, 4096, 4096)  # what `doctor` times: an attention projection of XVERSE-7B over 512 tokens
+MATMUL = (512, 4096, 4096)  # as in `doctor`: an attention projection of XVERSE-7B over 512 tokens
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. ``bound`` is what the figure is to be judged by: a target or a measured peak."""
+    """A line of the table. ``bound``: the target or measured peak to judge the figure by."""
 
     figure: str
     result: str
@@ -41,17 +41,17 @@ def show(title: str, rows: Iterable[Row]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(row.figure, row.result, row.bound)
-    width = None if sys.stdout.isatty() else 120  # a file would be folded at 80
+    width = None if sys.stdout.isatty() else 120  # rich would fold at 80 columns
     Console(highlight=False, markup=False, emoji=False, width=width).print(table)
 
 
 def finish(result: Mapping[str, Any]) -> None:
-    """Print the last line: one JSON object with the figures and what they were measured on."""
+    """Print the last line: one JSON object with the figures and where they were measured."""
     print(json.dumps({**environment(), **result}, allow_nan=False), flush=True)
 
 
 def environment() -> dict[str, Any]:
-    """Commit (or the version, outside a checkout), versions, machine and time."""
+    """Commit (outside a checkout the version), versions of packages, hardware and time."""
     cores = hardware.cores()
     return {
         "commit": commit(),
@@ -73,25 +73,25 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with ``-dirty`` where tracked files were changed; else the version."""
+    """The commit of the checkout, with ``-dirty`` if tracked files changed; otherwise the version."""
     root = Path(xverse.__file__).parents[2]
-    if not (root / ".git").exists():  # installed: a repository around it would be somebody else's
+    if not (root / ".git").exists():  # installed; an enclosing repository would be another project's
         return xverse.__version__
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return xverse.__version__
-    return found.stdout.strip() or xverse.__version__
+    return done.stdout.strip() or xverse.__version__
 
 
 def at_least(target: float, value: float, unit: str) -> str:
-    """A lower target and whether ``value`` meets it."""
+    """A minimum, and whether ``value`` meets it."""
     return f"target ≥ {target:g} {unit}: {'met' if value >= target else 'missed'}"
 
 
 def at_most(target: float, value: float, unit: str) -> str:
-    """An upper target and whether ``value`` meets it."""
+    """A maximum, and whether ``value`` meets it."""
     return f"target ≤ {target:g} {unit}: {'met' if value <= target else 'missed'}"
 
 
@@ -110,7 +110,7 @@ def count_threads(count: int) -> str:
 
 
 def need_memory(size: float) -> None:
-    """Raises UserError where ``size`` bytes of memory are not available."""
+    """Raises UserError if fewer than ``size`` bytes of memory are available."""
     available = hardware.memory()[1]
     if available is not None and available < size:
         raise UserError(f"needs {size / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available")
@@ -118,7 +118,7 @@ def need_memory(size: float) -> None:
 
 @contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Torch's CPU threads for a while. Raises UserError for a count out of range."""
+    """Set PyTorch's CPU threads inside the block. Raises UserError for a count out of range."""
     if not 1 <= count <= 1024:
         raise UserError(f"threads: {count} is out of range (1 to 1024)")
     import torch

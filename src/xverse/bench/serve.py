@@ -1,4 +1,4 @@
-"""The server under load from another process, beside the engine alone on the same prompts."""
+"""``xverse bench serve``: the server under load, beside the engine alone on similar prompts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from xverse.log import notice
 if TYPE_CHECKING:
     from xverse.engine import Engine
 
-OFFLINE_TARGET = 0.9  # of the engine's own rate; of nano a step is as short as sending its tokens takes
-PEER_TARGET = 2.5  # of llama.cpp's rate with as many sequences
+OFFLINE_TARGET = (
+    0.9  # of the engine's rate; not for small models, whose steps are as short as sending the tokens
+)
+PEER_TARGET = 2.5  # of llama.cpp's rate with the same number of sequences
 SLOWEST_TARGET = 1 / 3  # of the median stream's rate
-REPEAT_TARGET = 0.15  # of the first time to the first token, with a prompt that is known
+REPEAT_TARGET = 0.15  # of the uncached time to first token, for a prompt whose prefix is cached
 IDLE_TARGET = 0.01  # of a core
-GRAMMAR_TARGETS = {"small": 0.70, "large": 0.85}  # of the rate without one
+GRAMMAR_TARGETS = {"small": 0.70, "large": 0.85}  # of the rate without a grammar
 _SHARED = 1000
 _SCHEMA = {
     "type": "object",
@@ -60,8 +62,8 @@ def measure(
     threads: int | None = None,
     peer: Peer | None = None,
 ) -> dict[str, Any]:
-    """Measure ``xverse serve`` with so many streaming clients; medians of ``rounds``, in which the engine
-    alone, the server and ``peer`` (prompts, new tokens → tokens a second) take turns.
+    """Measure ``xverse serve`` with ``clients`` streaming clients. Medians over ``rounds``, in each of which
+    the engine alone, the server and ``peer`` (prompts, new tokens → tokens/s) take turns.
 
     Raises UserError for an unknown model.
     """
@@ -82,21 +84,21 @@ def measure(
     engine: Engine = load_engine(
         model, quantize=quantize, threads=threads, prefix_cache_bytes=0, max_batch=clients
     ).engine
-    found: dict[str, list[float]] = {}
+    figures: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
+        figures.setdefault(name, []).append(value)
 
     errors = 0
     try:
         with serving(model, quantize, threads) as (port, process):
-            together(port, [completion(prompts(1, prompt_tokens)[0], 4)])  # every weight touched once
+            together(port, [completion(prompts(1, prompt_tokens)[0], 4)])  # touches every weight once
             _offline(engine, prompts(clients, prompt_tokens), 4)
             for number in range(rounds):
                 notice(f"serve {model}: round {number + 1} of {rounds}")
                 note("offline", _offline(engine, prompts(clients, prompt_tokens), new_tokens))
-                asked = [completion(prompt, new_tokens) for prompt in prompts(clients, prompt_tokens)]
-                streams = together(port, asked)
+                bodies = [completion(prompt, new_tokens) for prompt in prompts(clients, prompt_tokens)]
+                streams = together(port, bodies)
                 errors += sum(stream.error is not None for stream in streams)
                 rates = [stream.rate for stream in streams]
                 note("total", _total(streams))
@@ -105,9 +107,9 @@ def measure(
                 if peer is not None:
                     note("peer", peer(prompts(clients, prompt_tokens), new_tokens))
                 (long,) = prompts(1, _SHARED)
-                known = [together(port, [completion(long + end, 2)])[0].first for end in prompts(4, 8)]
-                note("shared_first", known[0])
-                note("shared_again", statistics.median(known[1:]))
+                cached = [together(port, [completion(long + end, 2)])[0].first for end in prompts(4, 8)]
+                note("shared_first", cached[0])
+                note("shared_again", statistics.median(cached[1:]))
                 (plain,) = together(port, [chat(new_tokens)])
                 (formed,) = together(port, [chat(new_tokens, _SCHEMA)])
                 note("plain", plain.rate)
@@ -119,10 +121,10 @@ def measure(
         torch.set_num_threads(before)
 
     def share(of: str, to: str) -> float:
-        """Within each round: the memory's speed changes between them."""
-        return statistics.median(a / b for a, b in zip(found[of], found[to], strict=True))
+        """The median of ratios within rounds, because the memory's speed changes between rounds."""
+        return statistics.median(a / b for a, b in zip(figures[of], figures[to], strict=True))
 
-    middle = {name: round(statistics.median(values), 4) for name, values in found.items()}
+    medians = {name: round(statistics.median(values), 4) for name, values in figures.items()}
     result: dict[str, Any] = {
         "bench": "serve",
         "model": model,
@@ -130,21 +132,21 @@ def measure(
         "clients": clients,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "rounds": {name: [round(value, 4) for value in values] for name, values in found.items()},
-        "offline_tok_s": middle["offline"],
-        "total_tok_s": middle["total"],
+        "rounds": {name: [round(value, 4) for value in values] for name, values in figures.items()},
+        "offline_tok_s": medians["offline"],
+        "total_tok_s": medians["total"],
         "offline_share": round(share("total", "offline"), 3),
-        "slowest_of_median": round(min(found["slowest"]), 3),
+        "slowest_of_median": round(min(figures["slowest"]), 3),
         "errors": errors,
-        "first_token_s": middle["first_token"],
-        "shared_first_s": middle["shared_first"],
-        "shared_again_s": middle["shared_again"],
+        "first_token_s": medians["first_token"],
+        "shared_first_s": medians["shared_first"],
+        "shared_again_s": medians["shared_again"],
         "repeat_share": round(share("shared_again", "shared_first"), 4),
         "structured_share": round(share("structured", "plain"), 3),
         "idle_cpu_share": round(idle, 4),
     }
     if peer is not None:
-        result |= {"peer_tok_s": middle["peer"], "peer_ratio": round(share("total", "peer"), 2)}
+        result |= {"peer_tok_s": medians["peer"], "peer_ratio": round(share("total", "peer"), 2)}
     show(f"serve {model}: {clients} streaming clients", _rows(result, small))
     return result
 
@@ -154,7 +156,7 @@ def _rows(result: dict[str, Any], small: bool) -> Iterator[Row]:
     bound = f"{share:.2f} × the engine alone ({result['offline_tok_s']:.1f} tok/s)"
     if not small:
         bound += "; " + at_least(OFFLINE_TARGET, share, "×")
-    yield Row("decoded by all streams together", f"{result['total_tok_s']:.1f} tok/s", bound)
+    yield Row("all streams together", f"{result['total_tok_s']:.1f} tok/s", bound)
     if "peer_ratio" in result:
         text = f"{result['peer_ratio']:.2f} × the peer ({result['peer_tok_s']:.1f} tok/s)"
         yield Row("beside the peer", text, at_least(PEER_TARGET, result["peer_ratio"], "×"))
@@ -178,12 +180,12 @@ def _seconds(pid: int) -> float:
 
 
 def _total(streams: list[Stream]) -> float:
-    """Tokens per second while all streams decode: between the last one's first token and the first one's
-    last. Prompts are read before that, and of the engine alone they are not counted either."""
+    """Tokens per second while all streams decode, from the latest first token to the earliest last one. This
+    leaves out prefill, as does the figure for the engine alone."""
     begin = max(stream.begun + stream.first for stream in streams)
     end = min(stream.ended for stream in streams)
     if end <= begin:
-        raise UserError("the streams did not run together: more --new-tokens are needed")
+        raise UserError("the streams did not overlap; use more --new-tokens")
     inside = sum(
         sum(begin < piece <= end for piece in stream.pieces) * stream.tokens / len(stream.pieces)
         for stream in streams
@@ -192,7 +194,7 @@ def _total(streams: list[Stream]) -> float:
 
 
 def _offline(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
-    """Tokens per second that the engine decodes of these prompts together, without a server."""
+    """Tokens per second of the engine decoding these prompts together, without a server."""
     from xverse.engine import Request, SamplingParams
 
     handles = {

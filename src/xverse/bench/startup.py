@@ -1,4 +1,4 @@
-"""What a person waits for: ``xverse --help``, and a first answer from the embedded model."""
+"""``xverse bench startup``: wall time of ``xverse --help`` and of a first answer from the embedded model."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(help_runs: int = 7, chat_runs: int = 3, model: str = "nano") -> dict[str, Any]:
-    """Wall time of fresh processes, from start to exit. Without the embedded model, the second figure is
-    not measured and the result says why."""
+    """Wall time of fresh processes. Without the model, ``chat_not_measured`` says why there is no reply."""
     notice(f"startup: {help_runs} × xverse --help, {chat_runs} × xverse chat --ask {QUESTION}")
     helps, _ = wall_times(["--help"], help_runs)
     result: dict[str, Any] = {
@@ -67,11 +66,11 @@ def measure(help_runs: int = 7, chat_runs: int = 3, model: str = "nano") -> dict
 def wall_times(arguments: Sequence[str], runs: int) -> tuple[list[float], str]:
     """Seconds of each of ``runs`` processes ``xverse ARGUMENTS``, and the stdout of the first.
 
-    Raises UserError with the last line of stderr where one of them fails.
+    Raises UserError with the last line of stderr if one fails.
     """
     command = [*program(), *arguments]
     times: list[float] = []
-    said = ""
+    stdout = ""
     for number in range(runs):
         start = time.perf_counter()
         process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
@@ -79,16 +78,16 @@ def wall_times(arguments: Sequence[str], runs: int) -> tuple[list[float], str]:
         if process.returncode:
             lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
             raise UserError(f"xverse {' '.join(arguments)} failed: {lines[-1]}")
-        said = said if number else process.stdout.strip()
-    return times, said
+        stdout = stdout if number else process.stdout.strip()
+    return times, stdout
 
 
 def program() -> list[str]:
-    """The installed command of this interpreter, as a person starts it; else the module."""
+    """The command installed beside this interpreter; otherwise the module."""
     script = shutil.which("xverse", path=str(Path(sys.executable).parent))
     return [script] if script else [sys.executable, "-m", "xverse.cli"]
 
 
 def _seconds(times: Sequence[float]) -> str:
-    each = ", ".join(f"{seconds:.2f}" for seconds in times)
-    return f"{statistics.median(times):.3f} s (median of {each})"
+    runs = ", ".join(f"{seconds:.2f}" for seconds in times)
+    return f"{statistics.median(times):.3f} s (median of {runs})"

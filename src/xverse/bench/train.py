@@ -1,9 +1,8 @@
-"""Pretraining speed and memory against transformers' Llama under its Trainer, in the same run.
+"""``xverse bench train``: pretraining speed and memory beside transformers' Llama under its Trainer.
 
-Same shape, weights, batch, precision and optimizer: bf16 autocast over float32 parameters, fused AdamW,
-gradients clipped. Ours takes ``train/``'s own step. Each side is a process of its own, which holds still
-while the other computes: they run in turn, A B A B, so that a change of the machine's speed meets both, and
-the ratio is the median over the pairs.
+Both sides use the same shape, weights, batch, precision (bf16 autocast over float32 parameters) and optimizer
+(fused AdamW, clipped gradients); ours runs the training step of ``train/``. Each side has its own process;
+they alternate, so that changes in the machine's speed affect both. The ratio is the median over pairs.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from xverse.config import UserError
 from xverse.log import notice
 from xverse.model import XverseConfig, named_shape
 
-# At shape mini: of the Trainer's tokens/s, of the measured matmul rate, of the Trainer's peak memory.
+# For mini, by vocabulary, relative to the Trainer's tokens/s, the matmul rate and the Trainer's peak memory.
 TARGETS: dict[int, dict[str, float]] = {
     8192: {"ratio": 1.4, "matmul_share": 0.7},
     100_534: {"ratio": 1.9, "memory_ratio": 0.5},
@@ -70,15 +69,15 @@ def measure_named(
     steps: int = 12,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Measure a named shape; ``mini`` with 8,192 and 100,534 entries unless ``vocabulary`` says how many.
+    """Measure a named shape; without ``vocabulary``, ``mini`` has 8,192 and then 100,534 entries.
 
     Raises UserError for an unknown shape, too few steps or too little memory.
     """
-    found = named_shape(shape)
-    sizes = [vocabulary] if vocabulary else list(TARGETS) if shape == "mini" else [found.vocab_size]
+    config = named_shape(shape)
+    sizes = [vocabulary] if vocabulary else list(TARGETS) if shape == "mini" else [config.vocab_size]
     results = [
         measure(
-            dataclasses.replace(found, vocab_size=size),
+            dataclasses.replace(config, vocab_size=size),
             shape,
             batch_size=batch_size,
             sequence_length=sequence_length,
@@ -99,11 +98,11 @@ def measure(
     steps: int,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Up to ``steps`` timed steps of each side in equal blocks, at least three, after one that warms up."""
+    """At most ``steps`` timed steps of each side, in equal blocks, after a warm-up step."""
     import torch
 
     if steps < 3:
-        raise UserError(f"steps: {steps} are too few for a median of pairs (at least 3)")
+        raise UserError(f"steps: {steps} are too few for a median of pairs; use at least 3")
     if not 2 <= sequence_length <= config.context_length:
         raise UserError(f"sequence_length: {sequence_length} is out of range (2 to {config.context_length})")
     threads = threads or hardware.cores().usable
@@ -119,7 +118,7 @@ def measure(
         }
         first_loss = {side: take(1)["loss"] for side, take in sides.items()}
         difference = abs(first_loss["xverse"] - first_loss["transformers"])
-        assert difference < 0.05, f"the two do not train the same model: first losses {first_loss}"
+        assert difference < 0.05, f"the sides do not train the same model: first losses {first_loss}"
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         memory: dict[str, int | None] = {}
         for number in range(steps // block):
@@ -155,7 +154,7 @@ def measure(
         speed = tokens / statistics.median(seconds[side])
         result[side] = {
             "tokens_s": round(speed, 2),
-            "step_s": [round(each, 4) for each in seconds[side]],
+            "step_s": [round(step, 4) for step in seconds[side]],
             "tflops": {kind: round(speed * count / 1e12, 8) for kind, count in flops.items()},
             "matmul_share": {kind: round(speed * count / peak, 4) for kind, count in flops.items()},
             "peak_rss_gb": in_gb(memory.get(side)),
@@ -176,21 +175,21 @@ def _rows(result: dict[str, Any], peak: float) -> Iterator[Row]:
         target = at_most(bound, result["memory_ratio"], "×") if bound else ""
         yield Row("xverse / transformers, peak RSS", f"{result['memory_ratio']:.3f} ×", target)
     for side in SIDES:
-        found = result[side]
-        yield Row(f"{side}", f"{found['tokens_s']:,.1f} tokens/s")
+        figures = result[side]
+        yield Row(f"{side}", f"{figures['tokens_s']:,.1f} tokens/s")
         for kind in ("causal", "full"):
-            share = f"{found['matmul_share'][kind]:.0%} of {peak / 1e12:.3f} TFLOP/s measured (bf16 matmul)"
-            wanted = targets.get("matmul_share") if side == "xverse" and kind == "causal" else None
-            if wanted:
-                share += f"; {at_least(wanted, found['matmul_share'][kind], '')}"
-            yield Row(f"  attention counted {kind}", f"{found['tflops'][kind]:.3f} TFLOP/s", share)
+            share = f"{figures['matmul_share'][kind]:.0%} of {peak / 1e12:.3f} TFLOP/s measured (bf16 matmul)"
+            goal = targets.get("matmul_share") if side == "xverse" and kind == "causal" else None
+            if goal:
+                share += f"; {at_least(goal, figures['matmul_share'][kind], '')}"
+            yield Row(f"  attention counted {kind}", f"{figures['tflops'][kind]:.3f} TFLOP/s", share)
         least = f"parameters, gradients, moments: {16 * result['parameters'] / 1e9:.3f} GB"
-        yield Row("  peak RSS", say_gb(found["peak_rss_gb"]), least)
+        yield Row("  peak RSS", say_gb(figures["peak_rss_gb"]), least)
 
 
 def estimated_memory(config: XverseConfig, batch_size: int, length: int) -> int:
-    """Bytes that both sides take at their fullest: float32 parameters, gradients and two moments of each;
-    the peer's activations, with logits in float32 and bfloat16 and attention scores."""
+    """Peak bytes of both sides together: float32 parameters, gradients and two moments of each; the peer's
+    activations, including attention scores and logits in float32 and bfloat16."""
     layer = 20 * config.hidden_size + 10 * config.intermediate_size + 10 * config.num_attention_heads * length
     activations = config.num_hidden_layers * layer + 16 * config.vocab_size
     return 32 * config.num_parameters() + batch_size * length * activations
@@ -198,7 +197,7 @@ def estimated_memory(config: XverseConfig, batch_size: int, length: int) -> int:
 
 @contextlib.contextmanager
 def _side(job: dict[str, Any]) -> Iterator[Callable[[int], dict[str, Any]]]:
-    """Start a side; yields a function that lets it take some steps and returns what it says of them."""
+    """Start the process of one side; yields a function that runs some steps and returns its report."""
     command = [sys.executable, "-m", "xverse.bench.train_worker", json.dumps(job)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
@@ -208,7 +207,7 @@ def _side(job: dict[str, Any]) -> Iterator[Callable[[int], dict[str, Any]]]:
         print(steps, file=process.stdin, flush=True)
         line = process.stdout.readline()  # type: ignore[union-attr]
         if not line:
-            raise UserError(f"train: the process of {job['side']} ended early (its messages are above)")
+            raise UserError(f"train: the process of {job['side']} ended early; its messages are above")
         return json.loads(line)
 
     try:

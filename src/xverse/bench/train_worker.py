@@ -1,6 +1,6 @@
-"""``train_worker.py JOB``: one side of ``xverse bench train`` in a process of its own.
+"""``train_worker.py JOB``: the process of one side of ``xverse bench train``.
 
-Takes as many steps as each line of stdin says; prints seconds, the last loss and the peak memory as JSON.
+For each line of stdin, a number of steps, it runs them and prints seconds, last loss and peak memory as JSON.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from xverse.train.loop import TrainConfig, train_step
 from xverse.train.optimizer import make_adamw
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
-Gate = Callable[[], bool]  # waits until this side may take its next step; False: stop
+Gate = Callable[[], bool]  # blocks until this side may run its next step; False: stop
 
 
 def random_batch(config: XverseConfig, batch_size: int, length: int) -> Batch:
-    """One document of random tokens per row, each position but the last with its successor as target."""
+    """One document of random tokens per row; the target of each position but the last is the next token."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, config.vocab_size, (batch_size, length), generator=generator)  # [B, T]
     targets = torch.full_like(tokens, IGNORE)
@@ -36,15 +36,14 @@ def random_batch(config: XverseConfig, batch_size: int, length: int) -> Batch:
 
 
 def child(text: str) -> None:
-    """What a side's process does: as many steps as each line of stdin says; seconds, the last loss and its
-    own peak memory on stdout."""
+    """Run the side that the JSON ``text`` describes."""
     job = json.loads(text)
     torch.set_num_threads(job["threads"])
     config = XverseConfig.from_json(job["config"])
     model = XverseForCausalLM(config)
     init_weights(model, seed=0)
     batch = random_batch(config, job["batch_size"], job["length"])
-    answers, sys.stdout = sys.stdout, sys.stderr  # a library's own words do not belong among the answers
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print to stdout, which carries the answers
     state: dict[str, Any] = {"left": 0, "all": 0, "start": 0.0, "loss": 0.0}
 
     def gate() -> bool:
@@ -108,7 +107,7 @@ def _theirs(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str,
 
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             row = batch.tokens[index % len(batch.tokens)]
-            return {"input_ids": row, "labels": row}  # it shifts the labels itself
+            return {"input_ids": row, "labels": row}  # the model shifts the labels
 
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(

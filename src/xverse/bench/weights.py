@@ -18,9 +18,9 @@ from xverse.tokenizer.tokenizer import SPACE
 
 
 def random_model(config: XverseConfig, dtype: torch.dtype, quantize: str | None = None) -> XverseForCausalLM:
-    """Random weights as fast as memory is written: a block of normal values repeated, norm weights of 1.
+    """A model of random weights, generated quickly by repeating a block of normal values; norm weights are 1.
 
-    With ``quantize`` (``int8``, ``int4``) the linears are random integers in the kernels' tiles.
+    With ``quantize`` (``int8``, ``int4``) the linears hold random integers in the kernels' tiles.
     """
     with torch.device("meta"):
         model = XverseForCausalLM(config)
@@ -37,16 +37,16 @@ def random_model(config: XverseConfig, dtype: torch.dtype, quantize: str | None 
     for number, (name, parameter) in enumerate(model.named_parameters()):
         tensor = torch.ones(parameter.shape, dtype=dtype)
         if parameter.dim() > 1:
-            rolled = block.roll(number * 7919)  # another beginning for each tensor
+            rolled = block.roll(number * 7919)  # another start for each tensor
             for part in tensor.view(-1).split(len(block)):
                 part.copy_(rolled[: len(part)])
         state[name] = tensor
-    model.load_state_dict(state, assign=True, strict=False)  # the tiles are there already
+    model.load_state_dict(state, assign=True, strict=False)  # tiles are filled already
     return model
 
 
 def _random_layer(outputs: int, inputs: int, bits: int, group_size: int) -> QuantLinear:
-    """Weights of a standard deviation of 0.02."""
+    """A quantised layer whose weights have a standard deviation of 0.02."""
     rows = torch.randint(0, 256, (outputs, inputs * bits // 8), dtype=torch.uint8)
     scales = torch.full((outputs, inputs // group_size), 0.02 * 12**0.5 / 2**bits, dtype=torch.bfloat16)
     with torch.device("meta"):
@@ -56,14 +56,14 @@ def _random_layer(outputs: int, inputs: int, bits: int, group_size: int) -> Quan
 
 
 def placeholder_tokenizer(size: int) -> Tokenizer:
-    """A tokenizer of XVERSE's structure with ``size`` entries that mean nothing: random weights need one
-    only so that the engine has ids and text to work with."""
+    """A tokenizer of XVERSE's structure with ``size`` meaningless entries, so that the engine can decode the
+    ids of a model with random weights."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
 
     texts = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
-    assert size >= len(texts), f"a vocabulary of {size} has no room for bytes"
-    texts.append(SPACE)  # a blank has to come back from its ids
+    assert size >= len(texts), f"a vocabulary of {size} is too small for the byte tokens"
+    texts.append(SPACE)  # so that a space survives decoding
     texts += [f"{SPACE}{number:06d}" for number in range(size - len(texts))]
     vocab = {text: number for number, text in enumerate(texts)}
     backend = Backend(models.BPE(vocab, [], byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
@@ -73,6 +73,6 @@ def placeholder_tokenizer(size: int) -> Tokenizer:
 
 
 def weights_kind(model: XverseForCausalLM) -> str:
-    """``int4``, ``int8`` or the type of the layers' weights."""
+    """``int4``, ``int8`` or the dtype of the layers' weights."""
     layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
     return f"int{layer.bits}" if isinstance(layer, QuantLinear) else str(layer.weight.dtype).split(".")[-1]

@@ -1,4 +1,4 @@
-"""``xverse doctor``: what was found on this machine, and what it was measured to reach."""
+"""``xverse doctor``: this machine's hardware and software, and the speed measured on it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from xverse.config import DISTRIBUTION, install_command
 # One attention projection of XVERSE-7B over 512 tokens on a CPU; a size that fills a large GPU.
 CPU_MATMUL = (512, 4096, 4096)
 GPU_MATMUL = (8192, 8192, 8192)
-KERNELS = {
-    "torch": "not compiled, PyTorch's operations instead: pip install xverse again with a C++ compiler"
-}
+KERNELS = {"torch": "not compiled, using PyTorch's operations; reinstall xverse with a C++ compiler"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything that doctor says, as one JSON-ready mapping. Sizes in bytes, rates in bytes/s and FLOP/s."""
+    """The whole report as one JSON-ready mapping. Sizes in bytes, rates in bytes/s and FLOP/s."""
     from xverse.kernels.native import kernel_name
 
     cores = hardware.cores()
@@ -60,15 +58,15 @@ def examine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of each package that the core needs; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Versions of Python and of each required package; None if it is not installed."""
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for requirement in _requirements(""):
-        found[requirement.name] = _version(requirement.name)
-    return found
+        installed[requirement.name] = _version(requirement.name)
+    return installed
 
 
 def extras() -> dict[str, dict[str, Any]]:
-    """For each extra of the distribution: which of its packages are missing or too old."""
+    """For each extra of the distribution: the packages that are missing or too old."""
     try:
         names = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:
@@ -82,24 +80,24 @@ def extras() -> dict[str, dict[str, Any]]:
 
 
 def _requirements(extra: str) -> list[Any]:
-    """The packages that ``extra`` adds ("": the core's own), other extras that it names resolved."""
+    """The packages of ``extra`` ("": the core's), with other extras that it names resolved."""
     from packaging.requirements import Requirement
 
     try:
         declared = [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or []]
     except importlib.metadata.PackageNotFoundError:
         return []
-    found = []
+    resolved = []
     for requirement in declared:
         marker = requirement.marker
         core = marker is None or marker.evaluate({"extra": ""})
         if core != (extra == "") or not (core or (marker and marker.evaluate({"extra": extra}))):
             continue
         if requirement.name == DISTRIBUTION:
-            found += [inner for name in sorted(requirement.extras) for inner in _requirements(name)]
+            resolved += [inner for name in sorted(requirement.extras) for inner in _requirements(name)]
         else:
-            found.append(requirement)
-    return found
+            resolved.append(requirement)
+    return resolved
 
 
 def _version(name: str) -> str | None:
@@ -118,7 +116,7 @@ def _met(requirement: Any) -> bool:
 
 
 def measure_cpu(threads: int) -> dict[str, Any]:
-    """Memory read rate with 1 and ``threads`` threads, each sampled twice in turn, and matmul rates."""
+    """Memory read rates with 1 and with ``threads`` threads, each sampled twice in turn, and matmul rates."""
     import torch
 
     counts = sorted({1, threads})
@@ -147,7 +145,7 @@ def measure_cpu(threads: int) -> dict[str, Any]:
 
 
 def measure_gpus() -> list[dict[str, Any]]:
-    """Each CUDA device that torch sees: what it is, what was measured, and the vendor's peaks if known."""
+    """For each CUDA device that torch sees: its properties, measurements, and the vendor's peaks if known."""
     import torch
 
     gpus = []
@@ -180,7 +178,7 @@ def measure_gpus() -> list[dict[str, Any]]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as text, one fact a line."""
+    """The report as text, one fact per line."""
     cpu, memory, measured = report["cpu"], report["memory"], report["measured"]["cpu"]
     quota = f", quota {cpu['cores_quota']:g}" if cpu["cores_quota"] else ""
     free = "" if memory["available"] is None else f", {memory['available'] / 2**30:.1f} GiB available"
@@ -199,14 +197,14 @@ def render(report: dict[str, Any]) -> str:
             f"GPU            {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, compute {gpu['capability']}"
         )
     if not report["measured"]["gpus"]:
-        lines.append("GPU            none that torch sees")
+        lines.append("GPU            none visible to torch")
     lines.append(f"training on    {report['training_device']}")
 
     lines += ["", "versions"]
     lines += [f"  {name:<18} {version or 'not installed'}" for name, version in report["versions"].items()]
     lines += ["", "extras"]
     for name, extra in report["extras"].items():
-        state = "complete" if extra["packages"] else "needs no packages yet"
+        state = "complete" if extra["packages"] else "needs no packages"
         if extra["missing"]:
             state = f"missing {', '.join(extra['missing'])}: {install_command(name)}"
         lines.append(f"  {name:<18} {state}")

@@ -7,26 +7,44 @@ from pathlib import Path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", default="7b", help="nano, mini, 7b, 13b, 13b-2 or 65b")
     parser.add_argument(
-        "--device", required=True, help="a100, a800, h100, h200, b200, or a YAML file with a device's keys"
+        "--shape", default="7b", help="shape of the model: nano, mini, 7b, 13b, 13b-2 or 65b (default: 7b)"
     )
-    parser.add_argument("--gpus", type=int, required=True, help="how many of them")
-    parser.add_argument("--seq", type=int, metavar="TOKENS", help="length of a sequence; the shape's context")
     parser.add_argument(
-        "--batch-tokens", type=int, metavar="TOKENS", help="of one step; about 4 Mi, or one sequence a GPU"
+        "--device", required=True, help="a100, a800, h100, h200, b200, or a YAML file that describes a device"
     )
-    parser.add_argument("--tokens", type=float, default=2.6e12, help="of the whole training, for the days")
-    parser.add_argument("--top", type=int, default=6, metavar="N", help="kinds of layouts to show")
+    parser.add_argument("--gpus", type=int, required=True, help="number of devices")
+    parser.add_argument(
+        "--seq", type=int, metavar="TOKENS", help="length of a sequence (default: the shape's context)"
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        metavar="TOKENS",
+        help="tokens of one step (default: about 4 Mi, at least one sequence per GPU)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=float,
+        default=2.6e12,
+        help="tokens of the whole training, to compute its days (default: 2.6e12)",
+    )
+    parser.add_argument(
+        "--top", type=int, default=6, metavar="N", help="how many kinds of layouts to show (default: 6)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw where the time goes")
-    device = parser.add_argument_group("the device's figures, where they differ")
-    device.add_argument("--tflops", type=float, help="peak of dense bf16")
-    device.add_argument("--memory-gb", type=float, help="memory, GB")
-    device.add_argument("--memory-gbs", type=float, help="memory bandwidth, GB/s")
-    device.add_argument("--link-gbs", type=float, help="NVLink or PCIe of one GPU, one direction, GB/s")
-    device.add_argument("--network-gbits", type=float, help="one GPU's share of the network, Gbit/s")
-    device.add_argument("--gpus-per-machine", type=int, help="GPUs in one machine")
+    parser.add_argument(
+        "--chart", type=Path, metavar="PNG", help="write a chart of where the time goes to this file"
+    )
+    device = parser.add_argument_group("figures of the device that replace the known ones")
+    device.add_argument("--tflops", type=float, help="peak of dense bf16 in TFLOP/s")
+    device.add_argument("--memory-gb", type=float, help="memory in GB")
+    device.add_argument("--memory-gbs", type=float, help="memory bandwidth in GB/s")
+    device.add_argument(
+        "--link-gbs", type=float, help="NVLink or PCIe bandwidth of one GPU, one direction, in GB/s"
+    )
+    device.add_argument("--network-gbits", type=float, help="one GPU's share of the network in Gbit/s")
+    device.add_argument("--gpus-per-machine", type=int, help="number of GPUs in one machine")
 
 
 def run(args: argparse.Namespace) -> int:

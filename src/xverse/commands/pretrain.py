@@ -14,7 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="change a key of the recipe, such as train.steps=100",
+        help="replace a key of the recipe, such as train.steps=100",
     )
     parser.add_argument(
         "--dry-run",
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     if recipe.evaluation is not None:
         from xverse.eval.during import evaluator
 
-        wanted = recipe.evaluation
-        evaluate = evaluator(wanted.tasks, wanted.data_dir, limit=wanted.limit, shots=wanted.shots)
+        settings = recipe.evaluation
+        evaluate = evaluator(settings.tasks, settings.data_dir, limit=settings.limit, shots=settings.shots)
     model = pretrain(recipe, evaluate)
-    if os.environ.get("RANK", "0") == "0":  # torchrun's: the result once
+    if os.environ.get("RANK", "0") == "0":  # set by torchrun: print the result once
         print(model)
     return 0

@@ -12,14 +12,13 @@ from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.quantize import load_quantizing
 from xverse.log import notice
+from xverse.model.config import FLOAT32_BELOW
 
 if TYPE_CHECKING:
     import torch
 
     from xverse.model import XverseForCausalLM
 
-# On a CPU smaller models run in float32: every CPU is fast at it, and memory does not matter.
-FLOAT32_BELOW = 1_000_000_000
 # The matmuls of smaller models are so short that a second thread gains little, or loses on a busy machine.
 ONE_THREAD_BELOW = 100_000_000
 _reported: set[Path] = set()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from xverse.config import UserError
 from xverse.engine import Engine
-from xverse.engine.load import FLOAT32_BELOW, load_engine
+from xverse.engine.load import load_engine
 from xverse.eval.scoring import ScoreItem
 from xverse.formats import ModelDirectory
+from xverse.model.config import FLOAT32_BELOW
 
 _LEAST_SHARED = 16  # tokens; less is not worth a cache
 

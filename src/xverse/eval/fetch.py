@@ -6,12 +6,6 @@ A set counts only when the digest over all its files is that of the copy which t
 from __future__ import annotations
 
 import hashlib
-import io
-import os
-import tarfile
-import urllib.error
-import urllib.request
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,11 +14,11 @@ from xverse.config import UserError, choose
 from xverse.data.benchmarks import agieval, gaokao_bench
 from xverse.data.benchmarks.mmlu import SUBJECTS
 from xverse.files import atomic_directory
+from xverse.hub.web import HUGGING_FACE, download, members
 from xverse.log import notice
 
-MOST_BYTES = 500_000_000  # of a download, and of what an archive unpacks to
+_DATASETS = f"{HUGGING_FACE}/datasets"
 _GITHUB = "https://raw.githubusercontent.com"
-_HUB = "https://huggingface.co"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +43,13 @@ class Set:
 
 SETS = {
     "mmlu": Set(
-        homes=(Home(url=f"{_HUB}/datasets/cais/mmlu/resolve/main/data.tar", within="data", into="data"),),
+        homes=(Home(url=f"{_DATASETS}/cais/mmlu/resolve/main/data.tar", within="data", into="data"),),
         digest="d59a00a733445df0080f4bf01e8f679dc6e1821c24048ea7c6f6e205abaa9328",
         licence="MIT",
     ),
     "ceval": Set(
         homes=(
-            Home(url=f"{_HUB}/datasets/ceval/ceval-exam/resolve/main/ceval-exam.zip"),
+            Home(url=f"{_DATASETS}/ceval/ceval-exam/resolve/main/ceval-exam.zip"),
             Home(url=f"{_GITHUB}/hkust-nlp/ceval/main/{{name}}", names=("subject_mapping.json",)),
         ),
         digest="66ce5466caa7926329c4f7564a12605f92227cbe1920133a94877cbe66fb496a",
@@ -138,40 +132,18 @@ def fetch(names: Sequence[str], folder: Path, sets: dict[str, Set] | None = None
 def _get(name: str, home: Home, target: Path) -> None:
     if home.names:
         for file in home.names:
-            _put(target, str(PurePosixPath(home.into) / file), _download(home.url.format(name=file)))
+            _put(target, str(PurePosixPath(home.into) / file), download(home.url.format(name=file)))
         return
-    data = _download(home.url)
-    left = MOST_BYTES
-    for inner, content in _members(data, home.url):
+    data = download(home.url)
+    for inner, content in members(data, home.url):
         path = PurePosixPath(inner)
         if home.within:
             if path.parts[:1] != (home.within,):
                 continue
             path = PurePosixPath(*path.parts[1:])
         path = PurePosixPath(home.into) / path
-        left -= len(content)
-        if left < 0:
-            raise UserError(f"{home.url}: unpacks to more than {MOST_BYTES} bytes")
         if wanted(name, path.as_posix()):
             _put(target, path.as_posix(), content)
-
-
-def _members(data: bytes, url: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of an archive's plain files."""
-    try:
-        if url.endswith(".zip"):
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                for info in archive.infolist():
-                    if not info.is_dir() and info.file_size <= MOST_BYTES:
-                        yield info.filename, archive.read(info)
-            return
-        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-            for member in archive:
-                file = archive.extractfile(member) if member.isreg() and member.size <= MOST_BYTES else None
-                if file is not None:
-                    yield member.name.removeprefix("./"), file.read()
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{url}: no archive, or a broken one ({error})") from None
 
 
 def _put(target: Path, inner: str, content: bytes) -> None:
@@ -181,18 +153,3 @@ def _put(target: Path, inner: str, content: bytes) -> None:
     path = target / parts
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-
-
-def _download(url: str) -> bytes:
-    endpoint = os.environ.get("HF_ENDPOINT")
-    if endpoint and url.startswith(_HUB):
-        url = endpoint.rstrip("/") + url.removeprefix(_HUB)
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            data: bytes = answer.read(MOST_BYTES + 1)
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"{url}: cannot be fetched ({reason})") from None
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{url}: larger than {MOST_BYTES} bytes")
-    return data

@@ -14,6 +14,7 @@ from typing import Any
 from xverse.config import UserError, build, nearest, need
 from xverse.data.dialogues.formats import DatasetInfo, check_columns, guess
 from xverse.finetune.settings import DatasetUse
+from xverse.hub.datasets import fetch_dataset
 from xverse.log import notice
 from xverse.texts import ReadReport, read_json, read_records, read_text
 
@@ -168,38 +169,15 @@ def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
 
 
 def fetch(source: Source) -> Path:
-    """Download a dataset's repository into the hub's cache, or find it there.
-
-    Raises UserError, in one line, where neither is possible.
-    """
+    """Download a dataset's repository into the hub's cache, or find it there. Raises UserError otherwise."""
     info = source.info
-    home = info.hf_hub_url
-    if home is None:
-        return _fetch_modelscope(source)
-    from huggingface_hub import snapshot_download
-
     patterns = [f"{info.folder}/*" if info.folder else f"*{suffix}" for suffix in SUFFIXES]
     try:
-        return Path(snapshot_download(home, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # the hub's library raises a dozen kinds; all mean the same to the user
-        if info.ms_hub_url:
-            try:
-                return _fetch_modelscope(source)
-            except UserError:
-                pass
-        text = " ".join(str(error).split())[:200]
+        return fetch_dataset(info.hf_hub_url, info.ms_hub_url, patterns)
+    except UserError as error:
         raise UserError(
-            f"{source.name}: {home} cannot be fetched ({type(error).__name__}: {text}); "
-            f"a local copy is used where --dataset names its file"
+            f"dataset {source.name} cannot be fetched: {error}; --dataset PATH uses a local copy"
         ) from None
-
-
-def _fetch_modelscope(source: Source) -> Path:
-    modelscope = need("modelscope", "modelscope", source.name)
-    try:
-        return Path(modelscope.dataset_snapshot_download(source.info.ms_hub_url))
-    except Exception as error:
-        raise UserError(f"{source.name}: {source.info.ms_hub_url} cannot be fetched ({error})") from None
 
 
 def _of_split(files: list[Path], root: Path, info: DatasetInfo, name: str) -> list[Path]:

@@ -25,10 +25,10 @@ from xverse.formats.weights import (
     read_tensors,
 )
 from xverse.model import XverseForCausalLM
+from xverse.model.config import FLOAT32_BELOW
 
 # Precomputed rotary frequencies in upstream's files: the model computes its own.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
-_FLOAT32_BELOW = 1_000_000_000  # parameters; dequantised models above it would not fit
 
 
 def load_model(
@@ -108,7 +108,7 @@ def _load_quantized(
     others = [name for name in files.names if not name.startswith(prefixes)]
     if dtype is None:
         norms = [name for name in others if name in expected and len(expected[name]) == 1]
-        exact = dequantize and model.config.num_parameters() < _FLOAT32_BELOW
+        exact = dequantize and model.config.num_parameters() < FLOAT32_BELOW
         dtype = torch.float32 if exact or not norms else files.get(norms[0]).dtype
     state: dict[str, Tensor] = {}
     unexpected: list[str] = []

@@ -1,21 +1,23 @@
-"""Models from Hugging Face: resumed where a download broke off, and checked against the hub's checksums.
+"""Models and datasets from Hugging Face, resumed where a download broke off and verified by checksum.
 
-The weights are downloaded here rather than by ``snapshot_download``, which since huggingface_hub 2 drops an
-unfinished file when its process ends: with shards of gigabytes that is most of the work. They land in the
-hub's own cache under the names that it gives them, so every other program finds them there.
+Files in Git LFS are downloaded here rather than by ``snapshot_download``: huggingface_hub 2 starts a file
+over if the process that downloaded it was killed (``tests/hub`` shows it), and a shard has gigabytes. They go
+into the hub's own cache under the names that it uses, so every other program finds them there.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ from huggingface_hub.utils import (
 
 from xverse.config import UserError
 from xverse.files import atomic_file
-from xverse.hub.resolve import choose_files, similar
+from xverse.hub.resolve import similar
 from xverse.log import notice, progress
 
 ATTEMPTS = 5  # in a row without a byte
@@ -64,56 +66,69 @@ class RemoteFile:
         return self.sha256 or self.blob_id
 
 
-def fetch(model: str) -> Path:
-    """Download ``org/name`` into the hub's cache, or find it there, and verify it.
+def fetch(
+    name: str,
+    choose: Callable[[list[str]], list[str]],
+    *,
+    repo_type: str = "model",
+    cached: Sequence[str] = ("config.json",),
+) -> Path:
+    """Download a repository ``org/name`` into the hub's cache, or find it there, and verify it.
 
-    Raises UserError, in one line, for an unknown id, no network, no space and a wrong checksum; a file with a
-    wrong checksum is removed, so that the next call fetches it again.
+    ``choose`` picks the files from the names in the repository. ``cached``: patterns of files that a usable
+    copy in the cache holds, for work without network. Raises UserError, in one line, for an unknown id, no
+    network, a full disk and a wrong checksum; a file with a wrong checksum is removed, so that the next call
+    fetches it again.
     """
-    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
+    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)
     try:
-        info = HfApi().model_info(model, files_metadata=True)
+        describe = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
+        info = describe(name, files_metadata=True)
     except GatedRepoError:
-        raise UserError(f"{model}: ask for access on its page, then set HF_TOKEN") from None
+        raise UserError(f"{name}: request access on its page, then set HF_TOKEN") from None
     except (RepositoryNotFoundError, HFValidationError):
+        hint = f"{similar(name)} (" + ("a directory must exist; " if repo_type == "model" else "")
         raise UserError(
-            f"{constants.ENDPOINT} has no model '{model}'{similar(model)} "
-            "(a private one needs HF_TOKEN; a directory must exist)"
+            f"{constants.ENDPOINT} has no {repo_type} '{name}'{hint}a private one needs HF_TOKEN)"
         ) from None
     except (OfflineModeIsEnabled, HTTPError, OSError) as error:
-        return _from_cache(model, repository, error)
+        return _from_cache(name, repo_type, cached, repository, error)
     listed = [
         RemoteFile(item.rfilename, item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id)
         for item in info.siblings or []
     ]
-    names = set(choose_files(model, [file.name for file in listed]))
-    files = [file for file in listed if file.name in names]
+    chosen = set(choose([file.name for file in listed]))
+    files = [file for file in listed if file.name in chosen]
     try:
-        _download(model, str(info.sha), repository / "blobs", [file for file in files if file.sha256])
+        url_of = partial(hf_hub_url, name, repo_type=repo_type, revision=info.sha)
+        _download(name, url_of, repository / "blobs", [file for file in files if file.sha256])
         with _quiet():
-            snapshot = Path(snapshot_download(model, allow_patterns=sorted(names)))
+            patterns = [glob.escape(file) for file in sorted(chosen)]
+            snapshot = Path(snapshot_download(name, repo_type=repo_type, allow_patterns=patterns))
     except (HTTPError, OSError) as error:
-        raise UserError(
-            f"{model}: the download stopped ({_text(error)}); the same command resumes it"
-        ) from error
-    _verify(model, repository, snapshot, {file.name: file.checksum for file in files})
+        raise UserError(f"{name}: the download stopped ({_text(error)}); run it again to resume") from error
+    _verify(name, repository, snapshot, {file.name: file.checksum for file in files})
     return snapshot
 
 
-def _from_cache(model: str, repository: Path, error: Exception) -> Path:
+def _from_cache(
+    name: str, repo_type: str, patterns: Sequence[str], repository: Path, error: Exception
+) -> Path:
     offline = isinstance(error, OfflineModeIsEnabled)
     why = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} cannot be reached ({_text(error)})"
     try:
-        snapshot = Path(snapshot_download(model, allow_patterns=["config.json"], local_files_only=True))
+        snapshot = Path(
+            snapshot_download(name, repo_type=repo_type, allow_patterns=list(patterns), local_files_only=True)
+        )
     except (LocalEntryNotFoundError, OSError):
-        raise UserError(f"{model}: not in the cache, and {why}") from None
+        raise UserError(f"{name}: not in the cache, and {why}") from None
     if not offline:
-        notice(f"{model}: {why}; using the cached copy")
-    _verify(model, repository, snapshot, {})
+        notice(f"{name}: {why}; using the cached copy")
+    _verify(name, repository, snapshot, {})
     return snapshot
 
 
-def _download(model: str, revision: str, blobs: Path, files: list[RemoteFile]) -> None:
+def _download(name: str, url_of: Callable[[str], str], blobs: Path, files: list[RemoteFile]) -> None:
     files = [file for file in files if not (blobs / str(file.sha256)).exists()]
     if not files:
         return
@@ -124,23 +139,23 @@ def _download(model: str, revision: str, blobs: Path, files: list[RemoteFile]) -
     free = shutil.disk_usage(blobs).free
     if total - done > free:
         raise UserError(
-            f"{model}: needs {(total - done) / 1e9:.1f} GB more in {blobs}, where {free / 1e9:.1f} GB are "
+            f"{name}: needs {(total - done) / 1e9:.1f} GB more in {blobs}, where {free / 1e9:.1f} GB are "
             "free (HF_HOME moves the cache)"
         )
     resumed = f", {done / 1e9:.2f} GB of it already here" if done else ""
-    notice(f"{model}: downloading {total / 1e9:.2f} GB from {constants.ENDPOINT}{resumed}")
+    notice(f"{name}: downloading {total / 1e9:.2f} GB from {constants.ENDPOINT}{resumed}")
     stop = threading.Event()
     with progress() as bar, ThreadPoolExecutor(CONNECTIONS) as pool:
         task = bar.add_task("megabytes", total=total // MEGABYTE, completed=done // MEGABYTE)
         received = _Counter(lambda count: bar.update(task, completed=(done + count) // MEGABYTE))
 
         def fetch_one(file: RemoteFile) -> None:
-            url = hf_hub_url(model, file.name, revision=revision)
+            url = url_of(file.name)
             with FileLock(f"{parts[file.name]}.lock"):
                 target = blobs / str(file.sha256)
                 if not target.exists():  # another process may have finished it meanwhile
                     _fetch(url, parts[file.name], file.size, stop, received)
-                    _accept(model, file, parts[file.name], target)
+                    _accept(name, file, parts[file.name], target)
 
         futures = [pool.submit(fetch_one, file) for file in files]
         try:
@@ -197,18 +212,18 @@ def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: _Co
             raise OSError("the hub sends nothing")
 
 
-def _accept(model: str, file: RemoteFile, part: Path, target: Path) -> None:
+def _accept(name: str, file: RemoteFile, part: Path, target: Path) -> None:
     if part.stat().st_size < file.size:
         return  # stopped: the rest comes next time
     with part.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != file.sha256:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != file.sha256:
         part.unlink()
-        raise _mismatch(model, file.name, str(file.sha256), found)
+        raise _mismatch(name, file.name, str(file.sha256), digest)
     part.replace(target)
 
 
-def _verify(model: str, repository: Path, snapshot: Path, checksums: Mapping[str, str | None]) -> None:
+def _verify(name: str, repository: Path, snapshot: Path, checksums: Mapping[str, str | None]) -> None:
     """Check every file of a snapshot once; a note in the cache remembers which ones were, while unchanged.
 
     Without the hub's list (offline) a file's checksum is its name in the cache, which is the same.
@@ -219,19 +234,20 @@ def _verify(model: str, repository: Path, snapshot: Path, checksums: Mapping[str
     except (OSError, ValueError):
         known = {}
     verified = {}
-    for path in sorted(item for item in snapshot.iterdir() if item.is_file()):
-        expected = checksums.get(path.name) or (path.readlink().name if path.is_symlink() else "")
+    for path in sorted(item for item in snapshot.rglob("*") if item.is_file()):
+        file = path.relative_to(snapshot).as_posix()
+        expected = checksums.get(file) or (path.readlink().name if path.is_symlink() else "")
         if len(expected) not in (40, 64):
             continue  # neither sha1 nor sha256: the hub gave no checksum
         state = path.stat()
         stamp = [expected, state.st_size, state.st_mtime_ns]
-        if known.get(path.name) != stamp:
-            found = _digest(path, expected)
-            if found != expected:
+        if known.get(file) != stamp:
+            digest = _digest(path, expected)
+            if digest != expected:
                 path.resolve().unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
-                raise _mismatch(model, path.name, expected, found)
-        verified[path.name] = stamp
+                raise _mismatch(name, file, expected, digest)
+        verified[file] = stamp
     if verified != known:
         try:
             with atomic_file(note) as temporary:
@@ -249,10 +265,10 @@ def _digest(path: Path, expected: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _mismatch(model: str, name: str, expected: str, found: str) -> UserError:
+def _mismatch(name: str, file: str, expected: str, digest: str) -> UserError:
     return UserError(
-        f"{model}: {name} does not have the hub's checksum ({found[:12]}…, not {expected[:12]}…); "
-        "it was removed, the same command fetches it again"
+        f"{name}: {file} does not have the hub's checksum ({digest[:12]}…, not {expected[:12]}…); it was "
+        "removed, and the same command fetches it again"
     )
 
 

@@ -35,14 +35,27 @@ def fetch(model: str) -> Path:
     raise UserError(f"{model}: the repository has no weights in safetensors or .bin")
 
 
-def _reason(model: str, error: Exception) -> str:
-    names = {cls.__name__ for cls in type(error).__mro__}
+def _reason(name: str, error: Exception, kind: str = "model") -> str:
+    classes = {cls.__name__ for cls in type(error).__mro__}
     text = " ".join(str(error).split())[:200]
-    if "FileIntegrityError" in names or "hash mismatch" in text.lower():
-        return f"{model}: a downloaded file does not have ModelScope's checksum; try again ({text})"
+    if "FileIntegrityError" in classes or "hash mismatch" in text.lower():
+        return f"{name}: a downloaded file does not have ModelScope's checksum; try again ({text})"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if "NotExistError" in names or status == 404:
-        return f"ModelScope has no model '{model}'{similar(model)}"
-    if names & {"ConnectionError", "Timeout", "NetworkError", "CacheNotFound"}:
-        return f"{model}: ModelScope cannot be reached, and the model is not in its cache ({text})"
-    return f"{model}: ModelScope did not deliver it ({text})"
+    if "NotExistError" in classes or status == 404:
+        return f"ModelScope has no {kind} '{name}'{similar(name)}"
+    if classes & {"ConnectionError", "Timeout", "NetworkError", "CacheNotFound"}:
+        return f"{name}: ModelScope cannot be reached, and its cache does not hold the {kind} ({text})"
+    return f"{name}: ModelScope download failed ({text})"
+
+
+def fetch_dataset(name: str) -> Path:
+    """Download the dataset repository ``org/name`` or find it in ModelScope's cache.
+
+    Raises UserError without the ``modelscope`` package and for whatever its client fails at.
+    """
+    client = need("modelscope", "modelscope", f"{name} from ModelScope")
+    notice(f"{name}: from ModelScope")
+    try:
+        return Path(client.dataset_snapshot_download(name))
+    except Exception as error:
+        raise UserError(_reason(name, error, "dataset")) from error

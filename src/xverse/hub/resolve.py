@@ -48,10 +48,12 @@ def resolve(model: str) -> Path:
     name = model.removeprefix(MODELSCOPE)
     if HUB_ID.fullmatch(name):
         if name != model or _hub() == "modelscope":
-            from xverse.hub.modelscope import fetch
-        else:
-            from xverse.hub.huggingface import fetch
-        return fetch(name)
+            from xverse.hub import modelscope
+
+            return modelscope.fetch(name)
+        from xverse.hub import huggingface
+
+        return huggingface.fetch(name, lambda names: choose_files(name, names))
     here = path.parent if path.parent.is_dir() else Path()
     options = [str(here / item.name) for item in here.iterdir() if item.is_dir()]
     hint = nearest(model, ["nano", *options, *PUBLISHED])

@@ -1,7 +1,6 @@
 """The transformer, its shapes, attention contexts and the chunked loss. No parallelism, no IO.
 
-``xverse.model.config`` needs no torch, and importing it does not bring torch in: the names that do are
-imported when they are asked for.
+``xverse.model.config`` and ``.chunks`` need no torch; names that need it are imported on first use.
 """
 
 from __future__ import annotations

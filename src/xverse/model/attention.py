@@ -1,7 +1,7 @@
-"""What attention works with: a context object says which positions, mask or cache apply.
+"""Attention contexts: objects that provide positions, mask and cache.
 
-One forward pass of the model serves training (packed documents), transformers' caches (``hf/``) and the
-engine's cache (``engine/``): each brings a context.
+The model's one forward pass serves training (packed documents), transformers' caches (``hf/``) and the
+engine's cache (``engine/``), each with its own context.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class AttentionContext(Protocol):
-    """``positions`` int64 [B, T] rotate queries and keys; ``attend`` mixes values.
+    """``positions`` int64 [B, T] are those of rotary embedding; ``attend`` computes attention.
 
-    A context may have ``rope_lengths`` too, see ``rope_tables``.
+    A context may also have ``rope_lengths``, see ``rope_tables``.
     """
 
     positions: Tensor
@@ -27,7 +27,7 @@ class AttentionContext(Protocol):
 
 
 class FullCausal:
-    """Every token sees itself and all before it; no cache."""
+    """Plain causal attention without a cache."""
 
     def __init__(self, batch: int, length: int, device: torch.device | str = "cpu") -> None:
         self.positions = torch.arange(length, device=device).expand(batch, length)  # [B, T]
@@ -37,10 +37,10 @@ class FullCausal:
 
 
 class Packed:
-    """Several documents in a row of tokens: each sees only itself, and its positions start at 0.
+    """Several documents packed in a row of tokens: each attends only to itself, with positions from 0.
 
     ``document_ids`` int [B, T]: equal neighbours belong to one document. Attention runs document by
-    document, so that masked pairs cost nothing; rows of one document each go through in one call.
+    document, so that masked pairs cost nothing; if each row is one document, it runs in one call.
     """
 
     def __init__(self, document_ids: Tensor) -> None:
@@ -68,7 +68,8 @@ class Packed:
 
 
 def document_starts(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens begin a document, bool [B, T], and each token's position in its own, int64 [B, T]."""
+    """From ``document_ids`` int [B, T]: which tokens start a document, bool [B, T], and each token's position
+    in its document, int64 [B, T]."""
     batch, length = document_ids.shape
     index = torch.arange(length, device=document_ids.device).expand(batch, length)  # [B, T]
     first = torch.ones_like(document_ids, dtype=torch.bool)

@@ -18,7 +18,10 @@ def loss_chunk(vocabulary: int, device: str = "cpu", kernels: bool = False) -> i
 
 
 def logit_bytes(tokens: int, vocabulary: int, device: str = "cpu", kernels: bool = False) -> int:
-    """Bytes of one chunk's logits and their gradient for a batch of ``tokens``: float32 each with PyTorch's
-    operations; with kernels the gradient takes the place of the bfloat16 logits."""
-    chunk = min(tokens, loss_chunk(vocabulary, device, kernels))
-    return chunk * vocabulary * (2 if kernels and device == "cpu" else 2 * 4)
+    """Bytes that one chunk takes of a batch of ``tokens``: with PyTorch's operations float32 logits and their
+    gradient. With kernels the gradient takes the place of the bfloat16 logits, but the buffers of bfloat16
+    matmuls were measured to take as much as the float32 tensors would."""
+    plain = 2 * 4 * vocabulary * min(tokens, loss_chunk(vocabulary))
+    if kernels and device == "cpu":
+        return max(plain, 2 * vocabulary * min(tokens, loss_chunk(vocabulary, device, kernels)))
+    return 2 * 4 * vocabulary * min(tokens, loss_chunk(vocabulary, device))

@@ -1,4 +1,5 @@
-"""The shape of a model: upstream's ``config.json`` keys as a strict dataclass, and the named shapes."""
+"""The shape of a model: upstream's ``config.json`` keys as a strict dataclass, and the named shapes. Needs no
+torch."""
 
 from __future__ import annotations
 
@@ -10,10 +11,13 @@ from typing import Any
 from xverse.config import UserError, build, choose
 from xverse.model.scaling import RopeScaling
 
+# Parameters. On a CPU smaller models run in float32, which any CPU is fast at; larger ones may not fit.
+FLOAT32_BELOW = 1_000_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class XverseConfig:
-    """Everything that decides the tensors of a model and the arithmetic of its forward pass."""
+    """Everything that determines the tensors of a model and the arithmetic of its forward pass."""
 
     vocab_size: int
     hidden_size: int
@@ -47,7 +51,7 @@ class XverseConfig:
 
     @property
     def context_length(self) -> int:
-        """How many tokens a text may have: ``max_position_embeddings``, or what rope scaling makes of it."""
+        """The longest text in tokens: ``max_position_embeddings``, extended by rope scaling."""
         if self.rope_scaling is None:
             return self.max_position_embeddings
         return self.rope_scaling.context_length(self.max_position_embeddings)
@@ -63,7 +67,8 @@ class XverseConfig:
         return training_flops(parameters, self.num_hidden_layers, self.hidden_size, length)
 
     def to_json(self, dtype: str = "bfloat16") -> dict[str, Any]:
-        """``config.json`` as upstream writes it, without ``auto_map``; ``dtype`` is the stored one."""
+        """``config.json`` as upstream writes it, without ``auto_map``; ``dtype`` is that of the stored
+        weights."""
         values = dataclasses.asdict(self)
         values.pop("rope_scaling")
         if self.rope_scaling is not None:
@@ -80,9 +85,9 @@ class XverseConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str = "config.json") -> XverseConfig:
-        """Read ``config.json``. Keys that shape no tensor are ignored, as every reader of the format does.
+        """Read ``config.json``, ignoring unknown keys as every reader of the format does.
 
-        Raises UserError for a missing key or for an architecture that this model does not have.
+        Raises UserError for a missing key or an unsupported architecture.
         """
         fixed = {
             "hidden_act": "silu",

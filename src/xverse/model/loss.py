@@ -1,7 +1,7 @@
-"""The language-model loss without the logits: head and cross-entropy fused over chunks of tokens.
+"""The language-model loss without the full logits: head and cross-entropy fused over chunks of tokens.
 
 At V = 100,534 the logits of 8 × 8,192 tokens would take 26 GB in float32. Here one chunk's logits exist at a
-time, and its gradients are formed while they are in cache, so the backward pass only scales them.
+time, and its gradients are computed while they are in cache; the backward pass only scales them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ IGNORE = -100
 
 
 class LossKernels(NamedTuple):
-    """What may be faster than PyTorch's operations, for logits in bfloat16.
+    """Replacements for PyTorch's operations, for bfloat16 logits.
 
-    ``softmax_gradient(logits [C, V], targets [C], z_loss)`` gives the sum of the losses and, in the logits'
-    memory, their gradient; ``accumulate(total, value)`` adds bfloat16 to float32.
+    ``softmax_gradient(logits [C, V], targets int64 [C], z_loss)`` returns the sum of the losses, float32 [],
+    and their gradient [C, V] in the memory of the logits; ``accumulate(total, value)`` adds a bfloat16
+    ``value`` [V, D] to a float32 ``total`` in place.
     """
 
     softmax_gradient: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -30,8 +31,8 @@ class LossKernels(NamedTuple):
 
 
 class VocabularyShard(Protocol):
-    """The head's rows from ``first`` on are here, the others in other processes. Each has at most ``rows``;
-    ``maximum`` and ``total`` reduce float32 [C, …] over the processes and give it to all of them."""
+    """This process holds the head's rows from ``first`` on; each process holds at most ``rows``. ``maximum``
+    and ``total`` all-reduce float32 [C, …] over the processes."""
 
     first: int
     rows: int
@@ -54,14 +55,14 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of ``hidden`` [N, D] @ ``weight`` [V, D] transposed against ``targets`` int64 [N].
 
-    Targets of -100 are ignored; "mean" divides by the count of the others (0 when there are none). The
-    matmuls run in ``hidden``'s dtype, or in autocast's where it is on; softmax and sums in float32. Returns a
-    float32 scalar, or [N] for "none", which carries no gradient. ``chunk`` is in tokens. While gradients are
-    recorded, ``z_loss`` times the squared log of the softmax's sum is added to each token's loss (Chowdhery
-    et al., 2022, section 5). ``kernels`` serve where gradients are recorded in bfloat16.
+    Targets of -100 are ignored; "mean" divides by the number of the others (and is 0 without any). The
+    matmuls run in ``hidden``'s dtype, or autocast's where it is enabled; softmax and sums in float32. Returns
+    a float32 scalar, or [N] for "none", which carries no gradient. ``chunk`` is in tokens (default:
+    ``loss_chunk``). While gradients are recorded, ``z_loss`` times the squared log-sum-exp is added to each
+    token's loss (Chowdhery et al., 2022, section 5). ``kernels`` are used for gradients in bfloat16.
 
     Where ``weight`` is one ``vocabulary`` shard of the head, all processes of the shards call this with equal
-    ``hidden`` and ``targets``. The loss is whole in each of them, the gradient of ``hidden`` a part of a sum.
+    ``hidden`` and ``targets``. Each gets the whole loss, and a partial sum as the gradient of ``hidden``.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -73,9 +74,7 @@ def linear_cross_entropy(
         with torch.no_grad():
             return _token_losses(hidden, weight, targets, plain, vocabulary)
     count = (targets != IGNORE).sum()
-    if count < 0.9 * len(
-        targets
-    ):  # instructions: most tokens are the prompt's, and the head may pass them over
+    if count < 0.9 * len(targets):  # fine-tuning: the head can skip the prompt's tokens
         kept = (targets != IGNORE).nonzero().flatten()  # [count]
         hidden, targets = hidden[kept], targets[kept]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
@@ -93,6 +92,7 @@ def linear_cross_entropy(
 def _token_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, vocabulary: VocabularyShard | None
 ) -> Tensor:
+    """Losses float32 [N] of ``hidden`` [N, D], without gradients."""
     weight = weight.to(hidden.dtype)
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)  # [N]
     for start in range(0, len(targets), chunk):
@@ -111,20 +111,21 @@ def _token_losses(
 def _over_shards(
     logits: Tensor, target: Tensor, vocabulary: VocabularyShard
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From a shard's logits [C, V_shard]: log of the softmax's sum and logit of ``target`` over the whole
-    vocabulary, the target's column here, and whether it is here; [C, 1] each."""
+    """From a shard's logits [C, V_shard] and ``target`` int64 [C, 1]: log-sum-exp and target logit over the
+    whole vocabulary, the target's column in this shard, and whether it is in this shard; [C, 1] each."""
     column = target - vocabulary.first
     here = (column >= 0) & (column < logits.shape[1])
     column = torch.where(here, column, 0)
     log_sum = logits.logsumexp(dim=1, keepdim=True)
     top = vocabulary.maximum(log_sum.clone())
-    mine = torch.where(here, logits.gather(1, column), 0.0)
-    both = vocabulary.total(torch.cat(((log_sum - top).exp(), mine), dim=1))  # [C, 2]
+    logit = torch.where(here, logits.gather(1, column), 0.0)  # [C, 1]
+    both = vocabulary.total(torch.cat(((log_sum - top).exp(), logit), dim=1))  # [C, 2]
     return top + both[:, :1].log(), both[:, 1:], column, here
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the token losses; the gradients for a unit output gradient are made in the forward pass."""
+    """Sum of the token losses of ``hidden`` [N, D], ``weight`` [V, D] and ``targets`` [N]. The forward pass
+    computes the gradients for a unit output gradient."""
 
     @staticmethod
     def forward(
@@ -141,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [N, D]
         weight_grad: Tensor | None = None  # [V, D]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # Written again by every chunk: fresh memory of this size costs a page fault for each 4 KiB.
+        # Reused by every chunk: fresh memory of this size costs a page fault for each 4 KiB.
         logits = hidden.new_empty(min(chunk, len(targets)), weight.shape[0])  # [C, V]
         product = torch.empty_like(cast_weight) if ctx.needs_input_grad[1] else None  # [V, D]
         for start in range(0, len(targets), chunk):
@@ -167,7 +168,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         (output_grad,) = output_grads
-        assert ctx.grads is not None, "the gradients are scaled in place, once"
+        assert ctx.grads is not None, "a second backward pass would scale the gradients twice"
         hidden_grad, weight_grad = ctx.grads
         ctx.grads = None
         if hidden_grad is not None:
@@ -180,7 +181,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def softmax_gradient(
     logits: Tensor, targets: Tensor, z_loss: float, vocabulary: VocabularyShard | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of logits [C, V], and its gradient by the logits, in their type."""
+    """Sum of the losses, float32 [], of logits [C, V] against ``targets`` int64 [C], and its gradient with
+    respect to the logits, [C, V] in their dtype."""
     valid = targets != IGNORE  # [C]
     target = torch.where(valid, targets, 0)[:, None]  # [C, 1]
     grad = logits.float()  # [C, V]
@@ -192,7 +194,7 @@ def softmax_gradient(
         log_sum, chosen, target, here = _over_shards(grad, target, vocabulary)
         minus_one = -here.float()
     losses = (log_sum - chosen).squeeze(1)  # [C]
-    # Logits in float32 are the caller's, and overwritten as those of kernels are.
+    # Overwrites the caller's logits if they are float32, as kernels do with theirs.
     grad.sub_(log_sum).exp_()  # softmax
     if z_loss:
         losses = losses + z_loss * log_sum.squeeze(1) ** 2

@@ -1,5 +1,5 @@
-"""Rotary position embedding, half-rotation form (Su et al., 2021, arXiv:2104.09864), and its scalings for
-contexts longer than those that a model was trained on."""
+"""Rotary position embedding, half-rotation form (Su et al., 2021, arXiv:2104.09864), and its scalings beyond
+the context length of training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [B, 1, T, head_dim], for ``positions`` int64 [B, T].
 
-    Computed from the positions in every forward pass: the cost is nothing beside one layer, there is no
-    buffer to keep out of checkpoints, and no position is out of range. ``lengths`` int64, [B, T] or
-    broadcast to it, is how long the text of each token may become, which "dynamic" scaling depends on;
-    without it each row's last position counts.
+    Computed from the positions in every forward pass: this costs little beside one layer, needs no buffer
+    that checkpoints must exclude, and has no maximum position. "dynamic" scaling depends on ``lengths``
+    int64, [B, T] or broadcast to it: the final length of each token's text (default: the row's last
+    position + 1).
     """
     scaling, theta, head_dim = config.rope_scaling, config.rope_theta, config.head_dim
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    # 1 / theta**x, as the reference has it: theta**-x rounds differently, and position 8,000 multiplies that.
+    # 1 / theta**x as in the reference: theta**-x rounds differently, and position 8,000 magnifies that.
     if scaling is not None and scaling.rope_type == "dynamic":
         if lengths is None:
             lengths = positions.amax(dim=-1, keepdim=True) + 1
@@ -52,8 +52,8 @@ def rope_tables(
 
 
 def _yarn(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
-    """Frequencies [head_dim/2] that turn less than ``beta_slow`` times in the original context are divided by
-    the factor, those that turn more than ``beta_fast`` times stay, and between lies a ramp."""
+    """Divide frequencies [head_dim/2] with less than ``beta_slow`` turns in the original context by the
+    factor, keep those with more than ``beta_fast`` turns, and interpolate between, as in YaRN."""
     count = len(frequencies)
     context = scaling.original_max_position_embeddings
     assert context is not None
@@ -69,6 +69,7 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys [B, H, T, head_dim]; the tables are cast to ``x``'s dtype, as upstream does."""
+    """Rotate queries or keys [B, H, T, head_dim] by tables [B, 1, T, head_dim], cast to ``x``'s dtype as
+    upstream does."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)

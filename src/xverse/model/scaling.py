@@ -1,5 +1,5 @@
-"""How a model's context is stretched beyond what it was trained on. Without torch: configurations are read by
-commands that have to start at once."""
+"""Rope scaling: how a model's context extends beyond that of training. Needs no torch, since commands that
+read configurations must start fast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _YARN_ONLY = ("original_max_position_embeddings", "attention_factor", "beta_fast
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """``factor`` is by how much the context grows, ``rope_type`` how.
+    """``factor`` is how much the context grows, ``rope_type`` the method.
 
     "linear" divides positions (Chen et al., 2023, arXiv:2306.15595), "dynamic" raises the base with the
     length of a text ("dynamic NTK"), "yarn" divides low frequencies more than high ones (Peng et al., 2023,
@@ -44,7 +44,7 @@ class RopeScaling:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """As transformers reads it, under ``rope_scaling``."""
+        """The value of ``rope_scaling`` as transformers reads it."""
         values = asdict(self)
         if self.rope_type != "yarn":
             for name in _YARN_ONLY:
@@ -53,9 +53,9 @@ class RopeScaling:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], positions: int, where: str) -> RopeScaling | None:
-        """``rope_scaling`` of older files or ``rope_parameters`` of newer ones; None where nothing is scaled.
+        """From ``rope_scaling`` of older files or ``rope_parameters`` of newer ones; None without scaling.
 
-        ``positions`` is ``max_position_embeddings``. Raises UserError for a kind or a key that is unknown.
+        ``positions`` is ``max_position_embeddings``. Raises UserError for an unknown kind or key.
         """
         kind = values.get("rope_type", values.get("type", "default"))
         if kind in (None, "default"):
@@ -65,10 +65,10 @@ class RopeScaling:
         if kind == "yarn":
             kept.setdefault("original_max_position_embeddings", positions)
         elif kind in KINDS:
-            for name in _YARN_ONLY:  # transformers writes some of them for every kind, to no effect
+            for name in _YARN_ONLY:  # transformers writes some of them for every kind, without effect
                 kept.pop(name, None)
         return build(cls, {"rope_type": kind, **kept}, f"{where}: rope scaling")
 
     def context_length(self, positions: int) -> int:
-        """How long a text may be, where ``positions`` is the configuration's ``max_position_embeddings``."""
+        """The longest text in tokens, given the configuration's ``max_position_embeddings``."""
         return int((self.original_max_position_embeddings or positions) * self.factor)

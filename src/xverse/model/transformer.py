@@ -1,7 +1,7 @@
-"""The XVERSE decoder: pre-norm, rotary attention, SwiGLU, untied head, no biases. One definition for all.
+"""The XVERSE decoder: pre-norm, rotary attention, SwiGLU, untied head, no biases. The only definition.
 
-Tensor names are upstream's (Llama's). The forward pass knows nothing of caches, masks or devices: an
-attention context brings them (``model/attention.py``).
+Tensor names are upstream's (Llama's). The forward pass has no caches, masks or devices: an attention context
+provides them (``model/attention.py``).
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[…, D] → […, D] in ``x``'s dtype."""
         normed = rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.to(x.dtype)
 
 
 def apply_all(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Several layers of one input. Kinds that save work by it compute them together (``together``)."""
+    """Several layers of one input [B, T, D]. Layer classes with ``together`` compute them at once."""
     kind = type(layers[0])
     if hasattr(kind, "together") and all(type(layer) is kind for layer in layers):
         return kind.together(layers, x)
@@ -44,6 +45,8 @@ def apply_all(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
 
 class Attention(nn.Module):
+    """Multi-head attention; the context provides mask and cache."""
+
     def __init__(self, config: XverseConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -55,6 +58,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(size, size, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        """``x`` [B, T, D] and rotary tables [B, 1, T, head_dim] → [B, T, D]."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = apply_all((self.q_proj, self.k_proj, self.v_proj), x)
         q, k = self.rotate(q.view(heads), k.view(heads), rope)
@@ -62,11 +66,13 @@ class Attention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
 
     def rotate(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries and keys [B, T, H, head_dim] → rotated, [B, H, T, head_dim]."""
+        """Rotate queries and keys [B, T, H, head_dim] → [B, H, T, head_dim]."""
         return rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
 
 
 class MLP(nn.Module):
+    """The feed-forward network, SwiGLU (Shazeer, 2020, arXiv:2002.05202)."""
+
     def __init__(self, config: XverseConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -74,15 +80,18 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = apply_all((self.gate_proj, self.up_proj), x)
+        """[B, T, D] → [B, T, D]."""
+        gate, up = apply_all((self.gate_proj, self.up_proj), x)  # [B, T, d_ff] each
         return self.down_proj(self.activate(gate, up))
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
-        """SwiGLU (Shazeer, 2020, arXiv:2002.05202), [B, T, d_ff] each."""
+        """silu(gate) · up, [B, T, d_ff] each."""
         return silu(gate) * up
 
 
 class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm, with residual connections."""
+
     def __init__(self, config: XverseConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -91,6 +100,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        """``x`` [B, T, D] and rotary tables [B, 1, T, head_dim] → [B, T, D]."""
         x = x + self.self_attn(self.input_layernorm(x), rope, context)
         return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, D]
 
@@ -101,8 +111,8 @@ class XverseModel(nn.Module):
     def __init__(self, config: XverseConfig) -> None:
         super().__init__()
         self.config = config
-        # from_pretrained leaves out random values, whose first use on the meta device takes torch 2 seconds
-        # and 90 MB of imports; they come from a file or from init_weights anyway.
+        # from_pretrained skips random initialisation, whose first use on the meta device imports 90 MB in 2
+        # seconds; the values come from a file or from init_weights.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False, padding_idx=config.pad_token_id
         )
@@ -121,7 +131,7 @@ class XverseModel(nn.Module):
         return self.norm(x)
 
     def rope(self, context: AttentionContext, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, 1, T, head_dim] for the positions of ``context``, in the type of activations."""
+        """cos and sin [B, 1, T, head_dim] for the positions of ``context``, in ``dtype``."""
         cos, sin = rope_tables(context.positions, self.config, getattr(context, "rope_lengths", None))
         return cos.to(dtype), sin.to(dtype)
 
@@ -140,7 +150,8 @@ class XverseForCausalLM(nn.Module):
         return self.lm_head(self.model(tokens, context))
 
     def loss(self, tokens: Tensor, targets: Tensor, context: AttentionContext, z_loss: float = 0.0) -> Tensor:
-        """Sum of the token losses in nats of int64 [B, T] each, without the logits; -100 is no target."""
+        """Sum of the token losses in nats, float32 [], of int64 [B, T] each, without the full logits; targets
+        of -100 are ignored."""
         hidden = self.model(tokens, context)  # [B, T, D]
         return linear_cross_entropy(
             hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction="sum", z_loss=z_loss
@@ -149,8 +160,9 @@ class XverseForCausalLM(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: XverseForCausalLM, seed: int) -> None:
-    """Normal weights of ``initializer_range``; the two projections that write into the residual stream are
-    scaled by 1/sqrt(2 · layers), so that its variance does not grow with depth (GPT-2's rule)."""
+    """Normal weights with standard deviation ``initializer_range``. The two projections that write into the
+    residual stream are scaled by 1/sqrt(2 · layers), so that its variance does not grow with depth (as in
+    GPT-2)."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         init_parameter(parameter, name, model.config, generator)
@@ -158,7 +170,7 @@ def init_weights(model: XverseForCausalLM, seed: int) -> None:
 
 @torch.no_grad()
 def init_parameter(parameter: Tensor, name: str, config: XverseConfig, generator: torch.Generator) -> Tensor:
-    """Fill one whole parameter, as ``init_weights`` does with all of a model in turn; returns it."""
+    """Fill one whole parameter as ``init_weights`` does, in place; returns it."""
     if parameter.dim() == 1:
         return parameter.fill_(1.0)
     std = config.initializer_range

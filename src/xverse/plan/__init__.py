@@ -1,4 +1,3 @@
-"""What a training run will cost before it runs: devices, layouts, a cost model, and the search for the best.
-
-Plain arithmetic, without torch, so that ``xverse plan`` answers at once.
+"""The cost and memory of training runs before they start: devices, layouts, a cost model, memory models and
+the search for the best layout. Plain arithmetic without torch, so that ``xverse plan`` starts fast.
 """

@@ -1,7 +1,7 @@
 """The cost model: seconds and bytes of one training step of a layout on a device.
 
-Everything that can be counted is counted (FLOPs, bytes through memory, bytes over links, hops); four shares
-that cannot are fitted to published measurements (``benchmarks/studies/plan.py``). docs/plan.md describes it.
+FLOPs, bytes through memory, bytes over links and hops are counted; four shares that cannot be counted are
+fitted to published measurements (``benchmarks/studies/plan.py``). docs/plan.md describes it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Passes = Literal["compiled", "eager", "fused norms", "gelu", "megatron"]
 
 @dataclass(frozen=True)
 class Constants:
-    """What is fitted: shares of a matrix unit's peak on Ampere and on Hopper (and later), of the memory's
-    bandwidth and of a link's rate that real programs reach."""
+    """The fitted shares that real programs reach: of the matrix units' peak on Ampere and on Hopper (and
+    later), of the memory bandwidth and of a link's rate."""
 
     ampere: float
     hopper: float
@@ -34,8 +34,8 @@ FITTED = Constants(0.734, 0.6, 0.582, 1.0)
 # Bytes that elementwise operators move in a layer's forward pass in bfloat16, for each token, as multiples of
 # hidden_size and intermediate_size; backward moves twice as much. "compiled": a norm with the residual sum
 # before it reads two tensors and writes two, rotation reads and writes q and k, SwiGLU reads two and writes
-# one. "eager": each operator alone, norms and rotation in float32; "fused norms": but for those. "gelu": a
-# GPT block with fused layer norms; "megatron": the same with dropout and fused bias.
+# one. "eager": each operator alone, norms and rotation in float32; "fused norms": eager except for these.
+# "gelu": a GPT block with fused layer norms; "megatron": the same with dropout and fused bias.
 _PASSES: dict[Passes, tuple[float, float]] = {
     "compiled": (24, 6),
     "eager": (132, 10),
@@ -50,22 +50,23 @@ _LOGIT_BYTES = {
     "gelu": 34,
     "megatron": 22,
 }  # forward and backward, each logit
-# What FSDP copies of each parameter and micro-batch: twice out of the gathered buffer (read and written, 2
-# bytes each), and gradients once from bfloat16 into the float32 buffer that is reduced.
+# Bytes that FSDP copies for each parameter and micro-batch: twice out of the gathered buffer (read and
+# written, 2 bytes each), and gradients once from bfloat16 into the float32 buffer that is reduced.
 _COPIED_BYTES = 2 * 4 + 6
-_SCORE_BYTES = 11  # each attention score that is written out, forward: product, masked softmax, dropout
+_SCORE_BYTES = 11  # forward, for each stored attention score: product, masked softmax, dropout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Software:
-    """How an implementation computes; the defaults are our trainer's.
+    """How an implementation computes; the defaults are this trainer's.
 
     ``recompute``: shares of a layer's matrix products, attention and elementwise operators that the backward
-    pass computes again (default: what ``checkpointing`` says). ``resharded``: FSDP gathers the weights again
-    for the backward pass. ``accumulate_locally``: gradients of all but the last micro-batch stay where they
-    are. ``gradient_bytes``: what they are summed in. ``balanced``: the first and the last pipeline stage have
-    a layer less. ``tensor_backward``: tensor parallelism's traffic in the backward pass that nothing hides,
-    as a share of the forward pass's. ``ends_bytes``: what the embedding and the head are gathered in.
+    pass recomputes (default: by ``checkpointing``). ``resharded``: FSDP gathers the weights again
+    for the backward pass. ``accumulate_locally``: gradients are reduced after the last micro-batch only.
+    ``gradient_bytes``: bytes of an element in the reduction. ``balanced``: the first and the last pipeline
+    stage have one layer less. ``tensor_backward``: tensor parallelism's exposed traffic in the backward pass,
+    as a share of the forward pass's. ``ends_bytes``: bytes of an element when the embedding and the head are
+    gathered.
     """
 
     passes: Passes = "compiled"
@@ -85,8 +86,8 @@ class Software:
 
 @dataclass(frozen=True)
 class Step:
-    """Where the seconds of one step go; they add up. Communication is what is not hidden behind computing.
-    ``hidden`` is the communication that is, and counts nowhere."""
+    """The seconds of one step by kind; they add up to the step. Communication counts where it is exposed;
+    ``hidden`` communication overlaps with computation and is not part of the sum."""
 
     matmul: float
     attention: float
@@ -111,7 +112,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One layout on one device: the step, memory of the fullest GPU, and what follows from them."""
+    """One layout on one device: the step, memory of the fullest GPU, and figures derived from them."""
 
     layout: Layout
     step: Step
@@ -122,7 +123,7 @@ class Prediction:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one GPU."""
+        """Tokens per second of one GPU."""
         return self.tokens / self.step.seconds / self.layout.processes
 
     def mfu(self, device: Device, causal: bool = False) -> float:
@@ -140,7 +141,7 @@ def predict(
     constants: Constants = FITTED,
     software: Software | None = None,
 ) -> Prediction:
-    """What ``layout`` costs with sequences of ``length`` tokens. It has to fit ``arch`` (``problem``)."""
+    """The cost of ``layout`` with sequences of ``length`` tokens; it must fit ``arch`` (see ``problem``)."""
     model = _Model(arch, layout, device, length, constants, software or Software())
     return Prediction(
         layout,
@@ -162,7 +163,7 @@ class _Model:
 
     @property
     def tokens(self) -> float:
-        """That a GPU's matrix products see in one micro-batch."""
+        """Tokens of one micro-batch in a GPU's matrix products."""
         return self.layout.micro_batch * self.length / self.layout.context
 
     # Computing -------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ class _Model:
 
     @property
     def share(self) -> float:
-        """Of the peak, for matrix products that fill the device."""
+        """Share of the peak, for matrix products that fill the device."""
         return self.constants.ampere if self.device.generation == "ampere" else self.constants.hopper
 
     def moving(self, size: float) -> float:
@@ -189,7 +190,7 @@ class _Model:
         """Seconds of one layer's forward pass: matrix products, attention, elementwise operators."""
         arch, n, t = self.arch, self.tokens, self.layout.tensor
         d, f = arch.hidden_size, arch.intermediate_size
-        # Computed together where one input meets several matrices (q, k, v; gate, up).
+        # Matrices with the same input are computed together (q, k, v; gate, up).
         products = [
             (d, (d + 2 * arch.kv_size) / t), (d / t, d), (d, (2 if arch.gated else 1) * f / t), (f / t, d),
         ]  # fmt: skip
@@ -199,17 +200,17 @@ class _Model:
         return matmul, self.attention(), elementwise
 
     def attention(self) -> float:
-        """Forward, of one layer. Context parallelism deals causal work out evenly."""
+        """Seconds of one layer's forward pass. Context parallelism balances causal work."""
         n, t, d = self.tokens, self.layout.tensor, self.arch.hidden_size
         if self.device.attention == "unfused":
-            scores = n * self.length * self.arch.heads / t  # all pairs: the mask comes afterwards
+            scores = n * self.length * self.arch.heads / t  # all pairs: the mask is applied afterwards
             products = 4 * n * self.length * d / t / (self.share * self.device.flops)
             return products + self.moving(_SCORE_BYTES * scores)
         flops = 2 * n * self.length * d / t  # causal: half of 4 · T² · d
         return flops / (self.device.attention_share * self.device.flops)
 
     def head(self) -> float:
-        """Head and loss, forward and backward."""
+        """Seconds of head and loss, forward and backward."""
         n, t, arch = self.tokens, self.layout.tensor, self.arch
         logits = n * arch.vocab_size / t
         products = 3 * self.matmul(n, arch.hidden_size, arch.vocab_size / t)
@@ -218,9 +219,9 @@ class _Model:
     # Communication ---------------------------------------------------------------------------------------
 
     def ring(self, size: float, members: int, stride: int) -> float:
-        """Seconds to gather (or to reduce and scatter) ``size`` bytes, the whole tensor's, among ``members``
-        GPUs that stand ``stride`` apart. Rings cross each machine's border through the adapters of all its
-        members; hops between machines overlap in trees, so that their number counts by its logarithm."""
+        """Seconds to gather (or reduce-scatter) a tensor of ``size`` bytes among ``members`` GPUs whose ranks
+        are ``stride`` apart. Rings leave a machine through the adapters of all its members; hops between
+        machines form trees, so their latency grows with the logarithm of their number."""
         if members == 1:
             return 0.0
         device = self.device
@@ -232,7 +233,7 @@ class _Model:
         return size * (members - 1) / members / (self.constants.network * rate) + latency
 
     def between(self, size: float, stride: int) -> float:
-        """Seconds to send ``size`` bytes to the GPU that stands ``stride`` further."""
+        """Seconds to send ``size`` bytes to the GPU ``stride`` ranks away."""
         near = stride < self.device.gpus_per_machine
         rate = self.device.link if near else self.device.network
         latency = self.device.link_latency if near else self.device.network_latency
@@ -248,7 +249,7 @@ class _Model:
         again_matmul, again_attention, again_elementwise = software.shares(layout.checkpointing)
         again = again_matmul * matmul + again_attention * attention + again_elementwise * elementwise
         flash = self.device.attention != "unfused"
-        attention_backward = (2.5 if flash else 2.0) * attention  # flash computes the scores again
+        attention_backward = (2.5 if flash else 2.0) * attention  # flash recomputes the scores
         forward = matmul + attention + elementwise
         backward = 2 * matmul + attention_backward + 2 * elementwise + again
 
@@ -257,8 +258,9 @@ class _Model:
         tensor = 4 * self.ring(activations, layout.tensor, 1)
         tensor_layer = tensor * (1 + software.tensor_backward + again_matmul)
 
-        # Context parallelism: keys and values go round, behind the attention over those that are there. Each
-        # round's result is merged in float32 (read and written, and its own read), twice as much backward.
+        # Context parallelism: keys and values travel round the ring behind the attention over the present
+        # ones. Each round's result is merged in float32 (accumulator read and written, result read), twice
+        # backward.
         steps = layout.context - 1
         pairs = 2 * 2 * self.tokens * arch.kv_size / layout.tensor
         hop = self.between(pairs, layout.tensor)
@@ -268,7 +270,7 @@ class _Model:
         context_backward = steps * (max(0.0, 2 * hop - attention_backward * share) + 2 * merge)
         context_layer = context * (1 + again_attention) + context_backward
 
-        # FSDP and DDP: gathers and reductions of one layer behind the computing of another.
+        # FSDP and DDP: gathers and reductions of one layer overlap with the computation of another.
         gather, reduce, first, last = self.traffic()
         behind_forward, behind_backward = forward + tensor, backward + tensor_layer - tensor
         regather = gather if software.resharded else 0.0
@@ -281,7 +283,7 @@ class _Model:
         if layout.shard > 1:
             sharding += m * layers * self.moving(_COPIED_BYTES * arch.layer_parameters / layout.tensor)
 
-        # The pipeline goes at the pace of its slowest stage, the last, which has the head as well.
+        # The slowest pipeline stage sets the pace: the last, which has the head too.
         head = self.head()
         every = forward + backward + tensor_layer + context_layer
         one = math.ceil(layers) * every if software.balanced else layers * every + head
@@ -307,8 +309,8 @@ class _Model:
         )
 
     def traffic(self) -> tuple[float, float, float, float]:
-        """Seconds to gather a layer's weights and to reduce its gradients, then the same for the embedding
-        and the head, which nothing hides."""
+        """Seconds to gather a layer's weights and to reduce its gradients, and the same for the embedding and
+        the head, which are exposed."""
         arch, layout, software = self.arch, self.layout, self.software
         size = arch.layer_parameters / layout.tensor
         ends = 2 * arch.head_parameters / layout.tensor / layout.pipeline

@@ -1,4 +1,4 @@
-"""The GPUs that a run can be planned for, and the machines that they stand in."""
+"""The GPUs that a run can be planned for, and their machines."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Kernel = Literal["unfused", "flash1", "flash2", "flash3"]
 
 # Share of the device's peak that attention kernels reach, forward and backward together, on causal FLOPs.
 # FlashAttention: 25-40 % of an A100; FlashAttention-2: 50-73 % there, 35 % of an H100; FlashAttention-3: up
-# to 75 % of an H100 (the papers' abstracts and introductions, arXiv:2307.08691 and 2407.08608). Taken here:
-# about the middle of each band, and for the first one on Hopper half of the second. Blackwell is a guess.
+# to 75 % of an H100 (abstracts and introductions of arXiv:2307.08691 and 2407.08608). Used here: about the
+# middle of each range; for FlashAttention on Hopper half of FlashAttention-2. Blackwell is a guess.
 ATTENTION: dict[Kernel, dict[Generation, float]] = {
     "flash1": {"ampere": 0.33, "hopper": 0.18, "blackwell": 0.12},
     "flash2": {"ampere": 0.58, "hopper": 0.35, "blackwell": 0.25},
@@ -31,7 +31,7 @@ class Device:
     """One GPU in its machine. Rates are in FLOP/s and bytes/s; those of links count one direction.
 
     ``network`` is one GPU's share of its machine's links to other machines; ``processors`` are streaming
-    multiprocessors, over which the tiles of a matrix product are dealt out. ``link_latency`` and
+    multiprocessors, over which the tiles of a matrix product are distributed. ``link_latency`` and
     ``network_latency`` are the seconds of one hop in a collective.
     """
 
@@ -67,7 +67,7 @@ def _device(driver_name: str, **rest: Any) -> Device:
 
 
 # NVLink: 600 GB/s in both directions together for A100, 400 for A800, 900 for H100 and H200, 1,800 for B200.
-# The network is an assumption that a flag replaces: eight 200 Gb/s adapters in a machine of A100 or A800,
+# The network is an assumption, which a flag overrides: eight 200 Gb/s adapters in a machine of A100 or A800,
 # eight of 400 Gb/s in the others.
 DEVICES: dict[str, Device] = {
     "a100": _device(
@@ -89,9 +89,9 @@ DEVICES: dict[str, Device] = {
 
 
 def find_device(name: str, **changes: float | None) -> Device:
-    """The device of that name, or of a YAML file with the keys of ``Device``; ``changes`` replace its values.
+    """A known device, or that of a YAML file with the keys of ``Device``; ``changes`` replace its values.
 
-    A file may name one of the known devices under ``like`` and give only what differs. Raises UserError for
+    A file may name a known device under ``like`` and give only what differs. Raises UserError for
     an unknown name, key or impossible value.
     """
     given: Mapping[str, Any] = {key: value for key, value in changes.items() if value is not None}

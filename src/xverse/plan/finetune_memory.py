@@ -1,4 +1,4 @@
-"""What a run will need of memory, said before it starts; what will not fit is refused, with what would."""
+"""The predicted memory of a fine-tuning run; one that does not fit is refused with settings that do."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import TYPE_CHECKING
 
 from xverse import hardware
 from xverse.config import UserError
-from xverse.model import XverseConfig
+from xverse.model.chunks import logit_bytes
+from xverse.model.config import XverseConfig
 
 if TYPE_CHECKING:
     from xverse.finetune.settings import Settings
 
-GROUP = 128  # of weights that are quantised as they are loaded
-CHUNK = 3 * 32 * 2**20  # logits of the chunked loss, their gradient and one copy
-DENSE = 512  # rows up to this length whose documents attend through whole score matrices (model/attention.py)
-GROWTH = 40 * 2**20  # of the program on a CPU once it trains: libraries that load late, buffers of matmuls
+GROUP = 128  # weights with one scale, where they are quantised while loading
+DENSE = 512  # tokens: rows up to this length compute whole score matrices (model/attention.py)
+GROWTH = 40 * 2**20  # of the program on a CPU during training: libraries loaded late, matmul buffers
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one process computes at a time: ``tokens`` in the widest micro-batch, ``kept`` of them with loss.
-    ``stage`` is ZeRO's (0: DeepSpeed is not used), ``sharded`` FSDP's."""
+    """One process's work at a time: ``tokens`` in the widest micro-batch, ``kept`` of them with loss.
+    ``stage`` is that of ZeRO (0: no DeepSpeed), ``sharded`` whether FSDP is used."""
 
     tokens: int
     kept: int
     processes: int = 1
     stage: int = 0
     sharded: bool = False
-    stored_bytes: int | None = None  # of a base that is stored quantised
+    stored_bytes: int | None = None  # of a base model that is stored quantised
 
 
 def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, int]:
-    """Bytes that one process holds at its fullest, by kind, without the program itself.
+    """Peak bytes of one process, by kind, without the program itself.
 
-    Activations are counted as autograd saves them, see ``_activations``. Weights in float32 are cast once for
-    each forward pass under autocast, and the copies live until the backward pass. Nothing is added for memory
-    that is free and kept: the program returns it where it would be much (``keeps_freed``).
+    Activations are counted as autograd saves them, see ``_activations``. Autocast copies float32 weights in
+    each forward pass, and the copies live until the backward pass. Freed memory is not counted: the program
+    returns it to the system where it would be much (``keeps_freed``).
     """
     half = bool(settings.bf16 or settings.fp16 or settings.pure_bf16)
     size = 2 if half else 4
@@ -80,15 +80,17 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     if settings.stage == "dpo":
         head += load.kept * shape.vocab_size * (size + 3 * 4)
     else:
-        head += CHUNK
+        plain = 3 * logit_bytes(load.kept, shape.vocab_size) // 2  # logits, their gradient and one copy
+        head += max(plain, logit_bytes(load.kept, shape.vocab_size, kernels=_takes_kernels(half)))
         if quantised or (half and not narrow):
-            head += 2 * vocabulary  # the head once more, in the type of the matmul
+            head += 2 * vocabulary  # a copy of the head in the matmul's dtype
     head_learns = not lora and (settings.finetuning_type == "full" or "lm_head" in _extra(settings))
     if head_learns and settings.stage != "dpo":
-        head += 4 * vocabulary  # its gradient, made in the forward pass
-    # Gradients grow while activations go; only those of earlier micro-batches are there beside all of them.
+        head += 4 * vocabulary  # its gradient, computed in the forward pass
+    # Gradients grow while activations are freed; only those of earlier micro-batches coexist with all of
+    # them.
     earlier = gradients if (settings.gradient_accumulation_steps or 1) > 1 or load.stage else 0
-    after = 4 * vocabulary if head_learns else 0  # a scaled copy, or a first one of the embedding's
+    after = 4 * vocabulary if head_learns else 0  # a scaled copy, or the embedding's gradient
     loss = head + copies + after
     working = max(gradients + again, earlier + saved + max(loss, again))
     held = saved if loss > again else saved + again
@@ -101,11 +103,20 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     }
 
 
-def keeps_freed(settings: Settings, stored_quantised: bool) -> bool:
-    """Whether a run on a CPU should keep the memory that it frees: where that costs little of it.
+def _takes_kernels(half: bool) -> bool:
+    """Whether the loss computes in the CPU kernels."""
+    if not half or hardware.compute_device().type != "cpu":
+        return False
+    from xverse.kernels.native import library
 
-    In 16 bits without recomputation a step is a quarter faster so, for 3 % more memory. Elsewhere the blocks
-    are of many sizes, and what is kept may be as much again as what lives.
+    return library() is not None
+
+
+def keeps_freed(settings: Settings, stored_quantised: bool) -> bool:
+    """Whether a run on a CPU should keep freed memory, which pays off where it costs little memory.
+
+    In 16 bits without recomputation this makes a step a quarter faster, for 3 % more memory. Elsewhere blocks
+    have many sizes, and the freed memory may be as large as the memory in use.
     """
     half = settings.bf16 or settings.fp16 or settings.pure_bf16
     quantised = stored_quantised or settings.quantization_bit
@@ -113,7 +124,7 @@ def keeps_freed(settings: Settings, stored_quantised: bool) -> bool:
 
 
 def trainable_parameters(shape: XverseConfig, settings: Settings) -> int:
-    """How many numbers learn, by the settings alone."""
+    """The number of trainable parameters, from the settings alone."""
     d, ff, count = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     vocabulary = shape.vocab_size * d
     if settings.finetuning_type == "full":
@@ -141,60 +152,62 @@ def _extra(settings: Settings) -> list[str]:
 def _activations(
     shape: XverseConfig, settings: Settings, tokens: int, size: int, quantised: bool
 ) -> tuple[int, int]:
-    """Bytes of what autograd saves, and of what is made again in the backward pass, after the loss.
+    """Bytes that autograd saves, and bytes that are recomputed in the backward pass after the loss.
 
-    Of each layer and token: the inputs of both norms in float32, and in ``size`` bytes the norms' results, q,
-    k, v, what attention mixed and gathered, and four rows of the MLP. peft's adapter casts the input of its
-    layer to a copy of its own, that beside a quantised weight does not. A layer that is made again is counted
-    twice, its gradients as large as itself.
+    For each layer and token: the inputs of both norms in float32, and in ``size`` bytes the norms' results,
+    q, k, v, attention's output before and after transposing, and four rows of the MLP. peft's adapter casts
+    the input of its layer to another copy, except beside a quantised weight. A recomputed layer counts twice,
+    because its gradients are as large.
     """
     d, ff, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    each = 8 * d + size * (7 * d + 4 * ff)
+    per_token = 8 * d + size * (7 * d + 4 * ff)
     if settings.finetuning_type == "lora" and size == 2 and not quantised:
-        each += size * 5 * d
+        per_token += size * 5 * d
     scores = 0
     if size == 2 and tokens <= DENSE and hardware.compute_device().type == "cpu":
         scores = 2 * size * shape.num_attention_heads * tokens**2
     if settings.gradient_checkpointing:
-        return layers * tokens * size * d, 2 * (tokens * each + scores)
-    return layers * (tokens * each + scores), 0
+        return layers * tokens * size * d, 2 * (tokens * per_token + scores)
+    return layers * (tokens * per_token + scores), 0
 
 
 def check(shape: XverseConfig, settings: Settings, load: Load) -> tuple[int, str]:
-    """The prediction in bytes, the program's own memory included, and one line that says it.
+    """The predicted peak in bytes, including the program itself, and a line that reports it.
 
-    Raises UserError, naming settings that would fit, where this machine has not as much.
+    Raises UserError, which names settings that fit, if it exceeds this machine's available memory.
     """
     parts = predict(shape, settings, load)
     needed = sum(parts.values())
     device = hardware.compute_device().type
-    there = hardware.available_memory(device)
-    before = 0 if device == "cuda" else (hardware.process_memory("VmRSS") or 0) + GROWTH
-    said = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    line = f"memory of a process, predicted: {(needed + before) / 1e9:.2f} GB ({said}"
-    line += f", the program {before / 1e9:.2f})" if before else ")"
-    if needed > there:
+    available = hardware.available_memory(device)
+    program = 0 if device == "cuda" else (hardware.process_memory("VmRSS") or 0) + GROWTH
+    kinds = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    line = f"memory of a process, predicted: {(needed + program) / 1e9:.2f} GB ({kinds}"
+    line += f", the program {program / 1e9:.2f})" if program else ")"
+    if needed > available:
         fitting = [
             f"{words} ({sum(predict(shape, changed, narrowed).values()) / 1e9:.1f} GB)"
             for words, changed, narrowed in _smaller(settings, load)
-            if sum(predict(shape, changed, narrowed).values()) <= there
+            if sum(predict(shape, changed, narrowed).values()) <= available
         ]
-        way = "what would fit: " + "; or ".join(fitting[:3]) if fitting else "no setting here makes it fit"
+        advice = "what fits: " + "; or ".join(fitting[:3]) if fitting else "no setting makes it fit"
         kind = "GPU memory" if device == "cuda" else "memory"
-        raise UserError(f"needs {needed / 1e9:.1f} GB of {kind}, and {there / 1e9:.1f} GB are free; {way}")
-    return needed + before, line
+        raise UserError(
+            f"needs {needed / 1e9:.1f} GB of {kind}, and {available / 1e9:.1f} GB are available; {advice}"
+        )
+    return needed + program, line
 
 
 def _smaller(settings: Settings, load: Load) -> list[tuple[str, Settings, Load]]:
-    """Changes that save memory, the ones that change least first; each comes on top of those before it."""
-    found = []
+    """Changes that save memory, the least intrusive first; each is added to those before it."""
+    smaller = []
     words: list[str] = []
 
     def change(text: str, narrowed: Load, **values: object) -> None:
         nonlocal settings, load
         settings, load = dataclasses.replace(settings, **values), narrowed  # type: ignore[arg-type]  # of Settings
         words.append(text)
-        found.append((", ".join(words), settings, load))
+        smaller.append((", ".join(words), settings, load))
 
     if not settings.gradient_checkpointing:
         change("gradient_checkpointing true", load, gradient_checkpointing=True)
@@ -215,4 +228,4 @@ def _smaller(settings: Settings, load: Load) -> list[tuple[str, Settings, Load]]
         )
     if not settings.quantization_bit and not load.stored_bytes:
         change("quantization_bit 4", load, quantization_bit=4)
-    return found
+    return smaller

@@ -1,4 +1,4 @@
-"""A plan as a table, as JSON and as a picture."""
+"""A plan as a table, as JSON and as a chart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = {
     "attention": "attention",
     "elementwise": "elementwise",
     "head": "head and loss",
-    "recomputation": "computed again",
+    "recomputation": "recomputation",
     "tensor": "tensor parallel traffic",
     "context": "context parallel traffic",
     "sharding": "data parallel traffic, copies",
@@ -27,7 +27,7 @@ PARTS = {
 
 
 def settings(prediction: Prediction) -> dict[str, Any]:
-    """The keys of a recipe's ``train:`` section that this layout is."""
+    """The layout as keys of a recipe's ``train:`` section."""
     layout = prediction.layout
     keys: dict[str, Any] = {
         "parallel": "none" if layout.processes == 1 else "fsdp" if layout.shard > 1 else "ddp"
@@ -47,7 +47,7 @@ def settings(prediction: Prediction) -> dict[str, Any]:
 
 
 def text(task: Task, name: str, chosen: list[Prediction], tokens: float, heading: str = "recommended") -> str:
-    """What ``xverse plan`` prints: the best layout in full, the others in a line each."""
+    """The output of ``xverse plan``: the best layout in full, the others on one line each."""
     best = chosen[0]
     device, step = task.device, best.step
     lines = [
@@ -68,12 +68,12 @@ def text(task: Task, name: str, chosen: list[Prediction], tokens: float, heading
         if seconds > 0.0005 * step.seconds:
             share = seconds / step.seconds
             lines.append(f"    {PARTS[key]:<30}{100 * share:6.1f} %  {'▇' * round(40 * share)}")
-    lines.append(f"    communication behind computing, not counted: {100 * step.hidden / step.seconds:.1f} %")
+    lines.append(f"    hidden communication, not counted: {100 * step.hidden / step.seconds:.1f} %")
     if heading == "recommended":
         keys = ", ".join(f"{key}: {str(value).lower()}" for key, value in settings(best).items())
         lines += ["", "  in a recipe's train: section", f"    {keys}"]
     if len(chosen) > 1:
-        lines += ["", "  other ways", f"    {'s':>8}  {'MFU %':>6}  {'GB':>5}  layout"]
+        lines += ["", "  other layouts", f"    {'s':>8}  {'MFU %':>6}  {'GB':>5}  layout"]
         for other in chosen[1:]:
             lines.append(
                 f"    {other.step.seconds:8.3f}  {100 * other.mfu(device):6.1f}  "
@@ -83,7 +83,7 @@ def text(task: Task, name: str, chosen: list[Prediction], tokens: float, heading
 
 
 def figures(task: Task, name: str, chosen: list[Prediction], tokens: float) -> dict[str, Any]:
-    """The same as one JSON object; seconds, bytes and shares."""
+    """The same as one JSON-ready mapping; seconds, bytes and shares."""
     return {
         "shape": name,
         "gpus": task.gpus,
@@ -111,9 +111,9 @@ def figures(task: Task, name: str, chosen: list[Prediction], tokens: float) -> d
 
 
 def chart(path: Path, task: Task, name: str, chosen: list[Prediction]) -> None:
-    """Bars of where the time goes, one for each layout, the recommended one on top.
+    """Draw a bar for each layout, divided by where the time goes, the recommended layout on top.
 
-    Raises UserError where matplotlib is not installed.
+    Raises UserError if matplotlib is not installed.
     """
     matplotlib = need("matplotlib.figure", "track", "--chart")
     figure = matplotlib.Figure(figsize=(12, 1.6 + 0.55 * len(chosen)), layout="constrained")
@@ -131,7 +131,7 @@ def chart(path: Path, task: Task, name: str, chosen: list[Prediction]) -> None:
         share = f"  {100 * prediction.mfu(task.device):.1f} % MFU"
         axes.text(prediction.step.seconds, row, share, va="center", fontsize=8)
     axes.set_xlim(0, 1.12 * max(left))
-    axes.set_xlabel("seconds a step, predicted")
+    axes.set_xlabel("predicted seconds per step")
     axes.set_title(f"{name} on {task.gpus:,} × {task.device.name}, {task.length:,} tokens a sequence")
     axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.25))
     with atomic_file(path) as temporary:

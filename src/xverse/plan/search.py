@@ -15,15 +15,15 @@ from xverse.plan.devices import Device
 from xverse.plan.layout import Architecture, Checkpointing, Layout, problem
 from xverse.plan.memory import memory
 
-BATCH_TOKENS = 4 * 2**20  # Llama 2's; more where every GPU could not have a sequence
-ROOM = 0.92  # of a device's memory: what a plan may fill
-# Each kind of parallelism beside FSDP must earn more than this share of a step: of equals, the plainest.
+BATCH_TOKENS = 4 * 2**20  # as Llama 2; more if needed for one sequence per GPU
+ROOM = 0.92  # share of a device's memory that a plan may fill
+# Each kind of parallelism besides FSDP must save more than this share of a step.
 PLAIN = 0.004
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be trained, on what."""
+    """What to train, and on which devices."""
 
     shape: XverseConfig
     device: Device
@@ -43,23 +43,24 @@ class Task:
 def task_of(
     shape: XverseConfig, name: str, device: Device, gpus: int, length: int | None, batch_tokens: int | None
 ) -> Task:
-    """Fill in what is left out: the shape's whole context, and a batch that every GPU has its share of.
+    """A task with defaults: the shape's whole context, and a batch that divides among the GPUs.
 
-    Raises UserError for a sequence beyond the context and for a batch that is no number of sequences.
+    Raises UserError for a sequence longer than the context and for a batch that is not a whole number of
+    sequences.
     """
     length = length or shape.context_length
     if length > shape.context_length:
         positions = shape.context_length
         raise UserError(
-            f"a sequence of {length:,} tokens is beyond the {positions:,} positions of shape {name}"
+            f"a sequence of {length:,} tokens exceeds the {positions:,} positions of shape {name}"
         )
     if batch_tokens is None:
         sequences = gpus * max(1, round(BATCH_TOKENS / length / gpus))
     elif batch_tokens % length:
         near = max(1, round(batch_tokens / length)) * length
         raise UserError(
-            f"a batch of {batch_tokens:,} tokens is no whole number of sequences of {length:,}; "
-            f"{near:,} is near"
+            f"a batch of {batch_tokens:,} tokens is not a whole number of sequences of {length:,}; "
+            f"the nearest is {near:,}"
         )
     else:
         sequences = batch_tokens // length
@@ -67,22 +68,23 @@ def task_of(
 
 
 def software_of(layout: Layout) -> Software:
-    """Our trainer's: layers are compiled where they can be."""
+    """This trainer's: layers are compiled where possible."""
     return Software(passes="compiled" if layout.compiles else "eager")
 
 
 def search(task: Task) -> list[Prediction]:
-    """All layouts that fit, the fastest first; of those that are as fast, the plainest.
+    """All layouts that fit, fastest first; of equally fast ones, the one with fewer kinds of parallelism
+    first.
 
-    Raises UserError where none does: it names the numbers, and the nearest number of GPUs that works.
+    Raises UserError if none fits, with the numbers and the nearest number of GPUs that works.
     """
-    found = [
+    predictions = [
         predict(task.arch, layout, task.device, task.length, software=software_of(layout))
         for layout in _fitting(task)
     ]
-    if not found:
+    if not predictions:
         raise UserError(_why_not(task))
-    return sorted(found, key=_cost)
+    return sorted(predictions, key=_cost)
 
 
 def _cost(prediction: Prediction) -> float:
@@ -91,10 +93,10 @@ def _cost(prediction: Prediction) -> float:
     return prediction.step.seconds * (1 + PLAIN * sum(degree > 1 for degree in kinds))
 
 
-def distinct(found: list[Prediction], count: int) -> list[Prediction]:
-    """The best of each kind of layout, ``count`` of them."""
+def distinct(predictions: list[Prediction], count: int) -> list[Prediction]:
+    """The best of each kind of layout, at most ``count``."""
     best: dict[tuple[Any, ...], Prediction] = {}
-    for prediction in found:
+    for prediction in predictions:
         layout = prediction.layout
         degrees = (layout.replicate, layout.tensor, layout.context, layout.pipeline)
         key = (*(degree > 1 for degree in degrees), layout.checkpointing)
@@ -109,7 +111,7 @@ def _fitting(task: Task) -> Iterator[Layout]:
 
 
 def _layouts(task: Task) -> Iterator[Layout]:
-    """All that the trainer can run: every division of the GPUs that divides the model and the batch."""
+    """All layouts that the trainer can run: the degrees divide the GPUs, the model and the batch."""
     arch, gpus = task.arch, task.gpus
     for tensor, pipeline in itertools.product(_divisors(gpus, task.device.gpus_per_machine), _divisors(gpus)):
         if pipeline > arch.layers or gpus % (tensor * pipeline):
@@ -135,7 +137,7 @@ def _layouts(task: Task) -> Iterator[Layout]:
                             checkpointing=checkpointing,
                         )
                         if shard == 1 and tensor * context * pipeline > 1:
-                            continue  # the trainer's plain data parallelism goes with nothing else
+                            continue  # the trainer combines DDP with nothing else
                         if problem(arch, layout, task.length, task.device.gpus_per_machine):
                             break
                         yield layout
@@ -150,24 +152,24 @@ def _divisors(number: int, most: int | None = None) -> list[int]:
 
 def _why_not(task: Task) -> str:
     """Why no layout fits, and the nearest number of GPUs on which one does."""
-    said = (
+    reason = (
         f"no layout of {task.gpus:,} × {task.device.name} takes {task.sequences:,} sequences of "
         f"{task.length:,} tokens a step"
     )
     least = min((memory(task.arch, layout, task.length).total for layout in _layouts(task)), default=math.inf)
     if math.isfinite(least):
-        said += f": the smallest needs {least / 1e9:,.0f} GB of {ROOM * task.device.memory / 1e9:,.0f} GB"
+        reason += f": the smallest needs {least / 1e9:,.0f} GB of {ROOM * task.device.memory / 1e9:,.0f} GB"
     else:
-        said += ": the batch does not divide among them"
+        reason += ": the batch does not divide among them"
     for gpus in _near(task):
         other = Task(task.shape, task.device, gpus, task.length, task.sequences)
         if next(_fitting(other), None) is not None:
-            return f"{said}; the nearest number of GPUs that works is {gpus:,}"
-    return f"{said}; give another batch or a device with more memory"
+            return f"{reason}; the nearest number of GPUs that works is {gpus:,}"
+    return f"{reason}; use another batch size or a device with more memory"
 
 
 def _near(task: Task) -> list[int]:
-    """Numbers of GPUs that divide the batch and the model, the nearest to the task's first."""
+    """Numbers of GPUs that divide the batch and the model, those nearest to the task's first."""
     data = _divisors(task.sequences, 16 * task.gpus)
     tensor = [n for n in _divisors(task.device.gpus_per_machine) if task.arch.heads % n == 0]
     layers = _divisors(task.arch.layers)

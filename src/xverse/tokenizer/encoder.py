@@ -22,7 +22,7 @@ SPACE = "▁"  # U+2581, how Metaspace writes a space inside tokens
 # spaces alone come last, so the word takes its space before the run is merged. The result is the same,
 # without a rule that only this pre-tokenizer can express (formats/spm.py).
 WORDS = r" *[^ \t\r\n]+|[\r\n]+|\t+| +"
-_JOINED, _SPACES = 1, 2  # enum Split of csrc/split.h
+_JOINED, _SPACES = 1, 2  # XvtSplit of csrc/xverse_tokenizer.h
 _NONE = 2**32 - 1
 _PIECES = ({"type": "Digits", "individual_digits": True}, {"type": "Punctuation", "behavior": "Isolated"})
 _SPLIT = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}

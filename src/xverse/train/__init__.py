@@ -1,7 +1,7 @@
 """Pretraining: one loop, exact data order, resumable."""
 
-from xverse.train.loop import fit
+from xverse.train.loop import Hooks, fit
 from xverse.train.pretrain import PretrainRecipe, pretrain
 from xverse.train.settings import TrainConfig
 
-__all__ = ["PretrainRecipe", "TrainConfig", "fit", "pretrain"]
+__all__ = ["Hooks", "PretrainRecipe", "TrainConfig", "fit", "pretrain"]

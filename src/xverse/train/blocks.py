@@ -1,4 +1,4 @@
-"""What is done to the layers of a model from outside: kernels, recomputing activations, compiling."""
+"""Changes to the layers of a model from outside: kernels, activation checkpointing, compiling."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from xverse.train.settings import TrainConfig
 
 
 def prepare_blocks(model: XverseForCausalLM, config: TrainConfig) -> None:
-    """Change the layers' ``forward``, in place; names of parameters stay.
+    """Change the layers' ``forward`` in place; parameters keep their names.
 
-    ``activation_checkpointing`` "full" keeps a layer's input only and computes the rest again in the backward
+    ``activation_checkpointing`` "full" keeps a layer's input only and recomputes the rest in the backward
     pass (Chen et al., 2016); "selective" keeps the results of matmuls and attention too (Korthikanti et al.,
-    2022), so that what is computed twice is cheap. Layers that are not compiled take the kernels for training
-    on a CPU.
+    2022), so that only cheap operations are recomputed. Layers that are not compiled get the CPU kernels.
     """
     if config.compile:
-        # Attention knows its number, so each layer is a graph of its own, in training and in validation.
-        from torch._dynamo import config as dynamo  # seconds of imports
+        # Attention holds its layer number, so each layer is compiled separately, for training and validation.
+        from torch._dynamo import config as dynamo  # takes seconds to import
 
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * model.config.num_hidden_layers)
     elif takes_kernels(config):
@@ -61,8 +60,8 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def context_maker(compiled: bool, ring: Ring | None = None) -> Callable[[Tensor], AttentionContext]:
-    """From document ids [B, T] to ``Packed``, or to its like on a ring. For compiled layers it stays out of
-    the graphs, since each batch's documents are of other lengths and each would be compiled anew."""
+    """A function from document ids int [B, T] to ``Packed``, or ``RingPacked`` on a ring. For compiled layers
+    attention stays outside the graphs: document lengths differ in each batch and would force recompiling."""
     if ring is not None:
         return functools.partial(_uncompiled(RingPacked) if compiled else RingPacked, ring=ring)
     return _uncompiled(Packed) if compiled else KernelPacked

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: written by all processes at once, beside training, and verified on reading.
+"""Checkpoints of a run: written by all processes at once, beside training, and verified when read.
 
-``OUT/checkpoints/step-00001200/`` appears by one rename when it is complete. In it are safetensors, never
-a pickle, through torch.distributed.checkpoint: each process writes the tensors that it holds, and any number
-of processes reads them. ``state.json``, written last, has the size and the SHA-256 of every file. ``OUT`` is
-to be a folder that all processes see.
+``OUT/checkpoints/step-00001200/`` appears by one rename when it is complete. It holds safetensors, never
+pickles, written by torch.distributed.checkpoint: each process writes the tensors that it holds, and any
+number of processes can read them. ``state.json``, written last, has the size and SHA-256 of every file. All
+processes must see the same ``OUT``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
@@ -35,21 +34,21 @@ from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.log import notice
 from xverse.train.index import Index, Part, read_header
-from xverse.train.materialise import held, put
+from xverse.train.materialise import held
 from xverse.train.parallel import ALONE, Replica, World
 
 PREFIX = "step-"
 READING = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
 
 
 class Checkpointer:
     """Writes checkpoints in a thread, one at a time; training waits only while tensors are copied.
 
-    Of the finished ones the newest ``keep`` stay, and those whose step ``keep_every`` divides (0: none).
-    A checkpoint that cannot be written is said loudly on stderr, and those before it stay. ``replica`` says
-    which of the processes that hold the same tensors writes them.
+    The newest ``keep`` finished checkpoints are kept, and those whose step ``keep_every`` divides (0: none).
+    A checkpoint that cannot be written causes a warning on stderr, and earlier ones are kept. ``replica``
+    determines which of the processes that hold the same tensors writes them.
     """
 
     def __init__(self, out: Path, replica: Replica | None = None, keep: int = 2, keep_every: int = 0) -> None:
@@ -62,7 +61,8 @@ class Checkpointer:
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     ) -> Path:
-        """Begin to write the state after ``step`` steps; every process calls it. Waits for the one before."""
+        """Start writing the state after ``step`` steps, once the previous checkpoint is written; every
+        process calls it."""
         self.wait()
         path = self._out / "checkpoints" / f"{PREFIX}{step:08d}"
         temporary = path.with_name(f".{path.name}.tmp")
@@ -72,51 +72,51 @@ class Checkpointer:
         written: Any = dcp.async_save(
             dict(_tensors(model, optimizer)),
             storage_writer=_OwnFile(str(temporary), self._world.rank),
-            planner=_OwnPlan(self._first),
+            planner=OwnPlan(self._first),
             no_dist=True,
         )
         values = {"step": step, "processes": self._world.size, **state}
         self._thread = threading.Thread(
             target=self._finish, args=(written.result, temporary, path, values), daemon=True
-        )  # a daemon: where another process has died, this one must end too
+        )  # a daemon, so that this process can exit if another has died
         self._thread.start()
         return path
 
     def wait(self) -> str:
-        """Until what was begun is written; returns why the last one could not be, or an empty string."""
+        """Wait until the checkpoint is written; returns why it could not be, or an empty string."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         return self._problem
 
     def writing(self) -> bool:
-        """Whether a checkpoint is being written just now."""
+        """Whether a checkpoint is being written now."""
         return self._thread is not None and self._thread.is_alive()
 
     def _finish(self, written: Callable[[], Any], temporary: Path, path: Path, state: dict[str, Any]) -> None:
-        """In every process, after it has written its files; process 0 makes the checkpoint count."""
+        """In every process, after it has written its files; process 0 publishes the checkpoint."""
         problem, files = "", {}
         try:
             written()
             for file in sorted(temporary.glob(f"shard-{self._world.rank + 1:05d}-*")):
                 files[file.name] = _fingerprint(file)
-        except (Exception, dcp.api.CheckpointException) as error:  # which is no Exception
+        except (Exception, dcp.api.CheckpointException) as error:  # not a subclass of Exception
             problem = _reason(error)
-        found = [(problem, files)]
+        results = [(problem, files)]
         if self._world.size > 1:
-            found = [("", {})] * self._world.size
-            dist.all_gather_object(found, (problem, files), group=self._world.saving)
-        problem = next((text for text, _ in found if text), "")
+            results = [("", {})] * self._world.size
+            dist.all_gather_object(results, (problem, files), group=self._world.saving)
+        problem = next((text for text, _ in results if text), "")
         if self._world.rank == 0:
             try:
                 if not problem:
-                    together = {name: mark for _, some in found for name, mark in some.items()}
+                    together = {name: mark for _, digests in results for name, mark in digests.items()}
                     self._publish(temporary, path, {**state, "files": together})
             except (OSError, UserError) as error:
                 problem = _reason(error)
             if problem:
                 shutil.rmtree(temporary, ignore_errors=True)
-                notice(f"WARNING: {path.name} was not saved ({problem}); training goes on, older ones stay")
+                notice(f"WARNING: {path.name} was not saved ({problem}); training continues, older ones stay")
         box = [problem]
         if self._world.size > 1:
             dist.broadcast_object_list(box, src=0, group=self._world.saving)
@@ -125,7 +125,7 @@ class Checkpointer:
     def _publish(self, temporary: Path, path: Path, state: dict[str, Any]) -> None:
         with atomic_file(temporary / "state.json") as file:
             file.write_text(json.dumps(state), encoding="utf-8")
-        if path.exists():  # a run that went back writes its steps again
+        if path.exists():  # written before a rollback
             _remove(path)
         temporary.replace(path)
         _sync(path.parent)
@@ -134,9 +134,9 @@ class Checkpointer:
                 _remove(old)
 
 
-class _OwnPlan(DefaultSavePlanner):
-    """Every process knows by itself what it writes. The planner of torch has process 0 gather the plans of
-    all to find what several of them hold, and that grows with their number (benchmarks/scale.md)."""
+class OwnPlan(DefaultSavePlanner):
+    """Each process plans on its own what it writes. torch's planner makes process 0 gather all plans to find
+    duplicates, which grows with the number of processes (benchmarks/scale.md)."""
 
     def __init__(self, first: bool) -> None:
         super().__init__()
@@ -148,13 +148,13 @@ class _OwnPlan(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Nothing to add; what there is altogether stands in the files' own headers."""
+        """Nothing to add: the headers of the files list all tensors."""
         self.global_plan, self.metadata = all_plans, Metadata({})
         return all_plans, self.metadata
 
     def _writes(self, item: WriteItem) -> bool:
-        """Of equal parts the first process that holds them writes. What is no DTensor, such as an
-        optimizer's step count, goes with the parameter that it belongs to."""
+        """The first process that holds a part writes it. A plain tensor, such as an optimizer's step count,
+        is written with its parameter."""
         name = item.index.fqn
         value = self.state_dict[name]
         if isinstance(value, DTensor):
@@ -171,7 +171,7 @@ class _OwnPlan(DefaultSavePlanner):
 
 
 class _OwnFile(dcp.HuggingFaceStorageWriter):
-    """Safetensors of one process, under its number."""
+    """Safetensors of one process, numbered by its rank."""
 
     def __init__(self, path: str, rank: int) -> None:
         super().__init__(path, save_distributed=True)
@@ -187,16 +187,16 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def clear_leftovers(out: Path) -> None:
-    """Remove what a killed run was writing or deleting. Only for a run that is alone in ``out``."""
+    """Remove what a killed run was writing or deleting. Only for a run that holds the lock of ``out``."""
     for left in (out / "checkpoints").glob(f".{PREFIX}*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def newest(out: Path, world: World = ALONE) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state; None where there is none. Every process calls it,
-    and reads its share of the files.
+    """The newest intact checkpoint and its state, or None. Every process calls it and verifies its share of
+    the files.
 
-    One that is damaged is said, and set aside as ``damaged-step-…``. Raises UserError where all of them are.
+    Damaged checkpoints are reported and renamed to ``damaged-step-…``. Raises UserError if all are damaged.
     """
     damaged: list[tuple[Path, str]] = []
     for path in world.agreed(checkpoints(out)[::-1] if world.rank == 0 else []):
@@ -218,7 +218,7 @@ def newest(out: Path, world: World = ALONE) -> tuple[Path, dict[str, Any]] | Non
                 aside.replace(target)
         return path, state
     if damaged:
-        raise UserError(f"{damaged[0][1]}, nor is there a whole one before it; delete it to begin again")
+        raise UserError(f"{damaged[0][1]}, and no earlier one is intact; delete it to start again")
     return None
 
 
@@ -229,15 +229,11 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     world: World = ALONE,
 ) -> None:
-    """Put the tensors of a verified checkpoint into ``model`` and ``optimizer``, sharded or not. Every
-    process calls it, and reads of the files what it holds.
+    """Load the tensors of a verified checkpoint into ``model`` and ``optimizer``, sharded or not. Every
+    process calls it and reads its own parts.
 
-    Raises UserError, in all processes, for a checkpoint of other tensors.
+    Raises UserError, in all processes, if the checkpoint holds other tensors.
     """
-    if "files" not in state:
-        with _together(path, world):
-            _load_first_format(path, model, optimizer)
-        return
     files = sorted(state["files"])
     headers: list[bytes] = []
     with _together(path, world):
@@ -269,21 +265,21 @@ def _load(path: Path, index: Index, model: nn.Module, optimizer: torch.optim.Opt
         offset, local = held(tensor)
         for part in index.parts(name, offset, local.shape):
             reads.setdefault(part.file, []).append((name, part, offset, local))
-    found = dict.fromkeys(target, 0)
+    copied = dict.fromkeys(target, 0)
     for file, some in reads.items():
         with safe_open(path / file, framework="pt") as opened:
             for name, part, offset, local in some:
-                found[name] += _copy(opened, name, part, offset, local)
+                copied[name] += _copy(opened, name, part, offset, local)
     for name, tensor in target.items():
-        if found[name] != held(tensor)[1].numel():
-            raise ValueError(f"'{name}' is not all there")
+        if copied[name] != held(tensor)[1].numel():
+            raise ValueError(f"'{name}' is incomplete")
     optimizer.state.clear()
     optimizer.state.update(values)
 
 
 def _copy(opened: Any, name: str, part: Part, offset: tuple[int, ...], local: Tensor) -> int:
-    """Copy what ``part`` and ``local``, which begins at ``offset`` of the whole, have in common; returns how
-    many values that is."""
+    """Copy the overlap of ``part`` and ``local``, which starts at ``offset`` in the whole tensor; returns its
+    number of values."""
     here, there = [], []
     for begin, size, first, count in zip(part.offset, part.shape, offset, local.shape, strict=True):
         start, stop = max(begin, first), min(begin + size, first + count)
@@ -296,7 +292,7 @@ def _copy(opened: Any, name: str, part: Part, offset: tuple[int, ...], local: Te
 
 @contextlib.contextmanager
 def _together(path: Path, world: World) -> Iterator[None]:
-    """What fails inside in one process is UserError in all."""
+    """A failure inside in one process raises UserError in all."""
     problem = ""
     try:
         yield
@@ -318,68 +314,38 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tup
 
 
 def _state(path: Path, world: World) -> tuple[dict[str, Any], str]:
-    """What ``state.json`` says, everywhere, or why it cannot be read."""
+    """``state.json``, in every process, or why it cannot be read."""
     state: dict[str, Any] = {}
     problem = ""
     if world.rank == 0:
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
-                raise ValueError("state.json holds no step and identity")
-            if not isinstance(state.get("files", {}), dict):
-                raise ValueError("state.json does not say which files there are")
+                raise ValueError("state.json has no step or identity")
+            if not isinstance(state.get("files"), dict):
+                raise ValueError("state.json does not list the files")
         except READING as error:
             problem = _reason(error)
     return world.agreed((state, problem))
 
 
 def _verify(path: Path, state: dict[str, Any], world: World) -> None:
-    """Whether this process's share of the files is what was written. Raises ValueError and others if not."""
-    if "files" in state:
-        for name in sorted(state["files"])[world.rank :: world.size]:
-            size, digest = state["files"][name]
-            if (path / name).stat().st_size != size:
-                raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {size}")
-            if _fingerprint(path / name) != [size, digest]:
-                raise ValueError(f"{name} is not what was written")
-    elif world.rank == 0:  # the first format had no digests
-        for name in ("model.safetensors", "optimizer.safetensors"):
-            load_file(path / name)
+    """Compare this process's share of the files with their recorded sizes and digests. Raises one of
+    READING."""
+    for name in sorted(state["files"])[world.rank :: world.size]:
+        size, digest = state["files"][name]
+        if (path / name).stat().st_size != size:
+            raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {size}")
+        if _fingerprint(path / name) != [size, digest]:
+            raise ValueError(f"{name} has another SHA-256 than state.json records")
 
 
-def _load_first_format(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One process wrote ``model.safetensors`` and ``optimizer.safetensors`` (AdamW's), whole tensors each."""
-    parameters = dict(model.named_parameters())
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    tensors, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    _check({name: t.shape for name, t in tensors.items()}, {name: p.shape for name, p in parameters.items()})
-    wanted = {f"{key}.{name}": p.shape for key in ("exp_avg", "exp_avg_sq") for name, p in trained.items()}
-    wanted |= {f"step.{name}": torch.Size() for name in trained}
-    _check({name: t.shape for name, t in moments.items()}, wanted)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            put(tensors[name], parameter)
-    for name, trainable in trained.items():
-        optimizer.state[trainable] = {
-            "step": moments[f"step.{name}"].to(trainable.device, copy=True),
-            "exp_avg": _spread(moments[f"exp_avg.{name}"], trainable),
-            "exp_avg_sq": _spread(moments[f"exp_avg_sq.{name}"], trainable),
-        }
-
-
-def _spread(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole ``tensor``, sharded as ``parameter`` is."""
-    value = torch.zeros_like(parameter, dtype=tensor.dtype, requires_grad=False)
-    put(tensor, value)
-    return value
-
-
-def _check(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
-    for name, shape in wanted.items():
-        if name not in found:
+def _check(saved: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
+    for name, shape in expected.items():
+        if name not in saved:
             raise ValueError(f"it has no '{name}'")
-        if found[name] != shape:
-            raise ValueError(f"'{name}' is {list(found[name])}, not {list(shape)}")
+        if saved[name] != shape:
+            raise ValueError(f"'{name}' is {list(saved[name])}, not {list(shape)}")
 
 
 def _fingerprint(path: Path) -> list[Any]:
@@ -388,7 +354,7 @@ def _fingerprint(path: Path) -> list[Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong in a few words; torch wraps the errors of all processes into one."""
+    """A short description of an error; torch wraps the errors of all processes into one."""
     if isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.errno:
@@ -404,7 +370,7 @@ def _step(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    hidden = path.with_name(f".{path.name}.old.tmp")  # killed half-way, it must not look like a checkpoint
+    hidden = path.with_name(f".{path.name}.old.tmp")  # must not look like a checkpoint after a kill
     path.replace(hidden)
     shutil.rmtree(hidden)
 

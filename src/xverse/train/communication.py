@@ -1,4 +1,4 @@
-"""How long a step waits for other processes: communication that no computation hides."""
+"""How long a step waits for other processes: exposed communication, which no computation hides."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ Interval = tuple[int, int]  # nanoseconds, start and end
 _MARK = "xverse step"
 _COMPUTES = ("aten::", "Torch-Compiled Region", "CompiledFunction")
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell stderr whenever it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would log each start and stop to stderr
 
 
 @contextlib.contextmanager
 def watching(device: torch.device) -> Iterator[Callable[[], tuple[float, float]]]:
-    """Profile what runs inside; afterwards what it yields returns (exposed, all) seconds of communication.
+    """Profile what runs inside; afterwards the yielded function returns (exposed, all) seconds of
+    communication.
 
-    Exposed are the times in which a collective was under way and nothing was computed: on a GPU no kernel but
-    NCCL's ran, on a CPU the thread of the step was in none of PyTorch's operations. Waiting for a process
-    that comes late to a collective is part of it.
+    Communication is exposed while a collective runs and nothing is computed: on a GPU no kernel but NCCL's
+    runs, on a CPU the thread of the step is in no PyTorch operation. Waiting for a late process counts.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     profile = torch.profiler.profile(activities=activities)
-    found: list[tuple[float, float]] = []
+    result: list[tuple[float, float]] = []
     with profile:
         with torch.profiler.record_function(_MARK):
-            yield lambda: found[0]
+            yield lambda: result[0]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
     events = profile.profiler.kineto_results.events()
-    found.append(_seconds(events, on_gpu=device.type == "cuda"))
+    result.append(_seconds(events, on_gpu=device.type == "cuda"))
 
 
 def _seconds(events: list[Any], on_gpu: bool) -> tuple[float, float]:
@@ -59,7 +59,7 @@ def _seconds(events: list[Any], on_gpu: bool) -> tuple[float, float]:
 
 
 def joined(intervals: list[Interval]) -> list[Interval]:
-    """The same times as intervals that do not touch, in order."""
+    """The union of ``intervals`` as disjoint intervals in order."""
     result: list[Interval] = []
     for start, end in sorted(intervals):
         if result and start <= result[-1][1]:
@@ -70,11 +70,12 @@ def joined(intervals: list[Interval]) -> list[Interval]:
 
 
 def length(intervals: list[Interval]) -> int:
+    """Total length of disjoint intervals."""
     return sum(end - start for start, end in intervals)
 
 
 def overlap(some: list[Interval], others: list[Interval]) -> int:
-    """How long both are, of intervals as ``joined`` makes them."""
+    """Length of the intersection of two unions of intervals, as ``joined`` returns them."""
     total, i, j = 0, 0, 0
     while i < len(some) and j < len(others):
         total += max(0, min(some[i][1], others[j][1]) - max(some[i][0], others[j][0]))

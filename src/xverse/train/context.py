@@ -1,9 +1,9 @@
-"""Context parallelism: the tokens of a row over several processes, and attention over all of them.
+"""Context parallelism: the tokens of a row are sharded over several processes, attention spans all of them.
 
-A row is cut into 2 · n chunks; process r holds chunks r and 2n - 1 - r, so that under a causal mask all have
-equally much to do. Keys and values go round in a ring (Liu et al., 2023, arXiv:2310.01889) while those at
-hand are used; the parts of a softmax are merged by the logarithms of their sums. It takes point-to-point
-messages and torch's fused kernels, so CPUs with gloo and GPUs with NCCL run the same code.
+A row is cut into 2 · n chunks; process r holds chunks r and 2n - 1 - r, which balances the work under a
+causal mask. Keys and values travel round a ring (Liu et al., 2023, arXiv:2310.01889) while the present ones
+are used; partial softmaxes are merged by their log-sum-exps. It uses point-to-point messages and torch's
+fused kernels, so CPUs with gloo and GPUs with NCCL run the same code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Ring:
-    """The processes that share rows, in the order of the ring, and this one's place among them."""
+    """The processes that share rows, in ring order, and this process's rank among them."""
 
     group: dist.ProcessGroup
     rank: int
@@ -36,7 +36,8 @@ class Ring:
         return torch.cat((chunks[self.rank], chunks[2 * self.size - 1 - self.rank]), dim=1)
 
     def pass_on(self, x: Tensor) -> Passing:
-        """Begin to send ``x`` to the next process and to receive its like from the one before."""
+        """Start sending ``x`` to the next process and receiving a tensor of its shape from the previous
+        one."""
         received = torch.empty_like(x)
         after = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
         before = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
@@ -47,7 +48,9 @@ class Ring:
 
 @dataclass(frozen=True)
 class Passing:
-    sent: Tensor  # not to be freed while it is under way
+    """A send and a receive in progress."""
+
+    sent: Tensor  # must not be freed before it has been sent
     received: Tensor
     works: list[Any]
 
@@ -59,7 +62,7 @@ class Passing:
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of the score matrix that is all seen, or, where it is ``causal``, up to its diagonal."""
+    """A block of the score matrix: fully visible or, if ``causal``, up to its diagonal."""
 
     rows: slice
     queries: slice
@@ -76,7 +79,8 @@ class Piece:
 
 
 class RingPacked:
-    """``Packed`` for this process's tokens of rows that a ring shares; made from whole ``document_ids``."""
+    """``Packed`` for this process's tokens of rows that a ring shares; takes whole ``document_ids`` [B,
+    T]."""
 
     def __init__(self, document_ids: Tensor, ring: Ring) -> None:
         first, positions = document_starts(document_ids)  # [B, T] each
@@ -87,13 +91,14 @@ class RingPacked:
         self._pieces = [list(_pieces(number, ring, source)) for source in range(ring.size)]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotated q, k and plain v [B, H, T/n, head_dim] → attention over the whole rows, in q's shape."""
         out: Tensor = _RingAttention.apply(q, k, v, self._pieces, self._ring)
         return out
 
 
 def _pieces(number: Tensor, ring: Ring, source: int) -> Iterator[Piece]:
-    """What this process's queries see of the keys of process ``source``; ``number`` int [B, T] counts the
-    documents of each row. Rows that see alike go together."""
+    """The blocks of scores between this process's queries and the keys of process ``source``; ``number`` int
+    [B, T] counts the documents of each row. Rows with equal blocks are batched."""
     size = number.shape[1] // (2 * ring.size)
     chunks = number.unflatten(1, (2 * ring.size, size))  # [B, 2n, C]
     everyone = slice(0, len(number))
@@ -109,7 +114,7 @@ def _pieces(number: Tensor, ring: Ring, source: int) -> Iterator[Piece]:
                         part = slice(start, start + length)
                         yield Piece(everyone if alike else slice(row, row + 1), part, part, True)
                         start += length
-            elif k_chunk < q_chunk:  # documents are contiguous: only one can reach from here to there
+            elif k_chunk < q_chunk:  # documents are contiguous: only one can span both chunks
                 document = chunks[:, q_chunk, :1]  # [B, 1]
                 q_counts = (chunks[:, q_chunk] == document).sum(dim=1).tolist()
                 k_counts = (chunks[:, k_chunk] == document).sum(dim=1).tolist()
@@ -126,8 +131,8 @@ def _pieces(number: Tensor, ring: Ring, source: int) -> Iterator[Piece]:
 
 
 class _RingAttention(torch.autograd.Function):
-    """Attention of q [B, H, T/n, head_dim] over the keys and values of the whole ring. The backward pass goes
-    round once more, and each process's key and value gradients travel along with them."""
+    """Attention of q [B, H, T/n, head_dim] over the keys and values of the whole ring. In the backward pass
+    keys and values travel round once more, and their gradients with them."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[list[Piece]], ring: Ring) -> Tensor:
@@ -135,7 +140,7 @@ class _RingAttention(torch.autograd.Function):
         log_sum = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)  # [B, H, T/n]
         held = torch.stack((k, v))  # [2, B, H, T/n, head_dim]
         for step in range(ring.size):
-            coming = ring.pass_on(held) if step + 1 < ring.size else None
+            incoming = ring.pass_on(held) if step + 1 < ring.size else None
             for piece in pieces[(ring.rank - step) % ring.size]:
                 part, part_sum = attention(q[piece.q], held[0][piece.k], held[1][piece.k], piece.causal)
                 before = log_sum[piece.q]
@@ -143,8 +148,8 @@ class _RingAttention(torch.autograd.Function):
                 share, others = (part_sum - after).exp()[..., None], (before - after).exp()[..., None]
                 out[piece.q] = out[piece.q] * others + part * share
                 log_sum[piece.q] = after
-            if coming is not None:
-                held = coming.wait()
+            if incoming is not None:
+                held = incoming.wait()
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, log_sum)
         ctx.pieces, ctx.ring = pieces, ring
@@ -159,7 +164,7 @@ class _RingAttention(torch.autograd.Function):
         held = torch.stack((k, v))
         travelling: Passing | None = None
         for step in range(ring.size):
-            coming = ring.pass_on(held) if step + 1 < ring.size else None
+            incoming = ring.pass_on(held) if step + 1 < ring.size else None
             held_grad = torch.zeros(held.shape, dtype=torch.float32, device=q.device)
             for piece in ctx.pieces[(ring.rank - step) % ring.size]:
                 grads = attention_backward(
@@ -177,18 +182,18 @@ class _RingAttention(torch.autograd.Function):
             if travelling is not None:
                 held_grad += travelling.wait()
             travelling = ring.pass_on(held_grad)
-            if coming is not None:
-                held = coming.wait()
+            if incoming is not None:
+                held = incoming.wait()
         assert travelling is not None
-        k_grad, v_grad = travelling.wait()  # once round: they have come home
+        k_grad, v_grad = travelling.wait()  # back at their owner
         return q_grad.to(q.dtype), k_grad.to(k.dtype), v_grad.to(v.dtype), None, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Output [B, H, Tq, head_dim] and log of the softmax's sums, float32 [B, H, Tq], by torch's kernels."""
+    """Output [B, H, Tq, head_dim] and log-sum-exps, float32 [B, H, Tq], by torch's kernels."""
     if q.device.type == "cpu":
         out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    elif q.dtype == torch.float32:  # the flash kernels of GPUs take halves only
+    elif q.dtype == torch.float32:  # the GPU flash kernels take 16-bit types only
         out, log_sum, _, _ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
         log_sum = log_sum[:, :, : q.shape[2]]
     else:
@@ -199,13 +204,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Te
 def attention_backward(
     out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for one piece, where ``out`` and ``log_sum`` are those of all pieces together:
-    the kernels recompute a piece's probabilities from them, which so are shares of the whole softmax."""
+    """Gradients of q [B, H, Tq, head_dim], k and v [B, H, Tk, head_dim] for one piece. ``out`` and
+    ``log_sum`` are those of all pieces together, so the probabilities that the kernels recompute are shares
+    of the whole softmax."""
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             out_grad, q, k, v, out, log_sum, 0.0, causal
         )
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is 0
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which is 0
     if q.dtype == torch.float32:
         short = -q.shape[2] % 32  # the kernel reads sums in blocks of 32
         padded = torch.nn.functional.pad(log_sum, (0, short), value=torch.inf)

@@ -1,8 +1,8 @@
-"""``xverse pretrain RECIPE --dry-run``: a cluster's recipe, checked on one small machine before it is queued.
+"""``xverse pretrain RECIPE --dry-run``: check a cluster's recipe on one small machine before it is queued.
 
-The processes are torch's "fake" backend: a world of the cluster's size in which this process is the first and
-collectives do nothing. The model is built without memory, shared as the run would share it, and one
-micro-batch goes forward and backward through it in shapes alone.
+The processes are torch's "fake" backend: a world of the cluster's size in which this process is rank 0 and
+collectives do nothing. The model is built without memory and sharded as in the run, and one micro-batch runs
+forward and backward through it as shapes only.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from xverse.train.parallel import World, distribute
 from xverse.train.pretrain import PretrainRecipe, checked_feed, checked_shape
 from xverse.train.settings import TrainConfig, layout_of
 
-_SOURCE = re.compile(r"([a-z0-9]+_)?[a-z]{2,3}")  # as data/prepare/pipeline.py names them
+_SOURCE = re.compile(r"([a-z0-9]+_)?[a-z]{2,3}")  # the names that data/prepare/pipeline.py gives
 
 
 @dataclass
 class Findings:
-    """What a dry run has to say: one line for each thing that was checked."""
+    """The result of a dry run: one line for each check."""
 
     lines: list[str]
     seconds: float
@@ -50,15 +50,15 @@ class Findings:
 
 
 def dry_run(recipe: PretrainRecipe) -> Findings:
-    """Check a recipe for its ``cluster``: mesh, shapes, memory, data; with the plan's prediction.
+    """Check a recipe for its ``cluster``: mesh, shapes, memory and data; with the planner's prediction.
 
-    Raises UserError for whatever would stop the run, and for states and activations that do not fit.
+    Raises UserError for whatever would stop the run, and if states and activations exceed the memory.
     """
     started = time.perf_counter()
     if recipe.cluster is None:
         raise UserError(
-            "a dry run needs to know the cluster: write cluster: {device: a800, gpus: 1024} into the recipe, "
-            "or cluster.device=… cluster.gpus=… behind it"
+            "a dry run needs the cluster: add cluster: {device: a800, gpus: 1024} to the recipe, or append "
+            "cluster.device=… cluster.gpus=…"
         )
     shape, name = checked_shape(recipe)
     gpus, config = recipe.cluster.gpus, recipe.train
@@ -67,7 +67,7 @@ def dry_run(recipe: PretrainRecipe) -> Findings:
     check_float8(config, shape, length=recipe.sequence_length)
     software = Software(passes="compiled" if config.compile else "eager")
     prediction = predict(task.arch, layout, task.device, task.length, software=software)
-    _room(prediction, task)
+    _check_memory(prediction, task)
     lines = [f"shape {name}: {shape.num_parameters():,} parameters", f"layout: {layout}"]
     lines += _data(recipe, shape, layout)
     lines += _model(shape, config, task, layout)
@@ -78,11 +78,11 @@ def dry_run(recipe: PretrainRecipe) -> Findings:
 
 @contextlib.contextmanager
 def fake_world(size: int, rank: int = 0) -> Iterator[World]:
-    """A world of ``size`` processes of which only this one exists; collectives return at once."""
+    """A world of ``size`` processes of which only this one exists; collectives return immediately."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    _clear_sharding_prop_cache()  # it would give this rank's tensors another rank's mesh
+    _clear_sharding_prop_cache()  # it would reuse another rank's mesh
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         yield World(rank, size, torch.device("cpu"))
@@ -91,24 +91,24 @@ def fake_world(size: int, rank: int = 0) -> Iterator[World]:
 
 
 def _data(recipe: PretrainRecipe, shape: XverseConfig, layout: Layout) -> list[str]:
-    """The data, where it is here; else the mixture alone."""
+    """Check the data if it is on this machine, else only the mixture."""
     if not (recipe.data / "train").is_dir():
         mixture = recipe.mixture.read()
         if mixture.categories is not None or mixture.languages is not None:
             for what in ("categories", "languages"):
                 shares = getattr(mixture, what) or {OTHERS: 1.0}
                 check_weights(shares, list(shares), what, summing=True)
-            return [f"data: {recipe.data} is not here; only the shares of the mixture were checked"]
+            return [f"data: {recipe.data} is not on this machine; only the mixture's shares were checked"]
         weights = dict(mixture.weights or {OTHERS: 1.0})
         check_weights(weights, list(weights))
         odd = [key for key in weights if key != OTHERS and not _SOURCE.fullmatch(key)]
         if odd:
             raise UserError(
-                f"mixture: '{odd[0]}' is no name of a source, which is LANGUAGE or CATEGORY_LANGUAGE"
+                f"mixture: '{odd[0]}' does not name a source; sources are LANGUAGE or CATEGORY_LANGUAGE"
             )
         return [
-            f"data: {recipe.data} is not here; only the names and weights of the mixture's {len(weights)} "
-            "sources were checked"
+            f"data: {recipe.data} is not on this machine; only the names and weights of the mixture's "
+            f"{len(weights)} sources were checked"
         ]
     feed = checked_feed(recipe, shape)
     config = recipe.train
@@ -122,11 +122,11 @@ def _data(recipe: PretrainRecipe, shape: XverseConfig, layout: Layout) -> list[s
 
 def _epochs(feed: PretrainFeed, config: TrainConfig) -> str:
     source, most = max(feed.mixture.epochs(config.sequences(config.steps)).items(), key=lambda item: item[1])
-    return f"the most often read source is {source}, {most:.1f} times"
+    return f"the source read most often is {source}, {most:.1f} times"
 
 
 def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout) -> list[str]:
-    """Build and share the model as rank 0 would, and send one micro-batch through it in shapes."""
+    """Build and shard the model as rank 0 would, and run one micro-batch through it as shapes."""
     rows, length = layout.micro_batch, task.length // layout.context
     context = Packed(torch.zeros(rows, length, dtype=torch.int32))  # one document a row
     with fake_world(task.gpus) as world, contextlib.ExitStack() as stack:
@@ -139,10 +139,10 @@ def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout)
             f"{16 * held / 1e9:.2f} GB with gradients and AdamW's moments in float32"
         ]
         if layout.pipeline > 1:
-            return [*lines, "shapes: a pipeline is not run through; its divisions were checked"]
+            return [*lines, "shapes: pipelines are not run, only their divisions were checked"]
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model.to_empty(device="cpu")
-        kept: dict[int, Tensor] = {}  # held, so that no storage's address is used twice
+        kept: dict[int, Tensor] = {}  # held, so that no storage address is reused
 
         def keep(tensor: Tensor) -> Tensor:
             if not (tensor.is_leaf and tensor.requires_grad):  # parameters
@@ -161,23 +161,23 @@ def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout)
         size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         return [
             *lines,
-            f"shapes: {rows} × {length:,} tokens went forward and backward; {size / 1e9:.1f} GB kept between "
-            f"(without compiling{_ring(layout)})",
+            f"shapes: {rows} × {length:,} tokens ran forward and backward; {size / 1e9:.1f} GB kept "
+            f"(not compiled{_ring(layout)})",
         ]
 
 
 def _ring(layout: Layout) -> str:
-    return f", and without the ring of its {layout.context} parts" if layout.context > 1 else ""
+    return f", without the ring of {layout.context} parts" if layout.context > 1 else ""
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _room(prediction: Prediction, task: Task) -> None:
-    needed, there = prediction.memory.total, task.device.memory
-    if needed > there:
+def _check_memory(prediction: Prediction, task: Task) -> None:
+    needed, available = prediction.memory.total, task.device.memory
+    if needed > available:
         raise UserError(
-            f"{needed / 1e9:.0f} GB are needed of {there / 1e9:.0f} GB of {task.device.name}; "
-            "xverse plan finds what fits"
+            f"needs {needed / 1e9:.0f} GB, but {task.device.name} has {available / 1e9:.0f} GB; "
+            "find a layout that fits with xverse plan"
         )

@@ -1,7 +1,7 @@
-"""Which file of a checkpoint has which part of which tensor.
+"""Which file of a checkpoint holds which part of which tensor.
 
-Each file says in its header what it holds. Of 1,024 files that is 250 MB of JSON at 7B, half a minute's work
-for a process that reads them all; so each process reads its share of them and tells the others, packed small.
+The header of each file lists its parts. In 1,024 files at 7B that is 250 MB of JSON, half a minute's work for
+a process that reads them all; so each process reads its share and sends the others a compact form.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from xverse.formats import weights
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DIMENSIONS = 2  # the most that a tensor of ours has
+_DIMENSIONS = 2  # the most that a tensor of the model or optimizer has
 
 
 def read_header(file: Path) -> bytes:
-    """What a file of a checkpoint holds: its tensors' types and names, and of each the place of the part.
+    """A compact form of a checkpoint file's header: each tensor's dtype, name and place in the whole tensor.
 
-    Raises ValueError for what is no such file.
+    Raises ValueError for another kind of file.
     """
     header, _ = weights.read_header(file)
     custom = header.pop("__metadata__", {}).get("DCP_SHARDING_INFO")
@@ -46,7 +46,7 @@ def read_header(file: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a tensor that lies in a file: where it begins and its shape."""
+    """A part of a tensor in a file: its offset in the whole tensor, and its shape."""
 
     file: str
     offset: tuple[int, ...]
@@ -54,11 +54,11 @@ class Part:
 
 
 class Index:
-    """The parts of all tensors, of ``files`` and what ``read_header`` says of each."""
+    """The parts of all tensors, from ``files`` and the ``read_header`` of each."""
 
     def __init__(self, files: Sequence[str], headers: Sequence[bytes]) -> None:
         self._files = files
-        alike: dict[bytes, tuple[list[int], list[NDArray[np.int64]]]] = {}  # files of the same tensors
+        alike: dict[bytes, tuple[list[int], list[NDArray[np.int64]]]] = {}  # by equal lists of tensors
         for number, header in enumerate(headers):
             data = zlib.decompress(header)
             size = int.from_bytes(data[:8], "little")
@@ -81,22 +81,22 @@ class Index:
         return self._kinds[name][0]
 
     def shape(self, name: str) -> torch.Size:
-        """Of the whole tensor."""
+        """Shape of the whole tensor."""
         ends = np.max([boxes.sum(1).max(0) for _, boxes in self._places[name]], axis=0)
         return torch.Size(ends[: self._kinds[name][1]].tolist())
 
     def parts(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> list[Part]:
-        """Those that have something of the box at ``offset``."""
+        """The parts that overlap the box of ``shape`` at ``offset``."""
         if 0 in shape:
             return []
         dimensions = self._kinds[name][1]
         begins, sizes = np.array(offset, np.int64), np.array(shape, np.int64)
-        found = []
+        overlapping = []
         for numbers, boxes in self._places[name]:
             starts, extents = boxes[:, 0, :dimensions], boxes[:, 1, :dimensions]
             meets = np.all((starts < begins + sizes) & (begins < starts + extents), axis=1)
             for i in np.flatnonzero(meets):
-                found.append(
+                overlapping.append(
                     Part(self._files[numbers[i]], tuple(starts[i].tolist()), tuple(extents[i].tolist()))
                 )
-        return found
+        return overlapping

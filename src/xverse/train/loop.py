@@ -1,4 +1,4 @@
-"""The training loop: batches by step number, checkpoints; a killed run goes on where it was."""
+"""The training loop: batches by step number, checkpoints, and resuming where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.data.feed import ORDERS, Batch, prefetch
+from xverse.data.feed import Batch, prefetch
 from xverse.hardware import keep_freed_memory
 from xverse.log import JsonlLog
 from xverse.model import IGNORE, XverseForCausalLM
@@ -33,14 +33,20 @@ from xverse.train.settings import NOT_IDENTITY, TrainConfig, layout_of
 from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
 from xverse.train.trackers import Trackers
 
-__all__ = ["Interrupted", "TrainConfig", "fit", "sum_loss", "train_step"]
-
-# What runs of older versions had, whose checkpoints do not say it.
-BEFORE = {"documents": ORDERS[0], "float8": False}
+__all__ = ["Hooks", "Interrupted", "TrainConfig", "fit", "sum_loss", "train_step"]
 
 BatchAt = Callable[[int, int], Batch]
-Validate = Callable[[Replica], dict[str, float]]
-Evaluate = Callable[[XverseForCausalLM], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a run calls besides training: ``validate`` and, on benchmarks, ``evaluate`` return named figures
+    at the steps of ``validate_every``; ``data_problem`` returns why the data is no longer usable, or an empty
+    string, at the start and before each checkpoint."""
+
+    validate: Callable[[Replica], dict[str, float]] | None = None
+    evaluate: Callable[[XverseForCausalLM], dict[str, float]] | None = None
+    data_problem: Callable[[], str] | None = None
 
 
 def fit(
@@ -49,60 +55,53 @@ def fit(
     config: TrainConfig,
     out: Path,
     *,
-    validate: Validate | None = None,
-    evaluate: Evaluate | None = None,
+    hooks: Hooks = Hooks(),  # frozen
     identity: Mapping[str, Any] | None = None,
-    data_problem: Callable[[], str] | None = None,
     world: World = ALONE,
     weights: Weights | None = None,
 ) -> None:
-    """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``. One
-    on the meta device gets from ``weights``, whole parameters in turn, what this process keeps of them.
+    """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``. A
+    model on the meta device takes this process's parts of ``weights``, which yields whole parameters.
 
-    ``batch_at(first, stop)`` gives these sequences of the run, and nothing else decides the order of data.
-    ``validate`` returns named figures, and so does ``evaluate``, of benchmarks, at the same steps.
-    ``data_problem`` says what has become of the data, asked at the start and before each checkpoint.
-    Everything is recorded in ``out/metrics.jsonl``. ``identity`` is what else decides the losses:
-    raises UserError where ``out`` holds a run begun with other values, and where the run diverges. SIGINT and
-    SIGTERM save a checkpoint and raise Interrupted. Every process of ``world`` calls it, with equal weights.
+    ``batch_at(first, stop)`` returns these sequences of the run; nothing else decides the order of data.
+    Every figure is recorded in ``out/metrics.jsonl``. ``identity`` holds what else decides the losses.
+    Raises UserError where ``out`` holds a run begun with other values, and where the run diverges. SIGINT and
+    SIGTERM save a checkpoint and raise Interrupted. Every process of ``world`` calls this with equal weights.
     """
     layout_of(config, world.size, model.config)  # before anything is written
     check_float8(config, model.config, world.device)
     settings = dataclasses.asdict(config)
     identity = {**(identity or {}), **{key: settings[key] for key in settings if key not in NOT_IDENTITY}}
-    identity = json.loads(json.dumps(identity))  # as it will be read back
+    identity = json.loads(json.dumps(identity))  # the types that reading it back gives
     began = time.perf_counter()
     with _alone(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
         if world.device.type == "cpu":
             keep_freed_memory()
-        _check_data(data_problem, world)
+        _check_data(hooks.data_problem, world)
         checked = None
         if config.preflight != "off":
             checked = preflight.check(world, config.preflight, config.preflight_share, config.dtype)
         started = time.perf_counter()
-        found = _checkpoint(out, world, identity)
-        looked = time.perf_counter() - started
-        if found and weights is not None:
-            weights = ()  # a checkpoint brings them all
+        checkpoint = _checkpoint(out, world, identity)
+        search_seconds = time.perf_counter() - started
+        if checkpoint and weights is not None:
+            weights = ()  # the checkpoint has them all
         replica = distribute(model, config, world, weights)
         optimizer = make_optimizer(model, config)
         steadiness = Steadiness(config)
-        first_step, seconds = 0, 0.0
-        if found:
-            seconds = _resume(found, looked, replica, optimizer, steadiness)
-            first_step = int(found[1]["step"])
+        first_step, resume_seconds = 0, 0.0
+        if checkpoint:
+            resume_seconds = _resume(checkpoint, search_seconds, replica, optimizer, steadiness)
+            first_step = int(checkpoint[1]["step"])
         if first_step == config.steps:
             world.say(f"{out}: this run is finished ({config.steps} steps)")
             return
         trackers = Trackers(config.trackers if world.rank == 0 else [], out, first_step, settings)
-        run = Run(
-            replica, optimizer, config, out, steadiness, watchdog, identity, validate, evaluate, trackers,
-            data_problem,
-        )  # fmt: skip
+        run = Run(replica, optimizer, config, out, steadiness, watchdog, identity, hooks, trackers)
         with contextlib.closing(trackers):
-            before = {"preflight": checked, "resume_seconds": seconds and round(seconds, 3)}
-            if any(before.values()):
-                run.record(step=first_step - 1, **{key: value for key, value in before.items() if value})
+            start = {"preflight": checked, "resume_seconds": round(resume_seconds, 3)}
+            if any(start.values()):
+                run.record(step=first_step - 1, **{key: value for key, value in start.items() if value})
             matmul = min(reading["matmul"] for reading in checked["readings"]) if checked else None
             meter = Meter(
                 config,
@@ -118,7 +117,7 @@ def fit(
 
 @dataclasses.dataclass
 class Run:
-    """A run under way."""
+    """A run in progress."""
 
     replica: Replica
     optimizer: torch.optim.Optimizer
@@ -127,10 +126,8 @@ class Run:
     steadiness: Steadiness
     watchdog: Watchdog
     identity: Mapping[str, Any]
-    validate: Validate | None
-    evaluate: Evaluate | None
+    hooks: Hooks
     trackers: Trackers
-    data_problem: Callable[[], str] | None
 
     def __post_init__(self) -> None:
         self.world, self.model = self.replica.world, self.replica.model
@@ -147,7 +144,7 @@ class Run:
     def train(self, batch_at: BatchAt, first_step: int, meter: Meter) -> None:
         config, world = self.config, self.world
         batches = prefetch(batch_at(*self.sequences(step)) for step in range(first_step, config.steps))
-        with requests() as asked, contextlib.closing(batches), meter:  # type: ignore[type-var]
+        with requests() as requested, contextlib.closing(batches), meter:  # type: ignore[type-var]
             for step in range(first_step, config.steps):
                 self.watchdog.beat(step, "data")
                 waited = time.perf_counter()
@@ -159,17 +156,17 @@ class Run:
                 writing = self.saver.writing()
                 with self.watched(step, first_step) as communication:
                     self.watchdog.beat(step, "counting")
-                    mine = int((batch.targets != IGNORE).sum()) if self.replica.leads else 0
-                    (count,) = world.sum(mine)
+                    own_targets = int((batch.targets != IGNORE).sum()) if self.replica.leads else 0
+                    (count,) = world.sum(own_targets)
                     self.watchdog.beat(step, "step")
                     loss, norm = train_step(self.replica, batch, config, count)
-                    # Signals come to each process at another moment; here all learn of them at one step.
+                    # Signals reach each process at a different moment; all act on them after the same step.
                     norm = norm if world.rank == 0 else 0.0
-                    loss, norm, stopping, saving = world.sum(loss, norm, asked.stop, asked.save)
+                    loss, norm, stopping, saving = world.sum(loss, norm, requested.stop, requested.save)
                 bad = self.steadiness.judge(loss, norm)
                 if bad:
                     self.optimizer.zero_grad(set_to_none=True)
-                    self.pass_over(step, bad)
+                    self.skip(step, bad)
                 else:
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
@@ -189,34 +186,34 @@ class Run:
                     self.measure(step, meter)
                 due = config.checkpoint_every and done % config.checkpoint_every == 0
                 if last or stopping or saving or (due and not bad):
-                    asked.save = False
+                    requested.save = False
                     self.watchdog.beat(step, "checkpoint")
                     path = self.save(done, must=bool(last or stopping))
                     if stopping and not last:
                         world.say(
-                            f"stopped after step {done}; {path.name} is saved, "
-                            "the same command goes on from it"
+                            f"stopped after step {done}; {path.name} is saved; run the same command to "
+                            "continue from it"
                         )
                         raise Interrupted
                 meter.forget_time()
 
     def sequences(self, step: int) -> tuple[int, int]:
-        """First and last + 1 of the run's sequences that this process has in a step."""
+        """First and last + 1 of the run's sequences that this process gets in a step."""
         before = self.config.sequences(step)
         start, stop = self.replica.rows(self.config.rows(step))
         return before + start, before + stop
 
     @contextlib.contextmanager
     def watched(self, step: int, first_step: int) -> Iterator[list[float]]:
-        """Around a step; afterwards the list holds exposed and all seconds of communication where the step
-        was one of those that are profiled. The first ones are not: much is set up in them."""
-        every, found, since = self.config.communication_every, list[float](), step - first_step
+        """Wraps a step. If it is one of the profiled steps, the list holds the exposed and the total seconds
+        of communication afterwards. The first steps are not profiled: they include set-up."""
+        every, seconds, since = self.config.communication_every, list[float](), step - first_step
         if self.world.size == 1 or not every or since == 0 or since % every != 2 % every:
-            yield found
+            yield seconds
             return
         with watching(self.world.device) as read:
-            yield found
-        found += read()
+            yield seconds
+        seconds += read()
 
     def shared(self, communication: list[float], seconds: float, meter: Meter) -> dict[str, float]:
         """The seconds of communication in a step, as means over the processes."""
@@ -224,39 +221,39 @@ class Run:
         meter.exposed(exposed / seconds)
         return {"exposed_seconds": round(exposed, 5), "all_seconds": round(total, 5)}
 
-    def pass_over(self, step: int, reason: str) -> None:
-        """A step that does not count; after some in a row, the weights of the last checkpoint.
+    def skip(self, step: int, reason: str) -> None:
+        """Skip a step; after ``rollback_after`` in a row, roll back to the weights of the last checkpoint.
 
-        What comes next is a function of the checkpoint alone, so that a run that is killed and resumed passes
-        over the same steps. The data between the checkpoint and here is lost to the run, as in PaLM
-        (Chowdhery et al., 2022, section 5.1): the same data would lead to the same place.
+        What follows is a function of the checkpoint alone, so a run that is killed and resumed skips the same
+        steps. The run never uses the data between the checkpoint and here, as in PaLM (Chowdhery et al.,
+        2022, section 5.1): the same data would lead to the same state.
         """
         steady = self.steadiness
         if steady.bad < self.config.rollback_after:
             self.record(step=step, skipped=reason)
-            self.world.say(f"step {step + 1} is passed over: {reason}")
+            self.world.say(f"step {step + 1} is skipped: {reason}")
             return
         self.saver.wait()
-        found = newest(self.out, self.world) if steady.rollbacks < self.config.max_rollbacks else None
-        if found is None:
+        checkpoint = newest(self.out, self.world) if steady.rollbacks < self.config.max_rollbacks else None
+        if checkpoint is None:
             self.record(step=step, skipped=reason)
             raise UserError(
                 f"step {step + 1}: {reason}: the run diverged; "
-                "begin again in another out with a lower learning_rate or more warmup_steps"
+                "start again in another out with a lower learning_rate or more warmup_steps"
             )
-        path, state = found
+        path, state = checkpoint
         rollbacks = steady.rollbacks + 1
         load_checkpoint(path, state, self.model, self.optimizer, self.world)
         steady.restore({**state.get("steadiness", {}), "bad": 0, "rollbacks": rollbacks})
         self.record(step=step, skipped=reason, rollback=state["step"])
         self.world.say(
-            f"step {step + 1} is passed over: {reason}: {self.config.rollback_after} in a row; "
-            f"back to the weights of {path.name}, on with the data of step {step + 2}"
+            f"step {step + 1} is skipped: {reason}: {self.config.rollback_after} in a row; rolled back to "
+            f"{path.name}, continuing with the data of step {step + 2}"
         )
 
     def save(self, done: int, must: bool) -> Path:
-        """Begin a checkpoint; where it ``must`` exist, wait for it and raise UserError if it cannot."""
-        _check_data(self.data_problem, self.world)  # what was learnt from other data is not kept
+        """Start a checkpoint. With ``must`` wait for it, and raise UserError if it cannot be written."""
+        _check_data(self.hooks.data_problem, self.world)  # never keep what was learnt from changed data
         state = {"identity": self.identity, "steadiness": self.steadiness.state()}
         began = time.perf_counter()
         path = self.saver.save(done, self.model, self.optimizer, state)
@@ -268,37 +265,37 @@ class Run:
         return path
 
     def measure(self, step: int, meter: Meter) -> None:
-        """Validation and benchmarks, at the weights after ``step``."""
-        if self.validate:
-            figures = self.validate(self.replica)
+        """Validation and benchmarks with the weights after ``step``."""
+        if self.hooks.validate:
+            figures = self.hooks.validate(self.replica)
             self.replica.settle()
             if figures:
                 self.record(step=step, valid=figures)
-                said = " · ".join(f"{k} {v:.3f}" for k, v in list(figures.items())[:6])
-                meter.say(f"step {step + 1}: {said}")
-        if self.evaluate:
+                text = " · ".join(f"{k} {v:.3f}" for k, v in list(figures.items())[:6])
+                meter.say(f"step {step + 1}: {text}")
+        if self.hooks.evaluate:
             model = whole(self.model, self.world)
             if self.world.rank == 0:
-                accuracies = self.evaluate(model)
+                accuracies = self.hooks.evaluate(model)
                 self.record(step=step, evaluation=accuracies)
-                said = " · ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items())
-                meter.say(f"step {step + 1}: {said}")
+                text = " · ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items())
+                meter.say(f"step {step + 1}: {text}")
             self.world.wait()
 
 
 def train_step(
     model: XverseForCausalLM | Replica, batch: Batch, config: TrainConfig, count: float | None = None
 ) -> tuple[float, float]:
-    """Accumulate the gradients of this process's rows and clip; returns (loss in nats, gradient norm).
+    """Accumulate the gradients of this process's rows [B, T] and clip; returns (loss in nats, gradient norm).
 
-    The loss is divided by ``count``, the targets of the whole global batch (default: of ``batch``), so
-    neither the split into micro-batches nor that into processes changes anything but rounding. The loss is
-    this process's part of the sum, the norm that of the whole gradient.
+    The loss is divided by ``count``, the number of targets in the global batch (default: in ``batch``), so
+    neither micro-batches nor processes change anything but rounding. The loss is this process's part of the
+    sum; the norm is that of the whole gradient.
     """
     replica = model if isinstance(model, Replica) else Replica(model)
     device = next(replica.model.parameters()).device
     micro = config.micro_batch_size or len(batch.tokens)
-    if replica.pipeline is not None:  # which divides the rows itself
+    if replica.pipeline is not None:  # it divides the rows itself
         micro = len(batch.tokens)
     count = max(1.0, count if count is not None else int((batch.targets != IGNORE).sum()))
     total = torch.zeros((), device=device)
@@ -315,7 +312,7 @@ def train_step(
 def sum_loss(
     model: XverseForCausalLM | Replica, tokens: Tensor, targets: Tensor, document_ids: Tensor, dtype: str
 ) -> Tensor:
-    """Sum of the token losses in nats of packed documents [B, T], computed in ``dtype``."""
+    """Sum of the token losses, float32 in nats, of packed documents [B, T], computed in ``dtype``."""
     replica = model if isinstance(model, Replica) else Replica(model)
     device = next(replica.model.parameters()).device
     with computing(device, dtype):
@@ -323,25 +320,25 @@ def sum_loss(
 
 
 def computing(device: torch.device, dtype: str) -> torch.autocast:
-    """Matmuls in ``dtype``; parameters, norms and losses stay in float32."""
+    """Autocast: matmuls in ``dtype``; parameters, norms and losses stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def _check_data(problem: Callable[[], str] | None, world: World) -> None:
-    found = world.agreed(problem() if problem and world.rank == 0 else "")
-    if found:
-        raise UserError(found)
+    message = world.agreed(problem() if problem and world.rank == 0 else "")
+    if message:
+        raise UserError(message)
 
 
 @contextlib.contextmanager
 def _alone(out: Path, world: World) -> Iterator[None]:
-    """Hold a run's folder, making it: two runs in it would mix their records and checkpoints."""
+    """Create and lock a run's folder: two runs in it would mix their records and checkpoints."""
     problem = ""
     with contextlib.ExitStack() as held:
         if world.rank == 0:
             try:
                 out.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context((out / ".lock").open("w"))  # let go of however the process ends
+                lock = held.enter_context((out / ".lock").open("w"))  # released however the process ends
                 with contextlib.suppress(NotImplementedError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -355,47 +352,46 @@ def _alone(out: Path, world: World) -> Iterator[None]:
 
 
 def _checkpoint(out: Path, world: World, identity: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its state, if there is one. Raises UserError where it is of a run with
-    another identity."""
+    """The newest complete checkpoint and its state, if there is one. Raises UserError where it belongs to a
+    run with another identity."""
     if world.rank == 0:
         clear_leftovers(out)
-    found = newest(out, world)
-    if found is None:
+    checkpoint = newest(out, world)
+    if checkpoint is None:
         return None
-    # A key that only one of the two has came, or went, with another version of this code.
-    begun = {**BEFORE, **found[1]["identity"]}
-    both = begun.keys() & identity.keys()
+    begun = checkpoint[1]["identity"]
+    both = begun.keys() & identity.keys()  # a key on one side only was added or removed by another version
     differs = _difference({key: begun[key] for key in both}, {key: identity[key] for key in both})
     if differs:
         raise UserError(f"{out}: this run was begun with {differs}; set it back or change out")
-    return found
+    return checkpoint
 
 
 def _resume(
-    found: tuple[Path, dict[str, Any]],
-    looked: float,
+    checkpoint: tuple[Path, dict[str, Any]],
+    search_seconds: float,
     replica: Replica,
     optimizer: torch.optim.Optimizer,
     steadiness: Steadiness,
 ) -> float:
-    """Load a checkpoint that was found and verified in ``looked`` seconds; returns what it took in all."""
+    """Load a checkpoint, found and verified in ``search_seconds``; returns the seconds in all."""
     started = time.perf_counter()
-    path, state = found
+    path, state = checkpoint
     load_checkpoint(path, state, replica.model, optimizer, replica.world)
     steadiness.restore(state.get("steadiness", {}))
-    seconds = looked + time.perf_counter() - started
+    seconds = search_seconds + time.perf_counter() - started
     replica.world.say(f"resuming from {path} ({seconds:.1f} s)")
     return seconds
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:
-    """The first key, with its path, that differs: ``mixture.zh = 0.5, not 0.4``; or an empty string."""
+    """The first key that differs, with its path: ``mixture.zh = 0.5, not 0.4``; or an empty string."""
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found = _difference(old, new, f"{path}{key}.")
-            if found:
-                return found
+            inner = _difference(old, new, f"{path}{key}.")
+            if inner:
+                return inner
         elif old != new:
             return f"{path}{key} = {old}, not {new}"
     return ""

@@ -1,8 +1,7 @@
-"""Weights for a model that was built on the meta device: of each parameter only this process's part is kept.
+"""Weights for a model that was built on the meta device: each process keeps only its part of each parameter.
 
-A 7B model in float32 is 29 GB, which the eight processes of a machine need not hold eight times to keep a
-share each: parallelism is applied to a model without memory, and then one whole parameter at a time is made
-or read.
+A 7B model in float32 takes 29 GB. So that the eight processes of a machine need not each hold all of it,
+parallelism is applied to a model without memory, and then one whole parameter at a time is generated or read.
 """
 
 from __future__ import annotations
@@ -21,27 +20,27 @@ from xverse.formats.directory import read_scheme
 from xverse.formats.mapped import release
 from xverse.model import XverseConfig, XverseForCausalLM, init_parameter
 
-Weights = Iterable[tuple[str, Tensor]]  # whole parameters by name, in turn
+Weights = Iterable[tuple[str, Tensor]]  # whole parameters by name, one at a time
 
 
 def empty_model(config: XverseConfig) -> XverseForCausalLM:
-    """A model on the meta device: shapes, and no memory."""
+    """A model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return XverseForCausalLM(config)
 
 
 def initial_weights(config: XverseConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """What ``init_weights`` gives a model on the CPU, float32, one parameter at a time."""
+    """The values of ``init_weights`` on the CPU, float32, one parameter at a time."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in empty_model(config).named_parameters():
         yield name, init_parameter(torch.empty(parameter.shape), name, config, generator)
 
 
 def stored_model(source: Path) -> tuple[XverseForCausalLM, Weights]:
-    """The model of a directory on the meta device, and its tensors: mapped files, of which no more is read
-    than is used. Raises UserError as ``load_model`` does, and for quantised weights."""
+    """The model of a directory on the meta device, and its tensors as mapped files, of which only the parts
+    in use are read. Raises UserError as ``load_model`` does, and for quantised weights."""
     if read_scheme(source) is not None:
-        raise UserError(f"{source}: its weights are quantised; training begins with those they were made of")
+        raise UserError(f"{source}: its weights are quantised; train the model that they were quantised from")
     model = load_model(source)
     return empty_model(model.config), _given_back(model)
 
@@ -56,34 +55,34 @@ def _given_back(model: XverseForCausalLM) -> Iterator[tuple[str, Tensor]]:
 def materialise(
     model: nn.Module, modules: Sequence[nn.Module], weights: Weights, device: torch.device
 ) -> None:
-    """Give ``model`` on the meta device, sharded or not, its memory on ``device`` and its values, in place.
+    """Allocate a ``model`` from the meta device, sharded or not, on ``device`` and fill it, in place.
 
-    ``modules`` together hold all of its parameters; those under FSDP must be told by the module it wraps.
-    ``weights`` may have others too, such as those of other stages of a pipeline; where there are none at all,
-    all values are still to be read from a checkpoint.
+    ``modules`` together hold all of its parameters; under FSDP they must be the modules that it wraps.
+    ``weights`` may include others, such as those of other pipeline stages. If it is empty, the values remain
+    to be read from a checkpoint.
     """
     for module in modules:
         module.to_empty(device=device)
     parameters = dict(model.named_parameters())
-    found = set()
+    filled = set()
     for name, tensor in weights:
         if name in parameters:
             put(tensor, parameters[name])
-            found.add(name)
-    assert not found or found == parameters.keys(), f"no weights for {parameters.keys() - found}"
+            filled.add(name)
+    assert not filled or filled == parameters.keys(), f"no weights for {parameters.keys() - filled}"
 
 
 @torch.no_grad()
 def put(tensor: Tensor, parameter: Tensor) -> None:
-    """Copy of a whole ``tensor`` what ``parameter`` holds of it."""
+    """Copy into ``parameter`` its part of a whole ``tensor``."""
     offset, local = held(parameter)
     part = tuple(slice(first, first + size) for first, size in zip(offset, local.shape, strict=True))
     local.copy_(tensor[part])
 
 
 def held(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    """What this process has of a tensor that may be sharded, sharing its memory, and where that begins in the
-    whole."""
+    """Of a tensor that may be sharded: the offset of this process's part in the whole, and the part, which
+    shares its memory."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim(), tensor
     box = tensor.shape, tensor.device_mesh, tensor.placements

@@ -1,4 +1,5 @@
-"""How much memory a step takes, before it is taken, and how much it took."""
+"""The predicted memory of a training step, from what autograd keeps of one layer; refuses what does not
+fit."""
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ def predicted_memory(
 def kept_bytes(
     shape: XverseConfig, config: TrainConfig, rows: int, length: int, device: str
 ) -> tuple[int, int]:
-    """Bytes of activations, and of weights in the computing dtype, that are kept for the backward pass: of
-    all layers, and of one."""
+    """Bytes of activations and of weights in the compute dtype that are kept for the backward pass of
+    ``rows`` × ``length`` tokens: for all layers, and for one."""
     kept: dict[str, Any] = {
         "dtype": config.dtype,
         "activation_checkpointing": config.activation_checkpointing,
@@ -78,7 +79,9 @@ def _kept(
             context = FullCausal(rows, length, device)
         with torch.device(device):
             model = XverseForCausalLM(shape)
-        if config.parallel == "fsdp" and config.dtype == "bfloat16":  # gathered in it, so never cast
+        if (
+            config.parallel == "fsdp" and config.dtype == "bfloat16"
+        ):  # FSDP gathers bfloat16, so nothing is cast
             for module in model.model.layers.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, name, torch.nn.Parameter(parameter.to(torch.bfloat16)))
@@ -93,7 +96,7 @@ def _kept(
 
 
 class _Alive(TorchDispatchMode):
-    """Which storages the operations under it have made."""
+    """Records the storages that operations under it allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        taken = {  # views share them; parameters' are no activations
+        taken = {  # views share storages; parameters are not activations
             leaf.untyped_storage()._cdata
             for leaf in tree_leaves((args, kwargs))
             if isinstance(leaf, torch.Tensor)
@@ -118,7 +121,7 @@ class _Alive(TorchDispatchMode):
 
 
 def announce(world: World, shape: XverseConfig, config: TrainConfig, length: int) -> None:
-    """Say what a run will take. Raises UserError, before anything is allocated, where it does not fit."""
+    """Print the prediction of a run. Raises UserError, before anything is allocated, if it does not fit."""
     available = available_memory(world.device)
     predicted = check_memory(shape, config, length, world.size, world.device.type, available)
     parts = ", ".join(f"{kind} {size / 1e6:,.0f}" for kind, size in predicted.items())
@@ -137,24 +140,24 @@ def check_memory(
     device: str = "cpu",
     available: int | None = None,
 ) -> dict[str, int]:
-    """The prediction; raises UserError that names settings which would fit where it is above ``available``
-    bytes (None: nobody knows)."""
+    """The prediction. Raises UserError, which names settings that fit, if it exceeds ``available`` bytes
+    (None: unknown)."""
     predicted = predicted_memory(shape, config, length, processes, device)
     needed = sum(predicted.values())
     if available is None or needed <= available or not config.check_memory:
         return predicted
-    found = next(_fitting(shape, config, length, processes, device, available), "")
-    advice = f"it would fit with {found}" if found else "no setting here makes it fit: take a smaller shape"
+    fitting = next(_fitting(shape, config, length, processes, device, available), "")
+    advice = f"it fits with {fitting}" if fitting else "no setting makes it fit: use a smaller shape"
     raise UserError(
-        f"one process would take {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; "
-        f"{advice} (train.check_memory: false goes on all the same)"
+        f"one process needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; "
+        f"{advice} (train.check_memory: false skips this check)"
     )
 
 
 def _fitting(
     shape: XverseConfig, config: TrainConfig, length: int, processes: int, device: str, available: int
 ) -> Iterator[str]:
-    """Settings that fit, the least costly first; each is tried with those before it."""
+    """Settings that fit, the least costly first; each is combined with those before it."""
     changed: dict[str, Any] = {}
     steps: list[dict[str, Any]] = []
     layout = layout_of(config, processes, shape, length)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: loss, speed against its bound, where the time goes, and the time left."""
+"""Progress of a run on the console: loss, speed beside its bound, where the time goes, and time left."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from xverse.train.settings import TrainConfig
 
 
 class Meter:
-    """Speed, and what a person sees of it: a bar in a terminal, a line now and then elsewhere.
+    """Measures speed and shows it: a bar in a terminal, a line every ``log_every`` steps elsewhere.
 
-    ``began`` is when this process began the run (``time.perf_counter``), from which goodput counts.
+    ``began`` is when this process started the run (``time.perf_counter``); goodput counts from there.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Meter:
         self._began = self._start if began is None else began
         self._spent = self._waited = 0.0
         self._tokens = 0
-        self._exposed: float | None = None  # share of the step that was profiled last
+        self._exposed: float | None = None  # share of the last profiled step
 
     def __enter__(self) -> Meter:
         self._bar.start()
@@ -45,16 +45,16 @@ class Meter:
         self._bar.stop()
 
     def forget_time(self) -> None:
-        """Leave what happened since the last step (validation, a checkpoint) out of the speed."""
+        """Exclude the time since the last step (validation, a checkpoint) from the speed."""
         self._last = time.perf_counter()
 
     def exposed(self, share: float) -> None:
-        """Of a step's time went ``share`` into communication that nothing hid."""
+        """Record the share of a profiled step's time that was exposed communication."""
         self._exposed = share
 
     def step(self, step: int, loss: float, tokens: int, length: int, waited: float) -> dict[str, float]:
-        """A step of ``tokens`` in sequences of ``length`` has counted, after ``waited`` seconds for its data;
-        returns its figures. TFLOP/s are those of one device."""
+        """Record a step of ``tokens`` in sequences of ``length`` that waited ``waited`` seconds for its data;
+        returns its figures. TFLOP/s are per device."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._spent += seconds

@@ -22,7 +22,7 @@ def make_adamw(
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """What the recipe asks for."""
+    """The optimizer of the recipe."""
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw" and config.optimizer_dtype == "float32":
         return make_adamw(model, weight_decay=config.weight_decay, betas=betas)
@@ -44,7 +44,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 def _groups(
     model: nn.Module, muon: bool
 ) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """The layers' matrices (where Muon is wanted), what else is decayed, and what is not."""
+    """The layers' matrices (for Muon), other decayed parameters, and parameters without decay."""
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -64,13 +64,13 @@ _PART = 2**20  # values of a tensor that AdamW updates at a time
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the groups that say so, AdamW for the others, both with states in ``state_dtype``.
+    """Muon for the groups with ``muon``, AdamW for the others, both with states in ``state_dtype``.
 
     Muon (Jordan et al., 2024): the momentum, orthogonalised by Newton-Schulz; scaled by 0.2 · sqrt(max(rows,
     columns)) as in Moonlight (Liu et al., 2025, arXiv:2502.16982), so that AdamW's learning rate and decay
-    fit. Of a sharded matrix every process orthogonalises the whole. States in bfloat16 are rounded
-    stochastically: rounded to nearest, a slow moving average would stand still. The random bits are a
-    function of (step, parameter, shard), so that a resumed run rounds alike, and so do copies of a shard.
+    apply. Every process orthogonalises the whole of a sharded matrix. States in bfloat16 are rounded
+    stochastically, since rounding to nearest would freeze a slow moving average. The random bits are a
+    function of (step, parameter, shard), so that a resumed run and copies of a shard round alike.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class MuonAdamW(torch.optim.Optimizer):
         step = float(state["step"])
         flat = [local(x).view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
         flat.append(local(parameter.grad).reshape(-1))  # type: ignore[arg-type]
-        # A part at a time: what is computed with in passing is as large as four parts.
+        # In parts, because the temporaries take four times the memory of a part.
         for weight, average, square, gradient in zip(*(x.split(_PART) for x in flat), strict=True):
             first = average.float().lerp(gradient, 1 - beta1)
             second = square.float().mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -139,8 +139,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
-    """About U Vᵀ of ``matrix`` [R, C] = U S Vᵀ, its singular values brought near 1 by the quintic
-    Newton-Schulz iteration of Jordan et al. (2024), computed in ``dtype``."""
+    """Approximately U Vᵀ of ``matrix`` [R, C] = U S Vᵀ, in its dtype: the quintic Newton-Schulz iteration of
+    Jordan et al. (2024), computed in ``dtype``, brings the singular values near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.to(dtype)
     if matrix.shape[0] > matrix.shape[1]:
@@ -153,7 +153,8 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int =
 
 
 def store(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
-    """Put float32 ``value`` into ``target``; into bfloat16 rounded up or down at random, right on average."""
+    """Store float32 ``value`` in ``target`` of the same shape; bfloat16 is rounded stochastically
+    (unbiased)."""
     if target.dtype != torch.bfloat16:
         target.copy_(value)
         return
@@ -164,12 +165,12 @@ def store(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be sharded, sharing its memory."""
+    """This process's part of a tensor that may be sharded; it shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_number(tensor: Tensor) -> int:
-    """Which part of a tensor this process has; equal for copies of one part."""
+    """The number of this process's part of a tensor; equal for copies of one part."""
     number = 0
     if isinstance(tensor, DTensor):
         for dim, placement in enumerate(tensor.placements):
@@ -180,7 +181,7 @@ def shard_number(tensor: Tensor) -> int:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of a step, by the recipe's schedule."""
+    """The learning rate of a step, by the recipe's schedule."""
     shape = {
         "peak": config.learning_rate,
         "warmup_steps": config.warmup_steps,

@@ -1,7 +1,7 @@
 """Several processes: DDP, or any mesh of pipeline, FSDP2, context and tensor parallelism, around the model.
 
-torchrun starts the processes. Collectives of the loop's own (counts, losses, agreements) go over a gloo group
-of their own, and so do those of checkpoints, which run in a thread beside the loop's.
+torchrun starts the processes. The loop's own collectives (counts, losses, decisions) use a separate gloo
+group, and so do those of checkpoints, which run in a thread beside the loop.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Parallel = Literal["none", "ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run and this one's place among them. Its collectives are for small values."""
+    """The processes of a run and this process's rank. The collectives are for small values."""
 
     rank: int = 0
     size: int = 1
@@ -64,12 +64,13 @@ class World:
         return total.tolist()
 
     def first(self, problem: str) -> str:
-        """What the first process says that says anything, everywhere; an empty string where none does."""
+        """The non-empty ``problem`` of the lowest rank, in every process; an empty string if there is
+        none."""
         (some,) = self.sum(bool(problem))
         return next(text for text in self.gathered(problem) if text) if some else ""
 
     def agreed(self, value: Any) -> Any:
-        """What process 0 has; any picklable value."""
+        """Process 0's value, in every process; any picklable value."""
         if self.size == 1:
             return value
         box = [value]
@@ -77,7 +78,7 @@ class World:
         return box[0]
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each process has, by rank; any picklable value."""
+        """The values of all processes, by rank; any picklable value."""
         if self.size == 1:
             return [value]
         box = [None] * self.size
@@ -85,21 +86,25 @@ class World:
         return box
 
     def say(self, text: str) -> None:
-        """A notice, once for all processes."""
+        """Print a notice in process 0 only."""
         if self.rank == 0:
             notice(text)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """A barrier."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
 
 def add_up(total: Tensor, rank: int, size: int, group: Any) -> None:
     """Sum ``total`` over the processes of a group, in place, by recursive doubling (Thakur et al., 2005): in
-    log2(size) rounds each process exchanges its sum with another. Gloo's own reduction of small tensors is a
-    ring of 2 · (size - 1) messages, one after the other (benchmarks/scale.md)."""
-    doubled = 1 << (size.bit_length() - 1)  # the largest power of two; those beyond it have a proxy
+    log2(size) rounds each process exchanges its sum with another.
+
+    Not dist.all_reduce: gloo reduces small tensors in a ring of 2 · (size - 1) sequential messages, 2,046 at
+    1,024 processes, three times a step (benchmarks/scale.md); and another order of summation would change
+    recorded losses in their last bits.
+    """
+    doubled = 1 << (size.bit_length() - 1)  # the largest power of two; each rank beyond it has a proxy
     other = torch.empty_like(total)
     if rank >= doubled:
         group.send([total], rank - doubled, 0).wait()
@@ -124,9 +129,9 @@ ALONE = World()
 
 @contextlib.contextmanager
 def world_of(parallel: Parallel) -> Iterator[World]:
-    """Join the processes that torchrun started; yields the place among them, and leaves at the end.
+    """Join the processes that torchrun started; yields this process's ``World`` and leaves at the end.
 
-    Raises UserError where ``parallel`` and the number of processes do not go together.
+    Raises UserError where ``parallel`` does not fit the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if parallel == "none":
@@ -144,7 +149,7 @@ def world_of(parallel: Parallel) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # The watchdog ends a hung run long before; collectives must outlast a slow evaluation on process 0.
+    # The watchdog ends a hung run much earlier; collectives must outlast a slow evaluation on process 0.
     patience = datetime.timedelta(hours=4)
     store, rank, size = fresh_store(patience)
     dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
@@ -155,11 +160,11 @@ def world_of(parallel: Parallel) -> Iterator[World]:
         dist.new_group(backend="gloo", timeout=patience),
         dist.new_group(backend="gloo", timeout=patience),
     )
-    dist.destroy_process_group()  # not after an error: it could wait for a process that has died
+    dist.destroy_process_group()  # not after an error: it might wait for a dead process
 
 
 class _Loss(nn.Module):
-    """DDP reduces the gradients of what ran inside its own forward pass."""
+    """The loss as a module, since DDP reduces the gradients of what ran inside its own forward pass."""
 
     def __init__(self, model: XverseForCausalLM) -> None:
         super().__init__()
@@ -171,8 +176,8 @@ class _Loss(nn.Module):
 
 @dataclass
 class Replica:
-    """How this process computes losses and gradients: ``model`` itself (in a mesh its part of it), behind DDP
-    where there is one. Gradients are summed over processes, not averaged."""
+    """How this process computes losses and gradients: ``model`` (in a mesh this process's part), wrapped in
+    DDP if ``ddp`` is set. Gradients are summed over processes, not averaged."""
 
     model: XverseForCausalLM
     world: World = ALONE
@@ -182,7 +187,7 @@ class Replica:
     pipeline: Pipeline | None = None
 
     def rows(self, batch_size: int) -> tuple[int, int]:
-        """First and last + 1 of this process's rows of a batch; others may have the same."""
+        """First and last + 1 of this process's rows of a batch; other processes may share them."""
         share, place = batch_size // self.layout.data, self.layout.place(self.world.rank)[1]
         return place * share, (place + 1) * share
 
@@ -193,21 +198,22 @@ class Replica:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that counts its rows."""
+        """Whether this process is the one that counts the targets of its rows."""
         pipeline, _, context, tensor = self.layout.place(self.world.rank)
         return pipeline == context == tensor == 0
 
     def backward(
         self, rows: Sequence[Tensor], count: float, config: TrainConfig, last: bool = True
     ) -> Tensor:
-        """Add the gradients of these rows' loss, divided by ``count``; returns this process's part of the
-        loss, detached. ``rows`` are tokens, targets and document ids [B, T] each; through a pipeline they are
-        a whole batch, otherwise one micro-batch. Before the ``last`` DDP keeps its gradients to itself."""
+        """Accumulate the gradients of the rows' loss, divided by ``count``; returns this process's part of
+        the loss, float32 [], detached. ``rows`` are tokens, targets and document ids, int [B, T] each: a
+        whole batch in a pipeline, otherwise one micro-batch. DDP reduces gradients only after the
+        ``last``."""
         tokens, targets, document_ids = rows
         layout = self.layout
-        # What DDP and FSDP divide by when they add up.
+        # DDP and FSDP divide by this when they reduce.
         scale = layout.data * layout.context / count
-        speaks = layout.place(self.world.rank)[3] == 0  # the loss is whole in each process of a tensor group
+        reports = layout.place(self.world.rank)[3] == 0  # the loss is whole in each process of a tensor group
         if self.ring is not None:
             tokens, targets = self.ring.columns(tokens), self.ring.columns(targets)
         if self.pipeline is not None:
@@ -215,16 +221,16 @@ class Replica:
             loss = self.pipeline.backward(
                 tokens, targets, document_ids, micro=micro, scale=scale, z_loss=config.z_loss
             )
-            return loss * speaks
+            return loss * reports
         inputs = (tokens, targets, context_maker(config.compile, self.ring)(document_ids), config.z_loss)
         with contextlib.nullcontext() if self.ddp is None or last else self.ddp.no_sync():
             loss = self.model.loss(*inputs) if self.ddp is None else self.ddp(*inputs)
             (loss * scale).backward()
-        return loss.detach() * speaks
+        return loss.detach() * reports
 
     @torch.no_grad()
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor) -> Tensor:
-        """Sum of the token losses of whole rows, in every process; all processes call it alike."""
+        """Sum of the token losses of int [B, T] rows, float32 [], in every process; all processes call it."""
         if self.ring is not None:
             tokens, targets = self.ring.columns(tokens), self.ring.columns(targets)
         if self.pipeline is not None:
@@ -236,14 +242,14 @@ class Replica:
         return total
 
     def settle(self) -> None:
-        """After a forward pass without a backward pass: FSDP has left parts gathered."""
+        """Free the parameters that FSDP leaves gathered after a forward pass without a backward pass."""
         if self.pipeline is not None:
             self.pipeline.settle()
         elif isinstance(self.model, FSDPModule):
             self.model.reshard()
 
     def clip(self, most: float) -> float:
-        """Scale the gradient down to norm ``most``, if it is above; returns the norm it had, everywhere."""
+        """Clip the gradient to norm ``most``; returns the norm before, in every process."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if self.layout.processes == 1 or self.ddp is not None:
             return torch.nn.utils.clip_grad_norm_(parameters, most).item()
@@ -253,7 +259,9 @@ class Replica:
             copies.append(self.world.size // self.layout.pipeline // parts(parameter))
             if isinstance(parameter, DTensor):
                 assert isinstance(gradient, DTensor)
-                if gradient.placements != parameter.placements:  # of norms: the part of this process's tokens
+                if (
+                    gradient.placements != parameter.placements
+                ):  # of norm weights: partial sums over this process's tokens
                     gradient = gradient.redistribute(placements=parameter.placements)
                     parameter.grad = gradient
                 gradient = gradient.to_local()
@@ -267,7 +275,7 @@ class Replica:
 
 
 def parts(tensor: Tensor) -> int:
-    """Into how many different parts a tensor is divided."""
+    """Into how many distinct parts a tensor is sharded."""
     if not isinstance(tensor, DTensor):
         return 1
     sizes = [tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if not p.is_replicate()]
@@ -277,12 +285,12 @@ def parts(tensor: Tensor) -> int:
 def distribute(
     model: XverseForCausalLM, config: TrainConfig, world: World, weights: Weights | None = None
 ) -> Replica:
-    """Put ``model`` (equal in all processes) on this process's device and share its work, in place.
+    """Move ``model`` (equal in all processes) to this process's device and parallelise it, in place.
 
-    In this order: the pipeline's stages, tensors and sequence, recomputation and compiling of layers, FSDP2
-    (or DDP), context. A model on the meta device then gets this process's parts of ``weights``, so that the
-    whole is nowhere in memory; without weights it stays there. Raises UserError for a layout that does not go
-    with the model or the processes.
+    The order is: pipeline stages, tensor and sequence parallelism, FP8, activation checkpointing and
+    compiling, FSDP2 (or DDP). A model on the meta device then gets this process's parts of ``weights``, so
+    that no process holds the whole model; without weights it stays on meta. Raises UserError for a layout
+    that does not fit the model or the processes.
     """
     _same_devices(world)
     layout = layout_of(config, world.size, model.config)
@@ -338,8 +346,8 @@ def _fill(
 
 
 def _shard(model: XverseForCausalLM, roots: Sequence[nn.Module], mesh: DeviceMesh, dtype: str) -> None:
-    """FSDP2, layer by layer, each gathered while the one before it computes; with ``dtype`` bfloat16 they are
-    gathered in it, and their gradients are summed in float32. Over two dimensions it is HSDP."""
+    """FSDP2 layer by layer; each layer is gathered while the previous one computes. With ``dtype`` bfloat16
+    layers are gathered in bfloat16 and gradients reduced in float32. A two-dimensional ``mesh`` is HSDP."""
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if dtype == "bfloat16" else MixedPrecisionPolicy()
     for root in roots:
@@ -361,8 +369,8 @@ def _ring(layout: Layout, world: World) -> Ring | None:
 
 
 def _same_devices(world: World) -> None:
-    """Raises UserError where processes compute on devices of different kinds: all would wait for the slowest,
-    and round differently."""
+    """Raises UserError where processes compute on different kinds of devices: all would wait for the slowest,
+    and they round differently."""
     if world.size == 1:
         return
     cuda = world.device.type == "cuda"
@@ -375,23 +383,23 @@ def _same_devices(world: World) -> None:
 
 
 def different_kinds(kinds: Sequence[str]) -> str:
-    """What is wrong with a run on these devices, by rank, or an empty string."""
+    """Why a run cannot use these devices (by rank), or an empty string."""
     if len(set(kinds)) < 2:
         return ""
     ranks = {
         kind: [rank for rank, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)
     }
-    says = [f"{len(some)} on {kind} (rank {some[0]}…)" for kind, some in ranks.items()]
+    groups = [f"{len(some)} on {kind} (rank {some[0]}…)" for kind, some in ranks.items()]
     most = max(ranks, key=lambda kind: len(ranks[kind]))
     return (
-        f"{len(kinds)} processes are on devices of different kinds: {', '.join(says)}; "
+        f"{len(kinds)} processes are on devices of different kinds: {', '.join(groups)}; "
         f"the nearest that works: the {len(ranks[most])} on {most} alone"
     )
 
 
 def whole(model: XverseForCausalLM, world: World = ALONE) -> XverseForCausalLM:
-    """``model``, or where it is shared out a copy with all its tensors, on the CPU of process 0; in the
-    others it is on the meta device. Every process calls it."""
+    """``model`` itself if it is not sharded, otherwise a copy with all tensors on the CPU of process 0 and on
+    the meta device in the others. Every process calls it."""
     copied = empty_model(copy.deepcopy(model.config))
     mine = dict(model.named_parameters())
     if mine.keys() == copied.state_dict().keys() and not any(isinstance(p, DTensor) for p in mine.values()):
@@ -411,5 +419,5 @@ def whole(model: XverseForCausalLM, world: World = ALONE) -> XverseForCausalLM:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded. Every process calls it."""
+    """The whole of a tensor that may be sharded. Every process calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

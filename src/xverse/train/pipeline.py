@@ -1,4 +1,4 @@
-"""Pipeline parallelism: the layers over several processes, interleaved (Narayanan et al., 2021,
+"""Pipeline parallelism: the layers divided over several processes, interleaved (Narayanan et al., 2021,
 arXiv:2104.04473), by torch.distributed.pipelining."""
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from xverse.train.tensor import head_loss
 
 
 def keep_stages(model: XverseForCausalLM, place: int, layout: Layout) -> None:
-    """Drop all of ``model`` but what process ``place`` of the pipeline computes; names stay. Stage s, a run
-    of layers, is process s mod n's; the first one has the embedding, the last one norm and head."""
+    """Remove from ``model`` all that process ``place`` of the pipeline does not compute; names stay. Stage s,
+    a run of layers, belongs to process s mod n; the first has the embedding, the last norm and head."""
     kept = {i for s in range(place, layout.stages, layout.pipeline) for i in _layers(model, s, layout)}
     for i in set(range(model.config.num_hidden_layers)) - kept:
-        del model.model.layers._modules[str(i)]  # `del layers[i]` would number the others anew
+        del model.model.layers._modules[str(i)]  # `del layers[i]` would renumber the others
     if place > 0:
         del model.model.embed_tokens
     if place < layout.pipeline - 1:
@@ -34,9 +34,10 @@ def _layers(model: XverseForCausalLM, stage: int, layout: Layout) -> range:
 
 
 class Stage(nn.Module):
-    """A run of layers: tokens or hidden states to hidden states or, at the end, to the loss times ``scale``.
+    """A run of layers. The first stage takes tokens int64 [B, T], the others hidden states [B, T, D]; the
+    last returns the loss times ``scale``, float32 [], the others hidden states.
 
-    Each stage makes its attention context from the row's documents, which all processes have.
+    Each stage builds its attention context from ``document_ids`` [B, T], which all processes have.
     """
 
     def __init__(
@@ -57,19 +58,20 @@ class Stage(nn.Module):
         self.scale, self.z_loss = 1.0, 0.0
 
     def forward(self, x: Tensor, targets: Tensor, document_ids: Tensor) -> Tensor:
+        """``x``: tokens or hidden states; ``targets`` int64 [B, T]."""
         context = self.context(document_ids)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)  # [B, T, D]
         rope = self.rope(context, x.dtype)
         for layer in self.layers:
-            x = layer(x, rope, context)
+            x = layer(x, rope, context)  # [B, T/tensor, D]
         if self.norm is None or self.lm_head is None:
             return x
         return head_loss(self.lm_head, self.norm(x), targets, self.z_loss) * self.scale
 
 
 class Pipeline:
-    """The stages of this process, and how batches go through all of them."""
+    """The stages of this process, and the schedule of batches through all stages."""
 
     def __init__(self, stages: list[Stage], group: dist.ProcessGroup, layout: Layout, hidden: int) -> None:
         self.stages, self._group, self._layout, self._hidden = stages, group, layout, hidden
@@ -87,8 +89,8 @@ class Pipeline:
         scale: float,
         z_loss: float,
     ) -> Tensor:
-        """Add ``scale`` · the loss's gradients to what there is; returns the loss of the rows, unscaled and
-        detached, in the last process, and 0 in the others. ``micro`` rows go through at a time."""
+        """Accumulate ``scale`` · the loss's gradients of int64 [B, T] each, ``micro`` rows at a time; returns
+        the loss, float32 [], unscaled and detached, in the last process, and 0 in the others."""
         for stage in self.stages:
             stage.scale, stage.z_loss = scale, z_loss
         losses: list[Tensor] = []
@@ -108,7 +110,7 @@ class Pipeline:
 
     @torch.no_grad()
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor) -> Tensor:
-        """The loss, in all processes of the pipeline; one stage after the other."""
+        """The loss, float32 [], of int64 [B, T] each in all processes, one stage after the other."""
         shape = self._shape(len(tokens), tokens)
         x = tokens
         mine = iter(self.stages)
@@ -128,12 +130,13 @@ class Pipeline:
         return total
 
     def settle(self) -> None:
+        """Free the parameters that FSDP left gathered after ``loss``."""
         for stage in self.stages:
             if isinstance(stage, FSDPModule):
                 stage.reshard()
 
     def _shape(self, rows: int, tokens: Tensor) -> tuple[int, ...]:
-        """Of what goes from stage to stage: a share of the sequence each."""
+        """Shape of the hidden states between stages: [rows, T/tensor, D]."""
         return rows, tokens.shape[1] // self._layout.tensor, self._hidden
 
     def _schedule(self, batches: int, micro: int, tokens: Tensor) -> ScheduleInterleaved1F1B:

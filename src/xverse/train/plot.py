@@ -16,8 +16,7 @@ Figures = list[tuple[int, dict[str, float]]]
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of ``metrics.jsonl``, in order of steps.
 
-    Where a run went back to a checkpoint, what it does again replaces what was recorded from that step on;
-    a line that was cut off is passed over.
+    After a rollback the repeated steps replace the records from that step on; a truncated line is ignored.
     """
     records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -25,7 +24,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        # Others stand beside the record of their step, or say from which step a run goes on.
+        # Other records accompany that of their step, or note from which step a run resumes.
         trained = "loss" in record or "skipped" in record
         while records and records[-1]["step"] >= record["step"] + (not trained):
             records.pop()
@@ -36,7 +35,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def plot_loss(out: Path, title: str, validation: str = "nats per token") -> Path | None:
     """Draw ``out/loss.png`` from ``out/metrics.jsonl``; ``validation`` is the unit of its figures.
 
-    Returns None where matplotlib is not installed or nothing is recorded.
+    Returns None if matplotlib is not installed or nothing is recorded.
     """
     try:  # not pyplot, which would open windows and change a notebook's backend
         matplotlib = need("matplotlib.figure", "track", "the loss curve")
@@ -72,7 +71,7 @@ def plot_loss(out: Path, title: str, validation: str = "nats per token") -> Path
 
 
 def _draw_validation(panel: Any, valid: Figures) -> None:
-    """One line for each figure. Of many only the first ("all"), the highest and the lowest are named."""
+    """One line for each figure. Of many, only the first ("all"), the highest and the lowest are labelled."""
     last = valid[-1][1]
     first, *others = last
     ranked = sorted(others, key=lambda name: last[name], reverse=True)

@@ -1,36 +1,35 @@
-"""Before the first step: what each process reaches, and which of them is slower than the others."""
+"""The check before the first step: how fast each process is, and which are slower than the others."""
 
 from __future__ import annotations
 
-import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from xverse import hardware
 from xverse.config import UserError
 from xverse.train.parallel import World
 
 EXIT_SLOW = 69  # EX_UNAVAILABLE of sysexits.h
-SECONDS = 0.15  # of each measurement, after one call to warm up
+SECONDS = 0.15  # at least, of each measurement
 MEASURES = {"matmul": "FLOP/s", "memory": "B/s", "exchange": "B/s"}
 
 
 class SlowProcess(UserError):
-    """A process is slower than the others; the scheduler is to replace its node."""
+    """A process is slower than the others; the scheduler should replace its node."""
 
     exit_code = EXIT_SLOW
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one process reached: ``matmul`` in FLOP/s in the dtype of the run, ``memory`` in bytes/s read,
-    ``exchange`` in bytes/s to and from the better of its two neighbours (0 where it is alone)."""
+    """What one process measured: ``matmul`` in FLOP/s in the run's dtype, ``memory`` in bytes/s read,
+    ``exchange`` in bytes/s to and from the faster of its two neighbours (0 without neighbours)."""
 
     rank: int
     host: str
@@ -45,23 +44,15 @@ class Reading:
 
 
 def measure(world: World, dtype: str) -> tuple[list[Reading], float]:
-    """The readings of all processes, by rank, and the seconds of one all-reduce of 16 MiB (of 256 on a GPU).
-    Every process calls it. ``XVERSE_PREFLIGHT_REPEAT=RANK:N`` makes a process compute and read everything
-    N times, so that the check itself can be checked."""
+    """The readings of all processes, by rank, and the seconds of one all-reduce of 16 MiB (256 on a GPU).
+    Every process calls it."""
     gpu = world.device.type == "cuda"
-    rank, _, times = os.environ.get("XVERSE_PREFLIGHT_REPEAT", "-1:1").partition(":")
-    repeat = int(times) if int(rank) == world.rank else 1
     sides = (8192, 8192, 8192) if gpu else (512, 2048, 2048)
-    kind = getattr(torch, dtype)
-    left = torch.randn(sides[0], sides[1], device=world.device).to(kind)  # [rows, inner]
-    right = torch.randn(sides[1], sides[2], device=world.device).to(kind)  # [inner, columns]
-    out = torch.empty(sides[0], sides[2], dtype=kind, device=world.device)  # [rows, columns]
     world.wait()
-    each = _seconds(lambda: torch.matmul(left, right, out=out), repeat, world.device)
-    matmul = 2 * sides[0] * sides[1] * sides[2] / each
+    matmul = hardware.matmul_flops(getattr(torch, dtype), *sides, world.device, SECONDS, best=True)
     buffer = torch.ones((2**31 if gpu else 2**27) // 4, device=world.device)
     world.wait()
-    memory = buffer.numel() * 4 / _seconds(buffer.sum, repeat, world.device)
+    memory = hardware.read_bandwidth(buffer, seconds=SECONDS, best=True)
     message = buffer[: (2**28 if gpu else 2**24) // 4].clone()
     exchange = max((_exchange(message, other, world) for other in _neighbours(world)), default=0.0)
     start = time.perf_counter()
@@ -77,7 +68,7 @@ def measure(world: World, dtype: str) -> tuple[list[Reading], float]:
 
 
 def slow(readings: list[Reading], share: float) -> list[str]:
-    """Which processes reach less than ``share`` of the median of all, and of what; one line each."""
+    """One line for each process and measure below ``share`` of the median."""
     lines = []
     for measure_, unit in MEASURES.items():
         middle = statistics.median(getattr(reading, measure_) for reading in readings)
@@ -92,9 +83,9 @@ def slow(readings: list[Reading], share: float) -> list[str]:
 
 
 def check(world: World, mode: str, share: float, dtype: str) -> dict[str, Any]:
-    """Measure, say it, and name what is slow; returns what was found, for the records.
+    """Measure, print the figures and name slow processes; returns the figures for the records.
 
-    Raises SlowProcess in all processes where one is slow and ``mode`` is "stop".
+    Raises SlowProcess in all processes if one is slow and ``mode`` is "stop".
     """
     start = time.perf_counter()
     readings, all_reduce = measure(world, dtype)
@@ -108,16 +99,16 @@ def check(world: World, mode: str, share: float, dtype: str) -> dict[str, Any]:
     world.say(f"pre-flight check ({time.perf_counter() - start:.1f} s): {figures}")
     lines = slow(readings, share)
     if lines and mode == "stop":
-        raise SlowProcess(f"pre-flight check: {'; '.join(lines)}; take it out, or set train.preflight: warn")
+        raise SlowProcess(f"pre-flight check: {'; '.join(lines)}; remove it, or set train.preflight: warn")
     for line in lines:
         world.say(f"WARNING: pre-flight check: {line}")
     return {"readings": [asdict(reading) for reading in readings], "all_reduce": all_reduce, "slow": lines}
 
 
 def _neighbours(world: World) -> list[int]:
-    """With whom this process exchanges, in the two rounds in which all pairs are apart; -1 for nobody.
+    """This process's partners in two rounds of disjoint pairs; -1 for none.
 
-    A process slows its partners too, but each of these has another neighbour, whose figure counts.
+    A slow process slows its partners too, but each of them has another partner, whose figure counts.
     """
     if world.size == 1:
         return []
@@ -127,7 +118,8 @@ def _neighbours(world: World) -> list[int]:
 
 
 def _exchange(message: torch.Tensor, other: int, world: World) -> float:
-    """Bytes a second, both ways together, with process ``other``; 0 without one. All processes call it."""
+    """Bytes per second, both directions together, with rank ``other``; 0 if negative. All processes call
+    it."""
     world.wait()
     if other < 0:
         return 0.0
@@ -141,21 +133,6 @@ def _exchange(message: torch.Tensor, other: int, world: World) -> float:
         _settle(world.device)
         best = min(best, time.perf_counter() - start)
     return 2 * message.numel() * message.element_size() / best
-
-
-def _seconds(action: Callable[[], Any], repeat: int, device: torch.device) -> float:
-    """Of ``repeat`` calls: the best of those that fit into SECONDS, of five at least, so that what another
-    program does for a moment makes no process slow."""
-    action()
-    _settle(device)
-    best, count, began = float("inf"), 0, time.perf_counter()
-    while count < 5 or time.perf_counter() - began < SECONDS:
-        start = time.perf_counter()
-        for _ in range(repeat):
-            action()
-        _settle(device)
-        best, count = min(best, time.perf_counter() - start), count + 1
-    return best
 
 
 def _settle(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from xverse.formats import load_tokenizer, resolve, save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train.float8 import check_float8
-from xverse.train.loop import TrainConfig, fit
+from xverse.train.loop import Hooks, TrainConfig, fit
 from xverse.train.materialise import Weights, empty_model, initial_weights, stored_model
 from xverse.train.memory import announce
 from xverse.train.parallel import Replica, World, whole, world_of
@@ -33,7 +33,8 @@ from xverse.train.validate import bits_per_byte
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Benchmarks that are scored whenever the run validates: ``limit`` questions of each subject."""
+    """Benchmarks scored whenever the run validates: ``limit`` questions of each subject, with ``shots``
+    examples."""
 
     tasks: list[str]
     data_dir: Path
@@ -49,7 +50,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """What the recipe was planned for; only ``--dry-run`` reads it. ``device``: as for ``xverse plan``."""
+    """The cluster that the recipe is for; only ``--dry-run`` reads it. ``device``: as for ``xverse plan``."""
 
     device: str
     gpus: int
@@ -63,10 +64,10 @@ class ClusterConfig:
 class PretrainRecipe:
     """What to train on which data. ``shape`` is a name, or the keys of ``XverseConfig``.
     ``initializer_range`` replaces the shape's: narrow models start better from larger weights. ``data`` is a
-    folder that ``xverse data prepare`` made, ``out`` the run's folder: ``metrics.jsonl``, ``checkpoints/``,
-    ``loss.png``, ``report.md``, and the finished model in ``model/``. ``valid_tokens`` bounds the held-out
-    text of each source that is scored (0: all of it). ``model``, a directory or a hub id, is
-    what a continued pretraining begins with. ``cluster`` says what ``--dry-run`` checks it for."""
+    folder made by ``xverse data prepare``; ``out`` is the run's folder for ``metrics.jsonl``,
+    ``checkpoints/``, ``loss.png``, ``report.md`` and the finished model in ``model/``. ``valid_tokens``
+    bounds the held-out text scored for each source (0: all). ``model``, a directory or a hub id, is the
+    starting point of continued pretraining. ``cluster`` is what ``--dry-run`` checks the recipe for."""
 
     shape: str | XverseConfig
     data: Path
@@ -93,31 +94,31 @@ class PretrainRecipe:
 def pretrain(
     recipe: PretrainRecipe, evaluate: Callable[[XverseForCausalLM, Tokenizer], dict[str, float]] | None = None
 ) -> Path:
-    """Run the recipe, or what is left of it after a kill; returns the finished model's directory.
-    ``evaluate`` scores the model on benchmarks, at the steps at which the run validates.
+    """Run the recipe, resuming from ``out`` if it was killed; returns the finished model's directory.
+    ``evaluate`` scores the model on benchmarks whenever the run validates.
 
-    Raises UserError for a shape that does not fit the data's tokenizer, and for an ``out`` of another run.
+    Raises UserError for a shape that does not fit the data's tokenizer, and for the ``out`` of another run.
     """
     with world_of(recipe.train.parallel) as world:
         return _pretrain(recipe, evaluate, world)
 
 
 def checked_shape(recipe: PretrainRecipe) -> tuple[XverseConfig, str]:
-    """The recipe's shape and what to call it. Raises UserError for a sequence beyond its positions."""
+    """The recipe's shape and its name. Raises UserError for a sequence longer than its positions."""
     config = named_shape(recipe.shape) if isinstance(recipe.shape, str) else recipe.shape
     name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
     if recipe.initializer_range is not None:
         config = dataclasses.replace(config, initializer_range=recipe.initializer_range)
     if recipe.sequence_length > config.context_length:
         raise UserError(
-            f"sequence_length {recipe.sequence_length} is beyond the {config.context_length} "
+            f"sequence_length {recipe.sequence_length} exceeds the {config.context_length} "
             f"positions of shape {name}"
         )
     return config, name
 
 
 def checked_feed(recipe: PretrainRecipe, config: XverseConfig) -> PretrainFeed:
-    """The recipe's data. Raises UserError for a tokenizer of another vocabulary than the shape's."""
+    """The recipe's data. Raises UserError if the tokenizer's vocabulary differs from the shape's."""
     sequences = recipe.train.sequences(recipe.train.steps)
     feed = PretrainFeed(
         recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.sequences
@@ -170,10 +171,12 @@ def _pretrain(
         feed.batch,
         recipe.train,
         recipe.out,
-        validate=validate,
-        evaluate=None if evaluate is None else lambda model: evaluate(model, feed.tokenizer),
+        hooks=Hooks(
+            validate=validate,
+            evaluate=None if evaluate is None else lambda model: evaluate(model, feed.tokenizer),
+            data_problem=ShardWatch(feed.train.values()),
+        ),
         identity=identity,
-        data_problem=ShardWatch(feed.train.values()),
         world=world,
         weights=weights,
     )
@@ -187,19 +190,19 @@ def _pretrain(
 def _initial(
     recipe: PretrainRecipe, config: XverseConfig, tokenizer: Tokenizer
 ) -> tuple[XverseForCausalLM, Weights]:
-    """The model that the run begins with, without memory, and its weights. Raises UserError for a ``model``
-    of another shape or with another tokenizer than the data's."""
+    """The initial model, without memory, and its weights. Raises UserError for a ``model`` whose shape
+    differs from the recipe's or whose tokenizer differs from the data's."""
     if recipe.model is None:
         return empty_model(config), initial_weights(config, recipe.seed)
     source = resolve(recipe.model)
     model, weights = stored_model(source)
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        found, wanted = getattr(model.config, key), getattr(config, key)
-        if found != wanted:
-            raise UserError(f"{recipe.model}: {key} {found}, but the recipe's shape has {wanted}")
+        stored, expected = getattr(model.config, key), getattr(config, key)
+        if stored != expected:
+            raise UserError(f"{recipe.model}: {key} {stored}, but the recipe's shape has {expected}")
     if load_tokenizer(source).hash != tokenizer.hash:
         raise UserError(
-            f"{recipe.data} was prepared with another tokenizer than that of {recipe.model}; "
+            f"{recipe.data} was prepared with another tokenizer than {recipe.model}'s; "
             f"prepare it with tokenizer: {source}"
         )
     return model, weights
@@ -216,7 +219,7 @@ def _finish(
 
 
 def _digest(feed: PretrainFeed) -> str:
-    """What the training shards hold: the same settings over other text are another run."""
+    """A digest of the training shards: other text makes another run, even under the same settings."""
     digest = hashlib.sha256()
     for name, shard in feed.train.items():
         digest.update(f"{name} {shard.header.tokens_sha256}\n".encode())

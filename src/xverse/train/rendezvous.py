@@ -1,4 +1,4 @@
-"""Where processes find each other after torchrun has started them again."""
+"""How processes find each other after torchrun has restarted them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch.distributed as dist
 def fresh_store(patience: datetime.timedelta) -> tuple[dist.Store, int, int]:
     """A key-value store that only the processes of this start share, the rank and the number of processes.
 
-    torchrun keeps one TCPStore through all its restarts. What the processes before wrote is still in it, so
-    gloo would read the addresses of the dead and wait for them until its timeout. The number of restarts that
-    torchrun gives its processes cannot tell the starts apart: each node counts its own failures. So rank 0
-    draws a name, and hands it to whoever is there now: each of the others asks under a name of its own.
+    torchrun keeps one TCPStore through all restarts. It still holds what the previous processes wrote, so
+    gloo would read the addresses of dead processes and wait for them until its timeout. torchrun's restart
+    count does not identify a start, because each node counts its own failures. So rank 0 draws a unique
+    prefix, and each other process requests it under a unique key.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=patience))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return store, rank, size  # rank 0 has made it just now
+        return store, rank, size  # rank 0 has just created it
     mine = uuid.uuid4().hex
     if rank == 0:
         waiting = set(range(1, size))
@@ -28,7 +28,7 @@ def fresh_store(patience: datetime.timedelta) -> tuple[dist.Store, int, int]:
             for other in list(waiting):
                 if store.check([f"xverse/thanks/{mine}/{other}"]):
                     waiting.remove(other)
-                elif store.check([f"xverse/asks/{other}"]):  # maybe one that died: then nobody thanks
+                elif store.check([f"xverse/asks/{other}"]):  # perhaps of a dead process, which never confirms
                     asking = store.get(f"xverse/asks/{other}").decode()
                     store.set(f"xverse/answer/{asking}", mine)
             time.sleep(0.005)

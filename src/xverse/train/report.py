@@ -21,8 +21,8 @@ from xverse.train.settings import TrainConfig, layout_of
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s that one device could do: the vendor's figure, that for FP8 where the run has it (``fp8``), or
-    where there is none the rate of a matmul that the pre-flight check measured (``measured``)."""
+    """Peak FLOP/s of one device: the vendor's figure (for FP8 if ``fp8``) or, without one, the matmul rate
+    that the pre-flight check measured (``measured``)."""
 
     flops: float
     measured: bool
@@ -30,17 +30,17 @@ class Peak:
 
     @property
     def name(self) -> str:
-        """Of the share in records."""
+        """Key of the share in records."""
         return "matmul" if self.measured else "mfu_of_fp8" if self.fp8 else "mfu"
 
     @property
     def label(self) -> str:
-        """Of the share for people."""
+        """Label of the share in reports."""
         return "MFU, of the FP8 peak" if self.fp8 else "MFU"
 
 
 def peak_of(device: torch.device, matmul: float | None, fp8: bool = False) -> Peak | None:
-    """The bound of the share that is printed; ``matmul`` in FLOP/s is what the pre-flight check measured."""
+    """The peak that shares refer to; ``matmul`` is the FLOP/s that the pre-flight check measured."""
     if device.type == "cuda":
         peaks = device_peaks(torch.cuda.get_device_name(device))
         flops = (peaks.fp8_flops if fp8 else peaks.bf16_flops) if peaks else None
@@ -49,22 +49,22 @@ def peak_of(device: torch.device, matmul: float | None, fp8: bool = False) -> Pe
 
 
 def precision(config: TrainConfig) -> str:
-    """What a run computes in, for people."""
-    return f"float8 in the layers' matrices, else {config.dtype}" if config.float8 else config.dtype
+    """The dtypes of a run's computation, for reports."""
+    return f"float8 in the layers' matrices, {config.dtype} elsewhere" if config.float8 else config.dtype
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, float]:
-    """What a run's records say: counted and skipped steps, seconds by use, goodput (the share of the time
-    from the first record to the last that went into steps that counted; pauses between restarts count)."""
-    counted: dict[int, dict[str, Any]] = {}
+    """Totals of a run's records: applied and skipped steps, seconds by use, goodput (the share of the time
+    from the first record to the last, pauses between restarts included, spent in applied steps)."""
+    applied: dict[int, dict[str, Any]] = {}
     skipped = 0
     for record in records:
         if "loss" in record:
-            counted[record["step"]] = record
+            applied[record["step"]] = record
         skipped += "skipped" in record
-        if "rollback" in record:  # what came after that checkpoint was undone
-            counted = {step: value for step, value in counted.items() if step < record["rollback"]}
-    steps = list(counted.values())
+        if "rollback" in record:  # it undid what came after that checkpoint
+            applied = {step: value for step, value in applied.items() if step < record["rollback"]}
+    steps = list(applied.values())
     seconds = sum(record.get("seconds", 0.0) for record in steps)
     tokens = sum(record.get("seconds", 0.0) * record.get("tokens_per_second", 0.0) for record in steps)
     wall = records[-1]["time"] - records[0]["time"] + records[0].get("seconds", 0.0)
@@ -106,7 +106,7 @@ def write_report(
     losses = [record for record in records if "loss" in record]
     if not losses:
         return out / "report.md"
-    found = figures(records)
+    totals = figures(records)
     cuda = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if cuda else "CPU"
     checks = [record["preflight"] for record in records if "preflight" in record]
@@ -115,8 +115,8 @@ def write_report(
     )
     lines = [f"# {title}", "", f"{world.size} × {device}, {how}, {precision(config)}", ""]
     lines += ["| | |", "|---|---|"]
-    lines += [f"| {name} | {text} |" for name, text in _rows(found, losses, config, world)]
-    lines += _speed(found, shape, length, world, checks, config.float8)
+    lines += [f"| {name} | {text} |" for name, text in _rows(totals, losses, config, world)]
+    lines += _speed(totals, shape, length, world, checks, config.float8)
     lines += ["", "## Memory of one process", "", "| | MiB |", "|---|---|"]
     predicted = predicted_memory(shape, config, length, world.size, world.device.type)
     for kind, size in predicted.items():
@@ -141,9 +141,9 @@ def write_report(
 
 
 def _rows(
-    found: dict[str, float], losses: list[dict[str, Any]], config: TrainConfig, world: World
+    totals: dict[str, float], losses: list[dict[str, Any]], config: TrainConfig, world: World
 ) -> Iterator[tuple[str, str]]:
-    """Loss and where the time went."""
+    """Loss, and where the time went."""
 
     def share(seconds: float, of: float) -> str:
         return f"{100 * seconds / of:.1f} %" if of else "0.0 %"
@@ -151,33 +151,33 @@ def _rows(
     yield "loss, first and last step", f"{losses[0]['loss']:.4f} → {losses[-1]['loss']:.4f} nats"
     yield (
         "steps",
-        (f"{found['steps']:,} counted, {found['skipped']:,} passed over, {found['rollbacks']} times back"),
+        (f"{totals['steps']:,} applied, {totals['skipped']:,} skipped, {totals['rollbacks']} rollbacks"),
     )
-    yield "tokens", f"{found['tokens']:,.0f} at {found['tokens_per_second']:,.0f} a second"
-    waited = share(found["data_seconds"], found["seconds"])
-    yield "waiting for data", f"{found['data_seconds']:.1f} s, {waited} of the steps' time"
-    yield "goodput", f"{100 * found['goodput']:.1f} % of {found['wall'] / 60:.1f} min"
+    yield "tokens", f"{totals['tokens']:,.0f} at {totals['tokens_per_second']:,.0f} a second"
+    waited = share(totals["data_seconds"], totals["seconds"])
+    yield "waiting for data", f"{totals['data_seconds']:.1f} s, {waited} of the steps' time"
+    yield "goodput", f"{100 * totals['goodput']:.1f} % of {totals['wall'] / 60:.1f} min"
     yield (
         "checkpoints",
         (
-            f"{found['checkpoints']} held the loop for {found['stall_seconds']:.2f} s, "
-            f"{share(found['stall_seconds'], found['wall'])} of all; steps beside them took "
-            f"{found['beside_seconds']:.2f} s more"
+            f"{totals['checkpoints']} stalled training for {totals['stall_seconds']:.2f} s, "
+            f"{share(totals['stall_seconds'], totals['wall'])} of the time; steps beside them took "
+            f"{totals['beside_seconds']:.2f} s more"
         ),
     )
-    if found["resumes"]:
-        yield "resumed", f"{found['resumes']} times, {found['resume_seconds']:.1f} s of reading and verifying"
+    if totals["resumes"]:
+        yield "resumed", f"{totals['resumes']} times, {totals['resume_seconds']:.1f} s to read and verify"
     if world.size == 1:
-        text = "one process, none"
-    elif found["profiled"]:
-        text = f"{100 * found['exposed']:.1f} % of the time of a step, in {found['profiled']} profiled ones"
+        text = "none: one process"
+    elif totals["profiled"]:
+        text = f"{100 * totals['exposed']:.1f} % of a step's time, in {totals['profiled']} profiled steps"
     else:
         text = f"not measured (communication_every: {config.communication_every})"
-    yield "communication not hidden", text
+    yield "exposed communication", text
 
 
 def _speed(
-    found: dict[str, float],
+    totals: dict[str, float],
     shape: XverseConfig,
     length: int,
     world: World,
@@ -188,7 +188,7 @@ def _speed(
     matmul = min(reading["matmul"] for reading in checks[-1]["readings"]) if checks else None
     peak = peak_of(world.device, matmul, fp8)
     for kind, flops in shape.flops_per_token(length).items():
-        rate = flops * found["tokens_per_second"] / world.size
+        rate = flops * totals["tokens_per_second"] / world.size
         text = "MFU unknown (no peak known for this device)"
         if peak:
             name = "of the matmul rate that the pre-flight check measured" if peak.measured else peak.label
@@ -203,7 +203,7 @@ def _preflight(check: dict[str, Any]) -> list[str]:
     lines = ["", "## Pre-flight check", "", "| process | matmul, TFLOP/s | memory, GB/s | exchange, GB/s |"]
     lines.append("|---|---|---|---|")
     for each in check["readings"]:
-        exchange = f"{each['exchange'] / 1e9:.2f}" if each["exchange"] else "alone"
+        exchange = f"{each['exchange'] / 1e9:.2f}" if each["exchange"] else "none"
         lines.append(
             f"| rank {each['rank']}, {each['host']}, {each['device']} | {each['matmul'] / 1e12:.3f} | "
             f"{each['memory'] / 1e9:.1f} | {exchange} |"

@@ -14,36 +14,34 @@ from xverse.plan.layout import Architecture, Batch, Layout, arrange
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. ``batch_size`` is in sequences per optimizer step, over all processes;
-    ``micro_batch_size`` of them go through the model of one process at a time (0: all it has). ``grad_clip``
-    is the largest gradient norm (0: any). ``validate_every``, ``checkpoint_every`` (0: only at the end) and
-    ``keep_every`` (checkpoints that are never deleted; 0: none) are in steps.
+    """How to train. ``batch_size`` is in sequences per optimizer step, over all processes; a process computes
+    ``micro_batch_size`` of them at a time (0: all of its share). ``grad_clip`` is the largest gradient norm
+    (0: unlimited). ``validate_every``, ``checkpoint_every`` (0: only at the end) and ``keep_every``
+    (checkpoints that are never deleted; 0: none) are in steps.
 
-    ``parallel``: several processes under torchrun, each with the whole model (ddp) or a share of it (fsdp).
-    Under fsdp the others say in how many parts, too: ``tensor`` matrices and, between them, the sequence;
-    ``context`` the sequence everywhere; ``pipeline`` the layers, of which each process has ``virtual_stages``
-    separate runs; ``replicate`` groups of processes have shares of their own (HSDP). The processes' number
-    divided by all of these is in how many parts fsdp shards.
+    ``parallel``: several processes under torchrun, each with the whole model (ddp) or a shard of it (fsdp).
+    Under fsdp further degrees can be set: ``tensor`` shards matrices and, between them, the sequence;
+    ``context`` the sequence; ``pipeline`` the layers, of which each process has ``virtual_stages`` separate
+    runs; ``replicate`` groups of processes hold copies of the shards (HSDP). fsdp shards over the number of
+    processes divided by the product of these degrees.
 
-    From ``batch_ramp_start`` (0: no ramp) the batch grows over ``batch_ramp_steps`` to ``batch_size``, in
-    equal stages (Brown et al., 2020): early gradients agree, so that fewer sequences say as much.
+    From ``batch_ramp_start`` (0: no ramp) the batch grows over ``batch_ramp_steps`` to ``batch_size`` in
+    equal stages (Brown et al., 2020): early gradients agree, so fewer sequences suffice.
 
-    ``decay_share`` of the steps, at the end, is the decay of the wsd schedule. ``muon`` trains the layers'
-    matrices with Muon and the rest with AdamW. ``optimizer_dtype`` is what the optimizer remembers in.
-    ``z_loss`` times the squared log of the softmax's sum is added to each token's loss (PaLM: 1e-4).
+    The wsd schedule decays over the last ``decay_share`` of the steps. ``muon`` trains the layers' matrices
+    with Muon and the rest with AdamW. ``optimizer_dtype`` is that of the optimizer's states. ``z_loss`` times
+    the squared log-sum-exp of the logits is added to each token's loss (PaLM: 1e-4).
 
-    A step whose loss or gradient norm is not finite changes nothing, nor one that lies more than
-    ``skip_zscore`` (0: any) standard deviations above the mean of the last ``skip_window`` steps. After
-    ``rollback_after`` such steps in a row the run takes the weights of its last checkpoint and goes on with
-    the data behind them, ``max_rollbacks`` times. A process that stands still for ``hang_seconds`` (0: any)
-    ends the run.
+    A step is skipped if its loss or gradient norm is not finite, or more than ``skip_zscore`` (0: never)
+    standard deviations above the mean of the last ``skip_window`` steps. After ``rollback_after`` skipped
+    steps in a row the run restores the weights of its last checkpoint and continues with the next data, at
+    most ``max_rollbacks`` times. A process without progress for ``hang_seconds`` (0: unlimited) ends the run.
 
-    ``preflight``: before the first step each process measures what it reaches; one that is below
-    ``preflight_share`` of the median of all is named in a warning ("warn"), or ends the run ("stop").
-    ``check_memory``: refuse a run of which the prediction says that it does not fit into memory. Of every
-    ``communication_every`` steps (0: none) one is profiled for communication that nothing hides.
-    ``float8``: the products of the layers' matrices in FP8, on CUDA alone. ``trackers`` get the figures
-    beside ``metrics.jsonl``."""
+    ``preflight``: before the first step each process measures its speed; one below ``preflight_share`` of the
+    median is named in a warning ("warn") or ends the run ("stop"). ``check_memory``: refuse a run whose
+    predicted memory exceeds what is available. One in ``communication_every`` steps (0: none) is profiled for
+    exposed communication. ``float8``: the matmuls of the layers in FP8, on CUDA only. ``trackers`` get the
+    figures of ``metrics.jsonl`` too."""
 
     steps: int
     batch_size: int
@@ -107,29 +105,29 @@ class TrainConfig:
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share must be above 0 and at most 1, not {self.decay_share}")
         if self.compile and self.activation_checkpointing == "selective":
-            raise ValueError("compile does not go with activation_checkpointing selective; take none or full")
+            raise ValueError("compile does not support activation_checkpointing selective; use none or full")
         if self.compile and self.tensor > 1:  # torch 2.13 loses the type of gradients between graphs
-            raise ValueError(f"compile does not go with tensor {self.tensor}; leave one of the two out")
+            raise ValueError(f"compile does not support tensor {self.tensor}; remove one of the two")
         if self.float8 and self.dtype != "bfloat16":
-            raise ValueError(f"float8 goes with dtype bfloat16, not {self.dtype}")
+            raise ValueError(f"float8 needs dtype bfloat16, not {self.dtype}")
         if self.float8 and self.tensor > 1:
-            raise ValueError(f"float8 does not go with tensor {self.tensor}; leave one of the two out")
+            raise ValueError(f"float8 does not support tensor {self.tensor}; remove one of the two")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         if bool(self.batch_ramp_start) != bool(self.batch_ramp_steps):
-            raise ValueError("batch_ramp_start and batch_ramp_steps need each other")
+            raise ValueError("batch_ramp_start and batch_ramp_steps must be set together")
         if self.batch_ramp_start and self.batch_size % self.batch_ramp_start:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of batch_ramp_start {self.batch_ramp_start}"
             )
         if self.batch_ramp_steps > self.steps:
-            raise ValueError(f"batch_ramp_steps {self.batch_ramp_steps} are more than steps {self.steps}")
+            raise ValueError(f"batch_ramp_steps {self.batch_ramp_steps} exceeds steps {self.steps}")
         if (
             self.batch_ramp_start and self.pipeline > 1
-        ):  # its schedule is made for one number of micro-batches
-            raise ValueError("batch_ramp_start does not go with pipeline; leave one of the two out")
+        ):  # the schedule is built for one number of micro-batches
+            raise ValueError("batch_ramp_start does not support pipeline; remove one of the two")
 
     def rows(self, step: int) -> int:
         """Sequences in the global batch of a step."""
@@ -177,7 +175,7 @@ POSITIVE = {
     "tensor", "context", "pipeline", "virtual_stages", "replicate",
 }  # fmt: skip
 
-# What changes no loss, or nothing but its rounding: a run folder goes on under other values of these.
+# Settings that change no loss except by rounding: a run may be resumed with other values of these.
 NOT_IDENTITY = {
     "activation_checkpointing", "check_memory", "checkpoint_every", "communication_every", "compile",
     "context", "hang_seconds", "keep_checkpoints", "keep_every", "log_every", "micro_batch_size", "parallel",

@@ -1,9 +1,8 @@
-"""What keeps a run alive, and what tells the world around it how it is: signals, bad steps, heartbeats.
+"""Signals, bad steps and heartbeats: what keeps a run alive and shows its state to other programs.
 
-Exit codes of ``xverse pretrain`` and ``xverse finetune``: 0 finished; 1 an error in the program; 2 a mistake
-of the user's, also a run that diverged: starting again does not help; 69 a slow process (preflight.py): start
-it again without its node; 75 hung: start it again; 130 stopped on request and saved: start it again to go on.
-torchrun has exit codes of its own and says these in its report.
+Exit codes of ``xverse pretrain``: 0 finished; 1 an error in the program; 2 a user's mistake or a run that
+diverged, where a restart does not help; 69 a slow process (preflight.py), restart without its node; 75 hung,
+restart; 130 stopped on request and saved, restart to continue. torchrun exits with 1 and reports these codes.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ PHASES = ("starting", "data", "counting", "step", "validation", "checkpoint")  #
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop and has saved a checkpoint."""
+    """The run was stopped by a signal and has saved a checkpoint."""
 
 
 @dataclass
 class Requests:
-    """What signals have asked of this process: SIGINT and SIGTERM to save and stop, SIGUSR1 to save."""
+    """What this process received: SIGINT and SIGTERM request to save and stop, SIGUSR1 to save."""
 
     stop: bool = False
     save: bool = False
@@ -44,20 +43,20 @@ class Requests:
 @contextlib.contextmanager
 def requests() -> Iterator[Requests]:
     """Listen for signals; a second SIGINT interrupts at once."""
-    asked = Requests()
+    requested = Requests()
 
     def handle(number: int, frame: Any) -> None:
         if number == signal.SIGUSR1:
-            asked.save = True
+            requested.save = True
             return
-        if asked.stop and number == signal.SIGINT:
+        if requested.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.stop = True
+        requested.stop = True
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield asked
+        yield requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -65,7 +64,8 @@ def requests() -> Iterator[Requests]:
 
 @dataclass
 class Steadiness:
-    """Which steps count. Its state belongs into checkpoints: a resumed run must judge as it would have."""
+    """Decides which steps are applied. Its state belongs in checkpoints, so that a resumed run makes the same
+    decisions."""
 
     config: TrainConfig
     losses: list[float] = field(default_factory=list)
@@ -74,14 +74,15 @@ class Steadiness:
     rollbacks: int = 0
 
     def judge(self, loss: float, norm: float) -> str:
-        """Why a step must not count, or an empty string; loss in nats and gradient norm before clipping."""
+        """Why a step must be skipped, or an empty string. ``loss`` is in nats, ``norm`` the gradient norm
+        before clipping."""
         reason = ""
         if not math.isfinite(loss) or not math.isfinite(norm):
             reason = f"loss {loss}, gradient norm {norm}"
         elif self.config.skip_zscore:
-            for name, value, before in (("loss", loss, self.losses), ("gradient norm", norm, self.norms)):
-                score = zscore(value, before)
-                if len(before) >= self.config.skip_window and score > self.config.skip_zscore:
+            for name, value, earlier in (("loss", loss, self.losses), ("gradient norm", norm, self.norms)):
+                score = zscore(value, earlier)
+                if len(earlier) >= self.config.skip_window and score > self.config.skip_zscore:
                     reason = f"{name} {value:.3f} is {score:.1f} standard deviations above the steps before"
         if reason:
             self.bad += 1
@@ -100,21 +101,21 @@ class Steadiness:
             setattr(self, key, value)
 
 
-def zscore(value: float, before: list[float]) -> float:
-    """Standard deviations of ``before`` (the population's) by which ``value`` lies above its mean."""
-    if not before:
+def zscore(value: float, earlier: list[float]) -> float:
+    """By how many (population) standard deviations ``value`` is above the mean of ``earlier``."""
+    if not earlier:
         return 0.0
-    mean = math.fsum(before) / len(before)
-    deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in before) / len(before))
+    mean = math.fsum(earlier) / len(earlier)
+    deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in earlier) / len(earlier))
     return (value - mean) / max(deviation, 1e-12)
 
 
 class Watchdog:
-    """A thread in every process: writes its heartbeat once a second, and ends a process that stands still.
+    """A thread in every process that writes a heartbeat once a second and ends a process that hangs.
 
-    ``OUT/heartbeats/RANK.json`` has the step, what the process is doing, since when, and its id. Where
-    nothing has moved for ``seconds`` (0: no limit) it prints the stack of the main thread, says which process
-    is furthest behind, and exits with 75.
+    ``OUT/heartbeats/RANK.json`` holds the step, its phase, since when, and the process id. After ``seconds``
+    without progress (0: no limit) the thread prints the stack of the main thread and which process is
+    furthest behind, and exits with 75.
     """
 
     def __init__(self, out: Path, world: World, seconds: float) -> None:
@@ -137,7 +138,7 @@ class Watchdog:
         self._write(status)
 
     def beat(self, step: int, phase: str) -> None:
-        """The process has come to ``phase`` (of PHASES) of ``step``."""
+        """The process has reached ``phase`` (one of PHASES) of ``step``."""
         self._at = (step, phase, time.time())
 
     def _watch(self) -> None:
@@ -159,12 +160,14 @@ class Watchdog:
             "step": step,
             "phase": phase,
         }
-        # A full disk must not end a run that could go on.
+        # A full disk must not end a run that could continue.
         with contextlib.suppress(OSError):
             file = self._folder / f"{self._world.rank}.json"
-            half = file.with_suffix(".tmp")
-            half.write_text(json.dumps({**values, "since": since, "time": time.time()}), encoding="utf-8")
-            half.replace(file)
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(
+                json.dumps({**values, "since": since, "time": time.time()}), encoding="utf-8"
+            )
+            temporary.replace(file)
 
     def _give_up(self, step: int, phase: str) -> None:
         self._write("hung")

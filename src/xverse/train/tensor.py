@@ -1,5 +1,6 @@
-"""Tensor and sequence parallelism by DTensor: every matrix over several processes, and between them the
-sequence (Korthikanti et al., 2022, arXiv:2205.05198); the loss over a sharded vocabulary."""
+"""Tensor and sequence parallelism by DTensor: every matrix is sharded over several processes, as is the
+sequence between the matrices (Korthikanti et al., 2022, arXiv:2205.05198); the loss over a sharded
+vocabulary."""
 
 from __future__ import annotations
 
@@ -22,16 +23,17 @@ from torch.distributed.tensor.parallel import (
 
 from xverse.model import AttentionContext, XverseForCausalLM, linear_cross_entropy
 
-# It calls gathering a matrix that FSDP shards too suboptimal; that happens when the whole model is wanted.
+# It warns that gathering a matrix that FSDP shards too is slow; that happens only to gather the whole model.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def shard_tensors(model: XverseForCausalLM, mesh: DeviceMesh) -> None:
-    """Share every parameter of ``model`` over the one-dimensional ``mesh``, in place.
+    """Shard every parameter of ``model`` over the one-dimensional ``mesh``, in place.
 
-    Between the layers each process has its part of the sequence, [B, T/n, D]; attention and MLP see the
-    whole sequence and a share of heads and columns. ``model.loss`` still takes whole rows, and gives the
-    whole loss in every process. Norms see parts of the sequence, and their gradients are parts of sums.
+    Between the layers each process holds its part of the sequence, [B, T/n, D]; attention and MLP see the
+    whole sequence and a share of the heads and columns. ``model.loss`` still takes whole rows [B, T] and
+    returns the whole loss in every process. Norms see parts of the sequence, so their gradients are partial
+    sums.
     """
     layer = {
         "input_layernorm": SequenceParallel(),
@@ -46,8 +48,8 @@ def shard_tensors(model: XverseForCausalLM, mesh: DeviceMesh) -> None:
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
-    for each in model.model.layers:
-        parallelize_module(each, mesh, layer)
+    for block in model.model.layers:
+        parallelize_module(block, mesh, layer)
     ends = {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "model.norm": SequenceParallel(),
@@ -59,8 +61,8 @@ def shard_tensors(model: XverseForCausalLM, mesh: DeviceMesh) -> None:
 
 
 def head_loss(head: nn.Linear, hidden: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-    """Sum of the token losses of normed ``hidden`` [B, T, D], which may be in parts of the sequence, as the
-    head may be in parts of the vocabulary."""
+    """Sum of the token losses, float32 [], of normed ``hidden`` [B, T, D] against ``targets`` int64 [B, T].
+    ``hidden`` may be sharded over the sequence and the head over the vocabulary (DTensors)."""
     weight: Tensor = head.weight
     vocabulary = None
     if isinstance(weight, DTensor):
@@ -86,7 +88,7 @@ def _loss(
 
 
 class _WholeSequence(ParallelStyle):
-    """Gathers a module's first input, a part of the sequence, in the type that its matmuls compute in."""
+    """Gathers a module's first input, [B, T/n, D] → [B, T, D], in the dtype of its matmuls."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def gather(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in ``out/tensorboard``. What a run that went back does again replaces what was there."""
+    """Event files in ``out/tensorboard``. Steps repeated after a rollback replace the earlier ones."""
 
     def __init__(self, out: Path, first_step: int, settings: Mapping[str, Any]) -> None:
         need("tensorboard", "track", "trackers: tensorboard", load=False)
@@ -36,9 +36,9 @@ class TensorBoard:
 
 
 class WandB:
-    """One run of Weights & Biases for a run folder, also after restarts; its files lie in ``out/wandb``.
+    """One Weights & Biases run for each run folder, also after restarts, with its files in ``out/wandb``.
 
-    Its own environment variables apply: WANDB_PROJECT, WANDB_MODE=offline.
+    Its environment variables apply: WANDB_PROJECT, WANDB_MODE=offline.
     """
 
     def __init__(self, out: Path, first_step: int, settings: Mapping[str, Any]) -> None:
@@ -50,7 +50,7 @@ class WandB:
             project=os.environ.get("WANDB_PROJECT", "xverse"), dir=str(out), name=out.resolve().name,
             id=file.read_text(encoding="utf-8").strip(), resume="allow", config=dict(settings),
         )  # fmt: skip
-        self._run.define_metric("*", step_metric="step")  # W&B's own counter must not go back, a run may
+        self._run.define_metric("*", step_metric="step")  # W&B's counter never decreases, a run's step may
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
@@ -63,19 +63,19 @@ KINDS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 class Trackers:
-    """All that a recipe names. One that fails under way is said and left out: the run is worth more."""
+    """All trackers of a recipe. One that fails is reported and dropped; the run continues."""
 
     def __init__(self, names: Iterable[str], out: Path, first_step: int, settings: Mapping[str, Any]) -> None:
         self._open = {name: KINDS[name](out, first_step, settings) for name in names}  # type: ignore[call-arg]
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """A record of ``metrics.jsonl``; its numbers are drawn, after ``step`` + 1 steps."""
+        """Log the numbers in a record of ``metrics.jsonl`` at ``step`` + 1."""
         values = dict(_numbers({key: value for key, value in record.items() if key != "step"}))
         for name, tracker in list(self._open.items()):
             try:
                 tracker.log(record["step"] + 1, values)
             except Exception as error:
-                notice(f"WARNING: {name} is left out from here on: {error}")
+                notice(f"WARNING: {name} failed and gets no more figures: {error}")
                 del self._open[name]
 
     def close(self) -> None:

@@ -21,11 +21,11 @@ def bits_per_byte(
     max_tokens: int | None,
     dtype: str,
 ) -> dict[str, float]:
-    """Bits per UTF-8 byte of each source's held-out text, after "all", their plain mean over sources;
-    nothing where no text is held out.
+    """Bits per UTF-8 byte of each source's held-out text, preceded by "all", the plain mean over sources;
+    empty where no text is held out.
 
-    The loss in nats / ln 2 / the bytes that the scored tokens stand for. Unlike the loss per token it
-    compares models of different tokenizers. ``max_tokens`` bounds the text of one source.
+    This is the loss in nats / ln 2 / the bytes of the scored tokens. Unlike the loss per token it compares
+    models with different tokenizers. ``max_tokens`` bounds the text of one source.
     """
     figures: dict[str, float] = {}
     for name in feed.valid_names:
