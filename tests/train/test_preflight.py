@@ -51,7 +51,9 @@ def test_a_slow_process_is_named_and_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rank 1 of three does the work of each measurement eight times; torchrun reports its exit code."""
-    recipe = write_recipe(steps=2, batch_size=6, parallel="ddp", preflight="stop", preflight_share=0.4)
+    recipe = write_recipe(
+        steps=2, batch_size=6, parallel="ddp", preflight="stop", preflight_share=0.4, dtype="float32"
+    )
     process = torchrun(3, str(recipe), script=SLOW)
     output, _ = process.communicate()
     assert process.returncode != 0
@@ -65,7 +67,7 @@ def test_a_slow_process_is_named_and_ends_the_run(
 def test_one_process_says_what_it_reaches_and_its_speed_is_a_share_of_it(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["pretrain", str(write_recipe(steps=2, preflight="warn"))]) == 0
+    assert main(["pretrain", str(write_recipe(steps=2, preflight="warn", dtype="float32"))]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "pre-flight check (" in said
     assert "% of the matmul measured here, causal" in said
