@@ -1,4 +1,4 @@
-"""The quality benchmark: outlier channels leave the model as it is, texts are read as they are named."""
+"""The quality benchmark: outlier channels preserve the model's function; texts are read as specified."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,8 @@ from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.cache import position_bytes
 from xverse.engine.load import ONE_THREAD_BELOW
-from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
+from xverse.formats import ModelDirectory, load_model
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
-from xverse.formats.weights import weight_files
 from xverse.hardware import process_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
@@ -92,20 +92,20 @@ def load_named(
     quantised weights. Raises UserError for an unknown model or shape, a context that is too long, too little
     memory, and a model quantised already.
     """
-    path = None if shape else resolve(model)
-    config = read_config(path) if path else named_shape(shape or "")
+    directory = None if shape else ModelDirectory.named(model)
+    config = directory.config if directory else named_shape(shape or "")
     small = config.num_parameters() < FLOAT32_BELOW
     chosen = getattr(torch, dtype) if dtype else torch.float32 if small else torch.bfloat16
     check_context(config, prompt_tokens, new_tokens, batch)
     size = _weight_bytes(config, chosen)
     if quantize:
         size = stored_bytes(config, quick_settings(quantize))
-    elif path and read_scheme(path):
-        size = sum(file.stat().st_size for file in weight_files(path))
+    elif directory and directory.scheme:
+        size = sum(file.stat().st_size for file in directory.weight_files)
     need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE)
-    if path:
-        weights = load_quantizing(path, quantize, chosen) if quantize else load_model(path, chosen)
-        return weights, load_tokenizer(path)
+    if directory:
+        load = partial(load_quantizing, directory, quantize) if quantize else partial(load_model, directory)
+        return load(dtype=chosen), directory.tokenizer
     notice(f"infer: generating {size / 1e9:.2f} GB of random weights")
     return random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
 

@@ -176,23 +176,6 @@ def train(
     return merges[:made].copy(), counts[:made].copy(), dict(zip(names, figures.tolist(), strict=True))
 
 
-class Concatenation:
-    """Joins items chosen by index, far faster than ``bytes.join``; generates text for measurements."""
-
-    def __init__(self, items: Sequence[bytes]) -> None:
-        self._bytes = np.frombuffer(b"".join(items), dtype=np.uint8)
-        self._starts = np.cumsum([0, *map(len, items)], dtype=np.int64)
-
-    def join(self, chosen: np.ndarray) -> bytes:
-        """The items with indices ``chosen``, int32 [N], concatenated."""
-        room = int((self._starts[chosen + 1] - self._starts[chosen]).sum())
-        target = np.empty(room, dtype=np.uint8)
-        addresses = (array.ctypes.data for array in (self._bytes, self._starts, chosen))
-        used = require().xvt_concatenate(*addresses, len(chosen), target.ctypes.data, room)
-        assert used == room
-        return target.tobytes()
-
-
 def _paths(sources: Sequence[Path]) -> ctypes.Array[ctypes.c_char_p]:
     return (ctypes.c_char_p * len(sources))(*[os.fsencode(source) for source in sources])
 

@@ -98,7 +98,7 @@ def test_every_stage_does_its_part(prepared: Path) -> None:
     assert report["scrubbed"] == {"<email>": 4}
     assert [row["name"] for row in report["sources"]] == ["web_de", "web_en", "web_fr"]
     text = (prepared / "report.md").read_text()
-    for heading in ("By language", "By source", "Decontamination", "Examples of what was dropped"):
+    for heading in ("By language", "By source", "Decontamination", "Examples of dropped documents"):
         assert f"## {heading}" in text
     assert "| quality: min_words | 4 |" in text
     assert (prepared / "report.png").read_bytes().startswith(b"\x89PNG")
