@@ -66,7 +66,7 @@ def require() -> ctypes.CDLL:
     if loaded is None:
         raise UserError(
             "this needs xverse's compiled code, which was not built because there was no C++ compiler: "
-            "install one (c++, g++ or clang++), then xverse again"
+            "install a compiler (c++, g++ or clang++), then xverse again"
         )
     return loaded
 
