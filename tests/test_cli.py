@@ -1,4 +1,4 @@
-"""The command line: help at once, mistakes in one line with the nearest name, exit codes."""
+"""The command line: fast help, one-line errors with the nearest name, exit codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def xverse(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a mistake gets; checks its exit code."""
+    """The error line of a mistaken command; checks the exit code."""
     try:
         code = main(arguments)
     except SystemExit as stopped:  # argparse's own errors
@@ -52,7 +52,7 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_parsers_are_light() -> None:
-    """Every verb's flags are known without importing what its work needs."""
+    """Every verb's parser imports nothing heavy."""
     code = "import sys; from xverse.cli import VERBS, verb_parser; [verb_parser(verb) for verb in VERBS]; "
     code += (
         "print([name for name in ('torch', 'transformers', 'tokenizers', 'numpy') if name in sys.modules])"
@@ -62,7 +62,7 @@ def test_parsers_are_light() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["doctr"], "unknown verb 'doctr'; did you mean 'doctor'?"),
         (["wxyz"], "unknown verb 'wxyz' (xverse --help"),
@@ -78,8 +78,8 @@ def test_parsers_are_light() -> None:
         (["export", "--model", "nano"], "the following arguments are required: --out"),
     ],
 )
-def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in refused(capsys, *arguments)
+def test_mistakes(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected in refused(capsys, *arguments)
 
 
 def test_a_mistake_in_a_process() -> None:
@@ -90,7 +90,7 @@ def test_a_mistake_in_a_process() -> None:
 
 
 def test_reader_that_leaves() -> None:
-    """As `xverse completion bash | head -1` does it: no traceback."""
+    """A reader that exits early, as in `xverse completion bash | head -1`, causes no traceback."""
     command = [sys.executable, "-m", "xverse.cli", "completion", "bash"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Imports point downwards, and what must come at once imports nothing heavy."""
+"""Imports point downwards, and what must start fast imports nothing heavy."""
 
 from __future__ import annotations
 

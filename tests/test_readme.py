@@ -1,8 +1,8 @@
-"""Every command of the READMEs that this machine can run is run, in order, as a reader would run them.
+"""Run the commands of the READMEs that this machine can run, in order, as a reader would.
 
 A fenced shell, bash or python block has a comment on the line before it: ``<!-- test: run -->``, or
-``<!-- test: skip -->`` with the reason before the arrow. All blocks share one folder, which holds links to
-the checkout's files, so that what they write stays out of the checkout.
+``<!-- test: skip -->`` with the reason before the arrow. All blocks run in one folder of links to the
+checkout's files, so that they write nothing into the checkout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Block:
 
     @property
     def code(self) -> str:
-        """What is to be typed: of an interactive session, the lines behind its prompts."""
+        """What to type; for an interactive session, the lines after its prompts."""
         if ">>> " not in self.text:
             return self.text
         return "".join(line[4:] for line in self.text.splitlines(True) if line.startswith((">>> ", "... ")))
@@ -37,16 +37,16 @@ class Block:
 
 def blocks(name: str) -> list[Block]:
     text = (ROOT / name).read_text(encoding="utf-8")
-    found = []
+    result = []
     for match in FENCE.finditer(text):
         before = text[: match.start()].splitlines()
-        found.append(Block(match[1], match[2], before[-1] if before else ""))
-    return found
+        result.append(Block(match[1], match[2], before[-1] if before else ""))
+    return result
 
 
 def numbered() -> list[object]:
-    found = enumerate(blocks("README.md"))
-    return [pytest.param(block, id=f"{i}-{block.text.splitlines()[0][:40]}") for i, block in found]
+    numbers = enumerate(blocks("README.md"))
+    return [pytest.param(block, id=f"{i}-{block.text.splitlines()[0][:40]}") for i, block in numbers]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def missing(block: Block) -> str | None:
     if "make " in block.text:
         ready = subprocess.run(["make", "-q", ".venv/.installed-core"], cwd=ROOT, capture_output=True)
         if ready.returncode != 0:
-            return "the tests run outside make's .venv, and setting that up needs the network"
+            return "the tests run outside make's .venv, whose set-up needs the network"
     if not list((ROOT / "src" / "xverse" / "assets" / "nano").glob("*.safetensors")):
         return "this checkout has no embedded model"
     return None
@@ -94,7 +94,7 @@ def test_block(block: Block, folder: Path) -> None:
 
 
 def test_both_languages_hold_the_same_blocks() -> None:
-    """The same, but for comments, which are in the page's language, and for the reasons to skip."""
+    """Equal except for comments, which are in the language of the page, and for reasons to skip."""
 
     def essence(name: str) -> list[tuple[str, str, bool]]:
         comment = re.compile(r"(^|\s+)# .*$", re.MULTILINE)
@@ -109,4 +109,4 @@ def test_links_within_the_checkout_lead_somewhere(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target and not target.startswith("mailto:"):
-            assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}, which is not there"
+            assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}, which does not exist"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_unsupported_keys_of_a_generation_config() -> None:
         "max_length",
         "typical_p",
     ]
+
+
+def test_unsupported_keys_are_reported_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from xverse.engine import load
+
+    notices: list[str] = []
+    monkeypatch.setattr(load, "notice", notices.append)
+    for _ in range(2):
+        load._report_unsupported(tmp_path, {"num_beams": 4, "temperature": 0.5, "typical_p": 0.9})
+    assert notices == [f"{tmp_path / 'generation_config.json'}: num_beams, typical_p not supported; ignored"]
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -1,4 +1,4 @@
-"""The wheel is whole: built, installed outside the checkout, it answers from the embedded model."""
+"""The wheel is complete: built and installed outside the checkout, it answers from the embedded model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    # Without isolation, because tests have no network: hatchling is one of [dev].
+    # Without isolation, because tests have no network; [dev] includes hatchling.
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
     [path] = out.glob("*.whl")
     return path
@@ -35,15 +35,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment that holds the wheel and sees this environment's packages behind it."""
+    """A fresh environment with the wheel, in which this environment's packages are importable too."""
     folder = tmp_path_factory.mktemp("fresh")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python)
     run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=folder)
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
-    # A folder named in a .pth file does not have its own .pth files read, so that an editable xverse there
-    # stays out of sight.
+    # .pth files in a folder that a .pth file names are ignored: an editable xverse there is not importable.
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (Path(site) / "packages.pth").write_text("\n".join(packages) + "\n")
     return python
@@ -58,7 +57,7 @@ def test_contents(wheel: Path) -> None:
     }
     compiled = {"xverse/kernels/libxverse_kernels.so", "xverse/tokenizer/libxverse_bpe.so"}
     kernels = compiled if compiler() else set()
-    recipes = {"xverse/finetune/recipes/deepspeed.json"}  # of recipes/, for `--deepspeed deepspeed.json`
+    recipes = {"xverse/finetune/recipes/deepspeed.json"}  # from recipes/, for `--deepspeed deepspeed.json`
     assert {name for name in names if name.startswith("xverse/")} == expected | kernels | recipes
     for licence in ("LICENSE", "NOTICE"):
         assert any(name.endswith(f".dist-info/licenses/{licence}") for name in names)

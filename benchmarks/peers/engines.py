@@ -1,4 +1,4 @@
-"""One face for three engines: put prompts in, decode so many steps, say how long it took."""
+"""One interface to three engines: submit prompts, decode a number of steps, return the time."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ Prompts = list[list[int]]
 
 
 class Runner(Protocol):
-    """``weight_bytes`` are read for each step, beside ``position_bytes`` for each position in the cache."""
+    """A step reads ``weight_bytes``, and ``position_bytes`` per position in the cache."""
 
     weight_bytes: int
     position_bytes: int
     notes: str
 
     def start(self, prompts: Prompts) -> float:
-        """Prefill prompts of one length, each up to its first new token; seconds."""
+        """Prefill prompts of equal length up to the first new token of each; returns seconds."""
         ...
 
     def decode(self, steps: int) -> float:
-        """So many further tokens of all of them, greedily; seconds."""
+        """Decode ``steps`` more tokens of each prompt greedily; returns seconds."""
         ...
 
     def stop(self) -> None: ...
 
     def logits(self, prompt: list[int]) -> list[float]:
-        """Of the token behind ``prompt``."""
+        """The logits after ``prompt``."""
         ...
 
 
 class Xverse:
-    """This project's engine. ``weights``: ``int4``, ``int8`` or ``bf16``, made of the directory's own."""
+    """This project's engine. ``weights``: ``int4``, ``int8`` or ``bf16``, converted from the directory's."""
 
     def __init__(self, path: str, weights: str, threads: int, tokens: int) -> None:
         import torch
@@ -52,7 +52,7 @@ class Xverse:
         else:
             model = load_quantizing(Path(path), weights, torch.bfloat16)
         tokenizer = placeholder_tokenizer(model.config.vocab_size)
-        # Nothing of one round may help the next.
+        # No prefix cache, so that rounds are independent.
         self._engine = Engine(model, tokenizer, max_batch=8, max_cache_tokens=tokens, prefix_cache_bytes=0)
         tensors = sum(tensor.nbytes for tensor in model.state_dict().values())
         embedding = sum(tensor.nbytes for tensor in model.model.embed_tokens.state_dict().values())
@@ -69,9 +69,9 @@ class Xverse:
         ]
         begin = time.perf_counter()
         self._handles = [self._engine.submit(request) for request in requests]
-        begun: set[int] = set()
-        while len(begun) < len(prompts):
-            begun |= {event.handle for event in self._engine.step()}
+        started: set[int] = set()
+        while len(started) < len(prompts):
+            started |= {event.handle for event in self._engine.step()}
         return time.perf_counter() - begin
 
     def decode(self, steps: int) -> float:
@@ -94,14 +94,14 @@ class Xverse:
 
 
 class LlamaCpp:
-    """llama.cpp through the C interface that ``llama-cpp-python`` wraps, without what its wrapper costs."""
+    """llama.cpp through the C interface of ``llama-cpp-python``, without the overhead of its wrapper."""
 
     def __init__(self, path: str, weights: str, threads: int, tokens: int) -> None:
         import gguf
         import llama_cpp
 
         self._c = llama_cpp
-        # It reports every tensor on stderr otherwise.
+        # Otherwise it lists every tensor on stderr.
         self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._quiet, None)
         llama_cpp.llama_backend_init()
@@ -121,7 +121,7 @@ class LlamaCpp:
         self._context: Any = None
         self._seconds: dict[bool, float] = {}
         prompt = [[(7 * n) % 1000 + 300 for n in range(64)]]
-        for flash in (True, False, True, False):  # the first two warm it up
+        for flash in (True, False, True, False):  # the first two are warm-up
             self._open(threads, tokens, flash)
             self._seconds[flash] = self.start(prompt) + self.decode(4)
         self._flash = self._seconds[True] <= self._seconds[False]
@@ -135,7 +135,7 @@ class LlamaCpp:
         settings = c.llama_context_default_params()
         settings.n_ctx = tokens
         settings.n_seq_max = 8
-        settings.kv_unified = True  # or a sequence alone could use an eighth of the context only
+        settings.kv_unified = True  # otherwise each sequence is limited to an eighth of the context
         settings.n_batch = settings.n_ubatch = 512
         settings.n_threads = settings.n_threads_batch = threads
         settings.flash_attn_type = (
@@ -168,24 +168,24 @@ class LlamaCpp:
         return time.perf_counter() - begin
 
     def _run(self, tokens: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Decode (token, position, sequence, whether logits are wanted); the best tokens where they are."""
+        """Decode (token, position, sequence, whether to compute logits); returns the best tokens."""
         batch = self._batch
         batch.n_tokens = len(tokens)
-        wanted = []
+        with_logits = []
         for index, (token, position, sequence, last) in enumerate(tokens):
             batch.token[index], batch.pos[index] = token, position
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
             batch.logits[index] = last
             if last:
-                wanted.append(index)
+                with_logits.append(index)
         status = self._c.llama_decode(self._context, batch)
         if status:
             raise SystemExit(f"llama_decode failed with {status}")
-        return [int(self._row(index).argmax()) for index in wanted]
+        return [int(self._row(index).argmax()) for index in with_logits]
 
     def _row(self, index: int) -> Any:
-        found = self._c.llama_get_logits_ith(self._context, index)
-        return np.ctypeslib.as_array(found, shape=(self._vocab_size,))
+        row = self._c.llama_get_logits_ith(self._context, index)
+        return np.ctypeslib.as_array(row, shape=(self._vocab_size,))
 
     def stop(self) -> None:
         pass
@@ -196,7 +196,7 @@ class LlamaCpp:
 
 
 class Transformers:
-    """transformers' Llama in bfloat16 with its own cache, one sequence."""
+    """transformers' Llama in bfloat16 with its cache, one sequence."""
 
     def __init__(self, path: str, weights: str, threads: int, tokens: int) -> None:
         import torch
@@ -221,8 +221,8 @@ class Transformers:
         (ids,) = prompts
         begin = time.perf_counter()
         with torch.inference_mode():
-            found = self._model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
-        self._cache, self._next = found.past_key_values, found.logits[:, -1:].argmax(-1)
+            output = self._model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+        self._cache, self._next = output.past_key_values, output.logits[:, -1:].argmax(-1)
         return time.perf_counter() - begin
 
     def decode(self, steps: int) -> float:
@@ -231,8 +231,8 @@ class Transformers:
         begin = time.perf_counter()
         with torch.inference_mode():
             for _ in range(steps):
-                found = self._model(self._next, past_key_values=self._cache, use_cache=True)
-                self._cache, self._next = found.past_key_values, found.logits[:, -1:].argmax(-1)
+                output = self._model(self._next, past_key_values=self._cache, use_cache=True)
+                self._cache, self._next = output.past_key_values, output.logits[:, -1:].argmax(-1)
         return time.perf_counter() - begin
 
     def stop(self) -> None:

@@ -1,5 +1,6 @@
-"""MMLU, 5-shot: our scoring beside lm-evaluation-harness's transformers backend, on the same weights, prompts
-and type, in one run. The last line of stdout is one JSON object.
+"""MMLU, 5-shot: our scoring beside lm-evaluation-harness's transformers backend, in one run.
+
+Both use the same weights, prompts and dtype.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from xverse.bench.report import Row, at_least, show
 from xverse.log import notice
 
 TARGET = 5.0
-TOLERANCE = 1e-3  # of a log-probability: float32, sums in another order
+TOLERANCE = 1e-3  # of a log-probability in float32; sums are taken in another order
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="nano", help="nano or a model directory")
     parser.add_argument("--data-dir", required=True, help="the folder with mmlu/")
-    parser.add_argument("--questions", type=int, default=400, help="of about eight subjects")
-    parser.add_argument("--batch-size", type=int, default=16, help="of the harness")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of both (default: all cores)")
+    parser.add_argument("--questions", type=int, default=400, help="questions, from about eight subjects")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size of the harness")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of both sides")
+    parser.add_argument("--threads", type=int, help="CPU threads of both sides (default: all cores)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -44,33 +45,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     threads = args.threads or hardware.cores().usable
     torch.set_num_threads(threads)
     (mmlu,) = load_benchmarks(["mmlu"], Path(args.data_dir))
-    subjects, left = [], args.questions
+    subjects, remaining = [], args.questions
     for subject in mmlu.subjects[:: max(1, len(mmlu.subjects) // 8)]:
-        if left > 0:
-            subjects.append(replace(subject, questions=subject.questions[:left]))
-            left -= len(subject.questions)
+        if remaining > 0:
+            subjects.append(replace(subject, questions=subject.questions[:remaining]))
+            remaining -= len(subject.questions)
     path = resolve(args.model)
     theirs = HFLM(pretrained=str(path), dtype="float32", batch_size=args.batch_size, device="cpu")
     rates: dict[str, list[float]] = {"xverse": [], "lm-evaluation-harness": []}
     for number in range(args.rounds):
         notice(f"evaluation: round {number + 1} of {args.rounds}")
-        ours = EngineBackend.load(str(path), quantize=None, threads=threads)  # nothing is known from before
+        ours = EngineBackend.load(str(path), quantize=None, threads=threads)  # with an empty cache
         begin = time.perf_counter()
-        asked = [make_prompts(ours, mmlu.benchmark, subject, 5) for subject in subjects]
-        found = [each for subject in asked for each in score_prompts(ours, subject)]
-        rates["xverse"].append(len(found) / (time.perf_counter() - begin))
+        prompts = [make_prompts(ours, mmlu.benchmark, subject, 5) for subject in subjects]
+        results = [answer for group in prompts for answer in score_prompts(ours, group)]
+        rates["xverse"].append(len(results) / (time.perf_counter() - begin))
         requests = [
-            Instance("loglikelihood", {}, (each.prompt, f" {letter}"), index)
-            for subject in asked
-            for each in subject
+            Instance("loglikelihood", {}, (item.prompt, f" {letter}"), index)
+            for group in prompts
+            for item in group
             for index, letter in enumerate("ABCD")
         ]
         begin = time.perf_counter()
         scored = theirs.loglikelihood(requests, disable_tqdm=True)
-        rates["lm-evaluation-harness"].append(len(found) / (time.perf_counter() - begin))
+        rates["lm-evaluation-harness"].append(len(results) / (time.perf_counter() - begin))
     same = unsure = 0
     worst = 0.0
-    for index, mine in enumerate(found):
+    for index, mine in enumerate(results):
         letters = [value for value, _ in scored[4 * index : 4 * index + 4]]
         worst = max(worst, *(abs(a - b) for a, b in zip(letters, mine.logprobs, strict=True)))
         best, second = sorted(letters, reverse=True)[:2]
@@ -82,8 +83,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "bench": "evaluation",
         "model": args.model,
-        "questions": len(found),
-        "tokens_per_prompt": round(statistics.mean(each.tokens for each in found)),
+        "questions": len(results),
+        "tokens_per_prompt": round(statistics.mean(answer.tokens for answer in results)),
         "threads": threads,
         "batch_size": args.batch_size,
         "questions_per_second": {name: [round(rate, 2) for rate in values] for name, values in rates.items()},
@@ -93,11 +94,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "largest_difference": worst,
     }
     show(
-        f"MMLU, 5-shot, {args.model}, {len(found)} questions, {threads} threads",
+        f"MMLU, 5-shot, {args.model}, {len(results)} questions, {threads} threads",
         [
             *(Row(name, f"{statistics.median(values):.2f} questions/s") for name, values in rates.items()),
             Row("ratio", f"{ratio:.2f} ×", at_least(TARGET, ratio, "×")),
-            Row("same prediction", f"{same} of {len(found)}", f"{unsure} are closer than {TOLERANCE:g}"),
+            Row("same prediction", f"{same} of {len(results)}", f"{unsure} are closer than {TOLERANCE:g}"),
             Row("largest difference of a log-probability", f"{worst:.2g}"),
         ],
     )

@@ -1,8 +1,7 @@
-"""The weights that all engines run: random ones of a named shape, as each engine's own program stores them.
+"""The random weights of a named shape that all engines run, in the format of each engine.
 
-Never more than 35 GB of disk for 7B: the directory that everything is made of goes when the float16 file is
-there, is made again (the weights are a function of their names) when the quantised files are, and nothing of
-it stays.
+At 7B never more than 35 GB of disk are used: the source directory is deleted once the float16 file is
+written, and generated again (weights are a function of their names) after the quantised files.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ _BYTES = {"f16": 2.0, "Q8_0": 1.07, "Q4_K_M": 0.63, "Q4_0": 0.58}
 
 
 def need_disk(folder: Path, config: XverseConfig, kinds: list[str]) -> None:
-    """Raises UserError where ``folder`` has no room for what stands there at once."""
+    """Raises UserError if ``folder`` has no room for all files that exist at the same time."""
     parameters = config.num_parameters()
     quantised = sum(_BYTES[kind] for kind in kinds)
     needed = parameters * (2.0 + max(2.0, quantised)) + 10**8
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder}: needs {needed / 1e9:.0f} GB of disk for a while, {free / 1e9:.0f} GB are free; "
-            "--work-dir names another place, --only fewer parts"
+            f"{folder}: needs {needed / 1e9:.0f} GB of disk temporarily, {free / 1e9:.0f} GB are free; "
+            "choose another place with --work-dir, or fewer parts with --only"
         )
 
 
@@ -49,7 +48,7 @@ def make(config: XverseConfig, folder: Path, kinds: list[str]) -> Path:
         save_gguf(load_model(source), tokenizer, f16, "f16", overwrite=True)
         shutil.rmtree(source)
         for kind in missing:
-            notice(f"peers: llama.cpp makes {kind}.gguf")
+            notice(f"peers: llama.cpp writes {kind}.gguf")
             _quantize(f16, folder / f"{kind}.gguf", kind)
         f16.unlink()
     _make_source(config, source)

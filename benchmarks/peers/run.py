@@ -1,7 +1,7 @@
 """Our engine beside llama.cpp and transformers, on the same random weights, in one run.
 
-Each engine has a process of its own; their rounds take turns, one computes at a time, and the memory's read
-bandwidth is sampled before and after every timed piece. The last line of stdout is one JSON object.
+Each engine has its own process. They take turns, so that one computes at a time, and the memory's read
+bandwidth is sampled before and after every timed piece.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from xverse.config import UserError, choose
 from xverse.log import notice
 from xverse.model import SHAPES
 
-TOKENS = 4096  # of the caches
+TOKENS = 4096  # in each cache
 BATCH, BATCH_CONTEXT = 8, 64
 
 
 @dataclass(frozen=True)
 class Part:
-    """Our weights against those of peers; all pieces of a part are timed in each round."""
+    """Our weights beside those of peers; each round times all pieces of a part."""
 
     ours: str
     peers: tuple[tuple[str, str], ...]  # engine, weights
     contexts: tuple[int, ...] = (16, 512)
     batch: bool = False
     steps: int = 24
-    together: bool = True  # all engines fit into memory beside each other
+    together: bool = True  # all engines fit into memory together
 
 
 PARTS = {
@@ -52,7 +52,7 @@ PARTS = {
 
 
 class Worker:
-    """A process that runs one engine."""
+    """The process of one engine."""
 
     def __init__(self, kind: str, weights: str, path: Path, threads: int) -> None:
         self.name = f"{kind} {weights}"
@@ -79,9 +79,9 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise UserError(f"{self.name}: its process ended with {self._process.wait()}")
-        found: dict[str, Any] = json.loads(line)
-        return found
+            raise UserError(f"{self.name}: its process exited with code {self._process.wait()}")
+        figures: dict[str, Any] = json.loads(line)
+        return figures
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def working(kind: str, weights: str, path: Path, threads: int) -> Iterator[Worke
 
 
 class Clock:
-    """Asks workers to do something, and reads the memory's bandwidth around it."""
+    """Times requests to workers, and samples the memory's read bandwidth before and after."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -103,9 +103,9 @@ class Clock:
 
     def time(self, worker: Worker, do: str, **values: Any) -> dict[str, Any]:
         before = self._bandwidth()
-        found = worker.ask(do, **values)
-        found["device"] = (before + self._bandwidth()) / 2
-        return found
+        figures = worker.ask(do, **values)
+        figures["device"] = (before + self._bandwidth()) / 2
+        return figures
 
     def _bandwidth(self) -> float:
         return hardware.read_bandwidth(self._buffer, self._threads, seconds=0.15)
@@ -117,32 +117,32 @@ def prompts(vocabulary: int, length: int, count: int = 1) -> list[list[int]]:
 
 
 def one_round(clock: Clock, worker: Worker, part: Part, vocabulary: int) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for context in part.contexts:
         started = clock.time(worker, "start", prompts=prompts(vocabulary, context))
         if context == 512:
-            found["prefill 512"] = {**started, "tokens": context, "read": None}
+            figures["prefill 512"] = {**started, "tokens": context, "read": None}
         decoded = clock.time(worker, "decode", steps=part.steps)
-        found[f"decode, context {context}"] = _decoded(worker, decoded, part.steps, 1, context)
+        figures[f"decode, context {context}"] = _decoded(worker, decoded, part.steps, 1, context)
         worker.ask("stop")
     if part.batch:
         worker.ask("start", prompts=prompts(vocabulary, BATCH_CONTEXT, BATCH))
         decoded = clock.time(worker, "decode", steps=part.steps)
-        found[f"decode, {BATCH} sequences"] = _decoded(worker, decoded, part.steps, BATCH, BATCH_CONTEXT)
+        figures[f"decode, {BATCH} sequences"] = _decoded(worker, decoded, part.steps, BATCH, BATCH_CONTEXT)
         worker.ask("stop")
-    return found
+    return figures
 
 
-def _decoded(worker: Worker, found: dict[str, Any], steps: int, batch: int, context: int) -> dict[str, Any]:
+def _decoded(worker: Worker, figures: dict[str, Any], steps: int, batch: int, context: int) -> dict[str, Any]:
     positions = batch * (context + (steps + 1) / 2)
     read = worker.about["weight_bytes"] + worker.about["position_bytes"] * positions
-    return {**found, "tokens": steps * batch, "read": read * steps}
+    return {**figures, "tokens": steps * batch, "read": read * steps}
 
 
 def measure(
     part: Part, source: Path, folder: Path, threads: int, rounds: int, vocabulary: int
 ) -> dict[str, Any]:
-    """Medians of every piece for every engine of a part."""
+    """Medians of every piece for all engines of a part."""
     clock = Clock(threads)
     sides = [("xverse", part.ours), *part.peers]
 
@@ -158,7 +158,7 @@ def measure(
             logits[worker.name] = np.array(worker.ask("logits", prompt=prompts(vocabulary, 32)[0])["logits"])
             about[worker.name] = worker.about
             worker.ask("start", prompts=prompts(vocabulary, 16))
-            worker.ask("decode", steps=2)  # every weight touched once
+            worker.ask("decode", steps=2)  # touches every weight once
             worker.ask("stop")
         for _ in range(times):
             collected.setdefault(worker.name, []).append(one_round(clock, worker, part, vocabulary))
@@ -197,42 +197,46 @@ def _cosine(one: Any, other: Any) -> float:
 def _summary(runs: list[dict[str, dict[str, Any]]], piece: str) -> dict[str, Any]:
     rates = [run[piece]["tokens"] / run[piece]["seconds"] for run in runs]
     device = [run[piece]["device"] for run in runs]
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "tok_s": round(statistics.median(rates), 2),
         "runs_tok_s": [round(rate, 2) for rate in rates],
         "device_read_gb_s": [round(rate / 1e9, 1) for rate in device],
     }
     if runs[0][piece]["read"] is not None:
         read = [run[piece]["read"] / run[piece]["seconds"] for run in runs]
-        found["read_gb_s"] = round(statistics.median(read) / 1e9, 2)
-        shares = [each / bound for each, bound in zip(read, device, strict=True)]
-        found["read_share"] = round(statistics.median(shares), 3)
-        found["rss_gb"] = round(max(run[piece]["resident"] for run in runs) / 1e9, 2)
-    return found
+        figures["read_gb_s"] = round(statistics.median(read) / 1e9, 2)
+        shares = [rate / bound for rate, bound in zip(read, device, strict=True)]
+        figures["read_share"] = round(statistics.median(shares), 3)
+        figures["rss_gb"] = round(max(run[piece]["resident"] for run in runs) / 1e9, 2)
+    return figures
 
 
 def rows(name: str, result: dict[str, Any]) -> Iterator[Row]:
     ours = f"xverse {PARTS[name].ours}"
     for piece, engines in result["pieces"].items():
         own = engines[ours]
-        for engine, found in engines.items():
-            said = f"{found['tok_s']:.2f} tok/s"
-            if "read_share" in found:
-                said += f", {found['read_gb_s']:.1f} GB/s = {found['read_share']:.0%} of the sampled rate"
-            ratios = [one / other for one, other in zip(own["runs_tok_s"], found["runs_tok_s"], strict=True)]
+        for engine, figures in engines.items():
+            text = f"{figures['tok_s']:.2f} tok/s"
+            if "read_share" in figures:
+                text += f", {figures['read_gb_s']:.1f} GB/s = {figures['read_share']:.0%} of the sampled rate"
+            ratios = [
+                one / other for one, other in zip(own["runs_tok_s"], figures["runs_tok_s"], strict=True)
+            ]
             bound = "" if engine == ours else f"ours is {statistics.median(ratios):.2f} × as fast"
-            yield Row(f"{piece}: {engine}", said, bound)
-    for engine, found in result["engines"].items():
+            yield Row(f"{piece}: {engine}", text, bound)
+    for engine, figures in result["engines"].items():
         if engine != ours:
-            yield Row(f"logits of {engine}", f"cosine with ours {found['same_logits']:.4f}", found["notes"])
+            yield Row(
+                f"logits of {engine}", f"cosine with ours {figures['same_logits']:.4f}", figures["notes"]
+            )
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="7b", help="a named shape")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="some parts (default: all)")
-    parser.add_argument("--rounds", type=int, default=3, help="of every engine")
-    parser.add_argument("--threads", type=int, help="of every engine (default: all cores)")
-    parser.add_argument("--work-dir", help="where the weights are made (default: $TMPDIR); 7b: 31 GB")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of every engine")
+    parser.add_argument("--threads", type=int, help="CPU threads of every engine (default: all cores)")
+    parser.add_argument("--work-dir", help="folder for the weights (default: $TMPDIR); 7b needs 31 GB")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -255,11 +259,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         source = files.make(config, folder, kinds)
         for part in names:
-            found = measure(PARTS[part], source, folder, threads, args.rounds, config.vocab_size)
-            result["parts"][part] = found
+            figures = measure(PARTS[part], source, folder, threads, args.rounds, config.vocab_size)
+            result["parts"][part] = figures
             show(
                 f"{args.shape} {part}, {threads} threads, medians of {args.rounds}",
-                rows(part, found),
+                rows(part, figures),
             )
             print(flush=True)
     return result

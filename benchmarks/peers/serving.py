@@ -1,5 +1,6 @@
-"""`xverse serve` with eight streaming clients beside our engine alone and llama.cpp with eight sequences, on
-the same random weights; all three take turns in one run. The last line of stdout is one JSON object.
+"""`xverse serve` with eight streaming clients beside our engine alone and llama.cpp with eight sequences.
+
+All three run the same random weights and take turns in one run.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ CLIENTS, NEW_TOKENS = 8, 64
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="7b", help="a named shape")
-    parser.add_argument("--rounds", type=int, default=3, help="of each of the three")
-    parser.add_argument("--threads", type=int, help="of each of them (default: all cores)")
-    parser.add_argument("--work-dir", help="where the weights are made (default: $TMPDIR); 7b: 31 GB")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each side")
+    parser.add_argument("--threads", type=int, help="CPU threads of each side (default: all cores)")
+    parser.add_argument("--work-dir", help="folder for the weights (default: $TMPDIR); 7b needs 31 GB")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -41,12 +42,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="xverse-peers-", dir=parent) as name:
         folder = Path(name)
         source = files.make(config, folder, ["Q4_0"])
-        notice("serving: quantising ours")  # once, instead of at each start
+        notice("serving: quantising ours")  # once, not at every start
         settings = QuantSettings(bits=4)
         quantize_directory(source, folder / "int4", placeholder_tokenizer(config.vocab_size), settings)
         shutil.rmtree(source)
         with working("llama.cpp", "Q4_0", folder, threads) as worker:
-            found = serve.measure(
+            figures = serve.measure(
                 str(folder / "int4"),
                 clients=CLIENTS,
                 new_tokens=NEW_TOKENS,
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 threads=threads,
                 peer=lambda prompts, new_tokens: _decode(worker, prompts, new_tokens),
             )
-    return {**found, "model": f"random {args.shape} INT4", "threads": threads, "peer": "llama.cpp Q4_0"}
+    return {**figures, "model": f"random {args.shape} INT4", "threads": threads, "peer": "llama.cpp Q4_0"}
 
 
 def _decode(worker: Worker, prompts: list[list[int]], new_tokens: int) -> float:

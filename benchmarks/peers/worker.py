@@ -1,6 +1,6 @@
-"""An engine in a process of its own: ``worker.py ENGINE PATH WEIGHTS THREADS TOKENS``.
+"""``worker.py ENGINE PATH WEIGHTS THREADS TOKENS``: the process of one engine.
 
-Then one JSON object a line, and one back: {"do": "start", "prompts": …}, {"do": "decode", "steps": n},
+Answers each line of JSON with one: {"do": "start", "prompts": …}, {"do": "decode", "steps": n},
 {"do": "stop"}, {"do": "logits", "prompt": …}.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def main() -> None:
-    # Whatever the libraries print must not stand between the answers.
+    # Libraries print to stdout too; their output goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from xverse.hardware import process_memory
@@ -23,8 +23,8 @@ def main() -> None:
 
     engine: Runner = ENGINES[kind](path, weights, int(threads), int(tokens))
 
-    def answer(found: Any) -> None:
-        print(json.dumps(found), file=answers, flush=True)
+    def answer(reply: Any) -> None:
+        print(json.dumps(reply), file=answers, flush=True)
 
     answer(
         {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,23 @@ SPACED = [b" ", b", ", b". ", b"\n"]
 UNSPACED = [b"", "，".encode(), "。".encode(), b"\n"]
 _UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]")  # Thai, kana, ideographs
 HOW_OFTEN = [43, 3, 3, 1]
+
+
+class Concatenation:
+    """Joins items chosen by index, far faster than ``bytes.join``; generates text for measurements."""
+
+    def __init__(self, items: Sequence[bytes]) -> None:
+        self._bytes = np.frombuffer(b"".join(items), dtype=np.uint8)
+        self._starts = np.cumsum([0, *map(len, items)], dtype=np.int64)
+
+    def join(self, chosen: np.ndarray) -> bytes:
+        """The items with indices ``chosen``, int32 [N], concatenated."""
+        room = int((self._starts[chosen + 1] - self._starts[chosen]).sum())
+        target = np.empty(room, dtype=np.uint8)
+        addresses = (array.ctypes.data for array in (self._bytes, self._starts, chosen))
+        used = native.require().xvt_concatenate(*addresses, len(chosen), target.ctypes.data, room)
+        assert used == room
+        return target.tobytes()
 
 
 def make_text(corpus: Path, folder: Path, size: int, seed: int = 0) -> list[Path]:
@@ -67,7 +84,7 @@ def _make_language(source: Path, target: Path, size: int, seed: list[int]) -> No
         before = len(vocabulary)
         vocabulary.update(dict.fromkeys(_invent(model, target_size // 2, generator)))
     encoded = [word.encode() for word in list(vocabulary)[:target_size]]
-    items = native.Concatenation([*encoded, *(SPACED if spaced else UNSPACED)])
+    items = Concatenation([*encoded, *(SPACED if spaced else UNSPACED)])
     endings = np.repeat(np.arange(4), HOW_OFTEN) + len(encoded)
     chosen = np.empty(2 * CHUNK, dtype=np.int32)
     written = taken = 0

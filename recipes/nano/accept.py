@@ -1,10 +1,10 @@
-"""The acceptance list of the embedded model, for any model directory: checks, and greedy replies unedited.
+"""Check a model directory against the embedded model's acceptance list and print its greedy replies.
 
 python recipes/nano/accept.py MODEL [--markdown FILE] [--max-new-tokens N]
 
-MODEL is a directory or ``nano``. Replies are greedy and otherwise as ``xverse chat`` gives them, with the
-repetition penalty of the model's own generation_config.json. The exit code is 1 where a check fails.
-``tests/test_nano.py`` holds the embedded model to the same functions.
+MODEL is a directory or ``nano``. Replies are greedy and otherwise those of ``xverse chat``, with the
+repetition penalty of the model's generation_config.json. The exit code is 1 if a check fails.
+``tests/test_nano.py`` applies the same functions to the embedded model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply. ``prompt`` is the last thing the user said, ``language`` what it is written in."""
+    """One reply. ``prompt`` is the user's last turn, ``language`` the language it is written in."""
 
     group: str
     language: str
@@ -76,7 +76,7 @@ def load_prompts(path: Path = PROMPTS) -> dict[str, Any]:
 
 
 def conversations(prompts: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """Everything to say to a model: (group, language, the user's turns), in the order of the groups."""
+    """All conversations of the list: (group, language, the user's turns), in the order of the groups."""
     talks = [
         (group, language, [prompt])
         for group in ("general", "identity")
@@ -89,7 +89,7 @@ def conversations(prompts: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
 
 
 def load_greedy(model: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Session:
-    """A chat session that always takes the most probable token. Raises UserError for what is no model."""
+    """A greedy chat session. Raises UserError if there is no such model."""
     from xverse.chat.session import load_session
     from xverse.log import notice
 
@@ -140,24 +140,24 @@ def _generate(
 
 
 def problem(reply: Reply) -> str | None:
-    """What the acceptance list objects to in this reply, or None."""
-    found = unfinished(reply) or repetitive(reply.text) or role_text(reply.text)
-    if found is None and reply.group == "identity" and NAME not in reply.text:
-        found = f"does not name {NAME}"
-    if found is None and reply.group == "greetings":
-        found = wrong_language(reply.text, reply.language)
-    return found
+    """Why the reply fails the acceptance list, or None."""
+    reason = unfinished(reply) or repetitive(reply.text) or role_text(reply.text)
+    if reason is None and reply.group == "identity" and NAME not in reply.text:
+        reason = f"does not name {NAME}"
+    if reason is None and reply.group == "greetings":
+        reason = wrong_language(reply.text, reply.language)
+    return reason
 
 
 def unfinished(reply: Reply) -> str | None:
-    """Whether the reply is empty, or was cut off instead of ending by itself."""
+    """Why the reply is incomplete: it is empty or was cut off; None if it ended by itself."""
     if reply.finish_reason != "stop":
         return f"does not end by itself ({reply.finish_reason})"
     return None if reply.text.strip() else "is empty"
 
 
 def repetitive(text: str) -> str | None:
-    """Whether one line stands in the reply more than three times."""
+    """A line that occurs in the reply more than three times, or None."""
     lines = Counter(line.strip() for line in text.splitlines() if line.strip())
     for line, count in lines.most_common(1):
         if count > LINE_AT_MOST:
@@ -166,13 +166,13 @@ def repetitive(text: str) -> str | None:
 
 
 def role_text(text: str) -> str | None:
-    """Whether the reply goes on to speak for somebody, which only the chat format may."""
-    found = re.search(r"(Human|Assistant|Exec):", text)
-    return f"contains {found[0]!r}" if found else None
+    """A role prefix in the reply, which belongs to the chat format alone, or None."""
+    prefix = re.search(r"(Human|Assistant|Exec):", text)
+    return f"contains {prefix[0]!r}" if prefix else None
 
 
 def wrong_language(text: str, language: str) -> str | None:
-    """Whether a short reply is in another language than ``language``: by its script, or by its words."""
+    """Why a short reply, by its script or words, is not in ``language``; None if it is."""
     text = re.sub("xverse(-nano)?", "", text, flags=re.IGNORECASE)
     letters = [unicodedata.name(letter, "") for letter in text if letter.isalpha()]
     script = SCRIPTS.get(language, "LATIN")
@@ -191,14 +191,14 @@ def wrong_language(text: str, language: str) -> str | None:
 
 
 def size_problems(path: Path, parameters: int) -> list[str]:
-    """What is wrong with the size of the embedded model: its parameters, and its files in git."""
-    found = []
+    """Problems with the embedded model's size: its parameters, and its files in git."""
+    problems = []
     if parameters != PARAMETERS:
-        found.append(f"{parameters:,} parameters, not {PARAMETERS:,}")
+        problems.append(f"{parameters:,} parameters, not {PARAMETERS:,}")
     size = directory_bytes(path)
     if size > MOST_BYTES:
-        found.append(f"{path}: {size:,} bytes, more than {MOST_BYTES:,}")
-    return found
+        problems.append(f"{path}: {size:,} bytes, more than {MOST_BYTES:,}")
+    return problems
 
 
 def directory_bytes(path: Path) -> int:
@@ -206,12 +206,12 @@ def directory_bytes(path: Path) -> int:
 
 
 def checks(replies: Sequence[Reply], sizes: list[str]) -> list[Check]:
-    """The rows of the acceptance table; ``sizes`` is what ``size_problems`` found."""
+    """The rows of the acceptance table; ``sizes`` comes from ``size_problems``."""
     rows = []
     for group, title in TITLES.items():
         members = [reply for reply in replies if reply.group == group]
-        found = [f"{reply.prompt!r}: {text}" for reply in members if (text := problem(reply))]
-        rows.append(Check(title, len(members), found))
+        problems = [f"{reply.prompt!r}: {text}" for reply in members if (text := problem(reply))]
+        rows.append(Check(title, len(members), problems))
     repeated = [f"{reply.prompt!r}: {text}" for reply in replies if (text := repetitive(reply.text))]
     rows.append(Check(f"No line more than {LINE_AT_MOST} times", len(replies), repeated))
     rows.append(Check(f"{PARAMETERS:,} parameters; at most {MOST_BYTES // 10**6} MB", 2, sizes))
@@ -232,7 +232,7 @@ def as_text(rows: Sequence[Check], replies: Sequence[Reply]) -> str:
 
 
 def as_markdown(rows: Sequence[Check], replies: Sequence[Reply]) -> str:
-    """Table and replies for a model card. Replies stand in code blocks, which show them as they are."""
+    """Table and replies for a model card. Replies are in code blocks, which show them unchanged."""
     lines = ["| Check | Passed |", "|---|---|"]
     lines += [f"| {row.title} | {row.passed} of {row.total} |" for row in rows]
     for row in rows:
@@ -249,7 +249,7 @@ def as_markdown(rows: Sequence[Check], replies: Sequence[Reply]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Hold a model directory to the embedded model's list.")
+    parser = argparse.ArgumentParser(description="Check a model directory against the embedded model's list.")
     parser.add_argument("model", metavar="MODEL", help="model directory, or nano")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write table and replies as Markdown")
     parser.add_argument(

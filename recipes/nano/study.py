@@ -2,12 +2,12 @@
 
 python recipes/nano/study.py STUDY.yaml DATA OUT [--only NAME …] [--jobs N] [--threads N]
 
-STUDY  a file with ``recipe`` (what all runs begin with), ``overrides`` for all of them, and ``runs``: a name,
-       its overrides and its seeds (default: 0 alone)
-DATA   what ``xverse data prepare`` made
-OUT    a folder for each run; started again, what is finished is only read and what was killed goes on
+STUDY  a file with ``recipe`` (the base of all runs), ``overrides`` for all of them, and ``runs``: names, each
+       with its overrides and seeds (default: 0)
+DATA   output of ``xverse data prepare``
+OUT    a folder for each run; a repeated call reads finished runs and resumes killed ones
 
-Of each run the mean of the held-out bits per byte over all sources is shown, at its end.
+The figure of a run is its final held-out bits per byte, averaged over all sources.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xverse.train.plot import read_metrics
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One recipe of a study, and the seeds that it is run with."""
+    """One recipe of a study and its seeds."""
 
     overrides: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -38,7 +38,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """``overrides`` hold for every run and come before its own."""
+    """``overrides`` apply to every run, before the run's."""
 
     recipe: Path
     runs: dict[str, Variant]
@@ -46,7 +46,7 @@ class Study:
 
 
 def train(study: Study, name: str, seed: int, data: Path, out: Path, threads: int) -> Path:
-    """Run one of a study's recipes, or what is left of it; returns its folder. Raises UserError."""
+    """Run or resume one of a study's recipes; returns its folder. Raises UserError if it fails."""
     folder = out / f"{name}-{seed}"
     overrides = [
         *study.overrides,
@@ -90,22 +90,24 @@ def show(study: Study, folders: dict[str, list[Path]], out: Path) -> None:
     """The table on the console and in ``study.json``, the curves in ``study.png``."""
     rows = {}
     for name, mine in folders.items():
-        found = [result(folder) for folder in mine]
-        bits = [each["bits"] for each in found]
+        results = [result(folder) for folder in mine]
+        bits = [item["bits"] for item in results]
         rows[name] = {
             "overrides": study.runs[name].overrides,
             "seeds": study.runs[name].seeds,
-            "tokens": found[0]["tokens"],
-            "steps": found[0]["steps"],
-            "bits_per_byte": [round(each, 4) for each in bits],
+            "tokens": results[0]["tokens"],
+            "steps": results[0]["steps"],
+            "bits_per_byte": [round(value, 4) for value in bits],
             "mean": round(statistics.fmean(bits), 4),
-            "seconds": round(statistics.fmean(each["seconds"] for each in found)),
+            "seconds": round(statistics.fmean(item["seconds"] for item in results)),
         }
     (out / "study.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     width = max(map(len, rows))
     for name, row in sorted(rows.items(), key=lambda item: item[1]["mean"]):
         spread = (
-            f" ({' '.join(f'{each:.4f}' for each in row['bits_per_byte'])})" if len(row["seeds"]) > 1 else ""
+            f" ({' '.join(f'{value:.4f}' for value in row['bits_per_byte'])})"
+            if len(row["seeds"]) > 1
+            else ""
         )
         console.print(
             f"{name:{width}}  {row['tokens'] / 1e6:6.2f}M tokens  {row['steps']:6,} steps  "
@@ -117,7 +119,7 @@ def show(study: Study, folders: dict[str, list[Path]], out: Path) -> None:
 
 
 def plot(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    """Training losses by tokens, each point the mean of a fiftieth of its run."""
+    """Plot training losses over tokens; each point is the mean of a fiftieth of its run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")

@@ -19,23 +19,23 @@ from xverse.config import UserError, nearest
 
 VERBS = {
     "chat": "talk to a model in the terminal, or answer once with --ask",
-    "serve": "put a model behind OpenAI's API, over HTTP",
-    "quantize": "write a model with weights of 8 or 4 bits",
+    "serve": "serve a model over HTTP with OpenAI's API",
+    "quantize": "quantise a model to 8 or 4 bits",
     "export": "write a model as a Hugging Face or Llama directory or GGUF file; merge adapters",
     "tokenizer": "train, repair or report on a tokenizer",
-    "data": "prepare token shards from text, or show what a recipe holds",
-    "plan": "find the layout of GPUs for a pretraining run, and what it will cost",
+    "data": "prepare token shards from text, or show the data of a recipe",
+    "plan": "find the best GPU layout for a pretraining run and predict its cost",
     "pretrain": "train a model from a recipe",
     "finetune": "fine-tune a model on instructions",
     "eval": "score a model on MMLU, C-Eval, AGIEval, GAOKAO and more; report and compare",
     "bench": "measure speed on this machine",
-    "doctor": "show what was found: device, libraries, measured bandwidth and FLOPS",
+    "doctor": "report the device, libraries, measured bandwidth and FLOPS",
     "completion": "print a shell completion script",
 }
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the default to a flag's help where the flag has one and the text does not name it."""
+    """Appends a flag's default to its help, unless there is none or the text names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, ()) or action.default == [] or "default" in (action.help or ""):
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _dispatch(arguments)
-        sys.stdout.flush()  # here, where a reader that has left is no error
+        sys.stdout.flush()  # here, where BrokenPipeError is handled
         return code
     except UserError as error:
         print(f"xverse: {error}", file=sys.stderr)
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("xverse: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our stdout left, as `head` does
+    except BrokenPipeError:  # the reader of stdout exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -132,7 +132,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)} (xverse --help lists the verbs)")
     parser = verb_parser(verb)
-    # A flag may stand between a recipe and its key=value, which argparse allows where there are no actions.
+    # Flags may appear between a recipe and its key=value; argparse allows that only without actions.
     arguments_of_verb = parser.parse_args(rest) if parser.below() else parser.parse_intermixed_args(rest)
     return importlib.import_module(f"xverse.commands.{verb}").run(arguments_of_verb)
 

@@ -1,4 +1,4 @@
-"""Strict configuration: YAML or JSON mappings to dataclasses, with unknown keys refused by name."""
+"""Strict configuration: YAML or JSON mappings become dataclasses, and unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ DISTRIBUTION = "xverse-lm"
 
 
 class UserError(Exception):
-    """A mistake of the user's: one clear line that names what is wrong and how to mend it.
+    """An error that the user can fix, in one line that names the problem and the fix.
 
-    The command line prints the line and exits with ``exit_code``; a server answers HTTP 4xx.
+    The command line prints it and exits with ``exit_code``; the server answers HTTP 4xx.
     """
 
     exit_code = 2
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """A hint such as ``; did you mean 'steps'?``, or an empty string where nothing is near."""
+    """A hint such as ``; did you mean 'steps'?``, or an empty string if no option is similar."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def choose(kind: str, name: str, options: Mapping[str, T]) -> T:
-    """``options[name]``; raises UserError that lists the options where there is no such name."""
+    """``options[name]``. Raises UserError that lists the options for an unknown name."""
     if name in options:
         return options[name]
     raise UserError(f"unknown {kind} '{name}'{nearest(name, options)} (known: {', '.join(options)})")
@@ -169,7 +169,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {str(key): _convert(item_hint, item, f"{where}.{key}") for key, item in value.items()}
     if origin is typing.Literal:
         allowed = typing.get_args(hint)
-        if isinstance(value, bool) and ("on" if value else "off") in allowed:  # YAML 1.1 reads them as these
+        if isinstance(value, bool) and ("on" if value else "off") in allowed:  # YAML 1.1's booleans
             return "on" if value else "off"
         if value not in allowed:
             raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, allowed))}")
@@ -178,7 +178,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return Path(value).expanduser()
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+    if hint is float and isinstance(value, str):  # YAML 1.1 parses 3e-4 as a string
         try:
             return float(value)
         except ValueError:
@@ -240,7 +240,7 @@ def _inside(target: dict[str, Any] | list[Any], key: str, text: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError for a missing, unreadable or ill-formed file."""
+    """The mapping in a YAML file, empty for an empty file. Raises UserError if it cannot be read."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

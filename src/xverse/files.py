@@ -1,4 +1,4 @@
-"""Writing that never leaves half a file, as everything lands by one rename; and folders of one process."""
+"""Atomic writing of files and directories, by one rename, and locks between processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xverse.config import UserError
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it becomes ``path`` when the block ends without an error."""
+    """Yield a temporary path next to ``path``; it is renamed to ``path`` if the block does not raise."""
     path = Path(path)
     with _write_errors(path):
         _make_parent(path)
@@ -33,10 +33,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary directory beside ``path``; it takes the place of ``path`` when the block ends.
+    """Yield a temporary directory next to ``path``; it replaces ``path`` if the block does not raise.
 
-    A crash leaves the old directory or the new one, never a mixture. Replacing an existing directory is
-    two renames, because POSIX has no portable exchange: between them the old one stands as ``.NAME.old``.
+    A crash leaves the old directory or the new one, never a mixture. Replacing an existing directory takes
+    two renames, because POSIX has no portable exchange; between them the old one is called ``.NAME.old``.
     """
     path = Path(path)
     with _write_errors(path):
@@ -62,7 +62,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def recover_directory(path: str | Path) -> None:
-    """Finish what a crash inside ``atomic_directory`` left: put the old directory back, or drop it."""
+    """Clean up after a crash inside ``atomic_directory``: restore the old directory, or delete it."""
     path = Path(path)
     old = path.with_name(f".{path.name}.old")
     if old.exists():
@@ -74,9 +74,10 @@ def recover_directory(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def alone(lock: str | Path, busy: str) -> Iterator[None]:
-    """Hold the file ``lock`` as long as the block runs, on machines that share it; nothing of it stays.
+    """Hold the lock file ``lock`` while the block runs, also across machines that share a file system.
 
-    However the process ends the lock is let go of. Raises UserError(``busy``) where another process has it.
+    The lock is released however the process ends, and the file is removed. Raises UserError(``busy``) if
+    another process holds it.
     """
     lock = Path(lock)
     made = not lock.parent.exists()
@@ -89,7 +90,7 @@ def alone(lock: str | Path, busy: str) -> Iterator[None]:
         finally:
             lock.unlink(missing_ok=True)
             if made:
-                with contextlib.suppress(OSError):  # the block put something there
+                with contextlib.suppress(OSError):  # the block created files there
                     lock.parent.rmdir()
 
 
@@ -102,13 +103,13 @@ def _held(lock: Path, busy: str) -> IO[str]:
             file.close()
             raise UserError(busy) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems without locks
                 file.close()
                 raise
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 return file
-        file.close()  # whoever held it has just removed it
+        file.close()  # the previous holder has just removed it
 
 
 def _make_parent(path: Path) -> None:
@@ -118,7 +119,7 @@ def _make_parent(path: Path) -> None:
 def _make_folder(folder: Path, shown: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # of any kind: some file systems say "no such file" for "not allowed"
+    except OSError as error:  # any: some file systems report ENOENT for EACCES
         raise UserError(f"{shown}: cannot be written ({os.strerror(error.errno or 0)})") from error
 
 

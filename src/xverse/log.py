@@ -1,4 +1,4 @@
-"""What a run says: notices and progress on stderr, records in JSONL. Results alone go to stdout."""
+"""Notices and progress on stderr, records in JSON lines. Only results go to stdout."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ console = Console(stderr=True, highlight=False)
 
 
 def notice(text: str) -> None:
-    """Tell the user something that is no result. Never parsed as markup."""
+    """Print a line that is not a result, on stderr. It is never parsed as markup."""
     console.print(text, markup=False, emoji=False, soft_wrap=True, style="dim")
 
 
 def progress(**options: Any) -> Progress:
     """A progress bar with count, elapsed time and ETA on stderr; it disappears when done."""
-    # A tenth of a second to import: only commands that take long show a bar.
+    # Importing this takes 0.1 s, so only commands that show a bar pay for it.
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -45,27 +45,27 @@ def progress(**options: Any) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        # Elsewhere all that is left of a bar is an empty line.
+        # Outside a terminal a bar would leave an empty line.
         **{"disable": not console.is_terminal, **options},
     )
 
 
 class JsonlLog:
-    """Append-only records, one JSON object a line, each with the time in seconds since the epoch.
+    """Append-only records, one JSON object per line, each with the time in seconds since the epoch.
 
-    Raises UserError where the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            half = _ends_half_way(self._path)
+            truncated = _is_truncated(self._path)
             self._file: TextIO = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._failed(error) from error
-        if half:
-            self._file.write("\n")  # or the next record would be lost with the half one
+        if truncated:
+            self._file.write("\n")  # keeps the next record apart from the truncated one
 
     def write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False)
@@ -76,15 +76,15 @@ class JsonlLog:
             raise self._failed(error) from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written has been told by write
+        with contextlib.suppress(OSError):  # write has raised already
             self._file.close()
 
     def _failed(self, error: OSError) -> UserError:
         return UserError(f"{self._path}: cannot be written ({error.strerror})")
 
 
-def _ends_half_way(path: Path) -> bool:
-    """Whether the last line of a file was cut off, as a full disk does."""
+def _is_truncated(path: Path) -> bool:
+    """Whether the last line of a file is incomplete, as after a full disk."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:

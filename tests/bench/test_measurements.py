@@ -1,4 +1,4 @@
-"""Every measurement runs end to end on a tiny shape, and counts what it says that it counts."""
+"""Every measurement runs end to end on a tiny shape and counts what it claims to count."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ TINY = XverseConfig(
 
 
 def printed(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """The object of the last line, which holds ``result`` and where it was measured."""
+    """The object on the last line, which contains ``result`` and where it was measured."""
     finish(result)
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"commit", "version", "versions", "hardware"} <= found.keys()
-    assert result.items() <= found.items()
-    return found
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"commit", "version", "versions", "hardware"} <= figures.keys()
+    assert result.items() <= figures.items()
+    return figures
 
 
 def test_startup(
     tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_hf(tiny_model, tiny_tokenizer, tmp_path / "model", generation_config={"max_new_tokens": 4})
-    found = printed(startup.measure(help_runs=2, chat_runs=1, model=str(tmp_path / "model")), capsys)
-    assert 0 < found["help_s"] < found["chat_s"]
-    assert len(found["help_runs_s"]) == 2
-    assert len(found["chat_runs_s"]) == 1
+    figures = printed(startup.measure(help_runs=2, chat_runs=1, model=str(tmp_path / "model")), capsys)
+    assert 0 < figures["help_s"] < figures["chat_s"]
+    assert len(figures["help_runs_s"]) == 2
+    assert len(figures["chat_runs_s"]) == 1
 
 
 def test_startup_without_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = startup.measure(help_runs=1, model=str(tmp_path / "none"))
-    assert found["chat_s"] is None
-    assert found["chat_not_measured"].startswith("no model ")
+    figures = startup.measure(help_runs=1, model=str(tmp_path / "none"))
+    assert figures["chat_s"] is None
+    assert figures["chat_not_measured"].startswith("no model ")
     assert "not measured: no model" in " ".join(capsys.readouterr().out.split())
 
 
@@ -65,15 +65,15 @@ def test_infer(capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads()
     result = infer_speed.measure(model, tokenizer, "tiny", prompt_tokens=20, new_tokens=6, batch=3, threads=1)
     assert torch.get_num_threads() == before
-    found = printed(result, capsys)
-    assert (found["batch"], found["context"], found["dtype"]) == (3, 26, "bfloat16")
-    assert found["weights_gb"] == pytest.approx(2 * TINY.num_parameters() / 1e9, abs=5e-5)
-    assert len(found["decode_runs_tok_s"]) == found["rounds"] == 3
-    assert len(found["device_read_samples_gb_s"]) == 4
+    figures = printed(result, capsys)
+    assert (figures["batch"], figures["context"], figures["dtype"]) == (3, 26, "bfloat16")
+    assert figures["weights_gb"] == pytest.approx(2 * TINY.num_parameters() / 1e9, abs=5e-5)
+    assert len(figures["decode_runs_tok_s"]) == figures["rounds"] == 3
+    assert len(figures["device_read_samples_gb_s"]) == 4
     for name in ("decode_tok_s", "prefill_tok_s", "read_gb_s", "device_read_gb_s", "read_share"):
-        assert found[name] > 0
+        assert figures[name] > 0
     if sys.platform == "linux":
-        assert 0.01 < found["rss_gb"] < 8
+        assert 0.01 < figures["rss_gb"] < 8
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -84,15 +84,15 @@ def test_infer_of_quantised_weights(kind: str, capsys: pytest.CaptureFixture[str
     result = infer_speed.measure(
         model, tokenizer, "tiny", prompt_tokens=20, new_tokens=6, threads=1, rounds=1
     )
-    found = printed(result, capsys)
-    assert (found["weights"], found["dtype"]) == (kind, "bfloat16")
+    figures = printed(result, capsys)
+    assert (figures["weights"], figures["dtype"]) == (kind, "bfloat16")
     expected = stored_bytes(config, quick_settings(kind)) / 1e9
-    assert found["weights_gb"] == pytest.approx(expected, abs=1e-4)
-    assert found["decode_tok_s"] > 0
+    assert figures["weights_gb"] == pytest.approx(expected, abs=1e-4)
+    assert figures["decode_tok_s"] > 0
 
 
 def test_infer_counts_what_a_step_reads() -> None:
-    """All weights but the embedding, of it one row per request, and the keys and values."""
+    """All weights, of the embedding one row per request, and the keys and values."""
     with torch.device("meta"):
         model = XverseForCausalLM(TINY).bfloat16()
     table = TINY.vocab_size * TINY.hidden_size
@@ -116,20 +116,20 @@ def test_random_weights_work() -> None:
 
 def test_train(capsys: pytest.CaptureFixture[str]) -> None:
     result = train.measure(TINY, "tiny", batch_size=2, sequence_length=16, steps=4, threads=1)
-    found = printed(result, capsys)
-    assert found["first_loss"]["xverse"] == pytest.approx(found["first_loss"]["transformers"], abs=1e-2)
-    assert len(found["ratios"]) == 4
-    assert (found["steps"], found["block_steps"]) == (4, 1)
+    figures = printed(result, capsys)
+    assert figures["first_loss"]["xverse"] == pytest.approx(figures["first_loss"]["transformers"], abs=1e-2)
+    assert len(figures["ratios"]) == 4
+    assert (figures["steps"], figures["block_steps"]) == (4, 1)
     for side in train.SIDES:
         if sys.platform == "linux":
-            assert 0.05 < found[side]["peak_rss_gb"] < 4
-        assert found[side]["tokens_s"] > 0
-        assert found[side]["tflops"]["causal"] < found[side]["tflops"]["full"]
-        assert found[side]["matmul_share"]["full"] > 0
+            assert 0.05 < figures[side]["peak_rss_gb"] < 4
+        assert figures[side]["tokens_s"] > 0
+        assert figures[side]["tflops"]["causal"] < figures[side]["tflops"]["full"]
+        assert figures[side]["matmul_share"]["full"] > 0
 
 
 def test_train_sides_do_the_same_work() -> None:
-    """Three steps from equal weights: the losses stay together, and fall."""
+    """In three steps from equal weights, the losses agree and fall."""
     losses: dict[str, list[float]] = {}
     job = {"config": TINY.to_json(), "batch_size": 2, "length": 16, "threads": 1}
     for side in train.SIDES:

@@ -1,4 +1,4 @@
-"""What stands beside every figure, and the flags of ``xverse bench``."""
+"""What is reported with every figure, and the flags of ``xverse bench``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def last_object(text: str) -> dict[str, Any]:
-    found = json.loads(text.splitlines()[-1])
-    assert isinstance(found, dict)
-    return found
+    figures = json.loads(text.splitlines()[-1])
+    assert isinstance(figures, dict)
+    return figures
 
 
 def test_environment(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,11 +31,11 @@ def test_environment(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "[red]figure[/red]" in out
     assert "target ≥ 2 GB/s: missed" in out
-    found = last_object(out)
-    assert found["figure"] == 1.0
-    assert found["version"] == xverse.__version__
-    assert found["hardware"]["cores"] == hardware.cores().usable
-    assert found["versions"]["torch"]
+    figures = last_object(out)
+    assert figures["figure"] == 1.0
+    assert figures["version"] == xverse.__version__
+    assert figures["hardware"]["cores"] == hardware.cores().usable
+    assert figures["versions"]["torch"]
 
 
 def test_commit() -> None:
@@ -55,8 +55,8 @@ def test_all_goes_on_without_room(capsys: pytest.CaptureFixture[str]) -> None:
     def none() -> dict[str, Any]:
         raise UserError("needs 15 GB of disk, 1 GB are free")
 
-    found = bench.run_all({"load": none, "infer": lambda: {"bench": "infer", "decode_tok_s": 1.0}})
-    report.finish(found)
+    figures = bench.run_all({"load": none, "infer": lambda: {"bench": "infer", "decode_tok_s": 1.0}})
+    report.finish(figures)
     out = capsys.readouterr().out
     assert "not measured: needs 15 GB of disk" in out
     assert last_object(out)["results"] == {
@@ -68,7 +68,7 @@ def test_all_goes_on_without_room(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["infr"], "unknown choice 'infr'; did you mean 'infer'?"),
         (["infer", "--prompt-token", "3"], "did you mean '--prompt-tokens'?"),
@@ -85,10 +85,11 @@ def test_all_goes_on_without_room(capsys: pytest.CaptureFixture[str]) -> None:
             ["soak", "--minutes", "5"],
             "soak: this measurement is in the checkout only: python -m",
         ),
-        (["quant", "--part", "memory"], "python -m benchmarks footprint"),
+        (["quality"], "quality: this measurement is in the checkout only: python -m benchmarks quality"),
+        (["quant", "--part", "memory"], "unknown argument '--part'"),
     ],
 )
-def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = main(["bench", *arguments])
     except SystemExit as stopped:  # argparse's own errors
@@ -98,4 +99,4 @@ def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture
     assert output.out == ""
     mistakes = [line for line in output.err.splitlines() if line.startswith("xverse")]
     assert len(mistakes) == 1
-    assert said in mistakes[0]
+    assert expected in mistakes[0]

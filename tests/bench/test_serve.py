@@ -1,4 +1,4 @@
-"""The measurements of the server, small."""
+"""The measurements of the server at a small size."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def measured(capsys: Any, *flags: str) -> dict[str, Any]:
 
 
 def test_serve(capsys: Any) -> None:
-    found = measured(capsys, "serve", "--clients", "3", "--new-tokens", "12", "--rounds", "2")
-    assert found["errors"] == 0
-    assert len(found["rounds"]["total"]) == 2
-    assert min(found[name] for name in ("offline_tok_s", "total_tok_s", "first_token_s")) > 0
-    assert 0 < found["repeat_share"] < 1  # of a prompt that is known little is computed
-    assert 0 < found["slowest_of_median"] <= 1
+    figures = measured(capsys, "serve", "--clients", "3", "--new-tokens", "12", "--rounds", "2")
+    assert figures["errors"] == 0
+    assert len(figures["rounds"]["total"]) == 2
+    assert min(figures[name] for name in ("offline_tok_s", "total_tok_s", "first_token_s")) > 0
+    assert 0 < figures["repeat_share"] < 1  # of a prompt that is known little is computed
+    assert 0 < figures["slowest_of_median"] <= 1

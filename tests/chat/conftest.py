@@ -1,4 +1,4 @@
-"""Model directories whose replies are known."""
+"""Model directories with known replies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GENERATION = {"do_sample": True, "temperature": 0.3, "max_new_tokens": 100, "eos
 
 @pytest.fixture(scope="session")
 def reciting_model(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: Tokenizer) -> Path:
-    """Says RECITED and ends."""
+    """Replies RECITED and ends."""
     path = tmp_path_factory.mktemp("models") / "reciting"
     save_hf(reciter(chat_tokenizer, RECITED), chat_tokenizer, path, torch.bfloat16, GENERATION)
     return path
@@ -33,7 +33,7 @@ def reciting_model(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: Tok
 
 @pytest.fixture(scope="session")
 def endless_model(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: Tokenizer) -> Path:
-    """Says RECITED again and again, for many seconds."""
+    """Repeats RECITED for many seconds."""
     path = tmp_path_factory.mktemp("models") / "endless"
     model = reciter(chat_tokenizer, RECITED, positions=32768, endless=True)
     save_hf(model, chat_tokenizer, path, torch.bfloat16, {**GENERATION, "max_new_tokens": 30000})

@@ -1,4 +1,4 @@
-"""A model that recites a text: whatever came before, its replies are known."""
+"""A model that recites a text, so that its replies are known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POSITIONS = 400
 def reciter(
     tokenizer: Tokenizer, text: str, positions: int = POSITIONS, endless: bool = False
 ) -> XverseForCausalLM:
-    """A model that says ``text`` after "Assistant: " (or after "Say "), whatever came before.
+    """A model that generates ``text`` after "Assistant: " or "Say ", whatever the context.
 
     Attention and MLP add nothing; each token's embedding points at its successor's row of the head.
     """

@@ -23,7 +23,7 @@ from xverse.cli import main
 from .reciter import RECITED
 
 COMMAND = [sys.executable, "-m", "xverse.cli", "chat"]
-PROMPT = "\x1b[?25h"  # the cursor shows: prompt_toolkit has drawn its prompt and listens
+PROMPT = "\x1b[?25h"  # show cursor: prompt_toolkit has drawn its prompt and reads input
 
 
 def chat(
@@ -57,7 +57,7 @@ def test_a_pipe_has_replies_and_nothing_else(reciting_model: Path, tmp_path: Pat
     code, out, err = chat("--model", reciting_model, stdin="\r\n".join(lines))
     assert out == 2 * (RECITED + "\n")
     assert "did you mean '/reset'" in err
-    assert code == 2  # one line could not be followed
+    assert code == 2  # one line was refused
     messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
     assert [message["content"] for message in messages] == [lines[0], RECITED, lines[2], RECITED]
 
@@ -105,7 +105,7 @@ def test_flags_that_argparse_refuses(
 
 
 class Screen:
-    """A pseudo-terminal with ``xverse chat`` in it."""
+    """``xverse chat`` in a pseudo-terminal."""
 
     def __init__(self, *arguments: str | Path) -> None:
         self.fd, child = pty.openpty()
@@ -130,7 +130,7 @@ class Screen:
         os.write(self.fd, text.encode())
 
     def wait_for(self, text: str, timeout: float = 60) -> str:
-        """Read until ``text`` shows; returns what came up to and with it, and forgets that."""
+        """Read until ``text`` appears; returns and discards the output up to and including it."""
         deadline = time.monotonic() + timeout
         wanted = text.encode()
         while wanted not in self.output:
@@ -140,7 +140,7 @@ class Screen:
             if select.select([self.fd], [], [], 0.2)[0]:
                 try:
                     self.output += os.read(self.fd, 65536)
-                except OSError:  # the other side is closed
+                except OSError:  # the other end is closed
                     assert wanted in self.output, self.output.decode("utf-8", "replace")
         before, _, self.output = self.output.partition(wanted)
         return (before + wanted).decode("utf-8", "replace")
@@ -163,13 +163,13 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(endless_model: Path, 
     with screen(*arguments) as terminal:
         terminal.wait_for("Ctrl-D leaves")
         terminal.wait_for(PROMPT)
-        terminal.type("\x03")  # at the prompt it only says how to leave
+        terminal.type("\x03")  # at the prompt it only explains how to leave
         terminal.wait_for("/exit leaves")
         terminal.wait_for(PROMPT)
         terminal.type("你好\r")
         terminal.wait_for(RECITED)
         terminal.type("\x03")
-        assert "limit" not in terminal.wait_for("stopped; what was said is kept")
+        assert "limit" not in terminal.wait_for("stopped; the reply so far is kept")
         terminal.wait_for(PROMPT)
         terminal.type(f"/save {saved}\r")
         terminal.wait_for("2 messages saved")

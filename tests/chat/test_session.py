@@ -29,7 +29,7 @@ def session(reciting_model: Path, notices: list[str]) -> Session:
 
 
 def converse(session: Session, *lines: str) -> tuple[str, int]:
-    """Run lines as a pipe would bring them; returns stdout and the exit code."""
+    """Run lines as from a pipe; returns stdout and the exit code."""
     stdout = io.StringIO()
     code = Terminal(session, io.StringIO("".join(line + "\n" for line in lines)), stdout).run()
     return stdout.getvalue(), code
@@ -60,7 +60,7 @@ def test_reset_system_save_load(session: Session, tmp_path: Path, notices: list[
 
 def test_params(session: Session, notices: list[str]) -> None:
     assert session.sampling.temperature == 0.3  # from the directory's generation_config.json
-    assert session.sampling.top_k == CHAT.top_k  # where that is silent
+    assert session.sampling.top_k == CHAT.top_k  # not set there
     out, code = converse(session, "/params temperature=0 seed=7 top_p=1e-1", "/params")
     assert (out, code) == ("", 0)
     assert session.sampling == dataclasses.replace(session.sampling, temperature=0.0, seed=7, top_p=0.1)

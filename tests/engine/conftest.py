@@ -1,4 +1,4 @@
-"""What the engine is compared with: a model whose greedy choices no rounding decides, run without a cache."""
+"""The reference: a model whose greedy choices do not depend on rounding, run without a cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xverse.model.transformer import XverseForCausalLM
 
 @pytest.fixture
 def model(tiny_model: XverseForCausalLM) -> XverseForCausalLM:
-    """The logits of fresh weights spread out."""
+    """A tiny model with its weights scaled so that the logits are far apart."""
     with torch.no_grad():
         for parameter in tiny_model.parameters():
             if parameter.dim() > 1:

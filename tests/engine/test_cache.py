@@ -1,4 +1,4 @@
-"""The paged cache: no block is lost or given out twice, int8 stays close, and the engine gives all back."""
+"""The paged cache: no block is lost or allocated twice, int8 is close, and the engine releases all blocks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_block_comes_back(tiny_model: Any, tiny_tokenizer: Any) -> None:
 
     stream = engine.stream(requests[1])
     next(stream)
-    stream.close()  # what a reader that leaves does
+    stream.close()  # as a client that disconnects
     assert pool.free == everything
     with torch.no_grad():
         tiny_model.model.embed_tokens.weight[9] = torch.nan
@@ -92,7 +92,7 @@ def test_another_kv_dtype_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> No
 
 
 def test_a_cache_beyond_the_memory_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"take \d+\.\d GB, and .* are free; at most \d+ fit"):
+    with pytest.raises(UserError, match=r"take \d+\.\d GB, but only .* are free; at most \d+ fit"):
         Engine(tiny_model, tiny_tokenizer, max_cache_tokens=10**12)
     with pytest.raises(UserError, match="max_cache_tokens: 0 is out of range"):
         Engine(tiny_model, tiny_tokenizer, max_cache_tokens=0)
@@ -113,7 +113,7 @@ TEXT = "Die Sonne scheint, und the children are playing outside. 今天天气很
 
 
 def prefilled(model: Any, ids: list[int], kv_dtype: str, chunk: int) -> torch.Tensor:
-    """Logits [T, V] of ``ids`` that went into a cache chunk by chunk."""
+    """Logits [T, V] of ``ids``, computed chunk by chunk with a cache."""
     dtype = model.lm_head.weight.dtype
     blocks = len(ids) // BLOCK_SIZE + 1
     cache = PagedCache(

@@ -1,4 +1,4 @@
-"""A request's constraint decides what may be said, and harms nobody else."""
+"""A constraint restricts its request and does not affect others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEVER = (10**6,)
 
 
 class Given:
-    """Only one text is allowed, token by token, and an end after it."""
+    """Allows exactly one text, token by token, and then an end token."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.left = list(tokens)

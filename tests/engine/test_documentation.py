@@ -1,4 +1,4 @@
-"""The examples of docs/inference.md run as they stand there."""
+"""The examples of docs/inference.md run."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ arrivals = st.lists(
     arrivals=arrivals,
     max_batch=st.integers(1, 4),
     prefill_chunk=st.integers(1, 50),
-    cache_tokens=st.sampled_from([None, 113]),  # 113: the longest fits, and two of them do not
+    cache_tokens=st.sampled_from([None, 113]),  # 113: one longest request fits, two do not
     prefix_blocks=st.sampled_from([0, 2, 1000]),
     guess=st.booleans(),
 )
@@ -119,7 +119,7 @@ def test_requests_together_equal_each_alone(
     prefix_blocks: int,
     guess: bool,
 ) -> None:
-    # Hypothesis calls this many times with one model: the fixture made it once, before the first.
+    # Hypothesis calls this many times with the same model, because the fixture runs only once.
     engine = Engine(
         model,
         tiny_tokenizer,
@@ -250,7 +250,7 @@ def test_stop_ids_and_strings(model: Any, tiny_tokenizer: Any) -> None:
     assert events[-1].finish_reason == "stop"
     assert "".join(event.text for event in events) == text[: text.index(stop)]
 
-    held = text[-1] + "never comes"  # held back until the end, then given out
+    held = text[-1] + "never comes"  # held back until the end, then returned
     events = list(
         engine.stream(
             Request(prompt_ids=prompt, sampling=SamplingParams.greedy(40, stop=(held,)), stop_ids=NEVER)
@@ -300,13 +300,13 @@ def test_cancel_and_interleaved_streams(model: Any, tiny_tokenizer: Any) -> None
 
     first, second = engine.stream(request), engine.stream(request)
     next(first), next(second)
-    second.close()  # what a reader that leaves does
+    second.close()  # as a client that disconnects
     assert [event.finish_reason for event in first] == [None] * 8 + ["length"]
     assert not engine.busy
 
 
 def test_ids_beyond_the_tokenizer_are_never_chosen(model: Any, tiny_tokenizer: Any, naive: Any) -> None:
-    """Some exports pad the vocabulary: the extra rows of the head are no tokens."""
+    """Some exports pad the vocabulary; the extra rows of the head are not tokens."""
     vocab = model.config.vocab_size
     padded = XverseForCausalLM(dataclasses.replace(model.config, vocab_size=vocab + 30))
     state = model.state_dict()

@@ -1,4 +1,4 @@
-"""The padded steps that CUDA graphs record, run without CUDA, compute what the engine computes without."""
+"""The padded steps of CUDA graphs, run without CUDA, give the same tokens as the engine without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prefix cache: what was computed once is not computed again, within its bounds."""
+"""The prefix cache: computed blocks are reused, within its limit."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_end_of_a_text_goes_before_its_beginning() -> None:
         block = pool.take()
         cache.add(digest, block)
         pool.release(block)
-    cache.touch(chain)  # as a request does that ends
+    cache.touch(chain)  # as when a request ends
     assert cache.free(1) == 1
     assert len(cache.find(chain)) == 2
 
@@ -95,11 +95,11 @@ def test_a_repeated_beginning_is_reused(model: Any, tiny_tokenizer: Any, naive: 
     assert engine.stats().reused_tokens == 0
     assert ask(engine, text, 40) == first == naive(model, text, 40)
     assert engine.stats().reused_tokens == 96
-    # The reply is part of the next turn's prompt, and found as well: 139 tokens of it were computed.
+    # The reply is part of the next turn's prompt and is reused, too: 139 tokens were computed.
     turn = text + [token for token in first if token is not None] + [7, 8]
     assert ask(engine, turn) == naive(model, turn, 4)
     assert engine.stats().reused_tokens == 96 + 128
-    # Of a prompt of whole blocks the last one is computed: its logits are needed.
+    # The last block of a prompt is always computed, because its logits are needed.
     assert ask(engine, text[:64]) == naive(model, text[:64], 4)
     assert engine.stats().reused_tokens == 96 + 128 + 32
 

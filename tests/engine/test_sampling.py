@@ -19,7 +19,7 @@ def logits() -> torch.Tensor:
 
 
 def filtered(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """Scores [G, V], -inf where a token is left out."""
+    """Scores [G, V], -inf for excluded tokens."""
     found = torch.full(logits.shape, -torch.inf)
     for rows, scores, ids in candidates(logits, sampling):
         for row, values, places in zip(rows, scores, [None] * len(rows) if ids is None else ids, strict=True):
@@ -62,7 +62,7 @@ def test_filters_are_transformers_definitions(size: int, spread: float, sampling
     logits[1] = logits[1].round()  # ties
     logits[2, : size // 2] = -torch.inf
     if sampling.top_p < 1:
-        logits[1] = logits[1] + torch.arange(size) * 1e-4  # of equals at its edge, which stay is not defined
+        logits[1] = logits[1] + torch.arange(size) * 1e-4  # ties at the edge are not defined
     ours, expected = filtered(logits, sampling), theirs(logits.double(), sampling)
     assert torch.equal(ours > -torch.inf, expected > -torch.inf)
     torch.testing.assert_close(ours.softmax(-1), expected.softmax(-1).float())
@@ -90,7 +90,7 @@ def test_penalties_and_biases_are_openai_definition(logits: torch.Tensor) -> Non
     expected = logits.clone()
     expected[3] += 7
     expected[499] -= 100
-    counts = {3: 1, 5: 3} | dict.fromkeys(range(100, 300), 1)  # more than its first room
+    counts = {3: 1, 5: 3} | dict.fromkeys(range(100, 300), 1)  # more than its initial capacity
     for token, count in counts.items():
         for _ in range(count):
             adjustment.add(token)

@@ -44,7 +44,7 @@ def test_continuations_have_the_models_logprobs(
         for continuation, found in zip(continuations, result, strict=True):
             assert found == pytest.approx(expected(model, prompt, continuation), abs=1e-4)
     assert not engine.busy
-    # Where they differ in the last token only, one pass serves them: of the first item, of "5 6", of "30".
+    # Continuations that differ only in the last token share a pass: those of the first item, "5 6", "30".
     assert engine._next_handle == 5
 
 
@@ -95,7 +95,7 @@ def test_prompt_logprobs(model: Any, tiny_tokenizer: Any, new_tokens: int, chunk
         prompt_logprobs=2,
     )
     engine = Engine(model, tiny_tokenizer, prefill_chunk=chunk)
-    list(engine.stream(request))  # its blocks are in the prefix cache now, and of no help
+    list(engine.stream(request))  # its blocks are in the prefix cache now, but must not be used
     first, *others = engine.stream(request)
     assert first.prompt_logprobs is not None
     assert all(event.prompt_logprobs is None for event in others)

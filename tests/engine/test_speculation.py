@@ -1,4 +1,4 @@
-"""Guessed tokens change when something is said, and never what."""
+"""Speculation changes when tokens are generated, never which."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ask(engine: Engine, prompt: list[int], new_tokens: int, sampling: SamplingPa
 
 
 def guessing(model: Any, tokenizer: Any, kind: Speculation | None, prefill_chunk: int = 512) -> Engine:
-    """An engine to which guesses count as cheap: a draft as large as the model would not be asked at all."""
+    """An engine that considers proposals cheap; it would never use a draft as large as the model."""
     engine = Engine(model, tokenizer, speculation=kind, prefill_chunk=prefill_chunk)
     if engine._speculator is not None:
         engine._speculator.proposer.cost = 0.03
@@ -40,7 +40,7 @@ def guessing(model: Any, tokenizer: Any, kind: Speculation | None, prefill_chunk
 
 @pytest.fixture
 def close_draft(model: Any) -> Any:
-    """A model that often, not always, agrees with ``model``."""
+    """A model that agrees with ``model`` often, but not always."""
     other = XverseForCausalLM(model.config)
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_lookup_finds_what_followed_before() -> None:
     assert ngrams.continuation(text, 3) == [3, 4, 5]
     text += [3, 4]
     assert ngrams.continuation(text, 2) == [5, 6]  # four in a row
-    assert ngrams.continuation(text, 9) == [5, 6, 1, 2, 3, 4, 5, 6, 1]  # beyond the end: it goes on in turn
+    assert ngrams.continuation(text, 9) == [5, 6, 1, 2, 3, 4, 5, 6, 1]  # beyond the end it repeats
     text += [9]
     assert ngrams.continuation(text, 3) == []
     assert _Ngrams((2,)).continuation([7, 7, 7], 2) == [7, 7]
@@ -65,7 +65,7 @@ def test_lookup_finds_what_followed_before() -> None:
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 8))
 def test_lookup_is_right_at_any_size(text: list[int], count: int) -> None:
-    """Grown step by step or at once, the continuation follows the latest earlier n-gram, the longer one."""
+    """Grown step by step or at once, the continuation follows the latest, longest earlier n-gram."""
     grown = _Ngrams((4, 2))
     for end in range(1, len(text) + 1):
         found = grown.continuation(text[:end], count)
@@ -82,7 +82,7 @@ def test_lookup_is_right_at_any_size(text: list[int], count: int) -> None:
 def test_the_number_of_guesses_follows_what_they_bring() -> None:
     assert best_count(0.0, 0.02, 7) == 0
     assert best_count(1.0, 0.02, 7) == 7
-    assert best_count(0.5, 1.0, 7) == 0  # a guess that costs a step
+    assert best_count(0.5, 1.0, 7) == 0  # a proposal that costs a whole step
     chosen = [best_count(rate / 20, 0.1, 15) for rate in range(21)]
     assert chosen == sorted(chosen)
     assert 0 < chosen[10] < 15
@@ -142,7 +142,7 @@ def test_a_draft_of_a_short_context_stops_guessing(model: Any, tiny_tokenizer: A
 
 
 def test_seeded_draws_are_the_same(model: Any, close_draft: Any, tiny_tokenizer: Any) -> None:
-    """A guess is verified by the very draw that would have been made without it."""
+    """A proposed token is verified by the same draw that is made without speculation."""
     kinds = [None, Speculation(), Speculation(draft=close_draft, draft_tokenizer=tiny_tokenizer)]
     for seed in range(3):
         sampling = SamplingParams(seed=seed, temperature=0.6, top_k=20, repetition_penalty=1.05)
@@ -151,11 +151,11 @@ def test_seeded_draws_are_the_same(model: Any, close_draft: Any, tiny_tokenizer:
 
 
 def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, tiny_tokenizer: Any) -> None:
-    """Frequencies of the three tokens behind a prompt, with guesses and without: chi-squared, 2,000 draws."""
+    """Frequencies of three tokens after a prompt, with and without speculation: chi-squared, 2,000 draws."""
     from collections import Counter
 
     with torch.no_grad():
-        model.lm_head.weight.mul_(0.25)  # several tokens with a chance
+        model.lm_head.weight.mul_(0.25)  # so that several tokens are probable
         close_draft.lm_head.weight.mul_(0.25)
     kinds = [None, Speculation(draft=close_draft, draft_tokenizer=tiny_tokenizer)]
     counts: list[Counter[tuple[int | None, ...]]] = []
@@ -171,7 +171,7 @@ def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, ti
             for number in range(1000)
         ]
         said: dict[int, list[int | None]] = {}
-        for request in requests:  # one at a time: with many rows there are no guesses
+        for request in requests:  # one at a time: with many rows nothing is proposed
             for event in engine.stream(request):
                 said.setdefault(event.handle, []).append(event.token_id)
         counts.append(Counter(tuple(each) for each in said.values()))
@@ -183,7 +183,7 @@ def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, ti
         statistic += (one - other) ** 2 / (one + other)
         cells += 1
     assert cells > 5
-    # The statistic has a mean of cells - 1 and a variance of twice that, were the two alike.
+    # If both are equal, the statistic has mean cells - 1 and twice that as variance.
     assert statistic < cells - 1 + 4 * (2 * (cells - 1)) ** 0.5
 
 

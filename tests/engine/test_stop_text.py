@@ -21,7 +21,7 @@ def run(stop: list[str], pieces: list[str]) -> tuple[str, bool]:
 
 
 def reference(stop: list[str], text: str) -> tuple[str, bool]:
-    """Read character by character; the first stop string complete at the earliest place cuts."""
+    """Reference: read character by character; the stop text that is complete first cuts."""
     for end in range(1, len(text) + 1):
         starts = [end - len(item) for item in stop if text[:end].endswith(item)]
         if starts:

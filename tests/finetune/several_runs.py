@@ -1,6 +1,6 @@
-"""Started by a launcher: ``xverse finetune`` several times in the same processes, which saves their start.
+"""Run ``xverse finetune`` several times in the processes of one launcher, which saves their start-up.
 
-argv: a JSON list of runs, each a list of words. After the first, what the launcher said of FSDP is forgotten.
+argv: a JSON list of runs, each a list of arguments. After the first, the launcher's FSDP setting is cleared.
 """
 
 import json

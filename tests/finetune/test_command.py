@@ -1,4 +1,4 @@
-"""``xverse finetune`` with the document's flags, in one process: learns, resumes, saves, refuses."""
+"""``xverse finetune`` with the source document's flags, in one process: trains, resumes, saves, refuses."""
 
 from __future__ import annotations
 
@@ -32,11 +32,17 @@ def test_it_learns_keeps_the_best_and_leaves_model_curve_and_card(document, flag
     state = json.loads((out / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"])
     assert state["best_metric"] == pytest.approx(min(held_out(out)))
-    found, kept = load_model(out).state_dict(), load_model(best).state_dict()
-    assert all(torch.equal(found[name], kept[name]) for name in found)
+    result, kept = load_model(out).state_dict(), load_model(best).state_dict()
+    assert all(torch.equal(result[name], kept[name]) for name in result)
     card = (out / "README.md").read_text()
-    for said in ("alpaca_gpt4_en: 40 examples", "4 held out", "loss.png", "learning_rate: 0.005", best.name):
-        assert said in card
+    for message in (
+        "alpaca_gpt4_en: 40 examples",
+        "4 held out",
+        "loss.png",
+        "learning_rate: 0.005",
+        best.name,
+    ):
+        assert message in card
     assert main(["chat", "--model", str(out), "--ask", "say hello 0", "--max-new-tokens", "3"]) == 0
     assert json.loads((out / "tokenizer_config.json").read_text())["padding_side"] == "right"
 
@@ -67,7 +73,7 @@ def test_a_folder_of_another_run_is_refused(document, flags, tmp_path, capsys) -
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     assert main(["finetune", *flags({**document, "output_dir": str(tmp_path / "mine")})]) == 2
-    assert "holds files already" in capsys.readouterr().err
+    assert "already holds files" in capsys.readouterr().err
 
 
 def test_packing_learns_the_same_data_in_fewer_rows(document, flags, tmp_path) -> None:
@@ -106,7 +112,7 @@ def test_early_stopping(document, flags, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"dataset": "alpaca_gtp4_en"}, "did you mean 'alpaca_gpt4_en'"),
         ({"model_name_or_path": "nowhere"}, "no model 'nowhere'"),
@@ -121,7 +127,7 @@ def test_early_stopping(document, flags, tmp_path) -> None:
         ({"group_by_length": "", "packing": ""}, "cannot be combined with packing"),
     ],
 )
-def test_mistakes_are_one_line(document, flags, capsys, change, said) -> None:
+def test_mistakes_are_one_line(document, flags, capsys, change, message) -> None:
     if "lora_target" in change:
         pytest.importorskip("peft")
     if "deepspeed" in change:
@@ -129,5 +135,5 @@ def test_mistakes_are_one_line(document, flags, capsys, change, said) -> None:
     capsys.readouterr()
     assert main(["finetune", *flags({**document, **change})]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert "Traceback" not in error

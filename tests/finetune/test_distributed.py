@@ -94,10 +94,10 @@ def test_two_ways_to_shard_are_one_too_many(document, flags, capsys, monkeypatch
     pytest.importorskip("deepspeed")
     document |= {"deepspeed": "deepspeed.json"}
     assert main(["finetune", *flags({**document, "fsdp": "full_shard"})]) == 2
-    assert "give one of them" in capsys.readouterr().err
+    assert "use one of them" in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["finetune", *flags(document)]) == 2
-    assert "give one of them" in capsys.readouterr().err
+    assert "use one of them" in capsys.readouterr().err
     document.pop("deepspeed")
     assert main(["finetune", *flags(document)]) == 2
-    assert "start it with torchrun" in capsys.readouterr().err
+    assert "launch with torchrun" in capsys.readouterr().err

@@ -11,7 +11,9 @@ import yaml
 
 from xverse.cli import main, verb_parser
 from xverse.config import UserError, read_yaml
+from xverse.finetune.encode import Data
 from xverse.finetune.launch import deepspeed_file, training_arguments
+from xverse.finetune.resume import _compare, run_state
 from xverse.finetune.settings import OWN, Settings, read_settings, training_values
 
 # The source document's, word for word.
@@ -108,7 +110,7 @@ def test_values_reach_transformers(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"template": "vicuna"}, "only XVERSE's"),
         ({"do_train": False}, "nothing to do"),
@@ -128,14 +130,29 @@ def test_values_reach_transformers(tmp_path) -> None:
         ({"learning_rate": "fast"}, "learning_rate"),
     ],
 )
-def test_contradictions_are_one_line(values, said) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_contradictions_are_one_line(values, message) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         settings(**values)
     assert "\n" not in str(caught.value)
 
 
+def test_state_files_of_older_versions_are_understood(tmp_path) -> None:
+    chosen = settings(eval_strategy="steps", val_size=4.0, dataset="a,b")
+    state = run_state(chosen, Data())
+    file = tmp_path / "finetune.json"
+    older = {**state["settings"], "evaluation_strategy": "steps", "enable_liger_kernel": False}
+    older |= {"neat_packing": False, "pref_beta": 0.1, "lora_target": "all"}
+    del older["eval_strategy"]
+    file.write_text(json.dumps({**state, "settings": older}))
+    _compare(file, state)
+    with pytest.raises(UserError, match=r"learning_rate \(None → 0.1\)"):
+        _compare(file, run_state(settings(**older, learning_rate=0.1), Data()))
+    with pytest.raises(UserError, match="other data"):
+        _compare(file, {**state, "train": "another"})
+
+
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--lora_rnak", "8"], "did you mean '--lora_rank'"),
         (["--stage", "stf"], "did you mean 'sft'"),
@@ -144,13 +161,13 @@ def test_contradictions_are_one_line(values, said) -> None:
         (["--do_train"], "missing key"),
     ],
 )
-def test_the_command_line_refuses_by_name(words, said, capsys) -> None:
+def test_the_command_line_refuses_by_name(words, message, capsys) -> None:
     try:
         code = main(["finetune", *words])
     except SystemExit as error:
         code = error.code
     assert code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_yaml_has_the_same_names(tmp_path, capsys) -> None:

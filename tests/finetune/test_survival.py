@@ -72,13 +72,13 @@ def test_a_stream_goes_on_exactly_and_holds_the_whole_data(document, flags, tmp_
     shutil.copytree(whole / "checkpoint-4", half / "checkpoint-4")
     assert main(["finetune", *flags({**document, "output_dir": str(half)})]) == 0
     same_runs(whole, half)
-    for change, said in (
+    for change, message in (
         ({"max_steps": "-1"}, "needs max_steps"),
-        ({"val_size": "0.1"}, "val_size as a number"),
+        ({"val_size": "0.1"}, "set val_size to a number"),
         ({"val_size": "40"}, "to be held out"),
     ):
         assert main(["finetune", *flags({**document, **change, "output_dir": str(tmp_path / "o")})]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

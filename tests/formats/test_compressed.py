@@ -282,7 +282,11 @@ NAME = "model.layers.1.mlp.up_proj"
         ("weight_packed", lambda t: None, "unexpected"),
         ("weight_scale", lambda t: None, "weight_scale is missing"),
         ("weight_shape", lambda t: None, "weight_shape is missing"),
-        ("weight_shape", lambda t: t.flip(0), "weight_shape says [128, 256], config.json [256, 128]"),
+        (
+            "weight_shape",
+            lambda t: t.flip(0),
+            "weight_shape is [128, 256], but config.json implies [256, 128]",
+        ),
         ("weight_packed", lambda t: t[:-1].clone(), "weight_packed is int32 [255, 16]"),
         ("weight_packed", lambda t: t[:, :-1].clone(), "has 15 columns, not 16 for 4 bits or 32 for 8 bits"),
         ("weight_packed", lambda t: t.long(), "weight_packed is int64"),

@@ -223,7 +223,7 @@ def test_command(upstream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert file == f"{out}: gguf, f16, {out.stat().st_size / 1e6:,.1f} MB"
     assert figure.startswith("parity: max |Δlogit| = ")
     assert float(figure.split("= ")[1].split()[0]) < 1e-3
-    assert tokens == "tokenizer: llama.cpp computes other ids than xverse for 0 of 2,000 random texts"
+    assert tokens == "tokenizer: llama.cpp's ids differ from xverse's for 0 of 2,000 random texts"
     assert metadata(out)["general.name"] == "XVERSE-7B-Chat"
     assert main(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_nul_has_a_token(tiny_tokenizer: Tokenizer) -> None:
 def test_tokenizer_without_byte_tokens(tiny_tokenizer: Tokenizer) -> None:
     values = copy.deepcopy(tiny_tokenizer.values)
     values["model"]["byte_fallback"] = False
-    with pytest.raises(UserError, match="no tokens for bytes"):
+    with pytest.raises(UserError, match="no byte tokens"):
         spm_vocabulary(Tokenizer(values), tiny_tokenizer.vocab_size)
 
 

@@ -1,4 +1,4 @@
-"""Model directories as xverse writes them and as upstream publishes them, with a small random model."""
+"""Model directories in xverse's and in upstream's form, with a small random model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _spec.loader.exec_module(builder)
 
 @pytest.fixture(scope="session")
 def core_model(tiny_config: Any) -> Any:
-    """Weights wide enough that greedy choices are stable and logits reach 7."""
+    """Weights large enough that greedy choices are stable and logits reach 7."""
     from xverse.model import XverseForCausalLM, init_weights
 
     model = XverseForCausalLM(replace(tiny_config, initializer_range=0.2))
@@ -45,7 +45,7 @@ def core_model(tiny_config: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def written(core_model: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that xverse wrote."""
+    """A directory written by xverse."""
     from xverse.formats import save_hf
 
     path = tmp_path_factory.mktemp("written") / "model"
@@ -55,7 +55,7 @@ def written(core_model: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def upstream(core_model: Any, written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as upstream publishes it, with short replies and one more file of poison."""
+    """A directory as published by upstream, with short replies and one more poisoned file."""
     path = tmp_path_factory.mktemp("published") / "XVERSE-7B-Chat"
     builder.write_upstream_directory(path, core_model, tokenizer_dir=written)
     (path / "custom_generate").mkdir()

@@ -25,7 +25,7 @@ MESSAGES = [
 
 @pytest.fixture
 def scripted(hf_model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The model, made to say given ids: its logits are replaced, all else is the real way."""
+    """The model with its logits replaced so that it generates given ids; everything else is real."""
     forward = hf_model.forward
     state: dict[str, Any] = {"prompts": []}
 
@@ -131,7 +131,7 @@ def test_settings_come_from_the_caller_the_model_or_upstream(
     hf_model.generation_config = GenerationConfig(pad_token_id=1, eos_token_id=3)
     hf_model.chat(hf_tokenizer, MESSAGES)
     assert {key: getattr(seen[-1], key) for key in model_chat.DEFAULTS} == model_chat.DEFAULTS
-    assert hf_model.generation_config.do_sample is None  # the model's own is not touched
+    assert hf_model.generation_config.do_sample is None  # the model's config is not changed
 
 
 @pytest.mark.parametrize("name", [name for name in PARAMS if name not in ("seed", "logit_bias")])

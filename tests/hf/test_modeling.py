@@ -1,4 +1,4 @@
-"""The transformers model against stock Llama on the same weights, and transformers' tools on it."""
+"""The transformers model compared with stock Llama on the same weights, and transformers' tools."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_assisted_generation_equals_greedy(hf_model: Any, written: Path) -> None
     assistant = AutoModelForCausalLM.from_pretrained(written)
     with torch.no_grad():
         for parameter in assistant.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.01)  # a guesser that is sometimes wrong
+            parameter.add_(torch.randn_like(parameter) * 0.01)  # a draft model that is sometimes wrong
     ids = tokens(1, 6)
     options = {"do_sample": False, "max_new_tokens": 20, "attention_mask": torch.ones_like(ids)}
     greedy = hf_model.generate(ids, **options)
@@ -228,7 +228,7 @@ def test_save_and_load_round_trip(hf_model: Any, tmp_path: Path) -> None:
     } or (again.config.to_diff_dict() == hf_model.config.to_diff_dict())
     ours = load_model(tmp_path / "copy")
     assert difference(ours(ids, FullCausal(1, 8)), hf_model(ids).logits) < TOLERANCE
-    assert (tmp_path / "copy" / "modeling_xverse.py").exists()  # loads where xverse is not imported
+    assert (tmp_path / "copy" / "modeling_xverse.py").exists()  # loads without importing xverse
 
 
 def test_published_weights_dtype_and_device_map(upstream: Path) -> None:

@@ -22,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "你好"}]
 
 @pytest.fixture(scope="module")
 def directory(wide_config: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that groups of 128 fit, as xverse writes it."""
+    """A model with dimensions divisible by 128, written by xverse."""
     model = XverseForCausalLM(wide_config)
     init_weights(model, seed=0)
     path = tmp_path_factory.mktemp("plain") / "model"
@@ -33,7 +33,7 @@ def directory(wide_config: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``AutoModelForCausalLM.from_pretrained`` where compressed-tensors is not installed."""
+    """``AutoModelForCausalLM.from_pretrained`` without compressed-tensors installed."""
     from transformers import AutoModelForCausalLM
 
     import xverse  # noqa: F401

@@ -1,4 +1,4 @@
-"""The source document's snippet on directories that xverse wrote and on published ones; no foreign code."""
+"""The source document's snippet on xverse's and on published directories; no foreign code runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def snippet(path: Path) -> str:
 
 
 def start(program: str, **environment: str) -> Callable[[], tuple[dict[str, Any], str]]:
-    """Run a program beside the others; the result waits and gives its report and its output."""
+    """Start a program in parallel; the result waits for it and returns its report and output."""
     process = subprocess.Popen(
         [sys.executable, "-c", program + REPORT],
         stdin=subprocess.DEVNULL,
@@ -72,7 +72,7 @@ def start(program: str, **environment: str) -> Callable[[], tuple[dict[str, Any]
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What transformers asks of a hub, for one repository."""
+    """The hub API that transformers uses, for one repository."""
 
     directory: Path
     asked: list[str]
@@ -134,7 +134,7 @@ def hub(upstream: Path) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def runs(written: Path, upstream: Path, hub: tuple[str, list[str]], tmp_path_factory: Any) -> dict[str, Any]:
-    """All the programs at once: each spends its seconds on importing torch and transformers."""
+    """All programs in parallel, because each spends seconds on importing torch and transformers."""
     checks = "import importlib.util, importlib, sys, xverse\n"
     checks += "assert 'transformers' not in sys.modules and 'torch' not in sys.modules\n"
     checks += "importlib.reload(xverse)\nassert importlib.util.find_spec('transformers')\n"
@@ -161,7 +161,7 @@ def test_published_directory_after_importing_xverse(runs: dict[str, Any]) -> Non
     report, output = runs["published"]()
     check(report)
     assert report["foreign"] == []
-    assert "custom code" not in output  # nothing was asked
+    assert "custom code" not in output  # no question
     assert "Warning" not in output
 
 
@@ -175,8 +175,8 @@ def test_hub_id_with_transformers_imported_first(runs: dict[str, Any], hub: tupl
 
 
 def test_written_directory_without_importing_xverse(runs: dict[str, Any]) -> None:
-    """The tokenizer's line makes transformers ask whether to run the configuration's code; with nobody to
-    answer, as here, it goes on without."""
+    """The tokenizer's entry makes transformers ask whether to run the configuration's code; without an
+    answer, as here, it continues without."""
     report, _ = runs["written"]()
     check(report)
     assert {name.rsplit(".", 1)[-1] for name in report["foreign"]} >= {"configuration_xverse"}
@@ -240,7 +240,7 @@ def test_published_tokenizer_is_repaired_and_saves_itself_sound(
     with pytest.raises(Exception, match=r"prepend_scheme|PyPreTokenizerTypeWrapper"):
         tokenizers.Tokenizer.from_file(str(upstream / "tokenizer.json"))
     tokenizer = AutoTokenizer.from_pretrained(upstream)
-    ours = Tokenizer.load(upstream)  # not the one it was made from: an old file cannot say "split": false
+    ours = Tokenizer.load(upstream)  # not the original: the old format lacks "split": false
     for text in tiny_texts:
         assert tokenizer(text)["input_ids"] == ours.encode(text)
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2, 3)

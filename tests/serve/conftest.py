@@ -1,5 +1,5 @@
-"""A real server on a real socket, in a thread of the test's process: its engine can be looked into. And a
-real browser (Debian's chromium) that visits its page."""
+"""A real server on a real socket, in a thread so that tests can inspect its engine, and a real browser
+(Debian's chromium)."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def make_service(loaded: Any, **settings: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def server(nano: Any) -> Iterator[Running]:
-    """One for all tests that leave it as it was."""
+    """Shared by tests that do not change it."""
     running = start(make_service(nano))
     yield running
     running.server.should_exit = True
@@ -115,7 +115,7 @@ def site(nano: Any) -> Iterator[Running]:
 
 @pytest.fixture
 def launch(nano: Any) -> Iterator[Any]:
-    """``launch(service settings, guard={…}, page=…)``: a server of the test's own."""
+    """``launch(service settings, guard={…}, page=…)``: a server for one test."""
     started: list[Running] = []
 
     def make(guard: dict[str, Any] | None = None, page: str | None = None, **settings: Any) -> Running:
@@ -142,7 +142,7 @@ def browser() -> Iterator[Any]:
 
 @dataclass
 class Visitor:
-    """One browser window, and every address that it asked."""
+    """One browser window, and every URL that it requested."""
 
     page: Any
     asked: list[str] = field(default_factory=list)
@@ -157,7 +157,7 @@ class Visitor:
         return [each.inner_text().strip() for each in self.page.locator(f"#chat [data-testid={who}]").all()]
 
     def until_answered(self, replies: int) -> str:
-        """The last of so many replies, when it is complete."""
+        """Wait for that many replies; return the last one when it is complete."""
         from playwright import sync_api
 
         sync_api.expect(self.page.locator("#chat [data-testid=bot]")).to_have_count(replies, timeout=20_000)
@@ -167,7 +167,7 @@ class Visitor:
         return self.said("bot")[-1]
 
     def until_telling(self, server: Any, replies: int = 1) -> str:
-        """What has been said of the last of so many replies, which goes on."""
+        """Wait for that many replies; return the text so far of the last one, which continues."""
 
         def begun() -> bool:
             said = self.said("bot")
@@ -177,7 +177,7 @@ class Visitor:
         return self.said("bot")[-1]
 
     def settled(self) -> bool:
-        """Nothing that was begun is still to change the conversations."""
+        """Whether no running action will change the conversations."""
         return self.page.evaluate(
             """Promise.race([
               (window.xverseTurns?.last ?? Promise.resolve()).then(() => true),
@@ -186,7 +186,7 @@ class Visitor:
         )
 
     def end(self) -> None:
-        """A reply that goes on. Its text moves the page, which Playwright's own click would wait for."""
+        """End a running reply. Its text moves the page, for which Playwright's click would wait."""
         self.page.locator("#message [data-testid=stop-button]").dispatch_event("click")
 
     def conversations(self) -> list[str]:
@@ -199,7 +199,7 @@ class Visitor:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
-    """``visit(server)``: its page in a browser of its own. At the end nothing was asked of anybody else."""
+    """``visit(server)``: its page in a new browser context. At the end, no other host was contacted."""
     visitors: list[Visitor] = []
     contexts: list[Any] = []
 
@@ -244,8 +244,8 @@ def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
 
 @pytest.fixture
 def storyteller(nano: Any, launch: Any) -> Any:
-    """A server whose replies go on until somebody ends them, at the speed of a large model: as fast as this
-    one they would soon be so long that drawing them is all that the browser does."""
+    """A server whose replies continue until they are ended, at the speed of a large model: faster ones would
+    soon be so long that the browser does nothing but draw them."""
     endless = dataclasses.replace(nano.sampling, max_new_tokens=8000)
     server = launch(page="chat", stop_ids=(), sampling=endless)
     engine = server.service.runner.engine

@@ -1,4 +1,4 @@
-"""``xverse serve --adapter``, merged into plain weights and beside quantised ones."""
+"""``xverse serve --adapter``, merged into plain weights and next to quantised ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 
 @pytest.fixture
 def adapted(wide_config: Any, tiny_tokenizer: Any, tmp_path: Path) -> tuple[str, str]:
-    """A base and an adapter that changes what it says."""
+    """A base model and an adapter that changes its replies."""
     model = XverseForCausalLM(wide_config)
     init_weights(model, seed=0)
     save_hf(model, tiny_tokenizer, tmp_path / "base", torch.float32)

@@ -1,4 +1,4 @@
-"""OpenAI's API as its own client speaks it, and curl."""
+"""OpenAI's API with its official client, and with curl."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_completions(server: Any) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_with_logprobs(server: Any, stream: bool) -> None:
-    """What evaluation harnesses ask: the log-probabilities of a given text, nothing generated."""
+    """As evaluation harnesses use it: log-probabilities of a given text, without generation."""
     asked: dict[str, Any] = {
         "model": "nano",
         "prompt": "The capital of France",
@@ -339,7 +339,7 @@ def test_curl(server: Any) -> None:
 
 
 def test_tokens_that_are_parts_of_a_character(server: Any) -> None:
-    """Each has a name of its own, and offsets count the characters of the text."""
+    """Each has a distinct name, and offsets count the characters of the text."""
     prompt = "😀 a 𠮷b"
     reply = server.openai().completions.create(
         model="nano", prompt=prompt, max_tokens=0, echo=True, logprobs=5

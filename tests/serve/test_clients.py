@@ -1,4 +1,4 @@
-"""Frameworks that people point at such servers, as they come from PyPI."""
+"""Frameworks that are used with such servers, as installed from PyPI."""
 
 from __future__ import annotations
 

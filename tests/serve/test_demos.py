@@ -1,4 +1,4 @@
-"""The demos under the source document's flags, in a process of their own."""
+"""The demos with the source document's flags, in separate processes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_it_opens_its_tab_and_ends_with_a_visitor(demo: Any, name: str, tab: str
         sync_api.expect(page.locator(tab)).to_be_visible(timeout=20_000)
         page.wait_for_load_state("networkidle")
         begin = time.monotonic()
-        process.send_signal(signal.SIGTERM)  # an open window is no reply that has to end first
+        process.send_signal(signal.SIGTERM)  # an open window must not delay the exit
         assert process.wait(30) == 0
         assert time.monotonic() - begin < 10
         browser.close()

@@ -1,4 +1,4 @@
-"""What clients and machines do wrong, and what the server does then."""
+"""Faults of clients and machines, and the server's response."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ CHAT = "/v1/chat/completions"
                 },
             },
             "response_format",
-            "at most 65536",
+            "the limit is 65536",
         ),
     ],
 )
@@ -109,7 +109,7 @@ def test_bodies_that_are_too_large(server: Any) -> None:
         for start in range(0, len(body), 65536):
             yield body[start : start + 65536]
 
-    for content in (body, pieces()):  # with its length said beforehand, and without
+    for content in (body, pieces()):  # with Content-Length and without
         with server.client() as client:
             answer = client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
         assert answer.status_code == 413
@@ -200,7 +200,7 @@ def test_keys(launch: Any) -> None:
 
 
 def opened(server: Any, body: dict[str, Any]) -> socket.socket:
-    """A connection on which a request was sent, and nothing read."""
+    """A connection that sent a request and reads nothing."""
     host, port = server.url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     connection = socket.create_connection((host, int(port)))
@@ -214,7 +214,7 @@ def opened(server: Any, body: dict[str, Any]) -> socket.socket:
 def test_a_client_that_leaves_frees_its_blocks(server: Any, stream: bool, when: str) -> None:
     server.until(server.idle)
     long = [{"role": "user", "content": "word " * 1500}] if when == "prefill" else QUESTION
-    bias = {"3": -100}  # it would go on
+    bias = {"3": -100}  # otherwise it would continue
     connection = opened(server, {"messages": long, "stream": stream, "logit_bias": bias, "max_tokens": 4000})
     server.until(lambda: not server.idle())
     if when == "decode":
@@ -278,7 +278,7 @@ for _ in range(400):
     ],
 )
 def test_hostile_schemas(server: Any, schema: dict[str, Any]) -> None:
-    """Refused by name, or obeyed; soon, and without holding up others."""
+    """Refused by name or enforced, quickly and without delaying others."""
     form = {"type": "json_schema", "json_schema": {"schema": schema}}
     body = {"messages": QUESTION, "max_tokens": 20, "response_format": form}
     begin = time.monotonic()

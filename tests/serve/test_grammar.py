@@ -1,4 +1,4 @@
-"""Which replies a schema lets through."""
+"""Which replies a schema permits."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def allowed(tokenizer: Tokenizer, schema: dict[str, Any], text: str) -> bool:
         ({"anyOf": [CITY, {"type": "null"}]}, {"name": "a", "b": 1}, False),
         ({"$defs": {"C": CITY}, "$ref": "#/$defs/C"}, {"name": "a", "b": 1}, False),
         ({"type": "object"}, {"b": 1}, True),
-        # A property of that name, and a value that looks like a schema, are neither.
+        # A property of that name, or a value that looks like a schema, is neither.
         ({"type": "object", "properties": {"properties": CITY}}, {"properties": {"name": "a"}}, True),
         ({"const": {"properties": {}}}, {"properties": {}}, True),
-        # One part names what the other does not.
+        # One part names properties that the other does not.
         ({"allOf": [CITY, {"type": "object", "properties": {"b": {}}}]}, {"name": "a", "b": 1}, True),
     ],
     ids=str,

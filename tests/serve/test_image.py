@@ -1,5 +1,5 @@
-"""The Dockerfile, carried out without Docker: its RUN steps in clean virtual environments, as a new machine
-would. It needs pip's index, so it runs where ``XVERSE_TEST_IMAGE`` is set (.ci/run sets it)."""
+"""The Dockerfile without Docker: its RUN steps in clean virtual environments, as on a new machine. The test
+needs pip's index and runs if ``XVERSE_TEST_IMAGE`` is set (.ci/run sets it)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ OF_THE_MACHINE = ("apt-get", "useradd")
 
 @dataclass
 class Stage:
-    """One FROM: a virtual environment and a folder that stands for the image's root."""
+    """One FROM: a virtual environment, and a folder as the image's root."""
 
     root: Path
     folder: str = "/"
     variables: dict[str, str] = field(default_factory=dict)
 
     def inside(self, text: str) -> str:
-        """``text`` with the image's folders as those of this stage."""
+        """``text`` with the image's paths replaced by those of this stage."""
         return re.sub(r"(?<![\w./-])/(src|dist)\b", rf"{self.root}/\1", text)
 
     def run(self, command: str) -> None:
@@ -69,7 +69,7 @@ def test_its_steps_make_a_server(tmp_path: Path) -> None:
             subprocess.run([sys.executable, "-m", "venv", stage.root / "venv"], check=True)
         elif word == "ARG":
             name, _, default = rest.partition("=")
-            # As in `docker build --build-arg`; CI's pip is configured with an index of its own.
+            # As in `docker build --build-arg`; CI configures pip with another index.
             stage.variables[name] = os.environ.get(name, default)
         elif word == "WORKDIR":
             stage.folder = rest

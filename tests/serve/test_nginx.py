@@ -1,4 +1,4 @@
-"""Several replicas behind a real nginx, with the configuration that is shipped in recipes/serve."""
+"""Several replicas behind a real nginx, with the configuration from recipes/serve."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture
 def replicas(launch: Any) -> list[Any]:
-    # Replies that only end where they are told to, so that it can be seen who is busy.
+    # Replies without an end, so that the test controls which replica is busy.
     return [launch(page="chat", stop_ids=(), max_waiting=1) for _ in range(2)]
 
 
 @pytest.fixture
 def proxy(replicas: list[Any], tmp_path: Path) -> Iterator[str]:
-    """The address of an nginx before the two."""
+    """The address of an nginx in front of both."""
     assert NGINX
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -70,7 +70,7 @@ def _answers(url: str) -> bool:
 
 
 def ask(url: str, tokens: int) -> Iterator[float]:
-    """When each piece of a streamed reply came."""
+    """The arrival times of the pieces of a streamed reply."""
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": tokens, "stream": True}
     with (
         httpx.Client(trust_env=False, timeout=60) as client,
@@ -92,7 +92,7 @@ def test_the_least_busy_replica_is_next(replicas: list[Any], proxy: str) -> None
         replicas[0].until(lambda count=count: sum(each.service.runner.open for each in replicas) == count)
         busy = [replica.service.runner.open for replica in replicas]
         assert max(busy) - min(busy) <= 1
-    streams[0].close()  # whoever has fewer gets the next, whose turn ever it is
+    streams[0].close()  # the replica with fewer requests gets the next one
     streams[2].close()
     replicas[0].until(lambda: sum(each.service.runner.open for each in replicas) == 4)
     for _ in range(2):
@@ -103,7 +103,7 @@ def test_the_least_busy_replica_is_next(replicas: list[Any], proxy: str) -> None
     for stream in streams:
         stream.close()
     for replica in replicas:
-        replica.until(replica.idle)  # that a client left reaches the replica through nginx
+        replica.until(replica.idle)  # a disconnect reaches the replica through nginx
 
 
 def test_tokens_come_one_by_one(replicas: list[Any], proxy: str) -> None:
@@ -111,7 +111,7 @@ def test_tokens_come_one_by_one(replicas: list[Any], proxy: str) -> None:
     assert len(times) > 100
     assert times[-1] - times[0] > 0.05
     middle = times[len(times) // 2] - times[0]
-    assert 0.2 < middle / (times[-1] - times[0]) < 0.8  # buffered ones would come at once at the end
+    assert 0.2 < middle / (times[-1] - times[0]) < 0.8  # buffered pieces would arrive together at the end
 
 
 def test_a_replica_that_goes_is_not_missed(replicas: list[Any], proxy: str) -> None:
@@ -129,7 +129,7 @@ def test_a_replica_that_goes_is_not_missed(replicas: list[Any], proxy: str) -> N
     for thread in threads:
         thread.start()
     time.sleep(0.5)
-    replicas[0].server.should_exit = True  # as SIGTERM: it finishes what it has, and takes no more
+    replicas[0].server.should_exit = True  # as on SIGTERM: finish running requests, accept no more
     time.sleep(1.5)
     done.set()
     for thread in threads:
@@ -139,12 +139,12 @@ def test_a_replica_that_goes_is_not_missed(replicas: list[Any], proxy: str) -> N
 
 
 def test_a_full_replica_passes_on(replicas: list[Any], proxy: str) -> None:
-    """Its own clients fill the first one: its 429 is nginx's word to try the other."""
+    """Direct clients fill the first one; on its 429 nginx tries the other."""
     own = [ask(replicas[0].url, 4000) for _ in range(9)]
     waiting = own.pop()
     for stream in own:
         next(stream)
-    next(waiting)  # the first piece comes before the engine has room
+    next(waiting)  # the first piece arrives before the engine has room
     for _ in range(4):
         assert len(list(ask(proxy, 5))) > 2
     for stream in (*own, waiting):

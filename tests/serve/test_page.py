@@ -62,7 +62,7 @@ def test_stop_keeps_what_was_said(storyteller: Any, visit: Any) -> None:
     server.until(lambda: server.service.runner.stats.running)
     server.until(lambda: visitor.said("bot") and len(visitor.said("bot")[0]) > 20)
     first = visitor.said("bot")[0]
-    server.until(lambda: visitor.said("bot")[0] != first)  # it grows while one looks
+    server.until(lambda: visitor.said("bot")[0] != first)  # it grows
     stop.click()
     server.until(server.idle)
     half = visitor.until_answered(1)
@@ -70,7 +70,7 @@ def test_stop_keeps_what_was_said(storyteller: Any, visit: Any) -> None:
     time.sleep(0.3)
     assert visitor.said("bot") == [half]
     again = visit.again(visitor, server)
-    assert again.until_answered(1) == half  # it was kept
+    assert again.until_answered(1) == half  # it was stored
 
 
 def test_regenerate_and_edit(site: Any, visit: Any) -> None:
@@ -114,7 +114,7 @@ def test_several_conversations_stay_in_the_browser(site: Any, visit: Any) -> Non
     again.page.locator("#delete-surely").click()
     sync_api.expect(again.page.locator("#chat [data-testid=user]")).to_have_count(0)
     assert again.conversations() == ["Second question"]
-    # Another browser knows nothing of it.
+    # Another browser does not have it.
     assert visit(site).conversations() == []
 
 
@@ -153,7 +153,7 @@ def test_markdown_code_and_formulas(site: Any, visit: Any) -> None:
 
 
 def test_what_is_said_cannot_act(site: Any, visit: Any) -> None:
-    """Neither scripts nor pictures from elsewhere: the fixture looks at what was asked of whom."""
+    """No scripts, and no images from other hosts; the fixture checks all requests."""
     visitor = visit(site)
     visitor.say(
         '<img src=x onerror="document.title=1"> <script>document.title=2</script> '
@@ -163,7 +163,7 @@ def test_what_is_said_cannot_act(site: Any, visit: Any) -> None:
     time.sleep(0.5)
     assert visitor.page.title() == "nano"
     blocked = [url for url in visitor.asked if "192.0.2.1" in url]
-    for url in blocked:  # Chromium reports what the page's policy stopped before it was sent
+    for url in blocked:  # Chromium also reports requests that the page's policy blocked
         visitor.asked.remove(url)
     sizes = visitor.page.locator("#chat img").evaluate_all("all => all.map(each => each.naturalWidth)")
     assert not any(sizes)
@@ -185,7 +185,7 @@ def test_text_generation(launch: Any, visit: Any) -> None:
     server = launch(page="generation", stop_ids=())
     visitor = visit(server)
     text = visitor.page.locator("#text textarea")
-    sync_api.expect(text).to_be_visible()  # this tab comes first
+    sync_api.expect(text).to_be_visible()  # this tab is open first
     text.fill("Once upon a time")
     visitor.page.locator("#go-on").click()
     server.until(lambda: re.match(r"100 tokens", visitor.page.locator("#text-status").inner_text().strip()))
@@ -257,7 +257,7 @@ def test_the_api_stays_beside_the_page(site: Any) -> None:
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "unknown_path"
         assert client.get("/", headers={"Origin": "http://evil.example"}).status_code == 403
-        # Nothing can be uploaded, and no file read.
+        # No uploads, and no access to files.
         files = {"files": ("a.txt", b"12345678")}
         assert client.post("/gradio_api/upload", files=files).status_code >= 400
         assert client.get("/gradio_api/file=/etc/passwd").status_code in (403, 404)

@@ -1,4 +1,4 @@
-"""Actions on the page while a reply goes on: each has its turn, and nothing is lost or out of place."""
+"""Actions on the page during a reply: they run one at a time, and nothing is lost or misplaced."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SLOW_BEGIN = """
 
 
 def test_a_message_from_before_the_page_has_opened(site: Any, visit: Any) -> None:
-    """What the browser keeps is asked for late, and does not come in the place of the message."""
+    """The browser's data arrives late and does not replace the message."""
     visitor = visit(site, script=SLOW_BEGIN, opened=False)
     visitor.say("Who are you?")
     visitor.until_answered(1)
@@ -95,7 +95,7 @@ def speak_chinese(visitor: Any) -> None:
 def test_leaving_a_reply(
     storyteller: Any, visit: Any, action: Callable[[Any], None], shown: list[str], listed: list[str]
 ) -> None:
-    """Its last words come neither into the next conversation nor into what the browser keeps."""
+    """Its last text reaches neither the next conversation nor the browser's storage."""
     visitor = two_conversations(storyteller, visit)
     action(visitor)
     sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_text(shown)
@@ -114,7 +114,7 @@ def test_leaving_a_reply(
 
 
 def test_every_action_waits_for_the_one_before(storyteller: Any, visit: Any) -> None:
-    """A message while another is answered, a reply once more, a rewritten message, another language."""
+    """A message during a reply, a retry, an edited message, another language."""
     visitor = two_conversations(storyteller, visit)
     visitor.say("Another")
     time.sleep(0.5)
@@ -146,7 +146,7 @@ def test_every_action_waits_for_the_one_before(storyteller: Any, visit: Any) -> 
 
 
 def two_conversations(server: Any, visit: Any) -> Any:
-    """On a slow network: one that is kept, and one whose reply goes on."""
+    """On a slow network: a stored conversation, and one with a running reply."""
     visitor = visit(server, script=SLOW_NETWORK)
     visitor.say("First question")
     visitor.until_telling(server)

@@ -1,4 +1,4 @@
-"""The server as a process of its own: signals, the end of its engine, wrong flags."""
+"""The server as a process: signals, death of the engine, wrong flags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-c", "import sys; from xverse.cli import main; sys.e
 
 @pytest.fixture
 def process(tmp_path: Any) -> Any:
-    """``xverse serve`` as its users start it."""
+    """``xverse serve`` as users start it."""
     flags = ["--port", "0", "--threads", "1", "--max-cache-tokens", "9000"]
     started = subprocess.Popen(
         [*COMMAND, *flags],
@@ -55,7 +55,7 @@ def test_sigterm_lets_replies_finish_and_takes_no_new_ones(process: Any) -> None
     assert running.wait(20) == 0
     log = [json.loads(line) for line in running.stderr.read().splitlines() if line.startswith("{")]
     assert [entry["path"] for entry in log] == [CHAT]
-    assert "name" not in json.dumps(log)  # nothing of what was said
+    assert "name" not in json.dumps(log)  # no contents
 
 
 def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Any) -> None:
@@ -71,7 +71,7 @@ def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Any) -> None:
     try:
         assert started.stdout is not None
         url = started.stdout.readline().split()[-1]
-        with contextlib.suppress(httpx.TransportError):  # it may be faster
+        with contextlib.suppress(httpx.TransportError):  # the process may have exited
             answer = httpx.post(url + CHAT, json={"messages": QUESTION}, trust_env=False)
             assert answer.status_code == 503
         assert started.wait(20) == 1
@@ -102,7 +102,7 @@ def test_wrong_flags(arguments: list[str], part: str) -> None:
 
 
 def test_origins_that_are_allowed() -> None:
-    """As a browser asks: first for permission, without a key."""
+    """As a browser does it: first a preflight request, without a key."""
     flags = ["--port", "0", "--threads", "1", "--page", "none", "--allowed-origin", "https://friend.example"]
     environment = {**os.environ, "XVERSE_API_KEY": "k"}
     started = subprocess.Popen([*COMMAND, *flags], stdout=subprocess.PIPE, text=True, env=environment)
@@ -119,7 +119,7 @@ def test_origins_that_are_allowed() -> None:
                 answer = client.post(CHAT, json={"messages": QUESTION, "max_tokens": 3}, headers=sent)
                 assert answer.status_code == (200 if welcome else 403)
                 assert (answer.headers.get("access-control-allow-origin") == origin) == welcome
-            assert client.get("/").status_code == 401  # --page none: nothing there, and that is not told
+            assert client.get("/").status_code == 401  # --page none: the 404 is not revealed without a key
             assert client.get("/", headers={"Authorization": "Bearer k"}).status_code == 404
     finally:
         started.terminate()

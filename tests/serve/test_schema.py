@@ -1,4 +1,4 @@
-"""What the OpenAPI document allows, and what it does not, hundreds of ways: no answer may be a 500."""
+"""Hundreds of requests that the OpenAPI document allows or forbids: no response may be a 500."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPERATIONS = (
 
 @pytest.fixture(scope="module")
 def api(server: Any) -> dict[str, Any]:
-    """The operations by their names."""
+    """The operations by name."""
     schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
     found = [result.ok() for result in schema.get_all_operations()]
     return {f"{each.method.upper()} {each.path}": each for each in found}
@@ -38,7 +38,7 @@ CASES = [
     (name, mode)
     for name in OPERATIONS
     for mode in ("POSITIVE", "NEGATIVE")
-    if mode == "POSITIVE" or name.startswith("POST")  # in the others nothing can be wrong
+    if mode == "POSITIVE" or name.startswith("POST")  # the others have no input
 ]
 
 
@@ -58,7 +58,7 @@ def test_no_request_makes_it_fail(api: dict[str, Any], name: str, mode: str) -> 
     )
     def ask(case: Any) -> None:
         if isinstance(case.body, dict) and name.endswith("completions"):
-            case.body = {**case.body, "max_tokens": 2}  # how much it may say is not what is tested here
+            case.body = {**case.body, "max_tokens": 2}  # the length of the reply is not tested here
             if mode == "POSITIVE":
                 case.body |= _sensible("chat" in name, begun=len(seen) % 2 == 0)
         answer = case.call(timeout=30)
@@ -76,7 +76,7 @@ def test_no_request_makes_it_fail(api: dict[str, Any], name: str, mode: str) -> 
 
 
 def _sensible(chat: bool, begun: bool) -> dict[str, Any]:
-    """What the document allows and the server refuses all the same: it cannot say what goes together."""
+    """Avoid combinations that the server refuses although the document cannot forbid them."""
     if not chat:
         return {"model": "nano"} if begun else {"model": "nano", "prompt": "Hello"}
     fields: dict[str, Any] = {"model": "nano", "max_completion_tokens": None, "logprobs": True}

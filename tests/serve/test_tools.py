@@ -1,4 +1,4 @@
-"""Calls of tools in text, whole and as it comes."""
+"""Tool calls in text, complete and streamed."""
 
 from __future__ import annotations
 

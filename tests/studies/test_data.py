@@ -21,14 +21,14 @@ def test_shards_are_measured_beside_the_library(
     (tmp_path / "corpus" / "en.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     tiny_tokenizer.save(tmp_path / "tokenizer")
     corpus, tokenizer = str(tmp_path / "corpus"), str(tmp_path / "tokenizer")
-    found = measure(corpus, "encode", tokenizer, directory=str(tmp_path), workers=2, repeat=2)["encode"]
-    assert found["library_mb_s"] > 0
-    assert found["shards_mb_s"] > 0
-    assert 20 < found["peak_mb"]["encode"] < 2_000
-    assert found["text_mb"] == pytest.approx(
+    figures = measure(corpus, "encode", tokenizer, directory=str(tmp_path), workers=2, repeat=2)["encode"]
+    assert figures["library_mb_s"] > 0
+    assert figures["shards_mb_s"] > 0
+    assert 20 < figures["peak_mb"]["encode"] < 2_000
+    assert figures["text_mb"] == pytest.approx(
         2 * sum(len(json.loads(row)["text"].encode()) for row in rows) / 1e6, 0.1
     )
-    assert found["vocabulary"] == tiny_tokenizer.vocab_size
+    assert figures["vocabulary"] == tiny_tokenizer.vocab_size
     with pytest.raises(UserError, match="no such corpus folder"):
         measure(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no such file"):

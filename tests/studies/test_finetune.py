@@ -1,4 +1,4 @@
-"""The studies of fine-tuning: its contenders train the same, and what is missing is said."""
+"""The studies of fine-tuning: all contenders compute the same loss, and mistakes are reported."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SHAPE = XverseConfig(
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: Any) -> dict[str, Any]:
-    """Four examples that make one step, of which packing makes one row."""
+    """Four examples that make one step, or one packed row."""
     folder = tmp_path_factory.mktemp("bench")
     rows = [{"instruction": f"say {i}", "input": "", "output": "good morning " * (i + 1)} for i in range(4)]
     (folder / "rows.json").write_text(json.dumps(rows))
-    found = finetune._prepare(folder, SHAPE, folder / "rows.json", 128)
-    return {**found, "length": 128, "batch_size": 4, "steps": 1, "threads": 1}
+    figures = finetune._prepare(folder, SHAPE, folder / "rows.json", 128)
+    return {**figures, "length": 128, "batch_size": 4, "steps": 1, "threads": 1}
 
 
 def first_loss(job: dict[str, Any], side: str) -> float:
@@ -49,7 +49,7 @@ def test_trl_packs_the_same_examples(job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "expected"),
     [
         (["finetune"], "name a file of instructions with --data"),
         (["finetune-quality", "--data", "x", "--out", "."], "is not empty"),
@@ -57,6 +57,6 @@ def test_trl_packs_the_same_examples(job) -> None:
         (["finetune", "--part", "memory", "--shape", "8b"], "8b"),
     ],
 )
-def test_mistakes_are_one_line(words, said, capsys) -> None:
-    assert main(words) == 2
-    assert said in capsys.readouterr().err
+def test_mistakes_are_one_line(arguments, expected, capsys) -> None:
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err

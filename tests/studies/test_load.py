@@ -14,12 +14,12 @@ from xverse.config import UserError
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_load(tmp_path: Path) -> None:
-    found = load.measure("nano", tmp_path)
+    figures = load.measure("nano", tmp_path)
     for kind in load.FORMATS:
-        assert found[kind]["weight_bytes"] == 2 * 11_406_592
+        assert figures[kind]["weight_bytes"] == 2 * 11_406_592
         # 1.05 is for 7B; at nano the code pages that loading touches weigh a fifth as much as the model
-        above = found[kind]["peak_bytes"] - found[kind]["baseline_bytes"]
-        assert above <= 1.05 * found[kind]["weight_bytes"] + 16e6
+        above = figures[kind]["peak_bytes"] - figures[kind]["baseline_bytes"]
+        assert above <= 1.05 * figures[kind]["weight_bytes"] + 16e6
     assert not list(tmp_path.iterdir())
 
 

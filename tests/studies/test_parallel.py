@@ -1,4 +1,4 @@
-"""The study ``parallel`` at a tiny size: two fresh processes train and say their own peaks."""
+"""The study ``parallel`` at a tiny size: two fresh processes train and report their peaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks peers`` on the smallest shape, with the rivals that are installed."""
+"""``python -m benchmarks peers`` on the smallest shape, with the installed peers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def test_both_sides_are_timed_and_agree(tmp_path: Path, part: str, rival: str) -
         pytest.importorskip("llama_cpp")
     done = run(tmp_path, "--shape", "nano", "--rounds", "1", "--threads", "1", "--only", part)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])["parts"][part]
-    assert found["engines"][rival]["same_logits"] > 0.99
+    figures = json.loads(done.stdout.splitlines()[-1])["parts"][part]
+    assert figures["engines"][rival]["same_logits"] > 0.99
     for piece in ("decode, context 16", "decode, context 512", "prefill 512"):
         for engine in (f"xverse {part}", rival):
-            assert found["pieces"][piece][engine]["tok_s"] > 0
-    assert found["pieces"]["decode, context 16"][rival]["read_gb_s"] > 0
+            assert figures["pieces"][piece][engine]["tok_s"] > 0
+    assert figures["pieces"]["decode, context 16"][rival]["read_gb_s"] > 0
     assert list(tmp_path.iterdir()) == []  # what it made is gone
 
 

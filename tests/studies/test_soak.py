@@ -19,13 +19,13 @@ def measured(capsys: Any, *flags: str) -> dict[str, Any]:
 
 
 def test_soak(capsys: Any) -> None:
-    found = measured(capsys, "soak", "--minutes", "0.15", "--clients", "4", "--leaving", "0.5")
-    assert found["failed"] == []
-    assert found["alive"]
-    assert sum(found["answered"].values()) > 0
-    assert sum(found["left"].values()) > 0
-    assert found["blocks_held_after"] == 0
-    assert found["engine_failures"] == 0
+    figures = measured(capsys, "soak", "--minutes", "0.15", "--clients", "4", "--leaving", "0.5")
+    assert figures["failed"] == []
+    assert figures["alive"]
+    assert sum(figures["answered"].values()) > 0
+    assert sum(figures["left"].values()) > 0
+    assert figures["blocks_held_after"] == 0
+    assert figures["engine_failures"] == 0
 
 
 @pytest.mark.parametrize("flags", [["--minutes", "0"], ["--leaving", "2"], ["--model", "/nowhere"]])

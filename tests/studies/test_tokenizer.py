@@ -1,4 +1,4 @@
-"""The study ``tokenizer`` on a few hundred kilobytes: the whole of it, the library's trainer included."""
+"""The study ``tokenizer`` on a few hundred kilobytes, including the library's trainer."""
 
 from __future__ import annotations
 

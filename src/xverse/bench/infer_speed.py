@@ -6,13 +6,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from xverse import hardware
-from xverse.bench import decoding
 from xverse.bench.report import (
     MATMUL,
     Row,
@@ -29,9 +29,8 @@ from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.cache import position_bytes
 from xverse.engine.load import ONE_THREAD_BELOW
-from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
+from xverse.formats import ModelDirectory, load_model
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
-from xverse.formats.weights import weight_files
 from xverse.hardware import process_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
@@ -54,46 +53,17 @@ def measure_named(
     dtype: str | None = None,
     quantize: str | None = None,
     rounds: int = 3,
-    part: str = "speed",
-    draft: str | None = None,
 ) -> dict[str, Any]:
-    """Measure ``model``, or random weights of ``shape``. ``dtype`` and ``threads`` None: as in chat.
-
-    ``quantize`` (``int8``, ``int4``) quantises a model while loading; for a shape, it selects random
-    quantised weights. The parts "speculation" and "scheduler" (``bench/decoding.py``) have fixed lengths and
-    batch sizes; ``draft`` names the draft model of the former. Raises UserError for an unknown model or
-    shape, a context that is too long, too little memory, an unused draft, and a model quantised already.
-    """
-    if draft is not None and (part != "speculation" or shape is not None):
-        raise UserError("--draft needs --part speculation and a --model with real weights")
-    path = None if shape else resolve(model)
-    config = read_config(path) if path else named_shape(shape or "")
-    small = config.num_parameters() < FLOAT32_BELOW
-    chosen = getattr(torch, dtype) if dtype else torch.float32 if small else torch.bfloat16
-    check_context(config, prompt_tokens, new_tokens, batch)
-    size = _weight_bytes(config, chosen)
-    if quantize:
-        size = stored_bytes(config, quick_settings(quantize))
-    elif path and read_scheme(path):
-        size = sum(file.stat().st_size for file in weight_files(path))
-    need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE)
-    if path:
-        weights = load_quantizing(path, quantize, chosen) if quantize else load_model(path, chosen)
-        tokenizer = load_tokenizer(path)
-    else:
-        notice(f"infer: generating {size / 1e9:.2f} GB of random weights")
-        weights, tokenizer = random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
-    if part != "speed":
-        threads = threads or default_threads(config)
-        if part == "scheduler":
-            return decoding.scheduler(weights, tokenizer, shape or model, threads=threads)
-        if shape is not None:
-            return decoding.speculation(weights, tokenizer, shape, threads=threads)
-        draft_model = None
-        if draft is not None:
-            where = resolve(draft)
-            draft_model = load_model(where, chosen), load_tokenizer(where)
-        return decoding.acceptance(weights, tokenizer, model, draft_model, threads=threads)
+    """``measure`` for a model or a shape, as ``load_named`` takes them. ``threads`` None: as in chat."""
+    weights, tokenizer = load_named(
+        model,
+        shape,
+        dtype=dtype,
+        quantize=quantize,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+    )
     return measure(
         weights,
         tokenizer,
@@ -104,6 +74,40 @@ def measure_named(
         threads=threads,
         rounds=rounds,
     )
+
+
+def load_named(
+    model: str,
+    shape: str | None,
+    *,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    batch: int = 1,
+) -> tuple[XverseForCausalLM, Tokenizer]:
+    """The weights and tokenizer of ``model``, or random weights of ``shape``. ``dtype`` None: as in chat.
+
+    ``quantize`` (``int8``, ``int4``) quantises a model while loading; for a shape, it selects random
+    quantised weights. Raises UserError for an unknown model or shape, a context that is too long, too little
+    memory, and a model quantised already.
+    """
+    directory = None if shape else ModelDirectory.named(model)
+    config = directory.config if directory else named_shape(shape or "")
+    small = config.num_parameters() < FLOAT32_BELOW
+    chosen = getattr(torch, dtype) if dtype else torch.float32 if small else torch.bfloat16
+    check_context(config, prompt_tokens, new_tokens, batch)
+    size = _weight_bytes(config, chosen)
+    if quantize:
+        size = stored_bytes(config, quick_settings(quantize))
+    elif directory and directory.scheme:
+        size = sum(file.stat().st_size for file in directory.weight_files)
+    need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE)
+    if directory:
+        load = partial(load_quantizing, directory, quantize) if quantize else partial(load_model, directory)
+        return load(dtype=chosen), directory.tokenizer
+    notice(f"infer: generating {size / 1e9:.2f} GB of random weights")
+    return random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
 
 
 def measure(

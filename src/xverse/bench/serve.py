@@ -70,12 +70,12 @@ def measure(
     import torch
 
     from xverse.engine.load import ONE_THREAD_BELOW, load_engine
-    from xverse.formats import load_tokenizer, read_config, resolve
+    from xverse.formats import ModelDirectory
 
-    path = resolve(model)
-    small = read_config(path).num_parameters() < ONE_THREAD_BELOW
+    directory = ModelDirectory.named(model)
+    small = directory.config.num_parameters() < ONE_THREAD_BELOW
     generator = torch.Generator().manual_seed(0)
-    vocabulary = load_tokenizer(path).vocab_size
+    vocabulary = directory.tokenizer.vocab_size
 
     def prompts(count: int, length: int) -> list[list[int]]:
         return torch.randint(300, vocabulary, (count, length), generator=generator).tolist()

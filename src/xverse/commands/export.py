@@ -1,4 +1,4 @@
-"""``xverse export``: write a model as a Hugging Face or Llama directory or as GGUF; say how exact it is."""
+"""``xverse export``: write a model as a Hugging Face or Llama directory or as GGUF, and measure parity."""
 
 from __future__ import annotations
 
@@ -16,40 +16,44 @@ if TYPE_CHECKING:
     from xverse.formats import ModelDirectory
     from xverse.model import XverseForCausalLM
 
-TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # of a directory's weights
+TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # types of a directory's weights
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 SHARD_SIZE = "2GB"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="nano", metavar="M", help="a directory, a hub id, or nano")
     parser.add_argument(
-        "--adapter", metavar="A", help="an adapter in peft's format to merge into its weights"
+        "--model", default="nano", metavar="M", help="a directory, a hub id or nano (default: nano)"
     )
-    parser.add_argument("--out", required=True, metavar="PATH", help="the directory, or NAME.gguf, to write")
+    parser.add_argument(
+        "--adapter", metavar="A", help="an adapter in peft's format to merge into the weights"
+    )
+    parser.add_argument("--out", required=True, metavar="PATH", help="the directory or NAME.gguf to write")
     parser.add_argument(
         "--format",
         required=True,
         choices=["hf", "llama", "gguf"],
-        help="hf: XVERSE for transformers; llama: for every program that loads LlamaForCausalLM; "
-        "gguf: one file for llama.cpp, Ollama, LM Studio",
+        help="hf: XVERSE for transformers; llama: for programs that load LlamaForCausalLM; "
+        "gguf: one file for llama.cpp, Ollama and LM Studio",
     )
     parser.add_argument(
         "--type",
         choices=list(dict.fromkeys([*TYPES, *GGUF_TYPES])),
-        help="weights' type: f32, f16, bf16 (default: as they are stored); "
-        "in gguf f16 (default), bf16, q8_0, q4_0",
+        help="type of the weights: f32, f16 or bf16 (default: as stored); "
+        "for gguf f16 (default), bf16, q8_0 or q4_0",
     )
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
-        help=f"largest weight file of a directory: 500MB, 2GB, … (default {SHARD_SIZE})",
+        help=f"maximum size of a weight file, such as 500MB (default: {SHARD_SIZE}); not for gguf",
     )
     parser.add_argument(
-        "--quantize", choices=["int8", "int4"], help="quantise what --adapter was merged into (--format hf)"
+        "--quantize",
+        choices=["int8", "int4"],
+        help="quantise the weights after merging --adapter; for --format hf",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the model at PATH")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model at PATH")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_merged(source: ModelDirectory, adapter: str | None) -> XverseForCausalLM:
-    """The model of a directory, dequantised, with an adapter merged; prints what merging changed."""
+    """The model of a directory, dequantised, with an adapter merged; prints the parity of merging."""
     from xverse.formats import load_model
 
     if adapter is None:
@@ -105,18 +109,18 @@ def load_merged(source: ModelDirectory, adapter: str | None) -> XverseForCausalL
     model, before = _merge(source, adapter)
     difference, divergence = differences(before, logits(model, fixed_tokens(model.config.vocab_size)))
     print(
-        f"merged {adapter}: max |Δlogit| = {difference:.1e}, KL = {divergence:.1e} nats against the adapter "
-        f"beside the weights"
+        f"merged {adapter}: max |Δlogit| = {difference:.1e}, KL = {divergence:.1e} nats against the unmerged "
+        "adapter"
     )
     return model
 
 
 def _merge(source: ModelDirectory, adapter: str) -> tuple[XverseForCausalLM, torch.Tensor]:
-    """The merged model, and the logits of the adapter beside the weights, quantised ones dequantised."""
+    """The merged, dequantised model, and the logits of the unmerged adapter, float32 [B, T, V]."""
     from xverse.formats import load_model
     from xverse.formats.adapters import check_adapter, check_base, merge_and_logits
 
-    check_adapter(adapter)  # before a large model is read
+    check_adapter(adapter)  # before reading a large model
     if source.scheme is None:
         return merge_and_logits(load_model(source), adapter, source.path)
     check_base(load_model(source), adapter, source.path)
@@ -126,7 +130,8 @@ def _merge(source: ModelDirectory, adapter: str) -> tuple[XverseForCausalLM, tor
 def _export_quantized(args: argparse.Namespace) -> int:
     if not args.adapter or args.format != "hf" or args.type or args.max_shard_size:
         raise UserError(
-            "--quantize goes with --adapter and --format hf alone; for other models, xverse quantize does it"
+            "--quantize needs --adapter and --format hf, without --type and --max-shard-size; to quantise a "
+            "model, use xverse quantize"
         )
 
     from xverse.formats import ModelDirectory, load_model
@@ -158,16 +163,13 @@ def _export_quantized(args: argparse.Namespace) -> int:
     tokens = fixed_tokens(model.config.vocab_size)
     difference, divergence = differences(before, logits(load_model(out, dequantize=True), tokens))
     print(f"{out}: hf, {args.quantize}, {args.adapter} merged")
-    print(
-        f"parity: max |Δlogit| = {difference:.1e}, KL = {divergence:.1e} nats against the adapter beside the "
-        "weights"
-    )
+    print(f"parity: max |Δlogit| = {difference:.1e}, KL = {divergence:.1e} nats against the unmerged adapter")
     return 0
 
 
 def _export_gguf(args: argparse.Namespace) -> int:
     if args.max_shard_size:
-        raise UserError("--max-shard-size: GGUF is one file; leave the flag out")
+        raise UserError("--max-shard-size: GGUF is one file; omit the flag")
 
     from xverse.formats import ModelDirectory, parity
     from xverse.formats.gguf import check_file, licence_of, open_gguf, save_gguf
@@ -194,7 +196,7 @@ def _export_gguf(args: argparse.Namespace) -> int:
     print(f"parity: max |Δlogit| = {difference:.1e} in float32 against {args.model}")
     texts = 2000
     different = random_differences(tokenizer, vocabulary, texts)
-    print(f"tokenizer: llama.cpp computes other ids than xverse for {different} of {texts:,} random texts")
+    print(f"tokenizer: llama.cpp's ids differ from xverse's for {different} of {texts:,} random texts")
     return _verdict(difference, lossless=TYPES.get(kind) == str(model.lm_head.weight.dtype)[len("torch.") :])
 
 
@@ -203,7 +205,7 @@ def _verdict(difference: float, lossless: bool) -> int:
     from xverse.log import notice
 
     if lossless and not difference <= TOLERANCE:  # `not <=` catches NaN
-        notice(f"export: this conversion loses nothing, so the figure should be at most {TOLERANCE:.0e}")
+        notice(f"export: this conversion is lossless, so the figure should be at most {TOLERANCE:.0e}")
         return 1
     return 0
 
@@ -218,7 +220,7 @@ def _stock_llama(path: Path, dtype: torch.dtype) -> nn.Module:
 
 def parse_size(text: str) -> int:
     """Bytes from ``500MB`` or ``2GB`` (powers of ten). Raises UserError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
-    if not found or float(found[1]) == 0:
-        raise UserError(f"--max-shard-size '{text}': write a size such as 500MB or 2GB")
-    return int(float(found[1]) * UNITS[found[2]])
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
+    if not size or float(size[1]) == 0:
+        raise UserError(f"--max-shard-size '{text}': expected a size such as 500MB or 2GB")
+    return int(float(size[1]) * UNITS[size[2]])

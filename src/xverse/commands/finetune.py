@@ -34,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             text += f" (default: {field.default})"
         if others:
             text += f"; also --{', --'.join(others)}"
-        options = {**_options(hint, field.name), "default": argparse.SUPPRESS}
+        options = {**_options(hint), "default": argparse.SUPPRESS}
         names = [f"--{field.name}"]
         if field.name == "local_rank":
             names.append("--local-rank")  # the spelling of torch.distributed.launch
@@ -45,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(f"--{alias}", **options, help=f"another name of --{field.name}")
 
 
-def _options(hint: Any, name: str) -> dict[str, Any]:
+def _options(hint: Any) -> dict[str, Any]:
     """argparse's options for a value of the type ``hint``."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
@@ -55,7 +55,7 @@ def _options(hint: Any, name: str) -> dict[str, Any]:
     if typing.get_origin(hint) is tuple:
         return {"metavar": "NAME,…"}
     if kinds:
-        return _options(kinds[0], name)
+        return _options(kinds[0])
     if hint is bool:
         return {"nargs": "?", "const": True, "type": _truth, "metavar": "true|false"}
     return {"type": str if hint is Path else hint, "metavar": {str: "X", Path: "DIR"}.get(hint, "N")}

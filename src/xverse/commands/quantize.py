@@ -1,4 +1,4 @@
-"""``xverse quantize``: write a model with weights of 8 or 4 bits, and say what that costs."""
+"""``xverse quantize``: write a model with 8-bit or 4-bit weights, and measure parity."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from xverse.config import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="nano", metavar="M", help="a directory, a hub id, or nano")
+    parser.add_argument(
+        "--model", default="nano", metavar="M", help="a directory, a hub id or nano (default: nano)"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
-    parser.add_argument("--bits", type=int, required=True, metavar="8|4", help="bits of a weight")
+    parser.add_argument("--bits", type=int, required=True, metavar="8|4", help="bits per weight")
     parser.add_argument(
         "--method",
         default="rtn",
         metavar="METHOD",
-        help="rtn: groups with searched scales; gptq: also learns from calibration text; "
-        "rtn-row: one scale for each row, as XVERSE published it",
+        help="rtn (default): round to nearest with searched scales per group; rtn-row: one scale per row, "
+        "as in XVERSE's published models; gptq: GPTQ with --calibration",
     )
-    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="inputs that share a scale")
     parser.add_argument(
-        "--calibration", metavar="FILE", default=None, help="text that gptq learns from (UTF-8)"
+        "--group-size", type=int, default=128, metavar="N", help="inputs per scale (default: 128)"
     )
+    parser.add_argument("--calibration", metavar="FILE", default=None, help="UTF-8 text for --method gptq")
     parser.add_argument(
         "--format",
         choices=["hf", "llama"],
         default="hf",
-        help="hf: XVERSE; llama: for every program that loads a quantised LlamaForCausalLM "
-        "(its output head stays as it is)",
+        help="hf (default): XVERSE; llama: for programs that load a quantised LlamaForCausalLM "
+        "(its output head is not quantised)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model directory at DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model at DIR")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     check_group_size(args.group_size)
     choose("method", args.method, {name: name for name in ("rtn", "rtn-row", "gptq")})
     if args.method == "gptq" and args.calibration is None:
-        raise UserError("--method gptq: learns from text; name a file with --calibration")
+        raise UserError("--method gptq needs calibration text; give a file with --calibration")
     if args.method != "gptq" and args.calibration is not None:
-        raise UserError(f"--calibration: --method {args.method} uses no text; --method gptq does")
+        raise UserError(f"--calibration is only for --method gptq, not {args.method}")
 
     from xverse.formats import ModelDirectory
     from xverse.formats.quantize import progress_bar, quantize_directory
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         bits=args.bits,
         method=args.method,
         group_size=args.group_size,
-        # transformers cannot load a quantised embedding; here its rows stay in the mapped file anyway. Most
+        # transformers cannot load a quantised embedding, and ours stays in the mapped file anyway. Most
         # programs for Llama cannot load a quantised head either.
         embedding_bits=16,
         head_bits=16 if args.format == "llama" else None,

@@ -1,6 +1,6 @@
-"""The benchmarks' data from their own homes, verified.
+"""Download the benchmarks' data from their publishers and verify it.
 
-A set counts only when the digest over all its files is that of the copy which this project was measured with.
+A set is accepted only if the digest over all its files is that of the copy used for this project's results.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _GITHUB = "https://raw.githubusercontent.com"
 
 @dataclass(frozen=True, kw_only=True)
 class Home:
-    """``url`` is an archive, or has a {name} for each of ``names``. ``within``: the archive's folder whose
-    files are wanted; ``into``: the folder of the set where they go."""
+    """``url`` is an archive, or has a {name} for each of ``names``. Files in the archive's folder ``within``
+    go to the folder ``into`` of the set."""
 
     url: str
     names: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ SETS = {
 
 
 def wanted(name: str, path: str) -> bool:
-    """Whether a file of a set is one that its benchmark reads: archives hold others too."""
+    """Whether a file of a set is one that its benchmark reads."""
     parts = PurePosixPath(path).parts
     if name == "mmlu":
         splits = {f"{subject}_{split}.csv" for subject in SUBJECTS for split in ("dev", "val", "test")}
@@ -94,7 +94,7 @@ def wanted(name: str, path: str) -> bool:
 
 
 def digest_of(folder: Path, name: str) -> str:
-    """sha256 over the names and sha256 of all files of a set that its benchmark reads, in their order."""
+    """sha256 over the sorted names, and sha256 digests, of the files of a set that its benchmark reads."""
     whole = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         inner = path.relative_to(folder).as_posix()
@@ -104,8 +104,8 @@ def digest_of(folder: Path, name: str) -> str:
 
 
 def fetch(names: Sequence[str], folder: Path, sets: dict[str, Set] | None = None) -> Iterator[str]:
-    """Get the sets that are not there yet; yields a line for each. Raises UserError for an unknown set, a
-    home that cannot be reached, or files other than expected; nothing half-written stays."""
+    """Download missing sets; yields a line for each. Raises UserError for an unknown set, a URL that cannot
+    be fetched, and a wrong digest; nothing half-written is left."""
     sets = sets or SETS
     for name in names:
         choose("set", name, sets)
@@ -113,18 +113,20 @@ def fetch(names: Sequence[str], folder: Path, sets: dict[str, Set] | None = None
         target = folder / name
         if target.is_dir():
             if digest_of(target, name) != sets[name].digest:
-                raise UserError(f"{target}: not the files that were expected; remove it to fetch them anew")
-            yield f"{name}: there already, {target}"
+                raise UserError(
+                    f"{target}: its files do not have the expected digest; remove it to fetch them again"
+                )
+            yield f"{name}: already downloaded, {target}"
             continue
         notice(f"eval fetch: {name} ({sets[name].licence})")
         with atomic_directory(target) as partial:
             for home in sets[name].homes:
                 _get(name, home, partial)
-            found = digest_of(partial, name)
-            if found != sets[name].digest:
+            digest = digest_of(partial, name)
+            if digest != sets[name].digest:
                 raise UserError(
-                    f"{name}: what came from {sets[name].homes[0].url} is not what was expected (digest "
-                    f"{found[:12]}…, expected {sets[name].digest[:12]}…)"
+                    f"{name}: the files from {sets[name].homes[0].url} have digest {digest[:12]}…, expected "
+                    f"{sets[name].digest[:12]}…"
                 )
         yield f"{name}: {target}"
 
@@ -149,7 +151,7 @@ def _get(name: str, home: Home, target: Path) -> None:
 def _put(target: Path, inner: str, content: bytes) -> None:
     parts = PurePosixPath(inner)
     if parts.is_absolute() or ".." in parts.parts:
-        raise UserError(f"the archive holds '{inner}', which would lie outside its folder")
+        raise UserError(f"the archive holds '{inner}', which is outside its folder")
     path = target / parts
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

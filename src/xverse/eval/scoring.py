@@ -84,7 +84,7 @@ def make_prompts(backend: Backend, benchmark: Benchmark, subject: Subject, shots
 def score_prompts(
     backend: Backend, prompts: Sequence[Prompt], progress: Callable[[int], None] | None = None
 ) -> list[Answer]:
-    """In the order of ``prompts``. Short prompts are computed first, so that batches hold similar lengths."""
+    """Answers in the order of ``prompts``; short prompts are computed first, in batches of similar length."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
     items = [(prompts[index].ids, prompts[index].continuations) for index in order]
     scores = dict(zip(order, backend.score(items, progress), strict=True))

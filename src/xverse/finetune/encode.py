@@ -12,6 +12,7 @@ from xverse.config import UserError
 from xverse.data.dialogues.formats import (
     DatasetInfo,
     Messages,
+    Preference,
     Skip,
     fill_placeholders,
     is_undesirable,
@@ -132,9 +133,7 @@ class _Counts:
         if self.cut:
             text += f"; over {length} tokens: " + ", ".join(f"{n} {what}" for what, n in self.cut.items())
         if self.undesirable:
-            text += (
-                f"; {self.undesirable} have replies tagged undesirable, which are trained on like the others"
-            )
+            text += f"; {self.undesirable} replies are tagged undesirable and used like the others"
         return text
 
 
@@ -151,12 +150,12 @@ class _Reader:
         counts, local = _Counts(), False
         for file in source_files(source):
             before, local = len(groups), file.in_folder
-            if before == self.settings.max_samples:
+            if self.settings.max_samples is not None and before >= self.settings.max_samples:
                 break
             if local:
                 counts = _Counts()
             try:
-                groups += self._file(file, counts, before)
+                groups += list(self._file(file, counts, before))
             except UserError as error:
                 if not local or isinstance(error, UnfilledPlaceholder):
                     raise
@@ -207,38 +206,43 @@ class _Reader:
     def _encode(
         self, item: Any, info: DatasetInfo, file: SourceFile, number: int, counts: _Counts
     ) -> list[Group]:
-        """An item's examples: a pair, the parts of a long text, or one. Raises Skip for an unusable item."""
-        name = f"{file.name}[{number}]"
+        """The examples of an item: one, a pair, or the parts of a text. Raises Skip for an unusable item."""
         if self.settings.stage == "pt":
-            ids = [*self.tokenizer.encode(to_text(item, info)), self.tokenizer.eos_id]
-            parts = [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
-            return [
-                [Example(part, [False] + [True] * (len(part) - 1), name)] for part in parts if len(part) > 1
-            ]
+            return self._text(to_text(item, info), f"{file.name}[{number}]")
         if self.settings.stage == "dpo":
-            pair = to_preference(item, info)
-            messages = self._filled(pair.messages, file, number)
-            group = []
-            for reply in (pair.chosen, pair.rejected):
-                (answer,) = self._filled([{"role": "assistant", "content": reply}], file, number)
-                ids, mask, _ = encode_within(self.tokenizer, [*messages, answer], self.length)
-                group.append(Example(ids, _last_only(mask), name))
-            return [group]
-        messages = self._filled(to_dialogue(item, info), file, number)
-        parts_of = [_parts(self.tokenizer, message) for message in messages]
+            return [self._pair(to_preference(item, info), file, number)]
+        example = self._dialogue(to_dialogue(item, info), file, number, counts)
+        counts.undesirable += is_undesirable(item, info)
+        return [[example]]
+
+    def _text(self, text: str, name: str) -> list[Group]:
+        ids = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+        parts = [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
+        return [[Example(part, [False] + [True] * (len(part) - 1), name)] for part in parts if len(part) > 1]
+
+    def _pair(self, pair: Preference, file: SourceFile, number: int) -> Group:
+        messages = self._filled(pair.messages, file, number)
+        group = []
+        for text in (pair.chosen, pair.rejected):
+            reply = self._filled([{"role": "assistant", "content": text}], file, number)
+            ids, mask, _ = encode_within(self.tokenizer, messages + reply, self.length)
+            group.append(Example(ids, _last_only(mask), f"{file.name}[{number}]"))
+        return group
+
+    def _dialogue(self, messages: Messages, file: SourceFile, number: int, counts: _Counts) -> Example:
+        parts = [_part(self.tokenizer, message) for message in self._filled(messages, file, number)]
         most = file.source.use.max_reply_tokens
-        replies = [len(part.content) for part in parts_of if part.reply]
+        replies = [len(part.content) for part in parts if part.reply]
         if most is not None and sum(replies) > most * len(replies):
             raise Skip(f"with replies of more than {most} tokens")
-        ids, mask, what = _fit(parts_of, self.length)
+        ids, mask, what = _fit(parts, self.length)
         if what:
             counts.cut[what] += 1
-        counts.undesirable += is_undesirable(item, info)
         if self.settings.train_on_prompt:
             mask = [False] + [True] * (len(ids) - 1)
         elif self.settings.mask_history:
             mask = _last_only(mask)
-        return [[Example(ids, mask, name)]]
+        return Example(ids, mask, f"{file.name}[{number}]")
 
     def _filled(self, messages: Messages, file: SourceFile, number: int) -> Messages:
         """Messages with ``identity`` in the place of ``{{placeholders}}``. Raises UserError for others."""
@@ -268,7 +272,7 @@ def encode_within(
     Cut in this order: the oldest rounds, as in chat; the end of the last question; the system message; the
     end of the last reply, which then has no end marker either.
     """
-    return _fit([_parts(tokenizer, message) for message in messages], length)
+    return _fit([_part(tokenizer, message) for message in messages], length)
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,7 @@ class _Part:
         return self.role == "assistant"
 
 
-def _parts(tokenizer: Tokenizer, message: Mapping[str, str]) -> _Part:
+def _part(tokenizer: Tokenizer, message: Mapping[str, str]) -> _Part:
     return _Part(message["role"], *message_ids(tokenizer, message))
 
 

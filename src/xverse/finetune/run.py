@@ -24,9 +24,8 @@ from xverse.finetune.resume import resume_point, run_state, write_state
 from xverse.finetune.settings import Settings
 from xverse.finetune.stream import Stream
 from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, StopOnSignal, widest
-from xverse.formats import load_model, load_tokenizer, read_config, read_scheme, resolve
+from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import fingerprint, write_base
-from xverse.formats.weights import weight_files
 from xverse.kernels.training import use_training_kernels
 from xverse.log import notice
 from xverse.plan import finetune_memory
@@ -46,10 +45,10 @@ def run_finetuning(settings: Settings) -> Path | None:
     """
     args = training_arguments(settings)
     first = args.process_index == 0
-    source = resolve(settings.model_name_or_path)
-    if read_scheme(source) is not None and settings.finetuning_type != "lora":
+    source = ModelDirectory.named(settings.model_name_or_path)
+    if source.scheme is not None and settings.finetuning_type != "lora":
         raise UserError(f"{source}: quantised weights cannot be trained; use finetuning_type lora")
-    tokenizer = load_tokenizer(source)
+    tokenizer = source.tokenizer
     length = _row_length(source, settings, first)
     data, read = _load_examples(settings, tokenizer, length, quiet=not first)
     state = run_state(settings, data)
@@ -74,9 +73,9 @@ def run_finetuning(settings: Settings) -> Path | None:
     return settings.output_dir if first else None
 
 
-def _row_length(source: Path, settings: Settings, first: bool) -> int:
+def _row_length(source: ModelDirectory, settings: Settings, first: bool) -> int:
     """The longest example and packed row in tokens: cutoff_len, or the model's positions if fewer."""
-    positions = read_config(source).context_length
+    positions = source.config.context_length
     if positions < settings.cutoff_len and first:
         notice(
             f"cutoff_len {settings.cutoff_len} exceeds the model's {positions} positions; using {positions}"
@@ -98,7 +97,9 @@ def _load_examples(
     return data, read
 
 
-def _check_memory(source: Path, settings: Settings, args: TrainingArguments, data: Data, length: int) -> int:
+def _check_memory(
+    source: ModelDirectory, settings: Settings, args: TrainingArguments, data: Data, length: int
+) -> int:
     """The predicted peak in bytes, reported by the first process. Raises UserError if it does not fit."""
     seed = args.data_seed or args.seed
     group = 2 if settings.stage == "dpo" else 1
@@ -112,8 +113,8 @@ def _check_memory(source: Path, settings: Settings, args: TrainingArguments, dat
     if settings.deepspeed:
         stage = json.loads(Path(str(args.deepspeed)).read_text()).get("zero_optimization", {}).get("stage", 0)
     stored = None
-    if read_scheme(source) is not None:
-        stored = sum(file.stat().st_size for file in weight_files(source))
+    if source.scheme is not None:
+        stored = sum(file.stat().st_size for file in source.weight_files)
     load = finetune_memory.Load(
         tokens=tokens,
         kept=kept,
@@ -122,14 +123,14 @@ def _check_memory(source: Path, settings: Settings, args: TrainingArguments, dat
         sharded=args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true",
         stored_bytes=stored,
     )
-    needed, line = finetune_memory.check(read_config(source), settings, load)
+    needed, line = finetune_memory.check(source.config, settings, load)
     if args.process_index == 0:
         notice(line)
     return needed
 
 
 def _make_trainer(
-    source: Path,
+    source: ModelDirectory,
     settings: Settings,
     args: TrainingArguments,
     data: Data,
@@ -138,7 +139,7 @@ def _make_trainer(
     length: int,
 ) -> FinetuneTrainer:
     model = _load_model(source, settings, args)
-    if args.device.type == "cpu" and finetune_memory.keeps_freed(settings, read_scheme(source) is not None):
+    if args.device.type == "cpu" and finetune_memory.keeps_freed(settings, source.scheme is not None):
         hardware.keep_freed_memory()
     if settings.use_liger_kernel:
         from xverse.finetune.liger import use_liger
@@ -153,7 +154,7 @@ def _make_trainer(
             f"{learning:,} of {total:,} parameters are trained; {rows} rows a step on {args.world_size} "
             "process(es)"
         )
-    processing = AutoTokenizer.from_pretrained(source)
+    processing = AutoTokenizer.from_pretrained(source.path)
     if settings.padding_side:
         processing.padding_side = settings.padding_side
     packed = length if settings.packs else None
@@ -183,7 +184,9 @@ def _make_trainer(
     return trainer
 
 
-def _pair_trainer(source: Path, settings: Settings, args: TrainingArguments) -> Callable[..., PairTrainer]:
+def _pair_trainer(
+    source: ModelDirectory, settings: Settings, args: TrainingArguments
+) -> Callable[..., PairTrainer]:
     """The trainer of stage dpo. Its reference is the model without its new adapter, or a second model."""
     second = settings.finetuning_type != "lora" or settings.adapter_name_or_path is not None
     second = second and settings.pref_loss != "orpo"
@@ -196,15 +199,15 @@ def _pair_trainer(source: Path, settings: Settings, args: TrainingArguments) -> 
     )
 
 
-def _load_model(source: Path, settings: Settings, args: TrainingArguments) -> Any:
+def _load_model(source: ModelDirectory, settings: Settings, args: TrainingArguments) -> Any:
     """The base; weights in float32, unless DeepSpeed keeps master copies or only an adapter is trained."""
     half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
     frozen = settings.finetuning_type == "lora" and args.bf16
     narrow = half is not None and (settings.deepspeed or settings.pure_bf16 or frozen)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=half if narrow else torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=half if narrow else torch.float32)
     if settings.quantization_bit:
         model.quantize(settings.quantization_bit)
-    if settings.quantization_bit or read_scheme(source) is not None:
+    if settings.quantization_bit or source.scheme is not None:
         # A tensor that stays mapped would keep every page read from its file resident.
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
@@ -256,7 +259,7 @@ def _train(trainer: FinetuneTrainer, checkpoint: str | None, predicted: int) -> 
 def _save(
     trainer: FinetuneTrainer,
     settings: Settings,
-    source: Path,
+    source: ModelDirectory,
     data: Data,
     metrics: dict[str, float],
     digest: str,

@@ -19,6 +19,7 @@ from xverse.config import UserError, build
 TEMPLATES = ("default", "xverse")
 HELD_OUT = 0.01  # share held out for evaluation without val_size and eval_dataset
 Moment = Literal["no", "steps", "epoch"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +28,17 @@ class DatasetUse:
 
     name: Annotated[str, "name in dataset_info.json, file, folder or hub id"]
     repeat: Annotated[int, "how often each training example occurs in an epoch"] = 1
-    num_samples: Annotated[int | None, "at most this many examples of each file, drawn at random by seed"] = (
-        None
-    )
-    max_reply_tokens: Annotated[
-        int | None, "drop dialogues whose replies have more tokens than this on average"
-    ] = None
+    num_samples: Annotated[int | None, "most examples of each file, drawn at random by seed"] = None
+    max_reply_tokens: Annotated[int | None, "drop dialogues with longer replies, on average"] = None
 
     def __post_init__(self) -> None:
         for name in ("repeat", "num_samples", "max_reply_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
+
+
+Datasets = tuple[DatasetUse, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +51,14 @@ class Settings:
     # the model and the method
     model_name_or_path: Annotated[str, "base model: a directory, a hub id or nano"]
     adapter_name_or_path: Annotated[str | None, "adapter to continue training"] = None
-    stage: Annotated[
-        Literal["sft", "pt", "dpo"],
-        "supervised fine-tuning, continued pretraining, or preference optimisation",
-    ] = "sft"
+    stage: Annotated[Literal["sft", "pt", "dpo"], "what to train on: dialogues, text, preferences"] = "sft"
     finetuning_type: Annotated[
         Literal["full", "lora", "freeze"], "train all weights, an adapter, or some layers"
     ] = "lora"
     template: Annotated[str, "chat format: XVERSE's, under the names default and xverse"] = "default"
-    freeze_trainable_layers: Annotated[
-        int, "with freeze: train the last N layers; a negative number trains the first ones"
-    ] = 2
+    freeze_trainable_layers: Annotated[int, "with freeze: train the last N layers; -N: the first ones"] = 2
     freeze_trainable_modules: Annotated[str, "with freeze: modules to train in these layers, or all"] = "all"
-    freeze_extra_modules: Annotated[
-        str | None, "with freeze: modules outside the layers to train as well"
-    ] = None
+    freeze_extra_modules: Annotated[str | None, "with freeze: other modules to train"] = None
     lora_rank: Annotated[int, "rank of the adapter"] = 8
     lora_alpha: Annotated[float | None, "scale of the adapter; unset: twice the rank"] = None
     lora_dropout: Annotated[float, "dropout on the adapter's input"] = 0.0
@@ -84,52 +77,35 @@ class Settings:
     use_liger_kernel: Annotated[bool, "compute norms and activations with Liger's kernels (CUDA)"] = False
 
     # the data
-    dataset: Annotated[
-        tuple[DatasetUse, ...],
-        "names in dataset_info.json, files, folders or hub ids, separated by commas; in a recipe a list, too",
-    ] = ()
-    eval_dataset: Annotated[tuple[DatasetUse, ...], "datasets to evaluate on, written like dataset"] = ()
+    dataset: Annotated[Datasets, "names in dataset_info.json, files, folders or hub ids"] = ()
+    eval_dataset: Annotated[Datasets, "datasets to evaluate on, written like dataset"] = ()
     dataset_dir: Annotated[Path, "folder of dataset_info.json and its files"] = Path("data")
     identity: Annotated[
         dict[str, str], "values for {{placeholders}} in the data, such as name=… author=…"
     ] = field(default_factory=dict)
-    keep_placeholders: Annotated[
-        bool, "accept {{placeholders}} that identity does not fill as plain text"
-    ] = False
+    keep_placeholders: Annotated[bool, "keep other {{placeholders}} as plain text"] = False
     cutoff_len: Annotated[int, "longest example, and longest packed row, in tokens"] = 2048
     max_samples: Annotated[int | None, "use only the first N usable examples of each dataset"] = None
-    streaming: Annotated[
-        bool, "read the data while training instead of loading it first; needs max_steps"
-    ] = False
+    streaming: Annotated[bool, "read the data while training; needs max_steps"] = False
     buffer_size: Annotated[int, "with streaming: examples shuffled at a time"] = 16384
     group_by_length: Annotated[bool, "put rows of similar length into one step"] = False
     val_size: Annotated[float, "examples of dataset to hold out: a share below 1, or a number"] = 0.0
-    packing: Annotated[
-        bool | None, "put several examples into one row, isolated from each other; unset: only with stage pt"
-    ] = None
+    packing: Annotated[bool | None, "fill rows with several isolated examples; unset: with stage pt"] = None
     train_on_prompt: Annotated[bool, "compute the loss on prompts, too"] = False
     mask_history: Annotated[bool, "compute the loss on the last reply only"] = False
     overwrite_cache: Annotated[bool, "accepted without effect: nothing is cached"] = False
-    preprocessing_num_workers: Annotated[
-        int | None, "accepted without effect: the tokenizer uses all cores"
-    ] = None
-    padding_side: Annotated[
-        Literal["left", "right"] | None, "saved with the tokenizer; training itself does not pad"
-    ] = None
+    preprocessing_num_workers: Annotated[int | None, "accepted without effect: all cores are used"] = None
+    padding_side: Annotated[Literal["left", "right"] | None, "saved with the tokenizer; not used"] = None
 
     # the run
     output_dir: Annotated[Path, "folder of the run and of the finished model"]
     overwrite_output_dir: Annotated[bool, "start anew in a folder that holds another run"] = False
-    resume_from_checkpoint: Annotated[
-        str | None, "checkpoint to resume from; unset: the last complete one"
-    ] = None
+    resume_from_checkpoint: Annotated[str | None, "checkpoint to resume from; unset: the last one"] = None
     plot_loss: Annotated[bool, "draw loss.png"] = False
     early_stopping_steps: Annotated[int | None, "stop after N evaluations without a better loss"] = None
-    save_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None, "type of the finished weights; unset: the base's"
-    ] = None
+    save_dtype: Annotated[Dtype | None, "finished weights' type; unset: the base's"] = None
     generation: Annotated[
-        dict[str, Any], "values for the finished model's generation_config.json, such as temperature=0.5"
+        dict[str, Any], "values for the finished model's generation_config.json, such as top_k=30"
     ] = field(default_factory=dict)
     local_rank: Annotated[int | None, "set by launchers of several processes"] = None
 
@@ -146,12 +122,8 @@ class Settings:
     num_train_epochs: Annotated[float | None, "passes over the dataset"] = None
     max_steps: Annotated[int | None, "optimizer steps; overrides num_train_epochs"] = None
     learning_rate: Annotated[float | None, "peak learning rate"] = None
-    lr_scheduler_type: Annotated[str | None, "schedule of the learning rate, such as cosine_with_min_lr"] = (
-        None
-    )
-    lr_scheduler_kwargs: Annotated[
-        str | None, 'options of the schedule as JSON, such as {"min_lr_rate": 0.02}'
-    ] = None
+    lr_scheduler_type: Annotated[str | None, "learning-rate schedule, such as cosine_with_min_lr"] = None
+    lr_scheduler_kwargs: Annotated[str | None, 'JSON options of it, such as {"min_lr_rate": 0.02}'] = None
     warmup_steps: Annotated[float | None, "steps of linear warm-up; a share of the run if below 1"] = None
     weight_decay: Annotated[float | None, "weight decay of matrices"] = None
     adam_beta1: Annotated[float | None, "AdamW's beta1"] = None
@@ -169,9 +141,7 @@ class Settings:
     )
     save_steps: Annotated[float | None, "steps between checkpoints"] = None
     save_total_limit: Annotated[int | None, "checkpoints to keep"] = None
-    save_only_model: Annotated[
-        bool | None, "write checkpoints without optimizer state; they cannot be resumed"
-    ] = None
+    save_only_model: Annotated[bool | None, "save no optimizer state; prevents resuming"] = None
     load_best_model_at_end: Annotated[bool | None, "finish with the best evaluated checkpoint"] = None
     metric_for_best_model: Annotated[str | None, "metric that defines the best checkpoint"] = None
     greater_is_better: Annotated[bool | None, "whether that metric should rise"] = None
@@ -182,20 +152,14 @@ class Settings:
     fp16: Annotated[bool | None, "compute in float16 with loss scaling (CUDA)"] = None
     tf32: Annotated[bool | None, "allow TF32 matmuls (CUDA)"] = None
     use_cpu: Annotated[bool | None, "train on the CPU"] = None
-    gradient_checkpointing: Annotated[
-        bool | None, "recompute activations in the backward pass to save memory"
-    ] = None
+    gradient_checkpointing: Annotated[bool | None, "recompute activations to save memory"] = None
     torch_compile: Annotated[bool | None, "compile the model"] = None
-    deepspeed: Annotated[
-        str | None, "DeepSpeed's JSON file; deepspeed.json also names recipes/sft/deepspeed.json"
-    ] = None
+    deepspeed: Annotated[str | None, "DeepSpeed's JSON file; one of recipes/sft if only a name"] = None
     fsdp: Annotated[str | None, "shard the model with FSDP2, such as full_shard; needs torchrun"] = None
     fsdp_config: Annotated[str | None, "FSDP's options as JSON, or a JSON file"] = None
     ddp_backend: Annotated[str | None, "communication backend of several processes"] = None
     ddp_timeout: Annotated[int | None, "seconds after which communication fails"] = None
-    ddp_find_unused_parameters: Annotated[bool | None, "let DDP search for parameters without gradient"] = (
-        None
-    )
+    ddp_find_unused_parameters: Annotated[bool | None, "let DDP find parameters without gradient"] = None
     dataloader_num_workers: Annotated[int | None, "processes that prepare batches"] = None
     dataloader_pin_memory: Annotated[bool | None, "pin batches in memory (CUDA)"] = None
     report_to: Annotated[str | None, "experiment trackers: tensorboard or wandb, separated by commas"] = None

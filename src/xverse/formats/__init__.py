@@ -1,6 +1,7 @@
-"""Model directories: read upstream's, Hugging Face's and Llama-named ones, write them and GGUF, compare them.
+"""Read, write, convert and compare model directories (XVERSE's as published, Hugging Face's, Llama's) and
+GGUF.
 
-Names load on first use, so that ``resolve`` alone costs no import of torch.
+Names are imported on first use, so that ``resolve`` alone does not import torch.
 """
 
 from __future__ import annotations

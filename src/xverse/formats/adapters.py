@@ -1,4 +1,4 @@
-"""Adapters in peft's format on the model of ``xverse.model``: apply, merge, and say what merging changed."""
+"""Apply adapters in peft's format to the model of ``xverse.model``, merge them and measure the difference."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from xverse.log import notice
 from xverse.model import FullCausal, XverseForCausalLM
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "xverse_base.json"
-SAMPLES = 256  # values of each tensor that the fingerprint reads
+SAMPLES = 256  # values of each tensor in the fingerprint
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over names, shapes and evenly spread values of a model's tensors, whatever files hold them."""
+    """sha256 over names, shapes and evenly spaced values of a model's tensors, independent of its files."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.flatten()
-        kept = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().cpu().numpy()
-        digest.update(f"{name}{list(tensor.shape)}".encode() + kept.tobytes())
+        sample = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().cpu().numpy()
+        digest.update(f"{name}{list(tensor.shape)}".encode() + sample.tobytes())
     return digest.hexdigest()
 
 
 def write_base(path: Path, base: str, digest: str) -> None:
-    """Remember beside an adapter which weights it was trained on."""
+    """Record next to an adapter which weights it was trained on."""
     text = json.dumps({"base": base, "fingerprint": digest}, indent=1) + "\n"
     (path / BASE).write_text(text, encoding="utf-8")
 
@@ -41,16 +41,16 @@ def write_base(path: Path, base: str, digest: str) -> None:
 def apply_adapter(model: XverseForCausalLM, path: str | Path, base: str | Path | None = None) -> Any:
     """``model`` with the adapter of a directory on its layers, as peft's ``PeftModel``.
 
-    ``base`` is the model's own directory: where the adapter says what it was trained on, the two are
-    compared. Beside quantised weights it stays in its own precision (QLoRA). Raises UserError for a directory
-    without adapter, for an adapter of another base, and for one whose tensors do not fit.
+    ``base`` is the model's directory; it is compared with the base that the adapter records. On quantised
+    weights the adapter keeps its own precision (QLoRA). Raises UserError for a directory without an adapter,
+    an adapter of another base, and one whose tensors do not fit.
     """
     path = check_adapter(path)
     peft = import_peft()
     if base is not None:
         check_base(model, path, base)
     config = peft_config(model, path)
-    config.task_type = None  # PeftModel for causal models wants transformers' generate, which ours has not
+    config.task_type = None  # PeftModelForCausalLM needs transformers' generate
     config.inference_mode = True
     try:
         adapted = peft.PeftModel.from_pretrained(
@@ -63,24 +63,24 @@ def apply_adapter(model: XverseForCausalLM, path: str | Path, base: str | Path |
 
 
 def peft_config(model: nn.Module, path: Path) -> Any:
-    """peft's configuration of an adapter, such that it fits quantised layers, too. Raises UserError for one
-    that needs plain weights where there are others."""
+    """peft's configuration of an adapter, also for quantised layers. Raises UserError for one that needs
+    plain weights if the model's are quantised."""
     config = import_peft().PeftConfig.from_pretrained(str(path))
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         from xverse.formats.qlora import register
 
         if getattr(config, "use_dora", False):
-            raise UserError(f"{path}: DoRA scales plain weights; export --adapter merges it into them")
+            raise UserError(f"{path}: DoRA needs plain weights; merge it with xverse export --adapter")
         register(config)
     return config
 
 
 def check_base(model: nn.Module, path: str | Path, base: str | Path) -> None:
-    """Raises UserError where the adapter says that it was trained on other weights than those of ``model``,
-    which ``base`` names; says it where the adapter does not tell."""
+    """Raise UserError if the adapter was trained on other weights than those of ``model``, called ``base``;
+    print a notice if the adapter does not record its base."""
     file = Path(path) / BASE
     if not file.exists():
-        notice(f"{path}: does not say which weights it was trained on; {base} is taken on trust")
+        notice(f"{path}: does not record its base; assuming {base}")
         return
     stored = read_object(file)
     if stored.get("fingerprint") != fingerprint(model):
@@ -90,10 +90,10 @@ def check_base(model: nn.Module, path: str | Path, base: str | Path) -> None:
 def merge_adapter(
     model: XverseForCausalLM, path: str | Path, base: str | Path | None = None
 ) -> tuple[XverseForCausalLM, float, float]:
-    """``model`` with the adapter added into its weights, in their type; with max |Δlogit| and the mean KL
-    divergence in nats against the adapter beside the weights, over ``fixed_tokens`` in float32.
+    """``model`` with the adapter merged into its weights, in their dtype; with max |Δlogit| and the mean KL
+    divergence in nats against the unmerged adapter, over ``fixed_tokens`` in float32.
 
-    The weights may be mapped from a file: those that change are copied first. Raises as ``apply_adapter``.
+    Weights may be mapped from a file; those that change are copied first. Raises as ``apply_adapter`` does.
     """
     merged, before = merge_and_logits(model, path, base)
     return merged, *differences(before, logits_of(merged, fixed_tokens(model.config.vocab_size)))
@@ -102,7 +102,7 @@ def merge_adapter(
 def merge_and_logits(
     model: XverseForCausalLM, path: str | Path, base: str | Path | None = None
 ) -> tuple[XverseForCausalLM, Tensor]:
-    """As ``merge_adapter``, with the logits float32 [B, T, V] that the adapter beside the weights gives."""
+    """As ``merge_adapter``, with the logits float32 [B, T, V] of the unmerged adapter."""
     adapted = apply_adapter(model, path, base)
     before = _adapted_logits(adapted, model.config.vocab_size)  # [B, T, V]
     for module in adapted.modules():
@@ -119,7 +119,7 @@ def differences(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def _adapted_logits(adapted: Any, vocab_size: int) -> Tensor:
-    """The adapter's own arithmetic in float32, with weights that 16 bits hold widened for the moment."""
+    """Logits of the unmerged adapter in float32; 16-bit weights are widened temporarily."""
     tokens = fixed_tokens(vocab_size)
     stored = {name: parameter.data for name, parameter in adapted.named_parameters()}
     try:
@@ -140,12 +140,12 @@ def _divergence(before: Tensor, after: Tensor) -> float:
 
 
 def check_adapter(path: str | Path) -> Path:
-    """``path`` as a Path. Raises UserError where it holds no adapter in peft's format."""
+    """``path`` as a Path. Raises UserError if it does not hold an adapter in peft's format."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise UserError(f"{path}: no such adapter directory")
     if not (path / CONFIG).is_file():
-        raise UserError(f"{path}: holds no adapter: no {CONFIG}")
+        raise UserError(f"{path}: not an adapter directory: no {CONFIG}")
     return path
 
 

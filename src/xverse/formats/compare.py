@@ -1,4 +1,4 @@
-"""How far two models are apart: max |Δlogit| over a fixed batch, always computed in float32."""
+"""The difference between two models: max |Δlogit| over a fixed batch, computed in float32."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from xverse.kernels.linear import QuantEmbedding
 from xverse.model import FullCausal, XverseForCausalLM
 
 BATCH, LENGTH = 2, 64
-TOLERANCE = 1e-4  # what two float32 implementations of the same arithmetic may differ by
+TOLERANCE = 1e-4  # between two float32 implementations of the same arithmetic
 
 
 def fixed_tokens(vocab_size: int) -> Tensor:
-    """The batch of every parity figure: int64 [2, 64], drawn evenly from the vocabulary with seed 0."""
+    """The batch of every parity figure: int64 [2, 64], uniform over the vocabulary, seed 0."""
     return torch.randint(vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits, float32 [B, T, V], of ours or of a transformers model, in float32 arithmetic.
+    """Logits, float32 [B, T, V], of our or a transformers model for ``tokens`` int64 [B, T], in float32.
 
-    Weights stored in 16 bits are widened module by module while it computes, so that a 7B model needs no
-    float32 copy of itself.
+    16-bit weights are widened one module at a time, so that a 7B model needs no float32 copy.
     """
     device = next(model.parameters()).device
     tokens = tokens.to(device)
@@ -40,7 +39,7 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def parity(model_a: nn.Module, model_b: nn.Module) -> float:
-    """max |Δlogit| between two models of one vocabulary, ours or transformers' (``.config.vocab_size``)."""
+    """max |Δlogit| between two models with the same vocabulary, ours or transformers'."""
     config: Any = model_a.config
     tokens = fixed_tokens(config.vocab_size)
     return (logits(model_a, tokens) - logits(model_b, tokens)).abs().max().item()

@@ -1,9 +1,9 @@
-"""compressed-tensors' ``pack-quantized`` format: what its ``config.json`` says, and how its tensors lie.
+"""compressed-tensors' ``pack-quantized`` format: its ``quantization_config`` and its tensors.
 
-For each quantised matrix [N, K] of ``b`` bits a file holds ``weight_packed`` int32 [N, K·b/32] (values
-shifted by 2^(b-1), the lowest input in the lowest bits), ``weight_scale`` [N, K/group] and ``weight_shape``
-int64 [2] (https://github.com/vllm-project/compressed-tensors). As little-endian bytes the packed rows are
-those of ``kernels.tiles.to_rows``, so reading and writing move bytes and compute nothing.
+For each quantised matrix [N, K] of ``b`` bits a file holds ``weight_packed`` int32 [N, K·b/32] (values offset
+by 2^(b-1), the lowest input in the lowest bits), ``weight_scale`` [N, K/group] and ``weight_shape`` int64 [2]
+(https://github.com/vllm-project/compressed-tensors). As little-endian bytes the packed rows are those of
+``kernels.tiles.to_rows``, so reading and writing only move bytes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A quantised matrix as the loader takes it: ``rows`` as ``kernels.tiles.to_rows`` writes them.
-
-    ``rows`` uint8 [N, K · bits / 8], ``scales`` bfloat16 [N, K/group]. With ``order`` int64 [K] the inputs
-    lie permuted: column k belongs to input ``order[k]``.
+    """A quantised matrix for the loader: ``rows`` uint8 [N, K · bits / 8] as ``kernels.tiles.to_rows`` writes
+    them, ``scales`` bfloat16 [N, K/group]. With ``order`` int64 [K] the inputs are permuted: column k belongs
+    to input ``order[k]``.
     """
 
     rows: Tensor
@@ -45,16 +44,16 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class CompressedScheme:
-    """What a ``quantization_config`` allows: pairs of bits and group size, None for a scale per row."""
+    """The pairs of bits and group size (None: one scale per row) in a ``quantization_config``."""
 
     kinds: frozenset[tuple[int, int | None]]
     marker = "weight_packed"
 
     def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows:
-        """The matrix ``name`` (without ``.weight``), which the model has as ``shape`` [N, K].
+        """The matrix ``name`` (without ``.weight``) of ``shape`` [N, K].
 
-        Raises UserError, in one line, for a tensor that is missing, mis-shaped, of another type, or whose
-        scales are not finite.
+        Raises UserError for a tensor that is missing or has the wrong shape or dtype, and for scales that are
+        not finite.
         """
         outputs, inputs = shape
         for suffix in SUFFIXES:
@@ -65,7 +64,9 @@ class CompressedScheme:
                 raise UserError(f"{name}.{extra}: zero points and activation order are not supported")
         stated = files.get(f"{name}.weight_shape")
         if stated.dtype.is_floating_point or stated.tolist() != [outputs, inputs]:
-            raise UserError(f"{name}.weight_shape says {stated.tolist()}, config.json [{outputs}, {inputs}]")
+            raise UserError(
+                f"{name}.weight_shape is {stated.tolist()}, but config.json implies [{outputs}, {inputs}]"
+            )
         scale, packed = files.get(f"{name}.weight_scale"), files.get(f"{name}.weight_packed")
         widths = {inputs * bits // 32: bits for bits, _ in self.kinds}
         if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[0] != outputs:
@@ -85,16 +86,17 @@ class CompressedScheme:
 
 
 def check_kernel_group(name: str, group_size: int) -> None:
-    """Raises UserError for a group that no kernel can split into its own."""
+    """Raise UserError for a group size that is not a multiple of a kernel's."""
     if not kernel_group_size(group_size):
         raise UserError(f"{name}: groups of {group_size} inputs are not supported, only multiples of 32")
 
 
 def checked_scales(name: str, scales: Tensor) -> Tensor:
-    """Scales as bfloat16, the kernels' type. Raises UserError where one is NaN or infinite.
+    """Scales as bfloat16, the kernels' dtype. Raises UserError if one is NaN or infinite.
 
-    Scales stored in float16 or float32 are rounded, which moves the weights of a group by at most 2^-8 of
-    themselves, 0.16 % in the mean square: little beside their own rounding (10 % with 4 bits, 0.7 % with 8).
+    Scales stored in float16 or float32 are rounded. This changes the weights of a group by at most 2^-8 of
+    their value, 0.16 % in the mean square, little compared with quantisation (10 % with 4 bits, 0.7 % with
+    8).
     """
     if not scales.isfinite().all():
         raise UserError(f"{name} holds NaN or infinity")
@@ -111,9 +113,9 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedScheme:
-    """The scheme of a ``quantization_config``, by whatever program it was written.
+    """The scheme of a ``quantization_config``, whichever program wrote it.
 
-    Raises UserError, naming it, for what the kernels do not compute: other formats, asymmetric or floating
+    Raises UserError that names what the kernels do not support: other formats, asymmetric or floating-point
     weights, quantised activations or cache, activation order, sparsity, transforms.
     """
 
@@ -169,10 +171,10 @@ def _kind(weights: Mapping[str, Any], refuse: Any, name: str) -> tuple[int, int 
 
 
 def quantization_config(weights: Mapping[str, tuple[int, int, int]], plain: Iterable[str]) -> dict[str, Any]:
-    """``quantization_config`` for what was written.
+    """The ``quantization_config`` of written weights.
 
-    ``weights``: module name → bits, inputs, groups of each quantised matrix; ``plain``: names of linears
-    that were left as they are. What most layers have is said of all ``Linear``; others are named.
+    ``weights`` maps module names to bits, inputs and groups of each quantised matrix; ``plain`` are the names
+    of unquantised linears. The most common kind applies to all ``Linear``; others are listed by name.
     """
     linears = {name: value for name, value in weights.items() if name != EMBEDDING}
     kinds = {name: (bits, _size(name, weights)) for name, (bits, _, _) in weights.items()}
@@ -186,7 +188,7 @@ def quantization_config(weights: Mapping[str, tuple[int, int, int]], plain: Iter
             targets.append("Embedding")
         elif "Linear" not in targets:
             targets.append(name)
-    # What is named comes first: the library warns of a name that a class before it has covered.
+    # Names come first: the library warns about a name that an earlier class covers.
     listed_groups = sorted(groups.items(), key=lambda item: "Linear" in item[1])
     return {
         "quant_method": METHOD,
@@ -215,7 +217,7 @@ def quantization_config(weights: Mapping[str, tuple[int, int, int]], plain: Iter
 
 
 def _size(name: str, weights: Mapping[str, tuple[int, int, int]]) -> int | None:
-    """Group size of a matrix, None for a scale per row. One group alone may be either: the others tell."""
+    """Group size of a matrix, None for one scale per row. For a single group the other matrices decide."""
     _, inputs, count = weights[name]
     if count > 1:
         return inputs // count
@@ -228,7 +230,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def refuse_order(names: Iterable[str]) -> None:
-    """Raises UserError where matrices with permuted inputs would have to be written."""
+    """Raise UserError if matrices with permuted inputs would have to be written."""
     if names := list(names):
         raise UserError(
             f"{listed(names)}: a model with activation order cannot be written in this format; "

@@ -40,6 +40,9 @@ class ModelDirectory:
         """The directory of ``nano``, a path or a hub id; raises UserError as ``resolve`` does."""
         return cls(resolve(model), model) if isinstance(model, str) else cls.of(model)
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     def __str__(self) -> str:
         return str(self.path)
 

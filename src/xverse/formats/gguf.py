@@ -1,10 +1,10 @@
-"""Write a model as one GGUF file, for llama.cpp and what is built on it; read it back for its parity figure.
+"""Write a model as a GGUF file for llama.cpp and programs based on it; read it back to measure parity.
 
-The file says ``llama``, not llama.cpp's own ``xverse``: both compute the same graph (its norms multiply by
-their weight in float32, as XVERSE does), and every program that reads GGUF knows the first. Both want the
-rows of the query and key projections ordered for rotation of neighbouring pairs; ours are ordered for
-rotation of halves. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the ``gguf`` package
-writes the header and does the arithmetic of the block types.
+The architecture is ``llama``, not llama.cpp's own ``xverse``: both compute the same graph (norms multiply by
+their weight in float32, as in XVERSE), and every GGUF reader knows ``llama``. GGUF orders the rows of the
+query and key projections for rotating adjacent pairs; XVERSE orders them for rotating halves. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the ``gguf`` package writes the header and does the
+arithmetic of the block types.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from xverse.tokenizer import Tokenizer
 
-# What --type says → gguf's name of the file type. Norms are float32 in all of them.
+# --type → gguf's name of the file type. Norms are float32 in all of them.
 KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-# The largest magnitude of each: of float16 itself, or of a block whose scale is a float16.
+# The largest magnitude of each type: float16's, or that of a block with a float16 scale.
 LARGEST = {"f16": 65504.0, "bf16": 3.3e38, "q8_0": 127 * 65504.0, "q4_0": 8 * 65504.0}
 BLOCK = 32  # weights that share a scale in q8_0 and q4_0
 PIECE = 2**22  # weights converted at a time
@@ -67,13 +67,13 @@ def save_gguf(
     generation_config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Vocabulary:
-    """Write ``path`` in one of ``KINDS``; returns the vocabulary that it holds.
+    """Write the file ``path`` in one of ``KINDS``; returns the vocabulary written to it.
 
     Weights of any float dtype are converted a few million at a time. In q8_0 and q4_0, matrices whose rows
-    are no whole blocks of 32 are float16; q4_0 has embedding and head in q8_0. ``generation_config`` gives
-    the sampling defaults that llama.cpp reads, ``licence`` is an SPDX expression.
-    Raises UserError for an unknown kind, a weight that the kind cannot hold, a tokenizer without tokens for
-    bytes, and where the file cannot or must not be written; then nothing is left there.
+    are not a multiple of 32 long are float16; q4_0 stores embedding and head as q8_0. ``generation_config``
+    gives the sampling defaults that llama.cpp reads, ``licence`` is an SPDX expression. Raises UserError for
+    an unknown kind, a weight that the kind cannot hold, a tokenizer without byte tokens, and if the file
+    cannot or must not be written; then nothing is left there.
     """
     path = Path(path)
     file_type = choose("type", kind, KINDS)
@@ -103,35 +103,35 @@ def save_gguf(
                 writer.write_ti_data_to_file()
             finally:
                 writer.close()
-            # By hand, because the library's way loses the reason when a disk is full.
+            # Not by the library, whose error does not show that a disk is full.
             with temporary.open("ab") as file, progress(disable=not console.is_terminal) as bar:
                 for key, tensor in bar.track(tensors.items(), description="tensors"):
                     _pad(file)
                     _write(file, key, _for_gguf(key, tensor, model.config), kinds[key])
                 _pad(file)
-    except OSError as error:  # beyond those that atomic_file names, such as an I/O error
+    except OSError as error:  # those that atomic_file does not handle, such as an I/O error
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"{path}: cannot be written ({reason}); nothing was left there") from error
     return vocabulary
 
 
 def check_file(path: Path, overwrite: bool) -> None:
-    """Raises UserError where ``path`` is no name for a GGUF file or something stands there unasked."""
+    """Raise UserError if ``path`` is not a GGUF file name, or exists and must not be overwritten."""
     if path.suffix != ".gguf":
-        raise UserError(f"{path}: a GGUF file's name must end in .gguf, or programs will not find it")
+        raise UserError(f"{path}: the name of a GGUF file must end in .gguf")
     if path.is_dir():
         raise UserError(f"{path}: is a directory; name the file to write")
     if path.exists() and not overwrite:
-        raise UserError(f"{path}: is there already; --overwrite replaces it")
+        raise UserError(f"{path}: already exists; --overwrite replaces it")
 
 
 def licence_of(directory: Path) -> str:
-    """What the model card in ``directory`` says under ``license``, or nothing."""
+    """``license`` in the model card of ``directory``, or an empty string."""
     card = directory / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = text.removeprefix("---\n").partition("\n---")[0] if text.startswith("---\n") else ""
-    found = re.search(r"^license: *(\S+) *$", front, re.MULTILINE)
-    return found[1] if found else ""
+    match = re.search(r"^license: *(\S+) *$", front, re.MULTILINE)
+    return match[1] if match else ""
 
 
 def gguf_name(name: str) -> str:
@@ -142,7 +142,7 @@ def gguf_name(name: str) -> str:
 
 
 def pair_rows(weight: Tensor, heads: int) -> Tensor:
-    """Rows [heads · head_dim, D] in the order for rotating halves → in the order for rotating pairs."""
+    """Reorder rows [heads · head_dim, D] from rotation of halves to rotation of adjacent pairs."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -201,7 +201,7 @@ def _check_scaling(scaling: RopeScaling | None) -> None:
         return
     default = RopeScaling(rope_type=scaling.rope_type, factor=scaling.factor)
     if scaling.rope_type == "dynamic":
-        raise UserError("GGUF has no dynamic rope scaling; export with linear or yarn, or without")
+        raise UserError("GGUF has no dynamic rope scaling; use linear or yarn scaling, or none")
     for name in ("attention_factor", "beta_fast", "beta_slow"):
         if getattr(scaling, name) != getattr(default, name):
             raise UserError(f"GGUF: rope scaling with {name} = {getattr(scaling, name)} is not supported")
@@ -231,7 +231,7 @@ def _kind(name: str, tensor: Tensor, kind: str) -> str:
         return "f32"
     if kind in ("q8_0", "q4_0") and tensor.shape[-1] % BLOCK:
         return "f16"
-    # In 4 bits these two alone cost nano seven times the divergence of all its layers.
+    # In 4 bits these two alone would cost nano seven times the KL divergence of all its layers.
     return "q8_0" if kind == "q4_0" and name in ("token_embd.weight", "output.weight") else kind
 
 
@@ -264,7 +264,7 @@ def _encode(name: str, piece: Tensor, kind: str) -> np.ndarray[Any, Any]:
 
 
 def _in_threads(function: Callable[[Any], Any], pieces: Any) -> Iterator[Any]:
-    """``map(function, pieces)`` with a few under way; numpy computes outside the interpreter's lock."""
+    """``map(function, pieces)`` in threads; numpy releases the interpreter lock."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         waiting: list[Any] = []
@@ -277,10 +277,10 @@ def _in_threads(function: Callable[[Any], Any], pieces: Any) -> Iterator[Any]:
 
 
 def open_gguf(path: str | Path) -> XverseForCausalLM:
-    """The model in a file that ``save_gguf`` wrote, in float32, for comparing it with its source.
+    """The model in a file written by ``save_gguf``, in float32, to compare it with its source.
 
-    It holds no weights: each module's are decoded from the memory-mapped file for the length of its forward
-    call, so that a 7B model does not take 29 GB.
+    Each module's weights are decoded from the memory-mapped file for the duration of its forward call, so
+    that a 7B model does not take 29 GB.
     """
     import gguf
 
@@ -317,7 +317,7 @@ def _decode_when_needed(module: nn.Module, key: str, tensor: Any, config: Xverse
 
 
 def _decode(tensor: Any) -> Tensor:
-    """A ``ReaderTensor`` as float32, in the shape that it has here."""
+    """A ``ReaderTensor`` as float32, in PyTorch's shape."""
     from gguf import quants
 
     data = tensor.data  # rows of the stored type, or of bytes

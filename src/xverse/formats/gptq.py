@@ -1,12 +1,12 @@
-"""GPTQ checkpoints as AutoGPTQ lays them out, converted without loss to symmetric integers.
+"""GPTQ checkpoints in AutoGPTQ's layout, converted losslessly to symmetric integers.
 
 A linear [N, K] of ``b`` bits in groups of ``g`` inputs has ``qweight`` int32 [K·b/32, N] and ``qzeros`` int32
 [K/g, N·b/32], both with the lowest index in the lowest bits, ``scales`` [K/g, N] and ``g_idx`` int32 [K], the
 group of each input: w[n, k] = scales[g_idx[k], n] · (qweight[k, n] - z[g_idx[k], n]). Files of the format
 ``gptq`` store z - 1, those of ``gptq_v2`` store z.
 
-A zero point in the middle is symmetric quantisation of the same bits. Another one makes of 4 bits a
-difference from -15 to 15, which 8 bits hold with the same scale.
+A zero point in the middle of the range is symmetric quantisation with the same bits. With any other, 4 bits
+minus the zero point range from -15 to 15, which 8 bits hold with the same scale.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from xverse.formats.weights import TensorFiles, dtype_name
 from xverse.kernels.tiles import kernel_group_size, to_rows
 from xverse.kernels.weight import BITS, QuantizedWeight
 
-_FORMATS = {"gptq": 1, "gptq_v2": 0}  # what is added to a stored zero point
+_FORMATS = {"gptq": 1, "gptq_v2": 0}  # added to a stored zero point
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class GPTQScheme:
     marker = "qweight"
 
     def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows:
-        """The matrix ``name``, which the model has as ``shape`` [N, K]; its zero points decide the bits.
+        """The matrix ``name`` of ``shape`` [N, K]; its zero points decide the bits of the result.
 
-        Raises UserError, in one line, for a tensor that is missing, mis-shaped or of another type, scales
-        that are not finite, zero points that 8 bits cannot hold, and groups of unequal size.
+        Raises UserError for a tensor that is missing or has the wrong shape or dtype, scales that are not
+        finite, zero points that 8 bits cannot hold, and groups of unequal size.
         """
         outputs, inputs = shape
         per_word = 32 // self.bits
@@ -61,7 +61,7 @@ class GPTQScheme:
         order, group_of = self._groups(files, name, inputs, groups)
         symmetric = bool((zeros == 1 << (self.bits - 1)).all())
         scales = scales.T.contiguous()
-        if symmetric and order is None:  # word by word what to_rows would write
+        if symmetric and order is None:  # the bytes that to_rows would write
             return StoredRows(qweight.T.contiguous().view(torch.uint8), scales, self.bits)
         values = _unpacked(qweight, self.bits)  # [K/per_word, N, per_word]
         values = values.transpose(1, 2).reshape(inputs, outputs)  # [K, N]
@@ -77,7 +77,7 @@ class GPTQScheme:
     def _groups(
         self, files: TensorFiles, name: str, inputs: int, groups: int
     ) -> tuple[Tensor | None, Tensor]:
-        """The order that brings each group's inputs together (None: they are), and every input's group."""
+        """The order that makes groups contiguous (None: they are), and each input's group, int64 [K]."""
         plain = torch.arange(groups).repeat_interleave(inputs // groups)
         if f"{name}.g_idx" not in files:
             return None, plain
@@ -111,10 +111,10 @@ def _tensor(files: TensorFiles, name: str, shape: tuple[int, ...], floating: boo
     if name not in files:
         raise UserError(f"{name} is missing")
     tensor = files.get(name)
-    right = tensor.is_floating_point() if floating else tensor.dtype == torch.int32
-    if not right or tensor.shape != shape:
-        found = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
-        raise UserError(f"{name} is {found}, not {'floats' if floating else 'int32'} {list(shape)}")
+    valid = tensor.is_floating_point() if floating else tensor.dtype == torch.int32
+    if not valid or tensor.shape != shape:
+        stored = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+        raise UserError(f"{name} is {stored}, not {'floats' if floating else 'int32'} {list(shape)}")
     return tensor
 
 

@@ -1,4 +1,4 @@
-"""From a model directory to a quantised model, in memory or on disk, layer by layer."""
+"""Quantise the model of a directory layer by layer, in memory or to another directory."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ Progress = Callable[[str], None]
 
 
 class Source:
-    """The tensors of an unquantised model directory, checked by name at once and by shape as they are read.
+    """The tensors of an unquantised model directory; names are checked at once, shapes as tensors are read.
 
-    Raises UserError for a directory that is quantised already or does not hold the model's tensors.
+    Raises UserError if the directory is quantised or does not hold the model's tensors.
     """
 
     def __init__(self, directory: ModelDirectory) -> None:
         path = self.path = directory.path
         self.config = directory.config
         if directory.scheme is not None:
-            raise UserError(f"{path}: is quantised already; quantise the model that it was made from")
+            raise UserError(f"{path}: is already quantised; quantise the model it was made from")
         with torch.device("meta"):
             state = XverseForCausalLM(self.config).state_dict()
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
@@ -52,8 +52,8 @@ class Source:
         check_tensors(path, missing, [name for name in names if name not in self._shapes], {})
 
     def read(self, prefix: str) -> dict[str, Tensor]:
-        """What ``Quantizer`` asks for."""
-        found = {}
+        """The tensors whose names start with ``prefix``, for ``Quantizer``."""
+        tensors = {}
         for name in self._shapes:
             if name.startswith(prefix):
                 tensor = self._files.get(name)
@@ -61,10 +61,12 @@ class Source:
                     stored = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
                     what = f"is {stored} where config.json says {list(self._shapes[name])}"
                     check_tensors(self.path, [], [], {name: what})
-                if not tensor.sum(dtype=torch.float32).isfinite():  # any NaN or infinity makes it so
+                if not tensor.sum(
+                    dtype=torch.float32
+                ).isfinite():  # the sum of any NaN or infinity is not finite
                     raise UserError(f"{self.path}: {name} holds NaN or infinity; it cannot be quantised")
-                found[name] = tensor
-        return found
+                tensors[name] = tensor
+        return tensors
 
 
 def quantize_directory(
@@ -79,15 +81,15 @@ def quantize_directory(
     overwrite: bool = False,
     report_progress: Progress | None = None,
 ) -> ParityReport:
-    """Quantise ``source`` into the directory ``out`` (compressed-tensors) with a layer at a time in memory.
+    """Quantise ``source`` into the directory ``out`` (compressed-tensors) with one layer at a time in memory.
 
-    ``llama``: for stock ``LlamaForCausalLM``. Raises UserError where the source cannot be read or is
-    quantised, the settings do not fit it, or the target must not be written or has no room for the result.
+    ``llama``: for stock ``LlamaForCausalLM``. Raises UserError if the source cannot be read or is quantised,
+    the settings do not fit it, the target must not be written, or the disk has no room for the result.
     """
     check_target(out, overwrite)
     directory = ModelDirectory.of(source)
     if out.exists() and out.samefile(directory.path):
-        raise UserError(f"{out}: is the model itself; choose another path for the quantised one")
+        raise UserError(f"{out}: is the source model; choose another path for the quantised one")
     tensors = Source(directory)
     _check_space(out, stored_bytes(tensors.config, settings))
     run = Quantizer(
@@ -112,17 +114,17 @@ def quantize_directory(
 
 
 def quick_settings(kind: str) -> QuantSettings:
-    """The settings that ``int8`` and ``int4`` stand for; raises UserError for another word."""
+    """The settings of ``int8`` or ``int4``. Raises UserError for any other ``kind``."""
     return QuantSettings(bits=choose("quantize", kind, {"int8": 8, "int4": 4}), embedding_bits=16)
 
 
 def load_quantizing(
     directory: str | Path | ModelDirectory, kind: str, dtype: torch.dtype | None = None
 ) -> XverseForCausalLM:
-    """The model of an unquantised directory with weights of ``int8`` or ``int4``, quantised as they are read.
+    """Load an unquantised directory with weights quantised to ``int8`` or ``int4`` as they are read.
 
-    Never is more than a layer of it in memory unquantised; the embedding stays the mapped file. ``dtype`` is
-    that of everything else, None the stored one. Raises UserError as ``quantize_directory``.
+    At most one layer is in memory unquantised; the embedding stays in the mapped file. ``dtype`` is that of
+    the other tensors, None the stored one. Raises UserError as ``quantize_directory`` does.
     """
     settings = quick_settings(kind)
     source = Source(ModelDirectory.of(directory))
@@ -136,7 +138,7 @@ def load_quantizing(
 
 @contextlib.contextmanager
 def progress_bar(config: XverseConfig) -> Iterator[Progress]:
-    """A bar on stderr that goes one step further with each call; nothing where stderr is no terminal."""
+    """A bar on stderr that advances by one step per call, if stderr is a terminal."""
     with progress(disable=not console.is_terminal) as bar:
         task = bar.add_task("quantising", total=config.num_hidden_layers + 2)
         steps = itertools.count()
@@ -148,7 +150,7 @@ def build(
     tensors: Iterator[tuple[str, Tensor | QuantizedWeight]],
     dtype: torch.dtype | None = None,
 ) -> XverseForCausalLM:
-    """A model of tensors that come one by one; quantised ones become quantised layers."""
+    """A model built from tensors one by one; quantised weights become quantised layers."""
     with torch.device("meta"):
         model = XverseForCausalLM(config)
     for name, tensor in tensors:
@@ -161,12 +163,12 @@ def build(
 def place(
     model: nn.Module, name: str, tensor: Tensor | QuantizedWeight, dtype: torch.dtype | None = None
 ) -> None:
-    """Put the tensor ``name`` into ``model``, on the device and in the type that it has."""
+    """Put the tensor ``name`` into ``model``, without moving it; ``dtype`` casts a plain one."""
     module = name.removesuffix(".weight")
     if isinstance(tensor, Tensor):
         value = tensor if dtype is None else tensor.to(dtype)
         if value.dim() == 1:
-            value = value.clone()  # or each norm would keep its surroundings in the file resident
+            value = value.clone()  # otherwise each norm would keep its neighbourhood in the file resident
         model.get_submodule(module).weight = nn.Parameter(value, requires_grad=False)
     elif name == EMBEDDING:
         set_layer(model, module, QuantEmbedding.from_weight(tensor, dtype or torch.bfloat16))
@@ -175,7 +177,7 @@ def place(
 
 
 def stored_bytes(config: XverseConfig, settings: QuantSettings) -> int:
-    """About how many bytes a quantised model takes on disk and in memory."""
+    """The approximate size of a quantised model in bytes, on disk and in memory."""
     vocabulary = config.vocab_size * config.hidden_size
     linears = config.num_parameters() - 2 * vocabulary
 
@@ -193,6 +195,6 @@ def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"{out}: the result takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; "
+            f"{out}: the result needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
             "nothing was written"
         )

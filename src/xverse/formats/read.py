@@ -1,5 +1,5 @@
-"""Read a model directory: upstream XVERSE as published, Hugging Face safetensors, Llama-named exports, and
-quantised ones (compressed-tensors, GPTQ)."""
+"""Load the model of a directory: XVERSE as published, Hugging Face safetensors, Llama-named exports, and
+quantised weights (compressed-tensors, GPTQ)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from xverse.formats.weights import (
 from xverse.model import XverseForCausalLM
 from xverse.model.config import FLOAT32_BELOW
 
-# Precomputed rotary frequencies in upstream's files: the model computes its own.
+# Precomputed rotary frequencies in XVERSE's published files; the model computes them.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
@@ -38,14 +38,14 @@ def load_model(
     *,
     dequantize: bool = False,
 ) -> XverseForCausalLM:
-    """Load a model directory. ``dtype`` None keeps the stored one.
+    """Load a model directory. ``dtype`` None keeps the stored dtype.
 
     On the CPU in the stored dtype the parameters are the memory-mapped files themselves (private pages:
-    writing to them copies, never reaches the file). Otherwise tensors are converted one by one. Quantised
+    writing to them copies and never reaches the file). Otherwise tensors are converted one by one. Quantised
     matrices become ``QuantLinear`` and ``QuantEmbedding``, or with ``dequantize`` plain weights of ``dtype``
-    (None: float32, which holds them exactly; above a billion parameters the stored type of the others).
-    Raises UserError, in one line, for missing, unexpected and mis-shaped tensors together, and for a damaged
-    quantised one by its name.
+    (None: float32, which is exact; for a billion parameters or more the stored dtype of the other tensors).
+    Raises UserError, in one line, that lists all missing, unexpected and mis-shaped tensors, or names a
+    damaged quantised one.
     """
     directory = ModelDirectory.of(source)
     device = torch.device(device)
@@ -80,7 +80,7 @@ def _take(
     unexpected: list[str],
     wrong: dict[str, str],
 ) -> None:
-    """Enter one stored tensor where it belongs."""
+    """Put one stored tensor into ``state``, ``unexpected`` or ``wrong``."""
     if name.endswith(IGNORED_SUFFIX):
         return
     if name not in expected:
@@ -118,7 +118,7 @@ def _load_quantized(
             continue  # AutoGPTQ writes a bias for every linear
         tensor = files.get(name)
         if tensor.dim() == 1:
-            tensor = tensor.clone()  # or each norm would keep its surroundings in the file resident
+            tensor = tensor.clone()  # otherwise each norm would keep its neighbourhood in the file resident
         _take(name, tensor, expected, dtype, device, state, unexpected, wrong)
     known = {f"{name}.weight" for name in chosen}
     missing = [name for name in expected if name not in state and name not in wrong and name not in known]
@@ -140,7 +140,7 @@ def _load_quantized(
 
 
 def _stored_dtype(file: Path) -> torch.dtype:
-    """The dtype that a checkpoint counts as stored in: its first weight's."""
+    """The dtype of a checkpoint, taken to be that of its first weight."""
     for name, tensor in read_tensors(file, hold=True):
         if not name.endswith(IGNORED_SUFFIX):
             return tensor.dtype
@@ -148,9 +148,10 @@ def _stored_dtype(file: Path) -> torch.dtype:
 
 
 def check_tensors(path: Path, missing: list[str], unexpected: list[str], wrong: dict[str, str]) -> None:
+    """Raise UserError if there are any; ``wrong`` maps names to what is wrong with them."""
     parts = []
     if missing:
-        tied = " (a tied head? XVERSE's head is a matrix of its own)" if "lm_head.weight" in missing else ""
+        tied = " (is the head tied? XVERSE's is a separate matrix)" if "lm_head.weight" in missing else ""
         parts.append(f"missing {listed(missing)}{tied}")
     if unexpected:
         parts.append(f"unexpected {listed(unexpected)}")

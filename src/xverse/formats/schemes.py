@@ -1,4 +1,4 @@
-"""Quantised model directories: read into quantised layers, or dequantised; written tensor by tensor."""
+"""How a directory stores quantised weights: read into quantised layers or dequantised, and written."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from xverse.kernels.weight import QuantizedWeight
 if TYPE_CHECKING:
     from xverse.model import XverseConfig
 
-GPTQ_CONFIG = "quantize_config.json"  # of AutoGPTQ, before config.json had quantization_config
+GPTQ_CONFIG = "quantize_config.json"  # AutoGPTQ's, older than quantization_config
 
 
 class Scheme(Protocol):
-    """A way in which quantised matrices are stored. ``marker`` ends the name of one tensor of each."""
+    """A storage format of quantised matrices. The name of one tensor of each matrix ends in ``marker``."""
 
     marker: str
 
@@ -39,9 +39,9 @@ class Scheme(Protocol):
 
 
 def quantization_of(path: Path, values: Mapping[str, Any]) -> Scheme | None:
-    """How the weights of a directory with ``config.json`` ``values`` are quantised; None: they are not.
+    """How the weights of a directory with ``config.json`` ``values`` are quantised, or None.
 
-    Raises UserError, in one line that names it, for a kind that is not supported.
+    Raises UserError that names a method that is not supported.
     """
     stated = values.get("quantization_config")
     where = path / "config.json"
@@ -62,12 +62,12 @@ def scheme_of(stated: Any, where: str | Path) -> Scheme:
         return read_scheme(stated, where)
     if method == "gptq":
         return read_gptq_scheme(stated, where)
-    named = f"({method})" if method else "of an unnamed method"
-    raise UserError(f"{where}: quantised weights {named} are not supported; use the unquantised model")
+    named = f"quant_method '{method}'" if method else "quantization_config without quant_method"
+    raise UserError(f"{where}: {named} is not supported; use the unquantised model")
 
 
 def quantized_names(files: TensorFiles, scheme: Scheme) -> list[str]:
-    """The modules whose weights are quantised, in the files' order."""
+    """The names of the modules whose weights are quantised, in the files' order."""
     suffix = f".{scheme.marker}"
     return [name.removesuffix(suffix) for name in files.names if name.endswith(suffix)]
 
@@ -75,11 +75,12 @@ def quantized_names(files: TensorFiles, scheme: Scheme) -> list[str]:
 def load_layers(
     model: nn.Module, files: TensorFiles, scheme: Scheme, dtype: torch.dtype, where: Path
 ) -> None:
-    """Put quantised layers in the place of those of ``model`` whose weights ``files`` hold quantised.
+    """Replace the layers of ``model`` whose weights are stored quantised by quantised layers.
 
-    One matrix at a time is read, tiled and dropped, so that no more than one of them is there twice. The
-    embedding's rows stay in the mapped file: of it only what is looked up becomes resident. ``dtype`` is what
-    the embedding gives. Raises UserError in one line for a damaged tensor and for one of no layer.
+    Matrices are read, tiled and released one at a time, so that at most one is in memory twice. The
+    embedding's rows stay in the mapped file, of which only rows that are looked up become resident. ``dtype``
+    is the dtype of the embedding's output. Raises UserError for a damaged tensor and for one that belongs to
+    no layer.
     """
     for name in quantized_names(files, scheme):
         layer = layer_of(model, name, where)
@@ -88,7 +89,7 @@ def load_layers(
 
 
 def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The quantised layer that computes what ``layer`` does with the weight ``stored``."""
+    """The quantised counterpart of ``layer`` with the weight ``stored``."""
     if isinstance(layer, nn.Embedding):
         return QuantEmbedding(stored.rows, stored.scales, stored.bits, dtype)
     inputs = stored.rows.shape[1] * 8 // stored.bits
@@ -106,14 +107,14 @@ def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) ->
 def dequantized(
     files: TensorFiles, scheme: Scheme, name: str, shape: tuple[int, int], dtype: torch.dtype, where: Path
 ) -> Tensor:
-    """The weight [N, K] of a module as plain numbers."""
+    """The dequantised weight [N, K] of a module, in ``dtype``."""
     stored = read_stored(files, scheme, name, shape, where)
     weight = from_rows(stored.rows, stored.scales, stored.bits).dequantize().to(dtype)
     return weight if stored.order is None else torch.empty_like(weight).index_copy_(1, stored.order, weight)
 
 
 def layer_of(model: nn.Module, name: str, where: Path) -> Any:
-    """The linear or embedding ``name`` of a model. Raises UserError where it has none of that name."""
+    """The linear or embedding ``name`` of a model. Raises UserError if it has none of that name."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -132,11 +133,11 @@ def set_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 def read_stored(
     files: TensorFiles, scheme: Scheme, name: str, shape: tuple[int, int], where: Path
 ) -> StoredRows:
-    """``scheme.read`` with ``where`` in the message of what is wrong."""
+    """``scheme.read``; its errors name ``where``."""
     try:
         return scheme.read(files, name, shape)
     except UserError as error:
-        if str(where) in str(error):  # it names the file already
+        if str(where) in str(error):  # the message names the file already
             raise
         raise UserError(f"{where}: {error}") from None
 
@@ -147,9 +148,10 @@ def write_quantized(
     directory: Path,
     max_shard_bytes: int,
 ) -> dict[str, Any]:
-    """Write the weights of a model, as they come, into ``directory``; returns the keys for config.json.
+    """Write the weights of a model into ``directory`` in the order they come.
 
-    Tensors that are not quantised keep their type. The keys are ``quantization_config`` and ``torch_dtype``.
+    Returns the keys ``quantization_config`` and ``torch_dtype`` for config.json. Tensors that are not
+    quantised keep their dtype.
     """
     tensors_at_most = 27 * config.num_hidden_layers + 12
     writer = SafetensorsWriter(directory, tensors_at_most, max_shard_bytes)

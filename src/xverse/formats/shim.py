@@ -1,8 +1,8 @@
-"""The two small files that let ``trust_remote_code=True`` find the model's code in the installed package.
+"""Two small files that let ``trust_remote_code=True`` find the model's code in the installed package.
 
-They are text, not modules of this package: transformers copies them to its own cache and runs them there.
-It reads their imports first and refuses what is not installed with its own words; imports inside ``try``
-are exempt, which is what lets the clear message through.
+They are text, not modules of this package: transformers copies them to its own cache and runs them there. It
+first checks that their imports are installed, but ignores imports inside ``try``, so the message below is
+shown.
 """
 
 AUTO_MAP = {

@@ -60,7 +60,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a model directory, safetensors before ``.bin``, in the index's order.
+    """The weight files of a model directory in the index's order; safetensors take precedence over ``.bin``.
 
     Raises UserError for a directory without weights and for an index that names a missing file.
     """
@@ -101,12 +101,12 @@ def listed(names: Iterable[str], limit: int = 4) -> str:
 
 
 def read_tensors(path: Path, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one weight file in turn, on the CPU in their stored dtype, without copying.
+    """Iterate over the tensors of one weight file, on the CPU in their stored dtype, without copying.
 
-    Their storage is the memory-mapped file. With ``hold`` all share one mapping, for a model that keeps
-    them; without it each safetensors tensor has a mapping of its own, which goes when the tensor goes, so
-    that converting a large file does not keep all of it resident.
-    Raises UserError for a truncated or foreign file and for a pickle that holds more than tensors.
+    Their storage is the memory-mapped file. With ``hold`` all share one mapping, for a model that keeps them.
+    Without it each safetensors tensor has its own mapping, released with the tensor, so that converting a
+    large file does not keep all of it resident. Raises UserError for a truncated file, another format, and a
+    pickle that holds more than tensors.
     """
     if path.suffix == ".safetensors":
         yield from _read_safetensors(path, hold)
@@ -116,7 +116,7 @@ def read_tensors(path: Path, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in its file, in bytes."""
+    """The location of a tensor in its file, in bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -148,11 +148,11 @@ def _read_places(file: Path) -> dict[str, _Place]:
 
 
 class TensorFiles:
-    """The tensors of a model directory by name, each on a mapping of its own that goes when the tensor goes.
+    """The tensors of a model directory by name, each on its own mapping, released with the tensor.
 
-    So a model of any size can be gone through in any order with one tensor resident at a time. Of ``.bin``
-    shards the last one stays mapped. Raises UserError as ``weight_files`` and ``read_tensors`` do, and for
-    names that two files hold.
+    A model of any size can be read in any order with one tensor resident at a time. Of ``.bin`` shards the
+    last one used stays mapped. Raises UserError as ``weight_files`` and ``read_tensors`` do, and for a name
+    that two files hold.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -173,12 +173,12 @@ class TensorFiles:
         return name in self._home
 
     def get(self, name: str) -> Tensor:
-        """One tensor in its stored type."""
+        """One tensor in its stored dtype."""
         file = self._home[name]
         if file.suffix != ".safetensors":
             return self._unpickled(file)[name]
         if name not in self._places:
-            raise UserError(f"{file}: '{name}' is stored in a type that is not supported")
+            raise UserError(f"{file}: '{name}' has a dtype that is not supported")
         place = self._places[name]
         if place.end == place.begin:
             return torch.empty(place.shape, dtype=place.dtype)
@@ -187,7 +187,7 @@ class TensorFiles:
             with file.open("rb") as opened:
                 mapped = mmap.mmap(
                     opened.fileno(), place.end - base, offset=base, access=mmap.ACCESS_COPY
-                )  # which the tensor keeps alive
+                )  # the tensor keeps it alive
         except (OSError, ValueError) as error:
             _unreadable(file, error)
         flat = torch.frombuffer(
@@ -203,7 +203,7 @@ class TensorFiles:
         if file.suffix != ".safetensors":
             return list(self._unpickled(file))
         try:
-            with safe_open(file, framework="pt") as opened:  # which checks the header against the file
+            with safe_open(file, framework="pt") as opened:  # checks the header against the file size
                 names = list(opened.keys())
             self._places |= _read_places(file)
         except (SafetensorError, OSError) as error:
@@ -238,14 +238,14 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
         except RuntimeError as error:
             if "_use_new_zipfile_serialization" not in str(error):
                 raise
-            tensors = torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6: no mapping
+            tensors = torch.load(
+                path, map_location="cpu", weights_only=True
+            )  # from before torch 1.6, cannot be mapped
     except MemoryError:
         raise
-    except Exception as error:  # the unpickler raises whatever the bytes of a foreign file lead it to
+    except Exception as error:  # the unpickler can raise anything for an invalid file
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
-            raise UserError(
-                f"{path}: holds something other than tensors, and running code from a weight file is refused"
-            ) from None
+            raise UserError(f"{path}: holds more than tensors; code in weight files is never run") from None
         _unreadable(path, error)
     if not isinstance(tensors, dict):
         raise UserError(f"{path}: expected a mapping of names to tensors, found {type(tensors).__name__}")
@@ -269,11 +269,11 @@ def _unreadable(path: Path, error: Exception) -> NoReturn:
 
 
 class SafetensorsWriter:
-    """Writes tensors of any of the stored types as they come, in files of at most ``max_bytes``.
+    """Writes tensors of any of the stored dtypes in the order they come, in files of at most ``max_bytes``.
 
-    ``close()`` gives the files their final names, writes the index where there are several, and returns which
-    file holds which tensor. ``tensors`` is how many will come at most: their header is written last, into
-    space that is left for it at the front of each file.
+    ``close()`` gives the files their final names, writes the index if there are several, and returns which
+    file holds which tensor. ``tensors`` is an upper bound on their number: each header is written last, into
+    space reserved at the start of its file.
     """
 
     def __init__(self, directory: Path, tensors: int, max_bytes: int) -> None:
@@ -283,8 +283,8 @@ class SafetensorsWriter:
         self._total = 0
         self._file: BinaryIO | None = None
         self._filled = self._offset = 0
-        # Readers view the file as the tensor's type, so each must start at a multiple of its item size. A
-        # size that is no multiple of 8 would push the next one off; those come last.
+        # Readers view the file as the tensor's dtype, so each must start at a multiple of its item size. A
+        # tensor whose size is not a multiple of 8 would misalign the next one; these are written last.
         self._late: list[tuple[str, Tensor]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Write a model directory: ``hf`` (XVERSE for transformers) or ``llama`` (stock ``LlamaForCausalLM``).
 
-A directory appears whole or not at all. What stands at the target already is replaced only on request and
-only if it is a model directory, because replacing drops every file in it.
+Writing is atomic. An existing target is replaced only on request and only if it is a model directory, because
+replacing it deletes every file in it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from xverse.model import XverseConfig, XverseForCausalLM
 if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
 
-SHARD_BYTES = 2 * 10**9  # users asked for small shards; at 7B this is upstream's count of 8
-DOCUMENTS = ("LICENSE*", "NOTICE*", "README*")  # terms and card travel with the weights they belong to
+SHARD_BYTES = 2 * 10**9  # at 7B this gives 8 shards, as published
+DOCUMENTS = ("LICENSE*", "NOTICE*", "README*")  # copied along with the weights
 
 
 def save_hf(
@@ -43,10 +43,10 @@ def save_hf(
     overwrite: bool = False,
     documents: str | Path | None = None,
 ) -> None:
-    """Write upstream's layout: its config keys and tensor names, with the shim for ``trust_remote_code``.
+    """Write XVERSE's published layout (config keys, tensor names) with the shim for ``trust_remote_code``.
 
-    ``dtype`` None keeps the model's. ``documents`` is a directory whose licence and card are copied along.
-    Raises UserError where the target cannot or must not be written; nothing is left half-written.
+    ``dtype`` None keeps the model's. ``documents`` is a directory whose licence and model card are copied.
+    Raises UserError if the target cannot or must not be written; nothing is left half-written.
     """
     dtype = dtype or model.lm_head.weight.dtype
     config = {**model.config.to_json(dtype_name(dtype)), "auto_map": AUTO_MAP}
@@ -74,10 +74,10 @@ def save_llama(
     overwrite: bool = False,
     documents: str | Path | None = None,
 ) -> None:
-    """As ``save_hf``, but for ``LlamaForCausalLM``: every program that loads Llama loads it as it is.
+    """As ``save_hf``, but for ``LlamaForCausalLM``, so that every program that loads Llama can load it.
 
-    In float32 the logits are equal. In 16 bits they differ by rounding, since Llama's norm casts before it
-    applies the weight and XVERSE's after.
+    In float32 the logits are equal. In 16 bits they differ by rounding, because Llama's norm casts before it
+    multiplies by the weight and XVERSE's after.
     """
     dtype = dtype or model.lm_head.weight.dtype
     config = llama_config(model.config, dtype)
@@ -112,12 +112,12 @@ def llama_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Raises UserError where writing a directory at ``path`` would destroy something unasked."""
+    """Raise UserError if writing a directory at ``path`` would delete something without ``overwrite``."""
     if path.is_dir() and any(path.iterdir()):
         if not (path / "config.json").is_file():
             raise UserError(f"{path}: exists and is not a model directory; choose another path")
         if not overwrite:
-            raise UserError(f"{path}: a model is there already; --overwrite replaces it")
+            raise UserError(f"{path}: already holds a model; --overwrite replaces it")
     elif path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose another path")
 
@@ -134,10 +134,10 @@ def save_quantized(
     overwrite: bool = False,
     documents: str | Path | None = None,
 ) -> None:
-    """Write a quantised model as compressed-tensors' ``pack-quantized``, tensor by tensor as they come.
+    """Write a quantised model in compressed-tensors' ``pack-quantized`` format, tensor by tensor.
 
-    ``llama``: for ``LlamaForCausalLM``, else upstream's layout. What is not quantised keeps its type.
-    Raises UserError as ``save_hf`` does.
+    ``llama``: for ``LlamaForCausalLM``, otherwise XVERSE's layout. Tensors that are not quantised keep their
+    dtype. Raises UserError as ``save_hf`` does.
     """
     path = Path(path)
     shim = {} if llama else SHIM_FILES
@@ -178,7 +178,7 @@ def _directory(
     documents: str | Path | None,
     shim: Mapping[str, str],
 ) -> Iterator[Path]:
-    """A directory with all but config.json and the weights, which takes the place of ``path`` at the end."""
+    """A temporary directory with all but config.json and the weights; it replaces ``path`` at the end."""
     check_target(path, overwrite)
     check_vocabulary(tokenizer, config, path)
     try:
@@ -186,7 +186,7 @@ def _directory(
             _write_json(directory / "generation_config.json", generation_config or _token_ids(config))
             try:
                 tokenizer.save(directory)
-            except UserError as error:  # its message would name the temporary directory
+            except UserError as error:  # its message names the temporary directory
                 raise error.__cause__ if isinstance(error.__cause__, OSError) else error from None
             for name, text in shim.items():
                 (directory / name).write_text(text, encoding="utf-8")
@@ -194,7 +194,7 @@ def _directory(
                 for file in Path(documents or "").glob(pattern):
                     shutil.copyfile(file, directory / file.name)
             yield directory
-    except OSError as error:  # beyond those that atomic_directory names, such as an I/O error
+    except OSError as error:  # those that atomic_directory does not handle, such as an I/O error
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"{path}: cannot be written ({reason}); nothing was left there") from error
 

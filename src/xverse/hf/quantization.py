@@ -129,7 +129,7 @@ def quantize(model: Any, settings: QuantSettings, calibration: Tensor | None) ->
         raise UserError("the model was already quantised by another program")
     changed = [name for name, module in model.named_modules() if _is_foreign(module)]
     if changed:
-        raise UserError(f"{changed[0]} is not a plain linear ; quantise before adding an adapter")
+        raise UserError(f"{changed[0]} is not a plain linear; quantise before adding an adapter")
     parameters = dict(model.named_parameters())
     if any(parameter.device.type == "meta" for parameter in parameters.values()):
         raise UserError("a model with offloaded weights cannot be quantised")

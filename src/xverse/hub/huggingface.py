@@ -47,14 +47,14 @@ from xverse.files import atomic_file
 from xverse.hub.resolve import similar
 from xverse.log import notice, progress
 
-ATTEMPTS = 5  # in a row without a byte
+ATTEMPTS = 5  # consecutive ones that receive nothing
 CONNECTIONS = 4
 MEGABYTE = 10**6
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the hub lists it; ``sha256`` where it is stored by Git LFS, else the git blob id."""
+    """A file in the hub's listing, with its ``sha256`` if it is in Git LFS and its git blob id."""
 
     name: str
     size: int
@@ -139,10 +139,10 @@ def _download(name: str, url_of: Callable[[str], str], blobs: Path, files: list[
     free = shutil.disk_usage(blobs).free
     if total - done > free:
         raise UserError(
-            f"{name}: needs {(total - done) / 1e9:.1f} GB more in {blobs}, where {free / 1e9:.1f} GB are "
-            "free (HF_HOME moves the cache)"
+            f"{name}: needs {(total - done) / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free in {blobs} "
+            "(set HF_HOME to move the cache)"
         )
-    resumed = f", {done / 1e9:.2f} GB of it already here" if done else ""
+    resumed = f", {done / 1e9:.2f} GB of it already downloaded" if done else ""
     notice(f"{name}: downloading {total / 1e9:.2f} GB from {constants.ENDPOINT}{resumed}")
     stop = threading.Event()
     with progress() as bar, ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -153,7 +153,7 @@ def _download(name: str, url_of: Callable[[str], str], blobs: Path, files: list[
             url = url_of(file.name)
             with FileLock(f"{parts[file.name]}.lock"):
                 target = blobs / str(file.sha256)
-                if not target.exists():  # another process may have finished it meanwhile
+                if not target.exists():  # another process may have finished it
                     _fetch(url, parts[file.name], file.size, stop, received)
                     _accept(name, file, parts[file.name], target)
 
@@ -178,7 +178,7 @@ class _Counter:
 
 
 def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: _Counter) -> None:
-    """Fill ``part`` up to ``size`` bytes, going on from what it holds; a broken connection is tried again."""
+    """Download ``url`` into ``part``, resuming after its present size and after broken connections."""
     failures = 0
     while True:
         have = part.stat().st_size if part.exists() else 0
@@ -193,9 +193,9 @@ def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: _Co
                 resumed = response.status_code == 206
                 if not resumed:
                     received(-have)
-                failures += 1  # until a byte arrives
+                failures += 1  # reset when a byte arrives
                 with part.open("ab" if resumed else "wb") as file:
-                    for chunk in response.iter_bytes():  # as they arrive, or a broken one would be lost
+                    for chunk in response.iter_bytes():  # as they arrive, so that none is lost
                         file.write(chunk)
                         file.flush()
                         received(len(chunk))
@@ -209,12 +209,12 @@ def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: _Co
                 raise
             time.sleep(1)
         if failures >= ATTEMPTS:
-            raise OSError("the hub sends nothing")
+            raise OSError("the hub sends no data")
 
 
 def _accept(name: str, file: RemoteFile, part: Path, target: Path) -> None:
     if part.stat().st_size < file.size:
-        return  # stopped: the rest comes next time
+        return  # stopped; the next call resumes
     with part.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != file.sha256:
@@ -224,9 +224,8 @@ def _accept(name: str, file: RemoteFile, part: Path, target: Path) -> None:
 
 
 def _verify(name: str, repository: Path, snapshot: Path, checksums: Mapping[str, str | None]) -> None:
-    """Check every file of a snapshot once; a note in the cache remembers which ones were, while unchanged.
-
-    Without the hub's list (offline) a file's checksum is its name in the cache, which is the same.
+    """Verify every file of a snapshot once; a note in the cache records those that were verified, by size and
+    time. Offline, a file's checksum is its blob's name in the cache.
     """
     note = repository / "xverse-verified.json"
     try:
@@ -238,7 +237,7 @@ def _verify(name: str, repository: Path, snapshot: Path, checksums: Mapping[str,
         file = path.relative_to(snapshot).as_posix()
         expected = checksums.get(file) or (path.readlink().name if path.is_symlink() else "")
         if len(expected) not in (40, 64):
-            continue  # neither sha1 nor sha256: the hub gave no checksum
+            continue  # neither sha1 nor sha256
         state = path.stat()
         stamp = [expected, state.st_size, state.st_mtime_ns]
         if known.get(file) != stamp:
@@ -253,11 +252,11 @@ def _verify(name: str, repository: Path, snapshot: Path, checksums: Mapping[str,
             with atomic_file(note) as temporary:
                 temporary.write_text(json.dumps(verified))
         except (UserError, OSError):
-            pass  # a shared cache may be read-only; then the check is made each time
+            pass  # the cache is read-only: verify each time
 
 
 def _digest(path: Path, expected: str) -> str:
-    """sha256 for 64 hex digits, git's blob sha1 for 40."""
+    """The digest of a file: sha256 if ``expected`` has 64 hex digits, git's blob sha1 for 40."""
     if len(expected) == 40:
         content = path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -278,7 +277,7 @@ def _text(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the hub's own progress bars: the files that are left are small."""
+    """Disable the hub's progress bars; the remaining files are small."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:

@@ -1,4 +1,4 @@
-"""Models from ModelScope, by its own client: it resumes, and checks each file's sha256 as it lands."""
+"""Models and datasets from ModelScope, by its own client, which resumes and verifies each file's sha256."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ WEIGHTS = (["model*.safetensors", "model*.safetensors.index.json"], ["pytorch_mo
 
 
 def fetch(model: str) -> Path:
-    """Download ``org/name`` or find it in ModelScope's cache (MODELSCOPE_CACHE).
+    """Download the model ``org/name`` or find it in ModelScope's cache (MODELSCOPE_CACHE).
 
-    Raises UserError without the ``modelscope`` package, for an unknown id, no network and a wrong checksum.
+    Raises UserError if the ``modelscope`` package is missing, for an unknown id, no network and a wrong
+    checksum.
     """
     client = need("modelscope.hub.snapshot_download", "modelscope", f"{model} from ModelScope")
     snapshot_download = client.snapshot_download
@@ -23,14 +24,14 @@ def fetch(model: str) -> Path:
     try:
         path = Path(snapshot_download(model, allow_file_pattern=SMALL))
         if not (path / "config.json").exists():
-            raise UserError(f"{model}: the repository is no model directory: it has no config.json")
+            raise UserError(f"{model}: not a model repository: no config.json")
         for patterns in WEIGHTS:
             path = Path(snapshot_download(model, allow_file_pattern=[*SMALL, *patterns]))
             if any(path.glob(patterns[0])):
                 return path
     except UserError:
         raise
-    except Exception as error:  # its exception classes moved between releases
+    except Exception as error:  # its exception classes differ between releases
         raise UserError(_reason(model, error)) from error
     raise UserError(f"{model}: the repository has no weights in safetensors or .bin")
 
@@ -51,7 +52,7 @@ def _reason(name: str, error: Exception, kind: str = "model") -> str:
 def fetch_dataset(name: str) -> Path:
     """Download the dataset repository ``org/name`` or find it in ModelScope's cache.
 
-    Raises UserError without the ``modelscope`` package and for whatever its client fails at.
+    Raises UserError if the ``modelscope`` package is missing or its client fails.
     """
     client = need("modelscope", "modelscope", f"{name} from ModelScope")
     notice(f"{name}: from ModelScope")

@@ -1,7 +1,7 @@
-"""From what ``--model`` says to a directory: ``nano``, a directory, or a hub id.
+"""Find the directory of a ``--model``: ``nano``, a local directory, or a hub id.
 
-Both hubs download what a model needs and nothing else: configs, tokenizer, weights (safetensors where there
-are both kinds), licence. A repository's ``.py`` files are never fetched.
+From either hub only the files that a model needs are downloaded: configs, tokenizer, weights (safetensors if
+a repository has both kinds) and licence. ``.py`` files are never fetched.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ MODELSCOPE = "modelscope:"
 
 
 def resolve(model: str) -> Path:
-    """The local directory of ``model``, downloaded and verified first where it is a hub id.
+    """The local directory of ``model``; a hub id is downloaded and verified.
 
-    ``nano`` is the embedded model. A hub id is fetched from Hugging Face (HF_ENDPOINT, HF_HUB_OFFLINE and
-    HF_TOKEN apply), or from ModelScope where it is written ``modelscope:org/name`` or XVERSE_HUB=modelscope.
-    Raises UserError, in one line, for what is none of these, an unknown id, no network, a wrong checksum.
+    ``nano`` is the embedded model. Hub ids are fetched from Hugging Face (HF_ENDPOINT, HF_HUB_OFFLINE and
+    HF_TOKEN apply), or from ModelScope if written ``modelscope:org/name`` or with XVERSE_HUB=modelscope.
+    Raises UserError for any other name, an unknown id, no network and a wrong checksum.
     """
     if model == "nano":
         return _embedded()
     path = Path(model).expanduser()
-    if model and path.is_dir():  # an empty text would be the current directory
+    if model and path.is_dir():  # Path("") is the current directory
         return path
     if path.is_file():
         raise UserError(f"{model}: is a file; give the model directory that holds config.json")
@@ -63,28 +63,28 @@ def resolve(model: str) -> Path:
 def _embedded() -> Path:
     path = Path(str(importlib.resources.files("xverse") / "assets" / "nano"))
     if not (path / "config.json").exists():
-        raise UserError("this installation has no embedded model 'nano'; name a directory or a hub id")
+        raise UserError("this installation has no embedded model 'nano'; give a directory or a hub id")
     return path
 
 
 def _hub() -> str:
     hub = os.environ.get("XVERSE_HUB", "huggingface").lower()
     if hub not in ("huggingface", "modelscope"):
-        raise UserError(f"XVERSE_HUB is '{hub}'; it can be huggingface or modelscope")
+        raise UserError(f"XVERSE_HUB is '{hub}'; set it to huggingface or modelscope")
     return hub
 
 
 def similar(model: str) -> str:
-    """A hint at the published id that ``model`` may have meant, or nothing."""
+    """A hint with the nearest published id, or an empty string."""
     return "" if model in PUBLISHED else nearest(model, PUBLISHED)
 
 
 def choose_files(model: str, names: Iterable[str]) -> list[str]:
-    """Which of a repository's files a model needs. Raises UserError where it has no config or no weights."""
+    """The files of a repository that a model needs. Raises UserError if it has no config or no weights."""
     names = sorted(name for name in names if "/" not in name)
     chosen = [name for name in names if name in NEEDED or name.startswith(DOCUMENTS)]
     if "config.json" not in chosen:
-        raise UserError(f"{model}: the repository is no model directory: it has no config.json")
+        raise UserError(f"{model}: not a model repository: no config.json")
     for pattern in (
         r"model.*\.safetensors(\.index\.json)?",
         r"pytorch_model.*\.bin(\.index\.json)?",

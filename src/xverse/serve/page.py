@@ -12,10 +12,11 @@ import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from fastapi import FastAPI
+from pydantic import ValidationError
 
 from xverse.config import UserError
 from xverse.engine import Request, SamplingParams
@@ -41,6 +42,7 @@ from xverse.serve.replies import Choice, events
 from xverse.serve.runner import Busy, Draining
 from xverse.serve.service import Service
 
+T = TypeVar("T", ChatRequest, CompletionRequest)
 _NARROW = 800  # pixels
 _LEAST_ROOM = 256  # tokens for a reply, below which old messages are left out
 _IDLE_PAUSE = 0.08  # seconds
@@ -265,9 +267,8 @@ class _Page:
         history = conversations.plain(inputs[self.chat])
         if not history or history[-1]["role"] != "user":  # an empty message was sent
             return
-        body = ChatRequest(
-            messages=_messages(inputs[self.system], history), **_sampling(self.chat_controls, inputs)
-        )
+        fields = _sampling(self.chat_controls, inputs)
+        body = _body(ChatRequest, messages=_messages(inputs[self.system], history), **fields)
         with self._answers.begin(window) as ending:
             try:
                 request, dropped = await asyncio.to_thread(self._fitting, body)
@@ -305,7 +306,7 @@ class _Page:
         texts, text = LANGUAGES[inputs[self.language]], inputs[self.text]
         if not text:
             raise gr.Error(texts.empty)
-        body = CompletionRequest(prompt=text, **_sampling(self.text_controls, inputs))
+        body = _body(CompletionRequest, prompt=text, **_sampling(self.text_controls, inputs))
         with self._continuations.begin(window) as ending:
             try:
                 (request,) = await asyncio.to_thread(self._service.complete, body)
@@ -368,8 +369,17 @@ def _sampling(controls: dict[str, Any], inputs: dict[Any, Any]) -> dict[str, Any
     for name, control in controls.items():
         param, value = PARAMS[name], inputs[control]
         if value is not None:
-            values[param.http] = value.splitlines() if param.kind is str else param.kind(value)
+            lines = [line for line in str(value).splitlines() if line]
+            values[param.http] = lines if param.kind is str else param.kind(value)
     return values
+
+
+def _body(kind: type[T], **fields: Any) -> T:
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise gr.Error(f"{first['loc'][0]}: {first['msg']}") from None
 
 
 def _busy() -> Any:

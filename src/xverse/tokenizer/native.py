@@ -40,10 +40,7 @@ _SIGNATURES = {
     ),
     "xvt_encoder": ([_INT, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT64], _POINTER),
     "xvt_encoder_free": ([_POINTER], None),
-    "xvt_encode": (
-        [_POINTER, _TEXT, _POINTER, _INT64, ctypes.c_uint32, _INT, _POINTER, _POINTER],
-        _INT64,
-    ),
+    "xvt_encode": ([_POINTER, _TEXT, _POINTER, _INT64, ctypes.c_uint32, _INT, _POINTER, _POINTER], _INT64),
 }
 
 
@@ -66,7 +63,7 @@ def require() -> ctypes.CDLL:
     if loaded is None:
         raise UserError(
             "this needs xverse's compiled code, which was not built because there was no C++ compiler: "
-            "install one (c++, g++ or clang++), then xverse again"
+            "install a compiler (c++, g++ or clang++), then xverse again"
         )
     return loaded
 
@@ -174,23 +171,6 @@ def train(
     _check(-min(made, 0), sources[0] if sources else Path())
     names = ("words", "phases")
     return merges[:made].copy(), counts[:made].copy(), dict(zip(names, figures.tolist(), strict=True))
-
-
-class Concatenation:
-    """Joins items chosen by index, far faster than ``bytes.join``; generates text for measurements."""
-
-    def __init__(self, items: Sequence[bytes]) -> None:
-        self._bytes = np.frombuffer(b"".join(items), dtype=np.uint8)
-        self._starts = np.cumsum([0, *map(len, items)], dtype=np.int64)
-
-    def join(self, chosen: np.ndarray) -> bytes:
-        """The items with indices ``chosen``, int32 [N], concatenated."""
-        room = int((self._starts[chosen + 1] - self._starts[chosen]).sum())
-        target = np.empty(room, dtype=np.uint8)
-        addresses = (array.ctypes.data for array in (self._bytes, self._starts, chosen))
-        used = require().xvt_concatenate(*addresses, len(chosen), target.ctypes.data, room)
-        assert used == room
-        return target.tobytes()
 
 
 def _paths(sources: Sequence[Path]) -> ctypes.Array[ctypes.c_char_p]:

@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from xverse.config import UserError
-from xverse.formats import load_model
-from xverse.formats.directory import read_scheme
+from xverse.formats import ModelDirectory, load_model
 from xverse.formats.mapped import release
 from xverse.model import XverseConfig, XverseForCausalLM, init_parameter
 
@@ -36,12 +35,15 @@ def initial_weights(config: XverseConfig, seed: int) -> Iterator[tuple[str, Tens
         yield name, init_parameter(torch.empty(parameter.shape), name, config, generator)
 
 
-def stored_model(source: Path) -> tuple[XverseForCausalLM, Weights]:
+def stored_model(source: str | Path | ModelDirectory) -> tuple[XverseForCausalLM, Weights]:
     """The model of a directory on the meta device, and its tensors as mapped files, of which only the parts
     in use are read. Raises UserError as ``load_model`` does, and for quantised weights."""
-    if read_scheme(source) is not None:
-        raise UserError(f"{source}: its weights are quantised; train the model that they were quantised from")
-    model = load_model(source)
+    directory = ModelDirectory.of(source)
+    if directory.scheme is not None:
+        raise UserError(
+            f"{directory}: its weights are quantised; train the model that they were quantised from"
+        )
+    model = load_model(directory)
     return empty_model(model.config), _given_back(model)
 
 

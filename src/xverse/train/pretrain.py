@@ -17,7 +17,7 @@ from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.data.watch import ShardWatch
 from xverse.files import atomic_file
-from xverse.formats import load_tokenizer, resolve, save_hf
+from xverse.formats import ModelDirectory, save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train.float8 import check_float8
@@ -194,13 +194,13 @@ def _initial(
     differs from the recipe's or whose tokenizer differs from the data's."""
     if recipe.model is None:
         return empty_model(config), initial_weights(config, recipe.seed)
-    source = resolve(recipe.model)
+    source = ModelDirectory.named(recipe.model)
     model, weights = stored_model(source)
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         stored, expected = getattr(model.config, key), getattr(config, key)
         if stored != expected:
             raise UserError(f"{recipe.model}: {key} {stored}, but the recipe's shape has {expected}")
-    if load_tokenizer(source).hash != tokenizer.hash:
+    if source.tokenizer.hash != tokenizer.hash:
         raise UserError(
             f"{recipe.data} was prepared with another tokenizer than {recipe.model}'s; "
             f"prepare it with tokenizer: {source}"

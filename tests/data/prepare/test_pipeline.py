@@ -98,7 +98,7 @@ def test_every_stage_does_its_part(prepared: Path) -> None:
     assert report["scrubbed"] == {"<email>": 4}
     assert [row["name"] for row in report["sources"]] == ["web_de", "web_en", "web_fr"]
     text = (prepared / "report.md").read_text()
-    for heading in ("By language", "By source", "Decontamination", "Examples of what was dropped"):
+    for heading in ("By language", "By source", "Decontamination", "Examples of dropped documents"):
         assert f"## {heading}" in text
     assert "| quality: min_words | 4 |" in text
     assert (prepared / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -264,9 +264,9 @@ def test_text_that_does_not_say_its_language(tmp_path: Path) -> None:
     [
         ("stages.normalize=true", "unknown key 'stages.normalize'; did you mean 'normalise'"),
         ("stages.quality.languages.en={min_wrds: 3}", "unknown rule 'min_wrds'"),
-        ("corpus=here", "name the text: either corpus or inputs"),
-        ("executor.workers=0", "workers and tasks are at least 1"),
-        ("stages.decontaminate={data_dir: nowhere}", "none of the benchmarks is here"),
+        ("corpus=here", "give either corpus or inputs"),
+        ("executor.workers=0", "workers and tasks must be at least 1"),
+        ("stages.decontaminate={data_dir: nowhere}", "contains none of the benchmarks"),
         ("executor={kind: slurm, options: {partition: cpu}}", "slurm needs 'time'"),
         (
             "executor={kind: slurm, options: {partitoin: cpu}}",

@@ -1,7 +1,7 @@
-"""The other models of XVERSE's comparison tables, from their published directories and without their code.
+"""The other models in XVERSE's comparison tables, loaded from their published directories for evaluation.
 
-They are here to be evaluated beside XVERSE. A directory's weights and tokenizer are data; what its ``.py``
-files would do with them is done by transformers' own classes and by this package.
+Only weights, config and tokenizer are read. The ``.py`` files of a directory are never run; transformers'
+classes and this package compute the same.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""How each chat model's publisher turns a conversation into ids.
+"""The conversation formats of the publishers of chat models, as token ids.
 
-* Baichuan2-Chat (``generation_utils.py``): the token 195 before what the user says, 196 before what the
-  assistant says; a system text stands bare in front; no ``</s>`` after a reply.
+* Baichuan2-Chat (``generation_utils.py``): token 195 before a user's turn, 196 before the assistant's; a
+system
+  text comes first, without a token; no ``</s>`` after a reply.
 * ChatGLM2 (``build_prompt``): numbered rounds of ``问：`` and ``答：``.
 * InternLM-Chat (``build_inputs``): ``<|User|>:…<eoh>`` and ``<|Bot|>:…<eoa>``, each on a line.
 * Vicuna 1.1 to 1.5 (FastChat's ``conversation.py``): a system sentence, then ``USER:`` and ``ASSISTANT:``,
   with ``</s>`` after a reply.
 
-Nothing is cut: a conversation longer than the model's context is the caller's to shorten.
+Nothing is truncated; the caller shortens conversations that exceed the model's context.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ VICUNA_SYSTEM = (
 
 
 def chat_of(family: str, tokenizer: ForeignTokenizer) -> tuple[Chat | None, tuple[int, ...]]:
-    """The prompt builder of a family, None where it has none, and the ids that end a reply.
+    """The prompt builder of a family (None if it has no chat format) and the ids that end a reply.
 
-    The builder raises UserError for messages that are not a conversation whose last turn is the user's, and
-    for a system message where the publisher's format has no place for one.
+    The builder raises UserError for messages that are not a conversation ending with the user's turn, and for
+    a system message if the format has none.
     """
     make = {
         "baichuan2-chat": _baichuan,
@@ -48,13 +49,13 @@ def chat_of(family: str, tokenizer: ForeignTokenizer) -> tuple[Chat | None, tupl
 
 
 def _turns(messages: Messages, *, system: str = "") -> tuple[str, list[tuple[str, str]]]:
-    """The system text, ``system`` where the conversation has none, and (role, content) of each turn."""
+    """The system text, by default ``system``, and (role, content) of each turn."""
     check_messages(messages, last=("user",))
     turns = [(message["role"], message["content"]) for message in messages]
     for index, (role, _) in enumerate(turns):
         if role == "exec":
             raise UserError(
-                f"messages[{index}]: role 'exec' is XVERSE's; this model knows user and assistant"
+                f"messages[{index}]: role 'exec' is specific to XVERSE; this model has user and assistant"
             )
     if turns[0][0] == "system":
         return turns[0][1], turns[1:]
@@ -62,7 +63,7 @@ def _turns(messages: Messages, *, system: str = "") -> tuple[str, list[tuple[str
 
 
 def _rounds(messages: Messages) -> tuple[list[tuple[str, str]], str]:
-    """(question, reply) of the rounds that are over, and the last question, in formats without a system."""
+    """(question, reply) of the completed rounds, and the last question, for formats without a system text."""
     system, turns = _turns(messages)
     if system:
         raise UserError("messages[0]: this model's chat format has no system message")
@@ -79,18 +80,18 @@ def _baichuan(tokenizer: ForeignTokenizer, messages: Messages) -> list[int]:
 
 
 def _chatglm(tokenizer: ForeignTokenizer, messages: Messages) -> list[int]:
-    rounds, question = _rounds(messages)
+    rounds, last = _rounds(messages)
     text = "".join(
-        f"[Round {number}]\n\n问：{asked}\n\n答：{reply}\n\n"
-        for number, (asked, reply) in enumerate(rounds, 1)
+        f"[Round {number}]\n\n问：{question}\n\n答：{reply}\n\n"
+        for number, (question, reply) in enumerate(rounds, 1)
     )
-    return tokenizer.encode(f"{text}[Round {len(rounds) + 1}]\n\n问：{question}\n\n答：")
+    return tokenizer.encode(f"{text}[Round {len(rounds) + 1}]\n\n问：{last}\n\n答：")
 
 
 def _internlm(tokenizer: ForeignTokenizer, messages: Messages) -> list[int]:
-    rounds, question = _rounds(messages)
-    text = "".join(f"<|User|>:{asked}<eoh>\n<|Bot|>:{reply}<eoa>\n" for asked, reply in rounds)
-    return tokenizer.encode(f"{text}<|User|>:{question}<eoh>\n<|Bot|>:")
+    rounds, last = _rounds(messages)
+    text = "".join(f"<|User|>:{question}<eoh>\n<|Bot|>:{reply}<eoa>\n" for question, reply in rounds)
+    return tokenizer.encode(f"{text}<|User|>:{last}<eoh>\n<|Bot|>:")
 
 
 def _vicuna(tokenizer: ForeignTokenizer, messages: Messages) -> list[int]:
@@ -107,8 +108,8 @@ def _vicuna(tokenizer: ForeignTokenizer, messages: Messages) -> list[int]:
 
 
 def _continued(tokenizer: ForeignTokenizer, text: str, inside: bool) -> list[int]:
-    """The ids of ``text``; ``inside`` a prompt without the space that encoding puts in front of a text."""
+    """The ids of ``text``; ``inside`` a prompt without the space that encoding prepends."""
     if not inside:
         return tokenizer.encode(text)
-    before = "\n"  # a byte token in Llama's vocabulary, which joins nothing
+    before = "\n"  # a byte token in Llama's vocabulary, which never merges
     return tokenizer.encode(before + text)[len(tokenizer.encode(before)) :]

@@ -1,14 +1,14 @@
-"""Which family a directory belongs to, and how its config and tensor names read for transformers' classes.
+"""Detect a directory's family and map its config and tensor names to classes of transformers.
 
-Each family's published code computes the same as a class that transformers has:
+Each family's published code computes the same as a class in transformers:
 
 * Baichuan-7B, Baichuan2-7B: Llama, with queries, keys and values packed in one ``W_pack``; Baichuan2 scales
   the rows of its head to length 1 (``modeling_baichuan.py`` of baichuan-inc/Baichuan2-7B-Base, ``NormHead``).
 * InternLM-7B: Llama with biases on all four attention matrices, and rotary frequencies that change beyond the
   trained length where its config says ``"rotary": {"type": "dynamic"}``.
-* ChatGLM2-6B: GLM. Both rotate neighbouring pairs in the first half of a head and leave the rest, so weights
-  keep their order; queries, keys and values are packed, gate and up already are in both.
-* Falcon-7B, MPT-7B, Llama, Vicuna: as transformers has them, from old configs too.
+* ChatGLM2-6B: GLM. Both rotate adjacent pairs in the first half of a head only, so weights keep their order;
+  ChatGLM2 packs queries, keys and values, and both pack gate and up.
+* Falcon-7B, MPT-7B, Llama, Vicuna: transformers' own classes; old configs are accepted too.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ _CHATGLM_NAMES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A directory's ``config.json``, read key by key so that every error names the file and the key."""
+    """A directory's ``config.json``; every error names the file and the key."""
 
     file: Path
     values: Mapping[str, Any]
 
     def size(self, *keys: str, default: int | None = None) -> int:
-        """The positive integer under the first of ``keys`` that is there."""
+        """The positive integer under the first of ``keys`` that is present."""
         for key in keys:
             if self.values.get(key) is not None:
                 value = self.values[key]
@@ -74,15 +74,15 @@ class Settings:
         return float(value)
 
     def only(self, **supported: Any) -> None:
-        """Refuse a value other than the supported one; a key that is absent or null means that one."""
+        """Raise UserError for a value other than the supported one, which is the default."""
         for key, value in supported.items():
-            found = self.values.get(key)
-            if found is not None and found != value:
+            stored = self.values.get(key)
+            if stored is not None and stored != value:
                 only = "" if value is None else f", only {value!r} is"
-                raise UserError(f"{self.file}: {key} {found!r} is not supported{only}")
+                raise UserError(f"{self.file}: {key} {stored!r} is not supported{only}")
 
     def part(self, key: str) -> Settings:
-        """The mapping under ``key``; empty where there is none."""
+        """The mapping under ``key``; empty if there is none."""
         values = self.values.get(key)
         if values is not None and not isinstance(values, dict):
             raise UserError(f"{self.file}: {key} must be a mapping, found {values!r}")
@@ -91,9 +91,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Family:
-    """``build`` makes the model, ``published`` gives the publisher's name of one of its tensors.
+    """``build`` makes the model, ``published`` maps a tensor name of it to the publisher's.
 
-    Several tensors of one published name are its consecutive rows, in the model's order.
+    Several tensors with the same published name are its consecutive rows, in the model's order.
     """
 
     build: Callable[[Settings], PreTrainedModel]
@@ -161,8 +161,8 @@ def _llama_like(
 def _chatglm(settings: Settings) -> PreTrainedModel:
     if "multi_query_group_num" not in settings.values:
         raise UserError(
-            f"{settings.file}: has no multi_query_group_num, so it is the first ChatGLM, "
-            "of which only the second is supported"
+            f"{settings.file}: has no multi_query_group_num; this is the first ChatGLM, and only ChatGLM2 is "
+            "supported"
         )
     settings.only(
         multi_query_attention=True,
@@ -198,7 +198,7 @@ def _chatglm(settings: Settings) -> PreTrainedModel:
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
             attention_bias=True,
             pad_token_id=None,
-            eos_token_id=2,  # replaced by the tokenizer's; None would become those of a later model
+            eos_token_id=2,  # replaced by the tokenizer's; None means a later model's ids
         )
     )
 
@@ -250,7 +250,7 @@ def _mpt(settings: Settings) -> PreTrainedModel:
         rope=False,
         sliding_window_size=-1,
     )
-    if attention.values.get("alibi") is not True:  # the publisher's default is off, transformers' is on
+    if attention.values.get("alibi") is not True:  # default: off for the publisher, on in transformers
         raise UserError(f"{settings.file}: attn_config needs alibi true; learned positions are not supported")
     clip, scale = attention.values.get("clip_qkv"), attention.values.get("softmax_scale")
     heads = _heads(settings, "d_model", "n_heads")
@@ -314,12 +314,12 @@ _MODEL_TYPES = {
 
 
 def detect(settings: Settings) -> str:
-    """The name in ``FAMILIES`` of a directory's model, by its config.json and, for chat models, its name.
+    """The key in ``FAMILIES`` of a directory's model, from its config.json and, for chat models, its name.
 
-    A chat model whose config is its base model's is known by a name that says so: Vicuna's and InternLM's in
-    ``_name_or_path`` or in the last three parts of the directory's path (which hold the name in the hub's
-    cache as well); Baichuan2's by its ``generation_config.json``, which names the tokens of its roles.
-    Raises UserError for a family that is not here, and for Baichuan's models with ALiBi.
+    A chat model with its base model's config is recognised by name: Vicuna and InternLM in ``_name_or_path``
+    or in the last three parts of the path (which contain the name in the hub's cache too); Baichuan2 by its
+    ``generation_config.json``, which has the token ids of its roles. Raises UserError for an unsupported
+    family and for Baichuan models with ALiBi.
     """
     values, file = settings.values, settings.file
     model_type = values.get("model_type")
@@ -332,7 +332,7 @@ def detect(settings: Settings) -> str:
             f"{file}: model_type {model_type!r} is not supported (supported: {', '.join(_MODEL_TYPES)})"
         )
     if values.get("quantization_config"):
-        raise UserError(f"{file}: weights that are quantised (quantization_config) are not supported")
+        raise UserError(f"{file}: quantised weights (quantization_config) are not supported")
     if family == "baichuan":
         return _which_baichuan(settings)
     named = [
@@ -351,7 +351,7 @@ def _which_baichuan(settings: Settings) -> str:
             f"{settings.file}: has no max_position_embeddings, like Baichuan's 13B models, whose ALiBi "
             "attention is not supported"
         )
-    if "BaiChuanForCausalLM" in (settings.values.get("architectures") or []):  # with the capital C: the first
+    if "BaiChuanForCausalLM" in (settings.values.get("architectures") or []):  # the first has a capital C
         return "baichuan"
     generation = settings.file.parent / "generation_config.json"
     chat = generation.exists() and "user_token_id" in read_object(generation)

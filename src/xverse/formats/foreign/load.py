@@ -1,4 +1,4 @@
-"""Load a published directory of another model."""
+"""Load the published directory of another publisher's model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _HEAD = "lm_head.weight"
 class ForeignModel:
     """A model of another publisher, in evaluation mode on the CPU.
 
-    ``chat`` makes of a conversation (as ``check_messages`` accepts, the last message the user's) the ids of
-    the whole prompt, ``bos_ids`` included; None where the family has no chat format. ``stop_ids`` end a
+    ``chat`` turns a conversation (as ``check_messages`` accepts it, ending with the user's message) into the
+    ids of the whole prompt, with ``bos_ids``; None if the family has no chat format. ``stop_ids`` end a
     reply.
     """
 
@@ -42,10 +42,10 @@ def load_foreign(
 ) -> ForeignModel:
     """Load the model and the tokenizer of ``source``, a directory in its publisher's Hugging Face layout.
 
-    Code of the directory is never run. ``dtype`` None keeps the stored one; then the parameters are the
-    memory-mapped files, where no computing was needed. ``family`` (a name of ``FAMILIES``) overrides what
-    ``detect`` finds. Raises UserError, in one line, for a family or setting that is not supported, for
-    missing, unexpected and mis-shaped tensors by the publisher's names, and for a missing tokenizer.
+    Code in the directory is never run. ``dtype`` None keeps the stored one; parameters that need no
+    conversion are then the memory-mapped files. ``family`` (a key of ``FAMILIES``) overrides ``detect``.
+    Raises UserError, in one line, for an unsupported family or setting, for missing, unexpected and
+    mis-shaped tensors by the publisher's names, and for a missing tokenizer.
     """
     directory = ModelDirectory.of(source)
     path = directory.path
@@ -58,7 +58,7 @@ def load_foreign(
             model = chosen.build(settings)
     except UserError:
         raise
-    except Exception as error:  # transformers checks its configs with classes of its own
+    except Exception as error:  # transformers validates configs with its own exceptions
         raise UserError(f"{settings.file}: {' '.join(str(error).split())[:200]}") from error
     tokenizer = load_foreign_tokenizer(path, name)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -76,7 +76,7 @@ def load_foreign(
 def _read(
     model: PreTrainedModel, family: Family, path: Path, files: list[Path], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The model's state from the published tensors."""
+    """The model's state dict from the published tensors."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tied = bool(model.config.tie_word_embeddings)
     if tied:
@@ -92,7 +92,7 @@ def _read(
     for file in files:
         for name, tensor in read_tensors(file, hold=True):
             if name.endswith("inv_freq") or (tied and name == head):
-                continue  # computed here; and a tied head is the embedding, stored twice
+                continue  # computed at run time; a tied head repeats the embedding
             if name not in parts:
                 unexpected.append(name)
                 continue
@@ -107,7 +107,7 @@ def _read(
                 continue
             dtype = dtype or tensor.dtype
             if family.normalized_head and name == head:
-                tensor = functional.normalize(tensor.float())  # [V, D]; in float32, to round once
+                tensor = functional.normalize(tensor.float())  # [V, D], in float32 to round only once
             tensor = tensor.to(dtype)
             state |= dict(zip(parts[name], tensor.split(rows), strict=True))
     missing = [name for name in parts if name not in seen]
@@ -116,15 +116,15 @@ def _read(
 
 
 def _check(path: Path, missing: list[str], unexpected: list[str], wrong: Mapping[str, str]) -> None:
-    found = []
+    problems = []
     if missing:
-        found.append(f"missing {listed(missing)}")
+        problems.append(f"missing {listed(missing)}")
     if unexpected:
-        found.append(f"unexpected {listed(unexpected)}")
+        problems.append(f"unexpected {listed(unexpected)}")
     if wrong:
-        found.append(listed(f"{name} {what}" for name, what in wrong.items()))
-    if found:
-        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(found)}")
+        problems.append(listed(f"{name} {what}" for name, what in wrong.items()))
+    if problems:
+        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}")
 
 
 def _assign(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
@@ -132,7 +132,7 @@ def _assign(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
     assert not unknown
     if model.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    # Rotary tables are computed when their module is made, and were made without storage.
+    # Rotary tables are computed by their module's constructor, which ran on the meta device.
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             fresh: nn.Module = type(module)(config=model.config)

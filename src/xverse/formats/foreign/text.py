@@ -1,8 +1,8 @@
 """Tokenizers of other models, from ``tokenizer.json`` or sentencepiece's ``tokenizer.model``.
 
-What a family's Python tokenizer adds to its sentencepiece file is data, and is here: whether a prompt begins
-with ``<s>``, and ChatGLM2's five special tokens behind the vocabulary (``tokenization_chatglm.py`` of
-THUDM/chatglm2-6b). Spaces in front, normalisation and byte fallback are settings in the file itself.
+This module holds what the families' Python tokenizers add to the sentencepiece file: whether a prompt begins
+with ``<s>``, and ChatGLM2's five special tokens after the vocabulary (``tokenization_chatglm.py`` of
+THUDM/chatglm2-6b). Prepended spaces, normalisation and byte fallback are settings in the file.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import tokenizers
 from xverse.config import UserError, need
 from xverse.formats.weights import read_object
 
-# Elsewhere either file will do. ChatGLM2's special tokens are in neither.
+# Other families may have either file. ChatGLM2's special tokens are in neither.
 _FILES = {"falcon": ("tokenizer.json",), "mpt": ("tokenizer.json",), "chatglm2": ("tokenizer.model",)}
 _CHATGLM_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-# Where tokenizer_config.json does not say. Baichuan's class would add <s>, but its published configs do not.
+# The default for tokenizer_config.json. Baichuan's class would add <s>, but its published configs do not.
 _ADDS_BOS = {"llama": True, "vicuna": True, "internlm": True, "internlm-chat": True}
 
 
 @dataclass(frozen=True)
 class ForeignTokenizer:
-    """Text to ids and back, the same for every family.
+    """Text to ids and back, with one interface for every family.
 
-    ``encode(text)`` adds no special tokens and, in tokenizer.json's case, reads none in the text.
-    ``decode(ids)`` leaves special tokens out, and where the family writes a space in front of a text, takes
-    that space away again. ``token_id(token)`` is the id of one token by its text, None where there is none.
-    ``bos_ids`` stand in front of every text that the family evaluates; ``eos_id`` ends one.
+    ``encode(text)`` adds no special tokens and, for tokenizer.json, recognises none in the text.
+    ``decode(ids)`` omits special tokens and removes the space that the family prepends. ``token_id(token)``
+    is the id of a token by its text, or None. ``bos_ids`` precede every text that the family evaluates;
+    ``eos_id`` ends one.
     """
 
     encode: Callable[[str], list[int]]
@@ -47,7 +47,7 @@ def load_foreign_tokenizer(path: str | Path, family: str) -> ForeignTokenizer:
     """The tokenizer of a published directory of ``family``.
 
     Raises UserError for a directory without one, a file that cannot be read, a tokenizer without an end
-    token, and a sentencepiece file where the package is not installed.
+    token, and a sentencepiece file if the package is not installed.
     """
     path = Path(path)
     settings = path / "tokenizer_config.json"
@@ -61,8 +61,8 @@ def load_foreign_tokenizer(path: str | Path, family: str) -> ForeignTokenizer:
 
 
 def _adds_bos(values: dict[str, Any], family: str) -> bool:
-    stated = values.get("add_bos_token")
-    return _ADDS_BOS.get(family, False) if stated is None else bool(stated)
+    value = values.get("add_bos_token")
+    return _ADDS_BOS.get(family, False) if value is None else bool(value)
 
 
 def _from_json(file: Path, values: dict[str, Any], family: str) -> ForeignTokenizer:
@@ -70,21 +70,21 @@ def _from_json(file: Path, values: dict[str, Any], family: str) -> ForeignTokeni
     added = stored.get("added_tokens") or []
     plain = {**stored, "added_tokens": [token for token in added if not token.get("special")]}
     backend, encoder = _build(stored, file), _build(plain, file)
-    encoder.no_truncation()  # either may be stored in the file
+    encoder.no_truncation()  # the file may set either
     encoder.no_padding()
 
     def special(key: str, default: str) -> int | None:
-        stated = values.get(key)
-        text = stated.get("content") if isinstance(stated, dict) else stated
+        value = values.get(key)
+        text = value.get("content") if isinstance(value, dict) else value
         return backend.token_to_id(text or default)
 
     falcon_like = family in ("falcon", "mpt")
     eos, bos = special("eos_token", "<|endoftext|>" if falcon_like else "</s>"), special("bos_token", "<s>")
     if eos is None:
-        raise UserError(f"{file}: has no token for the end of a text")
+        raise UserError(f"{file}: has no end-of-text token")
     with_bos = not falcon_like and _adds_bos(values, family)
     if with_bos and bos is None:
-        raise UserError(f"{file}: has no token for the beginning of a text")
+        raise UserError(f"{file}: has no beginning-of-text token")
     return ForeignTokenizer(
         encode=lambda text: encoder.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: backend.decode(list(ids), skip_special_tokens=True),
@@ -114,16 +114,16 @@ def _from_sentencepiece(file: Path, values: dict[str, Any], family: str) -> Fore
     special = {}
     if family == "chatglm2":
         special = {token: size + index for index, token in enumerate(_CHATGLM_SPECIAL)}
-    # The ids in old configs are wrong (the first Llama conversions say 0 and 1); the file's own are right.
+    # Old configs have wrong ids (the first Llama conversions 0 and 1); the file's are right.
     bos, eos = processor.bos_id(), processor.eos_id()
     if eos < 0:
-        raise UserError(f"{file}: has no token for the end of a text")
+        raise UserError(f"{file}: has no end-of-text token")
     bos_ids: tuple[int, ...] = ()
     if special:
         bos_ids = (special["[gMASK]"], special["sop"])
     elif _adds_bos(values, family):
         if bos < 0:
-            raise UserError(f"{file}: has no token for the beginning of a text")
+            raise UserError(f"{file}: has no beginning-of-text token")
         bos_ids = (bos,)
 
     def decode(ids: Iterable[int]) -> str:

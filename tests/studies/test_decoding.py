@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from xverse.bench import decoding, infer_speed, weights
+from benchmarks.studies import decoding
+from xverse.bench import weights
 from xverse.config import UserError
 from xverse.formats import save_hf
 from xverse.model import XverseForCausalLM, init_weights
@@ -20,10 +22,10 @@ def model(wide_config: Any) -> XverseForCausalLM:
 
 
 def test_forced_replies_are_said(model: Any) -> None:
-    found = decoding.speculation(model, weights.placeholder_tokenizer(700), "tiny", threads=1, rounds=1)
-    assert found["quoting"]["lookup_tok_s"] > 0
-    assert found["other"]["ratio"] > 0
-    assert 0 < found["accepted_tokens"] <= found["proposed_tokens"]
+    figures = decoding.speculation(model, weights.placeholder_tokenizer(700), "tiny", threads=1, rounds=1)
+    assert figures["quoting"]["lookup_tok_s"] > 0
+    assert figures["other"]["ratio"] > 0
+    assert 0 < figures["accepted_tokens"] <= figures["proposed_tokens"]
 
 
 def test_the_texts_quote_and_do_not() -> None:
@@ -39,23 +41,28 @@ def test_real_replies_are_the_same(tiny_model: Any, tiny_tokenizer: Any) -> None
     draft = XverseForCausalLM(tiny_model.config)
     init_weights(draft, seed=3)
     pair = (draft.eval(), tiny_tokenizer)
-    found = decoding.acceptance(tiny_model, tiny_tokenizer, "tiny", pair, threads=1, rounds=1)
+    figures = decoding.acceptance(tiny_model, tiny_tokenizer, "tiny", pair, threads=1, rounds=1)
     for kind in ("plain", "lookup", "draft"):
-        assert found[kind]["same_replies"] == 8
-    assert found["plain"]["proposed_tokens"] == 0
+        assert figures[kind]["same_replies"] == 8
+    assert figures["plain"]["proposed_tokens"] == 0
 
 
 def test_the_share_outside_the_model(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    found = decoding.scheduler(tiny_model, tiny_tokenizer, "tiny", batch=4)
+    figures = decoding.scheduler(tiny_model, tiny_tokenizer, "tiny", batch=4)
     for kind in ("greedy", "chat"):
-        assert 0 < found[kind]["outside_share"] < 1
+        assert 0 < figures[kind]["outside_share"] < 1
 
 
 def test_parts_on_the_command_line(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Any) -> None:
     save_hf(tiny_model, tiny_tokenizer, tmp_path / "model")
     path = str(tmp_path / "model")
-    assert infer_speed.measure_named(path, part="speculation", draft=path)["draft"]["same_replies"] == 8
-    with pytest.raises(UserError, match="--draft: a draft guesses in --part speculation"):
-        infer_speed.measure_named(path, draft=path)
-    with pytest.raises(UserError, match="--draft"):
-        infer_speed.measure_named(shape="nano", part="speculation", draft="nano")
+
+    def run(*flags: str) -> dict[str, Any]:
+        parser = argparse.ArgumentParser()
+        decoding.arguments(parser)
+        return decoding.run(parser.parse_args(flags))
+
+    assert run("--model", path, "--draft", path)["draft"]["same_replies"] == 8
+    for flags in (("--part", "scheduler", "--model", path), ("--shape", "nano")):
+        with pytest.raises(UserError, match="--draft needs --part speculation and a --model"):
+            run(*flags, "--draft", path)

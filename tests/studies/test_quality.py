@@ -1,4 +1,4 @@
-"""The quality benchmark: outlier channels leave the model as it is, texts are read as they are named."""
+"""The quality benchmark: outlier channels preserve the model's function; texts are read as specified."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.bench import quality_methods as quality
+from benchmarks.studies import quality
 from xverse.config import UserError
 from xverse.formats import save_hf
 from xverse.model import FullCausal, XverseForCausalLM
