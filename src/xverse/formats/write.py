@@ -42,26 +42,24 @@ def save_hf(
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     documents: str | Path | None = None,
+    *,
+    llama: bool = False,
 ) -> None:
     """Write XVERSE's published layout (config keys, tensor names) with the shim for ``trust_remote_code``.
 
     ``dtype`` None keeps the model's. ``documents`` is a directory whose licence and model card are copied.
     Raises UserError if the target cannot or must not be written; nothing is left half-written.
     """
-    dtype = dtype or model.lm_head.weight.dtype
-    config = {**model.config.to_json(dtype_name(dtype)), "auto_map": AUTO_MAP}
-    _save(
-        model,
-        tokenizer,
-        Path(path),
-        dtype,
-        config,
-        generation_config,
-        max_shard_bytes,
-        overwrite,
-        documents,
-        SHIM_FILES,
-    )
+    dtype, config = dtype or model.lm_head.weight.dtype, model.config
+    if dtype_name(dtype) not in DTYPES:
+        raise UserError(f"{dtype_name(dtype)} weights cannot be written; known: {', '.join(DTYPES)}")
+    values = llama_config(config, dtype) if llama else hf_config(config, dtype)
+    shim = {} if llama else SHIM_FILES
+    with _directory(
+        Path(path), config, tokenizer, generation_config, overwrite, documents, shim
+    ) as directory:
+        _write_json(directory / "config.json", values)
+        _write_weights(model, directory, dtype, max_shard_bytes)
 
 
 def save_llama(
@@ -69,30 +67,19 @@ def save_llama(
     tokenizer: Tokenizer,
     path: str | Path,
     dtype: torch.dtype | None = None,
-    generation_config: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = SHARD_BYTES,
-    overwrite: bool = False,
-    documents: str | Path | None = None,
+    **options: Any,
 ) -> None:
     """As ``save_hf``, but for ``LlamaForCausalLM``, so that every program that loads Llama can load it.
 
     In float32 the logits are equal. In 16 bits they differ by rounding, because Llama's norm casts before it
     multiplies by the weight and XVERSE's after.
     """
-    dtype = dtype or model.lm_head.weight.dtype
-    config = llama_config(model.config, dtype)
-    _save(
-        model,
-        tokenizer,
-        Path(path),
-        dtype,
-        config,
-        generation_config,
-        max_shard_bytes,
-        overwrite,
-        documents,
-        {},
-    )
+    save_hf(model, tokenizer, path, dtype, llama=True, **options)
+
+
+def hf_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """``config.json`` as XVERSE publishes it, with the shim's classes."""
+    return {**config.to_json(dtype_name(dtype)), "auto_map": AUTO_MAP}
 
 
 def llama_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -145,27 +132,6 @@ def save_quantized(
     with _directory(path, config, tokenizer, generation_config, overwrite, documents, shim) as directory:
         values |= write_quantized(tensors, config, directory, max_shard_bytes)
         _write_json(directory / "config.json", values)
-
-
-def _save(
-    model: XverseForCausalLM,
-    tokenizer: Tokenizer,
-    path: Path,
-    dtype: torch.dtype,
-    config: Mapping[str, Any],
-    generation_config: Mapping[str, Any] | None,
-    max_shard_bytes: int,
-    overwrite: bool,
-    documents: str | Path | None,
-    shim: Mapping[str, str],
-) -> None:
-    if dtype_name(dtype) not in DTYPES:
-        raise UserError(f"{dtype_name(dtype)} weights cannot be written; known: {', '.join(DTYPES)}")
-    with _directory(
-        path, model.config, tokenizer, generation_config, overwrite, documents, shim
-    ) as directory:
-        _write_json(directory / "config.json", config)
-        _write_weights(model, directory, dtype, max_shard_bytes)
 
 
 @contextlib.contextmanager
