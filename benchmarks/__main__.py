@@ -17,6 +17,7 @@ from xverse.config import UserError, nearest
 
 # name: (module, what it measures)
 STUDIES = {
+    "attention": ("studies.attention", "attention over the paged cache beside its bounds"),
     "checkpoint": (
         "studies.checkpoint",
         "how long checkpoints stall a training run, and how long resuming takes",
@@ -24,6 +25,10 @@ STUDIES = {
     "data": (
         "studies.data",
         "preparing text: shards beside the tokenizers library, the pipeline, its stages",
+    ),
+    "decoding": (
+        "studies.decoding",
+        "speculative decoding beside plain decoding; the scheduler's share of a step",
     ),
     "finetune": ("studies.finetune", "fine-tuning beside transformers' and trl's trainers; memory of QLoRA"),
     "finetune-quality": ("studies.finetune_quality", "held-out losses after fine-tuning, by method"),
@@ -33,8 +38,10 @@ STUDIES = {
     "load": ("studies.load", "peak memory while loading a model, beside the size of its weights"),
     "parallel": ("studies.parallel", "peak memory of each process under each layout of two processes"),
     "plan": ("studies.plan", "the planner's cost model beside published measurements, and its fit"),
+    "quality": ("studies.quality", "what quantising costs in quality: every method beside upstream's"),
     "scale": ("studies.scale", "what a run of up to 1,024 processes costs its process 0, by simulation"),
     "soak": ("studies.soak", "the server under mixed load with clients that hang up: memory, blocks, errors"),
+    "startup": ("studies.startup", "wall time of xverse --help and of a first answer, in fresh processes"),
     "survival": ("studies.survival", "kill -9 of random processes under torchrun: steps lost, recovery time"),
     "tokenizer": ("studies.tokenizer", "training a tokenizer beside the tokenizers library's trainer"),
     "peers": ("peers.run", "the engine beside llama.cpp and transformers"),

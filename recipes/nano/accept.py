@@ -116,6 +116,7 @@ def collect(session: Session, talks: Iterable[tuple[str, str, list[str]]]) -> li
 def _generate(
     session: Session, conversations: Sequence[list[dict[str, str]]]
 ) -> list[tuple[str, str | None]]:
+    from xverse.engine import Request
     from xverse.tokenizer import encode_chat
 
     config = session.engine.model.config
@@ -124,11 +125,11 @@ def _generate(
         prompt = encode_chat(
             session.engine.tokenizer,
             messages,
-            max_new_tokens=session.parameters.max_new_tokens,
+            max_new_tokens=session.sampling.max_new_tokens,
             max_positions=config.max_position_embeddings,
             truncation=config.max_tokenizer_truncation,
         )
-        request = session.parameters.request(prompt.ids, session.stop_ids)
+        request = Request(prompt_ids=prompt.ids, sampling=session.sampling, stop_ids=session.stop_ids)
         handles.append(session.engine.submit(request))
     texts = dict.fromkeys(handles, "")
     reasons: dict[int, str | None] = dict.fromkeys(handles)

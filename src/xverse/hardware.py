@@ -323,10 +323,10 @@ def read_bandwidth(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        each = _time_each(buffer.sum, buffer.device.type, seconds, best)
+        elapsed = _time_each(buffer.sum, buffer.device.type, seconds, best)
     finally:
         torch.set_num_threads(before)
-    return buffer.numel() * buffer.element_size() / each
+    return buffer.numel() * buffer.element_size() / elapsed
 
 
 def matmul_flops(
@@ -345,8 +345,8 @@ def matmul_flops(
     left = torch.randn(rows, inner, device=device).to(dtype)  # [rows, inner]
     right = torch.randn(inner, columns, device=device).to(dtype)  # [inner, columns]
     out = torch.empty(rows, columns, dtype=dtype, device=device)  # [rows, columns]
-    each = _time_each(lambda: torch.matmul(left, right, out=out), str(device), seconds, best)
-    return 2 * rows * inner * columns / each
+    elapsed = _time_each(lambda: torch.matmul(left, right, out=out), str(device), seconds, best)
+    return 2 * rows * inner * columns / elapsed
 
 
 def _time_each(action: Callable[[], Any], device: str, seconds: float, best: bool) -> float:

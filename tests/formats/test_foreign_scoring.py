@@ -63,4 +63,4 @@ def test_the_command(
     assert len(report["questions"]) == 52
     assert report["runs"][0]["settings"]["backend"] == "TransformersBackend"
     assert main(["eval", "run", *flags, "--out", str(tmp_path / "other"), "--quantize", "int4"]) == 2
-    assert "scored by transformers" in capsys.readouterr().err
+    assert "scored with transformers" in capsys.readouterr().err

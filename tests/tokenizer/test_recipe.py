@@ -94,7 +94,7 @@ def test_complete_is_complete_and_others_are_refused(
         ({"languages": ["en", "fr"]}, "no texts of 'fr'"),
         ({"shares": {"enn": 2}}, "no texts of 'enn'; did you mean 'en'"),
         ({"shares": {"en": 0}}, "'en' must be above 0"),
-        ({"characters": ["zz"]}, "'zz' is no range"),
+        ({"characters": ["zz"]}, "4E00-9FFF, found 'zz'"),
         ({"temperature": 1.5}, "temperature must be between 0 and 1"),
         ({"langauges": ["en"]}, "unknown key 'langauges'; did you mean 'languages'"),
     ],

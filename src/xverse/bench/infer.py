@@ -21,14 +21,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_threads(parser, "as xverse chat")
     add_quantize(parser)
     parser.add_argument(
-        "--part",
-        choices=["speed", "speculation", "scheduler"],
-        default="speed",
-        help="speculation: with forced replies for a shape, real ones for a model; scheduler: the share of a "
-        "step of 64 sequences spent outside the model",
-    )
-    parser.add_argument("--draft", metavar="M", help="draft model for --part speculation")
-    parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: as xverse chat)"
     )
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from xverse import hardware
-from xverse.bench import decoding
 from xverse.bench.report import (
     MATMUL,
     Row,
@@ -47,25 +46,36 @@ def measure_named(
     model: str = "nano",
     shape: str | None = None,
     *,
+    dtype: str | None = None,
+    quantize: str | None = None,
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     batch: int = 1,
     threads: int | None = None,
+    rounds: int = 3,
+) -> dict[str, Any]:
+    """``measure`` for a model or a shape, as ``load_named`` takes them. ``threads`` None: as in chat."""
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
+    weights, tokenizer = load_named(model, shape, dtype=dtype, quantize=quantize, **sizes)
+    return measure(weights, tokenizer, shape or model, **sizes, threads=threads, rounds=rounds)
+
+
+def load_named(
+    model: str,
+    shape: str | None,
+    *,
     dtype: str | None = None,
     quantize: str | None = None,
-    rounds: int = 3,
-    part: str = "speed",
-    draft: str | None = None,
-) -> dict[str, Any]:
-    """Measure ``model``, or random weights of ``shape``. ``dtype`` and ``threads`` None: as in chat.
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    batch: int = 1,
+) -> tuple[XverseForCausalLM, Tokenizer]:
+    """The weights and tokenizer of ``model``, or random weights of ``shape``. ``dtype`` None: as in chat.
 
     ``quantize`` (``int8``, ``int4``) quantises a model while loading; for a shape, it selects random
-    quantised weights. The parts "speculation" and "scheduler" (``bench/decoding.py``) have fixed lengths and
-    batch sizes; ``draft`` names the draft model of the former. Raises UserError for an unknown model or
-    shape, a context that is too long, too little memory, an unused draft, and a model quantised already.
+    quantised weights. Raises UserError for an unknown model or shape, a context that is too long, too little
+    memory, and a model quantised already.
     """
-    if draft is not None and (part != "speculation" or shape is not None):
-        raise UserError("--draft needs --part speculation and a --model with real weights")
     directory = None if shape else ModelDirectory.named(model)
     config = directory.config if directory else named_shape(shape or "")
     small = config.num_parameters() < FLOAT32_BELOW
@@ -79,31 +89,9 @@ def measure_named(
     need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE)
     if directory:
         load = partial(load_quantizing, directory, quantize) if quantize else partial(load_model, directory)
-        weights, tokenizer = load(dtype=chosen), directory.tokenizer
-    else:
-        notice(f"infer: generating {size / 1e9:.2f} GB of random weights")
-        weights, tokenizer = random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
-    if part != "speed":
-        threads = threads or default_threads(config)
-        if part == "scheduler":
-            return decoding.scheduler(weights, tokenizer, shape or model, threads=threads)
-        if shape is not None:
-            return decoding.speculation(weights, tokenizer, shape, threads=threads)
-        draft_model = None
-        if draft is not None:
-            other = ModelDirectory.named(draft)
-            draft_model = load_model(other, chosen), other.tokenizer
-        return decoding.acceptance(weights, tokenizer, model, draft_model, threads=threads)
-    return measure(
-        weights,
-        tokenizer,
-        shape or model,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch=batch,
-        threads=threads,
-        rounds=rounds,
-    )
+        return load(dtype=chosen), directory.tokenizer
+    notice(f"infer: generating {size / 1e9:.2f} GB of random weights")
+    return random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
 
 
 def measure(

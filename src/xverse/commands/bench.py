@@ -12,19 +12,16 @@ from xverse.config import UserError
 
 # Each is a module of xverse.bench with arguments(parser) and run(args) -> figures.
 BENCHMARKS = {
-    "startup": "wall time of xverse --help and of a first answer, in fresh processes",
     "infer": "prefill and decode speed beside the measured memory bandwidth",
     "serve": "the server under load, beside the engine alone",
     "train": "pretraining speed and memory beside transformers' Trainer",
     "quant": "INT4, INT8 and bfloat16 kernels beside their bounds",
-    "quality": "what quantising costs in quality: every method beside upstream's",
 }
-ALL = ("startup", "infer", "train", "quant", "quality")  # without a name: those that need no extra
+ALL = ("infer", "train", "quant")  # without a name: those that need no extra
 _STUDIES = (
-    *("checkpoint", "data", "finetune", "float8", "load", "parallel", "scale", "soak", "survival"),
-    "tokenizer",
+    *("checkpoint", "data", "finetune", "float8", "load", "parallel", "quality", "scale", "soak"),
+    *("startup", "survival", "tokenizer"),
 )
-_MOVED = {"quant": {"memory": "footprint", "gptq": "gptq"}}
 
 
 def arguments(parser: Parser) -> None:
@@ -36,7 +33,6 @@ def arguments(parser: Parser) -> None:
     names = parser.add_subparsers(dest="name", metavar="NAME")
     for name, text in BENCHMARKS.items():
         sub = names.add_parser(name, help=text, description=text, formatter_class=parser.formatter_class)
-        sub.moved = {part: _study(study) for part, study in _MOVED.get(name, {}).items()}
         importlib.import_module(f"xverse.bench.{name}").arguments(sub)
 
 

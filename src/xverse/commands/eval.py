@@ -134,11 +134,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     out = Path(args.out).expanduser()
     backend = load_backend(
-        args.model,
-        which=args.backend,
-        quantize=args.quantize,
-        threads=args.threads,
-        kv_dtype=args.kv_dtype,
+        args.model, which=args.backend, quantize=args.quantize, threads=args.threads, kv_dtype=args.kv_dtype
     )
     if others and not isinstance(backend, EngineBackend):
         raise UserError(f"{others[0]} needs an XVERSE model; others are scored on multiple choice only")

@@ -121,7 +121,7 @@ def _train_out(files: Sequence[Path], flags: dict[str, Any], recipe: TokenizerRe
     from xverse.tokenizer.recipe import train_files
 
     if native.library() is None:
-        notice("xverse's compiled code is missing: training with the tokenizers library, all texts in memory")
+        notice("without xverse's compiled code, the tokenizers library trains with all texts in memory")
         _train_in_memory(files, flags)
         return
     # The next run reuses the counts of a killed one.

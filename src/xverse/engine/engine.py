@@ -178,10 +178,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Advance the running requests and return their events, [] when idle.
-
-        Without speculation a request yields at most one token per step.
-        """
+        """Advance running requests and return their events; without speculation, at most one token each."""
         work = self._scheduler.schedule()
         if self._speculator is not None and work:
             self._speculator.propose(work, self._scheduler)

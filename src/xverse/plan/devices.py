@@ -94,7 +94,7 @@ def find_device(name: str, **changes: float | None) -> Device:
     A file may name a known device under ``like`` and give only what differs. Raises UserError for
     an unknown name, key or impossible value.
     """
-    given: Mapping[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    overrides: Mapping[str, Any] = {key: value for key, value in changes.items() if value is not None}
     if name.endswith((".yaml", ".yml")):
         values = read_yaml(name)
         base = values.pop("like", None)
@@ -102,9 +102,9 @@ def find_device(name: str, **changes: float | None) -> Device:
         if base is not None:
             known = dataclasses.asdict(choose("device", str(base), DEVICES))
             values = {**known, **values}
-        return build(Device, {**values, **given}, name)
+        return build(Device, {**values, **overrides}, name)
     device = choose("device", name, DEVICES)
     try:
-        return dataclasses.replace(device, **given)
+        return dataclasses.replace(device, **overrides)
     except ValueError as error:
         raise UserError(f"device {name}: {error}") from None

@@ -186,8 +186,8 @@ def check(shape: XverseConfig, settings: Settings, load: Load) -> tuple[int, str
     line += f", the program {program / 1e9:.2f})" if program else ")"
     if needed > available:
         fitting = [
-            f"{words} ({sum(predict(shape, changed, narrowed).values()) / 1e9:.1f} GB)"
-            for words, changed, narrowed in _smaller(settings, load)
+            f"{changes} ({sum(predict(shape, changed, narrowed).values()) / 1e9:.1f} GB)"
+            for changes, changed, narrowed in _smaller(settings, load)
             if sum(predict(shape, changed, narrowed).values()) <= available
         ]
         advice = "what fits: " + "; or ".join(fitting[:3]) if fitting else "no setting makes it fit"
@@ -201,13 +201,13 @@ def check(shape: XverseConfig, settings: Settings, load: Load) -> tuple[int, str
 def _smaller(settings: Settings, load: Load) -> list[tuple[str, Settings, Load]]:
     """Changes that save memory, the least intrusive first; each is added to those before it."""
     smaller = []
-    words: list[str] = []
+    changes: list[str] = []
 
     def change(text: str, narrowed: Load, **values: object) -> None:
         nonlocal settings, load
         settings, load = dataclasses.replace(settings, **values), narrowed  # type: ignore[arg-type]  # of Settings
-        words.append(text)
-        smaller.append((", ".join(words), settings, load))
+        changes.append(text)
+        smaller.append((", ".join(changes), settings, load))
 
     if not settings.gradient_checkpointing:
         change("gradient_checkpointing true", load, gradient_checkpointing=True)

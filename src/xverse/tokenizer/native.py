@@ -40,10 +40,7 @@ _SIGNATURES = {
     ),
     "xvt_encoder": ([_INT, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT64], _POINTER),
     "xvt_encoder_free": ([_POINTER], None),
-    "xvt_encode": (
-        [_POINTER, _TEXT, _POINTER, _INT64, ctypes.c_uint32, _INT, _POINTER, _POINTER],
-        _INT64,
-    ),
+    "xvt_encode": ([_POINTER, _TEXT, _POINTER, _INT64, ctypes.c_uint32, _INT, _POINTER, _POINTER], _INT64),
 }
 
 
@@ -66,7 +63,7 @@ def require() -> ctypes.CDLL:
     if loaded is None:
         raise UserError(
             "this needs xverse's compiled code, which was not built because there was no C++ compiler: "
-            "install one (c++, g++ or clang++), then xverse again"
+            "install a compiler (c++, g++ or clang++), then xverse again"
         )
     return loaded
 

@@ -143,10 +143,7 @@ def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
     return [
         head,
         *(
-            [
-                stem(Path(rows[0].file)),
-                *(f"{row.tokens / max(1, row.characters):.3f}" for row in rows),
-            ]
+            [stem(Path(rows[0].file)), *(f"{row.tokens / max(1, row.characters):.3f}" for row in rows)]
             for rows in zip(*(report.files for report in reports), strict=True)
         ),
     ]

@@ -160,9 +160,7 @@ def _from_gguf(name: str, path: Path) -> ComparedVocabulary:
         return default if field is None else field.contents()
 
     if value("model") != "llama":
-        raise UserError(
-            f"{path}: unsupported vocabulary '{value('model')}'; only sentencepiece's (llama) is read"
-        )
+        raise UserError(f"{path}: unsupported vocabulary '{value('model')}'; only sentencepiece's is read")
     schema = need("sentencepiece.sentencepiece_model_pb2", "eval", str(path))
     model = schema.ModelProto()
     kinds = value("token_type")

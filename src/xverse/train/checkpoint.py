@@ -266,9 +266,9 @@ def _load(path: Path, index: Index, model: nn.Module, optimizer: torch.optim.Opt
         for part in index.parts(name, offset, local.shape):
             reads.setdefault(part.file, []).append((name, part, offset, local))
     copied = dict.fromkeys(target, 0)
-    for file, some in reads.items():
+    for file, parts in reads.items():
         with safe_open(path / file, framework="pt") as opened:
-            for name, part, offset, local in some:
+            for name, part, offset, local in parts:
                 copied[name] += _copy(opened, name, part, offset, local)
     for name, tensor in target.items():
         if copied[name] != held(tensor)[1].numel():

@@ -217,7 +217,7 @@ class Run:
 
     def shared(self, communication: list[float], seconds: float, meter: Meter) -> dict[str, float]:
         """The seconds of communication in a step, as means over the processes."""
-        exposed, total = (each / self.world.size for each in self.world.sum(*communication))
+        exposed, total = (value / self.world.size for value in self.world.sum(*communication))
         meter.exposed(exposed / seconds)
         return {"exposed_seconds": round(exposed, 5), "all_seconds": round(total, 5)}
 

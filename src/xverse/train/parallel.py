@@ -20,12 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,8 +61,8 @@ class World:
     def first(self, problem: str) -> str:
         """The non-empty ``problem`` of the lowest rank, in every process; an empty string if there is
         none."""
-        (some,) = self.sum(bool(problem))
-        return next(text for text in self.gathered(problem) if text) if some else ""
+        (problems,) = self.sum(bool(problem))
+        return next(text for text in self.gathered(problem) if text) if problems else ""
 
     def agreed(self, value: Any) -> Any:
         """Process 0's value, in every process; any picklable value."""
@@ -374,9 +369,9 @@ def _same_devices(world: World) -> None:
     if world.size == 1:
         return
     cuda = world.device.type == "cuda"
-    mine = torch.cuda.get_device_name(world.device) if cuda else "a CPU"
+    device = torch.cuda.get_device_name(world.device) if cuda else "a CPU"
     kinds: list[Any] = [None] * world.size
-    dist.all_gather_object(kinds, mine, group=world.control)
+    dist.all_gather_object(kinds, device, group=world.control)
     problem = different_kinds(kinds)
     if problem:
         raise UserError(problem)
@@ -401,13 +396,15 @@ def whole(model: XverseForCausalLM, world: World = ALONE) -> XverseForCausalLM:
     """``model`` itself if it is not sharded, otherwise a copy with all tensors on the CPU of process 0 and on
     the meta device in the others. Every process calls it."""
     copied = empty_model(copy.deepcopy(model.config))
-    mine = dict(model.named_parameters())
-    if mine.keys() == copied.state_dict().keys() and not any(isinstance(p, DTensor) for p in mine.values()):
+    parameters = dict(model.named_parameters())
+    if parameters.keys() == copied.state_dict().keys() and not any(
+        isinstance(p, DTensor) for p in parameters.values()
+    ):
         return model
-    names = [set(some) for some in world.gathered(list(mine))]
+    names = [set(some) for some in world.gathered(list(parameters))]
     tensors = {}
     for name, empty in copied.state_dict().items():
-        tensor = full(mine[name].detach()).cpu() if name in mine else torch.empty(empty.shape)
+        tensor = full(parameters[name].detach()).cpu() if name in parameters else torch.empty(empty.shape)
         if not all(name in some for some in names):  # a pipeline
             owner = next(rank for rank, some in enumerate(names) if name in some)
             tensor = tensor.contiguous()

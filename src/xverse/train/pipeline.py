@@ -113,11 +113,11 @@ class Pipeline:
         """The loss, float32 [], of int64 [B, T] each in all processes, one stage after the other."""
         shape = self._shape(len(tokens), tokens)
         x = tokens
-        mine = iter(self.stages)
+        own_stages = iter(self.stages)
         for s in range(self._layout.stages):
             after = (s + 1) % self._layout.pipeline
             if s % self._layout.pipeline == self._place:
-                stage = next(mine)
+                stage = next(own_stages)
                 stage.scale = 1.0
                 x = stage(x, targets, document_ids)
                 if s + 1 < self._layout.stages:

@@ -63,8 +63,8 @@ def measure(world: World, dtype: str) -> tuple[list[Reading], float]:
         _settle(world.device)
     all_reduce = time.perf_counter() - start if world.size > 1 else 0.0
     device = torch.cuda.get_device_name(world.device) if gpu else "CPU"
-    mine = Reading(world.rank, socket.gethostname(), device, matmul, memory, exchange)
-    return [Reading(**values) for values in world.gathered(asdict(mine))], all_reduce
+    reading = Reading(world.rank, socket.gethostname(), device, matmul, memory, exchange)
+    return [Reading(**values) for values in world.gathered(asdict(reading))], all_reduce
 
 
 def slow(readings: list[Reading], share: float) -> list[str]:

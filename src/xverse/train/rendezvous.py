@@ -21,19 +21,19 @@ def fresh_store(patience: datetime.timedelta) -> tuple[dist.Store, int, int]:
     store, rank, size = next(dist.rendezvous("env://", timeout=patience))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store, rank, size  # rank 0 has just created it
-    mine = uuid.uuid4().hex
+    prefix = uuid.uuid4().hex
     if rank == 0:
         waiting = set(range(1, size))
         while waiting:
             for other in list(waiting):
-                if store.check([f"xverse/thanks/{mine}/{other}"]):
+                if store.check([f"xverse/confirmed/{prefix}/{other}"]):
                     waiting.remove(other)
-                elif store.check([f"xverse/asks/{other}"]):  # perhaps of a dead process, which never confirms
-                    asking = store.get(f"xverse/asks/{other}").decode()
-                    store.set(f"xverse/answer/{asking}", mine)
+                elif store.check([f"xverse/request/{other}"]):  # a dead process's is never confirmed
+                    asking = store.get(f"xverse/request/{other}").decode()
+                    store.set(f"xverse/answer/{asking}", prefix)
             time.sleep(0.005)
-        return dist.PrefixStore(mine, store), rank, size
-    store.set(f"xverse/asks/{rank}", mine)
-    name = store.get(f"xverse/answer/{mine}").decode()
-    store.set(f"xverse/thanks/{name}/{rank}", "")
+        return dist.PrefixStore(prefix, store), rank, size
+    store.set(f"xverse/request/{rank}", prefix)
+    name = store.get(f"xverse/answer/{prefix}").decode()
+    store.set(f"xverse/confirmed/{name}/{rank}", "")
     return dist.PrefixStore(name, store), rank, size

@@ -202,10 +202,10 @@ def _speed(
 def _preflight(check: dict[str, Any]) -> list[str]:
     lines = ["", "## Pre-flight check", "", "| process | matmul, TFLOP/s | memory, GB/s | exchange, GB/s |"]
     lines.append("|---|---|---|---|")
-    for each in check["readings"]:
-        exchange = f"{each['exchange'] / 1e9:.2f}" if each["exchange"] else "none"
+    for reading in check["readings"]:
+        exchange = f"{reading['exchange'] / 1e9:.2f}" if reading["exchange"] else "none"
         lines.append(
-            f"| rank {each['rank']}, {each['host']}, {each['device']} | {each['matmul'] / 1e12:.3f} | "
-            f"{each['memory'] / 1e9:.1f} | {exchange} |"
+            f"| rank {reading['rank']}, {reading['host']}, {reading['device']} | "
+            f"{reading['matmul'] / 1e12:.3f} | {reading['memory'] / 1e9:.1f} | {exchange} |"
         )
     return lines + [f"\n{line}" for line in check["slow"]]

@@ -139,7 +139,7 @@ class TrainConfig:
     def sequences(self, step: int) -> int:
         """Sequences in the batches of all steps before ``step``."""
         ramp = min(step, self.batch_ramp_steps)
-        small = sum(self.rows(each) for each in range(ramp))
+        small = sum(self.rows(earlier) for earlier in range(ramp))
         return small + (step - ramp) * self.batch_size
 
 

@@ -264,9 +264,9 @@ def test_text_that_does_not_say_its_language(tmp_path: Path) -> None:
     [
         ("stages.normalize=true", "unknown key 'stages.normalize'; did you mean 'normalise'"),
         ("stages.quality.languages.en={min_wrds: 3}", "unknown rule 'min_wrds'"),
-        ("corpus=here", "name the text: either corpus or inputs"),
-        ("executor.workers=0", "workers and tasks are at least 1"),
-        ("stages.decontaminate={data_dir: nowhere}", "none of the benchmarks is here"),
+        ("corpus=here", "give either corpus or inputs"),
+        ("executor.workers=0", "workers and tasks must be at least 1"),
+        ("stages.decontaminate={data_dir: nowhere}", "contains none of the benchmarks"),
         ("executor={kind: slurm, options: {partition: cpu}}", "slurm needs 'time'"),
         (
             "executor={kind: slurm, options: {partitoin: cpu}}",

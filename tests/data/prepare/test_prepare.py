@@ -191,7 +191,7 @@ def test_of_many_broken_files_the_first_are_told(
     for told in (output.out, output.err):
         lines = told.splitlines()[-21:]
         assert lines[0] == "en00.jsonl: no document in it"
-        assert lines[-1] == "and 5 more files, which report.md names"
+        assert lines[-1] == "and 5 more files, listed in report.md"
     assert "- en24.jsonl: no document in it" in (tmp_path / "out" / "report.md").read_text()
 
 

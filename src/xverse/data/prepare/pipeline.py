@@ -35,13 +35,7 @@ from xverse.data.prepare.encode import SPLITS, Encode, Join, SplitPlan, SplitSou
 from xverse.data.prepare.executor import ExecutorConfig, Phase, run_phases
 from xverse.data.prepare.ledger import UnitRecord
 from xverse.data.prepare.readers import Input, Unit, corpus_units, input_units
-from xverse.data.prepare.report import (
-    PreparedSource,
-    PrepareReport,
-    WriteReport,
-    first_of,
-    unreadable,
-)
+from xverse.data.prepare.report import PreparedSource, PrepareReport, WriteReport, first_of, unreadable
 from xverse.data.shards import read_header
 from xverse.files import alone, atomic_directory, atomic_file
 from xverse.log import notice

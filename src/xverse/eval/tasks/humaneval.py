@@ -38,8 +38,7 @@ def run(
     with ThreadPoolExecutor(hardware.cores().usable) as pool:
         results = list(
             pool.map(
-                lambda pair: run_python(program(pair[0], pair[1]), SECONDS),
-                zip(problems, code, strict=True),
+                lambda pair: run_python(program(pair[0], pair[1]), SECONDS), zip(problems, code, strict=True)
             )
         )
     rows: list[dict[str, Any]] = [

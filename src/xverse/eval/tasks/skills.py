@@ -50,11 +50,7 @@ def run(
         room = engine.model.config.context_length
         prompts = [
             encode_chat(
-                engine.tokenizer,
-                talks[index],
-                max_new_tokens=NEW_TOKENS,
-                max_positions=room,
-                truncation=room,
+                engine.tokenizer, talks[index], max_new_tokens=NEW_TOKENS, max_positions=room, truncation=room
             ).ids
             for index in going
         ]

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from xverse.bench import attention
+from benchmarks.studies import attention
 from xverse.bench.report import show, using_threads
 
 
 def test_every_figure_is_measured_beside_its_bound() -> None:
     with using_threads(1):
-        figures = attention.run(
+        figures = attention.measure(
             1,
             1,
             heads=2,

@@ -8,6 +8,7 @@ read them are multiplied by s.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xverse.bench.options import add_model, add_threads, positive
 from xverse.bench.report import Row, show, using_threads
 from xverse.config import UserError
 from xverse.data.shards import Shard
@@ -35,14 +37,38 @@ from xverse.tokenizer import Tokenizer
 LENGTH = 256  # tokens per row, as in the training of mini and nano
 SEED, SHARE, FACTORS = 0, 1 / 64, (8.0, 64.0)  # of outlier channels: seed, share of all channels, range of s
 # Maximum at 4 bits, as a share of rtn-row's rise in perplexity; maximum rise at 8 bits.
-TARGETS = {
-    ("rtn", False): 0.70,
-    ("gptq", False): 0.40,
-    ("rtn", True): 0.25,
-    ("gptq", True): 0.15,
-}
+TARGETS = {("rtn", False): 0.70, ("gptq", False): 0.40, ("rtn", True): 0.25, ("gptq", True): 0.15}
 TARGET_8 = 0.001
 _ROWS_AT_ONCE = 16
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH,…",
+        help="text sets: files (.txt, .jsonl, token shards) or folders (default: the package's own text)",
+    )
+    parser.add_argument(
+        "--calibration", metavar="PATH,…", help="calibration text for gptq (default: gptq is left out)"
+    )
+    parser.add_argument("--tokens", type=positive, default=32768, metavar="N", help="tokens of each text set")
+    parser.add_argument(
+        "--calibration-tokens", type=positive, default=65536, metavar="N", help="tokens of calibration text"
+    )
+    parser.add_argument(
+        "--group-size", type=positive, default=128, metavar="N", help="weights that share a scale"
+    )
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=[4, 8], default=[4, 8], metavar="4|8", help="bits of a weight"
+    )
+    add_threads(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure(**vars(args))
 
 
 def measure(

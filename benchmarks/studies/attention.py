@@ -1,10 +1,11 @@
-"""Part of ``xverse bench quant``: attention over a paged cache.
+"""Attention over a paged cache beside its bounds.
 
 Decode is compared with the memory's read rate, prefill with PyTorch's attention and a plain matrix product.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from xverse import hardware
-from xverse.bench.report import MATMUL, Row, at_least, need_memory
+from xverse.bench.options import add_rounds, add_threads
+from xverse.bench.report import MATMUL, Row, at_least, count_threads, need_memory, show, using_threads
 from xverse.kernels.native import kernel_name
 from xverse.kernels.ops import advise_huge_pages
 from xverse.kernels.paged_attention import PagedLayer
@@ -29,7 +31,20 @@ FASTER = 1.3  # than PyTorch's attention
 _TYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 
-def run(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_rounds(parser, 5)
+    add_threads(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    threads = args.threads or hardware.cores().usable
+    with using_threads(threads):
+        result = measure(threads, args.rounds)
+    show(f"attention, {count_threads(threads)}: {result['kernels']}", rows(result))
+    return {"bench": "attention", "threads": threads, "rounds": args.rounds, **result}
+
+
+def measure(
     threads: int,
     rounds: int = 5,
     *,

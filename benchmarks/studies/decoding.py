@@ -3,6 +3,7 @@ the share of a step spent in scheduler and sampling."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import statistics
 import time
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xverse.bench.infer_speed import default_threads, load_named
+from xverse.bench.options import add_model, add_quantize, add_shape, add_threads
 from xverse.bench.report import Row, at_least, at_most, count_threads, show, using_threads
 from xverse.bench.weights import weights_kind
 from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.sampling_params import CHAT
-from xverse.formats import load_tokenizer, resolve
+from xverse.formats import load_model, load_tokenizer, resolve
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
 from xverse.quant.text import parity_tokens
@@ -28,6 +31,40 @@ OVERHEAD_TARGET = 0.10
 _PROMPT, _TARGET, _QUOTE = 480, 96, 24
 _GREEDY = SamplingParams(temperature=0)
 _CHAT = dataclasses.replace(CHAT, seed=0)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part",
+        choices=["speculation", "scheduler"],
+        default="speculation",
+        help="speculation: with forced replies for a shape, real ones for a model; scheduler: the share of a "
+        "step of 64 sequences spent outside the model",
+    )
+    source = parser.add_mutually_exclusive_group()
+    add_model(source)
+    add_shape(source)
+    add_quantize(parser)
+    parser.add_argument("--draft", metavar="M", help="draft model for --part speculation")
+    add_threads(parser, "as xverse chat")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Raises UserError for an unknown model or shape, too little memory, and an unused draft."""
+    if args.draft is not None and (args.part != "speculation" or args.shape is not None):
+        raise UserError("--draft needs --part speculation and a --model with real weights")
+    model, tokenizer = load_named(args.model, args.shape, quantize=args.quantize)
+    threads = args.threads or default_threads(model.config)
+    name = args.shape or args.model
+    if args.part == "scheduler":
+        return scheduler(model, tokenizer, name, threads=threads)
+    if args.shape is not None:
+        return speculation(model, tokenizer, name, threads=threads)
+    draft = None
+    if args.draft is not None:
+        where = resolve(args.draft)
+        draft = load_model(where, model.model.norm.weight.dtype), load_tokenizer(where)
+    return acceptance(model, tokenizer, name, draft, threads=threads)
 
 
 class Forced:

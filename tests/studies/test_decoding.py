@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from xverse.bench import decoding, infer_speed, weights
+from benchmarks.studies import decoding
+from xverse.bench import weights
 from xverse.config import UserError
 from xverse.formats import save_hf
 from xverse.model import XverseForCausalLM, init_weights
@@ -54,8 +56,13 @@ def test_the_share_outside_the_model(tiny_model: Any, tiny_tokenizer: Any) -> No
 def test_parts_on_the_command_line(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Any) -> None:
     save_hf(tiny_model, tiny_tokenizer, tmp_path / "model")
     path = str(tmp_path / "model")
-    assert infer_speed.measure_named(path, part="speculation", draft=path)["draft"]["same_replies"] == 8
-    with pytest.raises(UserError, match="--draft: a draft guesses in --part speculation"):
-        infer_speed.measure_named(path, draft=path)
-    with pytest.raises(UserError, match="--draft"):
-        infer_speed.measure_named(shape="nano", part="speculation", draft="nano")
+
+    def run(*flags: str) -> dict[str, Any]:
+        parser = argparse.ArgumentParser()
+        decoding.arguments(parser)
+        return decoding.run(parser.parse_args(flags))
+
+    assert run("--model", path, "--draft", path)["draft"]["same_replies"] == 8
+    for flags in (("--part", "scheduler", "--model", path), ("--shape", "nano")):
+        with pytest.raises(UserError, match="--draft needs --part speculation and a --model"):
+            run(*flags, "--draft", path)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.bench import quality_methods as quality
+from benchmarks.studies import quality
 from xverse.config import UserError
 from xverse.formats import save_hf
 from xverse.model import FullCausal, XverseForCausalLM
