@@ -41,6 +41,7 @@ STUDIES = {
     "quality": ("studies.quality", "what quantising costs in quality: every method beside upstream's"),
     "scale": ("studies.scale", "what a run of up to 1,024 processes costs its process 0, by simulation"),
     "soak": ("studies.soak", "the server under mixed load with clients that hang up: memory, blocks, errors"),
+    "startup": ("studies.startup", "wall time of xverse --help and of a first answer, in fresh processes"),
     "survival": ("studies.survival", "kill -9 of random processes under torchrun: steps lost, recovery time"),
     "tokenizer": ("studies.tokenizer", "training a tokenizer beside the tokenizers library's trainer"),
     "peers": ("peers.run", "the engine beside llama.cpp and transformers"),

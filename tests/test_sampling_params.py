@@ -137,13 +137,7 @@ def test_http(name: str) -> None:
     )
     unused: Any = None
     service = Service(
-        runner=unused,
-        tokenizer=unused,
-        name="",
-        sampling=CHAT,
-        stop_ids=(),
-        grammars=unused,
-        metrics=unused,
+        runner=unused, tokenizer=unused, name="", sampling=CHAT, stop_ids=(), grammars=unused, metrics=unused
     )
     for body in bodies:
         tokens = body.sampling().get("max_new_tokens", CHAT.max_new_tokens)

@@ -261,9 +261,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for part in names:
             figures = measure(PARTS[part], source, folder, threads, args.rounds, config.vocab_size)
             result["parts"][part] = figures
-            show(
-                f"{args.shape} {part}, {threads} threads, medians of {args.rounds}",
-                rows(part, figures),
-            )
+            show(f"{args.shape} {part}, {threads} threads, medians of {args.rounds}", rows(part, figures))
             print(flush=True)
     return result

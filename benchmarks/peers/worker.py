@@ -27,11 +27,7 @@ def main() -> None:
         print(json.dumps(reply), file=answers, flush=True)
 
     answer(
-        {
-            "weight_bytes": engine.weight_bytes,
-            "position_bytes": engine.position_bytes,
-            "notes": engine.notes,
-        }
+        {"weight_bytes": engine.weight_bytes, "position_bytes": engine.position_bytes, "notes": engine.notes}
     )
     for line in sys.stdin:
         order = json.loads(line)

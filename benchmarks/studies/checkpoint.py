@@ -131,12 +131,7 @@ def _train(job: dict[str, Any], out: Path, every: int) -> None:
         steps=job["steps"], batch_size=job["batch_size"], learning_rate=1e-4, checkpoint_every=every,
         preflight="off",
     )  # fmt: skip
-    fit(
-        model,
-        lambda first, stop: batch_of(config, job["length"], first, stop),
-        settings,
-        out,
-    )
+    fit(model, lambda first, stop: batch_of(config, job["length"], first, stop), settings, out)
 
 
 def _resumed(job: dict[str, Any], out: Path) -> dict[str, float]:

@@ -19,14 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.studies.common import (
-    ROOT,
-    check_space,
-    existing,
-    make_weights,
-    module,
-    run_finetune,
-)
+from benchmarks.studies.common import ROOT, check_space, existing, make_weights, module, run_finetune
 from benchmarks.studies.trainers import CONTENDERS
 from xverse import hardware
 from xverse.bench.options import add_batch, add_directory, add_rounds, add_threads, positive

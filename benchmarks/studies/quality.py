@@ -37,12 +37,7 @@ from xverse.tokenizer import Tokenizer
 LENGTH = 256  # tokens per row, as in the training of mini and nano
 SEED, SHARE, FACTORS = 0, 1 / 64, (8.0, 64.0)  # of outlier channels: seed, share of all channels, range of s
 # Maximum at 4 bits, as a share of rtn-row's rise in perplexity; maximum rise at 8 bits.
-TARGETS = {
-    ("rtn", False): 0.70,
-    ("gptq", False): 0.40,
-    ("rtn", True): 0.25,
-    ("gptq", True): 0.15,
-}
+TARGETS = {("rtn", False): 0.70, ("gptq", False): 0.40, ("rtn", True): 0.25, ("gptq", True): 0.15}
 TARGET_8 = 0.001
 _ROWS_AT_ONCE = 16
 

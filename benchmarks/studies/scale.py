@@ -70,10 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    shape: str = "7b",
-    ranks: Sequence[int] = RANKS,
-    threads: Sequence[int] = THREADS,
-    gathered: int = 256,
+    shape: str = "7b", ranks: Sequence[int] = RANKS, threads: Sequence[int] = THREADS, gathered: int = 256
 ) -> dict[str, Any]:
     """CPU seconds and bytes of process 0 for every number of ``ranks``; seconds of a sum in ``threads`` gloo
     contexts. Torch's own planning and reading of headers, which ours replace, are measured up to

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from xverse.bench import infer_speed, startup, train, weights
+from benchmarks.studies import startup
+from xverse.bench import infer_speed, train, weights
 from xverse.bench.report import finish
 from xverse.config import UserError
 from xverse.formats import save_hf

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xverse.data.order import random_order
-from xverse.data.packing import IGNORE, PackedSequence, StreamPacker, pack_examples, packed_from_examples
+from xverse.data.packing import IGNORE, PackedSequence, StreamPacker, pack_examples
 from xverse.data.shards import Shard
 
 MakeShard = Callable[..., Shard]
@@ -133,29 +133,3 @@ def test_best_fit_takes_the_tightest_bin() -> None:
 def test_an_over_long_example_is_the_callers_mistake() -> None:
     with pytest.raises(AssertionError):
         pack_examples([5, 11], 10)
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.lists(st.tuples(st.integers(10, 99), st.booleans()), min_size=1, max_size=9), max_size=5),
-    st.integers(0, 7),
-)
-def test_targets_of_examples_are_the_next_tokens_with_loss(
-    examples: list[list[tuple[int, bool]]], padding: int
-) -> None:
-    length = sum(map(len, examples)) + padding
-    if length == 0:
-        return
-    pairs = [([token for token, _ in example], [loss for _, loss in example]) for example in examples]
-    row = packed_from_examples(pairs, length, pad_id=1)
-    place = 0
-    for number, (ids, mask) in enumerate(pairs):
-        for i, token in enumerate(ids):
-            assert row.tokens[place] == token
-            assert row.document_ids[place] == number
-            wanted = ids[i + 1] if i + 1 < len(ids) and mask[i + 1] else IGNORE
-            assert row.targets[place] == wanted
-            place += 1
-    assert np.all(row.tokens[place:] == 1)
-    assert np.all(row.targets[place:] == IGNORE)
-    assert np.all(row.document_ids[place:] == len(pairs))

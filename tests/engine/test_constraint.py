@@ -68,10 +68,7 @@ def test_only_what_is_allowed_is_said(
 
 @pytest.mark.parametrize(
     ("constraint", "message", "said"),
-    [
-        (Broken([30, 40]), "the grammar is at its end", [30]),
-        (Nothing([]), "every token is forbidden", []),
-    ],
+    [(Broken([30, 40]), "the grammar is at its end", [30]), (Nothing([]), "every token is forbidden", [])],
 )
 def test_its_failure_is_its_own(
     model: Any, tiny_tokenizer: Any, naive: Any, constraint: Given, message: str, said: list[int]

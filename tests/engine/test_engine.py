@@ -87,11 +87,9 @@ TEXTS = [[(7 * n * n + 3 * n + 5 * text) % 240 + 4 for n in range(80)] for text 
 arrivals = st.lists(
     st.tuples(
         st.integers(0, 6),  # steps before this request arrives
-        st.tuples(
-            st.sampled_from(TEXTS),
-            st.integers(1, 70),
-            st.lists(st.integers(4, 20), max_size=3),
-        ).map(lambda drawn: drawn[0][: drawn[1]] + drawn[2]),  # its prompt
+        st.tuples(st.sampled_from(TEXTS), st.integers(1, 70), st.lists(st.integers(4, 20), max_size=3)).map(
+            lambda drawn: drawn[0][: drawn[1]] + drawn[2]
+        ),  # its prompt
         st.integers(1, 40),  # max_new_tokens
     ),
     min_size=1,

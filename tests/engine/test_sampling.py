@@ -198,13 +198,7 @@ def test_sampling_values_out_of_range_are_named(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("prompt_ids", []),
-        ("logprobs", -1),
-        ("logprobs", 21),
-        ("prompt_logprobs", True),
-    ],
+    ("field", "value"), [("prompt_ids", []), ("logprobs", -1), ("logprobs", 21), ("prompt_logprobs", True)]
 )
 def test_request_values_out_of_range_are_named(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=field):

@@ -22,9 +22,7 @@ NEVER = (10**6,)
 
 def ask(engine: Engine, prompt: list[int], new_tokens: int, sampling: SamplingParams) -> list[int | None]:
     request = Request(
-        prompt_ids=prompt,
-        sampling=dataclasses.replace(sampling, max_new_tokens=new_tokens),
-        stop_ids=NEVER,
+        prompt_ids=prompt, sampling=dataclasses.replace(sampling, max_new_tokens=new_tokens), stop_ids=NEVER
     )
     return [event.token_id for event in engine.stream(request)]
 

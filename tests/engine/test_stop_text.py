@@ -30,16 +30,14 @@ def reference(stop: list[str], text: str) -> tuple[str, bool]:
 
 
 @given(
-    stop=st.lists(st.text("abc好", min_size=1, max_size=4), max_size=3),
-    pieces=st.lists(letters, max_size=8),
+    stop=st.lists(st.text("abc好", min_size=1, max_size=4), max_size=3), pieces=st.lists(letters, max_size=8)
 )
 def test_any_division_gives_the_same_text(stop: list[str], pieces: list[str]) -> None:
     assert run(stop, pieces) == reference(stop, "".join(pieces))
 
 
 @pytest.mark.parametrize(
-    ("piece", "emitted"),
-    [("hello\nHum", "hello"), ("hello\nHun", "hello\nHun"), ("\n", ""), ("\nHuman", "")],
+    ("piece", "emitted"), [("hello\nHum", "hello"), ("hello\nHun", "hello\nHun"), ("\n", ""), ("\nHuman", "")]
 )
 def test_only_what_may_be_a_stop_string_is_held_back(piece: str, emitted: str) -> None:
     assert StopText(["\nHuman:"]).push(piece) == (emitted, False)

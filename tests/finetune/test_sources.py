@@ -245,7 +245,7 @@ def test_files_of_a_folder_are_bounded_filtered_and_repeated(tmp_path, tiny_toke
         ("a.json", b"[{]", "invalid JSON"),
         ("a.json", b'["\xff"]', "invalid UTF-8"),
         ("a.json", b'[{"instruction": "x", "output": ""}]', "skipped 1: 1 empty text; nothing to train on"),
-        ("a.json.gz", gzip.compress(b"[" + b"{}, " * 5000)[:-20], "broken gzip stream"),
+        ("a.json.gz", gzip.compress(b"[" + b"{}, " * 5000, mtime=0)[:-20], "broken gzip stream"),
     ],
 )
 def test_unusable_files_are_refused(tmp_path, tiny_tokenizer, name, data, message) -> None:

@@ -19,11 +19,7 @@ pytestmark = [
 def generate(engine: Engine, prompts: list[list[int]], new_tokens: int = 40) -> list[list[int | None]]:
     handles = [
         engine.submit(
-            Request(
-                prompt_ids=prompt,
-                sampling=SamplingParams.greedy(new_tokens),
-                stop_ids=(10**6,),
-            )
+            Request(prompt_ids=prompt, sampling=SamplingParams.greedy(new_tokens), stop_ids=(10**6,))
         )
         for prompt in prompts
     ]

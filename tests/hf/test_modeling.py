@@ -19,9 +19,7 @@ def tokens(batch: int, length: int, vocab: int = 700, seed: int = 1) -> Tensor:
 def left_padded(rows: list[Tensor]) -> dict[str, Tensor]:
     width = max(len(row) for row in rows)
     ids = torch.stack([torch.cat((torch.ones(width - len(row), dtype=torch.long), row)) for row in rows])
-    mask = torch.stack(
-        [torch.arange(width) >= width - len(row) for row in rows],
-    ).long()
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -68,9 +68,7 @@ def test_many_at_once_asynchronously(server: Any) -> None:
 
     async def run() -> list[str]:
         async with openai.AsyncOpenAI(
-            base_url=server.url + "/v1",
-            api_key="none",
-            http_client=httpx.AsyncClient(trust_env=False),
+            base_url=server.url + "/v1", api_key="none", http_client=httpx.AsyncClient(trust_env=False)
         ) as client:
 
             async def one(number: int) -> str:

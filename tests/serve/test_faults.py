@@ -28,9 +28,7 @@ CHAT = "/v1/chat/completions"
                     *QUESTION,
                     {
                         "role": "assistant",
-                        "tool_calls": [
-                            {"id": "a", "function": {"name": "f", "arguments": "[" * 100_000}},
-                        ],
+                        "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "[" * 100_000}}],
                     },
                     {"role": "user", "content": "x"},
                 ]

@@ -8,11 +8,7 @@ from xverse.model import XverseConfig
 
 def test_peak_of_each_process() -> None:
     config = XverseConfig(
-        vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        vocab_size=8192, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4
     )
     peaks = measure(config, "tensor 2", batch_size=2, length=64, processes=2)
     assert len(peaks) == 2

@@ -9,13 +9,7 @@ from typing import Any
 import pytest
 
 from xverse.config import UserError
-from xverse.tokenizer import (
-    Tokenizer,
-    encode_chat,
-    encode_dialogue,
-    input_limit,
-    render_template,
-)
+from xverse.tokenizer import Tokenizer, encode_chat, encode_dialogue, input_limit, render_template
 
 EOS = 3
 

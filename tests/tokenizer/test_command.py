@@ -58,10 +58,7 @@ def test_train_report_repair(tmp_path: Path, corpus: list[str], capsys: pytest.C
 
 
 def test_without_compiled_code_the_library_trains(
-    tmp_path: Path,
-    corpus: list[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = ["tokenizer", "train", "--vocab-size", "640", "--limit-alphabet", "90", "--out"]
     if native.library() is not None:

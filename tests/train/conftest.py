@@ -168,13 +168,7 @@ def write_recipe(tmp_path: Path, prepared: Path, tiny_shape: dict[str, int]) -> 
             "data": str(prepared),
             "out": str(tmp_path / "run"),
             "sequence_length": LENGTH,
-            "train": {
-                "batch_size": 4,
-                "learning_rate": 3e-3,
-                "warmup_steps": 5,
-                "preflight": "off",
-                **train,
-            },
+            "train": {"batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 5, "preflight": "off", **train},
             **(top or {}),
         }
         path = tmp_path / "recipe.yaml"
@@ -197,14 +191,7 @@ def fit_tiny(feed: PretrainFeed, tiny_shape: dict[str, int]) -> Callable[..., Xv
         config = TrainConfig(**{**defaults, **settings})
         model = XverseForCausalLM(XverseConfig(**tiny_shape))
         init_weights(model, seed=0)
-        fit(
-            model,
-            feed.batch,
-            config,
-            out,
-            hooks=Hooks(validate=validate),
-            identity=identity,
-        )
+        fit(model, feed.batch, config, out, hooks=Hooks(validate=validate), identity=identity)
         return model
 
     return run

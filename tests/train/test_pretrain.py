@@ -79,10 +79,7 @@ def test_mistakes_in_the_recipe_are_one_line(
         (["shape=3"], "shape: expected str, found int '3'"),
         (["train.steps=0"], "train: steps must be positive, not 0"),
         (["train.dtype=float16"], "train: dtype: 'float16' is not one of bfloat16, float32"),
-        (
-            ["sequence_length=9000"],
-            "sequence_length 9000 exceeds the 8192 positions of shape of the recipe",
-        ),
+        (["sequence_length=9000"], "sequence_length 9000 exceeds the 8192 positions of shape of the recipe"),
         (["sequence_length=1"], "sequence_length must be at least 2"),
         (["initializer_range=-1"], "initializer_range must be positive"),
         (["valid_tokens=-1"], "valid_tokens must not be negative"),

@@ -46,34 +46,18 @@ def measure_named(
     model: str = "nano",
     shape: str | None = None,
     *,
+    dtype: str | None = None,
+    quantize: str | None = None,
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     batch: int = 1,
     threads: int | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
     rounds: int = 3,
 ) -> dict[str, Any]:
     """``measure`` for a model or a shape, as ``load_named`` takes them. ``threads`` None: as in chat."""
-    weights, tokenizer = load_named(
-        model,
-        shape,
-        dtype=dtype,
-        quantize=quantize,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch=batch,
-    )
-    return measure(
-        weights,
-        tokenizer,
-        shape or model,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch=batch,
-        threads=threads,
-        rounds=rounds,
-    )
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
+    weights, tokenizer = load_named(model, shape, dtype=dtype, quantize=quantize, **sizes)
+    return measure(weights, tokenizer, shape or model, **sizes, threads=threads, rounds=rounds)
 
 
 def load_named(

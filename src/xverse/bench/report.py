@@ -57,10 +57,7 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "version": xverse.__version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
-        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {
             "system": platform.platform(),
             "cpu": hardware.cpu_model(),

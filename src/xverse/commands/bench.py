@@ -12,16 +12,15 @@ from xverse.config import UserError
 
 # Each is a module of xverse.bench with arguments(parser) and run(args) -> figures.
 BENCHMARKS = {
-    "startup": "wall time of xverse --help and of a first answer, in fresh processes",
     "infer": "prefill and decode speed beside the measured memory bandwidth",
     "serve": "the server under load, beside the engine alone",
     "train": "pretraining speed and memory beside transformers' Trainer",
     "quant": "INT4, INT8 and bfloat16 kernels beside their bounds",
 }
-ALL = ("startup", "infer", "train", "quant")  # without a name: those that need no extra
+ALL = ("infer", "train", "quant")  # without a name: those that need no extra
 _STUDIES = (
     *("checkpoint", "data", "finetune", "float8", "load", "parallel", "quality", "scale", "soak"),
-    *("survival", "tokenizer"),
+    *("startup", "survival", "tokenizer"),
 )
 
 

@@ -153,29 +153,3 @@ def pack_examples(lengths: Sequence[int], length: int) -> list[list[int]]:
         if free > lengths[index]:
             insort(room, (free - lengths[index], target))
     return bins
-
-
-def packed_from_examples(
-    examples: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, pad_id: int
-) -> PackedSequence:
-    """One row of ``length`` from whole examples, each ``(ids, loss_mask)`` of equal lengths.
-
-    A position has a target if the next token of the same example has loss. The padding is a separate document
-    without targets.
-    """
-    tokens = np.full(length, pad_id, np.int64)
-    targets = np.full(length, IGNORE, np.int64)
-    document_ids = np.full(length, len(examples), np.int32)
-    filled = 0
-    for number, (ids, loss_mask) in enumerate(examples):
-        end = filled + len(ids)
-        assert len(ids) == len(loss_mask)
-        assert end <= length, "the examples exceed the row"
-        tokens[filled:end] = ids
-        document_ids[filled:end] = number
-        if len(ids) > 1:
-            targets[filled : end - 1] = np.where(
-                np.asarray(loss_mask[1:], bool), tokens[filled + 1 : end], IGNORE
-            )
-        filled = end
-    return PackedSequence(tokens, targets, document_ids)

@@ -5,8 +5,9 @@ Names load on first use, so that ``sampling_params`` alone does not import torch
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from xverse.lazy import lazy
 
 if TYPE_CHECKING:
     from xverse.engine.engine import Engine, Stats
@@ -14,32 +15,11 @@ if TYPE_CHECKING:
     from xverse.engine.sampling_params import SamplingParams
     from xverse.engine.speculation import Speculation
 
-_HOME = {
-    "Engine": "engine",
-    "Stats": "engine",
-    "Constraint": "request",
-    "Event": "request",
-    "FinishReason": "request",
-    "Request": "request",
-    "TokenLogprob": "request",
-    "SamplingParams": "sampling_params",
-    "Speculation": "speculation",
+_MODULES = {
+    "xverse.engine.engine": "Engine Stats",
+    "xverse.engine.request": "Constraint Event FinishReason Request TokenLogprob",
+    "xverse.engine.sampling_params": "SamplingParams",
+    "xverse.engine.speculation": "Speculation",
 }
-
-__all__ = [
-    "Constraint",
-    "Engine",
-    "Event",
-    "FinishReason",
-    "Request",
-    "SamplingParams",
-    "Speculation",
-    "Stats",
-    "TokenLogprob",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'xverse.engine' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"xverse.engine.{_HOME[name]}"), name)
+__all__ = " ".join(_MODULES.values()).split()
+__getattr__ = lazy(__name__, _MODULES)

@@ -26,11 +26,7 @@ def token_logprob(logprobs: Tensor, token: int, alternatives: int) -> TokenLogpr
 
 
 def score_prompt(
-    prompted: Prompted,
-    tokens: Sequence[int],
-    start: int,
-    hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
+    prompted: Prompted, tokens: Sequence[int], start: int, hidden: Tensor, head: Callable[[Tensor], Tensor]
 ) -> bool:
     """Add log-probabilities to ``prompted``, from ``hidden`` states [T, D] of the tokens from ``start`` on.
 

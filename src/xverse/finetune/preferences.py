@@ -26,10 +26,7 @@ def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     kept = (targets != IGNORE).nonzero().flatten()  # [K]
     example = (batch["position_ids"][0] == 0).cumsum(0)[kept + 1] - 1  # [K]
     output = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        use_cache=False,
-        logits_to_keep=kept,
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=kept
     )
     logits = output.logits[0].float()  # [K, V]
     tokens = -cross_entropy(logits, targets[kept], reduction="none")  # [K]

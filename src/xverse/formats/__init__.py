@@ -6,8 +6,9 @@ Names are imported on first use, so that ``resolve`` alone does not import torch
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from xverse.lazy import lazy
 
 if TYPE_CHECKING:
     from xverse.formats.compare import logits, parity
@@ -23,42 +24,14 @@ if TYPE_CHECKING:
     from xverse.formats.write import save_hf, save_llama, save_quantized
     from xverse.hub.resolve import resolve
 
-_HOME = {
-    "resolve": "xverse.hub.resolve",
-    "logits": "xverse.formats.compare",
-    "parity": "xverse.formats.compare",
-    "open_gguf": "xverse.formats.gguf",
-    "save_gguf": "xverse.formats.gguf",
-    "load_model": "xverse.formats.read",
-    "ModelDirectory": "xverse.formats.directory",
-    "load_tokenizer": "xverse.formats.directory",
-    "read_config": "xverse.formats.directory",
-    "read_generation_config": "xverse.formats.directory",
-    "read_scheme": "xverse.formats.directory",
-    "save_hf": "xverse.formats.write",
-    "save_llama": "xverse.formats.write",
-    "save_quantized": "xverse.formats.write",
-}
-
-__all__ = [
-    "ModelDirectory",
-    "load_model",
-    "load_tokenizer",
-    "logits",
-    "open_gguf",
-    "parity",
-    "read_config",
+_MODULES = {
+    "xverse.formats.compare": "logits parity",
+    "xverse.formats.directory": "ModelDirectory load_tokenizer read_config read_scheme "
     "read_generation_config",
-    "read_scheme",
-    "resolve",
-    "save_gguf",
-    "save_hf",
-    "save_llama",
-    "save_quantized",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'xverse.formats' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    "xverse.formats.gguf": "open_gguf save_gguf",
+    "xverse.formats.read": "load_model",
+    "xverse.formats.write": "save_hf save_llama save_quantized",
+    "xverse.hub.resolve": "resolve",
+}
+__all__ = " ".join(_MODULES.values()).split()
+__getattr__ = lazy(__name__, _MODULES)

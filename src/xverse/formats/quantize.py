@@ -130,9 +130,7 @@ def load_quantizing(
     source = Source(ModelDirectory.of(directory))
     with progress_bar(source.config) as progress:
         return build(
-            source.config,
-            Quantizer(source.config, source.read, settings, progress=progress).tensors(),
-            dtype,
+            source.config, Quantizer(source.config, source.read, settings, progress=progress).tensors(), dtype
         )
 
 

@@ -11,19 +11,8 @@ from torch import Tensor, nn
 from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
-from xverse.formats.schemes import (
-    Scheme,
-    dequantized,
-    layer_of,
-    load_layers,
-    quantized_names,
-)
-from xverse.formats.weights import (
-    DTYPES,
-    dtype_name,
-    listed,
-    read_tensors,
-)
+from xverse.formats.schemes import Scheme, dequantized, layer_of, load_layers, quantized_names
+from xverse.formats.weights import DTYPES, dtype_name, listed, read_tensors
 from xverse.model import XverseForCausalLM
 from xverse.model.config import FLOAT32_BELOW
 

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xverse.config import UserError
-from xverse.formats.compressed import (
-    EMBEDDING,
-    METHOD,
-    StoredRows,
-    pack,
-    quantization_config,
-    read_scheme,
-)
+from xverse.formats.compressed import EMBEDDING, METHOD, StoredRows, pack, quantization_config, read_scheme
 from xverse.formats.gptq import read_gptq_scheme
 from xverse.formats.weights import SafetensorsWriter, TensorFiles, dtype_name, read_object
 from xverse.kernels.linear import QuantEmbedding, QuantLinear

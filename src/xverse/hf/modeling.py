@@ -184,12 +184,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         return model_chat.chat(self, tokenizer, messages, stream, generation_config)
 
     def quantize(
-        self,
-        bits: int,
-        *,
-        method: Method = "rtn",
-        group_size: int = 128,
-        calibration: Tensor | None = None,
+        self, bits: int, *, method: Method = "rtn", group_size: int = 128, calibration: Tensor | None = None
     ) -> XverseForCausalLM:
         """Weights of 8 or 4 bits in the place of this model's, layer by layer; returns the model itself.
 

@@ -122,10 +122,7 @@ class PagedLayer:
 
     def _append_torch(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         blocks, offsets = slots // self.block_size, slots % self.block_size  # [T]
-        for rows, pages, scales in (
-            (k, self.keys, self.key_scales),
-            (v, self.values, self.value_scales),
-        ):
+        for rows, pages, scales in ((k, self.keys, self.key_scales), (v, self.values, self.value_scales)):
             if scales is None:
                 pages[blocks, :, offsets] = rows.to(pages.dtype)
             else:

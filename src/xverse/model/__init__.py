@@ -5,41 +5,21 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from xverse.model.config import SHAPES, XverseConfig, named_shape
+from xverse.lazy import lazy
 
 if TYPE_CHECKING:
     from xverse.model.attention import AttentionContext, FullCausal, Packed, document_starts
+    from xverse.model.config import SHAPES, XverseConfig, named_shape
     from xverse.model.loss import IGNORE, VocabularyShard, linear_cross_entropy
     from xverse.model.transformer import XverseForCausalLM, XverseModel, init_parameter, init_weights
 
-__all__ = [
-    "IGNORE",
-    "SHAPES",
-    "AttentionContext",
-    "FullCausal",
-    "Packed",
-    "VocabularyShard",
-    "XverseConfig",
-    "XverseForCausalLM",
-    "XverseModel",
-    "document_starts",
-    "init_parameter",
-    "init_weights",
-    "linear_cross_entropy",
-    "named_shape",
-]
-
-_HOMES = {
-    **dict.fromkeys(("AttentionContext", "FullCausal", "Packed", "document_starts"), "attention"),
-    **dict.fromkeys(("IGNORE", "VocabularyShard", "linear_cross_entropy"), "loss"),
-    **dict.fromkeys(("XverseForCausalLM", "XverseModel", "init_parameter", "init_weights"), "transformer"),
+_MODULES = {
+    "xverse.model.attention": "AttentionContext FullCausal Packed document_starts",
+    "xverse.model.config": "SHAPES XverseConfig named_shape",
+    "xverse.model.loss": "IGNORE VocabularyShard linear_cross_entropy",
+    "xverse.model.transformer": "XverseForCausalLM XverseModel init_parameter init_weights",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__ = " ".join(_MODULES.values()).split()
+__getattr__ = lazy(__name__, _MODULES)

@@ -277,8 +277,7 @@ def _nearest(
             }
             shard = processes // math.prod(degrees)
             layout = with_batch(
-                replace(requested, shard=shard, virtual_stages=virtual, **degree),
-                batch._replace(micro=micro),
+                replace(requested, shard=shard, virtual_stages=virtual, **degree), batch._replace(micro=micro)
             )
             if isinstance(layout, str) or problem(arch, layout, length, gpus_per_machine):
                 continue

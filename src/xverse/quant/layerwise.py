@@ -79,10 +79,7 @@ def input_rms(layer: DecoderLayer, config: XverseConfig, x: Tensor) -> InputRMS:
 
 
 def replace_linears(
-    layer: DecoderLayer,
-    config: XverseConfig,
-    x: Tensor,
-    replace: Callable[[tuple[str, ...], Hessian], None],
+    layer: DecoderLayer, config: XverseConfig, x: Tensor, replace: Callable[[tuple[str, ...], Hessian], None]
 ) -> None:
     """Calls ``replace(names, hessian)`` for the linears in the order of the forward pass; ``hessian`` is that
     of their inputs with the linears before them replaced. ``x`` [n, T, D] becomes the layer's output, in

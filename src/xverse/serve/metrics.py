@@ -28,10 +28,7 @@ class Metrics:
             registry=self.registry,
         )
         self.between_tokens = Histogram(
-            "xverse_inter_token_seconds",
-            "Time between two tokens",
-            buckets=_SECONDS,
-            registry=self.registry,
+            "xverse_inter_token_seconds", "Time between two tokens", buckets=_SECONDS, registry=self.registry
         )
         self.registry.register(_Engine(runner))
 

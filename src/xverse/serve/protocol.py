@@ -106,9 +106,7 @@ if TYPE_CHECKING:
     SamplingFields = Strict
 else:
     SamplingFields = create_model(
-        "SamplingFields",
-        __base__=Strict,
-        **{param.http: _sampling_field(param) for param in PARAMS.values()},
+        "SamplingFields", __base__=Strict, **{param.http: _sampling_field(param) for param in PARAMS.values()}
     )
 
 

@@ -139,11 +139,7 @@ def usage(choices: Sequence[Choice], prompts: int) -> dict[str, int]:
     step = max(1, len(choices) // max(1, prompts))
     prompt = sum(len(choice.request.prompt_ids) for choice in choices[::step])
     completion = sum(choice.tokens for choice in choices)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 class ChatReply:

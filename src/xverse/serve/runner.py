@@ -45,12 +45,7 @@ class _Ticket:
 class EngineRunner:
     """Call ``stream`` from any task of the event loop in which ``start`` was called."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        max_waiting: int = 256,
-    ) -> None:
+    def __init__(self, engine: Engine, *, max_waiting: int = 256) -> None:
         if max_waiting < 1:
             raise UserError(f"max_waiting: {max_waiting} is out of range (at least 1)")
         self.engine = engine

@@ -8,11 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from xverse.kernels.training import KernelPacked, use_training_kernels
 from xverse.model import AttentionContext, Packed, XverseForCausalLM

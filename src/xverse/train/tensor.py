@@ -72,12 +72,7 @@ def head_loss(head: nn.Linear, hidden: Tensor, targets: Tensor, z_loss: float) -
         vocabulary = _Vocabulary(weight)
         weight = weight.to_local()
     return linear_cross_entropy(
-        hidden.flatten(0, 1),
-        weight,
-        targets.flatten(),
-        reduction="sum",
-        z_loss=z_loss,
-        vocabulary=vocabulary,
+        hidden.flatten(0, 1), weight, targets.flatten(), reduction="sum", z_loss=z_loss, vocabulary=vocabulary
     )
 
 

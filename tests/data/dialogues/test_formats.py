@@ -63,10 +63,7 @@ def roles(item: dict[str, Any], description: DatasetInfo) -> list[tuple[str, str
             },
             [("system", "S"), *TURNS],
         ),
-        (
-            {"messages": [{"role": r, "content": [{"type": "text", "value": c}]} for r, c in TURNS]},
-            TURNS,
-        ),
+        ({"messages": [{"role": r, "content": [{"type": "text", "value": c}]} for r, c in TURNS]}, TURNS),
     ],
 )
 def test_formats_are_recognised_by_their_keys(item: Any, messages: Any, tiny_tokenizer: Any) -> None:

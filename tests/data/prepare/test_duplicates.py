@@ -78,20 +78,14 @@ ITEMS = [
         "mmlu",
         q("m/0", "Which enzyme unwinds the double helix of DNA during its replication in a living cell?"),
     ),
-    (
-        "mmlu",
-        q("m/1", "Which of the following statements is true?", ("Cats bark", "Dogs purr", "Fish sing")),
-    ),
+    ("mmlu", q("m/1", "Which of the following statements is true?", ("Cats bark", "Dogs purr", "Fish sing"))),
     (
         "mmlu",
         q("m/2", "Which of the following statements is true?", ("One is even", "Two is prime", "Ten is odd")),
     ),
     ("mmlu", q("m/3", "Pi is")),
     ("ceval", q("c/0", "下列关于法律推理的表述，能够成立的是____。", ("甲", "乙", "丙", "丁"))),
-    (
-        "agieval",
-        q("a/0", "What does the author think?", (), " ".join(f"passage{i}" for i in range(40))),
-    ),
+    ("agieval", q("a/0", "What does the author think?", (), " ".join(f"passage{i}" for i in range(40)))),
 ]
 
 

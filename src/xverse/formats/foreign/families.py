@@ -229,10 +229,7 @@ def _falcon(settings: Settings) -> PreTrainedModel:
             ffn_hidden_size=settings.size("ffn_hidden_size", default=4 * hidden),
             layer_norm_epsilon=settings.number("layer_norm_epsilon", 1e-5),
             max_position_embeddings=settings.size("max_position_embeddings", default=2048),
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": settings.number("rope_theta", 10000.0),
-            },
+            rope_parameters={"rope_type": "default", "rope_theta": settings.number("rope_theta", 10000.0)},
             pad_token_id=None,
         )
     )

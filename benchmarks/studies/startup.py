@@ -1,4 +1,4 @@
-"""``xverse bench startup``: wall time of ``xverse --help`` and of a first answer from the embedded model."""
+"""Wall time of ``xverse --help`` and of a first answer from the embedded model."""
 
 from __future__ import annotations
 
