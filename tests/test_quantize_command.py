@@ -71,7 +71,7 @@ def test_writes_a_directory_and_its_parity(
         (["--bits", "5"], "bits: 5 is not supported; 8 or 4"),
         (["--method", "gtpq"], "did you mean 'gptq'?"),
         (["--group-size", "100"], "group_size: 100 is not supported; one of 32, 64, 128"),
-        (["--method", "gptq"], "name a file with --calibration"),
+        (["--method", "gptq"], "give a file with --calibration"),
         (["--calibration", "x.txt"], "--calibration is only for --method gptq, not rtn"),
         (["--model", "nowhere"], "no model 'nowhere'"),
     ],

@@ -203,7 +203,8 @@ def size_problems(path: Path, parameters: int) -> list[str]:
 
 
 def directory_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """The size of a model directory's files; a run's checkpoints are in folders and do not count."""
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
 
 
 def checks(replies: Sequence[Reply], sizes: list[str]) -> list[Check]:

@@ -244,8 +244,8 @@ def test_scales_in_float16_are_rounded(written: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda c: c.update(quant_method="awq"), "(awq)"),
-        (lambda c: c.pop("quant_method"), "of an unnamed method"),
+        (lambda c: c.update(quant_method="awq"), "quant_method 'awq'"),
+        (lambda c: c.pop("quant_method"), "without quant_method"),
         (lambda c: c.update(format="float-quantized"), "the format 'float-quantized'"),
         (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "a quantised cache"),
         (lambda c: c.update(transform_config={"x": 1}), "a transform"),

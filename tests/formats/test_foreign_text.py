@@ -217,7 +217,7 @@ def test_who_has_no_chat(load: Any) -> None:
         (
             "baichuan2-chat",
             [USER, REPLY, {"role": "exec", "content": "x"}, REPLY, AGAIN],
-            "role 'exec' is XVERSE's",
+            "role 'exec' is specific to XVERSE",
         ),
     ],
 )
