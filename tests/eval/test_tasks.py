@@ -13,14 +13,16 @@ import torch
 
 from xverse.cli import main
 from xverse.config import UserError
+from xverse.data.benchmarks import humaneval
 from xverse.data.benchmarks.questions import Options
-from xverse.eval.generation import TaskSettings, generate
+from xverse.eval.generation import TaskRun, TaskSettings, generate
 from xverse.eval.run import load_benchmarks
 from xverse.eval.sandbox import run_python
 from xverse.eval.tasks import TASKS
 from xverse.eval.tasks.gsm8k import last_number
 from xverse.eval.tasks.humaneval import program
 from xverse.eval.tasks.skills import refuses
+from xverse.texts import read_jsonl
 
 
 def silent(done: int, of: int) -> None:
@@ -34,7 +36,7 @@ def test_bits_per_byte_are_those_of_a_plain_forward_pass(engine_backend: Any, tm
     (tmp_path / "zh.txt").write_text(text, encoding="utf-8")
     (tmp_path / "en.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n', encoding="utf-8")
     engine = engine_backend.engine
-    found = TASKS["ppl"](engine, (), tmp_path, TaskSettings(texts=tmp_path), silent)
+    found = TASKS["ppl"](TaskRun(engine, (), tmp_path, TaskSettings(texts=tmp_path), silent))
     ids = engine.tokenizer.encode(text)
     with torch.inference_mode():
         logits = engine.model(torch.tensor([ids]), FullCausal(1, len(ids)))[0].float()
@@ -78,7 +80,9 @@ def test_the_number_of_an_answer(text: str, number: str | None) -> None:
 
 
 def test_gsm8k(engine_backend: Any, test_data: Path) -> None:
-    found = TASKS["gsm8k"](engine_backend.engine, (), test_data / "eval", TaskSettings(limit=2), silent)
+    found = TASKS["gsm8k"](
+        TaskRun(engine_backend.engine, (), test_data / "eval", TaskSettings(limit=2), silent)
+    )
     assert found.figures["questions"] == 2
     assert all(row["answer"] is not None for row in found.rows)
     assert found.rows[0]["prompt"].count("Question: ") == 6
@@ -86,12 +90,10 @@ def test_gsm8k(engine_backend: Any, test_data: Path) -> None:
 
 
 def test_humaneval_passes_with_the_authors_solutions_alone(test_data: Path) -> None:
-    import gzip
-
-    lines = gzip.decompress((test_data / "eval/humaneval/HumanEval.jsonl.gz").read_bytes()).decode()
-    problems = [json.loads(line) for line in lines.splitlines()[:12]]
-    for problem in problems:
-        assert run_python(program(problem, problem["canonical_solution"]), 10).ok
+    path = test_data / "eval/humaneval/HumanEval.jsonl.gz"
+    solutions = [row["canonical_solution"] for _, row in read_jsonl(path)]
+    for (_, problem), solution in list(zip(humaneval.read(path), solutions, strict=True))[:12]:
+        assert run_python(program(problem, solution), 10).ok
         assert not run_python(program(problem, "    return None\n"), 10).ok
 
 
@@ -99,11 +101,13 @@ def test_humaneval_runs_nothing_unless_it_may(
     engine_backend: Any, test_data: Path, tmp_path: Path, capsys: Any
 ) -> None:
     with pytest.raises(UserError, match="--allow-code"):
-        TASKS["humaneval"](engine_backend.engine, (), test_data / "eval", TaskSettings(limit=1), silent)
+        TASKS["humaneval"](
+            TaskRun(engine_backend.engine, (), test_data / "eval", TaskSettings(limit=1), silent)
+        )
     assert main(["eval", "run", "--tasks", "humaneval", "--out", str(tmp_path / "out")]) == 2
     assert "--allow-code" in capsys.readouterr().err
     settings = TaskSettings(limit=2, allow_code=True)
-    found = TASKS["humaneval"](engine_backend.engine, (), test_data / "eval", settings, silent)
+    found = TASKS["humaneval"](TaskRun(engine_backend.engine, (), test_data / "eval", settings, silent))
     assert found.figures["problems"] == 2
 
 
@@ -146,7 +150,9 @@ def test_the_sandbox_runs_and_cleans_up() -> None:
 
 
 def test_skills(engine_backend: Any, tmp_path: Path) -> None:
-    found = TASKS["skills"](engine_backend.engine, engine_backend.stop_ids, tmp_path, TaskSettings(), silent)
+    found = TASKS["skills"](
+        TaskRun(engine_backend.engine, engine_backend.stop_ids, tmp_path, TaskSettings(), silent)
+    )
     talks = [row["messages"] for row in found.rows]
     assert max(len(talk) for talk in talks) == 10  # role play has five turns
     assert all(message["content"] for talk in talks for message in talk)

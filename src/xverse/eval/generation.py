@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from xverse.engine import Engine, Request, SamplingParams
 
@@ -30,17 +30,18 @@ class Outcome:
     page: str = ""
 
 
-class Task(Protocol):
-    """``progress(done, total)`` is called after each item."""
+@dataclass(frozen=True)
+class TaskRun:
+    """What a task gets. ``progress(done, total)`` is called after each item."""
 
-    def __call__(
-        self,
-        engine: Engine,
-        stop_ids: Sequence[int],
-        data_dir: Path,
-        settings: TaskSettings,
-        progress: Callable[[int, int], None],
-    ) -> Outcome: ...
+    engine: Engine
+    stop_ids: Sequence[int]
+    data_dir: Path
+    settings: TaskSettings
+    progress: Callable[[int, int], None]
+
+
+Task = Callable[[TaskRun], Outcome]
 
 
 def generate(

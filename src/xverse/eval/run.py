@@ -16,7 +16,7 @@ from xverse.eval import custom, store
 from xverse.eval.backends import EngineBackend
 from xverse.eval.benchmark import Benchmark
 from xverse.eval.benchmarks import BENCHMARKS
-from xverse.eval.generation import TaskSettings
+from xverse.eval.generation import TaskRun, TaskSettings
 from xverse.eval.scoring import Backend, make_prompts, score_prompts
 from xverse.eval.tasks import TASKS
 from xverse.files import atomic_file
@@ -177,9 +177,8 @@ def run_tasks(
             def report(done: int, of: int, line: Any = line, bar: Any = bar) -> None:
                 bar.update(line, completed=done, total=of)
 
-            outcome = choose("task", name, TASKS)(
-                backend.engine, backend.stop_ids, data_dir, settings, report
-            )
+            task = TaskRun(backend.engine, backend.stop_ids, data_dir, settings, report)
+            outcome = choose("task", name, TASKS)(task)
         path.parent.mkdir(parents=True, exist_ok=True)
         if outcome.page:
             with atomic_file(out / f"{name}.md") as partial:

@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from xverse.config import UserError
 from xverse.data.benchmarks import gsm8k
 from xverse.data.benchmarks.questions import QuestionReader
-from xverse.engine import Engine
-from xverse.eval.generation import Outcome, TaskSettings, generate
+from xverse.eval.generation import Outcome, TaskRun, generate
 
 SHOTS = 5
 _CALCULATION = re.compile(r"<<.*?>>")  # calculator annotations, which repeat the text
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-def run(
-    engine: Engine,
-    stop_ids: Sequence[int],
-    data_dir: Path,
-    settings: TaskSettings,
-    progress: Callable[[int, int], None],
-) -> Outcome:
-    path = data_dir / "gsm8k" / "test.jsonl"
+def run(task: TaskRun) -> Outcome:
+    path = task.data_dir / "gsm8k" / "test.jsonl"
     rows = [
         (raw.where, raw.text, _CALCULATION.sub("", str(raw.answer)))
         for raw in gsm8k.read(path, "test", QuestionReader())
     ]
     if len(rows) <= SHOTS:
-        raise UserError(f"{data_dir / 'gsm8k'}: {len(rows)} questions are too few (more than 5 are needed)")
+        raise UserError(f"{path.parent}: {len(rows)} questions are too few (more than 5 are needed)")
     shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for _, question, answer in rows[:SHOTS])
-    scored = rows[SHOTS:][: settings.limit]
+    scored = rows[SHOTS:][: task.settings.limit]
     prompts = [f"{shots}Question: {question}\nAnswer:" for _, question, _ in scored]
     replies = generate(
-        engine,
-        engine.tokenizer.encode_batch(prompts),
+        task.engine,
+        task.engine.tokenizer.encode_batch(prompts),
         max_new_tokens=400,
-        stop_ids=stop_ids,
+        stop_ids=task.stop_ids,
         stop=["\n\n", "Question:"],
-        progress=progress,
+        progress=task.progress,
     )
     results = [
         {

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from xverse import hardware
 from xverse.config import UserError
 from xverse.data.benchmarks import humaneval
 from xverse.data.benchmarks.humaneval import Problem
-from xverse.engine import Engine
-from xverse.eval.generation import Outcome, TaskSettings, generate
+from xverse.eval.generation import Outcome, TaskRun, generate
 from xverse.eval.sandbox import run_python
 
 STOPS = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert "]  # the function has ended
 SECONDS = 10.0
 
 
-def run(
-    engine: Engine,
-    stop_ids: Sequence[int],
-    data_dir: Path,
-    settings: TaskSettings,
-    progress: Callable[[int, int], None],
-) -> Outcome:
-    if not settings.allow_code:
+def run(task: TaskRun) -> Outcome:
+    if not task.settings.allow_code:
         raise UserError(
             "humaneval runs code that the model writes, in a process without network and with limited memory "
             "and time; pass --allow-code to permit it"
         )
-    path = data_dir / "humaneval" / "HumanEval.jsonl.gz"
-    problems = [problem for _, problem in humaneval.read(path)][: settings.limit]
+    path = task.data_dir / "humaneval" / "HumanEval.jsonl.gz"
+    problems = [problem for _, problem in humaneval.read(path)][: task.settings.limit]
+    engine, stop_ids, progress = task.engine, task.stop_ids, task.progress
     prompts = engine.tokenizer.encode_batch([problem.prompt for problem in problems])
     code = generate(engine, prompts, max_new_tokens=400, stop_ids=stop_ids, stop=STOPS, progress=progress)
     with ThreadPoolExecutor(hardware.cores().usable) as pool:

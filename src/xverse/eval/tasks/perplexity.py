@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from xverse.config import UserError
 from xverse.engine import Engine
-from xverse.eval.generation import Outcome, TaskSettings
+from xverse.eval.generation import Outcome, TaskRun
 from xverse.texts import load_texts
 
 WINDOW = 1024  # tokens
 _TEXTS = 200  # per language
 
 
-def run(
-    engine: Engine,
-    stop_ids: Sequence[int],
-    data_dir: Path,
-    settings: TaskSettings,
-    progress: Callable[[int, int], None],
-) -> Outcome:
-    folder = settings.texts or data_dir / "texts"
+def run(task: TaskRun) -> Outcome:
+    folder = task.settings.texts or task.data_dir / "texts"
     paths = sorted(path for path in folder.glob("*") if path.name.endswith((".txt", ".jsonl", ".jsonl.gz")))
     if not paths:
         raise UserError(
@@ -32,8 +25,8 @@ def run(
     rows = []
     for number, path in enumerate(paths):
         language = path.name.partition(".")[0]
-        texts = load_texts(path)[: settings.limit or _TEXTS]
-        nats, tokens, size = _measure(engine, texts)
+        texts = load_texts(path)[: task.settings.limit or _TEXTS]
+        nats, tokens, size = _measure(task.engine, texts)
         figures[language] = nats / math.log(2) / size
         rows.append(
             {
@@ -45,7 +38,7 @@ def run(
                 "perplexity": math.exp(nats / tokens),
             }
         )
-        progress(number + 1, len(paths))
+        task.progress(number + 1, len(paths))
     figures = {"all languages, mean": sum(figures.values()) / len(figures), **figures}
     return Outcome(
         title="Bits per byte",

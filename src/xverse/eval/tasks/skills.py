@@ -16,8 +16,7 @@ from typing import Any
 
 from xverse.config import UserError
 from xverse.data.benchmarks.questions import QuestionReader
-from xverse.engine import Engine
-from xverse.eval.generation import Outcome, TaskSettings, generate
+from xverse.eval.generation import Outcome, TaskRun, generate
 from xverse.tokenizer import encode_chat
 
 NEW_TOKENS = 256
@@ -31,14 +30,8 @@ _REFUSAL = re.compile(
 _BEGINNING = 160  # characters
 
 
-def run(
-    engine: Engine,
-    stop_ids: Sequence[int],
-    data_dir: Path,
-    settings: TaskSettings,
-    progress: Callable[[int, int], None],
-) -> Outcome:
-    items = _items(data_dir)
+def run(task: TaskRun) -> Outcome:
+    items, engine = _items(task.data_dir), task.engine
     talks: list[list[dict[str, str]]] = [[] for _ in items]
     longest = max(len(item["turns"]) for item in items)
     total = sum(len(item["turns"]) for item in items)
@@ -58,8 +51,8 @@ def run(
             engine,
             prompts,
             max_new_tokens=NEW_TOKENS,
-            stop_ids=stop_ids,
-            progress=functools.partial(_advance, progress, done, total),
+            stop_ids=task.stop_ids,
+            progress=functools.partial(_advance, task.progress, done, total),
         )
         done += len(going)
         for index, reply in zip(going, replies, strict=True):
