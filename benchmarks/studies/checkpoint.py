@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.common import ROOT, batch_of, module
+from benchmarks.studies.common import ROOT, add_directory, batch_of, module
 from xverse import hardware
-from xverse.bench.options import add_batch, add_directory, add_shape, add_threads, positive
+from xverse.bench.options import add_batch, add_shape, add_threads, positive
 from xverse.bench.report import Row, at_most, count_threads, need_memory, show, using_threads
 from xverse.config import UserError
 from xverse.log import notice

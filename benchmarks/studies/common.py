@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -21,6 +22,10 @@ from xverse.model import IGNORE, XverseConfig, XverseForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout; ``python -m benchmarks`` runs there
 SHARD_BYTES = 2 * 10**9
+
+
+def add_directory(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--directory", metavar="DIR", help="where temporary files go (default: $TMPDIR)")
 
 
 def module(name: str, *arguments: str) -> list[str]:

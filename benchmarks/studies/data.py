@@ -21,15 +21,17 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from xverse.bench.options import add_directory, positive
+from benchmarks.studies.common import add_directory
+from xverse.bench.options import positive
 from xverse.config import UserError
 
 PARTS = ("encode", "pipeline", "duplicates", "language", "questions")
@@ -225,10 +227,20 @@ def _pipeline(folder: Path, model: Path, out: Path, workers: int, evaluation: Pa
     }
 
 
+def similarity(
+    first: Sequence[int] | NDArray[np.uint64], second: Sequence[int] | NDArray[np.uint64]
+) -> float:
+    """The Jaccard index of two texts' 5-grams, from their hashed words, uint64 [words]."""
+    from xverse.data.prepare.duplicates import shingles
+
+    one, two = (set(shingles(np.asarray(text, np.uint64)).tolist()) for text in (first, second))
+    return len(one & two) / max(1, len(one | two))
+
+
 def planted_copies(documents: Iterator[str], count: int, seed: int = 0) -> dict[str, Any]:
     """Recall and precision of near-duplicate detection: ``count`` copies with Jaccard similarity 0.8 to 1 are
     planted among their originals, ``count`` similar texts below 0.7 and ``count`` unrelated ones."""
-    from xverse.data.prepare.duplicates import DuplicatesStage, signature, similarity
+    from xverse.data.prepare.duplicates import DuplicatesStage, signature
     from xverse.data.prepare.ngrams import split_words
 
     rng = random.Random(seed)

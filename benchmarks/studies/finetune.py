@@ -19,10 +19,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.studies.common import ROOT, check_space, existing, make_weights, module, run_finetune
+from benchmarks.studies.common import (
+    ROOT,
+    add_directory,
+    check_space,
+    existing,
+    make_weights,
+    module,
+    run_finetune,
+)
 from benchmarks.studies.trainers import CONTENDERS
 from xverse import hardware
-from xverse.bench.options import add_batch, add_directory, add_rounds, add_threads, positive
+from xverse.bench.options import add_batch, add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, count_threads, need_memory, show
 from xverse.bench.weights import placeholder_tokenizer
 from xverse.config import UserError, choose

@@ -17,9 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.common import ROOT, check_space, existing, make_weights, module, need_proc, run_xverse
+from benchmarks.studies.common import (
+    ROOT,
+    add_directory,
+    check_space,
+    existing,
+    make_weights,
+    module,
+    need_proc,
+    run_xverse,
+)
 from xverse import hardware
-from xverse.bench.options import add_directory, add_shape, add_threads
+from xverse.bench.options import add_shape, add_threads
 from xverse.bench.report import Row, at_most, show
 from xverse.bench.weights import placeholder_tokenizer
 from xverse.config import choose

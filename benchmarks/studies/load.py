@@ -13,8 +13,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.common import ROOT, check_space, existing, make_weights, module, need_proc
-from xverse.bench.options import add_directory, add_shape
+from benchmarks.studies.common import (
+    ROOT,
+    add_directory,
+    check_space,
+    existing,
+    make_weights,
+    module,
+    need_proc,
+)
+from xverse.bench.options import add_shape
 from xverse.bench.report import Row, at_most, in_gb, need_memory, say_gb, show
 from xverse.config import UserError, choose
 from xverse.log import notice

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.common import ROOT, existing, module, need_proc, run_xverse
+from benchmarks.studies.common import ROOT, add_directory, existing, module, need_proc, run_xverse
 from benchmarks.studies.made_text import make_text, prefix
 from xverse import hardware
-from xverse.bench.options import add_directory, add_threads, positive
+from xverse.bench.options import add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, show
 from xverse.config import UserError
 from xverse.log import notice

@@ -11,7 +11,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from xverse import __version__
@@ -44,12 +44,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and the nearest flag or action suggested.
+    """argparse with one-line errors; an unknown flag or action gets the nearest one, and ``hint``."""
 
-    ``moved``: choices that were removed, each with the message to give instead.
-    """
-
-    moved: Mapping[str, str] = {}
+    hint = ""
 
     def __init__(self, *args: object, **options: object) -> None:
         options.setdefault("allow_abbrev", False)
@@ -70,12 +67,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        if choice and choice.group(1) in self.moved:
-            message = f"{choice.group(1)}: {self.moved[choice.group(1)]}"
-        elif choice:
+        if choice:
             options = choice.group(2).replace("'", "").split(", ")
             message = f"unknown choice '{choice.group(1)}'{nearest(choice.group(1), options)} " + (
-                f"(known: {', '.join(options)})"
+                f"(known: {', '.join(options)}{self.hint})"
             )
         message = re.sub(r"unrecognized arguments: (-\S*).*", r"unknown argument '\1'", message)
         message = message.replace("unrecognized arguments:", "too many arguments:")

@@ -12,16 +12,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     add_model(source)
     add_shape(source)
-    parser.add_argument(
-        "--prompt-tokens", type=positive, default=512, metavar="N", help="length of each prompt"
-    )
+    parser.add_argument("--prompt-tokens", type=positive, default=512, metavar="N", help="prompt length")
     parser.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="timed decoding steps")
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="concurrent requests")
     add_rounds(parser, 3)
     add_threads(parser, "as xverse chat")
     add_quantize(parser)
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: as xverse chat)"
+        "--dtype", choices=["float32", "bfloat16"], help="weights' type (default: as xverse chat)"
     )
 
 

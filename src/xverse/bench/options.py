@@ -28,20 +28,12 @@ def add_quantize(parser: argparse._ActionsContainer) -> None:
 
 def add_batch(parser: argparse._ActionsContainer, rows: int, length: int) -> None:
     parser.add_argument("--batch-size", type=positive, default=rows, metavar="N", help="sequences per step")
-    parser.add_argument(
-        "--sequence-length", type=positive, default=length, metavar="N", help="tokens per sequence"
-    )
+    parser.add_argument("--sequence-length", type=positive, default=length, metavar="N", help="their length")
 
 
 def add_rounds(parser: argparse._ActionsContainer, default: int) -> None:
-    parser.add_argument(
-        "--rounds", type=positive, default=default, metavar="N", help="rounds to take medians of"
-    )
+    parser.add_argument("--rounds", type=positive, default=default, metavar="N", help="rounds to measure")
 
 
 def add_threads(parser: argparse._ActionsContainer, default: str = "all usable cores") -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help=f"CPU threads (default: {default})")
-
-
-def add_directory(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--directory", metavar="DIR", help="where temporary files go (default: $TMPDIR)")

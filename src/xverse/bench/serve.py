@@ -39,9 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_quantize(parser)
     parser.add_argument("--clients", type=positive, default=8, metavar="N", help="concurrent streams")
-    parser.add_argument(
-        "--prompt-tokens", type=positive, default=64, metavar="N", help="length of each prompt"
-    )
+    parser.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="prompt length")
     parser.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="tokens per stream")
     add_rounds(parser, 3)
     add_threads(parser, "as xverse chat")

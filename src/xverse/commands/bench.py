@@ -18,10 +18,6 @@ BENCHMARKS = {
     "quant": "INT4, INT8 and bfloat16 kernels beside their bounds",
 }
 ALL = ("infer", "train", "quant")  # without a name: those that need no extra
-_STUDIES = (
-    *("checkpoint", "data", "finetune", "float8", "load", "parallel", "quality", "scale", "soak"),
-    *("startup", "survival", "tokenizer"),
-)
 
 
 def arguments(parser: Parser) -> None:
@@ -29,15 +25,11 @@ def arguments(parser: Parser) -> None:
         f"Without a name: {', '.join(ALL)} in turn. The last line of stdout is one JSON object. "
         "In a checkout `python -m benchmarks --help` lists more measurements."
     )
-    parser.moved = {name: _study(name) for name in _STUDIES}
+    parser.hint = "; in a checkout, python -m benchmarks has more"
     names = parser.add_subparsers(dest="name", metavar="NAME")
     for name, text in BENCHMARKS.items():
         sub = names.add_parser(name, help=text, description=text, formatter_class=parser.formatter_class)
         importlib.import_module(f"xverse.bench.{name}").arguments(sub)
-
-
-def _study(name: str) -> str:
-    return f"this measurement is in the checkout only: python -m benchmarks {name}"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,9 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", choices=["int8", "int4"], help="quantise the weights while loading", **unset
     )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: by the model's size)", **unset
-    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: by size)", **unset)
     add_sampling_flags(parser, "How replies are generated")
 
 

@@ -61,9 +61,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument(
         "--model", default="nano", metavar="M", help="model whose tokenizer is used (default: %(default)s)"
     )
-    show.add_argument(
-        "--index", type=int, default=0, metavar="N", help="index of the example, from 0 (default: 0)"
-    )
+    show.add_argument("--index", type=int, default=0, metavar="N", help="number of the example, from 0")
     for flag in ("--dialogues", "--tokenizer"):  # of older versions
         show.add_argument(flag, help=argparse.SUPPRESS)
 

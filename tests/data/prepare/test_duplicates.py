@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.studies.data import planted_copies, planted_questions
+from benchmarks.studies.data import planted_copies, planted_questions, similarity
 from xverse.data.benchmarks.questions import RawQuestion
-from xverse.data.prepare.duplicates import EXACT, NEAR, choose_copies, signature, similarity
+from xverse.data.prepare.duplicates import EXACT, NEAR, choose_copies, signature
 from xverse.data.prepare.ngrams import hash_words, ngrams, split_words
 from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index
 from xverse.texts import read_jsonl

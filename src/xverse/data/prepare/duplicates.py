@@ -12,7 +12,7 @@ hashes that fall to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,11 +210,3 @@ def choose_copies(count: int, exact: NDArray[np.int64], near: NDArray[np.int64])
     fate = np.where(group == np.arange(count), 0, NEAR).astype(np.uint8)
     fate[exact[:, 1]] = EXACT
     return fate
-
-
-def similarity(
-    first: Sequence[int] | NDArray[np.uint64], second: Sequence[int] | NDArray[np.uint64]
-) -> float:
-    """The Jaccard index of two texts' 5-grams, from their hashed words, uint64 [words]."""
-    one, two = (set(shingles(np.asarray(text, np.uint64)).tolist()) for text in (first, second))
-    return len(one & two) / max(1, len(one | two))
