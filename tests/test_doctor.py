@@ -21,7 +21,7 @@ from xverse.commands import doctor
 @pytest.fixture(scope="module")
 def report() -> Any:
     result = subprocess.run(
-        [sys.executable, "-m", "xverse.cli", "doctor", "--json"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "xverse.cli", "doctor", "--json"], capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

@@ -33,7 +33,7 @@ def chat(
         [sys.executable, *python, "-m", "xverse.cli", "chat", *map(str, arguments)],
         input=None if stdin is None else stdin.encode(),
         capture_output=True,
-        timeout=120,
+        timeout=300,
     )
     return result.returncode, result.stdout.decode(), result.stderr.decode()
 

@@ -87,7 +87,7 @@ def test_it_learns_the_replies_and_writes_a_model(recipe: Path, tmp_path: Path, 
 def test_a_stopped_run_saves_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xverse.cli", "finetune", str(recipe), "max_steps=5000"]
     process = subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True)
-    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 400
     while not (log.exists() and len(log.read_text().splitlines()) > 12):
         assert time.monotonic() < deadline
         assert process.poll() is None

@@ -64,7 +64,7 @@ def start(program: str, **environment: str) -> Callable[[], tuple[dict[str, Any]
     )
 
     def wait() -> tuple[dict[str, Any], str]:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, output + errors
         return json.loads(output.rsplit("REPORT", 1)[1]), output + errors
 

@@ -64,14 +64,14 @@ class Client:
 
     def resolve(self, model: str, **environment: str) -> Path:
         process = self.start(model, **environment)
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
         return Path(out.strip())
 
     def refused(self, model: str, **environment: str) -> str:
         """The last line of stderr, after notices."""
         process = self.start(model, **environment)
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=240)
         assert process.returncode == 2, (out, errors)
         assert "Traceback" not in errors
         return errors.strip().splitlines()[-1]

@@ -92,10 +92,10 @@ def test_sharded_states_are_exact() -> None:
 
 
 def test_the_best_of_1024_a800_is_found_at_once_and_can_run() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     task = task_of(named_shape("7b"), "7b", A800, 1024, None, None)
     found = search(task)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     best = found[0]
     assert best.layout.processes == 1024
     assert best.layout.sequences * 8192 == task.batch_tokens

@@ -30,7 +30,7 @@ class Running:
     server: Any
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, timeout=240, trust_env=False, **options)
 
     def openai(self, key: str = "none") -> Any:
         import openai
@@ -38,7 +38,7 @@ class Running:
         http = httpx.Client(trust_env=False)
         return openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0, http_client=http)
 
-    def until(self, condition: Any, seconds: float = 20) -> None:
+    def until(self, condition: Any, seconds: float = 90) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "it did not happen in time"
@@ -160,9 +160,9 @@ class Visitor:
         """Wait for that many replies; return the last one when it is complete."""
         from playwright import sync_api
 
-        sync_api.expect(self.page.locator("#chat [data-testid=bot]")).to_have_count(replies, timeout=20_000)
+        sync_api.expect(self.page.locator("#chat [data-testid=bot]")).to_have_count(replies, timeout=90_000)
         sync_api.expect(self.page.locator("#message [data-testid=submit-button]")).to_be_visible(
-            timeout=20_000
+            timeout=90_000
         )
         return self.said("bot")[-1]
 
@@ -214,7 +214,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
     ) -> Visitor:
         context = browser.new_context(locale=locale, viewport=size, **more)
         context.add_init_script(script)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(90_000)
         contexts.append(context)
         return enter(context, server, opened)
 

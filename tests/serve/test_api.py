@@ -329,7 +329,7 @@ def test_curl(server: Any) -> None:
     done = subprocess.run(
         ["curl", "-sN", "--noproxy", "*", f"{server.url}/v1/chat/completions",
          "-H", "Content-Type: application/json", "-d", body],
-        capture_output=True, text=True, check=True, timeout=60,
+        capture_output=True, text=True, check=True, timeout=240,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line]
     assert lines[-1] == "data: [DONE]"

@@ -53,7 +53,7 @@ def test_it_opens_its_tab_and_ends_with_a_visitor(demo: Any, name: str, tab: str
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(url)
-        sync_api.expect(page.locator(tab)).to_be_visible(timeout=20_000)
+        sync_api.expect(page.locator(tab)).to_be_visible(timeout=90_000)
         page.wait_for_load_state("networkidle")
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)  # an open window must not delay the exit
@@ -75,7 +75,7 @@ def test_it_opens_its_tab_and_ends_with_a_visitor(demo: Any, name: str, tab: str
 @pytest.mark.parametrize("name", ["chat_demo.py", "text_generation_demo.py"])
 def test_wrong_flags(name: str, flags: list[str], part: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / name), *flags], capture_output=True, text=True, timeout=60
+        [sys.executable, str(ROOT / name), *flags], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 2
     assert part in done.stderr

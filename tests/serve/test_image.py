@@ -113,9 +113,9 @@ def test_its_steps_make_a_server(tmp_path: Path) -> None:
         request = urllib.request.Request(
             url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with opener.open(request, timeout=60) as answer:
+        with opener.open(request, timeout=240) as answer:
             assert "XVERSE-nano" in json.loads(answer.read())["choices"][0]["message"]["content"]
-        with opener.open(url + "/", timeout=60) as answer:
+        with opener.open(url + "/", timeout=240) as answer:
             assert b"gradio" in answer.read()
     finally:
         process.terminate()

@@ -73,7 +73,7 @@ def ask(url: str, tokens: int) -> Iterator[float]:
     """The arrival times of the pieces of a streamed reply."""
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": tokens, "stream": True}
     with (
-        httpx.Client(trust_env=False, timeout=60) as client,
+        httpx.Client(trust_env=False, timeout=240) as client,
         client.stream("POST", url + CHAT, json=body) as answer,
     ):
         assert answer.status_code == 200

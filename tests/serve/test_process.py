@@ -40,7 +40,7 @@ def test_sigterm_lets_replies_finish_and_takes_no_new_ones(process: Any) -> None
     headers = {"Authorization": "Bearer k"}
     body = {"messages": QUESTION, "stream": True, "logit_bias": {"3": -100}, "max_tokens": 200}
     with (
-        httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=60) as client,
+        httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=240) as client,
         client.stream("POST", CHAT, json=body) as answer,
     ):
         lines = answer.iter_lines()
@@ -95,7 +95,7 @@ def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Any) -> None:
     ],
 )
 def test_wrong_flags(arguments: list[str], part: str) -> None:
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert part in done.stderr
     assert "Traceback" not in done.stderr
@@ -109,7 +109,7 @@ def test_origins_that_are_allowed() -> None:
     try:
         assert started.stdout is not None
         url = started.stdout.readline().split()[-1]
-        with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        with httpx.Client(base_url=url, trust_env=False, timeout=240) as client:
             for origin, welcome in (("https://friend.example", True), ("https://evil.example", False)):
                 asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
                 asks["Access-Control-Request-Headers"] = "authorization, content-type"

@@ -48,7 +48,7 @@ class Torchrun:
         """What it has printed so far."""
         return self._log.read_text() if self._log.exists() else ""
 
-    def communicate(self, timeout: float = 200) -> tuple[str, None]:
+    def communicate(self, timeout: float = 500) -> tuple[str, None]:
         """What it printed, stdout and stderr, once it has ended."""
         deadline = time.monotonic() + timeout
         while self.poll() is None:

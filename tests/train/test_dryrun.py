@@ -162,7 +162,7 @@ def slurm(tmp_path: Path, behaviour: str, recipe: str = "out: run\n") -> tuple[i
     script = ROOT / "recipes" / "7b" / "run.sbatch"
     result = subprocess.run(
         ["bash", str(script), "recipe.yaml", "train.log_every=5"], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     return result.returncode, (tmp_path / "log").read_text(), result.stdout + result.stderr
 

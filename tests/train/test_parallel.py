@@ -27,7 +27,7 @@ Torchrun = Callable[..., Any]
 
 def finished(process: Any) -> str:
     """What it printed, when it has ended well."""
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     return output
 
@@ -106,7 +106,7 @@ def test_signals_reach_one_process_and_all_save(
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     os.kill(pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode != 0
     assert "run the same command to continue from it" in output
     assert len(checkpoints(out)) == 2, "SIGUSR1 saves and goes on, SIGTERM saves and stops"
