@@ -53,8 +53,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)  # type: ignore[arg-type]
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        # First, because argparse reports a misspelt required flag as missing. An unknown action is reported
-        # before the flags behind it.
+        # Before argparse, which reports a misspelt required flag as missing; an unknown action comes first.
         names = self.below()
         unknown_action = names and args and not args[0].startswith("-") and args[0] not in names
         for argument in () if unknown_action else args or ():

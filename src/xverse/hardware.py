@@ -345,11 +345,9 @@ def matmul_flops(
     left = torch.randn(rows, inner, device=device).to(dtype)  # [rows, inner]
     right = torch.randn(inner, columns, device=device).to(dtype)  # [inner, columns]
     out = torch.empty(rows, columns, dtype=dtype, device=device)  # [rows, columns]
-    few, begin = -(-rows // 16), time.perf_counter()
+    few, begin = -(-rows // 256), time.perf_counter()
     torch.matmul(left[:few], right, out=out[:few])
-    if (
-        str(device) == "cpu" and (spent := time.perf_counter() - begin) > 1
-    ):  # bfloat16 without hardware for it
+    if str(device) == "cpu" and (spent := time.perf_counter() - begin) > 0.5:  # no hardware for bfloat16
         return 2 * few * inner * columns / spent
     elapsed = _time_each(lambda: torch.matmul(left, right, out=out), str(device), seconds, best)
     return 2 * rows * inner * columns / elapsed

@@ -53,7 +53,8 @@ def save_hf(
     dtype, config = dtype or model.lm_head.weight.dtype, model.config
     if dtype_name(dtype) not in DTYPES:
         raise UserError(f"{dtype_name(dtype)} weights cannot be written; known: {', '.join(DTYPES)}")
-    values = llama_config(config, dtype) if llama else hf_config(config, dtype)
+    values = {**config.to_json(dtype_name(dtype)), "auto_map": AUTO_MAP}
+    values = llama_config(config, dtype) if llama else values
     shim = {} if llama else SHIM_FILES
     with _directory(
         Path(path), config, tokenizer, generation_config, overwrite, documents, shim
@@ -75,11 +76,6 @@ def save_llama(
     multiplies by the weight and XVERSE's after.
     """
     save_hf(model, tokenizer, path, dtype, llama=True, **options)
-
-
-def hf_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json`` as XVERSE publishes it, with the shim's classes."""
-    return {**config.to_json(dtype_name(dtype)), "auto_map": AUTO_MAP}
 
 
 def llama_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
