@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from xverse.cli import VERBS, main, verb_parser
+from xverse.cli import VERBS, Parser, main, verb_parser
 
 
 def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -51,12 +52,19 @@ def test_bash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert set(flags) == {flag for action in parser._actions for flag in action.option_strings} - {"-h"}
 
 
+def shown_flags(parser: Parser) -> list[str]:
+    """The flags of a parser and its actions, without former ones that only give a message."""
+    actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    below = [flag for sub in parser.below().values() for flag in shown_flags(sub)]
+    return [flag for action in actions for flag in action.option_strings] + below
+
+
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_other_shells_name_every_verb_and_flag(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     program = script(shell, capsys)
     for verb in VERBS:
         assert verb in program
-        for flag in verb_parser(verb).known_flags():
+        for flag in shown_flags(verb_parser(verb)):
             assert (f"-l {flag[2:]}" if shell == "fish" and flag.startswith("--") else flag[1:]) in program
     if shutil.which(shell):
         check = subprocess.run([shell, "-n"], input=program, capture_output=True, text=True)
