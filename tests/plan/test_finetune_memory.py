@@ -66,6 +66,8 @@ def words(large: Path, out: Path, **flags: str) -> list[str]:
 )
 def test_the_prediction_is_within_15_percent(large, tmp_path, flags) -> None:
     """In a process of its own: this one has memory to give back."""
+    if "bf16" in flags and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no fast bfloat16 matmul: a step takes minutes")
     command = [sys.executable, "-m", "xverse.cli", "finetune", *words(large, tmp_path / "out", **flags)]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
