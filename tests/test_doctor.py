@@ -56,7 +56,8 @@ def test_measurements(report: Any) -> None:
     for row in measured["bandwidth"]:
         assert len(row["samples"]) == 2
         assert all(1e8 < sample < 1e13 for sample in row["samples"])
-    assert all(1e8 < flops < 1e15 for flops in measured["matmul"].values())
+    matmul = measured["matmul"]
+    assert all(1e7 < flops < 1e15 for flops in matmul.values())  # bfloat16 without hardware: 5e7
     assert measured["bandwidth_buffer"] > report["cpu"]["last_level_cache"]
 
 

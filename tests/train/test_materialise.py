@@ -131,5 +131,5 @@ def test_quantised_weights_are_refused(tmp_path: Path, tiny_shape: dict[str, int
         "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="quantised; training begins with"):
+    with pytest.raises(UserError, match="quantised; train the model that they were"):
         stored_model(tmp_path)

@@ -292,6 +292,8 @@ def read_settings(values: Mapping[str, Any], where: str) -> Settings:
             values[name] = _dataset_uses(values[name])
         else:
             values.pop(name, None)
+    for name in ("eval_strategy", "logging_strategy", "save_strategy"):
+        values |= {name: "no"} if values.get(name) is False else {}  # YAML reads no as false
     for name in ("lora_target", "report_to"):
         if isinstance(values.get(name), list):
             values[name] = ",".join(map(str, values[name]))
