@@ -387,7 +387,8 @@ def _refuse_former_recipe(values: Mapping[str, Any], where: str) -> None:
     keys += [f"train.{key}" for key in train] if isinstance(train, Mapping) else []
     if keys:
         changes = ", ".join(f"{key} → {FORMER_KEYS.get(key, 'remove it')}" for key in keys)
+        more = "" if "do_train" in values else "; add do_train: true and finetuning_type: full"
         raise UserError(
-            f"{where}: the keys of fine-tuning recipes have changed: {changes}; add do_train: true and "
-            "finetuning_type: full (recipes/nano/sft.yaml is an example)"
+            f"{where}: the keys of fine-tuning recipes have changed: {changes}{more} "
+            "(recipes/nano/sft.yaml is an example)"
         )
