@@ -88,4 +88,4 @@ def test_a_run_records_it_and_says_it(
     assert len(found) == 2
     assert all(0 < each["exposed_seconds"] <= each["all_seconds"] for each in found)
     assert "· communication " in output
-    assert "in 2 profiled ones" in (tmp_path / "run" / "report.md").read_text()
+    assert "in 2 profiled steps" in (tmp_path / "run" / "report.md").read_text()

@@ -76,5 +76,5 @@ def test_a_tracker_that_fails_does_not_end_the_run(
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     fit_tiny(tmp_path, steps=3, trackers=["tensorboard"])
-    assert "WARNING: tensorboard is left out from here on: No space left" in capsys.readouterr().err
+    assert "WARNING: tensorboard failed and gets no more figures: No space left" in capsys.readouterr().err
     assert len([r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]) == 3
