@@ -158,15 +158,15 @@ void xv_silu_mul(const void* gate, const void* up, void* y, int type, int64_t co
 }
 
 void xv_rotate(void* q, void* k, const void* cos, const void* sin, int type, int64_t tokens, int heads,
-               int head_dim, int threads) {
+               int key_heads, int head_dim, int threads) {
   const Kernels& table = *instruction_set->kernels;
-  const int64_t width = size_of(type), row = int64_t(heads) * head_dim * width;
+  const int64_t width = size_of(type), row = int64_t(head_dim) * width;
   share(tokens, tokens * heads * head_dim < kSmallWork ? 1 : threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const void* cosines = static_cast<const char*>(cos) + t * head_dim * width;
       const void* sines = static_cast<const char*>(sin) + t * head_dim * width;
-      table.rotate(static_cast<char*>(q) + t * row, cosines, sines, Type(type), heads, head_dim);
-      table.rotate(static_cast<char*>(k) + t * row, cosines, sines, Type(type), heads, head_dim);
+      table.rotate(static_cast<char*>(q) + t * heads * row, cosines, sines, Type(type), heads, head_dim);
+      table.rotate(static_cast<char*>(k) + t * key_heads * row, cosines, sines, Type(type), key_heads, head_dim);
     }
   });
 }

@@ -36,13 +36,17 @@ struct PagedCache {
   }
 };
 
-// Rows [tokens, heads, head_dim] whose last dimension is contiguous; strides in elements.
+// Rows [tokens, heads, head_dim] whose last dimension is contiguous; strides in elements. `group` consecutive heads of a
+// token's queries share one key head. They are separate queries of the key heads: query token * group + j has the heads
+// j, group + j, 2 * group + j and so on.
 struct Rows {
   const void* data;
   Type type;
   int64_t token_stride, head_stride;
+  int group = 1;
 
-  const void* at(int64_t token, int head) const {
+  const void* at(int64_t query, int key_head) const {
+    const int64_t token = query / group, head = key_head * int64_t(group) + query % group;
     return static_cast<const char*>(data) +
            (token * token_stride + head * head_stride) * (type == kFloat32 ? 4 : 2);
   }
@@ -55,18 +59,18 @@ struct Part {
 };
 
 struct AttentionKernels {
-  // Decoding: for each head, the query of `token` sees the positions begin to end - 1; `begin` is the start of a
+  // Decoding: for each key head, `query` (see Rows) sees the positions begin to end - 1; `begin` is the start of a
   // block. A bfloat16 cache takes bfloat16 queries. All heads of a block are processed before the next block, so that
   // memory is read in long runs: head by head, 8 KB at a time, reached less than half of the bandwidth.
   void (*decode)(const PagedCache& cache, const int32_t* blocks, int begin, int end, const Rows& queries,
-                 int64_t token, Part* parts);
+                 int64_t query, Part* parts);
 
   // Stores the new keys or values of tokens first to last - 1 at slots[token] (block * block_size + offset).
   void (*append)(const PagedCache& cache, const Pages& pages, const Rows& rows, const int64_t* slots,
                  int64_t first, int64_t last);
 
-  // Prefill: `count` bfloat16 queries (up to kPrefillRows) of one head. The query of token first + i sees the positions
-  // 0 to start + first + i. out [tokens, heads, head_dim]. Null: PyTorch's attention is used instead.
+  // Prefill: `count` bfloat16 queries (up to kPrefillRows) of query head `head`. That of token first + i sees the
+  // positions 0 to start + first + i. out [tokens, heads, head_dim]. Null: PyTorch's attention is used instead.
   void (*prefill)(const PagedCache& cache, const int32_t* blocks, int head, int start, const Rows& queries,
                   int first, int count, uint16_t* out);
 };

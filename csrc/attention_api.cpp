@@ -83,21 +83,23 @@ void xv_paged_append(const XvCache* cache, const void* k, const void* v, const i
 
 void xv_paged_attention(const XvCache* cache, const void* q, const int32_t* table, const int32_t* lengths,
                         void* out, int type, int64_t batch, int64_t max_blocks, int64_t token_stride,
-                        int64_t head_stride, int threads) {
+                        int64_t head_stride, int group, int threads) {
   const PagedCache paged = paged_cache(*cache);
-  const Rows queries{q, Type(type), token_stride, head_stride};
+  const Rows queries{q, Type(type), token_stride, head_stride, group};
   const int heads = paged.heads, head_dim = paged.head_dim;
   int64_t positions = 0;
   for (int64_t b = 0; b < batch; ++b) positions += lengths[b];
-  if (positions * heads * head_dim < kSmallWork) threads = 1;
-  // Of each query: the positions in a part, and the number of its first part.
-  std::vector<int64_t> size(static_cast<size_t>(batch)), first(size_t(batch) + 1);
-  for (int64_t b = 0; b < batch; ++b) {
-    size[b] = part_size(lengths[b], paged.block_size);
-    first[b + 1] = first[b] + (std::max(lengths[b], 1) + size[b] - 1) / size[b];
+  if (positions * heads * head_dim * group < kSmallWork) threads = 1;
+  // Of each query (see Rows): the positions in a part, and the number of its first part.
+  const int64_t many = batch * group;
+  std::vector<int64_t> size(static_cast<size_t>(many)), first(size_t(many) + 1);
+  for (int64_t i = 0; i < many; ++i) {
+    const int32_t length = lengths[i / group];
+    size[i] = part_size(length, paged.block_size);
+    first[i + 1] = first[i] + (std::max(length, 1) + size[i] - 1) / size[i];
   }
-  const int64_t count = first[batch];
-  const bool whole = count == batch;
+  const int64_t count = first[many];
+  const bool whole = count == many;
   // Sequences that begin with the same block share keys: the tasks at one position are ordered one after the other, so
   // that only the first reads from memory and the others from the processor's cache.
   struct Task {
@@ -107,11 +109,11 @@ void xv_paged_attention(const XvCache* cache, const void* q, const int32_t* tabl
   tasks.reserve(static_cast<size_t>(count));
   bool shared_blocks = false;
   int64_t run = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    const bool same = b > 0 && table[b * max_blocks] == table[(b - 1) * max_blocks];
+  for (int64_t i = 0; i < many; ++i) {
+    const bool same = i > 0 && table[i / group * max_blocks] == table[(i - 1) / group * max_blocks];
     shared_blocks |= same;
-    if (!same) run = b;
-    for (int64_t from = 0; from < std::max(lengths[b], 1); from += size[b]) tasks.push_back({run, from, b});
+    if (!same) run = i;
+    for (int64_t from = 0; from < std::max(lengths[i / group], 1); from += size[i]) tasks.push_back({run, from, i});
   }
   if (shared_blocks) {
     std::stable_sort(tasks.begin(), tasks.end(), [](const Task& one, const Task& other) {
@@ -128,36 +130,36 @@ void xv_paged_attention(const XvCache* cache, const void* q, const int32_t* tabl
   std::vector<Part> parts;
   std::vector<float> sums;
   if (!whole) make(parts, sums, count);
-  std::vector<std::atomic<int64_t>> missing(static_cast<size_t>(batch));
-  for (int64_t b = 0; b < batch; ++b) missing[b] = first[b + 1] - first[b];
+  std::vector<std::atomic<int64_t>> missing(static_cast<size_t>(many));
+  for (int64_t i = 0; i < many; ++i) missing[i] = first[i + 1] - first[i];
 
   share(count, threads, [&](int64_t begin, int64_t end) {
     std::vector<Part> own;
     std::vector<float> own_sums;
     if (whole) make(own, own_sums, 1);
     for (int64_t at = begin; at < end; ++at) {
-      const int64_t from = tasks[at].from, b = tasks[at].query;
-      const int to = int(std::min<int64_t>(from + size[b], lengths[b]));
-      Part* into = whole ? own.data() : &parts[(first[b] + from / size[b]) * heads];
-      instruction_set->attention->decode(paged, table + b * max_blocks, int(from), to, queries, b, into);
+      const int64_t from = tasks[at].from, i = tasks[at].query, b = i / group;
+      const int to = int(std::min<int64_t>(from + size[i], lengths[b]));
+      Part* into = whole ? own.data() : &parts[(first[i] + from / size[i]) * heads];
+      instruction_set->attention->decode(paged, table + b * max_blocks, int(from), to, queries, i, into);
       // The thread that finishes a query's last part merges them: no barrier.
-      if (missing[b].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
-      Part* results = whole ? own.data() : &parts[first[b] * heads];
+      if (missing[i].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+      Part* results = whole ? own.data() : &parts[first[i] * heads];
       for (int head = 0; head < heads; ++head) {
-        merge(results + head, first[b + 1] - first[b], heads, head_dim);
-        store(results[head], head_dim, Type(type), out, (b * heads + head) * head_dim);
+        merge(results + head, first[i + 1] - first[i], heads, head_dim);
+        store(results[head], head_dim, Type(type), out, ((b * heads + head) * group + i % group) * head_dim);
       }
     }
   });
 }
 
 void xv_paged_prefill(const XvCache* cache, const void* q, const int32_t* table, void* out, int64_t start,
-                      int64_t tokens, int64_t token_stride, int64_t head_stride, int threads) {
+                      int64_t tokens, int64_t token_stride, int64_t head_stride, int group, int threads) {
   const PagedCache paged = paged_cache(*cache);
-  const Rows queries{q, kBFloat16, token_stride, head_stride};
+  const Rows queries{q, kBFloat16, token_stride, head_stride, group};
   const int64_t tiles = (tokens + kPrefillRows - 1) / kPrefillRows;
   // Tiles of one head are consecutive, so that its keys and values stay in the L2 cache.
-  share(tiles * paged.heads, threads, [&](int64_t begin, int64_t end) {
+  share(tiles * paged.heads * group, threads, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t from = (tiles - 1 - at % tiles) * kPrefillRows;
       const int rows = int(std::min<int64_t>(kPrefillRows, tokens - from));

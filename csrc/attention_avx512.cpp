@@ -307,7 +307,7 @@ inline void attend(const Reader& reader, const Stored* keys, const Stored* value
 
 template <class Reader, int kSteps>
 void decode_of(const PagedCache& cache, const int32_t* blocks, int begin, int end, const Rows& queries,
-               int64_t token, Part* parts) {
+               int64_t query, Part* parts) {
   using Stored = typename Reader::Stored;
   constexpr int kHeadDim = 32 * kSteps;
   constexpr int kPositions = Reader::kGroups * kKeyGroup;
@@ -315,7 +315,7 @@ void decode_of(const PagedCache& cache, const int32_t* blocks, int begin, int en
   std::vector<Reader> readers;
   readers.reserve(size_t(cache.heads));
   for (int head = 0; head < cache.heads; ++head)
-    readers.emplace_back(queries.at(token, head), queries.type);
+    readers.emplace_back(queries.at(query, head), queries.type);
   clear(parts, cache.heads, 16 * Reader::kSums);
   const int64_t size = int64_t(cache.heads) * cache.block_size * kHeadDim;
   for (int at = begin; at < end; at += cache.block_size) {
@@ -344,7 +344,7 @@ void decode_of(const PagedCache& cache, const int32_t* blocks, int begin, int en
 }
 
 void decode(const PagedCache& cache, const int32_t* blocks, int begin, int end, const Rows& queries,
-            int64_t token, Part* parts) {
+            int64_t query, Part* parts) {
   using Decode = void (*)(const PagedCache&, const int32_t*, int, int, const Rows&, int64_t, Part*);
   constexpr Decode kinds[4][3] = {
       {decode_of<Floats<1>, 1>, decode_of<BFloats<1>, 1>, decode_of<Bytes<1>, 1>},
@@ -352,8 +352,8 @@ void decode(const PagedCache& cache, const int32_t* blocks, int begin, int end, 
       {decode_of<Floats<3>, 3>, decode_of<BFloats<3>, 3>, decode_of<Bytes<3>, 3>},
       {decode_of<Floats<4>, 4>, decode_of<BFloats<4>, 4>, decode_of<Bytes<4>, 4>}};
   const int steps = cache.head_dim / 32;
-  if (steps > 4) return generic_decode(cache, blocks, begin, end, queries, token, parts);
-  kinds[steps - 1][cache.type](cache, blocks, begin, end, queries, token, parts);
+  if (steps > 4) return generic_decode(cache, blocks, begin, end, queries, query, parts);
+  kinds[steps - 1][cache.type](cache, blocks, begin, end, queries, query, parts);
 }
 
 }  // namespace

@@ -66,14 +66,14 @@ inline void attend(const float* q, const Stored* keys, const Stored* values, con
 
 template <class Stored>
 [[maybe_unused]] void generic_decode_of(const PagedCache& cache, const int32_t* blocks, int begin, int end,
-                                        const Rows& queries, int64_t token, Part* parts) {
+                                        const Rows& queries, int64_t query, Part* parts) {
   clear(parts, cache.heads, cache.head_dim);
   for (int at = begin; at < end; at += cache.block_size) {
     const int32_t block = blocks[at / cache.block_size];
     const int count = end - at < cache.block_size ? end - at : cache.block_size;
     for (int head = 0; head < cache.heads; ++head) {
       float q[kMaxHeadDim];
-      load_query(queries.at(token, head), queries.type, cache.head_dim, q);
+      load_query(queries.at(query, head), queries.type, cache.head_dim, q);
       for (int j = 0; j < count; j += kKeyGroup)
         attend(q, cache.row<Stored>(cache.keys, block, head, j),
                cache.row<Stored>(cache.values, block, head, j), cache.scale(cache.keys, block, head, j),
@@ -84,11 +84,11 @@ template <class Stored>
 }
 
 [[maybe_unused]] void generic_decode(const PagedCache& cache, const int32_t* blocks, int begin, int end,
-                                     const Rows& queries, int64_t token, Part* parts) {
+                                     const Rows& queries, int64_t query, Part* parts) {
   const auto decode = cache.type == kFloat32    ? generic_decode_of<float>
                       : cache.type == kBFloat16 ? generic_decode_of<uint16_t>
                                                 : generic_decode_of<int8_t>;
-  decode(cache, blocks, begin, end, queries, token, parts);
+  decode(cache, blocks, begin, end, queries, query, parts);
 }
 
 // One scale for the whole vector. NaN or infinity in it makes the scale NaN, so that it cannot pass for a number.

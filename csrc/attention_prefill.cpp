@@ -65,10 +65,11 @@ void tile(const PagedCache& cache, const int32_t* blocks, int head, int start, c
           int count, uint16_t* out) {
   constexpr bool kScaled = sizeof(Stored) == 1;
   const int head_dim = cache.head_dim, pairs = head_dim / 2;
+  const int group = queries.group, key_head = head / group;
   const float unit = kLog2e / std::sqrt(float(head_dim));
   Scratch scratch;
   for (int row = 0; row < 16 * kVectors; ++row) {
-    const char* query = static_cast<const char*>(queries.at(first + (row < count ? row : 0), head));
+    const char* query = static_cast<const char*>(queries.at((first + (row < count ? row : 0)) * int64_t(group) + head % group, key_head));
     for (int i = 0; i < pairs; ++i)
       std::memcpy(reinterpret_cast<uint32_t*>(scratch.queries[i]) + row, query + 4 * i, 4);
   }
@@ -86,7 +87,7 @@ void tile(const PagedCache& cache, const int32_t* blocks, int head, int start, c
     for (int j = 0; j < keys; j += kBlock) {
       const int32_t block = blocks[(at + j) / cache.block_size];
       const int offset = (at + j) % cache.block_size;
-      const auto* rows = cache.row<const Stored>(cache.keys, block, head, offset);
+      const auto* rows = cache.row<const Stored>(cache.keys, block, key_head, offset);
       const void* bf16 = rows;
       if constexpr (kScaled) {
         for (int d = 0; d < kBlock * head_dim; d += 32)
@@ -99,7 +100,7 @@ void tile(const PagedCache& cache, const int32_t* blocks, int head, int start, c
       multiply<kVectors>(static_cast<const char*>(bf16), 2 * head_dim, 4, pairs, scratch.queries, sums);
       for (int r = 0; r < kBlock; ++r) {
         float scale = unit;
-        if constexpr (kScaled) scale *= cache.scale(cache.keys, block, head, offset)[r];
+        if constexpr (kScaled) scale *= cache.scale(cache.keys, block, key_head, offset)[r];
         const int hidden = at + j + r - (seen_by_all - 1);  // queries of the tile before this key
         for (int i = 0; i < kVectors; ++i) {
           const int from = hidden - 16 * i;
@@ -122,7 +123,7 @@ void tile(const PagedCache& cache, const int32_t* blocks, int head, int start, c
       const int32_t block = blocks[(at + j) / cache.block_size];
       const int offset = (at + j) % cache.block_size;
       const bool second = j + 1 < keys;
-      pair_rows(cache.row<const Stored>(cache.values, block, head, offset), second, head_dim,
+      pair_rows(cache.row<const Stored>(cache.values, block, key_head, offset), second, head_dim,
                 scratch.values[0] + int64_t(j / 2) * head_dim);
       for (int i = 0; i < kVectors; ++i) {
         __m512 a = exp2_below_zero(_mm512_sub_ps(scratch.scores[j][i], maximum[i]));
@@ -130,7 +131,7 @@ void tile(const PagedCache& cache, const int32_t* blocks, int head, int start, c
         if (second) b = exp2_below_zero(_mm512_sub_ps(scratch.scores[j + 1][i], maximum[i]));
         total[i] = _mm512_add_ps(total[i], _mm512_add_ps(a, b));
         if constexpr (kScaled) {
-          const float* scales = cache.scale(cache.values, block, head, offset);
+          const float* scales = cache.scale(cache.values, block, key_head, offset);
           a = _mm512_mul_ps(a, _mm512_set1_ps(scales[0]));
           if (second) b = _mm512_mul_ps(b, _mm512_set1_ps(scales[1]));
         }
@@ -155,7 +156,7 @@ void tile(const PagedCache& cache, const int32_t* blocks, int head, int start, c
       alignas(64) uint32_t two[16];
       _mm512_store_si512(two, both);
       for (int row = 0; row < 16 && 16 * i + row < count; ++row)
-        std::memcpy(out + (int64_t(first + 16 * i + row) * cache.heads + head) * head_dim + d, two + row, 4);
+        std::memcpy(out + (int64_t(first + 16 * i + row) * cache.heads * group + head) * head_dim + d, two + row, 4);
     }
   }
 }

@@ -57,23 +57,27 @@ extern "C" {
 void xv_fused_step(const XvLayer* layers, int count, void* x, const void* cos, const void* sin, const int64_t* slots,
                    const int32_t* table, const int32_t* lengths, void* buffer, int type, int norm_type, int64_t tokens,
                    int64_t hidden, int64_t intermediate, int heads, int64_t max_blocks, float eps, int threads) {
-  const int64_t width = size_of(type), head_dim = hidden / heads;
+  const int64_t width = size_of(type), head_dim = layers[0].cache->head_dim;
+  const int key_heads = layers[0].cache->heads, group = heads / key_heads;
+  const int64_t query_size = heads * head_dim, key_size = key_heads * head_dim;
   auto* free_space = static_cast<char*>(buffer);
   const auto take = [&](int64_t values) {
     void* array = free_space;
     free_space += tokens * values * width;
     return array;
   };
-  void *normed = take(hidden), *q = take(hidden), *k = take(hidden), *v = take(hidden), *mixed = take(hidden);
+  void *normed = take(hidden), *q = take(query_size), *k = take(key_size), *v = take(key_size);
+  void* mixed = take(query_size);
   void *out = take(hidden), *gate = take(intermediate), *up = take(intermediate), *active = take(intermediate);
   for (int i = 0; i < count; ++i) {
     const XvLayer& layer = layers[i];
     xv_rms_norm(x, layer.attention_norm, normed, type, norm_type, tokens, hidden, eps, threads);
     project(normed, {&layer.q, &layer.k, &layer.v}, {q, k, v}, type, tokens, hidden, threads);
-    xv_rotate(q, k, cos, sin, type, tokens, heads, int(head_dim), threads);
-    xv_paged_append(layer.cache, k, v, slots, type, tokens, hidden, head_dim, hidden, head_dim, threads);
-    xv_paged_attention(layer.cache, q, table, lengths, mixed, type, tokens, max_blocks, hidden, head_dim, threads);
-    project(mixed, {&layer.o}, {out}, type, tokens, hidden, threads);
+    xv_rotate(q, k, cos, sin, type, tokens, heads, key_heads, int(head_dim), threads);
+    xv_paged_append(layer.cache, k, v, slots, type, tokens, key_size, head_dim, key_size, head_dim, threads);
+    xv_paged_attention(layer.cache, q, table, lengths, mixed, type, tokens, max_blocks, query_size, head_dim, group,
+                       threads);
+    project(mixed, {&layer.o}, {out}, type, tokens, query_size, threads);
     add(x, out, type, tokens * hidden);
     xv_rms_norm(x, layer.mlp_norm, normed, type, norm_type, tokens, hidden, eps, threads);
     project(normed, {&layer.gate, &layer.up}, {gate, up}, type, tokens, hidden, threads);

@@ -66,9 +66,10 @@ void xv_rms_norm(const void* x, const void* weight, void* y, int type, int weigh
 // y = silu(gate) * up; [count] each.
 void xv_silu_mul(const void* gate, const void* up, void* y, int type, int64_t count, int threads);
 
-// Rotary embedding of q and k [tokens, heads, head_dim], in place; tables cos and sin [tokens, head_dim].
-void xv_rotate(void* q, void* k, const void* cos, const void* sin, int type, int64_t tokens, int heads, int head_dim,
-               int threads);
+// Rotary embedding of q [tokens, heads, head_dim] and k [tokens, key_heads, head_dim], in place; tables cos and sin
+// [tokens, head_dim].
+void xv_rotate(void* q, void* k, const void* cos, const void* sin, int type, int64_t tokens, int heads, int key_heads,
+               int head_dim, int threads);
 
 // ---- attention over a paged cache ----
 
@@ -97,18 +98,19 @@ void xv_paged_append(const struct XvCache* cache, const void* k, const void* v, 
                      int64_t tokens, int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride,
                      int64_t v_head_stride, int threads);
 
-// Attention of `batch` independent queries: q [batch, heads, head_dim] with strides, out [batch, heads, head_dim], both
-// of `type`. Query b sees the first lengths[b] >= 1 positions of the blocks in row b of table [batch, max_blocks].
-// Consecutive rows whose sequences begin with the same block are computed together.
+// Attention of `batch` independent queries: q [batch, heads * group, head_dim] with strides, out [batch, heads * group,
+// head_dim], both of `type`; `group` consecutive heads share a head of the cache. Query b sees the first lengths[b] >= 1
+// positions of the blocks in row b of table [batch, max_blocks]. Consecutive rows whose sequences begin with the same
+// block are computed together.
 void xv_paged_attention(const struct XvCache* cache, const void* q, const int32_t* table, const int32_t* lengths,
                         void* out, int type, int64_t batch, int64_t max_blocks, int64_t token_stride,
-                        int64_t head_stride, int threads);
+                        int64_t head_stride, int group, int threads);
 
 // Attention of `tokens` consecutive queries of one sequence, the first at position `start`: query i sees the positions
-// 0 to start + i, whose keys and values are in the cache already. q bfloat16 [tokens, heads, head_dim] with strides,
-// out bfloat16 [tokens, heads, head_dim]; table [blocks].
+// 0 to start + i, whose keys and values are in the cache already. q bfloat16 [tokens, heads * group, head_dim] with
+// strides, out bfloat16 [tokens, heads * group, head_dim]; table [blocks].
 void xv_paged_prefill(const struct XvCache* cache, const void* q, const int32_t* table, void* out, int64_t start,
-                      int64_t tokens, int64_t token_stride, int64_t head_stride, int threads);
+                      int64_t tokens, int64_t token_stride, int64_t head_stride, int group, int threads);
 
 // ---- all layers in one call ----
 
@@ -135,7 +137,8 @@ struct XvLayer {
 
 // Runs the residual stream x [tokens, hidden] through `count` layers, in place. Each token is an independent query:
 // cos and sin [tokens, head_dim], slots and lengths [tokens], table [tokens, max_blocks] as for xv_paged_append and
-// xv_paged_attention. `buffer` has room for tokens * (6 * hidden + 3 * intermediate) values of `type`.
+// xv_paged_attention. There are `heads` query heads; the cache has the number of key heads and head_dim. `buffer` has
+// room for tokens * (2 * hidden + 2 * (heads + key heads) * head_dim + 3 * intermediate) values of `type`.
 void xv_fused_step(const struct XvLayer* layers, int count, void* x, const void* cos, const void* sin,
                    const int64_t* slots, const int32_t* table, const int32_t* lengths, void* buffer, int type,
                    int norm_type, int64_t tokens, int64_t hidden, int64_t intermediate, int heads, int64_t max_blocks,

@@ -87,7 +87,7 @@ def test_infer_of_quantised_weights(kind: str, capsys: pytest.CaptureFixture[str
     )
     figures = printed(result, capsys)
     assert (figures["weights"], figures["dtype"]) == (kind, "bfloat16")
-    expected = stored_bytes(config, quick_settings(kind)) / 1e9
+    expected = stored_bytes(config, quick_settings(kind, config)) / 1e9
     assert figures["weights_gb"] == pytest.approx(expected, abs=1e-4)
     assert figures["decode_tok_s"] > 0
 

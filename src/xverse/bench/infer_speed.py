@@ -83,7 +83,7 @@ def load_named(
     check_context(config, prompt_tokens, new_tokens, batch)
     size = _weight_bytes(config, chosen)
     if quantize:
-        size = stored_bytes(config, quick_settings(quantize))
+        size = stored_bytes(config, quick_settings(quantize, config))
     elif directory and directory.scheme:
         size = sum(file.stat().st_size for file in directory.weight_files)
     need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE)

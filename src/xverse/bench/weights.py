@@ -27,7 +27,7 @@ def random_model(config: XverseConfig, dtype: torch.dtype, quantize: str | None 
     generator = torch.Generator().manual_seed(0)
     block = torch.empty(1 << 20).normal_(0.0, 0.02, generator=generator).to(dtype)
     if quantize:
-        settings = quick_settings(quantize)
+        settings = quick_settings(quantize, config)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 bits = settings.resolved_head_bits if name == "lm_head" else settings.bits

@@ -152,7 +152,7 @@ def _export_quantized(args: argparse.Namespace) -> int:
         return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
     save_quantized(
-        Quantizer(model.config, read, quick_settings(args.quantize)).tensors(),
+        Quantizer(model.config, read, quick_settings(args.quantize, model.config)).tensors(),
         model.config,
         tokenizer,
         out,

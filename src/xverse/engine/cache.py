@@ -53,7 +53,7 @@ class BlockPool:
 
 
 class PagedCache:
-    """Memory for ``blocks`` blocks of BLOCK_SIZE positions, [blocks, layers, 2, H, BLOCK_SIZE, head_dim].
+    """Memory for ``blocks`` blocks of BLOCK_SIZE positions, [blocks, layers, 2, KV, BLOCK_SIZE, head_dim].
 
     ``kv_dtype`` "auto" stores in ``dtype``, "int8" with a float32 scale per position and head. At most
     ``sequences`` sequences use it at once. On a CPU pages become resident when first written; other devices
@@ -73,7 +73,7 @@ class PagedCache:
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype: '{kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
         self.device = device
-        shape = (blocks + 1, config.num_hidden_layers, 2, config.num_attention_heads, BLOCK_SIZE)
+        shape = (blocks + 1, config.num_hidden_layers, 2, config.num_key_value_heads, BLOCK_SIZE)
         stored = torch.int8 if kv_dtype == "int8" else dtype
         try:
             data = torch.empty(*shape, config.head_dim, dtype=stored, device=device)
@@ -107,7 +107,7 @@ class PagedCache:
 def position_bytes(config: XverseConfig, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
     """Bytes of one position of one request in all layers."""
     vector = config.head_dim + 4 if kv_dtype == "int8" else config.head_dim * dtype.itemsize
-    return 2 * config.num_hidden_layers * config.num_attention_heads * vector
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * vector
 
 
 def cache_tokens(
@@ -218,9 +218,9 @@ class RaggedContext:
             self.lengths = self.lengths[self._short]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``q``, ``k``, ``v`` [1, H, N, head_dim] → [1, H, N, head_dim]."""
+        """``q`` [1, H, N, head_dim], ``k`` and ``v`` [1, KV, N, head_dim] → [1, H, N, head_dim]."""
         pages = self._layers[layer]
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, H, head_dim]
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, heads, head_dim]
         pages.append(k, v, self.slots)
         if self.single:
             mixed = pages.attend(q, self.table, self.lengths)

@@ -15,9 +15,6 @@ from xverse.model import XverseConfig
 if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
 
-# What a Llama config means where it leaves a key out (transformers' LlamaConfig); XVERSE's defaults differ.
-LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
-
 
 class ModelDirectory:
     """Config, generation config, quantisation scheme, weight files and tokenizer of a directory.
@@ -58,25 +55,14 @@ class ModelDirectory:
 
     @cached_property
     def config(self) -> XverseConfig:
-        """The shape of the model, XVERSE's own or a Llama-named one of the same structure.
+        """The shape of the model, XVERSE's or one of the Llama family's (``model/families.py``).
 
-        Raises UserError that names what does not fit: another model type, biases, grouped-query attention,
-        tied embeddings, weights quantised in an unsupported way.
+        Raises UserError that names what does not fit: another model type, a feature that the forward pass
+        lacks, weights quantised in an unsupported way.
         """
         file, values = self.path / "config.json", self.values
-        if self.model_type not in ("xverse", "llama"):
-            stored = values.get("model_type")
-            raise UserError(f"{file}: model_type {stored!r} is neither 'xverse' nor 'llama'")
-        if values.get("num_experts"):
-            raise UserError(f"{file}: a mixture of experts (num_experts) is not supported")
         _ = self.scheme  # an unsupported one is reported here already
-        if self.model_type == "llama":
-            values = {**LLAMA_DEFAULTS, **values}
-        config = XverseConfig.from_json(values, str(file))
-        head_dim = values.get("head_dim") or config.head_dim
-        if head_dim != config.head_dim:
-            raise UserError(f"{file}: head_dim {head_dim} is not hidden_size / num_attention_heads")
-        return config
+        return XverseConfig.from_json(values, str(file))
 
     @cached_property
     def scheme(self) -> Scheme | None:

@@ -54,8 +54,6 @@ class GPTQScheme:
         qzeros = _tensor(files, f"{name}.qzeros", (groups, outputs // per_word))
         scales = _tensor(files, f"{name}.scales", (groups, outputs), floating=True)
         scales = checked_scales(f"{name}.scales", scales)  # [G, N]
-        if f"{name}.bias" in files and files.get(f"{name}.bias").any():
-            raise UserError(f"{name}.bias: biases are not supported")
         zeros = _unpacked(qzeros, self.bits).reshape(groups, outputs)  # [G, N]
         zeros = (zeros + self.zero_offset) & ((1 << self.bits) - 1)
         order, group_of = self._groups(files, name, inputs, groups)

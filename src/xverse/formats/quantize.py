@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +23,10 @@ from xverse.formats.weights import DTYPES, dtype_name
 from xverse.formats.write import check_target, save_quantized
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight
-from xverse.log import console, progress
+from xverse.log import console, notice, progress
 from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.quant.parity import ParityReport
-from xverse.quant.quantizer import EMBEDDING, Quantizer, QuantSettings
+from xverse.quant.quantizer import EMBEDDING, HEAD, Quantizer, QuantSettings, input_sizes
 
 if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
@@ -47,7 +49,11 @@ class Source:
             state = XverseForCausalLM(self.config).state_dict()
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
         self._files = directory.tensors
-        names = [name for name in self._files.names if not name.endswith(IGNORED_SUFFIX)]
+        ignored = [IGNORED_SUFFIX]
+        if self.config.tie_word_embeddings:
+            del self._shapes[HEAD]
+            ignored.append(HEAD)
+        names = [name for name in self._files.names if not name.endswith(tuple(ignored))]
         missing = [name for name in self._shapes if name not in self._files]
         check_tensors(path, missing, [name for name in names if name not in self._shapes], {})
 
@@ -102,7 +108,7 @@ def quantize_directory(
     )
     save_quantized(
         run.tensors(),
-        tensors.config,
+        dataclasses.replace(tensors.config, tie_word_embeddings=False),
         tokenizer,
         out,
         llama=llama,
@@ -113,9 +119,14 @@ def quantize_directory(
     return run.report
 
 
-def quick_settings(kind: str) -> QuantSettings:
-    """The settings of ``int8`` or ``int4``. Raises UserError for any other ``kind``."""
-    return QuantSettings(bits=choose("quantize", kind, {"int8": 8, "int4": 4}), embedding_bits=16)
+def quick_settings(kind: str, config: XverseConfig) -> QuantSettings:
+    """The settings of ``int8`` or ``int4``, with groups of 128 or the largest part of it that divides the
+    inputs of every layer. Raises UserError for any other ``kind``."""
+    bits = choose("quantize", kind, {"int8": 8, "int4": 4})
+    group = math.gcd(QuantSettings.group_size, *input_sizes(config))
+    if group < QuantSettings.group_size:
+        notice(f"quantize: groups of {group}, because {QuantSettings.group_size} does not divide every layer")
+    return QuantSettings(bits=bits, group_size=group, embedding_bits=16)
 
 
 def load_quantizing(
@@ -126,8 +137,8 @@ def load_quantizing(
     At most one layer is in memory unquantised; the embedding stays in the mapped file. ``dtype`` is that of
     the other tensors, None the stored one. Raises UserError as ``quantize_directory`` does.
     """
-    settings = quick_settings(kind)
     source = Source(ModelDirectory.of(directory))
+    settings = quick_settings(kind, source.config)
     with progress_bar(source.config) as progress:
         return build(
             source.config, Quantizer(source.config, source.read, settings, progress=progress).tensors(), dtype
@@ -149,6 +160,7 @@ def build(
     dtype: torch.dtype | None = None,
 ) -> XverseForCausalLM:
     """A model built from tensors one by one; quantised weights become quantised layers."""
+    config = dataclasses.replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         model = XverseForCausalLM(config)
     for name, tensor in tensors:
@@ -162,22 +174,22 @@ def place(
     model: nn.Module, name: str, tensor: Tensor | QuantizedWeight, dtype: torch.dtype | None = None
 ) -> None:
     """Put the tensor ``name`` into ``model``, without moving it; ``dtype`` casts a plain one."""
-    module = name.removesuffix(".weight")
+    module, kind = name.rsplit(".", 1)
     if isinstance(tensor, Tensor):
         value = tensor if dtype is None else tensor.to(dtype)
         if value.dim() == 1:
             value = value.clone()  # otherwise each norm would keep its neighbourhood in the file resident
-        model.get_submodule(module).weight = nn.Parameter(value, requires_grad=False)
+        setattr(model.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
     elif name == EMBEDDING:
         set_layer(model, module, QuantEmbedding.from_weight(tensor, dtype or torch.bfloat16))
     else:
-        set_layer(model, module, QuantLinear.from_weight(tensor))
+        set_layer(model, module, QuantLinear.from_weight(tensor, model.get_submodule(module).bias))
 
 
 def stored_bytes(config: XverseConfig, settings: QuantSettings) -> int:
     """The approximate size of a quantised model in bytes, on disk and in memory."""
     vocabulary = config.vocab_size * config.hidden_size
-    linears = config.num_parameters() - 2 * vocabulary
+    linears = config.num_parameters() - (1 if config.tie_word_embeddings else 2) * vocabulary
 
     def size(weights: int, bits: int) -> float:
         return weights * (bits / 8 + (2 / settings.group_size if bits < 16 else 0))

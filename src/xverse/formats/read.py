@@ -18,6 +18,7 @@ from xverse.model.config import FLOAT32_BELOW
 
 # Precomputed rotary frequencies in XVERSE's published files; the model computes them.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
+HEAD = "lm_head.weight"
 
 
 def load_model(
@@ -44,7 +45,7 @@ def load_model(
     if directory.scheme is not None:
         _load_quantized(model, directory, directory.scheme, dtype, device, dequantize)
         return model
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = _expected(model)
     stored = _stored_dtype(files[0])
     dtype = dtype or stored
     state: dict[str, Tensor] = {}
@@ -52,11 +53,22 @@ def load_model(
     wrong: dict[str, str] = {}
     for file in files:
         for name, tensor in read_tensors(file, hold=dtype == stored and device.type == "cpu"):
+            if name == HEAD and HEAD not in expected:
+                continue  # a tied head repeats the embedding
             _take(name, tensor, expected, dtype, device, state, unexpected, wrong)
     missing = [name for name in expected if name not in state and name not in wrong]
     check_tensors(directory.path, missing, unexpected, wrong)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, assign=True, strict=HEAD in expected)
+    model.tie()
     return model
+
+
+def _expected(model: XverseForCausalLM) -> dict[str, torch.Size]:
+    """The shapes of the tensors to read; a tied head has none of its own."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del shapes[HEAD]
+    return shapes
 
 
 def _take(
@@ -91,7 +103,7 @@ def _load_quantized(
     dequantize: bool,
 ) -> None:
     path, files = directory.path, directory.tensors
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = _expected(model)
     chosen = quantized_names(files, scheme)
     prefixes = tuple(f"{name}." for name in chosen)
     others = [name for name in files.names if not name.startswith(prefixes)]
@@ -103,9 +115,11 @@ def _load_quantized(
     unexpected: list[str] = []
     wrong: dict[str, str] = {}
     for name in others:
-        if name.endswith(".bias") and not files.get(name).any():
-            continue  # AutoGPTQ writes a bias for every linear
         tensor = files.get(name)
+        if name.endswith(".bias") and name not in expected and not tensor.any():
+            continue  # AutoGPTQ writes a bias for every linear
+        if name == HEAD and HEAD not in expected:
+            continue
         if tensor.dim() == 1:
             tensor = tensor.clone()  # otherwise each norm would keep its neighbourhood in the file resident
         _take(name, tensor, expected, dtype, device, state, unexpected, wrong)
@@ -124,6 +138,8 @@ def _load_quantized(
                 model.get_submodule(name).to(device)
     unknown = model.load_state_dict(state, assign=True, strict=False).unexpected_keys
     assert not unknown
+    if "lm_head" not in chosen:
+        model.tie()
     if not dequantize and isinstance(model.model.embed_tokens, nn.Embedding):
         keep_in_file(model.model.embed_tokens)
 
@@ -140,7 +156,7 @@ def check_tensors(path: Path, missing: list[str], unexpected: list[str], wrong: 
     """Raise UserError if there are any; ``wrong`` maps names to what is wrong with them."""
     parts = []
     if missing:
-        tied = " (is the head tied? XVERSE's is a separate matrix)" if "lm_head.weight" in missing else ""
+        tied = " (is the head tied? config.json says that it is not)" if HEAD in missing else ""
         parts.append(f"missing {listed(missing)}{tied}")
     if unexpected:
         parts.append(f"unexpected {listed(unexpected)}")

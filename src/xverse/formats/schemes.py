@@ -94,6 +94,7 @@ def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) ->
     module.tiles = tile_rows(stored.rows, scales, stored.bits)
     if stored.order is not None:
         module.order = stored.order
+    module.bias = getattr(layer, "bias", None)
     return module
 
 

@@ -53,7 +53,7 @@ class CachedAttention:
             self.positions = torch.arange(self.past, self.past + length, device=device).expand(batch, length)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``q``, ``k``, ``v`` [B, H, T, head_dim] → [B, H, T, head_dim]."""
+        """``q`` [B, H, T, head_dim], ``k`` and ``v`` [B, KV, T, head_dim] → [B, H, T, head_dim]."""
         if self.cache is not None:
             k, v = self.cache.update(k, v, layer)  # [B, H, K, head_dim]; K exceeds past + T in a static cache
         if self.mask is None and not self.ready:
@@ -64,8 +64,9 @@ class CachedAttention:
             dtype = self.mask.dtype if self.mask.dtype == torch.bool else q.dtype
             self.mask = self.mask.to(device=q.device, dtype=dtype)
         return scaled_dot_product_attention(
-            q, k, v, attn_mask=self.mask, is_causal=self.mask is None and self.length > 1
-        )
+            q, k, v, attn_mask=self.mask, is_causal=self.mask is None and self.length > 1,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
 
     def _build_mask(self, keys: int, device: torch.device) -> Tensor | None:
         """Bool [B or 1, 1, T, K], True for visible keys; None if plain causal attention suffices."""

@@ -44,6 +44,9 @@ class FusedStep:
         self.most_tokens = most_tokens
         self._eps = config.rms_norm_eps
         self._heads, self._sizes = config.num_attention_heads, (config.hidden_size, config.intermediate_size)
+        # Values for each token: see xv_fused_step.
+        self._room = 2 * (config.hidden_size + config.attention_size + config.kv_size)
+        self._room += 3 * config.intermediate_size
         self._norm_type = TYPES[model.model.norm.weight.dtype]
         self._layers = (Layer * len(cache))()
         self._model = model.model
@@ -64,7 +67,7 @@ class FusedStep:
         x = self._model.embed_tokens(tokens)  # [N, D], a new tensor
         cos, sin = self._model.rope(context, x.dtype)  # [1, 1, N, head_dim]
         hidden, intermediate = self._sizes
-        buffer = x.new_empty(len(x) * (6 * hidden + 3 * intermediate))
+        buffer = x.new_empty(len(x) * self._room)
         kernels.xv_fused_step(
             self._layers, len(self._layers), x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             context.slots.data_ptr(), context.table.data_ptr(), context.lengths.data_ptr(), buffer.data_ptr(),
@@ -77,7 +80,7 @@ class FusedStep:
 def fused_step(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> FusedStep | None:
     """The fused step of ``model``, or None unless kernels compute all of its layers and its cache."""
     dtype = model.model.norm.weight.dtype
-    if library() is None or dtype not in TYPES:
+    if library() is None or dtype not in TYPES or model.config.qk_norm:
         return None
     if any(pages.address is None or pages.keys.dtype not in (dtype, torch.int8) for pages in cache):
         return None
@@ -85,6 +88,8 @@ def fused_step(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> FusedSt
     for layer in model.model.layers:
         for path in _LINEARS.values():
             module = layer.get_submodule(path)
+            if module.bias is not None:
+                return None
             if type(module) is BF16Linear:
                 most_tokens = BF16_TOKENS
             elif type(module) is not QuantLinear or module.order is not None:  # such as one with an adapter

@@ -14,7 +14,7 @@ from xverse.kernels.weight import QuantizedWeight
 
 
 class QuantLinear(nn.Module):
-    """``x`` [..., in_features] → [..., out_features] with a weight of 4 or 8 bits, without bias.
+    """``x`` [..., in_features] → [..., out_features] with a weight of 4 or 8 bits, and a ``bias`` or None.
 
     ``tiles`` is the weight in the kernels' layout (``tiles.py``). The buffer moves with the module; on CUDA
     the same weight runs in PyTorch's own kernels. With ``order`` int64 [in_features] the weight's columns are
@@ -23,6 +23,7 @@ class QuantLinear(nn.Module):
 
     tiles: Tensor
     order: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bits: int, group_size: int) -> None:
         super().__init__()
@@ -32,13 +33,15 @@ class QuantLinear(nn.Module):
         shape = tile_shape(out_features, in_features, bits, kernel_group)
         self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8))
         self.register_buffer("order", None)
+        self.register_parameter("bias", None)
 
     @classmethod
-    def from_weight(cls, weight: QuantizedWeight) -> QuantLinear:
+    def from_weight(cls, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> QuantLinear:
         outputs, inputs = weight.q.shape
         with torch.device("meta"):
             module = cls(inputs, outputs, weight.bits, weight.group_size)
         module.tiles = tile(weight)
+        module.bias = bias
         return module
 
     @property
@@ -68,9 +71,11 @@ class QuantLinear(nn.Module):
         if self.order is not None:
             x = x.index_select(-1, self.order)
         if torch.is_grad_enabled() and x.requires_grad:  # the kernels record no gradients
-            return ops.dequantized_linear(x, self.tiles, self.out_features, self.bits)
-        run = ops.quant_linear if ops.is_eager_cpu(x) else torch.ops.xverse.quant_linear
-        return run(x, self.tiles, self.out_features, self.bits)
+            y = ops.dequantized_linear(x, self.tiles, self.out_features, self.bits)
+        else:
+            run = ops.quant_linear if ops.is_eager_cpu(x) else torch.ops.xverse.quant_linear
+            y = run(x, self.tiles, self.out_features, self.bits)
+        return y if self.bias is None else y + self.bias
 
     @staticmethod
     def together(layers: Sequence[QuantLinear], x: Tensor) -> list[Tensor]:
@@ -84,7 +89,10 @@ class QuantLinear(nn.Module):
         if not same_format or (torch.is_grad_enabled() and x.requires_grad):
             return [layer(x) for layer in layers]
         run = ops.quant_linears if ops.is_eager_cpu(x) else torch.ops.xverse.quant_linears
-        return run(x, [layer.tiles for layer in layers], [layer.out_features for layer in layers], first.bits)
+        sizes = [layer.out_features for layer in layers]
+        outputs = run(x, [layer.tiles for layer in layers], sizes, first.bits)
+        biases = (layer.bias for layer in layers)
+        return [y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True)]
 
     def extra_repr(self) -> str:
         return (

@@ -170,8 +170,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary embedding of queries and keys [B, T, H, head_dim], in place, by tables [B, 1, T, head_dim]; all
-    of one dtype."""
+    """Rotary embedding of queries [B, T, H, head_dim] and keys [B, T, KV, head_dim], in place, by tables
+    [B, 1, T, head_dim]; all of one dtype."""
     kernels = library()
     if kernels is None or q.dtype not in TYPES or not (q.is_contiguous() and k.is_contiguous()):
         for x in (q, k):
@@ -182,7 +182,7 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     cos, sin = cos.expand(shape).contiguous(), sin.expand(shape).contiguous()
     kernels.xv_rotate(
         q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), TYPES[q.dtype], batch * length, heads,
-        head_dim, torch.get_num_threads(),
+        k.shape[2], head_dim, torch.get_num_threads(),
     )  # fmt: skip
 
 

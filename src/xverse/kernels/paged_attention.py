@@ -20,9 +20,9 @@ _LARGEST_HEAD = 256
 
 
 class PagedLayer:
-    """One layer's cache: ``keys`` and ``values`` [blocks, H, block_size, head_dim], float or int8.
+    """One layer's cache: ``keys`` and ``values`` [blocks, KV, block_size, head_dim], float or int8.
 
-    int8 needs ``key_scales`` and ``value_scales`` float32 [blocks, H, block_size]. A block is contiguous;
+    int8 needs ``key_scales`` and ``value_scales`` float32 [blocks, KV, block_size]. A block is contiguous;
     there may be gaps between blocks. The tensors must not move.
     """
 
@@ -58,7 +58,7 @@ class PagedLayer:
         return self.head_dim % 32 == 0 and self.head_dim <= _LARGEST_HEAD and self.block_size % 16 == 0
 
     def _native(self, *rows: Tensor) -> ctypes.CDLL | None:
-        """The kernels, or None unless they support ``rows`` [T, H, head_dim] with this cache."""
+        """The kernels, or None unless they support ``rows`` [T, heads, head_dim] with this cache."""
         kernels = library()
         if kernels is None or self._struct is None:
             return None
@@ -70,7 +70,7 @@ class PagedLayer:
         return kernels
 
     def append(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Store ``k`` and ``v`` [T, H, head_dim] at ``slots`` int64 [T]: block * block_size + offset."""
+        """Store ``k`` and ``v`` [T, KV, head_dim] at ``slots`` int64 [T]: block * block_size + offset."""
         kernels = self._native(k, v)
         if kernels is None or k.dtype != v.dtype:
             return self._append_torch(k, v, slots)
@@ -83,6 +83,7 @@ class PagedLayer:
     def attend(self, q: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
         """Independent queries: ``q`` [B, H, head_dim] → attention output of the same shape and dtype.
 
+        H is a multiple of the cache's KV heads; consecutive query heads share one of them.
         ``table`` int32 [B, blocks] (rows may be strided) lists the blocks of each query's sequence in order;
         ``lengths`` int32 [B], at least 1, is the number of positions that the query sees. Scores are scaled
         by head_dim**-0.5. Long contexts are divided among threads and merged (Flash-Decoding, Dao et al.,
@@ -96,7 +97,8 @@ class PagedLayer:
         out = q.new_empty(q.shape)  # [B, H, head_dim]
         kernels.xv_paged_attention(
             self._struct, q.data_ptr(), table.data_ptr(), lengths.data_ptr(), out.data_ptr(),
-            TYPES[q.dtype], len(q), table.stride(0), q.stride(0), q.stride(1), torch.get_num_threads(),
+            TYPES[q.dtype], len(q), table.stride(0), q.stride(0), q.stride(1), q.shape[1] // self.heads,
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -114,7 +116,7 @@ class PagedLayer:
         out = q.new_empty(q.shape)  # [T, H, head_dim]
         kernels.xv_paged_prefill(
             self._struct, q.data_ptr(), table.data_ptr(), out.data_ptr(),
-            start, len(q), q.stride(0), q.stride(1), torch.get_num_threads(),
+            start, len(q), q.stride(0), q.stride(1), q.shape[1] // self.heads, torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -133,31 +135,36 @@ class PagedLayer:
         # Unwritten positions may hold NaN, which a mask would not remove.
         keys, values = (x.masked_fill(~seen[:, None, :, None], 0) for x in self._gather(table, q.dtype))
         mask = seen[:, None, None]  # [B, 1, 1, M]
-        return scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
+        grouped = q.shape[1] != self.heads
+        mixed = scaled_dot_product_attention(
+            q[:, :, None], keys, values, attn_mask=mask, enable_gqa=grouped
+        )  # [B, H, 1, head_dim]
+        return mixed[:, :, 0]
 
     def _prefill_torch(self, q: Tensor, table: Tensor, start: int) -> Tensor:
         end = start + len(q)
-        keys, values = self.gather(table, end, q.dtype)  # [H, end, head_dim]
+        keys, values = self.gather(table, end, q.dtype)  # [KV, end, head_dim]
         mask = None
         if start:
             positions = torch.arange(end, device=q.device)
             mask = positions <= positions[start:, None]  # [T, end]
         mixed = scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=start == 0
+            q.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=start == 0,
+            enable_gqa=q.shape[1] != self.heads,
         )  # [1, H, T, head_dim]
         return mixed[0].transpose(0, 1)
 
     def gather(self, blocks: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [H, length, head_dim] of the sequence in ``blocks`` int32 [M], as ``dtype``."""
+        """Keys and values [KV, length, head_dim] of the sequence in ``blocks`` int32 [M], as ``dtype``."""
         keys, values = self._gather(blocks[None, : -(-length // self.block_size)], dtype)
         return keys[0, :, :length], values[0, :, :length]
 
     def _gather(self, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, M · block_size, head_dim] in the blocks of ``table`` int32 [B, M]."""
+        """Keys and values [B, KV, M · block_size, head_dim] in the blocks of ``table`` int32 [B, M]."""
         index = table.long()
 
         def gathered(pages: Tensor, scales: Tensor | None) -> Tensor:
-            rows = pages[index]  # [B, M, H, block_size, head_dim]
+            rows = pages[index]  # [B, M, KV, block_size, head_dim]
             if scales is not None:
                 rows = rows.float() * scales[index][..., None]
             return rows.to(dtype).transpose(1, 2).flatten(2, 3)

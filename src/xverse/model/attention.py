@@ -22,8 +22,14 @@ class AttentionContext(Protocol):
     positions: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rotated q, k and plain v [B, H, T, head_dim] of one layer → attention output of q's shape."""
+        """Rotated q [B, H, T, head_dim] and k, plain v [B, KV, T, head_dim] of one layer → attention output
+        of q's shape. H is a multiple of KV; consecutive query heads share a key head."""
         ...
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q [B, H, T, head_dim] over k and v [B, KV, T, head_dim], in q's shape."""
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class FullCausal:
@@ -33,7 +39,7 @@ class FullCausal:
         self.positions = torch.arange(length, device=device).expand(batch, length)  # [B, T]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=True)
+        return causal_attention(q, k, v)
 
 
 class Packed:
@@ -53,16 +59,13 @@ class Packed:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._whole_rows:
-            return scaled_dot_product_attention(q, k, v, is_causal=True)
+            return causal_attention(q, k, v)
         batch, heads, length, head_dim = q.shape
         split = [
-            x.transpose(0, 1).reshape(1, heads, batch * length, head_dim).split(self._lengths, dim=2)
+            x.transpose(0, 1).reshape(1, -1, batch * length, head_dim).split(self._lengths, dim=2)
             for x in (q, k, v)
         ]
-        documents = [
-            scaled_dot_product_attention(q_d, k_d, v_d, is_causal=True)
-            for q_d, k_d, v_d in zip(*split, strict=True)
-        ]
+        documents = [causal_attention(*document) for document in zip(*split, strict=True)]
         mixed = torch.cat(documents, dim=2)  # [1, H, B*T, head_dim]
         return mixed.reshape(heads, batch, length, head_dim).transpose(0, 1)
 

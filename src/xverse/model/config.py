@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xverse.config import UserError, build, choose
+from xverse.config import build, choose
+from xverse.model.families import family_fields, family_of
 from xverse.model.scaling import RopeScaling
 
 # Parameters. On a CPU smaller models run in float32, which any CPU is fast at; larger ones may not fit.
@@ -28,26 +29,53 @@ class XverseConfig:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 8192
     max_tokenizer_truncation: int = 6144
-    pad_token_id: int = 1
-    bos_token_id: int = 2
-    eos_token_id: int = 3
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 2
+    eos_token_id: int | None = 3
     initializer_range: float = 0.02
     rope_scaling: RopeScaling | None = None
+    # What XVERSE's relatives have otherwise (``model/families.py``). 0: as many as num_attention_heads, and
+    # hidden_size / num_attention_heads.
+    model_type: str = "xverse"
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # of queries, keys and values
+    output_bias: bool = False  # of the attention's output
+    qk_norm: bool = False  # each head's queries and keys are normed before they are rotated
+    norm_in_float32: bool = True  # RMSNorm's weight is applied before the result is rounded to 16 bits
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+        heads = self.num_attention_heads
+        if not self.head_dim and self.hidden_size % heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads "
-                "of an even size"
+                f"hidden_size {self.hidden_size} does not split into {heads} heads of an even size"
+            )
+        for name, derived in (("num_key_value_heads", heads), ("head_dim", self.hidden_size // heads)):
+            object.__setattr__(self, name, getattr(self, name) or derived)
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not split into {heads} heads of an even size"
+            )
+        if self.num_key_value_heads < 1 or heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
             )
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def attention_size(self) -> int:
+        """The width of a layer's queries: all heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """The width of a layer's keys, and of its values."""
+        return self.num_key_value_heads * self.head_dim
 
     @property
     def context_length(self) -> int:
@@ -57,27 +85,37 @@ class XverseConfig:
         return self.rope_scaling.context_length(self.max_position_embeddings)
 
     def num_parameters(self) -> int:
-        """Trainable parameters: untied embedding and head, no biases."""
-        layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        return 2 * self.vocab_size * self.hidden_size + self.num_hidden_layers * layer + self.hidden_size
+        """Trainable parameters; those of a tied head are counted once."""
+        d, q, kv = self.hidden_size, self.attention_size, self.kv_size
+        layer = 2 * d * (q + kv) + 3 * d * self.intermediate_size + 2 * d
+        layer += self.attention_bias * (q + 2 * kv) + self.output_bias * d + self.qk_norm * 2 * self.head_dim
+        ends = 1 if self.tie_word_embeddings else 2
+        return ends * self.vocab_size * d + self.num_hidden_layers * layer + d
 
     def flops_per_token(self, length: int) -> dict[str, float]:
         """Training FLOPs per token, see ``training_flops``."""
-        parameters = self.num_parameters() - self.vocab_size * self.hidden_size
-        return training_flops(parameters, self.num_hidden_layers, self.hidden_size, length)
+        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        parameters = self.num_parameters() - embedding
+        return training_flops(parameters, self.num_hidden_layers, self.attention_size, length)
 
     def to_json(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """``config.json`` as upstream writes it, without ``auto_map``; ``dtype`` is that of the stored
         weights."""
-        values = dataclasses.asdict(self)
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in _FAMILY_FIELDS}
         values.pop("rope_scaling")
         if self.rope_scaling is not None:
             values["rope_scaling"] = self.rope_scaling.to_json()
+        family = family_of({"model_type": self.model_type}, "model_type")
+        if self.model_type != "xverse":
+            values.pop("max_tokenizer_truncation")
+            values |= {"num_key_value_heads": self.num_key_value_heads, "head_dim": self.head_dim}
+            if family.bias_key:
+                values[family.bias_key] = self.attention_bias
         return {
-            "architectures": ["XverseForCausalLM"],
-            "model_type": "xverse",
+            "architectures": [family.architecture],
+            "model_type": self.model_type,
             "hidden_act": "silu",
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": dtype,
             "use_cache": True,
             **values,
@@ -89,20 +127,12 @@ class XverseConfig:
 
         Raises UserError for a missing key or an unsupported architecture.
         """
-        fixed = {
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "attention_bias": False,
-            "mlp_bias": False,
-        }
-        for key, supported in fixed.items():
-            if values.get(key, supported) != supported:
-                raise UserError(f"{where}: {key} = {values[key]!r} is not supported, only {supported!r}")
-        heads = values.get("num_attention_heads")
-        if values.get("num_key_value_heads", heads) != heads:
-            raise UserError(f"{where}: grouped-query attention (num_key_value_heads) is not supported")
         known = {field.name for field in dataclasses.fields(cls)}
-        kept = {key: value for key, value in values.items() if key in known and value is not None}
+        fields = family_fields(values, where)
+        optional = ("pad_token_id", "bos_token_id", "eos_token_id")
+        kept = {k: v for k, v in fields.items() if k in known and (v is not None or k in optional)}
+        if kept.get("model_type", "xverse") == "xverse":  # upstream's files may leave them out or have null
+            kept = {key: value for key, value in kept.items() if value is not None}
         rope = values.get("rope_parameters") or values.get("rope_scaling")
         kept.pop("rope_scaling", None)
         config = build(cls, kept, where)
@@ -113,10 +143,23 @@ class XverseConfig:
         return dataclasses.replace(config, rope_theta=theta, rope_scaling=scaling)
 
 
-def training_flops(parameters: int, layers: int, hidden_size: int, length: int) -> dict[str, float]:
+# Fields that ``to_json`` writes under the family's own keys, or not at all.
+_FAMILY_FIELDS = (
+    "model_type",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "attention_bias",
+    "output_bias",
+    "qk_norm",
+    "norm_in_float32",
+)
+
+
+def training_flops(parameters: int, layers: int, attention_size: int, length: int) -> dict[str, float]:
     """Training FLOPs per token, forward and backward: 6 for each of ``parameters`` (without the embedding's)
     and those of attention over ``length`` tokens, counted "full" (12 · layers · d · T) or "causal" (half)."""
-    attention = 12 * layers * hidden_size * length
+    attention = 12 * layers * attention_size * length
     return {"full": 6 * parameters + attention, "causal": 6 * parameters + attention / 2}
 
 

@@ -39,6 +39,8 @@ def rope_tables(
         frequencies = 1.0 / theta**exponents  # [head_dim/2]
         if scaling is not None and scaling.rope_type == "linear":
             frequencies = frequencies / scaling.factor
+        elif scaling is not None and scaling.rope_type == "llama3":
+            frequencies = _llama3(frequencies, scaling)
         elif scaling is not None:
             frequencies = _yarn(frequencies, scaling, theta)
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, head_dim/2]
@@ -66,6 +68,16 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
     steps = torch.arange(count, device=frequencies.device, dtype=torch.float32)
     ramp = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Divide frequencies [head_dim/2] with less than ``low_freq_factor`` turns in the original context by the
+    factor, keep those with more than ``high_freq_factor`` turns, and interpolate between, as Llama 3.1."""
+    assert scaling.original_max_position_embeddings is not None
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # [head_dim/2]
+    return frequencies / scaling.factor * (1 - kept) + frequencies * kept
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,8 +9,14 @@ from typing import Any
 
 from xverse.config import build
 
-KINDS = ("linear", "dynamic", "yarn")
-_YARN_ONLY = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
+# Each kind's keys besides ``factor``.
+KINDS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "dynamic": (),
+    "yarn": ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+_OWN_KEYS = frozenset(key for keys in KINDS.values() for key in keys)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +25,9 @@ class RopeScaling:
 
     "linear" divides positions (Chen et al., 2023, arXiv:2306.15595), "dynamic" raises the base with the
     length of a text ("dynamic NTK"), "yarn" divides low frequencies more than high ones (Peng et al., 2023,
-    arXiv:2309.00071).
+    arXiv:2309.00071), "llama3" does so between two wavelengths (Llama 3.1's modelling code).
 
-    The last four are YaRN's. Raises ValueError for a value out of range.
+    ``KINDS`` lists which of the other values each method uses. Raises ValueError for one out of range.
     """
 
     rope_type: str
@@ -30,6 +36,8 @@ class RopeScaling:
     attention_factor: float | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
 
     def __post_init__(self) -> None:
         if self.rope_type not in KINDS:
@@ -42,14 +50,16 @@ class RopeScaling:
             raise ValueError(
                 f"beta_fast {self.beta_fast} is not above beta_slow {self.beta_slow}, or not above 0"
             )
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} is not above low_freq_factor "
+                f"{self.low_freq_factor}, or not above 0"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The value of ``rope_scaling`` as transformers reads it."""
-        values = asdict(self)
-        if self.rope_type != "yarn":
-            for name in _YARN_ONLY:
-                del values[name]
-        return {name: value for name, value in values.items() if value is not None}
+        own = ("rope_type", "factor", *KINDS[self.rope_type])
+        return {name: value for name, value in asdict(self).items() if name in own and value is not None}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], positions: int, where: str) -> RopeScaling | None:
@@ -62,13 +72,14 @@ class RopeScaling:
             return None
         kept = {key: value for key, value in values.items() if value is not None}
         kept = {key: value for key, value in kept.items() if key not in ("type", "rope_type", "rope_theta")}
-        if kind == "yarn":
+        own = KINDS.get(kind, ())
+        if "original_max_position_embeddings" in own:
             kept.setdefault("original_max_position_embeddings", positions)
-        elif kind in KINDS:
-            for name in _YARN_ONLY:  # transformers writes some of them for every kind, without effect
-                kept.pop(name, None)
+        if kind in KINDS:  # transformers writes some of the others for every kind, without effect
+            kept = {key: value for key, value in kept.items() if key in own or key not in _OWN_KEYS}
         return build(cls, {"rope_type": kind, **kept}, f"{where}: rope scaling")
 
     def context_length(self, positions: int) -> int:
         """The longest text in tokens, given the configuration's ``max_position_embeddings``."""
-        return int((self.original_max_position_embeddings or positions) * self.factor)
+        extended = int((self.original_max_position_embeddings or positions) * self.factor)
+        return positions if self.rope_type == "llama3" else extended

@@ -1,6 +1,7 @@
-"""The XVERSE decoder: pre-norm, rotary attention, SwiGLU, untied head, no biases. The only definition.
+"""The decoder: pre-norm, rotary attention, SwiGLU. The only definition.
 
-Tensor names are upstream's (Llama's). The forward pass has no caches, masks or devices: an attention context
+XVERSE has as many key and value heads as query heads, an untied head and no biases; the configuration covers
+what its relatives have instead (``model/families.py``). Tensor names are upstream's (Llama's). The forward pass has no caches, masks or devices: an attention context
 provides them (``model/attention.py``).
 """
 
@@ -20,18 +21,23 @@ from xverse.model.rope import rope_tables, rotate
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich, 2019), in float32 up to and including the weight.
+    """Root-mean-square norm (Zhang & Sennrich, 2019), in float32.
 
-    Upstream casts back after the weight has been applied; Llama casts before it. In float32 they agree.
+    XVERSE rounds to the input's dtype after the weight has been applied (``in_float32``), Llama before it. In
+    float32 they agree.
     """
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, in_float32: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.in_float32 = in_float32
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, D] → […, D] in ``x``'s dtype."""
+        if not self.in_float32:
+            normed = rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+            return (self.weight * normed).to(x.dtype)
         normed = rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.to(x.dtype)
 
@@ -44,29 +50,41 @@ def apply_all(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [layer(x) for layer in layers]
 
 
+def norm_of(config: XverseConfig, size: int) -> RMSNorm:
+    """A norm of ``size`` values with the configuration's epsilon and rounding."""
+    return RMSNorm(size, config.rms_norm_eps, config.norm_in_float32)
+
+
 class Attention(nn.Module):
-    """Multi-head attention; the context provides mask and cache."""
+    """Grouped-query attention (Ainslie et al., 2023, arXiv:2305.13245), with one query head for each key head
+    multi-head attention; the context provides mask and cache."""
 
     def __init__(self, config: XverseConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        size = config.hidden_size
-        self.q_proj = nn.Linear(size, size, bias=False)
-        self.k_proj = nn.Linear(size, size, bias=False)
-        self.v_proj = nn.Linear(size, size, bias=False)
-        self.o_proj = nn.Linear(size, size, bias=False)
+        size, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(size, config.attention_size, bias=bias)
+        self.k_proj = nn.Linear(size, config.kv_size, bias=bias)
+        self.v_proj = nn.Linear(size, config.kv_size, bias=bias)
+        self.o_proj = nn.Linear(config.attention_size, size, bias=config.output_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm, self.k_norm = norm_of(config, self.head_dim), norm_of(config, self.head_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
         """``x`` [B, T, D] and rotary tables [B, 1, T, head_dim] → [B, T, D]."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = apply_all((self.q_proj, self.k_proj, self.v_proj), x)
-        q, k = self.rotate(q.view(heads), k.view(heads), rope)
+        q, k = q.view(heads), k.view(heads)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.rotate(q, k, rope)
         mixed = context.attend(self.layer, q, k, v.view(heads).transpose(1, 2))  # [B, H, T, head_dim]
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
 
     def rotate(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Rotate queries and keys [B, T, H, head_dim] → [B, H, T, head_dim]."""
+        """Rotate queries [B, T, H, head_dim] and keys [B, T, KV, head_dim] → [B, H or KV, T, head_dim]."""
         return rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
 
 
@@ -96,8 +114,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = norm_of(config, config.hidden_size)
+        self.post_attention_layernorm = norm_of(config, config.hidden_size)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
         """``x`` [B, T, D] and rotary tables [B, 1, T, head_dim] → [B, T, D]."""
@@ -117,7 +135,7 @@ class XverseModel(nn.Module):
             torch.empty(config.vocab_size, config.hidden_size), freeze=False, padding_idx=config.pad_token_id
         )
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm_of(config, config.hidden_size)
 
     def forward(self, tokens: Tensor, context: AttentionContext) -> Tensor:
         """``tokens`` int64 [B, T] → normed hidden states [B, T, D]."""
@@ -137,13 +155,20 @@ class XverseModel(nn.Module):
 
 
 class XverseForCausalLM(nn.Module):
-    """The language model: ``model`` and the untied ``lm_head``."""
+    """The language model: ``model`` and ``lm_head``, which may share the embedding's weight."""
 
     def __init__(self, config: XverseConfig) -> None:
         super().__init__()
         self.config = config
         self.model = XverseModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head share the embedding's weight if the configuration ties them; again after the
+        embedding's weight has been replaced."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, context: AttentionContext) -> Tensor:
         """``tokens`` int64 [B, T] → logits [B, T, V]. Training uses ``linear_cross_entropy`` instead."""
@@ -172,11 +197,11 @@ def init_weights(model: XverseForCausalLM, seed: int) -> None:
 def init_parameter(parameter: Tensor, name: str, config: XverseConfig, generator: torch.Generator) -> Tensor:
     """Fill one whole parameter as ``init_weights`` does, in place; returns it."""
     if parameter.dim() == 1:
-        return parameter.fill_(1.0)
+        return parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
     std = config.initializer_range
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         std = std / math.sqrt(2 * config.num_hidden_layers)
     parameter.normal_(0.0, std, generator=generator)
-    if name.endswith("embed_tokens.weight"):
+    if name.endswith("embed_tokens.weight") and config.pad_token_id is not None:
         parameter[config.pad_token_id].zero_()
     return parameter

@@ -36,7 +36,8 @@ class Architecture:
             intermediate_size=shape.intermediate_size,
             layers=shape.num_hidden_layers,
             heads=shape.num_attention_heads,
-            kv_heads=shape.num_attention_heads,
+            kv_heads=shape.num_key_value_heads,
+            tied=shape.tie_word_embeddings,
         )
 
     @property

@@ -36,7 +36,7 @@ def equalize_layer(layer: DecoderLayer, inputs: InputRMS) -> InputRMS:
     """Balances the float32 weights of a decoder layer in place; replaces its norms, which keep their dtype.
     Returns the root mean squares of the inputs afterwards."""
     attention, mlp = layer.self_attn, layer.mlp
-    o = _balance_pair(attention.v_proj, attention.o_proj, inputs.o)
+    o = _balance_values(attention.v_proj, attention.o_proj, inputs.o, attention.head_dim)
     down = _balance_pair(mlp.up_proj, mlp.down_proj, inputs.down)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     qkv = _balance_norm(layer.input_layernorm, projections, inputs.qkv)
@@ -75,6 +75,22 @@ def _balance_norm(norm: RMSNorm, linears: Sequence[nn.Linear], rms: Tensor) -> T
     for linear in linears:
         linear.weight.mul_(factors)
     return rms
+
+
+def _balance_values(v_proj: nn.Linear, o_proj: nn.Linear, rms: Tensor, head_dim: int) -> Tensor:
+    """As ``_balance_pair``; the columns of ``o_proj`` whose query heads share a value head share a factor."""
+    shape = (len(v_proj.weight) // head_dim, -1, head_dim)  # [KV, group, head_dim]
+
+    def shared(x: Tensor) -> Tensor:
+        return x.view(shape).square().mean(dim=1).sqrt().flatten()  # [KV · head_dim]
+
+    factors = _factors(shared(rms), shared(column_rms([o_proj.weight])))
+    columns = factors.view(shape[0], 1, head_dim).expand(-1, len(rms) // len(factors), -1).flatten()  # [H · head_dim]
+    o_proj.weight.mul_(columns)
+    v_proj.weight.div_(factors[:, None])
+    if v_proj.bias is not None:
+        v_proj.bias.div_(factors)
+    return rms / columns
 
 
 def _balance_pair(first: nn.Linear, second: nn.Linear, rms: Tensor) -> Tensor:

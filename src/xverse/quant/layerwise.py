@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xverse.model import FullCausal, XverseConfig
 from xverse.model.rope import rope_tables
-from xverse.model.transformer import DecoderLayer, RMSNorm
+from xverse.model.transformer import DecoderLayer, RMSNorm, norm_of
 from xverse.quant.equalize import InputRMS
 from xverse.quant.gptq import Hessian
 
@@ -33,16 +33,18 @@ def make_layer(config: XverseConfig, number: int, tensors: Mapping[str, Tensor])
     with torch.device("meta"):
         layer = DecoderLayer(config, number)
     for name, tensor in tensors.items():
-        owner = layer.get_submodule(name.removeprefix(prefix).removesuffix(".weight"))
-        value = tensor if tensor.dim() == 1 else tensor.to(torch.float32, copy=True)
-        owner.weight = nn.Parameter(value, requires_grad=False)
+        owner, kind = name.removeprefix(prefix).rsplit(".", 1)
+        # Biases are balanced with their weights; norms keep their dtype.
+        exact = tensor.dim() == 1 and kind == "weight"
+        value = tensor if exact else tensor.to(torch.float32, copy=True)
+        setattr(layer.get_submodule(owner), kind, nn.Parameter(value, requires_grad=False))
     return layer
 
 
-def make_norm(weight: Tensor, eps: float) -> RMSNorm:
-    """A norm with ``weight`` [D]."""
+def make_norm(weight: Tensor, config: XverseConfig) -> RMSNorm:
+    """A norm of the model with ``weight`` [D]."""
     with torch.device("meta"):
-        norm = RMSNorm(len(weight), eps)
+        norm = norm_of(config, len(weight))
     norm.weight = nn.Parameter(weight, requires_grad=False)
     return norm
 
@@ -92,10 +94,10 @@ def replace_linears(
     replace(LINEARS[:3], hessian)
 
     output, attention.o_proj = attention.o_proj, nn.Identity()
-    hessian = Hessian(config.hidden_size)
+    hessian = Hessian(config.attention_size)
     mixed = []
     for rows in batches(x):
-        mixed.append(attention(layer.input_layernorm(rows), *_context(config, rows)))  # [r, T, D]
+        mixed.append(attention(layer.input_layernorm(rows), *_context(config, rows)))  # [r, T, H · head_dim]
         hessian.add(mixed[-1])
     attention.o_proj = output
     replace(LINEARS[3:4], hessian)

@@ -80,8 +80,15 @@ def random_tokens(vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
+def input_sizes(config: XverseConfig) -> tuple[int, ...]:
+    """The numbers of inputs of a model's linears, which the size of a group has to divide."""
+    return config.hidden_size, config.attention_size, config.intermediate_size
+
+
 class Quantizer:
     """Quantises one model: iterate over ``tensors()`` to the end, then read ``report``.
+
+    A tied head becomes a tensor of its own: head and embedding are quantised differently.
 
     ``read(prefix)`` returns the source's tensors whose name starts with ``prefix`` (``model.embed_tokens.``,
     ``model.layers.3.``, ``model.norm.``, ``lm_head.``), by their full names, on the CPU, of any float dtype.
@@ -101,7 +108,7 @@ class Quantizer:
         progress: Callable[[str], None] | None = None,
     ) -> None:
         if settings.method != "rtn-row":
-            check_group_size(settings.group_size, config.hidden_size, config.intermediate_size)
+            check_group_size(settings.group_size, *input_sizes(config))
         if settings.method == "gptq" and (calibration is None or not calibration.numel()):
             raise UserError("gptq: needs calibration text")
         self.config, self.read, self.settings = config, read, settings
@@ -154,7 +161,9 @@ class Quantizer:
             yield from tensors.items()
             del tensors
         self.progress("head")
-        norm, head = self._read(NORM)[NORM], self._read(HEAD)[HEAD]
+        norm = self._read(NORM)[NORM]
+        source_of_head = EMBEDDING if self.config.tie_word_embeddings else HEAD
+        head = self._read(source_of_head)[source_of_head]
         new_norm, new_head = self._head(norm, head, calibration)
         figures = LogitFigures()
         if source is not None and quantized is not None:
@@ -215,7 +224,7 @@ class Quantizer:
                 owner = layer.get_submodule(parent)
                 weight = self._round(owner.get_parameter(f"{child}.weight"), self.settings.bits, inputs)
                 self._count(f"{prefix}{name}.weight", weight)
-                setattr(owner, child, QuantLinear.from_weight(weight))
+                setattr(owner, child, QuantLinear.from_weight(weight, owner.get_submodule(child).bias))
                 weights[name] = weight
 
         def replace_by_gptq(names: tuple[str, ...], hessian: Hessian) -> None:
@@ -235,9 +244,10 @@ class Quantizer:
                 replace(LINEARS[4:6], _importance(rms.gate_up))
                 replace(LINEARS[6:], _importance(rms.down))
         tensors: dict[str, Quantized] = {f"{prefix}{name}.weight": weights[name] for name in LINEARS}
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{name}.weight"] = layer.get_parameter(f"{name}.weight").detach()
-            self._count(name, tensors[f"{prefix}{name}.weight"])
+        for name, parameter in layer.named_parameters():  # norms and biases
+            stored = self._reading[f"{prefix}{name}"].dtype
+            tensors[f"{prefix}{name}"] = parameter.detach().to(stored)
+            self._count(name, tensors[f"{prefix}{name}"])
         return tensors
 
     def _head(self, norm: Tensor, head: Tensor, calibration: Tensor | None) -> tuple[Tensor, Quantized]:
@@ -264,7 +274,7 @@ class Quantizer:
         """The Hessian [D, D] of the head's inputs; hidden states ``calibration`` [n, T, D]."""
         hessian = Hessian(self.config.hidden_size)
         for rows in batches(calibration):
-            hessian.add(make_norm(norm, self.config.rms_norm_eps)(rows))
+            hessian.add(make_norm(norm, self.config)(rows))
         return hessian.mean
 
     def _measure(
@@ -275,9 +285,8 @@ class Quantizer:
     ) -> None:
         """Adds the logits of both models to ``figures``; from hidden states [n, T, D], norm and head."""
         assert self.sample is not None
-        eps = self.config.rms_norm_eps
         targets = next_tokens(self.sample).flatten()
-        hidden = [make_norm(weight, eps)(x).flatten(0, 1) for x, weight, _ in (source, quantized)]  # [n·T, D]
+        hidden = [make_norm(weight, self.config)(x).flatten(0, 1) for x, weight, _ in (source, quantized)]  # [n·T, D]
         heads = [_linear(source[2]), _linear(quantized[2])]
         size = rows_at_once(self.config.vocab_size)
         for start in range(0, len(targets), size):

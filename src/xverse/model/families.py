@@ -1,0 +1,138 @@
+"""The ``config.json`` of the Llama family: which values each ``model_type`` implies where it has no key for
+them, and which features of it the forward pass lacks. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from xverse.config import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type``. ``architecture`` is its class in transformers.
+
+    ``defaults`` are that class's values for keys that a file leaves out, ``implied`` fields of
+    ``XverseConfig`` that have no key. ``bias_key`` is the key that adds biases to queries, keys, values and the
+    attention's output.
+    """
+
+    architecture: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    bias_key: str = "attention_bias"
+
+
+_CAST_FIRST = {"norm_in_float32": False}
+
+FAMILIES: dict[str, Family] = {
+    "xverse": Family("XverseForCausalLM"),
+    "llama": Family(
+        "LlamaForCausalLM",
+        {"max_position_embeddings": 2048, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
+        _CAST_FIRST,
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "pad_token_id": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "sliding_window": 4096,
+        },
+        _CAST_FIRST,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        {
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        {**_CAST_FIRST, "attention_bias": True},
+        bias_key="",
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        {**_CAST_FIRST, "qk_norm": True},
+    ),
+    "internlm": Family(
+        "LlamaForCausalLM",
+        {"bias": True, "max_position_embeddings": 2048, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        _CAST_FIRST,
+        bias_key="bias",
+    ),
+}
+
+# Keys whose other values change the forward pass.
+_FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "num_experts": None,
+    "num_local_experts": None,
+}
+
+
+def family_of(values: Mapping[str, Any], where: str) -> Family:
+    """The family of a ``config.json``. Raises UserError for a ``model_type`` that is not in ``FAMILIES``."""
+    stored = values.get("model_type", "xverse")
+    if stored in FAMILIES:
+        return FAMILIES[stored]
+    raise UserError(
+        f"{where}: model_type {stored!r} is not supported{nearest(str(stored), FAMILIES)} "
+        f"(supported: {', '.join(FAMILIES)}); 'xverse eval run --backend transformers' evaluates other models"
+    )
+
+
+def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of ``XverseConfig`` by name, with the family's defaults, from a ``config.json``; keys that the
+    model does not use remain.
+
+    Raises UserError for an unknown family and for a feature that the forward pass lacks: sliding windows,
+    experts, soft caps, other activations, biases in the MLP, partly rotated heads.
+    """
+    family = family_of(values, where)
+    fields = {**family.defaults, **values}
+    for key, supported in _FIXED.items():
+        value = fields.get(key, supported)
+        if value != supported and not (value is None or value == 0):
+            raise UserError(f"{where}: {key} = {value!r} is not supported, only {supported!r}")
+    _check_windows(fields, where)
+    biases = bool(fields.get(family.bias_key))
+    fields |= {"attention_bias": biases, "output_bias": biases, **family.implied}
+    rope = fields.get("rope_parameters") or {}
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise UserError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
+    if isinstance(fields.get("eos_token_id"), list):  # generation_config.json has them all
+        fields["eos_token_id"] = fields["eos_token_id"][0]
+    return fields
+
+
+def _check_windows(fields: Mapping[str, Any], where: str) -> None:
+    """Sliding windows are supported only where they are turned off or not shorter than the context."""
+    kinds = set(fields.get("layer_types") or ()) - {"full_attention"}
+    window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+    if fields.get("model_type") in ("qwen2", "qwen3") and not fields.get("use_sliding_window"):
+        window = None
+    if window is not None and window >= fields.get("max_position_embeddings", window):
+        window = None
+    if kinds or window is not None:
+        detail = f"layers of type {', '.join(sorted(kinds))}" if kinds else f"sliding_window {window}"
+        raise UserError(f"{where}: {detail}: only full attention is supported")
