@@ -17,7 +17,8 @@ from xverse.model.config import FLOAT32_BELOW
 if TYPE_CHECKING:
     import torch
 
-    from xverse.model import XverseForCausalLM
+    from xverse.model import XverseConfig, XverseForCausalLM
+    from xverse.tokenizer import Tokenizer
 
 # The matmuls of smaller models are so short that a second thread gains little, or loses on a busy machine.
 ONE_THREAD_BELOW = 100_000_000
@@ -71,9 +72,20 @@ def load_engine(
         weights = (
             load_model(directory, dtype) if quantize is None else load_quantizing(directory, quantize, dtype)
         )
-    end_ids = generation_config.get("eos_token_id", config.eos_token_id)
-    stop_ids = tuple(end_ids) if isinstance(end_ids, list) else (end_ids,)
+    stop_ids = _stop_ids(generation_config, config, own_tokenizer)
     return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids)
+
+
+def _stop_ids(
+    generation_config: dict[str, Any], config: XverseConfig, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """The ids that end a reply. Chat models of other publishers end a turn with a token that only their
+    tokenizer names."""
+    ids = generation_config.get("eos_token_id", config.eos_token_id)
+    ids = [*ids] if isinstance(ids, list) else [ids]
+    if tokenizer.template is not None:
+        ids.append(tokenizer.eos_id)
+    return tuple(dict.fromkeys(index for index in ids if index is not None and index >= 0))
 
 
 def _report_unsupported(path: Path, generation_config: dict[str, Any]) -> None:

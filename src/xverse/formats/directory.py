@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError, nearest
 from xverse.formats.schemes import Scheme, quantization_of
-from xverse.formats.weights import TensorFiles, listed, read_object, weight_files
+from xverse.formats.weights import (
+    IGNORED_SUFFIX,
+    TensorFiles,
+    listed,
+    read_object,
+    read_tensors,
+    weight_files,
+)
 from xverse.hub.resolve import resolve
 from xverse.model import XverseConfig
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from xverse.tokenizer import Tokenizer
 
 
@@ -30,12 +41,22 @@ class ModelDirectory:
     @classmethod
     def of(cls, source: str | Path | ModelDirectory) -> ModelDirectory:
         """``source`` itself, or the directory at this path."""
-        return source if isinstance(source, ModelDirectory) else cls(source)
+        if isinstance(source, ModelDirectory):
+            return source
+        return cls._at(Path(source))
+
+    @classmethod
+    def _at(cls, path: Path, name: str | None = None) -> ModelDirectory:
+        if path.suffix.lower() == ".gguf" and not path.is_dir():
+            from xverse.formats.gguf_read import GgufFile
+
+            return GgufFile(path, name)
+        return cls(path, name)
 
     @classmethod
     def named(cls, model: str | Path | ModelDirectory) -> ModelDirectory:
         """The directory of ``nano``, a path or a hub id; raises UserError as ``resolve`` does."""
-        return cls(resolve(model), model) if isinstance(model, str) else cls.of(model)
+        return cls._at(resolve(model), model) if isinstance(model, str) else cls.of(model)
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -81,6 +102,20 @@ class ModelDirectory:
         return weight_files(self.path)
 
     @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the weights, taken to be that of the first."""
+        for file in self.weight_files[:1]:
+            for name, tensor in read_tensors(file, hold=True):
+                if not name.endswith(IGNORED_SUFFIX):
+                    return tensor.dtype
+        raise UserError(f"{self.weight_files[0]}: holds no tensors")
+
+    def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
+        """All stored tensors; see ``read_tensors`` for ``hold``."""
+        for file in self.weight_files:
+            yield from read_tensors(file, hold=hold)
+
+    @cached_property
     def tensors(self) -> TensorFiles:
         """The stored tensors by name."""
         return TensorFiles(self.weight_files)
@@ -93,11 +128,18 @@ class ModelDirectory:
         nothing but a tokenizer.
         """
         from xverse.tokenizer import Tokenizer
+        from xverse.tokenizer.general import load_tokenizer_of
 
-        if not (self.path / "tokenizer.json").is_file():
-            raise UserError(f"{self}: has no tokenizer.json; copy it from the model's published directory")
-        tokenizer = Tokenizer.load(self.path)
-        if (self.path / "config.json").exists():
+        has_config = (self.path / "config.json").exists()
+        if has_config and self.model_type != "xverse":
+            tokenizer = load_tokenizer_of(self.path)
+        else:
+            if not (self.path / "tokenizer.json").is_file():
+                raise UserError(
+                    f"{self}: has no tokenizer.json; copy it from the model's published directory"
+                )
+            tokenizer = Tokenizer.load(self.path)
+        if has_config:
             check_vocabulary(tokenizer, self.config, self.path)
         return tokenizer
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from xverse.config import UserError, choose
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
-from xverse.formats.read import IGNORED_SUFFIX, check_tensors
+from xverse.formats.read import check_tensors
 from xverse.formats.schemes import set_layer
-from xverse.formats.weights import DTYPES, dtype_name
+from xverse.formats.weights import DTYPES, IGNORED_SUFFIX, dtype_name
 from xverse.formats.write import check_target, save_quantized
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight

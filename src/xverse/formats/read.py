@@ -12,12 +12,10 @@ from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
 from xverse.formats.schemes import Scheme, dequantized, layer_of, load_layers, quantized_names
-from xverse.formats.weights import DTYPES, dtype_name, listed, read_tensors
+from xverse.formats.weights import DTYPES, IGNORED_SUFFIX, dtype_name, listed
 from xverse.model import XverseForCausalLM
 from xverse.model.config import FLOAT32_BELOW
 
-# Precomputed rotary frequencies in XVERSE's published files; the model computes them.
-IGNORED_SUFFIX = "rotary_emb.inv_freq"
 HEAD = "lm_head.weight"
 
 
@@ -41,21 +39,19 @@ def load_model(
     device = torch.device(device)
     with torch.device("meta"):
         model = XverseForCausalLM(directory.config)
-    files = directory.weight_files
     if directory.scheme is not None:
         _load_quantized(model, directory, directory.scheme, dtype, device, dequantize)
         return model
     expected = _expected(model)
-    stored = _stored_dtype(files[0])
+    stored = directory.stored_dtype
     dtype = dtype or stored
     state: dict[str, Tensor] = {}
     unexpected: list[str] = []
     wrong: dict[str, str] = {}
-    for file in files:
-        for name, tensor in read_tensors(file, hold=dtype == stored and device.type == "cpu"):
-            if name == HEAD and HEAD not in expected:
-                continue  # a tied head repeats the embedding
-            _take(name, tensor, expected, dtype, device, state, unexpected, wrong)
+    for name, tensor in directory.read(hold=dtype == stored and device.type == "cpu"):
+        if name == HEAD and HEAD not in expected:
+            continue  # a tied head repeats the embedding
+        _take(name, tensor, expected, dtype, device, state, unexpected, wrong)
     missing = [name for name in expected if name not in state and name not in wrong]
     check_tensors(directory.path, missing, unexpected, wrong)
     model.load_state_dict(state, assign=True, strict=HEAD in expected)
@@ -142,14 +138,6 @@ def _load_quantized(
         model.tie()
     if not dequantize and isinstance(model.model.embed_tokens, nn.Embedding):
         keep_in_file(model.model.embed_tokens)
-
-
-def _stored_dtype(file: Path) -> torch.dtype:
-    """The dtype of a checkpoint, taken to be that of its first weight."""
-    for name, tensor in read_tensors(file, hold=True):
-        if not name.endswith(IGNORED_SUFFIX):
-            return tensor.dtype
-    raise UserError(f"{file}: holds no tensors")
 
 
 def check_tensors(path: Path, missing: list[str], unexpected: list[str], wrong: dict[str, str]) -> None:

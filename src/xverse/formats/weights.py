@@ -24,6 +24,8 @@ from xverse.texts import read_json
 
 SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"
+# Precomputed rotary frequencies in published files; the model computes them.
+IGNORED_SUFFIX = "rotary_emb.inv_freq"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # torch's name → safetensors' name
 GIT_LFS = b"version https://git-lfs"
 GPTQ_FILE = "gptq_model-*bit-*g"  # what AutoGPTQ calls its single file

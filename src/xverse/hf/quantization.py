@@ -145,7 +145,9 @@ def quantize(model: Any, settings: QuantSettings, calibration: Tensor | None) ->
         if isinstance(tensor, QuantizedWeight):
             module = name.removesuffix(".weight")
             device = model.get_parameter(name).device
-            set_layer(model, module, QuantLinear.from_weight(tensor, model.get_submodule(module).bias).to(device))
+            set_layer(
+                model, module, QuantLinear.from_weight(tensor, model.get_submodule(module).bias).to(device)
+            )
         else:
             parameter = model.get_parameter(name)
             if tensor.data_ptr() != parameter.data_ptr():

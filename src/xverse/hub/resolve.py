@@ -32,7 +32,7 @@ MODELSCOPE = "modelscope:"
 
 
 def resolve(model: str) -> Path:
-    """The local directory of ``model``; a hub id is downloaded and verified.
+    """The local directory, or .gguf file, of ``model``; a hub id is downloaded and verified.
 
     ``nano`` is the embedded model. Hub ids are fetched from Hugging Face (HF_ENDPOINT, HF_HUB_OFFLINE and
     HF_TOKEN apply), or from ModelScope if written ``modelscope:org/name`` or with XVERSE_HUB=modelscope.
@@ -43,8 +43,12 @@ def resolve(model: str) -> Path:
     path = Path(model).expanduser()
     if model and path.is_dir():  # Path("") is the current directory
         return path
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return path
     if path.is_file():
-        raise UserError(f"{model}: is a file; give the model directory that holds config.json")
+        raise UserError(
+            f"{model}: is a file; give a .gguf file or the model directory that holds config.json"
+        )
     name = model.removeprefix(MODELSCOPE)
     if HUB_ID.fullmatch(name):
         if name != model or _hub() == "modelscope":

@@ -149,7 +149,11 @@ class PagedLayer:
             positions = torch.arange(end, device=q.device)
             mask = positions <= positions[start:, None]  # [T, end]
         mixed = scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=start == 0,
+            q.transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            is_causal=start == 0,
             enable_gqa=q.shape[1] != self.heads,
         )  # [1, H, T, head_dim]
         return mixed[0].transpose(0, 1)

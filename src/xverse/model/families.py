@@ -15,8 +15,8 @@ class Family:
     """One ``model_type``. ``architecture`` is its class in transformers.
 
     ``defaults`` are that class's values for keys that a file leaves out, ``implied`` fields of
-    ``XverseConfig`` that have no key. ``bias_key`` is the key that adds biases to queries, keys, values and the
-    attention's output.
+    ``XverseConfig`` that have no key. ``bias_key`` is the key that adds biases to queries, keys, values and
+    the attention's output.
     """
 
     architecture: str
@@ -72,7 +72,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "internlm": Family(
         "LlamaForCausalLM",
-        {"bias": True, "max_position_embeddings": 2048, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "bias": True,
+            "max_position_embeddings": 2048,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         _CAST_FIRST,
         bias_key="bias",
     ),
@@ -120,6 +126,8 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope = fields.get("rope_parameters") or {}
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
+    if fields.get("model_type", "xverse") != "xverse":  # whose chat truncates prompts to fewer
+        fields["max_tokenizer_truncation"] = fields.get("max_position_embeddings")
     if isinstance(fields.get("eos_token_id"), list):  # generation_config.json has them all
         fields["eos_token_id"] = fields["eos_token_id"][0]
     return fields

@@ -36,13 +36,7 @@ def rope_tables(
         base = theta * grown ** (head_dim / (head_dim - 2))
         frequencies = 1.0 / base[:, None, :, None] ** exponents  # [B, 1, T, head_dim/2]
     else:
-        frequencies = 1.0 / theta**exponents  # [head_dim/2]
-        if scaling is not None and scaling.rope_type == "linear":
-            frequencies = frequencies / scaling.factor
-        elif scaling is not None and scaling.rope_type == "llama3":
-            frequencies = _llama3(frequencies, scaling)
-        elif scaling is not None:
-            frequencies = _yarn(frequencies, scaling, theta)
+        frequencies = scaled_frequencies(1.0 / theta**exponents, scaling, theta)  # [head_dim/2]
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, head_dim/2]
     angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, head_dim]
     if scaling is None or scaling.rope_type != "yarn":
@@ -51,6 +45,17 @@ def rope_tables(
     if scale is None:
         scale = 0.1 * math.log(scaling.factor) + 1.0
     return angles.cos() * scale, angles.sin() * scale
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None, theta: float) -> Tensor:
+    """The rotary frequencies [head_dim/2] under a scaling that does not depend on the text's length."""
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "llama3":
+        return _llama3(frequencies, scaling)
+    return _yarn(frequencies, scaling, theta)
 
 
 def _yarn(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:

@@ -1,8 +1,8 @@
 """The decoder: pre-norm, rotary attention, SwiGLU. The only definition.
 
 XVERSE has as many key and value heads as query heads, an untied head and no biases; the configuration covers
-what its relatives have instead (``model/families.py``). Tensor names are upstream's (Llama's). The forward pass has no caches, masks or devices: an attention context
-provides them (``model/attention.py``).
+what its relatives have instead (``model/families.py``). Tensor names are upstream's (Llama's). The forward
+pass has no caches, masks or devices: an attention context provides them (``model/attention.py``).
 """
 
 from __future__ import annotations

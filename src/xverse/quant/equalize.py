@@ -85,7 +85,9 @@ def _balance_values(v_proj: nn.Linear, o_proj: nn.Linear, rms: Tensor, head_dim:
         return x.view(shape).square().mean(dim=1).sqrt().flatten()  # [KV · head_dim]
 
     factors = _factors(shared(rms), shared(column_rms([o_proj.weight])))
-    columns = factors.view(shape[0], 1, head_dim).expand(-1, len(rms) // len(factors), -1).flatten()  # [H · head_dim]
+    columns = (
+        factors.view(shape[0], 1, head_dim).expand(-1, len(rms) // len(factors), -1).flatten()
+    )  # [H · head_dim]
     o_proj.weight.mul_(columns)
     v_proj.weight.div_(factors[:, None])
     if v_proj.bias is not None:

@@ -286,7 +286,9 @@ class Quantizer:
         """Adds the logits of both models to ``figures``; from hidden states [n, T, D], norm and head."""
         assert self.sample is not None
         targets = next_tokens(self.sample).flatten()
-        hidden = [make_norm(weight, self.config)(x).flatten(0, 1) for x, weight, _ in (source, quantized)]  # [n·T, D]
+        hidden = [
+            make_norm(weight, self.config)(x).flatten(0, 1) for x, weight, _ in (source, quantized)
+        ]  # [n·T, D]
         heads = [_linear(source[2]), _linear(quantized[2])]
         size = rows_at_once(self.config.vocab_size)
         for start in range(0, len(targets), size):

@@ -15,6 +15,7 @@ from typing import Any
 
 from xverse.config import UserError, check_keys, nearest
 from xverse.tokenizer.chat_template import CHAT_TEMPLATE
+from xverse.tokenizer.template import render, template_ids
 from xverse.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PREFIXES = {"system": "Human: ", "user": "Human: ", "exec": "Exec: ", "assistant": "Assistant: "}
@@ -100,6 +101,8 @@ def encode_chat(
     """
     check_messages(messages, last=("user", "exec"))
     limit = input_limit(max_new_tokens, max_positions, truncation)
+    if tokenizer.template is not None:
+        return _template_prompt(tokenizer, messages, limit)
     system, rounds = _rounds(tokenizer, messages)
     prompt = tokenizer.encode(PREFIXES["assistant"])
     if limit <= len(prompt):
@@ -115,6 +118,19 @@ def encode_chat(
     while rounds and len(kept) + len(rounds[-1]) <= room:
         kept = rounds.pop() + kept
     return ChatPrompt(system + kept + last + prompt, dropped_rounds=len(rounds), cut_tokens=cut)
+
+
+def _template_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], limit: int) -> ChatPrompt:
+    """The prompt in a model's own template, without the oldest rounds that exceed the limit. Raises UserError
+    where the last turn alone exceeds it."""
+    turns = [{**m, "role": "user" if m["role"] == "exec" else m["role"]} for m in messages]
+    system = turns[:1] if turns[0]["role"] == "system" else []
+    starts = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
+    for dropped, start in enumerate(starts):
+        ids = template_ids(tokenizer, [*system, *turns[start:]])
+        if len(ids) <= limit:
+            return ChatPrompt(ids, dropped_rounds=dropped)
+    raise UserError(f"messages: the last one is longer than the {limit} tokens that a prompt may have")
 
 
 def encode_dialogue(
@@ -138,28 +154,9 @@ def encode_dialogue(
 def render_template(
     messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, template: str = CHAT_TEMPLATE
 ) -> str:
-    """Render a chat template, in Jinja's sandbox because templates may be untrusted.
-
-    Raises UserError where the template refuses the messages, is ill-formed or does what the sandbox forbids.
-    """
-    import jinja2
-    import jinja2.sandbox
-
-    def refuse(text: str) -> str:
-        raise jinja2.TemplateError(text)
-
-    # The whitespace settings of transformers, so that a template renders alike in both.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(template).render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=SPECIAL_TOKENS[2],
-            eos_token=SPECIAL_TOKENS[3],
-        )
-    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
-        raise UserError(f"chat template: {' '.join(str(error).split())}") from error
+    """Render a chat template with XVERSE's special tokens; raises UserError as ``render`` does."""
+    tokens = {"bos_token": SPECIAL_TOKENS[2], "eos_token": SPECIAL_TOKENS[3]}
+    return render(template, messages, add_generation_prompt=add_generation_prompt, **tokens)
 
 
 def message_ids(tokenizer: Tokenizer, message: Mapping[str, Any]) -> tuple[list[int], list[int]]:

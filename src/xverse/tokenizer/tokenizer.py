@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Tokenizer:
     """
 
     unk_id, pad_id, bos_id, eos_id = 0, 1, 2, 3
+    prefix_ids: tuple[int, ...] = ()  # of every text that is not a conversation
+    template: str | None = None  # a chat format other than XVERSE's
 
     def __init__(self, values: dict[str, Any], where: str = "tokenizer.json") -> None:
         """``values`` is the mapping of a tokenizer.json, repaired or not; ``where`` names it in errors.
@@ -51,14 +53,14 @@ class Tokenizer:
         # User text must not become special ids, so plain encoding has no special tokens at all.
         added = self.values.get("added_tokens") or []
         plain = {**self.values, "added_tokens": [token for token in added if not token.get("special")]}
-        self._plain = _build(plain, where)
+        self._plain = build_backend(plain, where)
         self.special_ids = frozenset(token["id"] for token in added if token.get("special")) | {0, 1, 2, 3}
         vocab = {**self.values["model"]["vocab"], **{token["content"]: token["id"] for token in added}}
         self.vocab_size: int = len(vocab)
         self._added_ids = frozenset(token["id"] for token in added)
         self._bytes: list[bytes] = [b""] * (max(vocab.values()) + 1)
         for text, index in vocab.items():
-            self._bytes[index] = _token_bytes(text, literal=index in self._added_ids)
+            self._bytes[index] = token_bytes(text, literal=index in self._added_ids)
         self.byte_ids = frozenset(
             index
             for text, index in vocab.items()
@@ -72,7 +74,7 @@ class Tokenizer:
     def backend(self) -> tokenizers.Tokenizer:
         """The library's tokenizer with the special tokens. Built on first use: with 100,534 entries this
         takes a fifth of a second, and chat does not need it."""
-        return _build(self.values, "tokenizer.json")
+        return build_backend(self.values, "tokenizer.json")
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -194,20 +196,34 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes ids one by one; the texts from ``push`` and ``finish`` add up to the full decode."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, strip_space: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._strip_space = strip_space  # one before the text
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that is complete now; empty while a character is unfinished."""
         if self._skip_special and token_id in self._tokenizer.special_ids:
             return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        if self._strip_space and text:
+            self._strip_space = False
+            text = text.removeprefix(" ")
+        return text
 
     def finish(self) -> str:
         """The rest: U+FFFD for an unfinished character, or nothing."""
         return self._decoder.decode(b"", final=True)
+
+
+def is_xverse(values: dict[str, Any]) -> bool:
+    """Whether the mapping of a tokenizer.json, repaired or not, has XVERSE's structure."""
+    try:
+        _check(values, "")
+    except UserError:
+        return False
+    return True
 
 
 def _check(values: dict[str, Any], where: str) -> None:
@@ -234,7 +250,7 @@ def _check(values: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: the special token {name} must have id {index}, but {problem}")
 
 
-def _build(values: dict[str, Any], where: str) -> tokenizers.Tokenizer:
+def build_backend(values: dict[str, Any], where: str) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(values, ensure_ascii=False))
     except Exception as error:  # the library raises bare Exception
@@ -244,9 +260,13 @@ def _build(values: dict[str, Any], where: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _token_bytes(text: str, literal: bool) -> bytes:
+def token_bytes(text: str, literal: bool, table: Mapping[str, int] | None = None) -> bytes:
+    """The bytes of a vocabulary entry. ``literal``: an added token, which is text. ``table``: the bytes of a
+    byte-level vocabulary's characters."""
     if literal:
         return text.encode()
+    if table is not None:
+        return bytes(table[character] for character in text if character in table)
     byte = _BYTE_TOKEN.fullmatch(text)
     return bytes.fromhex(byte.group(1)) if byte else text.replace(SPACE, " ").encode()
 

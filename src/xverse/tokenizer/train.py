@@ -102,7 +102,12 @@ def assemble(alphabet: Sequence[str], merges: Sequence[tuple[str, str]]) -> Toke
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     # Merges of spaces alone come last (see WORDS); the sort is stable.
     ranked = sorted(merges, key=lambda pair: not "".join(pair).strip(SPACE))
-    backend = Backend(models.BPE(vocab, ranked, byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
+    return Tokenizer(tokenizer_values(vocab, ranked))
+
+
+def tokenizer_values(vocab: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, Any]:
+    """The mapping of a tokenizer.json of XVERSE's structure."""
+    backend = Backend(models.BPE(vocab, merges, byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORDS), "isolated"), *_pieces()]
     )
@@ -112,7 +117,7 @@ def assemble(alphabet: Sequence[str], merges: Sequence[tuple[str, str]]) -> Toke
     # The byte tokens are not special; otherwise the text "<0x41>" would be read as a byte.
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     values: dict[str, Any] = json.loads(backend.to_str())
-    return Tokenizer(values)
+    return values
 
 
 def default_limit(vocab_size: int, limit_alphabet: int | None) -> int:

@@ -1,0 +1,214 @@
+"""Tokenizers of other models: byte-level BPE, and sentencepiece's BPE or unigram, with their chat templates.
+
+A directory's ``tokenizer.json`` and ``tokenizer_config.json`` are read as transformers reads them; a directory
+that has only sentencepiece's ``tokenizer.model`` is converted by transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xverse.config import UserError
+from xverse.files import atomic_file
+from xverse.tokenizer.tokenizer import (
+    SPACE,
+    StreamDecoder,
+    Tokenizer,
+    build_backend,
+    is_xverse,
+    replace_surrogates,
+    token_bytes,
+)
+
+_TEMPLATE = "chat_template.jinja"
+
+
+class GeneralTokenizer(Tokenizer):
+    """A tokenizer of the Llama family with the interface of ``Tokenizer``.
+
+    ``prefix_ids`` begin every text that is not a conversation, such as ``<s>``; ``template`` is the chat
+    template or None. ``bos_id``, ``eos_id``, ``pad_id`` and ``unk_id`` are -1 where there is none.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], settings: Mapping[str, Any], template: str | None, where: str
+    ) -> None:
+        """``values`` and ``settings`` are the mappings of tokenizer.json and tokenizer_config.json.
+
+        Raises UserError for a file that cannot be used or that has another kind of vocabulary.
+        """
+        self.values, self.settings, self.template = values, dict(settings), template
+        self._where, self._hash = where, ""
+        added = values.get("added_tokens") or []
+        self.special_ids = frozenset(token["id"] for token in added if token.get("special"))
+        self._plain = build_backend(
+            {
+                **values,
+                "added_tokens": [token for token in added if not token.get("special")],
+                "post_processor": None,
+            },
+            where,
+        )
+        model, text = (
+            values.get("model") or {},
+            json.dumps([values.get("decoder"), values.get("pre_tokenizer")]),
+        )
+        byte_level = '"ByteLevel"' in text
+        if model.get("type") not in ("BPE", "Unigram") or not (
+            byte_level or SPACE in json.dumps(values, ensure_ascii=False)
+        ):
+            raise UserError(
+                f"{where}: a {model.get('type')} tokenizer; byte-level BPE and sentencepiece's BPE or unigram "
+                "are supported"
+            )
+        vocab: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        literal = {token["id"] for token in added}
+        table = _byte_table() if byte_level else None
+        self._bytes = [b""] * self.vocab_size
+        for piece, index in vocab.items():
+            self._bytes[index] = token_bytes(piece, index in literal, table)
+        self.byte_ids = frozenset(
+            index for index, value in enumerate(self._bytes) if len(value) == 1 and value > b"\x7f"
+        )
+        self._strips_space = (not byte_level and '"Strip"' in text) or (
+            '"prepend_scheme": "' in text and '"never"' not in text
+        )
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
+            self._special(name, vocab) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        )
+        self.prefix_ids = self._prefix()
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return GeneralTokenizer, (self.values, self.settings, self.template, self._where)
+
+    @functools.cached_property
+    def hash(self) -> str:  # type: ignore[override]
+        """The sha256 (hex) of everything that the ids depend on."""
+        core = {key: self.values.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+        return hashlib.sha256(json.dumps(core, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """The ids of ``text`` without ``prefix_ids``; special tokens in it are plain text unless
+        ``allow_special``."""
+        backend = self.backend if allow_special else self._plain
+        return backend.encode(replace_surrogates(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
+        backend = self.backend if allow_special else self._plain
+        clean = [replace_surrogates(text) for text in texts]
+        return [encoding.ids for encoding in backend.encode_batch_fast(clean, add_special_tokens=False)]
+
+    def encode_flat(
+        self, texts: Sequence[str], last: int | None = None
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        rows = [ids if last is None else [*ids, last] for ids in self.encode_batch(texts)]
+        lengths = np.array([len(ids) for ids in rows], np.int64)
+        return np.array([token for ids in rows for token in ids], np.uint32), lengths
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of ``ids``, without the space that sentencepiece puts before a text."""
+        text = super().decode(ids, skip_special)
+        return text[1:] if self._strips_space and text.startswith(" ") else text
+
+    def stream(self, skip_special: bool = True) -> StreamDecoder:
+        return StreamDecoder(self, skip_special, strip_space=self._strips_space)
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and the chat template as they were read."""
+        directory = Path(directory)
+        files = {
+            "tokenizer.json": json.dumps(self.values, ensure_ascii=False),
+            "tokenizer_config.json": json.dumps(self.settings, ensure_ascii=False, indent=2),
+        }
+        if self.template is not None and "chat_template" not in self.settings:
+            files[_TEMPLATE] = self.template
+        for name, text in files.items():
+            with atomic_file(directory / name) as path:
+                path.write_text(text + ("" if name == _TEMPLATE else "\n"), encoding="utf-8")
+
+    def _special(self, name: str, vocab: Mapping[str, int]) -> int:
+        stored = self.settings.get(name)
+        text = stored.get("content") if isinstance(stored, Mapping) else stored
+        return vocab.get(text, -1) if isinstance(text, str) else -1
+
+    def _prefix(self) -> tuple[int, ...]:
+        """What the file's post-processor, or ``add_bos_token``, puts before a text."""
+        wanted = self.settings.get("add_bos_token")
+        if wanted is not None:
+            return (self.bos_id,) if wanted and self.bos_id >= 0 else ()
+        plain = self.backend.encode("a", add_special_tokens=False).ids
+        whole = self.backend.encode("a", add_special_tokens=True).ids
+        starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+        return tuple(whole[: starts[0]]) if starts else ()
+
+
+def load_tokenizer_of(directory: Path) -> Tokenizer:
+    """The tokenizer of a model directory: XVERSE's where it has that structure, otherwise a general one.
+
+    Raises UserError for a directory without a tokenizer and for one that cannot be used.
+    """
+    file, settings_file = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    settings = _mapping(settings_file) if settings_file.is_file() else {}
+    if file.is_file():
+        values = _mapping(file)
+        if is_xverse(values):
+            return Tokenizer.load(file)
+    elif (directory / "tokenizer.model").is_file():
+        values = _converted(directory)
+    else:
+        raise UserError(
+            f"{directory}: has no tokenizer.json and no tokenizer.model; copy it from the model's published "
+            "directory"
+        )
+    return GeneralTokenizer(values, settings, _template(directory, settings), str(file))
+
+
+def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    file = directory / _TEMPLATE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    stored = settings.get("chat_template")
+    if isinstance(stored, list):  # several by name
+        named = {item.get("name"): item.get("template") for item in stored if isinstance(item, Mapping)}
+        stored = named.get("default")
+    return stored if isinstance(stored, str) else None
+
+
+def _converted(directory: Path) -> dict[str, Any]:
+    """The mapping of a tokenizer.json made from sentencepiece's file."""
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False).backend_tokenizer
+    except Exception as error:  # the library raises many kinds
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{directory / 'tokenizer.model'}: cannot be converted ({reason})") from None
+    values: dict[str, Any] = json.loads(backend.to_str())
+    return values
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a mapping, found {type(values).__name__}")
+    return values
+
+
+@functools.cache
+def _byte_table() -> dict[str, int]:
+    """GPT-2's characters for bytes: printable ones for themselves, the others from U+0100 on."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in kept]
+    return {chr(byte): byte for byte in kept} | {chr(256 + n): byte for n, byte in enumerate(others)}
