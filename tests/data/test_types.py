@@ -61,10 +61,10 @@ def write(folder: Path, kind: str, records: list[dict[str, Any]]) -> Path:
             rows.writeheader()
             rows.writerows(records)
     else:
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
+        parquet = pytest.importorskip("pyarrow.parquet")
+        import pyarrow
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
     return path
 
 
@@ -161,9 +161,9 @@ def test_questions_of_other_types_are_refused_with_their_reason(tmp_path: Path) 
     ):
         path = write(tmp_path, "jsonl", [{**good, **wrong}])
         reader = QuestionReader()
+        (raw,) = custom.read(description, path, "x", reader)
         with pytest.raises(UserError, match=why):
-            for raw in custom.read(description, path, "x", reader):
-                reader.question(raw)
+            reader.question(raw)
 
 
 def test_rows_of_another_length_are_counted(tmp_path: Path) -> None:
