@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.commands import values
+from xverse import values
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError, need
 
