@@ -123,7 +123,9 @@ def test_tls_a_sub_path_and_keys_that_change(start: Start, tmp_path: Path) -> No
     make_certificate()
     keys.write_text("# team\nfirst-key\n", encoding="utf-8")
     flags = ["--tls-cert", str(certificate), "--tls-key", str(key), "--api-key-file", str(keys)]
-    process = start("--port", "0", "--page", "none", "--root-path", "/xv/", *flags)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start("--port", str(port), "--page", "none", "--root-path", "/xv/", *flags)
     url = address(process).replace("127.0.0.1", "localhost")
     assert re.fullmatch(r"https://localhost:\d+/xv", url)
 
@@ -132,6 +134,8 @@ def test_tls_a_sub_path_and_keys_that_change(start: Start, tmp_path: Path) -> No
         with httpx.Client(verify=trusted, trust_env=False, timeout=60) as client:
             return client.get(url.removesuffix("/xv") + path, headers={"Authorization": f"Bearer {sent}"})
 
+    health = [sys.executable, "-m", "xverse.serve.health", str(process.pid)]
+    assert subprocess.run(health, timeout=60).returncode == 0  # on the container's port, over TLS
     for path in ("/xv/v1/models", "/v1/models"):  # a proxy keeps the sub-path or removes it
         assert ask(path, "first-key").json()["data"][0]["id"] == "nano"
         assert ask(path, "second-key").status_code == 401
@@ -177,6 +181,8 @@ def test_a_unix_socket(start: Start, tmp_path: Path) -> None:
         )
         assert answer.status_code == 200
         assert answer.headers["x-request-id"] == "abc-1"
+    health = [sys.executable, "-m", "xverse.serve.health", str(process.pid)]
+    assert subprocess.run(health, timeout=60).returncode == 0
     second = start("--uds", str(path), "--page", "none")
     assert second.wait(60) == 2
     assert "Address already in use" in second.stderr.read()  # type: ignore[union-attr]
