@@ -139,6 +139,7 @@ def test_tls_a_sub_path_and_keys_that_change(start: Start, tmp_path: Path) -> No
     for path in ("/xv/v1/models", "/v1/models"):  # a proxy keeps the sub-path or removes it
         assert ask(path, "first-key").json()["data"][0]["id"] == "nano"
         assert ask(path, "second-key").status_code == 401
+    assert ask("/xv", "").headers["location"] == "/xv/"
     assert ask("/xv/health", "").status_code == ask("/health", "").status_code == 200
 
     keys.write_text("second-key\n", encoding="utf-8")
