@@ -23,5 +23,5 @@ USER xverse
 VOLUME /home/xverse/.cache
 EXPOSE 36000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --start-period=300s CMD ["python", "-m", "xverse.serve.health"]
+HEALTHCHECK --start-period=300s CMD ["python", "-m", "xverse.commands.health"]
 ENTRYPOINT ["xverse", "serve", "--host", "0.0.0.0"]

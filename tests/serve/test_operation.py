@@ -134,7 +134,7 @@ def test_tls_a_sub_path_and_keys_that_change(start: Start, tmp_path: Path) -> No
         with httpx.Client(verify=trusted, trust_env=False, timeout=60) as client:
             return client.get(url.removesuffix("/xv") + path, headers={"Authorization": f"Bearer {sent}"})
 
-    health = [sys.executable, "-m", "xverse.serve.health", str(process.pid)]
+    health = [sys.executable, "-m", "xverse.commands.health", str(process.pid)]
     assert subprocess.run(health, timeout=60).returncode == 0  # on the container's port, over TLS
     for path in ("/xv/v1/models", "/v1/models"):  # a proxy keeps the sub-path or removes it
         assert ask(path, "first-key").json()["data"][0]["id"] == "nano"
@@ -182,7 +182,7 @@ def test_a_unix_socket(start: Start, tmp_path: Path) -> None:
         )
         assert answer.status_code == 200
         assert answer.headers["x-request-id"] == "abc-1"
-    health = [sys.executable, "-m", "xverse.serve.health", str(process.pid)]
+    health = [sys.executable, "-m", "xverse.commands.health", str(process.pid)]
     assert subprocess.run(health, timeout=60).returncode == 0
     second = start("--uds", str(path), "--page", "none")
     assert second.wait(60) == 2

@@ -1,4 +1,4 @@
-"""Ask a running ``xverse serve`` whether it is ready: ``python -m xverse.serve.health [PID]``.
+"""Ask a running ``xverse serve`` whether it is ready: ``python -m xverse.commands.health [PID]``.
 
 For a container's health check: the address comes from the command line of process PID (1, a container's
 main process), so it follows --port, --host, --uds and --tls-cert. The exit code is 0 if it is ready.
