@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import math
 import os
 import signal
@@ -38,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text = "origin of web pages that may use the API, such as https://HOST"
     add("--allowed-origin", text, action="append", metavar="O")
     text = "tab that the web page opens with (chat); none: no web page"
-    add("--page", text, choices=["chat", "generation", "none"])
+    add("--page", text, choices=["chat", "generation", "none"], default="chat")
     add("--max-batch", "requests that run at once (%(default)s)", type=_number, default=64, metavar="N")
     add("--max-waiting", "requests that may wait (%(default)s)", type=_number, default=256, metavar="N")
     text = "capacity of the key-value cache in tokens (default: half of the free memory)"
@@ -79,13 +78,12 @@ def run(args: argparse.Namespace) -> int:
             "--api-key-file"
         )
     origins = [_origin(text) for text in args.allowed_origin or []]
-    page = _page(args.page)
     with listen(args.host, args.port) as listener:
         names = {field.name for field in dataclasses.fields(ServiceSettings)} & vars(args).keys()
         settings = ServiceSettings(**{name: getattr(args, name) for name in names}, sampling=sampling)
         service = load_service(settings)
         app: Any = Guard(
-            create_app(service, page),
+            create_app(service, None if args.page == "none" else args.page),
             hosts=allowed_hosts(args.host, args.allowed_host or []),
             keys=keys,
             max_body=int(args.max_body_mb * 1e6),
@@ -144,16 +142,6 @@ def _origin(text: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
         raise UserError(f"--allowed-origin: '{text}' is not an origin; write https://example.org")
     return text.lower()
-
-
-def _page(tab: str | None) -> str | None:
-    """The tab that the web page opens with. ``tab`` None means chat, or no page without Gradio."""
-    if tab == "none":
-        return None
-    if tab is None:
-        return None if importlib.util.find_spec("gradio") is None else "chat"
-    need("gradio", "web", "the web page", load=False)
-    return tab
 
 
 def read_keys(path: str | None) -> list[str]:
