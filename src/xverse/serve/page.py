@@ -9,7 +9,6 @@ import asyncio
 import gzip
 import hashlib
 import math
-import mimetypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +23,13 @@ from xverse.serve.service import Service
 
 FOLDER = Path(__file__).with_name("static")
 LEAST_ROOM = 256  # tokens for a reply, below which the oldest turns are left out
-_TEXT = (".html", ".css", ".js", ".svg")
+_KINDS = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".woff2": "font/woff2",
+}
 
 
 class Turn(Strict):
@@ -142,10 +147,10 @@ def _control(param: Param, service: Service) -> dict[str, Any]:
 
 def _read(path: Path) -> _File:
     body = path.read_bytes()
-    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    kind = "text/javascript" if path.suffix == ".js" else kind
-    packed = gzip.compress(body, mtime=0) if path.suffix in _TEXT else None
-    charset = "; charset=utf-8" if path.suffix in _TEXT else ""
+    kind = _KINDS.get(path.suffix, "text/plain")
+    text = path.suffix != ".woff2"
+    packed = gzip.compress(body, mtime=0) if text else None
+    charset = "; charset=utf-8" if text else ""
     return _File(kind + charset, f'"{hashlib.sha256(body).hexdigest()[:20]}"', body, packed)
 
 
