@@ -174,7 +174,7 @@ def test_damaged_storage(site: Any, visit: Any) -> None:
     visitor.page.evaluate(RECORDS)
     again = visit.again(visitor, site)
     assert again.conversations() == ["a circle"]
-    sync_api.expect(again.page.get_by_text("2 stored conversations were unreadable")).to_be_visible()
+    sync_api.expect(again.page.get_by_text("could not be read: 2")).to_be_visible()
     again.page.locator("#conversations .open").click()
     again.say("Go on")
     again.until_answered(1)

@@ -39,11 +39,20 @@ export function start(context) {
   box.addEventListener("input", () => { grow(box); controls(); });
   find("#send").addEventListener("click", say);
   find("#stop").addEventListener("click", () => stop());
+  follow();
   onLanguage(() => {
     find("#examples").replaceChildren(...examples().map(([skill, prompt]) =>
       h("li", {}, h("button", { type: "button", onclick: () => send(prompt) }, h("strong", {}, skill), h("span", {}, prompt)))));
     draw();
   });
+}
+
+/** Keep the end in view while it grows, unless the reader has scrolled up. */
+function follow() {
+  const scroll = find("#scroll");
+  let atEnd = true;
+  scroll.addEventListener("scroll", () => { atEnd = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60; });
+  new ResizeObserver(() => { if (atEnd && current) scroll.scrollTop = scroll.scrollHeight; }).observe(find("#messages"));
 }
 
 export function stop(conversation = current) {
@@ -212,11 +221,8 @@ function controls() {
 function drawReply(node) {
   const view = find(`#messages [data-node="${node.id}"]`);
   if (!view) return;
-  const scroll = find("#scroll");
-  const below = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight;
   render(view.querySelector(".content"), node.text);
   if (node.text) view.querySelector(".waiting")?.remove();
-  if (below < 80) scroll.scrollTop = scroll.scrollHeight;
 }
 
 function meter(nodes) {

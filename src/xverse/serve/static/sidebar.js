@@ -113,7 +113,7 @@ function choose() {
       }
       count += found.length;
     }
-    if (count) toast(t("imported", { count }));
+    if (count) toast(t("imported", { count }), null, 3);
     draw();
   });
   box.click();
