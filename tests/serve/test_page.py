@@ -188,7 +188,6 @@ def test_on_a_phone(site: Any, visit: Any) -> None:
     assert page.evaluate(NO_SIDEWAYS)
     box = page.locator("#message").bounding_box()
     assert box["y"] + box["height"] <= PHONE["height"]
-    visitor.picture("chat-phone")
     page.locator("#show").click()
     head = "| Country | Capital | Inhabitants | Area | Currency | Language |\n|---|---|---:|---:|---|---|\n"
     row = "| France | Paris | 68,000,000 | 643,801 km² | Euro | French |\n"

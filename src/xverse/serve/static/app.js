@@ -7,7 +7,7 @@ import * as generation from "./generation.js";
 import { onLanguage, t, toggle as toggleLanguage, translate } from "./language.js";
 import * as panel from "./settings.js";
 import * as sidebar from "./sidebar.js";
-import { load, read, save, write } from "./store.js";
+import { isRemoved, load, read, save, write } from "./store.js";
 
 const NARROW = 800; // pixels; the style sheet's too
 const THEMES = ["auto", "light", "dark"];
@@ -26,7 +26,7 @@ function open(conversation) {
 
 /** A conversation has got a message or a reply. */
 function changed(conversation) {
-  if (!all.includes(conversation)) {
+  if (!all.includes(conversation) && !isRemoved(conversation.id)) {
     all.push(conversation);
     write("open", conversation.id);
   }

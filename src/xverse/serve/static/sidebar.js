@@ -3,7 +3,7 @@
 import { create, matches, title } from "./conversation.js";
 import { find, h, iconButton, toast } from "./dom.js";
 import { onLanguage, t } from "./language.js";
-import { remove, save } from "./store.js";
+import { remove, restore, save } from "./store.js";
 import { asJson, asMarkdown, download, imported } from "./transfer.js";
 
 let page = null; // {all, opened(), open(conversation), isRunning(conversation), stop(conversation)}
@@ -90,6 +90,7 @@ function erase(conversation) {
   if (page.opened() === conversation) page.open(null);
   else draw();
   const undo = () => {
+    restore(conversation.id);
     page.all.push(conversation);
     save(conversation);
     draw();

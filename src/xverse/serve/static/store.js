@@ -5,6 +5,7 @@ import { normal } from "./conversation.js";
 
 const NAME = `xverse ${location.pathname}`;
 let database = null;
+const removed = new Set(); // a reply may still end in one of them
 
 export function read(key) {
   try { return localStorage.getItem(`xverse.${key}`); } catch { return null; }
@@ -69,7 +70,7 @@ const table = (mode) => database.transaction("conversations", mode).objectStore(
 
 /** Store a conversation. Messages that another window added to it are kept. False: the storage is full. */
 export async function save(conversation) {
-  if (!database) return true;
+  if (!database || removed.has(conversation.id)) return true;
   try {
     const stored = normal(await request(() => table("readonly").get(conversation.id)));
     for (const [id, node] of Object.entries(stored?.nodes ?? {})) conversation.nodes[id] ??= node;
@@ -80,6 +81,11 @@ export async function save(conversation) {
   }
 }
 
+export const isRemoved = (id) => removed.has(id);
+
+export const restore = (id) => removed.delete(id);
+
 export async function remove(id) {
+  removed.add(id);
   try { if (database) await request(() => table("readwrite").delete(id)); } catch { /* it is gone from view */ }
 }
