@@ -97,20 +97,30 @@ def fitting(service: Service, body: FitRequest) -> dict[str, Any]:
     counts = [len(ids) for ids in service.tokenizer.encode_batch([each.content for each in messages])]
     partial = service.tokenizer.encode(begun) if begun else []
     limit = min(body.max_tokens or service.sampling.max_new_tokens, service.context - 1)
-    least = 1 if begun else min(limit, LEAST_ROOM)
-    most = service.context - least - len(partial)
-    # Without what surrounds the messages, so that it leaves out too little rather than too much.
-    kept = next((n for n, start in enumerate(starts) if sum(counts[start:]) <= most), len(starts) - 1)
-    while kept < len(starts) and sum(counts[starts[kept] :]) <= most:
-        prompt = _prompt(service, [*system, *messages[starts[kept] :]])
+    most = service.context - len(partial) - (1 if begun else min(limit, LEAST_ROOM))
+    around, between = _frame(service, system)
+    kept, tokens = len(starts) - 1, around + sum(counts[starts[-1] :])
+    while kept and tokens + between + sum(counts[starts[kept - 1] : starts[kept]]) <= most:
+        kept -= 1
+        tokens += between + sum(counts[starts[kept] : starts[kept + 1]])
+    for start in starts[kept:] if tokens <= most else []:
+        prompt = _prompt(service, [*system, *messages[start:]])
         if prompt is not None and len(prompt) <= most:
             ids = [*prompt, *partial]
             room = min(limit, service.context - len(ids))
-            whole = {"first": starts[kept] + len(system), "tokens": len(ids), "max_tokens": room}
+            whole = {"first": start + len(system), "tokens": len(ids), "max_tokens": room}
             return {**whole, "prompt": ids} if begun else whole
-        kept += 1
-    around = len(_prompt(service, [*system, Turn(role="user", content="x")]) or ())
     return {"too_long": counts[starts[-1]] + len(partial), "most": max(most + len(partial) - around, 0)}
+
+
+def _frame(service: Service, system: list[Turn]) -> tuple[int, int]:
+    """How many tokens a prompt has besides its messages: with one turn, and more for each further one."""
+    word = len(service.tokenizer.encode("x"))
+    user, reply = Turn(role="user", content="x"), Turn(role="assistant", content="x")
+    one = _prompt(service, [*system, user])
+    short = len(_prompt(service, [user]) or ())
+    long = len(_prompt(service, [user, reply, user]) or ())
+    return (service.context if one is None else len(one) - word), long - short - 2 * word
 
 
 def _prompt(service: Service, turns: list[Turn]) -> list[int] | None:
