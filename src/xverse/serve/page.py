@@ -18,7 +18,7 @@ from pydantic import FailFast, Field, StrictInt, StrictStr
 
 from xverse.engine.sampling_params import COMPLETION, PARAMS, Param
 from xverse.serve.errors import ApiError
-from xverse.serve.protocol import ChatRequest, Message, Strict
+from xverse.serve.protocol import ChatRequest, Strict
 from xverse.serve.service import Service
 
 FOLDER = Path(__file__).with_name("static")
@@ -125,9 +125,9 @@ def _frame(service: Service, system: list[Turn]) -> tuple[int, int]:
 
 def _prompt(service: Service, turns: list[Turn]) -> list[int] | None:
     """The ids that the API makes of the messages; None if they exceed the context."""
-    messages = [Message(role=turn.role, content=turn.content) for turn in turns]
+    body = {"messages": [turn.model_dump() for turn in turns], "max_tokens": 1}
     try:
-        return list(service.chat(ChatRequest(messages=messages, max_tokens=1))[0].prompt_ids)
+        return list(service.chat(ChatRequest.model_validate(body))[0].prompt_ids)
     except ApiError as error:
         if error.code == "context_length_exceeded":
             return None
