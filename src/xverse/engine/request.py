@@ -29,6 +29,11 @@ class Constraint(Protocol):
 
     def accept(self, token_id: int) -> None: ...
 
+    def forced(self) -> Sequence[int]:
+        """The next tokens where the text is determined, else none. The engine computes them in one step, and
+        verifies each as if it had been computed alone."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:

@@ -58,7 +58,7 @@ def of_user_error(error: UserError) -> ApiError:
 
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "10"}}.get(error.status)
     return answer(error.status, str(error), error.param, error.code, headers)
 
 
@@ -96,7 +96,7 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    code = "body_too_large" if error.status_code == 413 else None
+    code = {408: "request_timeout", 413: "body_too_large"}.get(error.status_code)
     return answer(error.status_code, str(error.detail), code=code, headers=dict(error.headers or {}))
 
 

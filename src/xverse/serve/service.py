@@ -15,7 +15,7 @@ from xverse.engine.sampling_params import MOST_BIASES
 from xverse.serve import tools
 from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError
-from xverse.serve.grammar import Grammars
+from xverse.serve.grammar import Compiled, Grammars
 from xverse.serve.metrics import Metrics
 from xverse.serve.protocol import ChatRequest, CompletionRequest, Generation
 from xverse.serve.runner import EngineRunner
@@ -54,7 +54,12 @@ class Service:
                 code="model_not_found",
             )
 
-    def chat(self, body: ChatRequest) -> list[Request]:
+    async def grammar(self, body: ChatRequest) -> Compiled | None:
+        """The grammar of the replies, for ``chat``. Cancelling ends its compilation."""
+        self.check_model(body.model)
+        return await self.grammars.of_chat(body)
+
+    def chat(self, body: ChatRequest, grammar: Compiled | None = None) -> list[Request]:
         """One engine request for each of the ``n`` choices."""
         self.check_model(body.model)
         given = body.sampling()
@@ -74,7 +79,6 @@ class Service:
             truncation=self.context * 2,
         )
         new_tokens = self._room("messages", len(prompt.ids), limit, limit_name)
-        grammar = self.grammars.of_chat(body)
         choices = self._choices(body, 1)
         return [
             self._request(body, prompt.ids, new_tokens, choice, logprobs=logprobs, grammar=grammar)
@@ -144,7 +148,7 @@ class Service:
         *,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
-        grammar: str | None = None,
+        grammar: Compiled | None = None,
     ) -> Request:
         if logprobs is not None and not 0 <= logprobs <= MOST_ALTERNATIVES:
             name = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"

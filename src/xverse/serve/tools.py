@@ -57,23 +57,6 @@ def must_call(body: ChatRequest) -> bool:
     return body.tool_choice == "required" or isinstance(body.tool_choice, ToolChoice)
 
 
-def call_schema(tools: list[Tool]) -> dict[str, Any]:
-    """The JSON schema of a call of one of ``tools``."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
-
-
 def parse(text: str, body: ChatRequest) -> tuple[str | None, list[dict[str, Any]]]:
     """A reply's content and its tool calls. Text that only resembles a call stays content."""
     names = {tool.function.name for tool in offered_tools(body)}
