@@ -14,6 +14,7 @@ from fastapi.routing import APIRoute
 import xverse
 from xverse.serve import errors
 from xverse.serve.errors import ApiError
+from xverse.serve.page import mount
 from xverse.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from xverse.serve.replies import ChatReply, CompletionReply
 from xverse.serve.service import Service
@@ -96,7 +97,7 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
 
     known = {route.path for route in app.routes if isinstance(route, APIRoute)}
 
-    # The page would answer every other address; unknown paths under /v1 get an API error instead.
+    # Unknown paths under /v1 get an error in the API's form.
     @app.api_route("/v1/{path:path}", methods=[*_METHODS], include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:
         if f"/v1/{path}" in known:
@@ -104,8 +105,6 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
         raise ApiError(404, f"/v1/{path} does not exist", code="unknown_path")
 
     if page is not None:
-        from xverse.serve.page import mount  # importing Gradio takes seconds
-
         mount(app, service, first=page)
     return app
 
