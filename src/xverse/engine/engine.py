@@ -23,7 +23,7 @@ from xverse.engine.sampling import Adjustment, Key, choose, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Scores, ScoringItem, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
-from xverse.engine.speculation import Speculation, Speculator
+from xverse.engine.speculation import Speculation, Speculator, propose_forced
 from xverse.engine.stop import StopText
 from xverse.kernels.fused_step import FusedStep, fused_step
 from xverse.kernels.inference import use_kernels
@@ -180,11 +180,11 @@ class Engine:
     def step(self) -> list[Event]:
         """Advance running requests and return their events; without speculation, at most one token each."""
         work = self._scheduler.schedule()
+        propose_forced(work, self._scheduler, self.prefill_chunk)
         if self._speculator is not None and work:
             self._speculator.propose(work, self._scheduler)
-        events = self._forward(work) if work else []
-        if self._undelivered:
-            events, self._undelivered = self._undelivered + events, []
+        events = self._undelivered + (self._forward(work) if work else [])
+        self._undelivered = []
         return events
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
@@ -387,7 +387,7 @@ class Engine:
                 accepted += 1
             first += 1 + len(item.proposed)
             self._scheduler.computed(sequence, item.count + accepted)
-            if self._speculator is not None:
+            if self._speculator is not None and not item.forced:
                 self._speculator.verified(item, accepted)
             if event.finish_reason:
                 self._retire(sequence)
@@ -420,7 +420,7 @@ class Engine:
         """Append ``token``, which was chosen from ``logits`` [V]."""
         request = sequence.request
         sequence.tokens.append(token)
-        event = Event(handle=sequence.handle, token_id=token, text="")
+        event = Event(handle=sequence.handle, token_id=token, text="", cached_tokens=sequence.reused)
         if not sequence.plain:
             sequence.adjustment.add(token)
             if request.logprobs is not None:

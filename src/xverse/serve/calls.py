@@ -60,13 +60,15 @@ class CallParser:
                 pieces.append(self._begin(possible[0], ""))
             elif not possible:
                 pieces += self._whole(self._text, "")
-        elif self._state == self._content:
-            pieces += self._say(self._text)
-        elif self._state == self._tail and not ("}" + CLOSE).startswith("".join(self._text.split())):
+        elif self._state == self._content or not self._ends_call():
             pieces += self._say(self._text)
         if self._space and not self.calls:
             pieces.append(Content(self._space))
         return pieces
+
+    def _ends_call(self) -> bool:
+        """Whether the rest is in the arguments of a call, or is the beginning of its end."""
+        return self._state == self._arguments or ("}" + CLOSE).startswith("".join(self._text.split()))
 
     # Each state consumes what it can of the text and returns its pieces, or None if it needs more text.
 

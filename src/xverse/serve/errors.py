@@ -142,14 +142,15 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
     code = {404: "unknown_path", 405: "method_not_allowed", 413: "body_too_large"}.get(status)
     if status == 404:
         text = f"{path} does not exist"
-        if _exists(request, f"/v1{path}"):
+        if exists(request, f"/v1{path}"):
             text += f"; use /v1{path} (the base URL of clients ends in /v1)"
     elif status == 405:
         text = f"{path} does not accept {request.method}"
     return answer(status, text, code=code, headers=dict(error.headers or {}))
 
 
-def _exists(request: Request, path: str) -> bool:
+def exists(request: Request, path: str) -> bool:
+    """Whether some method of the API is at ``path``."""
     routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
     return any(route.include_in_schema and route.path_regex.fullmatch(path) for route in routes)
 

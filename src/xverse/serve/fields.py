@@ -1,8 +1,8 @@
-"""Tolerance towards clients: which fields are implemented, which have no effect, and what happens to others.
+"""Tolerance towards clients: fields without effect, and what happens to unknown ones.
 
-``null`` counts as absent everywhere. Inside messages, tools and other parts unknown fields are ignored, because
-clients send replies of many servers back. At the top of a body they are ignored and reported, unless a name
-resembles an implemented one: such a field is refused as a misspelling.
+``null`` counts as absent everywhere. Inside messages, tools and other parts unknown fields are ignored,
+because clients send replies of many servers back. At the top of a body they are ignored and reported, unless
+a name resembles an implemented one: such a field is refused as a misspelling.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -127,11 +127,15 @@ class Tool(Lenient):
     function: Function
 
 
+Mode = Literal["none", "auto", "required"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
 @dataclass(frozen=True)
 class ToolChoice:
     """``mode`` is OpenAI's; ``names`` are the only tools that may be called, None: any."""
 
-    mode: Literal["none", "auto", "required"]
+    mode: Mode
     names: tuple[str, ...] | None = None
 
 
@@ -139,8 +143,10 @@ def _tool_choice(value: Any) -> ToolChoice:
     """Reads a mode, one function in either of two notations, or OpenAI's ``allowed_tools``."""
     if isinstance(value, ToolChoice):
         return value
-    if value in ("none", "auto", "required"):
-        return ToolChoice(value)
+    if isinstance(value, str):
+        for mode in MODES:
+            if value == mode:
+                return ToolChoice(mode)
     if not isinstance(value, dict):
         raise rule("must be 'none', 'auto', 'required' or an object that names a function")
     kind = value.get("type") or "function"
@@ -160,10 +166,7 @@ def _tool_choice(value: Any) -> ToolChoice:
     return ToolChoice("required", (_name(value, ""),))
 
 
-Chosen = Annotated[
-    ToolChoice,
-    PlainValidator(_tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | dict[str, Any]),
-]
+Chosen = Annotated[ToolChoice, PlainValidator(_tool_choice, json_schema_input_type=Mode | dict[str, Any])]
 
 
 def _name(value: Any, at: str) -> str:

@@ -165,7 +165,12 @@ class _Reply:
     endpoint = ""
 
     def __init__(
-        self, service: Service, body: Generation, requests: Sequence[Request], prompts: int, head: dict[str, Any]
+        self,
+        service: Service,
+        body: Generation,
+        requests: Sequence[Request],
+        prompts: int,
+        head: dict[str, Any],
     ) -> None:
         self._service, self._options, self._prompts = service, body.stream_options, prompts
         self._ids, self._requests = body.return_token_ids, requests
@@ -326,7 +331,10 @@ class ChatReply(_Reply):
 
     @staticmethod
     def _delta(
-        choice: Choice, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+        choice: Choice,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
     ) -> dict[str, Any]:
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 

@@ -17,13 +17,13 @@ from xverse.config import UserError
 from xverse.engine import Constraint, Request, SamplingParams
 from xverse.engine.request import MOST_ALTERNATIVES
 from xverse.serve import tools
+from xverse.serve.calls import CallParser
 from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Compiled, Grammars
-from xverse.serve.metrics import Metrics
-from xverse.serve.calls import CallParser
-from xverse.serve.protocol import ChatRequest, CompletionRequest, Generation, Message, Tool, TokenizeRequest
-from xverse.serve.runner import EngineRunner
 from xverse.serve.limits import MinTokens
+from xverse.serve.metrics import Metrics
+from xverse.serve.protocol import ChatRequest, CompletionRequest, Generation, Message, TokenizeRequest, Tool
+from xverse.serve.runner import EngineRunner
 from xverse.tokenizer import Tokenizer, encode_chat
 from xverse.tokenizer.tools import CLOSE
 
@@ -172,7 +172,7 @@ class Service:
         if left < least:
             text = f"{field_name}: {prompt} tokens exceed the context of {self.context}"
             if left == 0:
-                text = f"{field_name}: {prompt} tokens fill the context of {self.context}; there is no room for a reply"
+                text = f"{field_name}: {prompt} tokens leave no room in the context of {self.context}"
             if offered:
                 described = len(self.tokenizer.encode(tools.tools_text(list(offered))))
                 text += f"; {described} of them describe tools"

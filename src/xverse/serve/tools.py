@@ -1,9 +1,8 @@
-"""Conversations and tools of a request as XVERSE's messages. ``tokenizer/tools.py`` defines the tools' text."""
+"""Conversations and tools of a request as XVERSE's messages. ``tokenizer/tools.py`` defines the text."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from xverse.serve.errors import ApiError
 from xverse.serve.protocol import ChatRequest, FunctionCall, Message, Tool
@@ -55,23 +54,6 @@ def offered_tools(body: ChatRequest) -> list[Tool]:
 
 def must_call(body: ChatRequest) -> bool:
     return body.choice().mode == "required"
-
-
-def call_schema(tools: list[Tool]) -> dict[str, Any]:
-    """The JSON schema of a call of one of ``tools``."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
 def _text(message: Message) -> str:

@@ -102,8 +102,8 @@ def encode_chat(
     programs keep windows of conversations, greet first, or add instructions later. With ``continue_last`` the
     prompt ends within the last message if that is the assistant's, so that the reply continues it.
 
-    Oldest rounds are dropped first. If the last round alone is too long, it is truncated on the right, its two
-    line ends included, as upstream does. The system message is kept, where upstream drops it with the first
+    Oldest rounds are dropped first. If the last round alone is too long, it is truncated on the right, its
+    two line ends included, as upstream does. The system message is kept, where upstream drops it with the first
     round; it is truncated to half of the limit.
 
     Raises UserError, naming the message, for unknown roles and keys and for contents that are not text.
