@@ -33,7 +33,7 @@ CHAT = "/v1/chat/completions"
             "max_completion_tokens",
             "is too large",
         ),
-        ({"messages": [{"role": "user", "content": "a b " * 50_000}]}, "messages", "100009 tokens exceed"),
+        ({"messages": [{"role": "user", "content": "a b " * 50_000}]}, "messages", "100012 tokens exceed"),
         ({"messages": []}, "messages", "at least 1"),
         ({}, "messages", "missing"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "must be 'system'"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from xverse.config import UserError
 from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext, cache_tokens, position_bytes
 from xverse.engine.graphs import DecodeGraphs
 from xverse.engine.prefix import PrefixCache
-from xverse.engine.request import Event, Request
+from xverse.engine.request import Event, Request, Stats
 from xverse.engine.sampling import Adjustment, Key, choose, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Scores, ScoringItem, score_prompt, token_logprob
@@ -32,21 +31,6 @@ from xverse.tokenizer import Tokenizer
 
 _NOT_FINITE = "the model's logits are not finite: its weights are damaged or overflow their data type"
 PREFIX_CACHE_BYTES = 2 * 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """The engine's state in requests and cache blocks, and counters since its start."""
-
-    running: int
-    waiting: int
-    blocks: int
-    free_blocks: int  # without a holder
-    cached_blocks: int  # held by the prefix cache, alone or together with requests
-    preemptions: int
-    reused_tokens: int  # prompt tokens found in the prefix cache
-    proposed_tokens: int
-    accepted_tokens: int
 
 
 class Engine:
@@ -139,6 +123,7 @@ class Engine:
             blocks=self._blocks,
             free_blocks=self._cache.pool.free,
             cached_blocks=len(self._prefixes),
+            idle_blocks=self._prefixes.idle(),
             preemptions=self._scheduler.preemptions,
             reused_tokens=self._scheduler.reused_tokens,
             proposed_tokens=self._speculator.proposed if self._speculator else 0,

@@ -41,8 +41,8 @@ class Request:
 
     ``logprobs``: how many of the most probable tokens to report with each chosen one, with their
     log-probabilities; None reports none, not even the chosen one's. ``prompt_logprobs``: the same for the
-    prompt's tokens, in the first event. Without ``generate`` the request computes only these. ``skip_special``: the
-    reply's text omits special tokens.
+    prompt's tokens, in the first event. Without ``generate`` the request computes only these.
+    ``skip_special``: the reply's text omits special tokens.
     """
 
     prompt_ids: Sequence[int]
@@ -96,3 +96,19 @@ class Event:
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """The engine's state in requests and cache blocks, and counters since its start."""
+
+    running: int
+    waiting: int
+    blocks: int
+    free_blocks: int  # without a holder
+    cached_blocks: int  # held by the prefix cache, alone or together with requests
+    idle_blocks: int  # held by the prefix cache alone
+    preemptions: int
+    reused_tokens: int  # prompt tokens found in the prefix cache
+    proposed_tokens: int
+    accepted_tokens: int

@@ -143,23 +143,23 @@ def _tool_choice(value: Any) -> ToolChoice:
     """Reads a mode, one function in either of two notations, or OpenAI's ``allowed_tools``."""
     if isinstance(value, ToolChoice):
         return value
-    if isinstance(value, str):
-        for mode in MODES:
-            if value == mode:
-                return ToolChoice(mode)
+    for mode in MODES:
+        if value == mode:
+            return ToolChoice(mode)
     if not isinstance(value, dict):
         raise rule("must be 'none', 'auto', 'required' or an object that names a function")
     kind = value.get("type") or "function"
     if kind == "allowed_tools":
         inside = value.get("allowed_tools") or value
-        mode = inside.get("mode") or "auto" if isinstance(inside, dict) else None
+        wanted = inside.get("mode") or "auto" if isinstance(inside, dict) else None
         tools = inside.get("tools") if isinstance(inside, dict) else None
-        if mode not in ("auto", "required"):
+        if wanted not in ("auto", "required"):
             raise rule("must be 'auto' or 'required'", ".allowed_tools.mode")
         if not isinstance(tools, list) or len(tools) > MOST_TOOLS:
             raise rule("must be a list of tools", ".allowed_tools.tools")
         return ToolChoice(
-            mode, tuple(_name(tool, f".allowed_tools.tools[{i}]") for i, tool in enumerate(tools))
+            MODES[MODES.index(wanted)],
+            tuple(_name(tool, f".allowed_tools.tools[{i}]") for i, tool in enumerate(tools)),
         )
     if kind != "function":
         raise rule(f"{_quoted(kind)} is not supported; use 'function' or 'allowed_tools'", ".type")

@@ -17,6 +17,7 @@ from xverse.config import UserError
 from xverse.engine import Constraint, Request, SamplingParams
 from xverse.engine.request import MOST_ALTERNATIVES
 from xverse.serve import tools
+from xverse.serve.access_log import current
 from xverse.serve.calls import CallParser
 from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Compiled, Grammars
@@ -60,6 +61,7 @@ class Service:
 
     def check_model(self, name: str) -> None:
         """Raises ApiError for the name of another model. An empty name means this one."""
+        current().model = self.name
         if name and name != self.name:
             raise ApiError(
                 404,
@@ -71,6 +73,7 @@ class Service:
     async def grammar(self, body: Generation) -> Compiled | None:
         """The grammar of the replies, for ``chat`` and ``complete``. Cancelling ends its compilation."""
         self.check_model(body.model)
+        current().ignored = body.ignored
         return await self.grammars.of(body)
 
     def chat(self, body: ChatRequest, grammar: Compiled | None = None) -> list[Request]:

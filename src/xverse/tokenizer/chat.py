@@ -103,8 +103,8 @@ def encode_chat(
     prompt ends within the last message if that is the assistant's, so that the reply continues it.
 
     Oldest rounds are dropped first. If the last round alone is too long, it is truncated on the right, its
-    two line ends included, as upstream does. The system message is kept, where upstream drops it with the first
-    round; it is truncated to half of the limit.
+    two line ends included, as upstream does. The system message is kept, where upstream drops it with the
+    first round; it is truncated to half of the limit.
 
     Raises UserError, naming the message, for unknown roles and keys and for contents that are not text.
     """
@@ -117,7 +117,7 @@ def encode_chat(
         prompt = []
     if limit <= len(prompt):
         raise UserError(f"a prompt limit of {limit} tokens leaves no room for a message")
-    cut = max(0, len(system) - limit // 2)
+    cut = max(0, len(system) - min(limit // 2, limit - len(prompt)))
     system = system[: len(system) - cut]
     last = rounds.pop() if rounds else []
     budget = limit - len(system) - len(prompt)
