@@ -138,9 +138,7 @@ def propose_forced(work: list[Work], scheduler: Scheduler, most: int) -> None:
         left = min(most, sequence.most_tokens - len(sequence.tokens) - 1)
         if constraint is None or sequence.scoring or item.count < sequence.pending or left < 1:
             continue
-        with contextlib.suppress(
-            Exception
-        ):  # ``apply`` raises it again, and then it fails this request alone
+        with contextlib.suppress(Exception):  # ``apply`` raises it again and fails this request
             if forced := list(constraint.forced()[:left]):
                 scheduler.propose(item, forced)
         item.forced = bool(item.proposed)

@@ -1,6 +1,6 @@
 """Constrained output: JSON schemas and tool calls, enforced token by token with llguidance.
 
-The work is done by other processes (``grammar_worker.py``): a schema of 100 bytes can take any time and memory.
+Other processes do the work (``grammar_worker.py``): a schema of 100 bytes can take any time and memory.
 """
 
 from __future__ import annotations
@@ -46,10 +46,16 @@ _TOO_MUCH = (
 
 
 class Source(NamedTuple):
-    """A grammar before it is compiled, and the field of the request that it comes from."""
+    """A grammar before it is compiled, the field of the request that it comes from, and whether its replies
+    are JSON, to which further bounds apply (``json_bounds.py``)."""
 
     grammar: str
     param: str
+    json: bool = True
+
+    @property
+    def key(self) -> bytes:
+        return (worker.JSON if self.json else worker.TEXT) + self.grammar.encode()
 
 
 class Grammars:
@@ -62,42 +68,45 @@ class Grammars:
         self._starting = asyncio.Lock()
         self._slots = asyncio.Semaphore(COMPILING)
         self._waiting = 0
-        self._kept: OrderedDict[str, Compiled] = OrderedDict()
-        self._refused: OrderedDict[str, str] = OrderedDict()
+        self._kept: OrderedDict[bytes, Compiled] = OrderedDict()
+        self._refused: OrderedDict[bytes, str] = OrderedDict()
         self._alive: weakref.WeakSet[Compiled] = weakref.WeakSet()
-        self._running: dict[str, _Shared] = {}
+        self._running: dict[bytes, _Shared] = {}
 
     async def of(self, body: Generation) -> Compiled | None:
         """The grammar of a reply, or None if it is not constrained. Raises ApiError for a schema that is too
         large, is not supported or does not compile within the limits. Cancelling ends the compilation."""
-        source = source_of(body)
+        if body.structure() is None and not (isinstance(body, ChatRequest) and tools.must_call(body)):
+            return None
+        source = await asyncio.to_thread(source_of, body)
         return None if source is None else await self.compiled(source)
 
     async def compiled(self, source: Source) -> Compiled:
         """The grammar, compiled now or before. Raises ApiError."""
-        kept = self._kept.get(source.grammar)
+        key = source.key
+        kept = self._kept.get(key)
         if kept is not None and not kept.failed:
-            self._kept.move_to_end(source.grammar)
+            self._kept.move_to_end(key)
             return kept
-        if source.grammar not in self._refused:
-            shared = self._running.get(source.grammar)
+        if key not in self._refused:
+            shared = self._running.get(key)
             if shared is None:
-                shared = self._running[source.grammar] = _Shared(
-                    self._compile(source.grammar), lambda: self._running.pop(source.grammar, None)
+                shared = self._running[key] = _Shared(
+                    self._compile(key), lambda: self._running.pop(key, None)
                 )
             result = await shared.result()
             if isinstance(result, Compiled):
                 return result
-            self._refused[source.grammar] = result
+            self._refused[key] = result
             if len(self._refused) > REFUSALS:
                 self._refused.popitem(last=False)
-        text = f"{source.param}: the schema is not supported: {self._refused[source.grammar]}"
+        text = f"{source.param}: the schema is not supported: {self._refused[key]}"
         raise ApiError(400, text, param=source.param, code="bad_schema")
 
     def start(self, compiled: Compiled) -> Grammar:
         return Grammar(compiled, self._tokenizer.vocab_size, self._stop_ids)
 
-    async def _compile(self, grammar: str) -> Compiled | str:
+    async def _compile(self, grammar: bytes) -> Compiled | str:
         """The compiled grammar, or why it does not compile."""
         if self._waiting >= WAITING or len(self._alive) >= MOST:
             raise ApiError(503, "too many schemas are being compiled; try again later", code="queue_full")
@@ -222,15 +231,14 @@ class Compiled:
         self._answers: dict[int, _Answer] = {}
         self._sending = threading.Lock()
 
-    async def compile(self, grammar: str) -> str:
+    async def compile(self, grammar: bytes) -> str:
         """Why it does not compile; empty if it does. Cancelling ends the process."""
         loop, connection = asyncio.get_running_loop(), self._connection
-        data = grammar.encode()
         connection.setblocking(False)
         answer = bytearray()
         try:
             async with asyncio.timeout(COMPILE_WAIT):
-                await loop.sock_sendall(connection, worker.LENGTH.pack(len(data)) + data)
+                await loop.sock_sendall(connection, worker.LENGTH.pack(len(grammar)) + grammar)
                 size = worker.LENGTH.size
                 while len(answer) < size:
                     part = await loop.sock_recv(connection, size - len(answer))

@@ -16,15 +16,22 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-COMPILE_SECONDS = 5.0  # of processor time
+import llguidance
+
+from xverse.serve import json_bounds
+
+COMPILE_SECONDS = 3.0  # of processor time
 STEP_SECONDS = 0.25  # of processor time, for one mask
 MEMORY = 256 * 2**20  # bytes beyond the vocabulary
 
 COMMAND = struct.Struct("<cQ")  # FORK (with a socket) or KILL, and the number of the child
 FORK, KILL = b"F", b"K"
-LENGTH = struct.Struct("<I")  # of a grammar, and of an answer
+LENGTH = struct.Struct("<I")  # of a grammar and of an answer
+JSON, TEXT = b"J", b"T"  # before a grammar: what its replies are
 STEP = struct.Struct("<Qi")  # a reply's number and its next token, or START or END
 START, END = -1, -2
 ANSWER = struct.Struct("<QBII")  # the reply's number, OK or FAILED, counts of forced tokens and of mask bytes
@@ -34,11 +41,11 @@ OK, FAILED = 0, 1
 def main() -> None:
     """Fork on command until the server is gone. Arguments: file descriptors of the command socket and of the
     pickled tokenizer and end ids."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, but the server needs us to end
-        signal.signal(number, signal.SIG_IGN)
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, but the server needs us to end
+        signal.signal(ignored, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     with os.fdopen(int(sys.argv[2]), "rb") as file:
-        vocabulary = _vocabulary(*pickle.load(file))
+        vocabulary = Vocabulary(*pickle.load(file))
     children: dict[int, int] = {}
     while True:
         command, sockets, _, _ = socket.recv_fds(control, COMMAND.size, 1)
@@ -61,10 +68,13 @@ def main() -> None:
         os.kill(child, signal.SIGKILL)
 
 
-def _vocabulary(tokenizer: Any, stop_ids: tuple[int, ...]) -> Any:
-    import llguidance
+class Vocabulary:
+    """A tokenizer as llguidance and as ``json_bounds`` read it."""
 
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_TokenizerAdapter(tokenizer, stop_ids)))
+    def __init__(self, tokenizer: Any, stop_ids: tuple[int, ...]) -> None:
+        adapter = _TokenizerAdapter(tokenizer, stop_ids)
+        self.tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(adapter))
+        self.tokens = json_bounds.Tokens(adapter.tokens)
 
 
 class _TokenizerAdapter:
@@ -84,7 +94,7 @@ class _TokenizerAdapter:
         return ids
 
 
-def _serve(connection: socket.socket, vocabulary: Any) -> None:
+def _serve(connection: socket.socket, vocabulary: Vocabulary) -> None:
     """Compile the grammar that arrives, then answer steps. Never returns."""
     with contextlib.suppress(BaseException):
         # Rust reports a failed allocation here; the server reports it to the client.
@@ -93,16 +103,15 @@ def _serve(connection: socket.socket, vocabulary: Any) -> None:
     os._exit(0)
 
 
-def _answer(connection: socket.socket, vocabulary: Any) -> None:
-    import llguidance
-
+def _answer(connection: socket.socket, vocabulary: Vocabulary) -> None:
     _limit_memory()
     before = _peak_memory()
     (length,) = LENGTH.unpack(receive(connection, LENGTH.size))
-    grammar = receive(connection, length).decode()
+    grammar = receive(connection, length)
+    is_json, grammar = grammar[:1] == JSON, grammar[1:]
     with _at_most(COMPILE_SECONDS):
         # The first mask belongs to it: part of the work is deferred until then.
-        compiled = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=_limits())
+        compiled = llguidance.LLMatcher(vocabulary.tokenizer, grammar.decode(), log_level=0, limits=_limits())
         if not compiled.is_error():
             compiled.deep_copy().compute_bitmask()
     reason = compiled.get_error() if compiled.is_error() else ""
@@ -110,7 +119,7 @@ def _answer(connection: socket.socket, vocabulary: Any) -> None:
     connection.sendall(LENGTH.pack(len(text)) + text)
     if reason:
         return
-    replies: dict[int, Any] = {}
+    replies: dict[int, _Reply] = {}
     while True:
         number, token = STEP.unpack(receive(connection, STEP.size))
         if token == END:
@@ -118,36 +127,46 @@ def _answer(connection: socket.socket, vocabulary: Any) -> None:
             continue
         with _at_most(STEP_SECONDS):
             if token == START:
-                replies[number] = compiled.deep_copy()
+                written = json_bounds.Written(vocabulary.tokens) if is_json else None
+                replies[number] = _Reply(compiled.deep_copy(), written)
             else:
-                replies[number].consume_token(token)
-            answer = _state(number, replies[number])
+                replies[number].add(token)
+            answer = replies[number].state(number)
         connection.sendall(answer)
 
 
-def _state(number: int, matcher: Any) -> bytes:
-    """The forced tokens (int32) and the mask (bits; none: only an end id is allowed), or the error."""
-    if matcher.is_error():
-        text = " ".join(matcher.get_error().split())[:300].encode()
-        return ANSWER.pack(number, FAILED, 0, len(text)) + text
-    if matcher.is_stopped():
-        return ANSWER.pack(number, OK, 0, 0)
-    mask = bytes(matcher.compute_bitmask())
-    forced = [] if matcher.is_error() else matcher.compute_ff_tokens()
-    if matcher.is_error():
-        return _state(number, matcher)
-    return ANSWER.pack(number, OK, len(forced), len(mask)) + struct.pack(f"<{len(forced)}i", *forced) + mask
+class _Reply:
+    """A matcher, and for JSON the text so far."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, written: json_bounds.Written | None) -> None:
+        self._matcher, self._written = matcher, written
+
+    def add(self, token: int) -> None:
+        if self._matcher.consume_token(token) and self._written is not None:
+            self._written.add(token)
+
+    def state(self, number: int) -> bytes:
+        """The forced tokens (int32) and the mask (bits; none: only an end id is allowed), or the error."""
+        matcher, mask, forced = self._matcher, b"", []
+        if not matcher.is_error() and not matcher.is_stopped():
+            mask = bytes(matcher.compute_bitmask())
+            if self._written is not None:
+                mask = self._written.bounded(mask)
+            forced = matcher.compute_ff_tokens()
+        if matcher.is_error():
+            text = " ".join(matcher.get_error().split())[:300].encode()
+            return ANSWER.pack(number, FAILED, 0, len(text)) + text
+        head = ANSWER.pack(number, OK, len(forced), len(mask))
+        return head + struct.pack(f"<{len(forced)}i", *forced) + mask
 
 
-def _limits() -> Any:
-    """llguidance's own limits. They end most expensive grammars with a reason; the kernel's end the others."""
-    import llguidance
-
+def _limits() -> llguidance.LLParserLimits:
+    """llguidance's own limits end most expensive grammars, with a reason; the kernel's end the others."""
     return llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
 
 @contextlib.contextmanager
-def _at_most(seconds: float) -> Any:
+def _at_most(seconds: float) -> Iterator[None]:
     """End the process after ``seconds`` of its processor time, wherever it is."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     yield
@@ -156,8 +175,8 @@ def _at_most(seconds: float) -> Any:
 
 def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError), open("/proc/self/statm") as file:  # macOS has no such limit
-        size = int(file.read().split()[0]) * resource.getpagesize()
+    with contextlib.suppress(OSError):  # macOS has no such limit
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
 
 
