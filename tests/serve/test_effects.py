@@ -15,7 +15,7 @@ TOOL: dict[str, Any] = {"type": "function", "function": {"name": "paint", "param
 
 def post(server: Any, path: str = CHAT, **body: Any) -> dict[str, Any]:
     if path == CHAT:
-        body = {"messages": QUESTION, "temperature": 0, "max_tokens": 20, **body}
+        body = {"messages": QUESTION, "temperature": 0, "max_tokens": 60, **body}
     with server.client() as client:
         answer = client.post(path, json=body)
     assert answer.status_code == 200, answer.text
@@ -42,7 +42,7 @@ def test_ends(server: Any) -> None:
     assert longer["token_ids"][: len(ids) - 1] == ids[:-1]
     endless = post(server, ignore_eos=True, return_token_ids=True)["choices"][0]
     assert endless["finish_reason"] == "length"
-    assert len(endless["token_ids"]) == 20
+    assert len(endless["token_ids"]) == 60
     shown = post(server, ignore_eos=True, skip_special_tokens=False)["choices"][0]["message"]["content"]
     assert "<|endoftext|>" in shown
     assert "<|endoftext|>" not in endless["message"]["content"]
@@ -96,9 +96,12 @@ def test_wrong_constraints(server: Any, form: dict[str, Any], param: str) -> Non
 
 
 def test_a_reply_is_continued(server: Any) -> None:
-    whole = said(server)
-    begun = [*QUESTION, {"role": "assistant", "content": whole[:9]}]
-    assert said(server, messages=begun, continue_final_message=True) == whole[9:]
+    whole = post(server, return_token_ids=True, repetition_penalty=1)["choices"][0]["token_ids"]
+    begun = server.service.tokenizer.decode(whole[:5])
+    assert server.service.tokenizer.encode(begun) == whole[:5]
+    messages = [*QUESTION, {"role": "assistant", "content": begun}]
+    rest = said(server, messages=messages, continue_final_message=True, repetition_penalty=1)
+    assert begun + rest == server.service.tokenizer.decode(whole)
 
 
 def test_an_empty_prompt_begins_a_text(server: Any) -> None:

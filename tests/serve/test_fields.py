@@ -151,7 +151,7 @@ def test_errors_use_the_words_of_the_api(path: str, name: str) -> None:
          "messages[0].content[0].text", "must be text"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "must be text or a list"),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "required field is missing"),
-        ({"messages": QUESTION, "tool_choice": "requierd"}, "tool_choice", "must be 'none', 'auto', 'required'"),
+        ({"messages": QUESTION, "tool_choice": "requierd"}, "tool_choice", "must be 'none', 'auto'"),
         ({"messages": QUESTION, "tool_choice": {"type": "custom"}}, "tool_choice.type", "not supported"),
         ({"messages": QUESTION, "tools": [{"type": "function"}]}, "tools[0].function", "missing"),
         ({"messages": QUESTION, "tools": [{"type": "custom"}]}, "tools[0].type", "must be 'function'"),
