@@ -18,7 +18,7 @@ await run({
   },
   async streaming() {
     const stream = client.chat.completions.stream({
-      model, messages: [{ role: "user", content: QUESTION }], max_tokens: 20, stream_options: { include_usage: true },
+      model, messages: [{ role: "user", content: QUESTION }], max_tokens: 200, temperature: 0, stream_options: { include_usage: true },
     });
     let text = "";
     stream.on("content", (piece) => { text += piece; });

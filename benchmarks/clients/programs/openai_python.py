@@ -39,7 +39,11 @@ def turns():
 def streaming():
     options = {"include_usage": True, "include_obfuscation": False}
     with client.chat.completions.stream(
-        model="nano", messages=[{"role": "user", "content": QUESTION}], max_tokens=30, stream_options=options
+        model="nano",
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=200,
+        temperature=0,
+        stream_options=options,
     ) as stream:
         pieces = [event.delta for event in stream if event.type == "content.delta"]
         assert "".join(pieces) == stream.get_final_completion().choices[0].message.content
