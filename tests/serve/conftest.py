@@ -56,6 +56,7 @@ def start(service: Any, page: str | None = None, **guard: Any) -> Running:
     from xverse.commands.serve import LOOPBACK
     from xverse.serve.access_log import AccessLog
     from xverse.serve.app import create_app
+    from xverse.serve.connections import protocol
     from xverse.serve.guard import Guard
     from xverse.serve.server import bind
 
@@ -64,7 +65,7 @@ def start(service: Any, page: str | None = None, **guard: Any) -> Running:
     listener = bind("127.0.0.1", 0)
     checked = Guard(create_app(service, page), **settings)
     app = AccessLog(checked, service.metrics, **{"log": False, **log})
-    config = uvicorn.Config(app, log_level="error")
+    config = uvicorn.Config(app, log_level="error", http=protocol())
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

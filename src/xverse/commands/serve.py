@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from xverse.log import notice
     from xverse.serve.access_log import AccessLog
     from xverse.serve.app import create_app
+    from xverse.serve.connections import protocol
     from xverse.serve.guard import Guard
     from xverse.serve.server import Server, check_certificate
     from xverse.serve.start import ServiceSettings, describe, load_service
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             app,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(args.timeout) + 1,
+            http=protocol(),
             forwarded_allow_ips="*" if args.uds else proxies,
             ssl_certfile=args.tls_cert,
             ssl_keyfile=args.tls_key,

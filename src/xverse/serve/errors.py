@@ -61,7 +61,7 @@ def of_user_error(error: UserError) -> ApiError:
 
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "10"}}.get(error.status)
     return answer(error.status, str(error), error.param, error.code, headers)
 
 
@@ -137,11 +137,14 @@ _RULES = {
 }
 
 
+_CODES = {404: "unknown_path", 405: "method_not_allowed", 408: "request_timeout", 413: "body_too_large"}
+
+
 async def on_http(request: Request, error: Exception) -> JSONResponse:
     """Also errors of routing: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     path, status, text = request.url.path, error.status_code, str(error.detail)
-    code = {404: "unknown_path", 405: "method_not_allowed", 413: "body_too_large"}.get(status)
+    code = _CODES.get(status)
     if status == 404:
         text = f"{path} does not exist"
         if exists(request, f"/v1{path}"):

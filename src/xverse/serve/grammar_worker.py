@@ -111,7 +111,7 @@ def _answer(connection: socket.socket, vocabulary: Vocabulary) -> None:
     is_json, grammar = grammar[:1] == JSON, grammar[1:]
     with _at_most(COMPILE_SECONDS):
         # The first mask belongs to it: part of the work is deferred until then.
-        compiled = llguidance.LLMatcher(vocabulary.tokenizer, grammar.decode(), log_level=0, limits=_limits())
+        compiled = llguidance.LLMatcher(vocabulary.tokenizer, grammar.decode(), log_level=0, limits=limits())
         if not compiled.is_error():
             compiled.deep_copy().compute_bitmask()
     reason = compiled.get_error() if compiled.is_error() else ""
@@ -160,7 +160,7 @@ class _Reply:
         return head + struct.pack(f"<{len(forced)}i", *forced) + mask
 
 
-def _limits() -> llguidance.LLParserLimits:
+def limits() -> llguidance.LLParserLimits:
     """llguidance's own limits end most expensive grammars, with a reason; the kernel's end the others."""
     return llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
+import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
@@ -28,13 +30,18 @@ _HEADERS = [
 ]
 
 
+BODY_SECONDS, BODY_RATE = 30.0, 10_000  # a body may take that time, and longer at that rate in bytes/s
+_CLOSE = {"Connection": "close"}  # the rest of the body is not read
+
+
 class Guard:
     """Plain ASGI middleware, so that streams pass through unchanged.
 
     ``hosts``: the host names that requests may use (None: any). This stops DNS rebinding, where another
     site's page makes the browser send requests to 127.0.0.1 under that site's name. Cross-origin requests
     are refused, except from ``origins``. ``keys``: if not empty, requests need one of them as a bearer token
-    or as the password of HTTP basic authentication. Bodies above ``max_body`` bytes are refused.
+    or as the password of HTTP basic authentication. Bodies above ``max_body`` bytes are refused, and
+    those that arrive too slowly.
     """
 
     def __init__(
@@ -105,14 +112,23 @@ class Guard:
         return name == host or (self._hosts is not None and name in self._hosts)
 
     def _limited(self, receive: Receive) -> Receive:
-        received = 0
+        received, complete = 0, False
+        begin = time.monotonic()
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:  # what follows is the client's leaving
+                return await receive()
+            left = begin + BODY_SECONDS + received / BODY_RATE - time.monotonic()
+            try:
+                message = await asyncio.wait_for(receive(), max(left, 0.001))
+            except TimeoutError:
+                text = f"the body arrives too slowly ({received} bytes in {BODY_SECONDS:g} s or more)"
+                raise HTTPException(408, text, _CLOSE) from None
             received += len(message.get("body", b""))
+            complete = not message.get("more_body")
             if received > self._max_body:  # chunked, without Content-Length
-                raise HTTPException(413, f"the body is larger than {self._max_body} bytes")
+                raise HTTPException(413, f"the body is larger than {self._max_body} bytes", _CLOSE)
             return message
 
         return limited
