@@ -14,7 +14,7 @@ ARG TORCH=torch==2.13.0+cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --quiet --no-cache-dir --no-deps ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH"
 COPY --from=build /dist /dist
-RUN pip install --quiet --no-cache-dir "$(echo /dist/xverse_lm-*.whl)[web]"
+RUN pip install --quiet --no-cache-dir "$(echo /dist/xverse_lm-*.whl)[serve]"
 RUN useradd --create-home xverse
 USER xverse
 EXPOSE 36000

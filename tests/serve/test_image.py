@@ -116,7 +116,7 @@ def test_its_steps_make_a_server(tmp_path: Path) -> None:
         with opener.open(request, timeout=240) as answer:
             assert "XVERSE-nano" in json.loads(answer.read())["choices"][0]["message"]["content"]
         with opener.open(url + "/", timeout=240) as answer:
-            assert b"gradio" in answer.read()
+            assert b"page/app.js" in answer.read()
     finally:
         process.terminate()
         assert process.wait(30) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import signal
 import sys
 import urllib.parse
@@ -49,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text = "origin of web pages that may use the API, such as https://HOST"
     add("--allowed-origin", text, type=_origin, action="append", metavar="O")
     text = "tab that the web page opens with (chat); none: no web page"
-    add("--page", text, choices=["chat", "generation", "none"])
+    add("--page", text, choices=["chat", "generation", "none"], default="chat")
     add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")
     add("--max-waiting", "requests that may wait (%(default)s)", type=_count, default=256, metavar="N")
     text = "capacity of the key-value cache in tokens (default: half of the free memory)"
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.tls_cert is not None:
         check_certificate(args.tls_cert, args.tls_key)
-    page = _page(args.page)
+    page = None if args.page == "none" else args.page
     if args.uds is None and args.host not in LOOPBACK and not keys:
         notice(
             f"serve: {args.host} is reachable from other machines without an API key; set one with "
@@ -197,16 +196,6 @@ def _origin(text: str) -> str:
             f"{values.short(text)} is not an origin; write https://example.org, without a path"
         )
     return text.lower()
-
-
-def _page(tab: str | None) -> str | None:
-    """The tab that the web page opens with. ``tab`` None means chat, or no page without Gradio."""
-    if tab == "none":
-        return None
-    if tab is None:
-        return None if importlib.util.find_spec("gradio") is None else "chat"
-    need("gradio", "web", "the web page", load=False)
-    return tab
 
 
 def _count(text: str) -> int:

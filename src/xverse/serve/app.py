@@ -14,6 +14,7 @@ import xverse
 from xverse.serve import errors
 from xverse.serve.chat_reply import ChatReply
 from xverse.serve.completion_reply import CompletionReply
+from xverse.serve.page import mount
 from xverse.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from xverse.serve.service import Service
 
@@ -94,14 +95,12 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    # The page would answer every other address; unknown paths under /v1 get an API error instead.
+    # Unknown paths under /v1 get an error in the API's form.
     @app.api_route("/v1/{path:path}", methods=[*_METHODS], include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:
         raise HTTPException(405 if errors.exists(request, f"/v1/{path}") else 404)
 
     if page is not None:
-        from xverse.serve.page import mount  # importing Gradio takes seconds
-
         mount(app, service, first=page)
     return app
 

@@ -16,14 +16,15 @@ from starlette.exceptions import HTTPException
 from xverse.serve import errors
 from xverse.serve.access_log import PROBES, Receive, Scope, Send, current, fingerprint
 
-# A model's output becomes part of the page. It must not make the browser fetch from other hosts (an image's
-# URL could leak a conversation), and other pages must not embed this one in a frame.
+# The page runs scripts of this server only, and no text can become markup (trusted types): what a model
+# writes cannot act. Nothing is fetched from other hosts (an image's URL could leak a conversation), and other
+# pages must not embed this one in a frame.
 _HEADERS = [
     (
         b"content-security-policy",
-        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-        b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-        b"worker-src 'self' blob:; form-action 'self'; base-uri 'self'; frame-ancestors 'none'",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+        b"connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
+        b"require-trusted-types-for 'script'; trusted-types 'none'",
     ),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
