@@ -110,7 +110,7 @@ def measure(
             worker.join()
         for _ in range(100):  # the last disconnects are noticed at the end of a step
             figures = _figures(port)
-            if not figures["running"] and not figures["waiting"]:
+            if not figures["num_requests_running"] and not figures["num_requests_waiting"]:
                 break
             time.sleep(0.1)
         alive = process.poll() is None
@@ -155,12 +155,12 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
 
 
 def _figures(port: int) -> dict[str, float]:
-    """The server's metrics that have no labels."""
+    """The server's metrics of its one model, without their prefixes and labels."""
     figures = {}
     for line in get(port, "/metrics")[1].splitlines():
-        name, _, value = line.partition(" ")
-        if name.startswith("xverse_") and "{" not in name:
-            figures[name.removeprefix("xverse_")] = float(value)
+        name, _, value = line.rpartition(" ")
+        if name.startswith(("xverse_", "vllm:")) and "," not in name:
+            figures[name.partition("{")[0].removeprefix("xverse_").removeprefix("vllm:")] = float(value)
     return figures
 
 

@@ -100,8 +100,7 @@ class Grammars:
             self._refused[key] = result
             if len(self._refused) > REFUSALS:
                 self._refused.popitem(last=False)
-        text = f"{source.param}: the schema is not supported: {self._refused[key]}"
-        raise ApiError(400, text, param=source.param, code="bad_schema")
+        raise _unsupported(source.param, source.json, self._refused[key])
 
     def start(self, compiled: Compiled) -> Grammar:
         return Grammar(compiled, self._tokenizer.vocab_size, self._stop_ids)
@@ -137,6 +136,7 @@ class Grammars:
 def source_of(body: Generation) -> Source | None:
     """The grammar that a request asks for. Raises ApiError."""
     structure = body.structure()
+    is_json = True
     if isinstance(body, ChatRequest) and tools.must_call(body):
         param, offered = "tools", tools.offered_tools(body)
         make: Callable[[], str] = lambda: schemas.call_grammar(offered)  # noqa: E731
@@ -144,15 +144,20 @@ def source_of(body: Generation) -> Source | None:
         return None
     else:
         param, wanted = structure.param, structure
+        is_json = structure.kind in ("json_schema", "json_object")
         make = lambda: schemas.of_structure(wanted)  # noqa: E731
     try:
-        return Source(make(), param)
+        return Source(make(), param, is_json)
     except schemas.TooLarge as error:
         raise ApiError(400, f"{param}: {error}", param=param, code="schema_too_large") from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        text = f"{param}: the schema is not supported: {reason}"
-        raise ApiError(400, text, param=param, code="bad_schema") from None
+        raise _unsupported(param, is_json, reason) from None
+
+
+def _unsupported(param: str, is_json: bool, reason: str) -> ApiError:
+    kind = "schema" if is_json else "grammar"
+    return ApiError(400, f"{param}: the {kind} is not supported: {reason}", param=param, code="bad_schema")
 
 
 class _Shared:
