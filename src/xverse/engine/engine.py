@@ -22,7 +22,7 @@ from xverse.engine.sampling import Adjustment, Key, choose, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Scores, ScoringItem, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
-from xverse.engine.speculation import Speculation, Speculator
+from xverse.engine.speculation import Speculation, Speculator, propose_forced
 from xverse.engine.stop import StopText
 from xverse.kernels.fused_step import FusedStep, fused_step
 from xverse.kernels.inference import use_kernels
@@ -165,11 +165,11 @@ class Engine:
     def step(self) -> list[Event]:
         """Advance running requests and return their events; without speculation, at most one token each."""
         work = self._scheduler.schedule()
+        propose_forced(work, self._scheduler, self.prefill_chunk)
         if self._speculator is not None and work:
             self._speculator.propose(work, self._scheduler)
-        events = self._forward(work) if work else []
-        if self._undelivered:
-            events, self._undelivered = self._undelivered + events, []
+        events = self._undelivered + (self._forward(work) if work else [])
+        self._undelivered = []
         return events
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
@@ -270,7 +270,7 @@ class Engine:
                 tokens=list(request.prompt_ids),
                 prompt_tokens=len(request.prompt_ids),
                 most_tokens=needed,
-                text_decoder=self.tokenizer.stream(),
+                text_decoder=self.tokenizer.stream(request.skip_special),
                 stop=StopText(request.sampling.stop),
                 adjustment=adjustment,
                 key=key(sampling),
@@ -372,7 +372,7 @@ class Engine:
                 accepted += 1
             first += 1 + len(item.proposed)
             self._scheduler.computed(sequence, item.count + accepted)
-            if self._speculator is not None:
+            if self._speculator is not None and not item.forced:
                 self._speculator.verified(item, accepted)
             if event.finish_reason:
                 self._retire(sequence)
