@@ -79,6 +79,8 @@ def save_gguf(
     file_type = choose("type", kind, KINDS)
     check_file(path, overwrite)
     check_vocabulary(tokenizer, model.config, path)
+    if model.config.model_type != "xverse":
+        raise UserError(f"GGUF files are written of XVERSE's models only, not of {model.config.model_type}")
     _check_scaling(model.config.rope_scaling)
     vocabulary = spm_vocabulary(tokenizer, model.config.vocab_size)
     tensors = {gguf_name(key): tensor for key, tensor in model.state_dict().items()}
@@ -214,10 +216,14 @@ def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary, config: Xver
     writer.add_token_scores(vocabulary.scores)
     writer.add_token_types([int(kind) for kind in vocabulary.kinds])
     writer.add_unk_token_id(0)
-    writer.add_pad_token_id(config.pad_token_id)
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_eot_token_id(config.eos_token_id)
+    for add, index in (
+        (writer.add_pad_token_id, config.pad_token_id),
+        (writer.add_bos_token_id, config.bos_token_id),
+        (writer.add_eos_token_id, config.eos_token_id),
+        (writer.add_eot_token_id, config.eos_token_id),
+    ):
+        if index is not None:
+            add(index)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

@@ -111,7 +111,7 @@ class GgufFile(ModelDirectory):
             yield name, self.tensors.get(name)
 
     @cached_property
-    def tensors(self) -> GgufTensors:  # type: ignore[override]  # the same interface
+    def tensors(self) -> GgufTensors:
         return GgufTensors(self)
 
     @cached_property

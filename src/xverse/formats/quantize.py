@@ -183,7 +183,9 @@ def place(
     elif name == EMBEDDING:
         set_layer(model, module, QuantEmbedding.from_weight(tensor, dtype or torch.bfloat16))
     else:
-        set_layer(model, module, QuantLinear.from_weight(tensor, model.get_submodule(module).bias))
+        set_layer(
+            model, module, QuantLinear.from_weight(tensor, getattr(model.get_submodule(module), "bias", None))
+        )
 
 
 def stored_bytes(config: XverseConfig, settings: QuantSettings) -> int:

@@ -53,9 +53,7 @@ def save_hf(
     dtype, config = dtype or model.lm_head.weight.dtype, model.config
     if dtype_name(dtype) not in DTYPES:
         raise UserError(f"{dtype_name(dtype)} weights cannot be written; known: {', '.join(DTYPES)}")
-    values = {**config.to_json(dtype_name(dtype)), "auto_map": AUTO_MAP}
-    values = llama_config(config, dtype) if llama else values
-    shim = {} if llama else SHIM_FILES
+    values, shim = _description(config, dtype, llama)
     with _directory(
         Path(path), config, tokenizer, generation_config, overwrite, documents, shim
     ) as directory:
@@ -78,6 +76,19 @@ def save_llama(
     save_hf(model, tokenizer, path, dtype, llama=True, **options)
 
 
+def _description(
+    config: XverseConfig, dtype: torch.dtype, llama: bool
+) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """``config.json``, and the shim's files by name, which other families do not need."""
+    if config.model_type != "xverse":
+        if llama and config.model_type not in ("llama", "mistral"):
+            raise UserError(f"a {config.model_type} model cannot be written as Llama; export it as hf")
+        return config.to_json(dtype_name(dtype)), {}
+    if llama:
+        return llama_config(config, dtype), {}
+    return {**config.to_json(dtype_name(dtype)), "auto_map": AUTO_MAP}, SHIM_FILES
+
+
 def llama_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
     """``config.json`` of the same model as Llama, which has no ``max_tokenizer_truncation``."""
     values = config.to_json(dtype_name(dtype))
@@ -89,7 +100,7 @@ def llama_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "head_dim": config.head_dim,
-        "num_key_value_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
         "rope_scaling": values.get("rope_scaling"),
     }
 
@@ -123,8 +134,7 @@ def save_quantized(
     dtype. Raises UserError as ``save_hf`` does.
     """
     path = Path(path)
-    shim = {} if llama else SHIM_FILES
-    values = llama_config(config, torch.bfloat16) if llama else {**config.to_json(), "auto_map": AUTO_MAP}
+    values, shim = _description(config, torch.bfloat16, llama)
     with _directory(path, config, tokenizer, generation_config, overwrite, documents, shim) as directory:
         values |= write_quantized(tensors, config, directory, max_shard_bytes)
         _write_json(directory / "config.json", values)
@@ -161,7 +171,7 @@ def _directory(
         raise UserError(f"{path}: cannot be written ({reason}); nothing was left there") from error
 
 
-def _token_ids(config: XverseConfig) -> dict[str, int]:
+def _token_ids(config: XverseConfig) -> dict[str, int | None]:
     return {
         "pad_token_id": config.pad_token_id,
         "bos_token_id": config.bos_token_id,

@@ -224,7 +224,8 @@ class Quantizer:
                 owner = layer.get_submodule(parent)
                 weight = self._round(owner.get_parameter(f"{child}.weight"), self.settings.bits, inputs)
                 self._count(f"{prefix}{name}.weight", weight)
-                setattr(owner, child, QuantLinear.from_weight(weight, owner.get_submodule(child).bias))
+                bias = getattr(owner.get_submodule(child), "bias", None)
+                setattr(owner, child, QuantLinear.from_weight(weight, bias))
                 weights[name] = weight
 
         def replace_by_gptq(names: tuple[str, ...], hessian: Hessian) -> None:

@@ -1,7 +1,7 @@
-"""Tokenizers of other models: byte-level BPE, and sentencepiece's BPE or unigram, with their chat templates.
+"""Tokenizers of other models: byte-level BPE, and sentencepiece's BPE or unigram; with their chat templates.
 
-A directory's ``tokenizer.json`` and ``tokenizer_config.json`` are read as transformers reads them; a directory
-that has only sentencepiece's ``tokenizer.model`` is converted by transformers.
+A directory's ``tokenizer.json`` and ``tokenizer_config.json`` are read as transformers reads them. If there
+is only sentencepiece's ``tokenizer.model``, transformers converts it.
 """
 
 from __future__ import annotations
@@ -49,25 +49,15 @@ class GeneralTokenizer(Tokenizer):
         self._where, self._hash = where, ""
         added = values.get("added_tokens") or []
         self.special_ids = frozenset(token["id"] for token in added if token.get("special"))
-        self._plain = build_backend(
-            {
-                **values,
-                "added_tokens": [token for token in added if not token.get("special")],
-                "post_processor": None,
-            },
-            where,
-        )
-        model, text = (
-            values.get("model") or {},
-            json.dumps([values.get("decoder"), values.get("pre_tokenizer")]),
-        )
+        plain = [token for token in added if not token.get("special")]
+        self._plain = build_backend({**values, "added_tokens": plain, "post_processor": None}, where)
+        kind = (values.get("model") or {}).get("type")
+        parts = [values.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+        text = json.dumps(parts, ensure_ascii=False)
         byte_level = '"ByteLevel"' in text
-        if model.get("type") not in ("BPE", "Unigram") or not (
-            byte_level or SPACE in json.dumps(values, ensure_ascii=False)
-        ):
+        if kind not in ("BPE", "Unigram") or not (byte_level or SPACE in text):
             raise UserError(
-                f"{where}: a {model.get('type')} tokenizer; byte-level BPE and sentencepiece's BPE or unigram "
-                "are supported"
+                f"{where}: a {kind} tokenizer; byte-level BPE and sentencepiece's two are supported"
             )
         vocab: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
@@ -79,9 +69,9 @@ class GeneralTokenizer(Tokenizer):
         self.byte_ids = frozenset(
             index for index, value in enumerate(self._bytes) if len(value) == 1 and value > b"\x7f"
         )
-        self._strips_space = (not byte_level and '"Strip"' in text) or (
-            '"prepend_scheme": "' in text and '"never"' not in text
-        )
+        first = self.backend.encode("a", add_special_tokens=False).ids
+        raw = b"".join(self._bytes[index] for index in first).decode()
+        self._strips_space = raw != self.backend.decode(first) == "a"
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
             self._special(name, vocab) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         )
@@ -91,7 +81,7 @@ class GeneralTokenizer(Tokenizer):
         return GeneralTokenizer, (self.values, self.settings, self.template, self._where)
 
     @functools.cached_property
-    def hash(self) -> str:  # type: ignore[override]
+    def hash(self) -> str:
         """The sha256 (hex) of everything that the ids depend on."""
         core = {key: self.values.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
         return hashlib.sha256(json.dumps(core, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

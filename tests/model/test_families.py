@@ -1,0 +1,188 @@
+"""The Llama family in the one forward pass: random directories as published against transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from xverse.config import UserError
+from xverse.engine import Engine
+from xverse.engine.request import Request
+from xverse.engine.sampling_params import SamplingParams
+from xverse.formats import load_model
+from xverse.formats.quantize import load_quantizing
+from xverse.model import FullCausal, Packed, XverseConfig
+
+VOCAB = 320
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "head_dim": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "equal heads": ("Llama", {"num_key_value_heads": 6}),
+    "one key head": ("Llama", {"num_key_value_heads": 1}),
+    "tied, biased": ("Llama", {"tie_word_embeddings": True, "attention_bias": True}),
+    "llama 3": ("Llama", {"rope_parameters": LLAMA3}),
+    "yarn": ("Llama", {"rope_parameters": YARN}),
+    "linear": ("Llama", {"rope_parameters": LINEAR}),
+    "wide heads": ("Llama", {"head_dim": 64}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 64}),
+}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """transformers' model of a case, and its directory."""
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def make(case: str) -> tuple[Any, Path]:
+        if case not in made:
+            family, changes = CASES[case]
+            config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+            torch.manual_seed(0)
+            model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # norms and biases, which begin as ones and zeros
+                    parameter.data += 0.3 * torch.randn_like(parameter)
+            directory = tmp_path_factory.mktemp("family")
+            model.save_pretrained(directory)
+            made[case] = model, directory
+        return made[case]
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_logits_equal_transformers(case: str, stock: Any) -> None:
+    theirs, directory = stock(case)
+    ours = load_model(directory)
+    tokens = torch.randint(VOCAB, (2, 100), generator=torch.Generator().manual_seed(1))
+    expected = theirs(tokens).logits
+    assert torch.allclose(ours(tokens, FullCausal(2, 100)), expected, atol=1e-4)
+    assert ours.config.num_parameters() == sum(parameter.numel() for parameter in theirs.parameters())
+    assert XverseConfig.from_json(ours.config.to_json()) == ours.config
+    documents = (torch.arange(200) // 50).view(1, 200)  # packed: four documents in one row
+    packed = ours(tokens.view(1, 200), Packed(documents))
+    each = theirs(tokens.view(4, 50)).logits
+    assert torch.allclose(packed.view(4, 50, -1), each, atol=1e-4)
+
+
+class Ids:
+    """A tokenizer of nothing: the engine needs its size and a decoder."""
+
+    vocab_size = VOCAB
+    hash = ""
+
+    def stream(self, *_: Any, **options: Any) -> Any:
+        return self
+
+    def push(self, token: int) -> str:
+        return f"{token} "
+
+    def finish(self) -> str:
+        return ""
+
+
+def reply(engine: Engine, prompt: list[int], count: int) -> list[int]:
+    sampling = SamplingParams(temperature=0, max_new_tokens=count)
+    engine.submit(Request(prompt_ids=prompt, sampling=sampling, stop_ids=()))
+    ids: list[int] = []
+    while True:
+        for event in engine.step():
+            ids.append(event.token_id)  # type: ignore[arg-type]
+            if event.finish_reason:
+                return ids
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_the_engine_decodes_as_generate_does(case: str, kv_dtype: str, stock: Any) -> None:
+    theirs, directory = stock(case)
+    engine = Engine(load_model(directory), Ids(), max_cache_tokens=512, kv_dtype=kv_dtype)  # type: ignore[arg-type]
+    prompt = list(range(3, 60))
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    ids = reply(engine, prompt, 12)
+    assert ids == expected if kv_dtype == "auto" else ids[0] == expected[0]
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.03), ("int4", 0.3)])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_quantised_on_loading(case: str, kind: str, most: float, stock: Any) -> None:
+    theirs, directory = stock(case)
+    model = load_quantizing(directory, kind)
+    tokens = torch.randint(VOCAB, (1, 64), generator=torch.Generator().manual_seed(1))
+    expected, logits = theirs(tokens).logits, model(tokens, FullCausal(1, 64))
+    assert (logits - expected).norm() < most * expected.norm()
+    engine = Engine(model, Ids(), max_cache_tokens=512)  # type: ignore[arg-type]  # fused steps where they fit
+    prompt = list(range(3, 40))
+    first = model(torch.tensor([prompt]), FullCausal(1, len(prompt)))[0, -1].argmax().item()
+    assert reply(engine, prompt, 3)[0] == first
+
+
+REFUSED = {
+    "sliding window": ({"model_type": "mistral", "sliding_window": 64}, "sliding_window 64"),
+    "window layers": (
+        {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+        "sliding",
+    ),
+    "another family": ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported"),
+    "experts": ({"model_type": "llama", "num_local_experts": 8}, "num_local_experts = 8"),
+    "soft caps": ({"model_type": "llama", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    "mlp bias": ({"model_type": "llama", "mlp_bias": True}, "mlp_bias"),
+    "gelu": ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act"),
+    "partly rotated": ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "long rope": (
+        {"model_type": "llama", "rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+        "longrope",
+    ),
+    "heads": ({"model_type": "llama", "num_key_value_heads": 4}, "not a multiple"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_close_but_not_the_same_is_refused_by_name(case: str) -> None:
+    values, message = REFUSED[case]
+    with pytest.raises(UserError, match=message) as error:
+        XverseConfig.from_json({**SIZES, **values})
+    assert "\n" not in str(error.value)
+
+
+def test_xverse_is_unchanged() -> None:
+    config = XverseConfig(
+        vocab_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    assert "num_key_value_heads" not in config.to_json()
+    assert dataclasses.replace(config, hidden_size=128, head_dim=0).head_dim == 64
