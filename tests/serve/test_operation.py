@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -297,6 +298,15 @@ def test_assets_of_the_page_are_not_logged(launch: Any, capsys: pytest.CaptureFi
         client.get("/no-such-file.js")
     paths = [entry["path"] for entry in logged(server, capsys, 2)]
     assert paths == ["/", "/no-such-file.js"]
+
+
+@pytest.mark.slow
+def test_the_page_below_a_sub_path(launch: Any, visit: Any) -> None:
+    server = launch(page="chat", guard={"root": "/xv"})
+    visitor = visit(dataclasses.replace(server, url=server.url + "/xv"))
+    visitor.say("What is your name?")
+    assert "XVERSE-nano" in visitor.until_answered(1)
+    assert all("/xv/" in url or url.endswith("/xv") for url in visitor.asked)
 
 
 def samples(text: str) -> dict[str, dict[str, float]]:
