@@ -433,7 +433,7 @@ def test_the_host_that_is_refused_gets_the_way_out(server: Any) -> None:
         (["--allowed-origin", "https://x.org/path"], "without a path"),
         (["--tls-cert", "/nowhere"], "need each other"),
         (["--tls-cert", "/nowhere", "--tls-key", "/nowhere"], "not a readable file"),
-        (["--uds", "/nowhere/x.sock"], "--uds"),
+        (["--uds", "x.sock"], "leave out --host and --port"),
         (["--api-key-file", "/"], "cannot be read"),
         (["--max-body-mb", "1e9"], "out of range"),
         (["--prefix-cache-mb", "-1"], "out of range"),
