@@ -71,7 +71,7 @@ def test_regenerate_and_edit_keep_the_versions(site: Any, visit: Any) -> None:
 
     visitor.page.get_by_label("Edit").first.click()
     visitor.page.locator("article textarea").fill("Who are you?")
-    visitor.page.get_by_role("button", name="Send").first.click()
+    visitor.page.locator("article").get_by_role("button", name="Send").click()
     visitor.until_answered(1)
     assert visitor.said("user") == ["Who are you?"]
     visitor.page.get_by_label("Previous version").first.click()

@@ -14,11 +14,11 @@ const PAUSE = 60; // milliseconds between two drawings of a reply
 const STORE_PAUSE = 2000; // between two savings of a reply that goes on
 const LEAST_ROOM = 256; // tokens for a reply; the server's rule too
 
-const running = new Map(); // conversation id -> AbortController
+const running = new Map(); // conversation -> AbortController
 let current = null;
 let page = null; // {settings, changed(conversation)}
 
-export const isRunning = (conversation) => running.has(conversation.id);
+export const isRunning = (conversation) => running.has(conversation);
 export const opened = () => current;
 
 export function start(context) {
@@ -40,6 +40,9 @@ export function start(context) {
   find("#send").addEventListener("click", say);
   find("#stop").addEventListener("click", () => stop());
   follow();
+  addEventListener("visibilitychange", () => {
+    for (const conversation of running.keys()) if (document.hidden) keep(conversation); // it may be closed
+  }, true);
   onLanguage(() => {
     find("#examples").replaceChildren(...examples().map(([skill, prompt]) =>
       h("li", {}, h("button", { type: "button", onclick: () => send(prompt) }, h("strong", {}, skill), h("span", {}, prompt)))));
@@ -56,7 +59,7 @@ function follow() {
 }
 
 export function stop(conversation = current) {
-  if (conversation) running.get(conversation.id)?.abort();
+  if (conversation) running.get(conversation)?.abort();
 }
 
 /** Show a conversation, or with null an empty page. */
@@ -95,7 +98,7 @@ const actions = {
 async function answer(conversation, node = null, onward = false) {
   if (isRunning(conversation)) return;
   const ending = new AbortController();
-  running.set(conversation.id, ending);
+  running.set(conversation, ending);
   const messages = sent(conversation, onward ? node.id : conversation.leaf);
   if (node && !onward) Object.assign(node, { text: "", state: "running" });
   node ??= add(conversation, conversation.leaf, "assistant", "", "running");
@@ -117,7 +120,7 @@ async function answer(conversation, node = null, onward = false) {
       node.error = error instanceof Failure ? { code: error.code, values: error.values } : { code: "", values: { message: String(error) } };
     }
   }
-  running.delete(conversation.id);
+  running.delete(conversation);
   if (node.state !== "done" && node.state !== "cut" && node.text) node.tokens = await counted(conversation, node);
   conversation.updated = Date.now();
   page.changed(conversation);
