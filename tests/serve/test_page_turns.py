@@ -112,6 +112,8 @@ def test_unanswered_turns(site: Any, visit: Any) -> None:
     )
     visitor.load(
         [
+            ("assistant", "Hello!"),
+            ("user", ""),
             ("user", "a"),
             ("user", "b"),
             ("assistant", ""),
@@ -121,9 +123,10 @@ def test_unanswered_turns(site: Any, visit: Any) -> None:
         ]
     )
     visitor.say("你是谁？")
-    visitor.until_answered(4)
+    visitor.until_answered(5)
     assert visitor.page.locator(".note.error").count() == 0
     assert [(each["role"], each["content"]) for each in sent[-1]["messages"]] == [
+        ("assistant", "Hello!"),
         ("user", "a\n\nb\n\nc"),
         ("assistant", "d\n\ne"),
         ("user", "你是谁？"),
