@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import urllib.parse
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.commands import values
+from xverse import values
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError, need
 
@@ -99,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
             f"serve: {args.host} is reachable from other machines without an API key; set one with "
             "--api-key-file"
         )
+    if hasattr(signal, "SIGHUP") and not os.isatty(0):  # not to end here; announce reads the keys again
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
     with _listener(args) as listener:
         names = {field.name for field in dataclasses.fields(ServiceSettings)} & vars(args).keys()
         settings = ServiceSettings(**{name: getattr(args, name) for name in names}, sampling=sampling)
@@ -131,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
         address = _address(args, listener)
 
         def announce() -> None:
+            with contextlib.suppress(UserError):
+                reload()
             for line in [*describe(service, settings), f"page: {address + '/' if page else 'none'}"]:
                 notice(f"serve: {line}")
             print(f"serving {service.name} at {address}", flush=True)

@@ -18,7 +18,8 @@ from pydantic import FailFast, Field, StrictInt, StrictStr
 
 from xverse.engine.sampling_params import COMPLETION, PARAMS, Param
 from xverse.serve.errors import ApiError
-from xverse.serve.protocol import ChatRequest, Strict
+from xverse.serve.fields import Lenient
+from xverse.serve.protocol import ChatRequest
 from xverse.serve.service import Service
 
 FOLDER = Path(__file__).with_name("static")
@@ -32,12 +33,12 @@ _KINDS = {
 }
 
 
-class Turn(Strict):
+class Turn(Lenient):
     role: Literal["system", "user", "assistant"]
     content: StrictStr
 
 
-class FitRequest(Strict):
+class FitRequest(Lenient):
     """``messages``: an optional system message, then user and assistant alternating. The last one is the
     message to answer, or the reply to continue."""
 
