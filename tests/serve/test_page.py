@@ -285,7 +285,7 @@ def test_fitting(launch: Any) -> None:
         turn = (("user", "word " * 100), ("assistant", "yes " * 70))
         system, last = ("system", "Be kind."), ("user", "and now?")
         short = (system, *turn, last)
-        assert fit(*short) == {"first": 1, "tokens": tokens(*short), "max_tokens": 1024 - tokens(*short)}
+        assert fit(*short) == {"first": 1, "tokens": tokens(*short), "max_tokens": 512}
         whole = fit(system, *turn * 9, last, max_tokens=400)
         assert whole["first"] > 1
         assert whole["first"] % 2 == 1
@@ -299,8 +299,9 @@ def test_fitting(launch: Any) -> None:
         assert answer["too_long"] == count
         exact = client.post("/tokenize", json={"text": "word " * 3}).json()["count"]
         assert 1024 - 300 - exact < answer["most"] < 1024
-        begun = fit(*turn, last, ("assistant", "I am"))
-        assert len(begun["prompt"]) == begun["tokens"]
+        begun = (("assistant", "Hi!"), *turn, last, ("assistant", "I am"))
+        assert tokens(*begun[:-1]) < fit(*begun)["tokens"] < tokens(*begun[:-1]) + 10
+        assert fit(*begun)["first"] == 0
         for wrong in (
             [],
             [{"role": "system", "content": "x"}],

@@ -132,12 +132,12 @@ async function answer(conversation, node = null, onward = false) {
 }
 
 async function receive(conversation, node, messages, onward, signal) {
-  const { body, path: address } = await prepared(node, messages, onward, signal);
+  const body = await prepared(node, messages, onward, signal);
   const begin = performance.now();
   let tokens = 0;
   let drawn = 0;
   let stored = begin;
-  for await (const { text, reason, usage } of stream(address, body, signal)) {
+  for await (const { text, reason, usage } of stream("v1/chat/completions", body, signal)) {
     node.text += text;
     if (text) tokens += 1;
     if (reason) node.state = reason === "length" ? "cut" : "done";
@@ -167,7 +167,7 @@ async function prepared(node, messages, onward, signal) {
   const bytes = messages.reduce((sum, { content }) => sum + new TextEncoder().encode(content).length + 32, 0);
   delete node.from;
   if (!onward && bytes + Math.max(LEAST_ROOM, values.max_tokens ?? 0) < page.settings.context) {
-    return { path: "v1/chat/completions", body: { ...values, messages: wire } };
+    return { ...values, messages: wire };
   }
   const fitted = await (await post("page/fit", { messages: wire, max_tokens: values.max_tokens }, signal)).json();
   if (fitted.too_long !== undefined) {
@@ -176,8 +176,7 @@ async function prepared(node, messages, onward, signal) {
   const system = wire[0].role === "system" ? 1 : 0;
   if (fitted.first > system) node.from = messages[fitted.first].node;
   const body = { ...values, max_tokens: fitted.max_tokens };
-  if (onward) return { path: "v1/completions", body: { ...body, prompt: fitted.prompt } };
-  return { path: "v1/chat/completions", body: { ...body, messages: [...wire.slice(0, system), ...wire.slice(fitted.first)] } };
+  return { ...body, messages: [...wire.slice(0, system), ...wire.slice(fitted.first)], continue_final_message: onward };
 }
 
 /** Tokens of the context after a reply that did not end by itself, which comes without usage. */
