@@ -264,7 +264,7 @@ def test_saved_template_is_the_template(tiny_tokenizer: Tokenizer, tmp_path: Pat
 
 
 def test_typed_markers_in_transformers(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """As docs/tokenizer.md says: ids by default, text with ``split_special_tokens``, the ends of turns too."""
+    """As docs/tokenizer.md says: ids by default; with ``split_special_tokens`` text, also at ends of turns."""
     from transformers import AutoTokenizer
 
     tiny_tokenizer.save(tmp_path)
