@@ -264,7 +264,7 @@ def test_saved_template_is_the_template(tiny_tokenizer: Tokenizer, tmp_path: Pat
 
 
 def test_typed_markers_in_transformers(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """As docs/tokenizer.md says: ids by default; with ``split_special_tokens`` text, also at ends of turns."""
+    """Ids by default; with ``split_special_tokens`` text, also at the ends of turns."""
     from transformers import AutoTokenizer
 
     tiny_tokenizer.save(tmp_path)
