@@ -17,49 +17,44 @@ CHAT = "/v1/chat/completions"
 @pytest.mark.parametrize(
     ("body", "param", "part"),
     [
-        ({"messages": QUESTION, "temprature": 1}, "temprature", "unknown field"),
-        ({"messages": QUESTION, "top-p": 1}, "top-p", "unknown field"),
-        ({"messages": QUESTION, "temperature": True}, "temperature", "valid number"),
-        ({"messages": QUESTION, "temperature": "0.5"}, "temperature", "valid number"),
+        ({"messages": QUESTION, "temprature": 1}, "temprature", "did you mean 'temperature'"),
+        ({"messages": QUESTION, "top-p": 1}, "top-p", "did you mean 'top_p'"),
+        ({"messages": QUESTION, "temperature": True}, "temperature", "must be a number"),
+        ({"messages": QUESTION, "temperature": "0.5"}, "temperature", "must be a number"),
         ({"messages": QUESTION, "logit_bias": {"9" * 5000: 1}}, "logit_bias", "token ids"),
-        (
-            {
-                "messages": [
-                    *QUESTION,
-                    {
-                        "role": "assistant",
-                        "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "[" * 100_000}}],
-                    },
-                    {"role": "user", "content": "x"},
-                ]
-            },
-            "messages",
-            "not valid JSON",
-        ),
         ({"messages": QUESTION, "temperature": 1000}, "temperature", "out of range"),
-        ({"messages": QUESTION, "temperature": "hot"}, "temperature", "valid number"),
+        ({"messages": QUESTION, "temperature": "hot"}, "temperature", "must be a number"),
         ({"messages": QUESTION, "top_p": 0}, "top_p", "out of range"),
-        ({"messages": QUESTION, "n": 1000}, "n", "less than or equal to 16"),
+        ({"messages": QUESTION, "n": 1000}, "n", "at most 16"),
         ({"messages": QUESTION, "max_tokens": 0}, "max_tokens", "out of range"),
-        ({"messages": QUESTION, "max_tokens": 5, "max_completion_tokens": 5}, None, "mutually exclusive"),
-        ({"messages": QUESTION, "max_tokens": 10**9}, "messages", "exceed the context"),
-        ({"messages": [{"role": "user", "content": "a b " * 50_000}]}, "messages", "exceed the context"),
+        ({"messages": QUESTION, "max_tokens": 10**9}, "max_tokens", "is too large"),
+        (
+            {"messages": QUESTION, "max_tokens": 1, "max_completion_tokens": 10**9},
+            "max_completion_tokens",
+            "is too large",
+        ),
+        ({"messages": [{"role": "user", "content": "a b " * 50_000}]}, "messages", "100012 tokens exceed"),
         ({"messages": []}, "messages", "at least 1"),
         ({}, "messages", "missing"),
-        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "Input should be"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages", "empty"),
-        ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages.0.mood", "unknown field"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "must be 'system'"),
         ({"messages": QUESTION, "model": "gpt-5"}, "model", "'gpt-5' does not exist"),
         ({"messages": QUESTION, "seed": 2**70}, "seed", ""),
         ({"messages": QUESTION, "logit_bias": {"x": 1}}, "logit_bias", "token ids"),
         ({"messages": QUESTION, "logit_bias": {"99999999": 1}}, "logit_bias", "ids must be"),
         ({"messages": QUESTION, "top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"messages": QUESTION, "logprobs": True, "top_logprobs": 99}, "top_logprobs", "out of range"),
-        ({"messages": QUESTION, "stop": ["a"] * 99}, None, ""),
-        ({"messages": QUESTION, "stop": [""]}, "stop", "non-empty"),
+        ({"messages": QUESTION, "stop": ["a"] * 99}, "stop", "the limit is 16"),
         ({"messages": QUESTION, "tool_choice": "required"}, "tool_choice", "no tools"),
-        ({"messages": QUESTION, "response_format": {"type": "xml"}}, None, ""),
-        ({"messages": QUESTION, "response_format": {"type": "json_schema"}}, "response_format", "missing"),
+        (
+            {"messages": QUESTION, "response_format": {"type": "xml"}},
+            "response_format.type",
+            "must be 'text'",
+        ),
+        (
+            {"messages": QUESTION, "response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "missing",
+        ),
         (
             {
                 "messages": QUESTION,
@@ -148,7 +143,7 @@ def test_pages_of_others_may_not_ask(server: Any, launch: Any) -> None:
 def test_answers_tell_browsers_to_be_careful(server: Any) -> None:
     with server.client() as client:
         headers = client.get("/health").headers
-    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "default-src 'none'" in headers["content-security-policy"]
     assert headers["x-content-type-options"] == "nosniff"
 
 
@@ -172,14 +167,14 @@ def test_what_was_said_is_logged_only_where_asked(launch: Any, capfd: Any) -> No
 
         def arrived(logged: list[dict[str, Any]] = logged) -> bool:
             logged += [json.loads(line) for line in capfd.readouterr().err.splitlines()]
-            return len(logged) == 2
+            return len(logged) == 1
 
         running.until(arrived)
-        assert [line["path"] for line in logged] == [CHAT, "/health"]
+        assert [line["path"] for line in logged] == [CHAT]  # successful probes are not logged
         assert ("a secret" in json.dumps(logged)) == contents
         if contents:
-            assert json.loads(logged[0]["request"]) == body
-            assert json.loads(logged[0]["response"]) == answer.json()
+            assert logged[0]["request"] == body
+            assert logged[0]["response"] == answer.json()
 
 
 def test_keys(launch: Any) -> None:
@@ -236,7 +231,7 @@ def test_a_slow_reader_holds_nobody_up(server: Any) -> None:
 def test_a_client_that_reads_nothing_is_given_up(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(socket, "TCP_USER_TIMEOUT"):
         pytest.skip("needs Linux")
-    monkeypatch.setattr("xverse.commands.serve.STALLED_SECONDS", 2)
+    monkeypatch.setattr("xverse.serve.server.STALLED_SECONDS", 2)
     running = launch(stop_ids=())
     body = {"messages": QUESTION, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 8}
     connection = opened(running, {**body, "max_tokens": 2000})  # 40 MB, more than the sockets hold
@@ -341,7 +336,7 @@ def test_an_exception_in_a_step_fails_its_requests_and_no_others(launch: Any) ->
         assert "out of luck" in answer.json()["error"]["message"]
         engine.step = step
         assert client.post(CHAT, json={"messages": QUESTION, "max_tokens": 3}).status_code == 200
-        assert "xverse_engine_failures_total 1.0" in client.get("/metrics").text
+        assert 'xverse_engine_failures_total{model_name="nano"} 1.0' in client.get("/metrics").text
     running.until(running.idle)
 
 

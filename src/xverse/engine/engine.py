@@ -270,7 +270,7 @@ class Engine:
                 tokens=list(request.prompt_ids),
                 prompt_tokens=len(request.prompt_ids),
                 most_tokens=needed,
-                text_decoder=self.tokenizer.stream(),
+                text_decoder=self.tokenizer.stream(request.skip_special),
                 stop=StopText(request.sampling.stop),
                 adjustment=adjustment,
                 key=key(sampling),

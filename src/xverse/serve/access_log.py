@@ -43,6 +43,7 @@ class Record:
     key: str | None = None
     model: str | None = None
     error: str | None = None
+    ignored: tuple[str, ...] = ()  # unknown fields of the body
     failed: int | None = None  # status of an error that came after the response had begun
     usage: Callable[[], Mapping[str, Any]] | None = None
 
@@ -181,6 +182,8 @@ class _Exchange:
         }
         optional = {"key": record.key, "model": record.model, "error": record.error}
         line |= {name: value for name, value in optional.items() if value is not None}
+        if record.ignored:
+            line["ignored_fields"] = record.ignored
         if record.usage is not None:
             used = record.usage()
             line["prompt_tokens"] = used["prompt_tokens"]

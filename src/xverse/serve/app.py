@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
 
 import xverse
 from xverse.serve import errors
-from xverse.serve.errors import ApiError
+from xverse.serve.chat_reply import ChatReply
+from xverse.serve.completion_reply import CompletionReply
 from xverse.serve.page import mount
 from xverse.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from xverse.serve.replies import ChatReply, CompletionReply
 from xverse.serve.service import Service
 
 _Result = TypeVar("_Result")
@@ -50,15 +49,16 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
         grammar = await _while_connected(request, service.grammar(body))
         reply = ChatReply(service, body, await asyncio.to_thread(service.chat, body, grammar))
         if body.stream:
-            return _stream(service, reply.chunks())
-        return JSONResponse(await _while_connected(request, reply.body()))
+            return _stream(service, reply.chunks(), body.headers())
+        return JSONResponse(await _while_connected(request, reply.body()), headers=body.headers())
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        reply = CompletionReply(service, body, await asyncio.to_thread(service.complete, body))
+        grammar = await _while_connected(request, service.grammar(body))
+        reply = CompletionReply(service, body, await asyncio.to_thread(service.complete, body, grammar))
         if body.stream:
-            return _stream(service, reply.chunks())
-        return JSONResponse(await _while_connected(request, reply.body()))
+            return _stream(service, reply.chunks(), body.headers())
+        return JSONResponse(await _while_connected(request, reply.body()), headers=body.headers())
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -70,13 +70,13 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
         return _model(service)
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        tokens = service.tokenizer.encode(body.text, allow_special=body.allow_special)
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.context}
+    async def tokenize(body: TokenizeRequest) -> Response:
+        return JSONResponse(await asyncio.to_thread(service.tokenize, body), headers=body.headers())
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
-        return {"text": service.tokenizer.decode(body.tokens, skip_special=False)}
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        text = service.tokenizer.decode(body.tokens, skip_special=False)
+        return JSONResponse({"text": text, "prompt": text}, headers=body.headers())  # vLLM's name is prompt
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     @app.api_route("/health/ready", methods=["GET", "HEAD"])
@@ -95,14 +95,10 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    known = {route.path for route in app.routes if isinstance(route, APIRoute)}
-
     # Unknown paths under /v1 get an error in the API's form.
     @app.api_route("/v1/{path:path}", methods=[*_METHODS], include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:
-        if f"/v1/{path}" in known:
-            raise ApiError(405, f"/v1/{path} does not accept {request.method}", code="method_not_allowed")
-        raise ApiError(404, f"/v1/{path} does not exist", code="unknown_path")
+        raise HTTPException(405 if errors.exists(request, f"/v1/{path}") else 404)
 
     if page is not None:
         mount(app, service, first=page)
@@ -119,9 +115,9 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-def _stream(service: Service, chunks: AsyncGenerator[bytes, None]) -> Response:
+def _stream(service: Service, chunks: AsyncGenerator[bytes, None], headers: dict[str, str]) -> Response:
     service.runner.check_room()
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no buffering in nginx
+    headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no buffering in nginx
     return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
 
 

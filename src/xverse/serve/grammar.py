@@ -27,7 +27,7 @@ from torch import Tensor
 from xverse.serve import grammar_worker as worker
 from xverse.serve import schemas, tools
 from xverse.serve.errors import ApiError
-from xverse.serve.protocol import ChatRequest
+from xverse.serve.protocol import ChatRequest, Generation
 from xverse.tokenizer import Tokenizer
 
 COMPILING = 4  # grammars at once; the system gives the engine's thread priority
@@ -73,12 +73,12 @@ class Grammars:
         self._alive: weakref.WeakSet[Compiled] = weakref.WeakSet()
         self._running: dict[bytes, _Shared] = {}
 
-    async def of_chat(self, body: ChatRequest) -> Compiled | None:
+    async def of(self, body: Generation) -> Compiled | None:
         """The grammar of a reply, or None if it is not constrained. Raises ApiError for a schema that is too
         large, is not supported or does not compile within the limits. Cancelling ends the compilation."""
-        if body.response_format is None and not body.tools:
+        if body.structure() is None and not (isinstance(body, ChatRequest) and tools.must_call(body)):
             return None
-        source = await asyncio.to_thread(chat_source, body)
+        source = await asyncio.to_thread(source_of, body)
         return None if source is None else await self.compiled(source)
 
     async def compiled(self, source: Source) -> Compiled:
@@ -100,8 +100,7 @@ class Grammars:
             self._refused[key] = result
             if len(self._refused) > REFUSALS:
                 self._refused.popitem(last=False)
-        text = f"{source.param}: the schema is not supported: {self._refused[key]}"
-        raise ApiError(400, text, param=source.param, code="bad_schema")
+        raise _unsupported(source.param, source.json, self._refused[key])
 
     def start(self, compiled: Compiled) -> Grammar:
         return Grammar(compiled, self._tokenizer.vocab_size, self._stop_ids)
@@ -134,30 +133,31 @@ class Grammars:
             return self._processes
 
 
-def chat_source(body: ChatRequest) -> Source | None:
+def source_of(body: Generation) -> Source | None:
     """The grammar that a request asks for. Raises ApiError."""
-    offered = tools.offered_tools(body)
-    if tools.must_call(body):
-        param = "tools"
+    structure = body.structure()
+    is_json = True
+    if isinstance(body, ChatRequest) and tools.must_call(body):
+        param, offered = "tools", tools.offered_tools(body)
         make: Callable[[], str] = lambda: schemas.call_grammar(offered)  # noqa: E731
-    elif body.response_format is None or body.response_format.type == "text":
+    elif structure is None:
         return None
     else:
-        param, response_format = "response_format", body.response_format
-        if response_format.type == "json_schema" and response_format.json_schema is None:
-            raise ApiError(400, "response_format: the field json_schema is missing", param="response_format")
-        schema: Any = {"type": "object"}
-        if response_format.json_schema is not None:
-            schema = response_format.json_schema.schema_
-        make = lambda: schemas.grammar(schema)  # noqa: E731
+        param, wanted = structure.param, structure
+        is_json = structure.kind in ("json_schema", "json_object")
+        make = lambda: schemas.of_structure(wanted)  # noqa: E731
     try:
-        return Source(make(), param)
+        return Source(make(), param, is_json)
     except schemas.TooLarge as error:
         raise ApiError(400, f"{param}: {error}", param=param, code="schema_too_large") from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        text = f"{param}: the schema is not supported: {reason}"
-        raise ApiError(400, text, param=param, code="bad_schema") from None
+        raise _unsupported(param, is_json, reason) from None
+
+
+def _unsupported(param: str, is_json: bool, reason: str) -> ApiError:
+    kind = "schema" if is_json else "grammar"
+    return ApiError(400, f"{param}: the {kind} is not supported: {reason}", param=param, code="bad_schema")
 
 
 class _Shared:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import llguidance
+from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
-from xverse.serve.protocol import Tool
+from xverse.serve.protocol import Structure, Tool
 from xverse.serve.schema_parts import KEPT, OBJECTS, REFUSED, Document, Part, Unsupported, combined, keys
 from xverse.tokenizer.tools import CLOSE, OPEN
 
@@ -27,6 +28,27 @@ _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 class TooLarge(ValueError):
     """A schema above the size limit."""
+
+
+def of_structure(structure: Structure) -> str:
+    """The grammar of what a request asks for. Raises as ``grammar``."""
+    value = structure.value
+    if structure.kind == "json_object":
+        return grammar({"type": "object"})
+    if structure.kind == "json_schema":
+        return grammar(value)
+    if len(json.dumps(value)) > MOST_BYTES:
+        raise TooLarge(f"it is too large; the limit is {MOST_BYTES} bytes")
+    if structure.kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(value)
+    if structure.kind == "choice":
+        return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, value)))
+    if "::=" in value:  # GBNF, which xgrammar and llama.cpp read
+        try:
+            value = gbnf_to_lark(value)
+        except GbnfToLarkError as error:
+            raise ValueError(str(error)) from None
+    return llguidance.LLMatcher.grammar_from_lark(value)
 
 
 def grammar(schema: dict[str, Any]) -> str:
