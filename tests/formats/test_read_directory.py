@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -104,7 +105,11 @@ def test_single_files_of_both_kinds(written: Path, model: Any) -> None:
 
 def test_llama_export_reads_back(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     save_llama(model, tiny_tokenizer, tmp_path / "llama")
-    assert read_config(tmp_path / "llama") == model.config
+    config = read_config(tmp_path / "llama")
+    assert (config.model_type, config.norm_in_float32) == ("llama", False)  # read as any Llama
+    own = {name: getattr(model.config, name) for name in ("model_type", "norm_in_float32")}
+    own |= {"max_tokenizer_truncation": model.config.max_tokenizer_truncation}
+    assert dataclasses.replace(config, **own) == model.config
     assert parity(model, load_model(tmp_path / "llama")) == 0.0
 
 
@@ -119,23 +124,24 @@ def test_saved_by_transformers_reads_back(model: Any, tiny_tokenizer: Any, tmp_p
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"model_type": "qwen2"}, "'qwen2' is neither"),
-        ({"model_type": None}, "None is neither"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "gemma2"}, "'gemma2' is not supported"),
+        ({"model_type": None}, "None is not supported"),
+        ({"model_type": "xverse", "attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"num_key_value_heads": 2}, "num_key_value_heads"),
-        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "rope_type 'llama3' is not supported"),
+        ({"model_type": "xverse", "num_key_value_heads": 2}, "num_key_value_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type 'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "rope scaling: missing key 'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor 0.5 is out of range"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "unknown key 'mscale'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"model_type": "xverse", "tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"head_dim": 32}, "head_dim 32"),
+        ({"head_dim": 31}, "heads of an even size"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"num_experts": 64}, "num_experts"),
         ({"hidden_size": None}, "missing key 'hidden_size'"),
         ({"hidden_size": "big"}, "hidden_size"),
-        ({"num_attention_heads": 5, "num_key_value_heads": None}, "does not split"),
+        ({"num_attention_heads": 5, "num_key_value_heads": None, "head_dim": None}, "does not split"),
     ],
 )
 def test_configs_that_do_not_fit(

@@ -107,7 +107,7 @@ def test_named_shapes_have_the_published_sizes():
 def test_config_refuses_what_the_model_is_not():
     good = CONFIG.to_json()
     assert XverseConfig.from_json(good) == CONFIG
-    for change in ({"num_key_value_heads": 1}, {"rope_scaling": {"type": "llama3", "factor": 2.0}}):
+    for change in ({"num_key_value_heads": 1}, {"rope_scaling": {"type": "longrope", "factor": 2.0}}):
         with pytest.raises(UserError, match=next(iter(change)).split("_")[0]):
             XverseConfig.from_json({**good, **change})
     with pytest.raises(UserError, match="heads"):

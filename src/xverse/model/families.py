@@ -121,6 +121,8 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if value != supported and not (value is None or value == 0):
             raise UserError(f"{where}: {key} = {value!r} is not supported, only {supported!r}")
     _check_windows(fields, where)
+    if fields.get("model_type", "xverse") == "xverse":
+        _check_xverse(fields, where)
     biases = bool(fields.get(family.bias_key))
     fields |= {"attention_bias": biases, "output_bias": biases, **family.implied}
     rope = fields.get("rope_parameters") or {}
@@ -131,6 +133,16 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if isinstance(fields.get("eos_token_id"), list):  # generation_config.json has them all
         fields["eos_token_id"] = fields["eos_token_id"][0]
     return fields
+
+
+def _check_xverse(fields: Mapping[str, Any], where: str) -> None:
+    """XVERSE's published code has none of its relatives' features."""
+    for key in ("tie_word_embeddings", "attention_bias"):
+        if fields.get(key):
+            raise UserError(f"{where}: {key} = {fields[key]!r} is not supported, only False")
+    heads = fields.get("num_attention_heads")
+    if fields.get("num_key_value_heads", heads) not in (heads, None):
+        raise UserError(f"{where}: grouped-query attention (num_key_value_heads) is not supported in XVERSE")
 
 
 def _check_windows(fields: Mapping[str, Any], where: str) -> None:

@@ -1,0 +1,140 @@
+"""GGUF files as models: written by us and by the gguf package, damaged in every place, and a real one."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xverse.config import UserError
+from xverse.formats import ModelDirectory, load_model
+from xverse.formats.gguf import save_gguf
+from xverse.formats.gguf_header import read_header
+from xverse.formats.quantize import load_quantizing
+from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
+from xverse.model.transformer import init_weights
+
+gguf = pytest.importorskip("gguf")
+
+
+@pytest.fixture(scope="module")
+def written(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    config = XverseConfig(
+        vocab_size=tiny_tokenizer.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    model = XverseForCausalLM(config)
+    init_weights(model, 0)
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    save_gguf(model, tiny_tokenizer, path, "f16")
+    return model, path
+
+
+@torch.no_grad()
+def test_what_we_write_reads_back(written: Any, tiny_tokenizer: Any) -> None:
+    model, path = written
+    directory = ModelDirectory.named(str(path))
+    again = load_model(directory)
+    tokens = torch.arange(40)[None] % model.config.vocab_size
+    expected, logits = (m(tokens, FullCausal(1, 40)) for m in (model, again))
+    assert torch.allclose(logits, expected, atol=2e-3)  # float16
+    quantised = load_quantizing(directory, "int8")(tokens, FullCausal(1, 40))
+    assert (quantised - expected).norm() < 0.05 * expected.norm()
+    text = "def f(x):\n    return 中文 + x  # done"
+    assert directory.tokenizer.decode(directory.tokenizer.encode(text)) == text
+    assert directory.tokenizer.template is None  # XVERSE's own chat format
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_a_damaged_file_is_refused_in_a_line(written: Any, data: st.DataObject) -> None:
+    _, path = written
+    whole = path.read_bytes()
+    header = 4000
+    damaged = path.with_name("damaged.gguf")
+    if data.draw(st.booleans()):
+        damaged.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    else:
+        at = data.draw(st.integers(0, header))
+        new = data.draw(st.binary(min_size=1, max_size=8))
+        damaged.write_bytes(whole[:at] + new + whole[at + len(new) :])
+    try:
+        model = load_model(damaged)
+        ModelDirectory.of(damaged).tokenizer.encode("text")
+        assert model.config.vocab_size
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert str(damaged) in str(error) or "tensor" in str(error) or "blk" in str(error)
+
+
+ABSURD = {
+    "no magic": b"GGML" + bytes(20),
+    "version": b"GGUF" + struct.pack("<IQQ", 9, 0, 0),
+    "a count of tensors": b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0),
+    "a count of keys": b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60),
+    "a long key": b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 50),
+    "a long array": b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 1 << 55),
+    "an array of arrays": b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 9, 1),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_absurd_headers_end_at_once(case: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    file.write_bytes(ABSURD[case])
+    with pytest.raises(UserError, match=r"x\.gguf") as error:
+        read_header(file)
+    assert "\n" not in str(error.value)
+
+
+def test_every_type_is_decoded_as_the_package_does(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
+    kinds = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+    for kind in kinds:
+        number = gguf.GGMLQuantizationType[kind]
+        path = tmp_path / f"{kind}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tensor("token_embd.weight", gguf.quants.quantize(values, number), raw_dtype=number)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        from xverse.formats.gguf_read import decoded
+
+        tensor = decoded(read_header(path).tensors["token_embd.weight"])
+        assert tensor.shape == (4, 256)
+        assert (tensor.numpy() - values).std() < 0.1
+    for kind in ("Q4_K", "Q5_K", "Q6_K"):  # which the package only decodes
+        assert gguf.GGMLQuantizationType[kind] in gguf.quants._type_traits
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general.architecture": "gemma"}, "architecture 'gemma' is not supported"),
+        ({"llama.expert_count": 8}, "expert_count = 8"),
+        ({"llama.attention.head_count": 0}, "head_count is 0"),
+        ({"llama.embedding_length": None}, "embedding_length is None"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer 'bert' is not supported"),
+        ({"tokenizer.ggml.tokens": None}, "holds no tokenizer"),
+        ({"tokenizer.ggml.scores": []}, "--tokenizer DIR"),
+    ],
+)
+def test_metadata_that_does_not_fit(written: Any, changes: dict[str, Any], message: str) -> None:
+    directory = ModelDirectory.of(written[1])
+    metadata = directory.header.metadata  # type: ignore[attr-defined]
+    metadata |= changes
+    with pytest.raises(UserError, match=message):
+        assert directory.config
+        assert directory.tokenizer
