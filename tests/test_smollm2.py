@@ -23,7 +23,8 @@ QUESTIONS = ("What is the capital of France?", "Name three primary colors.", "Wh
 
 @pytest.fixture(scope="module")
 def file() -> Path:
-    assert found is not None and found.submodule_search_locations
+    assert found is not None
+    assert found.submodule_search_locations
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 

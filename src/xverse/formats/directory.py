@@ -83,6 +83,8 @@ class ModelDirectory:
         """
         file, values = self.path / "config.json", self.values
         _ = self.scheme  # an unsupported one is reported here already
+        if values.get("model_type") is None:
+            raise UserError(f"{file}: model_type None is not supported; the file should name one")
         return XverseConfig.from_json(values, str(file))
 
     @cached_property
