@@ -281,13 +281,6 @@ def _output(*command: str) -> str:
         return ""
 
 
-def compute_device(index: int = 0) -> torch.device:
-    """The device of training: the CUDA device of this index if there is CUDA, else the CPU."""
-    import torch
-
-    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Measurements
 
