@@ -420,7 +420,7 @@ class Engine:
         """Append ``token``, which was chosen from ``logits`` [V]."""
         request = sequence.request
         sequence.tokens.append(token)
-        event = Event(handle=sequence.handle, token_id=token, text="")
+        event = Event(handle=sequence.handle, token_id=token, text="", cached_tokens=sequence.reused)
         if not sequence.plain:
             sequence.adjustment.add(token)
             if request.logprobs is not None:

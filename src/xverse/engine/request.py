@@ -76,8 +76,9 @@ class Event:
 
     ``text`` may be empty while a character or a possible stop text is incomplete; the texts of a request
     joined are its reply, without stop ids and stop texts. The last event has a ``finish_reason``; if that is
-    "error", ``error`` is the message and there is no token. ``logprob`` is set if the request asks for it;
-    the first event carries ``prompt_logprobs``, one for each prompt token from the second on.
+    "error", ``error`` is the message and there is no token. ``cached_tokens`` of the prompt were found in the
+    prefix cache. ``logprob`` is set if the request asks for it; the first event carries ``prompt_logprobs``,
+    one for each prompt token from the second on.
     """
 
     handle: int
@@ -87,3 +88,4 @@ class Event:
     prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_tokens: int = 0

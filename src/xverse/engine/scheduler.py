@@ -114,6 +114,8 @@ class Scheduler:
                 cache.release()
                 return None
             self.reused_tokens += cache.length
+            if len(sequence.tokens) == sequence.prompt_tokens:  # not resumed after preemption
+                sequence.reused = cache.length
             sequence.cache, sequence.registered = cache, len(cached)
             self._prefixes.touch(digests[: len(cached)])
             if self._prefixes.blocks_at_most:
