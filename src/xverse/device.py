@@ -15,6 +15,7 @@ from xverse.config import UserError, nearest
 if TYPE_CHECKING:
     import torch
 
+NO_GPU = "no GPU found"
 _KNOWN = ("auto", "cpu", "cuda", "mps")
 _SYNTAX = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _HELP = "auto (the default): an NVIDIA GPU if PyTorch can use one, else the CPU; or cpu, cuda, cuda:N, mps"
@@ -126,7 +127,7 @@ def why_no_gpu() -> str:
         return "xverse does not use Intel GPUs"
     if nvidia.ascend_npu():
         return "xverse does not use Ascend NPUs, except through transformers' Trainer in xverse finetune"
-    return "no GPU found"
+    return NO_GPU
 
 
 def usable_gpus() -> list[int]:

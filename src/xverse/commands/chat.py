@@ -9,6 +9,7 @@ from typing import Any
 
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
+from xverse.device import add_device
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--quantize", choices=["int8", "int4"], help="quantise the weights while loading", **unset
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: by size)", **unset)
+    add_device(parser)
     add_sampling_flags(parser, "How replies are generated")
 
 
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         threads=given.get("threads"),
         quantize=given.get("quantize"),
         adapter=given.get("adapter"),
+        device=args.device,
         notify=notice,
     )
     session.system = given.get("system", "")

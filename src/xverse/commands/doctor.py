@@ -9,12 +9,10 @@ import platform
 from typing import Any
 
 from xverse import __version__, hardware
+from xverse.bench.report import GPU_MATMUL, MATMUL
 from xverse.config import DISTRIBUTION, install_command
 from xverse.device import compute_device, describe, usable_gpus
 
-# One attention projection of XVERSE-7B over 512 tokens on a CPU; a size that fills a large GPU.
-CPU_MATMUL = (512, 4096, 4096)
-GPU_MATMUL = (8192, 8192, 8192)
 KERNELS = {"torch": "not compiled, using PyTorch's operations; reinstall xverse with a C++ compiler"}
 
 
@@ -134,14 +132,14 @@ def measure_cpu(threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     try:
         flops = {
-            name: hardware.matmul_flops(getattr(torch, name), *CPU_MATMUL) for name in ("float32", "bfloat16")
+            name: hardware.matmul_flops(getattr(torch, name), *MATMUL) for name in ("float32", "bfloat16")
         }
     finally:
         torch.set_num_threads(before)
     return {
         "bandwidth": [{"threads": count, "samples": pair} for count, pair in samples.items()],
         "bandwidth_buffer": size,
-        "matmul_shape": list(CPU_MATMUL),
+        "matmul_shape": list(MATMUL),
         "matmul_threads": threads,
         "matmul": flops,
     }

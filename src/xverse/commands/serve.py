@@ -16,6 +16,7 @@ from typing import Any
 
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError, need
+from xverse.device import add_device
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STALLED_SECONDS = 60
@@ -50,6 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text = "size limit of a request body in MB (%(default)g)"
     add("--max-body-mb", text, type=float, default=4.0, metavar="MB")
     add("--threads", "CPU threads (default: chosen by the model's size)", type=_number, metavar="N")
+    add_device(parser)
     log = parser.add_mutually_exclusive_group()
     log.add_argument("--no-access-log", help="write no log line per request to stderr", action="store_true")
     log.add_argument("--log-contents", help="include requests and replies in the log", action="store_true")

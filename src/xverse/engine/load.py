@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
-from xverse.device import compute_device, describe, guard, weights_dtype
+from xverse.device import NO_GPU, compute_device, describe, guard, weights_dtype
 from xverse.engine.engine import Engine
 from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config, unsupported_keys
 from xverse.formats import ModelDirectory, load_model
@@ -72,7 +72,7 @@ def load_engine(
     own_tokenizer = (directory if tokenizer is None else ModelDirectory.named(tokenizer)).tokenizer
     chosen = compute_device(device)
     where = describe(chosen, device)
-    if device == "auto" and chosen.type == "cpu" and ";" in where:  # a GPU that could be used
+    if device == "auto" and chosen.type == "cpu" and not where.endswith(NO_GPU):
         notice(where)
     dtype = weights_dtype(chosen) or (torch.float32 if config.num_parameters() < FLOAT32_BELOW else None)
     check_room(directory, chosen, dtype, quantize)
@@ -146,6 +146,6 @@ def check_room(
         "--device cpu"
     )
     raise UserError(
-        f"{directory.name}: the weights take {needed / 1e9:.1f} GB {what}, and {device} has {free / 1e9:.1f} GB "
-        f"free; use {', '.join([*fitting, several])}"
+        f"{directory.name}: the weights take {needed / 1e9:.1f} GB {what}, and {device} has "
+        f"{free / 1e9:.1f} GB free; use {', '.join([*fitting, several])}"
     )

@@ -131,8 +131,8 @@ def load_quantizing(
     """Load an unquantised directory with weights quantised on ``device`` to ``int8`` or ``int4`` as they are
     read.
 
-    At most one layer is in memory unquantised; on the CPU the embedding stays in the mapped file. ``dtype`` is that of
-    the other tensors, None the stored one. Raises UserError as ``quantize_directory`` does.
+    At most one layer is in memory unquantised; on the CPU the embedding stays in the mapped file. ``dtype``
+    is that of the other tensors, None the stored one. Raises UserError as ``quantize_directory`` does.
     """
     settings = quick_settings(kind)
     source = Source(ModelDirectory.of(directory), device)

@@ -85,9 +85,10 @@ class Quantizer:
 
     ``read(prefix)`` returns the source's tensors whose name starts with ``prefix`` (``model.embed_tokens.``,
     ``model.layers.3.``, ``model.norm.``, ``lm_head.``), by their full names, of any float dtype. They are not
-    changed and not kept after their layer. Everything is computed on the device that they are on. ``gptq`` needs ``calibration`` int64 [n, T]; parity
-    is measured on ``sample`` int64 [n, T]. Raises UserError for a group size that does not divide a layer's
-    inputs, for ``gptq`` without calibration and for weights that are not finite.
+    changed and not kept after their layer; everything is computed on their device. ``gptq`` needs
+    ``calibration`` int64 [n, T]; parity is measured on ``sample`` int64 [n, T]. Raises UserError for a group
+    size that does not divide a layer's inputs, for ``gptq`` without calibration and for weights that are not
+    finite.
     """
 
     def __init__(

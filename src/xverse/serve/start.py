@@ -33,6 +33,7 @@ class ServiceSettings:
     speculate: bool = False
     timeout: float = 600.0
     threads: int | None = None
+    device: str = "auto"
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -44,6 +45,7 @@ def load_service(settings: ServiceSettings) -> Service:
         quantize=settings.quantize,
         tokenizer=settings.tokenizer,
         adapter=settings.adapter,
+        device=settings.device,
         max_batch=settings.max_batch,
         max_cache_tokens=settings.max_cache_tokens,
         kv_dtype=settings.kv_dtype,
