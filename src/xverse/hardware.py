@@ -201,8 +201,8 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> None:
 
 
 def available_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that this process may still take: free memory of a CUDA or Apple ``device``, otherwise its share of the
-    RAM available to all processes that a launcher started on this machine (all RAM where that is unknown)."""
+    """Bytes that this process may still take: free memory of a CUDA or Apple ``device``, otherwise its share
+    of the RAM available to all processes that a launcher started here (all RAM where that is unknown)."""
     if str(device).startswith("cuda"):
         import torch
 

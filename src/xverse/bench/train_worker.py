@@ -113,7 +113,8 @@ def _theirs(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str,
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, use_cpu=device.type == "cpu", bf16=True,
-            per_device_train_batch_size=len(batch.tokens), max_steps=2**20, learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=WEIGHT_DECAY,
+            per_device_train_batch_size=len(batch.tokens), max_steps=2**20,
+            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=WEIGHT_DECAY,
             adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, optim="adamw_torch_fused",
             logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
             train_sampling_strategy="sequential",

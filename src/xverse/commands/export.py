@@ -64,13 +64,25 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--type {args.type}: not a type of --format {args.format} (known: {', '.join(types)})"
         )
-    device = compute_device(args.device)
+    device = _device(args)
     with guard(device):
         if args.quantize:
             return _export_quantized(args, device)
         if args.format == "gguf":
             return _export_gguf(args, device)
         return _export_directory(args, device)
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    """The device to compute on; ``auto`` is the CPU if the GPU has no room for the weights in float32."""
+    device = compute_device(args.device)
+    if args.device == "auto" and device.type == "cuda":
+        from xverse.formats import ModelDirectory
+        from xverse.hardware import available_memory
+
+        if 4 * ModelDirectory.named(args.model).config.num_parameters() > available_memory(device):
+            return compute_device("cpu")
+    return device
 
 
 def _export_directory(args: argparse.Namespace, device: torch.device) -> int:
@@ -110,7 +122,7 @@ def _export_directory(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def load_merged(source: ModelDirectory, adapter: str | None, device: torch.device) -> XverseForCausalLM:
-    """The model of a directory on ``device``, dequantised, with an adapter merged; prints the parity of merging."""
+    """The dequantised model of a directory on ``device``; merges an adapter and prints the parity."""
     from xverse.formats import load_model
 
     if adapter is None:

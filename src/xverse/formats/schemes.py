@@ -76,9 +76,9 @@ def load_layers(
     """Replace the layers of ``model`` whose weights are stored quantised by quantised layers.
 
     Matrices are read, tiled, moved to ``device`` and released one at a time, so that at most one is in memory
-    twice. On the CPU the embedding's rows stay in the mapped file: only those that are looked up are resident.
-    ``dtype`` is the dtype of the embedding's output. Raises UserError for a damaged tensor and for one that belongs to
-    no layer.
+    twice. On the CPU the embedding's rows stay in the mapped file, of which only rows that are looked up
+    become resident. ``dtype`` is the dtype of the embedding's output. Raises UserError for a damaged tensor
+    and for one that belongs to no layer.
     """
     for name in quantized_names(files, scheme):
         layer = layer_of(model, name, where)
