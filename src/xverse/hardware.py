@@ -200,6 +200,13 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of a CUDA ``device``."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[1]
+
+
 def available_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that this process may still take: free memory of a CUDA or Apple ``device``, otherwise its share
     of the RAM available to all processes that a launcher started here (all RAM where that is unknown)."""

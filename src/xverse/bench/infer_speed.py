@@ -128,7 +128,8 @@ def measure(
         matmul = [hardware.matmul_flops(dtype, *shape, device, seconds=0.2)]
         buffer = hardware.bandwidth_buffer(str(device))
         # No prefix cache, because rounds repeat their prompts.
-        engine = Engine(model, tokenizer, max_batch=batch, prefill_chunk=PREFILL_CHUNK, prefix_cache_bytes=0)
+        chunk = PREFILL_CHUNK if device.type == "cpu" else None
+        engine = Engine(model, tokenizer, max_batch=batch, prefill_chunk=chunk, prefix_cache_bytes=0)
         _round(engine, prompts[:1], min(new_tokens, 4))  # touches every weight once
         reads = [hardware.read_bandwidth(buffer, threads, seconds=0.2)]
         runs = []

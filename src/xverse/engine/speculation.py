@@ -67,7 +67,7 @@ class Speculator:
         prefill_chunk: int,
         position_bytes: int,
         native: bool,
-        rows_at_once: int,
+        on_cpu: bool,
     ) -> None:
         self.proposer: Proposer = NgramProposer()
         self._weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -82,6 +82,7 @@ class Speculator:
             self.proposer = DraftModelProposer(
                 draft,
                 sum(tensor.nbytes for tensor in draft.state_dict().values()) / self._weight_bytes,
+                device=model.model.norm.weight.device,
                 blocks=-(-cache_tokens // BLOCK_SIZE) + max_batch,
                 sequences=max_batch,
                 vocab_size=tokenizer.vocab_size,
@@ -90,7 +91,8 @@ class Speculator:
         self.proposed = self.accepted = 0
         self.acceptance = _PRIOR  # initial value of a new sequence
         self._most = speculation.max_tokens
-        self._rows_at_once = rows_at_once
+        self._rows_at_once = 8 if on_cpu else 64
+        self._on_cpu = on_cpu
         self._second_row = 0.0 if native else _PLAIN_SECOND_ROW
         self._position_bytes = position_bytes
 
@@ -104,7 +106,8 @@ class Speculator:
             sequence = item.sequence
             left = sequence.most_tokens - len(sequence.tokens) - 1
             count = 0
-            if not sequence.scoring:
+            # A constraint decides token by token, for each of which the host would wait for a GPU.
+            if not sequence.scoring and (self._on_cpu or sequence.request.constraint is None):
                 cache = self._position_bytes * len(sequence.tokens)
                 cost = self.proposer.cost + row_cost(cache / (cache + self._weight_bytes))
                 most = min(self._most, room, left)

@@ -28,7 +28,7 @@ class EngineBackend:
         self.name = name
         self.engine = engine
         self.stop_ids = tuple(stop_ids)
-        self.context = engine.model.config.context_length
+        self.context = engine.context_length
         self.dtype = str(next(engine.model.parameters()).dtype).removeprefix("torch.")
 
     @classmethod

@@ -133,19 +133,18 @@ class Grammar:
         self._stop_ids = [token for token in stop_ids if token < vocab_size]
         self.failed = ""  # the reason: a schema can compile and still exceed the work limit of a step
 
-    def apply(self, logits: Tensor) -> Tensor:
-        """``logits`` float32 [V] → the same with -inf for every token that the grammar forbids here."""
+    def allowed(self) -> Tensor:
+        """The tokens that the grammar allows here, bool [V]."""
         if self._matcher.is_error():
             self._fail()
         if self._matcher.is_stopped():
             allowed = torch.zeros(self._size, dtype=torch.bool)
             allowed[self._stop_ids] = True
-        else:
-            mask = bytearray(self._matcher.compute_bitmask())
-            bits = torch.frombuffer(mask, dtype=torch.uint8)  # 8 tokens each, the lowest bit first
-            shifts = torch.arange(8, dtype=torch.uint8)
-            allowed = (bits[:, None] >> shifts & 1).bool().flatten()[: self._size]
-        return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+            return allowed
+        mask = bytearray(self._matcher.compute_bitmask())
+        bits = torch.frombuffer(mask, dtype=torch.uint8)  # 8 tokens each, the lowest bit first
+        shifts = torch.arange(8, dtype=torch.uint8)
+        return (bits[:, None] >> shifts & 1).bool().flatten()[: self._size]
 
     def accept(self, token_id: int) -> None:
         if token_id in self._stop_ids and (self._matcher.is_stopped() or self._matcher.is_accepting()):

@@ -40,7 +40,7 @@ class Service:
 
     @property
     def context(self) -> int:
-        return self.runner.engine.model.config.context_length
+        return self.runner.engine.context_length
 
     def check_model(self, name: str) -> None:
         """Raises ApiError for the name of another model. An empty name means this one."""
