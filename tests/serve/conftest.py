@@ -53,13 +53,18 @@ class Running:
 def start(service: Any, page: str | None = None, **guard: Any) -> Running:
     import uvicorn
 
-    from xverse.commands.serve import LOOPBACK, listen
+    from xverse.commands.serve import LOOPBACK
+    from xverse.serve.access_log import AccessLog
     from xverse.serve.app import create_app
     from xverse.serve.guard import Guard
+    from xverse.serve.server import bind
 
-    settings = {"hosts": LOOPBACK, "keys": (), "max_body": 1_000_000, "log": False, **guard}
-    listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(Guard(create_app(service, page), **settings), log_level="error")
+    log = {name: guard.pop(name) for name in ("log", "contents") if name in guard}
+    settings = {"hosts": LOOPBACK, "keys": (), "max_body": 1_000_000, **guard}
+    listener = bind("127.0.0.1", 0)
+    checked = Guard(create_app(service, page), **settings)
+    app = AccessLog(checked, service.metrics, **{"log": False, **log})
+    config = uvicorn.Config(app, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -92,7 +97,7 @@ def make_service(loaded: Any, **settings: Any) -> Any:
         sampling=settings.pop("sampling", loaded.sampling),
         stop_ids=settings.pop("stop_ids", loaded.stop_ids),
         grammars=Grammars(engine.tokenizer, loaded.stop_ids),
-        metrics=Metrics(runner),
+        metrics=Metrics(runner, "nano"),
         **settings,
     )
 

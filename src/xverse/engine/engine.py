@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,7 +20,7 @@ from xverse.engine.cache import PagedCache, RaggedContext, position_bytes
 from xverse.engine.choosing import NOT_FINITE, Row, choose_rows
 from xverse.engine.graphs import DecodeGraphs, recorded
 from xverse.engine.prefix import PrefixCache
-from xverse.engine.request import Event, Request, TokenLogprob
+from xverse.engine.request import Event, Request, Stats, TokenLogprob
 from xverse.engine.sampling import Adjustment, Dice, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Scores, ScoringItem, score_prompt
@@ -37,21 +36,6 @@ from xverse.tokenizer import Tokenizer
 _NOT_FINITE = "the model's logits are not finite: its weights are damaged or overflow their data type"
 PREFIX_CACHE_BYTES = 2 * 2**30
 CPU_CHUNK, GPU_CHUNK = 512, 2048  # tokens of a prompt in a step
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """The engine's state in requests and cache blocks, and counters since its start."""
-
-    running: int
-    waiting: int
-    blocks: int
-    free_blocks: int  # without a holder
-    cached_blocks: int  # held by the prefix cache, alone or together with requests
-    preemptions: int
-    reused_tokens: int  # prompt tokens found in the prefix cache
-    proposed_tokens: int
-    accepted_tokens: int
 
 
 class Engine:
@@ -152,6 +136,7 @@ class Engine:
             blocks=self._blocks,
             free_blocks=self._cache.pool.free,
             cached_blocks=len(self._prefixes),
+            idle_blocks=self._prefixes.idle(),
             preemptions=self._scheduler.preemptions,
             reused_tokens=self._scheduler.reused_tokens,
             proposed_tokens=self._speculator.proposed if self._speculator else 0,

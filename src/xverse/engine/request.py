@@ -89,3 +89,19 @@ class Event:
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """The engine's state in requests and cache blocks, and counters since its start."""
+
+    running: int
+    waiting: int
+    blocks: int
+    free_blocks: int  # without a holder
+    cached_blocks: int  # held by the prefix cache, alone or together with requests
+    idle_blocks: int  # held by the prefix cache alone
+    preemptions: int
+    reused_tokens: int  # prompt tokens found in the prefix cache
+    proposed_tokens: int
+    accepted_tokens: int

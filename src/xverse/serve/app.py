@@ -21,8 +21,9 @@ from xverse.serve.service import Service
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
-def create_app(service: Service, page: str | None = None) -> FastAPI:
-    """The application, which starts the runner. ``page``: the web page's first tab, or None for no page."""
+def create_app(service: Service, page: str | None = None, root: str = "") -> FastAPI:
+    """The application, which starts the runner. ``page``: the web page's first tab, or None for no page;
+    ``root``: the path that it is reached under."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -31,7 +32,12 @@ def create_app(service: Service, page: str | None = None) -> FastAPI:
         await service.runner.drain(timeout=service.timeout)
 
     app = FastAPI(
-        title="XVERSE", version=xverse.__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="XVERSE",
+        version=xverse.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        root_path=root,
     )
     for kind, handler in errors.HANDLERS.items():
         app.add_exception_handler(kind, handler)
@@ -69,19 +75,20 @@ def create_app(service: Service, page: str | None = None) -> FastAPI:
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         return {"text": service.tokenizer.decode(body.tokens, skip_special=False)}
 
-    @app.get("/health")
-    @app.get("/health/ready")
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.api_route("/health/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         healthy = service.runner.ready()
-        state = "ready" if healthy else "draining" if service.runner.draining else "not ready"
+        runner = service.runner
+        state = "draining" if runner.draining else "ready" if healthy else "dead" if runner.dead else "stuck"
         return JSONResponse({"status": state}, status_code=200 if healthy else 503)
 
-    @app.get("/health/live")
+    @app.api_route("/health/live", methods=["GET", "HEAD"])
     async def live() -> Response:
         alive = service.runner.alive()
         return JSONResponse({"status": "live" if alive else "dead"}, status_code=200 if alive else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from xverse.config import UserError
+from xverse.serve.access_log import current
 from xverse.serve.runner import Busy, Draining
 
 
@@ -34,6 +35,7 @@ _TYPES = {
 
 def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    current().fail(status, code or kind)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -329,7 +329,7 @@ class _Page:
 
         try:
             async with (
-                aclosing(events(self._service, "page", choice)) as produced,
+                aclosing(events(self._service, choice)) as produced,
                 aclosing(until_ending(ending, produced)) as pieces,
             ):
                 async for event in pieces:

@@ -15,6 +15,7 @@ from typing import Any
 from xverse.config import UserError
 from xverse.engine import Event, Request, TokenLogprob
 from xverse.serve import errors, tools
+from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Grammar
 from xverse.serve.protocol import ChatRequest, CompletionRequest
@@ -32,6 +33,7 @@ class Choice:
     request: Request
     text: str = ""
     tokens: int = 0
+    cached_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
@@ -41,22 +43,18 @@ class Choice:
     characters: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8(errors="replace"))
 
 
-async def events(service: Service, endpoint: str, choice: Choice) -> AsyncGenerator[Event, None]:
+async def events(service: Service, choice: Choice) -> AsyncGenerator[Event, None]:
     """The events of a choice, which is updated with each. Raises ApiError if it fails."""
-    begin = last = time.monotonic()
+    begin, meter = time.monotonic(), service.metrics.reply(choice.request)
     outcome = "cancelled"
     try:
         async with aclosing(service.runner.stream(choice.request)) as stream:
             while True:
                 left = begin + service.timeout - time.monotonic()
                 event = await asyncio.wait_for(anext(stream), max(left, 0.001))
-                now = time.monotonic()
-                if event.token_id is not None:
-                    (
-                        service.metrics.between_tokens if choice.tokens else service.metrics.first_token
-                    ).observe(now - last)
-                    last = now
-                    choice.tokens += 1
+                meter.event(event)
+                choice.tokens += event.token_id is not None
+                choice.cached_tokens = event.cached_tokens
                 choice.text += event.text
                 choice.prompt_logprobs += event.prompt_logprobs or []
                 if event.logprob is not None:
@@ -81,15 +79,21 @@ async def events(service: Service, endpoint: str, choice: Choice) -> AsyncGenera
         outcome = "error"
         raise
     finally:
-        service.metrics.requests.labels(endpoint, outcome).inc()
+        meter.end(outcome)
 
 
-async def whole(service: Service, endpoint: str, requests: Sequence[Request]) -> list[Choice]:
-    """Run all choices to their ends. One that fails, or a disconnect, cancels the others."""
+def begun(requests: Sequence[Request], prompts: int) -> list[Choice]:
+    """Choices for ``requests``, whose token counts appear in the access log."""
     choices = [Choice(index, request) for index, request in enumerate(requests)]
+    current().usage = lambda: usage(choices, prompts)
+    return choices
+
+
+async def whole(service: Service, choices: Sequence[Choice]) -> None:
+    """Run all choices to their ends. One that fails, or a disconnect, cancels the others."""
 
     async def run(choice: Choice) -> None:
-        async with aclosing(events(service, endpoint, choice)) as stream:
+        async with aclosing(events(service, choice)) as stream:
             async for _ in stream:
                 pass
 
@@ -99,18 +103,15 @@ async def whole(service: Service, endpoint: str, requests: Sequence[Request]) ->
                 group.create_task(run(choice))
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
-    return choices
 
 
-async def merged(
-    service: Service, endpoint: str, choices: Sequence[Choice]
-) -> AsyncGenerator[tuple[Choice, Event], None]:
+async def merged(service: Service, choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Event], None]:
     """The events of several choices in order of arrival."""
     arrived: asyncio.Queue[tuple[Choice, Event] | Exception | None] = asyncio.Queue(maxsize=64)
 
     async def run(choice: Choice) -> None:
         try:
-            async with aclosing(events(service, endpoint, choice)) as stream:
+            async with aclosing(events(service, choice)) as stream:
                 async for event in stream:
                     await arrived.put((choice, event))
             await arrived.put(None)
@@ -134,18 +135,21 @@ async def merged(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def usage(choices: Sequence[Choice], prompts: int) -> dict[str, int]:
+def usage(choices: Sequence[Choice], prompts: int) -> dict[str, Any]:
     """Token counts. ``prompts``: how many different prompts the choices have; each counts once."""
-    step = max(1, len(choices) // max(1, prompts))
-    prompt = sum(len(choice.request.prompt_ids) for choice in choices[::step])
+    firsts = choices[:: max(1, len(choices) // max(1, prompts))]
+    prompt = sum(len(choice.request.prompt_ids) for choice in firsts)
     completion = sum(choice.tokens for choice in choices)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in firsts)},
+    }
 
 
 class ChatReply:
     """The response to one ``/v1/chat/completions`` request."""
-
-    endpoint = "chat"
 
     def __init__(self, service: Service, body: ChatRequest, requests: Sequence[Request]) -> None:
         self._service, self._body, self._requests = service, body, requests
@@ -156,8 +160,8 @@ class ChatReply:
         }
 
     async def body(self) -> dict[str, Any]:
-        choices = await whole(self._service, self.endpoint, self._requests)
-        self._service.metrics.prompt_tokens.inc(len(self._requests[0].prompt_ids))
+        choices = begun(self._requests, 1)
+        await whole(self._service, choices)
         return {
             **self._head,
             "object": "chat.completion",
@@ -195,13 +199,12 @@ class ChatReply:
         return {**entry(chosen.token_id, chosen.logprob), "top_logprobs": top}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        choices = [Choice(index, request) for index, request in enumerate(self._requests)]
-        self._service.metrics.prompt_tokens.inc(len(self._requests[0].prompt_ids))
+        choices = begun(self._requests, 1)
         calling = bool(tools.offered_tools(self._body))
         try:
             for choice in choices:
                 yield self._chunk(choice, {"role": "assistant", "content": ""})
-            async with aclosing(merged(self._service, self.endpoint, choices)) as stream:
+            async with aclosing(merged(self._service, choices)) as stream:
                 async for choice, event in stream:
                     ended = event.finish_reason is not None
                     delta: dict[str, Any] = {}
@@ -250,8 +253,6 @@ class ChatReply:
 class CompletionReply:
     """The response to one ``/v1/completions`` request."""
 
-    endpoint = "completions"
-
     def __init__(self, service: Service, body: CompletionRequest, requests: Sequence[Request]) -> None:
         self._service, self._body, self._requests = service, body, requests
         self._prompts = len(requests) // (body.n or 1)
@@ -263,9 +264,9 @@ class CompletionReply:
         }
 
     async def body(self) -> dict[str, Any]:
-        choices = await whole(self._service, self.endpoint, self._requests)
+        choices = begun(self._requests, self._prompts)
+        await whole(self._service, choices)
         used = usage(choices, self._prompts)
-        self._service.metrics.prompt_tokens.inc(used["prompt_tokens"])
         return {**self._head, "choices": [self._choice(choice) for choice in choices], "usage": used}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
@@ -318,11 +319,10 @@ class CompletionReply:
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        choices = [Choice(index, request) for index, request in enumerate(self._requests)]
-        self._service.metrics.prompt_tokens.inc(usage(choices, self._prompts)["prompt_tokens"])
+        choices = begun(self._requests, self._prompts)
         echoed: set[int] = set()
         try:
-            async with aclosing(merged(self._service, self.endpoint, choices)) as stream:
+            async with aclosing(merged(self._service, choices)) as stream:
                 async for choice, event in stream:
                     text = event.text
                     if self._body.echo and choice.index not in echoed:
@@ -347,11 +347,13 @@ def _data(value: dict[str, Any]) -> bytes:
 def _failure(error: Exception) -> bytes:
     """The last event of a stream that failed after its status line was sent."""
     if isinstance(error, ApiError):
-        return _data(errors.body(error.status, str(error), error.param, error.code))
-    if isinstance(error, Busy):
-        return _data(errors.body(429, str(error), code="queue_full"))
-    if isinstance(error, Draining):
-        return _data(errors.body(503, str(error), code="shutting_down"))
-    if isinstance(error, UserError):
-        return _data(errors.body(400, str(error)))
-    return _data(errors.body(500, f"{type(error).__name__}: {error}"))
+        failed = (error.status, str(error), error.param, error.code)
+    elif isinstance(error, Busy):
+        failed = (429, str(error), None, "queue_full")
+    elif isinstance(error, Draining):
+        failed = (503, str(error), None, "shutting_down")
+    elif isinstance(error, UserError):
+        failed = (400, str(error), None, None)
+    else:
+        failed = (500, f"{type(error).__name__}: {error}", None, None)
+    return _data(errors.body(*failed))

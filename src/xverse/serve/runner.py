@@ -2,7 +2,8 @@
 
 One thread owns the engine. Requests and cancellations reach it through a queue; the events of a step return
 to the event loop in one call. An exception in a step ends the running requests, and the thread continues. If
-the thread itself dies, all open requests fail, and ``on_death`` is called so that the server can exit.
+the thread itself dies or its device fails for good, all open requests fail, and ``on_death`` is called so
+that the server can exit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from xverse.config import UserError
+from xverse.device import is_lost
 from xverse.engine import Engine, Event, Request
+from xverse.log import notice
 
 _STUCK = 60.0  # seconds of a single step after which the engine counts as stuck
 
@@ -137,7 +140,11 @@ class EngineRunner:
                     events = self.engine.step()
                 except Exception as error:
                     self.failures += 1
-                    events = self.engine.fail(f"the engine failed: {type(error).__name__}: {error}")
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    notice(f"serve: a step of the engine failed: {reason}")
+                    if is_lost(error):
+                        raise
+                    events = self.engine.fail(f"the engine failed: {reason}")
                 self._step_ended = time.monotonic()
                 self._deliver(events)
                 self._update_stats()

@@ -13,6 +13,7 @@ from xverse.engine import Constraint, Request, SamplingParams
 from xverse.engine.request import MOST_ALTERNATIVES
 from xverse.engine.sampling_params import MOST_BIASES
 from xverse.serve import tools
+from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Grammars
 from xverse.serve.metrics import Metrics
@@ -44,6 +45,7 @@ class Service:
 
     def check_model(self, name: str) -> None:
         """Raises ApiError for the name of another model. An empty name means this one."""
+        current().model = self.name
         if name and name != self.name:
             raise ApiError(
                 404,
