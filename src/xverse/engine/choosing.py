@@ -94,7 +94,7 @@ def _choose_group(rows: list[Row], logits: Tensor) -> tuple[Tensor, Tensor]:
     if masks or any(adjustments):
         changed = changed.clone() if changed is logits else changed
     if masks:
-        mask = upload(torch.stack([allowed for _, allowed in masks]).numpy(), None, logits.device)  # [C, V]
+        mask = upload(torch.stack([allowed for _, allowed in masks]), None, logits.device)  # [C, V]
         at = _upload([index for index, _ in masks], logits)
         changed[at] = changed[at].masked_fill(~mask, -torch.inf)
     if any(adjustments):

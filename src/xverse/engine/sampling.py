@@ -9,6 +9,7 @@ for the device.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from operator import attrgetter
@@ -136,9 +137,11 @@ def adjust_(
     flat[indices] = scores
 
 
-def upload(values: np.ndarray | Sequence[float], dtype: torch.dtype | None, device: torch.device) -> Tensor:
+def upload(
+    values: Tensor | np.ndarray | Sequence[float], dtype: torch.dtype | None, device: torch.device
+) -> Tensor:
     """``values`` on ``device``, in one copy that does not block."""
-    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
+    tensor = torch.as_tensor(values, dtype=dtype)
     if device.type == "cuda" and torch.cuda.is_available():
         tensor = tensor.pin_memory()  # kept by PyTorch until the copy is done
     return tensor.to(device, non_blocking=True)
@@ -246,4 +249,4 @@ def top_p(scores: Tensor, p: float, total: Tensor | None = None) -> Tensor:
 
 def min_p(scores: Tensor, p: float) -> Tensor:
     """Of ``scores`` [G, K], whose best is 0, keep those at least ``p`` times as probable as the best."""
-    return scores if p == 0 else scores.masked_fill(scores < torch.tensor(p).log().item(), -torch.inf)
+    return scores if p == 0 else scores.masked_fill(scores < math.log(p), -torch.inf)

@@ -302,7 +302,7 @@ def _look_up(weight: Quantized, tokens: Tensor) -> Tensor:
     """``tokens`` int64 [n, T] → embeddings float32 [n, T, D]."""
     if isinstance(weight, QuantizedWeight):
         return QuantEmbedding.from_weight(weight, torch.float32)(tokens.to(weight.q.device))
-    return weight[tokens.to(weight.device)].float()
+    return torch.nn.functional.embedding(tokens.to(weight.device), weight).float()
 
 
 def _concatenate(parts: list[QuantizedWeight]) -> QuantizedWeight:
