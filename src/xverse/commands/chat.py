@@ -10,6 +10,7 @@ from typing import Any
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
 from xverse.device import add_device
+from xverse.values import whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", choices=["int8", "int4"], help="quantise the weights while loading", **unset
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: by size)", **unset)
+    parser.add_argument(
+        "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: by size)", **unset
+    )
     add_device(parser)
     add_sampling_flags(parser, "How replies are generated")
 

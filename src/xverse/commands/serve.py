@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
+import os
 import signal
 import sys
 import urllib.parse
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.commands import values
+from xverse import values
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError, need
 from xverse.device import add_device
@@ -50,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text = "origin of web pages that may use the API, such as https://HOST"
     add("--allowed-origin", text, type=_origin, action="append", metavar="O")
     text = "tab that the web page opens with (chat); none: no web page"
-    add("--page", text, choices=["chat", "generation", "none"])
+    add("--page", text, choices=["chat", "generation", "none"], default="chat")
     add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")
     add("--max-waiting", "requests that may wait (%(default)s)", type=_count, default=256, metavar="N")
     text = "capacity of the key-value cache in tokens (default: half of the free memory)"
@@ -89,18 +89,21 @@ def run(args: argparse.Namespace) -> int:
     from xverse.log import notice
     from xverse.serve.access_log import AccessLog
     from xverse.serve.app import create_app
+    from xverse.serve.connections import protocol
     from xverse.serve.guard import Guard
     from xverse.serve.server import Server, check_certificate
     from xverse.serve.start import ServiceSettings, describe, load_service
 
     if args.tls_cert is not None:
         check_certificate(args.tls_cert, args.tls_key)
-    page = _page(args.page)
+    page = None if args.page == "none" else args.page
     if args.uds is None and args.host not in LOOPBACK and not keys:
         notice(
             f"serve: {args.host} is reachable from other machines without an API key; set one with "
             "--api-key-file"
         )
+    if hasattr(signal, "SIGHUP") and not os.isatty(0):  # not to end here; announce reads the keys again
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
     with _listener(args) as listener:
         names = {field.name for field in dataclasses.fields(ServiceSettings)} & vars(args).keys()
         settings = ServiceSettings(**{name: getattr(args, name) for name in names}, sampling=sampling)
@@ -125,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             app,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(args.timeout) + 1,
+            http=protocol(),
             forwarded_allow_ips="*" if args.uds else proxies,
             ssl_certfile=args.tls_cert,
             ssl_keyfile=args.tls_key,
@@ -133,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
         address = _address(args, listener)
 
         def announce() -> None:
+            with contextlib.suppress(UserError):
+                reload()
             for line in [*describe(service, settings), f"page: {address + '/' if page else 'none'}"]:
                 notice(f"serve: {line}")
             print(f"serving {service.name} at {address}", flush=True)
@@ -198,16 +203,6 @@ def _origin(text: str) -> str:
             f"{values.short(text)} is not an origin; write https://example.org, without a path"
         )
     return text.lower()
-
-
-def _page(tab: str | None) -> str | None:
-    """The tab that the web page opens with. ``tab`` None means chat, or no page without Gradio."""
-    if tab == "none":
-        return None
-    if tab is None:
-        return None if importlib.util.find_spec("gradio") is None else "chat"
-    need("gradio", "web", "the web page", load=False)
-    return tab
 
 
 def _count(text: str) -> int:

@@ -45,13 +45,15 @@ def choose_rows(rows: list[Row], logits: Tensor) -> tuple[list[int], dict[int, T
 
     Random numbers are not used up; that depends on how many rows of a sequence turn out to be valid.
     """
+    if logits.device.type == "mps":
+        logits = logits.float().cpu()  # it has no float64
     greatest, tokens = logits.max(dim=-1)  # [R]; NaN and +inf come through
     groups: dict[Key, list[int]] = {}
     for index, row in enumerate(rows):
         row.ask()
         if not row.sequence.plain and row.failure is None and not row.deferred:
             groups.setdefault(row.sequence.key, []).append(index)
-    edited = {}
+    edited: dict[int, Tensor] = {}
     for group in groups.values():
         found, part = _choose_group([rows[index] for index in group], _rows_of(logits, group, len(rows)))
         edited.update(zip(group, part, strict=True))
@@ -69,14 +71,14 @@ def choose_rows(rows: list[Row], logits: Tensor) -> tuple[list[int], dict[int, T
     read = torch.cat((tokens.double(), table)).tolist()
     before = [int(token) for token in read[: len(rows)]]
     chosen = _decided(list(before), rows, edited)
-    found = {}
+    by_row: dict[int, TokenLogprob] = {}
     for number, (index, line) in enumerate(zip(wanted, _lines(read[len(rows) :], len(wanted)), strict=True)):
         token, value, half = chosen[index], line[0], 1 + (len(line) - 1) // 2
         if token >= 0 and token != before[index]:
             value = logprobs[number, token].item()
         pairs = zip(map(int, line[1:half]), line[half:], strict=True)
-        found[index] = TokenLogprob(token, value, tuple(pairs)[: rows[index].sequence.request.logprobs])
-    return chosen, found
+        by_row[index] = TokenLogprob(token, value, tuple(pairs)[: rows[index].sequence.request.logprobs])
+    return chosen, by_row
 
 
 def _lines(values: list[float], count: int) -> list[list[float]]:

@@ -26,7 +26,7 @@ from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Scores, ScoringItem, score_prompt
 from xverse.engine.sequence import Prompted, Sequence
 from xverse.engine.sizing import capacity, step_bytes
-from xverse.engine.speculation import Speculation, Speculator
+from xverse.engine.speculation import Speculation, Speculator, propose_forced
 from xverse.engine.stop import StopText
 from xverse.kernels.fused_step import FusedStep, fused_step
 from xverse.kernels.inference import use_kernels
@@ -121,7 +121,7 @@ class Engine:
             prefill_chunk=self.prefill_chunk,
             position_bytes=token_bytes,
             native=self._fused_step is not None,
-            on_cpu=self.device.type == "cpu",
+            rows_at_once=8 if self.device.type == "cpu" else 64,
         )
 
     @property
@@ -182,11 +182,11 @@ class Engine:
 
     def _step(self) -> list[Event]:
         work = self._scheduler.schedule()
+        propose_forced(work, self._scheduler, self.prefill_chunk)
         if self._speculator is not None and work:
             self._speculator.propose(work, self._scheduler)
-        events = self._forward(work) if work else []
-        if self._undelivered:
-            events, self._undelivered = self._undelivered + events, []
+        events = self._undelivered + (self._forward(work) if work else [])
+        self._undelivered = []
         return events
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
@@ -281,7 +281,7 @@ class Engine:
                 tokens=list(request.prompt_ids),
                 prompt_tokens=len(request.prompt_ids),
                 most_tokens=needed,
-                text_decoder=self.tokenizer.stream(),
+                text_decoder=self.tokenizer.stream(request.skip_special),
                 stop=StopText(request.sampling.stop),
                 adjustment=adjustment,
                 key=key(sampling),
@@ -380,7 +380,7 @@ class Engine:
                 accepted += 1
             first += 1 + len(item.proposed)
             self._scheduler.computed(sequence, item.count + accepted)
-            if self._speculator is not None:
+            if self._speculator is not None and not item.forced:
                 self._speculator.verified(item, accepted)
             if event.finish_reason:
                 self._retire(sequence)

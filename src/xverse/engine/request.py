@@ -29,6 +29,11 @@ class Constraint(Protocol):
 
     def accept(self, token_id: int) -> None: ...
 
+    def forced(self) -> Sequence[int]:
+        """The next tokens where the text is determined, else none. The engine computes them in one step, and
+        verifies each as if it had been computed alone."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -37,6 +42,7 @@ class Request:
     ``logprobs``: how many of the most probable tokens to report with each chosen one, with their
     log-probabilities; None reports none, not even the chosen one's. ``prompt_logprobs``: the same for the
     prompt's tokens, in the first event. Without ``generate`` the request computes only these.
+    ``skip_special``: the reply's text omits special tokens.
     """
 
     prompt_ids: Sequence[int]
@@ -46,6 +52,7 @@ class Request:
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     generate: bool = True
+    skip_special: bool = True
 
     def __post_init__(self) -> None:
         if not len(self.prompt_ids):

@@ -27,6 +27,7 @@ class Work:
     sequence: Sequence
     count: int
     proposed: list[int]
+    forced: bool = False  # proposed by the request's constraint
 
 
 class Scheduler:

@@ -8,6 +8,7 @@ arXiv:2211.17192, for proposals with probability 1).
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from xverse.config import UserError
@@ -67,7 +68,7 @@ class Speculator:
         prefill_chunk: int,
         position_bytes: int,
         native: bool,
-        on_cpu: bool,
+        rows_at_once: int,
     ) -> None:
         self.proposer: Proposer = NgramProposer()
         self._weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -91,8 +92,7 @@ class Speculator:
         self.proposed = self.accepted = 0
         self.acceptance = _PRIOR  # initial value of a new sequence
         self._most = speculation.max_tokens
-        self._rows_at_once = 8 if on_cpu else 64
-        self._on_cpu = on_cpu
+        self._rows_at_once = rows_at_once
         self._second_row = 0.0 if native else _PLAIN_SECOND_ROW
         self._position_bytes = position_bytes
 
@@ -106,8 +106,7 @@ class Speculator:
             sequence = item.sequence
             left = sequence.most_tokens - len(sequence.tokens) - 1
             count = 0
-            # A constraint decides token by token, for each of which the host would wait for a GPU.
-            if not sequence.scoring and (self._on_cpu or sequence.request.constraint is None):
+            if not sequence.scoring and not item.forced:
                 cache = self._position_bytes * len(sequence.tokens)
                 cost = self.proposer.cost + row_cost(cache / (cache + self._weight_bytes))
                 most = min(self._most, room, left)
@@ -131,6 +130,20 @@ class Speculator:
     def forget(self, sequence: Sequence) -> None:
         """Drop the state of a sequence that has ended."""
         self.proposer.forget(sequence)
+
+
+def propose_forced(work: list[Work], scheduler: Scheduler, most: int) -> None:
+    """Propose the tokens about which constraints leave no choice, ``most`` in all."""
+    for item in work:
+        sequence, constraint = item.sequence, item.sequence.request.constraint
+        left = min(most, sequence.most_tokens - len(sequence.tokens) - 1)
+        if constraint is None or sequence.scoring or item.count < sequence.pending or left < 1:
+            continue
+        with contextlib.suppress(Exception):  # ``allowed`` raises it again and fails this request
+            if forced := list(constraint.forced()[:left]):
+                scheduler.propose(item, forced)
+        item.forced = bool(item.proposed)
+        most -= len(item.proposed)
 
 
 def row_cost(cache_share: float) -> float:

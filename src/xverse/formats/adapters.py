@@ -135,7 +135,7 @@ def _adapted_logits(adapted: Any, vocab_size: int) -> Tensor:
     try:
         for parameter in adapted.parameters():
             parameter.data = parameter.data.float()
-        context = FullCausal(*tokens.shape, tokens.device)
+        context = FullCausal(tokens.shape[0], tokens.shape[1], tokens.device)
         out: Tensor = adapted.get_base_model()(tokens, context)
         return out.float().cpu()
     finally:

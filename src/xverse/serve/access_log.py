@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.responses import RedirectResponse
+
 from xverse.serve.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
@@ -41,6 +43,7 @@ class Record:
     key: str | None = None
     model: str | None = None
     error: str | None = None
+    ignored: tuple[str, ...] = ()  # unknown fields of the body
     failed: int | None = None  # status of an error that came after the response had begun
     usage: Callable[[], Mapping[str, Any]] | None = None
 
@@ -82,7 +85,11 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        self._strip_root(scope)
+        app = self._app
+        if self._root and scope["path"] == self._root:  # the page's own addresses are relative
+            app = RedirectResponse(self._root + "/")
+        elif self._root and scope["path"].startswith(self._root + "/"):
+            scope["path"] = scope["path"].removeprefix(self._root)
         headers = {name.lower(): value for name, value in scope["headers"]}
         sent_id = headers.get(b"x-request-id", b"").decode("latin-1")
         record = Record(id=sent_id) if _CLIENT_ID.fullmatch(sent_id) else Record()
@@ -93,7 +100,7 @@ class AccessLog:
             loop = asyncio.get_running_loop()
             begun = loop.call_later(LONG_SECONDS, lambda: _print(exchange.line("running")))
         try:
-            await self._app(scope, exchange.receiving(receive), exchange.sending(send))
+            await app(scope, exchange.receiving(receive), exchange.sending(send))
         finally:
             if begun is not None:
                 begun.cancel()
@@ -101,11 +108,6 @@ class AccessLog:
             self._metrics.http(exchange.handler(), scope["method"], exchange.outcome(), exchange.seconds())
             if self._log and exchange.worth_logging():
                 _print(exchange.line("done" if exchange.complete else "cut"))
-
-    def _strip_root(self, scope: Scope) -> None:
-        path = scope["path"]
-        if self._root and (path == self._root or path.startswith(self._root + "/")):
-            scope["path"] = path.removeprefix(self._root) or "/"
 
 
 class _Exchange:
@@ -159,7 +161,7 @@ class _Exchange:
     def handler(self) -> str:
         """The route, without what clients choose freely."""
         path = getattr(self._scope.get("route"), "path", "")
-        return "other" if not path or path.endswith(":path}") else path
+        return path if path and path not in ("/{path:path}", "/v1/{path:path}") else "other"
 
     def worth_logging(self) -> bool:
         fine = self.complete and self._status < 400 and self._scope["method"] in ("GET", "HEAD")
@@ -180,6 +182,8 @@ class _Exchange:
         }
         optional = {"key": record.key, "model": record.model, "error": record.error}
         line |= {name: value for name, value in optional.items() if value is not None}
+        if record.ignored:
+            line["ignored_fields"] = record.ignored
         if record.usage is not None:
             used = record.usage()
             line["prompt_tokens"] = used["prompt_tokens"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
+import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
@@ -14,18 +16,23 @@ from starlette.exceptions import HTTPException
 from xverse.serve import errors
 from xverse.serve.access_log import PROBES, Receive, Scope, Send, current, fingerprint
 
-# A model's output becomes part of the page. It must not make the browser fetch from other hosts (an image's
-# URL could leak a conversation), and other pages must not embed this one in a frame.
+# The page runs scripts of this server only, and no text can become markup (trusted types): what a model
+# writes cannot act. Nothing is fetched from other hosts (an image's URL could leak a conversation), and other
+# pages must not embed this one in a frame.
 _HEADERS = [
     (
         b"content-security-policy",
-        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-        b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-        b"worker-src 'self' blob:; form-action 'self'; base-uri 'self'; frame-ancestors 'none'",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+        b"connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
+        b"require-trusted-types-for 'script'; trusted-types 'none'",
     ),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
+
+
+BODY_SECONDS, BODY_RATE = 30.0, 10_000  # a body may take that time, and longer at that rate in bytes/s
+_CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
 
 class Guard:
@@ -34,7 +41,8 @@ class Guard:
     ``hosts``: the host names that requests may use (None: any). This stops DNS rebinding, where another
     site's page makes the browser send requests to 127.0.0.1 under that site's name. Cross-origin requests
     are refused, except from ``origins``. ``keys``: if not empty, requests need one of them as a bearer token
-    or as the password of HTTP basic authentication. Bodies above ``max_body`` bytes are refused.
+    or as the password of HTTP basic authentication. Bodies above ``max_body`` bytes are refused, and
+    those that arrive too slowly.
     """
 
     def __init__(
@@ -105,14 +113,23 @@ class Guard:
         return name == host or (self._hosts is not None and name in self._hosts)
 
     def _limited(self, receive: Receive) -> Receive:
-        received = 0
+        received, complete = 0, False
+        begin = time.monotonic()
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:  # what follows is the client's leaving
+                return await receive()
+            left = begin + BODY_SECONDS + received / BODY_RATE - time.monotonic()
+            try:
+                message = await asyncio.wait_for(receive(), max(left, 0.001))
+            except TimeoutError:
+                text = f"the body arrives too slowly ({received} bytes in {BODY_SECONDS:g} s or more)"
+                raise HTTPException(408, text, _CLOSE) from None
             received += len(message.get("body", b""))
+            complete = not message.get("more_body")
             if received > self._max_body:  # chunked, without Content-Length
-                raise HTTPException(413, f"the body is larger than {self._max_body} bytes")
+                raise HTTPException(413, f"the body is larger than {self._max_body} bytes", _CLOSE)
             return message
 
         return limited

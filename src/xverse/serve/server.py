@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -18,9 +19,11 @@ import uvicorn
 
 from xverse.config import UserError
 from xverse.log import notice
+from xverse.serve.connections import LoopErrors
 from xverse.serve.runner import EngineRunner
 
 STALLED_SECONDS = 60  # after which a client that reads nothing is disconnected
+_FLUSH_SECONDS = 3.0  # for what was said to reach the clients
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -124,6 +127,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._loop = asyncio.get_running_loop()
+            self._loop.set_exception_handler(LoopErrors())
             if hasattr(signal, "SIGHUP"):
                 self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
             self._announce()
@@ -148,6 +152,40 @@ class Server(uvicorn.Server):
         if self._loop is not None and not self.should_exit:
             self._loop.call_soon_threadsafe(self._say_what_runs)  # not here, in the midst of another print
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for running replies, at most ``timeout`` seconds; nothing else delays the end.
+
+        uvicorn would also wait for requests of which a part has not arrived, and for responses without end.
+        """
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        connections = self.server_state.connections
+        for connection in list(connections):
+            connection.shutdown()
+        end = time.monotonic() + self._timeout
+        await self._until(lambda: not self._runner.open, end)
+        running = self._runner.open
+        await self._until(lambda: not self.server_state.tasks, time.monotonic() + _FLUSH_SECONDS)
+        for connection in list(connections):  # their tasks end as if the clients had left
+            connection.transport.close() if not running else connection.transport.abort()
+        self.force_exit, forced = False, self.force_exit
+        await self._until(lambda: not connections, time.monotonic() + 1)
+        for connection in list(connections):
+            connection.transport.abort()
+        await self._until(lambda: not self.server_state.tasks, time.monotonic() + 1)
+        if not running:
+            await self.lifespan.shutdown()
+        else:
+            why = "the second Ctrl-C" if forced else f"{self._timeout:g} s"
+            cut = "1 reply was" if running == 1 else f"{running} replies were"
+            notice(f"serve: ended after {why}; {cut} cut off")
+
+    async def _until(self, condition: Callable[[], bool], end: float) -> None:
+        while not condition() and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.02)
 
     def _say_what_runs(self) -> None:
         if self._runner.open:
