@@ -151,8 +151,11 @@ def weights_dtype(device: torch.device) -> torch.dtype | None:
     """
     import torch
 
+    from xverse.gpu import MATRIX_UNITS
+
     if device.type == "cuda":
-        return torch.bfloat16 if (_capability(device.index or 0) or (8, 0)) >= (8, 0) else torch.float16
+        capability = _capability(device.index or 0) or MATRIX_UNITS
+        return torch.bfloat16 if capability >= MATRIX_UNITS else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from xverse.config import UserError
 from xverse.kernels.ops import advise_huge_pages
-from xverse.kernels.paged_attention import PagedLayer
+from xverse.kernels.paged_attention import PAGE, PagedLayer
 from xverse.model.config import XverseConfig
 
-BLOCK_SIZE = 32
+BLOCK_SIZE = PAGE  # unless a cache has larger ones
 KV_DTYPES = ("auto", "int8")
 
 
@@ -193,11 +194,20 @@ class RaggedContext:
         # No sequence has more blocks; the rest of the table is not read.
         self.longest_table = max(len(sequence.blocks) for sequence, _ in segments)
         self.lengths = self.positions[0].int() + 1
+        self._starts: Tensor | None = None  # int32 [segments + 1], if all are computed in one call
         self._short: Tensor | None = None  # [S], indices of the short segments' tokens if there are others
+        if self._long and cache.layers[0].flash:
+            self._most = max(count for _, count in segments)
+            rows = [sequence.row for sequence, _ in segments]
+            ends = [0, *itertools.accumulate(count for _, count in segments)]
+            seen = [sequence.length + count for sequence, count in segments]
+            bounds = torch.tensor([*ends, *seen], dtype=torch.int32).to(device, non_blocking=True)
+            self._starts, self.lengths = bounds[: len(ends)], bounds[len(ends) :]
         if rows:
-            self.table = cache.tables[torch.tensor(rows, device=device), : self.longest_table]  # [S, blocks]
-        if rows and self._long:
-            self._short = torch.tensor(short, device=device)
+            at_rows = torch.tensor(rows).to(device, non_blocking=True)
+            self.table = cache.tables[at_rows, : self.longest_table]  # [S, blocks]
+        if short and self._long and self._starts is None:
+            self._short = torch.tensor(short).to(device, non_blocking=True)
             self.lengths = self.lengths[self._short]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -207,6 +217,8 @@ class RaggedContext:
         pages.append(k, v, self.slots)
         if self.single:
             mixed = pages.attend(q, self.table, self.lengths)
+        elif self._starts is not None:
+            mixed = pages.extend(q, self._starts, self.table, self.lengths, self._most)
         else:
             mixed = q.new_empty(q.shape)
             if self._short is not None:

@@ -30,6 +30,7 @@ from xverse.engine.speculation import Speculation, Speculator, propose_forced
 from xverse.engine.stop import StopText
 from xverse.kernels.fused_step import FusedStep, fused_step
 from xverse.kernels.inference import use_kernels
+from xverse.kernels.paged_attention import page_size
 from xverse.model.transformer import XverseForCausalLM
 from xverse.tokenizer import Tokenizer
 
@@ -85,6 +86,13 @@ class Engine:
                 self.device,
                 context=model.config.context_length,
                 max_batch=max_batch,
+                block_size=partial(
+                    page_size,
+                    self.device,
+                    torch.int8 if kv_dtype == "int8" else weight.dtype,
+                    model.config.head_dim,
+                    sequences=max_batch,
+                ),
                 reserved=step_bytes(model, make_cache, self.prefill_chunk, max_batch),
             )
             self.max_cache_tokens, self._blocks = room.tokens, room.blocks
@@ -92,7 +100,7 @@ class Engine:
             self.context_length = model.config.context_length
             if max_cache_tokens is None:
                 self.context_length = min(self.context_length, room.tokens)
-            self._cache = make_cache(blocks=room.blocks)
+            self._cache = make_cache(blocks=room.blocks, block_size=room.block_size)
             self._fused_step = (
                 fused_step(model, self._cache.layers) if on_cpu else recorded(model, self._cache)
             )

@@ -23,11 +23,12 @@ _LEAST = 8 * BLOCK_SIZE  # tokens; less is of no use
 
 @dataclass(frozen=True)
 class Capacity:
-    """``tokens`` that all requests together may have, in ``blocks``: some more than they fill, because each
-    running request may leave one partly used."""
+    """``tokens`` that all requests together may have, in ``blocks`` of ``block_size``: some more than they
+    fill, because each running request may leave one partly used."""
 
     tokens: int
     blocks: int
+    block_size: int = BLOCK_SIZE
 
 
 def capacity(
@@ -37,11 +38,12 @@ def capacity(
     *,
     context: int,
     max_batch: int,
-    block_size: int = BLOCK_SIZE,
+    block_size: Callable[..., int] = lambda tokens: BLOCK_SIZE,
     reserved: int = 0,
 ) -> Capacity:
     """The capacity for ``requested`` tokens, or by default for as many as fit, at most ``max_batch`` texts of
-    the ``context``'s length. ``reserved`` bytes of the device stay free for a step.
+    the ``context``'s length. ``block_size`` gives the size of blocks for a number of tokens;
+    ``reserved`` bytes of the device stay free for a step.
 
     On a CPU, whose pages are resident once they are written, the default is half of the free memory, but at
     least one such text. A GPU gives nine tenths of its memory, less what is in use; a cache for less than the
@@ -59,29 +61,31 @@ def capacity(
                 f"max_cache_tokens: {requested} tokens take {requested * token_bytes / 1e9:.1f} GB, but only "
                 f"{max(0, free) / 1e9:.1f} GB of memory are free; at most {max(0, free) // token_bytes} fit"
             )
-        filled = -(-requested // block_size)
-        fitting = max(filled, free // (token_bytes * block_size))
+        size = block_size(tokens=requested)
+        filled = -(-requested // size)
         most_blocks = filled + max_batch
-        return Capacity(requested, most_blocks if device.type == "cpu" else min(most_blocks, fitting))
+        fitting = max(filled, free // (token_bytes * size))
+        return Capacity(requested, most_blocks if device.type == "cpu" else min(most_blocks, fitting), size)
     if device.type == "cpu":
         tokens = min(most, max(context, free // 2 // token_bytes))
-        return Capacity(tokens, -(-tokens // block_size) + max_batch)
+        return Capacity(tokens, -(-tokens // BLOCK_SIZE) + max_batch)
     if device.type != "cuda":
         free //= 2  # shared with all other programs
-    blocks = min(free // (token_bytes * block_size), -(-most // block_size) + max_batch)
-    if blocks * block_size < _LEAST:
+    size = block_size(tokens=min(most, free // token_bytes))
+    blocks = min(free // (token_bytes * size), -(-most // size) + max_batch)
+    if blocks * size < _LEAST:
         raise UserError(
             f"{device}: no memory is left for the key-value cache beside the weights and a step; use "
             "--quantize int8 or int4, --kv-dtype int8 or a smaller --max-batch"
         )
-    spare = min(max_batch, max(0, blocks - -(-context // block_size)))
-    tokens = (blocks - spare) * block_size
+    spare = min(max_batch, max(0, blocks - -(-context // size)))
+    tokens = (blocks - spare) * size
     if tokens < context:
         notice(
             f"{device}: the key-value cache holds {tokens} tokens beside the weights; texts are limited to "
             f"them instead of {context}; --quantize and --kv-dtype int8 make room"
         )
-    return Capacity(tokens, blocks)
+    return Capacity(tokens, blocks, size)
 
 
 @torch.inference_mode()
