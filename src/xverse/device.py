@@ -130,6 +130,14 @@ def why_no_gpu() -> str:
     return NO_GPU
 
 
+def report_unused_gpu(device: torch.device) -> None:
+    """Print why ``auto`` became the CPU on a machine with a GPU."""
+    from xverse.log import notice
+
+    if device.type == "cpu" and (reason := why_no_gpu()) != NO_GPU:
+        notice(f"running on the CPU: {reason}")
+
+
 def usable_gpus() -> list[int]:
     """The CUDA devices for which PyTorch has machine code."""
     return [index for index in range(_cuda_count()) if not _unsupported(index)]

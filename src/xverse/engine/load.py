@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
-from xverse.device import NO_GPU, compute_device, describe, guard, weights_dtype
+from xverse.device import compute_device, guard, report_unused_gpu, weights_dtype
 from xverse.engine.engine import Engine
 from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config, unsupported_keys
 from xverse.formats import ModelDirectory, load_model
@@ -28,13 +28,11 @@ _reported: set[Path] = set()
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine, the sampling parameters of its model, the token ids that end a reply, and a sentence on the
-    device that it runs on."""
+    """An engine, the sampling parameters of its model, and the token ids that end a reply."""
 
     engine: Engine
     sampling: SamplingParams
     stop_ids: tuple[int, ...]
-    where: str
 
 
 def load_engine(
@@ -71,9 +69,8 @@ def load_engine(
         torch.set_num_threads(threads)
     own_tokenizer = (directory if tokenizer is None else ModelDirectory.named(tokenizer)).tokenizer
     chosen = compute_device(device)
-    where = describe(chosen, device)
-    if device == "auto" and chosen.type == "cpu" and not where.endswith(NO_GPU):
-        notice(where)
+    if device == "auto":
+        report_unused_gpu(chosen)
     dtype = weights_dtype(chosen) or (torch.float32 if config.num_parameters() < FLOAT32_BELOW else None)
     check_room(directory, chosen, dtype, quantize)
     with guard(chosen):
@@ -83,7 +80,7 @@ def load_engine(
             weights = load_weights(directory, quantize, dtype, chosen)
     end_ids = generation_config.get("eos_token_id", config.eos_token_id)
     stop_ids = tuple(end_ids) if isinstance(end_ids, list) else (end_ids,)
-    return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids, where)
+    return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids)
 
 
 def _report_unsupported(path: Path, generation_config: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from xverse import hardware
 from xverse.config import UserError
-from xverse.device import compute_device
+from xverse.device import compute_device, report_unused_gpu
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
 from xverse.plan.layout import Layout
@@ -141,7 +141,9 @@ def world_of(parallel: Parallel) -> Iterator[World]:
             raise UserError(
                 f"parallel: none, but there are {size} processes; set train.parallel to ddp or fsdp"
             )
-        yield World(device=compute_device())
+        device = compute_device()
+        report_unused_gpu(device)
+        yield World(device=device)
         return
     if "RANK" not in os.environ:
         raise UserError(
