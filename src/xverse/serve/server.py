@@ -45,7 +45,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
     # Without SO_REUSEADDR another server that is loading its model is noticed; with it, closed connections of
-    # an earlier server do not block the address. Server.startup sets it for the connections, which inherit it.
+    # an earlier server do not block the address. Server.startup sets it for connections, which inherit it.
     for reuse in (False, True):
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
