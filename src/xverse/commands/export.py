@@ -249,7 +249,7 @@ def _stock_llama(path: Path, dtype: torch.dtype) -> nn.Module:
 
 def parse_size(text: str) -> int:
     """Bytes from ``500MB`` or ``2GB`` (powers of ten). Raises UserError for anything else."""
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
+    size = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]?)B?", text.strip().upper())
     if not size or float(size[1]) == 0:
         raise UserError(f"--max-shard-size '{text}': expected a size such as 500MB or 2GB")
     return int(float(size[1]) * UNITS[size[2]])
