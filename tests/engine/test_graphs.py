@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import types
 from collections.abc import Iterator
 from functools import partial
@@ -20,6 +21,13 @@ GREEDY = SamplingParams(temperature=0)
 NEVER = (10**6,)
 
 
+@pytest.fixture
+def short(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model with a context of 192 positions, because tables are as wide as the context."""
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, max_position_embeddings=192))
+    return model
+
+
 def generate(engine: Engine, prompts: list[list[int]]) -> list[list[int | None]]:
     handles = [
         engine.submit(Request(prompt_ids=prompt, sampling=SamplingParams.greedy(40), stop_ids=NEVER))
@@ -35,13 +43,13 @@ def generate(engine: Engine, prompts: list[list[int]]) -> list[list[int | None]]
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("speculation", [None, Speculation()])
 def test_padded_steps_change_nothing(
-    model: Any, tiny_tokenizer: Any, kv_dtype: str, speculation: Speculation | None
+    short: Any, tiny_tokenizer: Any, kv_dtype: str, speculation: Speculation | None
 ) -> None:
     prompts = [[5, 6], [20, 30] * 20, [(7 * n) % 200 + 4 for n in range(90)]]
     found = []
     for padded in (False, True):
-        engine = Engine(model, tiny_tokenizer, kv_dtype=kv_dtype, speculation=speculation)
-        engine._fused_step = DecodeGraphs(model, engine._cache) if padded else None
+        engine = Engine(short, tiny_tokenizer, kv_dtype=kv_dtype, speculation=speculation)
+        engine._fused_step = DecodeGraphs(short, engine._cache) if padded else None
         found.append(generate(engine, prompts))
         if padded:
             assert engine._fused_step is not None
@@ -66,7 +74,7 @@ class FakeGraph:
 
 
 def test_graphs_are_recorded_at_once_and_replayed(
-    model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    short: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest first, in one pool; each reads the same static inputs."""
     recorded: list[int] = []
@@ -83,9 +91,9 @@ def test_graphs_are_recorded_at_once_and_replayed(
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     prompts = [[5, 6], [20, 30] * 20, [(7 * n) % 200 + 4 for n in range(90)]]
-    expected = [generate(Engine(model, tiny_tokenizer), prompts)]
-    engine = Engine(model, tiny_tokenizer)
-    graphs = engine._fused_step = DecodeGraphs(model, engine._cache)
+    expected = [generate(Engine(short, tiny_tokenizer), prompts)]
+    engine = Engine(short, tiny_tokenizer)
+    graphs = engine._fused_step = DecodeGraphs(short, engine._cache)
     graphs.record()
     for size, (graph, hidden) in graphs._graphs.items():
         recorded.append(size)
