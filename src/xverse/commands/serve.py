@@ -150,12 +150,13 @@ def run(args: argparse.Namespace) -> int:
 
         service.runner.on_death = die
         # uvicorn finishes running requests and then raises the signal again for the previous handler.
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
         server.run(sockets=[listener])
     if service.runner.dead:
         print(f"xverse: the engine died: {service.runner.dead}", file=sys.stderr)
         return 1
-    return 0
+    return 130 if server.forced else 0
 
 
 @contextlib.contextmanager
