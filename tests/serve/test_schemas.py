@@ -237,7 +237,7 @@ def test_what_is_allowed(vocabulary: Vocabulary, nano: Any, schema: Any, value: 
 @pytest.mark.parametrize(
     ("schema", "part"),
     [
-        ({"type": "array", "uniqueItems": True}, "list instead of set"),
+        ({"type": "array", "uniqueItems": True}, "a list instead of a set"),
         ({"type": "object", "patternProperties": {"^a": {}}, "minProperties": 2}, "minProperties"),
         ({"contains": {"const": 1}}, "'contains'"),
         ({"not": {"const": 1}}, "'not'"),
