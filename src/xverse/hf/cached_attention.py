@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from xverse.kernels.training import KernelPacked
-from xverse.model.attention import AttentionContext
+from xverse.model.attention import AttentionContext, Packed, attention
 
 
 class CachedAttention:
@@ -63,9 +63,7 @@ class CachedAttention:
             # With device_map the layers are on several devices, and the mask has to follow.
             dtype = self.mask.dtype if self.mask.dtype == torch.bool else q.dtype
             self.mask = self.mask.to(device=q.device, dtype=dtype)
-        return scaled_dot_product_attention(
-            q, k, v, attn_mask=self.mask, is_causal=self.mask is None and self.length > 1
-        )
+        return attention(q, k, v, self.mask, causal=self.mask is None and self.length > 1)
 
     def _build_mask(self, keys: int, device: torch.device) -> Tensor | None:
         """Bool [B or 1, 1, T, K], True for visible keys; None if plain causal attention suffices."""
@@ -89,9 +87,20 @@ def attention_context(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: Any,
+    bounds: Tensor | None = None,
+    longest: int | None = None,
 ) -> AttentionContext:
     """The context of one forward call. Positions that restart, without mask or cache, are packed documents
-    (from padding-free collators), each of which attends only to itself."""
+    (from padding-free collators), each of which attends only to itself. ``bounds`` int32 [n + 1], where they
+    begin and end in a single row, and the ``longest`` one's length save finding them, and so waiting for a
+    GPU."""
+    if bounds is not None and position_ids is not None and attention_mask is None and cache is None:
+        if device.type != "cpu" and longest is not None:
+            return Packed.flattened(bounds.to(device), longest, position_ids.to(device))
+        numbers = torch.arange(len(bounds) - 1, device=bounds.device)
+        packed = KernelPacked(numbers.repeat_interleave(bounds.diff())[None])
+        packed.positions = position_ids
+        return packed
     if position_ids is not None and attention_mask is None and cache is None and length > 1:
         position_ids = position_ids.to(device).expand(batch, length)
         restarts = position_ids[:, 1:] <= position_ids[:, :-1]  # [B, T-1]

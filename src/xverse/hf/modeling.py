@@ -82,6 +82,10 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         shift_labels: Tensor | None = None,
         cache: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """``input_ids`` int64 [B, T] or ``inputs_embeds`` [B, T, D] → loss, logits [B, T, V], cache.
@@ -90,14 +94,18 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         materialise the logits. Training with labels returns none, unless ``skip_logits=False``;
         ``skip_logits=True`` omits them elsewhere. ``num_items_in_batch`` divides a summed loss. ``cache`` is
         the name of ``past_key_values`` since transformers 5.24. ``token_type_ids``, which upstream's
-        tokenizer returns, and ``cache_position``, which follows from the cache, have no effect. Raises
-        ValueError for ``output_attentions``, because the kernels do not keep attention weights.
+        tokenizer returns, and ``cache_position``, which follows from the cache, have no effect.
+        ``cu_seq_lens_q`` and ``max_length_q`` are what transformers' padding-free collator adds to
+        ``position_ids``; those of the keys are the same. ``num_targets`` is the number of targets with a
+        loss, if known: a GPU then need not be waited for. Raises ValueError for ``output_attentions``,
+        because the kernels do not keep attention weights.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions is not supported: the kernels do not keep attention weights")
         num_items = loss_kwargs.pop("num_items_in_batch", None)
+        num_targets = loss_kwargs.pop("num_targets", None)
         if loss_kwargs:
             raise TypeError(f"forward() got unexpected arguments: {', '.join(loss_kwargs)}")
 
@@ -109,7 +117,9 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
             cache = None  # a recomputed layer would append its keys twice
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        context = attention_context(x.shape[0], x.shape[1], x.device, attention_mask, position_ids, cache)
+        context = attention_context(
+            x.shape[0], x.shape[1], x.device, attention_mask, position_ids, cache, cu_seq_lens_q, max_length_q
+        )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         with _recorded(self.model.layers if output_hidden_states else []) as states:
@@ -118,7 +128,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         targets = shift_labels
         if labels is not None and targets is None:
             targets = pad(labels[:, 1:], (0, 1), value=IGNORE)  # [B, T]
-        loss = None if targets is None else self._loss(hidden, targets, num_items)
+        loss = None if targets is None else self._loss(hidden, targets, num_items, num_targets)
         logits = None
         if not (self.training and targets is not None if skip_logits is None else skip_logits):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -133,7 +143,9 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
-    def _loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def _loss(
+        self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, num_targets: int | None
+    ) -> Tensor:
         targets = targets.flatten().to(hidden.device)  # [B*T]
         flat = hidden.flatten(0, 1)  # [B*T, D]
         reduction = "mean" if num_items is None else "sum"
@@ -145,9 +157,12 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
                 targets,
                 reduction=reduction,  # type: ignore[arg-type]  # a literal
                 kernels=loss_kernels(flat),
+                count=num_targets,
             )
         else:
-            kept = (targets != IGNORE).nonzero().flatten()  # skips the head for tokens without a loss
+            kept = targets != IGNORE  # the head skips tokens without a loss
+            if num_targets is not None:
+                kept = torch.nonzero_static(kept, size=num_targets).flatten()
             loss = cross_entropy(self.lm_head(flat[kept]).float(), targets[kept], reduction=reduction)
         if num_items is not None:
             loss = loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
