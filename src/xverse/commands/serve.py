@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -152,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
         # uvicorn finishes running requests and then raises the signal again for the previous handler.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: None)
+        # Python gives signals their default effect while it ends, which would be to kill the process.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         server.run(sockets=[listener])
     if service.runner.dead:
         print(f"xverse: the engine died: {service.runner.dead}", file=sys.stderr)

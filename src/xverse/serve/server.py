@@ -177,9 +177,9 @@ class Server(uvicorn.Server):
         for connection in list(connections):
             connection.transport.abort()
         await self._until(lambda: not self.server_state.tasks, time.monotonic() + 1)
-        if not running:
-            await self.lifespan.shutdown()
-        else:
+        with contextlib.suppress(TimeoutError):  # it waits for the engine, which may be stuck
+            await asyncio.wait_for(self.lifespan.shutdown(), _FLUSH_SECONDS)
+        if running:
             why = "the second Ctrl-C" if self.forced else f"{self._timeout:g} s"
             cut = "1 reply was" if running == 1 else f"{running} replies were"
             notice(f"serve: ended after {why}; {cut} cut off")
