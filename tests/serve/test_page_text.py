@@ -51,6 +51,9 @@ VERBATIM = [
     "x" * 3000,
     "<" * 500,
     "-5 degrees, +3, #hashtag, 1.5, 2024.",
+    "> " * 150 + "deep",
+    "- " * 150 + "deep",
+    "| a | b |\n|---|---|\n| 1 | 2 | a third | and a fourth |",
     "\\begin{document} \\( unclosed $$ unclosed \\[ too",
 ]
 # (a reply in Markdown, its text as it is shown)

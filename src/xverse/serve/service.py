@@ -231,7 +231,7 @@ class Service:
         given: dict[str, Any] = body.sampling() | {"max_new_tokens": max(new_tokens, 1)}
         if "logit_bias" in given:
             given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
-        if isinstance(body, ChatRequest) and body.parallel_tool_calls is False:
+        if isinstance(body, ChatRequest) and body.all_tools() and body.parallel_tool_calls is False:
             given["stop"] = (*given.get("stop", self.sampling.stop), CLOSE)  # ends the reply after one call
         seed = given.get("seed", self.sampling.seed)
         if seed is not None:
