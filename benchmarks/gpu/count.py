@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from typing import Any
 
 import torch
@@ -114,20 +113,18 @@ def counted(model: XverseForCausalLM, context: Queries, rows: int) -> Count:
     return Count(round(scale * body.launches) + head.launches, scale * body.bytes + head.bytes, ideal)
 
 
+CASES = ((16, False, 256), (16, False, 32), (16, True, 32), (8, False, 256), (4, False, 256))
 DECODING = ((1, 2048), (8, 1024), (64, 512), (64, 1024))
 
 
-def main(argv: list[str]) -> None:
-    argparse.ArgumentParser(prog="python -m benchmarks gpu-count", description=__doc__).parse_args(argv)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """No options."""
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     with pretended_gpu():
-        for bits, int8, page in (
-            (16, False, 256),
-            (16, False, 32),
-            (16, True, 32),
-            (8, False, 256),
-            (4, False, 256),
-        ):
+        for bits, int8, page in CASES:
             model = model_on_gpu(bits)
             for batch, length in DECODING:
                 context = Queries(model.config, batch, length, int8, page)
@@ -135,12 +132,11 @@ def main(argv: list[str]) -> None:
             for tokens, length in ((512, 512), (2048, 4096)):
                 chunk = Chunk(model.config, tokens, length, int8=int8, page=page)
                 rows.append((f"prefill {tokens} to {length}", bits, int8, page, counted(model, chunk, 1)))
-    print(
-        "| step | weights | cache | page | launches | GB moved | ideal GB | ratio |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| step | weights | cache | page | launches | GB moved | ideal GB | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, bits, int8, page, count in rows:
         print(
             f"| {name} | {f'INT{bits}' if bits < 16 else 'bf16'} | {'int8' if int8 else 'bf16'} | {page} | "
             f"{count.launches:,} | {count.bytes / 1e9:.1f} | {count.ideal / 1e9:.1f} | {count.ratio:.2f} |"
         )
-    print(json.dumps([[*row[:4], dataclasses.asdict(row[4])] for row in rows]))
+    return {"worst decode ratio": max(row[4].ratio for row in rows if row[0].startswith("decode"))}

@@ -1,10 +1,10 @@
-"""Launches, bytes and FLOPs of code on a CUDA device, counted without one: the code runs on fake tensors, which
-have shapes and a device but no memory, under a dispatch mode that sees every operation.
+"""Launches, bytes and FLOPs of code on a CUDA device, counted without one: the code runs on fake tensors,
+which have shapes and a device but no memory, under a dispatch mode that sees every operation.
 
 An operation that allocates nothing and launches nothing (a view, an empty tensor) counts nothing; any other
-counts one launch, or those in ``_LAUNCHES``, and moves its inputs and outputs once. Exceptions: a look-up reads
-the rows that it returns, attention over a paged cache reads the positions of its sequences, and a product with
-more tokens than the kernel takes writes and reads the dequantised weight.
+counts one launch, or those in ``_LAUNCHES``, and moves its inputs and outputs once. Exceptions: a look-up
+reads the rows that it returns, attention over a paged cache reads the positions of its sequences, and a
+product with more tokens than the kernel takes writes and reads the dequantised weight.
 """
 
 from __future__ import annotations
@@ -85,6 +85,10 @@ class Counter(TorchDispatchMode):
         written = sum(map(size, outputs))
         if name in _ROWS:
             return 2 * written
+        if name == "scatter_add_":
+            return 3 * size(args[2])  # an index, and a value read and written for each
+        if name == "copy_":
+            return size(args[1]) + written
         if name == "paged_append":
             return 2 * sum(map(size, args[:2]))
         paged = (
@@ -120,19 +124,19 @@ def _register_guard() -> None:
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "guard.so"
-        command = ["c++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{root / 'include'}", str(source)]
-        subprocess.run([*command, f"-L{root / 'lib'}", "-lc10", "-o", str(library)], check=True)
+        options = f"-std=c++20 -O0 -shared -fPIC -I{root}/include -L{root}/lib".split()
+        subprocess.run(["c++", *options, str(source), "-lc10", "-o", str(library)], check=True)
         ctypes.CDLL(str(library))
 
 
 @contextlib.contextmanager
 def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """Fake tensors, and a GPU of this ``capability`` with Triton. Gradients are not recorded: PyTorch's engine
-    would look for the device."""
+    """Fake tensors, and a GPU of this ``capability`` with Triton. Gradients are not recorded: PyTorch's
+    engine would look for the device."""
     _register_guard()
     with (
-        mock.patch.object(gpu, "capability", lambda index=0: capability),
-        mock.patch.object(inference, "has_triton", lambda: True),
+        mock.patch.object(gpu, "capability", return_value=capability),
+        mock.patch.object(inference, "has_triton", return_value=True),
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
     ):

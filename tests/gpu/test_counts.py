@@ -16,8 +16,8 @@ from xverse.hf.cached_attention import attention_context
 from xverse.kernels import ops
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.paged_attention import page_size
-from xverse.model import SHAPES, Packed
-from xverse.model.chunks import logit_bytes, loss_chunk
+from xverse.model import SHAPES, FullCausal
+from xverse.model.chunks import head_bytes, logit_bytes, loss_chunk
 from xverse.model.loss import (
     LossKernels,
     _accumulate,
@@ -47,7 +47,7 @@ def test_a_decode_step_reads_weights_and_cache_once(bits: int, int8: bool, page:
     for batch, length in ((1, 2048), (64, 1024)):
         count = decoding(bits, batch, length, int8, page)
         assert count.ratio <= 1.3, (batch, length, count)
-        assert count.launches <= 24 * LAYERS, (batch, length, count)
+        assert count.launches <= 26 * LAYERS, (batch, length, count)
 
 
 def test_int8_moves_less_than_bfloat16() -> None:
@@ -61,7 +61,7 @@ def test_a_prefill_chunk(int8: bool, page: int) -> None:
     model = model_on_gpu(16)
     count = counted(model, Chunk(model.config, 2048, 4096, int8=int8, page=page), 1)
     assert count.launches <= 40 * LAYERS
-    assert count.bytes <= 60e9  # 2.9e13 FLOPs take an H100 longer than this
+    assert count.bytes <= 75e9  # 2.9e13 FLOPs take an H100 longer than this
 
 
 @pytest.mark.parametrize(("bits", "most"), [(4, 4.7e9), (8, 8.0e9), (16, 14.6e9)])
@@ -88,9 +88,22 @@ def test_head_and_loss_of_a_training_step() -> None:
             context, rows, weight, targets, chunk, 0.0, LossKernels(softmax_gradient, _accumulate)
         )
     assert counter.flops == 3 * 2 * tokens * vocabulary * hidden
-    assert counter.bytes <= 75e9
-    assert counter.launches <= 100
+    assert counter.bytes <= 80e9
+    assert counter.launches <= 120
     assert logit_bytes(tokens, vocabulary, "cuda") >= chunk * vocabulary * 8
+    # The plan's count of the head: what is not a product, and the gradient's scaling in the backward pass.
+    beside = counter.bytes - counter.by_name["mm"][1] + 8 * vocabulary * hidden
+    assert head_bytes(tokens, vocabulary, hidden) == pytest.approx(beside, rel=0.1)
+
+
+def test_products_of_a_training_step_are_those_of_the_plan() -> None:
+    model = model_on_gpu(16)
+    context = FullCausal(1, 512, "cuda")
+    with Counter() as counter:
+        model.model(torch.empty(1, 512, dtype=torch.int64, device="cuda"), context)
+    head = 2 * 512 * model.config.vocab_size * model.config.hidden_size
+    planned = model.config.flops_per_token(0)["full"] * 512  # without attention
+    assert 3 * (counter.flops + head) == pytest.approx(planned, rel=0.1)
 
 
 def test_ignored_targets_are_skipped_without_reading_their_number() -> None:
@@ -105,16 +118,13 @@ def test_ignored_targets_are_skipped_without_reading_their_number() -> None:
 
 
 def test_packed_documents_are_one_call() -> None:
-    ids = torch.arange(32).repeat_interleave(256)[None]
     q = torch.empty(1, 8192, 32, 128, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
-    with Counter() as counter:
-        out = Packed(ids, torch.device("cuda", 0)).attend(0, q, q, q)
-    assert out.shape == q.shape
-    assert counter.by_name["_varlen_attn"][0] == 2  # with its random state
     ends = torch.empty(33, dtype=torch.int32, device="cuda")
     positions = torch.empty(1, 8192, dtype=torch.int64, device="cuda")
     context = attention_context(1, 8192, q.device, None, positions, None, ends, 256)
-    assert context.attend(0, q, q, q).shape == q.shape
+    with Counter() as counter:
+        assert context.attend(0, q, q, q).shape == q.shape
+    assert list(counter.by_name) == ["_varlen_attn"]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
