@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xverse import values
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError, need
+from xverse.device import add_device
 
 if TYPE_CHECKING:
     import socket
@@ -65,6 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-body-mb", text, type=values.positive(1000), default=4.0, metavar="MB")
     text = "CPU threads (default: chosen by the model's size)"
     add("--threads", text, type=values.whole(1, 1024), metavar="N")
+    add_device(parser)
     log = parser.add_mutually_exclusive_group()
     log.add_argument("--no-access-log", help="write no log line per request to stderr", action="store_true")
     log.add_argument("--log-contents", help="include requests and replies in the log", action="store_true")
