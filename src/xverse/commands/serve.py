@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from xverse import values
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError, need
+from xverse.device import add_device
 
 if TYPE_CHECKING:
     import socket
@@ -52,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--page", text, choices=["chat", "generation", "none"], default="chat")
     add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")
     add("--max-waiting", "requests that may wait (%(default)s)", type=_count, default=256, metavar="N")
-    text = "capacity of the key-value cache in tokens (default: half of the free memory)"
+    text = "capacity of the key-value cache in tokens (default: by the free memory)"
     add("--max-cache-tokens", text, type=values.whole(32), metavar="N")
     text = "part of the cache in MiB that keeps the beginnings of earlier prompts (%(default)s); 0: none"
     add("--prefix-cache-mb", text, type=values.whole(0, 1 << 24), default=2048, metavar="MB")
@@ -65,6 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-body-mb", text, type=values.positive(1000), default=4.0, metavar="MB")
     text = "CPU threads (default: chosen by the model's size)"
     add("--threads", text, type=values.whole(1, 1024), metavar="N")
+    add_device(parser)
     log = parser.add_mutually_exclusive_group()
     log.add_argument("--no-access-log", help="write no log line per request to stderr", action="store_true")
     log.add_argument("--log-contents", help="include requests and replies in the log", action="store_true")
@@ -152,12 +155,15 @@ def run(args: argparse.Namespace) -> int:
 
         service.runner.on_death = die
         # uvicorn finishes running requests and then raises the signal again for the previous handler.
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+        # Python gives signals their default effect while it ends, which would be to kill the process.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         server.run(sockets=[listener])
     if service.runner.dead:
         print(f"xverse: the engine died: {service.runner.dead}", file=sys.stderr)
         return 1
-    return 0
+    return 130 if server.forced else 0
 
 
 def address_of(args: argparse.Namespace) -> tuple[str, int]:

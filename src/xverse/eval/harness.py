@@ -19,20 +19,24 @@ from xverse.eval.scoring import ScoreItem
 
 @register_model("xverse")
 class Harness(LM):
-    """Arguments: ``model``, ``quantize``, ``threads``, ``max_new_tokens``. Raises UserError for a model that
-    cannot be loaded."""
+    """Arguments: ``model``, ``quantize``, ``threads``, ``device``, ``max_new_tokens``. Raises UserError for a
+    model that cannot be loaded and a device that cannot be used."""
 
     def __init__(
         self,
         model: str = "nano",
         quantize: str | None = None,
         threads: int | None = None,
+        device: str | None = None,
         max_new_tokens: int = 256,
-        **ignored: Any,  # batch_size, device, max_batch_size: the harness passes them to every model
+        **ignored: Any,  # batch_size, max_batch_size: the harness passes them to every model
     ) -> None:
         super().__init__()
         self._backend = EngineBackend.load(
-            model, quantize=quantize, threads=None if threads is None else int(threads)
+            model,
+            quantize=quantize,
+            threads=None if threads is None else int(threads),
+            device=device or "auto",
         )
         self._engine = self._backend.engine
         self._max_new_tokens = int(max_new_tokens)

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from xverse.config import UserError, need
+from xverse.device import report_unused_gpu
 from xverse.finetune.settings import Settings, training_values
 from xverse.log import notice
 
@@ -53,6 +54,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would log its choice to stdout
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         values.setdefault("use_cpu", True)  # otherwise transformers refuses bf16
+        report_unused_gpu(torch.device("cpu"))
     if settings.gradient_checkpointing:
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:

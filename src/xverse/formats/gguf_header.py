@@ -127,6 +127,8 @@ class _Reader:
 
     def _info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, dimensions = self._string(), self._scalar(4)
+        if not name.isprintable():
+            self._damaged(f"a tensor named {name[:64]!r}")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
             self._damaged(f"'{name}' has {dimensions} dimensions")
         shape = tuple(reversed([self._scalar(10) for _ in range(dimensions)]))

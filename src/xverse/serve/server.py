@@ -45,7 +45,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
     # Without SO_REUSEADDR another server that is loading its model is noticed; with it, closed connections of
-    # an earlier server do not block the address.
+    # an earlier server do not block the address. Server.startup sets it for connections, which inherit it.
     for reuse in (False, True):
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -55,7 +55,6 @@ def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
             listener.bind(address)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections inherit it
             return listener
         except OSError as error:
             listener.close()
@@ -120,10 +119,14 @@ class Server(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._runner, self._announce, self._reload, self._timeout = runner, announce, reload, timeout
+        self.forced = False  # whether a second Ctrl-C ended it
         self._terminal = _has_terminal()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or []:
+            if listener.family != socket.AF_UNIX:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         if self.started:
             self._loop = asyncio.get_running_loop()
@@ -171,15 +174,15 @@ class Server(uvicorn.Server):
         await self._until(lambda: not self.server_state.tasks, time.monotonic() + _FLUSH_SECONDS)
         for connection in list(connections):  # their tasks end as if the clients had left
             connection.transport.close() if not running else connection.transport.abort()
-        self.force_exit, forced = False, self.force_exit
+        self.force_exit, self.forced = False, self.force_exit
         await self._until(lambda: not connections, time.monotonic() + 1)
         for connection in list(connections):
             connection.transport.abort()
         await self._until(lambda: not self.server_state.tasks, time.monotonic() + 1)
-        if not running:
-            await self.lifespan.shutdown()
-        else:
-            why = "the second Ctrl-C" if forced else f"{self._timeout:g} s"
+        with contextlib.suppress(TimeoutError):  # it waits for the engine, which may be stuck
+            await asyncio.wait_for(self.lifespan.shutdown(), _FLUSH_SECONDS)
+        if running:
+            why = "the second Ctrl-C" if self.forced else f"{self._timeout:g} s"
             cut = "1 reply was" if running == 1 else f"{running} replies were"
             notice(f"serve: ended after {why}; {cut} cut off")
 

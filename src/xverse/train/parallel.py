@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from xverse import hardware
 from xverse.config import UserError
+from xverse.device import compute_device, report_unused_gpu
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
 from xverse.plan.layout import Layout
@@ -140,13 +141,15 @@ def world_of(parallel: Parallel) -> Iterator[World]:
             raise UserError(
                 f"parallel: none, but there are {size} processes; set train.parallel to ddp or fsdp"
             )
-        yield World(device=hardware.compute_device())
+        device = compute_device()
+        report_unused_gpu(device)
+        yield World(device=device)
         return
     if "RANK" not in os.environ:
         raise UserError(
             f"parallel: {parallel} needs torchrun: torchrun --nproc-per-node N -m xverse.cli pretrain …"
         )
-    device = hardware.compute_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = compute_device(process=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
