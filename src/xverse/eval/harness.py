@@ -268,8 +268,9 @@ class Harness(TemplateLM):
         given = {known[key]: values[key] for key in values if key in known and values[key] is not None}
         rest = {key: value for key, value in values.items() if key not in known}
         if refused := unsupported_keys(rest):
-            pairs = [(key, nearest(key, [*known, "until", "max_gen_toks", "do_sample"])) for key in refused]
-            report_unknown(pairs, "generation settings")
+            names = [*known, "until", "max_gen_toks", "do_sample"]
+            shown = ", ".join(f"{key}={rest[key]!r}{nearest(key, names)}" for key in refused)
+            raise UserError(f"generation settings: not supported: {shown}")
         if not values["do_sample"]:
             given["temperature"] = 0.0
         elif not float(given.get("temperature", 0)) > 0:
