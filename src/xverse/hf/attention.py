@@ -134,10 +134,9 @@ def _check_mask(mask: Tensor, batch: int, length: int, cache: Any) -> None:
     if torch.compiler.is_compiling():
         return  # lengths of static caches are tensors
     past = 0 if cache is None else int(cache.get_seq_length())
-    longest = past + length
-    if cache is not None and getattr(cache, "is_compileable", False):
-        longest = max(longest, cache.get_max_cache_shape())
-    if mask.shape[0] != batch or not past + length <= mask.shape[1] <= longest:
+    static = cache is not None and getattr(cache, "is_compileable", False)
+    fits = mask.shape[1] == past + length or (static and mask.shape[1] > past + length)
+    if mask.shape[0] != batch or not fits:
         raise ValueError(
             f"attention_mask is {list(mask.shape)}, but there are {batch} rows of {past} cached and {length} "
             "new tokens"

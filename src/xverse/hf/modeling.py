@@ -25,9 +25,11 @@ from xverse.model.transformer import XverseModel as Decoder
 from xverse.quant.quantizer import Method, QuantSettings
 
 _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
-# What transformers passes through a model to its attention functions, continuous batching included.
+# What transformers passes through a model to its attention functions, continuous batching included, and what
+# `generate` passes although it concerns `generate` alone.
 _OPTIONS = frozenset(TransformersKwargs.__annotations__) | {
-    *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args")
+    *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),
+    *("tokenizer", "assistant_tokenizer"),
 }
 
 
