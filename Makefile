@@ -96,7 +96,7 @@ $(CORE): pyproject.toml hatch_build.py $(wildcard csrc/*) | $(BIN)/python
 
 $(SERVE): $(CORE)
 	@echo "make: installing the server" >&2
-	@$(PIP) install --quiet -e '.[web]' >&2
+	@$(PIP) install --quiet -e '.[serve]' >&2
 	@touch $@
 
 $(DEV): $(CORE)

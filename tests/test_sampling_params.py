@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from xverse.commands.sampling import given_sampling
 from xverse.config import UserError
 from xverse.engine.sampling_params import (
     CHAT,
+    COMPLETION,
     PARAMS,
     SamplingParams,
     from_generation_config,
@@ -151,16 +153,16 @@ def test_http(name: str) -> None:
 
 @pytest.mark.parametrize("name", SETTABLE)
 def test_page(name: str) -> None:
-    gr = pytest.importorskip("gradio")
+    """The page draws its controls from this list; tests/serve/test_page.py moves them."""
+    pytest.importorskip("fastapi")
     pytest.importorskip("llguidance")
-    from xverse.serve.page import _controls, _sampling
+    from xverse.serve.page import controls
 
-    with gr.Blocks():
-        controls = _controls(CHAT, 8192)
-    assert list(controls) == SETTABLE
-    default = getattr(CHAT, name)
-    assert controls[name].value == ("" if name == "stop" else default)
-    assert controls[name].label == PARAMS[name].text("en")[0]
-    value = "END" if name == "stop" else VALUES[name]
-    fields = _sampling(controls, dict.fromkeys(controls.values()) | {controls[name]: value})
-    assert fields == {PARAMS[name].http: ["END"] if name == "stop" else VALUES[name]}
+    found = {control["name"]: control for control in controls(SimpleNamespace(sampling=CHAT, context=8192))}
+    assert list(found) == [PARAMS[each].http for each in SETTABLE]
+    control, param = found[PARAMS[name].http], PARAMS[name]
+    assert control["chat"] == getattr(CHAT, name)
+    assert control["generation"] == getattr(COMPLETION, name)
+    assert (control["low"], control["high"], control["above"]) == (param.low, param.high, param.above)
+    assert control["texts"]["zh"] == param.text("zh")
+    json.dumps(control, allow_nan=False)

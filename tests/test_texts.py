@@ -44,8 +44,17 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join(lines))
     report = ReadReport()
     assert texts(path, report) == ["first", "你好 🙂", "last"]
-    assert (report.bad_utf8, report.bad_json, report.no_text, report.empty) == (2, 1, 2, 1)
-    assert report.describe() == "6 lines skipped: 2 invalid UTF-8, 1 invalid JSON, 2 without a text, 1 empty"
+    assert (report.bad_utf8, report.bad_json, report.no_text, report.not_text, report.empty) == (
+        2,
+        1,
+        1,
+        1,
+        1,
+    )
+    assert report.describe() == (
+        "6 lines skipped: 2 invalid UTF-8, 1 invalid JSON, 1 without a text, "
+        "1 with a number, list or object for the text, 1 empty"
+    )
     assert [line for line, _ in report.bad_lines] == [2, 4, 5, 6, 7, 8]
     assert list(read_texts(path, ReadReport())) == [b"first", "你好 🙂".encode(), b"last"]
 

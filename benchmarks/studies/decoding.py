@@ -81,6 +81,9 @@ class Forced:
     def accept(self, token_id: int) -> None:
         assert self._left.pop() == token_id
 
+    def forced(self) -> list[int]:
+        return []  # every token costs a step, as if the model had chosen it
+
 
 def texts(vocab_size: int) -> tuple[list[int], dict[str, list[int]]]:
     """A prompt and two replies: one quotes the prompt, the other continues with different text.

@@ -1,4 +1,5 @@
-"""The server under long mixed load with clients that hang up: does it return all memory and cache blocks?"""
+"""The server under long mixed load, with clients that hang up and clients that attack it: does it return all
+memory and cache blocks, and do other streams go on?"""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import collections
 import http.client
 import json
 import random
+import signal
 import statistics
 import threading
 import time
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.studies import attackers
 from xverse.bench.client import get, post, serving
 from xverse.bench.options import add_model, add_quantize, add_threads, positive
 from xverse.bench.report import Row, at_most, in_gb, show
@@ -23,6 +26,8 @@ from xverse.hardware import process_memory
 from xverse.log import notice
 
 FLAT_TARGET = 0.02  # deviation from the median
+GAP_TARGET = 0.5  # seconds between two pieces of a stream, 99th percentile
+_WATCHERS = 2  # clients that only measure the gaps of their streams
 _WARM = 0.25  # share of the time for warming up
 _EVERY = 5.0  # seconds between samples
 _CACHE = 20_000  # tokens; small, so that it fills early
@@ -53,6 +58,8 @@ class Tally:
     left: collections.Counter[str] = field(default_factory=collections.Counter)
     refused: collections.Counter[str] = field(default_factory=collections.Counter)
     failed: list[str] = field(default_factory=list)
+    server_errors: collections.Counter[int] = field(default_factory=collections.Counter)
+    gaps: list[float] = field(default_factory=list)  # of the watchers' streams, in seconds
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +70,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--leaving", type=float, default=0.3, metavar="P", help="share of requests hung up on"
     )
+    text = "clients that send expensive schemas, halves of requests and wrong bodies, each"
+    parser.add_argument("--attack", type=int, default=2, metavar="N", help=f"{text} (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the clients' choices")
     add_threads(parser, "as xverse chat")
 
@@ -78,6 +87,7 @@ def measure(
     minutes: float = 20.0,
     clients: int = 16,
     leaving: float = 0.3,
+    attack: int = 2,
     seed: int = 0,
     threads: int | None = None,
 ) -> dict[str, Any]:
@@ -94,10 +104,14 @@ def measure(
         begin = time.monotonic()
         end = begin + 60 * minutes
         notice(f"soak {model}: {clients} clients for {minutes:g} minutes")
-        workers = [
-            threading.Thread(target=_client, args=(port, random.Random(seed * 1000 + n), leaving, end, tally))
-            for n in range(clients)
+        chances = (random.Random(seed * 1000 + n) for n in range(1000))
+        tasks: list[tuple[Any, ...]] = [
+            (_client, port, next(chances), leaving, end, tally) for _ in range(clients)
         ]
+        tasks += [(_watch, port, end, tally)] * _WATCHERS
+        for kind in (_hostile, _half, _wrong):
+            tasks += [(kind, port, next(chances), end, tally) for _ in range(attack)]
+        workers = [threading.Thread(target=call, args=options) for call, *options in tasks]
         for worker in workers:
             worker.start()
         while time.monotonic() < end:
@@ -110,13 +124,20 @@ def measure(
             worker.join()
         for _ in range(100):  # the last disconnects are noticed at the end of a step
             figures = _figures(port)
-            if not figures["running"] and not figures["waiting"]:
+            if not figures["num_requests_running"] and not figures["num_requests_waiting"]:
                 break
             time.sleep(0.1)
         alive = process.poll() is None
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(700)
+        ending = time.monotonic() - begin
     warm = [size for at, size, _ in samples if at >= _WARM * 60 * minutes]
     middle = statistics.median(warm)
     drift = max(max(warm) / middle - 1, 1 - min(warm) / middle)
+    times = [at / 3600 for at, *_ in samples if at >= _WARM * 60 * minutes]
+    slope = statistics.linear_regression(times, warm).slope if len(warm) > 1 else 0.0
+    gaps = sorted(tally.gaps) or [0.0]
     result = {
         "bench": "soak",
         "model": model,
@@ -128,7 +149,16 @@ def measure(
         "left": dict(sorted(tally.left.items())),
         "refused": dict(sorted(tally.refused.items())),
         "failed": tally.failed,
+        "attackers": attack,
+        "server_errors": {str(status): count for status, count in tally.server_errors.items()},
+        "gap_p50": round(gaps[len(gaps) // 2], 4),
+        "gap_p99": round(gaps[int(0.99 * (len(gaps) - 1))], 4),
+        "gap_max": round(gaps[-1], 4),
+        "gaps": len(tally.gaps),
+        "seconds_to_end": round(ending, 2),
+        "exit_code": code,
         "memory_gb": in_gb(middle),
+        "memory_slope_mb_per_hour": round(slope / 1e6, 2),
         "memory_drift": round(drift, 4),
         "memory_series_gb": [in_gb(size) for _, size, _ in samples],
         "blocks_held_under_load": round(statistics.median(held for *_, held in samples), 1),
@@ -146,6 +176,12 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
     yield Row("invalid requests refused", str(sum(result["refused"].values())))
     failed = len(result["failed"])
     yield Row("failed", str(failed), at_most(0, failed, "requests"))
+    errors = sum(result["server_errors"].values())
+    yield Row("answers with 5xx", str(errors), at_most(0, errors, "answers"))
+    text = f"{result['gap_p50']} s, p99 {result['gap_p99']} s, longest {result['gap_max']} s"
+    yield Row("gaps in other streams", text, at_most(GAP_TARGET, result["gap_p99"], "s at p99"))
+    yield Row("end after SIGTERM", f"{result['seconds_to_end']} s, exit code {result['exit_code']}")
+    yield Row("memory, slope", f"{result['memory_slope_mb_per_hour']} MB per hour")
     drift = result["memory_drift"]
     text = f"{result['memory_gb']:.3f} GB ± {drift:.1%}"
     yield Row("memory, after the first quarter", text, at_most(FLAT_TARGET, drift, "of the median"))
@@ -155,12 +191,12 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
 
 
 def _figures(port: int) -> dict[str, float]:
-    """The server's metrics that have no labels."""
+    """The server's metrics of its one model, without their prefixes and labels."""
     figures = {}
     for line in get(port, "/metrics")[1].splitlines():
-        name, _, value = line.partition(" ")
-        if name.startswith("xverse_") and "{" not in name:
-            figures[name.removeprefix("xverse_")] = float(value)
+        name, _, value = line.rpartition(" ")
+        if name.startswith(("xverse_", "vllm:")) and "," not in name:
+            figures[name.partition("{")[0].removeprefix("xverse_").removeprefix("vllm:")] = float(value)
     return figures
 
 
@@ -183,6 +219,8 @@ def _client(port: int, chance: random.Random, leaving: float, end: float, tally:
                 answer.read()
                 tally.refused[kind] += 1
             elif answer.status != 200:
+                if answer.status >= 500:
+                    tally.server_errors[answer.status] += 1
                 tally.failed.append(f"{kind}: {answer.status} {answer.read().decode()[:200]}")
             elif leaves:
                 for _ in range(chance.randint(0, 20)):
@@ -198,6 +236,57 @@ def _client(port: int, chance: random.Random, leaving: float, end: float, tally:
         finally:
             if connection is not None:
                 connection.close()
+
+
+def _watch(port: int, end: float, tally: Tally) -> None:
+    """Read streams and record the time between their pieces."""
+    while time.monotonic() < end:
+        body = {"messages": attackers.QUESTION, "stream": True, "max_tokens": 200, "logit_bias": {"3": -100}}
+        connection = None
+        try:
+            connection, answer = post(port, body)
+            last = 0.0
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    now = time.monotonic()
+                    if last:
+                        tally.gaps.append(now - last)
+                    last = now
+        except (OSError, http.client.HTTPException) as error:
+            tally.failed.append(f"watcher: {type(error).__name__}: {error}")
+        finally:
+            if connection is not None:
+                connection.close()
+
+
+def _hostile(port: int, chance: random.Random, end: float, tally: Tally) -> None:
+    while time.monotonic() < end:
+        status = attackers.ask_hostile(port, chance)
+        if status is None:
+            tally.left["hostile schema"] += 1
+        else:
+            _count(tally, "hostile schema", status)
+
+
+def _half(port: int, chance: random.Random, end: float, tally: Tally) -> None:
+    while time.monotonic() < end:
+        attackers.send_half(port, chance, end)
+        tally.left["half a request"] += 1
+
+
+def _wrong(port: int, chance: random.Random, end: float, tally: Tally) -> None:
+    while time.monotonic() < end:
+        _count(tally, "wrong body", attackers.send_wrong(port, chance))
+        time.sleep(chance.random())
+
+
+def _count(tally: Tally, kind: str, status: int) -> None:
+    if status >= 500:
+        tally.server_errors[status] += 1
+    elif status == 200:
+        tally.answered[kind] += 1
+    else:
+        tally.refused[kind] += 1
 
 
 def _begun(port: int, body: dict[str, Any], chance: random.Random, leaves: bool) -> tuple[Any, Any]:

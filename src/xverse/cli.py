@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import math
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from xverse import __version__
 from xverse.config import UserError, nearest
@@ -65,6 +67,16 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown argument '{flag}'{nearest(flag, self.known_flags())}")
         return super().parse_known_args(args, namespace)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """What no flag of any verb takes: an empty text, an infinite number, one beyond 64 bits."""
+        if not arg_string.strip():
+            raise argparse.ArgumentError(action, "the value is empty")
+        value = super()._get_value(action, arg_string)  # type: ignore[misc]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and not (math.isfinite(value) and -(2**63) <= value < 2**63):
+            raise argparse.ArgumentError(action, f"{arg_string!r} is out of range")
+        return value
+
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if choice:
@@ -74,7 +86,7 @@ class Parser(argparse.ArgumentParser):
             )
         message = re.sub(r"unrecognized arguments: (-\S*).*", r"unknown argument '\1'", message)
         message = message.replace("unrecognized arguments:", "too many arguments:")
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
     def known_flags(self) -> list[str]:
         """The flags of this parser and of every action below it."""
@@ -100,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where BrokenPipeError is handled
         return code
     except UserError as error:
-        print(f"xverse: {error}", file=sys.stderr)
+        print(f"xverse: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("xverse: interrupted", file=sys.stderr)
@@ -108,6 +120,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"xverse: the file name is too long: {one_line(str(error.filename))}", file=sys.stderr)
+        return 2
+
+
+def one_line(message: str) -> str:
+    """A message on one line, although it quotes what the user wrote; very long words are cut."""
+    return re.sub(r"(\S{200})\S{100,}", r"\1…", message).replace("\n", "\\n")
 
 
 def _open_standard_streams() -> None:

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ KINDS = {
     "bad_utf8": "invalid UTF-8",
     "bad_json": "invalid JSON",
     "no_text": "without a text",
+    "not_text": "with a number, list or object for the text",
     "bad_lang": "with an unusable lang",
     "empty": "empty",
     "too_long": "too long",
@@ -51,6 +53,7 @@ class ReadReport:
     bad_utf8: int = 0
     bad_json: int = 0
     no_text: int = 0
+    not_text: int = 0
     bad_lang: int = 0
     empty: int = 0
     too_long: int = 0
@@ -201,14 +204,47 @@ def read_records(path: str | Path, report: ReadReport | None = None) -> Iterator
     yield from enumerate(read_json(path), 1) if array else read_jsonl(path, report)
 
 
-def read_csv(path: str | Path) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a CSV file with the number of their last line from 1. Raises UserError for invalid CSV."""
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+def read_csv(path: str | Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file with the number of their last line from 1; every field is text, as it was
+    written. Raises UserError for invalid CSV."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
     try:
         for row in rows:
             yield rows.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: invalid CSV ({error})") from None
+
+
+def read_table(path: str | Path, skipped: Counter[str]) -> Iterator[dict[str, str]]:
+    """The rows of a ``.csv`` or ``.tsv`` file under the names of its first row.
+
+    Rows with another number of fields are counted in ``skipped``. Raises UserError for invalid CSV, and for
+    names that are missing or repeated.
+    """
+    rows = read_csv(path, "\t" if Path(path).suffix == ".tsv" else ",")
+    _, names = next(rows, (0, []))
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise UserError(f"{path}: the first row must name the columns, each differently (it has {names})")
+    for _, row in rows:
+        if len(row) == len(names):
+            yield dict(zip(names, row, strict=True))
+        elif row:
+            skipped[f"rows with {len(row)} fields instead of {len(names)}"] += 1
+
+
+def read_text_lines(path: str | Path) -> Iterator[str]:
+    """The lines of a text file without their ends. A line ends at a line feed, before which a carriage return
+    is dropped; other separators of Unicode, such as U+2028, are part of the text."""
+    for line in read_text(path).split("\n"):
+        yield line.removesuffix("\r")
+
+
+def describe_type(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    kinds = {type(None): "missing", bool: "true or false", int: "a number", float: "a number"}
+    kinds |= {list: "a list", dict: "an object", str: "a text"}
+    return kinds.get(type(value), f"of type {type(value).__name__}")
 
 
 def read_lines(
@@ -240,8 +276,10 @@ def _skip(report: ReadReport | None, kind: str, path: str | Path, number: int, d
 def row_text(row: object, number: int, report: ReadReport, key: str = "text") -> str | None:
     """The text under ``key`` of a row of any format; None, counted in the report, where it has none."""
     text = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(text, str):
+    if text is None:
         report.skip("no_text", number)
+    elif not isinstance(text, str):
+        report.skip("not_text", number)
     elif not text.strip():
         report.skip("empty", number)
     elif not _encodable(text):

@@ -28,6 +28,9 @@ class Given:
         if self.left:
             assert self.left.pop(0) == token_id
 
+    def forced(self) -> list[int]:
+        return []
+
 
 class Broken(Given):
     def accept(self, token_id: int) -> None:

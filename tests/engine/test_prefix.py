@@ -95,13 +95,15 @@ def test_a_repeated_beginning_is_reused(model: Any, tiny_tokenizer: Any, naive: 
     assert engine.stats().reused_tokens == 0
     assert ask(engine, text, 40) == first == naive(model, text, 40)
     assert engine.stats().reused_tokens == 96
+    again = Request(prompt_ids=text, sampling=SamplingParams.greedy(3), stop_ids=NEVER)
+    assert [event.cached_tokens for event in engine.stream(again)] == [96] * 3
     # The reply is part of the next turn's prompt and is reused, too: 139 tokens were computed.
     turn = text + [token for token in first if token is not None] + [7, 8]
     assert ask(engine, turn) == naive(model, turn, 4)
-    assert engine.stats().reused_tokens == 96 + 128
+    assert engine.stats().reused_tokens == 2 * 96 + 128
     # The last block of a prompt is always computed, because its logits are needed.
     assert ask(engine, text[:64]) == naive(model, text[:64], 4)
-    assert engine.stats().reused_tokens == 96 + 128 + 32
+    assert engine.stats().reused_tokens == 2 * 96 + 128 + 32
 
 
 def test_requests_that_come_together_compute_their_beginning_once(

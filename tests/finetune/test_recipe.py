@@ -118,7 +118,7 @@ def test_overrides_reach_every_recipe(recipe: Path, capsys) -> None:
         (["dataset.0.repeat=0"], "repeat must be at least 1"),
         (["train.steps=5"], "train.steps → max_steps"),
         (["out=x", "sequence_length=64"], "out → output_dir, sequence_length → cutoff_len"),
-        (["cutoff_len=4"], "cutoff_len must be at least 8"),
+        (["cutoff_len=4"], "cutoff_len 4 is out of range"),
         (["val_size=1.5"], "neither a share"),
         (["generation.temprature=1"], "temprature"),
         (["finetuning_type=lora"], "save_dtype needs finetuning_type full or freeze"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import threading
@@ -53,13 +54,19 @@ class Running:
 def start(service: Any, page: str | None = None, **guard: Any) -> Running:
     import uvicorn
 
-    from xverse.commands.serve import LOOPBACK, listen
+    from xverse.commands.serve import LOOPBACK
+    from xverse.serve.access_log import AccessLog
     from xverse.serve.app import create_app
+    from xverse.serve.connections import protocol
     from xverse.serve.guard import Guard
+    from xverse.serve.server import bind
 
-    settings = {"hosts": LOOPBACK, "keys": (), "max_body": 1_000_000, "log": False, **guard}
-    listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(Guard(create_app(service, page), **settings), log_level="error")
+    log = {name: guard.pop(name) for name in ("log", "contents") if name in guard}
+    settings = {"hosts": LOOPBACK, "keys": (), "max_body": 1_000_000, **guard}
+    listener = bind("127.0.0.1", 0)
+    checked = Guard(create_app(service, page), **settings)
+    app = AccessLog(checked, service.metrics, **{"log": False, **log})
+    config = uvicorn.Config(app, log_level="error", http=protocol())
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -92,7 +99,7 @@ def make_service(loaded: Any, **settings: Any) -> Any:
         sampling=settings.pop("sampling", loaded.sampling),
         stop_ids=settings.pop("stop_ids", loaded.stop_ids),
         grammars=Grammars(engine.tokenizer, loaded.stop_ids),
-        metrics=Metrics(runner),
+        metrics=Metrics(runner, "nano"),
         **settings,
     )
 
@@ -107,8 +114,9 @@ def server(nano: Any) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def site(nano: Any) -> Iterator[Running]:
-    """The same with the web page."""
-    running = start(make_service(nano), "chat")
+    """The same with the web page; short replies, always the most probable ones."""
+    short = dataclasses.replace(nano.sampling, temperature=0.0, max_new_tokens=60)
+    running = start(make_service(nano, sampling=short), "chat")
     yield running
     running.server.should_exit = True
 
@@ -149,48 +157,51 @@ class Visitor:
     errors: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:
-        box = self.page.locator("#message textarea")
-        box.fill(text)
-        box.press("Enter")
+        self.page.locator("#message").fill(text)
+        self.page.locator("#message").press("Enter")
 
     def said(self, who: str) -> list[str]:
-        return [each.inner_text().strip() for each in self.page.locator(f"#chat [data-testid={who}]").all()]
+        """The texts of one role, ``user`` or ``assistant``."""
+        return [each.strip() for each in self.page.locator(f"article.{who} .content").all_text_contents()]
 
     def until_answered(self, replies: int) -> str:
         """Wait for that many replies; return the last one when it is complete."""
         from playwright import sync_api
 
-        sync_api.expect(self.page.locator("#chat [data-testid=bot]")).to_have_count(replies, timeout=90_000)
-        sync_api.expect(self.page.locator("#message [data-testid=submit-button]")).to_be_visible(
-            timeout=90_000
-        )
-        return self.said("bot")[-1]
+        sync_api.expect(self.page.locator("article.assistant")).to_have_count(replies, timeout=90_000)
+        sync_api.expect(self.page.locator("#send")).to_be_visible(timeout=90_000)
+        return self.said("assistant")[-1]
 
     def until_telling(self, server: Any, replies: int = 1) -> str:
         """Wait for that many replies; return the text so far of the last one, which continues."""
 
         def begun() -> bool:
-            said = self.said("bot")
+            said = self.said("assistant")
             return len(said) == replies and len(said[-1]) > 20
 
         server.until(begun)
-        return self.said("bot")[-1]
-
-    def settled(self) -> bool:
-        """Whether no running action will change the conversations."""
-        return self.page.evaluate(
-            """Promise.race([
-              (window.xverseTurns?.last ?? Promise.resolve()).then(() => true),
-              new Promise((done) => setTimeout(done, 20, false)),
-            ])"""
-        )
+        return self.said("assistant")[-1]
 
     def end(self) -> None:
-        """End a running reply. Its text moves the page, for which Playwright's click would wait."""
-        self.page.locator("#message [data-testid=stop-button]").dispatch_event("click")
+        """End the running reply."""
+        self.page.locator("#stop").dispatch_event("click")
 
     def conversations(self) -> list[str]:
-        return [each.inner_text().strip() for each in self.page.locator("#conversations label").all()]
+        return self.page.locator("#conversations .open").all_text_contents()
+
+    def choose(self, action: str, conversation: int = 0) -> None:
+        """An entry of a conversation's menu."""
+        self.page.locator("#conversations li > .icon").nth(conversation).click()
+        self.page.locator(".menu button", has_text=action).click()
+
+    def load(self, messages: list[tuple[str, str]]) -> None:
+        """Import a conversation and open it."""
+        value = [{"role": role, "content": content} for role, content in messages]
+        with self.page.expect_file_chooser() as chooser:
+            self.page.locator("#import").click()
+        file = {"name": "c.json", "mimeType": "application/json", "buffer": json.dumps(value).encode()}
+        chooser.value.set_files([file])
+        self.page.locator("#conversations .open").first.click()
 
     def picture(self, name: str) -> None:
         if os.environ.get("XVERSE_SCREENSHOTS"):
@@ -204,30 +215,21 @@ def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
     contexts: list[Any] = []
 
     def open_page(
-        server: Any,
-        *,
-        locale: str = "en-US",
-        size: dict[str, int] = DESK,
-        script: str = "",
-        opened: bool = True,
-        **more: Any,
+        server: Any, *, locale: str = "en-US", size: dict[str, int] = DESK, script: str = "", **more: Any
     ) -> Visitor:
         context = browser.new_context(locale=locale, viewport=size, **more)
         context.add_init_script(script)
         context.set_default_timeout(90_000)
         contexts.append(context)
-        return enter(context, server, opened)
+        return enter(context, server)
 
-    def enter(context: Any, server: Any, opened: bool = True) -> Visitor:
+    def enter(context: Any, server: Any) -> Visitor:
         page = context.new_page()
         visitor = Visitor(page)
         page.on("request", lambda request: visitor.asked.append(request.url))
         page.on("pageerror", lambda error: visitor.errors.append(str(error)))
         page.goto(server.url)
-        page.wait_for_selector("#chat, #text")
-        if opened:
-            page.wait_for_function("window.xverseTurns?.last.then(() => true) ?? false")
-        page.wait_for_load_state("networkidle")
+        page.wait_for_selector("[data-ready]")
         visitors.append(visitor)
         return visitor
 
@@ -244,8 +246,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
 
 @pytest.fixture
 def storyteller(nano: Any, launch: Any) -> Any:
-    """A server whose replies continue until they are ended, at the speed of a large model: faster ones would
-    soon be so long that the browser does nothing but draw them."""
+    """A server whose replies continue until they are ended, at the speed of a large model."""
     endless = dataclasses.replace(nano.sampling, max_new_tokens=8000)
     server = launch(page="chat", stop_ids=(), sampling=endless)
     engine = server.service.runner.engine

@@ -218,8 +218,10 @@ def test_a_tool_that_must_be_called(server: Any, choice: Any, stream: bool) -> N
     if stream:
         chunks = list(server.openai().chat.completions.create(**asked, stream=True))
         assert all(not chunk.choices[0].delta.content for chunk in chunks)
-        calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
-        reason = chunks[-1].choices[0].finish_reason
+        pieces = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        pieces[0].function.arguments = "".join(piece.function.arguments for piece in pieces)
+        calls, reason = pieces[:1], chunks[-1].choices[0].finish_reason
+        assert {piece.index for piece in pieces} == {0}
     else:
         (answer,) = server.openai().chat.completions.create(**asked).choices
         assert answer.message.content is None
@@ -300,7 +302,7 @@ def test_tokenize_and_back(server: Any) -> None:
         text = "你好, world! 🙂"
         found = client.post("/tokenize", json={"text": text}).json()
         assert found["count"] == len(found["tokens"])
-        assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"text": text}
+        assert client.post("/detokenize", json={"tokens": found["tokens"]}).json()["text"] == text
         wrong = client.post("/detokenize", json={"tokens": [10**9]})
         assert wrong.status_code == 400
 

@@ -15,7 +15,7 @@ import pytest
 
 from xverse.formats import resolve
 
-pytest.importorskip("gradio")
+pytest.importorskip("fastapi")
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium")
 
@@ -54,7 +54,7 @@ def test_it_opens_its_tab_and_ends_with_a_visitor(demo: Any, name: str, tab: str
         page = browser.new_page()
         page.goto(url)
         sync_api.expect(page.locator(tab)).to_be_visible(timeout=90_000)
-        page.wait_for_load_state("networkidle")
+        page.wait_for_selector("[data-ready]")
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)  # an open window must not delay the exit
         assert process.wait(30) == 0

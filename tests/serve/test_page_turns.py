@@ -1,159 +1,208 @@
-"""Actions on the page during a reply: they run one at a time, and nothing is lost or misplaced."""
+"""A conversation always goes on: during a reply, after an end, an error, a restart, beyond the context."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 
-# Each request and its answer take 40 to 240 ms: what the page does at once no longer ends in the order in
-# which it began.
-SLOW_NETWORK = """
-  let at = 1;
-  const pause = () => new Promise((done) => setTimeout(done, 20 + (at = (at * 75 + 74) % 65537) % 100));
-  const quick = window.fetch;
-  window.fetch = async (...request) => {
-    await pause();
-    const answer = await quick(...request);
-    await pause();
-    return answer;
-  };
-"""
-SLOW_BEGIN = """
-  const quick = window.fetch;
-  window.fetch = async (...request) => {
-    if (performance.now() < 3000) await new Promise((done) => setTimeout(done, 2000));
-    return quick(...request);
-  };
-"""
 
-
-def test_a_message_from_before_the_page_has_opened(site: Any, visit: Any) -> None:
-    """The browser's data arrives late and does not replace the message."""
-    visitor = visit(site, script=SLOW_BEGIN, opened=False)
-    visitor.say("Who are you?")
-    visitor.until_answered(1)
-    assert visitor.said("user") == ["Who are you?"]
-    visitor.page.wait_for_timeout(2000)
-    assert visitor.said("user") == visitor.conversations() == ["Who are you?"]
-
-
-def test_changing_the_conversation_ends_its_reply(storyteller: Any, visit: Any) -> None:
+def test_stop_keeps_what_was_said_and_continue_goes_on(storyteller: Any, visit: Any) -> None:
     server = storyteller
     visitor = visit(server)
-    visitor.say("A very long story")
-    visitor.until_telling(server)
-    visitor.page.locator("#new").click()
+    visitor.say("Tell me a very long story.")
+    first = visitor.until_telling(server)
+    server.until(lambda: visitor.said("assistant")[0] != first)  # it grows
+    visitor.end()
     server.until(server.idle)
-    sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_count(0)
-    time.sleep(0.5)
-    assert visitor.said("user") == []
-    visitor.page.locator("#conversations label").first.click()
-    sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_text("A very long story")
-    assert len(visitor.said("bot")[0]) > 20
+    half = visitor.until_answered(1)
+    time.sleep(0.3)
+    assert visitor.said("assistant") == [half]
+    sync_api.expect(visitor.page.get_by_text("Stopped.").first).to_be_visible()
+    sync_api.expect(visitor.page.locator("#meter")).to_contain_text("/ 8,192")
+    again = visit.again(visitor, server)
+    assert again.said("assistant") == [half]  # it was stored
+    again.page.get_by_role("button", name="Continue").first.click()
+    server.until(lambda: len(again.said("assistant")[0]) > len(half) + 20)
+    again.page.keyboard.press("Escape")
+    server.until(server.idle)
+    assert again.until_answered(1).startswith(half)
 
 
-def leave(visitor: Any) -> None:
-    visitor.page.locator("#new").click()
-
-
-def choose(visitor: Any) -> None:
-    visitor.page.locator("#conversations label").nth(1).click()
-
-
-def delete(visitor: Any) -> None:
-    visitor.page.locator("#delete").click()
-    visitor.page.locator("#delete-surely").click()
-
-
-def clear(visitor: Any) -> None:
-    visitor.page.get_by_label("Clear").click()
-
-
-def speak_chinese(visitor: Any) -> None:
-    visitor.page.get_by_text("中文", exact=True).click()
-    sync_api.expect(visitor.page.locator("#new")).to_have_text("新对话")
-
-
-@pytest.mark.parametrize(
-    ("action", "shown", "listed"),
-    [
-        (leave, [], ["A long story", "First question"]),
-        (choose, ["First question"], ["First question", "A long story"]),
-        (delete, [], ["First question"]),
-        (clear, [], ["A long story", "First question"]),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
-def test_leaving_a_reply(
-    storyteller: Any, visit: Any, action: Callable[[Any], None], shown: list[str], listed: list[str]
-) -> None:
-    """Its last text reaches neither the next conversation nor the browser's storage."""
-    visitor = two_conversations(storyteller, visit)
-    action(visitor)
-    sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_text(shown)
-    storyteller.until(lambda: storyteller.idle() and visitor.settled())
-    assert visitor.said("user") == shown
-    assert sorted(visitor.conversations()) == sorted(listed)
-    visitor.say("And another one")
-    visitor.until_telling(storyteller, len(shown) + 1)
-    visitor.end()
-    storyteller.until(lambda: storyteller.idle() and visitor.settled())
-    assert visitor.said("user") == [*shown, "And another one"]
-    again = visit.again(visitor, storyteller)
-    sync_api.expect(again.page.locator("#chat [data-testid=user]")).to_have_text([*shown, "And another one"])
-    assert again.said("bot") == visitor.said("bot")
-    assert again.conversations() == (listed if shown else ["And another one", *listed])
-
-
-def test_every_action_waits_for_the_one_before(storyteller: Any, visit: Any) -> None:
-    """A message during a reply, a retry, an edited message, another language."""
-    visitor = two_conversations(storyteller, visit)
-    visitor.say("Another")
-    time.sleep(0.5)
-    assert visitor.said("user") == ["A long story"]
-    visitor.end()
-    visitor.until_telling(storyteller, 2)
-    assert visitor.said("user") == ["A long story", "Another"]
-
-    before = visitor.said("bot")
-    visitor.page.get_by_label("Retry").last.dispatch_event("click")
-    speak_chinese(visitor)
-    storyteller.until(lambda: not "".join(visitor.said("bot")).startswith("".join(before)))
-    visitor.until_telling(storyteller, 2)
-    assert visitor.said("user") == ["A long story", "Another"]
-    assert visitor.said("bot")[0] == before[0]
-
-    visitor.page.get_by_label("Edit").first.dispatch_event("click")
-    visitor.page.locator("#chat textarea").fill("A short story")
-    visitor.page.get_by_label("Submit").dispatch_event("click")
-    sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_text(["A short story"])
-    visitor.until_telling(storyteller, 1)
-    visitor.end()
-    storyteller.until(lambda: storyteller.idle() and visitor.settled())
-    again = visit.again(visitor, storyteller)
-    sync_api.expect(again.page.locator("#chat [data-testid=user]")).to_have_text(["A short story"])
-    assert again.said("bot") == visitor.said("bot")
-    assert again.conversations() == ["A short story", "First question"]
-    assert again.page.locator("#new").inner_text() == "新对话"
-
-
-def two_conversations(server: Any, visit: Any) -> Any:
-    """On a slow network: a stored conversation, and one with a running reply."""
-    visitor = visit(server, script=SLOW_NETWORK)
+def test_replies_go_on_in_the_background(storyteller: Any, visit: Any) -> None:
+    """Each text arrives in its own conversation; deleting one ends its reply."""
+    server = storyteller
+    visitor = visit(server)
     visitor.say("First question")
     visitor.until_telling(server)
-    visitor.end()
-    server.until(lambda: server.idle() and visitor.settled())
+    visitor.say("ignored while the reply runs")
+    assert visitor.said("user") == ["First question"]
     visitor.page.locator("#new").click()
-    sync_api.expect(visitor.page.locator("#chat [data-testid=user]")).to_have_count(0)
-    visitor.say("A long story")
+    assert visitor.page.locator("#message").input_value() == "ignored while the reply runs"
+    visitor.say("Second question")
     visitor.until_telling(server)
-    return visitor
+    assert visitor.said("user") == ["Second question"]
+    server.until(lambda: server.service.runner.stats.running == 2)
+    visitor.page.locator("#conversations .open", has_text="First").click()
+    assert visitor.said("user") == ["First question"]
+    begun = visitor.until_telling(server)
+    server.until(lambda: len(visitor.said("assistant")[0]) > len(begun))
+    visitor.page.locator("#language").click()
+    visitor.page.locator("#language").click()
+    visitor.choose("Delete", visitor.conversations().index("First question"))
+    server.until(lambda: server.service.runner.stats.running == 1)
+    visitor.page.close()  # a window that closes ends its replies
+    server.until(server.idle)
+    again = visit.again(visitor, server)
+    assert again.conversations() == ["Second question"]
+    again.page.locator("#conversations .open").click()
+    assert len(again.said("assistant")[0]) > 20
+
+
+def test_many_visitors_at_once(storyteller: Any, visit: Any) -> None:
+    server = storyteller
+    visitors = [visit(server) for _ in range(3)]
+    for visitor in visitors:
+        visitor.say("A very long story")
+    server.until(lambda: server.service.runner.stats.running == 3)
+    for visitor in visitors:
+        visitor.until_telling(server)
+        visitor.end()
+    server.until(server.idle)
+
+
+def test_beyond_the_context(site: Any, visit: Any) -> None:
+    """The oldest turns are left out, with a line; a message that is too long is refused and can be edited."""
+    visitor = visit(site)
+    page = visitor.page
+    visitor.say("Hello")
+    visitor.until_answered(1)
+    long = "word " * 9000
+    visitor.say(long)
+    count = site.client().post("/tokenize", json={"text": long.strip()}).json()["count"]
+    sync_api.expect(page.locator(".note.error")).to_contain_text(f"has {count:,} tokens", timeout=30_000)
+    visitor.say("What is your name?")
+    assert "XVERSE-nano" in visitor.until_answered(3)
+    assert page.locator(".left-out").count() == 0  # the long one was never sent
+    for number in (4, 5, 6):
+        visitor.say(f"{number} " + "word " * 3000)
+        visitor.until_answered(number)
+    sync_api.expect(page.locator(".left-out")).to_have_count(1)
+    assert page.locator(".note.error").count() == 1
+    page.get_by_label("Edit").nth(1).click()
+    page.locator("article textarea").fill("Who are you?")
+    page.get_by_role("button", name="Send").first.click()
+    assert "XVERSE-nano" in visitor.until_answered(2)
+
+
+def test_unanswered_turns(site: Any, visit: Any) -> None:
+    """Two messages in a row, empty replies: what is sent is a conversation that the API takes."""
+    visitor = visit(site, locale="zh-CN")
+    sent: list[Any] = []
+    visitor.page.on(
+        "request", lambda request: sent.append(request.post_data_json) if "/v1/" in request.url else None
+    )
+    visitor.load(
+        [
+            ("user", "a"),
+            ("user", "b"),
+            ("assistant", ""),
+            ("user", "c"),
+            ("assistant", "d"),
+            ("assistant", "e"),
+        ]
+    )
+    visitor.say("你是谁？")
+    visitor.until_answered(4)
+    assert visitor.page.locator(".note.error").count() == 0
+    assert [(each["role"], each["content"]) for each in sent[-1]["messages"]] == [
+        ("user", "a\n\nb\n\nc"),
+        ("assistant", "d\n\ne"),
+        ("user", "你是谁？"),
+    ]
+
+
+def test_errors_are_in_the_language_of_the_page_and_end_with_a_retry(launch: Any, visit: Any) -> None:
+    """A full queue, a server that is away, and its return on the same address."""
+    server = launch(page="chat")
+    visitor = visit(server, locale="zh-CN")
+    page = visitor.page
+    runner = server.service.runner
+    most, runner._max_open = runner._max_open, 0
+    visitor.say("你是谁？")
+    error = page.locator(".note.error")
+    sync_api.expect(error).to_contain_text("服务器繁忙")
+    page.locator("#language").click()
+    sync_api.expect(error).to_contain_text("The server is busy")
+    page.locator("#language").click()
+    runner._max_open = most
+    page.context.set_offline(True)
+    page.get_by_role("button", name="重试").click()
+    sync_api.expect(error).to_contain_text("无法连接服务器")
+    page.context.set_offline(False)
+    page.get_by_role("button", name="重试").click()
+    sync_api.expect(error).to_have_count(0, timeout=30_000)
+    assert "XVERSE" in visitor.until_answered(1)
+    assert page.get_by_text("1/").count() == 0  # the failed attempts are no versions
+
+
+DAMAGE = """
+  localStorage.setItem("xverse.settings", "[{broken");
+  localStorage.setItem("xverse.language", "tlh");
+  localStorage.setItem("xverse.theme", "{}");
+  localStorage.setItem("xverse.open", "nothing");
+"""
+RECORDS = """async () => {
+  const opened = indexedDB.open(`xverse ${location.pathname}`, 1);
+  const database = await new Promise((done) => { opened.onsuccess = () => done(opened.result); });
+  const table = database.transaction("conversations", "readwrite").objectStore("conversations");
+  const node = {id: "n", parent: "n", role: "user", text: "a circle", state: 7, time: "x"};
+  table.put({id: "1"});
+  table.put({id: "2", nodes: 5, title: {}});
+  table.put({id: "3", nodes: {n: node, m: {id: "m", parent: "gone", role: "tool", text: 4}}, leaf: "gone"});
+  await new Promise((done) => { table.transaction.oncomplete = done; });
+}"""
+
+
+def test_damaged_storage(site: Any, visit: Any) -> None:
+    visitor = visit(site, script=DAMAGE)
+    visitor.page.evaluate(RECORDS)
+    again = visit.again(visitor, site)
+    assert again.conversations() == ["a circle"]
+    sync_api.expect(again.page.get_by_text("could not be read: 2")).to_be_visible()
+    again.page.locator("#conversations .open").click()
+    again.say("Go on")
+    again.until_answered(1)
+
+
+def test_no_storage_at_all(site: Any, visit: Any) -> None:
+    script = """
+      for (const name of ["indexedDB", "localStorage"])
+        Object.defineProperty(window, name, {get() { throw new DOMException("no", "SecurityError"); }});
+    """
+    visitor = visit(site, script=script)
+    sync_api.expect(visitor.page.get_by_text("does not keep data")).to_be_visible()
+    visitor.say("What is your name?")
+    assert visitor.until_answered(1)
+
+
+def test_under_a_path(launch: Any, visit: Any) -> None:
+    """All addresses of the page are relative."""
+    server = launch(page="chat")
+    inner = server.server.config.loaded_app
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        path = scope["path"].removeprefix("/xv") if scope["path"].startswith("/xv/") else "/v1/nothing"
+        await inner({**scope, "path": path}, receive, send)
+
+    server.server.config.loaded_app = outer
+    server.url += "/xv/"
+    visitor = visit(server)
+    visitor.say("What is your name?")
+    assert visitor.until_answered(1)
+    assert all("/xv/" in url for url in visitor.asked)

@@ -87,7 +87,7 @@ def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Any) -> None:
         (["--port", "99999"], "port"),
         (["--timeout", "0"], "--timeout"),
         (["--api-key-file", "/nowhere"], "--api-key-file"),
-        (["--max-batch", "0"], "max_batch"),
+        (["--max-batch", "0"], "--max-batch"),
         (["--host", "256.1.1.1"], "256.1.1.1"),
         (["--allowed-origin", "friend.example"], "not an origin"),
         (["--tokenizer", "/nowhere"], "/nowhere"),

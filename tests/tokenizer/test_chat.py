@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from xverse.config import UserError
 from xverse.tokenizer import Tokenizer, encode_chat, encode_dialogue, input_limit, render_template
+from xverse.tokenizer.chat import PREFIXES, SUFFIXES
 
 EOS = 3
 
@@ -146,6 +149,18 @@ def test_dialogue_mask(tiny_tokenizer: Tokenizer) -> None:
             [{"role": "user", "content": "x", "contents": "y"}],
             r"unknown key 'contents'; did you mean 'content'",
         ),
+    ],
+)
+def test_wrong_messages(tiny_tokenizer: Tokenizer, messages: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        encode_chat(tiny_tokenizer, messages, max_new_tokens=100)
+    with pytest.raises(UserError, match=text):
+        encode_dialogue(tiny_tokenizer, messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
         ([assistant("x")], r"messages\[0\]: role 'assistant' cannot begin"),
         ([user("x"), user("y")], r"messages\[1\]: role 'user' cannot follow 'user'"),
         ([user("x"), assistant("y"), assistant("z")], r"messages\[2\]: role 'assistant' cannot follow"),
@@ -153,13 +168,41 @@ def test_dialogue_mask(tiny_tokenizer: Tokenizer) -> None:
             [user("x"), {"role": "system", "content": "y"}],
             r"messages\[1\]: a system message must be the first",
         ),
-        ([user("x"), assistant("y")], r"messages\[1\]: the last role must be 'user' or 'exec'"),
+        ([user("x")], r"messages\[0\]: the last role must be 'assistant'"),
         ([{"role": "system", "content": "y"}], r"messages\[0\]: the last role"),
     ],
 )
-def test_wrong_messages(tiny_tokenizer: Tokenizer, messages: Any, text: str) -> None:
+def test_training_data_is_in_order(tiny_tokenizer: Tokenizer, messages: Any, text: str) -> None:
     with pytest.raises(UserError, match=text):
-        encode_chat(tiny_tokenizer, messages, max_new_tokens=100)
+        encode_dialogue(tiny_tokenizer, messages)
+
+
+@given(
+    turns=st.lists(
+        st.tuples(
+            st.sampled_from(("system", "user", "exec", "assistant")),
+            st.sampled_from(("", " ", "x\n", "你好")),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_order_of_roles_is_written(tiny_tokenizer: Tokenizer, turns: list[tuple[str, str]]) -> None:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    written = "".join(
+        PREFIXES[role] + content + SUFFIXES[role] for role, content in turns if role != "system" or content
+    )
+    prompt = encode_chat(tiny_tokenizer, messages, max_new_tokens=1)
+    assert tiny_tokenizer.decode(prompt.ids, skip_special=False) == written + "Assistant: "
+    if turns[-1][0] == "assistant":
+        continued = encode_chat(tiny_tokenizer, messages, max_new_tokens=1, continue_last=True)
+        assert continued.ids == prompt.ids[: len(continued.ids)]
+        assert tiny_tokenizer.decode(continued.ids, skip_special=False) == written.removesuffix(
+            "<|endoftext|>"
+        )
+    short = encode_chat(tiny_tokenizer, messages, max_new_tokens=1, truncation=12)
+    assert len(short.ids) <= 12
 
 
 def test_dialogue_must_end_with_the_assistant(tiny_tokenizer: Tokenizer) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from xverse.values import whole
 
-def positive(text: str) -> int:
-    """An integer of at least 1, as a flag's value."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
-    return int(text)
+positive = whole(1, 10**12)
 
 
 def add_model(parser: argparse._ActionsContainer) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
+from xverse.values import whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +27,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", choices=["int8", "int4"], help="quantise the weights while loading", **unset
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: by size)", **unset)
     parser.add_argument(
         "--no-history",
         action="store_true",
         help="do not keep what is typed for later sessions ($XDG_STATE_HOME/xverse/history)",
+    )
+    parser.add_argument(
+        "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: by size)", **unset
     )
     add_sampling_flags(parser, "How replies are generated")
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xverse.values import whole
+
 if TYPE_CHECKING:
     from xverse.data.feed import PretrainFeed
     from xverse.tokenizer import Tokenizer
@@ -46,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     show.add_argument(
         "--cutoff-len",
-        type=int,
+        type=whole(8, 10**9),
         default=2048,
         metavar="N",
         help="maximum length of an example in tokens (default: %(default)s)",
@@ -61,7 +63,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument(
         "--model", default="nano", metavar="M", help="model whose tokenizer is used (default: %(default)s)"
     )
-    show.add_argument("--index", type=int, default=0, metavar="N", help="number of the example, from 0")
+    show.add_argument("--index", type=whole(), default=0, metavar="N", help="number of the example, from 0")
     for flag in ("--dialogues", "--tokenizer"):  # of older versions
         show.add_argument(flag, help=argparse.SUPPRESS)
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from xverse.config import UserError
+from xverse.values import whole
 
 DEFAULT_TASKS = "mmlu,ceval,agieval,gaokao-bench,gaokao-english"
 
@@ -31,10 +32,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--out", required=True, metavar="DIR", help="folder for answers and report")
     run.add_argument(
-        "--shots", type=int, default=5, metavar="N", help="examples before each question, 0 to 5 (default: 5)"
+        "--shots",
+        type=whole(0, 5),
+        default=5,
+        metavar="N",
+        help="examples before each question, 0 to 5 (default: 5)",
     )
     run.add_argument(
-        "--limit", type=int, metavar="N", help="answer only the first N questions of each subject"
+        "--limit", type=whole(1), metavar="N", help="answer only the first N questions of each subject"
     )
     run.add_argument(
         "--split",
@@ -69,7 +74,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--shard", metavar="I/N", help="answer only the I-th (from 0) of N parts; `eval report` joins them"
     )
-    run.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    run.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: all cores)")
 
     report = add("report", "tables, plot and report.json of one or several runs, such as several precisions")
     report.add_argument("runs", nargs="+", metavar="DIR", help="output folders of `eval run`")
@@ -101,10 +106,6 @@ def data_folder(path: str | None) -> Path:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if not 0 <= args.shots <= 5:
-        raise UserError(f"--shots: {args.shots} is out of range (0 to 5)")
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit: {args.limit} is out of range (at least 1)")
     shard = _shard(args.shard)
     from xverse.config import choose
     from xverse.data.benchmarks.custom import is_description

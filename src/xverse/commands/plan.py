@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from xverse.values import positive, whole
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -13,53 +15,53 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", required=True, help="a100, a800, h100, h200, b200, or a YAML file that describes a device"
     )
-    parser.add_argument("--gpus", type=int, required=True, help="number of devices")
+    parser.add_argument("--gpus", type=whole(1, 10**7), required=True, help="number of devices")
     parser.add_argument(
-        "--seq", type=int, metavar="TOKENS", help="length of a sequence (default: the shape's context)"
+        "--seq",
+        type=whole(1, 10**9),
+        metavar="TOKENS",
+        help="length of a sequence (default: the shape's context)",
     )
     parser.add_argument(
         "--batch-tokens",
-        type=int,
+        type=whole(1, 10**15),
         metavar="TOKENS",
         help="tokens of one step (default: about 4 Mi, at least one sequence per GPU)",
     )
     parser.add_argument(
         "--tokens",
-        type=float,
+        type=positive(1e18),
         default=2.6e12,
         help="tokens of the whole training, to compute its days (default: 2.6e12)",
     )
     parser.add_argument(
-        "--top", type=int, default=6, metavar="N", help="how many kinds of layouts to show (default: 6)"
+        "--top", type=whole(1), default=6, metavar="N", help="how many kinds of layouts to show (default: 6)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--chart", type=Path, metavar="PNG", help="write a chart of where the time goes to this file"
     )
     device = parser.add_argument_group("figures of the device that replace the known ones")
-    device.add_argument("--tflops", type=float, help="peak of dense bf16 in TFLOP/s")
-    device.add_argument("--memory-gb", type=float, help="memory in GB")
-    device.add_argument("--memory-gbs", type=float, help="memory bandwidth in GB/s")
+    device.add_argument("--tflops", type=positive(1e9), help="peak of dense bf16 in TFLOP/s")
+    device.add_argument("--memory-gb", type=positive(1e9), help="memory in GB")
+    device.add_argument("--memory-gbs", type=positive(1e9), help="memory bandwidth in GB/s")
     device.add_argument(
-        "--link-gbs", type=float, help="NVLink or PCIe bandwidth of one GPU, one direction, in GB/s"
+        "--link-gbs", type=positive(1e9), help="NVLink or PCIe bandwidth of one GPU, one direction, in GB/s"
     )
-    device.add_argument("--network-gbits", type=float, help="one GPU's share of the network in Gbit/s")
-    device.add_argument("--gpus-per-machine", type=int, help="number of GPUs in one machine")
+    device.add_argument(
+        "--network-gbits", type=positive(1e9), help="one GPU's share of the network in Gbit/s"
+    )
+    device.add_argument("--gpus-per-machine", type=whole(1, 10**6), help="number of GPUs in one machine")
 
 
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from xverse.config import UserError
     from xverse.model.config import named_shape
     from xverse.plan.devices import find_device
     from xverse.plan.report import chart, figures, text
     from xverse.plan.search import distinct, search, task_of
 
-    for flag in ("gpus", "seq", "batch_tokens", "tokens", "top", "gpus_per_machine"):
-        value = getattr(args, flag)
-        if value is not None and not value >= 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, not {value:g}")
     device = find_device(
         args.device,
         flops=_times(args.tflops, 1e12),

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import importlib.util
-import math
 import os
 import signal
-import socket
 import sys
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from xverse import values
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError, need
 
+if TYPE_CHECKING:
+    import socket
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-STALLED_SECONDS = 60
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,27 +31,40 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", "directory with a tokenizer to use instead of the model's", metavar="T")
     add("--adapter", "directory with an adapter in peft's format", metavar="A")
     add("--quantize", "quantise the weights while loading", choices=["int8", "int4"])
-    add("--host", "address to listen on (%(default)s)", default="127.0.0.1", metavar="H")
-    add("--port", "port to listen on (%(default)s); 0: any free", type=_number, default=36000, metavar="P")
+    host = values.host_name
+    add("--host", "address to listen on (%(default)s)", type=host, default="127.0.0.1", metavar="H")
+    text = "port to listen on (%(default)s); 0: any free"
+    add("--port", text, type=values.whole(0, 65535), default=36000, metavar="P")
+    add("--uds", "Unix socket to listen on instead of --host and --port", metavar="PATH")
+    add("--tls-cert", "certificate chain in PEM; with --tls-key the server speaks HTTPS", metavar="F")
+    add("--tls-key", "private key in PEM, unencrypted", metavar="F")
+    text = "path that the server is reached under behind a proxy, such as /xv"
+    add("--root-path", text, type=values.sub_path, metavar="PATH")
+    text = "address or network of a proxy whose X-Forwarded-For is believed (127.0.0.1 and ::1)"
+    add("--trusted-proxy", text, type=values.network, action="append", metavar="A")
     add("--name", "name of the model in the API (default: that of its directory)", metavar="NAME")
     add("--api-key-file", "file of API keys, one per line (also: XVERSE_API_KEY)", metavar="F")
     text = "host name that requests may use besides the loopback names; '*' allows all"
-    add("--allowed-host", text, action="append", metavar="H")
+    add("--allowed-host", text, type=values.allowed_host, action="append", metavar="H")
     text = "origin of web pages that may use the API, such as https://HOST"
-    add("--allowed-origin", text, action="append", metavar="O")
+    add("--allowed-origin", text, type=_origin, action="append", metavar="O")
     text = "tab that the web page opens with (chat); none: no web page"
-    add("--page", text, choices=["chat", "generation", "none"])
-    add("--max-batch", "requests that run at once (%(default)s)", type=_number, default=64, metavar="N")
-    add("--max-waiting", "requests that may wait (%(default)s)", type=_number, default=256, metavar="N")
+    add("--page", text, choices=["chat", "generation", "none"], default="chat")
+    add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")
+    add("--max-waiting", "requests that may wait (%(default)s)", type=_count, default=256, metavar="N")
     text = "capacity of the key-value cache in tokens (default: half of the free memory)"
-    add("--max-cache-tokens", text, type=_number, metavar="N")
+    add("--max-cache-tokens", text, type=values.whole(32), metavar="N")
+    text = "part of the cache in MiB that keeps the beginnings of earlier prompts (%(default)s); 0: none"
+    add("--prefix-cache-mb", text, type=values.whole(0, 1 << 24), default=2048, metavar="MB")
     text = "data type of the key-value cache; auto: the model's"
     add("--kv-dtype", text, choices=["auto", "int8"], default="auto")
     add("--speculate", "speculative decoding: propose tokens by n-gram lookup", action="store_true")
-    add("--timeout", "time limit of a reply in seconds (%(default)g)", type=float, default=600.0, metavar="S")
+    text = "time limit of a reply in seconds (%(default)g)"
+    add("--timeout", text, type=values.positive(1e7), default=600.0, metavar="S")
     text = "size limit of a request body in MB (%(default)g)"
-    add("--max-body-mb", text, type=float, default=4.0, metavar="MB")
-    add("--threads", "CPU threads (default: chosen by the model's size)", type=_number, metavar="N")
+    add("--max-body-mb", text, type=values.positive(1000), default=4.0, metavar="MB")
+    text = "CPU threads (default: chosen by the model's size)"
+    add("--threads", text, type=values.whole(1, 1024), metavar="N")
     log = parser.add_mutually_exclusive_group()
     log.add_argument("--no-access-log", help="write no log line per request to stderr", action="store_true")
     log.add_argument("--log-contents", help="include requests and replies in the log", action="store_true")
@@ -57,11 +72,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for flag, value in (("--timeout", args.timeout), ("--max-body-mb", args.max_body_mb)):
-        if not 0 < value < math.inf:
-            raise UserError(f"{flag}: {value:g} is out of range (above 0)")
+    from xverse.serve.keys import read_keys
+
     sampling = given_sampling(args)
     keys = read_keys(args.api_key_file)
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise UserError("--tls-cert and --tls-key need each other")
     uvicorn = need("uvicorn", "serve", "xverse serve")
     need("fastapi", "serve", "xverse serve")
     need("prometheus_client", "serve", "xverse serve")
@@ -69,38 +85,65 @@ def run(args: argparse.Namespace) -> int:
     from starlette.middleware.cors import CORSMiddleware
 
     from xverse.log import notice
+    from xverse.serve.access_log import AccessLog
     from xverse.serve.app import create_app
+    from xverse.serve.connections import protocol
     from xverse.serve.guard import Guard
-    from xverse.serve.start import ServiceSettings, load_service
+    from xverse.serve.server import Server, check_certificate
+    from xverse.serve.start import ServiceSettings, describe, load_service
 
-    if args.host not in LOOPBACK and not keys:
+    if args.tls_cert is not None:
+        check_certificate(args.tls_cert, args.tls_key)
+    page = None if args.page == "none" else args.page
+    if args.uds is None and args.host not in LOOPBACK and not keys:
         notice(
             f"serve: {args.host} is reachable from other machines without an API key; set one with "
             "--api-key-file"
         )
-    origins = [_origin(text) for text in args.allowed_origin or []]
-    page = _page(args.page)
-    with listen(args.host, args.port) as listener:
+    if hasattr(signal, "SIGHUP") and not os.isatty(0):  # not to end here; announce reads the keys again
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+    with _listener(args) as listener:
         names = {field.name for field in dataclasses.fields(ServiceSettings)} & vars(args).keys()
         settings = ServiceSettings(**{name: getattr(args, name) for name in names}, sampling=sampling)
         service = load_service(settings)
+        root = args.root_path or ""
         app: Any = Guard(
-            create_app(service, page),
-            hosts=allowed_hosts(args.host, args.allowed_host or []),
+            create_app(service, page, root),
+            hosts=None if args.uds else allowed_hosts(args.host, args.allowed_host or []),
             keys=keys,
             max_body=int(args.max_body_mb * 1e6),
-            log=not args.no_access_log,
-            origins=origins,
-            contents=args.log_contents,
+            origins=args.allowed_origin or [],
         )
-        if origins:  # outside the guard: preflight requests carry no key
+        if args.allowed_origin:  # outside the guard: preflight requests carry no key
             app = CORSMiddleware(
-                app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+                app, allow_origins=args.allowed_origin, allow_methods=["GET", "POST"], allow_headers=["*"]
             )
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(args.timeout) + 1
+        app = AccessLog(
+            app, service.metrics, log=not args.no_access_log, contents=args.log_contents, root=root
         )
-        server = uvicorn.Server(config)
+        proxies = args.trusted_proxy or ["127.0.0.1", "::1"]
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            http=protocol(),
+            forwarded_allow_ips="*" if args.uds else proxies,
+            ssl_certfile=args.tls_cert,
+            ssl_keyfile=args.tls_key,
+        )
+        address = _address(args, listener)
+
+        def announce() -> None:
+            with contextlib.suppress(UserError):
+                reload()
+            for line in [*describe(service, settings), f"page: {address + '/' if page else 'none'}"]:
+                notice(f"serve: {line}")
+            print(f"serving {service.name} at {address}", flush=True)
+
+        def reload() -> None:
+            keys[:] = read_keys(args.api_key_file)
+
+        server = Server(config, service.runner, announce=announce, reload=reload, timeout=args.timeout)
 
         def die() -> None:
             server.should_exit = True
@@ -108,9 +151,6 @@ def run(args: argparse.Namespace) -> int:
         service.runner.on_death = die
         # uvicorn finishes running requests and then raises the signal again for the previous handler.
         signal.signal(signal.SIGTERM, lambda number, frame: None)
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"serving {service.name} at http://{shown}:{port}", flush=True)
         server.run(sockets=[listener])
     if service.runner.dead:
         print(f"xverse: the engine died: {service.runner.dead}", file=sys.stderr)
@@ -118,18 +158,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, bound before the model is loaded so that an address in use is reported at once."""
-    if not 0 <= port < 65536:
-        raise UserError(f"--port: {port} is out of range (0 to 65535)")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # drop clients that stop reading (Linux)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
-        return listener
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from None
+@contextlib.contextmanager
+def _listener(args: argparse.Namespace) -> Iterator[socket.socket]:
+    """The socket of the flags, bound before the model is loaded."""
+    from xverse.serve.server import bind, bind_unix
+
+    if args.uds is None:
+        with bind(args.host, args.port) as listener:
+            yield listener
+        return
+    path = Path(args.uds).expanduser()
+    with bind_unix(path) as listener:
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _address(args: argparse.Namespace, listener: socket.socket) -> str:
+    if args.uds is not None:
+        return f"unix:{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'http' if args.tls_cert is None else 'https'}://{shown}:{port}{args.root_path or ''}"
 
 
 def allowed_hosts(host: str, more: list[str]) -> list[str] | None:
@@ -140,41 +191,17 @@ def allowed_hosts(host: str, more: list[str]) -> list[str] | None:
 
 
 def _origin(text: str) -> str:
-    parts = urllib.parse.urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
-        raise UserError(f"--allowed-origin: '{text}' is not an origin; write https://example.org")
+    try:
+        parts = urllib.parse.urlsplit(text)
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        valid = False
+    if not valid or f"{parts.scheme}://{parts.netloc}".lower() != text.lower():
+        raise argparse.ArgumentTypeError(
+            f"{values.short(text)} is not an origin; write https://example.org, without a path"
+        )
     return text.lower()
 
 
-def _page(tab: str | None) -> str | None:
-    """The tab that the web page opens with. ``tab`` None means chat, or no page without Gradio."""
-    if tab == "none":
-        return None
-    if tab is None:
-        return None if importlib.util.find_spec("gradio") is None else "chat"
-    need("gradio", "web", "the web page", load=False)
-    return tab
-
-
-def read_keys(path: str | None) -> list[str]:
-    """The keys in a file, one per line, and the one in the environment."""
-    keys: list[str] = []
-    if path is not None:
-        try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api-key-file: {path} cannot be read ({error})") from None
-        keys += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not keys:
-            raise UserError(f"--api-key-file: {path} contains no key")
-    if os.environ.get("XVERSE_API_KEY"):
-        keys.append(os.environ["XVERSE_API_KEY"])
-    if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
-        raise UserError("API keys must be printable ASCII without spaces")
-    return keys
-
-
-def _number(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
-    return int(text)
+def _count(text: str) -> int:
+    return values.whole(1, 100_000)(text)

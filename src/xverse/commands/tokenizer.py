@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xverse.values import positive, whole
+
 if TYPE_CHECKING:
     from xverse.tokenizer.recipe import TokenizerRecipe
     from xverse.tokenizer.report import VocabularyReport
@@ -21,19 +23,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="train|repair|report")
     train = actions.add_parser("train", help="train a tokenizer of XVERSE's structure")
     train.add_argument("--out", metavar="DIR", help="output directory; overrides the recipe's")
-    train.add_argument("--vocab-size", type=int, metavar="N", help="exact number of entries")
+    train.add_argument("--vocab-size", type=whole(1), metavar="N", help="exact number of entries")
     train.add_argument(
         "--limit-alphabet",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="maximum number of single characters (default: a third of the vocabulary)",
     )
     train.add_argument("--initial-characters", metavar="TEXT", help="characters that always get a token")
     train.add_argument(
-        "--min-frequency", type=int, metavar="N", help="occurrences that a merge needs (default: 2)"
+        "--min-frequency", type=whole(1), metavar="N", help="occurrences that a merge needs (default: 2)"
     )
-    train.add_argument("--memory-gb", type=float, metavar="GB", help="memory limit (default: 3)")
-    train.add_argument("--threads", type=int, metavar="N", help="threads (default: all usable cores)")
+    train.add_argument("--memory-gb", type=positive(1e6), metavar="GB", help="memory limit (default: 3)")
+    train.add_argument(
+        "--threads", type=whole(1, 1024), metavar="N", help="threads (default: all usable cores)"
+    )
     train.add_argument(
         "files", nargs="+", metavar="FILE|RECIPE.yaml", help=f"{_FILES}; or a recipe, then key=value settings"
     )

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from xverse.lazy import lazy
 
 if TYPE_CHECKING:
-    from xverse.engine.engine import Engine, Stats
-    from xverse.engine.request import Constraint, Event, FinishReason, Request, TokenLogprob
+    from xverse.engine.engine import Engine
+    from xverse.engine.request import Constraint, Event, FinishReason, Request, Stats, TokenLogprob
     from xverse.engine.sampling_params import SamplingParams
     from xverse.engine.speculation import Speculation
 
 _MODULES = {
-    "xverse.engine.engine": "Engine Stats",
-    "xverse.engine.request": "Constraint Event FinishReason Request TokenLogprob",
+    "xverse.engine.engine": "Engine",
+    "xverse.engine.request": "Constraint Event FinishReason Request Stats TokenLogprob",
     "xverse.engine.sampling_params": "SamplingParams",
     "xverse.engine.speculation": "Speculation",
 }

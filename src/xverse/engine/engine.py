@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,12 +17,12 @@ from xverse.config import UserError
 from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext, cache_tokens, position_bytes
 from xverse.engine.graphs import DecodeGraphs
 from xverse.engine.prefix import PrefixCache
-from xverse.engine.request import Event, Request
+from xverse.engine.request import Event, Request, Stats
 from xverse.engine.sampling import Adjustment, Key, choose, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Scores, ScoringItem, score_prompt, token_logprob
 from xverse.engine.sequence import Prompted, Sequence
-from xverse.engine.speculation import Speculation, Speculator
+from xverse.engine.speculation import Speculation, Speculator, propose_forced
 from xverse.engine.stop import StopText
 from xverse.kernels.fused_step import FusedStep, fused_step
 from xverse.kernels.inference import use_kernels
@@ -32,21 +31,6 @@ from xverse.tokenizer import Tokenizer
 
 _NOT_FINITE = "the model's logits are not finite: its weights are damaged or overflow their data type"
 PREFIX_CACHE_BYTES = 2 * 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """The engine's state in requests and cache blocks, and counters since its start."""
-
-    running: int
-    waiting: int
-    blocks: int
-    free_blocks: int  # without a holder
-    cached_blocks: int  # held by the prefix cache, alone or together with requests
-    preemptions: int
-    reused_tokens: int  # prompt tokens found in the prefix cache
-    proposed_tokens: int
-    accepted_tokens: int
 
 
 class Engine:
@@ -139,6 +123,7 @@ class Engine:
             blocks=self._blocks,
             free_blocks=self._cache.pool.free,
             cached_blocks=len(self._prefixes),
+            idle_blocks=self._prefixes.idle(),
             preemptions=self._scheduler.preemptions,
             reused_tokens=self._scheduler.reused_tokens,
             proposed_tokens=self._speculator.proposed if self._speculator else 0,
@@ -180,11 +165,11 @@ class Engine:
     def step(self) -> list[Event]:
         """Advance running requests and return their events; without speculation, at most one token each."""
         work = self._scheduler.schedule()
+        propose_forced(work, self._scheduler, self.prefill_chunk)
         if self._speculator is not None and work:
             self._speculator.propose(work, self._scheduler)
-        events = self._forward(work) if work else []
-        if self._undelivered:
-            events, self._undelivered = self._undelivered + events, []
+        events = self._undelivered + (self._forward(work) if work else [])
+        self._undelivered = []
         return events
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
@@ -285,7 +270,7 @@ class Engine:
                 tokens=list(request.prompt_ids),
                 prompt_tokens=len(request.prompt_ids),
                 most_tokens=needed,
-                text_decoder=self.tokenizer.stream(),
+                text_decoder=self.tokenizer.stream(request.skip_special),
                 stop=StopText(request.sampling.stop),
                 adjustment=adjustment,
                 key=key(sampling),
@@ -387,7 +372,7 @@ class Engine:
                 accepted += 1
             first += 1 + len(item.proposed)
             self._scheduler.computed(sequence, item.count + accepted)
-            if self._speculator is not None:
+            if self._speculator is not None and not item.forced:
                 self._speculator.verified(item, accepted)
             if event.finish_reason:
                 self._retire(sequence)
@@ -420,7 +405,7 @@ class Engine:
         """Append ``token``, which was chosen from ``logits`` [V]."""
         request = sequence.request
         sequence.tokens.append(token)
-        event = Event(handle=sequence.handle, token_id=token, text="")
+        event = Event(handle=sequence.handle, token_id=token, text="", cached_tokens=sequence.reused)
         if not sequence.plain:
             sequence.adjustment.add(token)
             if request.logprobs is not None:

@@ -29,6 +29,11 @@ class Constraint(Protocol):
 
     def accept(self, token_id: int) -> None: ...
 
+    def forced(self) -> Sequence[int]:
+        """The next tokens where the text is determined, else none. The engine computes them in one step, and
+        verifies each as if it had been computed alone."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -37,6 +42,7 @@ class Request:
     ``logprobs``: how many of the most probable tokens to report with each chosen one, with their
     log-probabilities; None reports none, not even the chosen one's. ``prompt_logprobs``: the same for the
     prompt's tokens, in the first event. Without ``generate`` the request computes only these.
+    ``skip_special``: the reply's text omits special tokens.
     """
 
     prompt_ids: Sequence[int]
@@ -46,6 +52,7 @@ class Request:
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     generate: bool = True
+    skip_special: bool = True
 
     def __post_init__(self) -> None:
         if not len(self.prompt_ids):
@@ -76,8 +83,9 @@ class Event:
 
     ``text`` may be empty while a character or a possible stop text is incomplete; the texts of a request
     joined are its reply, without stop ids and stop texts. The last event has a ``finish_reason``; if that is
-    "error", ``error`` is the message and there is no token. ``logprob`` is set if the request asks for it;
-    the first event carries ``prompt_logprobs``, one for each prompt token from the second on.
+    "error", ``error`` is the message and there is no token. ``cached_tokens`` of the prompt were found in the
+    prefix cache. ``logprob`` is set if the request asks for it; the first event carries ``prompt_logprobs``,
+    one for each prompt token from the second on.
     """
 
     handle: int
@@ -87,3 +95,20 @@ class Event:
     prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """The engine's state in requests and cache blocks, and counters since its start."""
+
+    running: int
+    waiting: int
+    blocks: int
+    free_blocks: int  # without a holder
+    cached_blocks: int  # held by the prefix cache, alone or together with requests
+    idle_blocks: int  # held by the prefix cache alone
+    preemptions: int
+    reused_tokens: int  # prompt tokens found in the prefix cache
+    proposed_tokens: int
+    accepted_tokens: int

@@ -26,6 +26,7 @@ class Work:
     sequence: Sequence
     count: int
     proposed: list[int]
+    forced: bool = False  # proposed by the request's constraint
 
 
 class Scheduler:
@@ -114,6 +115,8 @@ class Scheduler:
                 cache.release()
                 return None
             self.reused_tokens += cache.length
+            if len(sequence.tokens) == sequence.prompt_tokens:  # not resumed after preemption
+                sequence.reused = cache.length
             sequence.cache, sequence.registered = cache, len(cached)
             self._prefixes.touch(digests[: len(cached)])
             if self._prefixes.blocks_at_most:

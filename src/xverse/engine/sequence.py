@@ -47,6 +47,7 @@ class Sequence:
     acceptance: float  # share of proposed tokens that were accepted, a running mean
     digests: list[bytes] = field(default_factory=list)
     cache: SequenceCache | None = None
+    reused: int = 0  # prompt tokens that the prefix cache had
     registered: int = 0  # blocks that were offered to the prefix cache
     reported: bool = False  # whether an event carried the prompt's log-probabilities
 

@@ -8,6 +8,7 @@ arXiv:2211.17192, for proposals with probability 1).
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from xverse.config import UserError
@@ -104,7 +105,7 @@ class Speculator:
             sequence = item.sequence
             left = sequence.most_tokens - len(sequence.tokens) - 1
             count = 0
-            if not sequence.scoring:
+            if not sequence.scoring and not item.forced:
                 cache = self._position_bytes * len(sequence.tokens)
                 cost = self.proposer.cost + row_cost(cache / (cache + self._weight_bytes))
                 most = min(self._most, room, left)
@@ -128,6 +129,20 @@ class Speculator:
     def forget(self, sequence: Sequence) -> None:
         """Drop the state of a sequence that has ended."""
         self.proposer.forget(sequence)
+
+
+def propose_forced(work: list[Work], scheduler: Scheduler, most: int) -> None:
+    """Propose the tokens about which constraints leave no choice, ``most`` in all."""
+    for item in work:
+        sequence, constraint = item.sequence, item.sequence.request.constraint
+        left = min(most, sequence.most_tokens - len(sequence.tokens) - 1)
+        if constraint is None or sequence.scoring or item.count < sequence.pending or left < 1:
+            continue
+        with contextlib.suppress(Exception):  # ``apply`` raises it again and fails this request
+            if forced := list(constraint.forced()[:left]):
+                scheduler.propose(item, forced)
+        item.forced = bool(item.proposed)
+        most -= len(item.proposed)
 
 
 def row_cost(cache_share: float) -> float:

@@ -41,6 +41,20 @@ class DatasetUse:
 Datasets = tuple[DatasetUse, ...]
 
 
+_TINY, _MOST = math.ulp(0.0), 2.0**62
+_RANGES = {
+    "lora_rank per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+    "max_samples buffer_size early_stopping_steps ddp_timeout": (1, _MOST, "at least 1"),
+    "cutoff_len": (8, _MOST, "at least 8"),
+    "max_steps": (-1, _MOST, "at least 1; -1: unset"),
+    "num_train_epochs eval_steps logging_steps save_steps lora_alpha pref_beta": (_TINY, _MOST, "above 0"),
+    "learning_rate weight_decay warmup_steps val_size eval_delay adam_epsilon max_grad_norm pref_ftx "
+    "neftune_noise_alpha dataloader_num_workers": (0, _MOST, "at least 0"),
+    "lora_dropout adam_beta1 adam_beta2": (0, 1 - 2**-53, "from 0 to below 1"),
+    "seed data_seed": (0, 2**32 - 1, "0 to 4294967295"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What to train on what, and how. For a field that is None, transformers chooses the value.
@@ -167,9 +181,17 @@ class Settings:
     disable_tqdm: Annotated[bool | None, "accepted: progress is logged as lines"] = None
 
     def __post_init__(self) -> None:
+        self._check_ranges()
         self._check_task()
         self._check_data()
         self._check_method()
+
+    def _check_ranges(self) -> None:
+        for names, (low, high, span) in _RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not low <= value <= high:
+                    raise ValueError(f"{name} {value:g} is out of range ({span})")
 
     def _check_task(self) -> None:
         if self.template not in TEMPLATES:
@@ -200,8 +222,6 @@ class Settings:
             )
         if self.train_on_prompt and self.mask_history:
             raise ValueError("train_on_prompt and mask_history contradict each other")
-        if self.cutoff_len < 8:
-            raise ValueError("cutoff_len must be at least 8")
         if self.by_rows and self.packs:
             raise ValueError(f"{self.by_rows} cannot be combined with packing")
         if self.streaming:
@@ -218,8 +238,8 @@ class Settings:
                 )
 
     def _check_method(self) -> None:
-        if self.lora_rank < 1 or self.freeze_trainable_layers == 0:
-            raise ValueError("lora_rank must be at least 1 and freeze_trainable_layers not 0")
+        if self.freeze_trainable_layers == 0:
+            raise ValueError("freeze_trainable_layers must not be 0")
         if self.quantization_bit and self.finetuning_type != "lora":
             raise ValueError(
                 "quantization_bit needs finetuning_type lora: quantised weights cannot be trained"
@@ -227,8 +247,6 @@ class Settings:
         if self.finetuning_type == "lora" and (self.save_dtype or self.generation):
             name = "save_dtype" if self.save_dtype else "generation"
             raise ValueError(f"{name} needs finetuning_type full or freeze: an adapter uses its base's")
-        if self.pref_beta <= 0:
-            raise ValueError("pref_beta must be above 0")
 
     @property
     def by_rows(self) -> str:

@@ -16,10 +16,10 @@ from xverse.data.dialogues.formats import DatasetInfo, check_columns, guess
 from xverse.finetune.settings import DatasetUse
 from xverse.hub.datasets import fetch_dataset
 from xverse.log import notice
-from xverse.texts import ReadReport, read_json, read_records, read_text
+from xverse.texts import ReadReport, read_json, read_records, read_table, read_text_lines
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-SUFFIXES = (*JSON_SUFFIXES, ".txt", ".csv", ".parquet")
+SUFFIXES = (*JSON_SUFFIXES, ".txt", ".csv", ".tsv", ".parquet")
 INFO = "dataset_info.json"
 
 
@@ -156,16 +156,26 @@ def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
         if report.skipped:
             skipped["ill-formed lines"] += report.skipped
     elif file.suffix == ".txt":
-        for line in read_text(file).splitlines():
+        for line in read_text_lines(file):
             if line.strip():
                 yield {"text": line}
+    elif file.suffix in (".csv", ".tsv"):
+        yield from read_table(file, skipped)
     else:
-        pandas = need("pandas", "finetune", str(file))
-        try:
-            table = pandas.read_csv(file) if file.suffix == ".csv" else pandas.read_parquet(file)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
-        yield from json.loads(table.to_json(orient="records"))
+        yield from _parquet_rows(file)
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    need("pyarrow", "finetune", str(file))
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
 
 
 def fetch(source: Source) -> Path:

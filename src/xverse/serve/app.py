@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
 
 import xverse
 from xverse.serve import errors
-from xverse.serve.errors import ApiError
+from xverse.serve.chat_reply import ChatReply
+from xverse.serve.completion_reply import CompletionReply
+from xverse.serve.page import mount
 from xverse.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from xverse.serve.replies import ChatReply, CompletionReply
 from xverse.serve.service import Service
 
+_Result = TypeVar("_Result")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
-def create_app(service: Service, page: str | None = None) -> FastAPI:
-    """The application, which starts the runner. ``page``: the web page's first tab, or None for no page."""
+def create_app(service: Service, page: str | None = None, root: str = "") -> FastAPI:
+    """The application, which starts the runner. ``page``: the web page's first tab, or None for no page;
+    ``root``: the path that it is reached under."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -31,7 +33,12 @@ def create_app(service: Service, page: str | None = None) -> FastAPI:
         await service.runner.drain(timeout=service.timeout)
 
     app = FastAPI(
-        title="XVERSE", version=xverse.__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="XVERSE",
+        version=xverse.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        root_path=root,
     )
     for kind, handler in errors.HANDLERS.items():
         app.add_exception_handler(kind, handler)
@@ -39,17 +46,19 @@ def create_app(service: Service, page: str | None = None) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         # In a thread, because tokenising a long text would block other requests.
-        reply = ChatReply(service, body, await asyncio.to_thread(service.chat, body))
+        grammar = await _while_connected(request, service.grammar(body))
+        reply = ChatReply(service, body, await asyncio.to_thread(service.chat, body, grammar))
         if body.stream:
-            return _stream(service, reply.chunks())
-        return await _while_connected(request, reply.body())
+            return _stream(service, reply.chunks(), body.headers())
+        return JSONResponse(await _while_connected(request, reply.body()), headers=body.headers())
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        reply = CompletionReply(service, body, await asyncio.to_thread(service.complete, body))
+        grammar = await _while_connected(request, service.grammar(body))
+        reply = CompletionReply(service, body, await asyncio.to_thread(service.complete, body, grammar))
         if body.stream:
-            return _stream(service, reply.chunks())
-        return await _while_connected(request, reply.body())
+            return _stream(service, reply.chunks(), body.headers())
+        return JSONResponse(await _while_connected(request, reply.body()), headers=body.headers())
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -61,42 +70,37 @@ def create_app(service: Service, page: str | None = None) -> FastAPI:
         return _model(service)
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        tokens = service.tokenizer.encode(body.text, allow_special=body.allow_special)
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.context}
+    async def tokenize(body: TokenizeRequest) -> Response:
+        return JSONResponse(await asyncio.to_thread(service.tokenize, body), headers=body.headers())
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
-        return {"text": service.tokenizer.decode(body.tokens, skip_special=False)}
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        text = service.tokenizer.decode(body.tokens, skip_special=False)
+        return JSONResponse({"text": text, "prompt": text}, headers=body.headers())  # vLLM's name is prompt
 
-    @app.get("/health")
-    @app.get("/health/ready")
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.api_route("/health/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         healthy = service.runner.ready()
-        state = "ready" if healthy else "draining" if service.runner.draining else "not ready"
+        runner = service.runner
+        state = "draining" if runner.draining else "ready" if healthy else "dead" if runner.dead else "stuck"
         return JSONResponse({"status": state}, status_code=200 if healthy else 503)
 
-    @app.get("/health/live")
+    @app.api_route("/health/live", methods=["GET", "HEAD"])
     async def live() -> Response:
         alive = service.runner.alive()
         return JSONResponse({"status": "live" if alive else "dead"}, status_code=200 if alive else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    known = {route.path for route in app.routes if isinstance(route, APIRoute)}
-
-    # The page would answer every other address; unknown paths under /v1 get an API error instead.
+    # Unknown paths under /v1 get an error in the API's form.
     @app.api_route("/v1/{path:path}", methods=[*_METHODS], include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:
-        if f"/v1/{path}" in known:
-            raise ApiError(405, f"/v1/{path} does not accept {request.method}", code="method_not_allowed")
-        raise ApiError(404, f"/v1/{path} does not exist", code="unknown_path")
+        raise HTTPException(405 if errors.exists(request, f"/v1/{path}") else 404)
 
     if page is not None:
-        from xverse.serve.page import mount  # importing Gradio takes seconds
-
         mount(app, service, first=page)
     return app
 
@@ -111,14 +115,14 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-def _stream(service: Service, chunks: AsyncGenerator[bytes, None]) -> Response:
+def _stream(service: Service, chunks: AsyncGenerator[bytes, None], headers: dict[str, str]) -> Response:
     service.runner.check_room()
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no buffering in nginx
+    headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no buffering in nginx
     return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
 
 
-async def _while_connected(request: Request, work: Awaitable[dict[str, Any]]) -> Response:
-    """The result of ``work`` as JSON. A disconnect of the client cancels it."""
+async def _while_connected(request: Request, work: Awaitable[_Result]) -> _Result:
+    """The result of ``work``. A disconnect of the client cancels it and raises HTTPException 499."""
     task = asyncio.ensure_future(work)
 
     async def disconnected() -> None:
@@ -129,8 +133,8 @@ async def _while_connected(request: Request, work: Awaitable[dict[str, Any]]) ->
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            return Response(status_code=499)
-        return JSONResponse(task.result())
+            raise HTTPException(499, "the client has left")
+        return task.result()
     finally:
         watcher.cancel()
         task.cancel()

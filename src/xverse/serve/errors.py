@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from xverse.config import UserError
+from xverse.config import UserError, nearest
+from xverse.serve.access_log import current
 from xverse.serve.runner import Busy, Draining
 
 
@@ -34,6 +38,7 @@ _TYPES = {
 
 def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    current().fail(status, code or kind)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -56,7 +61,7 @@ def of_user_error(error: UserError) -> ApiError:
 
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "10"}}.get(error.status)
     return answer(error.status, str(error), error.param, error.code, headers)
 
 
@@ -78,24 +83,81 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     """Report the first error, with the path of its field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
-    # The path contains the names of a union's alternatives, which are not part of the client's field.
-    whole = first["type"] in ("extra_forbidden", "missing")  # the last part is the client's own field
-    kept = [part for part in path if part.isidentifier() or part.isdigit() or (whole and part is path[-1])]
-    field = ".".join(kept)
     if first["type"] == "json_invalid":
         return answer(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-    if first["type"] == "extra_forbidden":
-        return answer(400, f"{field}: unknown field", field, "unknown_field")
-    if first["type"] == "missing":
-        return answer(400, f"{field or 'body'}: required field is missing", field or None, "missing_field")
-    return answer(400, f"{field or 'body'}: {first['msg']}", field or None, "invalid_value")
+    if isinstance(first.get("input"), bytes):
+        text = "send the body as JSON with the header Content-Type: application/json"
+        return answer(415, text, code="unsupported_content_type")
+    return await on_api_error(request, of_validation(first))
+
+
+def of_validation(error: Mapping[str, Any]) -> ApiError:
+    """One of pydantic's errors in the API's words, with the field's path as clients write it."""
+    path, ctx = "", error.get("ctx", {})
+    for part in error["loc"]:
+        if part != "body" and part != "[key]":
+            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    path += ctx.get("at", "")
+    code = "missing_field" if error["type"] == "missing" else "invalid_value"
+    return ApiError(400, f"{path or 'the body'}: {_rule(error, ctx)}", param=path or None, code=code)
+
+
+def _rule(error: Mapping[str, Any], ctx: Mapping[str, Any]) -> str:
+    """What the field must be."""
+    kind = error["type"]
+    if kind == "rule":
+        return str(ctx["text"])
+    if kind == "literal_error":
+        value = error["input"]
+        hint = nearest(value, re.findall(r"'([^']*)'", ctx["expected"])) if isinstance(value, str) else ""
+        return f"must be {ctx['expected']}{hint}"
+    for suffix, text in _RULES.items():
+        if kind.endswith(suffix):
+            return text.format(**ctx)
+    return "the value is not valid"
+
+
+# By the last part of pydantic's error types.
+_RULES = {
+    "missing": "required field is missing",
+    "string_type": "must be text",
+    "bool_type": "must be true or false",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "attributes_type": "must be an object",
+    "too_long": "{actual_length} items are too many; the limit is {max_length}",
+    "too_short": "at least {min_length} item is needed",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "pattern_mismatch": "must have 1 to 64 letters, digits, underscores or dashes",
+}
+
+
+_CODES = {404: "unknown_path", 405: "method_not_allowed", 408: "request_timeout", 413: "body_too_large"}
 
 
 async def on_http(request: Request, error: Exception) -> JSONResponse:
+    """Also errors of routing: unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    code = "body_too_large" if error.status_code == 413 else None
-    return answer(error.status_code, str(error.detail), code=code, headers=dict(error.headers or {}))
+    path, status, text = request.url.path, error.status_code, str(error.detail)
+    code = _CODES.get(status)
+    if status == 404:
+        text = f"{path} does not exist"
+        if exists(request, f"/v1{path}"):
+            text += f"; use /v1{path} (the base URL of clients ends in /v1)"
+    elif status == 405:
+        text = f"{path} does not accept {request.method}"
+    return answer(status, text, code=code, headers=dict(error.headers or {}))
+
+
+def exists(request: Request, path: str) -> bool:
+    """Whether some method of the API is at ``path``."""
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
+    return any(route.include_in_schema and route.path_regex.fullmatch(path) for route in routes)
 
 
 async def on_unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -1,174 +1,376 @@
-"""Constrained output: JSON schemas and tool calls, enforced token by token with llguidance."""
+"""Constrained output: JSON schemas and tool calls, enforced token by token with llguidance.
+
+Other processes do the work (``grammar_worker.py``): a schema of 100 bytes can take any time and memory.
+"""
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable
-from typing import Any, NoReturn
+import asyncio
+import contextlib
+import itertools
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, NoReturn
 
-import llguidance
 import torch
 from torch import Tensor
 
-from xverse.serve import tools
+from xverse.serve import grammar_worker as worker
+from xverse.serve import schemas, tools
 from xverse.serve.errors import ApiError
-from xverse.serve.protocol import ChatRequest
+from xverse.serve.protocol import ChatRequest, Generation
 from xverse.tokenizer import Tokenizer
 
-MOST_BYTES = 64 * 1024  # of a schema
-_OBJECT = {"type": "object"}
-# Only the spaces after commas and colons: otherwise a model may write whitespace without end.
-_TIGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+COMPILING = 4  # grammars at once; the system gives the engine's thread priority
+WAITING = 64  # further ones
+COMPILE_WAIT = 60.0  # seconds until a compilation ends, on a machine with other work
+STEP_WAIT = 5.0  # the same for a mask
+KEPT = 16  # compiled grammars that are not in use
+KEPT_BYTES = 32 * 2**20  # of memory for each of them
+MOST = 128  # compiled grammars
+REFUSALS = 256  # that are remembered
 
-# Keywords with which one part of a schema refers to the properties of another.
-_COMBINED = {"allOf", "oneOf", "not", "if", "dependentSchemas", "unevaluatedProperties"}
+_TOO_MUCH = (
+    f"it takes too long or too much memory to compile (the limits are {worker.COMPILE_SECONDS:g} s and "
+    f"{worker.MEMORY >> 20} MB); large multiples, counts and combined patterns are expensive"
+)
+
+
+class Source(NamedTuple):
+    """A grammar before it is compiled, the field of the request that it comes from, and whether its replies
+    are JSON, to which further bounds apply (``json_bounds.py``)."""
+
+    grammar: str
+    param: str
+    json: bool = True
+
+    @property
+    def key(self) -> bytes:
+        return (worker.JSON if self.json else worker.TEXT) + self.grammar.encode()
 
 
 class Grammars:
-    """Compiles the grammars of requests; one object per server."""
+    """Compiles the grammars of requests; one object per server. Belongs to one event loop."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
+        self._processes: _Processes | None = None
+        self._starting = asyncio.Lock()
+        self._slots = asyncio.Semaphore(COMPILING)
+        self._waiting = 0
+        self._kept: OrderedDict[bytes, Compiled] = OrderedDict()
+        self._refused: OrderedDict[bytes, str] = OrderedDict()
+        self._alive: weakref.WeakSet[Compiled] = weakref.WeakSet()
+        self._running: dict[bytes, _Shared] = {}
 
-    @functools.cached_property
-    def _vocabulary(self) -> llguidance.LLTokenizer:
-        """The bytes of all tokens, computed on first use: with 100,534 entries it takes a while."""
-        return llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_TokenizerAdapter(self._tokenizer, self._stop_ids))
-        )
-
-    def of_chat(self, body: ChatRequest) -> str | None:
+    async def of(self, body: Generation) -> Compiled | None:
         """The grammar of a reply, or None if it is not constrained. Raises ApiError for a schema that is too
-        large or does not compile."""
-        response_format = body.response_format
-        offered = tools.offered_tools(body)
-        if tools.must_call(body):
-            schema = tools.call_schema(offered)
-            self._check_size(schema, "tools")
-            inside = json.dumps({**_closed(schema), "x-guidance": _TIGHT})
-            lark = f'start: "{tools.OPEN}" call "{tools.CLOSE}"\ncall: %json {inside}\n'
-            return self._compiled(lambda: llguidance.LLMatcher.grammar_from_lark(lark), "tools")
-        if response_format is None or response_format.type == "text":
+        large, is not supported or does not compile within the limits. Cancelling ends the compilation."""
+        if body.structure() is None and not (isinstance(body, ChatRequest) and tools.must_call(body)):
             return None
-        if response_format.type == "json_object":
-            return self._compiled(lambda: _from_schema(_OBJECT), "response_format")
-        if response_format.json_schema is None:
-            raise ApiError(400, "response_format: the field json_schema is missing", param="response_format")
-        schema = response_format.json_schema.schema_
-        self._check_size(schema, "response_format")
-        return self._compiled(lambda: _from_schema(schema), "response_format")
+        source = await asyncio.to_thread(source_of, body)
+        return None if source is None else await self.compiled(source)
 
-    def start(self, grammar: str) -> Grammar:
-        return Grammar(
-            llguidance.LLMatcher(self._vocabulary, grammar), self._tokenizer.vocab_size, self._stop_ids
-        )
+    async def compiled(self, source: Source) -> Compiled:
+        """The grammar, compiled now or before. Raises ApiError."""
+        key = source.key
+        kept = self._kept.get(key)
+        if kept is not None and not kept.failed:
+            self._kept.move_to_end(key)
+            return kept
+        if key not in self._refused:
+            shared = self._running.get(key)
+            if shared is None:
+                shared = self._running[key] = _Shared(
+                    self._compile(key), lambda: self._running.pop(key, None)
+                )
+            result = await shared.result()
+            if isinstance(result, Compiled):
+                return result
+            self._refused[key] = result
+            if len(self._refused) > REFUSALS:
+                self._refused.popitem(last=False)
+        raise _unsupported(source.param, source.json, self._refused[key])
 
-    def _check_size(self, schema: Any, param: str) -> None:
+    def start(self, compiled: Compiled) -> Grammar:
+        return Grammar(compiled, self._tokenizer.vocab_size, self._stop_ids)
+
+    async def _compile(self, grammar: bytes) -> Compiled | str:
+        """The compiled grammar, or why it does not compile."""
+        if self._waiting >= WAITING or len(self._alive) >= MOST:
+            raise ApiError(503, "too many schemas are being compiled; try again later", code="queue_full")
+        self._waiting += 1
         try:
-            size = len(json.dumps(schema).encode())
-        except RecursionError:
-            raise ApiError(400, f"{param}: the schema is nested too deeply", param=param) from None
-        if size > MOST_BYTES:
-            text = f"{param}: the schema has {size} bytes; the limit is {MOST_BYTES}"
-            raise ApiError(400, text, param=param, code="schema_too_large")
-
-    def _compiled(self, make: Callable[[], str], param: str) -> str:
-        try:
-            grammar = make()
-            matcher = llguidance.LLMatcher(self._vocabulary, grammar)
-            reason = matcher.get_error() if matcher.is_error() else ""
-        except (ValueError, RecursionError) as error:
-            reason = str(error)
+            async with self._slots:
+                processes = await self._started()
+                compiled = Compiled(processes)
+                self._alive.add(compiled)
+                reason = await compiled.compile(grammar)
+        finally:
+            self._waiting -= 1
         if reason:
-            text = f"{param}: the schema is not supported: {' '.join(reason.split())[:300]}"
-            raise ApiError(400, text, param=param, code="bad_schema")
-        return grammar
+            return reason
+        if compiled.memory <= KEPT_BYTES:
+            self._kept[grammar] = compiled
+            if len(self._kept) > KEPT:  # a reply that uses it keeps it alive
+                self._kept.popitem(last=False)
+        return compiled
+
+    async def _started(self) -> _Processes:
+        async with self._starting:
+            if self._processes is None or self._processes.ended():
+                self._processes = await asyncio.to_thread(_Processes, self._tokenizer, self._stop_ids)
+            return self._processes
 
 
-def _from_schema(schema: dict[str, Any]) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema({**_closed(schema), "x-guidance": _TIGHT})
+def source_of(body: Generation) -> Source | None:
+    """The grammar that a request asks for. Raises ApiError."""
+    structure = body.structure()
+    is_json = True
+    if isinstance(body, ChatRequest) and tools.must_call(body):
+        param, offered = "tools", tools.offered_tools(body)
+        make: Callable[[], str] = lambda: schemas.call_grammar(offered)  # noqa: E731
+    elif structure is None:
+        return None
+    else:
+        param, wanted = structure.param, structure
+        is_json = structure.kind in ("json_schema", "json_object")
+        make = lambda: schemas.of_structure(wanted)  # noqa: E731
+    try:
+        return Source(make(), param, is_json)
+    except schemas.TooLarge as error:
+        raise ApiError(400, f"{param}: {error}", param=param, code="schema_too_large") from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _unsupported(param, is_json, reason) from None
 
 
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with ``additionalProperties: false`` as the default of objects that list properties.
-
-    JSON Schema allows further properties by default, but authors of a list rarely expect them, and a model
-    may generate them without end. A schema that combines parts is not changed, because one part may name the
-    properties of another.
-    """
-    return schema if _combines(schema) else _without_others(schema)
+def _unsupported(param: str, is_json: bool, reason: str) -> ApiError:
+    kind = "schema" if is_json else "grammar"
+    return ApiError(400, f"{param}: the {kind} is not supported: {reason}", param=param, code="bad_schema")
 
 
-def _combines(part: Any) -> bool:
-    if isinstance(part, dict):
-        return bool(_COMBINED & part.keys()) or any(map(_combines, part.values()))
-    return isinstance(part, list) and any(map(_combines, part))
+class _Shared:
+    """Work that several wait for; it is cancelled when the last of them is."""
+
+    def __init__(self, work: Awaitable[Compiled | str], done: Callable[[], object]) -> None:
+        self._task = asyncio.ensure_future(work)
+        self._task.add_done_callback(lambda task: done())
+        self._waiting = 0
+
+    async def result(self) -> Compiled | str:
+        self._waiting += 1
+        try:
+            return await asyncio.shield(self._task)
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._task.cancel()
 
 
-def _without_others(part: Any) -> Any:
-    if isinstance(part, list):
-        return [_without_others(item) for item in part]
-    if not isinstance(part, dict):
-        return part
-    part = dict(part)
-    for key in ("items", "prefixItems", "anyOf", "additionalProperties"):
-        if key in part:
-            part[key] = _without_others(part[key])
-    for key in ("properties", "patternProperties", "$defs", "definitions"):
-        if isinstance(part.get(key), dict):
-            part[key] = {name: _without_others(item) for name, item in part[key].items()}
-    if "properties" in part and not {"$ref", "anyOf"} & part.keys():
-        part.setdefault("additionalProperties", False)
-    return part
+class _Processes:
+    """The process that holds the vocabulary and forks for each grammar. Blocks while it starts."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> None:
+        self._numbers = itertools.count()
+        self._control, theirs = socket.socketpair()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        with theirs, tempfile.TemporaryFile() as file:
+            pickle.dump((tokenizer, stop_ids), file)
+            file.seek(0)
+            descriptors = (theirs.fileno(), file.fileno())
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", worker.__name__, *map(str, descriptors)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=descriptors,
+            )
+        weakref.finalize(self, _end, self._control, self._process)
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def fork(self) -> tuple[int, socket.socket]:
+        """The number of a new child, and its socket. Raises OSError if the process has ended."""
+        number = next(self._numbers)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [worker.COMMAND.pack(worker.FORK, number)], [theirs.fileno()])
+        return number, ours
+
+    def kill(self, number: int) -> None:
+        with contextlib.suppress(OSError):
+            self._control.sendall(worker.COMMAND.pack(worker.KILL, number))
+
+
+def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    control.close()
+    process.wait()
+
+
+class Compiled:
+    """A grammar in a process of its own, which ends when nothing refers to this object."""
+
+    def __init__(self, processes: _Processes) -> None:
+        self.failed = ""  # why the process ended
+        self.memory = 0  # bytes that compiling took
+        number, self._connection = processes.fork()
+        self._kill = weakref.finalize(self, _end_child, processes, number, self._connection)
+        self._numbers = itertools.count()
+        self._ended: deque[int] = deque()  # replies whose state is not needed any more
+        self._answers: dict[int, _Answer] = {}
+        self._sending = threading.Lock()
+
+    async def compile(self, grammar: bytes) -> str:
+        """Why it does not compile; empty if it does. Cancelling ends the process."""
+        loop, connection = asyncio.get_running_loop(), self._connection
+        connection.setblocking(False)
+        answer = bytearray()
+        try:
+            async with asyncio.timeout(COMPILE_WAIT):
+                await loop.sock_sendall(connection, worker.LENGTH.pack(len(grammar)) + grammar)
+                size = worker.LENGTH.size
+                while len(answer) < size:
+                    part = await loop.sock_recv(connection, size - len(answer))
+                    if not part:
+                        return _TOO_MUCH
+                    answer += part
+                    if len(answer) == worker.LENGTH.size == size:
+                        size += worker.LENGTH.unpack(answer)[0]
+        except TimeoutError:
+            raise ApiError(503, "the server is too busy to compile the schema", code="queue_full") from None
+        except ConnectionError:
+            return _TOO_MUCH
+        finally:
+            if not answer:
+                self._kill()
+        memory, _, reason = answer[worker.LENGTH.size :].decode().partition(" ")
+        self.memory = int(memory)
+        connection.settimeout(STEP_WAIT)
+        return reason
+
+    def begin(self) -> int:
+        """Begin a reply and return its number."""
+        number = next(self._numbers)
+        with contextlib.suppress(ValueError):  # ``answer`` reports it
+            self.step(number, worker.START)
+        return number
+
+    def step(self, number: int, token: int) -> None:
+        """Advance a reply by a token; ``answer`` returns its state then."""
+        with self._sending, self._watched():
+            data = b""
+            while self._ended:
+                data += worker.STEP.pack(self._ended.popleft(), worker.END)
+            self._connection.sendall(data + worker.STEP.pack(number, token))
+
+    def answer(self, number: int) -> _Answer:
+        """The state of a reply. The answers to others that arrive meanwhile are kept."""
+        while number not in self._answers:
+            with self._watched():
+                head = worker.receive(self._connection, worker.ANSWER.size)
+                other, status, forced, size = worker.ANSWER.unpack(head)
+                data = worker.receive(self._connection, 4 * forced + size)
+            self._answers[other] = _Answer(
+                error=data.decode() if status == worker.FAILED else "",
+                forced=list(struct.unpack_from(f"<{forced}i", data)),
+                mask=data[4 * forced :],
+            )
+        return self._answers.pop(number)
+
+    def end(self, number: int) -> None:
+        """Release the state of a reply. May be called from any thread."""
+        self._ended.append(number)
+        self._answers.pop(number, None)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Any:
+        """Raises ValueError if the process ends or does not answer in time."""
+        if self.failed:
+            raise ValueError(self.failed)
+        try:
+            yield
+        except (OSError, EOFError):  # TimeoutError is an OSError
+            self.failed = "computing which tokens it allows takes too long or too much memory"
+            self._kill()
+            raise ValueError(self.failed) from None
+
+
+def _end_child(processes: _Processes, number: int, connection: socket.socket) -> None:
+    connection.close()
+    processes.kill(number)
+
+
+class _Answer(NamedTuple):
+    error: str
+    forced: list[int]  # the tokens that come next if the text is determined
+    mask: bytes  # one bit per token; empty: the text is complete
 
 
 class Grammar:
-    """The constraint of one reply; implements ``engine.Constraint``."""
+    """The constraint of one reply; implements ``engine.Constraint``. Masks are computed while the engine does
+    other work."""
 
-    def __init__(self, matcher: Any, vocab_size: int, stop_ids: tuple[int, ...]) -> None:
-        self._matcher = matcher
+    def __init__(self, compiled: Compiled, vocab_size: int, stop_ids: tuple[int, ...]) -> None:
+        self.failed = ""  # the reason: a schema can compile and still exceed the work limit of a step
+        self._compiled = compiled
         self._size = vocab_size
         self._stop_ids = [token for token in stop_ids if token < vocab_size]
-        self.failed = ""  # the reason: a schema can compile and still exceed the work limit of a step
+        self._number = compiled.begin()
+        self._state: _Answer | None = None  # None: not received
+        weakref.finalize(self, compiled.end, self._number)
 
     def apply(self, logits: Tensor) -> Tensor:
         """``logits`` float32 [V] → the same with -inf for every token that the grammar forbids here."""
-        if self._matcher.is_error():
-            self._fail()
-        if self._matcher.is_stopped():
-            allowed = torch.zeros(self._size, dtype=torch.bool)
-            allowed[self._stop_ids] = True
-        else:
-            mask = bytearray(self._matcher.compute_bitmask())
-            bits = torch.frombuffer(mask, dtype=torch.uint8)  # 8 tokens each, the lowest bit first
+        mask = self._answer().mask
+        if mask:
+            bits = torch.frombuffer(bytearray(mask), dtype=torch.uint8)  # 8 tokens each, lowest bit first
             shifts = torch.arange(8, dtype=torch.uint8)
             allowed = (bits[:, None] >> shifts & 1).bool().flatten()[: self._size]
+        else:
+            allowed = torch.zeros(self._size, dtype=torch.bool)
+            allowed[self._stop_ids] = True
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
     def accept(self, token_id: int) -> None:
-        if token_id in self._stop_ids and (self._matcher.is_stopped() or self._matcher.is_accepting()):
+        if token_id in self._stop_ids:  # the mask allows it only where the text is complete
             return
-        if not self._matcher.consume_token(token_id):
-            self._fail()
+        self._answer()
+        self._state = None
+        self._working(lambda: self._compiled.step(self._number, token_id))
 
-    def _fail(self) -> NoReturn:
-        self.failed = " ".join(self._matcher.get_error().split())[:300]
-        raise ValueError(f"the grammar failed: {self.failed}")
+    def forced(self) -> list[int]:
+        """The tokens that follow if the text is determined here."""
+        return self._answer().forced
 
+    def _answer(self) -> _Answer:
+        if self._state is None:
+            self._state = self._working(lambda: self._compiled.answer(self._number))
+        if self._state.error:
+            self._fail(self._state.error)
+        return self._state
 
-class _TokenizerAdapter:
-    """The tokenizer interface that llguidance expects."""
+    def _working(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except ValueError as error:
+            self._fail(str(error))
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> None:
-        self._tokenizer = tokenizer
-        self.eos_token_id = stop_ids[0]
-        self.bos_token_id = None
-        self.special_token_ids = sorted(tokenizer.special_ids)
-        self.tokens = [tokenizer.token_bytes(index) for index in range(tokenizer.vocab_size)]
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", errors="replace")
-        return self._tokenizer.encode(text)
+    def _fail(self, reason: str) -> NoReturn:
+        self.failed = reason
+        raise ValueError(f"the grammar failed: {reason}")

@@ -1,95 +1,262 @@
-"""The bodies that clients send: OpenAI's fields and a few more. Unknown fields are refused by name."""
+"""The bodies that clients send: OpenAI's fields, vLLM's where they have an effect here, and a few more."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, create_model
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    create_model,
+)
 
-from xverse.engine.sampling_params import MOST_STOPS, PARAMS, Param
+from xverse.engine.sampling_params import MOST_BIASES, MOST_STOPS, PARAMS, Param
+from xverse.serve.errors import ApiError
+from xverse.serve.fields import Body, Lenient, rule, without_null
 
 MOST_CHOICES = 16
+MOST_TOOLS = 128
+MOST_PROMPTS = 128
+SEEDS = 2**62
+
+
+def _whole(value: Any) -> Any:
+    """Some languages write the whole number 5 as 5.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Number = Annotated[float, Field(strict=True)]
+Whole = Annotated[StrictInt, BeforeValidator(_whole, json_schema_input_type=int)]
+TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class StreamOptions(Strict):
+class StreamOptions(Lenient):
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
 
 
-class TextPart(Strict):
-    type: Literal["text"]
+class TextPart(Lenient):
+    """For the OpenAPI document; ``_text_of`` reads parts."""
+
+    type: Literal["text"] = "text"
     text: StrictStr
 
 
-class FunctionCall(Strict):
+# The kinds of content parts that are text, and the field that holds it.
+_TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message's content: a text, or a list of parts, which are joined."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise rule("must be text or a list of parts")
+    texts = []
+    for index, part in enumerate(content):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, dict):
+            raise rule("must be an object with the fields type and text", f"[{index}]")
+        kind = part.get("type") or "text"
+        if not isinstance(kind, str) or kind not in _TEXT_PARTS:
+            raise rule(
+                f"parts of type {_quoted(kind)} are not supported; the model reads text only", f"[{index}]"
+            )
+        text = part.get(_TEXT_PARTS[kind])
+        if not isinstance(text, str):
+            problem = "required field is missing" if text is None else "must be text"
+            raise rule(problem, f"[{index}].{_TEXT_PARTS[kind]}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _quoted(value: Any) -> str:
+    return "'" + str(value)[:40] + "'"
+
+
+def _arguments(value: Any) -> Any:
+    """The arguments of a call are a JSON text; some clients send the object itself."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+class FunctionCall(Lenient):
     name: StrictStr
-    arguments: StrictStr
+    arguments: Annotated[StrictStr, BeforeValidator(_arguments, json_schema_input_type=str)] = ""
 
 
-class ToolCall(Strict):
-    id: StrictStr
-    type: Literal["function"] = "function"
+class ToolCall(Lenient):
+    id: StrictStr = ""
     function: FunctionCall
 
 
-class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[TextPart] | None = None
-    name: StrictStr | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: StrictStr | None = None
-    refusal: None = None
+class Message(Lenient):
+    """``content`` is the text of all parts. A refusal is what the assistant said instead."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[str, PlainValidator(_text_of, json_schema_input_type=StrictStr | list[TextPart])] = ""
+    refusal: StrictStr = ""
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] = Field(default_factory=list)
+    function_call: FunctionCall | None = None
 
     def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content or self.refusal
+
+    def calls(self) -> list[FunctionCall]:
+        former = [self.function_call] if self.function_call is not None and not self.tool_calls else []
+        return former + [call.function for call in self.tool_calls]
 
 
-class Function(Strict):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+class Function(Lenient):
+    name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: StrictStr = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
     strict: StrictBool | None = None
 
 
-class Tool(Strict):
-    type: Literal["function"]
+class Tool(Lenient):
+    type: Literal["function"] = "function"
     function: Function
 
 
-class ToolName(Strict):
-    name: StrictStr
+Mode = Literal["none", "auto", "required"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
-class ToolChoice(Strict):
-    type: Literal["function"]
-    function: ToolName
+@dataclass(frozen=True)
+class ToolChoice:
+    """``mode`` is OpenAI's; ``names`` are the only tools that may be called, None: any."""
+
+    mode: Mode
+    names: tuple[str, ...] | None = None
 
 
-class JsonSchema(Strict):
+def _tool_choice(value: Any) -> ToolChoice:
+    """Reads a mode, one function in either of two notations, or OpenAI's ``allowed_tools``."""
+    if isinstance(value, ToolChoice):
+        return value
+    for mode in MODES:
+        if value == mode:
+            return ToolChoice(mode)
+    if not isinstance(value, dict):
+        raise rule("must be 'none', 'auto', 'required' or an object that names a function")
+    kind = value.get("type") or "function"
+    if kind == "allowed_tools":
+        inside = value.get("allowed_tools") or value
+        wanted = inside.get("mode") or "auto" if isinstance(inside, dict) else None
+        tools = inside.get("tools") if isinstance(inside, dict) else None
+        if wanted not in ("auto", "required"):
+            raise rule("must be 'auto' or 'required'", ".allowed_tools.mode")
+        if not isinstance(tools, list) or len(tools) > MOST_TOOLS:
+            raise rule("must be a list of tools", ".allowed_tools.tools")
+        return ToolChoice(
+            MODES[MODES.index(wanted)],
+            tuple(_name(tool, f".allowed_tools.tools[{i}]") for i, tool in enumerate(tools)),
+        )
+    if kind != "function":
+        raise rule(f"{_quoted(kind)} is not supported; use 'function' or 'allowed_tools'", ".type")
+    return ToolChoice("required", (_name(value, ""),))
+
+
+Chosen = Annotated[ToolChoice, PlainValidator(_tool_choice, json_schema_input_type=Mode | dict[str, Any])]
+
+
+def _name(value: Any, at: str) -> str:
+    inside = value.get("function") or value if isinstance(value, dict) else None
+    name = inside.get("name") if isinstance(inside, dict) else None
+    if not isinstance(name, str):
+        raise rule("must be the name of a function", f"{at}.function.name")
+    return name
+
+
+class JsonSchema(Lenient):
     name: StrictStr = "schema"
     description: StrictStr = ""
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: StrictBool | None = None
 
 
-class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
+def _read_schema(value: Any) -> Any:
+    """A JSON schema, or its JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise rule("must be a JSON schema") from None
+
+
+Schema = Annotated[
+    dict[str, Any], BeforeValidator(_read_schema, json_schema_input_type=dict[str, Any] | StrictStr)
+]
+Choices = Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=1000)]
+
+
+class ResponseFormat(Lenient):
+    """OpenAI's formats; ``regex`` and ``grammar`` constrain the reply as vLLM's ``structured_outputs``."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = "text"
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")  # of json_object, as in llama.cpp
+    regex: StrictStr | None = None
+    grammar: StrictStr | None = None
+
+
+class StructuredOutputs(Lenient):
+    """vLLM's: at most one of these."""
+
+    json_: Schema | None = Field(default=None, alias="json")
+    regex: StrictStr | None = None
+    grammar: StrictStr | None = None
+    choice: Choices | None = None
+    json_object: StrictBool | None = None
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a reply must be: ``value`` is a JSON schema, a regular expression, a grammar (Lark or GBNF) or a
+    list of texts; ``param`` is the field that asks for it."""
+
+    kind: Literal["json_schema", "json_object", "regex", "grammar", "choice"]
+    value: Any
+    param: str
+
+
+def _texts(value: Any) -> Any:
+    """One text or a list; empty ones, as empty text boxes send them, stop nothing."""
+    if isinstance(value, str):
+        value = [value]
+    return [text for text in value if text != ""] if isinstance(value, list) else value
+
+
+def _biases(value: Any) -> Any:
+    if isinstance(value, dict):
+        value = without_null(value)
+        if len(value) > MOST_BIASES:
+            raise rule(f"{len(value)} tokens are too many; the limit is {MOST_BIASES}")
+        if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in value):
+            raise rule("the keys must be token ids")
+    return value
 
 
 def _sampling_field(param: Param) -> tuple[Any, Any]:
     """An optional field; its range is in the OpenAPI document. ``SamplingParams`` checks it."""
+    stops = Annotated[list[StrictStr], Field(fail_fast=True, max_length=MOST_STOPS)]
     kinds: dict[type, Any] = {
         float: Number,
-        int: StrictInt,
-        str: StrictStr | Annotated[list[StrictStr], Field(max_length=MOST_STOPS)],
-        dict: dict[str, Number],
+        int: Whole,
+        str: Annotated[stops, BeforeValidator(_texts, json_schema_input_type=StrictStr | stops)],
+        dict: Annotated[
+            dict[str, Number], BeforeValidator(_biases, json_schema_input_type=dict[str, Number])
+        ],
     }
     bounds = {"exclusiveMinimum" if param.above else "minimum": param.low, "maximum": param.high}
 
@@ -103,10 +270,10 @@ def _sampling_field(param: Param) -> tuple[Any, Any]:
 
 
 if TYPE_CHECKING:
-    SamplingFields = Strict
+    SamplingFields = Body
 else:
     SamplingFields = create_model(
-        "SamplingFields", __base__=Strict, **{param.http: _sampling_field(param) for param in PARAMS.values()}
+        "SamplingFields", __base__=Body, **{param.http: _sampling_field(param) for param in PARAMS.values()}
     )
 
 
@@ -114,50 +281,174 @@ class Generation(SamplingFields):
     """The fields of both endpoints: the sampling parameters and what follows here."""
 
     model: StrictStr = ""
-    n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
-    user: StrictStr | None = None
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    max_completion_tokens: Whole | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MOST_BIASES)] = Field(default_factory=list)
+    min_tokens: Annotated[Whole, Field(ge=0)] = 0
+    ignore_eos: StrictBool = False
+    skip_special_tokens: StrictBool = True
+    return_token_ids: StrictBool = False
+    response_format: ResponseFormat = Field(default_factory=ResponseFormat)
+    structured_outputs: StructuredOutputs = Field(default_factory=StructuredOutputs)
+    guided_json: Schema | None = None
+    guided_regex: StrictStr | None = None
+    guided_grammar: StrictStr | None = None
+    guided_choice: Choices | None = None
 
     def sampling(self) -> dict[str, Any]:
-        """The sampling parameters that the client sets, by the engine's names."""
+        """The sampling parameters that the client sets, by the engine's names.
+
+        Other servers write "off" as top_k -1 and "random" as seed -1; OpenAI's seeds may be negative.
+        """
         values = {name: getattr(self, param.http) for name, param in PARAMS.items()}
-        if isinstance(values["stop"], str):
-            values["stop"] = (values["stop"],)
+        if values["top_k"] == -1:
+            values["top_k"] = 0
+        seed = values["seed"]
+        if seed is not None and -(2**63) <= seed < 0:
+            values["seed"] = None if seed == -1 else seed % SEEDS
+        if self.max_completion_tokens is not None:
+            values["max_new_tokens"] = self.max_completion_tokens
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def limit_name(self) -> str:
+        """The field that limits the reply: the newer of two names has precedence."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def structure(self) -> Structure | None:
+        """What the reply must be, if anything. Raises ApiError if several fields ask for it."""
+        found = [*_of_format(self.response_format), *_of_outputs(self.structured_outputs)]
+        for name, kind in _GUIDED.items():
+            value = getattr(self, name)
+            if value is not None:
+                found.append(Structure(kind, value, name))
+        if len(found) > 1:
+            names = " and ".join(each.param for each in found)
+            raise ApiError(400, f"{names} are mutually exclusive", param=found[1].param)
+        return found[0] if found else None
+
+
+_GUIDED: dict[str, Literal["json_schema", "regex", "grammar", "choice"]] = {
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_grammar": "grammar",
+    "guided_choice": "choice",
+}
+
+
+def _of_format(form: ResponseFormat) -> list[Structure]:
+    param = "response_format"
+    if form.type == "text":
+        return []
+    if form.type == "json_object":
+        return [Structure("json_schema" if form.schema_ else "json_object", form.schema_, param)]
+    value = getattr(form, form.type)
+    if value is None:
+        text = f"{param}.{form.type}: required field is missing"
+        raise ApiError(400, text, param=f"{param}.{form.type}", code="missing_field")
+    if form.type == "json_schema":
+        return [Structure("json_schema", value.schema_, param)]
+    return [Structure(form.type, value, param)]
+
+
+def _of_outputs(outputs: StructuredOutputs) -> list[Structure]:
+    where = "structured_outputs"
+    found = [Structure("json_object", None, where)] if outputs.json_object else []
+    if outputs.json_ is not None:
+        found.append(Structure("json_schema", outputs.json_, where))
+    if outputs.regex is not None:
+        found.append(Structure("regex", outputs.regex, where))
+    if outputs.grammar is not None:
+        found.append(Structure("grammar", outputs.grammar, where))
+    if outputs.choice is not None:
+        found.append(Structure("choice", outputs.choice, where))
+    return found
 
 
 class ChatRequest(Generation):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: StrictInt | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     logprobs: StrictBool | None = None
-    top_logprobs: StrictInt | None = None
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    top_logprobs: Whole | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] = Field(default_factory=list)
+    tool_choice: Chosen | None = None
     parallel_tool_calls: StrictBool | None = None
+    functions: Annotated[list[Function], Field(fail_fast=True, max_length=MOST_TOOLS)] = Field(
+        default_factory=list, description="former name of tools"
+    )
+    function_call: Chosen | None = Field(default=None, description="former name of tool_choice")
+    modalities: list[Literal["text"]] | None = None
+    continue_final_message: StrictBool = False
+
+    @property
+    def former_names(self) -> bool:
+        """Whether the client uses ``functions``, and expects ``function_call`` in the reply."""
+        return bool(self.functions) and not self.tools
+
+    def all_tools(self) -> list[Tool]:
+        return self.tools or [Tool(function=function) for function in self.functions]
+
+    def choice(self) -> ToolChoice:
+        return self.tool_choice or self.function_call or ToolChoice("auto")
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """A text, token ids, or a list of either, as a list."""
+    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+        value = [value]
+    if not isinstance(value, list):
+        raise rule("must be text, a list of token ids, or a list of these")
+    if not value:
+        raise rule("the list is empty")
+    if len(value) > MOST_PROMPTS:
+        raise rule(f"{len(value)} prompts are too many; the limit is {MOST_PROMPTS}")
+    for index, one in enumerate(value):
+        at = f"[{index}]" if len(value) > 1 else ""
+        if not isinstance(one, str) and not (isinstance(one, list) and set(map(type, one)) <= {int}):
+            raise rule("must be text or a list of token ids", at)
+    return value
+
+
+def _no_suffix(value: str) -> str:
+    if value:
+        raise rule("is not supported; the model cannot insert text")
+    return value
 
 
 class CompletionRequest(Generation):
     """``POST /v1/completions``: one prompt, as text or token ids, or several."""
 
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    prompt: Annotated[
+        Any,
+        PlainValidator(
+            _prompts,
+            json_schema_input_type=StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]],
+        ),
+    ]
     echo: StrictBool | None = None
-    logprobs: StrictInt | None = None
-    suffix: None = None
-    best_of: Literal[1] | None = None
+    logprobs: Whole | None = None
+    suffix: Annotated[StrictStr, AfterValidator(_no_suffix)] | None = None
+    best_of: Whole | None = None
 
 
-class TokenizeRequest(Strict):
-    """``POST /tokenize``."""
+class TokenizeRequest(Body):
+    """``POST /tokenize``: a text (``prompt`` or ``text``), or a conversation as in a chat request."""
 
-    text: StrictStr
+    model: StrictStr = ""
+    prompt: StrictStr | None = None
+    text: StrictStr | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] = Field(default_factory=list)
+    continue_final_message: StrictBool = False
     allow_special: StrictBool = False
+    return_token_strs: StrictBool = False
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
-    tokens: list[StrictInt]
+    model: StrictStr = ""
+    tokens: TokenIds

@@ -2,7 +2,8 @@
 
 One thread owns the engine. Requests and cancellations reach it through a queue; the events of a step return
 to the event loop in one call. An exception in a step ends the running requests, and the thread continues. If
-the thread itself dies, all open requests fail, and ``on_death`` is called so that the server can exit.
+the thread itself dies or its device fails for good, all open requests fail, and ``on_death`` is called so
+that the server can exit.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from xverse.config import UserError
 from xverse.engine import Engine, Event, Request
+from xverse.log import notice
 
 _STUCK = 60.0  # seconds of a single step after which the engine counts as stuck
 
@@ -137,7 +141,10 @@ class EngineRunner:
                     events = self.engine.step()
                 except Exception as error:
                     self.failures += 1
-                    events = self.engine.fail(f"the engine failed: {type(error).__name__}: {error}")
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    notice(f"serve: a step of the engine failed: {reason}")
+                    self._check_device()
+                    events = self.engine.fail(f"the engine failed: {reason}")
                 self._step_ended = time.monotonic()
                 self._deliver(events)
                 self._update_stats()
@@ -152,6 +159,10 @@ class EngineRunner:
             if self.on_death is not None:
                 self.on_death()
             raise
+
+    def _check_device(self) -> None:
+        """Raise if the device computes nothing any more: some errors of CUDA fail every later call, too."""
+        torch.ones(1, device=self.engine.model.model.norm.weight.device).sum().item()
 
     def _update_stats(self) -> None:
         """Refresh the copy of the statistics four times a second, and when the engine becomes idle."""

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+import xverse
 from xverse.config import UserError
 from xverse.engine import Constraint, Request, SamplingParams
 from xverse.engine.request import MOST_ALTERNATIVES
-from xverse.engine.sampling_params import MOST_BIASES
 from xverse.serve import tools
+from xverse.serve.access_log import current
+from xverse.serve.calls import CallParser
 from xverse.serve.errors import ApiError
-from xverse.serve.grammar import Grammars
+from xverse.serve.grammar import Compiled, Grammars
+from xverse.serve.limits import MinTokens
 from xverse.serve.metrics import Metrics
-from xverse.serve.protocol import ChatRequest, CompletionRequest, Generation
+from xverse.serve.protocol import ChatRequest, CompletionRequest, Generation, Message, TokenizeRequest, Tool
 from xverse.serve.runner import EngineRunner
 from xverse.tokenizer import Tokenizer, encode_chat
+from xverse.tokenizer.tools import CLOSE
 
-MOST_PROMPTS = 128
+_ANY_LENGTH = 2**31
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions
 
 
@@ -42,8 +50,18 @@ class Service:
     def context(self) -> int:
         return self.runner.engine.model.config.context_length
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """OpenAI's ``system_fingerprint``: equal for servers that answer a seeded request alike."""
+        engine = self.runner.engine
+        weight = engine.model.model.norm.weight
+        described = (xverse.__version__, torch.__version__, self.name, self.stop_ids, self.sampling)
+        text = repr((*described, engine.model.config, weight.dtype, weight.device.type))
+        return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
     def check_model(self, name: str) -> None:
         """Raises ApiError for the name of another model. An empty name means this one."""
+        current().model = self.name
         if name and name != self.name:
             raise ApiError(
                 404,
@@ -52,52 +70,85 @@ class Service:
                 code="model_not_found",
             )
 
-    def chat(self, body: ChatRequest) -> list[Request]:
+    async def grammar(self, body: Generation) -> Compiled | None:
+        """The grammar of the replies, for ``chat`` and ``complete``. Cancelling ends its compilation."""
+        self.check_model(body.model)
+        current().ignored = body.ignored
+        return await self.grammars.of(body)
+
+    def chat(self, body: ChatRequest, grammar: Compiled | None = None) -> list[Request]:
         """One engine request for each of the ``n`` choices."""
         self.check_model(body.model)
-        given = body.sampling()
-        limit, limit_name = given.get("max_new_tokens"), "max_tokens"
-        if body.max_completion_tokens is not None:
-            if limit is not None:
-                raise ApiError(400, "max_tokens and max_completion_tokens are mutually exclusive")
-            limit, limit_name = body.max_completion_tokens, "max_completion_tokens"
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        prompt = encode_chat(
-            self.tokenizer,
-            tools.chat_messages(body),
-            max_new_tokens=1,
-            max_positions=self.context * 2,  # nothing is cut here: _room refuses what is too long
-            truncation=self.context * 2,
-        )
-        new_tokens = self._room("messages", len(prompt.ids), limit, limit_name)
-        grammar = self.grammars.of_chat(body)
-        choices = self._choices(body, 1)
+        offered = tools.offered_tools(body)
+        ids = self.chat_ids(body.messages, offered, body.continue_final_message)
+        new_tokens = self._room(body, "messages", len(ids), body.sampling().get("max_new_tokens"), offered)
         return [
-            self._request(body, prompt.ids, new_tokens, choice, logprobs=logprobs, grammar=grammar)
-            for choice in choices
+            self._request(body, ids, new_tokens, choice, logprobs=logprobs, grammar=grammar)
+            for choice in self._choices(body, 1)
         ]
 
-    def complete(self, body: CompletionRequest) -> list[Request]:
+    def chat_ids(self, messages: list[Message], offered: list[Tool], continue_last: bool) -> list[int]:
+        """The ids of a conversation, whatever its length."""
+        return encode_chat(
+            self.tokenizer,
+            tools.chat_messages(messages, offered),
+            max_new_tokens=1,
+            max_positions=_ANY_LENGTH,  # nothing is cut here: _room refuses what is too long
+            truncation=_ANY_LENGTH,
+            continue_last=continue_last,
+        ).ids
+
+    def call_parser(self, body: ChatRequest) -> CallParser:
+        return CallParser({tool.function.name for tool in tools.offered_tools(body)})
+
+    def complete(self, body: CompletionRequest, grammar: Compiled | None = None) -> list[Request]:
         """``n`` engine requests for each prompt, in order."""
         self.check_model(body.model)
-        prompts = self._prompts(body.prompt)
+        if body.best_of not in (None, 1, body.n):
+            raise ApiError(400, "best_of: must be equal to n", param="best_of")
+        prompts = [self._prompt_ids(prompt) for prompt in body.prompt]
         choices = self._choices(body, len(prompts))
         limit = body.sampling().get("max_new_tokens", COMPLETION_TOKENS)
         requests = []
         for ids in prompts:
-            new_tokens = self._room("prompt", len(ids), limit, "max_tokens", least=0 if body.echo else 1)
+            new_tokens = self._room(body, "prompt", len(ids), limit, least=0 if body.echo else 1)
             prompt_logprobs = body.logprobs if body.echo else None
             if new_tokens == 0 and prompt_logprobs is None:
                 prompt_logprobs = 0
             requests += [
                 self._request(
-                    body, ids, new_tokens, choice, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
+                    *(body, ids, new_tokens, choice),
+                    logprobs=body.logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    grammar=grammar,
                 )
                 for choice in choices
             ]
         return requests
+
+    def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        """The answer to ``/tokenize``."""
+        self.check_model(body.model)
+        text = body.text if body.prompt is None else body.prompt
+        if (text is None) == (body.messages is None):
+            raise ApiError(400, "prompt: send either prompt or messages", param="prompt")
+        if body.messages is not None:
+            ids = self.chat_ids(body.messages, body.tools, body.continue_final_message)
+        else:
+            ids = self.tokenizer.encode(text or "", allow_special=body.allow_special)
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": self.context, "tokens": ids}
+        if body.return_token_strs:
+            token_bytes = self.tokenizer.token_bytes
+            answer["token_strs"] = [token_bytes(token).decode("utf-8", errors="replace") for token in ids]
+        return answer
+
+    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        """An empty prompt is the beginning of a text."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return ids or [self.tokenizer.bos_id]
 
     def _choices(self, body: Generation, prompts: int) -> range:
         """Raises ApiError for more replies at once than the server ever accepts."""
@@ -107,30 +158,34 @@ class Service:
             raise ApiError(400, text, param="n")
         return range(body.n or 1)
 
-    def _prompts(self, prompt: Any) -> list[list[int]]:
-        """Token ids of each prompt."""
-        texts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
-        if not texts:
-            raise ApiError(400, "prompt: the list is empty", param="prompt")
-        if len(texts) > MOST_PROMPTS:
-            text = f"prompt: {len(texts)} prompts are too many; the limit is {MOST_PROMPTS}"
-            raise ApiError(400, text, param="prompt")
-        prompts = [self.tokenizer.encode(text) if isinstance(text, str) else list(text) for text in texts]
-        if not all(prompts):
-            raise ApiError(400, "prompt: the prompt has no tokens", param="prompt")
-        return prompts
-
-    def _room(self, field_name: str, prompt: int, limit: int | None, limit_name: str, least: int = 1) -> int:
+    def _room(
+        self,
+        body: Generation,
+        field_name: str,
+        prompt: int,
+        limit: int | None,
+        offered: Sequence[Tool] = (),
+        least: int = 1,
+    ) -> int:
         """How many tokens to generate. Raises ApiError if the context has no room for them."""
         left = self.context - prompt
         if limit is not None and limit < least:
-            raise ApiError(400, f"{limit_name}: {limit} is out of range (at least {least})", param=limit_name)
-        if left < (1 if limit is None else limit):
-            text = (
-                f"{field_name}: {prompt} tokens and {limit or 1} to generate exceed the context of "
-                f"{self.context}"
-            )
+            name = body.limit_name
+            raise ApiError(400, f"{name}: {limit} is out of range (at least {least})", param=name)
+        if left < least:
+            text = f"{field_name}: {prompt} tokens exceed the context of {self.context}"
+            if left == 0:
+                text = f"{field_name}: {prompt} tokens leave no room in the context of {self.context}"
+            if offered:
+                described = len(self.tokenizer.encode(tools.tools_text(list(offered))))
+                text += f"; {described} of them describe tools"
             raise ApiError(400, text, param=field_name, code="context_length_exceeded")
+        if limit is not None and left < limit:
+            text = (
+                f"{body.limit_name}: {limit} is too large; {field_name} has {prompt} tokens and the context "
+                f"{self.context}, which leaves {left}"
+            )
+            raise ApiError(400, text, param=body.limit_name, code="context_length_exceeded")
         return min(self.sampling.max_new_tokens, left) if limit is None else limit
 
     def _request(
@@ -142,27 +197,31 @@ class Service:
         *,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
-        grammar: str | None = None,
+        grammar: Compiled | None = None,
     ) -> Request:
         if logprobs is not None and not 0 <= logprobs <= MOST_ALTERNATIVES:
             name = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
             text = f"{name}: {logprobs} is out of range (0 to {MOST_ALTERNATIVES})"
             raise ApiError(400, text, param=name)
         constraint: Constraint | None = None if grammar is None else self.grammars.start(grammar)
+        stop_ids = (*(() if body.ignore_eos else self.stop_ids), *body.stop_token_ids)
+        if body.min_tokens:
+            constraint = MinTokens(constraint, stop_ids, body.min_tokens)
         try:
             request = Request(
                 prompt_ids=ids,
                 sampling=self._sampling(body, choice, new_tokens),
-                stop_ids=self.stop_ids,
+                stop_ids=stop_ids,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
                 constraint=constraint,
                 generate=new_tokens > 0,
+                skip_special=body.skip_special_tokens,
             )
             self.runner.engine.check(request)
             return request
         except UserError as error:
-            raise ApiError(400, str(error), param=str(error).partition(":")[0].split()[0]) from None
+            raise _in_the_words_of(body, error) from None
 
     def _sampling(self, body: Generation, choice: int, new_tokens: int) -> SamplingParams:
         """The body's parameters, and the model's defaults for those that it does not set.
@@ -171,17 +230,21 @@ class Service:
         """
         given: dict[str, Any] = body.sampling() | {"max_new_tokens": max(new_tokens, 1)}
         if "logit_bias" in given:
-            given["logit_bias"] = _biases(given["logit_bias"])
+            given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
+        if isinstance(body, ChatRequest) and body.parallel_tool_calls is False:
+            given["stop"] = (*given.get("stop", self.sampling.stop), CLOSE)  # ends the reply after one call
         seed = given.get("seed", self.sampling.seed)
         if seed is not None:
             given["seed"] = seed + (choice if seed < 2**61 else -choice)
         return dataclasses.replace(self.sampling, **given)
 
 
-def _biases(given: Mapping[str, float]) -> dict[int, float]:
-    if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in given):
-        raise ApiError(400, "logit_bias: the keys must be token ids", param="logit_bias")
-    if len(given) > MOST_BIASES:
-        text = f"logit_bias: {len(given)} tokens are too many; the limit is {MOST_BIASES}"
-        raise ApiError(400, text, param="logit_bias")
-    return {int(token): bias for token, bias in given.items()}
+def _in_the_words_of(body: Generation, error: UserError) -> ApiError:
+    """The engine's error with the API's name of the field."""
+    text = str(error)
+    for name, sent in (
+        ("prompt_ids", "messages" if isinstance(body, ChatRequest) else "prompt"),
+        ("max_new_tokens", body.limit_name),
+    ):
+        text = text.replace(name, sent)
+    return ApiError(400, text, param=text.partition(":")[0].split()[0])

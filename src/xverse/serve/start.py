@@ -8,8 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xverse.engine import Speculation
+from xverse.engine.cache import position_bytes
+from xverse.engine.engine import PREFIX_CACHE_BYTES
 from xverse.engine.load import load_engine
+from xverse.hardware import process_memory
+from xverse.kernels.linear import QuantLinear
 from xverse.serve.grammar import Grammars
 from xverse.serve.metrics import Metrics
 from xverse.serve.runner import EngineRunner
@@ -29,6 +35,7 @@ class ServiceSettings:
     max_batch: int = 64
     max_waiting: int = 256
     max_cache_tokens: int | None = None
+    prefix_cache_mb: int = PREFIX_CACHE_BYTES >> 20
     kv_dtype: str = "auto"
     speculate: bool = False
     timeout: float = 600.0
@@ -46,18 +53,50 @@ def load_service(settings: ServiceSettings) -> Service:
         adapter=settings.adapter,
         max_batch=settings.max_batch,
         max_cache_tokens=settings.max_cache_tokens,
+        prefix_cache_bytes=settings.prefix_cache_mb << 20,
         kv_dtype=settings.kv_dtype,
         speculation=Speculation() if settings.speculate else None,
     )
     tokenizer = loaded.engine.tokenizer
     runner = EngineRunner(loaded.engine, max_waiting=settings.max_waiting)
+    name = settings.name or Path(settings.model).name
     return Service(
         runner=runner,
         tokenizer=tokenizer,
-        name=settings.name or Path(settings.model).name,
+        name=name,
         sampling=dataclasses.replace(loaded.sampling, **settings.sampling),
         stop_ids=loaded.stop_ids,
         grammars=Grammars(tokenizer, loaded.stop_ids),
-        metrics=Metrics(runner),
+        metrics=Metrics(runner, name),
         timeout=settings.timeout,
     )
+
+
+def describe(service: Service, settings: ServiceSettings) -> list[str]:
+    """What is served and the memory that it takes, for an operator, one fact per line."""
+    engine = service.runner.engine
+    weight = engine.model.model.norm.weight
+    dtype, config = str(weight.dtype).removeprefix("torch."), engine.model.config
+    bits = {module.bits for module in engine.model.modules() if isinstance(module, QuantLinear)}
+    weights = f"int{min(bits)} weights" if bits else f"{dtype} weights"
+    threads = torch.get_num_threads()
+    cpu = "1 CPU thread" if threads == 1 else f"{threads} CPU threads"
+    device = cpu if weight.device.type == "cpu" else str(weight.device)
+    cache = engine.max_cache_tokens * position_bytes(config, weight.dtype, settings.kv_dtype)
+    prefixes = min(settings.prefix_cache_mb << 20, cache)
+    stored = dtype if settings.kv_dtype == "auto" else settings.kv_dtype
+    size = f"{config.num_parameters() / 1e6:,.0f} million parameters"
+    lines = [
+        f"model: {service.name}, {size}, {weights}, {device}",
+        f"context: {service.context:,} tokens; {settings.max_batch} requests run at once",
+        f"key-value cache: {engine.max_cache_tokens:,} tokens, {_size(cache)}, {stored}; "
+        f"at most {_size(prefixes)} of it keep the beginnings of earlier prompts",
+    ]
+    resident = process_memory("VmRSS")
+    if weight.device.type == "cpu" and resident is not None:
+        lines.append(f"memory: {_size(resident)} now, about {_size(resident + cache)} when the cache is full")
+    return lines
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

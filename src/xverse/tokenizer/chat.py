@@ -38,20 +38,15 @@ def input_limit(max_new_tokens: int, max_positions: int = 8192, truncation: int 
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], *, last: Sequence[str]) -> None:
-    """Raise UserError, naming the message, for wrong roles, order, keys or contents.
+    """Raise UserError, naming the message, for wrong roles, order, keys or contents of training data.
 
     A dialogue is an optional system message, then user or exec alternating with assistant; it starts with
     user, and its last role is one of ``last``.
     """
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise UserError(f"messages: expected a list of messages, found {type(messages).__name__}")
-    if not messages:
-        raise UserError("messages: the list is empty; it needs at least one user message")
+    _check_list(messages)
     previous = ""
     for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        _check_message(message, where)
-        role = message["role"]
+        where, role = f"messages[{index}]", message["role"]
         if role == "system" and index:
             raise UserError(f"{where}: a system message must be the first one")
         if previous in ("", "system") and role not in ("system", "user"):
@@ -64,6 +59,16 @@ def check_messages(messages: Sequence[Mapping[str, Any]], *, last: Sequence[str]
     if previous not in last:
         allowed = " or ".join(f"'{role}'" for role in last)
         raise UserError(f"messages[{len(messages) - 1}]: the last role must be {allowed}, not '{previous}'")
+
+
+def _check_list(messages: Any) -> None:
+    """Raise UserError, naming the message, for what is not a list of messages of known roles."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise UserError(f"messages: expected a list of messages, found {type(messages).__name__}")
+    if not messages:
+        raise UserError("messages: the list is empty; it needs at least one message")
+    for index, message in enumerate(messages):
+        _check_message(message, f"messages[{index}]")
 
 
 def _check_message(message: Any, where: str) -> None:
@@ -89,24 +94,32 @@ def encode_chat(
     max_new_tokens: int,
     max_positions: int = 8192,
     truncation: int = 6144,
+    continue_last: bool = False,
 ) -> ChatPrompt:
     """The prompt for the next assistant turn, within ``input_limit``.
 
-    Oldest rounds are dropped first. If the last turn alone is too long, it is truncated on the right, its two
-    line ends included, as upstream does. The system message is kept, where upstream drops it with the first
-    round; it is truncated to half of the limit.
+    Roles may come in any order, each message is written in its place, and empty system messages are omitted:
+    programs keep windows of conversations, greet first, or add instructions later. With ``continue_last`` the
+    prompt ends within the last message if that is the assistant's, so that the reply continues it.
 
-    Raises UserError for messages that ``check_messages`` refuses; the last must be user or exec.
+    Oldest rounds are dropped first. If the last round alone is too long, it is truncated on the right, its
+    two line ends included, as upstream does. The system message is kept, where upstream drops it with the
+    first round; it is truncated to half of the limit.
+
+    Raises UserError, naming the message, for unknown roles and keys and for contents that are not text.
     """
-    check_messages(messages, last=("user", "exec"))
+    _check_list(messages)
     limit = input_limit(max_new_tokens, max_positions, truncation)
     system, rounds = _rounds(tokenizer, messages)
     prompt = tokenizer.encode(PREFIXES["assistant"])
+    if continue_last and messages[-1]["role"] == "assistant":
+        rounds[-1].pop()  # the end of the message
+        prompt = []
     if limit <= len(prompt):
         raise UserError(f"a prompt limit of {limit} tokens leaves no room for a message")
-    cut = max(0, len(system) - limit // 2)
+    cut = max(0, len(system) - min(limit // 2, limit - len(prompt)))
     system = system[: len(system) - cut]
-    last = rounds.pop()
+    last = rounds.pop() if rounds else []
     budget = limit - len(system) - len(prompt)
     cut += max(0, len(last) - budget)
     last = last[:budget]
@@ -172,15 +185,22 @@ def message_ids(tokenizer: Tokenizer, message: Mapping[str, Any]) -> tuple[list[
 
 
 def _rounds(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[list[int]]]:
-    """The ids of the system message, and of each round: a user or exec turn with its answer."""
+    """The ids of the system messages at the beginning, and of each round: turns up to the assistant's."""
     system: list[int] = []
     rounds: list[list[int]] = []
+    answered = True
     for message in messages:
+        role = message["role"]
+        if role == "system" and not message["content"]:
+            continue
         prefix, content = message_ids(tokenizer, message)
-        if message["role"] == "system":
-            system = prefix + content
-        elif message["role"] == "assistant":
+        if role == "system" and not rounds:
+            system += prefix + content
+        elif role == "assistant" and rounds:
             rounds[-1] += prefix + content
-        else:
+        elif answered:
             rounds.append(prefix + content)
+        else:
+            rounds[-1] += prefix + content
+        answered = role == "assistant" or not rounds
     return system, rounds

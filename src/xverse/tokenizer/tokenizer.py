@@ -28,6 +28,7 @@ from xverse.tokenizer.encoder import SPACE, Encoder, make_encoder
 from xverse.tokenizer.repair import read_tokenizer_json, repair_json, write_tokenizer_json
 
 SPECIAL_TOKENS = ("<unk>", "<pad>", "<|startoftext|>", "<|endoftext|>")  # ids 0 to 3
+_LONG = 16_384  # characters from which a text is encoded by compiled code, which lets other threads run
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -102,6 +103,8 @@ class Tokenizer:
         ``allow_special``, so that typing one does not end a turn. Upstream, through PreTrainedTokenizerFast,
         always maps them to ids. Surrogates are replaced as by ``replace_surrogates``.
         """
+        if len(text) > _LONG and not allow_special and self._encoder is not None:
+            return self.encode_flat([text])[0].tolist()
         text = replace_surrogates(text)
         backend = self.backend if allow_special else self._plain
         if SPACE not in text or not self._space_character_ids:

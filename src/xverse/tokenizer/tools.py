@@ -19,7 +19,8 @@ _HOW = f'To call one, answer with {OPEN}{{"name": NAME, "arguments": OBJECT}}{CL
 def offer_text(functions: Iterable[Mapping[str, Any]]) -> str:
     """The part of the system message that offers ``functions``, each with name, description and
     parameters."""
-    return "\n".join([_OFFER, *(json.dumps(function) for function in functions), _HOW])
+    described = [json.dumps(function, ensure_ascii=False) for function in functions]
+    return "\n".join([_OFFER, *described, _HOW])
 
 
 def call_text(name: str, arguments: Any) -> str:

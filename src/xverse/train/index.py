@@ -69,7 +69,7 @@ class Index:
         self._kinds: dict[str, tuple[torch.dtype, int]] = {}
         for packed, (numbers, boxes) in alike.items():
             together = np.stack(boxes)  # [files, tensors, 2, dimensions]
-            for place, line in enumerate(packed.decode().splitlines()):
+            for place, line in enumerate(packed.decode().split("\n")):
                 dtype, dimensions, name = line.split(" ", 2)
                 self._kinds[name] = _DTYPES[dtype], int(dimensions)
                 self._places.setdefault(name, []).append((np.array(numbers), together[:, place]))

@@ -19,7 +19,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     After a rollback the repeated steps replace the records from that step on; a truncated line is ignored.
     """
     records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

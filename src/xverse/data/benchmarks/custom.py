@@ -17,8 +17,8 @@ from xverse.data.benchmarks.questions import (
     RawQuestion,
     Subject,
     first_ones_out,
-    text_of,
 )
+from xverse.texts import describe_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +74,24 @@ def read(description: Description, path: Path, name: str, reader: QuestionReader
     for number, (where, row) in enumerate(_rows(path, reader)):
         keys, answer = description.options, row.get(description.answer)
         options = row.get(keys[0]) if len(keys) == 1 else [row.get(key) for key in keys]
-        if isinstance(answer, int) and 0 <= answer < len(LETTERS):
-            answer = LETTERS[answer]  # a place instead of a letter
+        if type(answer) is int or (isinstance(answer, str) and answer.isascii() and answer.isdigit()):
+            place = int(answer) if len(str(answer)) < 3 else -1  # a place instead of a letter
+            answer = LETTERS[place] if 0 <= place < len(LETTERS) else answer
         text = row.get(description.question)
+        passage = row.get(description.passage) if description.passage else None
+        wrong = [
+            f"{key} is {describe_type(value)}, not text"
+            for key, value in ((description.question, text), (description.passage, passage))
+            if value is not None and not isinstance(value, str)
+        ]
         yield RawQuestion(
             id=f"{name}/{number}",
             where=where,
             text=text if isinstance(text, str) else "",
             options=tuple(options) if isinstance(options, list) else (),
-            passage=text_of(row.get(description.passage)) if description.passage else "",
+            passage=passage if isinstance(passage, str) else "",
             answer=answer,
+            problem="; ".join(wrong),
         )
 
 
@@ -94,7 +102,10 @@ def _rows(path: Path, reader: QuestionReader) -> Iterator[tuple[str, dict[str, A
     rows = reader.rows(path)
     _, columns = next(rows, ("", []))
     for where, row in rows:
-        yield where, dict(zip(columns, row, strict=False))
+        if len(row) == len(columns):
+            yield where, dict(zip(columns, row, strict=True))
+        elif row:
+            reader.refuse(where, f"{len(row)} fields, expected {len(columns)}")
 
 
 def all_questions(description: Description, data_dir: Path) -> Iterator[RawQuestion]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.texts import parse_json, read_csv, read_json, read_lines
+from xverse.texts import describe_type, parse_json, read_csv, read_json, read_lines
 
 LETTERS = "ABCDEFGHIJ"
 SHOTS_TAKEN_OUT = (
@@ -130,8 +130,11 @@ class QuestionReader:
             self.refuse(raw.where, raw.problem)
         elif not raw.text.strip():
             self.refuse(raw.where, "the question has no text")
-        elif len(options) < 2 or not all(isinstance(option, str) for option in options):
-            self.refuse(raw.where, "expected two or more options, all of them text")
+        elif len(options) < 2:
+            self.refuse(raw.where, "expected two or more options")
+        elif not all(isinstance(option, str) for option in options):
+            kind = next(describe_type(option) for option in options if not isinstance(option, str))
+            self.refuse(raw.where, f"expected two or more options, all of them text; one is {kind}")
         elif answer is not None and (
             not isinstance(answer, str) or len(answer) != 1 or answer not in letters
         ):
@@ -160,8 +163,8 @@ def first_ones_out(
 
 
 def text_of(value: Any) -> str:
-    """The text of a row's value, empty for none."""
-    return str(value or "")
+    """The text of a row's value, empty for anything else."""
+    return value if isinstance(value, str) else ""
 
 
 def check_file(path: Path) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from xverse.config import UserError
+from xverse.texts import describe_type
 from xverse.tokenizer.chat import check_messages
 from xverse.tokenizer.tools import call_text, offer_text
 
@@ -134,10 +135,12 @@ def guess(item: Any, where: str) -> DatasetInfo:
         messages=next((key for key in ("messages", "conversations") if key in keys), None),
         prompt=next((key for key in ("instruction", "prompt", "text") if key in keys), None),
         response=next((key for key in ("output", "response") if key in keys), None),
-        kto_tag=next((key for key in ("kto_tag", "label") if isinstance(keys and item.get(key), bool)), None),
+        kto_tag=next(
+            (key for key in ("kto_tag", "label") if keys and _truth(item.get(key)) is not None), None
+        ),
     )
     if columns.messages is not None:
-        turns = item[columns.messages]
+        turns = _listed(item[columns.messages])
         openai = isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
         tags = OPENAI_TAGS if openai else Tags()
         return DatasetInfo(formatting="sharegpt", ranking=ranking, columns=columns, tags=tags)
@@ -174,7 +177,14 @@ def check_columns(item: Any, info: DatasetInfo, stage: str, where: str) -> None:
 
 def is_undesirable(item: dict[str, Any], info: DatasetInfo) -> bool:
     """Whether KTO data tags the item's reply as undesirable."""
-    return info.columns.kto_tag is not None and item.get(info.columns.kto_tag) is False
+    return info.columns.kto_tag is not None and _truth(item.get(info.columns.kto_tag)) is False
+
+
+def _truth(value: Any) -> bool | None:
+    """A boolean, which CSV can only write as text; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower())
+    return value if isinstance(value, bool) else None
 
 
 def to_text(item: Any, info: DatasetInfo) -> str:
@@ -229,15 +239,13 @@ def _messages(item: Any, info: DatasetInfo) -> Messages:
         raise Skip("with images, videos or audio")
     turns = _sharegpt(item, info) if info.formatting == "sharegpt" else _alpaca(item, info)
     system = item.get(columns.system) if columns.system else None
-    parts = [system] if system else []
+    parts = [] if system in (None, "") else [system]
     if turns and turns[0]["role"] == "system":
         parts = [turns.pop(0)["content"]]
     if columns.tools and item.get(columns.tools) not in (None, "", "[]", []):
         parts.append(offer_text(_functions(item[columns.tools])))
     if parts:
-        if not all(isinstance(part, str) for part in parts):
-            raise Skip("not text")
-        turns.insert(0, _message("system", "\n\n".join(parts)))
+        turns.insert(0, _message("system", "\n\n".join(_text("system", part) for part in parts)))
     return turns
 
 
@@ -248,10 +256,9 @@ def _alpaca(item: dict[str, Any], info: DatasetInfo) -> Messages:
         if not isinstance(pair, list) or len(pair) != 2:
             raise Skip("ill-formed history")
         messages += [_message("user", pair[0]), _message("assistant", pair[1])]
-    question, extra = item.get(columns.prompt or "instruction"), item.get(columns.query or "input") or ""
-    if not isinstance(question, str) or not isinstance(extra, str):
-        raise Skip("not text")
-    return [*messages, _message("user", "\n".join(part for part in (question, extra) if part.strip()))]
+    question, extra = item.get(columns.prompt or "instruction"), item.get(columns.query or "input")
+    parts = [_text("user", part) for part in (question, "" if extra is None else extra)]
+    return [*messages, _message("user", "\n".join(part for part in parts if part.strip()))]
 
 
 def _sharegpt(item: dict[str, Any], info: DatasetInfo) -> Messages:
@@ -330,9 +337,8 @@ def _message(role: str, content: Any) -> dict[str, str]:
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             raise Skip("parts that are not text")
         parts = [part.get("text", part.get("value")) for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
-    if not isinstance(content, str):
-        raise Skip("not text")
+        content = "".join(_text(role, part) for part in parts)
+    content = _text(role, content)
     if not content.strip():
         raise Skip("empty text")
     try:
@@ -342,9 +348,27 @@ def _message(role: str, content: Any) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def _text(role: str, value: Any) -> str:
+    """Numbers are not written as text: 1.0 and 1e5 would no longer be what the file has."""
+    if not isinstance(value, str):
+        raise Skip(f"not text ({role}: {describe_type(value)})")
+    return value
+
+
 def _list(value: Any) -> list[Any]:
+    value = _listed(value)
     if not isinstance(value, list):
         raise Skip("ill-formed turn")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """A list, which CSV can only hold as JSON; other values as they are."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
     return value
 
 

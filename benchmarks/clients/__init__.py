@@ -1,0 +1,1 @@
+"""Other people's clients, each in an environment of its own, against ``xverse serve``."""

@@ -1,0 +1,137 @@
+"""Tolerance towards clients: fields without effect, and what happens to unknown ones.
+
+``null`` counts as absent everywhere. Inside messages, tools and other parts unknown fields are ignored,
+because clients send replies of many servers back. At the top of a body they are ignored and reported, unless
+a name resembles an implemented one: such a field is refused as a misspelling.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import urllib.parse
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic_core import PydanticCustomError
+
+from xverse.serve.errors import ApiError
+
+# Fields that cannot change a reply of this server, by the reason; docs/serving.md lists them.
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "labels of the caller": ("user", "safety_identifier", "metadata", "request_id", "vllm_xargs"),
+    "storage and billing at OpenAI": ("store", "service_tier", "moderation"),
+    "caching and scheduling, which the server decides itself": (
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "cache_salt", "cache_prompt"),
+        *("priority", "prediction", "kv_transfer_params", "keep_alive"),
+    ),
+    "reasoning, which the model does not do": (
+        *("reasoning_effort", "reasoning", "include_reasoning", "thinking", "enable_thinking", "verbosity"),
+    ),
+    "XVERSE's chat format has no such options": (
+        *("chat_template_kwargs", "add_special_tokens", "spaces_between_special_tokens"),
+    ),
+    "tools and media that the server does not have": ("web_search_options", "audio", "mm_processor_kwargs"),
+    "choices of another implementation": (
+        *("guided_decoding_backend", "guided_whitespace_pattern", "length_penalty", "early_stopping"),
+    ),
+}
+NO_EFFECT = frozenset(name for names in WITHOUT_EFFECT.values() for name in names)
+# Fields of other servers that this one lacks. They are reported as ignored and never taken for misspellings.
+ELSEWHERE = frozenset(
+    (
+        *("allowed_token_ids", "bad_words", "include_stop_str_in_output", "logits_processors"),
+        *("prompt_logprobs", "prompt_embeds", "repetition_detection", "return_tokens_as_token_ids"),
+        *("truncate_prompt_tokens", "use_beam_search", "chat_template", "documents", "add_generation_prompt"),
+        *("repeat_penalty", "repeat_last_n", "typical_p", "top_n_sigma", "top_a", "n_predict", "num_predict"),
+        *("n_probs", "min_keep", "samplers", "tfs_z", "json_schema", "grammar", "options", "format"),
+    )
+)
+MOST_UNKNOWN = 50
+MOST_ITEMS = 30_000  # in one body: their number, not their bytes, determines how long validation takes
+_IDS = ("prompt", "tokens")
+_LIKE = 0.8  # similarity from which an unknown name counts as a misspelling
+
+
+def rule(text: str, at: str = "") -> PydanticCustomError:
+    """A validation error in the API's words; ``at`` continues the path of the field."""
+    return PydanticCustomError("rule", "{text}", {"text": text, "at": at})
+
+
+class Lenient(BaseModel):
+    """A part of a body: ``null`` fields are absent, unknown ones are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, values: Any) -> Any:
+        return without_null(values) if isinstance(values, dict) else values
+
+
+class Body(Lenient):
+    """A whole body. ``ignored`` holds the names of the unknown fields at its top."""
+
+    _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return self._ignored
+
+    def headers(self) -> dict[str, str]:
+        """The header of the response that reports ignored fields."""
+        if not self._ignored:
+            return {}
+        return {"X-Ignored-Fields": ", ".join(urllib.parse.quote(name[:64]) for name in self._ignored)}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tolerant(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(values, dict):
+            return handler(values)
+        _check_items(values)
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = [
+            name
+            for name, value in values.items()
+            if value is not None and name not in known and name not in NO_EFFECT
+        ]
+        if len(unknown) > MOST_UNKNOWN:
+            raise ApiError(400, f"the body has {len(unknown)} unknown fields; the limit is {MOST_UNKNOWN}")
+        for name in unknown:
+            if name not in ELSEWHERE and (meant := misspelt(name, known)):
+                text = f"{name}: unknown field; did you mean '{meant}'?"
+                raise ApiError(400, text, param=name, code="unknown_field")
+        body = handler(values)
+        body._ignored = tuple(unknown)
+        return body
+
+
+def without_null(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def misspelt(name: str, known: Any) -> str | None:
+    """The known name that ``name`` is probably meant to be: it differs in a few letters, case or dashes."""
+    if len(name) > 64:
+        return None
+    plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").lower()
+    close = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=_LIKE)
+    return close[0] if close else None
+
+
+def _check_items(values: dict[str, Any]) -> None:
+    """Raises ApiError for a body of too many parts. Token ids do not count; they are quick to check."""
+    count = len(values)
+    stack: list[Any] = (
+        [value for name, value in values.items() if name not in _IDS] if count <= MOST_ITEMS else []
+    )
+    while count <= MOST_ITEMS and stack:
+        part = stack.pop()
+        if isinstance(part, (dict, list)):
+            count += len(part)
+            if count <= MOST_ITEMS:
+                stack += part.values() if isinstance(part, dict) else part
+    if count > MOST_ITEMS:
+        text = f"the body has more than {MOST_ITEMS} fields and list items; send fewer messages or parts"
+        raise ApiError(400, text, code="body_too_complex")
