@@ -139,7 +139,8 @@ def _divide(options: Mapping[str, Any], settings: GenerationConfig, stream: bool
     stored = [param.stored for param in PARAMS.values() if param.name not in ("seed", "logit_bias")]
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} | set(stored)
     check_keys(options, sorted(known | _PASSED), "chat")
-    settings.update(**{name: value for name, value in options.items() if name in known})
+    for name in known & options.keys():
+        setattr(settings, name, options[name])  # `update` skips names that this class does not define
     if "max_length" in options and "max_new_tokens" not in options:
         settings.max_new_tokens = None
     if (settings.num_return_sequences or 1) > 1 or options.get("return_dict_in_generate"):
