@@ -87,14 +87,16 @@ class Session:
                 self.messages = before
 
     def room(self, text: str) -> int:
-        """The number of tokens of ``text``. Raises UserError if no message can hold them."""
+        """The number of tokens of ``text`` from files. Raises UserError if a message with a question cannot
+        hold them."""
         config = self.engine.model.config
         count = len(self.engine.tokenizer.encode(text))
         limit = input_limit(
             self.sampling.max_new_tokens, config.context_length, config.max_tokenizer_truncation
         )
-        if count > limit:
-            raise UserError(f"{count} tokens are too many; a message can have {limit}")
+        most = limit * 7 // 8
+        if count > most:
+            raise UserError(f"{count} tokens are too many; beside a question there is room for {most}")
         return count
 
     def _answer(self, question: Message) -> Generator[str, None, None]:

@@ -94,7 +94,7 @@ class Terminal:
         session = self.session
         if name not in COMMANDS:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)} (/help lists the commands)")
-        if rest and name in ("/help", "/reset", "/retry", "/undo"):
+        if rest and name in ("/help", "/reset", "/retry", "/undo", "/exit"):
             raise UserError(f"{name} takes no argument")
         if name == "/help":
             notice(help_text())
