@@ -285,7 +285,7 @@ class Harness(TemplateLM):
         return dataclasses.replace(merged, max_new_tokens=most, stop=stop)
 
     @cached_property
-    def tokenizer(self) -> Any:  # type: ignore[override]  # None in the library's class
+    def tokenizer(self) -> Any:
         """The transformers tokenizer, whose template the library reads."""
         from transformers import AutoTokenizer
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
@@ -25,7 +25,7 @@ _CACHE = "cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"
 _UPDATE_TAKES_OPTIONS = "kwargs" in inspect.signature(Cache.update).parameters
 
 
-def prepare(module: nn.Module, config: Any, layer: int) -> None:
+def prepare(module: Any, config: Any, layer: int) -> None:
     """Give an attention module of the model the attributes that transformers' attention functions read."""
     values: dict[str, Any] = {
         "config": config,
@@ -49,7 +49,7 @@ class InterfaceAttention:
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
+        modules: Sequence[Any],
         config: Any,
         x: Tensor,
         attention_mask: Any,
@@ -99,7 +99,7 @@ class InterfaceAttention:
 
 
 def attention_context(
-    modules: Sequence[nn.Module],
+    modules: Sequence[Any],
     config: Any,
     x: Tensor,
     attention_mask: Any,

@@ -142,7 +142,7 @@ class XverseModel(XversePreTrainedModel):
             last_hidden_state=hidden,
             hidden_states=_selected(states, output_hidden_states),
             attentions=tuple(weights.values()) if output_attentions else None,
-            **{_CACHE: cache},  # type: ignore[arg-type]  # a name of this version's
+            **{_CACHE: cache},
         )
         if return_dict is None:
             return_dict = config.return_dict
@@ -308,9 +308,7 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
         return self
 
 
-def _selected(
-    states: list[Tensor], selection: bool | int | Sequence[int] | None
-) -> tuple[Tensor | None, ...] | None:
+def _selected(states: list[Tensor], selection: bool | int | Sequence[int] | None) -> Any:
     """All ``states``, or those that a number or a list selects, with None in the place of others."""
     if selection is None or selection is False:
         return None
