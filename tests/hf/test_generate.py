@@ -15,8 +15,6 @@ SAMPLED = {"do_sample": True, "top_k": 0}
 BEAMS = {"num_beams": 3}
 ALL = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 STATIC = {"cache_implementation": "static"}
-COMPILE = CompileConfig(fullgraph=True, backend="eager", mode=None)
-COMPILE._compile_all_devices = True  # transformers compiles on GPUs only, except in tests
 
 # The options with which each field of GenerationConfig is tried.
 FIELDS: dict[str, list[dict[str, Any]]] = {
@@ -85,7 +83,7 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
     "target_lookbehind": [{"assistant": True, "target_lookbehind": 4}],
     "assistant_ensemble_weight": [{"assistant": True, **SAMPLED, "assistant_ensemble_weight": 0.5}],
     "speculation_type": [{"speculation_type": "dflash"}],
-    "compile_config": [{**STATIC, "compile_config": COMPILE}],
+    "compile_config": [{**STATIC, "compile_config": CompileConfig(fullgraph=True)}],
     "disable_compile": [{**STATIC, "disable_compile": True}],
     "continuous_batching_config": [{"continuous_batching_config": None}],
     "low_memory": [{"low_memory": True, **BEAMS}],

@@ -108,9 +108,7 @@ class XverseModel(XversePreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if unknown := sorted(options.keys() - _OPTIONS):
             raise TypeError(f"forward() got unexpected arguments: {', '.join(unknown)}")
-        if past_key_values is not None and cache is not None and past_key_values is not cache:
-            raise ValueError("cache and past_key_values are two names of one argument; give one of them")
-        cache = past_key_values if cache is None else cache
+        cache = past_key_values if cache is None else cache  # the new name wins, as in transformers
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         if output_attentions is None:
