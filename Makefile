@@ -1,9 +1,12 @@
 # make chat · make serve · make test · make bench · make lint: each installs what it needs into .venv. `make` lists them.
 
 PYTHON ?= python3
-# Extra index for PyTorch's CPU build, used on machines without an NVIDIA GPU. Empty (`make chat TORCH_INDEX=`):
-# only the indexes that pip is configured with.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Index for PyTorch. Unset: src/xverse/nvidia.py chooses the build by driver and compute capability. An index of one
+# build (https://download.pytorch.org/whl/cu128, …/cpu) replaces that choice. Empty (`make chat TORCH_INDEX=`): only the
+# indexes that pip is configured with.
+ifneq ($(origin TORCH_INDEX),undefined)
+export TORCH_INDEX
+endif
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,7 +39,7 @@ help:
 	@echo 'make clean              remove .venv, caches and builds'
 	@echo
 	@echo 'PYTHON=$(PYTHON)'
-	@echo 'TORCH_INDEX=$(TORCH_INDEX)   (index of the CPU build of PyTorch; empty: only pip'"'"'s own)'
+	@echo 'TORCH_INDEX=$(if $(filter undefined,$(origin TORCH_INDEX)),(by driver and GPU),$(TORCH_INDEX))   (index for PyTorch, such as https://download.pytorch.org/whl/cu126; empty: only pip'"'"'s own)'
 	@echo 'WORKERS=$(WORKERS)   (processes of make test)'
 
 chat: $(CORE)
@@ -74,22 +77,16 @@ $(BIN)/python:
 	@"$(PYTHON)" -m venv $(VENV) >&2 || { rm -rf $(VENV); \
 	  echo "make: '$(PYTHON) -m venv' failed (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
-# Without a working NVIDIA driver the CPU build of PyTorch is installed first, so that no later package pulls in
-# gigabytes of CUDA libraries. --retries and --timeout give up soon on an unreachable index, because another
-# configured index may have the same wheel; --no-deps limits that index to this package.
+# PyTorch comes first, in the build that runs here, so that no later package pulls in gigabytes of CUDA libraries that
+# this machine cannot use. --retries and --timeout give up soon on an unreachable index, because another configured
+# index may have the same wheel.
 $(CORE): pyproject.toml hatch_build.py $(wildcard csrc/*) | $(BIN)/python
 	@set -e; \
-	if ! nvidia-smi -L >/dev/null 2>&1; then \
-	  case "$$(uname -s)-$$(uname -m)" in \
-	    Linux-x86_64|Linux-aarch64) torch=torch==2.13.0+cpu ;; \
-	    *) torch=torch==2.13.0 ;; \
-	  esac; \
-	  echo "make: installing $$torch" >&2; \
-	  $(PIP) install --no-deps --retries 1 --timeout 15 \
-	    $(if $(strip $(TORCH_INDEX)),--extra-index-url "$(strip $(TORCH_INDEX))") "$$torch" >&2 || { \
-	    echo "make: $$torch could not be installed; set TORCH_INDEX to an index that has it" \
-	      "(now '$(strip $(TORCH_INDEX))')" >&2; exit 1; }; \
-	fi; \
+	torch=$$($(BIN)/python -P src/xverse/nvidia.py); \
+	echo "make: pip install $$torch" >&2; \
+	eval "$(PIP) install --retries 1 --timeout 15 $$torch" >&2 || { \
+	  echo "make: PyTorch could not be installed; set TORCH_INDEX to an index that has it" \
+	    "(now '$(strip $(TORCH_INDEX))')" >&2; exit 1; }; \
 	echo "make: installing xverse" >&2; \
 	$(PIP) install --quiet -e . >&2
 	@touch $@

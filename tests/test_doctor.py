@@ -34,6 +34,8 @@ def test_facts(report: Any) -> None:
     assert 1 <= report["cpu"]["cores"] <= (os.cpu_count() or 1)
     assert 0 < report["memory"]["total"] <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert len(report["measured"]["gpus"]) == torch.cuda.device_count()
+    assert f"device         {report['device_reason']}" in doctor.render(report)
+    assert report["device_reason"].startswith("running on")
 
 
 def test_kernels(report: Any) -> None:

@@ -70,12 +70,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 class Forced:
     """A constraint that allows one text only: the model computes as usual, and its reply is known."""
 
-    def __init__(self, tokens: Sequence[int]) -> None:
+    def __init__(self, tokens: Sequence[int], vocab_size: int) -> None:
         self._left = list(reversed(tokens))
+        self._vocab_size = vocab_size
 
-    def apply(self, logits: Tensor) -> Tensor:
-        allowed = torch.full_like(logits, -torch.inf)
-        allowed[self._left[-1]] = 0
+    def allowed(self) -> Tensor:
+        allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
+        allowed[self._left[-1]] = True
         return allowed
 
     def accept(self, token_id: int) -> None:
@@ -117,7 +118,9 @@ def speculation(
         for number in range(rounds + 1):
             for text, reply in replies.items():
                 for kind, engine in engines.items():
-                    seconds, _ = _generate(engine, prompt, len(reply), _GREEDY, Forced(reply))
+                    seconds, _ = _generate(
+                        engine, prompt, len(reply), _GREEDY, Forced(reply, tokenizer.vocab_size)
+                    )
                     if number:  # the first round prefills and touches every weight once
                         rates[text][kind].append((len(reply) - 1) / seconds)
     stats = engines["lookup"].stats()

@@ -14,7 +14,7 @@ from xverse.bench.options import add_batch, add_shape, positive
 from xverse.bench.report import Row, show
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
-from xverse.hardware import compute_device
+from xverse.device import compute_device
 from xverse.log import notice
 from xverse.model import XverseConfig, named_shape
 from xverse.train import TrainConfig

@@ -114,6 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"xverse: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which may not be imported
+            raise
+        reason = ". ".join(" ".join(str(error).split()).split(". ")[:2])
+        print(f"xverse: {reason}; use --quantize, smaller batches or --device cpu", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("xverse: interrupted", file=sys.stderr)
         return 130

@@ -169,6 +169,16 @@ def process_seconds(pid: int) -> float | None:
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") if fields else None
 
 
+def resident_memory(device: torch.device) -> int | None:
+    """Bytes that this process holds now: allocated on a CUDA ``device``, otherwise resident (None without
+    /proc)."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    return process_memory("VmRSS")
+
+
 def peak_memory(device: torch.device | str = "cpu") -> int:
     """Bytes: the most that was allocated on a CUDA ``device``, otherwise this process's peak resident memory
     (libraries included)."""
@@ -190,13 +200,24 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of a CUDA ``device``."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[1]
+
+
 def available_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that this process may still take: free memory of a CUDA ``device``, otherwise its share of the
-    RAM available to all processes that a launcher started on this machine (all RAM where that is unknown)."""
+    """Bytes that this process may still take: free memory of a CUDA or Apple ``device``, otherwise its share
+    of the RAM available to all processes that a launcher started here (all RAM where that is unknown)."""
     if str(device).startswith("cuda"):
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
+    if str(device).startswith("mps"):
+        import torch
+
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     total, available = memory()
     launched = (
         os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
@@ -279,13 +300,6 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def compute_device(index: int = 0) -> torch.device:
-    """The device of training: the CUDA device of this index if there is CUDA, else the CPU."""
-    import torch
-
-    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------

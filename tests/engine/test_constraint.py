@@ -16,12 +16,14 @@ NEVER = (10**6,)
 class Given:
     """Allows exactly one text, token by token, and then an end token."""
 
+    size: int  # of the vocabulary
+
     def __init__(self, tokens: list[int]) -> None:
         self.left = list(tokens)
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        allowed = torch.full_like(logits, -torch.inf)
-        allowed[self.left[0] if self.left else 3] = 0
+    def allowed(self) -> torch.Tensor:
+        allowed = torch.zeros(self.size, dtype=torch.bool)
+        allowed[self.left[0] if self.left else 3] = True
         return allowed
 
     def accept(self, token_id: int) -> None:
@@ -40,8 +42,13 @@ class Broken(Given):
 
 
 class Nothing(Given):
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(logits, -torch.inf)
+    def allowed(self) -> torch.Tensor:
+        return torch.zeros(self.size, dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def vocabulary(tiny_tokenizer: Any) -> None:
+    Given.size = tiny_tokenizer.vocab_size
 
 
 def run(engine: Engine, *requests: Request) -> list[list[Event]]:

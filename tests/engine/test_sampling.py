@@ -8,7 +8,18 @@ import torch
 
 from xverse.config import UserError
 from xverse.engine import Request, SamplingParams
-from xverse.engine.sampling import Adjustment, adjust_, candidates, choose
+from xverse.engine.sampling import (
+    UNDECIDED,
+    Adjustment,
+    Dice,
+    adjust_,
+    all_candidates,
+    candidates,
+    draw,
+    greedy,
+    is_greedy,
+    redraw,
+)
 
 VOCAB = 500
 
@@ -20,13 +31,12 @@ def logits() -> torch.Tensor:
 
 def filtered(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """Scores [G, V], -inf for excluded tokens."""
+    scores, ids, exact = candidates(logits, sampling)
     found = torch.full(logits.shape, -torch.inf)
-    for rows, scores, ids in candidates(logits, sampling):
-        for row, values, places in zip(rows, scores, [None] * len(rows) if ids is None else ids, strict=True):
-            if places is None:
-                found[row] = values
-            else:
-                found[row, places] = values
+    found = scores if ids is None else found.scatter(-1, ids, scores)
+    for row in [] if exact is None else (~exact).nonzero().flatten().tolist():
+        scores, ids = all_candidates(logits[row : row + 1], sampling)
+        found[row] = torch.full_like(logits[row], -torch.inf).scatter(-1, ids[0], scores[0])
     return found
 
 
@@ -73,7 +83,7 @@ def test_repetition_penalty_is_transformers_definition(logits: torch.Tensor, pen
     from transformers import RepetitionPenaltyLogitsProcessor
 
     sampling = SamplingParams(repetition_penalty=penalty)
-    adjustment = Adjustment(sampling, [3, 5, 5], torch.device("cpu"))
+    adjustment = Adjustment(sampling, [3, 5, 5])
     for token in (499, 3):
         adjustment.add(token)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(
@@ -86,7 +96,7 @@ def test_repetition_penalty_is_transformers_definition(logits: torch.Tensor, pen
 def test_penalties_and_biases_are_openai_definition(logits: torch.Tensor) -> None:
     """Each score falls by count · frequency + (count > 0) · presence, counted in the reply alone."""
     sampling = SamplingParams(presence_penalty=0.5, frequency_penalty=-1.5, logit_bias={3: 7.0, 499: -100})
-    adjustment = Adjustment(sampling, [8, 8, 9], torch.device("cpu"))
+    adjustment = Adjustment(sampling, [8, 8, 9])
     expected = logits.clone()
     expected[3] += 7
     expected[499] -= 100
@@ -100,20 +110,25 @@ def test_penalties_and_biases_are_openai_definition(logits: torch.Tensor) -> Non
 
 
 def test_nothing_to_adjust() -> None:
-    assert not Adjustment(SamplingParams(temperature=0.3, top_k=5), [1, 2], torch.device("cpu"))
+    assert not Adjustment(SamplingParams(temperature=0.3, top_k=5), [1, 2])
 
 
-def draw(logits: torch.Tensor, sampling: SamplingParams, seeds: list[int | None]) -> list[int]:
-    nothing = Adjustment(SamplingParams(), [], torch.device("cpu"))
-    generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
-    return choose(logits, sampling, [nothing] * len(logits), generators)
+def chosen(logits: torch.Tensor, sampling: SamplingParams, seeds: list[int]) -> list[int]:
+    if is_greedy(sampling):
+        return greedy(logits).tolist()
+    dice = [Dice(seed)[0] for seed in seeds]
+    tokens = draw(logits, sampling, dice).tolist()
+    return [
+        redraw(row, sampling, die) if token == UNDECIDED else token
+        for row, token, die in zip(logits, tokens, dice, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("values", [{"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.5}])
 def test_nothing_left_to_choose(values: dict[str, Any]) -> None:
     logits = torch.full((2, VOCAB), -torch.inf)
     logits[1, 7] = 1.0
-    assert draw(logits, SamplingParams(**values), [0, 0]) == [-1, 7]
+    assert chosen(logits, SamplingParams(**values), [0, 0]) == [-1, 7]
 
 
 @pytest.mark.parametrize("values", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.01}])
@@ -121,15 +136,15 @@ def test_a_row_alone_or_among_others_is_drawn_alike(values: dict[str, Any]) -> N
     sampling = SamplingParams(**values)
     logits = torch.randn(16, 3000, generator=torch.Generator().manual_seed(0)) * 2
     logits[::3] = logits[::3].round()  # ties; a wide nucleus
-    seeds: list[int | None] = list(range(16))
-    together = draw(logits, sampling, seeds)
-    assert together == [draw(logits[row : row + 1], sampling, seeds[row : row + 1])[0] for row in range(16)]
+    seeds = list(range(16))
+    together = chosen(logits, sampling, seeds)
+    assert together == [chosen(logits[row : row + 1], sampling, seeds[row : row + 1])[0] for row in range(16)]
 
 
 def test_rows_are_adjusted_together_as_each_alone() -> None:
     sampling = SamplingParams(temperature=0, repetition_penalty=1.3, frequency_penalty=0.4)
     logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0)).mul(4)
-    adjustments = [Adjustment(sampling, list(range(4, 10 * row)), torch.device("cpu")) for row in range(5)]
+    adjustments = [Adjustment(sampling, list(range(4, 10 * row))) for row in range(5)]
     for token in (1, 8, 8, 77):
         adjustments[3].add(token)
     together = logits.clone()
@@ -141,10 +156,36 @@ def test_rows_are_adjusted_together_as_each_alone() -> None:
     assert not torch.equal(together, logits)
 
 
+def test_tokens_of_a_proposal_count_as_if_they_were_added() -> None:
+    sampling = SamplingParams(repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.4)
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0)).mul(4)
+    before, after = Adjustment(sampling, [4, 5]), Adjustment(sampling, [4, 5])
+    for token in (9, 4):
+        before.add(token)
+        after.add(token)
+    for token in (4, 7, 7, 9):
+        after.add(token)
+    expected, found = logits.clone(), logits.clone()
+    adjust_(expected, sampling, [after, before])
+    adjust_(found, sampling, [before, before], [[4, 7, 7, 9], []])
+    assert torch.equal(found, expected)
+
+
+def test_dice_are_those_of_single_draws() -> None:
+    dice, generator = Dice(5), torch.Generator().manual_seed(5)
+    expected = [torch.rand(1, generator=generator).item() for _ in range(200)]
+    found = []
+    for index in range(100):
+        found.append(dice[0])
+        assert dice[3] == expected[index + 3]
+        dice.use(1)
+    assert found == expected[:100]
+
+
 def test_tiny_temperatures_do_not_overflow(logits: torch.Tensor) -> None:
     best = int(logits.argmax())
-    assert draw(logits[None] * 1e30, SamplingParams(temperature=1e-4), [0]) == [best]
-    assert draw(logits[None], SamplingParams(temperature=1e-9), [None]) == [best]
+    assert chosen(logits[None] * 1e30, SamplingParams(temperature=1e-4), [0]) == [best]
+    assert chosen(logits[None], SamplingParams(temperature=1e-9), [0]) == [best]
 
 
 @pytest.mark.parametrize(
@@ -152,10 +193,9 @@ def test_tiny_temperatures_do_not_overflow(logits: torch.Tensor) -> None:
 )
 def test_draws_follow_the_distribution(sampling: SamplingParams) -> None:
     logits = torch.tensor([[0.5, 0.2, 0.3, 0.0]]).log()
-    generator = torch.Generator().manual_seed(1)
-    nothing = Adjustment(SamplingParams(), [], torch.device("cpu"))
+    dice = Dice(1)
     counts = [0] * 4
-    for token in choose(logits.expand(4000, 4), sampling, [nothing] * 4000, [generator] * 4000):
+    for token in draw(logits.expand(4000, 4), sampling, [dice[index] for index in range(4000)]).tolist():
         counts[token] += 1
     assert counts[3] == 0
     for count, probability in zip(counts, (0.5, 0.2, 0.3), strict=False):

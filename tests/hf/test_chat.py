@@ -164,7 +164,7 @@ def test_penalties_equal_the_engine() -> None:
     sampling = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
     prompt, reply = [4, 5], [6, 6, 7]
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
-    adjustment = Adjustment(sampling, prompt, torch.device("cpu"))
+    adjustment = Adjustment(sampling, prompt)
     for token in reply:
         adjustment.add(token)
     expected = logits.clone()

@@ -61,7 +61,7 @@ def start(service: Any, page: str | None = None, **guard: Any) -> Running:
     from xverse.serve.guard import Guard
     from xverse.serve.server import bind
 
-    log = {name: guard.pop(name) for name in ("log", "contents") if name in guard}
+    log = {name: guard.pop(name) for name in ("log", "contents", "root") if name in guard}
     settings = {"hosts": LOOPBACK, "keys": (), "max_body": 1_000_000, **guard}
     listener = bind("127.0.0.1", 0)
     checked = Guard(create_app(service, page), **settings)

@@ -314,13 +314,13 @@ def test_health_and_metrics(server: Any) -> None:
         server.openai().chat.completions.create(model="nano", messages=QUESTION, max_tokens=5)
         text = client.get("/metrics").text
     for name in (
-        'xverse_requests_total{endpoint="chat",outcome="',
-        "xverse_generated_tokens_total",
-        "xverse_time_to_first_token_seconds_bucket",
-        "xverse_inter_token_seconds_count",
+        'http_requests_total{handler="/v1/chat/completions",method="POST",status="200"}',
+        "vllm:generation_tokens_total",
+        "vllm:time_to_first_token_seconds_bucket",
+        "vllm:inter_token_latency_seconds_count",
         "xverse_cache_free_blocks",
-        "xverse_ready 1.0",
-        "xverse_waiting",
+        'xverse_ready{model_name="nano"} 1.0',
+        "vllm:num_requests_waiting",
     ):
         assert name in text
 

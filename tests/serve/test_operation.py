@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -24,10 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 QUESTION = [{"role": "user", "content": "What is your name?"}]
 CHAT = "/v1/chat/completions"
 MAIN = "import sys; from xverse.cli import main; sys.exit(main())"
-SLOW = (
-    "import sys, time, xverse.serve.start as start\n"
+GATED = (  # loads its model when a file exists
+    "import os, sys, time, xverse.serve.start as start\n"
     "load = start.load_service\n"
-    "start.load_service = lambda settings: (time.sleep(4), load(settings))[1]\n"
+    "def wait(settings):\n"
+    "    while not os.path.exists(os.environ['GATE']): time.sleep(0.05)\n"
+    "    return load(settings)\n"
+    "start.load_service = wait\n"
     "from xverse.cli import main; sys.exit(main())"
 )
 Start = Callable[..., subprocess.Popen[str]]
@@ -78,24 +82,20 @@ def entries(lines: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def test_no_connection_before_the_model_is_loaded(start: Start) -> None:
+def test_no_connection_before_the_model_is_loaded(start: Start, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    loading = start("--port", str(port), "--page", "none", code=SLOW)
-    refused = 0
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
-            break
-        except httpx.ConnectError:
-            refused += 1
-            if refused == 60:  # it is bound by now: another server is told at once
-                second = start("--port", str(port), "--page", "none")
-                assert second.wait(60) == 2
-                assert "Address already in use" in second.stderr.read()  # type: ignore[union-attr]
-            time.sleep(0.05)
-    assert refused > 60
+    flags = ["--port", str(port), "--page", "none"]
+    loading = start(*flags, code=GATED, GATE=str(tmp_path / "gate"))
+    while _bindable(port):
+        assert loading.poll() is None
+        time.sleep(0.05)
+    second = start(*flags)  # it learns at once that the address is in use
+    assert second.wait(60) == 2
+    assert "Address already in use" in second.stderr.read()  # type: ignore[union-attr]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
+    (tmp_path / "gate").touch()
     answer = httpx.get(address(loading) + "/health", trust_env=False)
     assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
     code, lines = ended(loading)
@@ -105,8 +105,17 @@ def test_no_connection_before_the_model_is_loaded(start: Start) -> None:
         assert part in text
     assert re.search(r"key-value cache: 9,000 tokens, \d+ MB, float32; at most \d+ MB of it keep", text)
     assert re.search(r"memory: \d+ MB now, about \d+ MB when the cache is full", text)
-    again = start("--port", str(port), "--page", "none")  # closed connections do not block the address
+    again = start(*flags)  # closed connections do not block the address
     address(again)
+
+
+def _bindable(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
@@ -139,8 +148,8 @@ def test_tls_a_sub_path_and_keys_that_change(start: Start, tmp_path: Path) -> No
     for path in ("/xv/v1/models", "/v1/models"):  # a proxy keeps the sub-path or removes it
         assert ask(path, "first-key").json()["data"][0]["id"] == "nano"
         assert ask(path, "second-key").status_code == 401
-    assert ask("/xv", "").headers["location"] == "/xv/"
-    assert ask("/xv/health", "").status_code == ask("/health", "").status_code == 200
+    assert ask("/xv", "none").headers["location"] == "/xv/"
+    assert ask("/xv/health", "none").status_code == ask("/health", "none").status_code == 200
 
     keys.write_text("second-key\n", encoding="utf-8")
     make_certificate()  # under the same names: a client that trusts the new one alone gets in
@@ -211,8 +220,17 @@ def test_sigterm_says_what_it_waits_for(start: Start) -> None:
     assert "serve: waiting for 1 running reply, at most 99 s; Ctrl-C again ends at once" in errors
 
 
-def logged(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    return entries(capsys.readouterr().err.splitlines())
+def logged(server: Any, capsys: pytest.CaptureFixture[str], count: int) -> list[dict[str, Any]]:
+    """The log, whose lines are written after clients have their responses."""
+    text = ""
+
+    def complete() -> bool:
+        nonlocal text
+        text += capsys.readouterr().err
+        return text.count("\n") >= count
+
+    server.until(complete, 20)
+    return entries(text.splitlines())
 
 
 def test_the_log_has_what_an_operator_asks_for(launch: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,9 +246,7 @@ def test_the_log_has_what_an_operator_asks_for(launch: Any, capsys: pytest.Captu
         client.get("/metrics")
         with client.stream("POST", CHAT, json={"messages": QUESTION, "stream": True}) as answer:
             next(answer.iter_lines())
-    server.until(server.idle)
-    time.sleep(0.2)
-    first, second, wrong, locked, cut = logged(capsys)
+    first, second, wrong, locked, cut = logged(server, capsys, 5)
     assert first["model"] == "nano"
     assert first["completion_tokens"] == 4
     assert first["cached_tokens"] == 0
@@ -251,9 +267,8 @@ def test_contents_are_readable(launch: Any, capsys: pytest.CaptureFixture[str]) 
     with server.client() as client:
         client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
         client.post(CHAT, json={"messages": QUESTION, "max_tokens": 4, "stream": True})
-    text = capsys.readouterr().err
-    assert '"content": "你好"' in text
-    whole, streamed = entries(text.splitlines())
+    whole, streamed = logged(server, capsys, 2)
+    assert whole["request"]["messages"][0]["content"] == "你好"
     assert whole["response"]["object"] == "chat.completion"
     assert "data: [DONE]" in streamed["response"]
 
@@ -269,7 +284,8 @@ def test_long_requests_are_logged_while_they_run(
             "POST", CHAT, json={"messages": QUESTION, "stream": True, "max_tokens": 4000}
         ) as answer,
     ):
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         server.until(lambda: '"running"' in capsys.readouterr().err, 20)
 
 
@@ -280,8 +296,17 @@ def test_assets_of_the_page_are_not_logged(launch: Any, capsys: pytest.CaptureFi
         for path in re.findall(r'(?:src|href)="\.?/?([\w./-]+\.(?:js|css|svg|ico|png|woff2?))"', page):
             client.get("/" + path)
         client.get("/no-such-file.js")
-    paths = [entry["path"] for entry in logged(capsys)]
+    paths = [entry["path"] for entry in logged(server, capsys, 2)]
     assert paths == ["/", "/no-such-file.js"]
+
+
+@pytest.mark.slow
+def test_the_page_below_a_sub_path(launch: Any, visit: Any) -> None:
+    server = launch(page="chat", guard={"root": "/xv"})
+    visitor = visit(dataclasses.replace(server, url=server.url + "/xv"))
+    visitor.say("What is your name?")
+    assert "XVERSE-nano" in visitor.until_answered(1)
+    assert all("/xv/" in url or url.endswith("/xv") for url in visitor.asked)
 
 
 def samples(text: str) -> dict[str, dict[str, float]]:
@@ -303,18 +328,19 @@ def test_metrics(launch: Any) -> None:
         client.get("/nothing/that/exists")
         endless = {"messages": QUESTION, "max_tokens": 4000, "stream": True}
         streams = [client.stream("POST", CHAT, json=endless) for _ in range(9)]
-        for stream in streams:
-            next(stream.__enter__().iter_lines())
+        replies = [stream.__enter__().iter_lines() for stream in streams]
+        for reply in replies:
+            next(reply)
         for streamed in (True, False):
             busy = client.post(CHAT, json={"messages": QUESTION, "stream": streamed})
             assert busy.status_code == 429
+        server.until(lambda: 'num_requests_running{model_name="nano"} 8' in client.get("/metrics").text)
         during = samples(client.get("/metrics").text)
         for stream in streams:
             stream.__exit__(None, None, None)
         server.until(server.idle)
-        time.sleep(0.3)
-        text = client.get("/metrics").text
-    after = samples(text)
+        server.until(lambda: 'status="499"} 9' in client.get("/metrics").text)
+        after = samples(client.get("/metrics").text)
     model = "model_name=nano"
     assert during["vllm:num_requests_running"][model] == 8
     assert during["vllm:num_requests_waiting"][model] == 1
@@ -408,7 +434,7 @@ def test_the_host_that_is_refused_gets_the_way_out(server: Any) -> None:
         (["--allowed-origin", "https://x.org/path"], "without a path"),
         (["--tls-cert", "/nowhere"], "need each other"),
         (["--tls-cert", "/nowhere", "--tls-key", "/nowhere"], "not a readable file"),
-        (["--uds", "/nowhere/x.sock"], "--uds"),
+        (["--uds", "x.sock"], "leave out --host and --port"),
         (["--api-key-file", "/"], "cannot be read"),
         (["--max-body-mb", "1e9"], "out of range"),
         (["--prefix-cache-mb", "-1"], "out of range"),

@@ -71,7 +71,7 @@ def test_regenerate_and_edit_keep_the_versions(site: Any, visit: Any) -> None:
 
     visitor.page.get_by_label("Edit").first.click()
     visitor.page.locator("article textarea").fill("Who are you?")
-    visitor.page.get_by_role("button", name="Send").first.click()
+    visitor.page.locator("article").get_by_role("button", name="Send").click()
     visitor.until_answered(1)
     assert visitor.said("user") == ["Who are you?"]
     visitor.page.get_by_label("Previous version").first.click()
@@ -265,9 +265,12 @@ def test_the_routes(site: Any) -> None:
         assert client.get("/page/app.js", headers={"If-None-Match": tag}).status_code == 304
 
 
-def test_fitting(site: Any) -> None:
+def test_fitting(launch: Any) -> None:
     """Whole turns are left out, oldest first, and no more than necessary; counts are the API's."""
-    with site.client() as client:
+    server = launch(page="chat")
+    small = type("Small", (type(server.service),), {"context": 1024})  # long prompts would take long
+    server.service.__class__ = small
+    with server.client() as client:
 
         def fit(*messages: tuple[str, str], **more: Any) -> dict[str, Any]:
             body = {"messages": [{"role": role, "content": text} for role, text in messages], **more}
@@ -276,28 +279,29 @@ def test_fitting(site: Any) -> None:
             return answer.json()
 
         def tokens(*messages: tuple[str, str]) -> int:
-            body = {"messages": [{"role": role, "content": text} for role, text in messages], "max_tokens": 1}
-            return client.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"]
+            body = {"messages": [{"role": role, "content": text} for role, text in messages]}
+            return client.post("/tokenize", json=body).json()["count"]
 
-        turn = (("user", "word " * 1000), ("assistant", "yes " * 700))
+        turn = (("user", "word " * 100), ("assistant", "yes " * 70))
         system, last = ("system", "Be kind."), ("user", "and now?")
         short = (system, *turn, last)
-        assert fit(*short) == {"first": 1, "tokens": tokens(*short), "max_tokens": 60}
-        whole = fit(system, *turn * 9, last, max_tokens=4000)
+        assert fit(*short) == {"first": 1, "tokens": tokens(*short), "max_tokens": 512}
+        whole = fit(system, *turn * 9, last, max_tokens=400)
         assert whole["first"] > 1
         assert whole["first"] % 2 == 1
         kept = (system, *(turn * 9)[whole["first"] - 1 :], last)
-        assert whole["tokens"] == tokens(*kept) <= 8192 - 256
-        assert whole["max_tokens"] == min(4000, 8192 - whole["tokens"])
+        assert whole["tokens"] == tokens(*kept) <= 1024 - 256
+        assert whole["max_tokens"] == min(400, 1024 - whole["tokens"])
         assert fit(*kept[:1], *turn, *kept[1:], max_tokens=256)["first"] == 3  # one more would be too much
-        long = "word " * 9000
+        long = "word " * 1200
         count = client.post("/tokenize", json={"text": long}).json()["count"]
         answer = fit(system, *turn, ("user", long))
         assert answer["too_long"] == count
         exact = client.post("/tokenize", json={"text": "word " * 3}).json()["count"]
-        assert 8192 - 300 - exact < answer["most"] < 8192
-        begun = fit(*turn, last, ("assistant", "I am"))
-        assert len(begun["prompt"]) == begun["tokens"]
+        assert 1024 - 300 - exact < answer["most"] < 1024
+        begun = (("assistant", "Hi!"), *turn, last, ("assistant", "I am"))
+        assert tokens(*begun[:-1]) < fit(*begun)["tokens"] < tokens(*begun[:-1]) + 10
+        assert fit(*begun)["first"] == 0
         for wrong in (
             [],
             [{"role": "system", "content": "x"}],

@@ -19,6 +19,10 @@ OPERATIONS = (
     "GET /health/ready",
     "GET /health/live",
     "GET /metrics",
+    "HEAD /health",
+    "HEAD /health/ready",
+    "HEAD /health/live",
+    "HEAD /metrics",
 )
 
 

@@ -261,3 +261,17 @@ def test_saved_template_is_the_template(tiny_tokenizer: Tokenizer, tmp_path: Pat
     tiny_tokenizer.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["chat_template"] == CHAT_TEMPLATE
+
+
+def test_typed_markers_in_transformers(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Ids by default; with ``split_special_tokens`` text, also at the ends of turns."""
+    from transformers import AutoTokenizer
+
+    tiny_tokenizer.save(tmp_path)
+    conversation = [user("x<|endoftext|>"), assistant("y"), user("z")]
+    for options, ends in (({}, 2), ({"split_special_tokens": True}, 0)):
+        auto = AutoTokenizer.from_pretrained(tmp_path, **options)
+        assert auto.encode("x<|endoftext|>").count(EOS) == ends // 2
+        ids = auto.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        assert ids.count(EOS) == ends
+    assert encode_chat(tiny_tokenizer, conversation, max_new_tokens=1).ids.count(EOS) == 1

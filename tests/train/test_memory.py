@@ -175,11 +175,11 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(
 
 
 def test_training_takes_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xverse import hardware
+    from xverse.device import compute_device
     from xverse.train.parallel import world_of
 
     with world_of("none") as world:
-        assert world.device == hardware.compute_device()
+        assert world.device == compute_device()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with world_of("none") as world:
         assert world.device == torch.device("cuda", 0)

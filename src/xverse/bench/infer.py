@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from xverse.bench.options import add_model, add_quantize, add_rounds, add_shape, add_threads, positive
+from xverse.device import add_device
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +19,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_rounds(parser, 3)
     add_threads(parser, "as xverse chat")
     add_quantize(parser)
+    add_device(parser)
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="weights' type (default: as xverse chat)"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="weights' type (default: as xverse chat)"
     )
 
 

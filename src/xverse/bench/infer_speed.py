@@ -6,7 +6,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from xverse import hardware
 from xverse.bench.report import (
+    GPU_MATMUL,
     MATMUL,
     Row,
     at_least,
@@ -26,12 +26,13 @@ from xverse.bench.report import (
 )
 from xverse.bench.weights import placeholder_tokenizer, random_model, weights_kind
 from xverse.config import UserError
+from xverse.device import compute_device, guard, weights_dtype
 from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.cache import position_bytes
-from xverse.engine.load import ONE_THREAD_BELOW
-from xverse.formats import ModelDirectory, load_model
-from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
-from xverse.hardware import process_memory
+from xverse.engine.load import ONE_THREAD_BELOW, load_weights
+from xverse.formats import ModelDirectory
+from xverse.formats.quantize import quick_settings, stored_bytes
+from xverse.hardware import resident_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.model.config import FLOAT32_BELOW
@@ -53,10 +54,11 @@ def measure_named(
     batch: int = 1,
     threads: int | None = None,
     rounds: int = 3,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """``measure`` for a model or a shape, as ``load_named`` takes them. ``threads`` None: as in chat."""
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
-    weights, tokenizer = load_named(model, shape, dtype=dtype, quantize=quantize, **sizes)
+    weights, tokenizer = load_named(model, shape, dtype=dtype, quantize=quantize, device=device, **sizes)
     return measure(weights, tokenizer, shape or model, **sizes, threads=threads, rounds=rounds)
 
 
@@ -69,6 +71,7 @@ def load_named(
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     batch: int = 1,
+    device: str = "auto",
 ) -> tuple[XverseForCausalLM, Tokenizer]:
     """The weights and tokenizer of ``model``, or random weights of ``shape``. ``dtype`` None: as in chat.
 
@@ -79,19 +82,20 @@ def load_named(
     directory = None if shape else ModelDirectory.named(model)
     config = directory.config if directory else named_shape(shape or "")
     small = config.num_parameters() < FLOAT32_BELOW
-    chosen = getattr(torch, dtype) if dtype else torch.float32 if small else torch.bfloat16
+    place = compute_device(device)
+    usual = weights_dtype(place) or (torch.float32 if small else torch.bfloat16)
+    chosen = getattr(torch, dtype) if dtype else usual
     check_context(config, prompt_tokens, new_tokens, batch)
     size = _weight_bytes(config, chosen)
     if quantize:
         size = stored_bytes(config, quick_settings(quantize))
     elif directory and directory.scheme:
         size = sum(file.stat().st_size for file in directory.weight_files)
-    need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE)
+    need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE, place)
     if directory:
-        load = partial(load_quantizing, directory, quantize) if quantize else partial(load_model, directory)
-        return load(dtype=chosen), directory.tokenizer
+        return load_weights(directory, quantize, chosen, place), directory.tokenizer
     notice(f"infer: generating {size / 1e9:.2f} GB of random weights")
-    return random_model(config, chosen, quantize), placeholder_tokenizer(config.vocab_size)
+    return random_model(config, chosen, quantize).to(place), placeholder_tokenizer(config.vocab_size)
 
 
 def measure(
@@ -113,17 +117,19 @@ def measure(
     config = model.config
     check_context(config, prompt_tokens, new_tokens, batch)
     threads = threads or default_threads(config)
-    dtype = model.model.norm.weight.dtype
+    dtype, device = model.model.norm.weight.dtype, model.model.norm.weight.device
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(4, tokenizer.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
     notice(
         f"infer {name}: {rounds} rounds of {prompt_tokens} + {new_tokens} tokens, {count_threads(threads)}"
     )
-    with using_threads(threads):
-        matmul = [hardware.matmul_flops(dtype, *MATMUL, seconds=0.2)]
-        buffer = hardware.bandwidth_buffer()
+    shape = MATMUL if device.type == "cpu" else GPU_MATMUL
+    with using_threads(threads), guard(device):
+        matmul = [hardware.matmul_flops(dtype, *shape, device, seconds=0.2)]
+        buffer = hardware.bandwidth_buffer(str(device))
         # No prefix cache, because rounds repeat their prompts.
-        engine = Engine(model, tokenizer, max_batch=batch, prefill_chunk=PREFILL_CHUNK, prefix_cache_bytes=0)
+        chunk = PREFILL_CHUNK if device.type == "cpu" else None
+        engine = Engine(model, tokenizer, max_batch=batch, prefill_chunk=chunk, prefix_cache_bytes=0)
         _round(engine, prompts[:1], min(new_tokens, 4))  # touches every weight once
         reads = [hardware.read_bandwidth(buffer, threads, seconds=0.2)]
         runs = []
@@ -132,7 +138,7 @@ def measure(
             reads.append(hardware.read_bandwidth(buffer, threads, seconds=0.2))
         buffer_bytes = buffer.numel() * buffer.element_size()
         del buffer
-        matmul.append(hardware.matmul_flops(dtype, *MATMUL, seconds=0.2))
+        matmul.append(hardware.matmul_flops(dtype, *shape, device, seconds=0.2))
     decode_tok_s = statistics.median(batch * new_tokens / run["decode_s"] for run in runs)
     prefill_tok_s = statistics.median(prompt_tokens / run["prefill_s"] for run in runs)
     read = [_step_bytes(model, batch, run["positions"]) * new_tokens / run["decode_s"] for run in runs]
@@ -147,6 +153,7 @@ def measure(
         "parameters": config.num_parameters(),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": weights_kind(model),
+        "device": str(device),
         "threads": threads,
         "batch": batch,
         "prompt_tokens": prompt_tokens,
@@ -190,7 +197,7 @@ def _rows(result: dict[str, Any]) -> Iterator[Row]:
     bound = f"{result['prefill_matmul_share']:.0%} of {peak:.3f} TFLOP/s measured ({result['dtype']} matmul)"
     yield Row("  causal attention counted", f"{result['prefill_tflops']:.3f} TFLOP/s", bound)
     weights = f"weights {say_gb(result['weights_gb'])}"
-    yield Row("resident set while decoding", say_gb(result["rss_gb"]), weights)
+    yield Row("memory while decoding", say_gb(result["rss_gb"]), weights)
 
 
 def _round(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
@@ -217,7 +224,7 @@ def _round(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) ->
     for _ in range(new_tokens):
         assert len(engine.step()) == len(prompts), "every request yields one token in each timed step"
     decode = time.perf_counter() - start
-    resident = process_memory("VmRSS")
+    resident = resident_memory(engine.device)
     for handle in handles:
         engine.cancel(handle)
     positions = first + len(prompts) * (new_tokens - 1) / 2

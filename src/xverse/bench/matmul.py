@@ -31,14 +31,17 @@ ATTEMPTS = 8
 Call = Callable[[], object]
 
 
-def run(config: XverseConfig, kinds: tuple[str, ...], rounds: int, threads: int) -> dict[str, Any]:
-    """Measure random weights of ``config``'s size for each of ``kinds``, with ``threads`` CPU threads."""
-    result: dict[str, Any] = {"kernels": kernel_name()}
-    buffer = hardware.bandwidth_buffer()
+def run(
+    config: XverseConfig, kinds: tuple[str, ...], rounds: int, threads: int, device: torch.device
+) -> dict[str, Any]:
+    """Measure random weights of ``config``'s size for each of ``kinds``, with ``threads`` CPU threads or on a
+    GPU ``device``."""
+    result: dict[str, Any] = {"kernels": kernel_name() if device.type == "cpu" else str(device)}
+    buffer = hardware.bandwidth_buffer(str(device))
     for kind in kinds:
         notice(f"quant: generating random {kind} weights")
-        need_memory(1.1 * sum(_bytes(kind, *shape) * count for shape, count in _shapes(config)))
-        layers = _layers(config, kind)
+        need_memory(1.1 * sum(_bytes(kind, *shape) * count for shape, count in _shapes(config)), device)
+        layers = _layers(config, kind, device)
         figures = {"rows_1": _read_rate(layers, buffer, kind, rounds, threads)}
         if kind != "bf16":
             for rows in GOPS:
@@ -83,10 +86,14 @@ def _bytes(kind: str, outputs: int, inputs: int) -> int:
     return first * second * third
 
 
-def _layers(config: XverseConfig, kind: str) -> list[list[Any]]:
+def _layers(config: XverseConfig, kind: str, device: torch.device) -> list[list[Any]]:
     """Weights in the order of a forward pass, grouped by the input that they share."""
     size, inner = config.hidden_size, config.intermediate_size
-    make = _random_bf16 if kind == "bf16" else _random_quantised(BITS[kind])
+    generate = _random_bf16 if kind == "bf16" else _random_quantised(BITS[kind])
+
+    def make(outputs: int, inputs: int) -> Any:
+        return generate(outputs, inputs).to(device)
+
     groups: list[list[Any]] = []
     for _ in range(config.num_hidden_layers):
         groups += [
@@ -126,11 +133,13 @@ def random_tiles(outputs: int, inputs: int, bits: int, group_size: int) -> Tenso
 
 def _calls(layers: list[list[Any]], kind: str, tokens: int) -> list[Call]:
     calls: list[Call] = []
+    product = ops.linear_bf16 if kind != "bf16" or layers[0][0].is_cpu else torch.nn.functional.linear
     for group in layers:
         inputs = group[0].shape[1] if kind == "bf16" else group[0].in_features
         x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
+        x = x.to(group[0].device if kind == "bf16" else group[0].tiles.device)
         if kind == "bf16":
-            calls += [lambda x=x, weight=weight: ops.linear_bf16(x, weight) for weight in group]  # type: ignore[misc]
+            calls += [lambda x=x, weight=weight: product(x, weight) for weight in group]  # type: ignore[misc]
         else:
             calls.append(lambda x=x, group=group: QuantLinear.together(group, x))  # type: ignore[misc]
     return calls
@@ -140,6 +149,8 @@ def _time(calls: list[Call]) -> float:
     start = time.perf_counter()
     for call in calls:
         call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

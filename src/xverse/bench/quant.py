@@ -9,6 +9,7 @@ from xverse import hardware
 from xverse.bench.options import add_rounds, add_shape, add_threads
 from xverse.bench.report import count_threads, show, using_threads
 from xverse.config import choose
+from xverse.device import add_device, compute_device, guard
 from xverse.model import SHAPES
 
 
@@ -16,6 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_shape(parser, "7b")
     add_rounds(parser, 5)
     add_threads(parser)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -24,12 +26,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     config = choose("shape", args.shape, SHAPES)
     threads = args.threads or hardware.cores().usable
-    with using_threads(threads):
-        result = matmul.run(config, matmul.KINDS, args.rounds, threads)
+    device = compute_device(args.device)
+    with using_threads(threads), guard(device):
+        result = matmul.run(config, matmul.KINDS, args.rounds, threads, device)
     show(f"quant {args.shape}, {count_threads(threads)}: {result['kernels']}", matmul.rows(result))
     return {
         "bench": "quant",
         "shape": args.shape,
+        "device": str(device),
         "threads": threads,
         "rounds": args.rounds,
         "matmul": result,

@@ -12,12 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xverse
 from xverse import hardware
 from xverse.config import UserError
 
+if TYPE_CHECKING:
+    import torch
+
+GPU_MATMUL = (8192, 8192, 8192)  # a size that fills a large GPU
 MATMUL = (512, 4096, 4096)  # as in `doctor`: an attention projection of XVERSE-7B over 512 tokens
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -106,11 +110,13 @@ def count_threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
-def need_memory(size: float) -> None:
-    """Raises UserError if fewer than ``size`` bytes of memory are available."""
-    available = hardware.memory()[1]
+def need_memory(size: float, device: torch.device | None = None) -> None:
+    """Raises UserError if fewer than ``size`` bytes of memory are available, on a GPU or to the CPU."""
+    on_gpu = device is not None and device.type == "cuda"
+    available = hardware.available_memory(device) if device is not None and on_gpu else hardware.memory()[1]
     if available is not None and available < size:
-        raise UserError(f"needs {size / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available")
+        where = f" on {device}" if on_gpu else ""
+        raise UserError(f"needs {size / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available{where}")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from xverse.bench.client import Stream, chat, completion, serving, together
 from xverse.bench.options import add_model, add_quantize, add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, show
 from xverse.config import UserError
+from xverse.device import add_device
 from xverse.log import notice
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ Peer = Callable[[list[list[int]], int], float]
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_quantize(parser)
+    add_device(parser)
     parser.add_argument("--clients", type=positive, default=8, metavar="N", help="concurrent streams")
     parser.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="prompt length")
     parser.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="tokens per stream")
@@ -58,6 +60,7 @@ def measure(
     new_tokens: int = 128,
     rounds: int = 3,
     threads: int | None = None,
+    device: str = "auto",
     peer: Peer | None = None,
 ) -> dict[str, Any]:
     """Measure ``xverse serve`` with ``clients`` streaming clients. Medians over ``rounds``, in each of which
@@ -80,7 +83,7 @@ def measure(
 
     before = torch.get_num_threads()
     engine: Engine = load_engine(
-        model, quantize=quantize, threads=threads, prefix_cache_bytes=0, max_batch=clients
+        model, quantize=quantize, threads=threads, device=device, prefix_cache_bytes=0, max_batch=clients
     ).engine
     figures: dict[str, list[float]] = {}
 
@@ -89,7 +92,7 @@ def measure(
 
     errors = 0
     try:
-        with serving(model, quantize, threads) as (port, process):
+        with serving(model, quantize, threads, ("--device", device)) as (port, process):
             together(port, [completion(prompts(1, prompt_tokens)[0], 4)])  # touches every weight once
             _offline(engine, prompts(clients, prompt_tokens), 4)
             for number in range(rounds):

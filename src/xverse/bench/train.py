@@ -31,6 +31,7 @@ from xverse.bench.report import (
     using_threads,
 )
 from xverse.config import UserError
+from xverse.device import add_device, compute_device, guard
 from xverse.log import notice
 from xverse.model import XverseConfig, named_shape
 
@@ -54,6 +55,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_batch(parser, 8, 512)
     parser.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps of each side")
     add_threads(parser)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def measure_named(
     sequence_length: int = 512,
     steps: int = 12,
     threads: int | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Measure a named shape; without ``vocabulary``, ``mini`` has 8,192 and then 100,534 entries.
 
@@ -83,6 +86,7 @@ def measure_named(
             sequence_length=sequence_length,
             steps=steps,
             threads=threads,
+            device=device,
         )
         for size in sizes
     ]
@@ -97,6 +101,7 @@ def measure(
     sequence_length: int,
     steps: int,
     threads: int | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """At most ``steps`` timed steps of each side, in equal blocks, after a warm-up step."""
     import torch
@@ -106,13 +111,15 @@ def measure(
     if not 2 <= sequence_length <= config.context_length:
         raise UserError(f"sequence_length: {sequence_length} is out of range (2 to {config.context_length})")
     threads = threads or hardware.cores().usable
-    need_memory(estimated_memory(config, batch_size, sequence_length))
+    place = compute_device(device)
+    need_memory(estimated_memory(config, batch_size, sequence_length), place)
     product = (batch_size * sequence_length, config.hidden_size, config.intermediate_size)
     block = max(1, steps // BLOCKS)
     title = f"train {name}, vocabulary {config.vocab_size:,}"
-    with using_threads(threads), contextlib.ExitStack() as stack:
-        matmul = [hardware.matmul_flops(torch.bfloat16, *product)]
+    with using_threads(threads), guard(place), contextlib.ExitStack() as stack:
+        matmul = [hardware.matmul_flops(torch.bfloat16, *product, place)]
         job = {"config": config.to_json(), "batch_size": batch_size, "length": sequence_length}
+        job["device"] = str(place)
         sides = {
             side: stack.enter_context(_side({**job, "side": side, "threads": threads})) for side in SIDES
         }
@@ -126,7 +133,7 @@ def measure(
                 answer = take(block)
                 seconds[side].append(answer["seconds"] / block)
                 memory[side] = answer["memory"]
-            matmul.append(hardware.matmul_flops(torch.bfloat16, *product))
+            matmul.append(hardware.matmul_flops(torch.bfloat16, *product, place))
             notice(f"{title}: pair {number + 1} of {steps // block}")
     tokens = batch_size * sequence_length
     ratios = [theirs / ours for ours, theirs in zip(seconds["xverse"], seconds["transformers"], strict=True)]
@@ -138,6 +145,7 @@ def measure(
         "vocabulary": config.vocab_size,
         "parameters": config.num_parameters(),
         "dtype": "bfloat16 autocast, float32 parameters",
+        "device": str(place),
         "threads": threads,
         "batch_size": batch_size,
         "sequence_length": sequence_length,
@@ -173,7 +181,7 @@ def _rows(result: dict[str, Any], peak: float) -> Iterator[Row]:
     if result["memory_ratio"] is not None:
         bound = targets.get("memory_ratio")
         target = at_most(bound, result["memory_ratio"], "×") if bound else ""
-        yield Row("xverse / transformers, peak RSS", f"{result['memory_ratio']:.3f} ×", target)
+        yield Row("xverse / transformers, peak memory", f"{result['memory_ratio']:.3f} ×", target)
     for side in SIDES:
         figures = result[side]
         yield Row(f"{side}", f"{figures['tokens_s']:,.1f} tokens/s")
@@ -184,7 +192,7 @@ def _rows(result: dict[str, Any], peak: float) -> Iterator[Row]:
                 share += f"; {at_least(goal, figures['matmul_share'][kind], '')}"
             yield Row(f"  attention counted {kind}", f"{figures['tflops'][kind]:.3f} TFLOP/s", share)
         least = f"parameters, gradients, moments: {16 * result['parameters'] / 1e9:.3f} GB"
-        yield Row("  peak RSS", say_gb(figures["peak_rss_gb"]), least)
+        yield Row("  peak memory", say_gb(figures["peak_rss_gb"]), least)
 
 
 def estimated_memory(config: XverseConfig, batch_size: int, length: int) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from xverse import hardware
 from xverse.data.feed import Batch
+from xverse.device import guard
 from xverse.formats.write import llama_config
 from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights
 from xverse.train.blocks import prepare_blocks
@@ -42,6 +43,8 @@ def child(text: str) -> None:
     config = XverseConfig.from_json(job["config"])
     model = XverseForCausalLM(config)
     init_weights(model, seed=0)
+    device = torch.device(job["device"])
+    model.to(device)
     batch = random_batch(config, job["batch_size"], job["length"])
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print to stdout, which carries the answers
     state: dict[str, Any] = {"left": 0, "all": 0, "start": 0.0, "loss": 0.0}
@@ -50,11 +53,7 @@ def child(text: str) -> None:
         if state["left"] == 0:
             if state["all"]:
                 seconds = time.perf_counter() - state["start"]
-                answer = {
-                    "seconds": seconds,
-                    "loss": state["loss"],
-                    "memory": hardware.process_memory("VmHWM"),
-                }
+                answer = {"seconds": seconds, "loss": state["loss"], "memory": hardware.peak_memory(device)}
                 print(json.dumps(answer), file=answers, flush=True)
             line = sys.stdin.readline()
             if not line:
@@ -64,7 +63,8 @@ def child(text: str) -> None:
         state["left"] -= 1
         return True
 
-    (_ours if job["side"] == "xverse" else _theirs)(model, batch, gate, state)
+    with guard(device):
+        (_ours if job["side"] == "xverse" else _theirs)(model, batch, gate, state)
 
 
 def _ours(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str, Any]) -> None:
@@ -89,6 +89,7 @@ def _theirs(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str,
     values.pop("torch_dtype")
     peer = LlamaForCausalLM(LlamaConfig(**{**values, "use_cache": False})).train()
     peer.load_state_dict(model.state_dict())
+    device = next(model.parameters()).device
 
     class Recorded(Trainer):
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -111,7 +112,8 @@ def _theirs(model: XverseForCausalLM, batch: Batch, gate: Gate, state: dict[str,
 
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            folder, use_cpu=True, bf16=True, per_device_train_batch_size=len(batch.tokens), max_steps=2**20,
+            folder, use_cpu=device.type == "cpu", bf16=True,
+            per_device_train_batch_size=len(batch.tokens), max_steps=2**20,
             learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=WEIGHT_DECAY,
             adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, optim="adamw_torch_fused",
             logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,

@@ -105,7 +105,7 @@ class Session:
             self.engine.tokenizer,
             [*self.messages, question],
             max_new_tokens=self.sampling.max_new_tokens,
-            max_positions=config.context_length,
+            max_positions=self.engine.context_length,
             truncation=config.max_tokenizer_truncation,
         )
         if prompt.dropped_rounds:
@@ -134,7 +134,7 @@ class Session:
         config = self.engine.model.config
         ids = self.engine.tokenizer.encode(text)
         limit = input_limit(
-            self.sampling.max_new_tokens, config.context_length, config.max_tokenizer_truncation
+            self.sampling.max_new_tokens, self.engine.context_length, config.max_tokenizer_truncation
         )
         if len(ids) > limit:
             self.notify(f"too long for the context: the first {len(ids) - limit} tokens were left out")
@@ -169,9 +169,12 @@ def load_session(
     threads: int | None = None,
     quantize: str | None = None,
     adapter: str | None = None,
+    device: str = "auto",
     notify: Callable[[str], None],
 ) -> Session:
     """A session with ``model``, loaded by ``load_engine``; ``overrides`` replace its sampling parameters."""
-    loaded = load_engine(model, defaults=defaults, threads=threads, quantize=quantize, adapter=adapter)
+    loaded = load_engine(
+        model, defaults=defaults, threads=threads, quantize=quantize, adapter=adapter, device=device
+    )
     sampling = dataclasses.replace(loaded.sampling, **overrides)
     return Session(loaded.engine, sampling, loaded.stop_ids, notify)

@@ -9,6 +9,7 @@ from typing import Any
 
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
+from xverse.device import add_device
 from xverse.values import whole
 
 
@@ -35,6 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: by size)", **unset
     )
+    add_device(parser)
     add_sampling_flags(parser, "How replies are generated")
 
 
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         threads=given.get("threads"),
         quantize=given.get("quantize"),
         adapter=given.get("adapter"),
+        device=args.device,
         notify=notice,
     )
     session.system = given.get("system", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from xverse import cli
+from xverse.device import add_device
 
 
 def main(page: str) -> int:
@@ -17,8 +18,10 @@ def main(page: str) -> int:
         "--tokenizer_path", metavar="T", help="directory with a tokenizer to use instead of the model's"
     )
     parser.add_argument("--quantize", choices=["int8", "int4"], help="quantise while loading")
+    add_device(parser)
     args = parser.parse_args()
     flags = ["serve", "--page", page, "--port", args.port, "--model", args.model_path]
     flags += ["--tokenizer", args.tokenizer_path] if args.tokenizer_path else []
     flags += ["--quantize", args.quantize] if args.quantize else []
+    flags += ["--device", args.device]
     return cli.main([*flags, "--no-access-log"])

@@ -9,11 +9,10 @@ import platform
 from typing import Any
 
 from xverse import __version__, hardware
+from xverse.bench.report import GPU_MATMUL, MATMUL
 from xverse.config import DISTRIBUTION, install_command
+from xverse.device import compute_device, describe, usable_gpus
 
-# One attention projection of XVERSE-7B over 512 tokens on a CPU; a size that fills a large GPU.
-CPU_MATMUL = (512, 4096, 4096)
-GPU_MATMUL = (8192, 8192, 8192)
 KERNELS = {"torch": "not compiled, using PyTorch's operations; reinstall xverse with a C++ compiler"}
 
 
@@ -32,6 +31,7 @@ def examine() -> dict[str, Any]:
     from xverse.kernels.native import kernel_name
 
     cores = hardware.cores()
+    device = compute_device()
     total, available = hardware.memory()
     return {
         "xverse": __version__,
@@ -46,7 +46,8 @@ def examine() -> dict[str, Any]:
             "last_level_cache": hardware.last_level_cache(),
         },
         "kernels": kernel_name(),
-        "training_device": str(hardware.compute_device()),
+        "device": str(device),
+        "device_reason": describe(device),
         "memory": {"total": total, "available": available},
         "versions": versions(),
         "extras": extras(),
@@ -131,25 +132,25 @@ def measure_cpu(threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     try:
         flops = {
-            name: hardware.matmul_flops(getattr(torch, name), *CPU_MATMUL) for name in ("float32", "bfloat16")
+            name: hardware.matmul_flops(getattr(torch, name), *MATMUL) for name in ("float32", "bfloat16")
         }
     finally:
         torch.set_num_threads(before)
     return {
         "bandwidth": [{"threads": count, "samples": pair} for count, pair in samples.items()],
         "bandwidth_buffer": size,
-        "matmul_shape": list(CPU_MATMUL),
+        "matmul_shape": list(MATMUL),
         "matmul_threads": threads,
         "matmul": flops,
     }
 
 
 def measure_gpus() -> list[dict[str, Any]]:
-    """For each CUDA device that torch sees: its properties, measurements, and the vendor's peaks if known."""
+    """For each CUDA device that PyTorch can use: its properties, measurements, and known peaks."""
     import torch
 
     gpus = []
-    for index in range(torch.cuda.device_count()):
+    for index in usable_gpus():
         properties = torch.cuda.get_device_properties(index)
         device = f"cuda:{index}"
         with torch.cuda.device(index):
@@ -196,9 +197,7 @@ def render(report: dict[str, Any]) -> str:
         lines.append(
             f"GPU            {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, compute {gpu['capability']}"
         )
-    if not report["measured"]["gpus"]:
-        lines.append("GPU            none visible to torch")
-    lines.append(f"training on    {report['training_device']}")
+    lines.append(f"device         {report['device_reason']}")
 
     lines += ["", "versions"]
     lines += [f"  {name:<18} {version or 'not installed'}" for name, version in report["versions"].items()]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from xverse.config import UserError
+from xverse.device import add_device
 from xverse.values import whole
 
 DEFAULT_TASKS = "mmlu,ceval,agieval,gaokao-bench,gaokao-english"
@@ -74,6 +75,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--shard", metavar="I/N", help="answer only the I-th (from 0) of N parts; `eval report` joins them"
     )
+    add_device(run)
     run.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: all cores)")
 
     report = add("report", "tables, plot and report.json of one or several runs, such as several precisions")
@@ -135,7 +137,12 @@ def _run(args: argparse.Namespace) -> int:
     )
     out = Path(args.out).expanduser()
     backend = load_backend(
-        args.model, which=args.backend, quantize=args.quantize, threads=args.threads, kv_dtype=args.kv_dtype
+        args.model,
+        which=args.backend,
+        quantize=args.quantize,
+        threads=args.threads,
+        kv_dtype=args.kv_dtype,
+        device=args.device,
     )
     if others and not isinstance(backend, EngineBackend):
         raise UserError(f"{others[0]} needs an XVERSE model; others are scored on multiple choice only")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xverse.config import UserError
+from xverse.device import add_device, compute_device, guard
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=["int8", "int4"],
         help="quantise the weights after merging --adapter; for --format hf",
     )
+    add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model at PATH")
 
 
@@ -62,22 +64,41 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--type {args.type}: not a type of --format {args.format} (known: {', '.join(types)})"
         )
-    if args.quantize:
-        return _export_quantized(args)
-    if args.format == "gguf":
-        return _export_gguf(args)
+    device = _device(args)
+    with guard(device):
+        if args.quantize:
+            return _export_quantized(args, device)
+        if args.format == "gguf":
+            return _export_gguf(args, device)
+        return _export_directory(args, device)
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    """The device to compute on; ``auto`` is the CPU if the GPU has no room for the weights in float32."""
+    device = compute_device(args.device)
+    if args.device == "auto" and device.type == "cuda":
+        from xverse.formats import ModelDirectory
+        from xverse.hardware import available_memory
+
+        if 4 * ModelDirectory.named(args.model).config.num_parameters() > available_memory(device):
+            return compute_device("cpu")
+    return device
+
+
+def _export_directory(args: argparse.Namespace, device: torch.device) -> int:
     shard_bytes = parse_size(args.max_shard_size or SHARD_SIZE)
 
     import torch
 
-    from xverse.formats import ModelDirectory, load_model, parity
+    from xverse.formats import ModelDirectory, load_model
+    from xverse.formats.compare import difference, fixed_tokens, logits
     from xverse.formats.write import check_target, save_hf, save_llama
 
     out = Path(args.out).expanduser()
     check_target(out, args.overwrite)
     source = ModelDirectory.named(args.model)
     tokenizer = source.tokenizer
-    model = load_merged(source, args.adapter)
+    model = load_merged(source, args.adapter, device)
     stored = model.lm_head.weight.dtype
     dtype = getattr(torch, TYPES[args.type]) if args.type else stored
     save = save_hf if args.format == "hf" else save_llama
@@ -91,22 +112,25 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         documents=source.path,
     )
-    difference = parity(model, load_model(out) if args.format == "hf" else _stock_llama(out, dtype))
+    expected = logits(model, fixed_tokens(model.config.vocab_size))
+    del model  # the two do not fit on a GPU together
+    exported = load_model(out, device=device) if args.format == "hf" else _stock_llama(out, dtype).to(device)
+    changed = difference(expected, exported)
     print(f"{out}: {args.format}, {str(dtype).removeprefix('torch.')}")
-    print(f"parity: max |Δlogit| = {difference:.1e} in float32 against {args.model}")
-    return _verdict(difference, lossless=dtype in (stored, torch.float32))
+    print(f"parity: max |Δlogit| = {changed:.1e} in float32 against {args.model}")
+    return _verdict(changed, lossless=dtype in (stored, torch.float32))
 
 
-def load_merged(source: ModelDirectory, adapter: str | None) -> XverseForCausalLM:
-    """The model of a directory, dequantised, with an adapter merged; prints the parity of merging."""
+def load_merged(source: ModelDirectory, adapter: str | None, device: torch.device) -> XverseForCausalLM:
+    """The dequantised model of a directory on ``device``; merges an adapter and prints the parity."""
     from xverse.formats import load_model
 
     if adapter is None:
-        return load_model(source, dequantize=True)
+        return load_model(source, device=device, dequantize=True)
     from xverse.formats.adapters import differences
     from xverse.formats.compare import fixed_tokens, logits
 
-    model, before = _merge(source, adapter)
+    model, before = _merge(source, adapter, device)
     difference, divergence = differences(before, logits(model, fixed_tokens(model.config.vocab_size)))
     print(
         f"merged {adapter}: max |Δlogit| = {difference:.1e}, KL = {divergence:.1e} nats against the unmerged "
@@ -115,19 +139,21 @@ def load_merged(source: ModelDirectory, adapter: str | None) -> XverseForCausalL
     return model
 
 
-def _merge(source: ModelDirectory, adapter: str) -> tuple[XverseForCausalLM, torch.Tensor]:
+def _merge(
+    source: ModelDirectory, adapter: str, device: torch.device
+) -> tuple[XverseForCausalLM, torch.Tensor]:
     """The merged, dequantised model, and the logits of the unmerged adapter, float32 [B, T, V]."""
     from xverse.formats import load_model
     from xverse.formats.adapters import check_adapter, check_base, merge_and_logits
 
     check_adapter(adapter)  # before reading a large model
     if source.scheme is None:
-        return merge_and_logits(load_model(source), adapter, source.path)
+        return merge_and_logits(load_model(source, device=device), adapter, source.path)
     check_base(load_model(source), adapter, source.path)
-    return merge_and_logits(load_model(source, dequantize=True), adapter)
+    return merge_and_logits(load_model(source, device=device, dequantize=True), adapter)
 
 
-def _export_quantized(args: argparse.Namespace) -> int:
+def _export_quantized(args: argparse.Namespace, device: torch.device) -> int:
     if not args.adapter or args.format != "hf" or args.type or args.max_shard_size:
         raise UserError(
             "--quantize needs --adapter and --format hf, without --type and --max-shard-size; to quantise a "
@@ -145,14 +171,15 @@ def _export_quantized(args: argparse.Namespace) -> int:
     check_target(out, args.overwrite)
     source = ModelDirectory.named(args.model)
     tokenizer = source.tokenizer
-    model, before = _merge(source, args.adapter)
+    model, before = _merge(source, args.adapter, device)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
     def read(prefix: str) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
+    quantizer = Quantizer(model.config, read, quick_settings(args.quantize))
     save_quantized(
-        Quantizer(model.config, read, quick_settings(args.quantize)).tensors(),
+        ((name, tensor.cpu()) for name, tensor in quantizer.tensors()),
         model.config,
         tokenizer,
         out,
@@ -161,13 +188,15 @@ def _export_quantized(args: argparse.Namespace) -> int:
         documents=source.path,
     )
     tokens = fixed_tokens(model.config.vocab_size)
-    difference, divergence = differences(before, logits(load_model(out, dequantize=True), tokens))
+    difference, divergence = differences(
+        before, logits(load_model(out, device=device, dequantize=True), tokens)
+    )
     print(f"{out}: hf, {args.quantize}, {args.adapter} merged")
     print(f"parity: max |Δlogit| = {difference:.1e}, KL = {divergence:.1e} nats against the unmerged adapter")
     return 0
 
 
-def _export_gguf(args: argparse.Namespace) -> int:
+def _export_gguf(args: argparse.Namespace, device: torch.device) -> int:
     if args.max_shard_size:
         raise UserError("--max-shard-size: GGUF is one file; omit the flag")
 
@@ -179,7 +208,7 @@ def _export_gguf(args: argparse.Namespace) -> int:
     check_file(out, args.overwrite)
     source = ModelDirectory.named(args.model)
     tokenizer = source.tokenizer
-    model = load_merged(source, args.adapter)
+    model = load_merged(source, args.adapter, device)
     kind = args.type or "f16"
     vocabulary = save_gguf(
         model,
@@ -220,7 +249,7 @@ def _stock_llama(path: Path, dtype: torch.dtype) -> nn.Module:
 
 def parse_size(text: str) -> int:
     """Bytes from ``500MB`` or ``2GB`` (powers of ten). Raises UserError for anything else."""
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
+    size = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]?)B?", text.strip().upper())
     if not size or float(size[1]) == 0:
         raise UserError(f"--max-shard-size '{text}': expected a size such as 500MB or 2GB")
     return int(float(size[1]) * UNITS[size[2]])

@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from xverse.cli import verb_parser
+from xverse.commands.serve import address_of
 
 
 def ready(pid: int, timeout: float = 5.0) -> bool:
     """Whether the server in process ``pid`` answers that it is ready."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     flags = verb_parser("serve").parse_args([word for word in words[words.index("serve") + 1 :] if word])
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(flags.host, flags.host)
+    host, port = address_of(flags)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     connection: Any
     if flags.tls_cert is not None:
         unverified = ssl._create_unverified_context()  # the server is this machine's own
-        connection = http.client.HTTPSConnection(host, flags.port, timeout=timeout, context=unverified)
+        connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=unverified)
     else:
-        connection = http.client.HTTPConnection(host, flags.port, timeout=timeout)
+        connection = http.client.HTTPConnection(host, port, timeout=timeout)
     if flags.uds is not None:
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.settimeout(timeout)

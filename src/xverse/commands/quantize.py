@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from xverse.config import UserError
+from xverse.device import add_device, compute_device, guard
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="hf (default): XVERSE; llama: for programs that load a quantised LlamaForCausalLM "
         "(its output head is not quantised)",
     )
+    add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model at DIR")
 
 
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out).expanduser()
     check_target(out, args.overwrite)
+    device = compute_device(args.device)
     source = ModelDirectory.named(args.model)
     config, tokenizer = source.config, source.tokenizer
     settings = QuantSettings(
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         head_bits=16 if args.format == "llama" else None,
     )
     calibration = calibration_tokens(tokenizer, args.calibration) if args.calibration else None
-    with progress_bar(config) as step:
+    with progress_bar(config) as step, guard(device):
         report = quantize_directory(
             source,
             out,
@@ -78,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             sample=parity_tokens(tokenizer, config.num_parameters()),
             overwrite=args.overwrite,
             report_progress=step,
+            device=device,
         )
     groups = "one scale per row" if args.method == "rtn-row" else f"groups of {args.group_size}"
     print(f"{out}: {args.format}, {args.bits} bits, {args.method}, {groups}")

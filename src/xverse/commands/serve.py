@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from xverse import values
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError, need
+from xverse.device import add_device
 
 if TYPE_CHECKING:
     import socket
 
+HOST, PORT = "127.0.0.1", 36000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -32,9 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", "directory with an adapter in peft's format", metavar="A")
     add("--quantize", "quantise the weights while loading", choices=["int8", "int4"])
     host = values.host_name
-    add("--host", "address to listen on (%(default)s)", type=host, default="127.0.0.1", metavar="H")
-    text = "port to listen on (%(default)s); 0: any free"
-    add("--port", text, type=values.whole(0, 65535), default=36000, metavar="P")
+    add("--host", f"address to listen on ({HOST})", type=host, metavar="H")
+    add("--port", f"port to listen on ({PORT}); 0: any free", type=values.whole(0, 65535), metavar="P")
     add("--uds", "Unix socket to listen on instead of --host and --port", metavar="PATH")
     add("--tls-cert", "certificate chain in PEM; with --tls-key the server speaks HTTPS", metavar="F")
     add("--tls-key", "private key in PEM, unencrypted", metavar="F")
@@ -65,6 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-body-mb", text, type=values.positive(1000), default=4.0, metavar="MB")
     text = "CPU threads (default: chosen by the model's size)"
     add("--threads", text, type=values.whole(1, 1024), metavar="N")
+    add_device(parser)
     log = parser.add_mutually_exclusive_group()
     log.add_argument("--no-access-log", help="write no log line per request to stderr", action="store_true")
     log.add_argument("--log-contents", help="include requests and replies in the log", action="store_true")
@@ -78,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
     keys = read_keys(args.api_key_file)
     if (args.tls_cert is None) != (args.tls_key is None):
         raise UserError("--tls-cert and --tls-key need each other")
+    if args.uds is not None and (args.host is not None or args.port is not None):
+        raise UserError("--uds listens on no port; leave out --host and --port")
+    host, _ = address_of(args)
     uvicorn = need("uvicorn", "serve", "xverse serve")
     need("fastapi", "serve", "xverse serve")
     need("prometheus_client", "serve", "xverse serve")
@@ -95,10 +100,9 @@ def run(args: argparse.Namespace) -> int:
     if args.tls_cert is not None:
         check_certificate(args.tls_cert, args.tls_key)
     page = None if args.page == "none" else args.page
-    if args.uds is None and args.host not in LOOPBACK and not keys:
+    if args.uds is None and host not in LOOPBACK and not keys:
         notice(
-            f"serve: {args.host} is reachable from other machines without an API key; set one with "
-            "--api-key-file"
+            f"serve: {host} is reachable from other machines without an API key; set one with --api-key-file"
         )
     if hasattr(signal, "SIGHUP") and not os.isatty(0):  # not to end here; announce reads the keys again
         signal.signal(signal.SIGHUP, lambda number, frame: None)
@@ -109,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         root = args.root_path or ""
         app: Any = Guard(
             create_app(service, page, root),
-            hosts=None if args.uds else allowed_hosts(args.host, args.allowed_host or []),
+            hosts=allowed_hosts("0.0.0.0" if args.uds else host, args.allowed_host or []),
             keys=keys,
             max_body=int(args.max_body_mb * 1e6),
             origins=args.allowed_origin or [],
@@ -158,13 +162,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def address_of(args: argparse.Namespace) -> tuple[str, int]:
+    """Host and port of the flags, without --uds."""
+    return args.host or HOST, PORT if args.port is None else args.port
+
+
 @contextlib.contextmanager
 def _listener(args: argparse.Namespace) -> Iterator[socket.socket]:
     """The socket of the flags, bound before the model is loaded."""
     from xverse.serve.server import bind, bind_unix
 
     if args.uds is None:
-        with bind(args.host, args.port) as listener:
+        with bind(*address_of(args)) as listener:
             yield listener
         return
     path = Path(args.uds).expanduser()

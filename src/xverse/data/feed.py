@@ -34,6 +34,10 @@ class Batch:
     targets: torch.Tensor
     document_ids: torch.Tensor
 
+    def pinned(self) -> Batch:
+        """The batch in pinned memory, from which copies to a GPU do not wait."""
+        return Batch(self.tokens.pin_memory(), self.targets.pin_memory(), self.document_ids)
+
 
 def collate(sequences: Sequence[PackedSequence]) -> Batch:
     """Stack packed sequences of one length into a batch."""

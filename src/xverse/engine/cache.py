@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.hardware import available_memory
 from xverse.kernels.ops import advise_huge_pages
-from xverse.kernels.paged_attention import PagedLayer
+from xverse.kernels.paged_attention import PAGE, PagedLayer
 from xverse.model.config import XverseConfig
 
-BLOCK_SIZE = 32
+BLOCK_SIZE = PAGE  # unless a cache has larger ones
 KV_DTYPES = ("auto", "int8")
 
 
@@ -53,7 +53,7 @@ class BlockPool:
 
 
 class PagedCache:
-    """Memory for ``blocks`` blocks of BLOCK_SIZE positions, [blocks, layers, 2, H, BLOCK_SIZE, head_dim].
+    """Memory for ``blocks`` blocks of ``block_size`` positions, [blocks, layers, 2, H, block_size, head_dim].
 
     ``kv_dtype`` "auto" stores in ``dtype``, "int8" with a float32 scale per position and head. At most
     ``sequences`` sequences use it at once. On a CPU pages become resident when first written; other devices
@@ -69,19 +69,20 @@ class PagedCache:
         blocks: int,
         sequences: int,
         kv_dtype: str = "auto",
+        block_size: int = BLOCK_SIZE,
     ) -> None:
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype: '{kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
-        self.device = device
-        shape = (blocks + 1, config.num_hidden_layers, 2, config.num_attention_heads, BLOCK_SIZE)
+        self.device, self.block_size = device, block_size
+        shape = (blocks + 1, config.num_hidden_layers, 2, config.num_attention_heads, block_size)
         stored = torch.int8 if kv_dtype == "int8" else dtype
         try:
             data = torch.empty(*shape, config.head_dim, dtype=stored, device=device)
             scales = torch.empty(shape, device=device) if kv_dtype == "int8" else None
         except RuntimeError as error:
-            size = blocks * position_bytes(config, dtype, kv_dtype) * BLOCK_SIZE / 1e9
+            size = blocks * position_bytes(config, dtype, kv_dtype) * block_size / 1e9
             raise UserError(
-                f"max_cache_tokens: not enough memory for {blocks * BLOCK_SIZE} tokens ({size:.1f} GB)"
+                f"max_cache_tokens: not enough memory for {blocks * block_size} tokens ({size:.1f} GB)"
             ) from error
         scaling = config.rope_scaling
         self.rope_depends_on_length = scaling is not None and scaling.rope_type == "dynamic"
@@ -89,7 +90,7 @@ class PagedCache:
         self.scratch = blocks  # a block that is never read
         # The blocks of each sequence in order. Unused entries are 0; kernels read no further than the
         # positions of a sequence.
-        width = -(-config.context_length // BLOCK_SIZE)
+        width = -(-config.context_length // block_size)
         self.tables = torch.zeros(sequences, width, dtype=torch.int32, device=device)
         self.free_rows = list(range(sequences - 1, -1, -1))
         advise_huge_pages(data)
@@ -110,27 +111,6 @@ def position_bytes(config: XverseConfig, dtype: torch.dtype, kv_dtype: str = "au
     return 2 * config.num_hidden_layers * config.num_attention_heads * vector
 
 
-def cache_tokens(
-    requested: int | None, token_bytes: int, device: torch.device, *, longest: int, most: int
-) -> int:
-    """The capacity of the cache in tokens: ``requested``, or as many as fit in half of the free memory, at
-    least ``longest`` and at most ``most``.
-
-    Raises UserError for more than fits: on a CPU the allocation would succeed and fail much later.
-    """
-    free = available_memory(device)
-    if requested is None:
-        return min(most, max(longest, free // 2 // token_bytes))
-    if requested < BLOCK_SIZE:
-        raise UserError(f"max_cache_tokens: {requested} is out of range (at least {BLOCK_SIZE})")
-    if requested * token_bytes > free:
-        raise UserError(
-            f"max_cache_tokens: {requested} tokens take {requested * token_bytes / 1e9:.1f} GB, but only "
-            f"{free / 1e9:.1f} GB of memory are free; at most {free // token_bytes} fit"
-        )
-    return requested
-
-
 class SequenceCache:
     """One request's blocks in order. ``length`` positions are written, of at most ``longest``."""
 
@@ -143,20 +123,19 @@ class SequenceCache:
 
     def missing(self, length: int) -> int:
         """How many more blocks ``length`` positions need."""
-        return -(-length // BLOCK_SIZE) - len(self.blocks)
+        return -(-length // self.cache.block_size) - len(self.blocks)
 
     def reserve(self, length: int) -> None:
         """Allocate blocks for ``length`` positions in total. Raises IndexError if the cache is full."""
-        for _ in range(self.missing(length)):
-            self._add(self.cache.pool.take())
+        self._add([self.cache.pool.take() for _ in range(self.missing(length))])
 
     def share(self, blocks: Sequence[int]) -> None:
         """Start with ``blocks`` that another sequence has filled."""
         assert not self.blocks
         for block in blocks:
             self.cache.pool.share(block)
-            self._add(block)
-        self.length = len(blocks) * BLOCK_SIZE
+        self._add(blocks)
+        self.length = len(blocks) * self.cache.block_size
 
     def release(self) -> None:
         """Release all blocks and the table row. The object must not be used afterwards."""
@@ -164,9 +143,13 @@ class SequenceCache:
             self.cache.pool.release(self.blocks.pop())
         self.cache.free_rows.append(self.row)
 
-    def _add(self, block: int) -> None:
-        self.cache.tables[self.row, len(self.blocks)] = block
-        self.blocks.append(block)
+    def _add(self, blocks: Sequence[int]) -> None:
+        if not blocks:
+            return
+        start = len(self.blocks)
+        self.blocks += blocks
+        row = torch.tensor(blocks, dtype=torch.int32)
+        self.cache.tables[self.row, start : len(self.blocks)] = row.to(self.cache.device, non_blocking=True)
 
 
 # Segments of up to this many tokens are verified proposals: each token becomes a separate query.
@@ -183,7 +166,7 @@ class RaggedContext:
 
     def __init__(self, segments: Sequence[tuple[SequenceCache, int]]) -> None:
         cache = segments[0][0].cache
-        self._layers = cache.layers
+        self._layers, size = cache.layers, cache.block_size
         positions: list[int] = []
         slots: list[int] = []
         rows: list[int] = []  # of the table, for each token of the short segments
@@ -198,10 +181,11 @@ class RaggedContext:
                 self._long.append((at, at + count, cache.tables[sequence.row], start))
             for position in range(start, start + count):
                 positions.append(position)
-                slots.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+                slots.append(blocks[position // size] * size + position % size)
         device = cache.device
-        self.positions = torch.tensor([positions], device=device)  # [1, N]
-        self.slots = torch.tensor(slots, device=device)  # [N]
+        both = torch.tensor([positions, slots]).to(device, non_blocking=True)
+        self.positions = both[:1]  # [1, N]
+        self.slots = both[1]  # [N]
         self.rope_lengths: Tensor | None = None  # [1, N]
         if cache.rope_depends_on_length:
             longest = [sequence.longest for sequence, count in segments for _ in range(count)]
@@ -210,11 +194,20 @@ class RaggedContext:
         # No sequence has more blocks; the rest of the table is not read.
         self.longest_table = max(len(sequence.blocks) for sequence, _ in segments)
         self.lengths = self.positions[0].int() + 1
+        self._starts: Tensor | None = None  # int32 [segments + 1], if all are computed in one call
         self._short: Tensor | None = None  # [S], indices of the short segments' tokens if there are others
+        if self._long and cache.layers[0].flash:
+            self._most = max(count for _, count in segments)
+            rows = [sequence.row for sequence, _ in segments]
+            ends = [0, *itertools.accumulate(count for _, count in segments)]
+            seen = [sequence.length + count for sequence, count in segments]
+            bounds = torch.tensor([*ends, *seen], dtype=torch.int32).to(device, non_blocking=True)
+            self._starts, self.lengths = bounds[: len(ends)], bounds[len(ends) :]
         if rows:
-            self.table = cache.tables[torch.tensor(rows, device=device), : self.longest_table]  # [S, blocks]
-        if rows and self._long:
-            self._short = torch.tensor(short, device=device)
+            at_rows = torch.tensor(rows).to(device, non_blocking=True)
+            self.table = cache.tables[at_rows, : self.longest_table]  # [S, blocks]
+        if short and self._long and self._starts is None:
+            self._short = torch.tensor(short).to(device, non_blocking=True)
             self.lengths = self.lengths[self._short]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -224,6 +217,8 @@ class RaggedContext:
         pages.append(k, v, self.slots)
         if self.single:
             mixed = pages.attend(q, self.table, self.lengths)
+        elif self._starts is not None:
+            mixed = pages.extend(q, self._starts, self.table, self.lengths, self._most)
         else:
             mixed = q.new_empty(q.shape)
             if self._short is not None:

@@ -9,28 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Many
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext, cache_tokens, position_bytes
-from xverse.engine.graphs import DecodeGraphs
+from xverse.device import guard
+from xverse.engine.cache import PagedCache, RaggedContext, position_bytes
+from xverse.engine.choosing import NOT_FINITE, Row, choose_rows
+from xverse.engine.graphs import DecodeGraphs, recorded
 from xverse.engine.prefix import PrefixCache
-from xverse.engine.request import Event, Request, Stats
-from xverse.engine.sampling import Adjustment, Key, choose, is_greedy, key
+from xverse.engine.request import Event, Request, Stats, TokenLogprob
+from xverse.engine.sampling import Adjustment, Dice, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
-from xverse.engine.scoring import Scores, ScoringItem, score_prompt, token_logprob
+from xverse.engine.scoring import Scores, ScoringItem, score_prompt
 from xverse.engine.sequence import Prompted, Sequence
+from xverse.engine.sizing import capacity, step_bytes
 from xverse.engine.speculation import Speculation, Speculator, propose_forced
 from xverse.engine.stop import StopText
 from xverse.kernels.fused_step import FusedStep, fused_step
 from xverse.kernels.inference import use_kernels
+from xverse.kernels.paged_attention import page_size
 from xverse.model.transformer import XverseForCausalLM
 from xverse.tokenizer import Tokenizer
 
 _NOT_FINITE = "the model's logits are not finite: its weights are damaged or overflow their data type"
 PREFIX_CACHE_BYTES = 2 * 2**30
+CPU_CHUNK, GPU_CHUNK = 512, 2048  # tokens of a prompt in a step
 
 
 class Engine:
@@ -39,12 +45,12 @@ class Engine:
     On a CPU the model's layers are switched to our kernels (``kernels/inference.py``).
 
     At most ``max_batch`` requests run at once; further ones wait. The cache holds ``max_cache_tokens`` in
-    total (None: as many as fit in half of the free memory); when it is full, requests are preempted and
-    resume later. A step computes at most ``prefill_chunk`` prompt tokens. ``kv_dtype`` "int8" halves the
-    cache of a bfloat16 model; "auto" stores it in the model's dtype. Up to ``prefix_cache_bytes`` are kept
-    after requests end, for requests with the same beginning; 0 turns this off. ``speculation`` None decodes
-    one token at a time. Raises UserError for values out of range, and for a model and a tokenizer that do not
-    match.
+    total (None: as many as fit, see ``capacity``); when it is full, requests are preempted and resume later.
+    A step computes at most ``prefill_chunk`` prompt tokens (None: 512 on a CPU, 2,048 on a GPU). ``kv_dtype``
+    "int8" halves the cache of a bfloat16 model; "auto" stores it in the model's dtype. Up to
+    ``prefix_cache_bytes`` are kept after requests end, for requests with the same beginning; 0 turns this
+    off. ``speculation`` None decodes one token at a time. Raises UserError for values out of range, and for a
+    model and a tokenizer that do not match.
     """
 
     def __init__(
@@ -54,39 +60,54 @@ class Engine:
         *,
         max_batch: int = 64,
         max_cache_tokens: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         kv_dtype: str = "auto",
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         speculation: Speculation | None = None,
     ) -> None:
-        _check_settings(model, tokenizer, max_batch, prefill_chunk, prefix_cache_bytes)
+        weight = model.model.norm.weight  # the one that is never quantised
+        self.device = weight.device
+        on_cpu = self.device.type == "cpu"
+        self.prefill_chunk = prefill_chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
+        _check_settings(model, tokenizer, max_batch, self.prefill_chunk, prefix_cache_bytes)
         self.model = model.eval()
         use_kernels(model)
         self.tokenizer = tokenizer
         self.max_batch = max_batch
-        self.prefill_chunk = prefill_chunk
         self._vocab_size = tokenizer.vocab_size
-        weight = model.model.norm.weight  # the one that is never quantised
-        self._device = weight.device
         token_bytes = position_bytes(model.config, weight.dtype, kv_dtype)
-        context = model.config.context_length
-        self.max_cache_tokens = cache_tokens(
-            max_cache_tokens, token_bytes, self._device, longest=context, most=max_batch * context
-        )
-        # Each running request may leave a block partly used.
-        self._blocks = -(-self.max_cache_tokens // BLOCK_SIZE) + max_batch
-        self._cache = PagedCache(
-            model.config,
-            weight.dtype,
-            self._device,
-            blocks=self._blocks,
-            sequences=max_batch,
-            kv_dtype=kv_dtype,
-        )
-        self._fused_step = self._make_fused_step()
-        self._prefixes = PrefixCache(self._cache.pool, prefix_cache_bytes // (token_bytes * BLOCK_SIZE))
+        with guard(self.device):
+            make_cache = partial(
+                PagedCache, model.config, weight.dtype, self.device, sequences=max_batch, kv_dtype=kv_dtype
+            )
+            room = capacity(
+                max_cache_tokens,
+                token_bytes,
+                self.device,
+                context=model.config.context_length,
+                max_batch=max_batch,
+                block_size=partial(
+                    page_size,
+                    self.device,
+                    torch.int8 if kv_dtype == "int8" else weight.dtype,
+                    model.config.head_dim,
+                    sequences=max_batch,
+                ),
+                reserved=step_bytes(model, make_cache, self.prefill_chunk, max_batch),
+            )
+            self.max_cache_tokens, self._blocks = room.tokens, room.blocks
+            # A smaller default limits the context; a smaller cache that was asked for refuses requests.
+            self.context_length = model.config.context_length
+            if max_cache_tokens is None:
+                self.context_length = min(self.context_length, room.tokens)
+            self._cache = make_cache(blocks=room.blocks, block_size=room.block_size)
+            self._fused_step = (
+                fused_step(model, self._cache.layers) if on_cpu else recorded(model, self._cache)
+            )
+        block_bytes = token_bytes * self._cache.block_size
+        self._prefixes = PrefixCache(self._cache.pool, prefix_cache_bytes // block_bytes)
         self._scheduler = Scheduler(
-            self._cache, self._prefixes, max_batch=max_batch, prefill_chunk=prefill_chunk
+            self._cache, self._prefixes, max_batch=max_batch, prefill_chunk=self.prefill_chunk
         )
         self._speculator = None if speculation is None else self._make_speculator(speculation, token_bytes)
         self._undelivered: list[Event] = []
@@ -94,9 +115,9 @@ class Engine:
 
     def _make_fused_step(self) -> FusedStep | DecodeGraphs | None:
         """The fast path for steps of a few tokens, if this device has one."""
-        if self._device.type == "cuda":
-            return DecodeGraphs(self.model, self._cache)
-        return fused_step(self.model, self._cache.layers) if self._device.type == "cpu" else None
+        if self.device.type == "cpu":
+            return fused_step(self.model, self._cache.layers)
+        return recorded(self.model, self._cache)
 
     def _make_speculator(self, speculation: Speculation, token_bytes: int) -> Speculator:
         return Speculator(
@@ -108,7 +129,7 @@ class Engine:
             prefill_chunk=self.prefill_chunk,
             position_bytes=token_bytes,
             native=self._fused_step is not None,
-            rows_at_once=8 if self._device.type == "cpu" else 64,
+            rows_at_once=8 if self.device.type == "cpu" else 64,
         )
 
     @property
@@ -164,6 +185,10 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Advance running requests and return their events; without speculation, at most one token each."""
+        with guard(self.device):
+            return self._step()
+
+    def _step(self) -> list[Event]:
         work = self._scheduler.schedule()
         propose_forced(work, self._scheduler, self.prefill_chunk)
         if self._speculator is not None and work:
@@ -233,7 +258,7 @@ class Engine:
 
     def _check(self, request: Request, finals: Many[int]) -> int:
         """The most tokens that the request may have in the end."""
-        context, prompt = self.model.config.context_length, len(request.prompt_ids)
+        context, prompt = self.context_length, len(request.prompt_ids)
         if prompt > context or (prompt == context and request.max_new_tokens):
             raise UserError(f"prompt_ids: {prompt} tokens leave no room in a context of {context}")
         ids = [*request.prompt_ids, *finals]
@@ -252,14 +277,8 @@ class Engine:
     def _enqueue(self, request: Request, prompted: Prompted | None) -> int:
         needed = self._check(request, prompted.finals if prompted else ())
         sampling = request.sampling
-        generator = None
-        if not is_greedy(sampling):
-            generator = torch.Generator(self._device)
-            if sampling.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(sampling.seed)
-        adjustment = Adjustment(sampling, request.prompt_ids, self._device)
+        dice = None if is_greedy(sampling) else Dice(sampling.seed)
+        adjustment = Adjustment(sampling, request.prompt_ids)
         needs_logits = bool(adjustment) or request.constraint is not None or request.logprobs is not None
         handle = self._next_handle
         self._next_handle += 1
@@ -274,11 +293,12 @@ class Engine:
                 stop=StopText(request.sampling.stop),
                 adjustment=adjustment,
                 key=key(sampling),
-                generator=generator,
-                plain=generator is None and not needs_logits,
+                dice=dice,
+                plain=dice is None and not needs_logits,
                 prompted=prompted,
                 acceptance=self._speculator.acceptance if self._speculator else 0.0,
                 # With "dynamic" rope scaling keys depend on how long the text may become.
+                block_size=self._cache.block_size,
                 salt=str(needed).encode() if self._cache.rope_depends_on_length else b"",
             )
         )
@@ -313,7 +333,8 @@ class Engine:
                 choosing.append(item)
                 choosing_rows += range(first + item.count - 1, len(tokens))
         context = RaggedContext(segments)
-        hidden = self._hidden(torch.tensor(tokens, device=self._device), context)  # [N, D]
+        ids = torch.tensor(tokens).to(self.device, non_blocking=True)
+        hidden = self._hidden(ids, context)  # [N, D]
         events: list[Event] = []
         for item, rows in others:
             if item.sequence.prompted is not None and item.sequence.scoring:
@@ -322,7 +343,7 @@ class Engine:
                 self._scheduler.computed(item.sequence, item.count)
         if choosing:
             if len(choosing_rows) < len(tokens):
-                hidden = hidden[torch.tensor(choosing_rows, device=self._device)]  # [R, D]
+                hidden = hidden[torch.tensor(choosing_rows).to(self.device, non_blocking=True)]  # [R, D]
             events += self._choose(choosing, self._logits(hidden))
         return events
 
@@ -340,34 +361,29 @@ class Engine:
     def _choose(self, work: list[Work], logits: Tensor) -> list[Event]:
         """Choose the next tokens of each sequence of ``work`` from its rows of ``logits`` [R, V]: one for
         each proposed token that is right, and one more."""
-        greatest, best = logits.max(dim=-1)  # [R]; NaN and +inf come through
-        greatest_list, tokens = greatest.tolist(), best.tolist()
-        first = 0
-        groups: dict[Key, list[tuple[int, Sequence]]] = {}
-        for item in work:
-            if not item.sequence.plain and item.sequence.request.constraint is None:
-                groups.setdefault(item.sequence.key, []).append((first, item.sequence))
-            first += 1 + len(item.proposed)
-        for group in groups.values():
-            self._sample(group, logits, tokens)
+        rows = [
+            Row(item.sequence, item.proposed[:count])
+            for item in work
+            for count in range(1 + len(item.proposed))
+        ]
+        tokens, logprobs = choose_rows(rows, logits)
         events: list[Event] = []
         first = 0
         for item in work:
             sequence, accepted = item.sequence, 0
             for at in range(first, first + 1 + len(item.proposed)):
                 try:
-                    if not -torch.inf < greatest_list[at] < torch.inf:
-                        raise ValueError(_NOT_FINITE)
-                    if not sequence.plain and (at > first or sequence.request.constraint is not None):
-                        self._sample_one(sequence, at, logits, tokens)
-                    if tokens[at] < 0:
-                        raise ValueError("every token is forbidden")
-                    event = self._advance(sequence, tokens[at], logits[at])
+                    row, token, logprob = rows[at], tokens[at], logprobs.get(at)
+                    if row.deferred and token != NOT_FINITE:
+                        row = Row(sequence)
+                        (token,), found = choose_rows([row], logits[at : at + 1])
+                        logprob = found.get(0)
+                    event = self._advance(row, token, logprob)
                 except Exception as error:  # also from a constraint; other requests continue
                     event = self._error(sequence, str(error) or type(error).__name__)
                 events.append(event)
                 index = at - first
-                if event.finish_reason or index == len(item.proposed) or tokens[at] != item.proposed[index]:
+                if event.finish_reason or index == len(item.proposed) or token != item.proposed[index]:
                     break
                 accepted += 1
             first += 1 + len(item.proposed)
@@ -378,38 +394,24 @@ class Engine:
                 self._retire(sequence)
         return events
 
-    @staticmethod
-    def _sample(group: list[tuple[int, Sequence]], logits: Tensor, tokens: list[int]) -> None:
-        """Choose tokens for sequences with equal ``key`` from their rows of ``logits``, into ``tokens``."""
-        rows = [row for row, _ in group]
-        chosen = choose(
-            logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)],
-            group[0][1].request.sampling,
-            [sequence.adjustment for _, sequence in group],
-            [sequence.generator for _, sequence in group],
-        )
-        for row, token in zip(rows, chosen, strict=True):
-            tokens[row] = token
-
-    def _sample_one(self, sequence: Sequence, row: int, logits: Tensor, tokens: list[int]) -> None:
-        allowed = logits[row : row + 1]  # [1, V]
-        constraint = sequence.request.constraint
-        if constraint is not None:
-            allowed = constraint.apply(allowed[0].float())[None]
-        request = sequence.request
-        (tokens[row],) = choose(allowed, request.sampling, [sequence.adjustment], [sequence.generator])
-        if constraint is not None and tokens[row] >= 0:
-            constraint.accept(tokens[row])
-
-    def _advance(self, sequence: Sequence, token: int, logits: Tensor) -> Event:
-        """Append ``token``, which was chosen from ``logits`` [V]."""
-        request = sequence.request
+    def _advance(self, row: Row, token: int, logprob: TokenLogprob | None) -> Event:
+        """Append ``token``, which was chosen from ``row``."""
+        sequence, request = row.sequence, row.sequence.request
+        if token == NOT_FINITE:
+            raise ValueError(_NOT_FINITE)
+        if row.failure is not None:
+            raise row.failure
+        if token < 0:
+            raise ValueError("every token is forbidden")
+        if request.constraint is not None:
+            request.constraint.accept(token)
         sequence.tokens.append(token)
-        event = Event(handle=sequence.handle, token_id=token, text="", cached_tokens=sequence.reused)
-        if not sequence.plain:
-            sequence.adjustment.add(token)
-            if request.logprobs is not None:
-                event.logprob = token_logprob(logits.float().log_softmax(dim=-1), token, request.logprobs)
+        event = Event(
+            handle=sequence.handle, token_id=token, text="", cached_tokens=sequence.reused, logprob=logprob
+        )
+        sequence.adjustment.add(token)
+        if sequence.dice is not None:
+            sequence.dice.use(1)
         if sequence.scoring:
             self._report(sequence, event)
         stopped = False

@@ -1,8 +1,9 @@
-"""Decoding on CUDA: the forward pass for a few tokens, captured once as a graph and replayed.
+"""Decoding on CUDA: the forward pass for a few tokens, recorded as a graph and replayed.
 
 A step of one token launches hundreds of kernels that take microseconds each; launched one by one from Python
-they would leave the device idle most of the time. A graph has fixed shapes, so steps are padded to the next
-power of two in tokens and in blocks of the longest sequence.
+they would leave the device idle most of the time. A graph has a fixed number of tokens, so that steps are
+padded to the next recorded one. The block table is always as wide as the longest text: attention reads no
+further than the positions of a sequence.
 """
 
 from __future__ import annotations
@@ -12,14 +13,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xverse.engine.cache import BLOCK_SIZE, PagedCache, RaggedContext
+from xverse.device import guard, is_lost
+from xverse.engine.cache import PagedCache, RaggedContext
 from xverse.kernels.paged_attention import PagedLayer
+from xverse.log import notice
 from xverse.model.transformer import XverseForCausalLM
+
+MOST_TOKENS = 64
+
+
+def recorded(model: XverseForCausalLM, cache: PagedCache) -> DecodeGraphs | None:
+    """The graphs of a CUDA device; None on others, and where recording fails, which is reported."""
+    if cache.device.type != "cuda":
+        return None
+    graphs = DecodeGraphs(model, cache)
+    try:
+        graphs.record()
+    except RuntimeError as error:
+        if is_lost(error):
+            raise
+        notice(f"{cache.device}: steps run without CUDA graphs: {' '.join(str(error).split())[:200]}")
+        torch.cuda.empty_cache()
+        return None
+    return graphs
+
+
+def sizes(most: int) -> list[int]:
+    """The numbers of tokens to record: 1, 2, 4, 8, then multiples of eight, up to ``most``."""
+    steps = [1, 2, 4, *range(8, MOST_TOKENS + 1, 8)]
+    return [size for index, size in enumerate(steps) if index == 0 or steps[index - 1] < most]
 
 
 @dataclass
 class _Inputs:
-    """A graph's static inputs: an attention context of N single queries over W blocks each."""
+    """Static inputs: an attention context of N single queries over W blocks each."""
 
     tokens: Tensor  # int64 [N]
     positions: Tensor  # int64 [1, N]
@@ -35,78 +62,83 @@ class _Inputs:
         pages.append(k, v, self.slots)
         return pages.attend(q, self.table, self.lengths).transpose(0, 1)[None]
 
+    def first(self, count: int) -> _Inputs:
+        """Views of the first ``count`` queries."""
+        return _Inputs(
+            tokens=self.tokens[:count],
+            positions=self.positions[:, :count],
+            slots=self.slots[:count],
+            table=self.table[:count],
+            lengths=self.lengths[:count],
+            rope_lengths=None if self.rope_lengths is None else self.rope_lengths[:, :count],
+            layers=self.layers,
+        )
+
 
 class DecodeGraphs:
-    """Runs steps of up to ``most_tokens`` single queries. A graph is captured when its shape first occurs.
+    """Runs steps of up to ``most_tokens`` single queries, padded; eagerly until ``record`` has recorded all
+    graphs, the largest first, in one memory pool."""
 
-    Without CUDA the padded steps run eagerly, for tests.
-    """
-
-    def __init__(self, model: XverseForCausalLM, cache: PagedCache, most_tokens: int = 64) -> None:
-        self.most_tokens = most_tokens
+    def __init__(self, model: XverseForCausalLM, cache: PagedCache, most_tokens: int = MOST_TOKENS) -> None:
         self._model = model.model
         self._cache = cache
-        self._inputs: dict[tuple[int, int], _Inputs] = {}
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._sizes = sizes(most_tokens)
+        self.most_tokens = self._sizes[-1]
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        device, most = cache.device, self.most_tokens
+        self._inputs = _Inputs(
+            tokens=torch.zeros(most, dtype=torch.long, device=device),
+            positions=torch.zeros(1, most, dtype=torch.long, device=device),
+            slots=torch.full((most,), cache.scratch * cache.block_size, device=device),
+            table=torch.full((most, cache.tables.shape[1]), cache.scratch, dtype=torch.int32, device=device),
+            lengths=torch.ones(most, dtype=torch.int32, device=device),
+            rope_lengths=torch.ones(1, most, dtype=torch.long, device=device)
+            if cache.rope_depends_on_length
+            else None,
+            layers=cache.layers,
+        )
+
+    @torch.inference_mode()
+    def record(self) -> None:
+        """Record the graphs of all sizes. Each runs twice before, as PyTorch requires."""
+        with guard(self._cache.device):
+            pool = None
+            stream = torch.cuda.Stream()
+            for size in reversed(self._sizes):
+                inputs = self._inputs.first(size)
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(2):
+                        self._forward(inputs)
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    hidden = self._forward(inputs)
+                pool = pool or graph.pool()
+                self._graphs[size] = graph, hidden
 
     def __call__(self, tokens: Tensor, context: RaggedContext) -> Tensor:
         """``tokens`` int64 [N] → normed hidden states [N, D]."""
         count = len(tokens)
-        shape = _above(count), min(_above(context.longest_table), self._cache.tables.shape[1])
-        if shape not in self._inputs:
-            self._inputs[shape] = self._blank(*shape)
-        inputs = self._inputs[shape]
-        width = min(context.table.shape[1], shape[1])
+        size = next(size for size in self._sizes if size >= count)
+        inputs, cache = self._inputs.first(size), self._cache
         inputs.tokens[:count] = tokens
         inputs.positions[0, :count] = context.positions[0]
         inputs.slots[:count] = context.slots
-        inputs.table[:count, :width] = context.table[:, :width]
+        inputs.table[:count, : context.table.shape[1]] = context.table
         inputs.lengths[:count] = context.lengths
-        inputs.slots[count:] = self._cache.scratch * BLOCK_SIZE
-        inputs.table[count:] = self._cache.scratch
-        inputs.lengths[count:] = 1
         if inputs.rope_lengths is not None and context.rope_lengths is not None:
             inputs.rope_lengths[0, :count] = context.rope_lengths[0]
-        inputs.positions[0, count:] = 0
-        if self._cache.device.type != "cuda":
+        if count < size:
+            inputs.slots[count:] = cache.scratch * cache.block_size
+            inputs.table[count:, 0] = cache.scratch
+            inputs.lengths[count:] = 1
+            inputs.positions[0, count:] = 0
+        if size not in self._graphs:
             return self._forward(inputs)[:count]
-        if shape not in self._graphs:
-            self._graphs[shape] = self._capture(inputs)
-        graph, hidden = self._graphs[shape]
+        graph, hidden = self._graphs[size]
         graph.replay()
         return hidden[:count].clone()
 
-    def _blank(self, tokens: int, blocks: int) -> _Inputs:
-        device = self._cache.device
-        return _Inputs(
-            tokens=torch.zeros(tokens, dtype=torch.long, device=device),
-            positions=torch.zeros(1, tokens, dtype=torch.long, device=device),
-            slots=torch.zeros(tokens, dtype=torch.long, device=device),
-            table=torch.zeros(tokens, blocks, dtype=torch.int32, device=device),
-            lengths=torch.ones(tokens, dtype=torch.int32, device=device),
-            rope_lengths=torch.ones(1, tokens, dtype=torch.long, device=device)
-            if self._cache.rope_depends_on_length
-            else None,
-            layers=self._cache.layers,
-        )
-
     def _forward(self, inputs: _Inputs) -> Tensor:
         return self._model(inputs.tokens[None], inputs)[0]
-
-    def _capture(self, inputs: _Inputs) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Warm up on a side stream, as PyTorch requires, then capture."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._forward(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            hidden = self._forward(inputs)
-        return graph, hidden
-
-
-def _above(count: int) -> int:
-    """The smallest power of two that is at least ``count``."""
-    return 1 << (count - 1).bit_length()

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
+from xverse.device import compute_device, guard, report_unused_gpu, weights_dtype
 from xverse.engine.engine import Engine
 from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config, unsupported_keys
 from xverse.formats import ModelDirectory, load_model
-from xverse.formats.quantize import load_quantizing
+from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
+from xverse.hardware import available_memory
 from xverse.log import notice
 from xverse.model.config import FLOAT32_BELOW
 
@@ -41,6 +43,7 @@ def load_engine(
     quantize: str | None = None,
     tokenizer: str | None = None,
     adapter: str | None = None,
+    device: str = "auto",
     **settings: Any,
 ) -> Loaded:
     """An engine for ``model`` (``nano``, a directory or a hub id); ``settings`` are the engine's.
@@ -49,7 +52,8 @@ def load_engine(
     a directory with a tokenizer to use instead of the model's. ``threads`` None: torch's default, or one for
     a small model. ``quantize``: ``int8`` or ``int4``, applied to an unquantised model while it is loaded.
     ``adapter``: a directory in peft's format, merged into plain weights, kept separate from quantised ones.
-    Raises UserError for a model, tokenizer or adapter that cannot be loaded.
+    ``device``: as ``compute_device`` takes it. Raises UserError for a model, tokenizer or adapter that cannot
+    be loaded, a device that cannot be used and one without room for the weights.
     """
     import torch
 
@@ -64,13 +68,16 @@ def load_engine(
             raise UserError(f"threads: {threads} is out of range (1 to 1024)")
         torch.set_num_threads(threads)
     own_tokenizer = (directory if tokenizer is None else ModelDirectory.named(tokenizer)).tokenizer
-    dtype = torch.float32 if config.num_parameters() < FLOAT32_BELOW else None
-    if adapter is not None:
-        weights = _adapted(directory, adapter, quantize, dtype)
-    else:
-        weights = (
-            load_model(directory, dtype) if quantize is None else load_quantizing(directory, quantize, dtype)
-        )
+    chosen = compute_device(device)
+    if device == "auto":
+        report_unused_gpu(chosen)
+    dtype = weights_dtype(chosen) or (torch.float32 if config.num_parameters() < FLOAT32_BELOW else None)
+    check_room(directory, chosen, dtype, quantize)
+    with guard(chosen):
+        if adapter is not None:
+            weights = _adapted(directory, adapter, quantize, dtype, chosen)
+        else:
+            weights = load_weights(directory, quantize, dtype, chosen)
     end_ids = generation_config.get("eos_token_id", config.eos_token_id)
     stop_ids = tuple(end_ids) if isinstance(end_ids, list) else (end_ids,)
     return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids)
@@ -84,22 +91,58 @@ def _report_unsupported(path: Path, generation_config: dict[str, Any]) -> None:
         notice(f"{path / 'generation_config.json'}: {', '.join(keys)} not supported; ignored")
 
 
+def load_weights(
+    directory: ModelDirectory, quantize: str | None, dtype: torch.dtype | None, device: torch.device
+) -> XverseForCausalLM:
+    """The model on ``device``, tensor by tensor; with ``quantize`` quantised there layer by layer."""
+    if quantize is not None:
+        return load_quantizing(directory, quantize, dtype, device)
+    return load_model(directory, dtype, device)
+
+
 def _adapted(
-    directory: ModelDirectory, adapter: str, quantize: str | None, dtype: torch.dtype | None
+    directory: ModelDirectory,
+    adapter: str,
+    quantize: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
 ) -> XverseForCausalLM:
     """The model with an adapter: merged into plain weights, or kept separate from quantised ones."""
-    from xverse.formats.adapters import apply_adapter, check_adapter, check_base, merge_adapter
+    from xverse.formats.adapters import apply_adapter, check_adapter, check_base, merged
 
     check_adapter(adapter)
-    stored = load_model(directory)
-    if quantize is not None:
-        check_base(stored, adapter, directory.path)
-        model: XverseForCausalLM = apply_adapter(
-            load_quantizing(directory, quantize, dtype), adapter
-        ).get_base_model()
-        return model
-    if directory.scheme is not None:
-        check_base(stored, adapter, directory.path)
-        return apply_adapter(load_model(directory, dtype), adapter).get_base_model()
-    model, _, _ = merge_adapter(stored, adapter, directory.path)
+    if quantize is not None or directory.scheme is not None:
+        check_base(load_model(directory), adapter, directory.path)  # mapped: few values are read
+        model = load_weights(directory, quantize, dtype, device)
+        applied: XverseForCausalLM = apply_adapter(model, adapter).get_base_model().to(device)
+        return applied
+    model = merged(load_model(directory, device=device), adapter, directory.path)
     return model if dtype is None else model.to(dtype)
+
+
+def check_room(
+    directory: ModelDirectory, device: torch.device, dtype: torch.dtype | None, quantize: str | None
+) -> None:
+    """Raises UserError, with what would fit, if a GPU has too little memory for the weights."""
+    if device.type != "cuda":
+        return
+    config, free = directory.config, available_memory(device)
+    if directory.scheme is not None:
+        needed, what = sum(file.stat().st_size for file in directory.weight_files), "as stored"
+    elif quantize is not None:
+        needed, what = stored_bytes(config, quick_settings(quantize)), f"in {quantize}"
+    else:
+        itemsize = dtype.itemsize if dtype is not None else 4
+        needed, what = config.num_parameters() * itemsize, f"in {str(dtype).removeprefix('torch.')}"
+    if needed < free:
+        return
+    sizes = {} if directory.scheme else {k: stored_bytes(config, quick_settings(k)) for k in ("int8", "int4")}
+    fitting = [f"--quantize {kind} ({size / 1e9:.1f} GB)" for kind, size in sizes.items() if size < free]
+    several = (
+        "several GPUs (xverse export --format llama, then a server with tensor parallelism such as vLLM), or "
+        "--device cpu"
+    )
+    raise UserError(
+        f"{directory.name}: the weights take {needed / 1e9:.1f} GB {what}, and {device} has "
+        f"{free / 1e9:.1f} GB free; use {', '.join([*fitting, several])}"
+    )

@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from xverse.engine.cache import BLOCK_SIZE, BlockPool
 
 
-def extend_digests(digests: list[bytes], tokens: Sequence[int], salt: bytes = b"") -> None:
-    """Append the digests of the full blocks of ``tokens`` that ``digests`` lacks.
+def extend_digests(
+    digests: list[bytes], tokens: Sequence[int], salt: bytes = b"", size: int = BLOCK_SIZE
+) -> None:
+    """Append the digests of the full blocks, of ``size`` tokens, of ``tokens`` that ``digests`` lacks.
 
     SHA-256, because a collision would reveal one user's text to another. ``salt`` separates blocks whose
     contents depend on more than the tokens.
     """
-    for index in range(len(digests), len(tokens) // BLOCK_SIZE):
-        block = array("q", tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+    for index in range(len(digests), len(tokens) // size):
+        block = array("q", tokens[index * size : (index + 1) * size])
         before = digests[-1] if digests else salt
         digests.append(hashlib.sha256(before + block.tobytes()).digest())
 

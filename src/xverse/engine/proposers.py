@@ -81,13 +81,14 @@ class DraftModelProposer:
         model: XverseForCausalLM,
         cost: float,
         *,
+        device: torch.device,
         blocks: int,
         sequences: int,
         vocab_size: int,
         prefill_chunk: int,
     ) -> None:
         self.cost = cost
-        self._model = model.eval()
+        self._model = model.eval().to(device)
         use_kernels(model)
         weight = model.model.norm.weight
         self._cache = PagedCache(

@@ -19,12 +19,12 @@ MOST_ALTERNATIVES = 20  # as many as OpenAI's API reports per token
 class Constraint(Protocol):
     """Restricts a reply token by token: to a grammar, a JSON schema, a given text.
 
-    For each token the engine calls ``apply``, chooses, and calls ``accept`` with its choice. An exception
+    For each token the engine calls ``allowed``, chooses, and calls ``accept`` with its choice. An exception
     from either fails this request alone.
     """
 
-    def apply(self, logits: Tensor) -> Tensor:
-        """``logits`` float32 [V], not to be modified → the same with -inf for every forbidden token."""
+    def allowed(self) -> Tensor:
+        """Which tokens may follow, bool [V] on the CPU."""
         ...
 
     def accept(self, token_id: int) -> None: ...

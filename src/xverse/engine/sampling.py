@@ -2,15 +2,19 @@
 
 Definitions and order (bias, penalties, temperature, top-k, top-p, min-p) are those of transformers'
 ``generate``; presence and frequency penalties are OpenAI's. Rows are narrowed to their best candidates, in
-descending order, as soon as the result is known to be exact, because a draw considers few of the vocabulary's
-entries. The choice in a row depends on that row and its generator alone.
+descending order, because a draw considers few of the vocabulary's entries; a row for which they do not
+suffice is sorted. The choice in a row depends on that row and its random numbers alone. Only ``redraw`` waits
+for the device.
 """
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Sequence
 from operator import attrgetter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,138 +41,179 @@ def key(sampling: SamplingParams) -> Key:
     return _distribution(sampling)
 
 
+class Dice:
+    """The random numbers of one request, uniform in [0, 1): a function of its seed alone, on every device.
+
+    They are drawn on the CPU, many at a time, so that a step uploads those of all its rows together.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+        self._drawn: list[float] = []
+        self._next = 0
+
+    def __getitem__(self, index: int) -> float:
+        """The ``index``-th number that has not been used."""
+        while self._next + index >= len(self._drawn):
+            self._drawn = self._drawn[self._next :] + torch.rand(64, generator=self._generator).tolist()
+            self._next = 0
+        return self._drawn[self._next + index]
+
+    def use(self, count: int) -> None:
+        self._next += count
+
+
 class Adjustment:
     """Biases and penalties on the logits of single tokens of one request.
 
-    ``add`` registers each token of the reply. Only tokens of the prompt and the reply are stored.
+    ``add`` registers each token of the reply. Only tokens of the prompt and the reply are stored, on the CPU.
     """
 
-    def __init__(self, sampling: SamplingParams, prompt_ids: Sequence[int], device: torch.device) -> None:
+    def __init__(self, sampling: SamplingParams, prompt_ids: Sequence[int]) -> None:
         # Penalties count the tokens of the reply; the repetition penalty also covers the prompt.
         self._counting = _penalties(sampling) != _penalties(NEUTRAL)
         prompt = dict.fromkeys(prompt_ids if sampling.repetition_penalty != 1 else ())
         self._indices = {token: index for index, token in enumerate(prompt)}
-        self.count = len(prompt)
-        self.ids = torch.tensor(list(prompt), dtype=torch.long, device=device)
-        self.occurrences = torch.zeros(self.count, device=device)  # in the reply
-        self.bias: tuple[Tensor, Tensor] | None = None
-        if sampling.logit_bias:
-            values = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device)
-            self.bias = torch.tensor(list(sampling.logit_bias), device=device), values
+        self._ids = array("q", prompt)
+        self._occurrences = array("f", bytes(4 * len(prompt)))  # in the reply
+        self.bias = sampling.logit_bias
 
     def __bool__(self) -> bool:
-        return self._counting or self.bias is not None
+        return self._counting or bool(self.bias)
 
     def add(self, token: int) -> None:
         """One more token of the reply."""
         if not self._counting:
             return
-        index = self._indices.setdefault(token, self.count)
-        if index == self.count:
-            self.count += 1
-            if index == len(self.ids):
-                room = max(64, len(self.ids))
-                self.ids = torch.cat((self.ids, self.ids.new_zeros(room)))
-                self.occurrences = torch.cat((self.occurrences, self.occurrences.new_zeros(room)))
-            self.ids[index] = token
-        self.occurrences[index] += 1
+        index = self._indices.setdefault(token, len(self._ids))
+        if index == len(self._ids):
+            self._ids.append(token)
+            self._occurrences.append(0.0)
+        self._occurrences[index] += 1
+
+    def counts(self, more: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int64 [S] and their numbers in the reply float32 [S], if it goes on with ``more``."""
+        ids, occurrences = np.array(self._ids, dtype=np.int64), np.array(self._occurrences, dtype=np.float32)
+        if not self._counting or not more:
+            return ids, occurrences
+        known = [self._indices[token] for token in more if token in self._indices]
+        np.add.at(occurrences, known, 1)
+        new, times = np.unique([token for token in more if token not in self._indices], return_counts=True)
+        return np.append(ids, new.astype(np.int64)), np.append(occurrences, times.astype(np.float32))
 
 
-def adjust_(logits: Tensor, sampling: SamplingParams, adjustments: Sequence[Adjustment]) -> None:
-    """Apply biases and penalties to ``logits`` float32 [G, V] in place; ``sampling`` holds for all rows."""
-    flat, size = logits.view(-1), logits.shape[-1]
-    ids, occurrences, counts = [], [], []
-    for row, adjustment in zip(logits, adjustments, strict=True):
-        if adjustment.bias is not None:
-            row.index_add_(0, *adjustment.bias)
-        count = adjustment.count
-        ids.append(adjustment.ids[:count])
-        occurrences.append(adjustment.occurrences[:count])
-        counts.append(count)
-    if not any(counts):
+def adjust_(
+    logits: Tensor,
+    sampling: SamplingParams,
+    adjustments: Sequence[Adjustment],
+    more: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Apply biases and penalties to ``logits`` float32 [G, V] in place; ``sampling`` holds for all rows,
+    but its biases. ``more`` are tokens of each row's reply that are not registered yet."""
+    flat, size, device = logits.view(-1), logits.shape[-1], logits.device
+    biases = [
+        (row * size + token, value)
+        for row, adjustment in enumerate(adjustments)
+        for token, value in adjustment.bias.items()
+    ]
+    if biases:
+        places, values = zip(*biases, strict=True)
+        flat.index_add_(0, upload(places, torch.long, device), upload(values, torch.float32, device))
+    pairs = [adjustment.counts(more[row] if more else ()) for row, adjustment in enumerate(adjustments)]
+    indices = upload(np.concatenate([ids + row * size for row, (ids, _) in enumerate(pairs)]), None, device)
+    if not len(indices):
         return
-    first = torch.arange(0, len(flat), size, device=logits.device)
-    indices = torch.cat(ids) + first.repeat_interleave(torch.tensor(counts, device=logits.device))  # [S]
-    scores = flat[indices]
+    scores = flat[indices]  # [S]
     penalty = sampling.repetition_penalty
     if penalty != 1:
         scores = torch.where(scores < 0, scores * penalty, scores / penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:
-        times = torch.cat(occurrences)
+        times = upload(np.concatenate([occurrences for _, occurrences in pairs]), None, device)
         scores -= sampling.presence_penalty * (times > 0) + sampling.frequency_penalty * times
     flat[indices] = scores
 
 
-def choose(
-    logits: Tensor,
-    sampling: SamplingParams,
-    adjustments: Sequence[Adjustment],
-    generators: Sequence[torch.Generator | None],
-) -> list[int]:
-    """A token for each row of ``logits`` [G, V], all of one ``key``; -1 if every token is forbidden."""
-    logits = logits.float()
-    if any(adjustments):
-        logits = logits.clone()
-        adjust_(logits, sampling, adjustments)
-    if is_greedy(sampling):
-        best, tokens = logits.max(dim=-1)
-        return [
-            -1 if value == -torch.inf else token
-            for value, token in zip(best.tolist(), tokens.tolist(), strict=True)
-        ]
-    chosen = [-1] * len(logits)
-    for rows, scores, ids in candidates(logits, sampling):
-        weights = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # [R, K]
-        dice = [torch.rand(1, generator=generators[row], device=logits.device) for row in rows]
-        # A point in (0, 1] of the sum, so that a token of weight 0 is never drawn.
-        point = (1 - torch.cat(dice).double())[:, None] * weights[:, -1:]
-        indices = (weights < point).sum(dim=-1, keepdim=True)  # [R, 1]
-        tokens = indices if ids is None else ids.gather(-1, indices.clamp(max=ids.shape[-1] - 1))
-        possible = (scores.amax(dim=-1) > -torch.inf).tolist()
-        for row, token, fine in zip(rows, tokens[:, 0].tolist(), possible, strict=True):
-            chosen[row] = token if fine else -1
-    return chosen
+def upload(
+    values: Tensor | np.ndarray | Sequence[float], dtype: torch.dtype | None, device: torch.device
+) -> Tensor:
+    """``values`` on ``device``, in one copy that does not block."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()  # kept by PyTorch until the copy is done
+    return tensor.to(device, non_blocking=True)
 
 
-def candidates(logits: Tensor, sampling: SamplingParams) -> list[tuple[list[int], Tensor, Tensor | None]]:
-    """Rows of ``logits`` float32 [G, V] after temperature, top-k, top-p and min-p.
+FORBIDDEN, UNDECIDED = -1, -3  # instead of a token: none is allowed; only ``redraw`` can tell
 
-    The result comes in parts (row numbers, scores [R, K], ids [R, K]), because rows may need different
-    numbers of candidates. Excluded candidates score -inf. With ids None the candidates are the vocabulary.
-    """
-    rows, size = list(range(len(logits))), logits.shape[-1]
+
+def draw(logits: Tensor, sampling: SamplingParams, dice: Sequence[float]) -> Tensor:
+    """A token int64 for each row of ``logits`` float32 [G, V], all of one ``key``, from a number in [0, 1)
+    each; FORBIDDEN or UNDECIDED instead of some."""
+    scores, ids, exact = candidates(logits, sampling)
+    tokens = _drawn(scores, ids, upload(dice, torch.float64, logits.device))
+    return tokens if exact is None else torch.where(exact, tokens, UNDECIDED)
+
+
+def redraw(logits: Tensor, sampling: SamplingParams, die: float) -> int:
+    """The token of an UNDECIDED row, float32 [V]."""
+    scores, ids = all_candidates(logits[None], sampling)
+    return int(_drawn(scores, ids, upload([die], torch.float64, logits.device)))
+
+
+def _drawn(scores: Tensor, ids: Tensor | None, dice: Tensor) -> Tensor:
+    """``scores`` [G, K] of candidates ``ids`` [G, K] (None: the vocabulary) and ``dice`` float64 [G] → tokens
+    int64 [G]."""
+    weights = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # [G, K]
+    # A point in (0, 1] of the sum, so that a token of weight 0 is never drawn.
+    point = (1 - dice)[:, None] * weights[:, -1:]
+    indices = (weights < point).sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)  # [G, 1]
+    tokens = (indices if ids is None else ids.gather(-1, indices))[:, 0]
+    return torch.where(scores.amax(dim=-1) > -torch.inf, tokens, FORBIDDEN)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The best token int64 of each row of ``logits`` [G, V]; FORBIDDEN if there is none."""
+    best, tokens = logits.max(dim=-1)
+    return torch.where(best == -torch.inf, FORBIDDEN, tokens)
+
+
+def candidates(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows of ``logits`` float32 [G, V] after temperature, top-k, top-p and min-p: scores [G, K] (excluded
+    candidates: -inf), ids [G, K] (None: the vocabulary), and bool [G] whether a row needs no other candidates
+    (None: no row does)."""
+    size = logits.shape[-1]
     k = min(sampling.top_k, size)
     if not k and sampling.top_p == 1:
         scores = temperature(logits, logits.amax(dim=-1, keepdim=True), sampling.temperature)
-        return [(rows, min_p(scores, sampling.min_p), None)]
+        return min_p(scores, sampling.min_p), None, None
     take = min(k + _TIES if k else _NUCLEUS, size)
     values, ids = logits.topk(take, dim=-1)  # [G, K], descending
     top = values[:, :1]
     total: Tensor | None = None
-    exact = [True] * len(rows)
+    exact: Tensor | None = None
     if k:
-        if take < size:
-            exact = (values[:, -1] < values[:, k - 1]).tolist()
+        if take < size:  # not all ties at top-k are among them
+            exact = values[:, -1] < values[:, k - 1]
         values = keep_top_k(values, k)
     elif take < size:
         scores = temperature(logits, top, sampling.temperature)
         total = scores.double().logsumexp(dim=-1, keepdim=True)  # [G, 1]
         shares = (temperature(values, top, sampling.temperature) - total).exp().sum(dim=-1)
-        exact = (shares > sampling.top_p + 1e-4).tolist()
-    parts: list[tuple[list[int], Tensor, Tensor | None]] = []
-    for row in [row for row in rows if not exact[row]]:  # ties at top-k, or a large nucleus
-        full, full_ids = logits[row : row + 1].sort(dim=-1, descending=True)
-        if k:
-            full = keep_top_k(full, k)
-        parts.append(([row], _scored(full, full[:, :1], None, sampling), full_ids))
-    narrow = [row for row in rows if exact[row]]
-    if narrow:
-        if parts:
-            at = torch.tensor(narrow, device=logits.device)
-            values, ids, top = values[at], ids[at], top[at]
-            total = None if total is None else total[at]
-        parts.append((narrow, _scored(values, top, total, sampling), ids))
-    return parts
+        exact = shares > sampling.top_p + 1e-4  # the nucleus is among them
+    return _scored(values, top, total, sampling), ids, exact
+
+
+def all_candidates(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+    """As ``candidates``, with the whole vocabulary in descending order: scores and ids [G, V]."""
+    values, ids = logits.sort(dim=-1, descending=True)
+    top = values[:, :1]
+    if sampling.top_k:
+        values = keep_top_k(values, min(sampling.top_k, values.shape[-1]))
+    return _scored(values, top, None, sampling), ids
 
 
 def _scored(values: Tensor, top: Tensor, total: Tensor | None, sampling: SamplingParams) -> Tensor:
@@ -204,4 +249,4 @@ def top_p(scores: Tensor, p: float, total: Tensor | None = None) -> Tensor:
 
 def min_p(scores: Tensor, p: float) -> Tensor:
     """Of ``scores`` [G, K], whose best is 0, keep those at least ``p`` times as probable as the best."""
-    return scores if p == 0 else scores.masked_fill(scores < torch.tensor(p).log().item(), -torch.inf)
+    return scores if p == 0 else scores.masked_fill(scores < math.log(p), -torch.inf)

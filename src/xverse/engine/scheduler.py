@@ -11,11 +11,12 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 
-from xverse.engine.cache import BLOCK_SIZE, PagedCache, SequenceCache
+from xverse.engine.cache import PagedCache, SequenceCache
 from xverse.engine.prefix import PrefixCache
 from xverse.engine.sequence import Sequence
 
-# While others decode, a step prefills only a fraction of a chunk, because they wait for it.
+# While others decode, a step on a CPU prefills only a fraction of a chunk, because they wait for it. On a GPU
+# a step of a whole chunk is short.
 _SHARED_CHUNK = 4
 
 
@@ -57,7 +58,9 @@ class Scheduler:
         ]
         budget = self._prefill_chunk
         if work:
-            budget = max(1, budget // _SHARED_CHUNK)
+            budget = max(
+                1, budget // _SHARED_CHUNK if self._cache.device.type == "cpu" else budget - len(work)
+            )
         for sequence in list(self.running):
             if budget and sequence.cache is not None and sequence.pending > 1:
                 budget -= self._prefill(sequence, budget, work)
@@ -79,7 +82,7 @@ class Scheduler:
         cache = sequence.cache
         assert cache is not None
         cache.length += count
-        full = cache.length // BLOCK_SIZE
+        full = cache.length // self._cache.block_size
         if full > sequence.registered:
             digests = sequence.full_digests()
             for index in range(sequence.registered, full):

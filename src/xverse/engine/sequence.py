@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
-from xverse.engine.cache import BLOCK_SIZE, SequenceCache
+from xverse.engine.cache import SequenceCache
 from xverse.engine.prefix import extend_digests
 from xverse.engine.request import Request, TokenLogprob
-from xverse.engine.sampling import Adjustment, Key
+from xverse.engine.sampling import Adjustment, Dice, Key
 from xverse.engine.stop import StopText
 from xverse.tokenizer import StreamDecoder
 
@@ -39,10 +37,11 @@ class Sequence:
     stop: StopText
     adjustment: Adjustment
     key: Key
-    generator: torch.Generator | None
+    dice: Dice | None  # None: greedy
     plain: bool  # greedy, without penalties, constraint or log-probabilities
     prompted: Prompted | None
     salt: bytes
+    block_size: int
     prompt_tokens: int
     acceptance: float  # share of proposed tokens that were accepted, a running mean
     digests: list[bytes] = field(default_factory=list)
@@ -67,7 +66,7 @@ class Sequence:
 
     def full_digests(self) -> list[bytes]:
         """Digests of all full blocks of the tokens."""
-        extend_digests(self.digests, self.tokens, self.salt)
+        extend_digests(self.digests, self.tokens, self.salt, self.block_size)
         return self.digests
 
     def reusable(self) -> list[bytes]:
@@ -76,4 +75,4 @@ class Sequence:
         first = len(self.tokens) - 1
         if self.prompted is not None and self.scoring:
             first = min(first, self.prompted.start - 1)
-        return self.full_digests()[: first // BLOCK_SIZE]
+        return self.full_digests()[: first // self.block_size]

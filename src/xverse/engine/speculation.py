@@ -83,6 +83,7 @@ class Speculator:
             self.proposer = DraftModelProposer(
                 draft,
                 sum(tensor.nbytes for tensor in draft.state_dict().values()) / self._weight_bytes,
+                device=model.model.norm.weight.device,
                 blocks=-(-cache_tokens // BLOCK_SIZE) + max_batch,
                 sequences=max_batch,
                 vocab_size=tokenizer.vocab_size,
@@ -138,7 +139,7 @@ def propose_forced(work: list[Work], scheduler: Scheduler, most: int) -> None:
         left = min(most, sequence.most_tokens - len(sequence.tokens) - 1)
         if constraint is None or sequence.scoring or item.count < sequence.pending or left < 1:
             continue
-        with contextlib.suppress(Exception):  # ``apply`` raises it again and fails this request
+        with contextlib.suppress(Exception):  # ``allowed`` raises it again and fails this request
             if forced := list(constraint.forced()[:left]):
                 scheduler.propose(item, forced)
         item.forced = bool(item.proposed)

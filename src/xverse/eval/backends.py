@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
+from xverse.device import compute_device, weights_dtype
 from xverse.engine import Engine
 from xverse.engine.load import load_engine
 from xverse.eval.scoring import ScoreItem
@@ -27,7 +28,7 @@ class EngineBackend:
         self.name = name
         self.engine = engine
         self.stop_ids = tuple(stop_ids)
-        self.context = engine.model.config.context_length
+        self.context = engine.context_length
         self.dtype = str(next(engine.model.parameters()).dtype).removeprefix("torch.")
 
     @classmethod
@@ -73,9 +74,12 @@ class TransformersBackend:
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
 
     @classmethod
-    def load(cls, model: str | ModelDirectory, *, threads: int | None = None) -> TransformersBackend:
+    def load(
+        cls, model: str | ModelDirectory, *, threads: int | None = None, device: str = "auto"
+    ) -> TransformersBackend:
         """Load XVERSE in this project's transformers class, or another model of the published tables in that
-        of transformers, on a GPU if there is one. Raises UserError where that is not possible."""
+        of transformers, on ``device``. Raises UserError where that is not possible."""
+        chosen = compute_device(device)
         if threads is not None:
             torch.set_num_threads(threads)
         directory = ModelDirectory.named(model)
@@ -84,19 +88,23 @@ class TransformersBackend:
 
             tokenizer, config = directory.tokenizer, directory.config
             xverse: Any = XverseForCausalLM.from_pretrained(
-                directory.path, dtype=_dtype(config.num_parameters())
+                directory.path, dtype=_dtype(config.num_parameters(), chosen)
             )
-            return cls(_placed(xverse), tokenizer.encode, name=directory.name, context=config.context_length)
+            placed = xverse.eval().to(chosen)
+            return cls(placed, tokenizer.encode, name=directory.name, context=config.context_length)
         from xverse.formats.foreign import load_foreign
 
         foreign = load_foreign(directory)
         parameters = sum(parameter.numel() for parameter in foreign.model.parameters())
         loaded: Any = foreign.model
-        loaded = loaded.to(_dtype(parameters) or loaded.dtype)
+        loaded = loaded.to(_dtype(parameters, chosen) or loaded.dtype)
         first, encode = list(foreign.tokenizer.bos_ids), foreign.tokenizer.encode
         context = _context(loaded.config)
         return cls(
-            _placed(loaded), lambda text: [*first, *encode(text)], name=directory.name, context=context
+            loaded.eval().to(chosen),
+            lambda text: [*first, *encode(text)],
+            name=directory.name,
+            context=context,
         )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -182,25 +190,29 @@ class TransformersBackend:
 
 
 def load_backend(
-    model: str, *, which: str | None, quantize: str | None, threads: int | None, kv_dtype: str
+    model: str,
+    *,
+    which: str | None,
+    quantize: str | None,
+    threads: int | None,
+    kv_dtype: str,
+    device: str = "auto",
 ) -> EngineBackend | TransformersBackend:
     """``which``: ``engine`` or ``transformers``; None: the engine for XVERSE, transformers for others."""
     directory = ModelDirectory.named(model)
     which = which or ("engine" if directory.model_type == "xverse" else "transformers")
     if which == "engine":
-        return EngineBackend.load(directory, quantize=quantize, threads=threads, kv_dtype=kv_dtype)
+        return EngineBackend.load(
+            directory, quantize=quantize, threads=threads, kv_dtype=kv_dtype, device=device
+        )
     if quantize is not None or kv_dtype != "auto":
         raise UserError("--quantize and --kv-dtype need the engine; this model is scored with transformers")
-    return TransformersBackend.load(directory, threads=threads)
+    return TransformersBackend.load(directory, threads=threads, device=device)
 
 
-def _dtype(parameters: int) -> torch.dtype | None:
-    """float32 for small models; None (as stored) for others."""
-    return torch.float32 if parameters < FLOAT32_BELOW else None
-
-
-def _placed(model: Any) -> Any:
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+def _dtype(parameters: int, device: torch.device) -> torch.dtype | None:
+    """The engine's: that of the device; on a CPU float32 for small models, None (as stored) for others."""
+    return weights_dtype(device) or (torch.float32 if parameters < FLOAT32_BELOW else None)
 
 
 def _context(config: Any) -> int:

@@ -58,7 +58,7 @@ def generate(
     Raises UserError for a prompt that leaves no room for a reply.
     """
     texts = ["" for _ in prompts]
-    room = engine.model.config.context_length
+    room = engine.context_length
     handles = {}
     for index, ids in enumerate(prompts):
         request = Request(

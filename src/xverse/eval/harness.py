@@ -91,11 +91,6 @@ class Harness(TemplateLM):
             raise UserError("pretrained: name the model (nano, a directory or a hub id)")
         if think_end_token is not None and not isinstance(think_end_token, str):
             raise UserError(f"think_end_token: {think_end_token!r} is not a text")
-        settings: dict[str, Any] = {"max_batch": _batch(batch_size, max_batch_size)}
-        if "device" in inspect.signature(load_engine).parameters:
-            settings["device"] = device or "auto"
-        elif device not in (None, "cpu"):
-            raise UserError(f"device: the engine runs on the CPU here, not on {device!r}")
         self._directory = ModelDirectory.named(str(pretrained))
         loaded = load_engine(
             self._directory,
@@ -104,7 +99,8 @@ class Harness(TemplateLM):
             quantize=quantize,
             tokenizer=tokenizer,
             adapter=peft,
-            **settings,
+            device=device or "auto",
+            max_batch=_batch(batch_size, max_batch_size),
         )
         self._engine, self._sampling, self._stop_ids = loaded.engine, loaded.sampling, loaded.stop_ids
         self._name = str(pretrained)

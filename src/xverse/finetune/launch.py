@@ -11,7 +11,9 @@ import torch
 from transformers import TrainingArguments
 
 from xverse.config import UserError, need
+from xverse.device import report_unused_gpu
 from xverse.finetune.settings import Settings, training_values
+from xverse.log import notice
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
@@ -52,6 +54,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would log its choice to stdout
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         values.setdefault("use_cpu", True)  # otherwise transformers refuses bf16
+        report_unused_gpu(torch.device("cpu"))
     if settings.gradient_checkpointing:
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
@@ -59,11 +62,23 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"finetune: {text.replace('--', '')}") from None
+    _one_gpu(args)
     if sharded and args.world_size == 1:
         raise UserError("--fsdp needs more than one process; launch with torchrun")
     if sharded and args.use_cpu:
         _shard_on_cpu()
     return args
+
+
+def _one_gpu(args: TrainingArguments) -> None:
+    """Without a launcher transformers would drive several GPUs by ``nn.DataParallel``, which cannot split a
+    row that holds all examples; use one of them."""
+    if args.n_gpu > 1:
+        notice(
+            f"training on 1 of {args.n_gpu} GPUs; to use all: "
+            f"torchrun --nproc-per-node {args.n_gpu} -m xverse.cli finetune …"
+        )
+        args._n_gpu = 1
 
 
 def _alone() -> None:

@@ -23,15 +23,16 @@ def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """The summed log-probability and the number of tokens with loss of each example in a row of ``join``,
     float32 [n] each."""
     targets = batch["labels"][0, 1:]  # [T-1]; an example's first token has no label
-    kept = (targets != IGNORE).nonzero().flatten()  # [K]
+    kept = torch.nonzero_static(targets != IGNORE, size=batch["num_targets"]).flatten()  # [K]
     example = (batch["position_ids"][0] == 0).cumsum(0)[kept + 1] - 1  # [K]
     output = model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=kept
+        **{key: batch[key] for key in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")},
+        use_cache=False,
+        logits_to_keep=kept,
     )
     logits = output.logits[0].float()  # [K, V]
     tokens = -cross_entropy(logits, targets[kept], reduction="none")  # [K]
-    count = int((batch["position_ids"] == 0).sum())
-    zeros = tokens.new_zeros(count)
+    zeros = tokens.new_zeros(len(batch["cu_seq_lens_q"]) - 1)
     sums = zeros.index_add(0, example, tokens)
     return sums + 0.0 * logits.sum(), zeros.index_add(0, example, torch.ones_like(tokens))
 
@@ -56,7 +57,7 @@ class PairTrainer(FinetuneTrainer):
 
     def _losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and reward margin of each pair, [n]."""
-        if (batch["labels"] == IGNORE).all():  # a filler row
+        if not batch["num_targets"]:  # a filler row
             sums, _ = log_probabilities(model, batch)
             return sums, sums
         sums, counts = log_probabilities(model, batch)
@@ -94,7 +95,7 @@ class PairTrainer(FinetuneTrainer):
         peft_model.train(training)
 
     def held_out_sums(self, model: Any, batch: Batch) -> list[float]:
-        if (batch["labels"] == IGNORE).all():
+        if not batch["num_targets"]:
             self._losses(model, batch)
             return [0.0, 0.0, 0.0, 0.0]
         loss, margin = self._losses(model, batch)

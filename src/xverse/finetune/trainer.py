@@ -8,6 +8,7 @@ accumulation nor the number of processes changes the loss.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from xverse.model import IGNORE
 from xverse.train.survival import Requests
 
 FILLER = -1  # a row without examples and loss, which completes the last step of an epoch
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 class Rows(Dataset[list[Example]]):
@@ -106,11 +107,13 @@ def join(examples: Sequence[Example], numbers: Sequence[int], pad_id: int) -> Ba
 
 
 def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
-    """All ``examples`` in one row: input_ids, labels and position_ids int64 [1, T], and ``names``, those of
-    the first eight as bytes, uint8 [n].
+    """All ``examples`` in one row: input_ids, labels and position_ids int64 [1, T], and what would be read
+    back from a GPU otherwise: ``cu_seq_lens_q`` int32 [n + 1] and ``max_length_q``, ``num_targets``, and
+    ``names``, those of the first eight examples.
 
     Labels are not shifted; the first token of an example has none.
     """
+    lengths = [len(example.ids) for example in examples] or [2]
     ids: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
@@ -124,10 +127,12 @@ def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
     if not ids:
         ids, labels, positions = [pad_id] * 2, [IGNORE] * 2, [0, 1]
     row = {"input_ids": ids, "labels": labels, "position_ids": positions}
-    names = ", ".join(example.name for example in examples[:8]).encode()
     return {
         **{key: torch.tensor([value]) for key, value in row.items()},
-        "names": torch.tensor(list(names), dtype=torch.uint8),
+        "cu_seq_lens_q": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        "max_length_q": max(lengths),
+        "num_targets": sum(label != IGNORE for label in labels),
+        "names": ", ".join(example.name for example in examples[:8]),
     }
 
 
@@ -157,6 +162,7 @@ class FinetuneTrainer(Trainer):
             **options,
         )
         self._order_seed = seed
+        self._unchecked: list[tuple[Tensor, str]] = []  # losses of this step and the examples' names
 
     def _collate(self, rows: list[list[Example]]) -> Batch:
         return row_of([example for row in rows for example in row], self.pad_id)
@@ -177,21 +183,30 @@ class FinetuneTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. Raises UserError, naming the examples, if the loss is not finite."""
-        names = bytes(inputs.pop("names").tolist()).decode()
-        targets = kwargs.get("num_items_in_batch")
-        if targets is not None and int(targets) == 0:
-            raise UserError(
-                f"step {self.state.global_step + 1}: no token with loss in the whole step ({names})"
-            )
+        """As Trainer's. Raises UserError, naming the examples, if a loss of the step is not finite."""
+        names = inputs.pop("names")
         result = self.batch_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()} on {names}; lower "
-                "learning_rate or max_grad_norm, or check these examples"
-            )
+        self._unchecked.append((loss.detach(), names))
+        if self.accelerator.sync_gradients:  # once a step: reading a value waits for the device
+            self._check_losses(kwargs.get("num_items_in_batch"))
         return result
+
+    def _check_losses(self, targets: Tensor | int | None) -> None:
+        unchecked, self._unchecked = self._unchecked, []
+        values = [loss.float() for loss, _ in unchecked]
+        if targets is not None:
+            values.append(torch.as_tensor(targets, dtype=torch.float32, device=values[0].device).sum())
+        losses = torch.stack(values).tolist()
+        step = f"step {self.state.global_step + 1}"
+        if targets is not None and losses.pop() == 0:
+            raise UserError(f"{step}: no token with loss in the whole step ({unchecked[-1][1]})")
+        for loss, (_, names) in zip(losses, unchecked, strict=True):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"{step}: the loss is {loss} on {names}; lower learning_rate or max_grad_norm, or check "
+                    "these examples"
+                )
 
     def batch_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -199,7 +214,7 @@ class FinetuneTrainer(Trainer):
     def held_out_sums(self, model: Any, batch: Batch) -> list[float]:
         """Loss and count of one batch, then other sums over the held-out examples; four numbers at most."""
         output = model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1)
-        return [output.loss.item(), (batch["labels"] != IGNORE).sum().item()]
+        return [output.loss.item(), float(batch["num_targets"])]
 
     def held_out_metrics(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / max(1.0, sums[1])
@@ -230,7 +245,7 @@ class FinetuneTrainer(Trainer):
         for number, indices in batches[rank::world]:
             batch = join(rows.examples, indices, self.pad_id)
             del batch["names"]
-            batch = {key: value.to(self.args.device) for key, value in batch.items()}
+            batch = self._prepare_inputs(batch)
             values = self.held_out_sums(model, batch)
             sums[number, : len(values)] += torch.tensor(values, dtype=torch.float64)
         model.train(was_training)
@@ -300,10 +315,11 @@ class StopOnSignal(TrainerCallback):
         self.signals = signals
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        flags = torch.tensor([self.signals.stop, self.signals.save], dtype=torch.int32, device=args.device)
+        save = self.signals.save
         if args.world_size > 1:  # processes receive a signal in different steps; agree on one
+            flags = torch.tensor([self.signals.stop, save], dtype=torch.int32, device=args.device)
             torch.distributed.all_reduce(flags)
-        self.signals.stop, save = (bool(flag) for flag in flags.tolist())
+            self.signals.stop, save = (bool(flag) for flag in flags.tolist())
         self.signals.save = False
         control.should_save |= save or self.signals.stop
         control.should_training_stop |= self.signals.stop

@@ -99,17 +99,27 @@ def merge_adapter(
     return merged, *differences(before, logits_of(merged, fixed_tokens(model.config.vocab_size)))
 
 
+def merged(model: XverseForCausalLM, path: str | Path, base: str | Path | None = None) -> XverseForCausalLM:
+    """As ``merge_adapter``, without measuring the difference."""
+    return _merge(apply_adapter(model, path, base))
+
+
 def merge_and_logits(
     model: XverseForCausalLM, path: str | Path, base: str | Path | None = None
 ) -> tuple[XverseForCausalLM, Tensor]:
     """As ``merge_adapter``, with the logits float32 [B, T, V] of the unmerged adapter."""
     adapted = apply_adapter(model, path, base)
     before = _adapted_logits(adapted, model.config.vocab_size)  # [B, T, V]
+    return _merge(adapted), before
+
+
+def _merge(adapted: Any) -> XverseForCausalLM:
     for module in adapted.modules():
         layer = getattr(module, "base_layer", None)
         if layer is not None and hasattr(module, "merge"):
             layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    return adapted.merge_and_unload(), before
+    model: XverseForCausalLM = adapted.merge_and_unload()
+    return model
 
 
 def differences(before: Tensor, after: Tensor) -> tuple[float, float]:
@@ -120,14 +130,14 @@ def differences(before: Tensor, after: Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def _adapted_logits(adapted: Any, vocab_size: int) -> Tensor:
     """Logits of the unmerged adapter in float32; 16-bit weights are widened temporarily."""
-    tokens = fixed_tokens(vocab_size)
+    tokens = fixed_tokens(vocab_size).to(next(adapted.parameters()).device)
     stored = {name: parameter.data for name, parameter in adapted.named_parameters()}
     try:
         for parameter in adapted.parameters():
             parameter.data = parameter.data.float()
-        context = FullCausal(*tokens.shape)
+        context = FullCausal(tokens.shape[0], tokens.shape[1], tokens.device)
         out: Tensor = adapted.get_base_model()(tokens, context)
-        return out.float()
+        return out.float().cpu()
     finally:
         for name, parameter in adapted.named_parameters():
             parameter.data = stored[name]

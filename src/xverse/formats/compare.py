@@ -38,6 +38,11 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return out.float().cpu()  # [B, T, V]
 
 
+def difference(expected: Tensor, model: nn.Module) -> float:
+    """max |Δlogit| of a model against the ``expected`` logits [B, T, V] of ``fixed_tokens``."""
+    return (expected - logits(model, fixed_tokens(expected.shape[-1]))).abs().max().item()
+
+
 def parity(model_a: nn.Module, model_b: nn.Module) -> float:
     """max |Δlogit| between two models with the same vocabulary, ours or transformers'."""
     config: Any = model_a.config

@@ -33,12 +33,14 @@ Progress = Callable[[str], None]
 
 
 class Source:
-    """The tensors of an unquantised model directory; names are checked at once, shapes as tensors are read.
+    """The tensors of an unquantised model directory, on ``device``; names are checked at once, shapes as
+    tensors are read.
 
     Raises UserError if the directory is quantised or does not hold the model's tensors.
     """
 
-    def __init__(self, directory: ModelDirectory) -> None:
+    def __init__(self, directory: ModelDirectory, device: torch.device | str = "cpu") -> None:
+        self._device = device
         path = self.path = directory.path
         self.config = directory.config
         if directory.scheme is not None:
@@ -56,7 +58,7 @@ class Source:
         tensors = {}
         for name in self._shapes:
             if name.startswith(prefix):
-                tensor = self._files.get(name)
+                tensor = self._files.get(name).to(self._device)
                 if tensor.shape != self._shapes[name] or dtype_name(tensor.dtype) not in DTYPES:
                     stored = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
                     what = f"is {stored} where config.json says {list(self._shapes[name])}"
@@ -80,8 +82,10 @@ def quantize_directory(
     sample: Tensor | None = None,
     overwrite: bool = False,
     report_progress: Progress | None = None,
+    device: torch.device | str = "cpu",
 ) -> ParityReport:
-    """Quantise ``source`` into the directory ``out`` (compressed-tensors) with one layer at a time in memory.
+    """Quantise ``source`` on ``device`` into the directory ``out`` (compressed-tensors) with one layer at a
+    time in memory.
 
     ``llama``: for stock ``LlamaForCausalLM``. Raises UserError if the source cannot be read or is quantised,
     the settings do not fit it, the target must not be written, or the disk has no room for the result.
@@ -90,7 +94,7 @@ def quantize_directory(
     directory = ModelDirectory.of(source)
     if out.exists() and out.samefile(directory.path):
         raise UserError(f"{out}: is the source model; choose another path for the quantised one")
-    tensors = Source(directory)
+    tensors = Source(directory, device)
     _check_space(out, stored_bytes(tensors.config, settings))
     run = Quantizer(
         tensors.config,
@@ -101,7 +105,7 @@ def quantize_directory(
         progress=report_progress,
     )
     save_quantized(
-        run.tensors(),
+        ((name, tensor.cpu()) for name, tensor in run.tensors()),
         tensors.config,
         tokenizer,
         out,
@@ -119,15 +123,19 @@ def quick_settings(kind: str) -> QuantSettings:
 
 
 def load_quantizing(
-    directory: str | Path | ModelDirectory, kind: str, dtype: torch.dtype | None = None
+    directory: str | Path | ModelDirectory,
+    kind: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> XverseForCausalLM:
-    """Load an unquantised directory with weights quantised to ``int8`` or ``int4`` as they are read.
+    """Load an unquantised directory with weights quantised on ``device`` to ``int8`` or ``int4`` as they are
+    read.
 
-    At most one layer is in memory unquantised; the embedding stays in the mapped file. ``dtype`` is that of
-    the other tensors, None the stored one. Raises UserError as ``quantize_directory`` does.
+    At most one layer is in memory unquantised; on the CPU the embedding stays in the mapped file. ``dtype``
+    is that of the other tensors, None the stored one. Raises UserError as ``quantize_directory`` does.
     """
     settings = quick_settings(kind)
-    source = Source(ModelDirectory.of(directory))
+    source = Source(ModelDirectory.of(directory), device)
     with progress_bar(source.config) as progress:
         return build(
             source.config, Quantizer(source.config, source.read, settings, progress=progress).tensors(), dtype

@@ -118,10 +118,7 @@ def _load_quantized(
             weight = dequantized(files, scheme, name, (shape[0], shape[1]), dtype, path)
             state[f"{name}.weight"] = weight.to(device)
     else:
-        load_layers(model, files, scheme, dtype, path)
-        if device.type != "cpu":
-            for name in chosen:
-                model.get_submodule(name).to(device)
+        load_layers(model, files, scheme, dtype, path, device)
     unknown = model.load_state_dict(state, assign=True, strict=False).unexpected_keys
     assert not unknown
     if not dequantize and isinstance(model.model.embed_tokens, nn.Embedding):

@@ -66,19 +66,25 @@ def quantized_names(files: TensorFiles, scheme: Scheme) -> list[str]:
 
 
 def load_layers(
-    model: nn.Module, files: TensorFiles, scheme: Scheme, dtype: torch.dtype, where: Path
+    model: nn.Module,
+    files: TensorFiles,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    where: Path,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Replace the layers of ``model`` whose weights are stored quantised by quantised layers.
 
-    Matrices are read, tiled and released one at a time, so that at most one is in memory twice. The
-    embedding's rows stay in the mapped file, of which only rows that are looked up become resident. ``dtype``
-    is the dtype of the embedding's output. Raises UserError for a damaged tensor and for one that belongs to
-    no layer.
+    Matrices are read, tiled, moved to ``device`` and released one at a time, so that at most one is in memory
+    twice. On the CPU the embedding's rows stay in the mapped file, of which only rows that are looked up
+    become resident. ``dtype`` is the dtype of the embedding's output. Raises UserError for a damaged tensor
+    and for one that belongs to no layer.
     """
     for name in quantized_names(files, scheme):
         layer = layer_of(model, name, where)
         shape = (layer.weight.shape[0], layer.weight.shape[1])
-        set_layer(model, name, quantized_layer(read_stored(files, scheme, name, shape, where), layer, dtype))
+        stored = read_stored(files, scheme, name, shape, where)
+        set_layer(model, name, quantized_layer(stored, layer, dtype).to(device))
 
 
 def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) -> nn.Module:

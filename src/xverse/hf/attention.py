@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from xverse.kernels.training import KernelPacked
-from xverse.model.attention import AttentionContext
+from xverse.model.attention import AttentionContext, Packed, attention
 
 # Names that differ between versions of transformers 5.
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
@@ -58,6 +58,8 @@ class InterfaceAttention:
         options: Mapping[str, Any],
     ) -> None:
         self._modules, self._cache = modules, cache
+        self._plain = config._attn_implementation == "sdpa"
+        self._causal = options.get("is_causal") is not False
         self._function = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, eager_attention_forward)
         self.weights: dict[int, Tensor] = {}
         batch, length = x.shape[:2]
@@ -90,6 +92,8 @@ class InterfaceAttention:
         if isinstance(mask, Tensor):
             # With device_map the layers are on several devices, and the mask has to follow.
             mask = mask.to(device=q.device, dtype=None if mask.dtype == torch.bool else q.dtype)
+        if self._plain and q.device.type == "cuda" and not torch.compiler.is_compiling():
+            return attention(q, k, v, mask, causal=mask is None and q.shape[2] > 1 and self._causal)
         output, weights = self._function(
             module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **options
         )  # [B, T, H, head_dim]
@@ -109,8 +113,9 @@ def attention_context(
 ) -> AttentionContext:
     """The context of one forward call. Positions that restart, without mask or cache, are packed documents
     (from padding-free collators), each of which attends only to itself. With SDPA they are computed one by
-    one, which costs less than a mask. ``is_causal`` False, in the options or in ``config``, lets tokens
-    attend to later ones, too."""
+    one, which costs less than a mask; ``cu_seq_lens_q`` int32 [n + 1], where they begin and end in a single
+    row, and ``max_length_q`` save finding them, and so waiting for a GPU. ``is_causal`` False, in the options
+    or in ``config``, lets tokens attend to later ones, too."""
     causal = options.get("is_causal", getattr(config, "is_causal", None))
     if causal is not None:  # create_causal_mask reads it from the configuration
         config = copy.copy(config)
@@ -120,7 +125,15 @@ def attention_context(
     plain = attention_mask is None and cache is None and causal is None and length > 1
     by_kernel = config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
     if position_ids is not None and plain and by_kernel:
+        bounds, longest = options.get("cu_seq_lens_q"), options.get("max_length_q")
         position_ids = position_ids.to(x.device).expand(batch, length)
+        if bounds is not None and batch == 1:
+            if x.device.type != "cpu" and longest is not None:
+                return Packed.flattened(bounds.to(x.device), longest, position_ids)
+            numbers = torch.arange(len(bounds) - 1, device=bounds.device)
+            documents = KernelPacked(numbers.repeat_interleave(bounds.diff())[None].to(x.device))
+            documents.positions = position_ids
+            return documents
         restarts = position_ids[:, 1:] <= position_ids[:, :-1]  # [B, T-1]
         if restarts.any():
             packed = KernelPacked(pad(restarts.cumsum(1), (1, 0)))

@@ -189,17 +189,20 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
         token_type_ids: Tensor | None = None,
         skip_logits: bool = False,
         shift_labels: Tensor | None = None,
+        num_targets: int | None = None,
         cache: Cache | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """``input_ids`` int64 [B, T] or ``inputs_embeds`` [B, T, D] → loss, logits [B, T, V], cache.
 
         ``labels`` [B, T] are shifted here, ``shift_labels`` already; -100 is ignored.
-        ``num_items_in_batch`` divides a summed loss. The loss does not need the logits: ``skip_logits`` omits
+        ``num_items_in_batch`` divides a summed loss; ``num_targets`` is the number of targets with a loss, if
+        known: a GPU then need not be waited for. The loss does not need the logits: ``skip_logits`` omits
         them, which saves most of a training step's memory. ``cache`` is the name of ``past_key_values`` since
         transformers 5.24. ``token_type_ids``, which upstream's tokenizer returns, and ``cache_position``,
-        which follows from the cache, have no effect. Other options of transformers (``cu_seq_lens_q`` and
-        the like) go to the attention function.
+        which follows from the cache, have no effect. ``cu_seq_lens_q`` and ``max_length_q`` are what
+        transformers' padding-free collator adds to ``position_ids``. Other options go to the attention
+        function.
         """
         output = self.model(
             input_ids,
@@ -226,7 +229,7 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options
             )
         elif targets is not None:
-            loss = self._loss(hidden, targets, options.get("num_items_in_batch"))
+            loss = self._loss(hidden, targets, options.get("num_items_in_batch"), num_targets)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -238,7 +241,9 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
             return_dict = self.config.return_dict
         return result if return_dict else result.to_tuple()
 
-    def _loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def _loss(
+        self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, num_targets: int | None
+    ) -> Tensor:
         targets = targets.flatten().to(hidden.device)  # [B*T]
         flat = hidden.flatten(0, 1)  # [B*T, D]
         reduction = "mean" if num_items is None else "sum"
@@ -250,9 +255,12 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
                 targets,
                 reduction=reduction,  # type: ignore[arg-type]  # a literal
                 kernels=loss_kernels(flat),
+                count=num_targets,
             )
         else:
-            kept = (targets != IGNORE).nonzero().flatten()  # skips the head for tokens without a loss
+            kept = targets != IGNORE  # the head skips tokens without a loss
+            if num_targets is not None:
+                kept = torch.nonzero_static(kept, size=num_targets).flatten()
             loss = cross_entropy(self.lm_head(flat[kept]).float(), targets[kept], reduction=reduction)
         if num_items is not None:
             loss = loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)

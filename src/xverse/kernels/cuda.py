@@ -1,34 +1,46 @@
-"""Products with quantised weights on CUDA, in PyTorch's own kernels.
+"""The operations ``torch.ops.xverse.*`` on CUDA, as Triton kernels (``gpu/``).
 
-INT4 with bfloat16 activations runs in ``_weight_int4pack_mm``, a product fused with dequantisation. Each
-weight is converted to that kernel's layout on first use, and its tiles are kept. INT8 and other dtypes of
-activations dequantise and multiply one part of the weight at a time.
+Quantised weights stay in the CPU kernels' tiles, so there is one copy of each on every device, and moving a
+module copies bytes. Up to 64 tokens are multiplied straight from the tiles; for more, the weight is
+dequantised once and multiplied by cuBLAS. Without Triton the operations run as PyTorch's (``ops.py``).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from xverse.kernels.ops import OPERATIONS, dequantized_linear
-from xverse.kernels.tiles import TILE_ROWS, tile_group_size, untile
+from xverse.gpu import MATRIX_UNITS, capability_of, has_triton
+from xverse.kernels import ops
+from xverse.kernels.ops import OPERATIONS
 
-_packed = WeakTensorKeyDictionary()  # tiles → the kernel's weight, its scales and zeros
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device; make it that of the first argument."""
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any) -> Any:
+        with torch.cuda.device(arguments[0].device):
+            return function(*arguments)
+
+    return guarded
 
 
 def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
     """``x`` [..., K] times a weight in ``tiles`` → [..., outputs] of the same dtype; activations are not
     quantised."""
-    if bits != 4 or x.dtype != torch.bfloat16:
-        return dequantized_linear(x, tiles, outputs, bits)
-    if tiles not in _packed:
-        _packed[tiles] = int4_weight(tiles)
-    weight, scales_and_zeros = _packed[tiles]
+    from xverse.kernels.gpu import linear
+
+    if not x.numel() // x.shape[-1] <= linear.MANY_TOKENS:
+        return ops.dequantized_linear(x, tiles, outputs, bits)
     flat = x.reshape(-1, x.shape[-1])  # [T, K]
-    group_size = tile_group_size(tiles, bits)
-    y = torch.ops.aten._weight_int4pack_mm(flat, weight, group_size, scales_and_zeros)
-    return y[:, :outputs].reshape(*x.shape[:-1], outputs)
+    matrix_units = capability_of(x.device) >= MATRIX_UNITS
+    y = linear.product(flat.contiguous(), tiles, outputs, bits, matrix_units)
+    return ops.dequantized_linear(x, tiles, outputs, bits) if y is None else y.view(*x.shape[:-1], outputs)
 
 
 def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
@@ -36,25 +48,59 @@ def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int)
     return [quant_linear(x, *weight, bits) for weight in zip(tiles, outputs, strict=True)]
 
 
-def int4_weight(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel's weight, and its scales and zeros bfloat16 [K/g, N, 2], from 4-bit tiles; N is padded to a
-    multiple of 32.
+def dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """The weight [outputs, K] as ``dtype``, in one launch."""
+    from xverse.kernels.gpu import linear
 
-    The kernel computes ``(q - 8) · scale + zero`` with unsigned q, so the zeros are 0.
-    """
-    rows, scales = int4_rows(tiles)
-    inputs = rows.shape[1] * 2
-    inner = next(count for count in (8, 4, 2) if inputs % (16 * count) == 0)
-    weight = torch.ops.aten._convert_weight_to_int4pack(rows, inner)
-    return weight, torch.stack((scales.T, torch.zeros_like(scales.T)), dim=2).contiguous()  # [K/g, N, 2]
+    return linear.dequantize(tiles.contiguous(), outputs, bits, dtype)
 
 
-def int4_rows(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Unsigned values uint8 [N, K/2], the lower input in the upper nibble, and scales bfloat16 [N, K/g]."""
-    weight = untile(tiles, len(tiles) * TILE_ROWS, 4)
-    unsigned = (weight.q + 8).view(torch.uint8)
-    return unsigned[:, 0::2] << 4 | unsigned[:, 1::2], weight.scales
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``ops.rms_norm``."""
+    from xverse.kernels.gpu import layers
+
+    return layers.rms_norm(x, weight, eps)
 
 
-OPERATIONS.impl("quant_linear", quant_linear, "CUDA")
-OPERATIONS.impl("quant_linears", quant_linears, "CUDA")
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``ops.silu_mul``."""
+    from xverse.kernels.gpu import layers
+
+    return layers.silu_mul(gate, up)
+
+
+def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """``ops.rotate_``."""
+    from xverse.kernels.gpu import layers
+
+    if q.is_contiguous() and k.is_contiguous():
+        layers.rotate_(q, k, cos, sin)
+    else:
+        ops.rotate_plainly(q, k, cos, sin)
+
+
+def paged_append(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor,
+    key_scales: Tensor | None, value_scales: Tensor | None, slots: Tensor,
+) -> None:  # fmt: skip
+    """``PagedLayer.append``."""
+    from xverse.kernels.gpu import attention
+
+    attention.append(k, v, keys, values, key_scales, value_scales, slots)
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor,
+    key_scales: Tensor | None, value_scales: Tensor | None, table: Tensor, lengths: Tensor,
+) -> Tensor:  # fmt: skip
+    """``PagedLayer.attend``."""
+    from xverse.kernels.gpu import attention
+
+    return attention.attend(q, keys, values, key_scales, value_scales, table, lengths)
+
+
+if has_triton():
+    for _operation in (
+        quant_linear, quant_linears, dequantize, rms_norm, silu_mul, rotate_, paged_append, paged_attention
+    ):  # fmt: skip
+        OPERATIONS.impl(_operation.__name__, _on_its_device(_operation), "CUDA")

@@ -1,10 +1,11 @@
-"""The unquantised layers of a model on the CPU, computed in kernels while no gradients are recorded."""
+"""The unquantised layers of a model, computed in kernels while no gradients are recorded."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from xverse.gpu import has_triton
 from xverse.kernels import ops
 from xverse.model.transformer import MLP, Attention, RMSNorm
 
@@ -61,14 +62,19 @@ def use_kernels(model: nn.Module) -> None:
     """Changes the classes of the layers of ``model`` to ones that compute in kernels; parameters keep their
     names.
 
-    Does nothing on devices other than the CPU. Results differ from the plain layers by rounding: the kernels
-    round once where the layers round after each of several steps.
+    Does nothing on devices other than the CPU and, with Triton, CUDA, where linears stay as they are. Results
+    differ from the plain layers by rounding: the kernels round once where the layers round after each of
+    several steps.
     """
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-    if device.type != "cpu":
+    if device.type != "cpu" and not (device.type == "cuda" and has_triton()):
         return
     for module in model.modules():
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
-        elif type(module) is nn.Linear and module.bias is None and module.weight.dtype == torch.bfloat16:
+        elif device.type == "cpu" and _is_plain_half(module):
             module.__class__ = BF16Linear
+
+
+def _is_plain_half(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.bias is None and module.weight.dtype == torch.bfloat16

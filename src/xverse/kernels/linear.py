@@ -16,9 +16,9 @@ from xverse.kernels.weight import QuantizedWeight
 class QuantLinear(nn.Module):
     """``x`` [..., in_features] → [..., out_features] with a weight of 4 or 8 bits, without bias.
 
-    ``tiles`` is the weight in the kernels' layout (``tiles.py``). The buffer moves with the module; on CUDA
-    the same weight runs in PyTorch's own kernels. With ``order`` int64 [in_features] the weight's columns are
-    permuted, as by GPTQ's activation order: column k belongs to input ``order[k]``.
+    ``tiles`` is the weight in the kernels' layout (``tiles.py``), on the CPU and on GPUs. With ``order``
+    int64 [in_features] the weight's columns are permuted, as by GPTQ's activation order: column k belongs to
+    input ``order[k]``.
     """
 
     tiles: Tensor
@@ -57,7 +57,9 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out_features, in_features] as ``dtype``, with the columns of ``to_weight``."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.tiles.device)
+        if self.tiles.device.type != "cpu":
+            return torch.ops.xverse.dequantize(self.tiles, self.out_features, self.bits, dtype)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
         start = 0
         for part in ops.dequantized_parts(self.tiles, self.out_features, self.bits, dtype):
             weight[start : start + len(part)] = part

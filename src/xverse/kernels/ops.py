@@ -19,15 +19,24 @@ from xverse.kernels.tiles import TILE_ROWS, tile_group_size, untile
 from xverse.model.rope import rotate
 
 _ROWS_AT_ONCE = 2048  # outputs that are dequantised at a time
+_DEVICE_ROWS = 32_768  # on devices other than the CPU: all but a head's at once, 256 MB at 4,096 inputs
 BF16_TOKENS = 8  # with more tokens PyTorch's matmul is faster
 
 OPERATIONS = torch.library.Library("xverse", "DEF")
 OPERATIONS.define("quant_linear(Tensor x, Tensor tiles, int outputs, int bits) -> Tensor")
 OPERATIONS.define("quant_linears(Tensor x, Tensor[] tiles, int[] outputs, int bits) -> Tensor[]")
+OPERATIONS.define("dequantize(Tensor tiles, int outputs, int bits, ScalarType dtype) -> Tensor")
 OPERATIONS.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
 OPERATIONS.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 OPERATIONS.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
 OPERATIONS.define("rotate_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()")
+_PAGES = "Tensor{} keys, Tensor{} values, Tensor{}? key_scales, Tensor{}? value_scales"
+OPERATIONS.define(
+    f"paged_append(Tensor k, Tensor v, {_PAGES.format('(a!)', '(b!)', '(c!)', '(d!)')}, Tensor slots) -> ()"
+)
+OPERATIONS.define(
+    f"paged_attention(Tensor q, {_PAGES.format('', '', '', '')}, Tensor table, Tensor lengths) -> Tensor"
+)
 
 
 def is_eager_cpu(x: Tensor) -> bool:
@@ -49,7 +58,7 @@ def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int)
     """``quant_linear`` of one input and several weights of the same number of bits and group size."""
     kernels = library()
     if kernels is None or x.dtype not in TYPES:
-        return [dequantized_linear(x, *weight, bits) for weight in zip(tiles, outputs, strict=True)]
+        return _plain_linears(x, tiles, outputs, bits)
     inputs, count = x.shape[-1], len(tiles)
     x = x.contiguous()
     y = [x.new_empty((*x.shape[:-1], size)) for size in outputs]
@@ -83,11 +92,12 @@ def dequantized_parts(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype
     inputs = tiles.shape[1] * group
     buffer: Tensor | None = None
     done = 0
-    for part in tiles.split(_ROWS_AT_ONCE // TILE_ROWS):
+    at_once = _ROWS_AT_ONCE if tiles.device.type == "cpu" else _DEVICE_ROWS
+    for part in tiles.split(at_once // TILE_ROWS):
         rows = min(len(part) * TILE_ROWS, outputs - done)
         done += rows
         if kernels is None or dtype not in TYPES or not is_eager_cpu(part):
-            yield untile(part, rows, bits).dequantize(dtype)
+            yield torch.ops.xverse.dequantize(part, rows, bits, dtype)
             continue
         if buffer is None:
             buffer = torch.empty(rows, inputs, dtype=dtype)
@@ -104,12 +114,8 @@ class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
         ctx.tiles, ctx.outputs, ctx.bits = tiles, outputs, bits
-        y = x.new_empty(*x.shape[:-1], outputs)
-        start = 0
-        for part in dequantized_parts(tiles, outputs, bits, x.dtype):
-            y[..., start : start + len(part)] = linear(x, part)
-            start += len(part)
-        return y
+        parts = [linear(x, part) for part in dequantized_parts(tiles, outputs, bits, x.dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -122,6 +128,11 @@ class _DequantizedLinear(torch.autograd.Function):
             start += len(part)
         assert total is not None
         return total, None, None, None
+
+
+def dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """The weight [outputs, K] in ``tiles`` as ``dtype``, by PyTorch's operations."""
+    return untile(tiles, outputs, bits).dequantize(dtype)
 
 
 def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
@@ -145,7 +156,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of ``x`` [..., D] times ``weight`` [D] → x's shape and dtype; float32 inside, rounded once."""
     kernels = library()
     if kernels is None or x.dtype not in TYPES or weight.dtype not in TYPES:
-        return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+        return _plain_norm(x, weight, eps)
     x = x.contiguous()
     y = torch.empty_like(x)
     size = x.shape[-1]
@@ -174,8 +185,7 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     of one dtype."""
     kernels = library()
     if kernels is None or q.dtype not in TYPES or not (q.is_contiguous() and k.is_contiguous()):
-        for x in (q, k):
-            x.copy_(rotate(x.transpose(1, 2), cos, sin).transpose(1, 2))
+        rotate_plainly(q, k, cos, sin)
         return
     batch, length, heads, head_dim = q.shape
     shape = (batch, 1, length, head_dim)
@@ -184,6 +194,12 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), TYPES[q.dtype], batch * length, heads,
         head_dim, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def rotate_plainly(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """``rotate_`` by PyTorch's operations."""
+    for x in (q, k):
+        x.copy_(rotate(x.transpose(1, 2), cos, sin).transpose(1, 2))
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
@@ -203,18 +219,45 @@ def _shape_quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bit
     return [_shape_quant_linear(x, *weight, bits) for weight in zip(tiles, outputs, strict=True)]
 
 
+def _shape_dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Tensor:
+    return tiles.new_empty((outputs, tiles.shape[1] * tile_group_size(tiles, bits)), dtype=dtype)
+
+
 def _shape_linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _plain_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
+    return [dequantized_linear(x, *weight, bits) for weight in zip(tiles, outputs, strict=True)]
+
+
+def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+# On every device, so that no device lacks an operation (MPS, XPU, NPU, CUDA without Triton); ``cuda.py`` and
+# the CPU's kernels replace them.
+for _name, _function in (
+    ("quant_linear", dequantized_linear),
+    ("quant_linears", _plain_linears),
+    ("dequantize", dequantize),
+    ("linear_bf16", linear),
+    ("rms_norm", _plain_norm),
+    ("silu_mul", lambda gate, up: torch.nn.functional.silu(gate) * up),
+    ("rotate_", rotate_plainly),
+):
+    OPERATIONS.impl(_name, _function, "CompositeExplicitAutograd")
 for _operation in (quant_linear, quant_linears, linear_bf16, rms_norm, silu_mul, rotate_):
     OPERATIONS.impl(_operation.__name__, _operation, "CPU")
 for _name, _shapes in (
     ("quant_linear", _shape_quant_linear),
     ("quant_linears", _shape_quant_linears),
+    ("dequantize", _shape_dequantize),
     ("linear_bf16", _shape_linear_bf16),
     ("rms_norm", lambda x, weight, eps: torch.empty_like(x)),
     ("silu_mul", lambda gate, up: torch.empty_like(gate)),
     ("rotate_", lambda q, k, cos, sin: None),
+    ("paged_append", lambda *arguments: None),
+    ("paged_attention", lambda q, *pages: q.new_empty(q.shape)),
 ):
     torch.library.register_fake(f"xverse::{_name}", _shapes, lib=OPERATIONS)

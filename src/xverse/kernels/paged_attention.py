@@ -1,8 +1,9 @@
 """Attention over a paged cache: keys and values in blocks of positions, in the model's dtype or as int8.
 
-int8 values have one float32 scale for each position and head (symmetric, largest magnitude = 127). The
-kernels (``csrc/attention*``) handle head sizes that are multiples of 32 on the CPU. Otherwise, and without
-the compiled kernels, PyTorch's attention runs over gathered blocks.
+int8 values have one float32 scale for each position and head (symmetric, largest magnitude = 127). On the CPU
+the kernels of ``csrc/attention*`` handle head sizes that are multiples of 32. On CUDA, ``page_size`` decides:
+blocks of 256 positions are read by PyTorch's ``varlen_attn`` (FlashAttention-2), others by the Triton kernels
+of ``gpu/attention.py``. Elsewhere PyTorch's attention runs over gathered blocks.
 """
 
 from __future__ import annotations
@@ -14,9 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import xverse.kernels.cuda  # noqa: F401  (registers the operations on CUDA)
+from xverse.gpu import VARLEN_PAGE, has_varlen
 from xverse.kernels.native import CACHE_TYPES, TYPES, Cache, library
+from xverse.kernels.ops import OPERATIONS
+from xverse.model.attention import attention, causal_varlen
 
+PAGE = 32  # positions
 _LARGEST_HEAD = 256
+_PARTLY_USED = 4  # spare large blocks, one for each sequence, may take a quarter of a cache
+
+
+def page_size(device: torch.device, dtype: torch.dtype, head_dim: int, *, tokens: int, sequences: int) -> int:
+    """Positions in a block of a cache of ``dtype`` for ``tokens`` and at most ``sequences`` at a time: those
+    that ``varlen_attn`` needs if it is available and the cache is large enough for blocks that are partly
+    used, otherwise ``PAGE``."""
+    room = tokens >= _PARTLY_USED * VARLEN_PAGE * sequences
+    return VARLEN_PAGE if room and has_varlen(device, dtype, head_dim, paged=True) else PAGE
 
 
 class PagedLayer:
@@ -36,6 +51,9 @@ class PagedLayer:
         assert keys.shape == values.shape
         assert (keys.dtype == torch.int8) == (key_scales is not None) == (value_scales is not None)
         self.keys, self.values = keys, values
+        self.flash = keys.shape[2] % VARLEN_PAGE == 0 and has_varlen(
+            keys.device, keys.dtype, keys.shape[3], paged=True
+        )
         self.key_scales, self.value_scales = key_scales, value_scales
         _, self.heads, self.block_size, self.head_dim = keys.shape
         self._struct: Any = None
@@ -72,6 +90,9 @@ class PagedLayer:
     def append(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Store ``k`` and ``v`` [T, H, head_dim] at ``slots`` int64 [T]: block * block_size + offset."""
         kernels = self._native(k, v)
+        if k.device.type == "cuda":
+            torch.ops.xverse.paged_append(k, v, *self._pages(), slots)
+            return None
         if kernels is None or k.dtype != v.dtype:
             return self._append_torch(k, v, slots)
         kernels.xv_paged_append(
@@ -90,6 +111,11 @@ class PagedLayer:
         each other, with increasing lengths: its keys and values are then read from memory once. A sequence
         that holds NaN or infinity gives NaN and does not affect the others.
         """
+        if self.flash and q.dtype == self.keys.dtype:
+            starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+            return self.extend(q, starts, table, lengths, 1)
+        if q.device.type == "cuda":
+            return torch.ops.xverse.paged_attention(q, *self._pages(), table, lengths)
         kernels = self._native(q)
         if kernels is None:
             return self._attend_torch(q, table, lengths)
@@ -100,12 +126,27 @@ class PagedLayer:
         )  # fmt: skip
         return out
 
+    def extend(self, q: Tensor, starts: Tensor, table: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """The last tokens of several sequences in one call, if ``flash``: ``q`` [N, H, head_dim], those of
+        sequence i from ``starts[i]`` to ``starts[i + 1]``, int32 [S + 1]; ``longest`` is the most of one.
+        Each sees its predecessors and itself among the ``lengths`` int32 [S] positions of the sequence.
+        ``table`` int32 [S, blocks]."""
+        keys, values = self.keys.transpose(1, 2), self.values.transpose(1, 2)  # [pages, page, H, head_dim]
+        most = table.shape[1] * self.block_size
+        return causal_varlen(
+            q, keys, values, starts, None, longest, most, seqused_k=lengths, block_table=table
+        )
+
     def prefill(self, q: Tensor, table: Tensor, start: int) -> Tensor:
         """A chunk of one sequence: ``q`` [T, H, head_dim] at positions ``start`` and up → the same shape and
         dtype.
 
         Query i sees the positions 0 to start + i, which are in the cache already. ``table`` int32 [blocks].
         """
+        if self.flash and q.dtype == self.keys.dtype:
+            ends = torch.arange(0, len(q) + 1, len(q), dtype=torch.int32, device=q.device)
+            length = torch.full((1,), start + len(q), dtype=torch.int32, device=q.device)
+            return self.extend(q, ends, table[None], length, len(q))
         kernels = self._native(q)
         if kernels is None or q.dtype != torch.bfloat16 or self.keys.dtype == torch.float32:
             return self._prefill_torch(q, table, start)
@@ -117,6 +158,9 @@ class PagedLayer:
             start, len(q), q.stride(0), q.stride(1), torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def _pages(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.keys, self.values, self.key_scales, self.value_scales
 
     # ---- the same with PyTorch's operations, on any device ----
 
@@ -138,12 +182,18 @@ class PagedLayer:
     def _prefill_torch(self, q: Tensor, table: Tensor, start: int) -> Tensor:
         end = start + len(q)
         keys, values = self.gather(table, end, q.dtype)  # [H, end, head_dim]
+        if has_varlen(q.device, q.dtype, self.head_dim):
+            own, seen = (
+                torch.arange(0, count + 1, count, dtype=torch.int32, device=q.device)
+                for count in (len(q), end)
+            )
+            return causal_varlen(q, keys.transpose(0, 1), values.transpose(0, 1), own, seen, len(q), end)
         mask = None
         if start:
             positions = torch.arange(end, device=q.device)
             mask = positions <= positions[start:, None]  # [T, end]
-        mixed = scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=start == 0
+        mixed = attention(
+            q.transpose(0, 1)[None], keys[None], values[None], mask, causal=start == 0
         )  # [1, H, T, head_dim]
         return mixed[0].transpose(0, 1)
 
@@ -163,6 +213,24 @@ class PagedLayer:
             return rows.to(dtype).transpose(1, 2).flatten(2, 3)
 
         return gathered(self.keys, self.key_scales), gathered(self.values, self.value_scales)
+
+
+def _gathered_attention(
+    q: Tensor, keys: Tensor, values: Tensor,
+    key_scales: Tensor | None, value_scales: Tensor | None, table: Tensor, lengths: Tensor,
+) -> Tensor:  # fmt: skip
+    return PagedLayer(keys, values, key_scales, value_scales)._attend_torch(q, table, lengths)
+
+
+def _plain_append(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor,
+    key_scales: Tensor | None, value_scales: Tensor | None, slots: Tensor,
+) -> None:  # fmt: skip
+    PagedLayer(keys, values, key_scales, value_scales)._append_torch(k, v, slots)
+
+
+OPERATIONS.impl("paged_attention", _gathered_attention, "CompositeExplicitAutograd")
+OPERATIONS.impl("paged_append", _plain_append, "CompositeExplicitAutograd")
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

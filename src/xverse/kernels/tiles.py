@@ -15,6 +15,7 @@ from xverse.kernels.weight import GROUP_SIZES, QuantizedWeight
 
 TILE_ROWS = 32
 SCALE_BYTES = 2 * TILE_ROWS
+_ROWS_AT_ONCE = 8192  # for which PyTorch's operations hold copies of 4 bytes a weight
 
 
 def tile_shape(outputs: int, inputs: int, bits: int, group_size: int) -> tuple[int, int, int]:
@@ -71,6 +72,9 @@ def tile_rows(rows: Tensor, scales: Tensor, bits: int) -> Tensor:
             torch.get_num_threads(),
         )  # fmt: skip
         return tiles
+    if len(rows) > _ROWS_AT_ONCE:
+        parts = zip(rows.split(_ROWS_AT_ONCE), scales.split(_ROWS_AT_ONCE), strict=True)
+        return torch.cat([tile_rows(*part, bits) for part in parts])
     weight = from_rows(rows, scales, bits)
     missing = shape[0] * TILE_ROWS - outputs
     unsigned = torch.nn.functional.pad(weight.q.int() + (1 << (bits - 1)), (0, 0, 0, missing)).to(torch.uint8)

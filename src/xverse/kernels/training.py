@@ -275,9 +275,9 @@ def _blocks(q: Tensor, starts: Tensor) -> Iterator[tuple[int, int, int]]:
 class KernelPacked(Packed):
     """``Packed`` with attention by kernels where they apply."""
 
-    def __init__(self, document_ids: Tensor) -> None:
-        super().__init__(document_ids)
-        index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    def __init__(self, document_ids: Tensor, device: torch.device | None = None) -> None:
+        super().__init__(document_ids, device)
+        index = torch.arange(document_ids.shape[1], device=self.positions.device)
         self._starts = (index - self.positions).to(torch.int32)  # [B, T]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

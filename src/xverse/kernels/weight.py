@@ -41,6 +41,9 @@ class QuantizedWeight:
         grouped = self.q.view(*self.scales.shape, self.group_size).to(dtype)  # [N, G, group]
         return (grouped * self.scales.to(dtype)[..., None]).view(self.q.shape)
 
+    def cpu(self) -> QuantizedWeight:
+        return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits)
+
     def regrouped(self, group_size: int) -> QuantizedWeight:
         """The same weight with its scales repeated for smaller groups of ``group_size`` inputs."""
         assert self.group_size % group_size == 0

@@ -6,11 +6,15 @@ engine's cache (``engine/``), each with its own context.
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from xverse.gpu import has_varlen
 
 
 class AttentionContext(Protocol):
@@ -36,33 +40,81 @@ class FullCausal:
         return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """``scaled_dot_product_attention`` for lengths that keep changing: without cuDNN, which PyTorch prefers
+    on Hopper and Blackwell and which builds a plan of some 30 ms for every new shape."""
+    if q.device.type != "cuda":
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    with sdpa_kernel(_ANY_LENGTH):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def causal_varlen(
+    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor | None, longest_q: int, longest_k: int,
+    **paged: Tensor,
+) -> Tensor:  # fmt: skip
+    """Sequences one after another: ``q`` [N, H, head_dim], sequence i from ``q_ends[i]`` to
+    ``q_ends[i + 1]``, int32 [S + 1]; the same for ``k`` and ``v``. The last query of a sequence sees all of
+    its keys. ``longest_q`` and ``longest_k`` bound the lengths from above. ``paged`` is its block
+    table, with ``k`` and ``v`` [pages, page, H, head_dim]. Only where ``has_varlen``."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    sequences: Any = (q_ends, k_ends, longest_q, longest_k)
+    out = varlen_attn(q, k, v, *sequences, window_size=(-1, 0), **paged)  # type: ignore[arg-type]
+    assert isinstance(out, Tensor)
+    return out
+
+
 class Packed:
     """Several documents packed in a row of tokens: each attends only to itself, with positions from 0.
 
-    ``document_ids`` int [B, T]: equal neighbours belong to one document. Attention runs document by
-    document, so that masked pairs cost nothing; if each row is one document, it runs in one call.
+    ``document_ids`` int [B, T]: equal neighbours belong to one document. If each row is one document,
+    attention runs in one call of PyTorch's attention; otherwise in one call of ``varlen_attn`` on a GPU that
+    has it, else document by document, so that masked pairs cost nothing. ``device`` is where attention runs:
+    ids on the CPU save waiting for it.
     """
 
-    def __init__(self, document_ids: Tensor) -> None:
+    def __init__(self, document_ids: Tensor, device: torch.device | None = None) -> None:
         batch, length = document_ids.shape
-        first, self.positions = document_starts(document_ids)  # [B, T] each
+        device = device or document_ids.device
+        first, positions = document_starts(document_ids)  # [B, T] each
+        self.positions = positions.to(device, non_blocking=True)
         starts = first.flatten().nonzero().flatten().tolist()
-        ends = [*starts[1:], batch * length]
-        self._lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+        bounds = torch.tensor([*starts, batch * length], dtype=torch.int32)
+        self._longest = int(bounds.diff().max())
         self._whole_rows = len(starts) == batch
+        self._bounds = bounds.to(device, non_blocking=True)
+
+    @classmethod
+    def flattened(cls, bounds: Tensor, longest: int, positions: Tensor) -> Packed:
+        """One row, from the ends of its documents, int32 [n + 1] from 0, the most tokens of a document, and
+        ``positions`` int64 [1, T]: nothing is read from the device."""
+        packed = cls.__new__(cls)
+        packed.positions, packed._bounds, packed._longest = positions, bounds, longest
+        packed._whole_rows = len(bounds) == 2
+        return packed
+
+    @functools.cached_property
+    def _lengths(self) -> list[int]:
+        return self._bounds.diff().tolist()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._whole_rows:
             return scaled_dot_product_attention(q, k, v, is_causal=True)
         batch, heads, length, head_dim = q.shape
+        if has_varlen(q.device, q.dtype, head_dim):
+            rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [B*T, H, head_dim]
+            ends, longest = self._bounds, self._longest
+            one = causal_varlen(rows[0], rows[1], rows[2], ends, ends, longest, longest)
+            return one.view(batch, length, heads, head_dim).transpose(1, 2)
         split = [
             x.transpose(0, 1).reshape(1, heads, batch * length, head_dim).split(self._lengths, dim=2)
             for x in (q, k, v)
         ]
-        documents = [
-            scaled_dot_product_attention(q_d, k_d, v_d, is_causal=True)
-            for q_d, k_d, v_d in zip(*split, strict=True)
-        ]
+        documents = [attention(q_d, k_d, v_d, causal=True) for q_d, k_d, v_d in zip(*split, strict=True)]
         mixed = torch.cat(documents, dim=2)  # [1, H, B*T, head_dim]
         return mixed.reshape(heads, batch, length, head_dim).transpose(0, 1)
 

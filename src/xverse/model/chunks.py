@@ -6,13 +6,18 @@ from __future__ import annotations
 _BYTES = 32 * 2**20  # of float32 logits: small enough for a last-level cache
 # Of bfloat16 logits with the CPU kernels: each chunk reads and writes all of the head's gradient once more.
 _KERNEL_BYTES = 128 * 2**20
+# On a GPU: each chunk reads the head three times and reads and writes its float32 gradient. 2,048 tokens at
+# 100,534 entries; more would save little and take memory.
+_CUDA_BYTES = 2**30
 _LEAST = 64  # tokens
 
 
 def loss_chunk(vocabulary: int, device: str = "cpu", kernels: bool = False) -> int:
     """Tokens whose logits over ``vocabulary`` entries exist at a time on a ``device`` ("cpu", "cuda"), with
     PyTorch's operations or, where gradients are recorded, the CPU ``kernels``."""
-    if kernels and device == "cpu":
+    if device != "cpu":
+        return max(_LEAST, 1 << (_CUDA_BYTES // (4 * vocabulary)).bit_length() - 1)
+    if kernels:
         return max(_LEAST, _KERNEL_BYTES // (2 * vocabulary) // 64 * 64)
     return max(_LEAST, _BYTES // (4 * vocabulary))
 

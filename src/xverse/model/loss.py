@@ -52,6 +52,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     kernels: LossKernels | None = None,
     vocabulary: VocabularyShard | None = None,
+    count: int | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden`` [N, D] @ ``weight`` [V, D] transposed against ``targets`` int64 [N].
 
@@ -60,6 +61,10 @@ def linear_cross_entropy(
     a float32 scalar, or [N] for "none", which carries no gradient. ``chunk`` is in tokens (default:
     ``loss_chunk``). While gradients are recorded, ``z_loss`` times the squared log-sum-exp is added to each
     token's loss (Chowdhery et al., 2022, section 5). ``kernels`` are used for gradients in bfloat16.
+
+    ``count`` is the number of targets that are not ignored, if the caller knows it. The head skips ignored
+    tokens if they are many; on a device other than the CPU only with ``count``, since counting would wait for
+    the device.
 
     Where ``weight`` is one ``vocabulary`` shard of the head, all processes of the shards call this with equal
     ``hidden`` and ``targets``. Each gets the whole loss, and a partial sum as the gradient of ``hidden``.
@@ -73,9 +78,11 @@ def linear_cross_entropy(
     if reduction == "none":
         with torch.no_grad():
             return _token_losses(hidden, weight, targets, plain, vocabulary)
-    count = (targets != IGNORE).sum()
-    if count < 0.9 * len(targets):  # fine-tuning: the head can skip the prompt's tokens
-        kept = (targets != IGNORE).nonzero().flatten()  # [count]
+    divisor = (targets != IGNORE).sum().clamp(min=1)
+    if count is None and device == "cpu":
+        count = int((targets != IGNORE).sum())
+    if count is not None and count < 0.9 * len(targets):  # fine-tuning: the head can skip the prompt's tokens
+        kept = torch.nonzero_static(targets != IGNORE, size=count).flatten()  # [count]
         hidden, targets = hidden[kept], targets[kept]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         total = _token_losses(hidden, weight, targets, plain, vocabulary).sum()
@@ -86,7 +93,7 @@ def linear_cross_entropy(
         total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, z_loss, step)
     if reduction == "sum":
         return total
-    return total / count.clamp(min=1)
+    return total / divisor
 
 
 def _token_losses(
@@ -185,6 +192,14 @@ def softmax_gradient(
     respect to the logits, [C, V] in their dtype."""
     valid = targets != IGNORE  # [C]
     target = torch.where(valid, targets, 0)[:, None]  # [C, 1]
+    if vocabulary is None and logits.dtype == torch.bfloat16 and logits.device.type != "cpu":
+        # The same in fewer passes over memory. On a CPU it would change recorded losses in their last bits.
+        grad = torch.log_softmax(logits, dim=1, dtype=torch.float32)  # [C, V]
+        losses = -grad.gather(1, target)  # [C, 1]
+        log_sum = logits.gather(1, target).float() + losses
+        scale = valid[:, None] * (1 + 2 * z_loss * log_sum)
+        grad.exp_().mul_(scale).scatter_add_(1, target, -valid[:, None].float())
+        return (torch.where(valid[:, None], losses + z_loss * log_sum**2, 0.0)).sum(), logits.copy_(grad)
     grad = logits.float()  # [C, V]
     minus_one: Tensor | float = -1.0
     if vocabulary is None:

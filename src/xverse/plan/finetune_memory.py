@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from xverse import hardware
 from xverse.config import UserError
+from xverse.device import compute_device
 from xverse.model.chunks import logit_bytes
 from xverse.model.config import XverseConfig
 
@@ -105,7 +106,7 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
 
 def _takes_kernels(half: bool) -> bool:
     """Whether the loss computes in the CPU kernels."""
-    if not half or hardware.compute_device().type != "cpu":
+    if not half or compute_device().type != "cpu":
         return False
     from xverse.kernels.native import library
 
@@ -164,7 +165,7 @@ def _activations(
     if settings.finetuning_type == "lora" and size == 2 and not quantised:
         per_token += size * 5 * d
     scores = 0
-    if size == 2 and tokens <= DENSE and hardware.compute_device().type == "cpu":
+    if size == 2 and tokens <= DENSE and compute_device().type == "cpu":
         scores = 2 * size * shape.num_attention_heads * tokens**2
     if settings.gradient_checkpointing:
         return layers * tokens * size * d, 2 * (tokens * per_token + scores)
@@ -178,7 +179,7 @@ def check(shape: XverseConfig, settings: Settings, load: Load) -> tuple[int, str
     """
     parts = predict(shape, settings, load)
     needed = sum(parts.values())
-    device = hardware.compute_device().type
+    device = compute_device().type
     available = hardware.available_memory(device)
     program = 0 if device == "cuda" else (hardware.process_memory("VmRSS") or 0) + GROWTH
     kinds = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())

@@ -55,7 +55,7 @@ def split_norm(norm: Tensor, weights: Sequence[Tensor], rms: Tensor) -> tuple[Te
 
 def column_rms(weights: Sequence[Tensor]) -> Tensor:
     """The root mean square of each column over the rows of several weights [N, K], float32 [K]."""
-    total = torch.zeros(weights[0].shape[1])
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
     for weight in weights:
         for part in weight.split(max(1, _PART // weight.shape[1])):
             total += part.float().square().sum(dim=0)

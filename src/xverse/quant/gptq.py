@@ -15,9 +15,9 @@ _DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean
 class Hessian:
     """The mean of x xᵀ over the inputs ``x`` of a linear layer, by which its output error is measured."""
 
-    def __init__(self, inputs: int) -> None:
+    def __init__(self, inputs: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
-        self._sum = torch.zeros(inputs, inputs)
+        self._sum = torch.zeros(inputs, inputs, device=device)
 
     def add(self, x: Tensor) -> None:
         """Adds inputs [..., K]."""
@@ -56,7 +56,7 @@ def gptq(weight: Tensor, bits: int, group_size: int, factor: HessianFactor) -> Q
     nearest = rtn(weight, bits, group_size, factor.importance)
     scales = nearest.scales.float().T.repeat_interleave(group_size, dim=0)[factor.order]  # [K, N]
     columns = weight.T[factor.order].contiguous()  # [K, N]: a column of the weight is a row here
-    q = torch.empty(columns.shape, dtype=torch.int8)
+    q = torch.empty(columns.shape, dtype=torch.int8, device=columns.device)
     q[factor.order] = _round_columns(columns, scales, factor.upper, bits)
     return QuantizedWeight(q.T.contiguous(), nearest.scales, bits)
 
@@ -80,10 +80,10 @@ def _round_columns(columns: Tensor, scales: Tensor, upper: Tensor, bits: int) ->
     """Integers int8 [K, N] for ``columns`` float32 [K, N], which are overwritten, and ``scales`` [K, N]."""
     half = 1 << (bits - 1)
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    q = torch.empty(columns.shape, dtype=torch.int8)
+    q = torch.empty(columns.shape, dtype=torch.int8, device=columns.device)
     for start in range(0, len(columns), _BLOCK):
         end = min(start + _BLOCK, len(columns))
-        errors = torch.empty(end - start, columns.shape[1])
+        errors = columns.new_empty(end - start, columns.shape[1])
         for i in range(start, end):
             rounded = (columns[i] * inverse[i]).clamp_(-half, half - 1).round_()
             q[i] = rounded.to(torch.int8)

@@ -86,13 +86,13 @@ def replace_linears(
     place."""
     attention: nn.Module = layer.self_attn
     mlp: nn.Module = layer.mlp
-    hessian = Hessian(config.hidden_size)
+    hessian = Hessian(config.hidden_size, x.device)
     for rows in batches(x):
         hessian.add(layer.input_layernorm(rows))
     replace(LINEARS[:3], hessian)
 
     output, attention.o_proj = attention.o_proj, nn.Identity()
-    hessian = Hessian(config.hidden_size)
+    hessian = Hessian(config.hidden_size, x.device)
     mixed = []
     for rows in batches(x):
         mixed.append(attention(layer.input_layernorm(rows), *_context(config, rows)))  # [r, T, D]
@@ -103,13 +103,13 @@ def replace_linears(
         rows += layer.get_submodule(LINEARS[3])(values)
     del mixed
 
-    hessian = Hessian(config.hidden_size)
+    hessian = Hessian(config.hidden_size, x.device)
     for rows in batches(x):
         hessian.add(layer.post_attention_layernorm(rows))
     replace(LINEARS[4:6], hessian)
 
     down, mlp.down_proj = mlp.down_proj, nn.Identity()
-    hessian = Hessian(config.intermediate_size)
+    hessian = Hessian(config.intermediate_size, x.device)
     for rows in batches(x):
         hessian.add(mlp(layer.post_attention_layernorm(rows)))  # [r, T, d_ff]
     mlp.down_proj = down
@@ -120,5 +120,5 @@ def replace_linears(
 
 def _context(config: XverseConfig, rows: Tensor) -> tuple[tuple[Tensor, Tensor], FullCausal]:
     """Rotary tables and plain causal attention for rows [r, T, D]."""
-    context = FullCausal(len(rows), rows.shape[1])
+    context = FullCausal(len(rows), rows.shape[1], rows.device)
     return rope_tables(context.positions, config), context

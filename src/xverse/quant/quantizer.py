@@ -84,10 +84,11 @@ class Quantizer:
     """Quantises one model: iterate over ``tensors()`` to the end, then read ``report``.
 
     ``read(prefix)`` returns the source's tensors whose name starts with ``prefix`` (``model.embed_tokens.``,
-    ``model.layers.3.``, ``model.norm.``, ``lm_head.``), by their full names, on the CPU, of any float dtype.
-    They are not changed and not kept after their layer. ``gptq`` needs ``calibration`` int64 [n, T]; parity
-    is measured on ``sample`` int64 [n, T]. Raises UserError for a group size that does not divide a layer's
-    inputs, for ``gptq`` without calibration and for weights that are not finite.
+    ``model.layers.3.``, ``model.norm.``, ``lm_head.``), by their full names, of any float dtype. They are not
+    changed and not kept after their layer; everything is computed on their device. ``gptq`` needs
+    ``calibration`` int64 [n, T]; parity is measured on ``sample`` int64 [n, T]. Raises UserError for a group
+    size that does not divide a layer's inputs, for ``gptq`` without calibration and for weights that are not
+    finite.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Quantizer:
         embedding = self._read(EMBEDDING)[EMBEDDING]
         stored = self._embedding(embedding)
         if self.sample is not None:
-            source = embedding[self.sample].float()  # [n, T, D]
+            source = _look_up(embedding, self.sample)  # [n, T, D]
             quantized = _look_up(stored, self.sample)
         if self.calibration is not None:
             calibration = _look_up(stored, self.calibration)
@@ -262,7 +263,7 @@ class Quantizer:
 
     def _head_inputs(self, norm: Tensor, calibration: Tensor) -> Tensor:
         """The Hessian [D, D] of the head's inputs; hidden states ``calibration`` [n, T, D]."""
-        hessian = Hessian(self.config.hidden_size)
+        hessian = Hessian(self.config.hidden_size, calibration.device)
         for rows in batches(calibration):
             hessian.add(make_norm(norm, self.config.rms_norm_eps)(rows))
         return hessian.mean
@@ -276,7 +277,7 @@ class Quantizer:
         """Adds the logits of both models to ``figures``; from hidden states [n, T, D], norm and head."""
         assert self.sample is not None
         eps = self.config.rms_norm_eps
-        targets = next_tokens(self.sample).flatten()
+        targets = next_tokens(self.sample).flatten().to(source[0].device)
         hidden = [make_norm(weight, eps)(x).flatten(0, 1) for x, weight, _ in (source, quantized)]  # [n·T, D]
         heads = [_linear(source[2]), _linear(quantized[2])]
         size = rows_at_once(self.config.vocab_size)
@@ -300,8 +301,8 @@ def _linear(weight: Quantized) -> Callable[[Tensor], Tensor]:
 def _look_up(weight: Quantized, tokens: Tensor) -> Tensor:
     """``tokens`` int64 [n, T] → embeddings float32 [n, T, D]."""
     if isinstance(weight, QuantizedWeight):
-        return QuantEmbedding.from_weight(weight, torch.float32)(tokens)
-    return weight[tokens].float()
+        return QuantEmbedding.from_weight(weight, torch.float32)(tokens.to(weight.q.device))
+    return torch.nn.functional.embedding(tokens.to(weight.device), weight).float()
 
 
 def _concatenate(parts: list[QuantizedWeight]) -> QuantizedWeight:

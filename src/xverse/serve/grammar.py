@@ -335,17 +335,16 @@ class Grammar:
         self._state: _Answer | None = None  # None: not received
         weakref.finalize(self, compiled.end, self._number)
 
-    def apply(self, logits: Tensor) -> Tensor:
-        """``logits`` float32 [V] → the same with -inf for every token that the grammar forbids here."""
+    def allowed(self) -> Tensor:
+        """The tokens that the grammar allows here, bool [V]."""
         mask = self._answer().mask
         if mask:
             bits = torch.frombuffer(bytearray(mask), dtype=torch.uint8)  # 8 tokens each, lowest bit first
             shifts = torch.arange(8, dtype=torch.uint8)
-            allowed = (bits[:, None] >> shifts & 1).bool().flatten()[: self._size]
-        else:
-            allowed = torch.zeros(self._size, dtype=torch.bool)
-            allowed[self._stop_ids] = True
-        return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+            return (bits[:, None] >> shifts & 1).bool().flatten()[: self._size]
+        allowed = torch.zeros(self._size, dtype=torch.bool)
+        allowed[self._stop_ids] = True
+        return allowed
 
     def accept(self, token_id: int) -> None:
         if token_id in self._stop_ids:  # the mask allows it only where the text is complete

@@ -16,20 +16,22 @@ class MinTokens:
     ``inner`` is another constraint of the reply. Where it allows only the end, the reply ends.
     """
 
-    def __init__(self, inner: Constraint | None, stop_ids: Sequence[int], least: int) -> None:
+    def __init__(
+        self, inner: Constraint | None, stop_ids: Sequence[int], least: int, vocab_size: int
+    ) -> None:
         self.inner = inner
+        self._size = vocab_size
         self._stop_ids = list(stop_ids)
         self._left = least
 
-    def apply(self, logits: Tensor) -> Tensor:
-        """``logits`` float32 [V] → the same with -inf for every forbidden token."""
-        if self.inner is not None:
-            logits = self.inner.apply(logits)
+    def allowed(self) -> Tensor:
+        """The tokens that are not forbidden, bool [V]."""
+        mask = torch.ones(self._size, dtype=torch.bool) if self.inner is None else self.inner.allowed()
         if self._left <= 0:
-            return logits
-        longer = logits.clone()
-        longer[[token for token in self._stop_ids if token < len(longer)]] = -torch.inf
-        return longer if bool((longer > -torch.inf).any()) else logits
+            return mask
+        longer = mask.clone()
+        longer[[token for token in self._stop_ids if token < self._size]] = False
+        return longer if bool(longer.any()) else mask
 
     def accept(self, token_id: int) -> None:
         self._left -= 1

@@ -19,7 +19,7 @@ from pydantic import FailFast, Field, StrictInt, StrictStr
 from xverse.engine.sampling_params import COMPLETION, PARAMS, Param
 from xverse.serve.errors import ApiError
 from xverse.serve.fields import Lenient
-from xverse.serve.protocol import ChatRequest
+from xverse.serve.protocol import Message
 from xverse.serve.service import Service
 
 FOLDER = Path(__file__).with_name("static")
@@ -82,57 +82,48 @@ def mount(app: FastAPI, service: Service, *, first: str = "chat") -> None:
         return _answer(files[name], request)
 
 
-def fitting(service: Service, body: FitRequest) -> dict[str, Any]:
+def fitting(service: Service, body: FitRequest) -> dict[str, int]:
     """What of a conversation fits into the context together with its reply.
 
     ``first``: index of the first message to send, the system message aside; ``tokens`` of the prompt;
-    ``max_tokens`` for the reply. To continue a reply, ``prompt`` has the token ids. If the last turn alone is
-    too long, the answer has only its length, ``too_long``, and the number of tokens that would fit, ``most``.
+    ``max_tokens`` for the reply. If the last turn alone is too long, the answer has only its length,
+    ``too_long``, and the number of tokens that would fit, ``most``.
     """
     messages = list(body.messages)
+    begun = messages[-1].role == "assistant"
     system = [messages.pop(0)] if messages[0].role == "system" else []
-    begun = messages.pop().content if messages and messages[-1].role == "assistant" else ""
     starts = [index for index, message in enumerate(messages) if message.role == "user"]
     if not starts:
         raise ApiError(400, "messages: there is no message to answer", param="messages")
+    starts[0] = 0  # a greeting belongs to the first turn
     counts = [len(ids) for ids in service.tokenizer.encode_batch([each.content for each in messages])]
-    partial = service.tokenizer.encode(begun) if begun else []
     limit = min(body.max_tokens or service.sampling.max_new_tokens, service.context - 1)
-    most = service.context - len(partial) - (1 if begun else min(limit, LEAST_ROOM))
+    most = service.context - (1 if begun else min(limit, LEAST_ROOM))
     around, between = _frame(service, system)
     kept, tokens = len(starts) - 1, around + sum(counts[starts[-1] :])
     while kept and tokens + between + sum(counts[starts[kept - 1] : starts[kept]]) <= most:
         kept -= 1
         tokens += between + sum(counts[starts[kept] : starts[kept + 1]])
     for start in starts[kept:] if tokens <= most else []:
-        prompt = _prompt(service, [*system, *messages[start:]])
-        if prompt is not None and len(prompt) <= most:
-            ids = [*prompt, *partial]
-            room = min(limit, service.context - len(ids))
-            whole = {"first": start + len(system), "tokens": len(ids), "max_tokens": room}
-            return {**whole, "prompt": ids} if begun else whole
-    return {"too_long": counts[starts[-1]] + len(partial), "most": max(most + len(partial) - around, 0)}
+        tokens = _tokens(service, [*system, *messages[start:]])
+        if tokens <= most:
+            room = min(limit, service.context - tokens)
+            return {"first": start + len(system), "tokens": tokens, "max_tokens": room}
+    return {"too_long": sum(counts[starts[-1] :]), "most": max(most - around, 0)}
 
 
 def _frame(service: Service, system: list[Turn]) -> tuple[int, int]:
     """How many tokens a prompt has besides its messages: with one turn, and more for each further one."""
     word = len(service.tokenizer.encode("x"))
     user, reply = Turn(role="user", content="x"), Turn(role="assistant", content="x")
-    one = _prompt(service, [*system, user])
-    short = len(_prompt(service, [user]) or ())
-    long = len(_prompt(service, [user, reply, user]) or ())
-    return (service.context if one is None else len(one) - word), long - short - 2 * word
+    more = _tokens(service, [user, reply, user]) - _tokens(service, [user])
+    return _tokens(service, [*system, user]) - word, more - 2 * word
 
 
-def _prompt(service: Service, turns: list[Turn]) -> list[int] | None:
-    """The ids that the API makes of the messages; None if they exceed the context."""
-    body = {"messages": [turn.model_dump() for turn in turns], "max_tokens": 1}
-    try:
-        return list(service.chat(ChatRequest.model_validate(body))[0].prompt_ids)
-    except ApiError as error:
-        if error.code == "context_length_exceeded":
-            return None
-        raise
+def _tokens(service: Service, turns: list[Turn]) -> int:
+    """The length of the prompt that the API makes of the messages."""
+    messages = [Message(role=turn.role, content=turn.content) for turn in turns]
+    return len(service.chat_ids(messages, [], turns[-1].role == "assistant"))
 
 
 def controls(service: Service) -> list[dict[str, Any]]:

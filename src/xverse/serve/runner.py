@@ -16,9 +16,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from xverse.config import UserError
+from xverse.device import is_lost
 from xverse.engine import Engine, Event, Request
 from xverse.log import notice
 
@@ -143,7 +142,8 @@ class EngineRunner:
                     self.failures += 1
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     notice(f"serve: a step of the engine failed: {reason}")
-                    self._check_device()
+                    if is_lost(error):
+                        raise
                     events = self.engine.fail(f"the engine failed: {reason}")
                 self._step_ended = time.monotonic()
                 self._deliver(events)
@@ -159,10 +159,6 @@ class EngineRunner:
             if self.on_death is not None:
                 self.on_death()
             raise
-
-    def _check_device(self) -> None:
-        """Raise if the device computes nothing any more: some errors of CUDA fail every later call, too."""
-        torch.ones(1, device=self.engine.model.model.norm.weight.device).sum().item()
 
     def _update_stats(self) -> None:
         """Refresh the copy of the statistics four times a second, and when the engine becomes idle."""

@@ -45,7 +45,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
     # Without SO_REUSEADDR another server that is loading its model is noticed; with it, closed connections of
-    # an earlier server do not block the address.
+    # an earlier server do not block the address. Server.startup sets it for connections, which inherit it.
     for reuse in (False, True):
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -55,7 +55,6 @@ def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
             listener.bind(address)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections inherit it
             return listener
         except OSError as error:
             listener.close()
@@ -124,6 +123,9 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or []:
+            if listener.family != socket.AF_UNIX:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         if self.started:
             self._loop = asyncio.get_running_loop()

@@ -48,7 +48,7 @@ class Service:
 
     @property
     def context(self) -> int:
-        return self.runner.engine.model.config.context_length
+        return self.runner.engine.context_length
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -206,7 +206,7 @@ class Service:
         constraint: Constraint | None = None if grammar is None else self.grammars.start(grammar)
         stop_ids = (*(() if body.ignore_eos else self.stop_ids), *body.stop_token_ids)
         if body.min_tokens:
-            constraint = MinTokens(constraint, stop_ids, body.min_tokens)
+            constraint = MinTokens(constraint, stop_ids, body.min_tokens, self.tokenizer.vocab_size)
         try:
             request = Request(
                 prompt_ids=ids,
@@ -231,7 +231,7 @@ class Service:
         given: dict[str, Any] = body.sampling() | {"max_new_tokens": max(new_tokens, 1)}
         if "logit_bias" in given:
             given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
-        if isinstance(body, ChatRequest) and body.parallel_tool_calls is False:
+        if isinstance(body, ChatRequest) and body.all_tools() and body.parallel_tool_calls is False:
             given["stop"] = (*given.get("stop", self.sampling.stop), CLOSE)  # ends the reply after one call
         seed = given.get("seed", self.sampling.seed)
         if seed is not None:

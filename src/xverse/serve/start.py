@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from xverse import device
 from xverse.engine import Speculation
 from xverse.engine.cache import position_bytes
 from xverse.engine.engine import PREFIX_CACHE_BYTES
@@ -40,6 +41,7 @@ class ServiceSettings:
     speculate: bool = False
     timeout: float = 600.0
     threads: int | None = None
+    device: str = "auto"
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -51,6 +53,7 @@ def load_service(settings: ServiceSettings) -> Service:
         quantize=settings.quantize,
         tokenizer=settings.tokenizer,
         adapter=settings.adapter,
+        device=settings.device,
         max_batch=settings.max_batch,
         max_cache_tokens=settings.max_cache_tokens,
         prefix_cache_bytes=settings.prefix_cache_mb << 20,
@@ -81,13 +84,14 @@ def describe(service: Service, settings: ServiceSettings) -> list[str]:
     weights = f"int{min(bits)} weights" if bits else f"{dtype} weights"
     threads = torch.get_num_threads()
     cpu = "1 CPU thread" if threads == 1 else f"{threads} CPU threads"
-    device = cpu if weight.device.type == "cpu" else str(weight.device)
+    where = cpu if weight.device.type == "cpu" else str(weight.device)
     cache = engine.max_cache_tokens * position_bytes(config, weight.dtype, settings.kv_dtype)
     prefixes = min(settings.prefix_cache_mb << 20, cache)
     stored = dtype if settings.kv_dtype == "auto" else settings.kv_dtype
     size = f"{config.num_parameters() / 1e6:,.0f} million parameters"
     lines = [
-        f"model: {service.name}, {size}, {weights}, {device}",
+        device.describe(engine.device, settings.device),
+        f"model: {service.name}, {size}, {weights}, {where}",
         f"context: {service.context:,} tokens; {settings.max_batch} requests run at once",
         f"key-value cache: {engine.max_cache_tokens:,} tokens, {_size(cache)}, {stored}; "
         f"at most {_size(prefixes)} of it keep the beginnings of earlier prompts",

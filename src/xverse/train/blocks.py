@@ -55,12 +55,16 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def context_maker(compiled: bool, ring: Ring | None = None) -> Callable[[Tensor], AttentionContext]:
-    """A function from document ids int [B, T] to ``Packed``, or ``RingPacked`` on a ring. For compiled layers
-    attention stays outside the graphs: document lengths differ in each batch and would force recompiling."""
+def context_maker(
+    compiled: bool, ring: Ring | None = None, device: torch.device | None = None
+) -> Callable[[Tensor], AttentionContext]:
+    """A function from document ids int [B, T] to ``Packed``, or ``RingPacked`` on a ring, for ``device``
+    (default: that of the ids; ids on the CPU save waiting for a GPU). For compiled layers attention stays
+    outside the graphs: document lengths differ in each batch and would force recompiling."""
     if ring is not None:
-        return functools.partial(_uncompiled(RingPacked) if compiled else RingPacked, ring=ring)
-    return _uncompiled(Packed) if compiled else KernelPacked
+        kind = _uncompiled(RingPacked) if compiled else RingPacked
+        return functools.partial(kind, ring=ring, device=device)
+    return functools.partial(_uncompiled(Packed) if compiled else KernelPacked, device=device)
 
 
 @functools.cache

@@ -82,11 +82,12 @@ class RingPacked:
     """``Packed`` for this process's tokens of rows that a ring shares; takes whole ``document_ids`` [B,
     T]."""
 
-    def __init__(self, document_ids: Tensor, ring: Ring) -> None:
+    def __init__(self, document_ids: Tensor, ring: Ring, device: torch.device | None = None) -> None:
         first, positions = document_starts(document_ids)  # [B, T] each
+        device = device or document_ids.device
         self._ring = ring
-        self.positions = ring.columns(positions)  # [B, T/n]
-        self.rope_lengths = positions.amax(dim=-1, keepdim=True) + 1  # [B, 1]: as of the whole row
+        self.positions = ring.columns(positions).to(device)  # [B, T/n]
+        self.rope_lengths = (positions.amax(dim=-1, keepdim=True) + 1).to(device)  # [B, 1]: of the whole row
         number = first.cumsum(dim=1).cpu()  # [B, T]
         self._pieces = [list(_pieces(number, ring, source)) for source in range(ring.size)]
 

@@ -27,7 +27,7 @@ from xverse.train.float8 import check_float8
 from xverse.train.materialise import Weights
 from xverse.train.meter import Meter
 from xverse.train.optimizer import learning_rate, make_optimizer
-from xverse.train.parallel import ALONE, Replica, World, distribute, whole
+from xverse.train.parallel import ALONE, Replica, World, distribute, for_inference
 from xverse.train.report import peak_of
 from xverse.train.settings import NOT_IDENTITY, TrainConfig, layout_of
 from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
@@ -41,11 +41,12 @@ BatchAt = Callable[[int, int], Batch]
 @dataclasses.dataclass(frozen=True)
 class Hooks:
     """What a run calls besides training: ``validate`` and, on benchmarks, ``evaluate`` return named figures
-    at the steps of ``validate_every``; ``data_problem`` returns why the data is no longer usable, or an empty
+    at the steps of ``validate_every`` (the latter calls the function it gets whenever it has advanced);
+    ``data_problem`` returns why the data is no longer usable, or an empty
     string, at the start and before each checkpoint."""
 
     validate: Callable[[Replica], dict[str, float]] | None = None
-    evaluate: Callable[[XverseForCausalLM], dict[str, float]] | None = None
+    evaluate: Callable[[XverseForCausalLM, Callable[[], None]], dict[str, float]] | None = None
     data_problem: Callable[[], str] | None = None
 
 
@@ -143,7 +144,10 @@ class Run:
 
     def train(self, batch_at: BatchAt, first_step: int, meter: Meter) -> None:
         config, world = self.config, self.world
-        batches = prefetch(batch_at(*self.sequences(step)) for step in range(first_step, config.steps))
+        read = (batch_at(*self.sequences(step)) for step in range(first_step, config.steps))
+        if world.device.type == "cuda":
+            read = (batch.pinned() for batch in read)
+        batches = prefetch(read)
         with requests() as requested, contextlib.closing(batches), meter:  # type: ignore[type-var]
             for step in range(first_step, config.steps):
                 self.watchdog.beat(step, "data")
@@ -266,6 +270,7 @@ class Run:
 
     def measure(self, step: int, meter: Meter) -> None:
         """Validation and benchmarks with the weights after ``step``."""
+        self.replica.progress = lambda: self.watchdog.beat(step, "validation")
         if self.hooks.validate:
             figures = self.hooks.validate(self.replica)
             self.replica.settle()
@@ -274,13 +279,14 @@ class Run:
                 text = " · ".join(f"{k} {v:.3f}" for k, v in list(figures.items())[:6])
                 meter.say(f"step {step + 1}: {text}")
         if self.hooks.evaluate:
-            model = whole(self.model, self.world)
+            model = for_inference(self.model, self.world)
             if self.world.rank == 0:
-                accuracies = self.hooks.evaluate(model)
+                accuracies = self.hooks.evaluate(model, self.replica.progress)
+                del model
                 self.record(step=step, evaluation=accuracies)
                 text = " · ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items())
                 meter.say(f"step {step + 1}: {text}")
-            self.world.wait()
+            self.world.wait(self.replica.progress)
 
 
 def train_step(
@@ -300,9 +306,10 @@ def train_step(
     count = max(1.0, count if count is not None else int((batch.targets != IGNORE).sum()))
     total = torch.zeros((), device=device)
     for start in range(0, len(batch.tokens), micro):
-        rows = [
-            x[start : start + micro].to(device) for x in (batch.tokens, batch.targets, batch.document_ids)
-        ]
+        part = slice(start, start + micro)
+        rows = [x[part].to(device, non_blocking=True) for x in (batch.tokens, batch.targets)]
+        # Documents are located on the CPU: reading their ends from a GPU would wait for it.
+        rows.append(batch.document_ids[part])
         with computing(device, config.dtype):
             total += replica.backward(rows, count, config, last=start + micro >= len(batch.tokens))
     norm = replica.clip(config.grad_clip or math.inf)
@@ -316,7 +323,7 @@ def sum_loss(
     replica = model if isinstance(model, Replica) else Replica(model)
     device = next(replica.model.parameters()).device
     with computing(device, dtype):
-        return replica.loss(tokens.to(device), targets.to(device), document_ids.to(device))
+        return replica.loss(tokens.to(device), targets.to(device), document_ids)
 
 
 def computing(device: torch.device, dtype: str) -> torch.autocast:

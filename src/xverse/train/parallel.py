@@ -12,7 +12,8 @@ import datetime
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from xverse import hardware
 from xverse.config import UserError
+from xverse.device import compute_device, report_unused_gpu
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
 from xverse.plan.layout import Layout
@@ -85,10 +87,15 @@ class World:
         if self.rank == 0:
             notice(text)
 
-    def wait(self) -> None:
-        """A barrier."""
-        if self.size > 1:
-            dist.barrier(group=self.control)
+    def wait(self, progress: Callable[[], None] | None = None) -> None:
+        """A barrier. ``progress`` is called while this process waits for the others."""
+        if self.size == 1:
+            return
+        arrived = dist.barrier(group=self.control, async_op=True)
+        while progress is not None and not arrived.is_completed():
+            progress()
+            time.sleep(0.2)
+        arrived.wait()
 
 
 def add_up(total: Tensor, rank: int, size: int, group: Any) -> None:
@@ -134,13 +141,15 @@ def world_of(parallel: Parallel) -> Iterator[World]:
             raise UserError(
                 f"parallel: none, but there are {size} processes; set train.parallel to ddp or fsdp"
             )
-        yield World(device=hardware.compute_device())
+        device = compute_device()
+        report_unused_gpu(device)
+        yield World(device=device)
         return
     if "RANK" not in os.environ:
         raise UserError(
             f"parallel: {parallel} needs torchrun: torchrun --nproc-per-node N -m xverse.cli pretrain …"
         )
-    device = hardware.compute_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = compute_device(process=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -169,6 +178,10 @@ class _Loss(nn.Module):
         return self.model.loss(*inputs)
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass
 class Replica:
     """How this process computes losses and gradients: ``model`` (in a mesh this process's part), wrapped in
@@ -180,6 +193,7 @@ class Replica:
     layout: Layout = Layout()  # noqa: RUF009
     ring: Ring | None = None
     pipeline: Pipeline | None = None
+    progress: Callable[[], None] = _nothing  # called before each forward pass without gradients
 
     def rows(self, batch_size: int) -> tuple[int, int]:
         """First and last + 1 of this process's rows of a batch; other processes may share them."""
@@ -217,7 +231,8 @@ class Replica:
                 tokens, targets, document_ids, micro=micro, scale=scale, z_loss=config.z_loss
             )
             return loss * reports
-        inputs = (tokens, targets, context_maker(config.compile, self.ring)(document_ids), config.z_loss)
+        context = context_maker(config.compile, self.ring, tokens.device)(document_ids)
+        inputs = (tokens, targets, context, config.z_loss)
         with contextlib.nullcontext() if self.ddp is None or last else self.ddp.no_sync():
             loss = self.model.loss(*inputs) if self.ddp is None else self.ddp(*inputs)
             (loss * scale).backward()
@@ -226,12 +241,15 @@ class Replica:
     @torch.no_grad()
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor) -> Tensor:
         """Sum of the token losses of int [B, T] rows, float32 [], in every process; all processes call it."""
+        self.progress()
         if self.ring is not None:
             tokens, targets = self.ring.columns(tokens), self.ring.columns(targets)
         if self.pipeline is not None:
             total = self.pipeline.loss(tokens, targets, document_ids)
         else:
-            total = self.model.loss(tokens, targets, context_maker(False, self.ring)(document_ids))
+            total = self.model.loss(
+                tokens, targets, context_maker(False, self.ring, tokens.device)(document_ids)
+            )
         if self.ring is not None:
             dist.all_reduce(total, group=self.ring.group)
         return total
@@ -319,7 +337,7 @@ def distribute(
     pipeline = None
     if layout.pipeline > 1:
         numbers = range(place[0], layout.stages, layout.pipeline)
-        stages = [Stage(model, s, layout, context_maker(config.compile, ring)) for s in numbers]
+        stages = [Stage(model, s, layout, context_maker(config.compile, ring, world.device)) for s in numbers]
         pipeline = Pipeline(stages, mesh["pipeline"].get_group(), layout, model.config.hidden_size)
         roots = stages
     if layout.replicate * sharded > 1:
@@ -392,27 +410,53 @@ def different_kinds(kinds: Sequence[str]) -> str:
     )
 
 
-def whole(model: XverseForCausalLM, world: World = ALONE) -> XverseForCausalLM:
-    """``model`` itself if it is not sharded, otherwise a copy with all tensors on the CPU of process 0 and on
-    the meta device in the others. Every process calls it."""
-    copied = empty_model(copy.deepcopy(model.config))
+def for_inference(model: XverseForCausalLM, world: World) -> XverseForCausalLM:
+    """``whole``; on process 0's GPU, if there is one with enough free memory, as a copy in bfloat16."""
+    if world.device.type != "cuda":
+        return whole(model, world)
+    if world.rank > 0:
+        return whole(model, world, copied=True)
+    torch.cuda.empty_cache()
+    config = model.config
+    cache = 4 * config.context_length * config.num_hidden_layers * config.hidden_size * 2
+    fits = 2 * config.num_parameters() + cache < 0.9 * hardware.available_memory(world.device)
+    if not fits:
+        world.say("too little free memory on the GPU for benchmarks; they run on the CPU")
+    return whole(
+        model, world, copied=True, device=world.device if fits else torch.device("cpu"), dtype=torch.bfloat16
+    )
+
+
+def whole(
+    model: XverseForCausalLM,
+    world: World = ALONE,
+    *,
+    copied: bool = False,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    dtype: torch.dtype | None = None,
+) -> XverseForCausalLM:
+    """``model`` itself if it is not sharded and need not be ``copied``, otherwise a copy with all tensors on
+    the ``device`` of process 0, as ``dtype``, and on the meta device in the others. Every process calls
+    it."""
+    result = empty_model(copy.deepcopy(model.config))
     parameters = dict(model.named_parameters())
-    if parameters.keys() == copied.state_dict().keys() and not any(
+    sharded = parameters.keys() != result.state_dict().keys() or any(
         isinstance(p, DTensor) for p in parameters.values()
-    ):
+    )
+    if not sharded and not copied:
         return model
-    names = [set(some) for some in world.gathered(list(parameters))]
+    names = [set(some) for some in world.gathered(list(parameters))] if sharded else [set(parameters)]
     tensors = {}
-    for name, empty in copied.state_dict().items():
-        tensor = full(parameters[name].detach()).cpu() if name in parameters else torch.empty(empty.shape)
+    for name, empty in result.state_dict().items():
+        tensor = full(parameters[name].detach()) if name in parameters else torch.empty(empty.shape)
         if not all(name in some for some in names):  # a pipeline
             owner = next(rank for rank, some in enumerate(names) if name in some)
-            tensor = tensor.contiguous()
+            tensor = tensor.cpu().contiguous()
             dist.broadcast(tensor, owner, group=world.control)
         if world.rank == 0:
-            tensors[name] = tensor
-    copied.load_state_dict(tensors, assign=True, strict=world.rank == 0)
-    return copied
+            tensors[name] = tensor.to(device, dtype or tensor.dtype)
+    result.load_state_dict(tensors, assign=True, strict=world.rank == 0)
+    return result
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ from xverse.train.report import write_report
 from xverse.train.settings import layout_of
 from xverse.train.validate import bits_per_byte
 
+# Scores a model on benchmarks; calls its third argument whenever it has advanced.
+Evaluate = Callable[[XverseForCausalLM, Tokenizer, Callable[[], None]], dict[str, float]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -91,9 +94,7 @@ class PretrainRecipe:
             raise ValueError(f"initializer_range must be positive, not {self.initializer_range}")
 
 
-def pretrain(
-    recipe: PretrainRecipe, evaluate: Callable[[XverseForCausalLM, Tokenizer], dict[str, float]] | None = None
-) -> Path:
+def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> Path:
     """Run the recipe, resuming from ``out`` if it was killed; returns the finished model's directory.
     ``evaluate`` scores the model on benchmarks whenever the run validates.
 
@@ -132,11 +133,7 @@ def checked_feed(recipe: PretrainRecipe, config: XverseConfig) -> PretrainFeed:
     return feed
 
 
-def _pretrain(
-    recipe: PretrainRecipe,
-    evaluate: Callable[[XverseForCausalLM, Tokenizer], dict[str, float]] | None,
-    world: World,
-) -> Path:
+def _pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None, world: World) -> Path:
     config, name = checked_shape(recipe)
     layout_of(recipe.train, world.size, config, recipe.sequence_length)
     check_float8(recipe.train, config, world.device, recipe.sequence_length)
@@ -173,7 +170,9 @@ def _pretrain(
         recipe.out,
         hooks=Hooks(
             validate=validate,
-            evaluate=None if evaluate is None else lambda model: evaluate(model, feed.tokenizer),
+            evaluate=None
+            if evaluate is None
+            else lambda model, progress: evaluate(model, feed.tokenizer, progress),
             data_problem=ShardWatch(feed.train.values()),
         ),
         identity=identity,

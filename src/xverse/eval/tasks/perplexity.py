@@ -53,7 +53,7 @@ def _measure(engine: Engine, texts: Sequence[str]) -> tuple[float, int, int]:
     """Negative log-probability in nats, tokens and bytes of the predicted text."""
     items = []
     size = tokens = 0
-    length = min(WINDOW, engine.model.config.context_length)
+    length = min(WINDOW, engine.context_length)
     for ids in engine.tokenizer.encode_batch([text for text in texts if text]):
         for begin in range(0, len(ids), length):
             window = ids[begin : begin + length]

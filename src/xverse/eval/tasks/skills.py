@@ -40,7 +40,7 @@ def run(task: TaskRun) -> Outcome:
         going = [index for index, item in enumerate(items) if turn < len(item["turns"])]
         for index in going:
             talks[index].append({"role": "user", "content": items[index]["turns"][turn]})
-        room = engine.model.config.context_length
+        room = engine.context_length
         prompts = [
             encode_chat(
                 engine.tokenizer, talks[index], max_new_tokens=NEW_TOKENS, max_positions=room, truncation=room

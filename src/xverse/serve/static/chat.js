@@ -14,11 +14,11 @@ const PAUSE = 60; // milliseconds between two drawings of a reply
 const STORE_PAUSE = 2000; // between two savings of a reply that goes on
 const LEAST_ROOM = 256; // tokens for a reply; the server's rule too
 
-const running = new Map(); // conversation id -> AbortController
+const running = new Map(); // conversation -> AbortController
 let current = null;
 let page = null; // {settings, changed(conversation)}
 
-export const isRunning = (conversation) => running.has(conversation.id);
+export const isRunning = (conversation) => running.has(conversation);
 export const opened = () => current;
 
 export function start(context) {
@@ -40,6 +40,9 @@ export function start(context) {
   find("#send").addEventListener("click", say);
   find("#stop").addEventListener("click", () => stop());
   follow();
+  addEventListener("visibilitychange", () => {
+    for (const conversation of running.keys()) if (document.hidden) keep(conversation); // it may be closed
+  }, true);
   onLanguage(() => {
     find("#examples").replaceChildren(...examples().map(([skill, prompt]) =>
       h("li", {}, h("button", { type: "button", onclick: () => send(prompt) }, h("strong", {}, skill), h("span", {}, prompt)))));
@@ -56,7 +59,7 @@ function follow() {
 }
 
 export function stop(conversation = current) {
-  if (conversation) running.get(conversation.id)?.abort();
+  if (conversation) running.get(conversation)?.abort();
 }
 
 /** Show a conversation, or with null an empty page. */
@@ -95,7 +98,7 @@ const actions = {
 async function answer(conversation, node = null, onward = false) {
   if (isRunning(conversation)) return;
   const ending = new AbortController();
-  running.set(conversation.id, ending);
+  running.set(conversation, ending);
   const messages = sent(conversation, onward ? node.id : conversation.leaf);
   if (node && !onward) Object.assign(node, { text: "", state: "running" });
   node ??= add(conversation, conversation.leaf, "assistant", "", "running");
@@ -117,7 +120,7 @@ async function answer(conversation, node = null, onward = false) {
       node.error = error instanceof Failure ? { code: error.code, values: error.values } : { code: "", values: { message: String(error) } };
     }
   }
-  running.delete(conversation.id);
+  running.delete(conversation);
   if (node.state !== "done" && node.state !== "cut" && node.text) node.tokens = await counted(conversation, node);
   conversation.updated = Date.now();
   page.changed(conversation);
@@ -129,12 +132,12 @@ async function answer(conversation, node = null, onward = false) {
 }
 
 async function receive(conversation, node, messages, onward, signal) {
-  const { body, path: address } = await prepared(node, messages, onward, signal);
+  const body = await prepared(node, messages, onward, signal);
   const begin = performance.now();
   let tokens = 0;
   let drawn = 0;
   let stored = begin;
-  for await (const { text, reason, usage } of stream(address, body, signal)) {
+  for await (const { text, reason, usage } of stream("v1/chat/completions", body, signal)) {
     node.text += text;
     if (text) tokens += 1;
     if (reason) node.state = reason === "length" ? "cut" : "done";
@@ -164,7 +167,7 @@ async function prepared(node, messages, onward, signal) {
   const bytes = messages.reduce((sum, { content }) => sum + new TextEncoder().encode(content).length + 32, 0);
   delete node.from;
   if (!onward && bytes + Math.max(LEAST_ROOM, values.max_tokens ?? 0) < page.settings.context) {
-    return { path: "v1/chat/completions", body: { ...values, messages: wire } };
+    return { ...values, messages: wire };
   }
   const fitted = await (await post("page/fit", { messages: wire, max_tokens: values.max_tokens }, signal)).json();
   if (fitted.too_long !== undefined) {
@@ -173,8 +176,7 @@ async function prepared(node, messages, onward, signal) {
   const system = wire[0].role === "system" ? 1 : 0;
   if (fitted.first > system) node.from = messages[fitted.first].node;
   const body = { ...values, max_tokens: fitted.max_tokens };
-  if (onward) return { path: "v1/completions", body: { ...body, prompt: fitted.prompt } };
-  return { path: "v1/chat/completions", body: { ...body, messages: [...wire.slice(0, system), ...wire.slice(fitted.first)] } };
+  return { ...body, messages: [...wire.slice(0, system), ...wire.slice(fitted.first)], continue_final_message: onward };
 }
 
 /** Tokens of the context after a reply that did not end by itself, which comes without usage. */

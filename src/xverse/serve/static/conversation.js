@@ -54,15 +54,16 @@ export function matches(conversation, query) {
   return words.every((word) => whole.includes(word));
 }
 
-/** What is sent to answer or continue `id`: [{role, content, node}]. Messages in a row of one role are joined;
- * empty replies are left out, and so are messages that alone exceed the context. */
+/** What is sent to answer or continue `id`: [{role, content, node}]. Messages in a row of one role are joined.
+ * Left out are empty ones and messages that alone exceed the context. */
 export function sent(conversation, id) {
   const messages = [];
   if (conversation.system.trim()) messages.push({ role: "system", content: conversation.system, node: null });
   const nodes = path(conversation, id);
   nodes.forEach((node, index) => {
-    const skip = node.role === "assistant" ? !node.text : nodes[index + 1]?.error?.code === "tooLong" && !nodes[index + 1].text;
-    if (skip) return;
+    const next = nodes[index + 1];
+    const refused = node.role === "user" && next?.error?.code === "tooLong" && !next.text;
+    if (!node.text.trim() || refused) return;
     const last = messages.at(-1);
     if (last?.role === node.role) last.content += `\n\n${node.text}`;
     else messages.push({ role: node.role, content: node.text, node: node.id });

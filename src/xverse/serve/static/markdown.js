@@ -75,11 +75,26 @@ parser.inline.State.prototype.scanDelims = function (start, split) {
   const name = result.length === 2 && (/^__[a-z]\w*__/.test(after) || /__[a-z]\w*__$/.test(before));
   return product || name ? { ...result, can_open: false, can_close: false } : result;
 };
-const { fn: quoted, alt } = parser.block.ruler.__rules__.find((rule) => rule.name === "blockquote");
-parser.block.ruler.at("blockquote", (state, begin, end, silent) => {
+/** Put `make(rule)` in place of a block rule. */
+function replace(name, make) {
+  const { fn, alt } = parser.block.ruler.__rules__.find((rule) => rule.name === name);
+  parser.block.ruler.at(name, make(fn), { alt: [...alt] });
+}
+replace("blockquote", (rule) => (state, begin, end, silent) => {
   const start = state.bMarks[begin] + state.tShift[begin];
-  return state.src.startsWith(">>", start) ? false : quoted(state, begin, end, silent);
-}, { alt: [...alt] });
+  return state.src.startsWith(">>", start) ? false : rule(state, begin, end, silent);
+});
+// A row with more cells than the head would lose them: then it is no table.
+replace("table", (rule) => (state, begin, end, silent) => {
+  const cells = (line) => {
+    const text = state.src.slice(state.bMarks[line] + state.tShift[line], state.eMarks[line]);
+    return text.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).length;
+  };
+  for (let line = begin + 2; line < end && !state.isEmpty(line); line += 1) if (cells(line) > cells(begin)) return false;
+  return rule(state, begin, end, silent);
+});
+const DEEP = /^(?:[ \t]*(?:>|[-*+]|\d{1,9}[.)])){30}/m; // more levels than the parser follows
+const LONG = 500_000; // characters; beyond, drawing would take seconds
 
 const PLAIN = {
   paragraph: "p", blockquote: "blockquote", bullet_list: "ul", ordered_list: "ol", list_item: "li", strong: "strong",
@@ -147,6 +162,7 @@ function leaf(token) {
     case "code_block": return codeBlock(token.content.replace(/\n$/, ""), "");
     case "formula": return formula(token.content, token.markup, token.meta.display);
     case "hr": return h("hr");
+    case "plain": return h("p", { dir: "auto" }, token.content);
     case "image": { // not fetched: its text and address
       const link = h("a", { href: token.attrGet("src"), rel: "noopener noreferrer", target: "_blank" }, token.content || "🖼");
       const safe = parser.validateLink(token.attrGet("src"));
@@ -160,7 +176,8 @@ function leaf(token) {
 /** Show `text` in `element`. Blocks that did not change since the last call keep their elements. */
 export function render(element, text) {
   const lines = text.replace(/\r\n?/g, "\n").split("\n");
-  const tokens = parser.parse(text, {});
+  const plain = text.length > LONG || DEEP.test(text);
+  const tokens = plain ? [{ type: "plain", nesting: 0, content: text, map: null }] : parser.parse(text, {});
   const blocks = [];
   for (let begin = 0; begin < tokens.length;) {
     let depth = 0;
