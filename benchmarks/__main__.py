@@ -35,6 +35,8 @@ STUDIES = {
     "float8": ("studies.float8", "pretraining in FP8 beside bfloat16: loss curves and speed; needs CUDA"),
     "footprint": ("studies.footprint", "memory and time of a quantised model from end to end"),
     "gptq": ("studies.gptq", "time of GPTQ on layers of a shape"),
+    "gpu-check": ("gpu.check", "what a machine with an NVIDIA GPU decides; nine minutes at most"),
+    "gpu-count": ("gpu.count", "launches and bytes of the 7B model on CUDA, counted without a GPU"),
     "load": ("studies.load", "peak memory while loading a model, beside the size of its weights"),
     "parallel": ("studies.parallel", "peak memory of each process under each layout of two processes"),
     "plan": ("studies.plan", "the planner's cost model beside published measurements, and its fit"),

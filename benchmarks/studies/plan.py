@@ -65,6 +65,7 @@ class Measurement:
             balanced=self.balanced,
             tensor_backward=self.tensor_backward,
             ends_bytes=2,
+            chunked_loss=False,
         )
 
 

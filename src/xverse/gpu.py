@@ -47,6 +47,7 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, paged: b
         and head_dim % 8 == 0
         and head_dim <= 256
         and needed <= _varlen_parameters()
+        and not torch.version.hip  # whose kernels have not been tried
         and capability_of(device) >= MATRIX_UNITS
     )
 

@@ -205,6 +205,7 @@ class Visitor:
 
     def picture(self, name: str) -> None:
         if os.environ.get("XVERSE_SCREENSHOTS"):
+            self.page.set_viewport_size({"width": 1280, "height": 680})
             self.page.screenshot(path=Path(os.environ["XVERSE_SCREENSHOTS"]) / f"{name}.png")
 
 

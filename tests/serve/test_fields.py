@@ -205,6 +205,7 @@ MESSAGES: list[dict[str, Any]] = [
         {"id": "c", "index": 0, "type": "function", "function": {"name": "f", "arguments": "", "x": 1}}]},
     {"role": "assistant", "tool_calls": [{"id": None, "function": {"name": "f", "arguments": '{"a":'}}]},
     {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+    {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "f", "input": "ls"}}]},
     {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
     {"role": "assistant", "refusal": "No."},
     {"role": "function", "name": "f", "content": "1"},

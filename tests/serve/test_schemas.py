@@ -5,12 +5,14 @@ Replies are drawn at random from the tokens that are allowed: a model that under
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import enum
 import ipaddress
 import json
 import pathlib
+import time
 import uuid
 from typing import Annotated, Any, Literal
 
@@ -237,7 +239,7 @@ def test_what_is_allowed(vocabulary: Vocabulary, nano: Any, schema: Any, value: 
 @pytest.mark.parametrize(
     ("schema", "part"),
     [
-        ({"type": "array", "uniqueItems": True}, "list instead of set"),
+        ({"type": "array", "uniqueItems": True}, "a list instead of a set"),
         ({"type": "object", "patternProperties": {"^a": {}}, "minProperties": 2}, "minProperties"),
         ({"contains": {"const": 1}}, "'contains'"),
         ({"not": {"const": 1}}, "'not'"),
@@ -263,11 +265,22 @@ def test_what_is_refused_says_why(schema: Any, part: str) -> None:
 
 
 def test_the_work_of_rewriting_has_a_bound() -> None:
-    part: dict[str, Any] = {"type": "object", "properties": {"k": {"type": "string"}}}
-    for _ in range(8):
-        part = {"oneOf": [part] * 12}
-    with pytest.raises(ValueError, match="too often"):
-        schemas.grammar({"oneOf": [part, part]})
+    parts: dict[str, Any] = {"d0": {"type": "object", "properties": {"k": {"type": "string"}}}}
+    for level in range(8):
+        parts[f"d{level + 1}"] = {"anyOf": [{"$ref": f"#/$defs/d{level}"}] * 12}
+    several: dict[str, Any] = {"properties": {"k": {"enum": ["a"]}}}
+    for _ in range(300):
+        several = {"allOf": [several, {"properties": {"k": {"enum": ["b"]}}}]}
+    begin = time.process_time()
+    for schema in (
+        {"$defs": parts, "oneOf": [{"$ref": "#/$defs/d8"}, {"$ref": "#/$defs/d7"}]},
+        {"allOf": [{"anyOf": [{"properties": {f"{i}": {}}}] * 6} for i in range(300)]},
+        {"oneOf": [{"const": number} for number in range(64)]},
+        several,
+    ):
+        with contextlib.suppress(ValueError, RecursionError):
+            schemas.grammar(schema)
+    assert time.process_time() - begin < 5
 
 
 # --- bounds -------------------------------------------------------------------------------------------

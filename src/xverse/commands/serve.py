@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -154,12 +155,15 @@ def run(args: argparse.Namespace) -> int:
 
         service.runner.on_death = die
         # uvicorn finishes running requests and then raises the signal again for the previous handler.
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+        # Python gives signals their default effect while it ends, which would be to kill the process.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         server.run(sockets=[listener])
     if service.runner.dead:
         print(f"xverse: the engine died: {service.runner.dead}", file=sys.stderr)
         return 1
-    return 0
+    return 130 if server.forced else 0
 
 
 def address_of(args: argparse.Namespace) -> tuple[str, int]:

@@ -30,3 +30,11 @@ def logit_bytes(tokens: int, vocabulary: int, device: str = "cpu", kernels: bool
     if kernels and device == "cpu":
         return max(plain, 2 * vocabulary * min(tokens, loss_chunk(vocabulary, device, kernels)))
     return 2 * 4 * vocabulary * min(tokens, loss_chunk(vocabulary, device))
+
+
+def head_bytes(tokens: float, vocabulary: float, hidden: int) -> float:
+    """Bytes that head and loss move on a GPU beside their three matrix products, forward and backward, with
+    float32 weights and bfloat16 logits: 28 of each logit (softmax, exponential, scaling, rounding); the
+    weight's cast; its float32 gradient, which each chunk after the first reads and writes, scaled once."""
+    chunks = -(-tokens // loss_chunk(int(vocabulary), "cuda"))
+    return 28 * tokens * vocabulary + vocabulary * hidden * (6 + 6 + 10 * (chunks - 1) + 8)

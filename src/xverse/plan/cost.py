@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from xverse.model.chunks import head_bytes
 from xverse.plan.devices import Device
 from xverse.plan.layout import Architecture, Checkpointing, Layout
 from xverse.plan.memory import Memory, memory
@@ -49,7 +50,7 @@ _LOGIT_BYTES = {
     "fused norms": 34,
     "gelu": 34,
     "megatron": 22,
-}  # forward and backward, each logit
+}  # forward and backward, each logit, where all of them exist at once
 # Bytes that FSDP copies for each parameter and micro-batch: twice out of the gathered buffer (read and
 # written, 2 bytes each), and gradients once from bfloat16 into the float32 buffer that is reduced.
 _COPIED_BYTES = 2 * 4 + 6
@@ -66,7 +67,7 @@ class Software:
     ``gradient_bytes``: bytes of an element in the reduction. ``balanced``: the first and the last pipeline
     stage have one layer less. ``tensor_backward``: tensor parallelism's exposed traffic in the backward pass,
     as a share of the forward pass's. ``ends_bytes``: bytes of an element when the embedding and the head are
-    gathered.
+    gathered. ``chunked_loss``: head and loss are those of ``model/loss.py``; otherwise whole logits.
     """
 
     passes: Passes = "compiled"
@@ -77,6 +78,7 @@ class Software:
     balanced: bool = False
     tensor_backward: float = 1.0
     ends_bytes: int = 4
+    chunked_loss: bool = True
 
     def shares(self, checkpointing: Checkpointing) -> tuple[float, float, float]:
         if self.recompute is not None:
@@ -212,9 +214,10 @@ class _Model:
     def head(self) -> float:
         """Seconds of head and loss, forward and backward."""
         n, t, arch = self.tokens, self.layout.tensor, self.arch
-        logits = n * arch.vocab_size / t
         products = 3 * self.matmul(n, arch.hidden_size, arch.vocab_size / t)
-        return products + self.moving(_LOGIT_BYTES[self.software.passes] * logits)
+        if self.software.chunked_loss:
+            return products + self.moving(head_bytes(n, arch.vocab_size / t, arch.hidden_size))
+        return products + self.moving(_LOGIT_BYTES[self.software.passes] * n * arch.vocab_size / t)
 
     # Communication ---------------------------------------------------------------------------------------
 

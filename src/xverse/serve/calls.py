@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,10 +244,3 @@ def _json(arguments: Any) -> str:
     except UnicodeEncodeError:
         return json.dumps(arguments)
     return text
-
-
-def pieces_of(text: str, names: Collection[str], cut: bool) -> Iterator[Content | CallPiece]:
-    """The pieces of a complete reply."""
-    parser = CallParser(names)
-    yield from parser.push(text)
-    yield from parser.end(cut)

@@ -32,7 +32,7 @@ from xverse.tokenizer import Tokenizer
 
 COMPILING = 4  # grammars at once; the system gives the engine's thread priority
 WAITING = 64  # further ones
-COMPILE_WAIT = 60.0  # seconds until a compilation ends, on a machine with other work
+COMPILE_WAIT = 120.0  # seconds until a compilation ends, on a machine with other work
 STEP_WAIT = 5.0  # the same for a mask
 KEPT = 16  # compiled grammars that are not in use
 KEPT_BYTES = 32 * 2**20  # of memory for each of them

@@ -41,7 +41,8 @@ OK, FAILED = 0, 1
 def main() -> None:
     """Fork on command until the server is gone. Arguments: file descriptors of the command socket and of the
     pickled tokenizer and end ids."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, but the server needs us to end
+    # Sent to the whole group, but the server needs this process until its end.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     with os.fdopen(int(sys.argv[2]), "rb") as file:

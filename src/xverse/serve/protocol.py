@@ -15,6 +15,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     create_model,
+    model_validator,
 )
 
 from xverse.engine.sampling_params import MOST_BIASES, MOST_STOPS, PARAMS, Param
@@ -94,8 +95,18 @@ class FunctionCall(Lenient):
 
 
 class ToolCall(Lenient):
+    """A call of an earlier turn. OpenAI's custom tools have a text as input, which is written as it is."""
+
     id: StrictStr = ""
     function: FunctionCall
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_custom_tool(cls, values: Any) -> Any:
+        custom = values.get("custom") if isinstance(values, dict) else None
+        if isinstance(custom, dict) and values.get("function") is None:
+            return {**values, "function": {"name": custom.get("name"), "arguments": custom.get("input")}}
+        return values
 
 
 class Message(Lenient):

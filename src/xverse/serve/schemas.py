@@ -206,7 +206,10 @@ class _Rewriter:
 
 
 def _narrow(part: dict[str, Any], result: dict[str, Any]) -> None:
-    """What llguidance would refuse although it can be left out or narrowed."""
+    """What llguidance would refuse although it can be left out, narrowed or written in another way."""
+    for key, value in result.items():
+        if key.startswith(("min", "max")) and isinstance(value, float) and value.is_integer():
+            result[key] = int(value)
     if part.get("format") in _FORMATS:
         result["format"] = part["format"]
     for key, sign in (("minimum", -1), ("exclusiveMinimum", -1), ("maximum", 1), ("exclusiveMaximum", 1)):

@@ -119,6 +119,7 @@ class Server(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._runner, self._announce, self._reload, self._timeout = runner, announce, reload, timeout
+        self.forced = False  # whether a second Ctrl-C ended it
         self._terminal = _has_terminal()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -173,15 +174,15 @@ class Server(uvicorn.Server):
         await self._until(lambda: not self.server_state.tasks, time.monotonic() + _FLUSH_SECONDS)
         for connection in list(connections):  # their tasks end as if the clients had left
             connection.transport.close() if not running else connection.transport.abort()
-        self.force_exit, forced = False, self.force_exit
+        self.force_exit, self.forced = False, self.force_exit
         await self._until(lambda: not connections, time.monotonic() + 1)
         for connection in list(connections):
             connection.transport.abort()
         await self._until(lambda: not self.server_state.tasks, time.monotonic() + 1)
-        if not running:
-            await self.lifespan.shutdown()
-        else:
-            why = "the second Ctrl-C" if forced else f"{self._timeout:g} s"
+        with contextlib.suppress(TimeoutError):  # it waits for the engine, which may be stuck
+            await asyncio.wait_for(self.lifespan.shutdown(), _FLUSH_SECONDS)
+        if running:
+            why = "the second Ctrl-C" if self.forced else f"{self._timeout:g} s"
             cut = "1 reply was" if running == 1 else f"{running} replies were"
             notice(f"serve: ended after {why}; {cut} cut off")
 

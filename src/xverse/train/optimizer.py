@@ -60,7 +60,8 @@ def _groups(
     return matrices, decayed, plain
 
 
-_PART = 2**20  # values of a tensor that AdamW updates at a time
+# Values of a tensor that AdamW updates at a time; each part takes some 15 launches on a GPU.
+_PART = {"cpu": 2**20, "cuda": 2**26}
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -113,7 +114,8 @@ class MuonAdamW(torch.optim.Optimizer):
         flat = [local(x).view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
         flat.append(local(parameter.grad).reshape(-1))  # type: ignore[arg-type]
         # In parts, because the temporaries take four times the memory of a part.
-        for weight, average, square, gradient in zip(*(x.split(_PART) for x in flat), strict=True):
+        size = _PART.get(parameter.device.type, _PART["cpu"])
+        for weight, average, square, gradient in zip(*(x.split(size) for x in flat), strict=True):
             first = average.float().lerp(gradient, 1 - beta1)
             second = square.float().mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             bottom = (second / (1 - beta2**step)).sqrt_().add_(self._eps)
