@@ -93,6 +93,10 @@ def test_head_and_loss_of_a_training_step() -> None:
     assert logit_bytes(tokens, vocabulary, "cuda") >= chunk * vocabulary * 8
     # The plan's count of the head: what is not a product, and the gradient's scaling in the backward pass.
     beside = counter.bytes - counter.by_name["mm"][1] + 8 * vocabulary * hidden
+    if counter.by_name["_to_copy"][1] > 13 * vocabulary * hidden:
+        beside -= (
+            8 * tokens * vocabulary
+        )  # CUDA's softmax converts bfloat16 itself; that of fake tensors does not
     assert head_bytes(tokens, vocabulary, hidden) == pytest.approx(beside, rel=0.1)
 
 

@@ -81,8 +81,11 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     if settings.stage == "dpo":
         head += load.kept * shape.vocab_size * (size + 3 * 4)
     else:
-        plain = 3 * logit_bytes(load.kept, shape.vocab_size) // 2  # logits, their gradient and one copy
-        head += max(plain, logit_bytes(load.kept, shape.vocab_size, kernels=_takes_kernels(half)))
+        if compute_device().type == "cuda":
+            head += logit_bytes(load.kept, shape.vocab_size, "cuda")
+        else:
+            plain = 3 * logit_bytes(load.kept, shape.vocab_size) // 2  # logits, their gradient and one copy
+            head += max(plain, logit_bytes(load.kept, shape.vocab_size, kernels=_takes_kernels(half)))
         if quantised or (half and not narrow):
             head += 2 * vocabulary  # a copy of the head in the matmul's dtype
     head_learns = not lora and (settings.finetuning_type == "full" or "lm_head" in _extra(settings))
