@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = Path(__file__).parent / "programs"
+NANO = Path(__file__).parents[2] / "src" / "xverse" / "assets" / "nano"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def _run(name: str, client: Client, folder: Path, url: str, timeout: float) -> d
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "HOME": str(folder),
         "XVERSE_URL": url,
+        "XVERSE_TOKENIZER": str(NANO),
         "OPENAI_API_KEY": "none",
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
