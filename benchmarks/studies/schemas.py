@@ -106,7 +106,7 @@ class Writer:
                 allowed = allowed[allowed != _STOP]
                 if not len(allowed) or count > _HURRY or chance.random() < 0.5:
                     return text
-            if count > _HURRY:
+            if count > _HURRY and chance.random() < 0.8:
                 for preferred in self._ends:
                     if preferred[allowed].any():
                         allowed = allowed[preferred[allowed]]

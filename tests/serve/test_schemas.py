@@ -199,6 +199,18 @@ PET = {"discriminator": {"propertyName": "kind"}, "oneOf": [CAT, DOG]}
         ({**A, "required": ["a", "b"]}, {"a": 1, "b": 1}, True),
         ({**A, "enum": [{"a": 1, "b": 2}]}, {"a": 1, "b": 2}, True),
         ({**A, "minProperties": 2, "additionalProperties": True}, {"a": 1, "b": 2}, True),
+        # Parts that describe the same member.
+        ({"properties": {"p": A}, "allOf": [{"properties": {"p": B}}]}, {"p": {"a": 1, "b": True}}, True),
+        ({"items": A, "allOf": [{"items": B}]}, [{"a": 1, "b": True}], True),
+        ({"properties": {"ab": A}, "patternProperties": {"^a": B}}, {"ab": {"a": 1, "b": True}}, True),
+        (
+            {
+                "properties": {"p": {"properties": {"q": A}}},
+                "allOf": [{"properties": {"p": {"properties": {"q": B}}}}],
+            },
+            {"p": {"q": {"a": 1, "b": True}}},
+            True,
+        ),
         # Alternatives of a union: each is closed.
         (PET, {"kind": "cat", "lives": 9}, True),
         (PET, {"kind": "cat", "name": "x"}, False),

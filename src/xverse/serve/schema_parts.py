@@ -45,9 +45,12 @@ REFUSED = frozenset(
         "$recursiveRef",
     )
 )
-# Keywords that say which properties an object has.
-OBJECTS = frozenset(
+# Keywords that say which members an object or a list has.
+MEMBERS = frozenset(
     (
+        "items",
+        "prefixItems",
+        "additionalItems",
         "properties",
         "patternProperties",
         "additionalProperties",
@@ -96,6 +99,7 @@ _SHAPES = {
     "type": "the name of a type",
 }
 _MOST_WORK = 50_000  # looks at a part
+ALL, ITEMS = "\0all", "\0items"
 _DEPTH = 8  # of the search for a difference between two parts
 
 
@@ -189,6 +193,21 @@ class Document:
     def names(self, part: Any) -> frozenset[str]:
         """The properties that ``part`` and the parts combined with it list."""
         return frozenset().union(*(each.get("properties", {}) for each in self._same_value(part)))
+
+    def shared(self, part: Any) -> frozenset[str]:
+        """The properties that several of the parts combined with ``part`` describe, so that none of them may
+        be closed; ``ALL`` and ``ITEMS`` stand for all properties and for the members of lists."""
+        parts = self._same_value(part)
+        patterns = {"patternProperties", "propertyNames", "unevaluatedProperties"}
+        names = [name for each in parts for name in each.get("properties", {})]
+        found = {name for name in names if names.count(name) > 1} if len(names) < 1000 else {ALL}
+        if any(patterns & each.keys() for each in parts) and (names or len(parts) > 1):
+            found.add(ALL)
+        if len(parts) > 1 and any(each.get("additionalProperties", False) is not False for each in parts):
+            found.add(ALL)
+        if sum(bool({"items", "prefixItems"} & each.keys()) for each in parts) > 1:
+            found.add(ITEMS)
+        return frozenset(found)
 
     def closable(self, part: Any) -> bool:
         """Whether leaving out all properties that are not listed keeps every value that satisfies ``part``

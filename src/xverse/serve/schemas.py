@@ -14,7 +14,18 @@ import llguidance
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from xverse.serve.protocol import Structure, Tool
-from xverse.serve.schema_parts import KEPT, OBJECTS, REFUSED, Document, Part, Unsupported, combined, keys
+from xverse.serve.schema_parts import (
+    ALL,
+    ITEMS,
+    KEPT,
+    MEMBERS,
+    REFUSED,
+    Document,
+    Part,
+    Unsupported,
+    combined,
+    keys,
+)
 from xverse.tokenizer.tools import CLOSE, OPEN
 
 MOST_BYTES = 64 * 1024  # of a request's schemas
@@ -101,12 +112,31 @@ class _Rewriter:
     def __init__(self, root: Any) -> None:
         self.definitions: dict[str, Any] = {}
         self._document = Document(root)
-        self._references: dict[tuple[str, frozenset[str] | str | None], str] = {}
+        self._references: dict[tuple[Any, ...], str] = {}
+        self._shared: frozenset[str] = frozenset()  # members of the current value that several parts describe
+        self._open = False  # whether all objects stay open here
 
     def value(self, part: Any) -> Part:
         """The schema of a value that no other part describes."""
         self._document.check(part)
-        if isinstance(part, dict) and len(combined(part)) == 1 and not OBJECTS & part.keys():
+        if self._open:
+            return self._part(part, None)
+        before, self._shared = self._shared, self._document.shared(part)
+        try:
+            return self._alone(part)
+        finally:
+            self._shared = before
+
+    def _inner(self, part: Any, *names: str) -> Part:
+        """The schema of a member of the value. One that several parts describe stays open, with all in it."""
+        before, self._open = self._open, self._open or not self._shared.isdisjoint(names)
+        try:
+            return self.value(part)
+        finally:
+            self._open = before
+
+    def _alone(self, part: Any) -> Part:
+        if isinstance(part, dict) and len(combined(part)) == 1 and not MEMBERS & part.keys():
             return self._part(part, None, alone=True)
         return self._part(part, frozenset() if self._document.closable(part) else None)
 
@@ -135,20 +165,20 @@ class _Rewriter:
         for key in ("prefixItems", "items", "additionalItems"):
             given = part.get(key)
             if isinstance(given, list):
-                result[key] = [self.value(item) for item in given]
+                result[key] = [self._inner(item, ITEMS) for item in given]
             elif given is not None:
-                result[key] = self.value(given)
+                result[key] = self._inner(given, ITEMS)
 
     def _objects(self, part: dict[str, Any], result: dict[str, Any]) -> None:
         for key in ("properties", "patternProperties"):
             if key in part:
-                result[key] = {name: self.value(item) for name, item in part[key].items()}
+                result[key] = {name: self._inner(item, name, ALL) for name, item in part[key].items()}
         if "additionalProperties" in part:
-            result["additionalProperties"] = self.value(part["additionalProperties"])
+            result["additionalProperties"] = self._inner(part["additionalProperties"], ALL)
         if part.get("unevaluatedProperties", True) is not True:
             if combined(part) or "additionalProperties" in part:
                 raise Unsupported("'unevaluatedProperties' is not supported in schemas that combine parts")
-            result["additionalProperties"] = self.value(part["unevaluatedProperties"])
+            result["additionalProperties"] = self._inner(part["unevaluatedProperties"], ALL)
         if part.get("propertyNames", True) is not True:
             self._property_names(part, result)
         if part.get("minProperties", 0) > 1 and "patternProperties" in result:
@@ -197,7 +227,7 @@ class _Rewriter:
         reference = part.get("$ref") if isinstance(part, dict) and part.keys() == {"$ref"} else None
         if not isinstance(reference, str):
             return self.value(part) if alone else self._part(part, outside)
-        key = (reference, "alone" if alone else outside)
+        key = (reference, self._open, "alone") if alone else (reference, self._open, self._shared, outside)
         if key not in self._references:
             name = self._references[key] = f"r{len(self._references)}"
             target = self._document.target(reference)
