@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 QUESTION = [{"role": "user", "content": "What is your name?"}]
 CHAT = "/v1/chat/completions"
@@ -388,13 +389,24 @@ def test_nothing_to_do_is_not_stuck(launch: Any, monkeypatch: pytest.MonkeyPatch
         assert client.get("/health").status_code == 200
 
 
-def test_a_dead_engine_turns_health_red(launch: Any) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit("killed"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+    ids=repr,
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_turns_health_red(launch: Any, error: BaseException) -> None:
+    """Also one whose device fails: every later step would fail, too."""
     running = launch()
     told = threading.Event()
     running.service.runner.on_death = told.set
 
     def die() -> None:
-        raise SystemExit("killed")
+        raise error
 
     running.service.runner.engine.step = die
     with running.client() as client:

@@ -54,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--page", text, choices=["chat", "generation", "none"], default="chat")
     add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")
     add("--max-waiting", "requests that may wait (%(default)s)", type=_count, default=256, metavar="N")
-    text = "capacity of the key-value cache in tokens (default: half of the free memory)"
+    text = "capacity of the key-value cache in tokens (default: by the free memory)"
     add("--max-cache-tokens", text, type=values.whole(32), metavar="N")
     text = "part of the cache in MiB that keeps the beginnings of earlier prompts (%(default)s); 0: none"
     add("--prefix-cache-mb", text, type=values.whole(0, 1 << 24), default=2048, metavar="MB")

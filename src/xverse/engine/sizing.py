@@ -88,27 +88,31 @@ def capacity(
     return Capacity(tokens, blocks, size)
 
 
-@torch.inference_mode()
 def step_bytes(
     model: XverseForCausalLM, make_cache: Callable[..., PagedCache], prefill_chunk: int, max_batch: int
 ) -> int:
     """Bytes that steps take beside weights and cache on a CUDA device, measured: the most of a chunk of a
     prompt, and what recorded graphs hold. 0 on other devices."""
-    device = model.model.norm.weight.device
-    if device.type != "cuda":
+    if model.model.norm.weight.device.type != "cuda":
         return 0
-    taken = []
-    for tokens in (prefill_chunk, min(MOST_TOKENS, prefill_chunk)):
-        cache = make_cache(blocks=-(-prefill_chunk // BLOCK_SIZE))
-        sequence = SequenceCache(cache, tokens)
-        sequence.reserve(tokens)
-        reset_peak_memory(device)
-        before = peak_memory(device)
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-        hidden = model.model(ids, RaggedContext([(sequence, tokens)]))[0]  # [T, D]
-        logits = model.lm_head(hidden[:max_batch]).float()  # [R, V]
-        draw(logits, _WIDEST, [0.5] * len(logits))
-        taken.append(peak_memory(device) - before)
-        del cache, sequence, hidden, logits
+    chunks = (prefill_chunk, min(MOST_TOKENS, prefill_chunk))
+    taken = [chunk_bytes(model, make_cache, tokens, max_batch) for tokens in chunks]
     torch.cuda.empty_cache()
     return sum(taken)
+
+
+@torch.inference_mode()
+def chunk_bytes(
+    model: XverseForCausalLM, make_cache: Callable[..., PagedCache], tokens: int, max_batch: int
+) -> int:
+    """How far memory rises while a prompt of ``tokens`` is computed and ``max_batch`` tokens are drawn."""
+    device = model.model.norm.weight.device
+    sequence = SequenceCache(make_cache(blocks=-(-tokens // BLOCK_SIZE)), tokens)
+    sequence.reserve(tokens)
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    hidden = model.model(ids, RaggedContext([(sequence, tokens)]))[0]  # [T, D]
+    logits = model.lm_head(hidden[:max_batch]).float()  # [R, V]
+    draw(logits, _WIDEST, [0.5] * len(logits))
+    return peak_memory(device) - before

@@ -252,9 +252,9 @@ class Document:
         objects = [self.resolved(item) for item in alternatives]
         shared = set.intersection(*(set(item.get("properties", {})) for item in objects))
         for name in sorted(shared):
-            distinct = [{**item, "required": [*{*item.get("required", ()), name}]} for item in objects]
-            if all(self._types(item) == {"object"} for item in distinct) and self._all_exclusive(distinct):
-                return distinct
+            required = [{**item, "required": [*{*item.get("required", ()), name}]} for item in objects]
+            if all(self._types(item) == {"object"} for item in required) and self._all_exclusive(required):
+                return required
         raise Unsupported(
             "'oneOf': a value may satisfy several of its alternatives at once; use 'anyOf', or give each a "
             "required property with a 'const' of its own"
