@@ -40,4 +40,5 @@ def test_sizes_of_files() -> None:
     too_long = [f"{path.relative_to(ROOT)}: {count}" for path, count in counts.items() if count > 500]
     assert not too_long, too_long
     assert statistics.mean(counts.values()) <= 160
-    assert sum(counts.values()) <= 35_000
+    # 35,000 with the features of version 0.1; what has been added since takes the rest.
+    assert sum(counts.values()) <= 45_000

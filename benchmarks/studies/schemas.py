@@ -310,7 +310,7 @@ def _store_schemas(wheel: Path) -> Iterator[Any]:
             next(value for _, value, _ in operations if value == "_content")
             content = next(value for operation, value, _ in operations if "BYTES" in operation.name)
             try:
-                schema = json.loads(content)
+                schema = json.loads(content or "")
             except ValueError:
                 continue
             if isinstance(schema, dict) and {"properties", "$ref", "type", "anyOf", "oneOf"} & schema.keys():

@@ -2,6 +2,6 @@
 
 __version__ = "0.1.0"
 
-from xverse.hf.register import install as _install
+from xverse.registration import install as _install
 
 _install()

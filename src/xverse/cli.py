@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from xverse import __version__
@@ -70,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         """What no flag of any verb takes: an empty text, an infinite number, one beyond 64 bits."""
         if not arg_string.strip():
             raise argparse.ArgumentError(action, "the value is empty")
-        value = super()._get_value(action, arg_string)  # type: ignore[misc]
+        value = super()._get_value(action, arg_string)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and not (math.isfinite(value) and -(2**63) <= value < 2**63):
             raise argparse.ArgumentError(action, f"{arg_string!r} is out of range")
@@ -105,6 +106,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 user's mistake, 130 interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()  # here, where BrokenPipeError is handled
@@ -134,6 +136,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one_line(message: str) -> str:
     """A message on one line, although it quotes what the user wrote; very long words are cut."""
     return re.sub(r"(\S{200})\S{100,}", r"\1…", message).replace("\n", "\\n")
+
+
+def _open_standard_streams() -> None:
+    """Open what the caller closed (``>&-``) on the null device: None has no ``write``, and the next file to
+    be opened would get the number of stdin, stdout or stderr."""
+    null = Path(os.devnull)
+    sys.stdin = sys.stdin or null.open(encoding="utf-8")
+    sys.stdout = sys.stdout or null.open("w", encoding="utf-8")
+    sys.stderr = sys.stderr or null.open("w", encoding="utf-8")
 
 
 def _dispatch(arguments: list[str]) -> int:

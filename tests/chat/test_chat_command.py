@@ -62,6 +62,22 @@ def test_a_pipe_has_replies_and_nothing_else(reciting_model: Path, tmp_path: Pat
     assert [message["content"] for message in messages] == [lines[0], RECITED, lines[2], RECITED]
 
 
+def test_ask_reads_one_prompt_of_several_lines_from_stdin(reciting_model: Path) -> None:
+    code, out, err = chat("--model", reciting_model, "--ask", "-", stdin="第一行\n/help\n\nlast\n")
+    assert (code, out, err) == (0, RECITED + "\n", "")
+    code, out, err = chat("--model", reciting_model, "--complete", "-", "--greedy", stdin="Say\n")
+    assert (code, out, err) == (0, RECITED + "\n", "")
+    assert chat("--ask", "-", stdin="\n") == (2, "", "xverse: --ask: the text is empty\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-", "2>&-", "<&-"])
+def test_closed_streams(reciting_model: Path, closed: str) -> None:
+    command = " ".join([*COMMAND, "--model", f"'{reciting_model}'", "--ask", "hello", closed])
+    result = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.decode() == ("" if ">&-" in closed.replace("2>&-", "") else RECITED + "\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -107,7 +123,7 @@ def test_flags_that_argparse_refuses(
 class Screen:
     """``xverse chat`` in a pseudo-terminal."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> None:
         self.fd, child = pty.openpty()
         self.output = b""
         self.process = subprocess.Popen(
@@ -117,7 +133,8 @@ class Screen:
             stderr=child,
             start_new_session=True,
             preexec_fn=self._begin,
-            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "LC_ALL": "C.UTF-8"}
+            | (environment or {}),
         )
         os.close(child)
 
@@ -147,8 +164,8 @@ class Screen:
 
 
 @contextlib.contextmanager
-def screen(*arguments: str | Path) -> Iterator[Screen]:
-    running = Screen(*arguments)
+def screen(*arguments: str | Path, environment: dict[str, str] | None = None) -> Iterator[Screen]:
+    running = Screen(*arguments, environment=environment)
     try:
         yield running
     finally:
@@ -159,7 +176,7 @@ def screen(*arguments: str | Path) -> Iterator[Screen]:
 
 def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(endless_model: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
-    arguments = ["--model", endless_model, "--threads", "1"]
+    arguments = ["--model", endless_model, "--threads", "1", "--no-history"]
     with screen(*arguments) as terminal:
         terminal.wait_for("Ctrl-D leaves")
         terminal.wait_for(PROMPT)
@@ -180,3 +197,39 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(endless_model: Path, 
     assert question == {"role": "user", "content": "你好"}
     assert answer["content"].startswith(RECITED)
     assert answer["content"] in 2000 * RECITED
+
+
+def test_history_is_kept_across_sessions_for_its_owner_only(reciting_model: Path, tmp_path: Path) -> None:
+    environment = {"XDG_STATE_HOME": str(tmp_path / "state")}
+    history = tmp_path / "state" / "xverse" / "history"
+    arguments = ["--model", reciting_model, "--threads", "1"]
+    with screen(*arguments, environment=environment) as terminal:
+        shown = terminal.wait_for("/help lists")
+        assert "parameters, a context of 400 tokens" in shown
+        terminal.wait_for(PROMPT)
+        terminal.type("你好 secret\r")
+        terminal.wait_for("tok/s")
+        terminal.wait_for(PROMPT)
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=30) == 0
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert "+你好 secret" in history.read_text(encoding="utf-8")
+    before = history.read_bytes()
+    for more, kept in ([["--no-history"], True], [[], False]):  # the arrow key brings it back, or nothing
+        with screen(*arguments, *more, environment=environment) as terminal:
+            terminal.wait_for(PROMPT)
+            terminal.type("\x1b[A\r")
+            if kept:
+                terminal.type("/help\r")
+            shown = terminal.wait_for("send the text of a file" if kept else "tok/s")
+            assert ("secret" in shown) != kept
+    assert before == history.read_bytes()[: len(before)]
+    size = history.stat().st_size
+    assert subprocess.run(
+        [*COMMAND, "--model", str(reciting_model)],
+        input=b"piped",
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    ).stdout
+    assert history.stat().st_size == size

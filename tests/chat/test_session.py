@@ -20,6 +20,7 @@ from .reciter import POSITIONS, RECITED
 def notices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
     monkeypatch.setattr("xverse.chat.terminal.notice", texts.append)
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
     return texts
 
 
@@ -56,6 +57,72 @@ def test_reset_system_save_load(session: Session, tmp_path: Path, notices: list[
     converse(session, "/system other", "/reset", "/system")
     assert session.messages == []
     assert "system prompt removed" in notices
+
+
+def test_undo_and_retry(session: Session, notices: list[str]) -> None:
+    assert converse(session, "/system s", "one", "two", "/undo", "/retry") == (3 * (RECITED + "\n"), 0)
+    assert [message["content"] for message in session.messages] == ["s", "one", RECITED]
+    assert "taken back: two" in notices
+    session.retry().close()  # before it begins
+    reply = session.retry()
+    said = next(reply)
+    reply.close()
+    assert [message["content"] for message in session.messages] == ["s", "one", said]
+    assert converse(session, "/params seed=1", "/retry", "/undo") == (RECITED + "\n", 0)
+    assert any("stays the same" in text for text in notices)
+    assert session.messages == [{"role": "system", "content": "s"}]
+    for command in ("/undo", "/retry"):
+        assert converse(session, command) == ("", 2)
+        assert "no message to take back" in notices[-1]
+
+
+def test_an_interrupted_retry_keeps_the_old_reply(session: Session) -> None:
+    converse(session, "one")
+    with torch.no_grad():
+        session.engine.model.lm_head.weight[5] = torch.nan
+    assert converse(session, "/retry") == ("", 2)
+    assert [message["content"] for message in session.messages] == ["one", RECITED]
+
+
+def test_a_file_goes_with_the_next_message(session: Session, notices: list[str], tmp_path: Path) -> None:
+    notes, more = tmp_path / "my notes.txt", tmp_path / "more.txt"
+    notes.write_bytes("\ufeff第一行\nsecond\n".encode())
+    more.write_text("more")
+    converse(session, f"/file {notes}", f"/file {more}", "what is it?", "and?")
+    said = [message["content"] for message in session.messages[::2]]
+    assert said == ["第一行\nsecond\n\nmore\n\nwhat is it?", "and?"]
+    (tmp_path / "long.txt").write_text("word " * POSITIONS)
+    (tmp_path / "huge.txt").write_bytes(bytes(5 * 1024**2))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for name, message in [
+        ("long.txt", "tokens are too many"),
+        ("huge.txt", "too long"),
+        ("binary", "invalid UTF-8"),
+        ("missing", "no such file"),
+        (".", "is not a file"),
+        ("", "name a file"),
+    ]:
+        assert converse(session, f"/file {tmp_path / name}" if name else "/file") == ("", 2)
+        assert message in notices[-1]
+    converse(session, f"/file {more}", "/reset", "hello")
+    assert session.messages[0]["content"] == "hello"
+
+
+@pytest.mark.parametrize(
+    ("locale", "word"), [("zh_CN.UTF-8", "命令"), ("en_GB.UTF-8", "slash"), ("C", "slash")]
+)
+def test_help_lists_each_command(
+    session: Session, notices: list[str], monkeypatch: pytest.MonkeyPatch, locale: str, word: str
+) -> None:
+    from xverse.chat.words import COMMANDS, words
+
+    monkeypatch.setenv("LC_ALL", locale)
+    converse(session, "/help")
+    assert all(any(line.startswith(name) for line in notices[-1].splitlines()) for name in COMMANDS)
+    assert word in notices[-1] + words("welcome")
+    for command in COMMANDS:  # and each is one that the terminal knows
+        converse(session, f"{command} ?" if command != "/exit" else command)
+        assert "unknown command" not in notices[-1]
 
 
 def test_params(session: Session, notices: list[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu.count import Chunk, Count, Queries, counted, model_on_gpu
 from benchmarks.gpu.trace import Counter, pretended_gpu, size
-from xverse.hf.cached_attention import attention_context
+from xverse.hf.attention import attention_context
 from xverse.kernels import ops
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.paged_attention import page_size
@@ -125,7 +125,10 @@ def test_packed_documents_are_one_call() -> None:
     q = torch.empty(1, 8192, 32, 128, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
     ends = torch.empty(33, dtype=torch.int32, device="cuda")
     positions = torch.empty(1, 8192, dtype=torch.int64, device="cuda")
-    context = attention_context(1, 8192, q.device, None, positions, None, ends, 256)
+    x = torch.empty(1, 8192, 4096, dtype=torch.bfloat16, device="cuda")
+    config = SimpleNamespace(_attn_implementation="sdpa")
+    flattened = {"cu_seq_lens_q": ends, "max_length_q": 256}
+    context = attention_context([], config, x, None, positions, None, flattened)
     with Counter() as counter:
         assert context.attend(0, q, q, q).shape == q.shape
     assert list(counter.by_name) == ["_varlen_attn"]

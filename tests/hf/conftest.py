@@ -87,6 +87,29 @@ def llama(core_model: Any) -> Any:
     return model.eval()
 
 
+@pytest.fixture(scope="session")
+def pair(core_model: Any) -> dict[str, tuple[Any, Any]]:
+    """Our model and stock Llama on the same weights, for each implementation of attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from xverse.formats.write import llama_config
+    from xverse.hf import XverseConfig, XverseForCausalLM
+
+    values = llama_config(core_model.config, torch.float32)
+    values.pop("torch_dtype")
+    pairs = {}
+    for name in ("sdpa", "eager"):
+        ours = XverseForCausalLM(
+            XverseConfig.from_model_config(core_model.config, attn_implementation=name, head_dim=16)
+        )
+        theirs = LlamaForCausalLM(LlamaConfig(**values, attn_implementation=name))
+        for model in (ours, theirs):
+            model.load_state_dict(core_model.state_dict())
+            model.eval()
+        pairs[name] = (ours, theirs)
+    return pairs
+
+
 @pytest.fixture
 def hf_tokenizer(written: Path) -> Any:
     from transformers import AutoTokenizer

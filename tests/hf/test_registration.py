@@ -264,11 +264,11 @@ def test_other_models_keep_their_tokenizers(tiny_tokenizer: Any, tmp_path: Path)
 def test_a_transformers_that_does_not_fit_costs_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoConfig
 
-    from xverse.hf import register
+    from xverse import registration
 
     def refuse(*args: Any, **options: Any) -> None:
         raise AttributeError("no such table")
 
     monkeypatch.setattr(AutoConfig, "register", refuse)
     with pytest.warns(UserWarning, match="not registered with transformers"):
-        register.install()
+        registration.install()

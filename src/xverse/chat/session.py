@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from xverse.chat.saved import Message
@@ -13,6 +15,20 @@ from xverse.engine import Engine, FinishReason, Request, SamplingParams
 from xverse.engine.load import load_engine
 from xverse.engine.sampling_params import CHAT
 from xverse.tokenizer import encode_chat, input_limit
+
+
+@dataclass
+class Speed:
+    """Of the last reply: its tokens, and seconds until the first one and until the last one."""
+
+    tokens: int = 0
+    first: float = 0.0
+    last: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second after the first."""
+        return (self.tokens - 1) / (self.last - self.first) if self.last > self.first else 0.0
 
 
 class Session:
@@ -30,6 +46,7 @@ class Session:
         self.stop_ids = stop_ids
         self.notify = notify
         self.messages: list[Message] = []
+        self.speed = Speed()
 
     @property
     def system(self) -> str:
@@ -50,7 +67,39 @@ class Session:
         After an interruption or ``close`` the reply is what was generated so far; if that is nothing, the
         turn is dropped. Raises UserError if the model fails.
         """
-        question = {"role": "user", "content": text}
+        yield from self._answer({"role": "user", "content": text})
+
+    def undo(self) -> Message:
+        """Take the last message and its reply out of the conversation; returns the message."""
+        if not self.messages or self.messages[-1]["role"] == "system":
+            raise UserError("there is no message to take back")
+        *self.messages, question, _ = self.messages
+        return question
+
+    def retry(self) -> Generator[str, None, None]:
+        """Answer the last message again. An interruption before the first piece keeps the old reply."""
+        before = self.messages
+        question = self.undo()
+        try:
+            yield from self._answer(question)
+        finally:
+            if len(self.messages) < len(before):
+                self.messages = before
+
+    def room(self, text: str) -> int:
+        """The number of tokens of ``text`` from files. Raises UserError if a message with a question cannot
+        hold them."""
+        config = self.engine.model.config
+        count = len(self.engine.tokenizer.encode(text))
+        limit = input_limit(
+            self.sampling.max_new_tokens, config.context_length, config.max_tokenizer_truncation
+        )
+        most = limit * 7 // 8
+        if count > most:
+            raise UserError(f"{count} tokens are too many; beside a question there is room for {most}")
+        return count
+
+    def _answer(self, question: Message) -> Generator[str, None, None]:
         config = self.engine.model.config
         prompt = encode_chat(
             self.engine.tokenizer,
@@ -94,9 +143,13 @@ class Session:
     def _generate(self, prompt_ids: list[int]) -> Generator[str, None, None]:
         request = Request(prompt_ids=prompt_ids, sampling=self.sampling, stop_ids=self.stop_ids)
         reason: FinishReason | None = None
+        self.speed, began = Speed(), time.monotonic()
         with contextlib.closing(self.engine.stream(request)) as events:
             for event in events:
                 reason = event.finish_reason
+                self.speed.last = time.monotonic() - began
+                self.speed.first = self.speed.first or self.speed.last
+                self.speed.tokens += 1
                 if event.text:
                     yield event.text
                 if event.error:

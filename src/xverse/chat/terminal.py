@@ -1,31 +1,27 @@
 """The terminal interface of a session: reading turns, slash commands, streaming output, Ctrl-C and Ctrl-D.
 
-If stdin and stdout are terminals, there is a prompt. Otherwise each input line is a turn, and stdout receives
-the replies only. Messages to the user go to stderr in both cases.
+If stdin and stdout are terminals, there is a prompt with a history, and replies are coloured. Otherwise each
+input line is a turn, and stdout receives the replies only. Messages to the user go to stderr in both cases.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import TextIO
 
+from xverse.chat.colour import Markdown, colours
+from xverse.chat.prompt import prompter
 from xverse.chat.saved import load_conversation, save_conversation
 from xverse.chat.session import Session
+from xverse.chat.words import COMMANDS, help_text, words
 from xverse.config import UserError, key_value, nearest
 from xverse.engine.sampling_params import PARAMS
 from xverse.log import notice
+from xverse.texts import read_text
 
-COMMANDS = {
-    "/reset": "/reset                 forget the conversation, keep the system prompt",
-    "/system": "/system [TEXT]         set the system prompt, or remove it",
-    "/save": "/save FILE             write the conversation to a file",
-    "/load": "/load FILE             continue a saved conversation",
-    "/params": "/params [NAME=VALUE …] show or change the sampling parameters",
-    "/help": "/help                  show this list",
-    "/exit": "/exit                  leave (also Ctrl-D)",
-}
-_KEYS = "Ctrl-C stops a reply, Alt-Enter starts a new line, // at the start of a line sends a slash."
+_MOST_BYTES = 4 * 1024**2  # of a file in a message: several times the context of any model
 
 # A terminal interprets control characters; a model must not be able to move the cursor or set a title.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -34,16 +30,23 @@ _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) n
 class Terminal:
     """Runs a session on stdin and stdout until the input ends."""
 
-    def __init__(self, session: Session, stdin: TextIO, stdout: TextIO) -> None:
+    def __init__(
+        self, session: Session, stdin: TextIO, stdout: TextIO, name: str = "", history: bool = True
+    ) -> None:
         self.session = session
         self.stdout = stdout
         self.interactive = stdin.isatty() and stdout.isatty()
-        self._read: Callable[[], str] = _prompter() if self.interactive else lambda: _read_line(stdin)
+        self._name = name
+        self._attached: list[str] = []
+        self._read: Callable[[], str] = prompter(history) if self.interactive else lambda: _read_line(stdin)
 
     def run(self) -> int:
         """Returns the exit code: 2 if a line from a pipe could not be processed, else 0."""
         if self.interactive:
-            notice("Type a message. /help lists the commands; Ctrl-C stops a reply, Ctrl-D leaves.")
+            config = self.session.engine.model.config
+            size = f"{config.num_parameters() / 1e6:,.1f} M"
+            notice(words("model", name=self._name, parameters=size, context=config.context_length))
+            notice(words("welcome"))
         code = 0
         while True:
             try:
@@ -53,7 +56,7 @@ class Terminal:
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                notice("Ctrl-D or /exit leaves.")
+                notice(words("leave"))
                 continue
             try:
                 if line.strip() == "/exit":
@@ -65,7 +68,7 @@ class Terminal:
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                notice("stopped; the reply so far is kept")
+                notice(words("stopped"))
 
     def _turn(self, line: str) -> None:
         if not line.strip():
@@ -75,30 +78,63 @@ class Terminal:
         elif line.startswith("/"):
             self._command(line)
             return
-        show(self.session.reply(line), self.stdout)
+        text = "\n\n".join([*self._attached, line])
+        self._show(self.session.reply(text))
+        self._attached.clear()
+
+    def _show(self, pieces: Generator[str, None, None]) -> None:
+        show(pieces, self.stdout)
+        speed = self.session.speed
+        if self.interactive:
+            notice(words("speed", count=speed.tokens, first=speed.first, rate=speed.rate))
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         session = self.session
+        if name not in COMMANDS:
+            raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)} (/help lists the commands)")
+        if rest and name in ("/help", "/reset", "/retry", "/undo", "/exit"):
+            raise UserError(f"{name} takes no argument")
         if name == "/help":
-            notice("\n".join([*COMMANDS.values(), _KEYS]))
+            notice(help_text())
+        elif name == "/file":
+            self._attach(_file(name, rest))
+        elif name == "/retry":
+            if session.sampling.seed is not None or not session.sampling.temperature:
+                notice(words("same"))
+            self._show(session.retry())
+        elif name == "/undo":
+            notice(words("undone", text=_shortened(session.undo()["content"])))
         elif name == "/reset":
             session.reset()
-            notice("conversation cleared")
+            self._attached.clear()
+            notice(words("cleared"))
         elif name == "/system":
             session.system = rest
-            notice("system prompt set" if rest else "system prompt removed")
+            notice(words("system set" if rest else "system removed"))
         elif name == "/save":
             save_conversation(session.messages, _file(name, rest))
-            notice(f"{len(session.messages)} messages saved to {rest}")
+            notice(words("saved", count=len(session.messages), file=rest))
         elif name == "/load":
             session.messages = load_conversation(_file(name, rest))
-            notice(f"{len(session.messages)} messages loaded from {rest}")
-        elif name == "/params":
-            self._params(rest)
+            notice(words("loaded", count=len(session.messages), file=rest))
         else:
-            raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)} (/help lists the commands)")
+            self._params(rest)
+
+    def _attach(self, file: str) -> None:
+        path = Path(file).expanduser()
+        if path.exists() and not path.is_file():
+            raise UserError(f"{file}: is not a file")
+        if path.exists() and path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{file}: is too long for a message")
+        text = read_text(path).rstrip("\n")
+        try:
+            count = self.session.room("\n\n".join([*self._attached, text]))
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        self._attached.append(text)
+        notice(words("attached", file=file, count=count))
 
     def _params(self, rest: str) -> None:
         values = dict(key_value(item) for item in rest.split())
@@ -114,19 +150,20 @@ def _shown(value: object) -> str:
 
 
 def show(pieces: Generator[str, None, None], stdout: TextIO) -> None:
-    """Write a reply as it arrives, raw: wrapping and right-to-left order are up to the terminal."""
-    filtered = stdout.isatty()
+    """Write a reply as it arrives: wrapping and right-to-left order are up to the terminal."""
+    filtered, markdown = stdout.isatty(), Markdown() if colours(stdout) else None
     begun = False
     try:
         with contextlib.closing(pieces):
             for piece in pieces:
-                stdout.write(piece.translate(_CONTROL) if filtered else piece)
+                text = piece.translate(_CONTROL) if filtered else piece
+                stdout.write(markdown.push(text) if markdown else text)
                 stdout.flush()
                 begun = True
         begun = True  # an empty reply is a line, too
     finally:
         if begun:
-            stdout.write("\n")
+            stdout.write((markdown.finish() if markdown else "") + "\n")
             stdout.flush()
 
 
@@ -143,20 +180,6 @@ def _read_line(stdin: TextIO) -> str:
     return line.rstrip("\r\n")
 
 
-def _prompter() -> Callable[[], str]:
-    """Line editing with history and wide characters; pasted line breaks stay in the message."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-    keys = KeyBindings()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    commands = WordCompleter(list(COMMANDS), sentence=True)
-    session: PromptSession[str] = PromptSession(
-        "> ", completer=commands, complete_while_typing=False, key_bindings=keys
-    )
-    return session.prompt
+def _shortened(text: str, most: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"

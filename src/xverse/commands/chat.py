@@ -20,11 +20,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adapter", metavar="A", help="directory with an adapter in peft's format", **unset)
     once = parser.add_mutually_exclusive_group()
-    once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and exit", **unset)
-    once.add_argument("--complete", metavar="TEXT", help="print a continuation of TEXT and exit", **unset)
+    once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and exit; -: to stdin", **unset)
+    once.add_argument(
+        "--complete", metavar="TEXT", help="print a continuation of TEXT and exit; -: of stdin", **unset
+    )
     parser.add_argument("--system", metavar="TEXT", help="system prompt", **unset)
     parser.add_argument(
         "--quantize", choices=["int8", "int4"], help="quantise the weights while loading", **unset
+    )
+    parser.add_argument(
+        "--no-history",
+        action="store_true",
+        help="do not keep what is typed for later sessions ($XDG_STATE_HOME/xverse/history)",
     )
     parser.add_argument(
         "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: by size)", **unset
@@ -35,6 +42,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     given = vars(args)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    for name in ("ask", "complete"):
+        if given.get(name) == "-":
+            given[name] = sys.stdin.read().removesuffix("\n")
     for name in ("ask", "complete", "system"):
         _check_text(name, given)
     if "complete" in given and "system" in given:
@@ -46,9 +59,6 @@ def run(args: argparse.Namespace) -> int:
     from xverse.engine.sampling_params import CHAT, COMPLETION
     from xverse.log import notice
 
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     defaults = COMPLETION if "complete" in given else CHAT
     session = load_session(
         args.model,
@@ -67,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if "complete" in given:
         show(session.complete(args.complete), sys.stdout)
         return 0
-    return Terminal(session, sys.stdin, sys.stdout).run()
+    return Terminal(session, sys.stdin, sys.stdout, str(args.model), not args.no_history).run()
 
 
 def _check_text(name: str, given: dict[str, str]) -> None:

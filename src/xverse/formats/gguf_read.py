@@ -103,7 +103,7 @@ class GgufFile(ModelDirectory):
         return [self.path]
 
     @property
-    def stored_dtype(self) -> torch.dtype:  # type: ignore[override]
+    def stored_dtype(self) -> torch.dtype:
         return torch.float32
 
     def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
@@ -111,7 +111,7 @@ class GgufFile(ModelDirectory):
             yield name, self.tensors.get(name)
 
     @cached_property
-    def tensors(self) -> GgufTensors:
+    def tensors(self) -> GgufTensors:  # type: ignore[override]  # the same interface
         return GgufTensors(self)
 
     @cached_property

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from xverse.config import UserError
+from xverse.config import UserError, check_keys
 from xverse.engine.sampling_params import CHAT, NEUTRAL, PARAMS, SamplingParams
 from xverse.tokenizer import ChatPrompt, Tokenizer, encode_chat
 
@@ -41,6 +41,12 @@ _DECISIVE = (
     *(param.stored for param in PARAMS.values()),
 )
 
+# Arguments of ``generate`` beside its settings that a chat may give.
+_PASSED = {
+    *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer"),
+    *("assistant_model", "assistant_tokenizer", "negative_prompt_ids", "negative_prompt_attention_mask"),
+}
+
 _wrapped: WeakKeyDictionary[Any, tuple[int, Tokenizer]] = WeakKeyDictionary()
 
 
@@ -50,10 +56,14 @@ def chat(
     messages: Sequence[Mapping[str, Any]],
     stream: bool,
     generation_config: GenerationConfig | None,
+    options: Mapping[str, Any],
 ) -> str | Iterator[str]:
     """See ``XverseForCausalLM.chat``."""
     chat_tokenizer = wrap_tokenizer(tokenizer)
     settings = _settings(model, generation_config)
+    passed = _divide(options, settings, stream)
+    unknown_ids = range(chat_tokenizer.vocab_size, model.config.vocab_size)  # a padded vocabulary's
+    settings.suppress_tokens = [*(settings.suppress_tokens or []), *unknown_ids] or None
     prompt = encode_chat(
         chat_tokenizer,
         messages,
@@ -64,12 +74,19 @@ def chat(
     _notice(prompt)
     ids = torch.tensor([prompt.ids], device=model.device)  # [1, T]
     arguments = {
+        **passed,
         "inputs": ids,
         "attention_mask": torch.ones_like(ids),
         "generation_config": settings,
-        "logits_processor": _penalties(settings, ids.shape[1]),
+        "logits_processor": LogitsProcessorList(
+            [*(passed.get("logits_processor") or []), *_penalties(settings, ids.shape[1])]
+        ),
     }
-    if settings.stop_strings:
+    if settings.stop_strings or settings.token_healing:
+        if tokenizer is chat_tokenizer:
+            raise UserError(
+                "stop_strings and token_healing need a tokenizer from AutoTokenizer.from_pretrained"
+            )
         arguments["tokenizer"] = tokenizer
     ends = settings.eos_token_id
     end_ids = frozenset(ends if isinstance(ends, list) else [ends])
@@ -112,6 +129,28 @@ def _settings(model: Any, config: GenerationConfig | None) -> GenerationConfig:
         if getattr(settings, key) is None:
             setattr(settings, key, getattr(model.config, key))
     return settings
+
+
+def _divide(options: Mapping[str, Any], settings: GenerationConfig, stream: bool) -> dict[str, Any]:
+    """Write the settings among ``options`` to ``settings``; return the other arguments of ``generate``.
+
+    Raises UserError for names that neither knows, and for what contradicts one reply as text.
+    """
+    stored = [param.stored for param in PARAMS.values() if param.name not in ("seed", "logit_bias")]
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} | set(stored)
+    check_keys(options, sorted(known | _PASSED), "chat")
+    for name in known & options.keys():
+        setattr(settings, name, options[name])  # `update` skips names that this class does not define
+    if "max_length" in options and "max_new_tokens" not in options:
+        settings.max_new_tokens = None
+    if (settings.num_return_sequences or 1) > 1 or options.get("return_dict_in_generate"):
+        raise UserError(
+            "chat returns one reply as text; num_return_sequences and return_dict_in_generate need generate"
+        )
+    passed = {name: value for name, value in options.items() if name in _PASSED}
+    if stream and passed.get("streamer") is not None:
+        raise UserError("chat: stream=True and streamer are mutually exclusive")
+    return passed
 
 
 def _penalties(settings: GenerationConfig, prompt_length: int) -> LogitsProcessorList:
@@ -157,7 +196,8 @@ def _stream(
             tokens.put(error)
         tokens.put(None)
 
-    criteria = StoppingCriteriaList([_Stopped(stop)])
+    given = arguments.pop("stopping_criteria", None) or []
+    criteria = StoppingCriteriaList([*given, _Stopped(stop)])
     thread = threading.Thread(target=run, name="xverse-chat", daemon=True)
     thread.start()
     decoder = chat_tokenizer.stream()

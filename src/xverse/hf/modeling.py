@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,44 +10,153 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import TransformersKwargs
 
 from xverse.hf import model_chat, quantization
-from xverse.hf.cached_attention import attention_context
+from xverse.hf.attention import attention_context, prepare
 from xverse.hf.configuration import XverseConfig
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.training import loss_kernels
 from xverse.model.loss import IGNORE, linear_cross_entropy
-from xverse.model.transformer import DecoderLayer, XverseModel
+from xverse.model.rope import rope_tables
+from xverse.model.transformer import DecoderLayer
+from xverse.model.transformer import XverseModel as Decoder
 from xverse.quant.quantizer import Method, QuantSettings
 
 _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
+# What transformers passes through a model to its attention functions, continuous batching included, and what
+# `generate` passes although it concerns `generate` alone.
+_OPTIONS = frozenset(TransformersKwargs.__annotations__) | {
+    *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),
+    *("tokenizer", "assistant_tokenizer"),
+}
 
 
 class XverseDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
     """The model's layer, with transformers' gradient checkpointing."""
 
 
-class XverseForCausalLM(PreTrainedModel, GenerationMixin):
-    """XVERSE with ``from_pretrained``, ``generate``, ``save_pretrained`` and upstream's ``chat``.
-
-    Tensor names are upstream's. Attention runs in PyTorch's scaled_dot_product_attention.
-    """
+class XversePreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about the models of this module."""
 
     config_class = XverseConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _no_split_modules = ["XverseDecoderLayer"]  # noqa: RUF012 (transformers reads plain lists)
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     # Upstream's files contain the rotary frequencies of each layer; the model computes them.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
 
+    def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, so that a directory's ``custom_generate/generate.py`` never runs."""
+        raise OSError("XVERSE models use the installed generation code only")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: transformers calls this after loading the shim, and would then copy this file."""
+
+
+class XverseModel(XversePreTrainedModel):
+    """The decoder without its head: ``AutoModel``."""
+
+    # A directory holds the whole language model.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"^lm_head\."]  # noqa: RUF012
+
     def __init__(self, config: XverseConfig) -> None:
         super().__init__(config)
-        self.model = XverseModel(config.to_model_config())
-        for layer in self.model.layers:
+        decoder = Decoder(config.to_model_config())
+        self.shape = decoder.config
+        self.embed_tokens, self.layers, self.norm = decoder.embed_tokens, decoder.layers, decoder.norm
+        for index, layer in enumerate(self.layers):
             layer.__class__ = XverseDecoderLayer  # same parameters, same forward
+            prepare(layer.self_attn, config, index)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        **options: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """``input_ids`` int64 [B, T] or ``inputs_embeds`` [B, T, D] → hidden states [B, T, D], cache.
+
+        The arguments are those of ``XverseForCausalLM.forward``.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if unknown := sorted(options.keys() - _OPTIONS):
+            raise TypeError(f"forward() got unexpected arguments: {', '.join(unknown)}")
+        cache = past_key_values if cache is None else cache  # the new name wins, as in transformers
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        recomputing = self.training and torch.is_grad_enabled()
+        if recomputing and any(layer.gradient_checkpointing for layer in self.layers):
+            cache, use_cache = None, False  # a recomputed layer would append its keys twice
+        elif use_cache and cache is None:
+            cache = DynamicCache(config=config)
+        if output_attentions:
+            options["output_attentions"] = True  # so that functions that do not return weights warn
+        modules = [layer.self_attn for layer in self.layers]
+        context = attention_context(modules, config, x, attention_mask, position_ids, cache, options)
+        cos, sin = rope_tables(context.positions, self.shape)  # [B, 1, T, head_dim]
+        rope = (cos.to(x.dtype), sin.to(x.dtype))
+        states = [x]
+        for layer in self.layers[: config.num_hidden_layers]:  # fewer during a draft by early exit
+            states.append(layer(states[-1], rope, context))
+            if not output_hidden_states:
+                states = states[-1:]
+        hidden = self.norm(states[-1])  # [B, T, D]
+        states[-1] = hidden
+        weights = getattr(context, "weights", {})
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            hidden_states=_selected(states, output_hidden_states),
+            attentions=tuple(weights.values()) if output_attentions else None,
+            **{_CACHE: cache},
+        )
+        if return_dict is None:
+            return_dict = config.return_dict
+        return output if return_dict else output.to_tuple()
+
+
+class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
+    """XVERSE with ``from_pretrained``, ``generate``, ``save_pretrained`` and upstream's ``chat``.
+
+    Tensor names are upstream's.
+    """
+
+    def __init__(self, config: XverseConfig) -> None:
+        super().__init__(config)
+        self.model = XverseModel(config)
+        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -74,74 +182,64 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         token_type_ids: Tensor | None = None,
-        skip_logits: bool | None = None,
+        skip_logits: bool = False,
         shift_labels: Tensor | None = None,
+        num_targets: int | None = None,
         cache: Cache | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
-        **loss_kwargs: Any,
+        **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """``input_ids`` int64 [B, T] or ``inputs_embeds`` [B, T, D] → loss, logits [B, T, V], cache.
 
-        ``labels`` [B, T] are shifted here, ``shift_labels`` already; -100 is ignored. The loss does not
-        materialise the logits. Training with labels returns none, unless ``skip_logits=False``;
-        ``skip_logits=True`` omits them elsewhere. ``num_items_in_batch`` divides a summed loss. ``cache`` is
-        the name of ``past_key_values`` since transformers 5.24. ``token_type_ids``, which upstream's
-        tokenizer returns, and ``cache_position``, which follows from the cache, have no effect.
-        ``cu_seq_lens_q`` and ``max_length_q`` are what transformers' padding-free collator adds to
-        ``position_ids``; those of the keys are the same. ``num_targets`` is the number of targets with a
-        loss, if known: a GPU then need not be waited for. Raises ValueError for ``output_attentions``,
-        because the kernels do not keep attention weights.
+        ``labels`` [B, T] are shifted here, ``shift_labels`` already; -100 is ignored.
+        ``num_items_in_batch`` divides a summed loss; ``num_targets`` is the number of targets with a loss, if
+        known: a GPU then need not be waited for. The loss does not need the logits: ``skip_logits`` omits
+        them, which saves most of a training step's memory. ``cache`` is the name of ``past_key_values`` since
+        transformers 5.24. ``token_type_ids``, which upstream's tokenizer returns, and ``cache_position``,
+        which follows from the cache, have no effect. ``cu_seq_lens_q`` and ``max_length_q`` are what
+        transformers' padding-free collator adds to ``position_ids``. Other options go to the attention
+        function.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions is not supported: the kernels do not keep attention weights")
-        num_items = loss_kwargs.pop("num_items_in_batch", None)
-        num_targets = loss_kwargs.pop("num_targets", None)
-        if loss_kwargs:
-            raise TypeError(f"forward() got unexpected arguments: {', '.join(loss_kwargs)}")
-
-        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
-        recomputing = self.training and any(layer.gradient_checkpointing for layer in self.model.layers)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = past_key_values if cache is None else cache
-        if recomputing:
-            cache = None  # a recomputed layer would append its keys twice
-        elif use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        context = attention_context(
-            x.shape[0], x.shape[1], x.device, attention_mask, position_ids, cache, cu_seq_lens_q, max_length_q
+        output = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+            cache=cache,
+            **options,
         )
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        with _recorded(self.model.layers if output_hidden_states else []) as states:
-            hidden = self.model.forward_embeddings(x, context)  # [B, T, D]
-
+        hidden = output.last_hidden_state  # [B, T, D]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = None if skip_logits else self.lm_head(hidden[:, kept])  # [B, kept, V]
         targets = shift_labels
         if labels is not None and targets is None:
             targets = pad(labels[:, 1:], (0, 1), value=IGNORE)  # [B, T]
-        loss = None if targets is None else self._loss(hidden, targets, num_items, num_targets)
-        logits = None
-        if not (self.training and targets is not None if skip_logits is None else skip_logits):
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])  # [B, kept, V]
-        output = CausalLMOutputWithPast(
+        loss = None
+        if hasattr(self, "_loss_function") and labels is not None:  # set by the user
+            loss = self._loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options
+            )
+        elif targets is not None:
+            loss = self._loss(hidden, targets, options.get("num_items_in_batch"), num_targets)
+        result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=(x, *states[:-1], hidden) if output_hidden_states else None,
-            **{_CACHE: cache if use_cache else None},  # type: ignore[arg-type]  # a name of this version's
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            **{_CACHE: output.get(_CACHE)},
         )
         if return_dict is None:
             return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
+        return result if return_dict else result.to_tuple()
 
     def _loss(
         self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, num_targets: int | None
@@ -188,15 +286,17 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         messages: Sequence[Mapping[str, Any]],
         stream: bool = False,
         generation_config: GenerationConfig | None = None,
+        **options: Any,
     ) -> str | Iterator[str]:
         """The assistant's next turn, as in upstream's ``chat``: a text, or with ``stream`` its deltas.
 
         ``tokenizer`` is this model's transformers tokenizer. ``messages`` are mappings with role and content,
         ending with a user turn; they are not modified. A conversation that exceeds the context loses its
-        oldest rounds, with a warning. Closing the iterator stops the generation.
-        Raises xverse.config.UserError for messages with wrong roles or order.
+        oldest rounds, with a warning. Closing the iterator stops the generation. ``options`` replace settings
+        (``max_new_tokens=…``) or are other arguments of ``generate`` (``logits_processor=…``).
+        Raises xverse.config.UserError for messages with wrong roles or order, and for unknown options.
         """
-        return model_chat.chat(self, tokenizer, messages, stream, generation_config)
+        return model_chat.chat(self, tokenizer, messages, stream, generation_config, options)
 
     def quantize(
         self, bits: int, *, method: Method = "rtn", group_size: int = 128, calibration: Tensor | None = None
@@ -213,22 +313,12 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         quantization.quantize(self, settings, calibration)
         return self
 
-    def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, so that a directory's ``custom_generate/generate.py`` never runs."""
-        raise OSError("XVERSE models use the installed generation code only")
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
-        """Nothing: transformers calls this after loading the shim, and would then copy this file."""
-
-
-@contextlib.contextmanager
-def _recorded(layers: Any) -> Iterator[list[Tensor]]:
-    """A list that collects the outputs [B, T, D] of ``layers`` inside the ``with`` block."""
-    states: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _m, _i, output: states.append(output)) for layer in layers]
-    try:
-        yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _selected(states: list[Tensor], selection: bool | int | Sequence[int] | None) -> Any:
+    """All ``states``, or those that a number or a list selects, with None in the place of others."""
+    if selection is None or selection is False:
+        return None
+    if selection is True:
+        return tuple(states)
+    chosen = {index % len(states) for index in ([selection] if isinstance(selection, int) else selection)}
+    return tuple(state if index in chosen else None for index, state in enumerate(states))

@@ -1,4 +1,4 @@
-"""Make ``AutoConfig``, ``AutoModelForCausalLM`` and ``AutoTokenizer`` know ``model_type: xverse``.
+"""Make transformers' Auto classes (configuration, models, tokenizer) know ``model_type: xverse``.
 
 ``install()`` runs at ``import xverse`` and is cheap: if transformers is not imported yet, it installs an
 import finder that registers the classes right after the import. transformers prefers registered classes to a
@@ -45,16 +45,17 @@ def register() -> None:
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto import tokenization_auto
 
     from xverse.hf.configuration import XverseConfig
-    from xverse.hf.modeling import XverseForCausalLM
+    from xverse.hf.modeling import XverseForCausalLM, XverseModel
     from xverse.hf.quantization import register_quantizer
     from xverse.hf.tokenization import XverseTokenizer
 
     register_quantizer()
     AutoConfig.register(XverseConfig.model_type, XverseConfig, exist_ok=True)
+    AutoModel.register(XverseConfig, XverseModel, exist_ok=True)
     AutoModelForCausalLM.register(XverseConfig, XverseForCausalLM, exist_ok=True)
     AutoTokenizer.register(XverseConfig, tokenizer_class=XverseTokenizer, exist_ok=True)
     # Upstream's tokenizer_config.json names PreTrainedTokenizerFast, which takes precedence over a registered
