@@ -34,6 +34,11 @@ def vocabulary(nano: Any) -> Vocabulary:
     return Vocabulary(nano.engine.tokenizer, nano.stop_ids)
 
 
+def ids(vocabulary: Vocabulary) -> dict[bytes, int]:
+    """Of tokens with equal bytes the last one, which llguidance prefers."""
+    return {token: index for index, token in enumerate(vocabulary.tokens.bytes)}
+
+
 def compiled(vocabulary: Vocabulary, schema: Any) -> Writer:
     writer = Writer(vocabulary, schemas.grammar(schema))
     assert not writer.matcher.is_error(), writer.matcher.get_error()
@@ -312,7 +317,7 @@ def test_the_work_of_rewriting_has_a_bound() -> None:
 )
 def test_numbers_end(vocabulary: Vocabulary, schema: Any, token: bytes, most: int) -> None:
     writer = compiled(vocabulary, schema)
-    digit = vocabulary.tokens.bytes.index(token)
+    digit = ids(vocabulary)[token]
     count = 0
     while not writer.matcher.is_stopped() and digit in writer.allowed():
         writer.add(digit)
@@ -326,15 +331,14 @@ def test_fractions_and_exponents_end(vocabulary: Vocabulary, start: bytes) -> No
     for schema in ({"type": "number"}, {"type": "number", "minimum": 0, "maximum": 1}, {"type": "object"}):
         writer = compiled(vocabulary, schema)
         text = (b'{"a": ' if schema["type"] == "object" else b"") + start
-        known = vocabulary.tokens.bytes
+        known = ids(vocabulary)
         allowed = all(
-            known.index(bytes([byte])) in writer.allowed() and writer.add(known.index(bytes([byte])))
-            for byte in text
+            known[bytes([byte])] in writer.allowed() and writer.add(known[bytes([byte])]) for byte in text
         )
         if allowed:
             digits = 0
-            while known.index(b"0") in writer.allowed():
-                writer.add(known.index(b"0"))
+            while known[b"0"] in writer.allowed():
+                writer.add(known[b"0"])
                 digits += 1
             assert digits <= 17 if start == b"0." else digits <= 3
 
@@ -354,9 +358,9 @@ def test_fractions_and_exponents_end(vocabulary: Vocabulary, start: bytes) -> No
 )
 def test_repetition_ends(vocabulary: Vocabulary, nano: Any, schema: Any, opening: str, cycle: str) -> None:
     writer = compiled(vocabulary, schema)
-    known = vocabulary.tokens.bytes
+    known = ids(vocabulary)
     for count, byte in enumerate((opening + cycle * 200).encode()):
-        token = known.index(bytes([byte]))
+        token = known[bytes([byte])]
         if token not in writer.allowed():
             assert count > 3
             break

@@ -244,7 +244,7 @@ class Document:
     def exclusive(self, alternatives: Sequence[Any]) -> list[Any]:
         """The alternatives of a ``oneOf``, such that a value satisfies at most one: ``anyOf`` means the same.
 
-        Alternatives that differ in a property are told apart by it: it becomes required in each. Raises
+        Alternatives that differ in a property are distinguished by it: it becomes required in each. Raises
         Unsupported if two may be satisfied at once.
         """
         if self._all_exclusive(alternatives):
@@ -252,9 +252,9 @@ class Document:
         objects = [self.resolved(item) for item in alternatives]
         shared = set.intersection(*(set(item.get("properties", {})) for item in objects))
         for name in sorted(shared):
-            told = [{**item, "required": [*{*item.get("required", ()), name}]} for item in objects]
-            if all(self._types(item) == {"object"} for item in told) and self._all_exclusive(told):
-                return told
+            required = [{**item, "required": [*{*item.get("required", ()), name}]} for item in objects]
+            if all(self._types(item) == {"object"} for item in required) and self._all_exclusive(required):
+                return required
         raise Unsupported(
             "'oneOf': a value may satisfy several of its alternatives at once; use 'anyOf', or give each a "
             "required property with a 'const' of its own"
