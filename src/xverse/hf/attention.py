@@ -143,12 +143,12 @@ def attention_context(
 
 
 def _check_mask(mask: Tensor, batch: int, length: int, cache: Any) -> None:
-    """Raise ValueError for a mask [B, past + T] with too few rows or columns. Masks of a static cache, and
-    those of PEFT's prefixes, have more columns."""
+    """Raise ValueError for a mask [B, past + T] with too few rows or columns. Beside a cache transformers
+    pads or cuts it, which static caches and PEFT's prefixes rely on."""
     if torch.compiler.is_compiling():
         return  # lengths of static caches are tensors
     past = 0 if cache is None else int(cache.get_seq_length())
-    if mask.shape[0] != batch or mask.shape[1] < past + length:
+    if mask.shape[0] != batch or (not past and mask.shape[1] < length):
         raise ValueError(
             f"attention_mask is {list(mask.shape)}, but there are {batch} rows of {past} cached and {length} "
             "new tokens"
