@@ -132,7 +132,7 @@ def test_train(capsys: pytest.CaptureFixture[str]) -> None:
 def test_train_sides_do_the_same_work() -> None:
     """In three steps from equal weights, the losses agree and fall."""
     losses: dict[str, list[float]] = {}
-    job = {"config": TINY.to_json(), "batch_size": 2, "length": 16, "threads": 1}
+    job = {"config": TINY.to_json(), "batch_size": 2, "length": 16, "threads": 1, "device": "cpu"}
     for side in train.SIDES:
         with train._side({**job, "side": side}) as take:
             losses[side] = [take(1)["loss"] for _ in range(3)]

@@ -72,7 +72,7 @@ def test_all_goes_on_without_room(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["infr"], "unknown choice 'infr'; did you mean 'infer'?"),
         (["infer", "--prompt-token", "3"], "did you mean '--prompt-tokens'?"),
-        (["infer", "--batch", "0"], "argument --batch: '0' is not an integer of at least 1"),
+        (["infer", "--batch", "0"], "argument --batch: 0 is out of range"),
         (["infer", "--shape", "nno"], "unknown shape 'nno'; did you mean 'nano'?"),
         (["infer", "--shape", "nano", "--model", "x"], "not allowed with"),
         (["infer", "--shape", "nano", "--threads", "2000"], "threads: 2000 is out of range"),

@@ -61,9 +61,10 @@ def test_paged_cache(kind: str, head_dim: int) -> None:
     attention.append(k[:26], v[:26], *ours._pages(), (~written).nonzero().flatten())
     table = torch.stack([torch.randperm(3, generator=generator) for _ in range(3)]).int()
     lengths = torch.tensor([1, 33, 96], dtype=torch.int32)
-    q = torch.randn(3, 2, head_dim, generator=generator)
-    found = attention.attend(q, *ours._pages(), table, lengths)
-    torch.testing.assert_close(found, ours._attend_torch(q, table, lengths), rtol=1e-5, atol=1e-5)
+    for heads in (2, 6):  # of the queries; six share the two of the cache
+        q = torch.randn(3, heads, head_dim, generator=generator)
+        found = attention.attend(q, *ours._pages(), table, lengths)
+        torch.testing.assert_close(found, ours._attend_torch(q, table, lengths), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_are_not_finite_do_not_pass_for_numbers() -> None:
@@ -89,7 +90,7 @@ def test_small_operations() -> None:
     gated = torch.nn.functional.silu(x) * (x + 1)
     torch.testing.assert_close(layers.silu_mul(x, x + 1), gated)
     for rows in (1, 2):
-        q, k = torch.randn(2, 3, 2, 16), torch.randn(2, 3, 2, 16)
+        q, k = torch.randn(2, 3, 2 * rows, 16), torch.randn(2, 3, 2, 16)
         cos, sin = torch.randn(rows, 1, 3, 16), torch.randn(rows, 1, 3, 16)
         wanted = [rotate(heads.transpose(1, 2), cos, sin).transpose(1, 2) for heads in (q, k)]
         layers.rotate_(q, k, cos, sin)

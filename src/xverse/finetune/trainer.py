@@ -209,7 +209,7 @@ class FinetuneTrainer(Trainer):
                 )
 
     def batch_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **kwargs)
 
     def held_out_sums(self, model: Any, batch: Batch) -> list[float]:
         """Loss and count of one batch, then other sums over the held-out examples; four numbers at most."""

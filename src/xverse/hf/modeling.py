@@ -229,7 +229,8 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options
             )
         elif targets is not None:
-            loss = self._loss(hidden, targets, options.get("num_items_in_batch"), num_targets)
+            whole = logits if isinstance(kept, slice) and not logits_to_keep else None
+            loss = self._loss(hidden, whole, targets, options.get("num_items_in_batch"), num_targets)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -242,7 +243,12 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
         return result if return_dict else result.to_tuple()
 
     def _loss(
-        self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, num_targets: int | None
+        self,
+        hidden: Tensor,
+        logits: Tensor | None,
+        targets: Tensor,
+        num_items: Tensor | int | None,
+        num_targets: int | None,
     ) -> Tensor:
         targets = targets.flatten().to(hidden.device)  # [B*T]
         flat = hidden.flatten(0, 1)  # [B*T, D]
@@ -261,7 +267,9 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
             kept = targets != IGNORE  # the head skips tokens without a loss
             if num_targets is not None:
                 kept = torch.nonzero_static(kept, size=num_targets).flatten()
-            loss = cross_entropy(self.lm_head(flat[kept]).float(), targets[kept], reduction=reduction)
+            # FSDP does not support two calls of the head in one step.
+            chosen = self.lm_head(flat[kept]) if logits is None else logits.flatten(0, 1)[kept]
+            loss = cross_entropy(chosen.float(), targets[kept], reduction=reduction)
         if num_items is not None:
             loss = loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
         return loss

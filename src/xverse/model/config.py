@@ -84,6 +84,14 @@ class XverseConfig:
             return self.max_position_embeddings
         return self.rope_scaling.context_length(self.max_position_embeddings)
 
+    def given(self) -> dict[str, Any]:
+        """The fields by name, without those of the family that have the values they have in XVERSE."""
+        values = dataclasses.asdict(self)
+        plain = {field.name: field.default for field in dataclasses.fields(self)}
+        plain |= {"num_key_value_heads": self.num_attention_heads}
+        plain |= {"head_dim": self.hidden_size // self.num_attention_heads}
+        return {k: v for k, v in values.items() if k not in _FAMILY_FIELDS or v != plain[k]}
+
     def num_parameters(self) -> int:
         """Trainable parameters; those of a tied head are counted once."""
         d, q, kv = self.hidden_size, self.attention_size, self.kv_size

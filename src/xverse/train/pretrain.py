@@ -154,7 +154,7 @@ def _pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None, world: World) -
 
     identity = {
         "model": recipe.model,
-        "shape": recipe.shape if isinstance(recipe.shape, str) else dataclasses.asdict(recipe.shape),
+        "shape": recipe.shape if isinstance(recipe.shape, str) else recipe.shape.given(),
         "tokenizer": feed.tokenizer.hash,
         "data": _digest(feed),
         "sequence_length": recipe.sequence_length,

@@ -44,7 +44,7 @@ def rotate_heads(q, k, cos, sin, heads, key_heads, table_rows, D: tl.constexpr, 
         pointer = q if place == 0 else k
         count = heads if place == 0 else key_heads
         to = (token * count + head) * D + half
-        within = inside & (head < count)
+        within = half < tl.where(head < count, D // 2, 0)
         low = tl.load(pointer + to, mask=within, other=0.0).to(tl.float32)
         high = tl.load(pointer + to + D // 2, mask=within, other=0.0).to(tl.float32)
         first, second = low * cos_low - high * sin_low, high * cos_high + low * sin_high
