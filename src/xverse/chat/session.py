@@ -132,7 +132,7 @@ class Session:
         if not text:
             raise UserError("the text to complete is empty")
         config = self.engine.model.config
-        ids = self.engine.tokenizer.encode(text)
+        ids = [*self.engine.tokenizer.prefix_ids, *self.engine.tokenizer.encode(text)]
         limit = input_limit(
             self.sampling.max_new_tokens, self.engine.context_length, config.max_tokenizer_truncation
         )

@@ -41,7 +41,8 @@ class EngineBackend:
         return cls(loaded.engine, directory.name, loaded.stop_ids)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.engine.tokenizer.encode_batch(texts)
+        first = self.engine.tokenizer.prefix_ids
+        return [[*first, *ids] for ids in self.engine.tokenizer.encode_batch(texts)]
 
     def score(
         self, items: Sequence[ScoreItem], progress: Callable[[int], None] | None = None

@@ -49,6 +49,11 @@ def run_finetuning(settings: Settings) -> Path | None:
     if source.scheme is not None and settings.finetuning_type != "lora":
         raise UserError(f"{source}: quantised weights cannot be trained; use finetuning_type lora")
     tokenizer = source.tokenizer
+    if tokenizer.template is not None or source.model_type not in ("xverse", "llama"):
+        raise UserError(
+            f"{source}: fine-tuning knows XVERSE's chat format only, not that of this {source.model_type} "
+            "model"
+        )
     length = _row_length(source, settings, first)
     data, read = _load_examples(settings, tokenizer, length, quiet=not first)
     state = run_state(settings, data)

@@ -115,12 +115,12 @@ class _Reader:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
-            self._damaged(f"'{key}' has type {kind}")
+            self._damaged(f"{key!r} has type {kind}")
         item = self._scalar(4)
         if item == _STRING:
             return [self._string() for _ in range(self._count(8))]
         if item not in _SCALARS:
-            self._damaged(f"'{key}' is an array of type {item}")
+            self._damaged(f"{key!r} is an array of type {item}")
         size = struct.calcsize("<" + _SCALARS[item])
         count = self._count(size)
         return np.frombuffer(self._take(count * size), "<" + _SCALARS[item]).tolist()

@@ -147,7 +147,11 @@ class Service:
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """An empty prompt is the beginning of a text."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = (
+            prompt
+            if not isinstance(prompt, str)
+            else [*self.tokenizer.prefix_ids, *self.tokenizer.encode(prompt)]
+        )
         return ids or [self.tokenizer.bos_id]
 
     def _choices(self, body: Generation, prompts: int) -> range:
