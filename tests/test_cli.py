@@ -86,7 +86,10 @@ def test_a_mistake_in_a_process() -> None:
     result = xverse("tokenizer", "train", "--out", "x", "--vocab-size", "many", "f.txt")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == "xverse tokenizer train: argument --vocab-size: invalid int value: 'many'\n"
+    assert (
+        result.stderr
+        == "xverse tokenizer train: argument --vocab-size: 'many' is not a whole number (at least 1)\n"
+    )
 
 
 def test_reader_that_leaves() -> None:

@@ -82,7 +82,7 @@ def test_the_harness_takes_it(no_gpu: None) -> None:
     from xverse.eval.harness import Harness
 
     with pytest.raises(UserError, match="--device cuda: no GPU found"):
-        Harness(device="cuda")
+        Harness(pretrained="nano", device="cuda")
 
 
 def test_full_gpu_memory_is_one_line(monkeypatch: Any, capsys: Any) -> None:

@@ -30,10 +30,10 @@ def has_triton() -> bool:
 
 @functools.cache
 def _varlen_parameters() -> frozenset[str]:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # before PyTorch 2.10
         return frozenset()
+    from torch.nn.attention.varlen import varlen_attn
+
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 

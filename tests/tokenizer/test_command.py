@@ -85,7 +85,6 @@ def test_refusals(tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixtu
         ([*train, out, str(tmp_path / "folder")], "no .txt or .jsonl files in this folder"),
         ([*train, out, str(empty)], "no usable text"),
         ([*train, f"{empty}/tok", corpus[0]], "cannot be written"),
-        ([*train, out, "--limit-alphabet", "-1", corpus[0]], "must not be negative"),
         (["tokenizer", "train", "--vocab-size", "99999", "--out", out, corpus[0]], "too small"),
         (["tokenizer", "train", "--vocab-size", "20", "--out", out, corpus[0]], "no room for merges"),
         (["tokenizer", "report", "--tokenizer", out, corpus[0]], "no such file"),
@@ -100,6 +99,9 @@ def test_refusals(tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as caught:
         main([*train, out, "--wrong", corpus[0]])
     assert caught.value.code == 2
+    with pytest.raises(SystemExit):
+        main([*train, out, "--limit-alphabet", "-1", corpus[0]])
+    assert "--limit-alphabet: -1 is out of range" in capsys.readouterr().err
 
 
 def is_held(lock: Path) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xverse.config import UserError, need
+from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory, check_vocabulary
 from xverse.formats.gguf import NAMES, half_rows
 from xverse.formats.gguf_header import Header, StoredTensor, read_header
@@ -40,10 +40,6 @@ _REFUSED = ("expert_count", "attention.sliding_window", "attn_logit_softcapping"
 
 class GgufFile(ModelDirectory):
     """The model in a GGUF file. Raises UserError for a damaged file and for an unsupported architecture."""
-
-    def __init__(self, path: str | Path, name: str | None = None) -> None:
-        super().__init__(path, name)
-        need("gguf", "gguf", f"{path}: reading it")
 
     @cached_property
     def header(self) -> Header:

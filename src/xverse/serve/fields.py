@@ -69,6 +69,9 @@ class Lenient(BaseModel):
         return without_null(values) if isinstance(values, dict) else values
 
 
+_MOST_NAMED = 32  # fields in the header
+
+
 class Body(Lenient):
     """A whole body. ``ignored`` holds the names of the unknown fields at its top."""
 
@@ -82,7 +85,9 @@ class Body(Lenient):
         """The header of the response that reports ignored fields."""
         if not self._ignored:
             return {}
-        return {"X-Ignored-Fields": ", ".join(urllib.parse.quote(name[:64]) for name in self._ignored)}
+        names = [urllib.parse.quote(name[:64], errors="replace") or '""' for name in self._ignored]
+        most = _MOST_NAMED
+        return {"X-Ignored-Fields": ", ".join([*names[:most], *(["..."] if len(names) > most else [])])}
 
     @model_validator(mode="wrap")
     @classmethod

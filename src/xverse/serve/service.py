@@ -208,7 +208,9 @@ class Service:
             text = f"{name}: {logprobs} is out of range (0 to {MOST_ALTERNATIVES})"
             raise ApiError(400, text, param=name)
         constraint: Constraint | None = None if grammar is None else self.grammars.start(grammar)
-        stop_ids = (*(() if body.ignore_eos else self.stop_ids), *body.stop_token_ids)
+        # Others are in no reply.
+        known = (token for token in body.stop_token_ids if 0 <= token < self.tokenizer.vocab_size)
+        stop_ids = (*(() if body.ignore_eos else self.stop_ids), *known)
         if body.min_tokens:
             constraint = MinTokens(constraint, stop_ids, body.min_tokens, self.tokenizer.vocab_size)
         try:
