@@ -154,7 +154,7 @@ def _prefill_rates(
     for kind in _TYPES:
         cache = _random_cache(blocks, heads, block_size, head_dim, kind)
         seconds = _median_time(lambda cache=cache: cache.prefill(q, table, start), rounds)  # type: ignore[misc]
-        figures[f"{kind}_gflops"] = round(flops / seconds / 1e9, 1)
+        figures[f"{kind}_gflops"] = round(flops / seconds / 1e9, 4)
     keys, values = torch.randn(2, 1, heads, start + tokens, head_dim).bfloat16()
     queries = q.transpose(0, 1)[None]  # [1, H, T, head_dim]
     positions = torch.arange(start + tokens)
@@ -163,8 +163,8 @@ def _prefill_rates(
         lambda: scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=not start),
         rounds,
     )
-    figures["sdpa_gflops"] = round(flops / seconds / 1e9, 1)
-    figures["matmul_gflops"] = round(hardware.matmul_flops(torch.bfloat16, *MATMUL, seconds=0.2) / 1e9, 1)
+    figures["sdpa_gflops"] = round(flops / seconds / 1e9, 4)
+    figures["matmul_gflops"] = round(hardware.matmul_flops(torch.bfloat16, *MATMUL, seconds=0.2) / 1e9, 4)
     return figures
 
 
