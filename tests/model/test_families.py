@@ -18,6 +18,7 @@ from xverse.engine.sampling_params import SamplingParams
 from xverse.formats import load_model
 from xverse.formats.quantize import load_quantizing
 from xverse.model import FullCausal, Packed, XverseConfig
+from xverse.tokenizer.template import render
 
 VOCAB = 320
 SIZES = {
@@ -178,6 +179,23 @@ def test_what_is_close_but_not_the_same_is_refused_by_name(case: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         XverseConfig.from_json({**SIZES, **values})
     assert "\n" not in str(error.value)
+
+
+def test_internlm_has_biases_and_its_own_key_for_rope() -> None:
+    values = {**SIZES, "num_key_value_heads": 6, "model_type": "internlm", "bias": True}
+    config = XverseConfig.from_json({**values, "rotary": {"base": 20000, "type": "dynamic"}})
+    assert (config.attention_bias, config.output_bias, config.rope_theta) == (True, True, 20000.0)
+    assert config.rope_scaling is not None
+    assert (config.rope_scaling.rope_type, config.context_length) == ("dynamic", 256)
+    assert (
+        XverseConfig.from_json({**values, "rotary": {"base": 10000, "type": "origin"}}).rope_scaling is None
+    )
+
+
+def test_a_template_that_loops_is_refused() -> None:
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match="without an end"):
+        render(loops, [])
 
 
 def test_xverse_is_unchanged() -> None:

@@ -141,7 +141,7 @@ class XverseConfig:
         kept = {k: v for k, v in fields.items() if k in known and (v is not None or k in optional)}
         if kept.get("model_type", "xverse") == "xverse":  # upstream's files may leave them out or have null
             kept = {key: value for key, value in kept.items() if value is not None}
-        rope = values.get("rope_parameters") or values.get("rope_scaling")
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling")
         kept.pop("rope_scaling", None)
         config = build(cls, kept, where)
         if not rope:

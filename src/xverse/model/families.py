@@ -103,7 +103,7 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
         return FAMILIES[stored]
     raise UserError(
         f"{where}: model_type {stored!r} is not supported{nearest(str(stored), FAMILIES)} "
-        f"(supported: {', '.join(FAMILIES)}); 'xverse eval run --backend transformers' evaluates other models"
+        f"(supported: {', '.join(FAMILIES)})"
     )
 
 
@@ -125,6 +125,11 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         _check_xverse(fields, where)
     biases = bool(fields.get(family.bias_key))
     fields |= {"attention_bias": biases, "output_bias": biases, **family.implied}
+    rotary = fields.get("rotary") or {}  # InternLM's own form of rope scaling
+    if rotary:
+        fields["rope_theta"] = float(rotary.get("base", 10000))
+        if rotary.get("type") == "dynamic":
+            fields["rope_scaling"] = {"rope_type": "dynamic", "factor": 1.0}
     rope = fields.get("rope_parameters") or {}
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")

@@ -46,7 +46,7 @@ class GeneralTokenizer(Tokenizer):
         Raises UserError for a file that cannot be used or that has another kind of vocabulary.
         """
         self.values, self.settings, self.template = values, dict(settings), template
-        self._where, self._hash = where, ""
+        self._where = where
         added = values.get("added_tokens") or []
         self.special_ids = frozenset(token["id"] for token in added if token.get("special"))
         plain = [token for token in added if not token.get("special")]

@@ -13,6 +13,7 @@ from xverse.tokenizer.tokenizer import Tokenizer
 
 _LONGEST = 1 << 24  # characters that a template may write
 _DEADLINE = 5.0  # seconds that it may take
+_MOST_STEPS = 1_000_000  # of all its ranges together
 # Stand for the special tokens that a message spells, so that they stay text: private-use characters.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 
@@ -39,7 +40,18 @@ def render(
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    steps = 0
+
+    def counted_range(*bounds: int) -> range:
+        """What nested loops run over, together, is bounded; the sandbox bounds each range alone."""
+        nonlocal steps
+        numbers = jinja2.sandbox.safe_range(*bounds)
+        steps += 1 + len(numbers)
+        if steps > _MOST_STEPS:
+            raise jinja2.TemplateError("loops without an end")
+        return numbers
+
+    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "range": counted_range}
     environment.filters["tojson"] = as_json
     # Only training uses these marks.
     template = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
