@@ -149,11 +149,18 @@ def test_peft_and_its_cached_prefix(pair: Any) -> None:
         assert results[0][1] == results[1][1], settings
 
 
-def test_accelerate(pair: Any) -> None:
+def test_accelerate(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
-    model = Accelerator(cpu=True).prepare(copy.deepcopy(pair["sdpa"][0]))
-    torch.testing.assert_close(model(IDS).logits, pair["sdpa"][1](IDS).logits, atol=1e-4, rtol=1e-4)
+    # Accelerate's state is the process's: a Trainer of an earlier test leaves its bfloat16 autocast there.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    try:
+        model = Accelerator(cpu=True, mixed_precision="no").prepare(copy.deepcopy(pair["sdpa"][0]))
+        torch.testing.assert_close(model(IDS).logits, pair["sdpa"][1](IDS).logits, atol=1e-4, rtol=1e-4)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.filterwarnings("ignore")
