@@ -286,4 +286,15 @@ void xv_round(const float* weight, const float* importance, int8_t* q, uint16_t*
   });
 }
 
+void xv_round_columns(const float* weight, float* shift, const float* feedback, const float* scales,
+                      const int32_t* group_of, int8_t* q, float* errors, int64_t rows, int64_t stride, int64_t groups,
+                      int count, int bits, int threads) {
+  const Columns columns{count, bits, feedback, group_of};
+  share(rows, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      instruction_set->round_columns(columns, weight + row * stride, shift + row * count, scales + row * groups,
+                                     q + row * stride, errors + row * stride);
+  });
+}
+
 }  // extern "C"

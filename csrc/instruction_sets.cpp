@@ -30,11 +30,13 @@ bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
     {"avx512_bf16", has_avx512_bf16, &kAvx512Bf16, &kAttentionAvx512Bf16, &kTrainingAvx512, round_avx512,
-     &kTrainingAttention64, &kTrainingAttention128},
-    {"avx512_vnni", has_avx512_vnni, &kAvx512, &kAttentionAvx512, &kTrainingAvx512, round_avx512, nullptr, nullptr},
-    {"avx2", has_avx2, &kAvx2, &kAttentionAvx2, &kTrainingAvx2, round_avx2, nullptr, nullptr},
+     round_avx512_columns, &kTrainingAttention64, &kTrainingAttention128},
+    {"avx512_vnni", has_avx512_vnni, &kAvx512, &kAttentionAvx512, &kTrainingAvx512, round_avx512, round_avx512_columns,
+     nullptr, nullptr},
+    {"avx2", has_avx2, &kAvx2, &kAttentionAvx2, &kTrainingAvx2, round_avx2, round_avx2_columns, nullptr, nullptr},
 #endif
-    {"portable", any_processor, &kPortable, &kAttentionPortable, &kTrainingPortable, round_portable, nullptr, nullptr},
+    {"portable", any_processor, &kPortable, &kAttentionPortable, &kTrainingPortable, round_portable,
+     round_portable_columns, nullptr, nullptr},
 };
 
 }  // namespace

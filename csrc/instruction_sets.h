@@ -16,6 +16,7 @@ struct InstructionSet {
   const AttentionKernels* attention;
   const TrainingKernels* training;
   RoundRow round_row;
+  RoundColumns round_columns;
   // Fused attention of training for heads of 64 and of 128; null: PyTorch's products around xv_train_softmax.
   const TrainingAttention *training_attention_64, *training_attention_128;
 };

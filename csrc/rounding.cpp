@@ -1,12 +1,15 @@
 // Rounding weights to groups of integers: for each group the bfloat16 scale with the smallest squared error.
 //
-// Compiled once for each instruction set (XV_ROUND names the function). All of them, and the PyTorch version in
+// Compiled once for each instruction set (XV_ROUND names the functions). All of them, and the PyTorch version in
 // quant/methods.py, give the same bits: no fused multiply-add (-ffp-contract=off), sums in a fixed order of lanes.
 #include "rounding.h"
 
 #include <cstring>
 
 #include "kernels.h"
+
+#define XV_JOIN(name, suffix) XV_JOIN_NAMES(name, suffix)
+#define XV_JOIN_NAMES(name, suffix) name##suffix
 
 namespace xv {
 
@@ -102,6 +105,21 @@ void XV_ROUND(const Rounding& settings, const float* weight, const float* import
     const float inverse = reciprocal(best);
     for (int k = 0; k < settings.group; ++k) q[start + k] = int8_t(integer(w[k], inverse, low, high));
     scales[start / settings.group] = to_bfloat16(best);
+  }
+}
+
+void XV_JOIN(XV_ROUND, _columns)(const Columns& columns, const float* weight, float* shift, const float* scales,
+                                 int8_t* q, float* errors) {
+  const float high = float((1 << (columns.bits - 1)) - 1), low = -high - 1.0f;
+  const int count = columns.count;
+  for (int k = 0; k < count; ++k) {
+    const float scale = scales[columns.group_of[k]];
+    const float rounded = integer(weight[k] + shift[k], reciprocal(scale), low, high);
+    const float error = weight[k] - rounded * scale;
+    q[k] = int8_t(rounded);
+    errors[k] = error;
+    const float* share = columns.feedback + int64_t(k) * count;
+    for (int j = k & ~15; j < count; ++j) shift[j] += error * share[j];  // shares of columns up to k are not used again
   }
 }
 

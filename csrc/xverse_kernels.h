@@ -53,6 +53,14 @@ void xv_dequantize(const uint8_t* tiles, void* weight, int type, int64_t outputs
 void xv_round(const float* weight, const float* importance, int8_t* q, uint16_t* scales, int64_t rows, int64_t inputs,
               int bits, int group, const float* divisors, int count, int threads);
 
+// Rounds `count` columns of a weight in order; the error of each is moved to the columns after it. weight, q and errors
+// [rows, ...] point to the first column of the block, their rows are `stride` elements apart. shift [rows, count]: what
+// the columns take of errors before the block; overwritten. feedback [count, count], scales [rows, groups], group_of
+// [count]: the scale of each column. errors: of the weight itself.
+void xv_round_columns(const float* weight, float* shift, const float* feedback, const float* scales,
+                      const int32_t* group_of, int8_t* q, float* errors, int64_t rows, int64_t stride, int64_t groups,
+                      int count, int bits, int threads);
+
 // ---- the other layers ----
 
 // y [tokens, outputs] = x [tokens, inputs] times the transpose of w [outputs, inputs], bfloat16; 1 to 8 tokens.

@@ -14,9 +14,15 @@ import torch
 from xverse.cli import main
 from xverse.formats import load_model, logits, parity, read_config, read_generation_config, save_hf
 from xverse.formats.compare import fixed_tokens
+from xverse.kernels.linear import QuantLinear
 from xverse.model import XverseForCausalLM, init_weights
 
 GENERATION = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "top_k": 30, "max_new_tokens": 5}
+
+
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xverse.quant.text.CALIBRATION_TOKENS", 1024)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,9 @@ def source(wide_config: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempP
 
 
 def command(source: Path, out: Path, *more: str, bits: str = "4") -> list[str]:
-    return ["quantize", "--model", str(source), "--out", str(out), "--bits", bits, *more]
+    """``bits`` with a point are an average."""
+    flag = "--bpw" if "." in bits else "--bits"
+    return ["quantize", "--model", str(source), "--out", str(out), flag, bits, *more]
 
 
 @pytest.mark.parametrize("method", ["rtn", "rtn-row", "gptq"])
@@ -74,8 +82,8 @@ def test_writes_a_directory_and_its_parity(
         (["--bits", "5"], "bits: 5 is not supported; 8 or 4"),
         (["--method", "gtpq"], "did you mean 'gptq'?"),
         (["--group-size", "100"], "group_size: 100 is not supported; one of 32, 64, 128"),
-        (["--method", "gptq"], "give a file with --calibration"),
-        (["--calibration", "x.txt"], "--calibration is only for --method gptq, not rtn"),
+        (["--method", "rtn-row", "--calibration", "x.txt"], "rtn-row measures nothing"),
+        (["--bpw", "4.5"], "give either --bits (8 or 4) or --bpw"),
         (["--model", "nowhere"], "no model 'nowhere'"),
     ],
 )
@@ -118,9 +126,43 @@ def test_group_that_does_not_divide(
     tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_hf(tiny_model, tiny_tokenizer, tmp_path / "model")
-    assert main(command(tmp_path / "model", tmp_path / "out")) == 2
-    assert "group_size: 128 does not divide the 64 inputs of a layer" in capsys.readouterr().err
+    assert main(command(tmp_path / "model", tmp_path / "out", "--group-size", "128")) == 0
+    assert "groups of 64 for 64 inputs" in capsys.readouterr().err
+    assert load_model(tmp_path / "out").model.layers[0].mlp.gate_proj.group_size == 64
+
+
+@pytest.mark.parametrize(
+    ("bits", "more", "part"),
+    [
+        ("3.0", [], "this model takes 4.1"),
+        ("9.5", [], "this model takes 4.1"),
+        ("nan.", [], "expected bits per weight, such as 4.5"),
+        ("4.5", ["--group-size", "64"], "it excludes --method rtn-row, --group-size and --format llama"),
+        ("4.5", ["--format", "llama"], "it excludes --method rtn-row, --group-size and --format llama"),
+    ],
+)
+def test_average_bits_out_of_range(
+    source: Path, tmp_path: Path, bits: str, more: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(source, tmp_path / "out", *more, bits=bits)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert part in captured.err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_average_bits_mix_formats(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(source, tmp_path / "out", bits="5.0")) == 0
+    assert "5 bits on average (" in capsys.readouterr().out
+    model = load_model(tmp_path / "out")
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert len({(layer.bits, layer.group_size) for layer in layers}) > 1
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        assert len({(x.bits, x.group_size) for x in (attention.q_proj, attention.k_proj)}) == 1
+    weights = [layer.to_weight() for layer in layers]
+    stored = 8 * sum(weight.stored_bytes for weight in weights) / sum(weight.q.numel() for weight in weights)
+    assert 4.8 < stored <= 5
 
 
 def test_a_quantised_model_again(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +249,7 @@ def test_chat_quantises_as_it_loads(source: Path, kind: str, capsys: pytest.Capt
 def test_quantising_while_loading_equals_the_directory(source: Path, tmp_path: Path) -> None:
     from xverse.formats.quantize import load_quantizing
 
-    assert main(command(source, tmp_path / "q")) == 0
+    assert main(command(source, tmp_path / "q", "--method", "rtn")) == 0
     tokens = fixed_tokens(read_config(source).vocab_size)
     model = load_quantizing(source, "int4")
     assert torch.equal(logits(model, tokens), logits(load_model(tmp_path / "q"), tokens))

@@ -20,7 +20,7 @@ from xverse.config import UserError, choose
 from xverse.formats.quantize import quantize_directory
 from xverse.log import notice
 from xverse.model import SHAPES
-from xverse.quant.quantizer import QuantSettings
+from xverse.quant.settings import QuantSettings
 
 CLIENTS, NEW_TOKENS = 8, 64
 

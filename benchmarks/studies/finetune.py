@@ -38,7 +38,7 @@ from xverse.finetune.settings import read_settings
 from xverse.formats.quantize import quantize_directory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
-from xverse.quant.quantizer import QuantSettings
+from xverse.quant.settings import QuantSettings
 
 VOCABULARY = 100_534
 # ours, the peer, minimum ratio of tokens/s, maximum ratio of memory

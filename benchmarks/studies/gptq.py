@@ -17,7 +17,8 @@ from xverse.bench.report import Row, count_threads, need_memory, show, using_thr
 from xverse.config import choose
 from xverse.log import notice
 from xverse.model import SHAPES, XverseConfig, XverseForCausalLM
-from xverse.quant.quantizer import Quantizer, QuantSettings
+from xverse.quant.quantizer import Quantizer
+from xverse.quant.settings import QuantSettings
 
 LAYERS = 2
 VOCABULARY = 4096  # embedding and head are not timed

@@ -10,29 +10,24 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xverse.bench.options import add_model, add_threads, positive
+from xverse.bench.quality import Reference, read_rows, read_texts
 from xverse.bench.report import Row, show, using_threads
-from xverse.config import UserError
-from xverse.data.shards import Shard
 from xverse.formats import load_model, load_tokenizer, resolve
 from xverse.formats.quantize import build
 from xverse.hardware import cores
 from xverse.kernels.native import kernel_name
-from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
-from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, rows_at_once
+from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.quant.parity import ParityReport
 from xverse.quant.quantizer import HEAD, NORM, Method, Quantizer, QuantSettings
 from xverse.quant.text import parity_tokens
-from xverse.texts import load_texts
-from xverse.tokenizer import Tokenizer
 
 LENGTH = 256  # tokens per row, as in the training of mini and nano
 SEED, SHARE, FACTORS = 0, 1 / 64, (8.0, 64.0)  # of outlier channels: seed, share of all channels, range of s
@@ -91,7 +86,7 @@ def measure(
     path = resolve(model)
     tokenizer = load_tokenizer(path)
     if texts:
-        sets = {name: read_rows(tokenizer, paths, tokens) for name, paths in map(_named, texts)}
+        sets = read_texts(tokenizer, texts, tokens)
     else:
         sets = {"parity text": parity_tokens(tokenizer, 0)}
     learning = read_rows(tokenizer, calibration, calibration_tokens) if calibration else None
@@ -101,7 +96,7 @@ def measure(
     with using_threads(threads or cores().usable), torch.no_grad():
         source = load_model(path, torch.float32)
         state = source.state_dict()
-        references = {name: _Reference(source, rows) for name, rows in sets.items()}
+        references = {name: Reference(source, rows) for name, rows in sets.items()}
         results = []
         for outliers in (False, True):
             tensors = inject(state, source.config) if outliers else state
@@ -222,82 +217,3 @@ def inject(state: Mapping[str, Tensor], config: XverseConfig, seed: int = SEED) 
         for name in weights:
             changed[name] = state[name] * factors
     return changed
-
-
-class _Reference:
-    """The source's last hidden states on rows of tokens, from which its logits are recomputed."""
-
-    def __init__(self, model: XverseForCausalLM, tokens: Tensor) -> None:
-        self.tokens, self._head = tokens, model.lm_head.weight
-        self._hidden = torch.cat([_hidden(model, rows) for rows in tokens.split(_ROWS_AT_ONCE)])
-        self._size = rows_at_once(model.config.vocab_size)
-
-    def compare(self, model: XverseForCausalLM) -> ParityReport:
-        figures = LogitFigures()
-        targets = next_tokens(self.tokens).flatten()
-        start = 0
-        for rows in self.tokens.split(_ROWS_AT_ONCE):
-            for part in _hidden(model, rows).split(self._size):
-                span = slice(start, start + len(part))
-                figures.add(self._hidden[span] @ self._head.T, model.lm_head(part), targets[span])
-                start += len(part)
-        return figures.report()
-
-
-def _hidden(model: XverseForCausalLM, rows: Tensor) -> Tensor:
-    """Hidden states after the last norm, float32 [n·T, D], of ``rows`` int64 [n, T]."""
-    return model.model(rows, FullCausal(*rows.shape)).flatten(0, 1)
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, separator, paths = text.partition("=")
-    if not separator or not name or not paths:
-        raise UserError(f"'{text}': write NAME=PATH or NAME=PATH,PATH")
-    return name, paths
-
-
-def read_rows(tokenizer: Tokenizer, paths: str, tokens: int) -> Tensor:
-    """About ``tokens`` tokens as rows int64 [n, 256], equally many from each part; short parts give fewer. A
-    part that is named again continues where it stopped.
-
-    Raises UserError for a path that is missing, has too little text, or holds tokens of another tokenizer.
-    """
-    parts = [part for path in paths.split(",") for part in _parts(Path(path))]
-    rows = max(1, tokens // LENGTH // len(parts))
-    blocks = []
-    taken: Counter[Path] = Counter()
-    for part in parts:
-        ids = _ids(tokenizer, part, taken[part], taken[part] + rows * LENGTH)
-        taken[part] += rows * LENGTH
-        count = len(ids) // LENGTH
-        if count:
-            blocks.append(torch.tensor(ids[: count * LENGTH]).view(count, LENGTH))
-    if not blocks:
-        raise UserError(f"{paths}: no part has {LENGTH} tokens")
-    return torch.cat(blocks)
-
-
-def _parts(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    if path.is_file() or (path / "header.json").exists():
-        return [path]
-    parts = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
-    if not parts:
-        raise UserError(f"{path}: is empty")
-    return parts
-
-
-def _ids(tokenizer: Tokenizer, path: Path, start: int, stop: int) -> list[int]:
-    """Tokens ``start`` to ``stop`` of a file or shard."""
-    if path.is_file():
-        ids: list[int] = []
-        for text in load_texts(path):
-            ids += tokenizer.encode(text)
-            if len(ids) >= stop:
-                break
-        return ids[start:stop]
-    shard = Shard.open(path)
-    if shard.header.tokenizer != tokenizer.hash:
-        raise UserError(f"{path}: its tokens come from another tokenizer than the model's")
-    return shard.tokens[start:stop].tolist()

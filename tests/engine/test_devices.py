@@ -18,7 +18,7 @@ from xverse.engine.sizing import capacity
 from xverse.formats import ModelDirectory, save_hf
 from xverse.formats.quantize import quantize_directory
 from xverse.model import XverseForCausalLM, init_weights, named_shape
-from xverse.quant.quantizer import QuantSettings
+from xverse.quant.settings import QuantSettings
 
 CUDA, META = torch.device("cuda", 1), torch.device("meta")
 GB = 10**9

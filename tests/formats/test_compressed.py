@@ -19,7 +19,8 @@ from xverse.formats.compare import fixed_tokens
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight
 from xverse.model import XverseForCausalLM, init_weights
-from xverse.quant.quantizer import Quantizer, QuantSettings
+from xverse.quant.quantizer import Quantizer
+from xverse.quant.settings import QuantSettings
 
 CASES = [(4, "rtn", 128), (8, "rtn", 32), (4, "rtn", 64), (4, "rtn-row", 128), (8, "rtn-row", 128)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Mapping
@@ -17,7 +18,8 @@ from xverse.kernels.weight import QuantizedWeight
 from xverse.model import FullCausal, XverseForCausalLM
 from xverse.quant.equalize import equalize_layer
 from xverse.quant.layerwise import forward, input_rms, make_layer
-from xverse.quant.quantizer import METHODS, Quantizer, QuantSettings, random_tokens
+from xverse.quant.quantizer import Quantizer, random_tokens
+from xverse.quant.settings import METHODS, QuantSettings
 
 
 class Reader:
@@ -235,8 +237,9 @@ def test_wrong_input_is_named(model: XverseForCausalLM) -> None:
         QuantSettings(bits=4, method="awq")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="head_bits: 3"):
         QuantSettings(bits=4, head_bits=3)
-    with pytest.raises(UserError, match="group_size: 128 does not divide the 64 inputs"):
-        Quantizer(model.config, Reader(state), QuantSettings(bits=4))
+    odd = dataclasses.replace(model.config, intermediate_size=80)
+    with pytest.raises(UserError, match="none of 32, 64, 128 up to 128 divides the 80 inputs of a layer"):
+        Quantizer(odd, Reader(state), QuantSettings(bits=4))
     with pytest.raises(UserError, match="gptq: needs calibration text"):
         Quantizer(model.config, Reader(state), _settings("gptq"))
     broken = dict(state)

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "serve": "the server under load, beside the engine alone",
     "train": "pretraining speed and memory beside transformers' Trainer",
     "quant": "INT4, INT8 and bfloat16 kernels beside their bounds",
+    "quality": "what quantising costs a model, beside llama.cpp's types",
 }
 ALL = ("infer", "train", "quant")  # without a name: those that need no extra
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from xverse.config import UserError
@@ -14,18 +15,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="nano", metavar="M", help="a directory, a hub id or nano (default: nano)"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
-    parser.add_argument("--bits", type=int, required=True, metavar="8|4", help="bits per weight")
+    parser.add_argument("--bits", type=int, metavar="8|4", help="bits per weight")
+    parser.add_argument(
+        "--bpw",
+        metavar="X",
+        help="instead of --bits: average bits per weight of everything but the embedding, such as 4.5; "
+        "each layer gets 4 or 8 bits and groups of 128, 64 or 32 by its measured sensitivity",
+    )
     parser.add_argument(
         "--method",
-        default="rtn",
         metavar="METHOD",
-        help="rtn (default): round to nearest with searched scales per group; rtn-row: one scale per row, "
-        "as in XVERSE's published models; gptq: GPTQ with --calibration",
+        help="gptq (default with 4 bits and --bpw): round column by column and compensate each error; "
+        "rtn (default with 8 bits): round to nearest with searched scales per group; rtn-row: one scale "
+        "per row, as in XVERSE's published models",
     )
     parser.add_argument(
-        "--group-size", type=int, default=128, metavar="N", help="inputs per scale (default: 128)"
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="inputs per scale, at most: 128, 64 or 32 (default: 64 with gptq in 4 bits, otherwise 128)",
     )
-    parser.add_argument("--calibration", metavar="FILE", default=None, help="UTF-8 text for --method gptq")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="UTF-8 text to measure layer inputs on (default: the package's text in 41 languages and code)",
+    )
     parser.add_argument(
         "--format",
         choices=["hf", "llama"],
@@ -41,35 +55,50 @@ def run(args: argparse.Namespace) -> int:
     from xverse.config import choose
     from xverse.kernels.weight import check_bits, check_group_size
 
-    check_bits(args.bits)
-    check_group_size(args.group_size)
-    choose("method", args.method, {name: name for name in ("rtn", "rtn-row", "gptq")})
-    if args.method == "gptq" and args.calibration is None:
-        raise UserError("--method gptq needs calibration text; give a file with --calibration")
-    if args.method != "gptq" and args.calibration is not None:
-        raise UserError(f"--calibration is only for --method gptq, not {args.method}")
+    if (args.bits is None) == (args.bpw is None):
+        raise UserError("give either --bits (8 or 4) or --bpw (an average such as 4.5)")
+    method = args.method
+    if method is not None:
+        choose("method", method, {name: name for name in ("rtn", "rtn-row", "gptq")})
+    if args.bits is not None:
+        check_bits(args.bits)
+    elif method == "rtn-row" or args.group_size is not None or args.format == "llama":
+        raise UserError(
+            "--bpw chooses groups itself; it excludes --method rtn-row, --group-size and --format llama"
+        )
+    if args.group_size is not None:
+        check_group_size(args.group_size)
+    if method == "rtn-row" and args.calibration is not None:
+        raise UserError("--calibration is for --method gptq and rtn; rtn-row measures nothing")
 
     from xverse.formats import ModelDirectory
-    from xverse.formats.quantize import progress_bar, quantize_directory
+    from xverse.formats.quantize import mixed_formats, progress_bar, quantize_directory
     from xverse.formats.write import check_target
-    from xverse.quant.quantizer import QuantSettings
-    from xverse.quant.text import calibration_tokens, parity_tokens
+    from xverse.log import notice
+    from xverse.quant.mixing import describe_mix, parse_bits
+    from xverse.quant.settings import default_settings, describe_groups
+    from xverse.quant.text import calibration_tokens, default_calibration, loading_calibration, parity_tokens
 
+    bits = None if args.bpw is None else parse_bits(args.bpw)
     out = Path(args.out).expanduser()
     check_target(out, args.overwrite)
     device = compute_device(args.device)
     source = ModelDirectory.named(args.model)
     config, tokenizer = source.config, source.tokenizer
-    settings = QuantSettings(
-        bits=args.bits,
-        method=args.method,
-        group_size=args.group_size,
-        # transformers cannot load a quantised embedding, and ours stays in the mapped file anyway. Most
-        # programs for Llama cannot load a quantised head either.
-        embedding_bits=16,
-        head_bits=16 if args.format == "llama" else None,
+    # Most programs for Llama cannot load a quantised head.
+    settings = default_settings(
+        args.bits or 4, method, args.group_size, head_bits=16 if args.format == "llama" else None
     )
-    calibration = calibration_tokens(tokenizer, args.calibration) if args.calibration else None
+    if args.calibration:
+        calibration = calibration_tokens(tokenizer, args.calibration)
+    elif settings.method == "gptq":
+        calibration = default_calibration(tokenizer, config.num_parameters())
+    else:  # the magnitude of each channel is all that is measured
+        calibration = loading_calibration(tokenizer)
+    if bits is not None:
+        settings = dataclasses.replace(settings, formats=mixed_formats(source, bits, calibration, device))
+    elif groups := describe_groups(settings, config):
+        notice(f"quantize: {groups}")
     with progress_bar(config) as step, guard(device):
         report = quantize_directory(
             source,
@@ -83,8 +112,13 @@ def run(args: argparse.Namespace) -> int:
             report_progress=step,
             device=device,
         )
-    groups = "one scale per row" if args.method == "rtn-row" else f"groups of {args.group_size}"
-    print(f"{out}: {args.format}, {args.bits} bits, {args.method}, {groups}")
+    groups = "one scale per row" if settings.method == "rtn-row" else f"groups of {settings.group_size}"
+    what = (
+        f"{settings.bits} bits, {groups}"
+        if bits is None
+        else f"{bits:g} bits on average ({describe_mix(settings.formats)})"
+    )
+    print(f"{out}: {args.format}, {settings.method}, {what}")
     for line in report.describe():
         print(line)
     return 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xverse.config import UserError, choose
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
-from xverse.formats.read import check_tensors
+from xverse.formats.read import check_tensors, load_model
 from xverse.formats.schemes import set_layer
 from xverse.formats.weights import DTYPES, IGNORED_SUFFIX, dtype_name
 from xverse.formats.write import check_target, save_quantized
@@ -25,13 +25,18 @@ from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight
 from xverse.log import console, notice, progress
 from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.quant import mixing
 from xverse.quant.parity import ParityReport
-from xverse.quant.quantizer import EMBEDDING, HEAD, Quantizer, QuantSettings, input_sizes
+from xverse.quant.quantizer import EMBEDDING, HEAD, Quantizer
+from xverse.quant.settings import Format, QuantSettings, input_sizes, matrices
+from xverse.quant.text import loading_calibration
 
 if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
 
 Progress = Callable[[str], None]
+# Of calibration text for the forward and backward pass that measures sensitivity.
+_SENSITIVITY_TOKENS, _SENSITIVITY_TOKENS_LARGE, _SENSITIVITY_LENGTH = 4096, 512, 128
 
 
 class Source:
@@ -143,17 +148,56 @@ def load_quantizing(
     At most one layer is in memory unquantised; on the CPU the embedding stays in the mapped file. ``dtype``
     is that of the other tensors, None the stored one. Raises UserError as ``quantize_directory`` does.
     """
-    source = Source(ModelDirectory.of(directory), device)
-    settings = quick_settings(kind, source.config)
+    directory = ModelDirectory.of(directory)
+    settings = quick_settings(kind, directory.config)
     if settings.group_size != QuantSettings.group_size:
         notice(
             f"quantize: groups of {settings.group_size}, because {QuantSettings.group_size} does not divide "
             "every layer"
         )
-    with progress_bar(source.config) as progress:
-        return build(
-            source.config, Quantizer(source.config, source.read, settings, progress=progress).tensors(), dtype
-        )
+    with progress_bar(directory.config) as progress:
+        calibration = loading_calibration(directory.tokenizer)
+        tensors = quantized_tensors(directory, settings, calibration, device, progress)
+        return build(directory.config, tensors, dtype)
+
+
+def quantized_tensors(
+    directory: ModelDirectory,
+    settings: QuantSettings,
+    calibration: Tensor | None,
+    device: torch.device | str = "cpu",
+    report_progress: Progress | None = None,
+) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    """The tensors of an unquantised directory, quantised one layer at a time. Raises UserError as ``Source``
+    and ``Quantizer`` do."""
+    source = Source(directory, device)
+    return Quantizer(
+        source.config, source.read, settings, calibration=calibration, progress=report_progress
+    ).tensors()
+
+
+def mixed_formats(
+    directory: ModelDirectory, bits: float, calibration: Tensor, device: torch.device | str = "cpu"
+) -> dict[str, Format]:
+    """The format of every matrix for ``bits`` per weight on average, norms included and the embedding not, by
+    the sensitivity measured on a part of ``calibration`` int64 [n, T]. Raises UserError if no choice fits."""
+    source = Source(directory, device)
+    config = source.config
+    shapes = [*matrices(config), (mixing.HEAD, config.vocab_size, config.hidden_size)]
+    weights = sum(outputs * inputs for _, outputs, inputs in shapes)
+    small = config.num_parameters() < 10**9
+    model = load_model(directory, torch.float32 if small else None, device)
+    norms = [value for value in model.parameters() if value.dim() == 1]
+    plain = sum(value.numel() * directory.stored_dtype.itemsize for value in norms)
+    counted = weights + sum(value.numel() for value in norms)
+    notice("quantize: measuring the sensitivity of every layer")
+    length = _SENSITIVITY_LENGTH
+    rows = calibration.flatten()[: calibration.numel() // length * length].view(-1, length)
+    tokens = _SENSITIVITY_TOKENS if small else _SENSITIVITY_TOKENS_LARGE
+    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), tokens // length)).long()].to(device)
+    matrices_by_name = {name: model.get_submodule(name).weight for name, _, _ in shapes}
+    units = mixing.measure_units(config, mixing.measure(model, rows), matrices_by_name)
+    return mixing.choose_formats(units, bits, counted, plain)
 
 
 @contextlib.contextmanager
@@ -201,14 +245,19 @@ def place(
 
 def stored_bytes(config: XverseConfig, settings: QuantSettings) -> int:
     """The approximate size of a quantised model in bytes, on disk and in memory."""
-    vocabulary = config.vocab_size * config.hidden_size
-    linears = config.num_parameters() - (1 if config.tie_word_embeddings else 2) * vocabulary
 
-    def size(weights: int, bits: int) -> float:
-        return weights * (bits / 8 + (2 / settings.group_size if bits < 16 else 0))
+    def size(name: str, outputs: int, inputs: int, bits: int | None = None) -> float:
+        if bits == 16:
+            return 2 * outputs * inputs
+        if settings.method == "rtn-row":
+            return outputs * (inputs * settings.bits / 8 + 2)
+        width, group = settings.format_of(name, inputs, bits)
+        return outputs * inputs * (width / 8 + 2 / group)
 
-    ends = size(vocabulary, settings.resolved_head_bits) + size(vocabulary, settings.resolved_embedding_bits)
-    return int(size(linears, settings.bits) + ends)
+    linears = sum(size(*matrix) for matrix in matrices(config))
+    vocabulary = (config.vocab_size, config.hidden_size)
+    head = size("lm_head", *vocabulary, settings.resolved_head_bits)
+    return int(linears + head + size("model.embed_tokens", *vocabulary, settings.resolved_embedding_bits))
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -22,7 +22,7 @@ from xverse.model.loss import IGNORE, linear_cross_entropy
 from xverse.model.rope import rope_tables
 from xverse.model.transformer import DecoderLayer
 from xverse.model.transformer import XverseModel as Decoder
-from xverse.quant.quantizer import Method, QuantSettings
+from xverse.quant.settings import Method, QuantSettings
 
 _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
 # What transformers passes through a model to its attention functions, continuous batching included, and what

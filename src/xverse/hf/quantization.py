@@ -31,7 +31,8 @@ from xverse.formats.weights import TensorFiles
 from xverse.hf.configuration import QUANT_METHOD, StoredQuantization
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight
-from xverse.quant.quantizer import Quantizer, QuantSettings
+from xverse.quant.quantizer import Quantizer
+from xverse.quant.settings import QuantSettings
 
 
 class XverseQuantizer(HfQuantizer):

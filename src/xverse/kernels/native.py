@@ -62,6 +62,7 @@ SIGNATURES = {
     "xv_tile": [*[_POINTER] * 3, _INT64, _INT64, _INT, _INT, _INT],
     "xv_dequantize": [_POINTER, _POINTER, _INT, _INT64, _INT64, _INT, _INT, _INT],
     "xv_round": [*[_POINTER] * 4, _INT64, _INT64, _INT, _INT, _POINTER, _INT, _INT],
+    "xv_round_columns": [*[_POINTER] * 7, _INT64, _INT64, _INT64, _INT, _INT, _INT],
     "xv_linear_bf16": [*[_POINTER] * 3, *[_INT64] * 3, _INT],
     "xv_rms_norm": [*[_POINTER] * 3, _INT, _INT, _INT64, _INT64, _FLOAT, _INT],
     "xv_silu_mul": [*[_POINTER] * 3, _INT, _INT64, _INT],

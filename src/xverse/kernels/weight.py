@@ -36,6 +36,11 @@ class QuantizedWeight:
     def group_size(self) -> int:
         return self.q.shape[1] // self.scales.shape[1]
 
+    @property
+    def stored_bytes(self) -> int:
+        """The size of integers and scales."""
+        return self.q.numel() * self.bits // 8 + self.scales.numel() * self.scales.itemsize
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``q · scale``, [N, K] of ``dtype``."""
         grouped = self.q.view(*self.scales.shape, self.group_size).to(dtype)  # [N, G, group]

@@ -48,7 +48,7 @@ def split_norm(norm: Tensor, weights: Sequence[Tensor], rms: Tensor) -> tuple[Te
     """For a norm's weight [K], the ``weights`` [N, K] after it and the ``rms`` [K] of their inputs: a new
     norm weight of the old one's dtype, the factors float32 [K] for the columns, and the new root mean squares
     [K]. Norm times column does not change: the factors are computed from the rounded norm."""
-    new = (norm.float() / _factors(rms, column_rms(weights))).to(norm.dtype)
+    new = (norm.float() / equal_factors(rms, column_rms(weights))).to(norm.dtype)
     factors = torch.where(new == 0, 1.0, norm.float() / new.float())
     return new, factors, rms / factors
 
@@ -62,7 +62,7 @@ def column_rms(weights: Sequence[Tensor]) -> Tensor:
     return (total / sum(len(weight) for weight in weights)).sqrt()
 
 
-def _factors(inputs: Tensor, columns: Tensor) -> Tensor:
+def equal_factors(inputs: Tensor, columns: Tensor) -> Tensor:
     """Factors [K] that make columns times factors and inputs divided by factors equal up to a constant."""
     inputs, columns = (x.clamp(min=max(_FLOOR * x.mean().item(), 1e-30)) for x in (inputs, columns))
     factors = (inputs / columns).sqrt()
@@ -84,7 +84,7 @@ def _balance_values(v_proj: nn.Linear, o_proj: nn.Linear, rms: Tensor, head_dim:
     def shared(x: Tensor) -> Tensor:
         return x.view(shape).square().mean(dim=1).sqrt().flatten()  # [KV · head_dim]
 
-    factors = _factors(shared(rms), shared(column_rms([o_proj.weight])))
+    factors = equal_factors(shared(rms), shared(column_rms([o_proj.weight])))
     columns = (
         factors.view(shape[0], 1, head_dim).expand(-1, len(rms) // len(factors), -1).flatten()
     )  # [H · head_dim]
@@ -97,7 +97,7 @@ def _balance_values(v_proj: nn.Linear, o_proj: nn.Linear, rms: Tensor, head_dim:
 
 def _balance_pair(first: nn.Linear, second: nn.Linear, rms: Tensor) -> Tensor:
     """Moves factors from the columns of ``second`` to the rows of ``first``."""
-    factors = _factors(rms, column_rms([second.weight]))
+    factors = equal_factors(rms, column_rms([second.weight]))
     second.weight.mul_(factors)
     first.weight.div_(factors[:, None])
     return rms / factors

@@ -7,15 +7,13 @@ between layers: those of the source and those of the quantised model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from xverse.config import UserError
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
-from xverse.kernels.weight import QuantizedWeight, check_bits, check_group_size
+from xverse.kernels.weight import QuantizedWeight
 from xverse.model import XverseConfig
 from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
@@ -31,46 +29,13 @@ from xverse.quant.layerwise import (
 )
 from xverse.quant.methods import rtn, rtn_row
 from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, relative_error, rows_at_once
+from xverse.quant.settings import Format, QuantSettings, fitting_group, input_sizes
 
-Method = Literal["rtn", "rtn-row", "gptq"]
-METHODS: tuple[Method, ...] = ("rtn", "rtn-row", "gptq")
 Quantized = Tensor | QuantizedWeight
 Inputs = Tensor | HessianFactor | None
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _RANDOM_ROWS, _RANDOM_LENGTH = 2, 128  # random tokens by which rtn measures the channels
 _ROWS_AT_ONCE = 8192  # of the embedding or the head, converted to float32 at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantSettings:
-    """How to quantise. ``head_bits`` and ``embedding_bits`` are 4, 8, or 16 for not quantised; None means 16
-    with upstream's ``rtn-row`` and 8 with the other methods.
-
-    Raises UserError for unsupported bits, methods or group sizes.
-    """
-
-    bits: int
-    method: Method = "rtn"
-    group_size: int = 128
-    head_bits: int | None = None
-    embedding_bits: int | None = None
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits)
-        if self.method not in METHODS:
-            raise UserError(f"method: '{self.method}' is not one of {', '.join(METHODS)}")
-        check_group_size(self.group_size)
-        for name in ("head_bits", "embedding_bits"):
-            if getattr(self, name) not in (None, 4, 8, 16):
-                raise UserError(f"{name}: {getattr(self, name)} is not supported; 4, 8 or 16")
-
-    @property
-    def resolved_head_bits(self) -> int:
-        return self.head_bits or (16 if self.method == "rtn-row" else 8)
-
-    @property
-    def resolved_embedding_bits(self) -> int:
-        return self.embedding_bits or (16 if self.method == "rtn-row" else 8)
 
 
 def random_tokens(vocab_size: int) -> Tensor:
@@ -80,11 +45,6 @@ def random_tokens(vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def input_sizes(config: XverseConfig) -> tuple[int, ...]:
-    """The numbers of inputs of a model's linears, which the size of a group has to divide."""
-    return config.hidden_size, config.attention_size, config.intermediate_size
-
-
 class Quantizer:
     """Quantises one model: iterate over ``tensors()`` to the end, then read ``report``.
 
@@ -92,10 +52,10 @@ class Quantizer:
 
     ``read(prefix)`` returns the source's tensors whose name starts with ``prefix`` (``model.embed_tokens.``,
     ``model.layers.3.``, ``model.norm.``, ``lm_head.``), by their full names, of any float dtype. They are not
-    changed and not kept after their layer; everything is computed on their device. ``gptq`` needs
-    ``calibration`` int64 [n, T]; parity is measured on ``sample`` int64 [n, T]. Raises UserError for a group
-    size that does not divide a layer's inputs, for ``gptq`` without calibration and for weights that are not
-    finite.
+    changed and not kept after their layer; everything is computed on their device. ``gptq`` and ``rtn``
+    measure inputs on ``calibration`` int64 [n, T]; ``rtn`` uses random tokens without. Parity is measured on
+    ``sample`` int64 [n, T]. Raises UserError for layers whose inputs no group size divides, for ``gptq``
+    without calibration and for weights that are not finite.
     """
 
     def __init__(
@@ -109,12 +69,13 @@ class Quantizer:
         progress: Callable[[str], None] | None = None,
     ) -> None:
         if settings.method != "rtn-row":
-            check_group_size(settings.group_size, *input_sizes(config))
+            for size in input_sizes(config):
+                fitting_group(size, settings.group_size)
         if settings.method == "gptq" and (calibration is None or not calibration.numel()):
             raise UserError("gptq: needs calibration text")
         self.config, self.read, self.settings = config, read, settings
-        self.calibration = calibration if settings.method == "gptq" else None
-        if settings.method == "rtn":
+        self.calibration = None if settings.method == "rtn-row" else calibration
+        if settings.method == "rtn" and calibration is None:
             self.calibration = random_tokens(config.vocab_size)
         self.sample = sample if sample is not None and sample.numel() else None
         self.progress = progress or (lambda _: None)
@@ -187,7 +148,7 @@ class Quantizer:
             self._bytes_quantized += stored.numel() * stored.itemsize
             return
         self._check_finite(name, stored.scales)
-        self._bytes_quantized += stored.q.numel() * stored.bits // 8 + 2 * stored.scales.numel()
+        self._bytes_quantized += stored.stored_bytes
 
     def _check_finite(self, name: str, *results: Tensor) -> None:
         """Raises UserError if ``results`` are not finite; names the source's tensor that is not."""
@@ -195,20 +156,21 @@ class Quantizer:
             sources = (source for source, tensor in self._reading.items() if not tensor.isfinite().all())
             raise UserError(f"{next(sources, name)}: holds NaN or infinity; the model cannot be quantised")
 
-    def _round(self, weight: Tensor, bits: int, inputs: Inputs = None) -> QuantizedWeight:
+    def _round(self, weight: Tensor, form: Format, inputs: Inputs = None) -> QuantizedWeight:
         """``weight`` [N, K] by the method of the run; ``inputs``: mean squares [K] of the inputs or their
         Hessian."""
         if self.settings.method == "rtn-row":
-            return rtn_row(weight, bits)
+            return rtn_row(weight, form[0])
         if isinstance(inputs, HessianFactor):
-            return gptq(weight, bits, self.settings.group_size, inputs)
-        return rtn(weight, bits, self.settings.group_size, inputs)
+            return gptq(weight, *form, inputs)
+        return rtn(weight, *form, inputs)
 
     def _embedding(self, weight: Tensor) -> Quantized:
         bits = self.settings.resolved_embedding_bits
         stored: Quantized = weight
         if bits != 16:
-            stored = _concatenate([self._round(part.float(), bits) for part in weight.split(_ROWS_AT_ONCE)])
+            form = self.settings.format_of(_module(EMBEDDING), weight.shape[1], bits)
+            stored = _concatenate([self._round(part.float(), form) for part in weight.split(_ROWS_AT_ONCE)])
         self._count(EMBEDDING, stored)
         return stored
 
@@ -223,7 +185,10 @@ class Quantizer:
             for name in names:
                 parent, child = name.split(".")
                 owner = layer.get_submodule(parent)
-                weight = self._round(owner.get_parameter(f"{child}.weight"), self.settings.bits, inputs)
+                plain = owner.get_parameter(f"{child}.weight")
+                weight = self._round(
+                    plain, self.settings.format_of(f"{prefix}{name}", plain.shape[1]), inputs
+                )
                 self._count(f"{prefix}{name}.weight", weight)
                 bias = getattr(owner.get_submodule(child), "bias", None)
                 setattr(owner, child, QuantLinear.from_weight(weight, bias))
@@ -266,7 +231,8 @@ class Quantizer:
                 inputs = _importance(rms)
                 if self.settings.method == "gptq":
                     inputs = HessianFactor(hessian / factors[:, None] / factors)
-            parts = [self._round(x.float() * factors, bits, inputs) for x in head.split(_ROWS_AT_ONCE)]
+            form = self.settings.format_of(_module(HEAD), head.shape[1], bits)
+            parts = [self._round(x.float() * factors, form, inputs) for x in head.split(_ROWS_AT_ONCE)]
             stored = _concatenate(parts)
         self._count(NORM, norm)
         self._count(HEAD, stored)
@@ -297,6 +263,10 @@ class Quantizer:
             part = slice(start, start + size)
             logits = [head(x[part]) for head, x in zip(heads, hidden, strict=True)]
             figures.add(logits[0], logits[1], targets[part])
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
 
 
 def _linear(weight: Quantized) -> Callable[[Tensor], Tensor]:

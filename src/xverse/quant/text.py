@@ -18,6 +18,9 @@ from xverse.tokenizer import Tokenizer
 
 CALIBRATION_TOKENS = 65_536
 CALIBRATION_LENGTH = 512
+LARGE_CALIBRATION_TOKENS = 8192  # of the package's text, for models of more than a billion parameters
+_LOADING_TOKENS, _LOADING_LENGTH = 512, 128  # while loading: enough for the magnitude of each channel
+_LOADING_CHARACTERS = 300  # of each text
 _READ = 4 * CALIBRATION_TOKENS  # characters of a long file that are encoded, spread evenly
 _SMALLEST = 256  # tokens; fewer are not representative of a layer's inputs
 _BYTE_SHARE = 0.3  # of tokens that are single bytes
@@ -52,6 +55,31 @@ def calibration_tokens(tokenizer: Tokenizer, file: str | Path) -> Tensor:
             "calibration text should resemble what the model is used for"
         )
     return _evenly(_rows(ids, CALIBRATION_LENGTH), CALIBRATION_TOKENS)
+
+
+def default_calibration(tokenizer: Tokenizer, parameters: int) -> Tensor:
+    """Rows int64 [n, 512] of the package's calibration text in 41 languages and code: at most 65,536 tokens,
+    for a model of more than a billion ``parameters`` 8,192."""
+    ids: list[int] = []
+    for text in _calibration_texts():
+        ids += tokenizer.encode(text)
+    large = parameters > 10**9
+    return _evenly(_rows(ids, CALIBRATION_LENGTH), LARGE_CALIBRATION_TOKENS if large else CALIBRATION_TOKENS)
+
+
+def loading_calibration(tokenizer: Tokenizer) -> Tensor:
+    """Rows int64 [4, 128] of the same text, for a model that is quantised while it is loaded."""
+    ids: list[int] = []
+    for text in _calibration_texts():
+        ids += tokenizer.encode(text[:_LOADING_CHARACTERS])
+    return _evenly(_rows(ids, _LOADING_LENGTH), _LOADING_TOKENS)
+
+
+def _calibration_texts() -> list[str]:
+    with importlib.resources.as_file(
+        importlib.resources.files("xverse") / "assets" / "calibration"
+    ) as folder:
+        return load_texts(folder / "text.jsonl.gz")
 
 
 def parity_tokens(tokenizer: Tokenizer, parameters: int) -> Tensor:
