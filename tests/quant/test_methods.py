@@ -11,8 +11,9 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.kernels.native import library
 from xverse.kernels.weight import QuantizedWeight
+from xverse.quant import gptq as gptq_module
 from xverse.quant import methods
-from xverse.quant.gptq import Hessian, HessianFactor, gptq
+from xverse.quant.gptq import Hessian, HessianFactor, gptq, round_columns
 from xverse.quant.methods import round_to, rtn, rtn_row
 
 
@@ -164,3 +165,49 @@ def test_gptq_accepts_inputs_that_are_always_zero_and_a_singular_hessian() -> No
     assert _error(learnt, weight) < 0.05 * weight.square().mean().item()
     nothing = gptq(weight, 4, 32, HessianFactor(torch.zeros(64, 64)))
     assert torch.equal(nothing.q, rtn(weight, 4, 32).q)
+
+
+def _published_gptq(weight: Tensor, hessian: Tensor, scales: Tensor, order: Tensor) -> Tensor:
+    """GPTQ as published: the errors of a column move to the others by the inverse Hessian's Cholesky factor."""
+    damped = hessian[order][:, order].double()
+    damped.diagonal().add_(0.01 * hessian.diagonal().mean())
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    columns, spread = weight[:, order].double(), scales[:, order // 32].double()
+    q = torch.empty_like(columns)
+    for k in range(columns.shape[1]):
+        q[:, k] = (columns[:, k] / spread[:, k]).round().clamp(-8, 7)
+        error = (columns[:, k] - q[:, k] * spread[:, k]) / upper[k, k]
+        columns[:, k:] -= error[:, None] * upper[k, k:]
+    return torch.empty_like(q).index_copy_(1, order, q)
+
+
+def test_feedback_equals_gptq_as_published() -> None:
+    weight, x = _weight(48, 192), torch.randn(600, 192, generator=torch.Generator().manual_seed(3))
+    hessian = _hessian(x @ torch.randn(192, 192, generator=torch.Generator().manual_seed(4)))
+    factor = HessianFactor(hessian)
+    learnt = gptq(weight, 4, 32, factor)
+    published = _published_gptq(weight, hessian, learnt.scales, factor.order)
+    assert (learnt.q == published).float().mean() > 0.999  # the rest are ties in another precision
+
+
+def test_compiled_feedback_gives_the_integers_of_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if library() is None:
+        pytest.skip("no compiled kernels")
+    weight = _weight(33, 160)
+    scales = rtn(weight, 4, 32).scales.float()
+    feedback = torch.randn(160, 160, generator=torch.Generator().manual_seed(5)).triu() * 0.05
+    arguments = (weight, scales, torch.arange(160) // 32, feedback, 4)
+    compiled = round_columns(*arguments)
+    monkeypatch.setattr(gptq_module, "library", lambda: None)
+    plain = round_columns(*arguments)
+    assert (compiled == plain).float().mean() > 0.999
+
+
+def test_hessian_is_the_mean_of_outer_products() -> None:
+    x = torch.randn(3, 40, 70, generator=torch.Generator().manual_seed(6))
+    hessian = Hessian(70)
+    for part in x.split(1):
+        hessian.add(part)
+    flat = x.flatten(0, 1)
+    torch.testing.assert_close(hessian.mean, flat.T @ flat / len(flat))
+    assert torch.equal(hessian.mean, hessian.mean.T)

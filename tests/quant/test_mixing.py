@@ -1,0 +1,90 @@
+"""Bits per weight on average: measured sensitivities, the choice of formats, wrong input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from xverse.config import UserError
+from xverse.model import FullCausal, XverseForCausalLM
+from xverse.quant.methods import rtn
+from xverse.quant.mixing import (
+    Unit,
+    candidates,
+    choose_formats,
+    describe_mix,
+    measure,
+    measure_units,
+    parse_bits,
+    rounding_cost,
+)
+
+
+@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-4", "0", "4,5"])
+def test_what_is_not_a_number_of_bits(text: str) -> None:
+    with pytest.raises(UserError, match="expected bits per weight, such as 4.5"):
+        parse_bits(text)
+
+
+def test_groups_divide_the_inputs() -> None:
+    assert candidates(576) == [(4, 64), (4, 32), (8, 64)]
+    assert candidates(1536) == [(4, 128), (4, 64), (4, 32), (8, 128)]
+    assert candidates(96) == [(4, 32), (8, 32)]
+
+
+def _unit(name: str, costs: tuple[float, ...]) -> Unit:
+    return Unit((name,), ((4, 128), (4, 32), (8, 128)), (100.0, 110.0, 200.0), costs)
+
+
+def test_bits_go_where_they_save_most() -> None:
+    units = [_unit("a", (8.0, 7.0, 0.1)), _unit("b", (1.0, 0.1, 0.0)), _unit("c", (0.1, 0.09, 0.0))]
+    chosen = choose_formats(units, 8 * 410 / 600, 600)
+    assert chosen == {"a": (8, 128), "b": (4, 32), "c": (4, 128)}
+    assert describe_mix(chosen) == (
+        "1 with 4 bits in groups of 32, 1 with 4 bits in groups of 128, 1 with 8 bits in groups of 128"
+    )
+    assert set(choose_formats(units, 4.0, 600).values()) == {(4, 128)}
+    assert set(choose_formats(units, 8.0, 600).values()) == {(8, 128)}
+    for bits in (3.99, 8.1):
+        with pytest.raises(UserError, match="this model takes 4.000 to 8.000 bits per weight"):
+            choose_formats(units, bits, 600)
+
+
+def test_the_message_names_an_average_that_is_accepted() -> None:
+    units = [_unit("a", (1.0, 0.5, 0.1))]
+    with pytest.raises(UserError) as refused:
+        choose_formats(units, 1.0, 193, 7.0)
+    least = float(str(refused.value).split("takes ")[1].split(" ")[0])
+    assert set(choose_formats(units, least, 193, 7.0).values()) == {(4, 128)}
+
+
+def test_predicted_cost_is_that_of_rounding_one_matrix(tiny_model: XverseForCausalLM) -> None:
+    model = tiny_model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(3 if parameter.dim() == 2 else 1)  # logits that differ, so that KL exceeds the noise
+    rows = torch.randint(model.config.vocab_size, (48, 32), generator=torch.Generator().manual_seed(0))
+    sensitivities = measure(model, rows)
+    context = FullCausal(*rows.shape)
+    before = model(rows, context).log_softmax(-1)
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.v_proj"):
+        linear = model.get_submodule(name)
+        weight = linear.weight.clone()
+        predicted = rounding_cost(weight, (4, 32), sensitivities[name])
+        linear.weight.copy_(rtn(weight, 4, 32, sensitivities[name].inputs).dequantize())
+        after = model(rows, context).log_softmax(-1)
+        measured = (before.exp() * (before - after)).sum(-1).mean().item()
+        linear.weight.copy_(weight)
+        assert math.isclose(predicted, measured, rel_tol=0.8), (name, predicted, measured)
+
+
+def test_every_matrix_gets_a_format(tiny_model: XverseForCausalLM) -> None:
+    model = tiny_model.requires_grad_(False)
+    rows = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    weights = {name: model.get_submodule(name).weight for name in names}
+    units = measure_units(model.config, measure(model, rows), weights)
+    assert sorted(name for unit in units for name in unit.names) == sorted(names)
+    assert all(unit.costs[0] > unit.costs[-1] > 0 for unit in units)
+    assert all(first < second for unit in units for first, second in zip(unit.sizes, unit.sizes[1:], strict=False))
