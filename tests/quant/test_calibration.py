@@ -114,3 +114,28 @@ def test_parity_text_is_in_many_scripts_and_short_for_large_models(tiny_tokenize
     assert few.numel() == 256
     scripts = text._scripts(text._parity_text())
     assert {"CJK", "LATIN", "CYRILLIC", "HIRAGANA", "HANGUL", "ARABIC", "DEVANAGARI"} <= set(scripts)
+
+
+def test_the_package_has_calibration_text_of_all_languages(tiny_tokenizer: Any) -> None:
+    folder = Path(text.__file__).parents[1] / "assets" / "calibration"
+    assert (folder / "text.jsonl.gz").stat().st_size <= 300_000
+    records = [
+        json.loads(line) for line in gzip.decompress((folder / "text.jsonl.gz").read_bytes()).splitlines()
+    ]
+    assert len({record["lang"] for record in records} - {"code"}) == 41
+    licences = (folder / "LICENSE.md").read_text(encoding="utf-8")
+    assert all(f"`{record['source']}`" in licences or record["lang"] == "code" for record in records)
+    longest = max(len(record["text"]) for record in records if record["lang"] != "code")
+    assert longest <= 1500
+    # The text on which parity is measured is not calibrated on.
+    joined = "\n".join(record["text"] for record in records)
+    assert not any(passage in joined for passage in text._parity_text().split("\n") if len(passage) > 40)
+
+
+def test_the_packages_text_is_shorter_for_large_models(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "CALIBRATION_TOKENS", 16_384)
+    assert text.default_calibration(tiny_tokenizer, 10**6).shape == (32, 512)
+    assert text.default_calibration(tiny_tokenizer, 7 * 10**9).shape == (16, 512)
+    assert text.loading_calibration(tiny_tokenizer).shape == (4, 128)

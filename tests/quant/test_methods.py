@@ -168,7 +168,7 @@ def test_gptq_accepts_inputs_that_are_always_zero_and_a_singular_hessian() -> No
 
 
 def _published_gptq(weight: Tensor, hessian: Tensor, scales: Tensor, order: Tensor) -> Tensor:
-    """GPTQ as published: the errors of a column move to the others by the inverse Hessian's Cholesky factor."""
+    """GPTQ as published: the error of a column moves by the Cholesky factor of the inverse Hessian."""
     damped = hessian[order][:, order].double()
     damped.diagonal().add_(0.01 * hessian.diagonal().mean())
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)

@@ -24,7 +24,7 @@ from xverse.quant.mixing import (
 
 @pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-4", "0", "4,5"])
 def test_what_is_not_a_number_of_bits(text: str) -> None:
-    with pytest.raises(UserError, match="expected bits per weight, such as 4.5"):
+    with pytest.raises(UserError, match=r"expected bits per weight, such as 4\.5"):
         parse_bits(text)
 
 
@@ -48,7 +48,7 @@ def test_bits_go_where_they_save_most() -> None:
     assert set(choose_formats(units, 4.0, 600).values()) == {(4, 128)}
     assert set(choose_formats(units, 8.0, 600).values()) == {(8, 128)}
     for bits in (3.99, 8.1):
-        with pytest.raises(UserError, match="this model takes 4.000 to 8.000 bits per weight"):
+        with pytest.raises(UserError, match=r"this model takes 4\.000 to 8\.000 bits per weight"):
             choose_formats(units, bits, 600)
 
 
@@ -87,4 +87,6 @@ def test_every_matrix_gets_a_format(tiny_model: XverseForCausalLM) -> None:
     units = measure_units(model.config, measure(model, rows), weights)
     assert sorted(name for unit in units for name in unit.names) == sorted(names)
     assert all(unit.costs[0] > unit.costs[-1] > 0 for unit in units)
-    assert all(first < second for unit in units for first, second in zip(unit.sizes, unit.sizes[1:], strict=False))
+    assert all(
+        first < second for unit in units for first, second in zip(unit.sizes, unit.sizes[1:], strict=False)
+    )
