@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xverse.model import FullCausal, XverseForCausalLM
+
 _LOGIT_BYTES = 128 * 2**20  # float32 logits of one model held at a time
 
 
@@ -97,6 +99,18 @@ class LogitFigures:
             bytes_source=bytes_source,
             bytes_quantized=bytes_quantized,
         )
+
+
+@torch.no_grad()
+def compare(source: XverseForCausalLM, quantized: XverseForCausalLM, tokens: Tensor) -> LogitFigures:
+    """The figures of two whole models on ``tokens`` int64 [n, T]."""
+    figures = LogitFigures()
+    size = rows_at_once(source.config.vocab_size)
+    for rows in tokens.split(max(1, size // tokens.shape[1])):
+        context = FullCausal(*rows.shape, rows.device)
+        logits = [model(rows, context).flatten(0, 1) for model in (source, quantized)]
+        figures.add(logits[0], logits[1], next_tokens(rows).flatten())
+    return figures
 
 
 def next_tokens(tokens: Tensor) -> Tensor:

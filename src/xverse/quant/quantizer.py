@@ -6,6 +6,7 @@ between layers: those of the source and those of the quantised model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight
-from xverse.model import XverseConfig
+from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
 from xverse.quant.gptq import Hessian, HessianFactor, gptq
@@ -28,12 +29,14 @@ from xverse.quant.layerwise import (
     replace_linears,
 )
 from xverse.quant.methods import rtn, rtn_row
-from xverse.quant.parity import LogitFigures, ParityReport, next_tokens, relative_error, rows_at_once
+from xverse.quant.parity import LogitFigures, ParityReport, compare, next_tokens, relative_error, rows_at_once
 from xverse.quant.settings import Format, QuantSettings, fitting_group, input_sizes
+from xverse.quant.tuning import refine, whole_model
 
 Quantized = Tensor | QuantizedWeight
 Inputs = Tensor | HessianFactor | None
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+REFINED_PARAMETERS = 10**9  # at most: source and result are in memory together
 _RANDOM_ROWS, _RANDOM_LENGTH = 2, 128  # random tokens by which rtn measures the channels
 _ROWS_AT_ONCE = 8192  # of the embedding or the head, converted to float32 at a time
 
@@ -77,6 +80,7 @@ class Quantizer:
         self.calibration = None if settings.method == "rtn-row" else calibration
         if settings.method == "rtn" and calibration is None:
             self.calibration = random_tokens(config.vocab_size)
+        self.refines = settings.refine and config.num_parameters() <= REFINED_PARAMETERS
         self.sample = sample if sample is not None and sample.numel() else None
         self.progress = progress or (lambda _: None)
         self._report: ParityReport | None = None
@@ -89,10 +93,41 @@ class Quantizer:
         assert self._report is not None, "tensors() has not been exhausted yet"
         return self._report
 
-    @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Quantized]]:
         """Every tensor of the quantised model by name, in the model's order; the norm weights differ from the
         source's."""
+        if not self.refines:
+            yield from self._layer_by_layer()
+            return
+        tensors: Mapping[str, Quantized] = dict(self._layer_by_layer())
+        source = self._source()
+        assert self.calibration is not None
+        rows = self.calibration.to(source.lm_head.weight.device)
+        tensors = refine(tensors, source, rows, self.progress)
+        if self.sample is not None:
+            model = whole_model(self.config, tensors)
+            figures = compare(source, model, self.sample.to(rows.device)).report()
+            self._report = dataclasses.replace(
+                figures,
+                layer_errors=self.report.layer_errors,
+                bytes_source=self.report.bytes_source,
+                bytes_quantized=self.report.bytes_quantized,
+            )
+        yield from tensors.items()
+
+    def _source(self) -> XverseForCausalLM:
+        """The whole source in float32."""
+        prefixes = [EMBEDDING, *(f"model.layers.{i}." for i in range(self.config.num_hidden_layers)), NORM]
+        if not self.config.tie_word_embeddings:
+            prefixes.append(HEAD)
+        tensors: dict[str, Quantized] = {}
+        for prefix in prefixes:
+            tensors |= self.read(prefix.removesuffix("weight"))
+        tensors.setdefault(HEAD, tensors[EMBEDDING])
+        return whole_model(self.config, tensors)
+
+    @torch.no_grad()
+    def _layer_by_layer(self) -> Iterator[tuple[str, Quantized]]:
         # Hidden states [n, T, D] of the source and the quantised model on the sample, and on the calibration.
         source, quantized, calibration = None, None, None
         self.progress("embedding")

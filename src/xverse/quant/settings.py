@@ -23,7 +23,8 @@ class QuantSettings:
 
     ``group_size`` is the largest number of inputs that share a scale; a matrix whose inputs it does not
     divide gets the largest group size that does. ``formats`` has bits and group size of single matrices, by
-    name (``model.layers.0.mlp.up_proj``), which go before ``bits`` and ``group_size``. Raises UserError for
+    name (``model.layers.0.mlp.up_proj``), which go before ``bits`` and ``group_size``. ``refine``: fit scales
+    and norms from end to end at last, if the model has at most a billion parameters. Raises UserError for
     unsupported bits, methods or group sizes.
     """
 
@@ -33,6 +34,7 @@ class QuantSettings:
     head_bits: int | None = None
     embedding_bits: int | None = None
     formats: Mapping[str, Format] = field(default_factory=dict)
+    refine: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -84,6 +86,7 @@ def default_settings(
         head_bits=head_bits,
         embedding_bits=16,
         formats=formats or {},
+        refine=method == "gptq",
     )
 
 
