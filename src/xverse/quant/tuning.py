@@ -2,8 +2,8 @@
 
 Rounding layer by layer minimises each layer's own error. What the errors of all layers do to the logits is
 only visible at the end: here the quantised model is compared with its source on the calibration text, and
-the scales of the groups and the weights of the norms follow the gradient. The stored format does not change, and so
-neither do size and speed. Both models are in memory.
+the scales of the groups and the weights of the norms follow the gradient. The stored format does not change,
+and so neither do size and speed. Both models are in memory.
 """
 
 from __future__ import annotations
