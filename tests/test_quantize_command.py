@@ -23,6 +23,7 @@ GENERATION = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "top_k": 
 @pytest.fixture(autouse=True)
 def short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xverse.quant.text.CALIBRATION_TOKENS", 1024)
+    monkeypatch.setattr("xverse.quant.tuning.STEPS", 2)
 
 
 @pytest.fixture(scope="module")

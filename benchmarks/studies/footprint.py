@@ -72,7 +72,7 @@ def measure(config: XverseConfig, directory: str | None, threads: int) -> dict[s
         for kind, bits in (("int8", "8"), ("int4", "4")):
             notice(f"footprint: xverse quantize --bits {bits}")
             paths = ("--model", str(folders["bf16"]), "--out", str(folders[kind]))
-            done = run_xverse(["quantize", *paths, "--bits", bits])
+            done = run_xverse(["quantize", *paths, "--bits", bits, "--method", "rtn"])
             del done["stderr"]
             size = sum(file.stat().st_size for file in folders[kind].glob("*.safetensors"))
             result[f"quantize_{kind}"] = {**done, "file_bytes": size}

@@ -153,7 +153,7 @@ def test_beside_quantised_weights_an_adapter_keeps_its_precision(wide, tmp_path,
     """Its product is exact: with B = 0 nothing changes, and with another B just what it adds."""
     source, extra = wide, {"quantize": "int4"}
     if stored:
-        words = ["--model", str(wide), "--bits", "4", "--out", str(tmp_path / "stored")]
+        words = ["--model", str(wide), "--bits", "4", "--method", "rtn", "--out", str(tmp_path / "stored")]
         assert main(["quantize", *words]) == 0
         source, extra = tmp_path / "stored", {}
     path = made(source, tmp_path / "adapter")

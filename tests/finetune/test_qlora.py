@@ -53,7 +53,16 @@ def test_it_learns_as_lora_does_and_merges(
     for name, extra in (("int4", {"quantization_bit": "4"}), ("again", {})):
         out = {"output_dir": str(tmp_path / name)}
         if name == "again":
-            words = ["--model", str(tmp_path / "wide"), "--bits", "4", "--out", str(tmp_path / "stored")]
+            words = [
+                "--model",
+                str(tmp_path / "wide"),
+                "--bits",
+                "4",
+                "--method",
+                "rtn",
+                "--out",
+                str(tmp_path / "stored"),
+            ]
             assert main(["quantize", *words]) == 0
             extra = {"model_name_or_path": str(tmp_path / "stored")}
         assert main(["finetune", *flags({**document, **out, **extra})]) == 0

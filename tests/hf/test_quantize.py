@@ -91,7 +91,22 @@ def test_the_same_as_the_command_line(
 ) -> None:
     from xverse.cli import main
 
-    assert main(["quantize", "--model", str(directory), "--out", str(tmp_path / "q"), "--bits", "4"]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                "--model",
+                str(directory),
+                "--out",
+                str(tmp_path / "q"),
+                "--bits",
+                "4",
+                "--method",
+                "rtn",
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
     by_command, in_place = load(tmp_path / "q"), load(directory).quantize(4)
     tokens = fixed_tokens(by_command.config.vocab_size)

@@ -69,12 +69,14 @@ def refine(
     source: XverseForCausalLM,
     rows: Tensor,
     report: Callable[[str], None],
-    steps: int = STEPS,
+    steps: int | None = None,
 ) -> dict[str, Tensor | QuantizedWeight]:
     """``tensors`` of a quantised model with refined scales and norms; the others are the same.
 
-    ``source`` in float32, ``rows`` int64 [n, T] of text on its device; ``report`` is called before each step.
+    ``source`` in float32, ``rows`` int64 [n, T] of text on its device; ``report`` is called before each of
+    ``steps`` (default: STEPS).
     """
+    steps = steps or STEPS
     model = whole_model(source.config, tensors, _Linear)
     linears = {
         f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, _Linear)
