@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from xverse.config import UserError
-from xverse.formats import load_model, logits, save_hf
+from xverse.formats import load_model, load_tokenizer, logits, save_hf
 from xverse.formats.compare import fixed_tokens
 from xverse.kernels.linear import QuantLinear
 from xverse.model import XverseForCausalLM, init_weights
+from xverse.quant.text import loading_calibration
 
 MESSAGES = [{"role": "user", "content": "你好"}]
 
@@ -108,7 +109,8 @@ def test_the_same_as_the_command_line(
         == 0
     )
     capsys.readouterr()
-    by_command, in_place = load(tmp_path / "q"), load(directory).quantize(4)
+    calibration = loading_calibration(load_tokenizer(directory))
+    by_command, in_place = load(tmp_path / "q"), load(directory).quantize(4, calibration=calibration)
     tokens = fixed_tokens(by_command.config.vocab_size)
     assert torch.equal(logits(by_command, tokens), logits(in_place, tokens))
 

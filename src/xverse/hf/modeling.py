@@ -313,9 +313,10 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
 
         The linears of the layers get ``bits``, the output head 8 (none with ``rtn-row``), the
         embedding is not quantised. ``method``: ``rtn``, ``rtn-row`` (XVERSE's scheme, without groups) or
-        ``gptq``, which needs ``calibration``, token ids int64 [n, T]. The model can only be used for
-        inference afterwards. Raises xverse.config.UserError for other bits, methods or groups, for groups
-        that do not divide a layer's inputs, and for a model that is already quantised.
+        ``gptq``, which needs ``calibration``, token ids int64 [n, T]; ``rtn`` measures inputs on it, or on
+        random tokens. Inputs that ``group_size`` does not divide get smaller groups. The model can only be
+        used for inference afterwards. Raises xverse.config.UserError for other bits, methods or groups, and
+        for a model that is already quantised.
         """
         settings = QuantSettings(bits=bits, method=method, group_size=group_size, embedding_bits=16)
         quantization.quantize(self, settings, calibration)
