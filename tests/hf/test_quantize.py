@@ -156,7 +156,7 @@ def test_settings_that_are_refused(
 
 def test_a_group_that_does_not_divide_becomes_smaller(hf_model: Any) -> None:
     hf_model.quantize(4)
-    assert {layer.group_size for layer in linears(hf_model).values()} == {64}
+    assert {layer.group_size for layer in linears(hf_model).values()} == {64, 128}  # of 64 and 128 inputs
 
 
 def test_an_adapter_is_named(directory: Path, load: Callable[..., Any]) -> None:
