@@ -136,7 +136,7 @@ def test_the_packages_text_is_shorter_for_large_models(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "CALIBRATION_TOKENS", 16_384)
-    monkeypatch.setattr(text, "_calibration_texts", lambda: [ENGLISH * 40])
+    monkeypatch.setattr(text, "_calibration_texts", lambda: [ENGLISH] * 40)
     assert text.default_calibration(tiny_tokenizer, 10**6).shape == (32, 512)
     assert text.default_calibration(tiny_tokenizer, 7 * 10**9).shape == (16, 512)
     assert text.loading_calibration(tiny_tokenizer).shape == (4, 128)
