@@ -154,7 +154,7 @@ def test_average_bits_out_of_range(
 
 def test_average_bits_mix_formats(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(source, tmp_path / "out", bits="5.0")) == 0
-    assert "5 bits on average (" in capsys.readouterr().out
+    assert "5 bits on average, gptq, " in capsys.readouterr().out
     model = load_model(tmp_path / "out")
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     assert len({(layer.bits, layer.group_size) for layer in layers}) > 1

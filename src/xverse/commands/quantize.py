@@ -112,13 +112,11 @@ def run(args: argparse.Namespace) -> int:
             report_progress=step,
             device=device,
         )
+    what = f"{settings.bits} bits"
     groups = "one scale per row" if settings.method == "rtn-row" else f"groups of {settings.group_size}"
-    what = (
-        f"{settings.bits} bits, {groups}"
-        if bits is None
-        else f"{bits:g} bits on average ({describe_mix(settings.formats)})"
-    )
-    print(f"{out}: {args.format}, {settings.method}, {what}")
+    if bits is not None:
+        what, groups = f"{bits:g} bits on average", describe_mix(settings.formats)
+    print(f"{out}: {args.format}, {what}, {settings.method}, {groups}")
     for line in report.describe():
         print(line)
     return 0
