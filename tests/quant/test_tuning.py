@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -61,8 +62,7 @@ def test_divergence_falls_and_integers_stay(source: XverseForCausalLM) -> None:
 
 def test_the_report_is_that_of_the_refined_model(source: XverseForCausalLM) -> None:
     sample = _rows(source, 3, 4)
-    settings = default_settings(4, group_size=32)
-    assert settings.refine
+    settings = dataclasses.replace(default_settings(4, group_size=32), refine=True)
     run = _quantized(source, settings, calibration=_rows(source, 1, 8), sample=sample)
     tensors = dict(run.tensors())
     expected = compare(source, whole_model(source.config, tensors), sample).report()

@@ -41,6 +41,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="UTF-8 text to measure layer inputs on (default: the package's text in 41 languages and code)",
     )
     parser.add_argument(
+        "--refine",
+        action="store_true",
+        help="at last fit the scales and norms of all layers together to the source's predictions on the "
+        "calibration text; for gptq and models of up to a billion parameters, which are held in memory",
+    )
+    parser.add_argument(
         "--format",
         choices=["hf", "llama"],
         default="hf",
@@ -76,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from xverse.formats.write import check_target
     from xverse.log import notice
     from xverse.quant.mixing import describe_mix, parse_bits
+    from xverse.quant.quantizer import REFINED_PARAMETERS
     from xverse.quant.settings import default_settings, describe_groups
     from xverse.quant.text import calibration_tokens, default_calibration, loading_calibration, parity_tokens
 
@@ -89,6 +96,10 @@ def run(args: argparse.Namespace) -> int:
     settings = default_settings(
         args.bits or 4, method, args.group_size, head_bits=16 if args.format == "llama" else None
     )
+    if args.refine:
+        if settings.method != "gptq" or config.num_parameters() > REFINED_PARAMETERS:
+            raise UserError("--refine is for --method gptq and models of up to a billion parameters")
+        settings = dataclasses.replace(settings, refine=True)
     if args.calibration:
         calibration = calibration_tokens(tokenizer, args.calibration)
     elif settings.method == "gptq":

@@ -86,7 +86,6 @@ def default_settings(
         head_bits=head_bits,
         embedding_bits=16,
         formats=formats or {},
-        refine=method == "gptq",
     )
 
 
