@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xverse.kernels.weight import QuantizedWeight
 from xverse.model import XverseForCausalLM
+from xverse.quant import tuning
 from xverse.quant.parity import compare
 from xverse.quant.quantizer import Quantizer
 from xverse.quant.settings import QuantSettings, default_settings
@@ -24,9 +25,9 @@ def source(tiny_model: XverseForCausalLM) -> XverseForCausalLM:
     return tiny_model
 
 
-def _rows(source: XverseForCausalLM, seed: int, count: int = 32) -> Tensor:
+def _rows(source: XverseForCausalLM, seed: int, count: int = 16) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(source.config.vocab_size, (count, 64), generator=generator)
+    return torch.randint(source.config.vocab_size, (count, 32), generator=generator)
 
 
 def _quantized(source: XverseForCausalLM, settings: QuantSettings, **options: Any) -> Quantizer:
@@ -42,8 +43,8 @@ def test_divergence_falls_and_integers_stay(source: XverseForCausalLM) -> None:
     settings = QuantSettings(bits=4, method="gptq", group_size=32, head_bits=4, embedding_bits=16)
     before = dict(_quantized(source, settings, calibration=_rows(source, 1)).tensors())
     steps: list[str] = []
-    after = refine(before, source, _rows(source, 1), steps.append, steps=12)
-    assert len(steps) == 12
+    after = refine(before, source, _rows(source, 1), steps.append, steps=6)
+    assert len(steps) == 6
     assert list(after) == list(before)
     for name, tensor in before.items():
         other = after[name]
@@ -60,7 +61,10 @@ def test_divergence_falls_and_integers_stay(source: XverseForCausalLM) -> None:
     assert divergences[1] < divergences[0]
 
 
-def test_the_report_is_that_of_the_refined_model(source: XverseForCausalLM) -> None:
+def test_the_report_is_that_of_the_refined_model(
+    source: XverseForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "STEPS", 2)
     sample = _rows(source, 3, 4)
     settings = dataclasses.replace(default_settings(4, group_size=32), refine=True)
     run = _quantized(source, settings, calibration=_rows(source, 1, 8), sample=sample)

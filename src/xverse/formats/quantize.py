@@ -156,9 +156,18 @@ def load_quantizing(
             "every layer"
         )
     with progress_bar(directory.config) as progress:
-        calibration = loading_calibration(directory.tokenizer)
+        calibration = _loading_calibration(directory)
         tensors = quantized_tensors(directory, settings, calibration, device, progress)
         return build(directory.config, tensors, dtype)
+
+
+def _loading_calibration(directory: ModelDirectory) -> Tensor | None:
+    """Tokens of the package's text; None, for random ones, if the directory has no tokenizer that fits."""
+    try:
+        tokens = loading_calibration(directory.tokenizer)
+    except UserError:  # weights alone can be quantised; who needs the tokenizer reports what is wrong with it
+        return None
+    return tokens if int(tokens.max()) < directory.config.vocab_size else None
 
 
 def quantized_tensors(
