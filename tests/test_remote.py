@@ -78,16 +78,12 @@ def check(base: str, files: Path) -> None:
         assert texts(path=f"{base}/*.jsonl*") == expected * 3
         assert len(texts(path=base, lines=True)) == 8 * len(ROWS)
         names = [(unit.name, unit.lang, unit.size) for unit in corpus_units(base)]
-        assert names == [
-            (name, name[0], (files / name).stat().st_size)
-            for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")
-        ]
-    with pytest.raises(UserError, match="no such file"):
-        texts(path=f"{base}/nothing.jsonl") if base.startswith("http") else list(
-            read_unit(input_units([Input(path=f"{base}/a.jsonl")])[0], ReadReport(), 1)
-            if fsspec.core.url_to_fs(base)[0].rm(f"{base}/a.jsonl")
-            else ()
-        )
+        listed = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")
+        assert names == [(name, name[0], (files / name).stat().st_size) for name in listed]
+        with pytest.raises(UserError, match="no text files here"):
+            texts(path=f"{base}/*.nothing")
+    with pytest.raises(UserError, match=r"no such file|no text files here"):
+        texts(path=f"{base}/nothing.jsonl")
 
 
 @pytest.fixture
@@ -261,11 +257,10 @@ def test_no_flag_takes_a_url_for_a_path(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_no_key_takes_a_url_for_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xverse.train.recipe import PretrainRecipe
-
     from xverse.data.mixture import MixtureConfig
     from xverse.data.prepare.pipeline import PrepareRecipe
     from xverse.tokenizer.recipe import TokenizerRecipe
+    from xverse.train.pretrain import PretrainRecipe
 
     monkeypatch.chdir(tmp_path)
     for url in URLS:
@@ -296,9 +291,8 @@ def test_no_key_takes_a_url_for_a_path(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_is_no_url() -> None:
-    assert not any(
-        map(is_url, ("", "a/b", "/a", "./s3:x", "C:/x", "org/name", "modelscope:org/name", "a:b", 3))
-    )
+    names = ("", "a/b", "/a", "./s3:x", "C:/x", "org/name", "modelscope:org/name", "a:b", 3)
+    assert not any(map(is_url, names))
     assert all(is_url(Path(url)) for url in URLS)
 
 
@@ -308,9 +302,7 @@ def test_the_command(
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("corpus: nowhere\nout: out\n")
     assert main(["data", "prepare", "recipe.yaml", "out=s3://bucket/out"]) == 2
-    assert capsys.readouterr().err.startswith(
-        "xverse: recipe.yaml: out: 's3://bucket/out' is a URL, and only a path"
-    )
+    assert capsys.readouterr().err.startswith("xverse: recipe.yaml: out: 's3://bucket/out' is a URL")
     assert main(["data", "prepare", "recipe.yaml", "corpus=nosuch://bucket/out"]) == 2
     assert "unknown protocol 'nosuch'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

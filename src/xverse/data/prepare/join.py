@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.data.prepare.encode import SPLITS, load_part, load_tokenizer
+from xverse.data.prepare.encode import load_part, load_tokenizer
 from xverse.data.prepare.plan import SplitPlan
 from xverse.data.shards import COPIED, OFFSET, TOKEN, ShardHeader, read_header, seal
 from xverse.files import atomic_file
@@ -77,10 +77,10 @@ class Shards:
     tokenizer: Path
     fingerprint: str
 
-    def targets(self) -> list[tuple[Target, Path, ShardHeader]]:
-        """The unfinished shards. Raises UserError for one of another recipe."""
+    def targets(self) -> list[tuple[Target, Path, ShardHeader, bool]]:
+        """All shards, and whether they are finished. Raises UserError for one of another recipe."""
         plan, tokenizer = SplitPlan.load(self.work / "plan.json"), load_tokenizer(self.tokenizer).hash
-        left = []
+        targets = []
         for values in read_json(self.work / "layout.json"):
             target = Target(**values)
             source, path = plan.sources[target.name], self.out / target.split / target.name
@@ -89,12 +89,10 @@ class Shards:
                 raise UserError(
                     f"{path}: made by another recipe or tokenizer; delete it or choose another out"
                 )
-            if header is None:
-                header = ShardHeader(tokenizer, source.language, source.category, self.fingerprint)
-                counts = (target.documents, target.tokens, target.text_bytes)
-                header.documents, header.tokens, header.text_bytes = counts
-                left.append((target, path, header))
-        return left
+            made = ShardHeader(tokenizer, source.language, source.category, self.fingerprint)
+            made.documents, made.tokens, made.text_bytes = target.documents, target.tokens, target.text_bytes
+            targets.append((target, path, made, header is not None))
+        return targets
 
 
 @dataclass
@@ -104,8 +102,8 @@ class Join(Shards):
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
         jobs = [
             (target, path, number)
-            for target, path, _ in self.targets()
-            for number in range(-(-target.tokens // SLICE))
+            for target, path, _, finished in self.targets()
+            for number in range(0 if finished else -(-target.tokens // SLICE))
         ]
         for target, path, number in jobs[rank::tasks]:
             table = np.load(target.table(self.work))
@@ -150,6 +148,6 @@ class Seal(Shards):
     """Finishes the shards of a rank."""
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
-        for _, path, header in self.targets()[rank::tasks]:
-            assert path.parent.name in SPLITS
-            seal(path, header)
+        for _, path, header, finished in self.targets()[rank::tasks]:
+            if not finished:
+                seal(path, header)
