@@ -84,7 +84,7 @@ class ReadReport:
         lines = [f"{self.skipped} lines skipped: {', '.join(parts)}"] if parts else []
         if self.keys:
             lines.append(self.keys)
-        elif self.bad_utf8 > self.read and not self.encoding:
+        elif self.bad_utf8 == self.skipped > self.read and not self.encoding:
             lines.append("name the encoding, such as encoding: gb18030")
         return "; ".join(lines + self.broken_files)
 
@@ -174,7 +174,13 @@ def open_text(
     """
     with _damage(path, report), open_binary(path) as stream:
         given = check_encoding(encoding) if encoding else None
-        found = given or detect(stream.peek(1 << 16)[: 1 << 16])  # type: ignore[attr-defined]
+        head: bytes | None = None
+        with _damage(path, report):
+            head = stream.peek(1 << 16)[: 1 << 16]  # type: ignore[attr-defined]
+        if head is None:  # broken from the beginning, as the report says
+            yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, io.BytesIO())))
+            return
+        found = given or detect(head)
         if found == UTF8:
             yield stream
             return

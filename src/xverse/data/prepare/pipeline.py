@@ -164,6 +164,9 @@ def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
     values = dataclasses.asdict(recipe)
     settings: dict[str, Any] = {name: value for name, value in values.items() if name not in names}
     settings["tokenizer"] = Tokenizer.load(recipe.tokenizer).hash if recipe.tokenizer is not None else None
+    for source in settings["inputs"]:
+        if source["encoding"] is None:  # a key that folders of earlier versions do not have
+            del source["encoding"]
     settings["files"] = {unit.name: unit.size for unit in units}
     settings = json.loads(json.dumps(settings, default=str))
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
