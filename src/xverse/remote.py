@@ -54,6 +54,7 @@ def find(url: str) -> list[tuple[str, int]]:
 
     Raises UserError where they cannot be listed; an empty list if there are none.
     """
+    url = url.rstrip("/")
     fs, path = filesystem(url)
     web = url.lower().startswith(("http://", "https://"))
     with _errors(url):
@@ -63,8 +64,10 @@ def find(url: str) -> list[tuple[str, int]]:
             found = _retried(lambda: fs.glob(path, detail=True), url)
         else:
             found = _retried(lambda: fs.find(path, detail=True), url)
-    files = {name: info for name, info in found.items() if info["type"] == "file"}
-    return sorted((str(fs.unstrip_protocol(name)), info.get("size") or 0) for name, info in files.items())
+    files = {str(name): info for name, info in found.items() if info["type"] == "file"}
+    # fsspec's paths lack the protocol, and the host of some.
+    base = url.removesuffix(path) if url.endswith(path) else f"{url.partition('://')[0]}://"
+    return sorted((base + name, info.get("size") or 0) for name, info in files.items())
 
 
 def versions(url: str) -> list[str]:

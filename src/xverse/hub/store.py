@@ -6,11 +6,13 @@ again if a file at the URL has another size or version.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def fetch(url: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
         raise UserError(f"{url}: no model directory here: no files")
     names = choose(files)
     source: dict[str, Any] = {name: versions(files[name]) for name in names}
-    with alone(cache / f".{folder.name}.lock", f"{url}: another process is copying this model"):
+    with _alone(cache / f".{folder.name}.lock"):
         if (folder / RECORD).exists() and read_json(folder / RECORD) == source:
             return folder
         notice(f"{url}: copied to {folder}")
@@ -46,3 +48,19 @@ def fetch(url: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
                     shutil.copyfileobj(stream, file, 8 << 20)
             (temporary / RECORD).write_text(json.dumps(source), encoding="utf-8")
     return folder
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait for another process that copies the model, such as another rank of a run."""
+    busy = f"{lock}: another process is copying this model"
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(alone(lock, busy))
+                break
+            except UserError as error:
+                if str(error) != busy:
+                    raise
+                time.sleep(0.5)
+        yield

@@ -72,6 +72,8 @@ class PretrainRecipe:
     bounds the held-out text scored for each source (0: all). ``model``, a directory or a hub id, is the
     starting point of continued pretraining. ``cluster`` is what ``--dry-run`` checks the recipe for."""
 
+    URLS = ("model",)
+
     shape: str | XverseConfig
     data: Path
     out: Path
