@@ -112,6 +112,8 @@ def seal(path: Path, header: ShardHeader) -> None:
     Raises UserError for a file of another size.
     """
     _check_sizes(path, header)
+    for left in path.glob(".*.tmp"):  # of a killed writer
+        left.unlink()
     with (path / "tokens.bin").open("rb") as file:
         header.tokens_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     _write_header(path, header)
