@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import unicodedata
 from typing import BinaryIO, cast
 
 from xverse.config import UserError
@@ -42,22 +43,22 @@ def check_encoding(name: str) -> str:
 def detect(head: bytes) -> str:
     """The encoding of a text that begins with ``head``.
 
-    UTF-16 and UTF-32 by their marks, UTF-16 also by the zero bytes of its ASCII characters. GB18030 if most
+    UTF-16 and UTF-32 by their marks, UTF-16 also by what it decodes to. GB18030 if most
     lines with other than ASCII characters are not UTF-8, and its frequent characters are frequent. A file
     with a few damaged lines stays UTF-8.
     """
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
-    if zeros := head.count(0):
-        for name, odd in (("utf-16-le", 1), ("utf-16-be", 0)):
-            mostly = zeros * 5 > len(head) or not _decodes(head, UTF8)
-            if mostly and zeros > 1 and head[odd::2].count(0) == zeros and _decodes(head, name):
+    valid = _decodes(head, UTF8)
+    if not valid or 25 * head.count(0) > len(head):
+        for name in ("utf-16-le", "utf-16-be"):
+            if _is_utf16(head, name):
                 return name
-    if _decodes(head, UTF8):
+    if valid:
         return UTF8
     lines = [line for line in head.split(b"\n")[:-1] or [head] if not line.isascii()]
-    if 2 * sum(not _decodes(line, UTF8) for line in lines) > len(lines) and _is_chinese(head):
+    if 2 * sum(not _decodes(line, UTF8) for line in lines) > len(lines) and _is_chinese(lines):
         return "gb18030"
     return UTF8
 
@@ -71,12 +72,24 @@ def _decodes(data: bytes, encoding: str) -> bool:
     return True
 
 
-def _is_chinese(head: bytes) -> bool:
-    if not _decodes(head, "gb18030"):
+def _is_utf16(head: bytes, name: str) -> bool:
+    """Whether a text without a mark is UTF-16: with blanks or punctuation, and only characters of texts."""
+    if not _decodes(head, name):
         return False
-    text = codecs.getincrementaldecoder("gb18030")().decode(head)
+    text = codecs.getincrementaldecoder(name)().decode(head)[:4_096]
+    odd = (character for character in text if unicodedata.category(character) in ("Cn", "Co", "Cc"))
+    strange = any(character not in "\t\n\r" for character in odd)
+    marks = sum(character in " \n,.，。、" for character in text)
+    return not strange and 50 * marks > len(text)
+
+
+def _is_chinese(lines: list[bytes]) -> bool:
+    """Whether most lines are GB18030, and what they say is Chinese."""
+    decoded = [line for line in lines if _decodes(line, "gb18030")]
+    text = "".join(codecs.getincrementaldecoder("gb18030")().decode(line) for line in decoded)
     ideographs = [character for character in text if "\u3400" <= character <= "\u9fff"]
-    return 10 * sum(character in _COMMON for character in ideographs) > len(ideographs) > 3
+    common = sum(character in _COMMON for character in ideographs)
+    return 2 * len(decoded) > len(lines) and 10 * common > len(ideographs) > 3
 
 
 class _Transcoder(io.RawIOBase):
