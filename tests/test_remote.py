@@ -15,13 +15,14 @@ from typing import Any
 import fsspec
 import pytest
 
-from xverse import hub, remote
+from xverse import remote
 from xverse.cli import FREE, VERBS, Parser, main
 from xverse.config import UserError, build, is_url
 from xverse.data.prepare.inputs import Input, corpus_units, input_units
 from xverse.data.prepare.readers import read_unit
 from xverse.files import atomic_directory, atomic_file
 from xverse.finetune.settings import read_settings
+from xverse.hub.resolve import resolve
 from xverse.texts import ReadReport
 
 ROWS = [{"text": f"text {number} 文", "lang": "en"} for number in range(300)]
@@ -129,9 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
-            if self.server.cuts and len(data) > 1_000:
+            if self.server.cuts and len(data) > 200:
                 self.server.cuts -= 1
-                self.wfile.write(data[:1_000])
+                self.wfile.write(data[:100])
                 self.close_connection = True
                 return
             self.wfile.write(data)
@@ -197,7 +198,7 @@ def test_model_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("config.json", "tokenizer.json", "model.safetensors", "code.py"):
         store.pipe(f"/models/tiny/{name}", b"1")
     store.pipe("/models/tiny/deeper/config.json", b"3")
-    folder = hub.resolve("memory://models/tiny/")
+    folder = resolve("memory://models/tiny/")
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -205,17 +206,17 @@ def test_model_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "xverse_source.json",
     }
     made = folder.stat().st_ino
-    assert hub.resolve("memory://models/tiny") == folder
+    assert resolve("memory://models/tiny") == folder
     assert folder.stat().st_ino == made
     store.pipe("/models/tiny/model.safetensors", b"22")
-    assert (hub.resolve("memory://models/tiny") / "model.safetensors").read_bytes() == b"22"
+    assert (resolve("memory://models/tiny") / "model.safetensors").read_bytes() == b"22"
     for url, why in (
         ("memory://models/none", "no model directory here"),
         ("memory://models/tiny/deeper", "the repository has no weights"),
         ("nosuch://models/tiny", "unknown protocol 'nosuch'"),
     ):
         with pytest.raises(UserError, match=why):
-            hub.resolve(url)
+            resolve(url)
     store.rm("/models", recursive=True)
 
 
