@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from xverse.model import AttentionContext, XverseForCausalLM, linear_cross_entropy
 
+NORMS = ("q_norm", "k_norm")
 # It warns that gathering a matrix that FSDP shards too is slow; that happens only to gather the whole model.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
@@ -48,6 +49,10 @@ def shard_tensors(model: XverseForCausalLM, mesh: DeviceMesh) -> None:
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
+    if model.config.qk_norm:  # each process norms its heads
+        layer |= {
+            f"self_attn.{name}": SequenceParallel(sequence_dim=2, use_local_output=True) for name in NORMS
+        }
     for block in model.model.layers:
         parallelize_module(block, mesh, layer)
     ends = {
@@ -57,6 +62,8 @@ def shard_tensors(model: XverseForCausalLM, mesh: DeviceMesh) -> None:
     }
     present = dict(model.named_modules())
     parallelize_module(model, mesh, {name: style for name, style in ends.items() if name in present})
+    if "lm_head" in present:
+        model.tie()
     model.loss = types.MethodType(_loss, model)  # type: ignore[method-assign]
 
 
