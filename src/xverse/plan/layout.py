@@ -203,8 +203,8 @@ def problem(
         return f"tensor {tensor} exceeds one machine of {gpus_per_machine} GPUs"
     if arch.tied and pipeline > 1:
         return (
-            f"pipeline {pipeline} cannot divide a model with tie_word_embeddings: its embedding, in the first "
-            "stage, and its head, in the last, are one weight"
+            f"pipeline {pipeline} cannot divide a model with tie_word_embeddings: its embedding, in the "
+            "first stage, and its head, in the last, are one weight"
         )
     if arch.layers % layout.stages:
         return (

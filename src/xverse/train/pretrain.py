@@ -71,7 +71,8 @@ class PretrainRecipe:
     folder made by ``xverse data prepare``; ``out`` is the run's folder for ``metrics.jsonl``,
     ``checkpoints/``, ``loss.png``, ``report.md`` and the finished model in ``model/``. ``valid_tokens``
     bounds the held-out text scored for each source (0: all). ``model``, a directory or a hub id, of XVERSE or
-    a relative, is the starting point of continued pretraining; ``shape`` is then its own. ``cluster`` is what ``--dry-run`` checks the recipe for."""
+    a relative, is the starting point of continued pretraining; ``shape`` is then its own. ``cluster`` is what
+    ``--dry-run`` checks the recipe for."""
 
     data: Path
     out: Path

@@ -23,7 +23,6 @@ from torch.distributed.tensor.parallel import (
 
 from xverse.model import AttentionContext, XverseForCausalLM, linear_cross_entropy
 
-NORMS = ("q_norm", "k_norm")
 # It warns that gathering a matrix that FSDP shards too is slow; that happens only to gather the whole model.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
@@ -50,9 +49,8 @@ def shard_tensors(model: XverseForCausalLM, mesh: DeviceMesh) -> None:
         "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
     if model.config.qk_norm:  # each process norms its heads
-        layer |= {
-            f"self_attn.{name}": SequenceParallel(sequence_dim=2, use_local_output=True) for name in NORMS
-        }
+        own_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
+        layer |= {"self_attn.q_norm": own_heads, "self_attn.k_norm": own_heads}
     for block in model.model.layers:
         parallelize_module(block, mesh, layer)
     ends = {
