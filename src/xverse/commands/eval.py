@@ -51,8 +51,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--backend",
         choices=["engine", "transformers"],
-        help="what runs the model (default: the engine for XVERSE, transformers for Baichuan, ChatGLM2, "
-        "Falcon, InternLM, Llama, MPT, Vicuna)",
+        help="what runs the model (default: the engine for XVERSE and the families that it runs, "
+        "transformers for every other causal language model)",
     )
     run.add_argument(
         "--kv-dtype",

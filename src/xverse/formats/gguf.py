@@ -42,6 +42,12 @@ KINDS = {
 }  # fmt: skip
 # model_type → architecture; Mistral, InternLM and others are Llama's graph.
 ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3"}
+SAMPLING = {  # key of generation_config.json → key of the file
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
 ROPE_FACTORS = "rope_freqs.weight"  # llama.cpp's form of Llama 3's rope scaling
 # The largest magnitude of each type: float16's, or that of a block with a float16 scale.
 LARGEST = {"f16": 65504.0, "bf16": 3.3e38, "q8_0": 127 * 65504.0, "q4_0": 8 * 65504.0}
@@ -219,15 +225,11 @@ def _describe(
         writer.add_rope_scaling_factor(scaling.factor)
         original = scaling.original_max_position_embeddings or config.max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(original)
-    settings: dict[str, Callable[[Any], None]] = {
-        "temperature": writer.add_sampling_temp,
-        "top_k": writer.add_sampling_top_k,
-        "top_p": writer.add_sampling_top_p,
-        "repetition_penalty": writer.add_sampling_penalty_repeat,
-    }
-    for key, add in settings.items():
-        if isinstance(generation_config.get(key), (int, float)):
-            add(generation_config[key])
+    for key, stored in SAMPLING.items():
+        value = generation_config.get(key)
+        if isinstance(value, (int, float)):
+            add = writer.add_int32 if key == "top_k" else writer.add_float32
+            add(stored, value)
 
 
 def _check_scaling(scaling: RopeScaling | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory, check_vocabulary
-from xverse.formats.gguf import NAMES, PIECE, ROPE_FACTORS, half_rows, in_threads
+from xverse.formats.gguf import NAMES, PIECE, ROPE_FACTORS, SAMPLING, half_rows, in_threads
 from xverse.formats.gguf_header import Header, StoredTensor, read_header
 from xverse.formats.gguf_tokenizer import tokenizer_of
 from xverse.model import XverseForCausalLM
@@ -90,11 +90,16 @@ class GgufFile(ModelDirectory):
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """The ids that end a reply: the text's end, and the turn's if the file names one."""
+        """The ids that end a reply: the text's end, and the turn's if the file names one; the settings of
+        sampling."""
         metadata = self.header.metadata
         ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
         found = list(dict.fromkeys(index for index in ends if isinstance(index, int)))
-        return {"eos_token_id": found} if found else {}
+        numbers = {name: metadata.get(key) for name, key in SAMPLING.items()}
+        settings: dict[str, Any] = {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
+        if settings.get("temperature"):
+            settings["do_sample"] = True
+        return settings | ({"eos_token_id": found} if found else {})
 
     @cached_property
     def weight_files(self) -> list[Path]:
