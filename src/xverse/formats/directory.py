@@ -143,10 +143,13 @@ class ModelDirectory:
         """
         from xverse.tokenizer import Tokenizer
         from xverse.tokenizer.general import load_tokenizer_of
+        from xverse.tokenizer.published import published_template
 
         has_config = (self.path / "config.json").exists()
         if has_config and self.model_type != "xverse":
             tokenizer = load_tokenizer_of(self.path)
+            if tokenizer.template is None:
+                tokenizer.template = published_template(self.values, self.path)
         else:
             if not (self.path / "tokenizer.json").is_file():
                 raise UserError(
