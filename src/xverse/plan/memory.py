@@ -33,9 +33,9 @@ class Memory:
 def activation_bytes(arch: Architecture, checkpointing: Checkpointing) -> float:
     """Bytes that autograd keeps of one token and layer in bfloat16, as ``train/memory.py`` counts them."""
     d, f, q, kv = arch.hidden_size, arch.intermediate_size, arch.attention_size, arch.kv_size
-    # Of what is kept of d values each in XVERSE, queries and outputs have 16 bytes, keys and values 6 each.
-    attention = {"none": 10 * q + 12 * kv, "selective": 4 * q + 4 * kv, "full": 0}[checkpointing]
-    rest = {"none": 12 * d + 10 * f, "selective": 8 * d + 6 * f, "full": 4 * d}[checkpointing]
+    # In bfloat16 attention keeps rotated queries and keys, values and its output, also transposed.
+    attention = {"none": 6 * q + 4 * kv, "selective": 4 * q + 4 * kv, "full": 0}[checkpointing]
+    rest = {"none": 24 * d + 10 * f, "selective": 8 * d + 6 * f, "full": 4 * d}[checkpointing]
     return attention + rest
 
 
