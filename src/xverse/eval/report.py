@@ -12,6 +12,7 @@ from typing import Any
 
 from xverse.config import UserError, need
 from xverse.eval import published, store
+from xverse.eval.adaptive import estimate, needed
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.statistics import Score, calibration_error, score
 from xverse.files import atomic_file
@@ -54,7 +55,14 @@ def read(folder: Path) -> Evaluation:
 def scores(evaluation: Evaluation, task: str, category: str | None = None) -> Score:
     """The score of a task, or of one of its categories; nan if nothing was scored."""
     average = BENCHMARKS[task].average if task in BENCHMARKS else evaluation.settings["average"][task]
-    return score(_right(evaluation, task, category), average)
+    right, error = _right(evaluation, task, category), evaluation.settings.get("adaptive")
+    right = {subject: answers for subject, answers in right.items() if answers}
+    if error is None or not right:
+        return score(right, average)
+    counts = evaluation.settings["counts"][task]
+    return estimate(
+        right, {name: counts[name] for name in right}, average, needed(sum(counts.values()), error)
+    )
 
 
 def _right(evaluation: Evaluation, task: str, category: str | None = None) -> dict[str, list[bool]]:
