@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=1.5,
         metavar="POINTS",
-        help="answer a random sample of each benchmark with a standard error of so many points (default: 1.5)",
+        help="answer a random sample of each benchmark with a standard error of POINTS (default: 1.5)",
     )
     run.add_argument(
         "--split",

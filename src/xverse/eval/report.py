@@ -60,9 +60,8 @@ def scores(evaluation: Evaluation, task: str, category: str | None = None) -> Sc
     if error is None or not right:
         return score(right, average)
     counts = evaluation.settings["counts"][task]
-    return estimate(
-        right, {name: counts[name] for name in right}, average, needed(sum(counts.values()), error)
-    )
+    sizes = {name: counts[name] for name in right}
+    return estimate(right, sizes, average, needed(sum(counts.values()), error))
 
 
 def _right(evaluation: Evaluation, task: str, category: str | None = None) -> dict[str, list[bool]]:

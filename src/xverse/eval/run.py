@@ -113,6 +113,8 @@ def _sampled(
     """Answer a sample of a benchmark; returns how many questions were new."""
     benchmark, new = loaded.benchmark, 0
     subjects = {subject.name: subject for subject in loaded.subjects if subject.questions}
+    if any(question.answer is None for s in subjects.values() for question in s.questions):
+        raise UserError(f"--adaptive: {benchmark.name} has questions without a public answer; omit it")
 
     def answer(counts: dict[str, int]) -> dict[str, list[bool]]:
         nonlocal new
@@ -121,10 +123,9 @@ def _sampled(
             subject, path = subjects[name], store.path_of(out, benchmark.name, name)
             rows = store.read(path) if path.exists() else []
             if len(rows) < count:
-                order = random_order(len(subject.questions), "adaptive", benchmark.name, name)[
-                    len(rows) : count
-                ]
-                drawn = replace(subject, questions=tuple(subject.questions[i] for i in order.tolist()))
+                order = random_order(len(subject.questions), "adaptive", benchmark.name, name).tolist()
+                chosen = tuple(subject.questions[i] for i in order[len(rows) : count])
+                drawn = replace(subject, questions=chosen)
                 prompts = make_prompts(backend, benchmark, drawn, shots)
                 rows += [store.row(benchmark.name, name, one) for one in score_prompts(backend, prompts)]
                 new += len(drawn.questions)
