@@ -26,6 +26,7 @@ from xverse.finetune.stream import Stream
 from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, SavedTokenizer, StopOnSignal, widest
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import fingerprint, write_base
+from xverse.formats.quantize import quick_settings
 from xverse.hf import XverseForCausalLM
 from xverse.kernels.training import use_training_kernels
 from xverse.log import notice
@@ -232,7 +233,8 @@ def _load_model(source: ModelDirectory, settings: Settings, args: TrainingArgume
     else:
         model = XverseForCausalLM.of(load_model(source, dtype), source.generation_config)
     if settings.quantization_bit:
-        model.quantize(settings.quantization_bit)
+        groups = quick_settings(f"int{settings.quantization_bit}", source.config).group_size
+        model.quantize(settings.quantization_bit, group_size=groups)
     if settings.quantization_bit or source.scheme is not None:
         # A tensor that stays mapped would keep every page read from its file resident.
         for parameter in model.parameters():

@@ -243,10 +243,11 @@ def open_gguf(path: str | Path) -> XverseForCausalLM:
     that a 7B model does not take 29 GB. Raises UserError as ``GgufFile`` does.
     """
     file = GgufFile(path)
+    config = file.config  # reads tensors where it has rope factors, so not on the meta device
     with torch.device("meta"):
-        model = XverseForCausalLM(file.config)
+        model = XverseForCausalLM(config)
     names = set(file.tensors.names)
-    tied = file.config.tie_word_embeddings
+    tied = config.tie_word_embeddings
     for module_name, module in model.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             name = f"{module_name}.{key}"

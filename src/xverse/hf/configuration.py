@@ -153,6 +153,12 @@ class FamilyConfig(XverseConfig):
         chosen = {name: value for name, value in values.items() if name in names}
         return cls(config, **chosen, max_tokenizer_truncation=config.context_length, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> FamilyConfig:
+        """From a directory in its publisher's layout, which peft reads beside an adapter."""
+        values, _ = cls.get_config_dict(pretrained_model_name_or_path)
+        return cls.from_model_config(ModelConfig.from_json(values, str(pretrained_model_name_or_path)))
+
     def to_dict(self) -> dict[str, Any]:
         """The publisher's keys, with the type of the weights."""
         dtype = str(getattr(self, "dtype", None) or "float32").removeprefix("torch.")

@@ -175,6 +175,8 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
             wrapped = cls(kind.from_model_config(model.config))
         wrapped.model.take(model.model)
         wrapped.lm_head = model.lm_head
+        if model.config.tie_word_embeddings:
+            wrapped._keys_to_ignore_on_save = ["lm_head.weight"]
         wrapped.generation_config = GenerationConfig.from_dict(dict(generation_config))
         return wrapped
 
