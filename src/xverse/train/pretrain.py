@@ -209,7 +209,9 @@ def _initial(
     for key in (*SIZES, *sorted(FAMILY_FIELDS)):
         stored, expected = getattr(model.config, key), getattr(config, key)
         if stored != expected:
-            raise UserError(f"{recipe.model}: {key} {stored}, but the recipe's shape has {expected}")
+            raise UserError(
+                f"{recipe.model}: {key} {stored}, but the recipe's shape has {expected}; omit shape"
+            )
     if source.tokenizer.hash != tokenizer.hash:
         raise UserError(
             f"{recipe.data} was prepared with another tokenizer than {recipe.model}'s; "
@@ -223,7 +225,8 @@ def _finish(
 ) -> None:
     with atomic_file(recipe.out / "recipe.json") as path:
         path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
-    save_hf(model, tokenizer, recipe.out / "model", torch.float32, overwrite=True)
+    ends = ModelDirectory.named(recipe.model).generation_config if recipe.model is not None else None
+    save_hf(model, tokenizer, recipe.out / "model", torch.float32, generation_config=ends, overwrite=True)
     plot_loss(recipe.out, title, validation="bits per byte")
     write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, world)
 
