@@ -55,7 +55,7 @@ class UnpackedFiles(TensorFiles):
     @cached_property
     def _homes(self) -> dict[str, str]:
         """The stored name of each of the model's tensors."""
-        homes = {}
+        homes: dict[str, str] = {}
         for name in self._home:
             parts = [f".{part}_proj." for part in "qkv"] if _PACKED in name else [_PACKED]
             homes |= {name.replace(_PACKED, part): name for part in parts}
