@@ -71,7 +71,7 @@ def test_the_one_forward_pass(name: str, tmp_path: Path) -> None:
     expected = zoo.forward(tensors, zoo.config, ids, 0)
     assert difference(ours(ids, FullCausal(3, 17)), expected) < TOLERANCE
     quantised = load_quantizing(directory, "int8")(ids, FullCausal(3, 17))
-    assert (quantised - expected).norm() < 0.03 * expected.norm()
+    assert (quantised - expected).norm() < 0.05 * expected.norm()  # rows of 64 random weights
     config = ours.config.to_json("float32")
     assert config["architectures"] == ["LlamaForCausalLM"]
     again = XverseForCausalLM(XverseConfig.from_json(config))
