@@ -39,7 +39,7 @@ from xverse.data.shards import read_header
 from xverse.files import alone, atomic_file
 from xverse.log import notice
 from xverse.texts import read_json
-from xverse.tokenizer import Tokenizer
+from xverse.tokenizer.general import load_tokenizer_of
 
 
 @dataclass
@@ -163,7 +163,7 @@ def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
     names = ("corpus", "out", "executor", "max_bad_share", "allow_broken_files")
     values = dataclasses.asdict(recipe)
     settings: dict[str, Any] = {name: value for name, value in values.items() if name not in names}
-    settings["tokenizer"] = Tokenizer.load(recipe.tokenizer).hash if recipe.tokenizer is not None else None
+    settings["tokenizer"] = load_tokenizer_of(recipe.tokenizer).hash if recipe.tokenizer is not None else None
     for source in settings["inputs"]:
         if source["encoding"] is None:  # a key that folders of earlier versions do not have
             del source["encoding"]

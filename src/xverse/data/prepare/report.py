@@ -20,7 +20,7 @@ from xverse.data.prepare.ledger import GroupRecord, Ledger, Table, total, unread
 from xverse.data.prepare.plan import SplitPlan
 from xverse.data.shards import ShardHeader, read_header
 from xverse.files import atomic_file
-from xverse.tokenizer import Tokenizer
+from xverse.tokenizer.general import load_tokenizer_of
 
 
 @dataclass
@@ -93,7 +93,7 @@ class WriteReport:
         self, plan: SplitPlan, ledger: Ledger, problems: dict[str, str], skipped: dict[str, int]
     ) -> PrepareReport:
         nothing = ShardHeader("", "")
-        tokenizer = Tokenizer.load(self.out / "tokenizer")
+        tokenizer = load_tokenizer_of(self.out / "tokenizer")
         rows = []
         for name in plan.sources:
             train, valid = (read_header(self.out / split / name) or nothing for split in SPLITS)

@@ -15,6 +15,7 @@ from xverse.data.prepare.readers import Document
 from xverse.files import atomic_directory
 from xverse.log import notice
 from xverse.tokenizer import Tokenizer, native
+from xverse.tokenizer.general import load_tokenizer_of
 from xverse.tokenizer.recipe import TokenizerRecipe, train_files
 from xverse.tokenizer.train import train_tokenizer
 
@@ -110,7 +111,7 @@ class MakeTokenizer:
         folder = self.out / "tokenizer"
         if folder.exists():
             return
-        tokenizer = Tokenizer.load(self.given) if self.given is not None else self._train()
+        tokenizer = load_tokenizer_of(self.given) if self.given is not None else self._train()
         with atomic_directory(folder) as temporary:
             tokenizer.save(temporary)
 
