@@ -16,9 +16,10 @@ from openai.types.chat import completion_create_params as openai_chat
 from pydantic import ValidationError
 
 from xverse.serve import tools
+from xverse.serve.apis.tokens import DetokenizeRequest, TokenizeRequest
 from xverse.serve.errors import ApiError, of_validation
 from xverse.serve.fields import ELSEWHERE, NO_EFFECT, WITHOUT_EFFECT
-from xverse.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from xverse.serve.protocol import ChatRequest, CompletionRequest
 
 CHAT = "/v1/chat/completions"
 QUESTION: list[Any] = [{"role": "user", "content": "What is your name?"}]

@@ -10,12 +10,20 @@ from __future__ import annotations
 import difflib
 import re
 import urllib.parse
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from xverse.serve.errors import ApiError
+from xverse.serve.errors import ApiError, of_validation
 
 # Fields that cannot change a reply of this server, by the reason; docs/serving.md lists them.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -69,12 +77,40 @@ class Lenient(BaseModel):
         return without_null(values) if isinstance(values, dict) else values
 
 
+def by_type(
+    value: Any, kinds: Mapping[str, type[Lenient] | None], kind_of: Callable[[dict[str, Any]], str], what: str
+) -> list[Any]:
+    """A list of objects, each read as the model in ``kinds`` for its type; those of type None are left out.
+    Raises the error of the first wrong one, with its index. ``what`` names the objects."""
+    if not isinstance(value, list):
+        raise rule(f"must be a list of {what}")
+    found: list[Any] = []
+    for index, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise rule("must be an object", f"[{index}]")
+        kind = kind_of(item)
+        if not isinstance(kind, str) or kind not in kinds:
+            raise rule(f"{what} of type '{str(kind)[:40]}' are not supported", f"[{index}].type")
+        model = kinds[kind]
+        if model is None:
+            continue
+        try:
+            found.append(model.model_validate(item))
+        except ValidationError as error:
+            wrong = of_validation(error.errors()[0])
+            path = wrong.param or ""
+            text = str(wrong).removeprefix(f"{path or 'the body'}: ")
+            raise rule(text, f"[{index}]" + (f".{path}" if path and path[0] != "[" else path)) from None
+    return found
+
+
 _MOST_NAMED = 32  # fields in the header
 
 
 class Body(Lenient):
     """A whole body. ``ignored`` holds the names of the unknown fields at its top."""
 
+    without_effect: ClassVar[frozenset[str]] = NO_EFFECT
     _ignored: tuple[str, ...] = PrivateAttr(())
 
     @property
@@ -99,7 +135,7 @@ class Body(Lenient):
         unknown = [
             name
             for name, value in values.items()
-            if value is not None and name not in known and name not in NO_EFFECT
+            if value is not None and name not in known and name not in cls.without_effect
         ]
         if len(unknown) > MOST_UNKNOWN:
             raise ApiError(400, f"the body has {len(unknown)} unknown fields; the limit is {MOST_UNKNOWN}")
