@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
 import jsonschema
 import pytest
 
@@ -23,7 +22,7 @@ SHORT: dict[str, Any] = {"model": "nano", "temperature": 0, "max_tokens": 24}
 
 
 def connect(server: Any, key: str = "none", **options: Any) -> Any:
-    http = httpx.Client(trust_env=False)
+    http = anthropic.DefaultHttpxClient(trust_env=False)
     return anthropic.Anthropic(base_url=server.url, api_key=key, max_retries=0, http_client=http, **options)
 
 
@@ -200,7 +199,10 @@ def test_keys_and_limits(launch: Any) -> None:
     client = connect(server, "secret")  # x-api-key
     assert client.messages.count_tokens(messages=QUESTION, model="nano").input_tokens > 5
     bearer = anthropic.Anthropic(
-        base_url=server.url, auth_token="secret", max_retries=0, http_client=httpx.Client(trust_env=False)
+        base_url=server.url,
+        auth_token="secret",
+        max_retries=0,
+        http_client=anthropic.DefaultHttpxClient(trust_env=False),
     )
     assert bearer.messages.count_tokens(messages=QUESTION, model="nano").input_tokens > 5
     with pytest.raises(anthropic.RequestTooLargeError):

@@ -223,5 +223,5 @@ WORDS = {"response_format": "output_config.format", "stop": "stop_sequences"}
 
 
 def _tool(tool: MessageTool) -> Tool:
-    described = {"description": tool.description} if tool.description else {}
+    described: dict[str, Any] = {"description": tool.description} if tool.description else {}
     return Tool(function=Function(name=tool.name, parameters=tool.input_schema, **described))

@@ -68,7 +68,7 @@ class MessageReply:
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         try:
-            start = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None}
+            start: dict[str, Any] = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None}
             yield _data("message_start", message={**start, "usage": self._usage()})
             yield _data("ping")
             async with aclosing(self._talk.pieces()) as pieces:

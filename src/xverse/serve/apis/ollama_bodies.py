@@ -124,7 +124,7 @@ class OllamaChatRequest(_Generation):
 
     def chat(self) -> ChatRequest:
         return ChatRequest(
-            messages=self.messages, tools=self.tools, response_format=self.format, **self.options.fields()
+            messages=[*self.messages], tools=self.tools, response_format=self.format, **self.options.fields()
         )
 
 
@@ -160,13 +160,9 @@ class OllamaGenerateRequest(_Generation):
     def completion(self, most: int) -> CompletionRequest:
         """The prompt as it is, and at most that many tokens."""
         fields = self.options.fields()
-        limit = fields.pop("max_tokens")
-        return CompletionRequest(
-            prompt=self.prompt,
-            response_format=self.format,
-            max_tokens=None if limit is None else min(limit, most) if limit > 0 else limit,
-            **fields,
-        )
+        limit = fields["max_tokens"]
+        fields["max_tokens"] = min(limit, most) if limit is not None and limit > 0 else limit
+        return CompletionRequest(prompt=self.prompt, response_format=self.format, **fields)
 
 
 def _inputs(value: Any) -> list[str]:
