@@ -64,8 +64,7 @@ def test_no_answer_is_lost_or_doubled_by_kill_9(tmp_path: Path) -> None:
         assert line["response"]["body"]["said"] == line["custom_id"][1:] * 20000
 
 
-def test_a_batch_is_answered_as_by_the_server(nano: Any, server: Any, tmp_path: Path) -> None:
-    from tests.serve.conftest import make_service
+def test_a_batch_is_answered_as_by_the_server(server: Any, new_service: Any, tmp_path: Path) -> None:
     from xverse.serve.in_process import InProcess
 
     question = [{"role": "user", "content": "What is your name?"}]
@@ -78,7 +77,7 @@ def test_a_batch_is_answered_as_by_the_server(nano: Any, server: Any, tmp_path: 
     ]
     lines = [request(number, url, **body) for number, (url, body) in enumerate(bodies)]
     requests = read_requests(write(tmp_path / "in.jsonl", lines), URLS)
-    app = InProcess(make_service(nano))
+    app = InProcess(new_service())
 
     async def run(found: Any) -> None:
         async with app.running():

@@ -35,13 +35,9 @@ BODIES: dict[str, tuple[dict[str, Any], str, Any]] = {
 WITHOUT_BODY = ("/v1/responses/{name}/cancel", "/api/pull", "/api/push", "/api/create", "/api/copy")
 
 
-@pytest.fixture(scope="module")
-def guarded(nano: Any) -> Any:
-    from tests.serve.conftest import make_service, start
-
-    running = start(make_service(nano), keys=["secret"], max_body=2000)
-    yield running
-    running.server.should_exit = True
+@pytest.fixture
+def guarded(launch: Any) -> Any:
+    return launch({"keys": ["secret"], "max_body": 2000})
 
 
 def routes(server: Any) -> list[tuple[str, str]]:
