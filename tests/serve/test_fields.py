@@ -193,7 +193,7 @@ def test_names_of_other_servers_are_not_misspellings() -> None:
 
 
 def test_the_documentation_lists_what_has_no_effect() -> None:
-    page = Path(__file__).parents[2].joinpath("docs", "serving.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2].joinpath("docs", "api.md").read_text(encoding="utf-8")
     for reason, names in WITHOUT_EFFECT.items():
         assert f"| {', '.join(f'`{name}`' for name in names)} | {reason} |" in page
 

@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from xverse.serve.errors import ApiError, of_validation
 
-# Fields that cannot change a reply of this server, by the reason; docs/serving.md lists them.
+# Fields that cannot change a reply of this server, by the reason; docs/api.md lists them.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "labels of the caller": ("user", "safety_identifier", "metadata", "request_id", "vllm_xargs"),
     "storage and billing at OpenAI": ("store", "service_tier", "moderation"),

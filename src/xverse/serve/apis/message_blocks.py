@@ -25,7 +25,7 @@ from xverse.serve.protocol import (
     Whole,
 )
 
-# Fields that cannot change a reply here; docs/serving.md lists them.
+# Fields that cannot change a reply here; docs/api.md lists them.
 WITHOUT_EFFECT = frozenset(
     {
         *("metadata", "service_tier", "thinking", "cache_control", "context_management", "container"),

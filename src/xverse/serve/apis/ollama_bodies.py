@@ -21,7 +21,7 @@ from xverse.serve.protocol import (
     Whole,
 )
 
-# Options of Ollama's runner that cannot change a reply here; docs/serving.md lists them.
+# Options of Ollama's runner that cannot change a reply here; docs/api.md lists them.
 OPTIONS_WITHOUT_EFFECT = frozenset(
     (
         *("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram", "f16_kv"),

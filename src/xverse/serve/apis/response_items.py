@@ -27,7 +27,7 @@ from xverse.serve.protocol import (
 )
 from xverse.serve.replies import new_id
 
-# Fields that cannot change a reply here; docs/serving.md lists them.
+# Fields that cannot change a reply here; docs/api.md lists them.
 WITHOUT_EFFECT = NO_EFFECT | {
     *("max_tool_calls", "stream_options", "context_management", "image", "access_programs"),
     *("background_options", "client_metadata"),
