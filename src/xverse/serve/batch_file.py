@@ -122,6 +122,8 @@ def answers(path: str | Path, requests: Sequence[BatchRequest]) -> Iterator[Answ
     """The file ``path``, which this process alone writes. Raises UserError for a file that cannot be written
     or has other contents."""
     path = Path(path)
+    if not path.name or path.is_dir():
+        raise UserError(f"--out: {str(path)!r} is not the name of a file")
     with alone(path.with_name(f".{path.name}.lock"), f"{path}: another process writes to it"):
         try:
             found = Answers(path, requests)
