@@ -89,7 +89,8 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
 def of_validation(error: Mapping[str, Any]) -> ApiError:
     """One of pydantic's errors in the API's words, with the field's path as clients write it."""
     path, ctx = "", error.get("ctx", {})
-    for part in error["loc"]:
+    parts = error["loc"]
+    for part in parts[1:] if parts[:1] in (("body",), ("query",)) and parts[1:] else parts:
         if part != "body" and part != "[key]":
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     path += ctx.get("at", "")

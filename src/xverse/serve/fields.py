@@ -119,9 +119,9 @@ class Body(Lenient):
 
     def headers(self) -> dict[str, str]:
         """The header of the response that reports ignored fields."""
-        if not self._ignored:
+        if not self.ignored:
             return {}
-        names = [urllib.parse.quote(name[:64], errors="replace") or '""' for name in self._ignored]
+        names = [urllib.parse.quote(name[:64], errors="replace") or '""' for name in self.ignored]
         most = _MOST_NAMED
         return {"X-Ignored-Fields": ", ".join([*names[:most], *(["..."] if len(names) > most else [])])}
 

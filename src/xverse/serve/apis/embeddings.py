@@ -107,11 +107,12 @@ async def embedded(
 
 async def prompted(service: Service, requests: Sequence[Request], field: str) -> list[Choice]:
     """Compute requests that generate nothing. ``field`` has their texts. Raises ApiError."""
+    most = min(service.context, service.runner.engine.max_cache_tokens)
     for index, request in enumerate(requests):
-        at = f"{field}[{index}]" if len(requests) > 1 else field
-        tokens, context = len(request.prompt_ids), service.context
-        if tokens > context:
-            text = f"{at}: {tokens} tokens exceed the context of {context}"
+        at, tokens = f"{field}[{index}]" if len(requests) > 1 else field, len(request.prompt_ids)
+        if tokens > most:
+            what = "context" if most == service.context else "key-value cache"
+            text = f"{at}: {tokens} tokens exceed the {what} of {most}"
             raise ApiError(400, text, param=at, code="context_length_exceeded")
         try:
             service.runner.engine.check(request)
