@@ -46,7 +46,7 @@ class Talk:
 
     @property
     def ending(self) -> Ending:
-        """For a reply that has ended. A call that was cut off is no complete one."""
+        """For a reply that has ended. A call that was cut off does not count."""
         cut = self.choice.finish_reason == "length"
         if self._parser.calls and not (cut and self._parser.open):
             return "calls"
