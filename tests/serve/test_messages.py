@@ -18,7 +18,9 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 TOOL: dict[str, Any] = {"name": "paint", "description": "Paints a wall", "input_schema": SCHEMA}
-SHORT: dict[str, Any] = {"model": "nano", "temperature": 0, "max_tokens": 24}
+GREEDY = {"temperature": 0}  # which the client has no argument for since its second version
+SHORT: dict[str, Any] = {"model": "nano", "max_tokens": 24, "extra_body": GREEDY}
+FORMER = {"anthropic-version": "2023-06-01"}
 
 
 def connect(server: Any, key: str = "none", **options: Any) -> Any:
@@ -28,7 +30,7 @@ def connect(server: Any, key: str = "none", **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def client(server: Any) -> Any:
-    return connect(server)
+    return connect(server, default_headers=FORMER)
 
 
 def test_text(server: Any, client: Any) -> None:
@@ -138,12 +140,20 @@ def test_a_limit_beyond_the_context_is_the_context(server: Any, client: Any) -> 
     text = server.service.tokenizer.decode(ids)
     reply = client.messages.create(
         messages=[{"role": "user", "content": text}],
-        max_tokens=100_000,
+        max_tokens=20_000,
         model="nano",
         extra_headers={"anthropic-beta": "x"},
         extra_body={"unknown_field": 1},
     )
     assert reply.stop_reason in ("model_context_window_exceeded", "end_turn")
+
+
+def test_the_newest_version_has_no_sampling_parameters(server: Any) -> None:
+    for client in (connect(server), connect(server, default_headers={"anthropic-version": "2026-10-21"})):
+        assert client.messages.create(messages=QUESTION, model="nano", max_tokens=4).content
+    for name in ("temperature", "top_p", "top_k"):
+        with pytest.raises(anthropic.BadRequestError, match=f"{name}: Extra inputs are not permitted"):
+            client.messages.create(messages=QUESTION, model="nano", max_tokens=4, extra_body={name: 1})
 
 
 def test_models(client: Any) -> None:
@@ -157,8 +167,8 @@ def test_models(client: Any) -> None:
     [
         ({"model": "other"}, anthropic.NotFoundError, "not_found_error: model: 'other' does not exist"),
         ({"max_tokens": 0}, anthropic.BadRequestError, "invalid_request_error: max_tokens: must be at"),
-        ({"temperature": 2}, anthropic.BadRequestError, "invalid_request_error: temperature: must be at"),
-        ({"top_p": 5}, anthropic.BadRequestError, "invalid_request_error: top_p: 5"),
+        ({"extra_body": {"temperature": 2}}, anthropic.BadRequestError, "invalid_request_error: temperature: must be at"),
+        ({"extra_body": {"top_p": 5}}, anthropic.BadRequestError, "invalid_request_error: top_p: "),
         ({"messages": []}, anthropic.BadRequestError, "invalid_request_error: messages: at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, anthropic.BadRequestError,
          "invalid_request_error: messages[0].role: must be"),
@@ -196,7 +206,7 @@ def test_keys_and_limits(launch: Any) -> None:
     with pytest.raises(anthropic.AuthenticationError) as failed:
         connect(server).messages.create(messages=QUESTION, **SHORT)
     assert failed.value.body["error"]["type"] == "authentication_error"
-    client = connect(server, "secret")  # x-api-key
+    client = connect(server, "secret")
     assert client.messages.count_tokens(messages=QUESTION, model="nano").input_tokens > 5
     bearer = anthropic.Anthropic(
         base_url=server.url,

@@ -140,10 +140,10 @@ class Guard:
 
 
 def _sent_key(headers: Mapping[bytes, bytes]) -> bytes:
-    """The key in ``Authorization``, or else in Anthropic's ``x-api-key``."""
+    """The key in Anthropic's ``x-api-key``, or else in ``Authorization``."""
+    if b"x-api-key" in headers:
+        return headers[b"x-api-key"].strip()
     authorization = headers.get(b"authorization", b"")
-    if not authorization:
-        return headers.get(b"x-api-key", b"").strip()
     kind, _, value = authorization.partition(b" ")
     if kind.lower() == b"bearer":
         return value.strip()

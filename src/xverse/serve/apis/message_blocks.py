@@ -29,7 +29,7 @@ from xverse.serve.protocol import (
 WITHOUT_EFFECT = frozenset(
     {
         *("metadata", "service_tier", "thinking", "cache_control", "context_management", "container"),
-        *("inference_geo", "speed", "betas"),
+        *("inference_geo", "speed", "betas", "diagnostics", "workspace_id", "user_profile_id"),
     }
 )
 
@@ -151,8 +151,13 @@ class CountRequest(Body):
     def check(self, version: str | None, beta: bool) -> None:
         """Raises ApiError for another version of the API, what the server does not have, and unknown fields,
         unless a header names a beta, which may define them."""
-        if version is not None and version != VERSION:
-            raise ApiError(400, f"anthropic-version: '{version[:40]}' is not supported; use {VERSION}")
+        if version is not None and version not in VERSIONS:
+            known = " or ".join(VERSIONS)
+            raise ApiError(400, f"anthropic-version: '{version[:40]}' is not supported; use {known}")
+        if version == VERSIONS[1]:
+            for name in ("temperature", "top_p", "top_k"):
+                if getattr(self, name, None) is not None:
+                    raise ApiError(400, f"{name}: Extra inputs are not permitted; {VERSIONS[0]} has it")
         if self.mcp_servers:
             raise ApiError(400, "mcp_servers: is not supported; the server connects to no other server")
         if self.ignored and not beta:
@@ -217,7 +222,8 @@ class MessagesRequest(CountRequest):
         )
 
 
-VERSION = "2023-06-01"
+# The second one differs here in that it has no sampling parameters.
+VERSIONS = ("2023-06-01", "2026-10-21")
 # The API's names for fields of a chat request.
 WORDS = {"response_format": "output_config.format", "stop": "stop_sequences"}
 

@@ -33,5 +33,8 @@ def _model(service: Service) -> dict[str, Any]:
         # Anthropic's names
         "type": "model",
         "display_name": service.name,
+        "lifecycle": "active",
+        "max_input_tokens": service.context,
+        "max_tokens": service.context,
         "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
