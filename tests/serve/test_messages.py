@@ -167,7 +167,7 @@ def test_models(client: Any) -> None:
     [
         ({"model": "other"}, anthropic.NotFoundError, "not_found_error: model: 'other' does not exist"),
         ({"max_tokens": 0}, anthropic.BadRequestError, "invalid_request_error: max_tokens: must be at"),
-        ({"extra_body": {"temperature": 2}}, anthropic.BadRequestError, "invalid_request_error: temperature: must be at"),
+        ({"extra_body": {"temperature": 2}}, anthropic.BadRequestError, "invalid_request_error: temperature: "),
         ({"extra_body": {"top_p": 5}}, anthropic.BadRequestError, "invalid_request_error: top_p: "),
         ({"messages": []}, anthropic.BadRequestError, "invalid_request_error: messages: at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, anthropic.BadRequestError,
@@ -236,6 +236,4 @@ def test_every_field_of_the_official_client_is_known() -> None:
         (message_create_params.MessageCreateParamsBase, MessagesRequest),
         (message_count_tokens_params.MessageCountTokensParams, CountRequest),
     ):
-        assert official.__annotations__.keys() <= kind.model_fields.keys() | WITHOUT_EFFECT | {
-            "user_profile_id"
-        }
+        assert official.__annotations__.keys() <= kind.model_fields.keys() | WITHOUT_EFFECT
