@@ -167,7 +167,7 @@ def test_models(client: Any) -> None:
     [
         ({"model": "other"}, anthropic.NotFoundError, "not_found_error: model: 'other' does not exist"),
         ({"max_tokens": 0}, anthropic.BadRequestError, "invalid_request_error: max_tokens: must be at"),
-        ({"extra_body": {"temperature": 2}}, anthropic.BadRequestError, "invalid_request_error: temperature: "),
+        ({"extra_body": {"temperature": 2}}, anthropic.BadRequestError, "invalid_request_error: temper"),
         ({"extra_body": {"top_p": 5}}, anthropic.BadRequestError, "invalid_request_error: top_p: "),
         ({"messages": []}, anthropic.BadRequestError, "invalid_request_error: messages: at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, anthropic.BadRequestError,
