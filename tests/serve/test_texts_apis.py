@@ -73,7 +73,7 @@ def test_the_engine_embeds(server: Any, nano: Any, client: Any) -> None:
         ({"input": [10**9]}, 400, "input", "ids must be 0 to"),
         ({"input": ["x"] * 2049}, 400, "input", "the limit is 2048"),
         ({"input": ["a", [1] * 20_001]}, 400, "input[1]", "exceed the context"),
-        ({"input": [[1] * 7000] * 50}, 400, "input", "the limit is 300000"),
+        ({"input": [[1] * 7000] * 43}, 400, "input", "the limit is 300000"),
         ({"input": "x", "dimensions": 100}, 400, "dimensions", "cannot be shortened"),
         ({"input": "x", "encoding_format": "hex"}, 400, "encoding_format", "must be 'float' or 'base64'"),
         ({"input": "x", "pooling": "max"}, 400, "pooling", "must be 'mean' or 'last'"),

@@ -57,7 +57,6 @@ ELSEWHERE = frozenset(
 )
 MOST_UNKNOWN = 50
 MOST_ITEMS = 30_000  # in one body: their number, not their bytes, determines how long validation takes
-_IDS = ("prompt", "tokens")
 _LIKE = 0.8  # similarity from which an unknown name counts as a misspelling
 
 
@@ -111,6 +110,7 @@ class Body(Lenient):
     """A whole body. ``ignored`` holds the names of the unknown fields at its top."""
 
     without_effect: ClassVar[frozenset[str]] = NO_EFFECT
+    token_ids: ClassVar[tuple[str, ...]] = ("prompt", "tokens")  # fields that may be long lists of them
     _ignored: tuple[str, ...] = PrivateAttr(())
 
     @property
@@ -130,7 +130,7 @@ class Body(Lenient):
     def _tolerant(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, dict):
             return handler(values)
-        _check_items(values)
+        _check_items(values, cls.token_ids)
         known = {field.alias or name for name, field in cls.model_fields.items()}
         unknown = [
             name
@@ -161,11 +161,11 @@ def misspelt(name: str, known: Any) -> str | None:
     return close[0] if close else None
 
 
-def _check_items(values: dict[str, Any]) -> None:
+def _check_items(values: dict[str, Any], token_ids: tuple[str, ...]) -> None:
     """Raises ApiError for a body of too many parts. Token ids do not count; they are quick to check."""
     count = len(values)
     stack: list[Any] = (
-        [value for name, value in values.items() if name not in _IDS] if count <= MOST_ITEMS else []
+        [value for name, value in values.items() if name not in token_ids] if count <= MOST_ITEMS else []
     )
     while count <= MOST_ITEMS and stack:
         part = stack.pop()

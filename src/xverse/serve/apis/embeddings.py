@@ -6,7 +6,7 @@ import asyncio
 import base64
 import struct
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import fastapi
 from fastapi import FastAPI, Response
@@ -49,6 +49,8 @@ def _inputs(value: Any) -> Inputs:
 
 class EmbeddingsRequest(Body):
     """``POST /v1/embeddings``."""
+
+    token_ids: ClassVar[tuple[str, ...]] = ("input",)
 
     model: StrictStr = ""
     input: Annotated[
