@@ -126,7 +126,17 @@ def test_values_reach_transformers(tmp_path) -> None:
         ({"train_on_prompt": True, "mask_history": True}, "contradict"),
         ({"bf16": True, "fp16": True}, "contradict"),
         ({"lora_rnak": 3}, "did you mean 'lora_rank'"),
-        ({"stage": "ppo"}, "not one of sft, pt, dpo"),
+        ({"stage": "ppo"}, "PPO is not implemented; use stage dpo or kto"),
+        ({"stage": "pretrain"}, "not one of sft, pt, dpo, kto"),
+        ({"ref_model": "nano"}, "needs stage dpo or kto"),
+        ({"loraplus_lr_ratio": 16, "finetuning_type": "full"}, "needs finetuning_type lora"),
+        ({"use_muon": True}, "cannot be combined with finetuning_type lora"),
+        ({"use_muon": True, "finetuning_type": "full", "optim": "sgd"}, "cannot be combined with optim"),
+        ({"disable_shuffling": True, "group_by_length": True}, "contradict"),
+        ({"dpo_label_smoothing": 0.1}, "needs stage dpo"),
+        ({"stage": "dpo", "dpo_label_smoothing": 0.5}, "out of range"),
+        ({"replay": {"data": "x", "share": 0.1}, "stage": "dpo"}, "replay needs stage sft or pt"),
+        ({"replay": {"data": "x", "share": 0.1}, "streaming": True, "max_steps": 4}, "with streaming"),
         ({"learning_rate": "fast"}, "learning_rate"),
     ],
 )
@@ -188,7 +198,7 @@ def test_a_deepspeed_file_that_is_not_there(tmp_path) -> None:
     assert deepspeed_file(str(own)) == own
 
 
-@pytest.mark.parametrize("name", ["sft/full.yaml", "sft/lora.yaml", "dpo/lora.yaml"])
+@pytest.mark.parametrize("name", ["sft/full.yaml", "sft/lora.yaml", "dpo/lora.yaml", "skills/sft.yaml"])
 def test_shipped_recipes_are_well_formed(name) -> None:
     recipe = Path(__file__).resolve().parents[2] / "recipes" / name
     assert read_settings(read_yaml(recipe), name).learning_rate

@@ -44,16 +44,17 @@ SHAPE = XverseConfig(
     initializer_range=0.1,
 )
 BASE: dict[str, Any] = {
-    "steps": 20,
+    "steps": 10,
     "batch_size": 8,
     "learning_rate": 1e-3,
-    "warmup_steps": 5,
+    "warmup_steps": 3,
     "dtype": "float32",
     "grad_clip": 0.5,  # below every step's
     "z_loss": 1e-3,
-    "checkpoint_every": 10,
+    "checkpoint_every": 5,
     "keep_checkpoints": 9,
-    "validate_every": 10,
+    "validate_every": 5,
+    "preflight": "off",  # it takes longer than a run
 }
 
 

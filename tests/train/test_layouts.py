@@ -47,21 +47,21 @@ def job(name: str, out: Path, **more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of each layout by its name, the run ``one`` of a single process, and ``chain``,
-    begun by one process and taken over by one layout after another for two steps each. After that each layout
-    of other shards reads the checkpoints of step 10 of all of these."""
+    begun by one process and taken over by one layout after another for one step each. After that each layout
+    of other shards reads the checkpoints of step 5 of all of these."""
     folder = tmp_path_factory.mktemp("layouts")
-    chain, stop, often = folder / "chain", 2, {"checkpoint_every": 2, "validate_every": 0}
+    chain, stop, often = folder / "chain", 1, {"checkpoint_every": 1, "validate_every": 0}
     processes.train({"out": str(folder / "one"), "train": {}})
     processes.train({"out": str(chain), "train": often, "stop": stop})
     # DDP holds what one process holds, CP what FSDP does, and TP × CP what TP × FSDP does.
     others = [name for name in LAYOUTS if name not in ("DDP", "CP", "TP × CP")]
-    sources = [str(folder / name / "checkpoints" / "step-00000010") for name in ("one", *others)]
+    sources = [str(folder / name / "checkpoints" / "step-00000005") for name in ("one", *others)]
     phases: list[dict[str, Any]] = []
     for count in (2, 4):
         names = [name for name, (size, _) in LAYOUTS.items() if size == count]
         jobs = [job(name, folder / name) for name in names]
-        for name in names[count == 2 :]:  # HSDP stands for FSDP: nine layouts take eighteen steps
-            stop += 2
+        for name in names[count == 2 :]:  # HSDP covers FSDP: nine layouts take nine steps
+            stop += 1
             each = job(name, chain, stop=stop)
             jobs.append({**each, "train": {**each["train"], **often}})
         phases.append({"processes": count, "jobs": jobs})
@@ -98,7 +98,7 @@ def check(found: list[tuple[int, float, float]], expected: list[tuple[int, float
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(name: str, runs: Path) -> None:
     one = curve(runs / "one")
-    assert len(one) == 20
+    assert len(one) == 10
     assert all(norm > processes.BASE["grad_clip"] for _, _, norm in one)
     check(curve(runs / name), one)
     validations = [
@@ -124,10 +124,10 @@ def test_checkpoints_go_from_layout_to_layout(runs: Path) -> None:
 
 def test_each_process_writes_what_it_holds(runs: Path) -> None:
     for name, count in (("HSDP", 2), ("TP × FSDP", 4), ("PP × FSDP", 4)):  # of copies the first
-        files = list((runs / name / "checkpoints" / "step-00000020").glob("*.safetensors"))
+        files = list((runs / name / "checkpoints" / "step-00000010").glob("*.safetensors"))
         total = sum(file.stat().st_size for file in files)
         one = sum(
-            file.stat().st_size for file in (runs / "one" / "checkpoints/step-00000020").glob("*.safetensors")
+            file.stat().st_size for file in (runs / "one" / "checkpoints/step-00000010").glob("*.safetensors")
         )
         assert len(files) == count
         assert total < 1.1 * one, "nothing is written twice"
