@@ -150,10 +150,16 @@ def test_embed(server: Any, client: Any) -> None:
         same.data[0].embedding, abs=1e-5
     )
     assert client.embed(model="nano", input=[]).embeddings == []
-    long = "word " * 20_000
-    assert len(client.embed(model="nano", input=long).embeddings) == 1
+
+
+def test_long_texts_are_truncated(launch: Any) -> None:
+    server = launch()
+    server.service.runner.engine.context_length = 40
+    client = ollama.Client(host=server.url, trust_env=False)
+    reply = client.embed(model="nano", input="word " * 100)
+    assert (len(reply.embeddings), reply.prompt_eval_count) == (1, 40)
     with pytest.raises(ollama.ResponseError, match="exceed the context"):
-        client.embed(model="nano", input=long, truncate=False)
+        client.embed(model="nano", input="word " * 100, truncate=False)
 
 
 def test_what_describes_the_model(server: Any, client: Any) -> None:
