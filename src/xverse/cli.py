@@ -22,7 +22,8 @@ from xverse.config import UserError, nearest, refuse_url
 
 VERBS = {
     "chat": "talk to a model in the terminal, or answer once with --ask",
-    "serve": "serve a model over HTTP with OpenAI's API",
+    "serve": "serve a model over HTTP with OpenAI's, Anthropic's and Ollama's APIs",
+    "batch": "answer a file of requests; survives crashes",
     "quantize": "quantise a model to 8 or 4 bits",
     "export": "write a model as a Hugging Face or Llama directory or GGUF file; merge adapters",
     "tokenizer": "train, repair or report on a tokenizer",
