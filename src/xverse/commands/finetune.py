@@ -10,6 +10,7 @@ from typing import Any
 
 from xverse.config import UserError, key_value, override, read_yaml
 from xverse.finetune.settings import ALIASES, Settings, read_settings
+from xverse.launcher import end_with_launcher
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("finetune: give a recipe or flags; xverse finetune --help lists them")
     settings = read_settings(values, args.recipe or "finetune")
 
+    end_with_launcher()  # before torch is imported, which takes seconds
     from xverse.finetune.run import run_finetuning
 
     target = run_finetuning(settings)

@@ -89,7 +89,7 @@ class TransformersBackend:
 
             tokenizer, config = directory.tokenizer, directory.config
             xverse: Any = XverseForCausalLM.from_pretrained(
-                directory.path, dtype=_dtype(config.num_parameters(), chosen)
+                directory.plain_path, dtype=_dtype(config.num_parameters(), chosen)
             )
             placed = xverse.eval().to(chosen)
             return cls(placed, tokenizer.encode, name=directory.name, context=config.context_length)

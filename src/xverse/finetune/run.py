@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from xverse import hardware
@@ -20,16 +20,19 @@ from xverse.finetune.encode import Data, Example, load_data, stream_data
 from xverse.finetune.launch import training_arguments
 from xverse.finetune.methods import prepare, trainable
 from xverse.finetune.preferences import PairTrainer
-from xverse.finetune.resume import resume_point, run_state, write_state
+from xverse.finetune.resume import begin_anew, is_finished, resume_point, run_state, write_state
+from xverse.finetune.safety import StopEarly, StopOnSignal, world_of
 from xverse.finetune.settings import Settings
 from xverse.finetune.stream import Stream
-from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, StopOnSignal, widest
+from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, order_seed, widest
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import fingerprint, write_base
 from xverse.kernels.training import use_training_kernels
 from xverse.log import notice
 from xverse.plan import finetune_memory
 from xverse.tokenizer import Tokenizer
+from xverse.train.keeping import locked
+from xverse.train.parallel import World
 from xverse.train.plot import plot_loss
 from xverse.train.survival import Interrupted, requests
 
@@ -44,7 +47,15 @@ def run_finetuning(settings: Settings) -> Path | None:
     when a checkpoint has been saved.
     """
     args = training_arguments(settings)
-    first = args.process_index == 0
+    world = world_of(args)
+    if not settings.do_train:
+        return _run(settings, args, world)
+    with locked(settings.output_dir, world):
+        return _run(settings, args, world)
+
+
+def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | None:
+    first = world.rank == 0
     source = ModelDirectory.named(settings.model_name_or_path)
     if source.scheme is not None and settings.finetuning_type != "lora":
         raise UserError(f"{source}: quantised weights cannot be trained; use finetuning_type lora")
@@ -54,10 +65,16 @@ def run_finetuning(settings: Settings) -> Path | None:
             f"{source}: fine-tuning knows XVERSE's chat format only, not that of this {source.model_type} "
             "model"
         )
+    _ = source.plain_path  # transformers reads it
     length = _row_length(source, settings, first)
     data, read = _load_examples(settings, tokenizer, length, quiet=not first)
     state = run_state(settings, data)
-    checkpoint = resume_point(settings, state) if settings.do_train else None
+    checkpoint = None
+    if settings.do_train:
+        if world.agreed(is_finished(settings, state)):
+            world.say(f"{settings.output_dir}: this run is finished")
+            return settings.output_dir if first else None
+        checkpoint = resume_point(settings, state, world)
     predicted = _check_memory(source, settings, args, data, length) if settings.do_train else 0
     if args.device.type == "cpu":
         hardware.return_freed_memory()
@@ -65,16 +82,21 @@ def run_finetuning(settings: Settings) -> Path | None:
     adapter = first and settings.do_train and settings.finetuning_type == "lora"
     digest = fingerprint(load_model(source)) if adapter else ""
     trainer = _make_trainer(source, settings, args, data, read, tokenizer, length)
+    trainer.keep(world, functools.partial(write_base, base=settings.model_name_or_path, digest=digest))
     if not settings.do_train:
         metrics = trainer.evaluate()
         print(json.dumps(metrics)) if first else None
         return None
     if first:
+        if checkpoint is None:
+            begin_anew(settings)
         write_state(settings, state)
     metrics = _train(trainer, checkpoint, predicted)
     if settings.wants_evaluation:
         metrics |= trainer.evaluate()
-    _save(trainer, settings, source, data, metrics, digest)
+    trainer.saver.finish(lambda: _save(trainer, settings, source, data, metrics, digest))
+    if first:
+        write_state(settings, {**state, "finished": trainer.state.global_step})
     return settings.output_dir if first else None
 
 
@@ -106,7 +128,7 @@ def _check_memory(
     source: ModelDirectory, settings: Settings, args: TrainingArguments, data: Data, length: int
 ) -> int:
     """The predicted peak in bytes, reported by the first process. Raises UserError if it does not fit."""
-    seed = args.data_seed or args.seed
+    seed = order_seed(args)
     group = 2 if settings.stage == "dpo" else 1
     rows = Rows(data.train, length if settings.packs else None, seed, group)
     tokens, kept = widest(
@@ -150,6 +172,7 @@ def _make_trainer(
         from xverse.finetune.liger import use_liger
 
         use_liger(model)
+    set_seed(args.seed)  # Trainer would do so only after the adapter's weights are drawn
     model = prepare(model, settings)
     _set_generation(model, settings)
     learning, total = trainable(model)
@@ -159,14 +182,14 @@ def _make_trainer(
             f"{learning:,} of {total:,} parameters are trained; {rows} rows a step on {args.world_size} "
             "process(es)"
         )
-    processing = AutoTokenizer.from_pretrained(source.path)
+    processing = AutoTokenizer.from_pretrained(source.plain_path)
     if settings.padding_side:
         processing.padding_side = settings.padding_side
     packed = length if settings.packs else None
     stream = None
     if read is not None:
         count = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-        stream = Stream(read, count, settings.buffer_size, packed, args.data_seed or args.seed)
+        stream = Stream(read, count, settings.buffer_size, packed, order_seed(args))
     kind: Callable[..., FinetuneTrainer] = FinetuneTrainer
     if settings.stage == "dpo":
         kind = _pair_trainer(source, settings, args)
@@ -185,7 +208,7 @@ def _make_trainer(
     trainer.remove_callback(ProgressCallback)  # stdout is for results
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping_steps is not None:
-        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_steps))
+        trainer.add_callback(StopEarly(settings.early_stopping_steps))
     return trainer
 
 
@@ -209,7 +232,9 @@ def _load_model(source: ModelDirectory, settings: Settings, args: TrainingArgume
     half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
     frozen = settings.finetuning_type == "lora" and args.bf16
     narrow = half is not None and (settings.deepspeed or settings.pure_bf16 or frozen)
-    model: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=half if narrow else torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source.plain_path, dtype=half if narrow else torch.float32
+    )
     if settings.quantization_bit:
         model.quantize(settings.quantization_bit)
     if settings.quantization_bit or source.scheme is not None:

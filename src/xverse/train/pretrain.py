@@ -18,6 +18,7 @@ from xverse.data.mixture import MixtureConfig
 from xverse.data.watch import ShardWatch
 from xverse.files import atomic_file
 from xverse.formats import ModelDirectory, save_hf
+from xverse.formats.write import describe_model
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train.float8 import check_float8
@@ -70,7 +71,9 @@ class PretrainRecipe:
     folder made by ``xverse data prepare``; ``out`` is the run's folder for ``metrics.jsonl``,
     ``checkpoints/``, ``loss.png``, ``report.md`` and the finished model in ``model/``. ``valid_tokens``
     bounds the held-out text scored for each source (0: all). ``model``, a directory or a hub id, is the
-    starting point of continued pretraining. ``cluster`` is what ``--dry-run`` checks the recipe for."""
+    starting point of continued pretraining. ``resume_from`` is another run or one of its checkpoints, whose
+    optimizer and order of data a new run continues, with other ``train.steps`` or decay if its learning rates
+    so far stay the same. ``cluster`` is what ``--dry-run`` checks the recipe for."""
 
     shape: str | XverseConfig
     data: Path
@@ -83,6 +86,7 @@ class PretrainRecipe:
     valid_tokens: int = 16384
     evaluation: EvaluationConfig | None = None
     model: str | None = None
+    resume_from: Path | None = None
     cluster: ClusterConfig | None = None
 
     def __post_init__(self) -> None:
@@ -174,10 +178,12 @@ def _pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None, world: World) -
             if evaluate is None
             else lambda model, progress: evaluate(model, feed.tokenizer, progress),
             data_problem=ShardWatch(feed.train.values()),
+            describe=lambda folder: describe_model(folder, config, feed.tokenizer, torch.float32),
         ),
         identity=identity,
         world=world,
         weights=weights,
+        resume_from=recipe.resume_from,
     )
     model = whole(model, world)
     if world.rank == 0:
@@ -210,9 +216,9 @@ def _initial(
 def _finish(
     recipe: PretrainRecipe, model: XverseForCausalLM, tokenizer: Tokenizer, title: str, world: World
 ) -> None:
-    with atomic_file(recipe.out / "recipe.json") as path:
-        path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
     save_hf(model, tokenizer, recipe.out / "model", torch.float32, overwrite=True)
+    with atomic_file(recipe.out / "recipe.json") as path:  # after the model whose steps it records
+        path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
     plot_loss(recipe.out, title, validation="bits per byte")
     write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, world)
 
