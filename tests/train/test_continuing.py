@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from xverse.cli import main
 from xverse.config import UserError, load
@@ -137,10 +138,10 @@ def test_runs_and_checkpoints_are_models(
     assert "using checkpoints/step-00000004" in said
     for name in (out, earlier):
         for verb in (["export", "--format", "hf"], ["export", "--format", "gguf"], ["quantize"]):
-            target = tmp_path / f"{name.name}-{'-'.join(verb)}"
+            target = tmp_path / f"{name.name}-{'-'.join(verb)}.{verb[-1]}"
             assert main([verb[0], "--model", str(name), "--out", str(target), *verb[1:]]) == 0
             assert target.exists()
-        assert same(tmp_path / f"{name.name}-export---format-hf", earlier)
+        assert same(tmp_path / f"{name.name}-export---format-hf.hf", earlier)
     half = tmp_path / "half"
     assert main(["export", "--model", str(out), "--type", "bf16", "--format", "hf", "--out", str(half)]) == 0
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights(half).values())
@@ -151,6 +152,10 @@ def test_runs_and_checkpoints_are_models(
     assert not (tmp_path / "no").exists()
     more = run(write_recipe, tmp_path / "more", {"model": str(earlier)}, steps=1)
     assert losses(more.parent)[0] == pytest.approx(losses(out)[4], rel=0.5)
+    expected = weights(earlier)
+    read = {f"model.{name}": torch.empty_like(tensor) for name, tensor in expected.items()}
+    dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(earlier)), no_dist=True)
+    assert all(torch.equal(read[f"model.{name}"], tensor) for name, tensor in expected.items())
     state = json.loads((earlier / "state.json").read_text())
     assert {"config.json", "tokenizer.json"} <= state["files"].keys()
     with pytest.raises(UserError, match="write a model directory first: xverse export --model"):
