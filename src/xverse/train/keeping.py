@@ -69,22 +69,27 @@ class Kept:
         return target
 
     def make_room(self, last: bool) -> bool:
-        """Delete one checkpoint because the disk is full; returns whether one was deleted.
+        """Delete checkpoints of the newest one's size because the disk is full; returns whether any was.
 
         Those set aside go first, then the oldest that are not kept ``forever``; the newest one stays. With
         ``last``, when the run would lose its state otherwise, those kept forever follow, and then the newest:
         the next one has its size and is written at once.
         """
         aside = [path for prefix in ASIDE for path in self.folder.glob(f"{prefix}{self.prefix}*")]
-        *older, newest = self.all() or [None]
-        free = [path for path in older if path is not None and not self.forever(self.step(path))]
-        others = [path for path in older if path is not None and path not in free]
-        candidates = [*sorted(aside), *free, *([*others, newest] if last else [])]
-        if not candidates or candidates[0] is None:
-            return False
-        notice(f"WARNING: {candidates[0].name} is deleted to make room for the next checkpoint")
-        self.remove(candidates[0])
-        return True
+        found = self.all()
+        free = [path for path in found[:-1] if not self.forever(self.step(path))]
+        candidates = [*sorted(aside), *free]
+        if last:
+            candidates += [path for path in found[:-1] if path not in free] + found[-1:]
+        missing, any_deleted = _size(found[-1]) if found else 0, False
+        for path in candidates:
+            if any_deleted and missing <= 0:
+                break
+            missing -= _size(path)
+            notice(f"WARNING: {path.name} is deleted to make room for the next checkpoint")
+            self.remove(path)
+            any_deleted = True
+        return any_deleted
 
     def newest(
         self,
@@ -121,6 +126,10 @@ class Kept:
         if damaged:
             raise UserError(f"{damaged[0][1]}, and no earlier one is intact; delete it to start again")
         return None
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _state(path: Path, read: Callable[[Path], State], world: World) -> tuple[State, str]:
