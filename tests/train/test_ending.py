@@ -1,5 +1,4 @@
-"""What ends a process and what does not: a hang, a suspended process, a launcher that is killed, peers that never
-come, a shard that is cut short."""
+"""What ends a process and what does not: a hang, a suspension, a launcher that is killed, missing peers."""
 
 from __future__ import annotations
 
