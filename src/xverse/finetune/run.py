@@ -21,7 +21,7 @@ from xverse.finetune.launch import training_arguments
 from xverse.finetune.methods import prepare, trainable
 from xverse.finetune.preferences import PairTrainer
 from xverse.finetune.resume import begin_anew, is_finished, resume_point, run_state, write_state
-from xverse.finetune.safety import StopEarly, StopOnSignal, world_of
+from xverse.finetune.safety import ReturnMemory, StopEarly, StopOnSignal, world_of
 from xverse.finetune.settings import Settings
 from xverse.finetune.stream import Stream
 from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, order_seed, widest
@@ -270,6 +270,8 @@ def _train(trainer: FinetuneTrainer, checkpoint: str | None, predicted: int) -> 
     hardware.reset_peak_memory(device)
     with requests() as signals:
         trainer.add_callback(StopOnSignal(signals))
+        if device.type == "cpu":
+            trainer.add_callback(ReturnMemory(predicted))
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     step = trainer.state.global_step
     if signals.stop and step < trainer.state.max_steps:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+from xverse import hardware
 from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.finetune.resume import checkpoints_of
@@ -122,6 +123,18 @@ def _problem(write: Callable[[], None]) -> str:
             raise
         return reason(error)
     return ""
+
+
+class ReturnMemory(TrainerCallback):
+    """Gives freed memory back after a step in which the process held more than predicted. Rows have a different
+    length in every step, so blocks that are kept leave holes that later ones do not fit."""
+
+    def __init__(self, predicted: int) -> None:
+        self.most = predicted
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (hardware.process_memory("VmRSS") or 0) > self.most:
+            hardware.trim_freed_memory()
 
 
 class StopEarly(EarlyStoppingCallback):
