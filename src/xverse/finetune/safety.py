@@ -126,7 +126,7 @@ def _problem(write: Callable[[], None]) -> str:
 
 
 class ReturnMemory(TrainerCallback):
-    """Gives freed memory back after a step in which the process held more than predicted. Rows have a different
+    """Gives freed memory back after a step in which the process held more than predicted. Rows have another
     length in every step, so blocks that are kept leave holes that later ones do not fit."""
 
     def __init__(self, predicted: int) -> None:

@@ -198,7 +198,7 @@ class FinetuneTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         plain = self.accelerator.unwrap_model(self.model)
-        if hasattr(plain, "peft_config"):
+        if getattr(plain, "peft_config", None):
             self._write_base(path)
         elif not (path / "config.json").exists():  # Trainer omits them from sharded checkpoints
             plain.config.save_pretrained(path)

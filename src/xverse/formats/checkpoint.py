@@ -19,7 +19,7 @@ from xverse.config import UserError
 from xverse.files import check_fingerprint
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.parts import SHARD, Index, read_header
-from xverse.formats.weights import TensorFiles, listed
+from xverse.formats.weights import TensorFiles, listed, read_object
 from xverse.log import notice
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def model_at(path: Path, name: str | None = None) -> ModelDirectory | None:
             check_files(path)
         return None
     if (path / _ADAPTER).is_file():
-        base = _read(path / _ADAPTER).get("base_model_name_or_path") or "BASE"
+        base = read_object(path / _ADAPTER).get("base_model_name_or_path") or "BASE"
         raise UserError(f"{path}: holds an adapter; give --model {base} --adapter {path}")
     return _model_of_run(path, name)
 

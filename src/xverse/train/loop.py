@@ -272,12 +272,12 @@ class Run:
         _check_data(self.hooks.data_problem, self.world)  # never keep what was learnt from changed data
         state = {"identity": self.identity, "steadiness": self.steadiness.state()}
         began = time.perf_counter()
-        path = self.saver.save(done, self.model, self.optimizer, state, last=must)
+        path = self.saver.save(done, self.model, self.optimizer, state, must)
         self.record(step=done - 1, checkpoint={"stall_seconds": round(time.perf_counter() - began, 4)})
         while must and (problem := self.saver.wait()):
             if not self.saver.again:
                 raise UserError(problem)
-            self.saver.save(done, self.model, self.optimizer, state, last=True)
+            self.saver.save(done, self.model, self.optimizer, state, True)
         return path
 
     def measure(self, step: int, meter: Meter) -> None:

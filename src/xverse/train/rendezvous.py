@@ -27,7 +27,7 @@ def fresh_store(patience: datetime.timedelta) -> tuple[dist.Store, int, int]:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=START))
         shared = _shared(store, rank, size)
-    except dist.DistStoreError as error:  # a timeout, or a launcher that has ended
+    except (dist.DistStoreError, dist.DistNetworkError) as error:  # a timeout, or a launcher that has ended
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the processes of this run did not find each other ({reason}); start it again"
