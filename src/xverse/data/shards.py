@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -124,7 +124,7 @@ class ShardWriter:
         self._close()
 
 
-class StoredArray(Sequence[int]):
+class StoredArray:
     """The numbers in a file, read when they are indexed: by a number, a slice or an array of numbers.
 
     Not a memory map: a process that reads one whose file gets shorter is killed by SIGBUS. Raises UserError
@@ -169,7 +169,7 @@ class StoredArray(Sequence[int]):
         """By runs of neighbours, each of which is one read."""
         values = np.empty(len(numbers), self.dtype)
         starts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
-        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=True):
+        for start, stop in itertools.pairwise([*starts.tolist(), len(numbers)]):
             first = int(numbers[start])
             values[start:stop] = self._read(first, first + stop - start)
         return values
@@ -177,7 +177,7 @@ class StoredArray(Sequence[int]):
     def _read(self, start: int, stop: int) -> NDArray[Any]:
         size = self.dtype.itemsize
         values = np.empty(stop - start, self.dtype)
-        view, done = memoryview(values.view(np.uint8)), 0
+        view, done = values.view(np.uint8).data, 0
         try:
             while done < len(view):
                 count = os.preadv(self._file, [view[done:]], start * size + done)

@@ -81,15 +81,14 @@ class Kept:
         candidates = [*sorted(aside), *free]
         if last:
             candidates += [path for path in found[:-1] if path not in free] + found[-1:]
-        missing, any_deleted = _size(found[-1]) if found else 0, False
+        enough, freed = 0.9 * _size(found[-1]) if found else 0.0, 0  # sizes differ by a few lines of JSON
         for path in candidates:
-            if any_deleted and missing <= 0:
+            if freed and freed >= enough:
                 break
-            missing -= _size(path)
+            freed += _size(path)
             notice(f"WARNING: {path.name} is deleted to make room for the next checkpoint")
             self.remove(path)
-            any_deleted = True
-        return any_deleted
+        return freed > 0
 
     def newest(
         self,
