@@ -13,7 +13,9 @@ import pytest
 from xverse.cli import main
 from xverse.config import UserError
 from xverse.files import alone
+from xverse.finetune.resume import _read_state, checkpoints_of, clear_unfinished
 from xverse.formats import ModelDirectory, load_model
+from xverse.formats.checkpoint import MARKS
 from xverse.train.plot import read_metrics
 
 
@@ -119,28 +121,44 @@ def test_a_second_run_in_the_folder_is_refused_by_process_and_host(quick, flags,
     assert not any((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors", "trainer_state.json", "rng_state.pth"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_a_damaged_checkpoint_is_found_and_the_one_before_serves(
-    finished_run, tmp_path, flags, capsys, file, damage
+def damage(file: Path, how: str) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data if how == "flip" else data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "gone"])
+def test_damage_to_any_file_of_a_checkpoint_is_found(finished_run, tmp_path, capsys, how) -> None:
+    source, _ = finished_run
+    names = sorted(path.name for path in (source / "checkpoint-6").iterdir() if path.name != MARKS)
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(names)
+    for name in names:
+        out = tmp_path / name
+        for step in (4, 6):
+            shutil.copytree(source / f"checkpoint-{step}", out / f"checkpoint-{step}")
+        damage(out / "checkpoint-6" / name, how)
+        clear_unfinished(out)
+        found = checkpoints_of(out).newest(_read_state)
+        assert found is not None
+        assert found[0].name == "checkpoint-4", name
+        assert not (out / "checkpoint-6").exists()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    finished_run, tmp_path, flags, capsys
 ) -> None:
     source, values = finished_run
-    out = tmp_path / "out"
-    shutil.copytree(source, out)
+    out = Path(shutil.copytree(source, tmp_path / "out"))
     unfinished(out)
-    target = out / "checkpoint-6" / file
-    data = bytearray(target.read_bytes())
-    data[len(data) // 2] ^= 1
-    if damage == "gone":
-        target.unlink()
-    else:
-        target.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+    damage(out / "checkpoint-6" / "optimizer.pt", "cut")
     assert main(["finetune", *flags({**values, "output_dir": str(out)})]) == 0
-    text = said(capsys)
-    assert "resuming from" in text
-    assert "checkpoint-4" in text
+    assert "optimizer.pt has " in (text := said(capsys))
+    assert "going back to checkpoint-4" in text
     assert digest(out) == digest(source)
-    assert (out / "checkpoint-6" / file).exists(), "written again"
+    assert sorted(path.name for path in out.glob("*checkpoint-6")) == ["checkpoint-6", "damaged-checkpoint-6"]
 
 
 @pytest.fixture(scope="module")
