@@ -74,11 +74,22 @@ def check_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
 
 def report_unknown(unknown: Sequence[tuple[str, str]], where: str) -> None:
     """Raise UserError for pairs of an unknown key and its hint from ``nearest``, unless there are none."""
-    if len(unknown) == 1:
-        raise UserError(f"{where}: unknown key '{unknown[0][0]}'{unknown[0][1]}")
     if unknown:
-        names = ", ".join(f"'{key}'" + (f" ({hint[2:]})" if hint else "") for key, hint in unknown)
-        raise UserError(f"{where}: unknown keys {names}")
+        raise UserError(f"{where}: {unknown_text(unknown)}")
+
+
+def unknown_text(unknown: Sequence[tuple[str, str]]) -> str:
+    """The part of an error message that names unknown keys, given with their hints from ``nearest``."""
+    if len(unknown) == 1:
+        return f"unknown key '{unknown[0][0]}'{unknown[0][1]}"
+    return "unknown keys " + ", ".join(
+        f"'{key}'" + (f" ({hint[2:]})" if hint else "") for key, hint in unknown
+    )
+
+
+def unknown_keys(cls: type[Any], values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The keys of ``values``, at every depth, that the dataclass does not have; hints from ``nearest``."""
+    return list(_unknown(cls, values, ""))
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -88,7 +99,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     every depth), for missing required keys and for a value of the wrong type.
     """
     _mapping(values, where)
-    report_unknown(list(_unknown(cls, values, "")), where)
+    report_unknown(unknown_keys(cls, values), where)
     return _build(cls, values, where)
 
 

@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from xverse.finetune.settings import ALIASES, DatasetUse, Settings
+from xverse.finetune.settings import ALIASES, DatasetUse, Replay, Settings
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "finetuning.md"
 
@@ -29,7 +29,7 @@ def values(hint: Any) -> str:
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{kind}`" for kind in kinds)
-    if typing.get_origin(hint) is dict:
+    if typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint):
         return "key=value"
     if typing.get_origin(hint) is tuple:
         return "names"
@@ -48,11 +48,11 @@ def default(field: Any) -> str:
 
 def test_the_page_documents_every_setting() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    for cls in (Settings, DatasetUse):
+    for cls in (Settings, DatasetUse, Replay):
         assert table(cls) in page, (
             f"replace the table of {cls.__name__} by the output of {Path(__file__).name}"
         )
 
 
 if __name__ == "__main__":
-    print(table(Settings), table(DatasetUse), sep="\n")
+    print(table(Settings), table(DatasetUse), table(Replay), sep="\n")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import typing
 from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, key_value, override, read_yaml
-from xverse.finetune.settings import ALIASES, Settings, read_settings
+from xverse.finetune.foreign_keys import foreign_keys
+from xverse.finetune.settings import ALIASES, DERIVED, Settings, read_settings
 from xverse.launcher import end_with_launcher
 
 
@@ -41,9 +43,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             names.append("--local-rank")  # the spelling of torch.distributed.launch
         parser.add_argument(*names, **options, help=text.replace("%", "%%"))
         for alias in others:
-            if alias == "train_sampling_strategy":
-                options = {"choices": ["random", "group_by_length"], "default": argparse.SUPPRESS}
             parser.add_argument(f"--{alias}", **options, help=f"another name of --{field.name}")
+    for name in (*DERIVED, *foreign_keys()):
+        parser.add_argument(
+            f"--{name}",
+            nargs="?",
+            const=True,
+            type=lambda text: key_value(f"value={text}")[1],
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
 
 
 def _options(hint: Any) -> dict[str, Any]:
@@ -51,7 +60,7 @@ def _options(hint: Any) -> dict[str, Any]:
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
         return {"choices": list(kinds), "type": type(kinds[0])}
-    if typing.get_origin(hint) is dict:
+    if typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint):
         return {"nargs": "+", "action": _Pairs, "metavar": "KEY=VALUE"}
     if typing.get_origin(hint) is tuple:
         return {"metavar": "NAME,…"}
@@ -89,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     values |= flags
     if not values:
         raise UserError("finetune: give a recipe or flags; xverse finetune --help lists them")
-    settings = read_settings(values, args.recipe or "finetune")
+    settings = read_settings(values, args.recipe or "finetune", quiet=os.environ.get("RANK", "0") != "0")
 
     end_with_launcher()  # before torch is imported, which takes seconds
     from xverse.finetune.run import run_finetuning

@@ -33,7 +33,7 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
         "",
     ]
     lines += ["## Data", "", *(f"- {note}" for note in data.notes)]
-    sizes = [len(part) // (2 if settings.stage == "dpo" else 1) for part in (data.train, data.valid)]
+    sizes = [len(part) // (2 if settings.pairs else 1) for part in (data.train, data.valid)]
     unit = "pairs" if settings.stage == "dpo" else "examples"
     lines += [f"- {sizes[0]} {unit} to train on, {sizes[1]} held out", ""]
     lines += ["## Figures", "", "| | |", "|---|---|"]
@@ -50,8 +50,17 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
     for name, value in figures.items():
         if value is not None:
             lines.append(f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |")
-    scale = "DPO's, per pair" if settings.stage == "dpo" else "in nats per token with loss"
+    scale = "in nats per token with loss"
+    if settings.pairs:
+        scale = "KTO's, per reply" if settings.stage == "kto" else "DPO's, per pair"
     lines += ["", f"Losses are {scale}.", ""]
+    if data.bits:
+        lines += ["## Languages", "", "Bits per byte of held-out text of pretraining.", ""]
+        lines += ["| language | before | after |", "|---|---|---|"]
+        for name, value in data.bits["after"].items():
+            before = data.bits["before"].get(name)
+            lines.append(f"| {name} | {'' if before is None else f'{before:.3f}'} | {value:.3f} |")
+        lines.append("")
     if (out / "loss.png").exists():
         lines += ["![loss](loss.png)", ""]
     text = yaml.safe_dump(to_values(settings), sort_keys=False, allow_unicode=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,11 +34,13 @@ FIRST = 64  # examples of a stream that identify its data when a run is resumed
 
 @dataclass(frozen=True)
 class Example:
-    """``ids`` and, for each, whether it has loss. ``name`` is its origin, such as ``alpaca_en[17]``."""
+    """``ids`` and, for each, whether it has loss. ``name`` is its origin, such as ``alpaca_en[17]``.
+    ``desirable``: in stage kto, whether the reply is tagged as good."""
 
     ids: list[int]
     mask: list[bool]
     name: str
+    desirable: bool | None = None
 
     @property
     def dataset(self) -> str:
@@ -49,11 +52,17 @@ Group = list[Example]  # examples that stay neighbours: one, or a preference pai
 
 @dataclass
 class Data:
-    """The examples to train on, those held out or of ``eval_dataset``, and what the reader reported."""
+    """The examples to train on, those held out or of ``eval_dataset``, and what the reader reported.
+
+    With ``replay``: also ``languages``, held-out text of each, and ``bits``, its bits per byte ``before`` and
+    ``after``.
+    """
 
     train: list[Example] = field(default_factory=list)
     valid: list[Example] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    languages: list[Example] = field(default_factory=list)
+    bits: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Unwanted(Skip):
@@ -191,6 +200,8 @@ class _Reader:
         if not groups:
             raise UserError(f"{note}; nothing to train on")
         (total if local else counts).check(source.name, self.settings.max_bad_share)
+        if self.settings.stage == "kto":
+            groups = mismatched(groups, self.length)
         if not local:
             self.notes.append(note)
         return groups
@@ -241,7 +252,11 @@ class _Reader:
         if self.settings.stage == "dpo":
             return [self._pair(to_preference(item, info), file, number)]
         example = self._dialogue(to_dialogue(item, info), file, number, counts)
-        counts.undesirable += is_undesirable(item, info)
+        undesirable = is_undesirable(item, info)
+        if self.settings.stage == "kto":
+            mask = _last_only(example.mask)
+            return [[dataclasses.replace(example, mask=mask, desirable=not undesirable)]]
+        counts.undesirable += undesirable
         return [[example]]
 
     def _text(self, text: str, name: str) -> list[Group]:
@@ -291,6 +306,20 @@ class _Reader:
                 "--keep_placeholders"
             )
         return filled
+
+
+def mismatched(groups: list[Group], length: int) -> list[Group]:
+    """Each example with its prompt and the reply before it in the list, from which KTO estimates how far the
+    model is from its reference. Raises UserError unless there are good and bad replies."""
+    if len({group[0].desirable for group in groups}) < 2 or len(groups) < 2:
+        raise UserError("stage kto needs replies tagged as good and replies tagged as bad")
+    pairs = []
+    for group, before in zip(groups, [groups[-1], *groups[:-1]], strict=True):
+        prompt, reply = group[0].mask.index(True), before[0].mask.index(True)
+        ids = (group[0].ids[:prompt] + before[0].ids[reply:])[: max(length, prompt + 1)]
+        mask = [False] * prompt + [True] * (len(ids) - prompt)
+        pairs.append([group[0], Example(ids, mask, group[0].name, group[0].desirable)])
+    return pairs
 
 
 def encode_within(

@@ -1,5 +1,6 @@
-"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290), its variants, and ORPO (Hong et
-al., 2024, arXiv:2403.07691), on pairs without padding.
+"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290) and its variants, ORPO (Hong et
+al., 2024, arXiv:2403.07691), SimPO (Meng et al., 2024, arXiv:2405.14734) and KTO (Ethayarajh et al., 2024,
+arXiv:2402.01306), without padding.
 
 trl's trainer would tokenise the rendered template, whose ids differ from XVERSE's where a role's prefix meets
 the text, and compute logits for prompts. Here a pair is two examples of ``encode.py``, and only tokens with
@@ -9,6 +10,7 @@ loss have logits.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,16 +39,30 @@ def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return sums + 0.0 * logits.sum(), zeros.index_add(0, example, torch.ones_like(tokens))
 
 
+@dataclass(frozen=True)
+class Preferences:
+    """The loss: ``kind`` is sigmoid, hinge, ipo, orpo, simpo or kto; ``supervised`` weighs the loss of the
+    good reply, ``smoothing`` is cDPO's, ``gamma`` SimPO's margin, ``weights`` KTO's, of good and bad replies.
+    """
+
+    kind: str = "sigmoid"
+    beta: float = 0.1
+    supervised: float = 0.0
+    smoothing: float = 0.0
+    gamma: float = 0.5
+    weights: tuple[float, float] = (1.0, 1.0)
+
+
 class PairTrainer(FinetuneTrainer):
     """``examples`` alternate between chosen and rejected replies. ``reference`` is a frozen model; None means
-    the trained one without its adapter (ORPO needs no reference)."""
+    the trained one without its adapter (ORPO and SimPO need no reference)."""
 
     group = 2
 
-    def __init__(self, *, reference: Any, beta: float, kind: str, supervised: float, **options: Any) -> None:
+    def __init__(self, *, reference: Any, preferences: Preferences, **options: Any) -> None:
         super().__init__(**options)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs, not over tokens
-        self.beta, self.kind, self.supervised = beta, kind, supervised
+        self.preferences, self.beta, self.kind = preferences, preferences.beta, preferences.kind
         self.reference = reference
         if reference is not None:
             self.reference = reference.eval().requires_grad_(False).to(self.args.device)
@@ -66,6 +82,11 @@ class PairTrainer(FinetuneTrainer):
             odds = means - torch.log1p(-means.exp())
             ratio = odds[:, 0] - odds[:, 1]
             return -means[:, 0] - self.beta * logsigmoid(ratio), self.beta * ratio.detach()
+        if self.kind == "simpo":  # rewards are mean log-probabilities (arXiv:2405.14734)
+            means = (sums / counts).view(-1, 2)  # [n, 2]
+            margin = self.beta * (means[:, 0] - means[:, 1])
+            loss = -logsigmoid(margin - self.preferences.gamma)
+            return loss - self.preferences.supervised * means[:, 0], margin.detach()
         with torch.no_grad(), self._without_adapter(model) as frozen:
             reference, _ = log_probabilities(frozen, batch)
         gains = (sums - reference).view(-1, 2)  # [n, 2]
@@ -77,9 +98,11 @@ class PairTrainer(FinetuneTrainer):
         elif self.kind == "hinge":
             loss = (1 - self.beta * margin).relu()
         else:
-            loss = -logsigmoid(self.beta * margin)
-        if self.supervised:
-            loss = loss - self.supervised * (sums / counts).view(-1, 2)[:, 0]
+            swapped = self.preferences.smoothing  # cDPO
+            logits = self.beta * margin
+            loss = -(1 - swapped) * logsigmoid(logits) - swapped * logsigmoid(-logits)
+        if self.preferences.supervised:
+            loss = loss - self.preferences.supervised * (sums / counts).view(-1, 2)[:, 0]
         return loss, self.beta * margin.detach()
 
     @contextlib.contextmanager
@@ -104,3 +127,33 @@ class PairTrainer(FinetuneTrainer):
     def held_out_metrics(self, sums: list[float]) -> dict[str, float]:
         pairs = max(1.0, sums[1])
         return {"loss": sums[0] / pairs, "margin": sums[2] / pairs, "accuracy": sums[3] / pairs}
+
+
+class KtoTrainer(PairTrainer):
+    """``examples`` alternate between a tagged reply and the mismatched one that ``mismatched`` adds."""
+
+    def _losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of each reply, and its reward above the reference point, negated for bad replies, [n]."""
+        sums, counts = log_probabilities(model, batch)
+        with torch.no_grad(), self._without_adapter(model) as frozen:
+            reference, _ = log_probabilities(frozen, batch)
+        count = len(sums) // 2 if batch["num_targets"] else 0  # none in a filler row
+        gains = (sums - reference)[: 2 * count].view(count, 2)  # [n, 2]
+        # The distance to the reference, by the mismatched replies of this micro-batch on all processes.
+        other = gains[:, 1].detach()
+        total = self.accelerator.reduce(
+            torch.stack([other.sum(), other.new_tensor(float(len(other)))]), "sum"
+        )
+        distance = (total[0] / total[1].clamp(min=1)).clamp(min=0)
+        if not count:
+            return sums, sums
+        good = batch["desirable"].view(-1, 2)[:, 0]
+        sign = torch.where(good, 1.0, -1.0)
+        weight = torch.where(good, *self.preferences.weights)
+        reward = sign * self.beta * (gains[:, 0] - distance)
+        loss = weight * (1 - reward.sigmoid())
+        if self.preferences.supervised:
+            loss = loss - self.preferences.supervised * torch.where(
+                good, (sums / counts).view(-1, 2)[:, 0], 0.0
+            )
+        return loss, reward.detach()

@@ -19,7 +19,9 @@ from xverse.finetune.card import write_card
 from xverse.finetune.encode import Data, Example, load_data, stream_data
 from xverse.finetune.launch import training_arguments
 from xverse.finetune.methods import prepare, trainable
-from xverse.finetune.preferences import PairTrainer
+from xverse.finetune.optimizers import optimizer_maker
+from xverse.finetune.preferences import KtoTrainer, PairTrainer, Preferences
+from xverse.finetune.replay import Languages, add_replay
 from xverse.finetune.resume import begin_anew, is_finished, resume_point, run_state, write_state
 from xverse.finetune.safety import ReturnMemory, StopEarly, StopOnSignal, world_of
 from xverse.finetune.settings import Settings
@@ -91,9 +93,15 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
         if checkpoint is None:
             begin_anew(settings)
         write_state(settings, state)
+    languages = None
+    if data.languages:
+        languages = Languages(trainer, data.languages, tokenizer, settings.output_dir)
+        trainer.add_callback(languages)
     metrics = _train(trainer, checkpoint, predicted)
     if settings.wants_evaluation:
         metrics |= trainer.evaluate()
+    if languages is not None:
+        data.bits = languages.compare()
     trainer.saver.finish(lambda: _save(trainer, settings, source, data, metrics, digest))
     if first:
         write_state(settings, {**state, "finished": trainer.state.global_step})
@@ -119,6 +127,9 @@ def _load_examples(
         data, read = stream_data(settings, tokenizer, length)
     else:
         data = load_data(settings, tokenizer, length, quiet)
+        if settings.replay and settings.do_train:
+            add_replay(data, settings, tokenizer, length)
+            notice(data.notes[-1]) if not quiet else None
     if settings.wants_evaluation and not data.valid:
         raise UserError("there are too few examples to hold one out for evaluation; set eval_dataset")
     return data, read
@@ -129,8 +140,8 @@ def _check_memory(
 ) -> int:
     """The predicted peak in bytes, reported by the first process. Raises UserError if it does not fit."""
     seed = order_seed(args)
-    group = 2 if settings.stage == "dpo" else 1
-    rows = Rows(data.train, length if settings.packs else None, seed, group)
+    group = 2 if settings.pairs else 1
+    rows = Rows(data.train, length if settings.packs else None, seed, group, not settings.disable_shuffling)
     tokens, kept = widest(
         rows, args.per_device_train_batch_size, args.world_size, seed, settings.group_by_length
     )
@@ -191,7 +202,7 @@ def _make_trainer(
         count = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         stream = Stream(read, count, settings.buffer_size, packed, order_seed(args))
     kind: Callable[..., FinetuneTrainer] = FinetuneTrainer
-    if settings.stage == "dpo":
+    if settings.pairs:
         kind = _pair_trainer(source, settings, args)
     trainer = kind(
         model=model,
@@ -200,6 +211,8 @@ def _make_trainer(
         held_out=data.valid,
         row_length=packed,
         grouped=settings.group_by_length,
+        shuffled=not settings.disable_shuffling,
+        optimizer=optimizer_maker(settings, args),
         stream=stream,
         pad_id=tokenizer.pad_id,
         processing_class=processing,
@@ -215,16 +228,24 @@ def _make_trainer(
 def _pair_trainer(
     source: ModelDirectory, settings: Settings, args: TrainingArguments
 ) -> Callable[..., PairTrainer]:
-    """The trainer of stage dpo. Its reference is the model without its new adapter, or a second model."""
-    second = settings.finetuning_type != "lora" or settings.adapter_name_or_path is not None
-    second = second and settings.pref_loss != "orpo"
-    return functools.partial(
-        PairTrainer,
-        reference=_load_model(source, settings, args) if second else None,
+    """The trainer of dpo and kto. Its reference is the model without its new adapter, or a second one."""
+    second = settings.finetuning_type != "lora" or bool(settings.adapter_name_or_path or settings.ref_model)
+    reference = None
+    if second and settings.needs_reference:
+        base = ModelDirectory.named(settings.ref_model) if settings.ref_model else source
+        if base.config.vocab_size != source.config.vocab_size or base.tokenizer.hash != source.tokenizer.hash:
+            raise UserError(f"ref_model {base}: its tokenizer differs from that of {source}")
+        reference = _load_model(base, settings, args)
+    kto = settings.stage == "kto"
+    preferences = Preferences(
+        kind="kto" if kto else settings.pref_loss,
         beta=settings.pref_beta,
-        kind=settings.pref_loss,
         supervised=settings.pref_ftx,
+        smoothing=settings.dpo_label_smoothing,
+        gamma=settings.simpo_gamma,
+        weights=(settings.kto_chosen_weight, settings.kto_rejected_weight),
     )
+    return functools.partial(KtoTrainer if kto else PairTrainer, reference=reference, preferences=preferences)
 
 
 def _load_model(source: ModelDirectory, settings: Settings, args: TrainingArguments) -> Any:

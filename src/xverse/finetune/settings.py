@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from xverse.config import UserError, build
+from xverse.config import UserError, build, unknown_keys, unknown_text
+from xverse.finetune.foreign_keys import refuse_former_recipe, take_foreign
+from xverse.log import notice
 
 TEMPLATES = ("default", "xverse")
 HELD_OUT = 0.01  # share held out for evaluation without val_size and eval_dataset
@@ -41,15 +43,36 @@ class DatasetUse:
 Datasets = tuple[DatasetUse, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Pretraining text among the training examples, in which all its languages have equal shares."""
+
+    data: Annotated[Path, "folder that data prepare wrote, or a file or folder of texts"]
+    share: Annotated[float, "share of the training tokens, below 1; 0: only compare languages"]
+    eval_tokens: Annotated[int, "held-out tokens of each language that are compared"] = 8192
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"replay.share {self.share:g} is out of range (0 to below 1)")
+        if self.eval_tokens < 0:
+            raise ValueError("replay.eval_tokens must be at least 0")
+
+
 _TINY, _MOST = math.ulp(0.0), 2.0**62
 _RANGES = {
     "lora_rank per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
     "max_samples buffer_size early_stopping_steps ddp_timeout": (1, _MOST, "at least 1"),
     "cutoff_len": (8, _MOST, "at least 8"),
     "max_steps": (-1, _MOST, "at least 1; -1: unset"),
-    "num_train_epochs eval_steps logging_steps save_steps lora_alpha pref_beta": (_TINY, _MOST, "above 0"),
+    "num_train_epochs eval_steps logging_steps save_steps lora_alpha pref_beta loraplus_lr_ratio": (
+        _TINY,
+        _MOST,
+        "above 0",
+    ),
     "learning_rate weight_decay warmup_steps val_size eval_delay adam_epsilon max_grad_norm pref_ftx "
-    "neftune_noise_alpha dataloader_num_workers": (0, _MOST, "at least 0"),
+    "neftune_noise_alpha dataloader_num_workers simpo_gamma kto_chosen_weight kto_rejected_weight "
+    "loraplus_lr_embedding": (0, _MOST, "at least 0"),
+    "dpo_label_smoothing": (0, 0.5 - 2**-54, "from 0 to below 0.5"),
     "lora_dropout adam_beta1 adam_beta2": (0, 1 - 2**-53, "from 0 to below 1"),
     "max_bad_share": (0, 1, "0 to 1"),
     "seed data_seed": (0, 2**32 - 1, "0 to 4294967295"),
@@ -66,7 +89,10 @@ class Settings:
     # the model and the method
     model_name_or_path: Annotated[str, "base model: a directory, a hub id or nano"]
     adapter_name_or_path: Annotated[str | None, "adapter to continue training"] = None
-    stage: Annotated[Literal["sft", "pt", "dpo"], "what to train on: dialogues, text, preferences"] = "sft"
+    stage: Annotated[
+        Literal["sft", "pt", "dpo", "kto"],
+        "what to train on: dialogues, text, preference pairs, replies tagged as good or bad",
+    ] = "sft"
     finetuning_type: Annotated[
         Literal["full", "lora", "freeze"], "train all weights, an adapter, or some layers"
     ] = "lora"
@@ -81,20 +107,33 @@ class Settings:
     additional_target: Annotated[str | None, "with lora: modules to train whole, such as lm_head"] = None
     use_rslora: Annotated[bool, "scale the adapter by 1/sqrt(rank)"] = False
     use_dora: Annotated[bool, "train a DoRA adapter"] = False
+    loraplus_lr_ratio: Annotated[
+        float | None, "with lora: learning rate of the second matrices over that of the first ones (LoRA+)"
+    ] = None
+    loraplus_lr_embedding: Annotated[float, "with loraplus_lr_ratio: learning rate of embeddings"] = 1e-6
+    use_muon: Annotated[bool, "with full or freeze: Muon for matrices, AdamW for the rest"] = False
     quantization_bit: Annotated[Literal[4, 8] | None, "quantise the base while loading it (QLoRA)"] = None
     pure_bf16: Annotated[bool, "keep weights and optimizer state in bfloat16, without float32 copies"] = False
-    pref_beta: Annotated[float, "with dpo: strength of the preference term"] = 0.1
+    pref_beta: Annotated[float, "with dpo and kto: strength of the preference term"] = 0.1
     pref_loss: Annotated[
-        Literal["sigmoid", "hinge", "ipo", "orpo"],
-        "with dpo: the loss; sigmoid is DPO's, orpo needs no reference model",
+        Literal["sigmoid", "hinge", "ipo", "orpo", "simpo"],
+        "with dpo: the loss; sigmoid is DPO's, orpo and simpo need no reference model",
     ] = "sigmoid"
-    pref_ftx: Annotated[float, "with dpo: weight of the supervised loss on the chosen reply"] = 0.0
+    pref_ftx: Annotated[float, "with dpo and kto: weight of the supervised loss on the good reply"] = 0.0
+    dpo_label_smoothing: Annotated[float, "with sigmoid: share of pairs that may be swapped (cDPO)"] = 0.0
+    simpo_gamma: Annotated[float, "with simpo: the margin between the replies' rewards"] = 0.5
+    kto_chosen_weight: Annotated[float, "with kto: weight of good replies"] = 1.0
+    kto_rejected_weight: Annotated[float, "with kto: weight of bad replies"] = 1.0
+    ref_model: Annotated[str | None, "with dpo and kto: reference model; unset: the base"] = None
     use_liger_kernel: Annotated[bool, "compute norms and activations with Liger's kernels (CUDA)"] = False
 
     # the data
     dataset: Annotated[Datasets, "names in dataset_info.json, files, folders or hub ids"] = ()
     eval_dataset: Annotated[Datasets, "datasets to evaluate on, written like dataset"] = ()
     dataset_dir: Annotated[Path, "folder of dataset_info.json and its files"] = Path("data")
+    replay: Annotated[
+        Replay | None, "pretraining text to mix in, so that no language is forgotten: data=FOLDER share=0.2"
+    ] = None
     identity: Annotated[
         dict[str, str], "values for {{placeholders}} in the data, such as name=… author=…"
     ] = field(default_factory=dict)
@@ -107,6 +146,7 @@ class Settings:
     group_by_length: Annotated[bool, "put rows of similar length into one step"] = False
     val_size: Annotated[float, "examples of dataset to hold out: a share below 1, or a number"] = 0.0
     packing: Annotated[bool | None, "fill rows with several isolated examples; unset: with stage pt"] = None
+    disable_shuffling: Annotated[bool, "take the examples in the order of the files"] = False
     train_on_prompt: Annotated[bool, "compute the loss on prompts, too"] = False
     mask_history: Annotated[bool, "compute the loss on the last reply only"] = False
     overwrite_cache: Annotated[bool, "accepted without effect: nothing is cached"] = False
@@ -222,17 +262,24 @@ class Settings:
             raise ValueError(
                 f"val_size {self.val_size:g} is neither a share below 1 nor a number of examples"
             )
+        if self.replay and self.stage not in ("sft", "pt"):
+            raise ValueError(f"replay needs stage sft or pt, not {self.stage}")
         if self.train_on_prompt and self.mask_history:
             raise ValueError("train_on_prompt and mask_history contradict each other")
+        if self.group_by_length and self.disable_shuffling:
+            raise ValueError("group_by_length and disable_shuffling contradict each other")
         if self.by_rows and self.packs:
             raise ValueError(f"{self.by_rows} cannot be combined with packing")
         if self.streaming:
-            if self.stage == "dpo" or not self.max_steps or self.max_steps < 1:
+            if self.pairs or not self.max_steps or self.max_steps < 1:
                 raise ValueError("streaming needs max_steps and stage sft or pt")
-            if self.group_by_length:
-                raise ValueError("group_by_length cannot be combined with streaming")
+            if self.group_by_length or self.disable_shuffling:
+                name = "group_by_length" if self.group_by_length else "disable_shuffling"
+                raise ValueError(f"{name} cannot be combined with streaming")
             if any(use.repeat > 1 for use in self.dataset):
                 raise ValueError("repeat cannot be combined with streaming")
+            if self.replay:
+                raise ValueError("replay cannot be combined with streaming; add its text to dataset")
             if 0 < self.val_size < 1 or (self.wants_evaluation and not (self.val_size or self.eval_dataset)):
                 raise ValueError(
                     "with streaming the dataset's size is unknown: set val_size to a number of examples, "
@@ -242,6 +289,18 @@ class Settings:
     def _check_method(self) -> None:
         if self.freeze_trainable_layers == 0:
             raise ValueError("freeze_trainable_layers must not be 0")
+        if self.ref_model and not self.needs_reference:
+            raise ValueError("ref_model needs stage dpo or kto, and a pref_loss with a reference model")
+        if self.dpo_label_smoothing and (self.stage != "dpo" or self.pref_loss != "sigmoid"):
+            raise ValueError("dpo_label_smoothing needs stage dpo and pref_loss sigmoid")
+        if self.loraplus_lr_ratio is not None and self.finetuning_type != "lora":
+            raise ValueError("loraplus_lr_ratio needs finetuning_type lora")
+        if self.use_muon:
+            others = [name for name in ("deepspeed", "optim", "pure_bf16") if getattr(self, name)]
+            if self.finetuning_type == "lora" or others:
+                raise ValueError(
+                    f"use_muon cannot be combined with {others[0] if others else 'finetuning_type lora'}"
+                )
         if self.quantization_bit and self.finetuning_type != "lora":
             raise ValueError(
                 "quantization_bit needs finetuning_type lora: quantised weights cannot be trained"
@@ -253,7 +312,17 @@ class Settings:
     @property
     def by_rows(self) -> str:
         """The setting that needs rows of one example each, or an empty string."""
-        return "stage dpo" if self.stage == "dpo" else "group_by_length" if self.group_by_length else ""
+        return f"stage {self.stage}" if self.pairs else "group_by_length" if self.group_by_length else ""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether two neighbouring examples belong together: two replies to one prompt."""
+        return self.stage in ("dpo", "kto")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the model with a reference model."""
+        return self.stage == "kto" or (self.stage == "dpo" and self.pref_loss not in ("orpo", "simpo"))
 
     @property
     def evaluates(self) -> str:
@@ -284,12 +353,32 @@ OWN = frozenset(_NAMES[: _NAMES.index("do_train")])
 
 # Other names of a setting, which LLaMA-Factory or older versions of transformers use.
 ALIASES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "checkpoint_dir": "adapter_name_or_path",
+    "dev_ratio": "val_size",
+    "dpo_beta": "pref_beta",
+    "dpo_ftx": "pref_ftx",
+    "dpo_loss": "pref_loss",
     "enable_liger_kernel": "use_liger_kernel",
     "evaluation_strategy": "eval_strategy",
+    "kto_beta": "pref_beta",
+    "kto_ftx": "pref_ftx",
+    "lora_lr_ratio": "loraplus_lr_ratio",
+    "name_module_trainable": "freeze_trainable_modules",
     "neat_packing": "packing",
-    "train_sampling_strategy": "group_by_length",
+    "num_layer_trainable": "freeze_trainable_layers",
+    "orpo_beta": "pref_beta",
+    "sft_packing": "packing",
+    "train_last_turn_only": "mask_history",
     "warmup_ratio": "warmup_steps",
 }
+
+
+# Settings with a meaning of their own, by other keys: see _resolve_aliases.
+DERIVED = ("disable_gradient_checkpointing", "train_sampling_strategy")
+_COMMA_SEPARATED = (
+    "lora_target", "additional_target", "freeze_trainable_modules", "freeze_extra_modules", "report_to",
+)  # fmt: skip
 
 
 def training_values(settings: Settings) -> dict[str, Any]:
@@ -302,10 +391,14 @@ def training_values(settings: Settings) -> dict[str, Any]:
     return {**values, "output_dir": str(settings.output_dir)}
 
 
-def read_settings(values: Mapping[str, Any], where: str) -> Settings:
-    """Settings from flags, a recipe or both. Raises UserError, naming the keys, for unknown or wrong ones."""
+def read_settings(values: Mapping[str, Any], where: str, quiet: bool = True) -> Settings:
+    """Settings from flags, a recipe or both; reports keys without effect unless ``quiet``.
+
+    Raises UserError that names all keys that are unknown or not supported, and for wrong values.
+    """
     values = dict(values)
-    _refuse_former_recipe(values, where)
+    refuse_former_recipe(values, where)
+    without_effect, refused = take_foreign(values, _NAMES)
     _resolve_aliases(values, where)
     for name in ("dataset", "eval_dataset"):
         if values.get(name) is not None:
@@ -314,13 +407,22 @@ def read_settings(values: Mapping[str, Any], where: str) -> Settings:
             values.pop(name, None)
     for name in ("eval_strategy", "logging_strategy", "save_strategy"):
         values |= {name: "no"} if values.get(name) is False else {}  # YAML reads no as false
-    for name in ("lora_target", "report_to"):
+    for name in _COMMA_SEPARATED:
         if isinstance(values.get(name), list):
             values[name] = ",".join(map(str, values[name]))
     for name in ("lr_scheduler_kwargs", "fsdp_config"):
         if isinstance(values.get(name), Mapping):
             values[name] = json.dumps(values[name])
-    return build(Settings, values, where)
+    if isinstance(values.get("resume_from_checkpoint"), bool):
+        values["resume_from_checkpoint"] = "true" if values["resume_from_checkpoint"] else None
+    unknown = unknown_keys(Settings, values)
+    if refused:
+        text = f"not supported: {'; '.join(refused)}"
+        raise UserError(f"{where}: {text}{f'; {unknown_text(unknown)}' if unknown else ''}")
+    settings = build(Settings, values, where)
+    if without_effect and not quiet:
+        notice(f"{where}: accepted without effect: {'; '.join(without_effect)}")
+    return settings
 
 
 def to_values(settings: Settings) -> dict[str, Any]:
@@ -335,17 +437,25 @@ def to_values(settings: Settings) -> dict[str, Any]:
             value = [_plain(use) for use in value]
             if all(isinstance(use, str) for use in value):
                 value = ",".join(value)
+        if isinstance(value, Replay):
+            value = _changed(value)
         values[item.name] = str(value) if isinstance(value, Path) else value
     return values
 
 
 def _plain(use: DatasetUse) -> str | dict[str, Any]:
-    values = {
-        item.name: getattr(use, item.name)
-        for item in dataclasses.fields(use)
-        if getattr(use, item.name) != item.default
-    }
+    values = _changed(use)
     return use.name if list(values) == ["name"] else values
+
+
+def _changed(part: DatasetUse | Replay) -> dict[str, Any]:
+    """The values that differ from the defaults, without types that YAML lacks."""
+    values = {item.name: getattr(part, item.name) for item in dataclasses.fields(part)}
+    return {
+        item.name: str(value) if isinstance(value := values[item.name], Path) else value
+        for item in dataclasses.fields(part)
+        if values[item.name] != item.default
+    }
 
 
 def _dataset_uses(value: Any) -> Any:
@@ -358,57 +468,25 @@ def _dataset_uses(value: Any) -> Any:
 
 
 def _resolve_aliases(values: dict[str, Any], where: str) -> None:
-    for alias, name in ALIASES.items():
-        value = values.pop(alias, None)
-        if alias == "train_sampling_strategy" and value is not None:
-            if value not in ("random", "group_by_length"):
-                raise UserError(f"{where}: {alias}: '{value}' is not one of random, group_by_length")
-            value = value == "group_by_length"
-        if value is None or (alias == "neat_packing" and not value):
-            continue
+    def set_value(name: str, value: Any, alias: str) -> None:
         if values.get(name) not in (None, value):
             raise UserError(
                 f"{where}: {name} and {alias} are one setting and differ here; remove one of them"
             )
         values[name] = value
 
-
-FORMER_KEYS = {
-    "model": "model_name_or_path",
-    "out": "output_dir",
-    "datasets": "dataset, a list of {name: …}",
-    "sequence_length": "cutoff_len, with packing: true",
-    "valid_share": "val_size",
-    "train.steps": "max_steps",
-    "train.batch_size": "per_device_train_batch_size",
-    "train.learning_rate": "learning_rate",
-    "train.warmup_steps": "warmup_steps",
-    "train.final_lr_ratio": "lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr_rate: …}",
-    "train.weight_decay": "weight_decay",
-    "train.beta1": "adam_beta1",
-    "train.beta2": "adam_beta2",
-    "train.grad_clip": "max_grad_norm",
-    "train.dtype": "bf16: true or false",
-    "train.micro_batch_size": "gradient_accumulation_steps",
-    "train.activation_checkpointing": "gradient_checkpointing",
-    "train.compile": "torch_compile",
-    "train.checkpoint_every": "save_steps",
-    "train.keep_checkpoints": "save_total_limit",
-    "train.validate_every": "eval_strategy: steps, eval_steps",
-    "train.log_every": "logging_steps",
-    "train.trackers": "report_to",
-}
-
-
-def _refuse_former_recipe(values: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for the keys of recipes before all recipes had these settings."""
-    train = values.get("train")
-    keys = [key for key in values if key in FORMER_KEYS]
-    keys += [f"train.{key}" for key in train] if isinstance(train, Mapping) else []
-    if keys:
-        changes = ", ".join(f"{key} → {FORMER_KEYS.get(key, 'remove it')}" for key in keys)
-        more = "" if "do_train" in values else "; add do_train: true and finetuning_type: full"
-        raise UserError(
-            f"{where}: the keys of fine-tuning recipes have changed: {changes}{more} "
-            "(recipes/nano/sft.yaml is an example)"
-        )
+    for alias, name in ALIASES.items():
+        value = values.pop(alias, None)
+        if value is not None and not (name == "packing" and not value):
+            set_value(name, value, alias)
+    disabled = values.pop("disable_gradient_checkpointing", None)
+    if disabled is not None:
+        set_value("gradient_checkpointing", not disabled, "disable_gradient_checkpointing")
+    strategy = values.pop("train_sampling_strategy", None)
+    if strategy in ("group_by_length", "random"):
+        set_value("group_by_length", strategy == "group_by_length", "train_sampling_strategy")
+    elif strategy == "sequential":
+        set_value("disable_shuffling", True, "train_sampling_strategy")
+    elif strategy is not None:
+        known = "random, sequential, group_by_length"
+        raise UserError(f"{where}: train_sampling_strategy: '{strategy}' is not one of {known}")

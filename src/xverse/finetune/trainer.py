@@ -38,11 +38,20 @@ Batch = dict[str, Any]
 class Rows(Dataset[list[Example]]):
     """Rows of examples, as indices: ``group`` neighbours, or as many as fit into ``length`` tokens."""
 
-    def __init__(self, examples: Sequence[Example], length: int | None, seed: int, group: int = 1) -> None:
-        self.examples, self.length, self.seed = examples, length, seed
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        length: int | None,
+        seed: int,
+        group: int = 1,
+        shuffled: bool = True,
+    ) -> None:
+        self.examples, self.length, self.seed, self.shuffled = examples, length, seed, shuffled
         self.rows = [list(range(start, start + group)) for start in range(0, len(examples), group)]
         if length is not None:
-            order = random_order(len(examples), "rows", seed).tolist()
+            order = list(range(len(examples)))
+            if shuffled:
+                order = random_order(len(examples), "rows", seed).tolist()
             packed = pack_examples([len(examples[i].ids) for i in order], length)
             self.rows = [[order[i] for i in row] for row in packed]
 
@@ -59,11 +68,19 @@ class Rows(Dataset[list[Example]]):
 
 class Order(Sampler[int]):
     """All rows in an order that depends on (seed, epoch) alone, filled up to a multiple of ``multiple`` rows.
-    With ``lengths``, 50 steps' rows at a time are sorted by length, so rows of a step are similar."""
+    With ``lengths``, 50 steps' rows at a time are sorted by length, so rows of a step are similar; without
+    ``shuffled``, the rows keep their order."""
 
-    def __init__(self, count: int, multiple: int, seed: int, lengths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        count: int,
+        multiple: int,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+        shuffled: bool = True,
+    ) -> None:
         self.count, self.multiple, self.seed, self.epoch = count, multiple, seed, 0
-        self.lengths = lengths
+        self.lengths, self.shuffled = lengths, shuffled
         self.total = math.ceil(count / multiple) * multiple
 
     def set_epoch(self, epoch: int) -> None:
@@ -73,7 +90,9 @@ class Order(Sampler[int]):
         return self.total
 
     def __iter__(self) -> Iterator[int]:
-        order = random_order(self.count, "examples", self.seed, self.epoch).tolist()
+        order = list(range(self.count))
+        if self.shuffled:
+            order = random_order(self.count, "examples", self.seed, self.epoch).tolist()
         order += [FILLER] * (self.total - self.count)
         if self.lengths is not None:
             order = self._grouped(order, self.lengths)
@@ -94,7 +113,8 @@ class Order(Sampler[int]):
 
 def widest(rows: Rows, batch: int, processes: int, seed: int, grouped: bool) -> tuple[int, int]:
     """Tokens in the largest micro-batch of the first epoch, and how many of them have loss."""
-    order = list(Order(len(rows), batch * processes, seed, rows.lengths() if grouped else None))
+    lengths = rows.lengths() if grouped else None
+    order = list(Order(len(rows), batch * processes, seed, lengths, rows.shuffled))
     sizes = []
     for start in range(0, len(order), batch):
         examples = [example for row in order[start : start + batch] for example in rows[row]]
@@ -110,7 +130,7 @@ def join(examples: Sequence[Example], numbers: Sequence[int], pad_id: int) -> Ba
 def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
     """All ``examples`` in one row: input_ids, labels and position_ids int64 [1, T], and what would be read
     back from a GPU otherwise: ``cu_seq_lens_q`` int32 [n + 1] and ``max_length_q``, ``num_targets``, and
-    ``names``, those of the first eight examples.
+    ``names``, those of the first eight examples; in stage kto ``desirable``, bool [n].
 
     Labels are not shifted; the first token of an example has none.
     """
@@ -128,7 +148,9 @@ def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
     if not ids:
         ids, labels, positions = [pad_id] * 2, [IGNORE] * 2, [0, 1]
     row = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    tagged = bool(examples) and examples[0].desirable is not None
     return {
+        **({"desirable": torch.tensor([bool(example.desirable) for example in examples])} if tagged else {}),
         **{key: torch.tensor([value]) for key, value in row.items()},
         "cu_seq_lens_q": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         "max_length_q": max(lengths),
@@ -144,7 +166,8 @@ def order_seed(args: Any) -> int:
 
 class FinetuneTrainer(Trainer):
     """Trains on ``examples``, or on ``stream`` instead, and evaluates on ``held_out``. ``row_length`` packs
-    rows of at most so many tokens; ``grouped`` makes the rows of a step similar in length."""
+    rows of at most so many tokens; ``grouped`` makes the rows of a step similar in length. ``optimizer``
+    makes another optimizer than that of the arguments."""
 
     group = 1  # neighbouring examples that stay in one row
 
@@ -157,12 +180,14 @@ class FinetuneTrainer(Trainer):
         pad_id: int,
         grouped: bool = False,
         stream: Stream | None = None,
+        shuffled: bool = True,
+        optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
         **options: Any,
     ) -> None:
-        self.pad_id, self.grouped = pad_id, grouped
+        self.pad_id, self.grouped, self._make_optimizer = pad_id, grouped, optimizer
         seed = order_seed(options["args"])
         super().__init__(
-            train_dataset=stream or Rows(examples, row_length, seed, self.group),
+            train_dataset=stream or Rows(examples, row_length, seed, self.group, shuffled),
             eval_dataset=Rows(held_out, row_length, seed, self.group) if held_out else None,
             data_collator=self._collate,
             **options,
@@ -179,7 +204,13 @@ class FinetuneTrainer(Trainer):
             return SequentialSampler(self.train_dataset)
         assert isinstance(self.train_dataset, Rows)
         lengths = self.train_dataset.lengths() if self.grouped else None
-        return Order(len(self.train_dataset), multiple, self._order_seed, lengths)
+        rows = self.train_dataset
+        return Order(len(rows), multiple, self._order_seed, lengths, rows.shuffled)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self._make_optimizer is not None and self.optimizer is None:
+            self.optimizer = self._make_optimizer(model or self.model)
+        return super().create_optimizer(model)
 
     def keep(self, world: World, write_base: Callable[[Path], None]) -> None:
         """Set what checkpoints need: the processes, and what records the base of an adapter."""
@@ -261,6 +292,25 @@ class FinetuneTrainer(Trainer):
         started = time.perf_counter()
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         assert isinstance(rows, Rows)
+        datasets, sums = self._sums_by_dataset(rows)
+        figures = {**self.held_out_metrics(sums.sum(0).tolist())}
+        if len(datasets) > 1:
+            for name, values in zip(datasets, sums.tolist(), strict=True):
+                figures[f"loss/{name}"] = self.held_out_metrics(values)["loss"]
+        figures["runtime"] = round(time.perf_counter() - started, 3)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def held_out_nats(self, examples: Sequence[Example]) -> dict[str, float]:
+        """The summed loss of ``examples`` in nats, by dataset."""
+        datasets, sums = self._sums_by_dataset(Rows(examples, None, self._order_seed))
+        return dict(zip(datasets, sums[:, 0].tolist(), strict=True))
+
+    def _sums_by_dataset(self, rows: Rows) -> tuple[list[str], Tensor]:
+        """The datasets' names, and ``held_out_sums`` of each over all processes, float32 [datasets, 4]."""
         datasets = sorted({example.dataset for example in rows.examples})
         batches = list(self._batches_by_dataset(rows, datasets))
         world, rank = self.args.world_size, self.args.process_index
@@ -279,16 +329,7 @@ class FinetuneTrainer(Trainer):
             values = self.held_out_sums(model, batch)
             sums[number, : len(values)] += torch.tensor(values, dtype=torch.float64)
         model.train(was_training)
-        sums = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").cpu()
-        figures = {**self.held_out_metrics(sums.sum(0).tolist())}
-        if len(datasets) > 1:
-            for name, values in zip(datasets, sums.tolist(), strict=True):
-                figures[f"loss/{name}"] = self.held_out_metrics(values)["loss"]
-        figures["runtime"] = round(time.perf_counter() - started, 3)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return datasets, self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").cpu()
 
     def _batches_by_dataset(self, rows: Rows, datasets: list[str]) -> Iterator[tuple[int, list[int]]]:
         """Batches of example indices, each of one dataset, with that dataset's number."""

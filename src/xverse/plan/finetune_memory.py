@@ -60,10 +60,8 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
         parameters = every * stored / split
     if lora:
         parameters += 4 * learning
-    own_reference = (
-        settings.stage == "dpo"
-        and settings.pref_loss != "orpo"
-        and (not lora or settings.adapter_name_or_path)
+    own_reference = settings.needs_reference and (
+        not lora or settings.adapter_name_or_path or settings.ref_model
     )
     reference = every * stored if own_reference else 0
     copies = 0.0
@@ -78,7 +76,7 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     gradients = gradient_size * learning / grad_split
     saved, again = _activations(shape, settings, load.tokens, size, quantised)
     head = 2 * size * load.kept * shape.hidden_size
-    if settings.stage == "dpo":
+    if settings.pairs:
         head += load.kept * shape.vocab_size * (size + 3 * 4)
     else:
         if compute_device().type == "cuda":
@@ -89,7 +87,7 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
         if quantised or (half and not narrow):
             head += 2 * vocabulary  # a copy of the head in the matmul's dtype
     head_learns = not lora and (settings.finetuning_type == "full" or "lm_head" in _extra(settings))
-    if head_learns and settings.stage != "dpo":
+    if head_learns and not settings.pairs:
         head += 4 * vocabulary  # its gradient, computed in the forward pass
     # Gradients grow while activations are freed; only those of earlier micro-batches coexist with all of
     # them.
@@ -124,7 +122,7 @@ def keeps_freed(settings: Settings, stored_quantised: bool) -> bool:
     """
     half = settings.bf16 or settings.fp16 or settings.pure_bf16
     quantised = stored_quantised or settings.quantization_bit
-    return bool(half and settings.stage != "dpo" and not quantised and not settings.gradient_checkpointing)
+    return bool(half and not settings.pairs and not quantised and not settings.gradient_checkpointing)
 
 
 def trainable_parameters(shape: XverseConfig, settings: Settings) -> int:

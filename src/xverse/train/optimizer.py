@@ -16,7 +16,7 @@ def make_adamw(
     model: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
 ) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov & Hutter, 2017); norm weights and the embedding are not decayed."""
-    _, decayed, plain = _groups(model, muon=False)
+    _, decayed, plain = parameter_groups(model, muon=False)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
@@ -26,7 +26,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw" and config.optimizer_dtype == "float32":
         return make_adamw(model, weight_decay=config.weight_decay, betas=betas)
-    matrices, decayed, plain = _groups(model, muon=config.optimizer == "muon")
+    matrices, decayed, plain = parameter_groups(model, muon=config.optimizer == "muon")
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "muon": True},
         {"params": decayed, "weight_decay": config.weight_decay, "muon": False},
@@ -41,7 +41,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     )
 
 
-def _groups(
+def parameter_groups(
     model: nn.Module, muon: bool
 ) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """The layers' matrices (for Muon), other decayed parameters, and parameters without decay."""

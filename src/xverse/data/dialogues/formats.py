@@ -11,6 +11,7 @@ Columns and tags can be renamed as in LLaMA-Factory's dataset_info.json
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -58,9 +59,23 @@ class Tags:
     system_tag: str = "system"
 
 
+OPENAI_TAGS = Tags(
+    role_tag="role",
+    content_tag="content",
+    user_tag="user",
+    assistant_tag="assistant",
+    observation_tag="tool",
+    function_tag="function",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """One entry of ``dataset_info.json``. ``om_hub_url`` is a mirror of the other hubs' and not used."""
+    """One entry of ``dataset_info.json``. ``om_hub_url`` is a mirror of the other hubs' and not used.
+
+    The formatting ``openai`` is sharegpt with OpenAI's roles and keys, unless ``tags`` and ``columns`` rename
+    them.
+    """
 
     file_name: str | None = None
     hf_hub_url: str | None = None
@@ -73,7 +88,8 @@ class DatasetInfo:
     split: str = "train"
     folder: str | None = None
     num_samples: int | None = None
-    formatting: Literal["alpaca", "sharegpt"] = "alpaca"
+    revision: str | None = None
+    formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
     ranking: bool = False
     columns: Columns = field(default_factory=Columns)
     tags: Tags = field(default_factory=Tags)
@@ -83,7 +99,13 @@ class DatasetInfo:
         return bool(self.hf_hub_url or self.ms_hub_url)
 
     def __post_init__(self) -> None:
-        for key in ("script_url", "cloud_file_name"):
+        if self.formatting == "openai":
+            object.__setattr__(self, "formatting", "sharegpt")
+            if self.tags == Tags():
+                object.__setattr__(self, "tags", OPENAI_TAGS)
+            if self.columns.messages is None:
+                object.__setattr__(self, "columns", dataclasses.replace(self.columns, messages="messages"))
+        for key in ("script_url", "cloud_file_name", "revision"):
             if getattr(self, key):
                 raise ValueError(f"{key} is not supported; use file_name, hf_hub_url or ms_hub_url")
         if not self.on_hub:
@@ -109,16 +131,6 @@ class Preference:
 
 class Skip(Exception):
     """An unusable item; the text is the reason, which callers count."""
-
-
-OPENAI_TAGS = Tags(
-    role_tag="role",
-    content_tag="content",
-    user_tag="user",
-    assistant_tag="assistant",
-    observation_tag="tool",
-    function_tag="function",
-)
 
 
 def guess(item: Any, where: str) -> DatasetInfo:
@@ -162,15 +174,17 @@ def check_columns(item: Any, info: DatasetInfo, stage: str, where: str) -> None:
         needed.append(columns.messages or "conversations")
     else:
         needed.append(columns.prompt or "instruction")
-        if stage == "sft" and not info.ranking:
+        if stage in ("sft", "kto") and not info.ranking:
             needed.append(columns.response or "output")
     if stage == "dpo":
         needed += [columns.chosen or "chosen", columns.rejected or "rejected"]
     for name in needed:
         if name is not None and name not in item:
             raise UserError(f"{where}: no column '{name}' (columns: {', '.join(map(str, item))})")
-    if stage == "sft" and info.ranking:
+    if stage in ("sft", "kto") and info.ranking:
         raise UserError(f"{where}: preference pairs (ranking) need stage dpo")
+    if stage == "kto" and columns.kto_tag is None:
+        raise UserError(f'{where}: stage kto needs a column that tags replies; its entry lacks "kto_tag"')
     if stage == "dpo" and not info.ranking:
         raise UserError(f'{where}: stage dpo needs preference pairs; its entry lacks "ranking": true')
 
