@@ -234,7 +234,8 @@ class FinetuneTrainer(Trainer):
         elif not (path / "config.json").exists():  # Trainer omits them from sharded checkpoints
             plain.config.save_pretrained(path)
             plain.generation_config.save_pretrained(path)
-            self.processing_class.save_pretrained(path)
+            tokenizer: Any = self.processing_class
+            tokenizer.save_pretrained(path)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # Trainer compares the step with the last only after it has taken one more.

@@ -126,7 +126,7 @@ class TrainingCheckpoint(ModelDirectory):
                 f"{self}: has no config.json, because an earlier version wrote it; copy config.json and "
                 "tokenizer.json of the run's model into it"
             )
-        return super().values  # type: ignore[no-any-return]  # a cached_property
+        return super().values
 
     @cached_property
     def scheme(self) -> Scheme | None:
@@ -220,13 +220,14 @@ class DistributedTensors:
 
     def __init__(self, folder: Path) -> None:
         import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         self._folder = folder
         stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
         self._stored = {
             name.removeprefix(MODEL): entry
             for name, entry in stored.items()
-            if name.startswith(MODEL) and hasattr(entry, "size")
+            if name.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
         }
         self.names = list(self._stored)
 
@@ -235,8 +236,7 @@ class DistributedTensors:
 
     @property
     def dtype(self) -> torch.dtype:
-        found: torch.dtype = next(iter(self._stored.values())).properties.dtype
-        return found
+        return next(iter(self._stored.values())).properties.dtype
 
     def get(self, name: str) -> Tensor:
         import torch
