@@ -6,16 +6,19 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from xverse.cli import main
 from xverse.config import UserError
 from xverse.files import alone
 from xverse.finetune.resume import _read_state, checkpoints_of, clear_unfinished
-from xverse.formats import ModelDirectory, load_model
+from xverse.formats import ModelDirectory, load_model, save_hf
 from xverse.formats.checkpoint import MARKS
+from xverse.model.transformer import XverseForCausalLM, init_weights
 from xverse.train.plot import read_metrics
 
 
@@ -91,12 +94,13 @@ def test_a_run_that_stopped_early_stays_ended(quick, flags, tmp_path, capsys) ->
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora", "dpo"])
-def test_the_seed_decides_an_adapter(quick, flags, tmp_path, kind) -> None:
-    import torch
-
+def test_the_seed_decides_an_adapter(quick, flags, tmp_path, wide_config, tiny_tokenizer, kind) -> None:
     quick |= {"finetuning_type": "lora", "max_steps": "1", "lora_rank": "2", "lora_dropout": "0.1"}
     if kind == "qlora":
-        quick |= {"quantization_bit": "4"}
+        model = XverseForCausalLM(wide_config)
+        init_weights(model, seed=0)
+        save_hf(model, tiny_tokenizer, tmp_path / "wide", torch.float32)
+        quick |= {"quantization_bit": "4", "model_name_or_path": str(tmp_path / "wide")}
     if kind == "dpo":
         row = {"instruction": "a", "input": "", "chosen": "good", "rejected": "bad"}
         (Path(quick["dataset_dir"]) / "pairs.json").write_text(json.dumps([row] * 8))
@@ -162,13 +166,12 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, tiny_model, tiny_tokenizer) -> tuple[Path, dict[str, str]]:
-    import torch
-
-    from xverse.formats import save_hf
-
+def finished_run(tmp_path_factory, tiny_config, tiny_tokenizer) -> tuple[Path, dict[str, str]]:
+    """Six steps, a folder that tests copy, and their settings."""
     folder = tmp_path_factory.mktemp("finished")
-    save_hf(tiny_model, tiny_tokenizer, folder / "base", torch.float32)
+    model = XverseForCausalLM(tiny_config)
+    init_weights(model, seed=0)
+    save_hf(model, tiny_tokenizer, folder / "base", torch.float32)
     rows = [{"instruction": f"say hello {i}", "output": "good morning " * (i % 4 + 1)} for i in range(20)]
     (folder / "rows.json").write_text(json.dumps(rows))
     values = {
@@ -224,3 +227,23 @@ def test_too_many_unusable_items_stop_a_run(quick, flags, tmp_path, capsys, shar
         message = "20 of 30 items cannot be used (20 empty text), more than max_bad_share 0.05 allows"
         assert message in said(capsys)
         assert not (tmp_path / "out").exists(), "nothing was written"
+
+
+def test_on_a_full_disk_older_checkpoints_make_room(finished_run, flags, small_disk, tmp_path) -> None:
+    source, values = finished_run
+    one = sum(-(-file.stat().st_size // 4096) * 4096 for file in (source / "checkpoint-6").iterdir())
+    subprocess.run(["mount", "-o", f"remount,size={int(2.6 * one)}", str(small_disk)], check=True)
+    out = small_disk / "out"
+    assert main(["finetune", *flags({**values, "output_dir": str(out)})]) == 0
+    assert sorted(path.name for path in out.glob("*checkpoint-*"))[-1] == "checkpoint-6"
+    assert not (out / "checkpoint-2").exists()
+    assert digest(out) == digest(source)
+
+
+def test_a_disk_too_small_is_named(finished_run, flags, small_disk, capsys) -> None:
+    _, values = finished_run
+    subprocess.run(["mount", "-o", "remount,size=64k", str(small_disk)], check=True)
+    assert main(["finetune", *flags({**values, "output_dir": str(small_disk / "out")})]) == 2
+    text = said(capsys)
+    assert "checkpoint-2 was not saved (No space left on device); training continues" in text
+    assert "No space left on device" in text.rpartition("xverse: ")[2]

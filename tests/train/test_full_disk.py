@@ -3,97 +3,78 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from xverse.config import UserError
 from xverse.log import JsonlLog
-
-# In namespaces of its own it may mount file systems, which vanish with it.
-PROGRAM = """
-import hashlib, json, shutil, subprocess, sys
-from pathlib import Path
-from xverse.cli import main
-
-disk, recipe, rows = map(Path, sys.argv[1:])
-found = {}
-
-def mount(name, size):
-    path = disk / name
-    path.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size)}", "tmpfs", str(path)], check=True)
-    return path
-
-def size(path):  # in whole pages, as tmpfs stores it
-    return sum(-(-file.stat().st_size // 4096) * 4096 for file in path.rglob("*") if file.is_file())
-
-def losses(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-whole = disk / "whole"
-assert main(["pretrain", str(recipe), f"out={whole}"]) == 0
-one = size(whole / "checkpoints" / "step-00000012")
-for name, room in (("two", 2.5 * one), ("one", 1.5 * one)):
-    out = mount(name, room) / "run"
-    if name == "two":
-        (out / "checkpoints" / "damaged-step-00000099").mkdir(parents=True)
-        (out / "checkpoints" / "damaged-step-00000099" / "x").write_bytes(bytes(4096))
-    code = main(["pretrain", str(recipe), f"out={out}"])
-    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
-    step = json.loads((out / "checkpoints" / "step-00000012" / "state.json").read_text())["step"]
-    found[name] = [code, kept, losses(out) == losses(whole), step]
-base, run = whole / "model", disk / "tuned"
-words = ["--stage", "sft", "--model_name_or_path", str(base), "--do_train", "--dataset", str(rows),
-    "--finetuning_type", "full", "--max_steps", "6", "--save_steps", "2", "--logging_steps", "1",
-    "--per_device_train_batch_size", "1"]
-assert main(["finetune", *words, "--output_dir", str(run)]) == 0
-one = size(run / "checkpoint-6")
-out = mount("small", 2.5 * one) / "out"
-code = main(["finetune", *words, "--output_dir", str(out)])
-kept = sorted(path.name for path in out.glob("*checkpoint-*"))
-equal = digest(out / "model.safetensors") == digest(run / "model.safetensors")
-found["finetune"] = [code, kept, equal, losses(out) == losses(run)]
-print(json.dumps(found))
-"""
+from xverse.train.checkpoint import checkpoints
+from xverse.train.plot import read_metrics
 
 
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
+
+
+def pages(folder: Path) -> int:
+    """Bytes in whole pages, as a tmpfs stores them."""
+    return sum(-(-file.stat().st_size // 4096) * 4096 for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(("room", "kept"), [(2.6, [10, 12]), (1.6, [12])])
 def test_the_oldest_checkpoint_makes_room_for_the_next(
-    write_recipe: Callable[..., Path], tmp_path: Path
+    fit_tiny: Callable[..., object], small_disk: Path, tmp_path: Path, room: float, kept: list[int]
 ) -> None:
-    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
-    probe = [*unshare, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
-    if not shutil.which("unshare") or subprocess.run(probe, capture_output=True, check=False).returncode:
-        pytest.skip("no small file system can be mounted here")
-    recipe = write_recipe(steps=12, checkpoint_every=3, dtype="float32", keep_checkpoints=3)
-    rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps([{"instruction": f"say {i}", "output": "good morning"} for i in range(8)]))
-    command = [*unshare, sys.executable, "-c", PROGRAM, str(tmp_path / "disk"), str(recipe), str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    # The third one is written again after the next step, and the last one at once.
-    assert found["two"][1:] == [["step-00000010", "step-00000012"], True, 12], done.stderr
-    assert found["one"][1:] == [["step-00000012"], True, 12], done.stderr
-    assert found["finetune"] == [0, ["checkpoint-4", "checkpoint-6"], True, True], done.stderr
+    """A disk for two checkpoints, and for one; the run would keep three."""
+    settings = {"steps": 12, "checkpoint_every": 3, "keep_checkpoints": 3}
+    fit_tiny(tmp_path / "whole", **settings)
+    one = pages(tmp_path / "whole" / "checkpoints" / "step-00000012")
+    subprocess.run(["mount", "-o", f"remount,size={int(room * one)}", str(small_disk)], check=True)
+    out = small_disk / "run"
+    aside = out / "checkpoints" / "damaged-step-00000099"
+    aside.mkdir(parents=True)
+    (aside / "shard").write_bytes(bytes(4096))
+    fit_tiny(out, **settings)
+    assert [int(path.name[5:]) for path in checkpoints(out)] == kept
+    assert not aside.exists()
+    assert losses(out) == losses(tmp_path / "whole")
+    fit_tiny(out, **settings)  # the last one is intact
+
+
+def test_checkpoints_that_are_kept_forever_go_last(
+    fit_tiny: Callable[..., object], small_disk: Path, tmp_path: Path
+) -> None:
+    settings = {"steps": 8, "checkpoint_every": 2, "keep_every": 2}
+    fit_tiny(tmp_path / "whole", **settings)
+    one = pages(tmp_path / "whole" / "checkpoints" / "step-00000008")
+    subprocess.run(["mount", "-o", f"remount,size={int(2.6 * one)}", str(small_disk)], check=True)
+    fit_tiny(small_disk / "run", **settings)
+    names = [path.name for path in checkpoints(small_disk / "run")]
+    assert names == ["step-00000004", "step-00000008"], "6 was not written while 2 and 4 were kept"
+
+
+def test_a_disk_too_small_for_any_checkpoint_is_named(
+    fit_tiny: Callable[..., object], small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=100k", str(small_disk)], check=True)
+    with pytest.raises(UserError, match="step-00000004: No space left on device; nothing was written"):
+        fit_tiny(small_disk / "run", steps=4, checkpoint_every=2)
+    assert "step-00000002 was not saved (No space left on device); training continues" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_records_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    full = tmp_path / "full.jsonl"
-    full.symlink_to("/dev/full")
-    log = JsonlLog(full)
+    file = tmp_path / "metrics.jsonl"
+    file.symlink_to("/dev/full")
+    log = JsonlLog(file)
     for step in range(3):
         log.write({"step": step})
     assert capsys.readouterr().err.count("No space left on device") == 1
-    full.unlink()
-    file = tmp_path / "metrics.jsonl"
+    file.unlink()
     log._file.close()
     log._file = file.open("ab", buffering=0)  # as if there were room now
     log.write({"step": 3})
