@@ -25,6 +25,7 @@ from xverse.data.shards import Shard, ShardHeader, ShardWriter, read_header
 from xverse.files import atomic_file
 from xverse.texts import read_json
 from xverse.tokenizer import Tokenizer
+from xverse.tokenizer.general import load_tokenizer_of
 
 BATCH_BYTES = 1_000_000
 SPLITS = ("train", "valid")
@@ -68,7 +69,7 @@ def documents(work: Path, unit: int) -> Iterator[tuple[dict[str, str], int, int]
 @functools.lru_cache(maxsize=1)
 def _tokenizer(folder: Path, changed: int) -> Tokenizer:
     """Cached, because loading 100,534 entries takes a second or two; ``changed`` invalidates the cache."""
-    return Tokenizer.load(folder)
+    return load_tokenizer_of(folder)
 
 
 @dataclass

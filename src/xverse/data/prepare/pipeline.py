@@ -40,7 +40,8 @@ from xverse.data.shards import read_header
 from xverse.files import alone, atomic_directory, atomic_file
 from xverse.log import notice
 from xverse.texts import read_json
-from xverse.tokenizer import Tokenizer, train_tokenizer
+from xverse.tokenizer import train_tokenizer
+from xverse.tokenizer.general import load_tokenizer_of
 
 
 @dataclass
@@ -260,7 +261,7 @@ class MakeTokenizer:
         if folder.exists():
             return
         if recipe.tokenizer is not None:
-            tokenizer = Tokenizer.load(recipe.tokenizer)
+            tokenizer = load_tokenizer_of(recipe.tokenizer)
         else:
             sample = self._sample()
             tokenizer = train_tokenizer(sample, recipe.vocab_size, limit_alphabet=recipe.limit_alphabet)
@@ -289,7 +290,7 @@ def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
     names = ("corpus", "out", "executor", "max_bad_share", "allow_broken_files")
     values = dataclasses.asdict(recipe)
     settings: dict[str, Any] = {name: value for name, value in values.items() if name not in names}
-    settings["tokenizer"] = Tokenizer.load(recipe.tokenizer).hash if recipe.tokenizer is not None else None
+    settings["tokenizer"] = load_tokenizer_of(recipe.tokenizer).hash if recipe.tokenizer is not None else None
     settings["files"] = {unit.name: unit.size for unit in units}
     settings = json.loads(json.dumps(settings, default=str))
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ from xverse.data.prepare.encode import SPLITS, SplitPlan, unit_record
 from xverse.data.prepare.ledger import Ledger, Table, UnitRecord, total
 from xverse.data.shards import ShardHeader, read_header
 from xverse.files import atomic_file
-from xverse.tokenizer import Tokenizer
+from xverse.tokenizer.general import load_tokenizer_of
 
 
 @dataclass
@@ -106,7 +106,7 @@ class WriteReport:
 
     def _report(self, plan: SplitPlan, records: list[UnitRecord], ledger: Ledger) -> PrepareReport:
         nothing = ShardHeader("", "")
-        tokenizer = Tokenizer.load(self.out / "tokenizer")
+        tokenizer = load_tokenizer_of(self.out / "tokenizer")
         owners = [min((row[0] for row in record.sources), default="") for record in records]
         rows = []
         for name in plan.sources:
