@@ -291,8 +291,8 @@ def _load_model(source: ModelDirectory, settings: Settings, args: TrainingArgume
 
 
 def _in_upstreams_layout(source: ModelDirectory) -> bool:
-    """Whether transformers' Auto classes read the directory as XVERSE's; relatives, GGUF files and checkpoints
-    are read by ``load_model``."""
+    """Whether transformers' Auto classes read the directory as XVERSE's; ``load_model`` reads relatives, GGUF
+    files and checkpoints."""
     return source.model_type == "xverse" and type(source) is ModelDirectory
 
 
