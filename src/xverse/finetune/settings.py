@@ -86,6 +86,8 @@ class Settings:
     Raises ValueError, naming the setting, for values that contradict each other.
     """
 
+    URLS = ("model_name_or_path",)
+
     # the model and the method
     model_name_or_path: Annotated[str, "base model: a directory, a hub id or nano"]
     adapter_name_or_path: Annotated[str | None, "adapter to continue training"] = None

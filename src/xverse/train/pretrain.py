@@ -78,6 +78,8 @@ class PretrainRecipe:
     ``train.steps`` or decay if its learning rates so far stay the same. ``cluster`` is what ``--dry-run``
     checks the recipe for."""
 
+    URLS = ("model",)
+
     data: Path
     out: Path
     train: TrainConfig
