@@ -16,6 +16,7 @@ from transformers.utils.generic import TransformersKwargs
 from xverse.hf import model_chat, quantization
 from xverse.hf.attention import attention_context, prepare
 from xverse.hf.configuration import FamilyConfig, XverseConfig
+from xverse.kernels.bfloat16 import prepare_products
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.training import loss_kernels
 from xverse.model.loss import IGNORE, linear_cross_entropy
@@ -121,6 +122,7 @@ class XverseModel(XversePreTrainedModel):
             output_hidden_states = config.output_hidden_states
 
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        prepare_products(x)
         recomputing = self.training and torch.is_grad_enabled()
         if recomputing and any(layer.gradient_checkpointing for layer in self.layers):
             cache, use_cache = None, False  # a recomputed layer would append its keys twice
