@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from xverse.config import UserError
+from xverse.config import UserError, refuse_url
 
 
 @contextlib.contextmanager
@@ -117,6 +117,7 @@ def _make_parent(path: Path) -> None:
 
 
 def _make_folder(folder: Path, shown: Path) -> None:
+    refuse_url(shown, "output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # any: some file systems report ENOENT for EACCES

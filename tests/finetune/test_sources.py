@@ -14,7 +14,8 @@ import pytest
 from xverse.cli import main
 from xverse.config import UserError, build
 from xverse.data.dialogues.formats import DatasetInfo
-from xverse.finetune.encode import encode_within, load_data
+from xverse.finetune.dialogue import encode_within
+from xverse.finetune.encode import load_data
 from xverse.finetune.settings import DatasetUse, read_settings
 from xverse.finetune.sources import Source, find_sources, packaged, read_file, source_files
 from xverse.tokenizer import encode_chat, encode_dialogue

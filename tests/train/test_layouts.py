@@ -40,6 +40,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+# (shape, layout) of two processes, with shapes of XVERSE's relatives
+FAMILY_LAYOUTS = [("tied", "FSDP"), ("tied", "TP"), ("tied", "CP"), ("family", "PP")]
+
+
 def job(name: str, out: Path, **more: Any) -> dict[str, Any]:
     return {"out": str(out), "train": {"parallel": "fsdp", **LAYOUTS[name][1]}, **more}
 
@@ -50,6 +54,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     begun by one process and taken over by one layout after another for one step each. After that each layout
     of other shards reads the checkpoints of step 5 of all of these."""
     folder = tmp_path_factory.mktemp("layouts")
+    for shape in ("tied", "family"):
+        processes.train({"out": str(folder / shape), "train": {"steps": 4}, "shape": shape})
     chain, stop, often = folder / "chain", 1, {"checkpoint_every": 1, "validate_every": 0}
     processes.train({"out": str(folder / "one"), "train": {}})
     processes.train({"out": str(chain), "train": often, "stop": stop})
@@ -64,6 +70,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             stop += 1
             each = job(name, chain, stop=stop)
             jobs.append({**each, "train": {**each["train"], **often}})
+        if count == 2:
+            for shape, layout in FAMILY_LAYOUTS:
+                each = job(layout, folder / f"{shape} {layout}", shape=shape)
+                jobs.append({**each, "train": {**each["train"], "steps": 4}})
+            jobs.append(job("PP", folder / "tied PP", shape="tied"))
         phases.append({"processes": count, "jobs": jobs})
     for count in (4, 2):
         names = [name for name in others if LAYOUTS[name][0] == count]
@@ -114,6 +125,24 @@ def test_layout_equals_one_process(name: str, runs: Path) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
         assert_close(tensor, expected[key], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("shape", "name"), FAMILY_LAYOUTS)
+def test_relatives_equal_one_process(shape: str, name: str, runs: Path) -> None:
+    one, out = runs / shape, runs / f"{shape} {name}"
+    assert len(curve(one)) == 4
+    check(curve(out), curve(one))
+    expected, found = (load_file(path / "model.safetensors") for path in (one, out))
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert_close(tensor, expected[key], atol=1e-4, rtol=0)
+    if shape == "tied":
+        assert found["lm_head.weight"].equal(found["model.embed_tokens.weight"])
+
+
+def test_a_tied_head_is_not_divided_among_stages(runs: Path) -> None:
+    for rank in (0, 1):
+        assert "tie_word_embeddings" in (runs / f"tied PP.{rank}.error").read_text()
 
 
 def test_checkpoints_go_from_layout_to_layout(runs: Path) -> None:

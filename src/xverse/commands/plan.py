@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from xverse.config import UserError
 from xverse.values import positive, whole
+
+if TYPE_CHECKING:
+    from xverse.model.config import XverseConfig
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shape", default="7b", help="shape of the model: nano, mini, 7b, 13b, 13b-2 or 65b (default: 7b)"
+        "--shape",
+        default="7b",
+        help="shape of the model: nano, mini, 7b, 13b, 13b-2, 65b or a model directory (default: 7b)",
     )
     parser.add_argument(
         "--device", required=True, help="a100, a800, h100, h200, b200, or a YAML file that describes a device"
@@ -57,7 +64,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from xverse.model.config import named_shape
     from xverse.plan.devices import find_device
     from xverse.plan.report import chart, figures, text
     from xverse.plan.search import distinct, search, task_of
@@ -71,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         network=_times(args.network_gbits, 1e9 / 8),
         gpus_per_machine=args.gpus_per_machine,
     )
-    task = task_of(named_shape(args.shape), args.shape, device, args.gpus, args.seq, args.batch_tokens)
+    task = task_of(_shape(args.shape), args.shape, device, args.gpus, args.seq, args.batch_tokens)
     chosen = distinct(search(task), args.top)
     if args.chart:
         chart(args.chart, task, args.shape, chosen)
@@ -80,6 +86,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(text(task, args.shape, chosen, args.tokens))
     return 0
+
+
+def _shape(name: str) -> XverseConfig:
+    """The shape of this name, or that of a model directory. Raises UserError for neither."""
+    from xverse.model.config import SHAPES, XverseConfig, named_shape
+    from xverse.texts import read_json
+
+    file = Path(name).expanduser() / "config.json"
+    if name in SHAPES or not file.is_file():
+        return named_shape(name)
+    values = read_json(file)
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return XverseConfig.from_json(values, str(file))
 
 
 def _times(value: float | None, unit: float) -> float | None:

@@ -19,6 +19,7 @@ from xverse.data.packing import RUN, RUNS, PackedSequence, StreamPacker
 from xverse.data.shards import Shard
 from xverse.model import IGNORE
 from xverse.tokenizer import Tokenizer
+from xverse.tokenizer.general import load_tokenizer_of
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ class PretrainFeed:
             raise UserError(
                 f"{self.folder}: not a prepared folder (no train/ in it); run xverse data prepare first"
             )
-        self.tokenizer = Tokenizer.load(self.folder / "tokenizer")
+        self.tokenizer = load_tokenizer_of(self.folder / "tokenizer")
         self.train = self._open("train")
         self.valid = self._open("valid")
         if not self.train:

@@ -76,16 +76,6 @@ class ShardWriter:
         self.header.tokens += len(tokens)
         self.header.text_bytes += text_bytes
 
-    def append(self, shard: Shard) -> None:
-        """Append all documents of a finished shard."""
-        before = self.header.tokens
-        for start in range(0, len(shard.tokens), COPIED):
-            self._write(shard.tokens[start : start + COPIED].tobytes(), np.empty(0, OFFSET))
-        for start in range(1, len(shard.offsets), COPIED):
-            self._write(b"", (shard.offsets[start : start + COPIED] + before).astype(OFFSET))
-        self.header.tokens += shard.header.tokens
-        self.header.text_bytes += shard.header.text_bytes
-
     def _write(self, tokens: bytes, offsets: NDArray[np.int64]) -> None:
         try:
             self._tokens.write(tokens)
@@ -102,11 +92,7 @@ class ShardWriter:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
         self.header.tokens_sha256 = self._digest.hexdigest()
-        text = json.dumps(dataclasses.asdict(self.header), indent=1, ensure_ascii=False) + "\n"
-        with atomic_file(self.path / "header.json") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        with atomic_file(self.path / "DONE") as temporary:
-            temporary.write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
+        _write_header(self.path, self.header)
         return self.header
 
     def _close(self) -> None:
@@ -118,6 +104,41 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+
+
+def seal(path: Path, header: ShardHeader) -> None:
+    """Finish a shard whose files and counts are complete: digest, header and marker.
+
+    Raises UserError for a file of another size.
+    """
+    _check_sizes(path, header)
+    for left in path.glob(".*.tmp"):  # of a killed writer
+        left.unlink()
+    with (path / "tokens.bin").open("rb") as file:
+        header.tokens_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    _write_header(path, header)
+
+
+def _write_header(path: Path, header: ShardHeader) -> None:
+    text = json.dumps(dataclasses.asdict(header), indent=1, ensure_ascii=False) + "\n"
+    with atomic_file(path / "header.json") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    with atomic_file(path / "DONE") as temporary:
+        temporary.write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
+
+
+def _check_sizes(path: Path, header: ShardHeader) -> None:
+    for name, count, kind in (
+        ("tokens.bin", header.tokens, TOKEN),
+        ("offsets.bin", header.documents + 1, OFFSET),
+    ):
+        expected = count * kind.itemsize
+        size = (path / name).stat().st_size if (path / name).is_file() else -1
+        if size != expected:
+            state = "missing" if size < 0 else f"{size} bytes"
+            raise UserError(
+                f"{path / name}: {state}, expected {expected} bytes; delete {path} and prepare it again"
+            )
 
 
 class Shard:
@@ -149,24 +170,24 @@ class Shard:
         header = read_header(path)
         if header is None:
             raise UserError(f"{path}: not a finished token shard; run xverse data prepare again")
-        for name, count, kind in (
-            ("tokens.bin", header.tokens, TOKEN),
-            ("offsets.bin", header.documents + 1, OFFSET),
-        ):
-            expected = count * kind.itemsize
-            size = (path / name).stat().st_size if (path / name).is_file() else -1
-            if size != expected:
-                state = "missing" if size < 0 else f"{size} bytes"
-                raise UserError(
-                    f"{path / name}: {state}, expected {expected} bytes; delete {path} and prepare it again"
-                )
+        _check_sizes(path, header)
         if header.documents == 0 or header.tokens == 0:
             raise UserError(f"{path}: this shard contains no documents")
         tokens = np.memmap(path / "tokens.bin", TOKEN, "r")
         offsets = np.memmap(path / "offsets.bin", OFFSET, "r")
-        if offsets[0] != 0 or offsets[-1] != header.tokens or bool(np.any(np.diff(offsets) <= 0)):
+        ends = offsets[0] == 0 and offsets[-1] == header.tokens
+        if not ends or not _ascending(path / "offsets.bin", len(offsets)):
             raise UserError(f"{path / 'offsets.bin'}: damaged; delete {path} and prepare it again")
         return Shard(path, header, tokens, offsets)
+
+
+def _ascending(path: Path, count: int) -> bool:
+    """Whether every document has a token; looks at a part of the offsets at a time."""
+    return all(
+        bool(np.all(part[1:] > part[:-1]))
+        for start in range(0, count, COPIED)
+        for part in (np.fromfile(path, OFFSET, COPIED + 1, offset=start * OFFSET.itemsize),)
+    )
 
 
 def read_header(path: Path) -> ShardHeader | None:

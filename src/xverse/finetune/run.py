@@ -25,9 +25,11 @@ from xverse.finetune.replay import Languages, add_replay
 from xverse.finetune.resume import resume_point, run_state, write_state
 from xverse.finetune.settings import Settings
 from xverse.finetune.stream import Stream
-from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, StopOnSignal, widest
+from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, SavedTokenizer, StopOnSignal, widest
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import fingerprint, write_base
+from xverse.formats.quantize import quick_settings
+from xverse.hf import XverseForCausalLM
 from xverse.kernels.training import use_training_kernels
 from xverse.log import notice
 from xverse.plan import finetune_memory
@@ -51,11 +53,7 @@ def run_finetuning(settings: Settings) -> Path | None:
     if source.scheme is not None and settings.finetuning_type != "lora":
         raise UserError(f"{source}: quantised weights cannot be trained; use finetuning_type lora")
     tokenizer = source.tokenizer
-    if tokenizer.template is not None or source.model_type not in ("xverse", "llama"):
-        raise UserError(
-            f"{source}: fine-tuning knows XVERSE's chat format only, not that of this {source.model_type} "
-            "model"
-        )
+    _check_template(source, settings, first)
     length = _row_length(source, settings, first)
     data, read = _load_examples(settings, tokenizer, length, quiet=not first)
     state = run_state(settings, data)
@@ -84,6 +82,23 @@ def run_finetuning(settings: Settings) -> Path | None:
         data.bits = languages.compare()
     _save(trainer, settings, source, data, metrics, digest)
     return settings.output_dir if first else None
+
+
+def _check_template(source: ModelDirectory, settings: Settings, first: bool) -> None:
+    """Report a model without a chat format of its own. Raises UserError where ``template`` names another one
+    than the model's."""
+    if settings.stage == "pt" or source.model_type == "xverse":
+        return
+    if source.tokenizer.template is not None:
+        if settings.template != "default":
+            raise UserError(
+                f"template '{settings.template}': {source} has a chat template of its own; use template "
+                "default"
+            )
+    elif source.tokenizer.eos_id < 0:
+        raise UserError(f"{source}: its tokenizer has neither a chat template nor an end of text")
+    elif first:
+        notice(f"{source}: has no chat template; dialogues are written in XVERSE's chat format")
 
 
 def _row_length(source: ModelDirectory, settings: Settings, first: bool) -> int:
@@ -170,9 +185,11 @@ def _make_trainer(
             f"{learning:,} of {total:,} parameters are trained; {rows} rows a step on {args.world_size} "
             "process(es)"
         )
-    processing = AutoTokenizer.from_pretrained(source.path)
-    if settings.padding_side:
-        processing.padding_side = settings.padding_side
+    processing: Any = SavedTokenizer(tokenizer, settings.padding_side)
+    if _in_upstreams_layout(source):
+        processing = AutoTokenizer.from_pretrained(source.path)
+        if settings.padding_side:
+            processing.padding_side = settings.padding_side
     packed = length if settings.packs else None
     stream = None
     if read is not None:
@@ -191,7 +208,7 @@ def _make_trainer(
         shuffled=not settings.disable_shuffling,
         optimizer=optimizer_maker(settings, args),
         stream=stream,
-        pad_id=tokenizer.pad_id,
+        pad_id=max(0, tokenizer.pad_id),  # of rows without loss, where any id will do
         processing_class=processing,
         callbacks=[Record(settings.output_dir / "metrics.jsonl")],
     )
@@ -230,9 +247,15 @@ def _load_model(source: ModelDirectory, settings: Settings, args: TrainingArgume
     half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
     frozen = settings.finetuning_type == "lora" and args.bf16
     narrow = half is not None and (settings.deepspeed or settings.pure_bf16 or frozen)
-    model: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=half if narrow else torch.float32)
+    dtype = half if half is not None and narrow else torch.float32
+    model: Any
+    if _in_upstreams_layout(source):
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
+    else:
+        model = XverseForCausalLM.of(load_model(source, dtype), source.generation_config)
     if settings.quantization_bit:
-        model.quantize(settings.quantization_bit)
+        groups = quick_settings(f"int{settings.quantization_bit}", source.config).group_size
+        model.quantize(settings.quantization_bit, group_size=groups)
     if settings.quantization_bit or source.scheme is not None:
         # A tensor that stays mapped would keep every page read from its file resident.
         for parameter in model.parameters():
@@ -243,6 +266,12 @@ def _load_model(source: ModelDirectory, settings: Settings, args: TrainingArgume
     if args.device.type == "cpu":
         use_training_kernels(model)
     return model
+
+
+def _in_upstreams_layout(source: ModelDirectory) -> bool:
+    """Whether transformers' Auto classes read the directory as XVERSE's; relatives and GGUF files are read by
+    ``load_model``."""
+    return source.model_type == "xverse" and source.path.is_dir()
 
 
 def as_autocast(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -85,6 +85,8 @@ class Settings:
     Raises ValueError, naming the setting, for values that contradict each other.
     """
 
+    URLS = ("model_name_or_path",)
+
     # the model and the method
     model_name_or_path: Annotated[str, "base model: a directory, a hub id or nano"]
     adapter_name_or_path: Annotated[str | None, "adapter to continue training"] = None
@@ -95,7 +97,7 @@ class Settings:
     finetuning_type: Annotated[
         Literal["full", "lora", "freeze"], "train all weights, an adapter, or some layers"
     ] = "lora"
-    template: Annotated[str, "chat format: XVERSE's, under the names default and xverse"] = "default"
+    template: Annotated[str, "chat format: default, the model's own, or xverse"] = "default"
     freeze_trainable_layers: Annotated[int, "with freeze: train the last N layers; -N: the first ones"] = 2
     freeze_trainable_modules: Annotated[str, "with freeze: modules to train in these layers, or all"] = "all"
     freeze_extra_modules: Annotated[str | None, "with freeze: other modules to train"] = None
@@ -236,7 +238,8 @@ class Settings:
     def _check_task(self) -> None:
         if self.template not in TEMPLATES:
             raise ValueError(
-                f"template '{self.template}': only XVERSE's is supported ({' or '.join(TEMPLATES)})"
+                f"template '{self.template}' is not known: default is the model's own chat template, xverse "
+                "XVERSE's format"
             )
         if not (self.do_train or self.do_eval):
             raise ValueError("nothing to do; set do_train, do_eval or both")

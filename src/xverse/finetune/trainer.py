@@ -9,6 +9,7 @@ accumulation nor the number of processes changes the loss.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,12 @@ from transformers import Trainer, TrainerCallback
 from xverse.config import UserError
 from xverse.data.order import random_order
 from xverse.data.packing import pack_examples
+from xverse.files import atomic_file
 from xverse.finetune.encode import Example
 from xverse.finetune.stream import Stream
 from xverse.log import JsonlLog, notice
 from xverse.model import IGNORE
+from xverse.tokenizer import Tokenizer
 from xverse.train.survival import Requests
 
 FILLER = -1  # a row without examples and loss, which completes the last step of an epoch
@@ -156,6 +159,21 @@ def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
         "num_targets": sum(label != IGNORE for label in labels),
         "names": ", ".join(example.name for example in examples[:8]),
     }
+
+
+class SavedTokenizer:
+    """A tokenizer as Trainer saves it, beside the model and each of its checkpoints."""
+
+    def __init__(self, tokenizer: Tokenizer, padding_side: str | None) -> None:
+        self.tokenizer, self.padding_side = tokenizer, padding_side
+
+    def save_pretrained(self, directory: str) -> None:
+        self.tokenizer.save(directory)
+        file = Path(directory) / "tokenizer_config.json"
+        if self.padding_side and file.is_file():
+            values = {**json.loads(file.read_text(encoding="utf-8")), "padding_side": self.padding_side}
+            with atomic_file(file) as path:
+                path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 class FinetuneTrainer(Trainer):

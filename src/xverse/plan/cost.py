@@ -194,7 +194,8 @@ class _Model:
         d, f = arch.hidden_size, arch.intermediate_size
         # Matrices with the same input are computed together (q, k, v; gate, up).
         products = [
-            (d, (d + 2 * arch.kv_size) / t), (d / t, d), (d, (2 if arch.gated else 1) * f / t), (f / t, d),
+            (d, (arch.attention_size + 2 * arch.kv_size) / t), (arch.attention_size / t, d),
+            (d, (2 if arch.gated else 1) * f / t), (f / t, d),
         ]  # fmt: skip
         matmul = math.fsum(self.matmul(n, inner, columns) for inner, columns in products)
         per_hidden, per_inner = _PASSES[self.software.passes]
@@ -203,7 +204,7 @@ class _Model:
 
     def attention(self) -> float:
         """Seconds of one layer's forward pass. Context parallelism balances causal work."""
-        n, t, d = self.tokens, self.layout.tensor, self.arch.hidden_size
+        n, t, d = self.tokens, self.layout.tensor, self.arch.attention_size
         if self.device.attention == "unfused":
             scores = n * self.length * self.arch.heads / t  # all pairs: the mask is applied afterwards
             products = 4 * n * self.length * d / t / (self.share * self.device.flops)
@@ -268,7 +269,7 @@ class _Model:
         pairs = 2 * 2 * self.tokens * arch.kv_size / layout.tensor
         hop = self.between(pairs, layout.tensor)
         share = 1 / layout.context
-        merge = self.moving(12 * self.tokens * arch.hidden_size / layout.tensor)
+        merge = self.moving(12 * self.tokens * arch.attention_size / layout.tensor)
         context = steps * (max(0.0, hop - attention * share) + merge)
         context_backward = steps * (max(0.0, 2 * hop - attention_backward * share) + 2 * merge)
         context_layer = context * (1 + again_attention) + context_backward
@@ -294,7 +295,7 @@ class _Model:
         send = self.between(activations / layout.tensor, layout.tensor * layout.context * layout.data)
         pipeline = 2 * (stages - 1 + m * (layout.virtual_stages - 1)) * send if stages > 1 else 0.0
 
-        owned = (layers * arch.layer_parameters + 2 * arch.head_parameters / stages) / layout.tensor
+        owned = (layers * arch.layer_parameters + arch.end_parameters / stages) / layout.tensor
         states = owned / layout.sharded_over
         return Step(
             matmul=m * layers * 3 * matmul,
@@ -316,7 +317,7 @@ class _Model:
         the head, which are exposed."""
         arch, layout, software = self.arch, self.layout, self.software
         size = arch.layer_parameters / layout.tensor
-        ends = 2 * arch.head_parameters / layout.tensor / layout.pipeline
+        ends = arch.end_parameters / layout.tensor / layout.pipeline
         grad, group, copies = software.gradient_bytes, layout.shard * layout.context, layout.replicate
         if layout.shard == 1:  # DDP: whole gradients are summed
             members = copies * layout.context

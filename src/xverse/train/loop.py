@@ -18,6 +18,7 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.data.feed import Batch, prefetch
 from xverse.hardware import keep_freed_memory
+from xverse.kernels.bfloat16 import use_fast_products
 from xverse.log import JsonlLog
 from xverse.model import IGNORE, XverseForCausalLM
 from xverse.train import preflight
@@ -328,6 +329,8 @@ def sum_loss(
 
 def computing(device: torch.device, dtype: str) -> torch.autocast:
     """Autocast: matmuls in ``dtype``; parameters, norms and losses stay in float32."""
+    if device.type == "cpu" and dtype == "bfloat16":
+        use_fast_products()
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
