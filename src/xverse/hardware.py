@@ -415,8 +415,8 @@ def return_freed_memory() -> None:
 
 
 def share_arenas() -> None:
-    """Make the threads of a server share two of glibc's arenas. Each keeps the most that was ever allocated in
-    it, and with one for each thread that sum goes on growing for as long as large requests meet other threads."""
+    """Make the threads of a server share two of glibc's arenas. Each arena keeps the most that was ever
+    allocated in it; with one for each thread that sum grows for as long as large requests meet other threads."""
     _mallopt({_M_ARENA_MAX: 2})
 
 
