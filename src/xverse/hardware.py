@@ -420,6 +420,12 @@ def share_arenas() -> None:
     _mallopt({_M_ARENA_MAX: 2})
 
 
+def trim_freed_memory() -> None:
+    """Give the pages of freed blocks back to the system, those between live blocks included."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _mallopt(values: dict[int, int]) -> None:
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)

@@ -158,7 +158,9 @@ def test_skills(engine_backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(message["content"] for talk in talks for message in talk)
     assert {"refused of harmful requests, zh, %", "refused of harmful requests, en, %"} < set(found.figures)
     assert "## 角色扮演" in found.page
-    assert found.page.count("refused") >= 16
+    harmful = [row["language"] for row in found.rows if row.get("harmful")]
+    assert harmful == ["zh", "en"]  # --limit holds for conversations, too
+    assert found.page.count("harmful request") == 2
     exam = [row for row in found.rows if row["id"].startswith("exam-")]
     assert len(exam) == 20  # ten skills in two languages
     right = [row for row in exam if row["problem"] is None]

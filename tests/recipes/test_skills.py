@@ -243,5 +243,34 @@ def test_wrong_flags(words: list[str], message: str, capsys: pytest.CaptureFixtu
     assert message in capsys.readouterr().err
 
 
+def test_sixty_questions_are_asked_and_scored(
+    tiny_model: Any,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from recipes.nano import accept
+    from recipes.skills import questions
+    from xverse.formats import save_hf
+
+    save_hf(tiny_model, tiny_tokenizer, tmp_path / "random", torch.float32)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(accept.load_greedy, "__defaults__", (3,))  # tokens of a reply
+    card = tmp_path / "card.md"
+    assert questions.main([str(tmp_path / "random"), "--markdown", str(card)]) == 1
+    torch.set_num_threads(threads)
+    shown, text = capsys.readouterr().out, card.read_text(encoding="utf-8")
+    for row in read(questions.QUESTIONS):
+        assert f"> {row['question']}\n" in shown
+        assert f"**{row['question']}**" in text
+    assert "does not end by itself (length)" in text
+    assert "of 30 in zh" in shown
+    assert questions.main([str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_everyday_talk_is_not_examined() -> None:
     assert everyday.SKILL.name not in SKILLS

@@ -94,7 +94,7 @@ class TransformersBackend:
 
             tokenizer, config = directory.tokenizer, directory.config
             loaded = XverseForCausalLM.from_pretrained(
-                directory.path, dtype=_dtype(config.num_parameters(), chosen)
+                directory.plain_path, dtype=_dtype(config.num_parameters(), chosen)
             )
             encode, context = tokenizer.encode, config.context_length
         else:

@@ -28,6 +28,7 @@ from xverse.finetune.sources import Source, SourceFile, find_sources, read_file,
 from xverse.log import notice
 from xverse.tokenizer import Tokenizer
 
+CHECKED = 1_000  # items of a stream after which the share of unusable ones is looked at
 FIRST = 64  # examples of a stream that identify its data when a run is resumed
 
 
@@ -62,6 +63,10 @@ class Data:
     notes: list[str] = field(default_factory=list)
     languages: list[Example] = field(default_factory=list)
     bits: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Unwanted(Skip):
+    """An item that a setting leaves out."""
 
 
 class UnfilledPlaceholder(UserError):
@@ -134,6 +139,8 @@ class _Counts:
     skipped: Counter[str] = field(default_factory=Counter)
     cut: Counter[str] = field(default_factory=Counter)
     undesirable: int = 0
+    used: int = 0
+    unwanted: int = 0  # of the skipped ones: by a setting, not because they are unusable
 
     def note(self, text: str, length: int) -> str:
         if self.skipped:
@@ -144,6 +151,21 @@ class _Counts:
         if self.undesirable:
             text += f"; {self.undesirable} replies are tagged undesirable and used like the others"
         return text
+
+    def check(self, name: str, most: float) -> None:
+        """Raise UserError if more than the share ``most`` of the items seen so far is unusable."""
+        bad = self.skipped.total() - self.unwanted
+        if bad > most * (bad + self.used):
+            reasons = ", ".join(f"{n} {why}" for why, n in self.skipped.most_common())
+            raise UserError(
+                f"{name}: {bad:,} of {bad + self.used:,} items cannot be used ({reasons}), more than "
+                f"max_bad_share {most:g} allows; mend the data, or raise max_bad_share to leave them out"
+            )
+
+    def add(self, other: _Counts) -> None:
+        self.skipped += other.skipped
+        self.used += other.used
+        self.unwanted += other.unwanted
 
 
 class _Reader:
@@ -156,7 +178,7 @@ class _Reader:
     def source(self, source: Source) -> list[Group]:
         """All groups of a dataset. Raises UserError if there are none."""
         groups: list[Group] = []
-        counts, local = _Counts(), False
+        counts, total, local = _Counts(), _Counts(), False
         for file in source_files(source):
             before, local = len(groups), file.in_folder
             if self.settings.max_samples is not None and before >= self.settings.max_samples:
@@ -173,9 +195,11 @@ class _Reader:
             if local:
                 note = f"{file.name}: {len(groups) - before} {self.unit}"
                 self.notes.append(counts.note(note, self.length))
+                total.add(counts)
         note = counts.note(f"{source.name}: {len(groups)} {self.unit}", self.length)
         if not groups:
             raise UserError(f"{note}; nothing to train on")
+        (total if local else counts).check(source.name, self.settings.max_bad_share)
         if self.settings.stage == "kto":
             groups = mismatched(groups, self.length)
         if not local:
@@ -184,11 +208,14 @@ class _Reader:
 
     def stream(self, source: Source) -> Iterator[Group]:
         """The groups of a dataset as they are needed, in the order of its files."""
-        count = 0
+        count, counts = 0, _Counts()
         for file in source_files(source):
-            for group in self._file(file, _Counts(), count):
+            for group in self._file(file, counts, count):
                 count += 1
                 yield group
+                if counts.used % CHECKED == 0:
+                    counts.check(source.name, self.settings.max_bad_share)
+        counts.check(source.name, self.settings.max_bad_share)
 
     def _file(self, file: SourceFile, counts: _Counts, before: int) -> Iterator[Group]:
         """The groups of one file, up to num_samples, and with the ``before`` read already to max_samples."""
@@ -210,8 +237,10 @@ class _Reader:
                 groups = self._encode(item, info, file, number, counts)
             except Skip as reason:
                 counts.skipped[str(reason)] += 1
+                counts.unwanted += isinstance(reason, Unwanted)
                 continue
             count += len(groups)
+            counts.used += 1
             yield from groups
 
     def _encode(
@@ -251,7 +280,7 @@ class _Reader:
         if most is not None:
             replies = [message["content"] for message in messages if message["role"] == "assistant"]
             if sum(map(len, self.tokenizer.encode_batch(replies)), len(replies)) > most * len(replies):
-                raise Skip(f"with replies of more than {most} tokens")  # their ends included
+                raise Unwanted(f"with replies of more than {most} tokens")  # their ends included
         ids, mask, what = self._encoded(messages, last_only, file, number)
         if what:
             counts.cut[what] += 1

@@ -74,6 +74,7 @@ _RANGES = {
     "loraplus_lr_embedding": (0, _MOST, "at least 0"),
     "dpo_label_smoothing": (0, 0.5 - 2**-54, "from 0 to below 0.5"),
     "lora_dropout adam_beta1 adam_beta2": (0, 1 - 2**-53, "from 0 to below 1"),
+    "max_bad_share": (0, 1, "0 to 1"),
     "seed data_seed": (0, 2**32 - 1, "0 to 4294967295"),
 }
 
@@ -141,6 +142,7 @@ class Settings:
     keep_placeholders: Annotated[bool, "keep other {{placeholders}} as plain text"] = False
     cutoff_len: Annotated[int, "longest example, and longest packed row, in tokens"] = 2048
     max_samples: Annotated[int | None, "use only the first N usable examples of each dataset"] = None
+    max_bad_share: Annotated[float, "stop if more than this share of a dataset's items is unusable"] = 0.05
     streaming: Annotated[bool, "read the data while training; needs max_steps"] = False
     buffer_size: Annotated[int, "with streaming: examples shuffled at a time"] = 16384
     group_by_length: Annotated[bool, "put rows of similar length into one step"] = False

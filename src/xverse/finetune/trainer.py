@@ -27,11 +27,12 @@ from xverse.data.order import random_order
 from xverse.data.packing import pack_examples
 from xverse.files import atomic_file
 from xverse.finetune.encode import Example
+from xverse.finetune.safety import Saver
 from xverse.finetune.stream import Stream
 from xverse.log import JsonlLog, notice
 from xverse.model import IGNORE
 from xverse.tokenizer import Tokenizer
-from xverse.train.survival import Requests
+from xverse.train.parallel import World
 
 FILLER = -1  # a row without examples and loss, which completes the last step of an epoch
 Batch = dict[str, Any]
@@ -161,6 +162,11 @@ def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
     }
 
 
+def order_seed(args: Any) -> int:
+    """The seed of the order of examples."""
+    return int(args.seed if args.data_seed is None else args.data_seed)
+
+
 class SavedTokenizer:
     """A tokenizer as Trainer saves it, beside the model and each of its checkpoints."""
 
@@ -197,7 +203,7 @@ class FinetuneTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.pad_id, self.grouped, self._make_optimizer = pad_id, grouped, optimizer
-        seed = options["args"].data_seed or options["args"].seed
+        seed = order_seed(options["args"])
         super().__init__(
             train_dataset=stream or Rows(examples, row_length, seed, self.group, shuffled),
             eval_dataset=Rows(held_out, row_length, seed, self.group) if held_out else None,
@@ -224,12 +230,37 @@ class FinetuneTrainer(Trainer):
             self.optimizer = self._make_optimizer(model or self.model)
         return super().create_optimizer(model)
 
+    def keep(self, world: World, write_base: Callable[[Path], None]) -> None:
+        """Set what checkpoints need: the processes, and what records the base of an adapter."""
+        self.saver = Saver(Path(str(self.args.output_dir)), world)
+        self._write_base = write_base
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        last = self.control.should_training_stop or step >= self.state.max_steps
+        self.saver.save(step, lambda path: self._write_checkpoint(path, model, trial), last)
+
+    def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
         # A sharded model writes its files later than Trainer looks for the folder of the best checkpoint.
-        Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}").mkdir(
-            parents=True, exist_ok=True
-        )
+        path.mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial)
+        if not self.is_world_process_zero():
+            return
+        plain = self.accelerator.unwrap_model(self.model)
+        if getattr(plain, "peft_config", None):
+            self._write_base(path)
+        elif not (path / "config.json").exists():  # Trainer omits them from sharded checkpoints
+            plain.config.save_pretrained(path)
+            plain.generation_config.save_pretrained(path)
+            tokenizer: Any = self.processing_class
+            tokenizer.save_pretrained(path)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer compares the step with the last only after it has taken one more.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Raises UserError, naming the examples, if a loss of the step is not finite."""
@@ -333,8 +364,9 @@ class FinetuneTrainer(Trainer):
 class Record(TrainerCallback):
     """Writes what Trainer logs to ``metrics.jsonl``, as ``plot_loss`` reads it, and to the console."""
 
-    def __init__(self, path: Any) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
+        self.log: JsonlLog | None = None
         self.started, self.first = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -362,23 +394,5 @@ class Record(TrainerCallback):
             notice(f"held out at step {state.global_step}: {', '.join(shown)}")
         else:
             return
-        log = JsonlLog(self.path)
-        log.write(record)
-        log.close()
-
-
-class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint after the step in which a signal arrived, and ends training if it asked for that."""
-
-    def __init__(self, signals: Requests) -> None:
-        self.signals = signals
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        save = self.signals.save
-        if args.world_size > 1:  # processes receive a signal in different steps; agree on one
-            flags = torch.tensor([self.signals.stop, save], dtype=torch.int32, device=args.device)
-            torch.distributed.all_reduce(flags)
-            self.signals.stop, save = (bool(flag) for flag in flags.tolist())
-        self.signals.save = False
-        control.should_save |= save or self.signals.stop
-        control.should_training_stop |= self.signals.stop
+        self.log = self.log or JsonlLog(self.path)
+        self.log.write(record)

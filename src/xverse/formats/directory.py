@@ -52,12 +52,28 @@ class ModelDirectory:
             from xverse.formats.gguf_read import GgufFile
 
             return GgufFile(path, name)
+        if path.is_dir():
+            from xverse.formats.checkpoint import model_at
+
+            return model_at(path, name) or cls(path, name)
         return cls(path, name)
 
     @classmethod
     def named(cls, model: str | Path | ModelDirectory) -> ModelDirectory:
         """The directory of ``nano``, a path or a hub id; raises UserError as ``resolve`` does."""
         return cls._at(resolve(model), model) if isinstance(model, str) else cls.of(model)
+
+    @property
+    def plain_path(self) -> Path:
+        """The path, for libraries that read model directories. Raises UserError for a GGUF file and a
+        checkpoint."""
+        return self.path
+
+    def _not_plain(self, what: str) -> UserError:
+        return UserError(
+            f"{self.name}: is {what}, which only this project's engine reads; write a model directory first: "
+            f"xverse export --model {self.name} --format hf --out DIR"
+        )
 
     def __fspath__(self) -> str:
         return str(self.path)

@@ -106,6 +106,10 @@ class GgufFile(ModelDirectory):
         return [self.path]
 
     @property
+    def plain_path(self) -> Path:
+        raise self._not_plain("a GGUF file")
+
+    @property
     def stored_dtype(self) -> torch.dtype:
         return torch.float32
 

@@ -108,6 +108,19 @@ def llama_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def describe_model(
+    directory: Path,
+    config: XverseConfig,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    generation_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write everything of a model directory in XVERSE's layout except the weights and the shim."""
+    _write_json(directory / "config.json", config.to_json(dtype_name(dtype)))
+    _write_json(directory / "generation_config.json", generation_config or _token_ids(config))
+    tokenizer.save(directory)
+
+
 def check_target(path: Path, overwrite: bool) -> None:
     """Raise UserError if writing a directory at ``path`` would delete something without ``overwrite``."""
     if path.is_dir() and any(path.iterdir()):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from xverse.data.mixture import MixtureConfig
 from xverse.data.watch import ShardWatch
 from xverse.files import atomic_file
 from xverse.formats import ModelDirectory, save_hf
+from xverse.formats.write import describe_model
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.model.config import FAMILY_FIELDS, SIZES
 from xverse.tokenizer import Tokenizer
@@ -71,8 +73,10 @@ class PretrainRecipe:
     folder made by ``xverse data prepare``; ``out`` is the run's folder for ``metrics.jsonl``,
     ``checkpoints/``, ``loss.png``, ``report.md`` and the finished model in ``model/``. ``valid_tokens``
     bounds the held-out text scored for each source (0: all). ``model``, a directory or a hub id, of XVERSE or
-    a relative, is the starting point of continued pretraining; ``shape`` is then its own. ``cluster`` is what
-    ``--dry-run`` checks the recipe for."""
+    a relative, is the starting point of continued pretraining; ``shape`` is then its own. ``resume_from`` is
+    another run or one of its checkpoints, whose optimizer and order of data a new run continues, with other
+    ``train.steps`` or decay if its learning rates so far stay the same. ``cluster`` is what ``--dry-run``
+    checks the recipe for."""
 
     URLS = ("model",)
 
@@ -87,6 +91,7 @@ class PretrainRecipe:
     valid_tokens: int = 16384
     evaluation: EvaluationConfig | None = None
     model: str | None = None
+    resume_from: Path | None = None
     cluster: ClusterConfig | None = None
 
     def __post_init__(self) -> None:
@@ -165,6 +170,7 @@ def _pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None, world: World) -
             dtype=recipe.train.dtype,
         )
 
+    ends = ModelDirectory.named(recipe.model).generation_config if recipe.model is not None else None
     identity = {
         "model": recipe.model,
         "shape": recipe.shape if isinstance(recipe.shape, str) else config.given(),
@@ -187,14 +193,16 @@ def _pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None, world: World) -
             if evaluate is None
             else lambda model, progress: evaluate(model, feed.tokenizer, progress),
             data_problem=ShardWatch(feed.train.values()),
+            describe=lambda folder: describe_model(folder, config, feed.tokenizer, torch.float32, ends),
         ),
         identity=identity,
         world=world,
         weights=weights,
+        resume_from=recipe.resume_from,
     )
     model = whole(model, world)
     if world.rank == 0:
-        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world)
+        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world, ends)
     world.wait()
     return recipe.out / "model"
 
@@ -223,12 +231,16 @@ def _initial(
 
 
 def _finish(
-    recipe: PretrainRecipe, model: XverseForCausalLM, tokenizer: Tokenizer, title: str, world: World
+    recipe: PretrainRecipe,
+    model: XverseForCausalLM,
+    tokenizer: Tokenizer,
+    title: str,
+    world: World,
+    ends: dict[str, Any] | None,
 ) -> None:
-    with atomic_file(recipe.out / "recipe.json") as path:
-        path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
-    ends = ModelDirectory.named(recipe.model).generation_config if recipe.model is not None else None
     save_hf(model, tokenizer, recipe.out / "model", torch.float32, generation_config=ends, overwrite=True)
+    with atomic_file(recipe.out / "recipe.json") as path:  # after the model whose steps it records
+        path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
     plot_loss(recipe.out, title, validation="bits per byte")
     write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, world)
 

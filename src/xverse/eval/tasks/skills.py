@@ -32,7 +32,7 @@ Item = dict[str, Any]
 
 
 def run(task: TaskRun) -> Outcome:
-    conversations = _read(task.data_dir, "skills.jsonl")
+    conversations = list(_limited(_read(task.data_dir, "skills.jsonl"), task.settings.limit))
     exam = list(_limited(_read(task.data_dir, "exam.jsonl"), task.settings.limit))
     for number, item in enumerate(exam):
         _check_exam_item(item, f"exam.jsonl, item {number + 1}")
