@@ -416,7 +416,7 @@ def return_freed_memory() -> None:
 
 def share_arenas() -> None:
     """Make the threads of a server share two of glibc's arenas. Each arena keeps the most that was ever
-    allocated in it; with one for each thread that sum grows for as long as large requests meet other threads."""
+    allocated in it; with one for each thread the sum grows as long as large requests meet other threads."""
     _mallopt({_M_ARENA_MAX: 2})
 
 
