@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xverse.values import positive, whole
+
+if TYPE_CHECKING:
+    from xverse.model.config import XverseConfig
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shape", default="7b", help="shape of the model: nano, mini, 7b, 13b, 13b-2 or 65b (default: 7b)"
+        "--shape",
+        default="7b",
+        help="nano, mini, 7b, 13b, 13b-2, 65b, a config.json or a YAML file with its keys (default: 7b)",
     )
     parser.add_argument(
         "--device", required=True, help="a100, a800, h100, h200, b200, or a YAML file that describes a device"
@@ -37,6 +43,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top", type=whole(1), default=6, metavar="N", help="how many kinds of layouts to show (default: 6)"
     )
+    parser.add_argument(
+        "--layout",
+        metavar="KEY=N,…",
+        help="predict this layout instead of searching: data (or shard and replicate), tensor, context, "
+        "pipeline, virtual_stages, micro_batch, checkpointing, and zero=0, 1 or 3",
+    )
+    parser.add_argument(
+        "--optimizer", choices=["adamw", "muon"], default="adamw", help="the optimizer (default: adamw)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--chart", type=Path, metavar="PNG", help="write a chart of where the time goes to this file"
@@ -57,10 +72,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from xverse.model.config import named_shape
+    from xverse.plan.cost import predict
     from xverse.plan.devices import find_device
     from xverse.plan.report import chart, figures, text
-    from xverse.plan.search import distinct, search, task_of
+    from xverse.plan.search import distinct, given_layout, search, software_of, task_of
 
     device = find_device(
         args.device,
@@ -71,15 +86,49 @@ def run(args: argparse.Namespace) -> int:
         network=_times(args.network_gbits, 1e9 / 8),
         gpus_per_machine=args.gpus_per_machine,
     )
-    task = task_of(named_shape(args.shape), args.shape, device, args.gpus, args.seq, args.batch_tokens)
-    chosen = distinct(search(task), args.top)
+    shape = _shape(args.shape)
+    task = task_of(shape, args.shape, device, args.gpus, args.seq, args.batch_tokens)
+    heading = "recommended"
+    if args.layout:
+        layout, heading = given_layout(task, args.layout), "given"
+        software = software_of(layout, args.optimizer)
+        chosen = [predict(task.arch, layout, device, task.length, software=software)]
+    else:
+        chosen = distinct(search(task, args.optimizer), args.top)
     if args.chart:
         chart(args.chart, task, args.shape, chosen)
     if args.json:
         print(json.dumps(figures(task, args.shape, chosen, args.tokens)))
     else:
-        print(text(task, args.shape, chosen, args.tokens))
+        print(text(task, args.shape, chosen, args.tokens, heading))
     return 0
+
+
+def _shape(name: str) -> XverseConfig:
+    """A shape by name, or that of a model's config.json or of a YAML file with its keys."""
+    import dataclasses
+    import json
+
+    from xverse.config import UserError, build, read_yaml
+    from xverse.model.config import XverseConfig, named_shape
+    from xverse.model.families import family_fields
+
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix in (".yaml", ".yml"):
+        return build(XverseConfig, read_yaml(path), str(path))
+    if path.suffix != ".json":
+        return named_shape(name)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected an object")
+    known = {field.name for field in dataclasses.fields(XverseConfig)}  # a model's file has other keys, too
+    fields = {key: value for key, value in family_fields(values, str(path)).items() if key in known}
+    return build(XverseConfig, fields, str(path))
 
 
 def _times(value: float | None, unit: float) -> float | None:
