@@ -44,6 +44,7 @@ UNITS: list[tuple[str, list[str]]] = [
 if platform.machine().lower() in ("x86_64", "amd64"):
     UNITS += [
         ("avx2.cpp", ["-mavx2", "-mfma", "-mf16c"]),
+        ("avx2.cpp", ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"]),
         ("avx512.cpp", _AVX512),
         ("avx512.cpp", [*_AVX512, "-mavx512bf16"]),
         ("attention_generic.cpp", ["-mavx2", "-mfma", "-mf16c"]),
@@ -56,6 +57,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("training.cpp", ["-mavx2", "-mfma", "-DXV_TRAINING=kTrainingAvx2"]),
         ("training.cpp", [*_AVX512, "-DXV_TRAINING=kTrainingAvx512"]),
     ]
+elif platform.machine().lower() in ("aarch64", "arm64"):
+    UNITS += [("neon.cpp", ["-march=armv8.2-a+dotprod"]), ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm"])]
 LIBRARIES = {
     KERNELS: UNITS,
     BPE: [("words.cpp", []), ("bpe.cpp", ["-pthread"]), ("encode.cpp", ["-pthread"])],

@@ -43,8 +43,6 @@ constexpr int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
 
 using namespace xv;
 
-constexpr int kLargestGroup = 128;
-
 extern "C" {
 
 void xv_use_openmp(void* function) {

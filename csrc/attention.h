@@ -70,7 +70,7 @@ struct AttentionKernels {
                  int64_t first, int64_t last);
 
   // Prefill: `count` bfloat16 queries (up to kPrefillRows) of query head `head`. That of token first + i sees the
-  // positions 0 to start + first + i. out [tokens, heads, head_dim]. Null: PyTorch's attention is used instead.
+  // positions 0 to start + first + i. out [tokens, heads, head_dim].
   void (*prefill)(const PagedCache& cache, const int32_t* blocks, int head, int start, const Rows& queries,
                   int first, int count, uint16_t* out);
 };

@@ -66,8 +66,6 @@ using namespace xv;
 
 extern "C" {
 
-int xv_has_prefill(void) { return instruction_set->attention->prefill != nullptr; }
-
 void xv_paged_append(const XvCache* cache, const void* k, const void* v, const int64_t* slots, int type,
                      int64_t tokens, int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride,
                      int64_t v_head_stride, int threads) {

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "attention_generic.h"
+#include "attention_lanes.h"
 
 namespace {
 
@@ -362,7 +362,7 @@ namespace xv {
 #if defined(__AVX512BF16__)
 const AttentionKernels kAttentionAvx512Bf16 = {decode, generic_append, prefill_avx512_bf16};
 #else
-const AttentionKernels kAttentionAvx512 = {decode, generic_append, nullptr};
+const AttentionKernels kAttentionAvx512 = {decode, generic_append, prefill_lanes};
 #endif
 }  // namespace xv
 #endif

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "attention.h"
+#include "lanes.h"
 
 namespace {
 
@@ -13,10 +14,6 @@ using namespace xv;
 
 constexpr float kLog2e = 1.44269504f;
 constexpr int kMaxHeadDim = 256;
-
-inline float load(float x) { return x; }
-inline float load(uint16_t x) { return to_float(x); }
-inline float load(int8_t x) { return float(x); }
 
 [[maybe_unused]] void load_query(const void* query, Type type, int head_dim, float* to) {
   for (int d = 0; d < head_dim; ++d)
@@ -32,35 +29,50 @@ inline void clear(Part* parts, int heads, int head_dim) {
   }
 }
 
-// One head's query against `count` positions of a block.
+constexpr int kSums = 4;  // vectors of sums at a time: their additions do not wait for each other
+
+// The dot product of a query with a cached row.
+template <class Stored>
+inline float dot(const float* q, const Stored* row, int head_dim) {
+  Lanes sums[kSums] = {};
+  for (int d = 0; d < head_dim; d += kSums * kWidth)
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) sums[i] += load_lanes(q + d + i * kWidth) * load_lanes(row + d + i * kWidth);
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// One head's query against up to kKeyGroup positions of a block.
 template <class Stored>
 inline void attend(const float* q, const Stored* keys, const Stored* values, const float* key_scales,
                    const float* value_scales, int count, int head_dim, Part& part) {
-  constexpr int kLanes = 32;
   constexpr bool kScaled = sizeof(Stored) == 1;
   const float unit = kLog2e / std::sqrt(float(head_dim));
-  float scores[kKeyGroup], largest = part.maximum;
+  alignas(64) float weights[kKeyGroup];
+  float largest = part.maximum;
   for (int j = 0; j < count; ++j, keys += head_dim) {
-    float lanes[kLanes] = {};
-    for (int d = 0; d < head_dim; d += kLanes)
-      for (int i = 0; i < kLanes; ++i) lanes[i] += q[d + i] * load(keys[d + i]);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    scores[j] = lanes[0] * unit;
-    if (kScaled) scores[j] *= key_scales[j];
-    largest = scores[j] > largest ? scores[j] : largest;
+    weights[j] = dot(q, keys, head_dim) * unit;
+    if (kScaled) weights[j] *= key_scales[j];
+    largest = weights[j] > largest ? weights[j] : largest;
   }
-  if (largest > part.maximum) {
-    const float shrink = std::exp2(part.maximum - largest);
-    part.total *= shrink;
-    for (int d = 0; d < head_dim; ++d) part.sums[d] *= shrink;
-    part.maximum = largest;
+  for (int j = count; j < kKeyGroup; ++j) weights[j] = -std::numeric_limits<float>::infinity();
+  const float shrink = largest > part.maximum ? std::exp2(part.maximum - largest) : 1.0f;
+  part.maximum = largest;
+  Lanes total = {};
+  for (int j = 0; j < kKeyGroup; j += kWidth) {
+    const Lanes weight = exp2_below_zero(load_lanes(weights + j) - largest);
+    total += weight;
+    store_lanes(weights + j, weight);
   }
-  for (int j = 0; j < count; ++j, values += head_dim) {
-    float weight = std::exp2(scores[j] - part.maximum);
-    part.total += weight;
-    if (kScaled) weight *= value_scales[j];
-    for (int d = 0; d < head_dim; ++d) part.sums[d] += weight * load(values[d]);
+  part.total = part.total * shrink + sum_of(total);
+  if (kScaled)
+    for (int j = 0; j < count; ++j) weights[j] *= value_scales[j];
+  for (int d = 0; d < head_dim; d += kSums * kWidth, values += kSums * kWidth) {
+    Lanes sums[kSums];
+    for (int i = 0; i < kSums; ++i) sums[i] = load_lanes(part.sums + d + i * kWidth) * shrink;
+    for (int j = 0; j < count; ++j)
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) sums[i] += weights[j] * load_lanes(values + int64_t(j) * head_dim + i * kWidth);
+    for (int i = 0; i < kSums; ++i) store_lanes(part.sums + d + i * kWidth, sums[i]);
   }
 }
 

@@ -5,8 +5,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace {
 
@@ -30,15 +32,12 @@ inline void quantize_row(const float* x, int inputs, int group, int bias, int co
     const bool usable = finite && maximum > 127 * std::numeric_limits<float>::min();
     const float inverse = usable ? 127.0f / maximum : 0.0f;
     int32_t sum = 0;
-    for (int k = 0; k < group; k += 4) {
-      int8_t* to = values + int64_t(start + k) * count;
-      for (int j = 0; j < 4; ++j) {
-        const float scaled = (usable ? x[start + k + j] : 0.0f) * inverse;
-        const int8_t value = int8_t(std::nearbyintf(scaled));
-        to[j] = value;
-        sum += value;
-      }
+    int8_t rounded[kLargestGroup];
+    for (int k = 0; k < group; ++k) {
+      rounded[k] = int8_t(nearest((usable ? x[start + k] : 0.0f) * inverse));
+      sum += rounded[k];
     }
+    for (int k = 0; k < group; k += 4) std::memcpy(values + int64_t(start + k) * count, rounded + k, 4);
     const int64_t at = int64_t(start / group) * count;
     scales[at] = finite ? (usable ? maximum / 127.0f : 0.0f) : std::numeric_limits<float>::quiet_NaN();
     offsets[at] = -bias * sum;
@@ -68,45 +67,6 @@ inline void quantize_row(const float* x, int inputs, int group, int bias, int co
   }
 }
 
-template <int kBits>
-[[maybe_unused]] void generic_tile_row(const uint8_t* tiles, const Tokens& tokens, int inputs, int group,
-                                       float* out) {
-  const int count = tokens.count;
-  std::memset(out, 0, sizeof(float) * kTileRows * count);
-  const int64_t tile_bytes = kScaleBytes + int64_t(4) * kBits * group;
-  for (int g = 0; g < inputs / group; ++g, tiles += tile_bytes) {
-    float scale[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) {
-      uint16_t bits;
-      std::memcpy(&bits, tiles + 2 * r, 2);
-      scale[r] = to_float(bits);
-    }
-    for (int t = 0; t < count; ++t) {
-      int32_t sums[kTileRows];
-      for (int r = 0; r < kTileRows; ++r) sums[r] = tokens.offsets[g * count + t];
-      const int8_t* x = tokens.values + (int64_t(g) * group * count + t * 4);
-      const uint8_t* w = tiles + kScaleBytes;
-      for (int k = 0; k < group; k += 4, x += 4 * count, w += 16 * kBits) {
-        for (int j = 0; j < 4; ++j) {
-          const int32_t value = x[j];
-          for (int r = 0; r < 16; ++r) {
-            if constexpr (kBits == 4) {
-              sums[r] += value * (w[4 * r + j] & 15);
-              sums[16 + r] += value * (w[4 * r + j] >> 4);
-            } else {
-              sums[r] += value * w[4 * r + j];
-              sums[16 + r] += value * w[64 + 4 * r + j];
-            }
-          }
-        }
-      }
-      const float token_scale = tokens.scales[g * count + t];
-      float* to = out + t * kTileRows;
-      for (int r = 0; r < kTileRows; ++r) to[r] += float(sums[r]) * (scale[r] * token_scale);
-    }
-  }
-}
-
 [[maybe_unused]] void generic_store(const float* from, void* to, Type type, int count) {
   if (type == kFloat32) {
     std::memcpy(to, from, sizeof(float) * count);
@@ -120,25 +80,71 @@ template <int kBits>
   }
 }
 
-[[maybe_unused]] void generic_dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs,
-                                       float* out) {
-  constexpr int kLanes = 32;
-  for (int r = 0; r < rows; ++r, w += inputs) {
-    for (int t = 0; t < count; ++t) {
-      const uint16_t* row = x + int64_t(t) * inputs;
-      float sums[kLanes] = {};
-      int k = 0;
-      for (; k + kLanes <= inputs; k += kLanes) {
-        for (int j = 0; j < kLanes; ++j) sums[j] += to_float(w[k + j]) * to_float(row[k + j]);
+// Values 0, 2, 4 … of bfloat16 pairs, and values 1, 3, 5 …: faster than widening them in order.
+inline Lanes even_lanes(IntLanes pairs) { return Lanes(pairs << 16); }
+inline Lanes odd_lanes(IntLanes pairs) { return Lanes(pairs & int32_t(0xffff0000)); }
+inline IntLanes load_pairs(const uint16_t* from) {
+  IntLanes pairs;
+  std::memcpy(&pairs, from, sizeof(pairs));
+  return pairs;
+}
+
+// kRows rows of w times kCount tokens as floats, whose even and odd values alternate by vectors up to `wide`. The order
+// of a sum depends on neither count: a token's bits are the same in any company.
+template <int kCount, int kRows>
+void dot_lanes(const uint16_t* w, const float* x, int inputs, int wide, float* out, int out_stride) {
+  Lanes sums[kRows][kCount] = {};
+  for (int k = 0; k < wide; k += 2 * kWidth) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const uint16_t* from = w + int64_t(r) * inputs + k;
+      const IntLanes pairs = load_pairs(from);
+      __builtin_prefetch(from + 1024);
+#pragma GCC unroll 8
+      for (int t = 0; t < kCount; ++t) {
+        const float* token = x + int64_t(t) * inputs + k;
+        sums[r][t] += even_lanes(pairs) * load_lanes(token);
+        sums[r][t] += odd_lanes(pairs) * load_lanes(token + kWidth);
       }
-      float sum = 0;
-      for (; k < inputs; ++k) sum += to_float(w[k]) * to_float(row[k]);
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
-      }
-      out[t * rows + r] = sum + sums[0];
     }
   }
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kCount; ++t) {
+      float sum = sum_of(sums[r][t]);
+      for (int k = wide; k < inputs; ++k) sum += to_float(w[int64_t(r) * inputs + k]) * x[int64_t(t) * inputs + k];
+      out[t * out_stride + r] = sum;
+    }
+}
+
+template <int kCount>
+void dot_lanes_rows(const uint16_t* w, int rows, const float* x, int inputs, int wide, float* out) {
+  constexpr int kRows = kCount <= 2 ? 4 : kCount <= 4 ? 3 : kCount <= 6 ? 2 : 1;
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    dot_lanes<kCount, kRows>(w + int64_t(r) * inputs, x, inputs, wide, out + r, rows);
+  for (; r < rows; ++r) dot_lanes<kCount, 1>(w + int64_t(r) * inputs, x, inputs, wide, out + r, rows);
+}
+
+[[maybe_unused]] void generic_dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs,
+                                       float* out) {
+  thread_local std::vector<float> memory;
+  if (memory.size() < size_t(count) * size_t(inputs)) memory.resize(size_t(count) * size_t(inputs));
+  float* floats = memory.data();
+  const int wide = inputs / (2 * kWidth) * (2 * kWidth);
+  for (int t = 0; t < count; ++t) {
+    const uint16_t* token = x + int64_t(t) * inputs;
+    float* to = floats + int64_t(t) * inputs;
+    for (int k = 0; k < wide; k += 2 * kWidth) {
+      const IntLanes pairs = load_pairs(token + k);
+      store_lanes(to + k, even_lanes(pairs));
+      store_lanes(to + k + kWidth, odd_lanes(pairs));
+    }
+    for (int k = wide; k < inputs; ++k) to[k] = to_float(token[k]);
+  }
+  using Dot = void (*)(const uint16_t*, int, const float*, int, int, float*);
+  constexpr Dot dots[] = {dot_lanes_rows<1>, dot_lanes_rows<2>, dot_lanes_rows<3>, dot_lanes_rows<4>,
+                          dot_lanes_rows<5>, dot_lanes_rows<6>, dot_lanes_rows<7>, dot_lanes_rows<8>};
+  dots[count - 1](w, rows, floats, inputs, wide, out);
 }
 
 }  // namespace

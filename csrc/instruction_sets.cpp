@@ -2,6 +2,13 @@
 
 #include <cstring>
 #include <iterator>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include "xverse_kernels.h"
 
@@ -16,6 +23,13 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
+// With the processor's AVX2 state, which the operating system must have enabled.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  if (!has_avx2() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || a < 1) return false;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+
 bool has_avx512_vnni() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -24,6 +38,22 @@ bool has_avx512_vnni() {
 }
 
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+#elif defined(__aarch64__)
+#if defined(__APPLE__)
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dot_product() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_dot_product() && has_feature("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__linux__)
+bool has_dot_product() { return getauxval(AT_HWCAP) & (1ul << 20); }  // HWCAP_ASIMDDP
+bool has_i8mm() { return has_dot_product() && (getauxval(AT_HWCAP2) & (1ul << 13)); }  // HWCAP2_I8MM
+#else
+bool has_dot_product() { return false; }
+bool has_i8mm() { return false; }
+#endif
 #endif
 
 // Best first; the last one runs everywhere. The names are those of xverse/kernels/native.py.
@@ -32,7 +62,11 @@ const InstructionSet kInstructionSets[] = {
     {"avx512_bf16", has_avx512_bf16, &kAvx512Bf16, &kAttentionAvx512Bf16, &kTrainingAvx512, round_avx512,
      &kTrainingAttention64, &kTrainingAttention128},
     {"avx512_vnni", has_avx512_vnni, &kAvx512, &kAttentionAvx512, &kTrainingAvx512, round_avx512, nullptr, nullptr},
+    {"avx_vnni", has_avx_vnni, &kAvxVnni, &kAttentionAvx2, &kTrainingAvx2, round_avx2, nullptr, nullptr},
     {"avx2", has_avx2, &kAvx2, &kAttentionAvx2, &kTrainingAvx2, round_avx2, nullptr, nullptr},
+#elif defined(__aarch64__)
+    {"neon_i8mm", has_i8mm, &kNeonI8mm, &kAttentionPortable, &kTrainingPortable, round_portable, nullptr, nullptr},
+    {"neon_dot", has_dot_product, &kNeonDot, &kAttentionPortable, &kTrainingPortable, round_portable, nullptr, nullptr},
 #endif
     {"portable", any_processor, &kPortable, &kAttentionPortable, &kTrainingPortable, round_portable, nullptr, nullptr},
 };

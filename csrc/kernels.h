@@ -2,6 +2,7 @@
 // instruction set is a separate translation unit, compiled with its own flags; instruction_sets.h lists the tables.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -11,6 +12,7 @@ namespace xv {
 
 constexpr int kTileRows = 32;    // output rows of a tile of quantised weights
 constexpr int kScaleBytes = 64;  // 32 bfloat16 scales at the start of a tile
+constexpr int kLargestGroup = 128;
 constexpr int kMaxTokens = 12;   // tokens in a block: their 24 int32 accumulators nearly fill the AVX-512 registers
 
 enum Type : int { kFloat32 = XV_FLOAT32, kBFloat16 = XV_BFLOAT16, kInt8 = XV_INT8 };
@@ -52,8 +54,12 @@ struct Kernels {
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
+extern const Kernels kAvxVnni;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+#elif defined(__aarch64__)
+extern const Kernels kNeonDot;
+extern const Kernels kNeonI8mm;
 #endif
 
 inline float to_float(uint16_t bits) {
@@ -62,6 +68,16 @@ inline float to_float(uint16_t bits) {
     float value;
   } pun{uint32_t(bits) << 16};
   return pun.value;
+}
+
+// The nearest integer, ties to even, of |x| < 2^22.
+inline float nearest(float x) {
+#if defined(__x86_64__) && !defined(__SSE4_1__)
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the sum has no bits below one
+  return (x + kMagic) - kMagic;          // SSE2 has no instruction for it: the library's function does not vectorise
+#else
+  return std::nearbyintf(x);
+#endif
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.

@@ -20,7 +20,7 @@ inline void save(uint16_t* y, float value) { *y = to_bfloat16(value); }
 inline float exponential(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
-  const float n = std::nearbyintf(x * 1.44269504f);
+  const float n = nearest(x * 1.44269504f);
   float r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;

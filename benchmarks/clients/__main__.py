@@ -44,6 +44,7 @@ CLIENTS = {
     "openai-3": Client(("openai>=3",), "openai_python.py"),
     "openai-node": Client(("openai", "zod"), "openai_node.mjs"),
     "ai-sdk": Client(("ai", "@ai-sdk/openai-compatible", "zod"), "ai_sdk.mjs"),
+    "ai-sdk-openai": Client(("ai", "@ai-sdk/openai", "zod"), "ai_sdk.mjs"),
     "litellm": Client(("litellm",), "litellm_client.py"),
     "langgraph": Client(("langchain-openai", "langgraph"), "langgraph_client.py"),
     "instructor": Client(("instructor",), "instructor_client.py"),

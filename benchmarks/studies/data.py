@@ -128,9 +128,10 @@ def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> 
     logs = recipe.out / "work" / "logs"
     run_phases(steps[:cut], recipe.executor, logs)
     start = time.perf_counter()
-    run_phases(steps[cut : cut + 2], recipe.executor, logs)
+    last = [step.name for step in steps].index("report")
+    run_phases(steps[cut:last], recipe.executor, logs)
     shards = time.perf_counter() - start
-    run_phases(steps[cut + 2 :], recipe.executor, logs)
+    run_phases(steps[last:], recipe.executor, logs)
     report = json.loads((recipe.out / "report.json").read_text(encoding="utf-8"))
     written = sum(row["text_bytes"] for row in report["sources"])
     rate, ours = size / library, written / shards
@@ -231,7 +232,7 @@ def similarity(
     first: Sequence[int] | NDArray[np.uint64], second: Sequence[int] | NDArray[np.uint64]
 ) -> float:
     """The Jaccard index of two texts' 5-grams, from their hashed words, uint64 [words]."""
-    from xverse.data.prepare.duplicates import shingles
+    from xverse.data.prepare.signatures import shingles
 
     one, two = (set(shingles(np.asarray(text, np.uint64)).tolist()) for text in (first, second))
     return len(one & two) / max(1, len(one | two))
@@ -240,7 +241,7 @@ def similarity(
 def planted_copies(documents: Iterator[str], count: int, seed: int = 0) -> dict[str, Any]:
     """Recall and precision of near-duplicate detection: ``count`` copies with Jaccard similarity 0.8 to 1 are
     planted among their originals, ``count`` similar texts below 0.7 and ``count`` unrelated ones."""
-    from xverse.data.prepare.duplicates import DuplicatesStage, signature
+    from xverse.data.prepare.duplicates import DuplicatesStage
     from xverse.data.prepare.ngrams import split_words
 
     rng = random.Random(seed)
@@ -265,7 +266,7 @@ def planted_copies(documents: Iterator[str], count: int, seed: int = 0) -> dict[
         if (like >= 0.8) if len(planted) < count else (0.2 < like < 0.7):
             planted.append((original, len(numbers), like))
             numbers.append(copy)
-    near = _find(numbers, DuplicatesStage().least, signature)
+    near = _find(numbers, DuplicatesStage().least)
     copies = {copy for _, copy, like in planted if like >= 0.8}
     original_of = {copy: original for original, copy, _ in planted}
     found = {copy for first, copy in near}
@@ -288,15 +289,18 @@ def _numbers(text: list[str]) -> Any:
     return hash_words(" ".join(text))
 
 
-def _find(numbers: list[Any], least: float, signature: Any) -> list[tuple[int, int]]:
-    from xverse.data.prepare.duplicates import KEY, Documents, band_hashes, near_pairs
+def _find(numbers: list[Any], least: float) -> list[tuple[int, int]]:
+    from xverse.data.prepare.duplicates import near_pairs
+    from xverse.data.prepare.keys import Keys, KeyWriter
+    from xverse.data.prepare.signatures import BANDS
 
     with tempfile.TemporaryDirectory() as temporary:
-        minima = np.stack([signature(text) for text in numbers])
-        np.save(f"{temporary}/00000.keys.npy", np.zeros(len(minima), KEY))
-        np.save(f"{temporary}/00000.bands.npy", np.ascontiguousarray(band_hashes(minima).T))
-        np.save(f"{temporary}/00000.signatures.npy", minima.astype("<u2"))
-        pairs = near_pairs(Documents(Path(temporary), 1), 0, 1, least)
+        with KeyWriter(Path(temporary) / "00000", near=True) as writer:
+            for number, words in enumerate(numbers):
+                writer.add(number, 0, 0, words)
+        keys = Keys(Path(temporary), np.array([len(numbers)]))
+        bands = [near_pairs(keys, band, 0, 1, least) for band in range(BANDS)]
+        pairs = np.unique(np.concatenate(bands), axis=0)
     return [(int(first), int(copy)) for first, copy in pairs]
 
 
@@ -390,7 +394,8 @@ def _language(corpus: Path, count: int) -> dict[str, Any]:
 
 
 def _documents(corpus: Path) -> Iterator[str]:
-    from xverse.data.prepare.readers import corpus_units, read_unit
+    from xverse.data.prepare.inputs import corpus_units
+    from xverse.data.prepare.readers import read_unit
     from xverse.texts import MAX_LINE_BYTES, ReadReport
 
     for unit in corpus_units(corpus):

@@ -32,11 +32,11 @@ from xverse.bench.report import Row, show
 from xverse.data.mixture import Mixture
 from xverse.data.packing import StreamPacker
 from xverse.data.shards import Shard, ShardHeader
+from xverse.formats.parts import Index, read_header
 from xverse.log import notice
 from xverse.model import named_shape
 from xverse.train.checkpoint import OwnPlan
 from xverse.train.dryrun import fake_world
-from xverse.train.index import Index, read_header
 from xverse.train.materialise import empty_model
 from xverse.train.parallel import World, add_up, distribute
 from xverse.train.settings import TrainConfig

@@ -13,14 +13,13 @@ import argparse
 import json
 import re
 import sys
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
+from xverse.eval.replies import LINE_AT_MOST, repetitive, role_text, unfinished, wrong_language
 
 if TYPE_CHECKING:
     from xverse.chat.session import Session
@@ -30,18 +29,11 @@ NAME = "XVERSE-nano"
 PARAMETERS = 11_406_592
 MOST_BYTES = 25_000_000
 MAX_NEW_TOKENS = 512
-LINE_AT_MOST = 3
 TITLES = {
     "general": "Replies that end by themselves",
     "identity": f"Who are you: names {NAME}",
     "greetings": "Greetings answered in their language",
     "conversations": "Three turns that keep the format",
-}
-SCRIPTS = {"zh": "CJK", "ja": "HIRAGANA", "ko": "HANGUL", "ru": "CYRILLIC", "ar": "ARABIC"}
-# A greeting is short, so Latin letters alone do not tell its language.
-WORDS = {
-    "en": {"hello", "hi", "hey", "good", "how", "help", "can", "you", "i", "am", "welcome", "nice"},
-    "fr": {"bonjour", "salut", "bonsoir", "comment", "puis", "je", "vous", "aider"},
 }
 
 
@@ -142,53 +134,12 @@ def _generate(
 
 def problem(reply: Reply) -> str | None:
     """Why the reply fails the acceptance list, or None."""
-    reason = unfinished(reply) or repetitive(reply.text) or role_text(reply.text)
+    reason = unfinished(reply.text, reply.finish_reason) or repetitive(reply.text) or role_text(reply.text)
     if reason is None and reply.group == "identity" and NAME not in reply.text:
         reason = f"does not name {NAME}"
     if reason is None and reply.group == "greetings":
         reason = wrong_language(reply.text, reply.language)
     return reason
-
-
-def unfinished(reply: Reply) -> str | None:
-    """Why the reply is incomplete: it is empty or was cut off; None if it ended by itself."""
-    if reply.finish_reason != "stop":
-        return f"does not end by itself ({reply.finish_reason})"
-    return None if reply.text.strip() else "is empty"
-
-
-def repetitive(text: str) -> str | None:
-    """A line that occurs in the reply more than three times, or None."""
-    lines = Counter(line.strip() for line in text.splitlines() if line.strip())
-    for line, count in lines.most_common(1):
-        if count > LINE_AT_MOST:
-            return f"has the line {line!r} {count} times"
-    return None
-
-
-def role_text(text: str) -> str | None:
-    """A role prefix in the reply, which belongs to the chat format alone, or None."""
-    prefix = re.search(r"(Human|Assistant|Exec):", text)
-    return f"contains {prefix[0]!r}" if prefix else None
-
-
-def wrong_language(text: str, language: str) -> str | None:
-    """Why a short reply, by its script or words, is not in ``language``; None if it is."""
-    text = re.sub("xverse(-nano)?", "", text, flags=re.IGNORECASE)
-    letters = [unicodedata.name(letter, "") for letter in text if letter.isalpha()]
-    script = SCRIPTS.get(language, "LATIN")
-    share = sum(name.startswith(script) for name in letters) / max(len(letters), 1)
-    kana = any(name.startswith(("HIRAGANA", "KATAKANA")) for name in letters)
-    if language == "ja":
-        return None if kana else "is not in ja: no kana"
-    if share <= 0.5 or (language == "zh" and kana):
-        return f"is not in {language}: {share:.0%} of its letters are {script}"
-    if language == "en" and not text.isascii():
-        return "is not in en: not all of it is ASCII"
-    words = set(re.findall(r"[^\W\d_]+", text.lower()))
-    if language in WORDS and not words & WORDS[language]:
-        return f"is not in {language}: none of its words is known"
-    return None
 
 
 def size_problems(path: Path, parameters: int) -> list[str]:

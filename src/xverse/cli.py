@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xverse import __version__
-from xverse.config import UserError, nearest
+from xverse.config import UserError, nearest, refuse_url
 
 VERBS = {
     "chat": "talk to a model in the terminal, or answer once with --ask",
-    "serve": "serve a model over HTTP with OpenAI's API",
+    "serve": "serve a model over HTTP with OpenAI's, Anthropic's and Ollama's APIs",
+    "batch": "answer a file of requests; survives crashes",
     "quantize": "quantise a model to 8 or 4 bits",
     "export": "write a model as a Hugging Face or Llama directory or GGUF file; merge adapters",
     "tokenizer": "train, repair or report on a tokenizer",
@@ -35,6 +36,10 @@ VERBS = {
     "doctor": "report the device, libraries, measured bandwidth and FLOPS",
     "completion": "print a shell completion script",
 }
+
+
+# Metavars of flags whose values may be URLs: text, models, and settings, which ``config.build`` checks.
+FREE = ("TEXT", "KEY=VALUE", "key=value", "M", "X", "NAME,…")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -68,9 +73,15 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """What no flag of any verb takes: an empty text, an infinite number, one beyond 64 bits."""
+        """What no flag of any verb takes: an empty text, an infinite number, one beyond 64 bits; and a URL,
+        except where it is text or is resolved later."""
         if not arg_string.strip():
             raise argparse.ArgumentError(action, "the value is empty")
+        if action.type in (None, str, Path) and action.metavar not in FREE:
+            try:
+                refuse_url(arg_string, "the value")
+            except UserError as error:
+                raise argparse.ArgumentError(action, str(error)) from None
         value = super()._get_value(action, arg_string)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and not (math.isfinite(value) and -(2**63) <= value < 2**63):

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,23 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def is_url(text: object) -> bool:
+    """Whether a text is a URL such as ``s3://bucket/name``, also after ``Path`` has made one slash of two."""
+    return isinstance(text, (str, Path)) and _URL.match(str(text)) is not None
+
+
+def refuse_url(value: object, where: str) -> None:
+    """Raise UserError for a URL that is given where only a path works."""
+    if is_url(value):
+        raise UserError(
+            f"{where}: '{value}' is a URL, and only a path of this machine works here; mount it, or copy it "
+            "from or to there"
+        )
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -95,6 +113,8 @@ def unknown_keys(cls: type[Any], values: Mapping[str, Any]) -> list[tuple[str, s
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Make the dataclass ``cls`` from a mapping, recursively.
 
+    A URL is refused as the value of any key that the class does not list in ``URLS``.
+
     ``where`` names the source (a file, a flag) in errors. Raises UserError for unknown keys (all of them, at
     every depth), for missing required keys and for a value of the wrong type.
     """
@@ -106,6 +126,10 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     _mapping(values, where)
     hints = typing.get_type_hints(cls)
+    for key in values.keys() - set(getattr(cls, "URLS", ())):
+        items = values[key] if isinstance(values[key], (list, tuple)) else [values[key]]
+        for item in items:
+            refuse_url(item, f"{where}: {key}")
     arguments = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()}
     required = [
         field.name

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from xverse.config import UserError
+from xverse.config import UserError, refuse_url
 
 
 @contextlib.contextmanager
@@ -76,8 +78,8 @@ def recover_directory(path: str | Path) -> None:
 def alone(lock: str | Path, busy: str) -> Iterator[None]:
     """Hold the lock file ``lock`` while the block runs, also across machines that share a file system.
 
-    The lock is released however the process ends, and the file is removed. Raises UserError(``busy``) if
-    another process holds it.
+    The lock is released however the process ends, and the file is removed. Raises UserError if another
+    process holds it: ``busy`` with that process's id and host, which the file holds.
     """
     lock = Path(lock)
     made = not lock.parent.exists()
@@ -101,15 +103,42 @@ def _held(lock: Path, busy: str) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise UserError(busy) from None
+            raise UserError(f"{busy}{_holder(lock)}") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems without locks
                 file.close()
                 raise
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                    file.flush()
                 return file
         file.close()  # the previous holder has just removed it
+
+
+def _holder(lock: Path) -> str:
+    """`` (process 123 on host)``, or an empty string if the holder could not write its name."""
+    with contextlib.suppress(OSError):
+        name = lock.read_text(encoding="utf-8", errors="replace").strip()
+        return f" ({name})" if name else ""
+    return ""
+
+
+def fingerprint(path: Path) -> list[Any]:
+    """Size in bytes and SHA-256 of a file, as JSON stores them."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def check_fingerprint(path: Path, expected: Sequence[Any]) -> None:
+    """Raises ValueError if a file differs from its recorded ``fingerprint``, OSError if it is unreadable."""
+    size, digest = expected
+    if path.stat().st_size != size:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size}")
+    if fingerprint(path)[1] != digest:
+        raise ValueError(f"{path.name} has another SHA-256 than was recorded")
 
 
 def _make_parent(path: Path) -> None:
@@ -117,6 +146,7 @@ def _make_parent(path: Path) -> None:
 
 
 def _make_folder(folder: Path, shown: Path) -> None:
+    refuse_url(shown, "output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # any: some file systems report ENOENT for EACCES

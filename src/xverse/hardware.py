@@ -414,6 +414,12 @@ def return_freed_memory() -> None:
     _mallopt({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 2**20, _M_TRIM_THRESHOLD: 2**22})
 
 
+def trim_freed_memory() -> None:
+    """Give the pages of freed blocks back to the system, those between live blocks included."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _mallopt(values: dict[int, int]) -> None:
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -53,34 +53,44 @@ def progress(**options: Any) -> Progress:
 class JsonlLog:
     """Append-only records, one JSON object per line, each with the time in seconds since the epoch.
 
-    Raises UserError if the file cannot be written.
+    A full disk must not end what is being recorded: records that cannot be written are reported once, held
+    in memory up to ``HELD`` bytes, and written when there is room. Raises UserError if the file cannot be
+    opened.
     """
+
+    HELD = 1 << 24
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            truncated = _is_truncated(self._path)
-            self._file: TextIO = self._path.open("a", encoding="utf-8")
+            # A line break keeps the next record apart from a truncated one.
+            self._waiting = b"\n" if _is_truncated(self._path) else b""
+            self._file = self._path.open("ab", buffering=0)
         except OSError as error:
-            raise self._failed(error) from error
-        if truncated:
-            self._file.write("\n")  # keeps the next record apart from the truncated one
+            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+        self._reported = False
 
     def write(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False)
-        try:
-            self._file.write(line + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise self._failed(error) from error
+        line = json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False) + "\n"
+        if len(self._waiting) < self.HELD:
+            self._waiting += line.encode()
+        self._flush()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # write has raised already
+        self._flush()
+        with contextlib.suppress(OSError):
             self._file.close()
 
-    def _failed(self, error: OSError) -> UserError:
-        return UserError(f"{self._path}: cannot be written ({error.strerror})")
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._reported = False
+        except OSError as error:
+            if not self._reported:
+                notice(f"WARNING: {self._path} cannot be written ({error.strerror}); its records wait")
+            self._reported = True
 
 
 def _is_truncated(path: Path) -> bool:

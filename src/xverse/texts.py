@@ -1,26 +1,26 @@
 """Reading text, JSON and JSON lines: the only module that opens, decompresses and decodes such files.
 
-Files are UTF-8, with or without a byte order mark, plain or compressed (``.gz``, ``.zst``). Without a
-``report``, a function raises UserError at the first problem, naming the file and the line. With one, it skips
-damaged input, counts it in the report and holds no more than one line, or 64 KB of a text file, in memory.
+Files are local or at a URL (``remote.py``), plain or compressed (``.gz``, ``.zst``), in UTF-8 or in an
+encoding that ``encodings.py`` detects, with or without a byte order mark. Without a ``report``, a function
+raises UserError at the first problem, naming the file and the line. With one, it skips damaged input, counts
+it in the report and holds no more than one line, or 64 KB of a text file, in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import gzip
 import io
 import json
 import os
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from xverse.config import UserError, need
+from xverse.config import UserError, is_url, need
+from xverse.encodings import UTF8, check_encoding, detect, transcoded
 
 BOM = b"\xef\xbb\xbf"
 COMPRESSED = (".gz", ".zst")
@@ -38,6 +38,7 @@ KINDS = {
     "bad_lang": "with an unusable lang",
     "empty": "empty",
     "too_long": "too long",
+    "bad_row": "with another number of fields",
 }
 
 
@@ -45,7 +46,8 @@ KINDS = {
 class ReadReport:
     """What was read from a file and what was skipped, in lines.
 
-    ``bad_lines``: the first skipped lines, as (line from 1, reason); ``broken_files``: how a file breaks off.
+    ``bad_lines``: the first skipped lines, as (line from 1, reason); ``broken_files``: how a file breaks off;
+    ``encoding``: that of the file, if it is not UTF-8; ``keys``: those of the first row without a text.
     """
 
     read: int = 0
@@ -57,6 +59,9 @@ class ReadReport:
     bad_lang: int = 0
     empty: int = 0
     too_long: int = 0
+    bad_row: int = 0
+    encoding: str = ""
+    keys: str = ""
     broken_files: list[str] = field(default_factory=list)
     bad_lines: list[tuple[int, str]] = field(default_factory=list)
 
@@ -68,12 +73,19 @@ class ReadReport:
         """Count a skipped line; ``kind`` is a key of KINDS."""
         setattr(self, kind, getattr(self, kind) + 1)
         if len(self.bad_lines) < LISTED:
-            self.bad_lines.append((line, KINDS[kind]))
+            self.bad_lines.append((line, self._reason(kind)))
+
+    def _reason(self, kind: str) -> str:
+        return f"invalid {self.encoding}" if kind == "bad_utf8" and self.encoding else KINDS[kind]
 
     def describe(self) -> str:
         """One line such as ``2 lines skipped: 1 invalid UTF-8, 1 invalid JSON``; empty if all was well."""
-        parts = [f"{getattr(self, kind)} {text}" for kind, text in KINDS.items() if getattr(self, kind)]
+        parts = [f"{getattr(self, kind)} {self._reason(kind)}" for kind in KINDS if getattr(self, kind)]
         lines = [f"{self.skipped} lines skipped: {', '.join(parts)}"] if parts else []
+        if self.keys:
+            lines.append(self.keys)
+        elif self.bad_utf8 == self.skipped > self.read and not self.encoding:
+            lines.append("name the encoding, such as encoding: gb18030")
         return "; ".join(lines + self.broken_files)
 
 
@@ -116,21 +128,70 @@ def find_files(names: Iterable[str | Path]) -> list[Path]:
 
 
 def open_binary(path: str | Path) -> BinaryIO:
-    """Open a file for reading; ``.gz`` and ``.zst`` are decompressed. Raises UserError if that fails."""
-    path = Path(path)
+    """Open a file or URL for reading; ``.gz`` and ``.zst`` are decompressed.
+
+    Raises UserError if that fails.
+    """
+    name = str(path).partition("?")[0] if is_url(path) else str(path)
     try:
-        if path.suffix == ".gz":
-            return cast(BinaryIO, gzip.open(path, "rb"))
-        if path.suffix == ".zst":
+        if name.endswith(".gz"):
+            return cast(BinaryIO, _Gzip(_open(path)))
+        if name.endswith(".zst"):
             zstandard = need("zstandard", "data", str(path))
-            file = path.open("rb")
+            file = _open(path)
             reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
             return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 20))
-        return path.open("rb")
+        return _open(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+class _Gzip(gzip.GzipFile):
+    """Closes its stream with it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__(fileobj=stream, mode="rb")
+        self.myfileobj = stream  # type: ignore[assignment]  # what GzipFile closes
+
+
+def _open(path: str | Path) -> BinaryIO:
+    if is_url(path):
+        from xverse.remote import open_url
+
+        return open_url(str(path))
+    return Path(path).open("rb", buffering=1 << 16)
+
+
+@contextlib.contextmanager
+def open_text(
+    path: str | Path, report: ReadReport | None = None, encoding: str | None = None
+) -> Iterator[BinaryIO]:
+    """A file as a stream in UTF-8, from ``encoding`` (None: detected), which the report records.
+
+    Errors of a damaged file are handled as by ``_damage``.
+    """
+    with _damage(path, report), open_binary(path) as stream:
+        given = check_encoding(encoding) if encoding else None
+        head: bytes | None = None
+        with _damage(path, report):
+            head = stream.peek(1 << 16)[: 1 << 16]  # type: ignore[attr-defined]
+        if head is None:  # broken from the beginning, as the report says
+            yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, io.BytesIO())))
+            return
+        found = given or detect(head)
+        if found == UTF8:
+            yield stream
+            return
+        if report is not None:
+            report.encoding = found
+        elif given is None:
+            from xverse.log import notice  # here, because it imports rich
+
+            notice(f"{path}: read as {found}")
+        with transcoded(stream, found) as text:
+            yield text
 
 
 @contextlib.contextmanager
@@ -156,8 +217,8 @@ def _damage(path: str | Path, report: ReadReport | None) -> Iterator[None]:
 
 
 def read_text(path: str | Path) -> str:
-    """The whole text of a file. Raises UserError where it cannot be read or is not UTF-8."""
-    with open_binary(path) as stream, _damage(path, None):
+    """The whole text of a file. Raises UserError where it cannot be read or decoded."""
+    with open_text(path) as stream:
         data = stream.read()
     try:
         return data.removeprefix(BOM).decode()
@@ -181,10 +242,21 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_jsonl(
-    path: str | Path, report: ReadReport | None = None, limit: int = MAX_LINE_BYTES
+    path: str | Path,
+    report: ReadReport | None = None,
+    limit: int = MAX_LINE_BYTES,
+    encoding: str | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """The values of a JSON-lines file with their line numbers from 1; blank lines are ignored."""
-    for number, line in read_lines(path, report, limit):
+    with open_text(path, report, encoding) as stream:
+        yield from json_lines(path, stream, report, limit)
+
+
+def json_lines(
+    path: str | Path, stream: BinaryIO, report: ReadReport | None, limit: int
+) -> Iterator[tuple[int, Any]]:
+    """The values of the JSON lines in a stream, with their line numbers from 1."""
+    for number, line in _lines(path, stream, report, limit):
         if line.strip():
             try:
                 yield number, json.loads(line.decode())
@@ -192,45 +264,6 @@ def read_jsonl(
                 _skip(report, "bad_utf8", path, number)
             except (ValueError, RecursionError) as error:
                 _skip(report, "bad_json", path, number, f" ({error})")
-
-
-def read_records(path: str | Path, report: ReadReport | None = None) -> Iterator[tuple[int, Any]]:
-    """The items of a JSON array, or the values of JSON lines, with their numbers from 1.
-
-    Raises UserError for an array that is not valid JSON, with a report too.
-    """
-    with open_binary(path) as stream, _damage(path, None):
-        array = stream.read(1 << 16).removeprefix(BOM).lstrip()[:1] == b"["
-    yield from enumerate(read_json(path), 1) if array else read_jsonl(path, report)
-
-
-def read_csv(path: str | Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """The rows of a CSV file with the number of their last line from 1; every field is text, as it was
-    written. Raises UserError for invalid CSV."""
-    csv.field_size_limit(MAX_LINE_BYTES)
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
-    try:
-        for row in rows:
-            yield rows.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: invalid CSV ({error})") from None
-
-
-def read_table(path: str | Path, skipped: Counter[str]) -> Iterator[dict[str, str]]:
-    """The rows of a ``.csv`` or ``.tsv`` file under the names of its first row.
-
-    Rows with another number of fields are counted in ``skipped``. Raises UserError for invalid CSV, and for
-    names that are missing or repeated.
-    """
-    rows = read_csv(path, "\t" if Path(path).suffix == ".tsv" else ",")
-    _, names = next(rows, (0, []))
-    if not names or not all(names) or len(set(names)) < len(names):
-        raise UserError(f"{path}: the first row must name the columns, each differently (it has {names})")
-    for _, row in rows:
-        if len(row) == len(names):
-            yield dict(zip(names, row, strict=True))
-        elif row:
-            skipped[f"rows with {len(row)} fields instead of {len(names)}"] += 1
 
 
 def read_text_lines(path: str | Path) -> Iterator[str]:
@@ -248,23 +281,32 @@ def describe_type(value: Any) -> str:
 
 
 def read_lines(
-    path: str | Path, report: ReadReport | None = None, limit: int = MAX_LINE_BYTES
+    path: str | Path,
+    report: ReadReport | None = None,
+    limit: int = MAX_LINE_BYTES,
+    encoding: str | None = None,
 ) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers from 1, each of at most ``limit`` bytes.
 
     A longer line is skipped without being held in memory; a stream that breaks ends there. Raises UserError
     where the file cannot be opened, and without a report in those two cases.
     """
+    with open_text(path, report, encoding) as stream:
+        yield from _lines(path, stream, report, limit)
+
+
+def _lines(
+    path: str | Path, stream: BinaryIO, report: ReadReport | None, limit: int
+) -> Iterator[tuple[int, bytes]]:
     number = 0
-    with open_binary(path) as stream, _damage(path, report):
-        while line := stream.readline(limit + 1):
-            number += 1
-            if len(line) > limit and not line.endswith(b"\n"):
-                while (rest := stream.readline(limit)) and not rest.endswith(b"\n"):
-                    pass
-                _skip(report, "too_long", path, number)
-                continue
-            yield number, line.removeprefix(BOM) if number == 1 else line
+    while line := stream.readline(limit + 1):
+        number += 1
+        if len(line) > limit and not line.endswith(b"\n"):
+            while (rest := stream.readline(limit)) and not rest.endswith(b"\n"):
+                pass
+            _skip(report, "too_long", path, number)
+            continue
+        yield number, line.removeprefix(BOM) if number == 1 else line
 
 
 def _skip(report: ReadReport | None, kind: str, path: str | Path, number: int, detail: str = "") -> None:
@@ -278,6 +320,7 @@ def row_text(row: object, number: int, report: ReadReport, key: str = "text") ->
     text = row.get(key) if isinstance(row, dict) else None
     if text is None:
         report.skip("no_text", number)
+        report.keys = report.keys or _hint(row, number, key)
     elif not isinstance(text, str):
         report.skip("not_text", number)
     elif not text.strip():
@@ -287,6 +330,19 @@ def row_text(row: object, number: int, report: ReadReport, key: str = "text") ->
     else:
         return text
     return None
+
+
+def _hint(row: object, number: int, key: str) -> str:
+    """How to name the column of the text, if a row without it has others that may be it."""
+    others = (
+        [str(name) for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
+    )
+    shown = ", ".join(name for name in others[:10] if name not in ("lang", "source"))[:200]
+    return (
+        f"line {number} has no '{key}' but {shown}: set text_key under inputs"
+        if shown and key not in others
+        else ""
+    )
 
 
 def _encodable(text: str) -> bool:
@@ -336,7 +392,11 @@ def read_texts(path: Path, report: ReadReport, begin: int = 0, end: int = -1) ->
 
 
 def _blocks(path: Path, report: ReadReport, begin: int, end: int) -> Iterator[bytes]:
-    with open_binary(path) as stream, _damage(path, report):
+    with open_text(path, report) as stream:
+        if report.encoding:  # its places are not those of UTF-8, so the first part reads everything
+            if begin:
+                return
+            end = -1
         for number, block in enumerate(_cut(stream, begin, end)):
             if number == begin == 0 and not (block := block.removeprefix(BOM)):
                 continue
@@ -371,10 +431,12 @@ def _cut(stream: BinaryIO, at: int, end: int) -> Iterator[bytes]:
 
 def _rest_of_character(stream: BinaryIO) -> bytes:
     """The bytes up to the next character, so that a cut in a long line falls between characters."""
-    following = stream.read(3)
-    count = next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
-    stream.seek(count - len(following), os.SEEK_CUR)
-    return following[:count]
+    rest = b""
+    while len(rest) < 3 and (following := stream.peek(1)[:1]):  # type: ignore[attr-defined]
+        if following[0] & 0xC0 != 0x80:
+            break
+        rest += stream.read(1)
+    return rest
 
 
 def _is_utf8(data: bytes) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xverse.config import UserError
+from xverse.config import UserError, build, read_yaml
 from xverse.data.mixture import BLOCK, PERIOD, Mixture, MixtureConfig, MixtureStage, Schedule
 from xverse.data.order import random_order
 
@@ -242,3 +242,32 @@ def test_a_file_says_everything(tmp_path: Path) -> None:
     assert given.read() == MixtureConfig({"en": 0.4, "zh": 0.6})
     with pytest.raises(UserError, match="mutually exclusive"):
         MixtureConfig(temperature=0.5, file=tmp_path / "mixture.yaml").read()
+
+
+def test_absent_names_leave_their_shares_to_the_others() -> None:
+    named = MixtureConfig({"zh": 0.33, "en": 0.33, "code_py": 0.03, "*": 0.31}, allow_absent=True)
+    whole = {"zh": 10, "en": 10, "code_py": 10, "ar": 30, "th": 10}
+    strict = MixtureConfig(named.weights)
+    assert named.resolve(whole) == strict.resolve(whole)
+    for data in (["zh"], ["he"], ["zh", "en"], ["he", "zh"], ["code_py", "fi", "en"], ["en", "code_py"]):
+        lengths = dict.fromkeys(data, 10)
+        shares = Mixture(named.resolve(lengths), lengths, 0).shares()
+        assert sum(shares.values()) == pytest.approx(1)
+        assert set(shares) == set(data)
+        with pytest.raises(UserError, match=r"remove it, or set allow_absent: true in the mixture"):
+            strict.resolve(lengths)
+    kinds = {"web_en": ("web", "en"), "books_fi": ("books", "fi")}
+    sizes = {"web_en": 10, "books_fi": 30}
+    categories, languages = {"web": 0.6, "books": 0.2, "code": 0.2}, {"en": 0.5, "eo": 0.5}
+    mixed = MixtureConfig(categories=categories, languages=languages, allow_absent=True)
+    assert mixed.resolve(sizes, kinds) == pytest.approx({"web_en": 0.75, "books_fi": 0.25})
+    with pytest.raises(UserError, match="the data has none of the source names given"):
+        MixtureConfig({"zh": 1.0}, allow_absent=True).resolve({"en": 1})
+
+
+@pytest.mark.parametrize("languages", [["he"], ["zh"], ["zh", "en"], ["sw", "en"]])
+def test_the_recipes_take_any_languages(languages: list[str]) -> None:
+    for recipe in ("nano/pretrain.yaml", "7b/continue-8.yaml"):
+        mixture = build(MixtureConfig, read_yaml(ROOT / "recipes" / recipe)["mixture"], recipe)
+        lengths = dict.fromkeys(languages, 100)
+        assert set(Mixture(mixture.resolve(lengths), lengths, 0).shares()) == set(languages)

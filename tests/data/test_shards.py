@@ -27,7 +27,7 @@ def test_an_unfinished_shard_does_not_count_and_is_replaced(tmp_path: Path) -> N
     with ShardWriter(tmp_path / "en", ShardHeader("hash", "en")) as writer:
         writer.add(np.array([2, 3], np.uint32), np.array([2]), 1)
         writer.finish()
-    assert Shard.open(tmp_path / "en").tokens.tolist() == [2, 3]
+    assert Shard.open(tmp_path / "en").tokens[:].tolist() == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,26 @@ def test_a_shard_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         ShardWriter(tmp_path / "file" / "en", ShardHeader("hash", "en"))
+
+
+def test_arrays_are_read_as_numpy_indexes_them(make_shard: Callable[..., Shard]) -> None:
+    shard = make_shard([[i, i + 1] for i in range(50)])
+    whole = np.fromfile(shard.path / "tokens.bin", "<u4")
+    assert np.array_equal(np.asarray(shard.tokens), whole)
+    for key in (slice(3, 9), slice(None), slice(90, 200), slice(7, 3), slice(0, 100, 7), slice(5, 60, 3)):
+        assert np.array_equal(shard.tokens[key], whole[key]), key
+    for numbers in ([], [4], [3, 4, 5, 90, 91, 2, 2, 1]):
+        assert np.array_equal(shard.tokens[np.array(numbers, np.int64)], whole[numbers]), numbers
+    assert (shard.tokens[0], shard.tokens[-1], len(shard.tokens)) == (0, 50, 100)
+    with pytest.raises(IndexError):
+        shard.tokens[100]
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(make_shard: Callable[..., Shard]) -> None:
+    """Of a memory map the process would die by SIGBUS."""
+    shard = make_shard([[5] * 3000, [6] * 3000])
+    for name, read in (("tokens.bin", lambda: shard.document(1)), ("offsets.bin", lambda: shard.document(0))):
+        with (shard.path / name).open("r+b") as file:
+            file.truncate(4 if name == "offsets.bin" else 4096)
+        with pytest.raises(UserError, match=rf"{name}: ends at byte \d+ of \d+; it was cut short"):
+            read()

@@ -106,3 +106,41 @@ def test_prompt_logprobs(model: Any, tiny_tokenizer: Any, new_tokens: int, chunk
     for row, found in zip(rows, first.prompt_logprobs, strict=False):
         assert found.logprob == pytest.approx(float(row[found.token_id]), abs=1e-4)
         assert [token for token, _ in found.top] == row.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk": 7}, {"max_batch": 2, "max_cache_tokens": 160}])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_embeddings_are_pooled_hidden_states(
+    model: Any, tiny_tokenizer: Any, settings: dict[str, int], pooling: Any
+) -> None:
+    """Also with a prompt's beginning in the prefix cache, in chunks, and after preemption."""
+    shared = [(7 * n) % 200 + 4 for n in range(70)]
+    prompts = [shared, [*shared, 9, 9], [5], shared]
+    engine = Engine(model, tiny_tokenizer, **settings)
+    handles = {
+        engine.submit(Request(prompt_ids=ids, pooling=pooling, generate=False)): ids for ids in prompts[1:]
+    }
+    handles[engine.submit(Request(prompt_ids=[6], sampling=SamplingParams.greedy(80), stop_ids=()))] = []
+    found = {}
+    while engine.busy:
+        found |= {event.handle: event.embedding for event in engine.step() if event.embedding}
+    results = [(handles[handle], embedding) for handle, embedding in found.items()]
+    results += [(prompts[0], embedding) for embedding in engine.embed(prompts[:1], pooling)]
+    assert len(results) == 4
+    for ids, embedding in results:
+        with torch.inference_mode():
+            states = model.model(torch.tensor([ids]), FullCausal(1, len(ids)))[0]  # [T, D]
+        pooled = states.mean(dim=0) if pooling == "mean" else states[-1]
+        assert embedding == pytest.approx((pooled / pooled.norm()).tolist(), abs=1e-4)
+
+
+def test_prompt_logprobs_of_a_part_reuse_the_beginning(model: Any, tiny_tokenizer: Any) -> None:
+    shared = [(7 * n) % 200 + 4 for n in range(70)]
+    engine = Engine(model, tiny_tokenizer)
+    for end in ([5, 6, 7], [8, 9]):
+        request = Request(prompt_ids=[*shared, *end], prompt_logprobs=0, prompt_start=70, generate=False)
+        (event,) = engine.stream(request)
+        assert event.prompt_logprobs is not None
+        found = [token.logprob for token in event.prompt_logprobs]
+        assert found == pytest.approx(expected(model, shared, end), abs=1e-4)
+    assert engine.stats().reused_tokens == 64

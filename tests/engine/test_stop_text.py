@@ -41,3 +41,10 @@ def test_any_division_gives_the_same_text(stop: list[str], pieces: list[str]) ->
 )
 def test_only_what_may_be_a_stop_string_is_held_back(piece: str, emitted: str) -> None:
     assert StopText(["\nHuman:"]).push(piece) == (emitted, False)
+
+
+def test_the_stop_text_that_occurred_is_named() -> None:
+    matcher = StopText(["late", "x", "ab"])
+    assert [matcher.push(piece) for piece in ("1 a", "b late")] == [("1 ", False), ("", True)]
+    assert matcher.found == "ab"
+    assert StopText(["x"]).found is None

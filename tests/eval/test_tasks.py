@@ -16,12 +16,11 @@ from xverse.config import UserError
 from xverse.data.benchmarks import humaneval
 from xverse.data.benchmarks.questions import Options
 from xverse.eval.generation import TaskRun, TaskSettings, generate
+from xverse.eval.replies import last_number, refuses
 from xverse.eval.run import load_benchmarks
 from xverse.eval.sandbox import run_python
 from xverse.eval.tasks import TASKS
-from xverse.eval.tasks.gsm8k import last_number
 from xverse.eval.tasks.humaneval import program
-from xverse.eval.tasks.skills import refuses
 from xverse.texts import read_jsonl
 
 
@@ -149,16 +148,57 @@ def test_the_sandbox_runs_and_cleans_up() -> None:
     assert set(Path("/tmp").glob("xverse-sandbox-*")) <= before
 
 
-def test_skills(engine_backend: Any, tmp_path: Path) -> None:
+def test_skills(engine_backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TASKS["skills"].__module__ + ".NEW_TOKENS", 16)
     found = TASKS["skills"](
-        TaskRun(engine_backend.engine, engine_backend.stop_ids, tmp_path, TaskSettings(), silent)
+        TaskRun(engine_backend.engine, engine_backend.stop_ids, tmp_path, TaskSettings(limit=1), silent)
     )
     talks = [row["messages"] for row in found.rows]
     assert max(len(talk) for talk in talks) == 10  # role play has five turns
     assert all(message["content"] for talk in talks for message in talk)
-    assert {"refused of harmful requests, zh, %", "refused of harmful requests, en, %"} == set(found.figures)
+    assert {"refused of harmful requests, zh, %", "refused of harmful requests, en, %"} < set(found.figures)
     assert "## 角色扮演" in found.page
-    assert found.page.count("refused") >= 16
+    harmful = [row["language"] for row in found.rows if row.get("harmful")]
+    assert harmful == ["zh", "en"]  # --limit holds for conversations, too
+    assert found.page.count("harmful request") == 2
+    exam = [row for row in found.rows if row["id"].startswith("exam-")]
+    assert len(exam) == 20  # ten skills in two languages
+    right = [row for row in exam if row["problem"] is None]
+    assert found.figures["exam, mean of skills, %"] == 100 * len(right) / len(exam)
+    assert {f"{row['skill']}, {row['language']}, %" for row in exam} < set(found.figures)
+    assert "| arithmetic | 0.0 (0–0), 1 | 0.0 (0–0), 1 |" in found.page
+    assert "programs are parsed, not run" in found.method
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"skill": "a", "language": "zh", "turns": ["?"]}', "check: expected a mapping"),
+        (
+            '{"skill": "a", "language": "zh", "turns": ["?"], "check": {"nummer": "1"}}',
+            "unknown rule 'nummer'",
+        ),
+        (
+            '{"skill": "a", "language": "zh", "turns": ["?"], "check": {"number": 1}}',
+            "expected a number as a text",
+        ),
+        (
+            '{"skill": "a", "language": "zh", "turns": ["?"], "check": {"all": ["x"]}}',
+            "expected a list of lists",
+        ),
+        ('{"skill": "a", "language": "zh", "turns": ["?"], "check": {"language": "xx"}}', "expected zh, ja"),
+        ('{"skill": "a", "language": "zh", "turns": ["?"], "check": {"program": "def"}}', "expected Python"),
+        ('{"skill": "a", "language": "zh", "turns": ["?"], "check": {"lines": true}}', "a number above 0"),
+        ('{"skill": "a", "turns": ["?"], "check": {"lines": 1}}', "language: expected a text"),
+        ('{"skill": "a", "language": "zh", "turns": [], "check": {"lines": 1}}', "expected a list of texts"),
+        ("", "no items"),
+    ],
+)
+def test_wrong_exams(engine_backend: Any, tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "skills").mkdir()
+    (tmp_path / "skills" / "exam.jsonl").write_text(line and line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="exam.jsonl.*" + message):
+        TASKS["skills"](TaskRun(engine_backend.engine, (), tmp_path, TaskSettings(), silent))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 from xverse.cli import main
 from xverse.config import UserError, build
 from xverse.data.dialogues.formats import DatasetInfo
-from xverse.finetune.encode import encode_within, load_data
+from xverse.finetune.dialogue import encode_within
+from xverse.finetune.encode import load_data
 from xverse.finetune.settings import DatasetUse, read_settings
 from xverse.finetune.sources import Source, find_sources, packaged, read_file, source_files
 from xverse.tokenizer import encode_chat, encode_dialogue
@@ -260,7 +261,10 @@ def test_bad_lines_are_counted(tmp_path, tiny_tokenizer, capsys) -> None:
     (tmp_path / "b.jsonl").write_bytes(good + b'\n{"instr\n{"instruction": "\xff"}\n')
     with pytest.raises(UserError, match="no column 'output'"):
         load_data(settings(tmp_path, dataset="a.jsonl"), tiny_tokenizer, 64)
-    assert len(load_data(settings(tmp_path, dataset="b.jsonl"), tiny_tokenizer, 64).train) == 1
+    assert (
+        len(load_data(settings(tmp_path, dataset="b.jsonl", max_bad_share=1.0), tiny_tokenizer, 64).train)
+        == 1
+    )
     assert "skipped 2: 2 ill-formed lines" in " ".join(capsys.readouterr().err.split())
 
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from xverse.formats import load_model
 from xverse.formats.foreign import load_foreign
+from xverse.formats.quantize import load_quantizing
+from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
 
 from .foreign_zoo import FAMILY, ZOO, random_tensors, write
 
@@ -53,6 +56,27 @@ def test_logits(name: str, tmp_path: Path, foreign_tokenizers: dict[str, Path]) 
             places = torch.arange(5, 22)[None].expand(3, -1)
             shifted = loaded.model(ids, position_ids=places).logits
             assert difference(shifted, zoo.forward(tensors, zoo.config, ids, 5)) < TOLERANCE
+
+
+NATIVE = [name for name in ZOO if name.startswith(("baichuan", "internlm", "llama", "vicuna"))]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@torch.no_grad()
+def test_the_one_forward_pass(name: str, tmp_path: Path) -> None:
+    """Ours, from the published directory, and from what is exported of it; quantised while loading, too."""
+    zoo, tensors = ZOO[name], random_tensors(ZOO[name])
+    directory = write(tmp_path / "model", zoo, tensors, KINDS[NATIVE.index(name) % 4])
+    ours, ids = load_model(directory), ids_of(3, 17)
+    expected = zoo.forward(tensors, zoo.config, ids, 0)
+    assert difference(ours(ids, FullCausal(3, 17)), expected) < TOLERANCE
+    quantised = load_quantizing(directory, "int8")(ids, FullCausal(3, 17))
+    assert (quantised - expected).norm() < 0.05 * expected.norm()  # rows of 64 random weights
+    config = ours.config.to_json("float32")
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    again = XverseForCausalLM(XverseConfig.from_json(config))
+    again.load_state_dict(ours.state_dict())
+    assert difference(again(ids, FullCausal(3, 17)), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "internlm-dynamic"])

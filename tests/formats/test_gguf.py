@@ -237,7 +237,6 @@ def test_command_refuses_what_does_not_fit(
     upstream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, message in (
-        (["--format", "gguf", "--type", "f32", "--out", "m.gguf"], "known: f16, bf16, q8_0, q4_0"),
         (["--format", "hf", "--type", "q8_0", "--out", "m"], "known: f32, f16, bf16"),
         (["--format", "llama", "--type", "q4_0", "--out", "m"], "known: f32, f16, bf16"),
         (["--format", "gguf", "--out", "m"], "must end in .gguf"),

@@ -17,6 +17,7 @@ from xverse.engine.request import Request
 from xverse.engine.sampling_params import SamplingParams
 from xverse.formats import load_model
 from xverse.formats.quantize import load_quantizing
+from xverse.hf import XverseConfig as XverseHfConfig
 from xverse.model import FullCausal, Packed, XverseConfig
 from xverse.tokenizer.template import render
 
@@ -179,6 +180,38 @@ def test_what_is_close_but_not_the_same_is_refused_by_name(case: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         XverseConfig.from_json({**SIZES, **values})
     assert "\n" not in str(error.value)
+
+
+XVERSE = {**SIZES, "num_key_value_heads": 6, "model_type": "xverse"}
+del XVERSE["head_dim"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "refused"),
+    [
+        ({"max_position_embeddings": 262144}, "config.json", True),
+        ({"max_position_embeddings": 32768}, "config.json", True),
+        ({"max_position_embeddings": 8192}, "XVERSE-13B-256K/config.json", True),
+        ({"max_position_embeddings": 8192, "_name_or_path": "xverse/XVERSE-13B-256K"}, "config.json", True),
+        ({"max_position_embeddings": 262144, "rope_theta": 500000}, "XVERSE-13B-256K/config.json", False),
+        ({"max_position_embeddings": 8192}, "config.json", False),
+        ({"max_position_embeddings": 16384, "hidden_size": 8192, "num_attention_heads": 64}, "x", False),
+    ],
+)
+def test_a_rope_base_that_is_only_in_the_publishers_code(
+    changes: dict[str, Any], where: str, refused: bool
+) -> None:
+    values = {**XVERSE, "num_key_value_heads": None, **changes}
+    if refused:
+        with pytest.raises(UserError, match='add "rope_theta"') as error:
+            XverseConfig.from_json(values, where)
+        assert "\n" not in str(error.value)
+        if where == "config.json" and "_name_or_path" not in changes:
+            kept = {key: value for key, value in values.items() if value is not None}
+            with pytest.raises(UserError, match="rope_theta"):
+                XverseHfConfig(**{k: v for k, v in kept.items() if k != "model_type"})
+    else:
+        assert XverseConfig.from_json(values, where).rope_theta == changes.get("rope_theta", 10000)
 
 
 def test_internlm_has_biases_and_its_own_key_for_rope() -> None:

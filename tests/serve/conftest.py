@@ -104,6 +104,12 @@ def make_service(loaded: Any, **settings: Any) -> Any:
     )
 
 
+@pytest.fixture
+def new_service(nano: Any) -> Any:
+    """``new_service(settings)``: a service that no server runs yet."""
+    return lambda **settings: make_service(nano, **settings)
+
+
 @pytest.fixture(scope="session")
 def server(nano: Any) -> Iterator[Running]:
     """Shared by tests that do not change it."""

@@ -16,9 +16,10 @@ from openai.types.chat import completion_create_params as openai_chat
 from pydantic import ValidationError
 
 from xverse.serve import tools
+from xverse.serve.apis.tokens import DetokenizeRequest, TokenizeRequest
 from xverse.serve.errors import ApiError, of_validation
 from xverse.serve.fields import ELSEWHERE, NO_EFFECT, WITHOUT_EFFECT
-from xverse.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from xverse.serve.protocol import ChatRequest, CompletionRequest
 
 CHAT = "/v1/chat/completions"
 QUESTION: list[Any] = [{"role": "user", "content": "What is your name?"}]
@@ -192,7 +193,7 @@ def test_names_of_other_servers_are_not_misspellings() -> None:
 
 
 def test_the_documentation_lists_what_has_no_effect() -> None:
-    page = Path(__file__).parents[2].joinpath("docs", "serving.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2].joinpath("docs", "api.md").read_text(encoding="utf-8")
     for reason, names in WITHOUT_EFFECT.items():
         assert f"| {', '.join(f'`{name}`' for name in names)} | {reason} |" in page
 

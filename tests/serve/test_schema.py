@@ -53,7 +53,7 @@ def test_no_request_makes_it_fail(api: dict[str, Any], name: str, mode: str) -> 
 
     @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode[mode]))
     @settings(
-        max_examples=200,
+        max_examples=100,
         deadline=None,
         derandomize=True,
         database=None,

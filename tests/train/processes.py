@@ -2,13 +2,14 @@
 
 Starting processes and importing torch is what costs: one parent imports and forks, and its children make new
 device meshes for every job. A phase has the number of ``processes`` and ``jobs``; a job has ``out``,
-``train`` (keys of TrainConfig), perhaps ``stop``, the step before which it is to end as if killed,
-or ``load``, checkpoints to read under its layout.
+``train`` (keys of TrainConfig), perhaps ``shape``, a key of ``SHAPES``, ``stop``, the step before which it is
+to end as if killed, or ``load``, checkpoints to read under its layout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -43,17 +44,30 @@ SHAPE = XverseConfig(
     num_attention_heads=4,
     initializer_range=0.1,
 )
+# What XVERSE's relatives have: shared key heads of another size, biases, normed heads, a tied head.
+FAMILY = dataclasses.replace(
+    SHAPE,
+    model_type="llama",
+    num_key_value_heads=2,
+    head_dim=16,
+    attention_bias=True,
+    output_bias=True,
+    qk_norm=True,
+    norm_in_float32=False,
+)
+SHAPES = {"xverse": SHAPE, "family": FAMILY, "tied": dataclasses.replace(FAMILY, tie_word_embeddings=True)}
 BASE: dict[str, Any] = {
-    "steps": 20,
+    "steps": 10,
     "batch_size": 8,
     "learning_rate": 1e-3,
-    "warmup_steps": 5,
+    "warmup_steps": 3,
     "dtype": "float32",
     "grad_clip": 0.5,  # below every step's
     "z_loss": 1e-3,
-    "checkpoint_every": 10,
+    "checkpoint_every": 5,
     "keep_checkpoints": 9,
-    "validate_every": 10,
+    "validate_every": 5,
+    "preflight": "off",  # it takes longer than a run
 }
 
 
@@ -88,8 +102,8 @@ class HeldOut:
             yield batch(start, start + rows), 100
 
 
-def tiny_model() -> XverseForCausalLM:
-    model = XverseForCausalLM(SHAPE)
+def tiny_model(shape: XverseConfig = SHAPE) -> XverseForCausalLM:
+    model = XverseForCausalLM(shape)
     init_weights(model, seed=0)
     return model
 
@@ -97,8 +111,8 @@ def tiny_model() -> XverseForCausalLM:
 def train(job: dict[str, Any], world: World = ALONE) -> None:
     """Run a job, and write the whole model that came out to ``OUT/model.safetensors``."""
     config = TrainConfig(**{**BASE, **job["train"]})
-    alone = world.size == 1
-    model = tiny_model() if alone else empty_model(SHAPE)
+    alone, shape = world.size == 1, SHAPES[job.get("shape", "xverse")]
+    model = tiny_model(shape) if alone else empty_model(shape)
 
     def batch_at(first: int, stop: int) -> Batch:
         if "stop" in job and first >= config.sequences(job["stop"]):
@@ -112,7 +126,7 @@ def train(job: dict[str, Any], world: World = ALONE) -> None:
 
     out = Path(job["out"])
     try:
-        weights = None if alone else initial_weights(SHAPE, seed=0)
+        weights = None if alone else initial_weights(shape, seed=0)
         fit(model, batch_at, config, out, hooks=Hooks(validate=validate), world=world, weights=weights)
     except UserError as error:
         (out.parent / f"{out.name}.{world.rank}.error").write_text(str(error))
@@ -122,7 +136,7 @@ def train(job: dict[str, Any], world: World = ALONE) -> None:
             if "_finish" in thread.name:
                 thread.join()
         return
-    tensors = {name: tensor.detach() for name, tensor in whole(model, world).state_dict().items()}
+    tensors = {name: tensor.detach().clone() for name, tensor in whole(model, world).state_dict().items()}
     if world.rank == 0:
         save_file(tensors, out / "model.safetensors")
     world.wait()

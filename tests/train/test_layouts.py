@@ -40,6 +40,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+# (shape, layout) of two processes, with shapes of XVERSE's relatives
+FAMILY_LAYOUTS = [("tied", "FSDP"), ("tied", "TP"), ("tied", "CP"), ("family", "PP")]
+
+
 def job(name: str, out: Path, **more: Any) -> dict[str, Any]:
     return {"out": str(out), "train": {"parallel": "fsdp", **LAYOUTS[name][1]}, **more}
 
@@ -47,23 +51,30 @@ def job(name: str, out: Path, **more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of each layout by its name, the run ``one`` of a single process, and ``chain``,
-    begun by one process and taken over by one layout after another for two steps each. After that each layout
-    of other shards reads the checkpoints of step 10 of all of these."""
+    begun by one process and taken over by one layout after another for one step each. After that each layout
+    of other shards reads the checkpoints of step 5 of all of these."""
     folder = tmp_path_factory.mktemp("layouts")
-    chain, stop, often = folder / "chain", 2, {"checkpoint_every": 2, "validate_every": 0}
+    for shape in ("tied", "family"):
+        processes.train({"out": str(folder / shape), "train": {"steps": 4}, "shape": shape})
+    chain, stop, often = folder / "chain", 1, {"checkpoint_every": 1, "validate_every": 0}
     processes.train({"out": str(folder / "one"), "train": {}})
     processes.train({"out": str(chain), "train": often, "stop": stop})
     # DDP holds what one process holds, CP what FSDP does, and TP × CP what TP × FSDP does.
     others = [name for name in LAYOUTS if name not in ("DDP", "CP", "TP × CP")]
-    sources = [str(folder / name / "checkpoints" / "step-00000010") for name in ("one", *others)]
+    sources = [str(folder / name / "checkpoints" / "step-00000005") for name in ("one", *others)]
     phases: list[dict[str, Any]] = []
     for count in (2, 4):
         names = [name for name, (size, _) in LAYOUTS.items() if size == count]
         jobs = [job(name, folder / name) for name in names]
-        for name in names[count == 2 :]:  # HSDP stands for FSDP: nine layouts take eighteen steps
-            stop += 2
+        for name in names[count == 2 :]:  # HSDP covers FSDP: nine layouts take nine steps
+            stop += 1
             each = job(name, chain, stop=stop)
             jobs.append({**each, "train": {**each["train"], **often}})
+        if count == 2:
+            for shape, layout in FAMILY_LAYOUTS:
+                each = job(layout, folder / f"{shape} {layout}", shape=shape)
+                jobs.append({**each, "train": {**each["train"], "steps": 4}})
+            jobs.append(job("PP", folder / "tied PP", shape="tied"))
         phases.append({"processes": count, "jobs": jobs})
     for count in (4, 2):
         names = [name for name in others if LAYOUTS[name][0] == count]
@@ -98,7 +109,7 @@ def check(found: list[tuple[int, float, float]], expected: list[tuple[int, float
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(name: str, runs: Path) -> None:
     one = curve(runs / "one")
-    assert len(one) == 20
+    assert len(one) == 10
     assert all(norm > processes.BASE["grad_clip"] for _, _, norm in one)
     check(curve(runs / name), one)
     validations = [
@@ -116,6 +127,24 @@ def test_layout_equals_one_process(name: str, runs: Path) -> None:
         assert_close(tensor, expected[key], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("shape", "name"), FAMILY_LAYOUTS)
+def test_relatives_equal_one_process(shape: str, name: str, runs: Path) -> None:
+    one, out = runs / shape, runs / f"{shape} {name}"
+    assert len(curve(one)) == 4
+    check(curve(out), curve(one))
+    expected, found = (load_file(path / "model.safetensors") for path in (one, out))
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert_close(tensor, expected[key], atol=1e-4, rtol=0)
+    if shape == "tied":
+        assert found["lm_head.weight"].equal(found["model.embed_tokens.weight"])
+
+
+def test_a_tied_head_is_not_divided_among_stages(runs: Path) -> None:
+    for rank in (0, 1):
+        assert "tie_word_embeddings" in (runs / f"tied PP.{rank}.error").read_text()
+
+
 def test_checkpoints_go_from_layout_to_layout(runs: Path) -> None:
     """One after the other takes a run over, and the last one ends it. (That each reads the others' tensors
     exactly is asserted in the processes.)"""
@@ -124,10 +153,10 @@ def test_checkpoints_go_from_layout_to_layout(runs: Path) -> None:
 
 def test_each_process_writes_what_it_holds(runs: Path) -> None:
     for name, count in (("HSDP", 2), ("TP × FSDP", 4), ("PP × FSDP", 4)):  # of copies the first
-        files = list((runs / name / "checkpoints" / "step-00000020").glob("*.safetensors"))
+        files = list((runs / name / "checkpoints" / "step-00000010").glob("*.safetensors"))
         total = sum(file.stat().st_size for file in files)
         one = sum(
-            file.stat().st_size for file in (runs / "one" / "checkpoints/step-00000020").glob("*.safetensors")
+            file.stat().st_size for file in (runs / "one" / "checkpoints/step-00000010").glob("*.safetensors")
         )
         assert len(files) == count
         assert total < 1.1 * one, "nothing is written twice"

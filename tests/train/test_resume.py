@@ -253,7 +253,7 @@ def test_another_recipe_in_the_same_folder_is_refused_by_key(
     wider = {**tiny_shape, "hidden_size": 64}
     for override, said in (
         ("train.learning_rate=0.001", "learning_rate = 0.003, not 0.001"),
-        ("train.steps=3", "steps = 2, not 3"),
+        ("train.beta1=0.8", "beta1 = 0.9, not 0.8"),
         ("seed=7", "seed = 0, not 7"),
         ("mixture.weights={en: 1}", "mixture.en = "),
         (f"shape={wider}", "shape.hidden_size = 32, not 64"),  # not a complaint about tensors

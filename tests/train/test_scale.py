@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from benchmarks.studies import scale
 from xverse.data.feed import PretrainFeed
+from xverse.formats.parts import Index, Part, read_header
 from xverse.train.checkpoint import OwnPlan, _OwnFile
-from xverse.train.index import Index, Part, read_header
 from xverse.train.parallel import add_up
 
 RANKS = 1024

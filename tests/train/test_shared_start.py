@@ -14,6 +14,7 @@ from xverse.config import UserError
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.model import XverseConfig
+from xverse import files
 from xverse.train import TrainConfig, checkpoint, fit
 from xverse.train.materialise import empty_model, initial_weights
 from xverse.train.optimizer import make_optimizer
@@ -31,11 +32,11 @@ with world_of("fsdp") as world:
     model = empty_model(shape)
     weights = initial_weights(shape, 0)
     fit(model, feed.batch, config, out, world=world, weights=weights)
-    fingerprint, read_header = checkpoint._fingerprint, checkpoint.read_header
+    fingerprint, read_header = files.fingerprint, checkpoint.read_header
     read, headers = [], []
-    checkpoint._fingerprint = lambda path: (read.append(path.name), fingerprint(path))[1]
+    files.fingerprint = lambda path: (read.append(path.name), fingerprint(path))[1]
     checkpoint.read_header = lambda path: (headers.append(path.name), read_header(path))[1]
-    path, state = checkpoint.newest(out, world)
+    path, state = checkpoint.newest(checkpoint.kept(out), world)
     found["verified"] = [path.name, *read]
     world.wait()
     if world.rank == 0:
@@ -44,7 +45,7 @@ with world_of("fsdp") as world:
         data[-1] ^= 1
         file.write_bytes(data)
     world.wait()
-    path, state = checkpoint.newest(out, world)
+    path, state = checkpoint.newest(checkpoint.kept(out), world)
     found["after damage"] = path.name
     world.wait()
     replica = distribute(empty_model(shape), config, world, initial_weights(shape, 0))
@@ -56,7 +57,7 @@ with world_of("fsdp") as world:
         (path / "shard-00002-model-00001-of-00001.safetensors").unlink()
     world.wait()
     for name, call in (
-        ("newest", lambda: checkpoint.newest(out, world)),
+        ("newest", lambda: checkpoint.newest(checkpoint.kept(out), world)),
         ("load", lambda: checkpoint.load_checkpoint(path, state, replica.model, optimizer, world)),
     ):
         try:
@@ -85,4 +86,4 @@ def test_each_process_verifies_and_reads_its_share(
         assert found["newest"] == f"{step}: {reason}, and no earlier one is intact; delete it to start again"
         assert found["load"] == f"{step}: {reason}"
     assert (out / "checkpoints" / "damaged-step-00000004").is_dir()
-    assert said.count("has another SHA-256 than state.json records); going back to step-00000002") == 1
+    assert said.count("has another SHA-256 than was recorded); going back to step-00000002") == 1

@@ -1,12 +1,14 @@
-// Vercel's AI SDK with its provider for OpenAI-compatible servers: turns, streaming, a tool without output, objects.
-import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+// Vercel's AI SDK: turns, streaming, a tool without output, objects. With its provider for OpenAI, whose default is the
+// Responses API, where that is installed, else with the one for compatible servers.
 import { generateText, stepCountIs, streamText, tool, Output } from "ai";
 import { z } from "zod";
 import { QUESTION, URL, assert, run } from "./cases.mjs";
 
-const provider = createOpenAICompatible({
-  name: "xverse", baseURL: URL, apiKey: "none", supportsStructuredOutputs: true,
-});
+const options = { name: "xverse", baseURL: URL, apiKey: "none", supportsStructuredOutputs: true };
+const openai = await import("@ai-sdk/openai").catch(() => null);
+const provider = openai
+  ? openai.createOpenAI(options)
+  : (await import("@ai-sdk/openai-compatible")).createOpenAICompatible(options);
 const model = provider("nano");
 const common = { model, maxOutputTokens: 60, maxRetries: 0 };
 const Wall = z.object({ colour: z.enum(["red", "blue"]) });

@@ -1,13 +1,13 @@
-"""openai-agents over chat completions: a tool with an Enum that must be called, two turns, a typed result."""
+"""openai-agents over its default, the Responses API: a tool that must be called, turns, a typed result."""
 
 import enum
 
 from agents import (
     Agent,
     ModelSettings,
-    OpenAIChatCompletionsModel,
     Runner,
     function_tool,
+    set_default_openai_client,
     set_tracing_disabled,
 )
 from cases import QUESTION, URL, case, run
@@ -15,12 +15,7 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 set_tracing_disabled(True)
-
-
-def model():
-    return OpenAIChatCompletionsModel(
-        model="nano", openai_client=AsyncOpenAI(base_url=URL, api_key="none", max_retries=0)
-    )
+set_default_openai_client(AsyncOpenAI(base_url=URL, api_key="none", max_retries=0), use_for_tracing=False)
 
 
 class Colour(enum.Enum):
@@ -41,31 +36,33 @@ def paint(colour: Colour) -> str:
 @case
 async def turns():
     agent = Agent(
-        name="a", instructions="Be brief.", model=model(), model_settings=ModelSettings(max_tokens=30)
+        name="a", instructions="Be brief.", model="nano", model_settings=ModelSettings(max_tokens=30)
     )
     first = await Runner.run(agent, QUESTION)
     again = [*first.to_input_list(), {"role": "user", "content": "And yours?"}]
     assert (await Runner.run(agent, again)).final_output is not None
+    stored = await Runner.run(agent, "And yours?", previous_response_id=first.last_response_id)
+    assert stored.final_output is not None
 
 
 @case
 async def tools():
     settings = ModelSettings(max_tokens=60, tool_choice="required")
-    agent = Agent(name="a", model=model(), tools=[paint], model_settings=settings)
+    agent = Agent(name="a", model="nano", tools=[paint], model_settings=settings)
     found = await Runner.run(agent, "Paint it red.", max_turns=5)
     assert any(item.type == "tool_call_output_item" for item in found.new_items)
 
 
 @case
 async def streaming():
-    agent = Agent(name="a", model=model(), model_settings=ModelSettings(max_tokens=30))
+    agent = Agent(name="a", model="nano", model_settings=ModelSettings(max_tokens=30))
     result = Runner.run_streamed(agent, QUESTION)
     assert [event async for event in result.stream_events()]
 
 
 @case
 async def structured():
-    agent = Agent(name="a", model=model(), output_type=Wall, model_settings=ModelSettings(max_tokens=100))
+    agent = Agent(name="a", model="nano", output_type=Wall, model_settings=ModelSettings(max_tokens=100))
     assert isinstance((await Runner.run(agent, QUESTION)).final_output, Wall)
 
 

@@ -92,7 +92,7 @@ def _prepare(args: argparse.Namespace) -> int:
     need("datatrove", "data", "data prepare", load=False)
     need("zstandard", "data", "data prepare", load=False)
     from xverse.data.prepare.pipeline import PrepareRecipe, prepare
-    from xverse.data.prepare.report import first_of
+    from xverse.data.prepare.plan import first_of
 
     recipe = load(PrepareRecipe, args.recipe, args.overrides)
     report = prepare(recipe)

@@ -28,7 +28,10 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """The whole report as one JSON-ready mapping. Sizes in bytes, rates in bytes/s and FLOP/s."""
+    from xverse.kernels.bfloat16 import product_name, use_fast_products
     from xverse.kernels.native import kernel_name
+
+    use_fast_products()  # what is measured below is what models get
 
     cores = hardware.cores()
     device = compute_device()
@@ -46,6 +49,7 @@ def examine() -> dict[str, Any]:
             "last_level_cache": hardware.last_level_cache(),
         },
         "kernels": kernel_name(),
+        "bfloat16_products": product_name(),
         "device": str(device),
         "device_reason": describe(device),
         "memory": {"total": total, "available": available},
@@ -191,6 +195,7 @@ def render(report: dict[str, Any]) -> str:
         f"{cpu['cores_affinity']} by affinity{quota})",
         f"instructions   {' '.join(cpu['instruction_sets']) or 'unknown on this system'}",
         f"kernels        {KERNELS.get(report['kernels'], report['kernels'])}",
+        f"bfloat16       products {report['bfloat16_products']}",
         f"memory         {memory['total'] / 2**30:.1f} GiB{free}",
     ]
     for gpu in report["measured"]["gpus"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xverse.config import UserError
 from xverse.device import add_device
-from xverse.values import whole
+from xverse.values import positive, whole
 
 DEFAULT_TASKS = "mmlu,ceval,agieval,gaokao-bench,gaokao-english"
 
@@ -43,6 +43,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=whole(1), metavar="N", help="answer only the first N questions of each subject"
     )
     run.add_argument(
+        "--adaptive",
+        type=positive(25),
+        nargs="?",
+        const=1.5,
+        metavar="POINTS",
+        help="answer a random sample of each benchmark with a standard error of POINTS (default: 1.5)",
+    )
+    run.add_argument(
         "--split",
         metavar="S",
         help="split to answer, such as test or val (default: the benchmark's usual one)",
@@ -51,8 +59,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--backend",
         choices=["engine", "transformers"],
-        help="what runs the model (default: the engine for XVERSE, transformers for Baichuan, ChatGLM2, "
-        "Falcon, InternLM, Llama, MPT, Vicuna)",
+        help="what runs the model (default: the engine for XVERSE and the families that it runs, "
+        "transformers for every other causal language model)",
     )
     run.add_argument(
         "--kv-dtype",
@@ -109,6 +117,8 @@ def data_folder(path: str | None) -> Path:
 
 def _run(args: argparse.Namespace) -> int:
     shard = _shard(args.shard)
+    if args.adaptive is not None and (args.limit is not None or args.shard is not None):
+        raise UserError("--adaptive chooses the questions itself; omit --limit and --shard")
     from xverse.config import choose
     from xverse.data.benchmarks.custom import is_description
     from xverse.data.benchmarks.questions import Options
@@ -145,7 +155,7 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     if others and not isinstance(backend, EngineBackend):
-        raise UserError(f"{others[0]} needs an XVERSE model; others are scored on multiple choice only")
+        raise UserError(f"{others[0]} needs the engine; this model is scored on multiple choice only")
     settings = {
         "model": args.model,
         "quantize": args.quantize,
@@ -154,6 +164,7 @@ def _run(args: argparse.Namespace) -> int:
         "dtype": backend.dtype,
         "shots": args.shots,
         "limit": args.limit,
+        **({} if args.adaptive is None else {"adaptive": args.adaptive / 100}),
         "fix_none": args.fix_none,
         "texts": args.texts,
     }

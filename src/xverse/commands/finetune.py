@@ -12,6 +12,7 @@ from typing import Any
 from xverse.config import UserError, key_value, override, read_yaml
 from xverse.finetune.foreign_keys import foreign_keys
 from xverse.finetune.settings import ALIASES, DERIVED, Settings, read_settings
+from xverse.launcher import end_with_launcher
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("finetune: give a recipe or flags; xverse finetune --help lists them")
     settings = read_settings(values, args.recipe or "finetune", quiet=os.environ.get("RANK", "0") != "0")
 
+    end_with_launcher()  # before torch is imported, which takes seconds
     from xverse.finetune.run import run_finetuning
 
     target = run_finetuning(settings)

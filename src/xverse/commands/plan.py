@@ -16,7 +16,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         default="7b",
-        help="nano, mini, 7b, 13b, 13b-2, 65b, a config.json or a YAML file with its keys (default: 7b)",
+        help="nano, mini, 7b, 13b, 13b-2, 65b, a model directory, its config.json, or YAML with the same "
+        "keys (default: 7b)",
     )
     parser.add_argument(
         "--device", required=True, help="a100, a800, h100, h200, b200, or a YAML file that describes a device"
@@ -105,30 +106,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shape(name: str) -> XverseConfig:
-    """A shape by name, or that of a model's config.json or of a YAML file with its keys."""
-    import dataclasses
-    import json
-
+    """A shape by name, or that of a model's directory or config.json, or of a YAML file with its keys."""
     from xverse.config import UserError, build, read_yaml
-    from xverse.model.config import XverseConfig, named_shape
-    from xverse.model.families import family_fields
+    from xverse.model.config import SHAPES, XverseConfig, named_shape
+    from xverse.texts import read_json
 
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name not in SHAPES and (path / "config.json").is_file():
         path = path / "config.json"
     if path.suffix in (".yaml", ".yml"):
         return build(XverseConfig, read_yaml(path), str(path))
     if path.suffix != ".json":
         return named_shape(name)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected an object")
-    known = {field.name for field in dataclasses.fields(XverseConfig)}  # a model's file has other keys, too
-    fields = {key: value for key, value in family_fields(values, str(path)).items() if key in known}
-    return build(XverseConfig, fields, str(path))
+        raise UserError(f"{path}: expected a JSON object")
+    return XverseConfig.from_json(values, str(path))
 
 
 def _times(value: float | None, unit: float) -> float | None:

@@ -25,6 +25,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from xverse.config import load
+    from xverse.launcher import end_with_launcher
+
+    end_with_launcher()  # before torch is imported, which takes seconds
     from xverse.train import PretrainRecipe, pretrain
 
     recipe = load(PretrainRecipe, args.recipe, args.overrides)

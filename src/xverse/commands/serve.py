@@ -1,4 +1,4 @@
-"""``xverse serve``: OpenAI's API over HTTP."""
+"""``xverse serve``: OpenAI's, Anthropic's and Ollama's APIs over HTTP."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ from xverse.device import add_device
 if TYPE_CHECKING:
     import socket
 
+    from xverse.serve.start import ServiceSettings
+
 HOST, PORT = "127.0.0.1", 36000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_service_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the model, its engine and the defaults of requests."""
+
     def add(name: str, text: str, **options: Any) -> None:
         parser.add_argument(name, help=text, **options)
 
@@ -34,6 +38,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", "directory with a tokenizer to use instead of the model's", metavar="T")
     add("--adapter", "directory with an adapter in peft's format", metavar="A")
     add("--quantize", "quantise the weights while loading", choices=["int8", "int4"])
+    add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")
+    add("--max-waiting", "requests that may wait (%(default)s)", type=_count, default=256, metavar="N")
+    text = "capacity of the key-value cache in tokens (default: by the free memory)"
+    add("--max-cache-tokens", text, type=values.whole(32), metavar="N")
+    text = "part of the cache in MiB that keeps the beginnings of earlier prompts (%(default)s); 0: none"
+    add("--prefix-cache-mb", text, type=values.whole(0, 1 << 24), default=2048, metavar="MB")
+    text = "data type of the key-value cache; auto: the model's"
+    add("--kv-dtype", text, choices=["auto", "int8"], default="auto")
+    add("--speculate", "speculative decoding: propose tokens by n-gram lookup", action="store_true")
+    text = "time limit of a reply in seconds (%(default)g)"
+    add("--timeout", text, type=values.positive(1e7), default=600.0, metavar="S")
+    text = "CPU threads (default: chosen by the model's size)"
+    add("--threads", text, type=values.whole(1, 1024), metavar="N")
+    add_device(parser)
+    add_sampling_flags(parser, "Defaults for requests that do not set a parameter")
+
+
+def service_settings(args: argparse.Namespace, sampling: dict[str, Any]) -> ServiceSettings:
+    from xverse.serve.start import ServiceSettings
+
+    names = {field.name for field in dataclasses.fields(ServiceSettings)} & vars(args).keys()
+    return ServiceSettings(**{name: getattr(args, name) for name in names}, sampling=sampling)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, text: str, **options: Any) -> None:
+        parser.add_argument(name, help=text, **options)
+
     host = values.host_name
     add("--host", f"address to listen on ({HOST})", type=host, metavar="H")
     add("--port", f"port to listen on ({PORT}); 0: any free", type=values.whole(0, 65535), metavar="P")
@@ -52,26 +84,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--allowed-origin", text, type=_origin, action="append", metavar="O")
     text = "tab that the web page opens with (chat); none: no web page"
     add("--page", text, choices=["chat", "generation", "none"], default="chat")
-    add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")
-    add("--max-waiting", "requests that may wait (%(default)s)", type=_count, default=256, metavar="N")
-    text = "capacity of the key-value cache in tokens (default: by the free memory)"
-    add("--max-cache-tokens", text, type=values.whole(32), metavar="N")
-    text = "part of the cache in MiB that keeps the beginnings of earlier prompts (%(default)s); 0: none"
-    add("--prefix-cache-mb", text, type=values.whole(0, 1 << 24), default=2048, metavar="MB")
-    text = "data type of the key-value cache; auto: the model's"
-    add("--kv-dtype", text, choices=["auto", "int8"], default="auto")
-    add("--speculate", "speculative decoding: propose tokens by n-gram lookup", action="store_true")
-    text = "time limit of a reply in seconds (%(default)g)"
-    add("--timeout", text, type=values.positive(1e7), default=600.0, metavar="S")
     text = "size limit of a request body in MB (%(default)g)"
     add("--max-body-mb", text, type=values.positive(1000), default=4.0, metavar="MB")
-    text = "CPU threads (default: chosen by the model's size)"
-    add("--threads", text, type=values.whole(1, 1024), metavar="N")
-    add_device(parser)
     log = parser.add_mutually_exclusive_group()
     log.add_argument("--no-access-log", help="write no log line per request to stderr", action="store_true")
     log.add_argument("--log-contents", help="include requests and replies in the log", action="store_true")
-    add_sampling_flags(parser, "Defaults for requests that do not set a parameter")
+    add_service_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     from xverse.serve.connections import protocol
     from xverse.serve.guard import Guard
     from xverse.serve.server import Server, check_certificate
-    from xverse.serve.start import ServiceSettings, describe, load_service
+    from xverse.serve.start import describe, load_service
 
     if args.tls_cert is not None:
         check_certificate(args.tls_cert, args.tls_key)
@@ -108,8 +126,7 @@ def run(args: argparse.Namespace) -> int:
     if hasattr(signal, "SIGHUP") and not os.isatty(0):  # not to end here; announce reads the keys again
         signal.signal(signal.SIGHUP, lambda number, frame: None)
     with _listener(args) as listener:
-        names = {field.name for field in dataclasses.fields(ServiceSettings)} & vars(args).keys()
-        settings = ServiceSettings(**{name: getattr(args, name) for name in names}, sampling=sampling)
+        settings = service_settings(args, sampling)
         service = load_service(settings)
         root = args.root_path or ""
         app: Any = Guard(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from xverse.data.packing import RUN, RUNS, PackedSequence, StreamPacker
 from xverse.data.shards import Shard
 from xverse.model import IGNORE
 from xverse.tokenizer import Tokenizer
+from xverse.tokenizer.general import load_tokenizer_of
 
 T = TypeVar("T")
 
@@ -70,7 +72,7 @@ class PretrainFeed:
             raise UserError(
                 f"{self.folder}: not a prepared folder (no train/ in it); run xverse data prepare first"
             )
-        self.tokenizer = Tokenizer.load(self.folder / "tokenizer")
+        self.tokenizer = load_tokenizer_of(self.folder / "tokenizer")
         self.train = self._open("train")
         self.valid = self._open("valid")
         if not self.train:
@@ -148,10 +150,11 @@ class PretrainFeed:
         following = shard.tokens[start + 1 : stop + 1]
         targets[: len(following)] = following
         places = np.arange(start, start + self.length)
-        document = np.searchsorted(shard.offsets, places, side="right") - 1  # padding is after the last one
-        ends = shard.offsets[1:][(shard.offsets[1:] > start) & (shard.offsets[1:] <= stop)]
+        first = bisect.bisect_right(shard.offsets, start)
+        ends = shard.offsets[first : bisect.bisect_right(shard.offsets, stop, first)]
         targets[ends - 1 - start] = IGNORE
-        return PackedSequence(tokens, targets, (document - document[0]).astype(np.int32))
+        document = np.searchsorted(ends, places, side="right")  # padding is after the last one
+        return PackedSequence(tokens, targets, document.astype(np.int32))
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:

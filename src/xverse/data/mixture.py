@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -29,12 +29,14 @@ class Shares:
     shares of languages within every category that has any of them. ``*`` means all others. Without shares,
     sources are drawn in proportion to size ** ``temperature`` (default 1: by size; 0: equally), and so is the
     share of ``*`` divided. Given shares must sum to 1 or to 100. Sources that no key covers are not drawn.
+    With ``allow_absent``, names that the data lacks are left out, and the others share what they had.
     """
 
     weights: dict[str, float] | None = None
     temperature: float | None = None
     categories: dict[str, float] | None = None
     languages: dict[str, float] | None = None
+    allow_absent: bool = False
 
     def resolve(self, sizes: Mapping[str, int], kinds: Kinds | None = None) -> dict[str, float]:
         """The weight of every source in ``sizes``; ``kinds``: (category, language) of each.
@@ -46,26 +48,40 @@ class Shares:
             raise UserError(f"mixture: temperature {power} is not between 0 and 1")
         scaled = {name: float(size) ** power for name, size in sizes.items()}
         if self.categories is None and self.languages is None:
-            return _divide(self.weights, {name: name for name in sizes}, scaled, "source")
+            weights = self._present(self.weights, sizes, "source")
+            return _divide(weights, {name: name for name in sizes}, scaled, "source")
         if self.weights is not None:
             raise UserError("mixture: give either weights, or categories and languages")
         kinds = kinds or {name: ("text", name) for name in sizes}
         category = {name: kinds[name][0] for name in sizes}
         language = {name: kinds[name][1] for name in sizes}
-        if self.languages is not None:
-            check_weights(self.languages, [*language.values(), OTHERS], "language", summing=True)
+        languages = self._present(self.languages, language.values(), "language")
+        if languages is not None:
+            check_weights(languages, [*language.values(), OTHERS], "language", summing=True)
             for group in set(category.values()):
                 mine = {name: scaled[name] for name in sizes if category[name] == group}
                 # A category without any of the named languages, such as code, is divided by size.
-                if OTHERS in self.languages or any(language[name] in self.languages for name in mine):
-                    named = {language[name]: self.languages.get(language[name], 0.0) for name in mine}
-                    named = {key: value for key, value in named.items() if key in self.languages}
-                    rest = self.languages.get(OTHERS, 0.0)
+                if OTHERS in languages or any(language[name] in languages for name in mine):
+                    named = {language[name]: languages.get(language[name], 0.0) for name in mine}
+                    named = {key: value for key, value in named.items() if key in languages}
+                    rest = languages.get(OTHERS, 0.0)
                     if rest or any(named.values()):
                         scaled |= _divide({**named, OTHERS: rest}, language, mine, "language", summing=False)
                     else:
                         scaled |= dict.fromkeys(mine, 0.0)
-        return _divide(self.categories, category, scaled, "category")
+        categories = self._present(self.categories, category.values(), "category")
+        return _divide(categories, category, scaled, "category")
+
+    def _present(
+        self, shares: Mapping[str, float] | None, known: Collection[str], what: str
+    ) -> Mapping[str, float] | None:
+        """The shares of names that the data has, with the sum of all; raises UserError if there are none."""
+        if shares is None or not self.allow_absent:
+            return shares
+        left = {name: share for name, share in shares.items() if name in known or name == OTHERS}
+        if not sum(left.values()):
+            raise UserError(f"mixture: the data has none of the {what} names given ({', '.join(shares)})")
+        return {name: share * sum(shares.values()) / sum(left.values()) for name, share in left.items()}
 
 
 @dataclass
@@ -198,7 +214,10 @@ def check_weights(
     for name, weight in weights.items():
         if name not in known:
             hint = nearest(name, known) or f" (the data has {', '.join(sorted(set(known) - {OTHERS}))})"
-            raise UserError(f"mixture: unknown {what} '{name}'{hint}")
+            raise UserError(
+                f"mixture: unknown {what} '{name}'{hint}; remove it, or set allow_absent: true in the "
+                "mixture, which divides the shares of absent names among the others"
+            )
         if not 0 <= weight < float("inf"):
             raise UserError(f"mixture: the weight of '{name}' is {weight}; weights must not be negative")
     total = sum(weights.values())

@@ -85,7 +85,7 @@ class StreamPacker:
         if self.blocks == 1:
             return np.arange(count), np.array([self.tokens_per_epoch])
         order = random_order(count, "runs", self.seed, self.shard.name, epoch)
-        bounds = np.append(self.shard.offsets[: -1 : self._run], self.shard.offsets[-1])  # [runs + 1]
+        bounds = np.append(self.shard.offsets[0 : len(self.shard) : self._run], self.tokens_per_epoch)
         tokens = np.diff(bounds)[order]
         return order, np.cumsum(np.add.reduceat(tokens, np.arange(0, count, self._runs)))
 

@@ -13,22 +13,23 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from xverse.config import UserError
 from xverse.device import guard
 from xverse.engine.cache import PagedCache, RaggedContext, position_bytes
 from xverse.engine.choosing import NOT_FINITE, Row, choose_rows
-from xverse.engine.graphs import DecodeGraphs, recorded
+from xverse.engine.graphs import recorded
 from xverse.engine.prefix import PrefixCache
-from xverse.engine.request import Event, Request, Stats, TokenLogprob
+from xverse.engine.request import Event, Pooling, Request, Stats, TokenLogprob
 from xverse.engine.sampling import Adjustment, Dice, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
-from xverse.engine.scoring import Scores, ScoringItem, score_prompt
+from xverse.engine.scoring import Scores, ScoringItem, pool, score_prompt
 from xverse.engine.sequence import Prompted, Sequence
 from xverse.engine.sizing import capacity, step_bytes
 from xverse.engine.speculation import Speculation, Speculator, propose_forced
 from xverse.engine.stop import StopText
-from xverse.kernels.fused_step import FusedStep, fused_step
+from xverse.kernels.fused_step import fused_step
 from xverse.kernels.inference import use_kernels
 from xverse.kernels.paged_attention import page_size
 from xverse.model.transformer import XverseForCausalLM
@@ -113,12 +114,6 @@ class Engine:
         self._undelivered: list[Event] = []
         self._next_handle = 0
 
-    def _make_fused_step(self) -> FusedStep | DecodeGraphs | None:
-        """The fast path for steps of a few tokens, if this device has one."""
-        if self.device.type == "cpu":
-            return fused_step(self.model, self._cache.layers)
-        return recorded(self.model, self._cache)
-
     def _make_speculator(self, speculation: Speculation, token_bytes: int) -> Speculator:
         return Speculator(
             speculation,
@@ -153,10 +148,7 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its handle. Raises UserError for a request that cannot run."""
-        prompted = None
-        if request.prompt_logprobs is not None:
-            prompted = Prompted(start=1, alternatives=request.prompt_logprobs)
-        return self._enqueue(request, prompted)
+        return self._enqueue(request, Prompted.of(request))
 
     def cancel(self, handle: int) -> bool:
         """Drop a request; it produces no further events. False if it is unknown or has ended."""
@@ -233,6 +225,17 @@ class Engine:
             [(sum(logprobs), likeliest) for logprobs, likeliest in zip(*pair, strict=True)]
             for pair in zip(scores.results, scores.likeliest, strict=True)
         ]
+
+    def embed(self, prompts: Many[Many[int]], pooling: Pooling = "mean") -> list[list[float]]:
+        """Embeddings of prompts, given as ids: the mean of their tokens' last hidden states, or the last
+        token's, of unit length [D]. Raises UserError for a prompt that exceeds the context."""
+        results: list[list[float]] = []
+        for ids in prompts:
+            for event in self.stream(Request(prompt_ids=ids, pooling=pooling, generate=False)):
+                if event.embedding is None:
+                    raise UserError(f"prompt {len(results)}: {event.error}")
+                results.append(event.embedding)
+        return results
 
     def _scores(self, scores: Scores) -> Scores:
         try:
@@ -428,13 +431,18 @@ class Engine:
             event.text += rest
             if stopped:
                 event.finish_reason = "stop"
+        event.stop_text = sequence.stop.found
         return event
 
     def _score(self, item: Work, hidden: Tensor) -> list[Event]:
-        """Record the log-probabilities of a prompt chunk from its ``hidden`` states [T, D]."""
+        """Record what is asked for of a prompt chunk, from its ``hidden`` states [T, D]."""
         sequence = item.sequence
-        assert sequence.prompted is not None
-        finite = score_prompt(sequence.prompted, sequence.tokens, sequence.computed, hidden, self._logits)
+        prompted = sequence.prompted
+        assert prompted is not None
+        if prompted.pooling is not None:
+            finite = pool(prompted, hidden)
+        else:
+            finite = score_prompt(prompted, sequence.tokens, sequence.computed, hidden, self._logits)
         if not finite:
             return [self._failed(sequence, _NOT_FINITE)]
         if sequence.computed + item.count < len(sequence.tokens):
@@ -449,8 +457,12 @@ class Engine:
 
     @staticmethod
     def _report(sequence: Sequence, event: Event) -> None:
-        assert sequence.prompted is not None
-        event.prompt_logprobs = sequence.prompted.logprobs
+        prompted = sequence.prompted
+        assert prompted is not None
+        if prompted.state is not None:
+            event.embedding = normalize(prompted.state, dim=0).tolist()
+        else:
+            event.prompt_logprobs = prompted.logprobs
         sequence.reported = True
 
     @staticmethod

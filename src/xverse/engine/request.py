@@ -13,6 +13,7 @@ from xverse.engine.sampling_params import SamplingParams
 
 # "stop": a stop id or stop text; "length": max_new_tokens or the context; "error": this request failed.
 FinishReason = Literal["stop", "length", "error"]
+Pooling = Literal["mean", "last"]
 MOST_ALTERNATIVES = 20  # as many as OpenAI's API reports per token
 
 
@@ -41,7 +42,9 @@ class Request:
 
     ``logprobs``: how many of the most probable tokens to report with each chosen one, with their
     log-probabilities; None reports none, not even the chosen one's. ``prompt_logprobs``: the same for the
-    prompt's tokens, in the first event. Without ``generate`` the request computes only these.
+    prompt's tokens from index ``prompt_start`` on, in the first event. ``pooling``: compute an embedding of
+    the prompt instead of a reply, from the mean of its tokens' last hidden states or from the last token's.
+    Without ``generate`` the request computes only these.
     ``skip_special``: the reply's text omits special tokens.
     """
 
@@ -50,6 +53,8 @@ class Request:
     stop_ids: Sequence[int] = (3,)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_start: int = 1
+    pooling: Pooling | None = None
     constraint: Constraint | None = None
     generate: bool = True
     skip_special: bool = True
@@ -61,7 +66,9 @@ class Request:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 0 <= value <= MOST_ALTERNATIVES):
                 raise UserError(f"{name}: {value!r} is out of range (0 to {MOST_ALTERNATIVES})")
-        assert self.generate or self.prompt_logprobs is not None, "nothing to compute"
+        assert 1 <= self.prompt_start <= len(self.prompt_ids), "prompt_start"
+        assert not (self.pooling and (self.generate or self.prompt_logprobs is not None)), "pooling"
+        assert self.generate or self.pooling or self.prompt_logprobs is not None, "nothing to compute"
 
     @property
     def max_new_tokens(self) -> int:
@@ -83,9 +90,10 @@ class Event:
 
     ``text`` may be empty while a character or a possible stop text is incomplete; the texts of a request
     joined are its reply, without stop ids and stop texts. The last event has a ``finish_reason``; if that is
-    "error", ``error`` is the message and there is no token. ``cached_tokens`` of the prompt were found in the
-    prefix cache. ``logprob`` is set if the request asks for it; the first event carries ``prompt_logprobs``,
-    one for each prompt token from the second on.
+    "error", ``error`` is the message and there is no token. ``stop_text`` is the stop text that ended the
+    reply. ``cached_tokens`` of the prompt were found in the prefix cache. ``logprob`` is set if the request
+    asks for it; the first event carries ``prompt_logprobs``, one for each prompt token from ``prompt_start``
+    on, or the ``embedding`` of unit length.
     """
 
     handle: int
@@ -96,6 +104,8 @@ class Event:
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+    stop_text: str | None = None
+    embedding: list[float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,7 +151,7 @@ class Scheduler:
         self.preemptions += 1
         self.retire(sequence)
         if sequence.prompted is not None and sequence.scoring:
-            sequence.prompted.logprobs.clear()
+            sequence.prompted.reset()
         self.waiting.appendleft(sequence)
 
     def _leave(self, sequence: Sequence) -> None:

@@ -1,4 +1,5 @@
-"""Log-probabilities of given text: of a prompt's tokens, and of continuations of it."""
+"""What a prompt's hidden states give without generating: log-probabilities of its tokens and of continuations
+of it, and its embedding."""
 
 from __future__ import annotations
 
@@ -55,6 +56,16 @@ def score_prompt(
             if not all(value <= 0 for value in prompted.final_logprobs):
                 return False
     return True
+
+
+def pool(prompted: Prompted, hidden: Tensor) -> bool:
+    """Add ``hidden`` states [T, D] of a prompt's next tokens to its embedding; returns if it is finite."""
+    if prompted.pooling == "last":
+        prompted.state = hidden[-1].float()
+    else:  # the sum: its direction is the mean's
+        total = hidden.float().sum(dim=0)
+        prompted.state = total if prompted.state is None else prompted.state + total
+    return bool(prompted.state.isfinite().all())
 
 
 class Scores:

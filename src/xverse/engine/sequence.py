@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from xverse.engine.cache import SequenceCache
 from xverse.engine.prefix import extend_digests
-from xverse.engine.request import Request, TokenLogprob
+from xverse.engine.request import Pooling, Request, TokenLogprob
 from xverse.engine.sampling import Adjustment, Dice, Key
 from xverse.engine.stop import StopText
 from xverse.tokenizer import StreamDecoder
@@ -14,7 +16,8 @@ from xverse.tokenizer import StreamDecoder
 
 @dataclass(eq=False)
 class Prompted:
-    """Log-probabilities of a prompt's tokens from index ``start`` on, and of ``finals`` after its last."""
+    """Log-probabilities of a prompt's tokens from index ``start`` on, and of ``finals`` after its last; or
+    with ``pooling`` its embedding, of which ``state`` is the part that is computed, float32 [D]."""
 
     start: int
     alternatives: int = 0
@@ -22,6 +25,23 @@ class Prompted:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     final_logprobs: list[float] = field(default_factory=list)
     final_best: int = -1  # the most probable token at their position
+    pooling: Pooling | None = None
+    state: Tensor | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> Prompted | None:
+        """What a request asks for of its prompt."""
+        if request.pooling is not None:
+            start = len(request.prompt_ids) if request.pooling == "last" else 1
+            return cls(start=start, pooling=request.pooling)
+        if request.prompt_logprobs is not None:
+            return cls(start=request.prompt_start, alternatives=request.prompt_logprobs)
+        return None
+
+    def reset(self) -> None:
+        """Forget what was computed, because the prompt will be computed again."""
+        self.logprobs.clear()
+        self.state = None
 
 
 @dataclass(eq=False, slots=True)

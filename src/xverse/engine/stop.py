@@ -14,16 +14,18 @@ class StopText:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._held = ""
+        self.found: str | None = None  # the one that occurred
 
     def push(self, piece: str) -> tuple[str, bool]:
         """The text that is now certain, and whether a stop text occurred; after that, do not push again."""
         if not self._stop:
             return piece, False
         text = self._held + piece
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
             self._held = ""
-            return text[: min(ends)[1]], True
+            _, at, self.found = min(ends)
+            return text[:at], True
         keep = max(self._partial(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

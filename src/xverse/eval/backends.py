@@ -14,9 +14,11 @@ from xverse.config import UserError
 from xverse.device import compute_device, weights_dtype
 from xverse.engine import Engine
 from xverse.engine.load import load_engine
+from xverse.eval.any_model import load_any
 from xverse.eval.scoring import ScoreItem
 from xverse.formats import ModelDirectory
 from xverse.model.config import FLOAT32_BELOW
+from xverse.model.families import FAMILIES
 
 _LEAST_SHARED = 16  # tokens; less is not worth a cache
 
@@ -78,35 +80,28 @@ class TransformersBackend:
     def load(
         cls, model: str | ModelDirectory, *, threads: int | None = None, device: str = "auto"
     ) -> TransformersBackend:
-        """Load XVERSE in this project's transformers class, or another model of the published tables in that
-        of transformers, on ``device``. Raises UserError where that is not possible."""
+        """Load XVERSE in this project's transformers class, or any causal language model of transformers, on
+        ``device``. Raises UserError where that is not possible."""
         chosen = compute_device(device)
         if threads is not None:
             torch.set_num_threads(threads)
         directory = ModelDirectory.named(model)
+        if not directory.path.is_dir():
+            raise UserError(f"{directory}: --backend transformers needs a directory; omit it")
+        loaded: Any
         if directory.model_type == "xverse":
             from xverse.hf import XverseForCausalLM
 
             tokenizer, config = directory.tokenizer, directory.config
-            xverse: Any = XverseForCausalLM.from_pretrained(
-                directory.path, dtype=_dtype(config.num_parameters(), chosen)
+            loaded = XverseForCausalLM.from_pretrained(
+                directory.plain_path, dtype=_dtype(config.num_parameters(), chosen)
             )
-            placed = xverse.eval().to(chosen)
-            return cls(placed, tokenizer.encode, name=directory.name, context=config.context_length)
-        from xverse.formats.foreign import load_foreign
-
-        foreign = load_foreign(directory)
-        parameters = sum(parameter.numel() for parameter in foreign.model.parameters())
-        loaded: Any = foreign.model
-        loaded = loaded.to(_dtype(parameters, chosen) or loaded.dtype)
-        first, encode = list(foreign.tokenizer.bos_ids), foreign.tokenizer.encode
-        context = _context(loaded.config)
-        return cls(
-            loaded.eval().to(chosen),
-            lambda text: [*first, *encode(text)],
-            name=directory.name,
-            context=context,
-        )
+            encode, context = tokenizer.encode, config.context_length
+        else:
+            loaded, encode, context = load_any(directory)
+            parameters = sum(parameter.numel() for parameter in loaded.parameters())
+            loaded = loaded.to(_dtype(parameters, chosen) or loaded.dtype)
+        return cls(loaded.eval().to(chosen), encode, name=directory.name, context=context)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
@@ -199,9 +194,9 @@ def load_backend(
     kv_dtype: str,
     device: str = "auto",
 ) -> EngineBackend | TransformersBackend:
-    """``which``: ``engine`` or ``transformers``; None: the engine for XVERSE, transformers for others."""
+    """``which``: ``engine`` or ``transformers``; None: the engine for models that it runs."""
     directory = ModelDirectory.named(model)
-    which = which or ("engine" if directory.model_type == "xverse" else "transformers")
+    which = which or ("engine" if _runs_in_engine(directory) else "transformers")
     if which == "engine":
         return EngineBackend.load(
             directory, quantize=quantize, threads=threads, kv_dtype=kv_dtype, device=device
@@ -216,12 +211,14 @@ def _dtype(parameters: int, device: torch.device) -> torch.dtype | None:
     return weights_dtype(device) or (torch.float32 if parameters < FLOAT32_BELOW else None)
 
 
-def _context(config: Any) -> int:
-    """The context length, for which configs have several names."""
-    for name in ("max_position_embeddings", "seq_length", "max_seq_len"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    raise UserError("config.json does not give the model's context length")
+def _runs_in_engine(directory: ModelDirectory) -> bool:
+    """Whether the model is XVERSE, a GGUF file, or of a family and with features that the engine has."""
+    if directory.model_type == "xverse" or not directory.path.is_dir():
+        return True
+    try:
+        return bool(directory.config) and directory.model_type in FAMILIES
+    except UserError:
+        return False
 
 
 def _common(rows: Sequence[list[int]]) -> int:

@@ -53,11 +53,29 @@ def generate(
     stop: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """The greedy continuation of every prompt up to, and without, a stop string or stop id.
+    """The text of ``generate_replies``."""
+    replies = generate_replies(
+        engine, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, stop=stop, progress=progress
+    )
+    return [text for text, _ in replies]
+
+
+def generate_replies(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    stop: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[str, str]]:
+    """The greedy continuation of every prompt up to, and without, a stop string or stop id, and why it ended:
+    "stop", or "length" if it was cut off.
 
     Raises UserError for a prompt that leaves no room for a reply.
     """
     texts = ["" for _ in prompts]
+    reasons = ["" for _ in prompts]
     room = engine.context_length
     handles = {}
     for index, ids in enumerate(prompts):
@@ -74,8 +92,9 @@ def generate(
             texts[index] += event.text
             if event.finish_reason is not None:
                 assert event.error is None, event.error
+                reasons[index] = event.finish_reason
                 del handles[event.handle]
                 done += 1
                 if progress is not None:
                     progress(done, len(prompts))
-    return texts
+    return list(zip(texts, reasons, strict=True))

@@ -12,8 +12,9 @@ from typing import Any
 
 from xverse.config import UserError, need
 from xverse.eval import published, store
+from xverse.eval.adaptive import estimate, needed
 from xverse.eval.benchmarks import BENCHMARKS
-from xverse.eval.statistics import Score, score
+from xverse.eval.statistics import Score, calibration_error, score
 from xverse.files import atomic_file
 from xverse.texts import read_json
 
@@ -54,7 +55,13 @@ def read(folder: Path) -> Evaluation:
 def scores(evaluation: Evaluation, task: str, category: str | None = None) -> Score:
     """The score of a task, or of one of its categories; nan if nothing was scored."""
     average = BENCHMARKS[task].average if task in BENCHMARKS else evaluation.settings["average"][task]
-    return score(_right(evaluation, task, category), average)
+    right, error = _right(evaluation, task, category), evaluation.settings.get("adaptive")
+    right = {subject: answers for subject, answers in right.items() if answers}
+    if error is None or not right:
+        return score(right, average)
+    counts = evaluation.settings["counts"][task]
+    sizes = {name: counts[name] for name in right}
+    return estimate(right, sizes, average, needed(sum(counts.values()), error))
 
 
 def _right(evaluation: Evaluation, task: str, category: str | None = None) -> dict[str, list[bool]]:
@@ -90,6 +97,7 @@ def as_json(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
                 "tasks": {
                     task: {
                         **_plain(scores(run, task)),
+                        "calibration_error": calibration(run, task),
                         "categories": {
                             name: _plain(scores(run, task, name))
                             for name in sorted(set(run.settings["categories"].get(task, {}).values()))
@@ -158,6 +166,7 @@ def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
         yield from _table(["model", "type", *published.CATEGORY_COLUMNS], rows)
         yield ""
     yield from _precisions(evaluations)
+    yield from _calibrations(evaluations, [*tasks, *others])
     for name in sorted({name for run in evaluations for name in run.tasks}):
         yield from _figures([run for run in evaluations if name in run.tasks], name)
     yield "## How it was measured\n"
@@ -224,6 +233,29 @@ def _precisions(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     yield "\nKL divergence from the unquantised probabilities of the letters: nats, mean over questions.\n"
 
 
+def calibration(evaluation: Evaluation, task: str) -> float | None:
+    """The expected calibration error of the letters' probabilities; None if nothing was scored."""
+    rows = [row for rows in evaluation.answers[task].values() for row in rows if row["answer"] is not None]
+    if not rows:
+        return None
+    confidences = [math.exp(_normal(row["logprobs"])[row["prediction"]]) for row in rows]
+    return calibration_error(confidences, [row["prediction"] == row["answer"] for row in rows])
+
+
+def _calibrations(evaluations: Sequence[Evaluation], tasks: Sequence[str]) -> Iterator[str]:
+    if not tasks:
+        return
+    yield "## Calibration\n"
+    yield "| model | " + " | ".join(tasks) + " |"
+    yield "|---|" + ":---:|" * len(tasks)
+    for run in evaluations:
+        errors = [calibration(run, task) if task in run.answers else None for task in tasks]
+        cells = ["–" if error is None else f"{error:.3f}" for error in errors]
+        yield f"| {run.name} | {' | '.join(cells)} |"
+    yield "\nExpected calibration error: the distance between the likeliest letter's probability among the "
+    yield "letters and the accuracy, in ten bins of equal width.\n"
+
+
 def agreement(reference: Evaluation, other: Evaluation, task: str) -> tuple[float, float]:
     """Share of equal predictions, and the mean KL(reference ‖ other) of the letters' probabilities."""
     mine = {(row["subject"], row["id"]): row for rows in other.answers[task].values() for row in rows}
@@ -239,13 +271,15 @@ def agreement(reference: Evaluation, other: Evaluation, task: str) -> tuple[floa
     return same, sum(_divergence(one["logprobs"], two["logprobs"]) for one, two in pairs) / len(pairs)
 
 
-def _divergence(one: dict[str, float], other: dict[str, float]) -> float:
-    def normal(values: dict[str, float]) -> dict[str, float]:
-        top = max(values.values())
-        total = top + math.log(sum(math.exp(value - top) for value in values.values()))
-        return {letter: value - total for letter, value in values.items()}
+def _normal(values: dict[str, float]) -> dict[str, float]:
+    """Log-probabilities among the letters."""
+    top = max(values.values())
+    total = top + math.log(sum(math.exp(value - top) for value in values.values()))
+    return {letter: value - total for letter, value in values.items()}
 
-    p, q = normal(one), normal(other)
+
+def _divergence(one: dict[str, float], other: dict[str, float]) -> float:
+    p, q = _normal(one), _normal(other)
     return sum(math.exp(p[letter]) * (p[letter] - q[letter]) for letter in p)
 
 

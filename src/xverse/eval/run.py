@@ -12,7 +12,9 @@ from xverse import hardware, log
 from xverse.config import UserError, choose
 from xverse.data.benchmarks.custom import is_description
 from xverse.data.benchmarks.questions import Options, QuestionReader, Subject
+from xverse.data.order import random_order
 from xverse.eval import custom, store
+from xverse.eval.adaptive import sequential
 from xverse.eval.backends import EngineBackend
 from xverse.eval.benchmark import Benchmark
 from xverse.eval.benchmarks import BENCHMARKS
@@ -79,14 +81,18 @@ def run(
     *,
     shots: int = SHOTS,
     shard: tuple[int, int] = (0, 1),
+    error: float | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> int:
     """Answer the unanswered questions of a shard (index, count); returns how many there were.
 
-    ``progress(subject, questions)`` is called as questions are answered. Subjects are dealt to shards largest
-    first, which balances them.
+    With ``error`` only a random sample of each benchmark that has this standard error. ``progress(subject,
+    questions)`` is called as questions are answered. Subjects are dealt to shards largest first, which
+    balances them.
     """
     answered = 0
+    if error is not None:
+        return sum(_sampled(loaded, backend, out, shots, error, progress) for loaded in benchmarks)
     for loaded, subject in _of_shard(benchmarks, shard):
         path = store.path_of(out, loaded.benchmark.name, subject.name)
         if not path.exists():
@@ -94,6 +100,44 @@ def run(
         elif progress is not None:
             progress(subject.name, len(subject.questions))
     return answered
+
+
+def _sampled(
+    loaded: LoadedBenchmark,
+    backend: Backend,
+    out: Path,
+    shots: int,
+    error: float,
+    progress: Callable[[str, int], None] | None,
+) -> int:
+    """Answer a sample of a benchmark; returns how many questions were new."""
+    benchmark, new = loaded.benchmark, 0
+    subjects = {subject.name: subject for subject in loaded.subjects if subject.questions}
+    if any(question.answer is None for s in subjects.values() for question in s.questions):
+        raise UserError(f"--adaptive: {benchmark.name} has questions without a public answer; omit it")
+
+    def answer(counts: dict[str, int]) -> dict[str, list[bool]]:
+        nonlocal new
+        right = {}
+        for name, count in counts.items():
+            subject, path = subjects[name], store.path_of(out, benchmark.name, name)
+            rows = store.read(path) if path.exists() else []
+            if len(rows) < count:
+                order = random_order(len(subject.questions), "adaptive", benchmark.name, name).tolist()
+                chosen = tuple(subject.questions[i] for i in order[len(rows) : count])
+                drawn = replace(subject, questions=chosen)
+                prompts = make_prompts(backend, benchmark, drawn, shots)
+                rows += [store.row(benchmark.name, name, one) for one in score_prompts(backend, prompts)]
+                new += len(drawn.questions)
+                store.write(path, rows)
+                if progress is not None:
+                    progress(name, len(drawn.questions))
+            right[name] = [row["prediction"] == row["answer"] for row in rows[:count]]
+        return right
+
+    sizes = {name: len(subject.questions) for name, subject in subjects.items()}
+    sequential(sizes, benchmark.average, error, answer)
+    return new
 
 
 def _of_shard(
@@ -150,7 +194,15 @@ def to_folder(
         def report(subject: str, done: int) -> None:
             bar.update(line, advance=done, description=subject)
 
-        answered = run(benchmarks, backend, out, shots=settings["shots"], shard=shard, progress=report)
+        answered = run(
+            benchmarks,
+            backend,
+            out,
+            shots=settings["shots"],
+            shard=shard,
+            error=settings.get("adaptive"),
+            progress=report,
+        )
     seconds = time.monotonic() - begin
     facts = {
         "questions": answered,

@@ -80,3 +80,34 @@ def paired(first: Sequence[bool], second: Sequence[bool], seed: int = 0) -> Pair
         high=float(high),
         p=p,
     )
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values of several tests, corrected by Holm's method (1979): if no test has an effect, the probability
+    that any falls below a level is at most that level."""
+    adjusted = [0.0] * len(values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
+    """The expected calibration error (Naeini et al., 2015): the mean distance between confidence and accuracy
+    over ``bins`` of equal width, weighted by their sizes. ``confidences`` are in 0 to 1."""
+    assert len(confidences) == len(right) > 0
+    values, hits = np.asarray(confidences), np.asarray(right, dtype=float)
+    place = np.minimum((values * bins).astype(int), bins - 1)
+    gaps = np.abs(np.bincount(place, hits - values, bins))
+    return float(gaps.sum() / len(values))
+
+
+def questions_needed(differ: float, points: float = 1.0) -> int:
+    """How many questions show a difference of ``points`` percentage points at the level of 5 % with a power
+    of 80 %, if two models are right on different questions in a share ``differ`` of them (the normal
+    approximation of McNemar's test; Connor, 1987)."""
+    effect = points / 100
+    spread = max(differ, effect)
+    z = 1.959964 * math.sqrt(spread) + 0.841621 * math.sqrt(max(0.0, spread - effect**2))
+    return math.ceil((z / effect) ** 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,13 @@ from xverse.data.dialogues.formats import (
     to_text,
 )
 from xverse.data.order import random_order
+from xverse.finetune.dialogue import encode_within
 from xverse.finetune.settings import Settings
 from xverse.finetune.sources import Source, SourceFile, find_sources, read_file, source_files
 from xverse.log import notice
 from xverse.tokenizer import Tokenizer
-from xverse.tokenizer.chat import message_ids
 
+CHECKED = 1_000  # items of a stream after which the share of unusable ones is looked at
 FIRST = 64  # examples of a stream that identify its data when a run is resumed
 
 
@@ -62,6 +63,10 @@ class Data:
     notes: list[str] = field(default_factory=list)
     languages: list[Example] = field(default_factory=list)
     bits: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Unwanted(Skip):
+    """An item that a setting leaves out."""
 
 
 class UnfilledPlaceholder(UserError):
@@ -134,6 +139,8 @@ class _Counts:
     skipped: Counter[str] = field(default_factory=Counter)
     cut: Counter[str] = field(default_factory=Counter)
     undesirable: int = 0
+    used: int = 0
+    unwanted: int = 0  # of the skipped ones: by a setting, not because they are unusable
 
     def note(self, text: str, length: int) -> str:
         if self.skipped:
@@ -144,6 +151,21 @@ class _Counts:
         if self.undesirable:
             text += f"; {self.undesirable} replies are tagged undesirable and used like the others"
         return text
+
+    def check(self, name: str, most: float) -> None:
+        """Raise UserError if more than the share ``most`` of the items seen so far is unusable."""
+        bad = self.skipped.total() - self.unwanted
+        if bad > most * (bad + self.used):
+            reasons = ", ".join(f"{n} {why}" for why, n in self.skipped.most_common())
+            raise UserError(
+                f"{name}: {bad:,} of {bad + self.used:,} items cannot be used ({reasons}), more than "
+                f"max_bad_share {most:g} allows; mend the data, or raise max_bad_share to leave them out"
+            )
+
+    def add(self, other: _Counts) -> None:
+        self.skipped += other.skipped
+        self.used += other.used
+        self.unwanted += other.unwanted
 
 
 class _Reader:
@@ -156,7 +178,7 @@ class _Reader:
     def source(self, source: Source) -> list[Group]:
         """All groups of a dataset. Raises UserError if there are none."""
         groups: list[Group] = []
-        counts, local = _Counts(), False
+        counts, total, local = _Counts(), _Counts(), False
         for file in source_files(source):
             before, local = len(groups), file.in_folder
             if self.settings.max_samples is not None and before >= self.settings.max_samples:
@@ -173,9 +195,11 @@ class _Reader:
             if local:
                 note = f"{file.name}: {len(groups) - before} {self.unit}"
                 self.notes.append(counts.note(note, self.length))
+                total.add(counts)
         note = counts.note(f"{source.name}: {len(groups)} {self.unit}", self.length)
         if not groups:
             raise UserError(f"{note}; nothing to train on")
+        (total if local else counts).check(source.name, self.settings.max_bad_share)
         if self.settings.stage == "kto":
             groups = mismatched(groups, self.length)
         if not local:
@@ -184,11 +208,14 @@ class _Reader:
 
     def stream(self, source: Source) -> Iterator[Group]:
         """The groups of a dataset as they are needed, in the order of its files."""
-        count = 0
+        count, counts = 0, _Counts()
         for file in source_files(source):
-            for group in self._file(file, _Counts(), count):
+            for group in self._file(file, counts, count):
                 count += 1
                 yield group
+                if counts.used % CHECKED == 0:
+                    counts.check(source.name, self.settings.max_bad_share)
+        counts.check(source.name, self.settings.max_bad_share)
 
     def _file(self, file: SourceFile, counts: _Counts, before: int) -> Iterator[Group]:
         """The groups of one file, up to num_samples, and with the ``before`` read already to max_samples."""
@@ -210,8 +237,10 @@ class _Reader:
                 groups = self._encode(item, info, file, number, counts)
             except Skip as reason:
                 counts.skipped[str(reason)] += 1
+                counts.unwanted += isinstance(reason, Unwanted)
                 continue
             count += len(groups)
+            counts.used += 1
             yield from groups
 
     def _encode(
@@ -225,13 +254,13 @@ class _Reader:
         example = self._dialogue(to_dialogue(item, info), file, number, counts)
         undesirable = is_undesirable(item, info)
         if self.settings.stage == "kto":
-            mask = _last_only(example.mask)
-            return [[dataclasses.replace(example, mask=mask, desirable=not undesirable)]]
+            return [[dataclasses.replace(example, desirable=not undesirable)]]
         counts.undesirable += undesirable
         return [[example]]
 
     def _text(self, text: str, name: str) -> list[Group]:
-        ids = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+        end = [self.tokenizer.eos_id] if self.tokenizer.eos_id >= 0 else []
+        ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(text), *end]
         parts = [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
         return [[Example(part, [False] + [True] * (len(part) - 1), name)] for part in parts if len(part) > 1]
 
@@ -240,24 +269,32 @@ class _Reader:
         group = []
         for text in (pair.chosen, pair.rejected):
             reply = self._filled([{"role": "assistant", "content": text}], file, number)
-            ids, mask, _ = encode_within(self.tokenizer, messages + reply, self.length)
-            group.append(Example(ids, _last_only(mask), f"{file.name}[{number}]"))
+            ids, mask, _ = self._encoded(messages + reply, True, file, number)
+            group.append(Example(ids, mask, f"{file.name}[{number}]"))
         return group
 
     def _dialogue(self, messages: Messages, file: SourceFile, number: int, counts: _Counts) -> Example:
-        parts = [_part(self.tokenizer, message) for message in self._filled(messages, file, number)]
+        messages = self._filled(messages, file, number)
+        last_only = self.settings.mask_history or self.settings.stage == "kto"
         most = file.source.use.max_reply_tokens
-        replies = [len(part.content) for part in parts if part.reply]
-        if most is not None and sum(replies) > most * len(replies):
-            raise Skip(f"with replies of more than {most} tokens")
-        ids, mask, what = _fit(parts, self.length)
+        if most is not None:
+            replies = [message["content"] for message in messages if message["role"] == "assistant"]
+            if sum(map(len, self.tokenizer.encode_batch(replies)), len(replies)) > most * len(replies):
+                raise Unwanted(f"with replies of more than {most} tokens")  # their ends included
+        ids, mask, what = self._encoded(messages, last_only, file, number)
         if what:
             counts.cut[what] += 1
         if self.settings.train_on_prompt:
             mask = [False] + [True] * (len(ids) - 1)
-        elif self.settings.mask_history:
-            mask = _last_only(mask)
         return Example(ids, mask, f"{file.name}[{number}]")
+
+    def _encoded(
+        self, messages: Messages, last_only: bool, file: SourceFile, number: int
+    ) -> tuple[list[int], list[bool], str]:
+        try:
+            return encode_within(self.tokenizer, messages, self.length, last_only)
+        except UserError as error:
+            raise UserError(f"{file.path}: item {number}: {error}") from None
 
     def _filled(self, messages: Messages, file: SourceFile, number: int) -> Messages:
         """Messages with ``identity`` in the place of ``{{placeholders}}``. Raises UserError for others."""
@@ -291,73 +328,3 @@ def mismatched(groups: list[Group], length: int) -> list[Group]:
         mask = [False] * prompt + [True] * (len(ids) - prompt)
         pairs.append([group[0], Example(ids, mask, group[0].name, group[0].desirable)])
     return pairs
-
-
-def encode_within(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], length: int
-) -> tuple[list[int], list[bool], str]:
-    """A dialogue of at most ``length`` tokens as ids and loss mask, and what was cut (empty: nothing).
-
-    Cut in this order: the oldest rounds, as in chat; the end of the last question; the system message; the
-    end of the last reply, which then has no end marker either.
-    """
-    return _fit([_part(tokenizer, message) for message in messages], length)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A message as ids: its role's prefix, and the content with its end."""
-
-    role: str
-    prefix: list[int]
-    content: list[int]
-
-    @property
-    def reply(self) -> bool:
-        return self.role == "assistant"
-
-
-def _part(tokenizer: Tokenizer, message: Mapping[str, str]) -> _Part:
-    return _Part(message["role"], *message_ids(tokenizer, message))
-
-
-def _fit(parts: Sequence[_Part], length: int) -> tuple[list[int], list[bool], str]:
-    ids, mask = _join(parts)
-    if len(ids) <= length:
-        return ids, mask, ""
-    system = list(parts[:1]) if parts[0].role == "system" else []
-    turns = list(parts[len(system) :])
-    while len(turns) > 2:
-        turns = turns[2:]
-        ids, mask = _join([*system, *turns])
-        if len(ids) <= length:
-            return ids, mask, "lost their oldest rounds"
-    question, reply = turns
-    before = [token for part in system for token in (*part.prefix, *part.content)]
-    room = length - len(before) - len(question.prefix) - len(reply.prefix) - len(reply.content)
-    if room < 1:
-        room += len(before)
-        before = []
-    prompt = before + question.prefix + question.content[: max(1, room)] + reply.prefix
-    kept = reply.content[: length - len(prompt)]
-    if not kept:
-        raise UserError(f"cutoff_len {length} leaves no room for a reply")
-    what = "had the last question cut" if room >= 1 else "had question and answer cut"
-    return prompt + kept, [False] * len(prompt) + [True] * len(kept), what
-
-
-def _join(parts: Iterable[_Part]) -> tuple[list[int], list[bool]]:
-    ids: list[int] = []
-    mask: list[bool] = []
-    for part in parts:
-        ids += part.prefix + part.content
-        mask += [False] * len(part.prefix) + [part.reply] * len(part.content)
-    return ids, mask
-
-
-def _last_only(mask: list[bool]) -> list[bool]:
-    """Loss on its last run alone."""
-    start = len(mask)
-    while start and mask[start - 1]:
-        start -= 1
-    return [False] * start + mask[start:]

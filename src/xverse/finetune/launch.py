@@ -124,8 +124,8 @@ def deepspeed_file(name: str) -> Path:
 
 
 def _check_deepspeed(path: Path) -> None:
-    """Raise UserError for a file that is not JSON, and for DeepSpeed's tensor parallelism, whose splits of the
-    weights the loss and the adapters here do not know."""
+    """Raise UserError for a file that is not JSON, and for DeepSpeed's tensor parallelism, whose split
+    weights the loss and the adapters do not know."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -37,6 +37,15 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
         return peft.PeftModel.from_pretrained(model, str(path), config=config, is_trainable=True)
     targets = _names(settings.lora_target, LINEARS, model, "lora_target")
     extra = settings.additional_target
+    shared = {"lm_head", "embed_tokens"} & {
+        *targets,
+        *(_names(extra, (), model, "additional_target") if extra else ()),
+    }
+    if shared and model.config.tie_word_embeddings:
+        raise UserError(
+            f"{', '.join(sorted(shared))}: this model's head and embedding share one weight, which adapters "
+            "cannot train; omit it, or use finetuning_type freeze or full"
+        )
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_rank,

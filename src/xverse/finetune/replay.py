@@ -7,6 +7,7 @@ The languages get equal shares, and those with less text than their share all of
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import heapq
 import itertools
@@ -26,7 +27,7 @@ from xverse.config import UserError
 from xverse.data.dialogues.formats import DatasetInfo, Skip, to_text
 from xverse.data.feed import token_byte_lengths
 from xverse.data.order import random_order
-from xverse.data.shards import Shard
+from xverse.data.shards import Shard, StoredArray
 from xverse.files import atomic_file
 from xverse.finetune.encode import Data, Example
 from xverse.finetune.settings import DatasetUse, Settings
@@ -41,11 +42,14 @@ KEPT_BYTES = 4  # bytes of text files kept per token wanted, from which the toke
 LEAST_BYTES = 2**20
 
 
+Numbers = NDArray[Any] | StoredArray
+
+
 @dataclass
 class _Text:
     """Tokens of one language, in pieces: arrays of tokens with the offsets of their documents."""
 
-    pieces: list[tuple[NDArray[Any], NDArray[Any]]] = field(default_factory=list)
+    pieces: list[tuple[Numbers, Numbers]] = field(default_factory=list)
 
     def examples(self, language: str, length: int, seed: int) -> Iterator[Example]:
         """All text once, in windows of at most ``length`` tokens of one document, in an order by ``seed``."""
@@ -60,7 +64,7 @@ class _Text:
     def _window(self, piece: int, number: int, length: int, language: str) -> Iterator[Example]:
         tokens, offsets = self.pieces[piece]
         start, stop = number * length, min((number + 1) * length, len(tokens))
-        low, high = np.searchsorted(offsets, [start, stop], side="right")
+        low, high = (bisect.bisect_right(offsets, edge) for edge in (start, stop))
         edges = [start, *(int(edge) for edge in offsets[low:high] if start < edge < stop), stop]
         for begin, end in itertools.pairwise(edges):
             if end - begin > 1:

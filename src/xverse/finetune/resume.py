@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,21 @@ from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.finetune.encode import Data, Example
 from xverse.finetune.settings import Settings, read_settings, to_values
+from xverse.formats.checkpoint import MARKS, check_files
+from xverse.formats.weights import read_object
 from xverse.log import notice
+from xverse.train.keeping import LOCK, Kept, read_json
+from xverse.train.parallel import World
 
-STATE = "finetune.json"
+STATE, TRAINER = "finetune.json", "trainer_state.json"
+AUTOMATIC = (None, "true", "True")  # resume_from_checkpoint: from the last one
 # Settings that may differ between a run and its continuation.
 FREE = {
     "output_dir", "overwrite_output_dir", "overwrite_cache", "plot_loss", "resume_from_checkpoint",
     "preprocessing_num_workers", "padding_side", "local_rank", "do_eval", "report_to", "run_name",
     "disable_tqdm", "save_steps", "save_total_limit", "logging_steps", "logging_first_step", "dataset_dir",
     "dataloader_num_workers", "dataloader_pin_memory", "early_stopping_steps", "ddp_timeout", "save_dtype",
-    "generation",
+    "generation", "max_bad_share",
 }  # fmt: skip
 
 
@@ -31,6 +35,14 @@ def run_state(settings: Settings, data: Data) -> dict[str, Any]:
     """What decides the losses of a run: its settings, and digests of its examples."""
     kept = {name: value for name, value in to_values(settings).items() if name not in FREE}
     return {"settings": kept, "train": _digest(data.train), "valid": _digest(data.valid)}
+
+
+def begin_anew(settings: Settings) -> None:
+    """Delete what an earlier run left that this one might continue from."""
+    (settings.output_dir / STATE).unlink(missing_ok=True)
+    (settings.output_dir / "metrics.jsonl").unlink(missing_ok=True)
+    for path in checkpoints_of(settings.output_dir).all():
+        shutil.rmtree(path)
 
 
 def write_state(settings: Settings, state: dict[str, Any]) -> None:
@@ -45,37 +57,76 @@ def _digest(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def resume_point(settings: Settings, state: dict[str, Any]) -> str | None:
-    """The checkpoint to resume from, or None for a new run.
+def checkpoints_of(out: Path) -> Kept:
+    """The checkpoints of a run."""
+    return Kept(out, "checkpoint-")
 
-    Raises UserError if the folder holds another run or other files.
+
+def is_finished(settings: Settings, state: dict[str, Any]) -> bool:
+    """Whether ``output_dir`` holds the finished model of this very run. Raises UserError if its settings or
+    data differ."""
+    out, file = settings.output_dir, settings.output_dir / STATE
+    if settings.overwrite_output_dir or settings.resume_from_checkpoint not in AUTOMATIC or not file.exists():
+        return False
+    if "finished" not in read_object(file) or not any(out.glob("*.safetensors*")):
+        return False
+    _compare(file, state)
+    return True
+
+
+def resume_point(settings: Settings, state: dict[str, Any], world: World) -> str | None:
+    """The checkpoint to resume from, or None for a new run; every process calls it.
+
+    Checkpoints that a killed run did not complete are deleted, damaged ones renamed. Raises UserError if the
+    folder holds another run or other files, or if all checkpoints are damaged.
     """
-    out, first = settings.output_dir, int(os.environ.get("RANK", "0")) == 0
-    if settings.resume_from_checkpoint not in (None, "true", "True"):
+    out = settings.output_dir
+    if settings.resume_from_checkpoint not in AUTOMATIC:
         assert settings.resume_from_checkpoint is not None
-        if not Path(settings.resume_from_checkpoint).is_dir():
+        path = Path(settings.resume_from_checkpoint)
+        if not path.is_dir():
             raise UserError(f"resume_from_checkpoint: no such folder: {settings.resume_from_checkpoint}")
+        check_files(path)
         return settings.resume_from_checkpoint
-    if settings.overwrite_output_dir or not out.is_dir() or not any(out.iterdir()):
-        if first:
-            (out / "metrics.jsonl").unlink(missing_ok=True)
+    if world.rank == 0:
+        clear_unfinished(out)
+    kept, file = checkpoints_of(out), out / STATE
+    found = world.agreed(kept.all() if world.rank == 0 else [])
+    others = world.agreed([item.name for item in out.iterdir() if item.name != LOCK] if out.is_dir() else [])
+    if settings.overwrite_output_dir or not others:
         return None
-    checkpoint = _last_checkpoint(out)
-    file = out / STATE
-    if checkpoint is None:
+    if not found:
         if file.exists() and not any(out.glob("*.safetensors")):
             return None  # killed before its first checkpoint
         raise UserError(f"{out}: already holds files; set overwrite_output_dir or choose another output_dir")
     if file.exists():
         _compare(file, state)
-    if first:
-        notice(f"resuming from {checkpoint}")
-    return checkpoint
+    newest = kept.newest(_read_state, world)
+    assert newest is not None
+    if world.rank == 0:
+        notice(f"resuming from {newest[0]}")
+    return str(newest[0])
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Trainer's state, and the fingerprints of the files; earlier versions wrote none."""
+    state: dict[str, Any] = read_json(path / TRAINER)
+    marks = read_json(path / MARKS)["files"] if (path / MARKS).exists() else {}
+    return {"step": state["global_step"], "files": marks}
+
+
+def clear_unfinished(out: Path) -> None:
+    """Delete checkpoints that were being written. Trainer writes its state after everything else of one."""
+    checkpoints_of(out).clear_leftovers()
+    for path in checkpoints_of(out).all():
+        if not (path / TRAINER).exists():
+            notice(f"{path}: incomplete, because the run was stopped while writing it; deleted")
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _compare(file: Path, state: dict[str, Any]) -> None:
     """Raise UserError, naming the differences, if the run of ``file`` has another state."""
-    begun = json.loads(file.read_text(encoding="utf-8"))
+    begun = read_object(file)
     # Read anew, so that names and defaults of an older version do not count as differences.
     values = {"output_dir": str(file.parent), **begun["settings"]}
     before = {k: v for k, v in to_values(read_settings(values, str(file))).items() if k not in FREE}
@@ -90,14 +141,3 @@ def _compare(file: Path, state: dict[str, Any]) -> None:
             f"{file.parent}: this run began with other {', '.join(changed) or 'data'}; restore them, choose "
             "another output_dir, or set overwrite_output_dir to start anew"
         )
-
-
-def _last_checkpoint(out: Path) -> str | None:
-    """The last complete checkpoint. Trainer writes its state file last, after everything else of one."""
-    checkpoints = out.glob("checkpoint-*")
-    for path in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(path)
-        notice(f"{path}: incomplete, because the run was stopped while writing it; ignored")
-    return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from xverse import hardware
@@ -22,16 +22,21 @@ from xverse.finetune.methods import prepare, trainable
 from xverse.finetune.optimizers import optimizer_maker
 from xverse.finetune.preferences import KtoTrainer, PairTrainer, Preferences
 from xverse.finetune.replay import Languages, add_replay
-from xverse.finetune.resume import resume_point, run_state, write_state
+from xverse.finetune.resume import begin_anew, is_finished, resume_point, run_state, write_state
+from xverse.finetune.safety import ReturnMemory, StopEarly, StopOnSignal, world_of
 from xverse.finetune.settings import Settings
 from xverse.finetune.stream import Stream
-from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, StopOnSignal, widest
+from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, SavedTokenizer, order_seed, widest
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import fingerprint, write_base
+from xverse.formats.quantize import quick_settings
+from xverse.hf import XverseForCausalLM
 from xverse.kernels.training import use_training_kernels
 from xverse.log import notice
 from xverse.plan import finetune_memory
 from xverse.tokenizer import Tokenizer
+from xverse.train.keeping import locked
+from xverse.train.parallel import World
 from xverse.train.plot import plot_loss
 from xverse.train.survival import Interrupted, requests
 
@@ -46,20 +51,29 @@ def run_finetuning(settings: Settings) -> Path | None:
     when a checkpoint has been saved.
     """
     args = training_arguments(settings)
-    first = args.process_index == 0
+    world = world_of(args)
+    if not settings.do_train:
+        return _run(settings, args, world)
+    with locked(settings.output_dir, world):
+        return _run(settings, args, world)
+
+
+def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | None:
+    first = world.rank == 0
     source = ModelDirectory.named(settings.model_name_or_path)
     if source.scheme is not None and settings.finetuning_type != "lora":
         raise UserError(f"{source}: quantised weights cannot be trained; use finetuning_type lora")
     tokenizer = source.tokenizer
-    if tokenizer.template is not None or source.model_type not in ("xverse", "llama"):
-        raise UserError(
-            f"{source}: fine-tuning knows XVERSE's chat format only, not that of this {source.model_type} "
-            "model"
-        )
+    _check_template(source, settings, first)
     length = _row_length(source, settings, first)
     data, read = _load_examples(settings, tokenizer, length, quiet=not first)
     state = run_state(settings, data)
-    checkpoint = resume_point(settings, state) if settings.do_train else None
+    checkpoint = None
+    if settings.do_train:
+        if world.agreed(is_finished(settings, state)):
+            world.say(f"{settings.output_dir}: this run is finished")
+            return settings.output_dir if first else None
+        checkpoint = resume_point(settings, state, world)
     predicted = _check_memory(source, settings, args, data, length) if settings.do_train else 0
     if args.device.type == "cpu":
         hardware.return_freed_memory()
@@ -67,11 +81,14 @@ def run_finetuning(settings: Settings) -> Path | None:
     adapter = first and settings.do_train and settings.finetuning_type == "lora"
     digest = fingerprint(load_model(source)) if adapter else ""
     trainer = _make_trainer(source, settings, args, data, read, tokenizer, length)
+    trainer.keep(world, functools.partial(write_base, base=settings.model_name_or_path, digest=digest))
     if not settings.do_train:
         metrics = trainer.evaluate()
         print(json.dumps(metrics)) if first else None
         return None
     if first:
+        if checkpoint is None:
+            begin_anew(settings)
         write_state(settings, state)
     languages = None
     if data.languages:
@@ -82,8 +99,27 @@ def run_finetuning(settings: Settings) -> Path | None:
         metrics |= trainer.evaluate()
     if languages is not None:
         data.bits = languages.compare()
-    _save(trainer, settings, source, data, metrics, digest)
+    trainer.saver.finish(lambda: _save(trainer, settings, source, data, metrics, digest))
+    if first:
+        write_state(settings, {**state, "finished": trainer.state.global_step})
     return settings.output_dir if first else None
+
+
+def _check_template(source: ModelDirectory, settings: Settings, first: bool) -> None:
+    """Report a model without a chat format of its own. Raises UserError where ``template`` names another one
+    than the model's."""
+    if settings.stage == "pt" or source.model_type == "xverse":
+        return
+    if source.tokenizer.template is not None:
+        if settings.template != "default":
+            raise UserError(
+                f"template '{settings.template}': {source} has a chat template of its own; use template "
+                "default"
+            )
+    elif source.tokenizer.eos_id < 0:
+        raise UserError(f"{source}: its tokenizer has neither a chat template nor an end of text")
+    elif first:
+        notice(f"{source}: has no chat template; dialogues are written in XVERSE's chat format")
 
 
 def _row_length(source: ModelDirectory, settings: Settings, first: bool) -> int:
@@ -117,7 +153,7 @@ def _check_memory(
     source: ModelDirectory, settings: Settings, args: TrainingArguments, data: Data, length: int
 ) -> int:
     """The predicted peak in bytes, reported by the first process. Raises UserError if it does not fit."""
-    seed = args.data_seed or args.seed
+    seed = order_seed(args)
     group = 2 if settings.pairs else 1
     rows = Rows(data.train, length if settings.packs else None, seed, group, not settings.disable_shuffling)
     tokens, kept = widest(
@@ -161,6 +197,7 @@ def _make_trainer(
         from xverse.finetune.liger import use_liger
 
         use_liger(model)
+    set_seed(args.seed)  # Trainer would do so only after the adapter's weights are drawn
     model = prepare(model, settings)
     _set_generation(model, settings)
     learning, total = trainable(model)
@@ -170,14 +207,16 @@ def _make_trainer(
             f"{learning:,} of {total:,} parameters are trained; {rows} rows a step on {args.world_size} "
             "process(es)"
         )
-    processing = AutoTokenizer.from_pretrained(source.path)
-    if settings.padding_side:
-        processing.padding_side = settings.padding_side
+    processing: Any = SavedTokenizer(tokenizer, settings.padding_side)
+    if _in_upstreams_layout(source):
+        processing = AutoTokenizer.from_pretrained(source.path)
+        if settings.padding_side:
+            processing.padding_side = settings.padding_side
     packed = length if settings.packs else None
     stream = None
     if read is not None:
         count = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-        stream = Stream(read, count, settings.buffer_size, packed, args.data_seed or args.seed)
+        stream = Stream(read, count, settings.buffer_size, packed, order_seed(args))
     kind: Callable[..., FinetuneTrainer] = FinetuneTrainer
     if settings.pairs:
         kind = _pair_trainer(source, settings, args)
@@ -191,14 +230,14 @@ def _make_trainer(
         shuffled=not settings.disable_shuffling,
         optimizer=optimizer_maker(settings, args),
         stream=stream,
-        pad_id=tokenizer.pad_id,
+        pad_id=max(0, tokenizer.pad_id),  # of rows without loss, where any id will do
         processing_class=processing,
         callbacks=[Record(settings.output_dir / "metrics.jsonl")],
     )
     trainer.remove_callback(ProgressCallback)  # stdout is for results
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping_steps is not None:
-        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_steps))
+        trainer.add_callback(StopEarly(settings.early_stopping_steps))
     return trainer
 
 
@@ -230,9 +269,15 @@ def _load_model(source: ModelDirectory, settings: Settings, args: TrainingArgume
     half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
     frozen = settings.finetuning_type == "lora" and args.bf16
     narrow = half is not None and (settings.deepspeed or settings.pure_bf16 or frozen)
-    model: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=half if narrow else torch.float32)
+    dtype = half if half is not None and narrow else torch.float32
+    model: Any
+    if _in_upstreams_layout(source):
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
+    else:
+        model = XverseForCausalLM.of(load_model(source, dtype), source.generation_config)
     if settings.quantization_bit:
-        model.quantize(settings.quantization_bit)
+        groups = quick_settings(f"int{settings.quantization_bit}", source.config).group_size
+        model.quantize(settings.quantization_bit, group_size=groups)
     if settings.quantization_bit or source.scheme is not None:
         # A tensor that stays mapped would keep every page read from its file resident.
         for parameter in model.parameters():
@@ -243,6 +288,12 @@ def _load_model(source: ModelDirectory, settings: Settings, args: TrainingArgume
     if args.device.type == "cpu":
         use_training_kernels(model)
     return model
+
+
+def _in_upstreams_layout(source: ModelDirectory) -> bool:
+    """Whether transformers' Auto classes read the directory as XVERSE's; ``load_model`` reads relatives, GGUF
+    files and checkpoints."""
+    return source.model_type == "xverse" and type(source) is ModelDirectory
 
 
 def as_autocast(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -266,6 +317,8 @@ def _train(trainer: FinetuneTrainer, checkpoint: str | None, predicted: int) -> 
     hardware.reset_peak_memory(device)
     with requests() as signals:
         trainer.add_callback(StopOnSignal(signals))
+        if device.type == "cpu":
+            trainer.add_callback(ReturnMemory(predicted))
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     step = trainer.state.global_step
     if signals.stop and step < trainer.state.max_steps:

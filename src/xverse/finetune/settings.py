@@ -74,6 +74,7 @@ _RANGES = {
     "loraplus_lr_embedding": (0, _MOST, "at least 0"),
     "dpo_label_smoothing": (0, 0.5 - 2**-54, "from 0 to below 0.5"),
     "lora_dropout adam_beta1 adam_beta2": (0, 1 - 2**-53, "from 0 to below 1"),
+    "max_bad_share": (0, 1, "0 to 1"),
     "seed data_seed": (0, 2**32 - 1, "0 to 4294967295"),
 }
 
@@ -85,6 +86,8 @@ class Settings:
     Raises ValueError, naming the setting, for values that contradict each other.
     """
 
+    URLS = ("model_name_or_path",)
+
     # the model and the method
     model_name_or_path: Annotated[str, "base model: a directory, a hub id or nano"]
     adapter_name_or_path: Annotated[str | None, "adapter to continue training"] = None
@@ -95,7 +98,7 @@ class Settings:
     finetuning_type: Annotated[
         Literal["full", "lora", "freeze"], "train all weights, an adapter, or some layers"
     ] = "lora"
-    template: Annotated[str, "chat format: XVERSE's, under the names default and xverse"] = "default"
+    template: Annotated[str, "chat format: default, the model's own, or xverse"] = "default"
     freeze_trainable_layers: Annotated[int, "with freeze: train the last N layers; -N: the first ones"] = 2
     freeze_trainable_modules: Annotated[str, "with freeze: modules to train in these layers, or all"] = "all"
     freeze_extra_modules: Annotated[str | None, "with freeze: other modules to train"] = None
@@ -139,6 +142,7 @@ class Settings:
     keep_placeholders: Annotated[bool, "keep other {{placeholders}} as plain text"] = False
     cutoff_len: Annotated[int, "longest example, and longest packed row, in tokens"] = 2048
     max_samples: Annotated[int | None, "use only the first N usable examples of each dataset"] = None
+    max_bad_share: Annotated[float, "stop if more than this share of a dataset's items is unusable"] = 0.05
     streaming: Annotated[bool, "read the data while training; needs max_steps"] = False
     buffer_size: Annotated[int, "with streaming: examples shuffled at a time"] = 16384
     group_by_length: Annotated[bool, "put rows of similar length into one step"] = False
@@ -236,7 +240,8 @@ class Settings:
     def _check_task(self) -> None:
         if self.template not in TEMPLATES:
             raise ValueError(
-                f"template '{self.template}': only XVERSE's is supported ({' or '.join(TEMPLATES)})"
+                f"template '{self.template}' is not known: default is the model's own chat template, xverse "
+                "XVERSE's format"
             )
         if not (self.do_train or self.do_eval):
             raise ValueError(

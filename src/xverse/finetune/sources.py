@@ -16,7 +16,8 @@ from xverse.data.dialogues.formats import DatasetInfo, check_columns, guess
 from xverse.finetune.settings import DatasetUse
 from xverse.hub.datasets import fetch_dataset
 from xverse.log import notice
-from xverse.texts import ReadReport, read_json, read_records, read_table, read_text_lines
+from xverse.records import read_records, read_table
+from xverse.texts import ReadReport, read_json, read_text_lines
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".txt", ".csv", ".tsv", ".parquet")
@@ -160,7 +161,13 @@ def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
             if line.strip():
                 yield {"text": line}
     elif file.suffix in (".csv", ".tsv"):
-        yield from read_table(file, skipped)
+        report = ReadReport()
+        for _, item in read_table(file, report):
+            yield item
+        if report.broken_files:
+            raise UserError(f"{file}: {report.broken_files[0]}")
+        if report.skipped:
+            skipped["ill-formed rows"] += report.skipped
     else:
         yield from _parquet_rows(file)
 

@@ -9,6 +9,7 @@ accumulation nor the number of processes changes the loss.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,14 @@ from transformers import Trainer, TrainerCallback
 from xverse.config import UserError
 from xverse.data.order import random_order
 from xverse.data.packing import pack_examples
+from xverse.files import atomic_file
 from xverse.finetune.encode import Example
+from xverse.finetune.safety import Saver
 from xverse.finetune.stream import Stream
 from xverse.log import JsonlLog, notice
 from xverse.model import IGNORE
-from xverse.train.survival import Requests
+from xverse.tokenizer import Tokenizer
+from xverse.train.parallel import World
 
 FILLER = -1  # a row without examples and loss, which completes the last step of an epoch
 Batch = dict[str, Any]
@@ -158,6 +162,26 @@ def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
     }
 
 
+def order_seed(args: Any) -> int:
+    """The seed of the order of examples."""
+    return int(args.seed if args.data_seed is None else args.data_seed)
+
+
+class SavedTokenizer:
+    """A tokenizer as Trainer saves it, beside the model and each of its checkpoints."""
+
+    def __init__(self, tokenizer: Tokenizer, padding_side: str | None) -> None:
+        self.tokenizer, self.padding_side = tokenizer, padding_side
+
+    def save_pretrained(self, directory: str) -> None:
+        self.tokenizer.save(directory)
+        file = Path(directory) / "tokenizer_config.json"
+        if self.padding_side and file.is_file():
+            values = {**json.loads(file.read_text(encoding="utf-8")), "padding_side": self.padding_side}
+            with atomic_file(file) as path:
+                path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
 class FinetuneTrainer(Trainer):
     """Trains on ``examples``, or on ``stream`` instead, and evaluates on ``held_out``. ``row_length`` packs
     rows of at most so many tokens; ``grouped`` makes the rows of a step similar in length. ``optimizer``
@@ -179,7 +203,7 @@ class FinetuneTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.pad_id, self.grouped, self._make_optimizer = pad_id, grouped, optimizer
-        seed = options["args"].data_seed or options["args"].seed
+        seed = order_seed(options["args"])
         super().__init__(
             train_dataset=stream or Rows(examples, row_length, seed, self.group, shuffled),
             eval_dataset=Rows(held_out, row_length, seed, self.group) if held_out else None,
@@ -206,12 +230,37 @@ class FinetuneTrainer(Trainer):
             self.optimizer = self._make_optimizer(model or self.model)
         return super().create_optimizer(model)
 
+    def keep(self, world: World, write_base: Callable[[Path], None]) -> None:
+        """Set what checkpoints need: the processes, and what records the base of an adapter."""
+        self.saver = Saver(Path(str(self.args.output_dir)), world)
+        self._write_base = write_base
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        last = self.control.should_training_stop or step >= self.state.max_steps
+        self.saver.save(step, lambda path: self._write_checkpoint(path, model, trial), last)
+
+    def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
         # A sharded model writes its files later than Trainer looks for the folder of the best checkpoint.
-        Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}").mkdir(
-            parents=True, exist_ok=True
-        )
+        path.mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial)
+        if not self.is_world_process_zero():
+            return
+        plain = self.accelerator.unwrap_model(self.model)
+        if getattr(plain, "peft_config", None):
+            self._write_base(path)
+        elif not (path / "config.json").exists():  # Trainer omits them from sharded checkpoints
+            plain.config.save_pretrained(path)
+            plain.generation_config.save_pretrained(path)
+            tokenizer: Any = self.processing_class
+            tokenizer.save_pretrained(path)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer compares the step with the last only after it has taken one more.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Raises UserError, naming the examples, if a loss of the step is not finite."""
@@ -315,8 +364,9 @@ class FinetuneTrainer(Trainer):
 class Record(TrainerCallback):
     """Writes what Trainer logs to ``metrics.jsonl``, as ``plot_loss`` reads it, and to the console."""
 
-    def __init__(self, path: Any) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
+        self.log: JsonlLog | None = None
         self.started, self.first = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -344,23 +394,5 @@ class Record(TrainerCallback):
             notice(f"held out at step {state.global_step}: {', '.join(shown)}")
         else:
             return
-        log = JsonlLog(self.path)
-        log.write(record)
-        log.close()
-
-
-class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint after the step in which a signal arrived, and ends training if it asked for that."""
-
-    def __init__(self, signals: Requests) -> None:
-        self.signals = signals
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        save = self.signals.save
-        if args.world_size > 1:  # processes receive a signal in different steps; agree on one
-            flags = torch.tensor([self.signals.stop, save], dtype=torch.int32, device=args.device)
-            torch.distributed.all_reduce(flags)
-            self.signals.stop, save = (bool(flag) for flag in flags.tolist())
-        self.signals.save = False
-        control.should_save |= save or self.signals.stop
-        control.should_training_stop |= self.signals.stop
+        self.log = self.log or JsonlLog(self.path)
+        self.log.write(record)

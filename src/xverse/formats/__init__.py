@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         read_generation_config,
         read_scheme,
     )
-    from xverse.formats.gguf import open_gguf, save_gguf
+    from xverse.formats.gguf import save_gguf
+    from xverse.formats.gguf_read import open_gguf
     from xverse.formats.read import load_model
     from xverse.formats.write import save_hf, save_llama, save_quantized
     from xverse.hub.resolve import resolve
@@ -28,7 +29,8 @@ _MODULES = {
     "xverse.formats.compare": "logits parity",
     "xverse.formats.directory": "ModelDirectory load_tokenizer read_config read_scheme "
     "read_generation_config",
-    "xverse.formats.gguf": "open_gguf save_gguf",
+    "xverse.formats.gguf": "save_gguf",
+    "xverse.formats.gguf_read": "open_gguf",
     "xverse.formats.read": "load_model",
     "xverse.formats.write": "save_hf save_llama save_quantized",
     "xverse.hub.resolve": "resolve",

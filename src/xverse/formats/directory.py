@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError, nearest
+from xverse.formats.packed import Packing, UnpackedFiles, packing_of
 from xverse.formats.schemes import Scheme, quantization_of
 from xverse.formats.weights import (
     IGNORED_SUFFIX,
@@ -51,12 +52,28 @@ class ModelDirectory:
             from xverse.formats.gguf_read import GgufFile
 
             return GgufFile(path, name)
+        if path.is_dir():
+            from xverse.formats.checkpoint import model_at
+
+            return model_at(path, name) or cls(path, name)
         return cls(path, name)
 
     @classmethod
     def named(cls, model: str | Path | ModelDirectory) -> ModelDirectory:
         """The directory of ``nano``, a path or a hub id; raises UserError as ``resolve`` does."""
         return cls._at(resolve(model), model) if isinstance(model, str) else cls.of(model)
+
+    @property
+    def plain_path(self) -> Path:
+        """The path, for libraries that read model directories. Raises UserError for a GGUF file and a
+        checkpoint."""
+        return self.path
+
+    def _not_plain(self, what: str) -> UserError:
+        return UserError(
+            f"{self.name}: is {what}, which only this project's engine reads; write a model directory first: "
+            f"xverse export --model {self.name} --format hf --out DIR"
+        )
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -113,14 +130,25 @@ class ModelDirectory:
         raise UserError(f"{self.weight_files[0]}: holds no tensors")
 
     def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
-        """All stored tensors; see ``read_tensors`` for ``hold``."""
+        """All stored tensors under the model's names; see ``read_tensors`` for ``hold``."""
         for file in self.weight_files:
-            yield from read_tensors(file, hold=hold)
+            for name, tensor in read_tensors(file, hold=hold):
+                if self._packing is None:
+                    yield name, tensor
+                else:
+                    yield from self._packing.unpacked(name, tensor)
 
     @cached_property
     def tensors(self) -> TensorFiles:
-        """The stored tensors by name."""
-        return TensorFiles(self.weight_files)
+        """The stored tensors by the model's name."""
+        if self._packing is None:
+            return TensorFiles(self.weight_files)
+        return UnpackedFiles(self.weight_files, self._packing)
+
+    @cached_property
+    def _packing(self) -> Packing | None:
+        """How the publisher's tensors differ from the model's, or None."""
+        return packing_of(self.values, self.config) if self.model_type == "baichuan" else None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -131,10 +159,13 @@ class ModelDirectory:
         """
         from xverse.tokenizer import Tokenizer
         from xverse.tokenizer.general import load_tokenizer_of
+        from xverse.tokenizer.published import published_template
 
         has_config = (self.path / "config.json").exists()
         if has_config and self.model_type != "xverse":
             tokenizer = load_tokenizer_of(self.path)
+            if tokenizer.template is None:
+                tokenizer.template = published_template(self.values, self.path)
         else:
             if not (self.path / "tokenizer.json").is_file():
                 raise UserError(

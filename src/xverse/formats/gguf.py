@@ -1,10 +1,10 @@
-"""Write a model as a GGUF file for llama.cpp and programs based on it; read it back to measure parity.
+"""Write a model as a GGUF file for llama.cpp and programs based on it.
 
-The architecture is ``llama``, not llama.cpp's own ``xverse``: both compute the same graph (norms multiply by
-their weight in float32, as in XVERSE), and every GGUF reader knows ``llama``. GGUF orders the rows of the
-query and key projections for rotating adjacent pairs; XVERSE orders them for rotating halves. Format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the ``gguf`` package writes the header and does the
-arithmetic of the block types.
+XVERSE's architecture is ``llama``, not llama.cpp's own ``xverse``: both compute the same graph (norms
+multiply by their weight in float32, as in XVERSE), and every GGUF reader knows ``llama``. In it GGUF orders
+the rows of the query and key projections for rotating adjacent pairs; models order them for rotating halves.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the ``gguf`` package writes the header and
+does the arithmetic of the block types.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xverse.config import UserError, choose
 from xverse.files import atomic_file
 from xverse.formats.directory import check_vocabulary
-from xverse.formats.spm import Vocabulary, spm_vocabulary
+from xverse.formats.gguf_vocabulary import add_tokenizer, vocabulary_of
+from xverse.formats.spm import Vocabulary
 from xverse.log import console, progress
 from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.model.rope import scaled_frequencies
 from xverse.model.scaling import RopeScaling
-from xverse.tokenizer import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     import gguf
@@ -35,7 +36,19 @@ if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
 
 # --type → gguf's name of the file type. Norms are float32 in all of them.
-KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+KINDS = {
+    "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+}  # fmt: skip
+# model_type → architecture; Mistral, InternLM and others are Llama's graph.
+ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3"}
+SAMPLING = {  # key of generation_config.json → key of the file
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+ROPE_FACTORS = "rope_freqs.weight"  # llama.cpp's form of Llama 3's rope scaling
 # The largest magnitude of each type: float16's, or that of a block with a float16 scale.
 LARGEST = {"f16": 65504.0, "bf16": 3.3e38, "q8_0": 127 * 65504.0, "q4_0": 8 * 65504.0}
 BLOCK = 32  # weights that share a scale in q8_0 and q4_0
@@ -49,12 +62,15 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_ROTATED = re.compile(r"\.attn_([qk])\.")
 
 
 def save_gguf(
@@ -79,22 +95,26 @@ def save_gguf(
     file_type = choose("type", kind, KINDS)
     check_file(path, overwrite)
     check_vocabulary(tokenizer, model.config, path)
-    if model.config.model_type != "xverse":
-        raise UserError(f"GGUF files are written of XVERSE's models only, not of {model.config.model_type}")
+    architecture = ARCHITECTURES.get(model.config.model_type, "llama")
     _check_scaling(model.config.rope_scaling)
-    vocabulary = spm_vocabulary(tokenizer, model.config.vocab_size)
+    vocabulary = vocabulary_of(tokenizer, model.config.vocab_size)
     tensors = {gguf_name(key): tensor for key, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["output.weight"]
+    factors = _rope_factors(model.config)
+    if factors is not None:
+        tensors[ROPE_FACTORS] = factors
     kinds = {key: _kind(key, tensor, kind) for key, tensor in tensors.items()}
     try:
         with atomic_file(path) as temporary:
             import gguf
 
-            writer = gguf.GGUFWriter(temporary, "llama")
+            writer = gguf.GGUFWriter(temporary, architecture)
             try:
                 _describe(writer, model.config, name or path.stem, licence, generation_config or {})
                 writer.add_file_type(gguf.LlamaFileType[file_type])
                 writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-                _add_tokenizer(writer, vocabulary, model.config)
+                add_tokenizer(writer, vocabulary, tokenizer, model.config, generation_config or {})
                 for key, tensor in tensors.items():
                     stored = gguf.GGMLQuantizationType[kinds[key].upper()]
                     weights, size = gguf.GGML_QUANT_SIZES[stored]  # of a block
@@ -140,7 +160,8 @@ def gguf_name(name: str) -> str:
     """``model.layers.0.mlp.up_proj.weight`` → ``blk.0.ffn_up.weight``."""
     layer = _LAYER.fullmatch(name)
     prefix, rest = (f"blk.{layer[1]}.", layer[2]) if layer else ("", name)
-    return f"{prefix}{NAMES[rest.removesuffix('.weight')]}.weight"
+    module, _, kind = rest.rpartition(".")
+    return f"{prefix}{NAMES[module]}.{kind}"
 
 
 def pair_rows(weight: Tensor, heads: int) -> Tensor:
@@ -154,8 +175,22 @@ def half_rows(weight: Tensor, heads: int) -> Tensor:
 
 
 def _for_gguf(name: str, tensor: Tensor, config: XverseConfig) -> Tensor:
-    rotated = name.endswith(("attn_q.weight", "attn_k.weight"))
-    return pair_rows(tensor, config.num_attention_heads) if rotated else tensor
+    """Of a query or key projection the rows as the architecture rotates them; others as they are."""
+    rotated = _ROTATED.search(name)
+    if rotated is None or config.model_type in ARCHITECTURES:
+        return tensor
+    heads = config.num_attention_heads if rotated[1] == "q" else config.num_key_value_heads
+    return pair_rows(tensor if tensor.dim() > 1 else tensor[:, None], heads).view(tensor.shape)
+
+
+def _rope_factors(config: XverseConfig) -> Tensor | None:
+    """By what Llama 3's rope scaling divides each frequency, float32 [head_dim/2]; None without it."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type != "llama3":
+        return None
+    count = config.head_dim // 2
+    plain = 1.0 / config.rope_theta ** (torch.arange(count, dtype=torch.float32) / count)
+    return plain / scaled_frequencies(plain, scaling, config.rope_theta)
 
 
 def _describe(
@@ -175,31 +210,30 @@ def _describe(
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    if config.attention_size != config.hidden_size:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     import gguf
 
     scaling = config.rope_scaling
-    if scaling is not None:
+    if scaling is not None and scaling.rope_type != "llama3":
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
         writer.add_rope_scaling_factor(scaling.factor)
         original = scaling.original_max_position_embeddings or config.max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(original)
-    settings: dict[str, Callable[[Any], None]] = {
-        "temperature": writer.add_sampling_temp,
-        "top_k": writer.add_sampling_top_k,
-        "top_p": writer.add_sampling_top_p,
-        "repetition_penalty": writer.add_sampling_penalty_repeat,
-    }
-    for key, add in settings.items():
-        if isinstance(generation_config.get(key), (int, float)):
-            add(generation_config[key])
+    for key, stored in SAMPLING.items():
+        value = generation_config.get(key)
+        if isinstance(value, (int, float)):
+            add = writer.add_int32 if key == "top_k" else writer.add_float32
+            add(stored, value)
 
 
 def _check_scaling(scaling: RopeScaling | None) -> None:
-    if scaling is None or scaling.rope_type == "linear":
+    if scaling is None or scaling.rope_type in ("linear", "llama3"):
         return
     default = RopeScaling(rope_type=scaling.rope_type, factor=scaling.factor)
     if scaling.rope_type == "dynamic":
@@ -207,28 +241,6 @@ def _check_scaling(scaling: RopeScaling | None) -> None:
     for name in ("attention_factor", "beta_fast", "beta_slow"):
         if getattr(scaling, name) != getattr(default, name):
             raise UserError(f"GGUF: rope scaling with {name} = {getattr(scaling, name)} is not supported")
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary, config: XverseConfig) -> None:
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types([int(kind) for kind in vocabulary.kinds])
-    writer.add_unk_token_id(0)
-    for add, index in (
-        (writer.add_pad_token_id, config.pad_token_id),
-        (writer.add_bos_token_id, config.bos_token_id),
-        (writer.add_eos_token_id, config.eos_token_id),
-        (writer.add_eot_token_id, config.eos_token_id),
-    ):
-        if index is not None:
-            add(index)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
-    writer.add_remove_extra_whitespaces(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
 
 
 def _kind(name: str, tensor: Tensor, kind: str) -> str:
@@ -250,7 +262,7 @@ def _pad(file: BinaryIO) -> None:
 def _write(file: BinaryIO, name: str, tensor: Tensor, kind: str) -> None:
     rows = max(1, PIECE // tensor.shape[-1])
     pieces = tensor.detach().split(rows) if tensor.dim() > 1 else [tensor.detach()]
-    for encoded in _in_threads(lambda piece: _encode(name, piece, kind), pieces):
+    for encoded in in_threads(lambda piece: _encode(name, piece, kind), pieces):
         file.write(encoded.data)
 
 
@@ -269,7 +281,7 @@ def _encode(name: str, piece: Tensor, kind: str) -> np.ndarray[Any, Any]:
     return array if kind == "f32" else quants.quantize(array, GGMLQuantizationType[kind.upper()])
 
 
-def _in_threads(function: Callable[[Any], Any], pieces: Any) -> Iterator[Any]:
+def in_threads(function: Callable[[Any], Any], pieces: Any) -> Iterator[Any]:
     """``map(function, pieces)`` in threads; numpy releases the interpreter lock."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
@@ -280,89 +292,3 @@ def _in_threads(function: Callable[[Any], Any], pieces: Any) -> Iterator[Any]:
                 yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()
-
-
-def open_gguf(path: str | Path) -> XverseForCausalLM:
-    """The model in a file written by ``save_gguf``, in float32, to compare it with its source.
-
-    Each module's weights are decoded from the memory-mapped file for the duration of its forward call, so
-    that a 7B model does not take 29 GB.
-    """
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    config = _read_config(reader)
-    with torch.device("meta"):
-        model = XverseForCausalLM(config)
-    for module_name, module in model.named_modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            tensor = stored.pop(gguf_name(f"{module_name}.{key}"))
-            empty = torch.zeros(()).expand(parameter.shape)
-            setattr(module, key, nn.Parameter(empty, requires_grad=False))
-            _decode_when_needed(module, key, tensor, config)
-    assert not stored, f"tensors that no module has: {', '.join(stored)}"
-    return model
-
-
-def _decode_when_needed(module: nn.Module, key: str, tensor: Any, config: XverseConfig) -> None:
-    parameter = getattr(module, key)
-    empty = parameter.data
-
-    def decode(*_: Any) -> None:
-        values = _decode(tensor)
-        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-            values = half_rows(values, config.num_attention_heads)
-        parameter.data = values
-
-    def forget(*_: Any) -> None:
-        parameter.data = empty
-
-    module.register_forward_pre_hook(decode)
-    module.register_forward_hook(forget, always_call=True)
-
-
-def _decode(tensor: Any) -> Tensor:
-    """A ``ReaderTensor`` as float32, in PyTorch's shape."""
-    from gguf import quants
-
-    data = tensor.data  # rows of the stored type, or of bytes
-    shape = [int(length) for length in reversed(tensor.shape)]
-    out = np.empty(shape, np.float32)
-    rows = max(1, PIECE // shape[-1]) if len(shape) > 1 else shape[0]
-    starts = range(0, shape[0], rows)
-
-    def piece(start: int) -> None:
-        out[start : start + rows] = quants.dequantize(data[start : start + rows], tensor.tensor_type)
-
-    for _ in _in_threads(piece, starts):
-        pass
-    return torch.from_numpy(out)
-
-
-def _read_config(reader: gguf.GGUFReader) -> XverseConfig:
-    def value(key: str) -> Any:
-        field = reader.get_field(key)
-        assert field is not None, f"no {key} in the file"
-        return field.contents()
-
-    positions, scaling = value("llama.context_length"), None
-    if reader.get_field("llama.rope.scaling.type") is not None:
-        positions = value("llama.rope.scaling.original_context_length")
-        kind = value("llama.rope.scaling.type")
-        scaling = RopeScaling(
-            rope_type=kind,
-            factor=value("llama.rope.scaling.factor"),
-            original_max_position_embeddings=positions if kind == "yarn" else None,
-        )
-    return XverseConfig(
-        vocab_size=value("llama.vocab_size"),
-        hidden_size=value("llama.embedding_length"),
-        intermediate_size=value("llama.feed_forward_length"),
-        num_hidden_layers=value("llama.block_count"),
-        num_attention_heads=value("llama.attention.head_count"),
-        rms_norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=value("llama.rope.freq_base"),
-        max_position_embeddings=positions,
-        rope_scaling=scaling,
-    )

@@ -6,21 +6,23 @@ Weights are dequantised to float32 by the ``gguf`` package when they are read. A
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory, check_vocabulary
-from xverse.formats.gguf import NAMES, half_rows
+from xverse.formats.gguf import NAMES, PIECE, ROPE_FACTORS, SAMPLING, half_rows, in_threads
 from xverse.formats.gguf_header import Header, StoredTensor, read_header
 from xverse.formats.gguf_tokenizer import tokenizer_of
+from xverse.model import XverseForCausalLM
 from xverse.model.scaling import RopeScaling
 
 if TYPE_CHECKING:
@@ -28,12 +30,8 @@ if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
 
 ARCHITECTURES = ("xverse", "llama", "qwen2", "qwen3")
-_NAMES = {stored: name for name, stored in NAMES.items()} | {
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-}
+_NAMES = {stored: name for name, stored in NAMES.items()}
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-_FACTORS = "rope_freqs.weight"  # llama.cpp's form of Llama 3's rope scaling
 # Metadata that changes the forward pass in a way that the model lacks.
 _REFUSED = ("expert_count", "attention.sliding_window", "attn_logit_softcapping", "logit_scale")
 
@@ -60,6 +58,10 @@ class GgufFile(ModelDirectory):
         heads = self._number("attention.head_count")
         hidden = self._number("embedding_length")
         tokens = self.header.metadata.get("tokenizer.ggml.tokens") or ()
+        scaling = self._scaling()
+        positions = self._number("context_length")
+        if scaling and scaling["rope_type"] in ("linear", "yarn"):  # which it includes
+            positions = self._get("rope.scaling.original_context_length") or positions
         ids = {
             f"{name}_token_id": self.header.metadata.get(f"tokenizer.ggml.{stored}_token_id")
             for name, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -75,8 +77,8 @@ class GgufFile(ModelDirectory):
             "head_dim": self._get("attention.key_length") or (hidden // heads if heads else 0),
             "rms_norm_eps": self._get("attention.layer_norm_rms_epsilon") or 1e-6,
             "rope_theta": self._get("rope.freq_base") or 10000.0,
-            "max_position_embeddings": self._number("context_length"),
-            "rope_scaling": self._scaling(),
+            "max_position_embeddings": positions,
+            "rope_scaling": scaling,
             "tie_word_embeddings": "output.weight" not in self.header.tensors,
             "attention_bias": "blk.0.attn_q.bias" in self.header.tensors,
             **ids,
@@ -88,15 +90,24 @@ class GgufFile(ModelDirectory):
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """The ids that end a reply: the text's end, and the turn's if the file names one."""
+        """The ids that end a reply: the text's end, and the turn's if the file names one; the settings of
+        sampling."""
         metadata = self.header.metadata
-        ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+        ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
         found = list(dict.fromkeys(index for index in ends if isinstance(index, int)))
-        return {"eos_token_id": found} if found else {}
+        numbers = {name: metadata.get(key) for name, key in SAMPLING.items()}
+        settings: dict[str, Any] = {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
+        if settings.get("temperature"):
+            settings["do_sample"] = True
+        return settings | ({"eos_token_id": found} if found else {})
 
     @cached_property
     def weight_files(self) -> list[Path]:
         return [self.path]
+
+    @property
+    def plain_path(self) -> Path:
+        raise self._not_plain("a GGUF file")
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -128,8 +139,8 @@ class GgufFile(ModelDirectory):
 
     def _scaling(self) -> dict[str, Any] | None:
         kind, factor = self._get("rope.scaling.type"), self._get("rope.scaling.factor")
-        if _FACTORS in self.header.tensors:
-            return self._llama3_scaling(decoded(self.header.tensors[_FACTORS]))
+        if ROPE_FACTORS in self.header.tensors:
+            return self._llama3_scaling(decoded(self.header.tensors[ROPE_FACTORS]))
         if kind in (None, "none") or not factor or factor == 1:
             return None
         if kind not in ("linear", "yarn"):
@@ -144,16 +155,17 @@ class GgufFile(ModelDirectory):
 
         theta, count = self._get("rope.freq_base") or 10000.0, len(factors)
         plain = 1.0 / theta ** (torch.arange(count, dtype=torch.float32) / count)
-        values = {
-            "rope_type": "llama3",
-            "factor": factors.max().item(),
-            "original_max_position_embeddings": 8192,
-        }
-        scaling = RopeScaling.from_json(values, 8192, str(self))
-        assert scaling is not None
-        if not torch.allclose(plain / scaled_frequencies(plain, scaling, theta), factors, rtol=1e-3):
-            raise UserError(f"{self}: {_FACTORS} is not the rope scaling of Llama 3, the only one supported")
-        return values
+        for length in (1 << bits for bits in range(13, 4, -1)):  # 8,192 is Llama's own
+            values = {
+                "rope_type": "llama3",
+                "factor": factors.max().item(),
+                "original_max_position_embeddings": length,
+            }
+            scaling = RopeScaling.from_json(values, length, str(self))
+            assert scaling is not None
+            if torch.allclose(plain / scaled_frequencies(plain, scaling, theta), factors, rtol=1e-3):
+                return values
+        raise UserError(f"{self}: {ROPE_FACTORS} is not the rope scaling of Llama 3, the only one supported")
 
 
 class GgufTensors:
@@ -163,7 +175,7 @@ class GgufTensors:
         self._file = file
         self._stored: dict[str, StoredTensor] = {}
         for name, tensor in file.header.tensors.items():
-            if name != _FACTORS:
+            if name != ROPE_FACTORS:
                 self._stored[_model_name(name)] = tensor
 
     @property
@@ -190,12 +202,21 @@ def decoded(tensor: StoredTensor) -> Tensor:
     """A stored tensor as float32, in PyTorch's shape. Raises UserError for a type without a decoder."""
     from gguf import GGMLQuantizationType, quants
 
-    kind = GGMLQuantizationType(tensor.kind)
+    kind, rows, shape = GGMLQuantizationType(tensor.kind), _rows(tensor), tensor.shape
+    out = np.empty(shape, np.float32)
+    step = max(1, PIECE // shape[-1]) if len(shape) > 1 else shape[0]
+
+    def piece(start: int) -> None:
+        out[start : start + step] = quants.dequantize(rows[start : start + step], kind).reshape(
+            out[start : start + step].shape
+        )
+
     try:
-        values = quants.dequantize(_rows(tensor), kind)
+        for _ in in_threads(piece, range(0, shape[0], step)):
+            pass
     except NotImplementedError:
         raise UserError(f"{tensor.name}: type {kind.name} is not supported") from None
-    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(tensor.shape)
+    return torch.from_numpy(out)
 
 
 def _rows(tensor: StoredTensor) -> Any:
@@ -217,3 +238,42 @@ def _model_name(name: str) -> str:
     if known is None:
         return name
     return f"model.layers.{block[1]}.{known}.{kind}" if block else f"{known}.{kind}"
+
+
+def open_gguf(path: str | Path) -> XverseForCausalLM:
+    """The model in a GGUF file, in float32, to compare it with its source.
+
+    Each module's weights are decoded from the memory-mapped file for the duration of its forward call, so
+    that a 7B model does not take 29 GB. Raises UserError as ``GgufFile`` does.
+    """
+    file = GgufFile(path)
+    config = file.config  # reads tensors where it has rope factors, so not on the meta device
+    with torch.device("meta"):
+        model = XverseForCausalLM(config)
+    names = set(file.tensors.names)
+    tied = config.tie_word_embeddings
+    for module_name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{module_name}.{key}"
+            if tied and name == "lm_head.weight":
+                name = "model.embed_tokens.weight"
+            names.discard(name)
+            empty = torch.zeros(()).expand(parameter.shape)
+            setattr(module, key, nn.Parameter(empty, requires_grad=False))
+            _decode_when_needed(module, key, functools.partial(file.tensors.get, name))
+    assert not names, f"tensors that no module has: {', '.join(names)}"
+    return model
+
+
+def _decode_when_needed(module: nn.Module, key: str, read: Callable[[], Tensor]) -> None:
+    parameter = getattr(module, key)
+    empty = parameter.data
+
+    def decode(*_: Any) -> None:
+        parameter.data = read()
+
+    def forget(*_: Any) -> None:
+        parameter.data = empty
+
+    module.register_forward_pre_hook(decode)
+    module.register_forward_hook(forget, always_call=True)

@@ -13,7 +13,7 @@ from xverse.config import UserError
 from xverse.tokenizer.general import GeneralTokenizer
 from xverse.tokenizer.tokenizer import SPACE, SPECIAL_TOKENS, Tokenizer
 
-_CONTROL, _USER, _BYTE = 3, 4, 6  # token types
+_CONTROL, _USER, _UNUSED = 3, 4, 5  # token types
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How each ``tokenizer.ggml.pre`` splits a text, before the bytes; "gpt-2" is the library's own split.
@@ -24,6 +24,8 @@ _SPLITS: dict[str, list[dict[str, Any]]] = {
     "qwen2": [{"Regex": _LETTERS + r"\p{N}" + _REST}],
 }
 _GPT2 = ("gpt-2", "default")
+_NFC = ("qwen2",)  # which normalise a text first
+_WHOLE_WORDS = ("llama-bpe", "llama3", "smaug-bpe")  # in which a word that is a token is not merged
 _GPT2_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 
@@ -36,6 +38,7 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     if len(kinds) != len(tokens):
         raise UserError(f"{where}: {len(kinds)} token types for {len(tokens)} tokens")
     vocab = {token: index for index, token in enumerate(tokens)}
+    used = {token: index for token, index in vocab.items() if kinds[index] != _UNUSED}
     added = [
         {
             "id": index, "content": tokens[index], "special": kind == _CONTROL, "single_word": False,
@@ -45,7 +48,7 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         if kind in (_CONTROL, _USER)
     ]  # fmt: skip
     if model == "gpt2":
-        values = _byte_level(vocab, metadata, where)
+        values = _byte_level(used, metadata, where)
     elif model == "llama":
         scores = metadata.get("tokenizer.ggml.scores") or []
         if len(scores) != len(tokens):
@@ -58,7 +61,7 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Tokenizer:
             from xverse.tokenizer.train import tokenizer_values
 
             return Tokenizer(tokenizer_values(vocab, merges), where)
-        values = _sentencepiece(vocab, merges, metadata)
+        values = _sentencepiece(used, merges, metadata)
     else:
         raise UserError(f"{where}: tokenizer {model!r} is not supported, only gpt2 and llama")
     values = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **values}
@@ -81,33 +84,51 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Tokenizer:
 
 def _byte_level(vocab: Mapping[str, int], metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
     merges, split = metadata.get("tokenizer.ggml.merges") or [], metadata.get("tokenizer.ggml.pre", "default")
-    last: dict[str, Any] = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
-    if split in _SPLITS:
-        parts = [
-            {"type": "Split", "pattern": p, "behavior": "Isolated", "invert": False} for p in _SPLITS[split]
-        ]
-    elif split in _GPT2 or split in _GPT2_SINGLE_DIGITS:
-        parts = [{"type": "Digits", "individual_digits": True}] if split in _GPT2_SINGLE_DIGITS else []
-        last["use_regex"] = True
-    else:
-        known = (*_SPLITS, *_GPT2, *_GPT2_SINGLE_DIGITS)
+    if split not in _known_splits():
         raise UserError(
-            f"{where}: tokenizer.ggml.pre {split!r} is not supported (supported: {', '.join(known)})"
+            f"{where}: tokenizer.ggml.pre {split!r} is not supported "
+            f"(supported: {', '.join(_known_splits())})"
         )
+    pairs = [merge.split(" ", 1) for merge in merges if isinstance(merge, str) and " " in merge]
     return {
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*parts, last]},
+        "normalizer": {"type": "NFC"} if split in _NFC else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _parts(split)},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(
-            vocab, [m.split(" ", 1) for m in merges if isinstance(m, str) and " " in m], byte_fallback=False
-        ),
+        "model": {**_bpe(vocab, pairs, byte_fallback=False), "ignore_merges": split in _WHOLE_WORDS},
     }
+
+
+def _known_splits() -> tuple[str, ...]:
+    return (*_SPLITS, *_GPT2, *_GPT2_SINGLE_DIGITS)
+
+
+def _parts(split: str) -> list[dict[str, Any]]:
+    """The pre-tokenizers of a ``tokenizer.ggml.pre``."""
+    parts: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        for pattern in _SPLITS.get(split, ())
+    ]
+    if split in _GPT2_SINGLE_DIGITS:
+        parts.append({"type": "Digits", "individual_digits": True})
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return [*parts, {**last, "use_regex": split not in _SPLITS}]
+
+
+def split_name(values: Mapping[str, Any]) -> str:
+    """The ``tokenizer.ggml.pre`` of a byte-level tokenizer.json. Raises UserError for one without a name."""
+    stored = values.get("pre_tokenizer") or {}
+    parts = stored.get("pretokenizers") if stored.get("type") == "Sequence" else [stored]
+    offsets = ("trim_offsets",)  # which do not change ids
+    found = [{key: value for key, value in part.items() if key not in offsets} for part in parts or []]
+    for name in _known_splits():
+        expected = [{k: v for k, v in part.items() if k not in offsets} for part in _parts(name)]
+        if found == expected:
+            return name
+    raise UserError(
+        "GGUF: the tokenizer's split of words has no name there that is known here "
+        f"(known: {', '.join(_known_splits())})"
+    )
 
 
 def _merges(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:

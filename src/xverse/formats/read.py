@@ -12,11 +12,9 @@ from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
 from xverse.formats.schemes import Scheme, dequantized, layer_of, load_layers, quantized_names
-from xverse.formats.weights import DTYPES, IGNORED_SUFFIX, dtype_name, listed
+from xverse.formats.weights import DTYPES, HEAD, IGNORED_SUFFIX, dtype_name, listed
 from xverse.model import XverseForCausalLM
 from xverse.model.config import FLOAT32_BELOW
-
-HEAD = "lm_head.weight"
 
 
 def load_model(
@@ -37,8 +35,9 @@ def load_model(
     """
     directory = ModelDirectory.of(source)
     device = torch.device(device)
+    config = directory.config  # of a GGUF file reads tensors, so not on the meta device
     with torch.device("meta"):
-        model = XverseForCausalLM(directory.config)
+        model = XverseForCausalLM(config)
     if directory.scheme is not None:
         _load_quantized(model, directory, directory.scheme, dtype, device, dequantize)
         return model

@@ -145,10 +145,12 @@ def random_differences(tokenizer: Tokenizer, vocabulary: Vocabulary, texts: int 
     """For how many of ``texts`` random texts of eight tokens llama.cpp's ids differ from ``tokenizer``'s."""
     chosen = random.Random(0)
     ordinary = [index for index, kind in enumerate(vocabulary.kinds) if kind is Kind.NORMAL]
+    first = tokenizer.backend.encode("a", add_special_tokens=False).tokens[0]
+    space = " " if first.startswith(SPACE) else ""  # that precedes a text
     different = 0
     for _ in range(texts):
         text = tokenizer.decode(chosen.choices(ordinary, k=8))
-        different += spm_encode(vocabulary, text) != tokenizer.encode(text)
+        different += spm_encode(vocabulary, space + text) != tokenizer.encode(text)
     return different
 
 

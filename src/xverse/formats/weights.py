@@ -22,6 +22,7 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.texts import read_json
 
+HEAD = "lm_head.weight"
 SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"
 # Precomputed rotary frequencies in published files; the model computes them.

@@ -7,6 +7,7 @@ replacing it deletes every file in it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from xverse.files import atomic_directory
 from xverse.formats.directory import check_vocabulary
 from xverse.formats.schemes import write_quantized
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
-from xverse.formats.weights import DTYPES, SafetensorsWriter, dtype_name
+from xverse.formats.weights import DTYPES, HEAD, SafetensorsWriter, dtype_name
 from xverse.kernels.weight import QuantizedWeight
 from xverse.model import XverseConfig, XverseForCausalLM
 
@@ -81,8 +82,10 @@ def _description(
 ) -> tuple[dict[str, Any], Mapping[str, str]]:
     """``config.json``, and the shim's files by name, which other families do not need."""
     if config.model_type != "xverse":
-        if llama and config.model_type not in ("llama", "mistral"):
-            raise UserError(f"a {config.model_type} model cannot be written as Llama; export it as hf")
+        if llama:
+            if config.qk_norm or config.attention_bias != config.output_bias:
+                raise UserError(f"a {config.model_type} model cannot be written as Llama; export it as hf")
+            config = dataclasses.replace(config, model_type="llama")
         return config.to_json(dtype_name(dtype)), {}
     if llama:
         return llama_config(config, dtype), {}
@@ -103,6 +106,19 @@ def llama_config(config: XverseConfig, dtype: torch.dtype) -> dict[str, Any]:
         "num_key_value_heads": config.num_key_value_heads,
         "rope_scaling": values.get("rope_scaling"),
     }
+
+
+def describe_model(
+    directory: Path,
+    config: XverseConfig,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    generation_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write everything of a model directory in XVERSE's layout except the weights and the shim."""
+    _write_json(directory / "config.json", config.to_json(dtype_name(dtype)))
+    _write_json(directory / "generation_config.json", generation_config or _token_ids(config))
+    tokenizer.save(directory)
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -183,6 +199,8 @@ def _write_weights(
     model: XverseForCausalLM, directory: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors[HEAD]
     writer = SafetensorsWriter(directory, len(tensors), max_shard_bytes)
     for name, tensor in tensors.items():
         writer.add(name, tensor.detach().to(dtype))

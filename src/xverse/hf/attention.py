@@ -31,7 +31,8 @@ def prepare(module: Any, config: Any, layer: int) -> None:
         "config": config,
         "layer_idx": layer,
         "is_causal": True,
-        "num_key_value_groups": 1,
+        "num_key_value_groups": getattr(config, "num_attention_heads", 1)
+        // getattr(config, "num_key_value_heads", getattr(config, "num_attention_heads", 1)),
         "scaling": module.head_dim**-0.5,
     }
     for name, value in values.items():

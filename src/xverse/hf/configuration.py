@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from xverse.files import atomic_file
 from xverse.formats.compressed import METHOD
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
 from xverse.model.config import XverseConfig as ModelConfig
+from xverse.model.families import check_rope_base
 from xverse.model.scaling import RopeScaling
 
 QUANT_METHOD = "xverse"  # under which transformers finds our quantizer
@@ -58,7 +62,7 @@ class XverseConfig(PretrainedConfig):
         max_tokenizer_truncation: int = 6144,
         initializer_range: float = 0.02,
         rms_norm_eps: float = 1e-6,
-        rope_theta: float = 10000.0,
+        rope_theta: float | None = None,
         use_cache: bool = True,
         pad_token_id: int | None = 1,
         bos_token_id: int | None = 2,
@@ -80,7 +84,10 @@ class XverseConfig(PretrainedConfig):
         self.max_tokenizer_truncation = max_tokenizer_truncation
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope.get("rope_theta", rope_theta)
+        if rope_theta is None and not rope.get("rope_theta"):
+            known = {"hidden_size": hidden_size, "max_position_embeddings": max_position_embeddings}
+            check_rope_base(known, str(kwargs.get("name_or_path") or "config.json"))
+        self.rope_theta = rope.get("rope_theta", ModelConfig.rope_theta if rope_theta is None else rope_theta)
         self.use_cache = use_cache
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
@@ -123,3 +130,42 @@ class XverseConfig(PretrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: transformers calls this after loading the shim, and would then copy this file."""
+
+
+class FamilyConfig(XverseConfig):
+    """The configuration of one of XVERSE's relatives (``model/families.py``) for the same classes, built by
+    ``from_model_config``. It is saved as its publisher's class reads it, without the shim."""
+
+    def __init__(self, shape: ModelConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if shape is not None:
+            self._shape = shape
+            # What caches and attention functions of transformers read.
+            self.num_key_value_heads, self.head_dim = shape.num_key_value_heads, shape.head_dim
+
+    def to_model_config(self) -> ModelConfig:
+        return self._shape
+
+    @classmethod
+    def from_model_config(cls, config: ModelConfig, **kwargs: Any) -> FamilyConfig:
+        values = config.to_json()
+        names = set(inspect.signature(XverseConfig.__init__).parameters) - {"self", "kwargs"}
+        chosen = {name: value for name, value in values.items() if name in names}
+        return cls(config, **chosen, max_tokenizer_truncation=config.context_length, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> FamilyConfig:
+        """From a directory in its publisher's layout, which peft reads beside an adapter."""
+        values, _ = cls.get_config_dict(pretrained_model_name_or_path)
+        return cls.from_model_config(ModelConfig.from_json(values, str(pretrained_model_name_or_path)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The publisher's keys, with the type of the weights."""
+        dtype = str(getattr(self, "dtype", None) or "float32").removeprefix("torch.")
+        return self._shape.to_json(dtype) if hasattr(self, "_shape") else super().to_dict()
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        with atomic_file(Path(save_directory) / "config.json") as path:
+            path.write_text(text, encoding="utf-8")

@@ -15,12 +15,14 @@ from transformers.utils.generic import TransformersKwargs
 
 from xverse.hf import model_chat, quantization
 from xverse.hf.attention import attention_context, prepare
-from xverse.hf.configuration import XverseConfig
+from xverse.hf.configuration import FamilyConfig, XverseConfig
+from xverse.kernels.bfloat16 import prepare_products
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.training import loss_kernels
 from xverse.model.loss import IGNORE, linear_cross_entropy
 from xverse.model.rope import rope_tables
 from xverse.model.transformer import DecoderLayer
+from xverse.model.transformer import XverseForCausalLM as ForCausalLM
 from xverse.model.transformer import XverseModel as Decoder
 from xverse.quant.quantizer import Method, QuantSettings
 
@@ -70,13 +72,16 @@ class XverseModel(XversePreTrainedModel):
 
     def __init__(self, config: XverseConfig) -> None:
         super().__init__(config)
-        decoder = Decoder(config.to_model_config())
+        self.take(Decoder(config.to_model_config()))
+        self.post_init()
+
+    def take(self, decoder: Decoder) -> None:
+        """Compute with the modules of ``decoder``."""
         self.shape = decoder.config
         self.embed_tokens, self.layers, self.norm = decoder.embed_tokens, decoder.layers, decoder.norm
         for index, layer in enumerate(self.layers):
             layer.__class__ = XverseDecoderLayer  # same parameters, same forward
-            prepare(layer.self_attn, config, index)
-        self.post_init()
+            prepare(layer.self_attn, self.config, index)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -117,6 +122,7 @@ class XverseModel(XversePreTrainedModel):
             output_hidden_states = config.output_hidden_states
 
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        prepare_products(x)
         recomputing = self.training and torch.is_grad_enabled()
         if recomputing and any(layer.gradient_checkpointing for layer in self.layers):
             cache, use_cache = None, False  # a recomputed layer would append its keys twice
@@ -153,12 +159,28 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
     Tensor names are upstream's.
     """
 
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (if they are tied)
+
     def __init__(self, config: XverseConfig) -> None:
         super().__init__(config)
         self.model = XverseModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def of(cls, model: ForCausalLM, generation_config: Mapping[str, Any]) -> XverseForCausalLM:
+        """The modules of a loaded model, XVERSE's or a relative's, behind transformers' interface; it is
+        saved as its publisher's class reads it. ``generation_config`` is that of its directory."""
+        kind = XverseConfig if model.config.model_type == "xverse" else FamilyConfig
+        with torch.device("meta"):
+            wrapped = cls(kind.from_model_config(model.config))
+        wrapped.model.take(model.model)
+        wrapped.lm_head = model.lm_head
+        if model.config.tie_word_embeddings:
+            wrapped._keys_to_ignore_on_save = ["lm_head.weight"]
+        wrapped.generation_config = GenerationConfig.from_dict(dict(generation_config))
+        return wrapped
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from xverse.config import UserError, nearest
+from xverse.config import UserError, is_url, nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PUBLISHED = [
@@ -32,14 +32,19 @@ MODELSCOPE = "modelscope:"
 
 
 def resolve(model: str) -> Path:
-    """The local directory, or .gguf file, of ``model``; a hub id is downloaded and verified.
+    """The local directory, or .gguf file, of ``model``; a hub id or URL is downloaded.
 
-    ``nano`` is the embedded model. Hub ids are fetched from Hugging Face (HF_ENDPOINT, HF_HUB_OFFLINE and
-    HF_TOKEN apply), or from ModelScope if written ``modelscope:org/name`` or with XVERSE_HUB=modelscope.
-    Raises UserError for any other name, an unknown id, no network and a wrong checksum.
+    ``nano`` is the embedded model. A URL such as ``s3://bucket/folder`` names a model directory. Hub ids are
+    fetched from Hugging Face (HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN apply), or from ModelScope if written
+    ``modelscope:org/name`` or with XVERSE_HUB=modelscope. Raises UserError for any other name, an unknown id,
+    no network and a wrong checksum.
     """
     if model == "nano":
         return _embedded()
+    if is_url(model):
+        from xverse.hub import store
+
+        return store.fetch(model, lambda names: choose_files(model, names))
     path = Path(model).expanduser()
     if model and path.is_dir():  # Path("") is the current directory
         return path

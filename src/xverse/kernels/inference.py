@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from xverse.gpu import has_triton
 from xverse.kernels import ops
+from xverse.kernels.bfloat16 import use_fast_products
 from xverse.model.transformer import MLP, Attention, RMSNorm
 
 
@@ -69,6 +70,8 @@ def use_kernels(model: nn.Module) -> None:
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     if device.type != "cpu" and not (device.type == "cuda" and has_triton()):
         return
+    if device.type == "cpu" and any(tensor.dtype == torch.bfloat16 for tensor in model.parameters()):
+        use_fast_products()
     for module in model.modules():
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]

@@ -1,8 +1,8 @@
 """The compiled kernels: loads the library, selects an instruction set and runs it on PyTorch's threads.
 
 This module binds everything that ``csrc/xverse_kernels.h`` declares; that header documents the functions.
-``XVERSE_KERNELS`` selects an instruction set (avx512_bf16, avx512_vnni, avx2, portable) instead of the best
-one, or with ``none`` PyTorch's operations.
+``XVERSE_KERNELS`` selects an instruction set (one of ``NAMES``) instead of the best one, or with ``none``
+PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from xverse.config import UserError
 from xverse.log import notice
 
 LIBRARY = Path(__file__).with_name("libxverse_kernels.so")
-NAMES = ("avx512_bf16", "avx512_vnni", "avx2", "portable")  # as in csrc/instruction_sets.cpp, best first
+# As in csrc/instruction_sets.cpp, best first.
+NAMES = ("avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dot", "portable")
 
 # XvType: the types of activations, and those of a cache
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -66,7 +67,6 @@ SIGNATURES = {
     "xv_rms_norm": [*[_POINTER] * 3, _INT, _INT, _INT64, _INT64, _FLOAT, _INT],
     "xv_silu_mul": [*[_POINTER] * 3, _INT, _INT64, _INT],
     "xv_rotate": [*[_POINTER] * 4, _INT, _INT64, *[_INT] * 4],
-    "xv_has_prefill": [],
     "xv_paged_append": [*[_POINTER] * 4, _INT, *[_INT64] * 5, _INT],
     "xv_paged_attention": [*[_POINTER] * 5, _INT, *[_INT64] * 4, _INT, _INT],
     "xv_paged_prefill": [*[_POINTER] * 4, *[_INT64] * 4, _INT, _INT],
@@ -85,7 +85,7 @@ SIGNATURES = {
     "xv_train_cross_entropy": [*[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT],
 }
 # fmt: on
-RESULTS = {"xv_select": ctypes.c_char_p, "xv_has_prefill": _INT, "xv_has_train_attention": _INT}
+RESULTS = {"xv_select": ctypes.c_char_p, "xv_has_train_attention": _INT}
 
 
 def library() -> ctypes.CDLL | None:

@@ -151,8 +151,6 @@ class PagedLayer:
         kernels = self._native(q)
         if kernels is None or q.dtype != torch.bfloat16 or self.keys.dtype == torch.float32:
             return self._prefill_torch(q, table, start)
-        if not kernels.xv_has_prefill():
-            return self._prefill_torch(q, table, start)
         out = q.new_empty(q.shape)  # [T, H, head_dim]
         kernels.xv_paged_prefill(
             self._struct, q.data_ptr(), table.data_ptr(), out.data_ptr(),

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from xverse.kernels.native import TYPES, library
 from xverse.kernels.ops import OPERATIONS, is_eager_cpu, silu_mul
 from xverse.model import Packed, linear_cross_entropy
-from xverse.model.attention import AttentionContext
+from xverse.model.attention import AttentionContext, grouped
 from xverse.model.loss import LossKernels
 from xverse.model.transformer import MLP, Attention, DecoderLayer, RMSNorm, XverseForCausalLM, apply_all
 
@@ -281,9 +281,11 @@ class KernelPacked(Packed):
         self._starts = (index - self.positions).to(torch.int32)  # [B, T]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B, H, T, head_dim] → [B, H, T, head_dim]."""
+        """``q`` [B, H, T, head_dim], ``k`` and ``v`` [B, KV, T, head_dim] → [B, H, T, head_dim]."""
         if q.dtype != torch.bfloat16 or not kernels_fit(q):
             return super().attend(layer, q, k, v)
+        if grouped(q, k):  # the kernel takes a key head for each query head
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         return _Attention.apply(q, k, v, self._starts)
 
 
@@ -314,7 +316,7 @@ class TrainingAttention(Attention):
     """Heads are split, rotated and transposed in one pass; [B, T, D] → [B, T, D]."""
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
-        if x.dtype != torch.bfloat16 or not kernels_fit(x):
+        if self.qk_norm or x.dtype != torch.bfloat16 or not kernels_fit(x):
             return super().forward(x, rope, context)
         batch, length = x.shape[:2]
         cos, sin = (table.float().expand(batch, 1, length, self.head_dim).contiguous() for table in rope)

@@ -16,6 +16,16 @@ from xverse.model.scaling import RopeScaling
 FLOAT32_BELOW = 1_000_000_000
 
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Fields that XVERSE does not have; ``to_json`` writes them under the family's own keys, or not at all.
+FAMILY_FIELDS = frozenset(
+    {
+        "model_type", "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias",
+        "output_bias", "qk_norm", "norm_in_float32",
+    }
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class XverseConfig:
     """Everything that determines the tensors of a model and the arithmetic of its forward pass."""
@@ -46,8 +56,7 @@ class XverseConfig:
     norm_in_float32: bool = True  # RMSNorm's weight is applied before the result is rounded to 16 bits
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in sizes:
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         heads = self.num_attention_heads
@@ -90,7 +99,7 @@ class XverseConfig:
         plain = {field.name: field.default for field in dataclasses.fields(self)}
         plain |= {"num_key_value_heads": self.num_attention_heads}
         plain |= {"head_dim": self.hidden_size // self.num_attention_heads}
-        return {k: v for k, v in values.items() if k not in _FAMILY_FIELDS or v != plain[k]}
+        return {k: v for k, v in values.items() if k not in FAMILY_FIELDS or v != plain[k]}
 
     def num_parameters(self) -> int:
         """Trainable parameters; those of a tied head are counted once."""
@@ -109,7 +118,7 @@ class XverseConfig:
     def to_json(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """``config.json`` as upstream writes it, without ``auto_map``; ``dtype`` is that of the stored
         weights."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in _FAMILY_FIELDS}
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in FAMILY_FIELDS}
         values.pop("rope_scaling")
         if self.rope_scaling is not None:
             values["rope_scaling"] = self.rope_scaling.to_json()
@@ -117,11 +126,13 @@ class XverseConfig:
         if self.model_type != "xverse":
             values.pop("max_tokenizer_truncation")
             values |= {"num_key_value_heads": self.num_key_value_heads, "head_dim": self.head_dim}
-            if family.bias_key:
-                values[family.bias_key] = self.attention_bias
+            written = family_of({"model_type": family.written or self.model_type}, "model_type")
+            if written.bias_key:
+                values[written.bias_key] = self.attention_bias
+            values |= family.constants
         return {
             "architectures": [family.architecture],
-            "model_type": self.model_type,
+            "model_type": family.written or self.model_type,
             "hidden_act": "silu",
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": dtype,
@@ -149,19 +160,6 @@ class XverseConfig:
         scaling = RopeScaling.from_json(rope, config.max_position_embeddings, where)
         theta = kept.get("rope_theta", rope.get("rope_theta", cls.rope_theta))
         return dataclasses.replace(config, rope_theta=theta, rope_scaling=scaling)
-
-
-# Fields that ``to_json`` writes under the family's own keys, or not at all.
-_FAMILY_FIELDS = (
-    "model_type",
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
-    "attention_bias",
-    "output_bias",
-    "qk_norm",
-    "norm_in_float32",
-)
 
 
 def training_flops(parameters: int, layers: int, attention_size: int, length: int) -> dict[str, float]:

@@ -16,13 +16,16 @@ class Family:
 
     ``defaults`` are that class's values for keys that a file leaves out, ``implied`` fields of
     ``XverseConfig`` that have no key. ``bias_key`` is the key that adds biases to queries, keys, values and
-    the attention's output.
+    the attention's output. ``written`` is the ``model_type`` that is written instead, of models whose class
+    transformers lacks, and ``constants`` are other keys to write.
     """
 
     architecture: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
     bias_key: str = "attention_bias"
+    written: str = ""
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 _CAST_FIRST = {"norm_in_float32": False}
@@ -45,6 +48,7 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4096,
         },
         _CAST_FIRST,
+        constants={"sliding_window": None},
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
@@ -81,6 +85,14 @@ FAMILIES: dict[str, Family] = {
         },
         _CAST_FIRST,
         bias_key="bias",
+        written="llama",
+    ),
+    "baichuan": Family(
+        "LlamaForCausalLM",
+        {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        _CAST_FIRST,
+        bias_key="",
+        written="llama",
     ),
 }
 
@@ -116,11 +128,18 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     family = family_of(values, where)
     fields = {**family.defaults, **values}
+    if fields.get("max_sequence_length") and "max_position_embeddings" not in values:  # Llama's first key
+        fields["max_position_embeddings"] = fields["max_sequence_length"]
     for key, supported in _FIXED.items():
         value = fields.get(key, supported)
         if value != supported and not (value is None or value == 0):
             raise UserError(f"{where}: {key} = {value!r} is not supported, only {supported!r}")
     _check_windows(fields, where)
+    if fields.get("model_type") == "baichuan" and not fields.get("max_position_embeddings"):
+        raise UserError(
+            f"{where}: has no max_position_embeddings, like Baichuan's 13B models, whose ALiBi attention is "
+            "not supported"
+        )
     if fields.get("model_type", "xverse") == "xverse":
         _check_xverse(fields, where)
     biases = bool(fields.get(family.bias_key))
@@ -135,6 +154,9 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
     if fields.get("model_type", "xverse") != "xverse":  # whose chat truncates prompts to fewer
         fields["max_tokenizer_truncation"] = fields.get("max_position_embeddings")
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(fields.get(name), int) and fields[name] < 0:  # none, in the first conversions of Llama
+            fields[name] = None
     if isinstance(fields.get("eos_token_id"), list):  # generation_config.json has them all
         fields["eos_token_id"] = fields["eos_token_id"][0]
     return fields
@@ -148,6 +170,25 @@ def _check_xverse(fields: Mapping[str, Any], where: str) -> None:
     heads = fields.get("num_attention_heads")
     if fields.get("num_key_value_heads", heads) not in (heads, None):
         raise UserError(f"{where}: grouped-query attention (num_key_value_heads) is not supported in XVERSE")
+    check_rope_base(fields, where)
+
+
+def check_rope_base(values: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a configuration of XVERSE without a key for the rope base whose base is probably
+    not the default of 10,000: that of XVERSE-13B-256K is in its publisher's code alone. XVERSE-65B has
+    16,384 positions and the default."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if values.get("rope_theta") or rope.get("rope_theta"):
+        return
+    positions = values.get("max_position_embeddings") or 0
+    is_65b = (values.get("hidden_size"), positions) == (8192, 16384)
+    named = "256k" in f"{where} {values.get('_name_or_path')}".lower()
+    if named or (isinstance(positions, int) and positions > 8192 and not is_65b):
+        what = "a 256K model" if named else f"{positions} positions"
+        raise UserError(
+            f"{where}: has no rope_theta, and the default of 10,000 is probably wrong for {what}; add "
+            '"rope_theta", such as 500000 for XVERSE-13B-256K'
+        )
 
 
 def _check_windows(fields: Mapping[str, Any], where: str) -> None:

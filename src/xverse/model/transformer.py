@@ -167,7 +167,7 @@ class XverseForCausalLM(nn.Module):
     def tie(self) -> None:
         """Make the head share the embedding's weight if the configuration ties them; again after the
         embedding's weight has been replaced."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and hasattr(self, "lm_head"):  # not in the middle of a pipeline
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, context: AttentionContext) -> Tensor:

@@ -289,7 +289,7 @@ class _Model:
         pairs = 2 * 2 * self.tokens * arch.kv_size / layout.tensor
         hop = self.between(pairs, layout.tensor)
         share = 1 / layout.context
-        merge = self.moving(12 * self.tokens * arch.hidden_size / layout.tensor)
+        merge = self.moving(12 * self.tokens * arch.attention_size / layout.tensor)
         context = steps * (max(0.0, hop - attention * share) + merge)
         context_backward = steps * (max(0.0, 2 * hop - attention_backward * share) + 2 * merge)
         context_layer = context * (1 + again_attention) + context_backward
@@ -316,7 +316,7 @@ class _Model:
         send = self.between(activations / layout.tensor, layout.tensor * layout.context * layout.data)
         pipeline = 2 * (stages - 1 + m * (layout.virtual_stages - 1)) * send if stages > 1 else 0.0
 
-        owned = (layers * arch.layer_parameters + 2 * arch.head_parameters / stages) / layout.tensor
+        owned = (layers * arch.layer_parameters + arch.end_parameters / stages) / layout.tensor
         states = owned / (layout.data * layout.context if layout.zero1 else layout.sharded_over)
         return Step(
             matmul=m * layers * 3 * matmul,
@@ -355,7 +355,7 @@ class _Model:
         the head, which are exposed."""
         arch, layout, software = self.arch, self.layout, self.software
         size = arch.layer_parameters / layout.tensor
-        ends = 2 * arch.head_parameters / layout.tensor / layout.pipeline
+        ends = arch.end_parameters / layout.tensor / layout.pipeline
         grad, group, copies = software.gradient_bytes, layout.shard * layout.context, layout.replicate
         if layout.shard == 1:
             members = copies * layout.context

@@ -44,7 +44,7 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     size = 2 if half else 4
     vocabulary = shape.vocab_size * shape.hidden_size
     every = shape.num_parameters()
-    layers = every - 2 * vocabulary
+    layers = every - (1 if shape.tie_word_embeddings else 2) * vocabulary
     lora = settings.finetuning_type == "lora"
     learning = trainable_parameters(shape, settings)
     narrow = settings.pure_bf16 or (half and (load.stage > 0 or (lora and settings.bf16)))
@@ -128,10 +128,11 @@ def keeps_freed(settings: Settings, stored_quantised: bool) -> bool:
 def trainable_parameters(shape: XverseConfig, settings: Settings) -> int:
     """The number of trainable parameters, from the settings alone."""
     d, ff, count = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    q, kv = shape.attention_size, shape.kv_size
     vocabulary = shape.vocab_size * d
     if settings.finetuning_type == "full":
         return shape.num_parameters()
-    sizes = {"q_proj": (d, d), "k_proj": (d, d), "v_proj": (d, d), "o_proj": (d, d)}
+    sizes = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
     sizes |= {"gate_proj": (d, ff), "up_proj": (d, ff), "down_proj": (ff, d)}
     ends = {"lm_head": vocabulary, "embed_tokens": vocabulary, "norm": d}
     extra = sum(ends.get(name, 0) for name in _extra(settings))
@@ -157,12 +158,14 @@ def _activations(
     """Bytes that autograd saves, and bytes that are recomputed in the backward pass after the loss.
 
     For each layer and token: the inputs of both norms in float32, and in ``size`` bytes the norms' results,
-    q, k, v, attention's output before and after transposing, and four rows of the MLP. peft's adapter casts
+    q, k, v, attention's output before and after transposing, and four rows of the MLP; with normed heads
+    their inputs in float32. peft's adapter casts
     the input of its layer to another copy, except beside a quantised weight. A recomputed layer counts twice,
     because its gradients are as large.
     """
     d, ff, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    per_token = 8 * d + size * (7 * d + 4 * ff)
+    q, kv = shape.attention_size, shape.kv_size
+    per_token = 8 * d + size * (2 * d + 3 * q + 2 * kv + 4 * ff) + shape.qk_norm * 4 * (q + kv)
     if settings.finetuning_type == "lora" and size == 2 and not quantised:
         per_token += size * 5 * d
     scores = 0

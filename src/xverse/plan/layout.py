@@ -17,7 +17,8 @@ Checkpointing = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder as the cost model sees it. ``gated``: SwiGLU's three matrices instead of two."""
+    """A decoder as the cost model sees it. ``gated``: SwiGLU's three matrices instead of two; ``head_dim`` 0:
+    hidden_size / heads."""
 
     vocab_size: int
     hidden_size: int
@@ -27,7 +28,7 @@ class Architecture:
     kv_heads: int
     gated: bool = True
     tied: bool = False
-    head_dim: int = 0  # 0: hidden_size / heads
+    head_dim: int = 0
 
     @classmethod
     def of(cls, shape: XverseConfig) -> Architecture:
@@ -43,13 +44,13 @@ class Architecture:
         )
 
     @property
-    def kv_size(self) -> int:
-        return self.attention_size // self.heads * self.kv_heads
+    def attention_size(self) -> int:
+        """The width of a layer's queries."""
+        return (self.head_dim or self.hidden_size // self.heads) * self.heads
 
     @property
-    def attention_size(self) -> int:
-        """The width of a layer's queries: all heads together."""
-        return (self.head_dim or self.hidden_size // self.heads) * self.heads
+    def kv_size(self) -> int:
+        return self.attention_size // self.heads * self.kv_heads
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
@@ -68,9 +69,13 @@ class Architecture:
         return self.vocab_size * self.hidden_size
 
     @property
+    def end_parameters(self) -> int:
+        """Parameters of the embedding and the head, which may be one matrix."""
+        return self.head_parameters * (1 if self.tied else 2)
+
+    @property
     def parameters(self) -> int:
-        ends = self.head_parameters * (1 if self.tied else 2)
-        return self.layers * self.layer_parameters + ends
+        return self.layers * self.layer_parameters + self.end_parameters
 
     def flops_per_token(self, length: int) -> dict[str, float]:
         """Training FLOPs per token, see ``training_flops``."""
@@ -203,6 +208,11 @@ def problem(
             return f"{key} {getattr(arch, name)} does not divide by tensor {tensor}"
     if gpus_per_machine is not None and tensor > gpus_per_machine:
         return f"tensor {tensor} exceeds one machine of {gpus_per_machine} GPUs"
+    if arch.tied and pipeline > 1:
+        return (
+            f"pipeline {pipeline} cannot divide a model with tie_word_embeddings: its embedding, in the "
+            "first stage, and its head, in the last, are one weight"
+        )
     if arch.layers % layout.stages:
         return (
             f"num_hidden_layers {arch.layers} do not divide into pipeline {pipeline} × virtual_stages "

@@ -32,14 +32,17 @@ class Memory:
 
 def activation_bytes(arch: Architecture, checkpointing: Checkpointing) -> float:
     """Bytes that autograd keeps of one token and layer in bfloat16, as ``train/memory.py`` counts them."""
-    d, f = arch.hidden_size, arch.intermediate_size
-    return {"none": 34 * d + 10 * f, "selective": 16 * d + 6 * f, "full": 4 * d}[checkpointing]
+    d, f, q, kv = arch.hidden_size, arch.intermediate_size, arch.attention_size, arch.kv_size
+    # In bfloat16 attention keeps rotated queries and keys, values and its output, also transposed.
+    attention = {"none": 6 * q + 4 * kv, "selective": 4 * q + 4 * kv, "full": 0}[checkpointing]
+    rest = {"none": 24 * d + 10 * f, "selective": 8 * d + 6 * f, "full": 4 * d}[checkpointing]
+    return attention + rest
 
 
 def _first_stage(arch: Architecture, layout: Layout) -> tuple[float, float, float]:
     """Layers of the first pipeline stage, which holds the most micro-batches; and of one tensor-parallel
     rank there, the parameters of a layer and of the ends (embedding and, without a pipeline, the head)."""
-    ends = arch.head_parameters * (2 if layout.pipeline == 1 else 1)
+    ends = arch.end_parameters if layout.pipeline == 1 else arch.head_parameters
     return arch.layers / layout.pipeline, arch.layer_parameters / layout.tensor, ends / layout.tensor
 
 

@@ -40,6 +40,8 @@ class Record:
     """What is known of one request. ``usage`` returns its token counts so far."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    path: str = ""
+    words: Mapping[str, str] = field(default_factory=dict)  # the API's names of fields, by the common ones
     key: str | None = None
     model: str | None = None
     error: str | None = None
@@ -67,8 +69,8 @@ def fingerprint(key: bytes) -> str:
 
 class AccessLog:
     """Plain ASGI middleware. ``log``: write one JSON line per request to stderr; ``contents`` adds the bodies
-    of ``/v1/``. Successful probes and assets of the page are counted and not logged. ``root`` is the path
-    that the server is reached under, such as ``/xv``, whether or not a proxy removes it."""
+    of ``/v1/`` and ``/api/``. Successful probes and assets of the page are counted and not logged. ``root``
+    is the path that the server is reached under, such as ``/xv``, whether or not a proxy removes it."""
 
     def __init__(
         self,
@@ -93,6 +95,7 @@ class AccessLog:
         headers = {name.lower(): value for name, value in scope["headers"]}
         sent_id = headers.get(b"x-request-id", b"").decode("latin-1")
         record = Record(id=sent_id) if _CLIENT_ID.fullmatch(sent_id) else Record()
+        record.path = scope["path"]
         exchange = _Exchange(scope, record, keep=self._log and self._contents and _is_api(scope["path"]))
         token = _record.set(record)
         begun = None
@@ -161,7 +164,7 @@ class _Exchange:
     def handler(self) -> str:
         """The route, without what clients choose freely."""
         path = getattr(self._scope.get("route"), "path", "")
-        return path if path and path not in ("/{path:path}", "/v1/{path:path}") else "other"
+        return path if path and not path.endswith("{path:path}") else "other"
 
     def worth_logging(self) -> bool:
         fine = self.complete and self._status < 400 and self._scope["method"] in ("GET", "HEAD")
@@ -195,7 +198,7 @@ class _Exchange:
 
 
 def _is_api(path: str) -> bool:
-    return path.startswith("/v1/")
+    return path.startswith(("/v1/", "/api/"))
 
 
 def _readable(body: bytearray) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,19 @@ class CallPiece:
     index: int
     name: str | None
     arguments: str
+
+
+def collected(pieces: Iterable[Content | CallPiece]) -> tuple[str, list[dict[str, str]]]:
+    """The whole content, and the calls with their names and arguments."""
+    content, calls = "", list[dict[str, str]]()
+    for piece in pieces:
+        if isinstance(piece, Content):
+            content += piece.text
+        elif piece.name is not None:
+            calls.append({"name": piece.name, "arguments": piece.arguments})
+        else:
+            calls[-1]["arguments"] += piece.arguments
+    return content, calls
 
 
 class CallParser:

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Errors as responses: in OpenAI's shape, or in that of the API whose route was called (``dialects.py``)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from xverse.config import UserError, nearest
 from xverse.serve.access_log import current
+from xverse.serve.dialects import in_words, kind_of, shaped
 from xverse.serve.runner import Busy, Draining
 
 
@@ -27,19 +28,13 @@ class ApiError(Exception):
         self.status, self.param, self.code = status, param, code
 
 
-_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "invalid_request_error",
-    429: "rate_limit_error",
-    503: "unavailable_error",
-}
-
-
 def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    current().fail(status, code or kind)
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """The body of an error, in the form and with the field names of the API that was called."""
+    record = current()
+    record.fail(status, code or kind_of(status))
+    message = in_words(record.words, message)
+    param = param and in_words(record.words, param)
+    return shaped(record.path, status, message, param, code, record.id)
 
 
 def answer(
@@ -94,7 +89,8 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
 def of_validation(error: Mapping[str, Any]) -> ApiError:
     """One of pydantic's errors in the API's words, with the field's path as clients write it."""
     path, ctx = "", error.get("ctx", {})
-    for part in error["loc"]:
+    parts = error["loc"]
+    for part in parts[1:] if parts[:1] in (("body",), ("query",)) and parts[1:] else parts:
         if part != "body" and part != "[key]":
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     path += ctx.get("at", "")
@@ -147,7 +143,7 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
     code = _CODES.get(status)
     if status == 404:
         text = f"{path} does not exist"
-        if exists(request, f"/v1{path}"):
+        if not path.startswith("/v1/") and exists(request, f"/v1{path}"):
             text += f"; use /v1{path} (the base URL of clients ends in /v1)"
     elif status == 405:
         text = f"{path} does not accept {request.method}"

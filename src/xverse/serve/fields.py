@@ -10,14 +10,22 @@ from __future__ import annotations
 import difflib
 import re
 import urllib.parse
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from xverse.serve.errors import ApiError
+from xverse.serve.errors import ApiError, of_validation
 
-# Fields that cannot change a reply of this server, by the reason; docs/serving.md lists them.
+# Fields that cannot change a reply of this server, by the reason; docs/api.md lists them.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "labels of the caller": ("user", "safety_identifier", "metadata", "request_id", "vllm_xargs"),
     "storage and billing at OpenAI": ("store", "service_tier", "moderation"),
@@ -49,7 +57,6 @@ ELSEWHERE = frozenset(
 )
 MOST_UNKNOWN = 50
 MOST_ITEMS = 30_000  # in one body: their number, not their bytes, determines how long validation takes
-_IDS = ("prompt", "tokens")
 _LIKE = 0.8  # similarity from which an unknown name counts as a misspelling
 
 
@@ -69,12 +76,41 @@ class Lenient(BaseModel):
         return without_null(values) if isinstance(values, dict) else values
 
 
+def by_type(
+    value: Any, kinds: Mapping[str, type[Lenient] | None], kind_of: Callable[[dict[str, Any]], str], what: str
+) -> list[Any]:
+    """A list of objects, each read as the model in ``kinds`` for its type; those of type None are left out.
+    Raises the error of the first wrong one, with its index. ``what`` names the objects."""
+    if not isinstance(value, list):
+        raise rule(f"must be a list of {what}")
+    found: list[Any] = []
+    for index, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise rule("must be an object", f"[{index}]")
+        kind = kind_of(item)
+        if not isinstance(kind, str) or kind not in kinds:
+            raise rule(f"{what} of type '{str(kind)[:40]}' are not supported", f"[{index}].type")
+        model = kinds[kind]
+        if model is None:
+            continue
+        try:
+            found.append(model.model_validate(item))
+        except ValidationError as error:
+            wrong = of_validation(error.errors()[0])
+            path = wrong.param or ""
+            text = str(wrong).removeprefix(f"{path or 'the body'}: ")
+            raise rule(text, f"[{index}]" + (f".{path}" if path and path[0] != "[" else path)) from None
+    return found
+
+
 _MOST_NAMED = 32  # fields in the header
 
 
 class Body(Lenient):
     """A whole body. ``ignored`` holds the names of the unknown fields at its top."""
 
+    without_effect: ClassVar[frozenset[str]] = NO_EFFECT
+    token_ids: ClassVar[tuple[str, ...]] = ("prompt", "tokens")  # fields that may be long lists of them
     _ignored: tuple[str, ...] = PrivateAttr(())
 
     @property
@@ -83,9 +119,9 @@ class Body(Lenient):
 
     def headers(self) -> dict[str, str]:
         """The header of the response that reports ignored fields."""
-        if not self._ignored:
+        if not self.ignored:
             return {}
-        names = [urllib.parse.quote(name[:64], errors="replace") or '""' for name in self._ignored]
+        names = [urllib.parse.quote(name[:64], errors="replace") or '""' for name in self.ignored]
         most = _MOST_NAMED
         return {"X-Ignored-Fields": ", ".join([*names[:most], *(["..."] if len(names) > most else [])])}
 
@@ -94,12 +130,12 @@ class Body(Lenient):
     def _tolerant(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, dict):
             return handler(values)
-        _check_items(values)
+        _check_items(values, cls.token_ids)
         known = {field.alias or name for name, field in cls.model_fields.items()}
         unknown = [
             name
             for name, value in values.items()
-            if value is not None and name not in known and name not in NO_EFFECT
+            if value is not None and name not in known and name not in cls.without_effect
         ]
         if len(unknown) > MOST_UNKNOWN:
             raise ApiError(400, f"the body has {len(unknown)} unknown fields; the limit is {MOST_UNKNOWN}")
@@ -125,11 +161,11 @@ def misspelt(name: str, known: Any) -> str | None:
     return close[0] if close else None
 
 
-def _check_items(values: dict[str, Any]) -> None:
+def _check_items(values: dict[str, Any], token_ids: tuple[str, ...]) -> None:
     """Raises ApiError for a body of too many parts. Token ids do not count; they are quick to check."""
     count = len(values)
     stack: list[Any] = (
-        [value for name, value in values.items() if name not in _IDS] if count <= MOST_ITEMS else []
+        [value for name, value in values.items() if name not in token_ids] if count <= MOST_ITEMS else []
     )
     while count <= MOST_ITEMS and stack:
         part = stack.pop()

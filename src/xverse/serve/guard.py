@@ -8,7 +8,7 @@ import binascii
 import hmac
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -40,9 +40,9 @@ class Guard:
 
     ``hosts``: the host names that requests may use (None: any). This stops DNS rebinding, where another
     site's page makes the browser send requests to 127.0.0.1 under that site's name. Cross-origin requests
-    are refused, except from ``origins``. ``keys``: if not empty, requests need one of them as a bearer token
-    or as the password of HTTP basic authentication. Bodies above ``max_body`` bytes are refused, and
-    those that arrive too slowly.
+    are refused, except from ``origins``. ``keys``: if not empty, requests need one of them as a bearer token,
+    in ``x-api-key``, or as the password of HTTP basic authentication. Bodies above ``max_body`` bytes are
+    refused, and those that arrive too slowly.
     """
 
     def __init__(
@@ -93,13 +93,17 @@ class Guard:
                 403, f"the origin '{origin}' is not allowed (--allowed-origin)", code="origin"
             )
         if self._keys and scope["path"] not in PROBES:
-            key_sent = _sent_key(headers.get(b"authorization", b""))
+            key_sent = _sent_key(headers)
             matches = [hmac.compare_digest(key_sent, key.encode()) for key in self._keys]  # in constant time
             if any(matches):
                 current().key = fingerprint(key_sent)
             else:
                 text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-                kind = "Bearer" if scope["path"].startswith("/v1/") else 'Basic realm="API key as password"'
+                kind = (
+                    "Bearer"
+                    if scope["path"].startswith(("/v1/", "/api/"))
+                    else 'Basic realm="API key as password"'
+                )
                 return errors.answer(401, text, code="invalid_api_key", headers={"WWW-Authenticate": kind})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body:
@@ -135,7 +139,11 @@ class Guard:
         return limited
 
 
-def _sent_key(authorization: bytes) -> bytes:
+def _sent_key(headers: Mapping[bytes, bytes]) -> bytes:
+    """The key in Anthropic's ``x-api-key``, or else in ``Authorization``."""
+    if b"x-api-key" in headers:
+        return headers[b"x-api-key"].strip()
+    authorization = headers.get(b"authorization", b"")
     kind, _, value = authorization.partition(b" ")
     if kind.lower() == b"bearer":
         return value.strip()

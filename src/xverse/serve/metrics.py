@@ -105,14 +105,15 @@ class ReplyMeter:
         self._begin = self._last = time.monotonic()
 
     def event(self, event: Event) -> None:
-        if event.token_id is None:
-            return
         now, metrics = time.monotonic(), self._metrics
-        if self._tokens == 0:
-            metrics.first_token.observe(now - self._last)
+        if event.error is None and self._tokens == 0:
             metrics.prompt_tokens.inc(self._prompt)
             metrics.queried_tokens.inc(self._prompt)
             metrics.cached_tokens.inc(event.cached_tokens)
+        if event.token_id is None:  # of an embedding or a score
+            return
+        if self._tokens == 0:
+            metrics.first_token.observe(now - self._last)
         else:
             metrics.between_tokens.observe(now - self._last)
         self._last = now

@@ -89,9 +89,12 @@ def _arguments(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
+Arguments = Annotated[StrictStr, BeforeValidator(_arguments, json_schema_input_type=str)]
+
+
 class FunctionCall(Lenient):
     name: StrictStr
-    arguments: Annotated[StrictStr, BeforeValidator(_arguments, json_schema_input_type=str)] = ""
+    arguments: Arguments = ""
 
 
 class ToolCall(Lenient):
@@ -109,11 +112,14 @@ class ToolCall(Lenient):
         return values
 
 
+Text = Annotated[str, PlainValidator(_text_of, json_schema_input_type=StrictStr | list[TextPart])]
+
+
 class Message(Lenient):
     """``content`` is the text of all parts. A refusal is what the assistant said instead."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str, PlainValidator(_text_of, json_schema_input_type=StrictStr | list[TextPart])] = ""
+    content: Text = ""
     refusal: StrictStr = ""
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] = Field(default_factory=list)
     function_call: FunctionCall | None = None
@@ -443,23 +449,3 @@ class CompletionRequest(Generation):
     logprobs: Whole | None = None
     suffix: Annotated[StrictStr, AfterValidator(_no_suffix)] | None = None
     best_of: Whole | None = None
-
-
-class TokenizeRequest(Body):
-    """``POST /tokenize``: a text (``prompt`` or ``text``), or a conversation as in a chat request."""
-
-    model: StrictStr = ""
-    prompt: StrictStr | None = None
-    text: StrictStr | None = None
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] = Field(default_factory=list)
-    continue_final_message: StrictBool = False
-    allow_special: StrictBool = False
-    return_token_strs: StrictBool = False
-
-
-class DetokenizeRequest(Body):
-    """``POST /detokenize``."""
-
-    model: StrictStr = ""
-    tokens: TokenIds

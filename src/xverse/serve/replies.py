@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import json
 import time
+import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from xverse.serve.errors import ApiError
 from xverse.serve.protocol import Generation
 from xverse.serve.runner import Busy, Draining
 from xverse.serve.service import Service
+from xverse.tokenizer import Tokenizer
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 
@@ -34,7 +36,9 @@ class Choice:
     cached_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    embedding: list[float] | None = None
     finish_reason: str | None = None
+    stop_text: str | None = None  # the stop text that ended it
     ids_sent: int = 0
     sent: int = 0  # log-probabilities sent
     offset: int = 0  # characters of their tokens
@@ -50,9 +54,30 @@ class Choice:
         return new
 
 
-async def events(service: Service, choice: Choice) -> AsyncGenerator[Event, None]:
-    """The events of a choice, which is updated with each. Raises ApiError if it fails."""
-    begin, meter = time.monotonic(), service.metrics.reply(choice.request)
+def new_id(kind: str) -> str:
+    return f"{kind}_{uuid.uuid4().hex[:24]}"
+
+
+def logprob_entry(tokenizer: Tokenizer, chosen: TokenLogprob) -> dict[str, Any]:
+    """A token and its alternatives in OpenAI's form."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.token_bytes(token)
+        return {
+            "token": text.decode("utf-8", errors="replace"),
+            "logprob": max(logprob, -9999.0),
+            "bytes": list(text),
+        }
+
+    top = [entry(*alternative) for alternative in chosen.top]
+    return {**entry(chosen.token_id, chosen.logprob), "top_logprobs": top}
+
+
+async def events(service: Service, choice: Choice, begin: float | None = None) -> AsyncGenerator[Event, None]:
+    """The events of a choice, which is updated with each. Raises ApiError if it fails. ``begin``: when the
+    time limit began, if before."""
+    begin = time.monotonic() if begin is None else begin
+    meter = service.metrics.reply(choice.request)
     outcome = "cancelled"
     try:
         async with aclosing(service.runner.stream(choice.request)) as stream:
@@ -65,6 +90,7 @@ async def events(service: Service, choice: Choice) -> AsyncGenerator[Event, None
                 choice.cached_tokens = event.cached_tokens
                 choice.text += event.text
                 choice.prompt_logprobs += event.prompt_logprobs or []
+                choice.embedding = event.embedding or choice.embedding
                 if event.logprob is not None:
                     choice.logprobs.append(event.logprob)
                 if event.error is not None:
@@ -74,7 +100,7 @@ async def events(service: Service, choice: Choice) -> AsyncGenerator[Event, None
                         text = f"response_format: the schema is not supported: {failed}"
                         raise ApiError(400, text, param="response_format", code="bad_schema")
                     raise ApiError(500, event.error, code="generation_failed")
-                choice.finish_reason = event.finish_reason
+                choice.finish_reason, choice.stop_text = event.finish_reason, event.stop_text
                 yield event
                 if event.finish_reason is not None:
                     outcome = event.finish_reason
@@ -99,10 +125,12 @@ def begun(requests: Sequence[Request], prompts: int) -> list[Choice]:
 
 
 async def whole(service: Service, choices: Sequence[Choice]) -> None:
-    """Run all choices to their ends. One that fails, or a disconnect, cancels the others."""
+    """Run all choices to their ends, as many at once as the engine does. One that fails, or a disconnect,
+    cancels the others."""
+    slots, begin = asyncio.Semaphore(service.runner.engine.max_batch), time.monotonic()
 
     async def run(choice: Choice) -> None:
-        async with aclosing(events(service, choice)) as stream:
+        async with slots, aclosing(events(service, choice, begin)) as stream:
             async for _ in stream:
                 pass
 
@@ -211,7 +239,7 @@ class Reply:
             if self._options.include_usage:
                 yield data({**self._head, "choices": [], "usage": usage(choices, self._prompts)})
         except Exception as error:
-            yield failure(error)
+            yield data(failed(error))
             return
         yield b"data: [DONE]\n\n"
 
@@ -220,16 +248,14 @@ def data(value: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
 
 
-def failure(error: Exception) -> bytes:
-    """The last event of a stream that failed after its status line was sent."""
+def failed(error: Exception) -> dict[str, Any]:
+    """The body of an error that ends a stream after its status line was sent."""
     if isinstance(error, ApiError):
-        failed = (error.status, str(error), error.param, error.code)
-    elif isinstance(error, Busy):
-        failed = (429, str(error), None, "queue_full")
-    elif isinstance(error, Draining):
-        failed = (503, str(error), None, "shutting_down")
-    elif isinstance(error, UserError):
-        failed = (400, str(error), None, None)
-    else:
-        failed = (500, f"{type(error).__name__}: {error}", None, None)
-    return data(errors.body(*failed))
+        return errors.body(error.status, str(error), error.param, error.code)
+    if isinstance(error, Busy):
+        return errors.body(429, str(error), None, "queue_full")
+    if isinstance(error, Draining):
+        return errors.body(503, str(error), None, "shutting_down")
+    if isinstance(error, UserError):
+        return errors.body(400, str(error))
+    return errors.body(500, f"{type(error).__name__}: {error}")

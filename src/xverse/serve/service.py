@@ -23,7 +23,7 @@ from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Compiled, Grammars
 from xverse.serve.limits import MinTokens
 from xverse.serve.metrics import Metrics
-from xverse.serve.protocol import ChatRequest, CompletionRequest, Generation, Message, TokenizeRequest, Tool
+from xverse.serve.protocol import ChatRequest, CompletionRequest, Generation, Message, Tool
 from xverse.serve.runner import EngineRunner
 from xverse.tokenizer import Tokenizer, encode_chat
 from xverse.tokenizer.tools import CLOSE
@@ -76,15 +76,19 @@ class Service:
         current().ignored = body.ignored
         return await self.grammars.of(body)
 
-    def chat(self, body: ChatRequest, grammar: Compiled | None = None) -> list[Request]:
-        """One engine request for each of the ``n`` choices."""
+    def chat(self, body: ChatRequest, grammar: Compiled | None = None, clamp: bool = False) -> list[Request]:
+        """One engine request for each of the ``n`` choices. ``clamp``: a limit of tokens that exceeds the
+        room in the context is lowered to it, where that is the API's rule."""
         self.check_model(body.model)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         offered = tools.offered_tools(body)
         ids = self.chat_ids(body.messages, offered, body.continue_final_message)
-        new_tokens = self._room(body, "messages", len(ids), body.sampling().get("max_new_tokens"), offered)
+        limit = body.sampling().get("max_new_tokens")
+        if clamp and limit is not None and limit > 0:
+            limit = min(limit, max(self.context - len(ids), 1))
+        new_tokens = self._room(body, "messages", len(ids), limit, offered)
         return [
             self._request(body, ids, new_tokens, choice, logprobs=logprobs, grammar=grammar)
             for choice in self._choices(body, 1)
@@ -109,7 +113,7 @@ class Service:
         self.check_model(body.model)
         if body.best_of not in (None, 1, body.n):
             raise ApiError(400, "best_of: must be equal to n", param="best_of")
-        prompts = [self._prompt_ids(prompt) for prompt in body.prompt]
+        prompts = [self.prompt_ids(prompt) for prompt in body.prompt]
         choices = self._choices(body, len(prompts))
         limit = body.sampling().get("max_new_tokens", COMPLETION_TOKENS)
         requests = []
@@ -129,23 +133,7 @@ class Service:
             ]
         return requests
 
-    def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
-        """The answer to ``/tokenize``."""
-        self.check_model(body.model)
-        text = body.text if body.prompt is None else body.prompt
-        if (text is None) == (body.messages is None):
-            raise ApiError(400, "prompt: send either prompt or messages", param="prompt")
-        if body.messages is not None:
-            ids = self.chat_ids(body.messages, body.tools, body.continue_final_message)
-        else:
-            ids = self.tokenizer.encode(text or "", allow_special=body.allow_special)
-        answer: dict[str, Any] = {"count": len(ids), "max_model_len": self.context, "tokens": ids}
-        if body.return_token_strs:
-            token_bytes = self.tokenizer.token_bytes
-            answer["token_strs"] = [token_bytes(token).decode("utf-8", errors="replace") for token in ids]
-        return answer
-
-    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
+    def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """An empty prompt is the beginning of a text."""
         ids = (
             prompt

@@ -15,7 +15,7 @@ from typing import Any
 
 from xverse.config import UserError, check_keys, nearest
 from xverse.tokenizer.chat_template import CHAT_TEMPLATE
-from xverse.tokenizer.template import render, template_ids
+from xverse.tokenizer.template import render, template_dialogue, template_ids
 from xverse.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PREFIXES = {"system": "Human: ", "user": "Human: ", "exec": "Exec: ", "assistant": "Assistant: "}
@@ -136,7 +136,7 @@ def encode_chat(
 def _template_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], limit: int) -> ChatPrompt:
     """The prompt in a model's own template, without the oldest rounds that exceed the limit. Raises UserError
     where the last turn alone exceeds it."""
-    turns = [{**m, "role": "user" if m["role"] == "exec" else m["role"]} for m in messages]
+    turns = _template_roles(messages)
     system = turns[:1] if turns[0]["role"] == "system" else []
     starts = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
     for dropped, start in enumerate(starts):
@@ -146,21 +146,30 @@ def _template_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
     raise UserError(f"messages: the last one is longer than the {limit} tokens that a prompt may have")
 
 
-def encode_dialogue(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
-) -> tuple[list[int], list[bool]]:
-    """The ids of a whole dialogue for training, and its loss mask: assistant content and EOS have loss.
+def _template_roles(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with the roles that templates know: the result of a tool call is the user's."""
+    return [{**m, "role": "user" if m["role"] == "exec" else m["role"]} for m in messages]
 
-    Nothing is truncated. Raises UserError for messages that ``check_messages`` refuses; the last must be
-    assistant.
+
+def encode_dialogue(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], last_only: bool = False
+) -> tuple[list[int], list[bool]]:
+    """The ids of a whole dialogue for training, and its loss mask: assistant content and EOS have loss, with
+    ``last_only`` those of the last reply.
+
+    Nothing is truncated. A model's own template is used where it has one, see ``template_dialogue``. Raises
+    UserError for messages that ``check_messages`` refuses; the last must be assistant.
     """
     check_messages(messages, last=("assistant",))
+    if tokenizer.template is not None:
+        return template_dialogue(tokenizer, _template_roles(messages), last_only)
     ids: list[int] = []
     mask: list[bool] = []
-    for message in messages:
+    for index, message in enumerate(messages):
         prefix, content = message_ids(tokenizer, message)
+        learned = message["role"] == "assistant" and (not last_only or index + 1 == len(messages))
         ids += prefix + content
-        mask += [False] * len(prefix) + [message["role"] == "assistant"] * len(content)
+        mask += [False] * len(prefix) + [learned] * len(content)
     return ids, mask
 
 

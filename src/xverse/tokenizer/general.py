@@ -100,7 +100,8 @@ class GeneralTokenizer(Tokenizer):
     def encode_flat(
         self, texts: Sequence[str], last: int | None = None
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        rows = [ids if last is None else [*ids, last] for ids in self.encode_batch(texts)]
+        ends = None if last is None else [last]  # of whole documents
+        rows = [ids if ends is None else [*self.prefix_ids, *ids, *ends] for ids in self.encode_batch(texts)]
         lengths = np.array([len(ids) for ids in rows], np.int64)
         return np.array([token for ids in rows for token in ids], np.uint32), lengths
 
@@ -141,12 +142,17 @@ class GeneralTokenizer(Tokenizer):
         return tuple(whole[: starts[0]]) if starts else ()
 
 
-def load_tokenizer_of(directory: Path) -> Tokenizer:
-    """The tokenizer of a model directory: XVERSE's where it has that structure, otherwise a general one.
+def load_tokenizer_of(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory, or of a tokenizer.json: XVERSE's where it has that structure,
+    otherwise a general one.
 
     Raises UserError for a directory without a tokenizer and for one that cannot be used.
     """
-    file, settings_file = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    directory = Path(directory)
+    file = directory / "tokenizer.json"
+    if directory.is_file():
+        file, directory = directory, directory.parent
+    settings_file = directory / "tokenizer_config.json"
     settings = _mapping(settings_file) if settings_file.is_file() else {}
     if file.is_file():
         values = _mapping(file)

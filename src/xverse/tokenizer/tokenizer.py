@@ -143,7 +143,8 @@ class Tokenizer:
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """The concatenated ids of texts, uint32 [ids], and the number of each text's ids, int64 [texts].
 
-        ``last`` is appended to each text. Runs in parallel threads, without a Python object for each id.
+        ``last`` is appended to each text, and other families' ``prefix_ids`` are put before it. Runs in
+        parallel threads, without a Python object for each id.
         """
         if self._encoder is not None:
             return self._encoder.encode([replace_surrogates(text).encode() for text in texts], last)

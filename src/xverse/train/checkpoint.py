@@ -2,18 +2,16 @@
 
 ``OUT/checkpoints/step-00001200/`` appears by one rename when it is complete. It holds safetensors, never
 pickles, written by torch.distributed.checkpoint: each process writes the tensors that it holds, and any
-number of processes can read them. ``state.json``, written last, has the size and SHA-256 of every file. All
-processes must see the same ``OUT``.
+number of processes can read them. Config and tokenizer lie beside them, so every command can read it as a
+model (``formats/checkpoint.py``). ``state.json``, written last, has the size and SHA-256 of every other file.
+All processes must see the same ``OUT``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import os
-import re
 import shutil
 import threading
 import warnings
@@ -24,21 +22,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from xverse.config import UserError
-from xverse.files import atomic_file
+from xverse.files import atomic_file, fingerprint
+from xverse.formats.parts import SHARD, Index, Part, read_header
 from xverse.log import notice
-from xverse.train.index import Index, Part, read_header
+from xverse.train.keeping import READING, Kept, State, is_full, read_json, reason, sync
 from xverse.train.materialise import held
 from xverse.train.parallel import ALONE, Replica, World
 
 PREFIX = "step-"
-READING = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
 
@@ -46,25 +44,40 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a 
 class Checkpointer:
     """Writes checkpoints in a thread, one at a time; training waits only while tensors are copied.
 
-    The newest ``keep`` finished checkpoints are kept, and those whose step ``keep_every`` divides (0: none).
-    A checkpoint that cannot be written causes a warning on stderr, and earlier ones are kept. ``replica``
-    determines which of the processes that hold the same tensors writes them.
+    The newest ``keep`` finished checkpoints are kept, and those whose step is kept ``forever``. One that
+    cannot be written causes a warning on stderr; on a full disk, older ones are deleted for it
+    (``Kept.make_room``). ``replica`` determines which of the processes that hold the same tensors writes
+    them. ``describe`` writes the files that make a model directory of a checkpoint, except the weights.
     """
 
-    def __init__(self, out: Path, replica: Replica | None = None, keep: int = 2, keep_every: int = 0) -> None:
-        self._out, self._keep, self._keep_every = out, keep, keep_every
+    def __init__(
+        self,
+        out: Path,
+        replica: Replica | None = None,
+        keep: int = 2,
+        forever: Callable[[int], bool] = lambda step: False,
+        describe: Callable[[Path], None] | None = None,
+    ) -> None:
+        self._kept, self._keep, self._describe = kept(out, forever), keep, describe
         self._world = replica.world if replica else ALONE
         self._first = replica.first if replica else True
         self._thread: threading.Thread | None = None
         self._problem = ""
+        self.again = False  # the last one was not saved, but there is room for it now
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any],
+        last: bool = False,
     ) -> Path:
         """Start writing the state after ``step`` steps, once the previous checkpoint is written; every
-        process calls it."""
+        process calls it. ``last``: the run ends with it."""
         self.wait()
-        path = self._out / "checkpoints" / f"{PREFIX}{step:08d}"
+        self.again = False
+        path = self._kept.folder / f"{PREFIX}{step:08d}"
         temporary = path.with_name(f".{path.name}.tmp")
         if self._world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -77,7 +90,7 @@ class Checkpointer:
         )
         values = {"step": step, "processes": self._world.size, **state}
         self._thread = threading.Thread(
-            target=self._finish, args=(written.result, temporary, path, values), daemon=True
+            target=self._finish, args=(written.result, temporary, path, values, last), daemon=True
         )  # a daemon, so that this process can exit if another has died
         self._thread.start()
         return path
@@ -93,45 +106,61 @@ class Checkpointer:
         """Whether a checkpoint is being written now."""
         return self._thread is not None and self._thread.is_alive()
 
-    def _finish(self, written: Callable[[], Any], temporary: Path, path: Path, state: dict[str, Any]) -> None:
+    def _finish(
+        self, written: Callable[[], Any], temporary: Path, path: Path, state: State, last: bool
+    ) -> None:
         """In every process, after it has written its files; process 0 publishes the checkpoint."""
         problem, files = "", {}
         try:
             written()
-            for file in sorted(temporary.glob(f"shard-{self._world.rank + 1:05d}-*")):
-                files[file.name] = _fingerprint(file)
+            for file in sorted(temporary.glob(f"{SHARD}{self._world.rank + 1:05d}-*")):
+                files[file.name] = fingerprint(file)
         except (Exception, dcp.api.CheckpointException) as error:  # not a subclass of Exception
-            problem = _reason(error)
+            problem = reason(error)
         results = [(problem, files)]
         if self._world.size > 1:
             results = [("", {})] * self._world.size
             dist.all_gather_object(results, (problem, files), group=self._world.saving)
-        problem = next((text for text, _ in results if text), "")
+        problem, again = next((text for text, _ in results if text), ""), False
         if self._world.rank == 0:
             try:
                 if not problem:
                     together = {name: mark for _, digests in results for name, mark in digests.items()}
                     self._publish(temporary, path, {**state, "files": together})
             except (OSError, UserError) as error:
-                problem = _reason(error)
+                problem = reason(error)
             if problem:
-                shutil.rmtree(temporary, ignore_errors=True)
-                notice(f"WARNING: {path.name} was not saved ({problem}); training continues, older ones stay")
-        box = [problem]
+                problem, again = self._not_saved(problem, temporary, path, last)
+        box = [problem, again]
         if self._world.size > 1:
             dist.broadcast_object_list(box, src=0, group=self._world.saving)
         self._problem = f"{path}: {box[0]}; nothing was written" if box[0] else ""
+        self.again = bool(box[1])
 
-    def _publish(self, temporary: Path, path: Path, state: dict[str, Any]) -> None:
+    def _not_saved(self, problem: str, temporary: Path, path: Path, last: bool) -> tuple[str, bool]:
+        """Clean up after a failure; returns the problem, and whether there is room for the checkpoint now."""
+        shutil.rmtree(temporary, ignore_errors=True)
+        again = False
+        with contextlib.suppress(OSError):
+            again = is_full(problem) and self._kept.make_room(last)
+        then = "it is written again" if again else "training continues, older ones stay"
+        notice(f"WARNING: {path.name} was not saved ({problem}); {then}")
+        return problem, again
+
+    def _publish(self, temporary: Path, path: Path, state: State) -> None:
+        if self._describe is not None:
+            self._describe(temporary)
+            beside = sorted(file for file in temporary.iterdir() if not file.name.startswith(SHARD))
+            state["files"] |= {file.name: fingerprint(file) for file in beside}
         with atomic_file(temporary / "state.json") as file:
             file.write_text(json.dumps(state), encoding="utf-8")
         if path.exists():  # written before a rollback
-            _remove(path)
+            self._kept.remove(path)
         temporary.replace(path)
-        _sync(path.parent)
-        for old in checkpoints(self._out)[: -self._keep]:
-            if not self._keep_every or _step(old) % self._keep_every:
-                _remove(old)
+        sync(path.parent)
+        for old in self._kept.all()[: -self._keep]:
+            if not self._kept.forever(self._kept.step(old)):
+                self._kept.remove(old)
 
 
 class OwnPlan(DefaultSavePlanner):
@@ -181,45 +210,21 @@ class _OwnFile(dcp.HuggingFaceStorageWriter):
         return [dataclasses.replace(plan, storage_data={"shard_index": self._rank + 1}) for plan in plans]
 
 
+def kept(out: Path, forever: Callable[[int], bool] = lambda step: False) -> Kept:
+    """The checkpoints of a run."""
+    return Kept(out / "checkpoints", PREFIX, forever)
+
+
 def checkpoints(out: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted((out / "checkpoints").glob(f"{PREFIX}*"), key=_step)
+    return kept(out).all()
 
 
-def clear_leftovers(out: Path) -> None:
-    """Remove what a killed run was writing or deleting. Only for a run that holds the lock of ``out``."""
-    for left in (out / "checkpoints").glob(f".{PREFIX}*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def newest(out: Path, world: World = ALONE) -> tuple[Path, dict[str, Any]] | None:
-    """The newest intact checkpoint and its state, or None. Every process calls it and verifies its share of
-    the files.
-
-    Damaged checkpoints are reported and renamed to ``damaged-step-…``. Raises UserError if all are damaged.
-    """
-    damaged: list[tuple[Path, str]] = []
-    for path in world.agreed(checkpoints(out)[::-1] if world.rank == 0 else []):
-        state, problem = _state(path, world)
-        try:
-            if not problem:
-                _verify(path, state, world)
-        except READING as error:
-            problem = _reason(error)
-        problem = world.first(problem)
-        if problem:
-            damaged.append((path, f"{path}: this checkpoint cannot be read ({problem})"))
-            continue
-        if world.rank == 0:
-            for aside, text in damaged:
-                notice(f"WARNING: {text}; going back to {path.name}")
-                target = aside.with_name(f"damaged-{aside.name}")
-                shutil.rmtree(target, ignore_errors=True)
-                aside.replace(target)
-        return path, state
-    if damaged:
-        raise UserError(f"{damaged[0][1]}, and no earlier one is intact; delete it to start again")
-    return None
+def newest(
+    where: Kept, world: World = ALONE, usable: Callable[[Path, State], bool] = lambda path, state: True
+) -> tuple[Path, State] | None:
+    """``Kept.newest``, with the state of ``state.json``."""
+    return where.newest(_read_state, world, usable)
 
 
 def load_checkpoint(
@@ -234,7 +239,7 @@ def load_checkpoint(
 
     Raises UserError, in all processes, if the checkpoint holds other tensors.
     """
-    files = sorted(state["files"])
+    files = sorted(name for name in state["files"] if name.startswith(SHARD))
     headers: list[bytes] = []
     with _together(path, world):
         headers = [read_header(path / name) for name in files[world.rank :: world.size]]
@@ -297,7 +302,7 @@ def _together(path: Path, world: World) -> Iterator[None]:
     try:
         yield
     except READING as error:
-        problem = _reason(error)
+        problem = reason(error)
     problem = world.first(problem)
     if problem:
         raise UserError(f"{path}: this checkpoint cannot be read ({problem})")
@@ -313,31 +318,14 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tup
             yield f"optimizer.{key}.{names[trained]}", value
 
 
-def _state(path: Path, world: World) -> tuple[dict[str, Any], str]:
-    """``state.json``, in every process, or why it cannot be read."""
-    state: dict[str, Any] = {}
-    problem = ""
-    if world.rank == 0:
-        try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
-                raise ValueError("state.json has no step or identity")
-            if not isinstance(state.get("files"), dict):
-                raise ValueError("state.json does not list the files")
-        except READING as error:
-            problem = _reason(error)
-    return world.agreed((state, problem))
-
-
-def _verify(path: Path, state: dict[str, Any], world: World) -> None:
-    """Compare this process's share of the files with their recorded sizes and digests. Raises one of
-    READING."""
-    for name in sorted(state["files"])[world.rank :: world.size]:
-        size, digest = state["files"][name]
-        if (path / name).stat().st_size != size:
-            raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {size}")
-        if _fingerprint(path / name) != [size, digest]:
-            raise ValueError(f"{name} has another SHA-256 than state.json records")
+def _read_state(path: Path) -> State:
+    """``state.json``. Raises one of READING."""
+    state: State = read_json(path / "state.json")
+    if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
+        raise ValueError("state.json has no step or identity")
+    if not isinstance(state.get("files"), dict):
+        raise ValueError("state.json does not list the files")
+    return state
 
 
 def _check(saved: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
@@ -346,38 +334,3 @@ def _check(saved: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) 
             raise ValueError(f"it has no '{name}'")
         if saved[name] != shape:
             raise ValueError(f"'{name}' is {list(saved[name])}, not {list(shape)}")
-
-
-def _fingerprint(path: Path) -> list[Any]:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _reason(error: BaseException) -> str:
-    """A short description of an error; torch wraps the errors of all processes into one."""
-    if isinstance(error, dcp.api.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    text = " ".join(str(error).split())
-    number = re.search(r"os error (\d+)", text)  # safetensors is Rust
-    return os.strerror(int(number[1])) if number else text[:300] or type(error).__name__
-
-
-def _step(path: Path) -> int:
-    number = path.name.removeprefix(PREFIX)
-    return int(number) if number.isdigit() else -1
-
-
-def _remove(path: Path) -> None:
-    hidden = path.with_name(f".{path.name}.old.tmp")  # must not look like a checkpoint after a kill
-    path.replace(hidden)
-    shutil.rmtree(hidden)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -92,7 +92,8 @@ class RingPacked:
         self._pieces = [list(_pieces(number, ring, source)) for source in range(ring.size)]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rotated q, k and plain v [B, H, T/n, head_dim] → attention over the whole rows, in q's shape."""
+        """Rotated q [B, H, T/n, head_dim] and k, plain v [B, KV, T/n, head_dim] → attention over the whole
+        rows, in q's shape."""
         out: Tensor = _RingAttention.apply(q, k, v, self._pieces, self._ring)
         return out
 
@@ -132,8 +133,8 @@ def _pieces(number: Tensor, ring: Ring, source: int) -> Iterator[Piece]:
 
 
 class _RingAttention(torch.autograd.Function):
-    """Attention of q [B, H, T/n, head_dim] over the keys and values of the whole ring. In the backward pass
-    keys and values travel round once more, and their gradients with them."""
+    """Attention of q [B, H, T/n, head_dim] over the keys and values [B, KV, T/n, head_dim] of the whole ring.
+    In the backward pass keys and values travel round once more, and their gradients with them."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[list[Piece]], ring: Ring) -> Tensor:
@@ -191,7 +192,9 @@ class _RingAttention(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Output [B, H, Tq, head_dim] and log-sum-exps, float32 [B, H, Tq], by torch's kernels."""
+    """Output [B, H, Tq, head_dim] and log-sum-exps, float32 [B, H, Tq], by torch's kernels, of keys and
+    values [B, KV, Tk, head_dim]."""
+    k, v = _for_each_head(q, k), _for_each_head(q, v)
     if q.device.type == "cpu":
         out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     elif q.dtype == torch.float32:  # the GPU flash kernels take 16-bit types only
@@ -202,12 +205,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Te
     return out, log_sum
 
 
+def _for_each_head(q: Tensor, x: Tensor) -> Tensor:
+    """Keys or values [B, KV, …] repeated for the query heads [B, H, …] that share them."""
+    return x if q.shape[1] == x.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
 def attention_backward(
     out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [B, H, Tq, head_dim], k and v [B, H, Tk, head_dim] for one piece. ``out`` and
+    """Gradients of q [B, H, Tq, head_dim], k and v [B, KV, Tk, head_dim] for one piece. ``out`` and
     ``log_sum`` are those of all pieces together, so the probabilities that the kernels recompute are shares
     of the whole softmax."""
+    heads = k.shape[1]
+    grads = _head_gradients(out_grad, q, _for_each_head(q, k), _for_each_head(q, v), out, log_sum, causal)
+    if heads == q.shape[1]:
+        return grads
+    k_grad, v_grad = (grad.unflatten(1, (heads, -1)).sum(dim=2) for grad in grads[1:])
+    return grads[0], k_grad, v_grad
+
+
+def _head_gradients(
+    out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of keys and values for each query head, [B, H, Tk, head_dim]."""
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             out_grad, q, k, v, out, log_sum, 0.0, causal

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import time
@@ -18,12 +17,15 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.data.feed import Batch, prefetch
 from xverse.hardware import keep_freed_memory
+from xverse.kernels.bfloat16 import use_fast_products
 from xverse.log import JsonlLog
 from xverse.model import IGNORE, XverseForCausalLM
 from xverse.train import preflight
-from xverse.train.checkpoint import Checkpointer, clear_leftovers, load_checkpoint, newest
+from xverse.train.checkpoint import Checkpointer, kept, load_checkpoint, newest
 from xverse.train.communication import watching
+from xverse.train.continuing import find_checkpoint
 from xverse.train.float8 import check_float8
+from xverse.train.keeping import locked
 from xverse.train.materialise import Weights
 from xverse.train.meter import Meter
 from xverse.train.optimizer import learning_rate, make_optimizer
@@ -42,12 +44,13 @@ BatchAt = Callable[[int, int], Batch]
 class Hooks:
     """What a run calls besides training: ``validate`` and, on benchmarks, ``evaluate`` return named figures
     at the steps of ``validate_every`` (the latter calls the function it gets whenever it has advanced);
-    ``data_problem`` returns why the data is no longer usable, or an empty
-    string, at the start and before each checkpoint."""
+    ``data_problem`` returns why the data is no longer usable, or an empty string, at the start and before
+    each checkpoint; ``describe`` writes config and tokenizer into a checkpoint's folder."""
 
     validate: Callable[[Replica], dict[str, float]] | None = None
     evaluate: Callable[[XverseForCausalLM, Callable[[], None]], dict[str, float]] | None = None
     data_problem: Callable[[], str] | None = None
+    describe: Callable[[Path], None] | None = None
 
 
 def fit(
@@ -60,12 +63,14 @@ def fit(
     identity: Mapping[str, Any] | None = None,
     world: World = ALONE,
     weights: Weights | None = None,
+    resume_from: Path | None = None,
 ) -> None:
     """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``. A
     model on the meta device takes this process's parts of ``weights``, which yields whole parameters.
 
     ``batch_at(first, stop)`` returns these sequences of the run; nothing else decides the order of data.
     Every figure is recorded in ``out/metrics.jsonl``. ``identity`` holds what else decides the losses.
+    ``resume_from``: the run or checkpoint that a new run branches from.
     Raises UserError where ``out`` holds a run begun with other values, and where the run diverges. SIGINT and
     SIGTERM save a checkpoint and raise Interrupted. Every process of ``world`` calls this with equal weights.
     """
@@ -75,7 +80,7 @@ def fit(
     identity = {**(identity or {}), **{key: settings[key] for key in settings if key not in NOT_IDENTITY}}
     identity = json.loads(json.dumps(identity))  # the types that reading it back gives
     began = time.perf_counter()
-    with _alone(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
+    with locked(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
         if world.device.type == "cpu":
             keep_freed_memory()
         _check_data(hooks.data_problem, world)
@@ -83,7 +88,7 @@ def fit(
         if config.preflight != "off":
             checked = preflight.check(world, config.preflight, config.preflight_share, config.dtype)
         started = time.perf_counter()
-        checkpoint = _checkpoint(out, world, identity)
+        checkpoint = find_checkpoint(out, world, identity, config, resume_from)
         search_seconds = time.perf_counter() - started
         if checkpoint and weights is not None:
             weights = ()  # the checkpoint has them all
@@ -134,7 +139,11 @@ class Run:
         self.world, self.model = self.replica.world, self.replica.model
         self.log: JsonlLog | None = JsonlLog(self.out / "metrics.jsonl") if self.world.rank == 0 else None
         self.saver = Checkpointer(
-            self.out, self.replica, self.config.keep_checkpoints, self.config.keep_every
+            self.out,
+            self.replica,
+            self.config.keep_checkpoints,
+            self.config.kept_forever,
+            self.hooks.describe,
         )
 
     def record(self, **values: Any) -> None:
@@ -166,7 +175,8 @@ class Run:
                     loss, norm = train_step(self.replica, batch, config, count)
                     # Signals reach each process at a different moment; all act on them after the same step.
                     norm = norm if world.rank == 0 else 0.0
-                    loss, norm, stopping, saving = world.sum(loss, norm, requested.stop, requested.save)
+                    save = requested.save or self.saver.again
+                    loss, norm, stopping, saving = world.sum(loss, norm, requested.stop, save)
                 bad = self.steadiness.judge(loss, norm)
                 if bad:
                     self.optimizer.zero_grad(set_to_none=True)
@@ -188,7 +198,7 @@ class Run:
                 if last or (config.validate_every and done % config.validate_every == 0 and not stopping):
                     self.watchdog.beat(step, "validation")
                     self.measure(step, meter)
-                due = config.checkpoint_every and done % config.checkpoint_every == 0
+                due = config.checkpoint_due(done)
                 if last or stopping or saving or (due and not bad):
                     requested.save = False
                     self.watchdog.beat(step, "checkpoint")
@@ -238,7 +248,9 @@ class Run:
             self.world.say(f"step {step + 1} is skipped: {reason}")
             return
         self.saver.wait()
-        checkpoint = newest(self.out, self.world) if steady.rollbacks < self.config.max_rollbacks else None
+        checkpoint = None
+        if steady.rollbacks < self.config.max_rollbacks:
+            checkpoint = newest(kept(self.out), self.world)
         if checkpoint is None:
             self.record(step=step, skipped=reason)
             raise UserError(
@@ -256,16 +268,17 @@ class Run:
         )
 
     def save(self, done: int, must: bool) -> Path:
-        """Start a checkpoint. With ``must`` wait for it, and raise UserError if it cannot be written."""
+        """Start a checkpoint. With ``must`` wait for it, and raise UserError if it cannot be written even
+        after older ones were deleted for it."""
         _check_data(self.hooks.data_problem, self.world)  # never keep what was learnt from changed data
         state = {"identity": self.identity, "steadiness": self.steadiness.state()}
         began = time.perf_counter()
-        path = self.saver.save(done, self.model, self.optimizer, state)
+        path = self.saver.save(done, self.model, self.optimizer, state, must)
         self.record(step=done - 1, checkpoint={"stall_seconds": round(time.perf_counter() - began, 4)})
-        if must:
-            problem = self.saver.wait()
-            if problem:
+        while must and (problem := self.saver.wait()):
+            if not self.saver.again:
                 raise UserError(problem)
+            self.saver.save(done, self.model, self.optimizer, state, True)
         return path
 
     def measure(self, step: int, meter: Meter) -> None:
@@ -328,6 +341,8 @@ def sum_loss(
 
 def computing(device: torch.device, dtype: str) -> torch.autocast:
     """Autocast: matmuls in ``dtype``; parameters, norms and losses stay in float32."""
+    if device.type == "cpu" and dtype == "bfloat16":
+        use_fast_products()
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -335,43 +350,6 @@ def _check_data(problem: Callable[[], str] | None, world: World) -> None:
     message = world.agreed(problem() if problem and world.rank == 0 else "")
     if message:
         raise UserError(message)
-
-
-@contextlib.contextmanager
-def _alone(out: Path, world: World) -> Iterator[None]:
-    """Create and lock a run's folder: two runs in it would mix their records and checkpoints."""
-    problem = ""
-    with contextlib.ExitStack() as held:
-        if world.rank == 0:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context((out / ".lock").open("w"))  # released however the process ends
-                with contextlib.suppress(NotImplementedError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                problem = f"{out}: another process is training in this folder"
-            except OSError as error:
-                problem = f"{out}: cannot be written ({error.strerror})"
-        problem = world.agreed(problem)
-        if problem:
-            raise UserError(problem)
-        yield
-
-
-def _checkpoint(out: Path, world: World, identity: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest complete checkpoint and its state, if there is one. Raises UserError where it belongs to a
-    run with another identity."""
-    if world.rank == 0:
-        clear_leftovers(out)
-    checkpoint = newest(out, world)
-    if checkpoint is None:
-        return None
-    begun = checkpoint[1]["identity"]
-    both = begun.keys() & identity.keys()  # a key on one side only was added or removed by another version
-    differs = _difference({key: begun[key] for key in both}, {key: identity[key] for key in both})
-    if differs:
-        raise UserError(f"{out}: this run was begun with {differs}; set it back or change out")
-    return checkpoint
 
 
 def _resume(
@@ -389,16 +367,3 @@ def _resume(
     seconds = search_seconds + time.perf_counter() - started
     replica.world.say(f"resuming from {path} ({seconds:.1f} s)")
     return seconds
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:
-    """The first key that differs, with its path: ``mixture.zh = 0.5, not 0.4``; or an empty string."""
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            inner = _difference(old, new, f"{path}{key}.")
-            if inner:
-                return inner
-        elif old != new:
-            return f"{path}{key} = {old}, not {new}"
-    return ""

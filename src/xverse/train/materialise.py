@@ -65,6 +65,8 @@ def materialise(
     """
     for module in modules:
         module.to_empty(device=device)
+    if isinstance(model, XverseForCausalLM):  # whose shared weight became two
+        model.tie()
     parameters = dict(model.named_parameters())
     filled = set()
     for name, tensor in weights:

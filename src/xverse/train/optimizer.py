@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from xverse.train.settings import TrainConfig
+from xverse.train.settings import TrainConfig, decay_start
 
 
 def make_adamw(
@@ -210,6 +210,6 @@ def wsd_lr(
     the steps, then down to ``final_ratio`` · peak as 1 - sqrt (Hägele et al., 2024, arXiv:2405.18392)."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    first = steps - max(1, round(decay_share * steps))
+    first = decay_start(steps, decay_share)
     progress = max(0.0, (step - first + 1) / (steps - first))
     return peak * (1 - (1 - final_ratio) * math.sqrt(progress))

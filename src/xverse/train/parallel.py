@@ -418,7 +418,7 @@ def for_inference(model: XverseForCausalLM, world: World) -> XverseForCausalLM:
         return whole(model, world, copied=True)
     torch.cuda.empty_cache()
     config = model.config
-    cache = 4 * config.context_length * config.num_hidden_layers * config.hidden_size * 2
+    cache = 4 * config.context_length * config.num_hidden_layers * config.kv_size * 2
     fits = 2 * config.num_parameters() + cache < 0.9 * hardware.available_memory(world.device)
     if not fits:
         world.say("too little free memory on the GPU for benchmarks; they run on the CPU")
@@ -439,7 +439,7 @@ def whole(
     the ``device`` of process 0, as ``dtype``, and on the meta device in the others. Every process calls
     it."""
     result = empty_model(copy.deepcopy(model.config))
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head is in both
     sharded = parameters.keys() != result.state_dict().keys() or any(
         isinstance(p, DTensor) for p in parameters.values()
     )
@@ -456,6 +456,7 @@ def whole(
         if world.rank == 0:
             tensors[name] = tensor.to(device, dtype or tensor.dtype)
     result.load_state_dict(tensors, assign=True, strict=world.rank == 0)
+    result.tie()
     return result
 
 

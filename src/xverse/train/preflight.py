@@ -47,7 +47,7 @@ def measure(world: World, dtype: str) -> tuple[list[Reading], float]:
     """The readings of all processes, by rank, and the seconds of one all-reduce of 16 MiB (256 on a GPU).
     Every process calls it."""
     gpu = world.device.type == "cuda"
-    sides = (8192, 8192, 8192) if gpu else (512, 2048, 2048)
+    sides = (8192, 8192, 8192) if gpu else (256, 1024, 1024)
     world.wait()
     matmul = hardware.matmul_flops(getattr(torch, dtype), *sides, world.device, SECONDS, best=True)
     buffer = torch.ones((2**31 if gpu else 2**27) // 4, device=world.device)

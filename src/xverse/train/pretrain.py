@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,9 @@ from xverse.data.mixture import MixtureConfig
 from xverse.data.watch import ShardWatch
 from xverse.files import atomic_file
 from xverse.formats import ModelDirectory, save_hf
+from xverse.formats.write import describe_model
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
+from xverse.model.config import FAMILY_FIELDS, SIZES
 from xverse.tokenizer import Tokenizer
 from xverse.train.float8 import check_float8
 from xverse.train.loop import Hooks, TrainConfig, fit
@@ -69,23 +72,31 @@ class PretrainRecipe:
     ``initializer_range`` replaces the shape's: narrow models start better from larger weights. ``data`` is a
     folder made by ``xverse data prepare``; ``out`` is the run's folder for ``metrics.jsonl``,
     ``checkpoints/``, ``loss.png``, ``report.md`` and the finished model in ``model/``. ``valid_tokens``
-    bounds the held-out text scored for each source (0: all). ``model``, a directory or a hub id, is the
-    starting point of continued pretraining. ``cluster`` is what ``--dry-run`` checks the recipe for."""
+    bounds the held-out text scored for each source (0: all). ``model``, a directory or a hub id, of XVERSE or
+    a relative, is the starting point of continued pretraining; ``shape`` is then its own. ``resume_from`` is
+    another run or one of its checkpoints, whose optimizer and order of data a new run continues, with other
+    ``train.steps`` or decay if its learning rates so far stay the same. ``cluster`` is what ``--dry-run``
+    checks the recipe for."""
 
-    shape: str | XverseConfig
+    URLS = ("model",)
+
     data: Path
     out: Path
     train: TrainConfig
     sequence_length: int
+    shape: str | XverseConfig | None = None
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     initializer_range: float | None = None
     seed: int = 0
     valid_tokens: int = 16384
     evaluation: EvaluationConfig | None = None
     model: str | None = None
+    resume_from: Path | None = None
     cluster: ClusterConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.shape is None and self.model is None:
+            raise ValueError("shape or model is required")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, not {self.sequence_length}")
         if self.valid_tokens < 0:
@@ -106,8 +117,14 @@ def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> Path:
 
 def checked_shape(recipe: PretrainRecipe) -> tuple[XverseConfig, str]:
     """The recipe's shape and its name. Raises UserError for a sequence longer than its positions."""
-    config = named_shape(recipe.shape) if isinstance(recipe.shape, str) else recipe.shape
-    name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
+    if recipe.shape is None:
+        assert recipe.model is not None
+        config, name = ModelDirectory.named(recipe.model).config, f"of {recipe.model}"
+    else:
+        config = named_shape(recipe.shape) if isinstance(recipe.shape, str) else recipe.shape
+        name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
+    if config.model_type == "xverse" and (own := sorted(config.given().keys() & FAMILY_FIELDS)):
+        raise UserError(f"shape {name}: XVERSE has no {', '.join(own)}; start from a model of such a family")
     if recipe.initializer_range is not None:
         config = dataclasses.replace(config, initializer_range=recipe.initializer_range)
     if recipe.sequence_length > config.context_length:
@@ -124,7 +141,8 @@ def checked_feed(recipe: PretrainRecipe, config: XverseConfig) -> PretrainFeed:
     feed = PretrainFeed(
         recipe.data, recipe.mixture, recipe.sequence_length, recipe.seed, sequences, recipe.train.sequences
     )
-    if feed.tokenizer.vocab_size != config.vocab_size:
+    padded = recipe.model is not None and feed.tokenizer.vocab_size < config.vocab_size
+    if feed.tokenizer.vocab_size != config.vocab_size and not padded:
         name = recipe.shape if isinstance(recipe.shape, str) else "of the recipe"
         raise UserError(
             f"shape {name} has a vocabulary of {config.vocab_size}, the tokenizer of {recipe.data} "
@@ -152,9 +170,10 @@ def _pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None, world: World) -
             dtype=recipe.train.dtype,
         )
 
+    ends = ModelDirectory.named(recipe.model).generation_config if recipe.model is not None else None
     identity = {
         "model": recipe.model,
-        "shape": recipe.shape if isinstance(recipe.shape, str) else recipe.shape.given(),
+        "shape": recipe.shape if isinstance(recipe.shape, str) else config.given(),
         "tokenizer": feed.tokenizer.hash,
         "data": _digest(feed),
         "sequence_length": recipe.sequence_length,
@@ -174,14 +193,16 @@ def _pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None, world: World) -
             if evaluate is None
             else lambda model, progress: evaluate(model, feed.tokenizer, progress),
             data_problem=ShardWatch(feed.train.values()),
+            describe=lambda folder: describe_model(folder, config, feed.tokenizer, torch.float32, ends),
         ),
         identity=identity,
         world=world,
         weights=weights,
+        resume_from=recipe.resume_from,
     )
     model = whole(model, world)
     if world.rank == 0:
-        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world)
+        _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world, ends)
     world.wait()
     return recipe.out / "model"
 
@@ -195,10 +216,12 @@ def _initial(
         return empty_model(config), initial_weights(config, recipe.seed)
     source = ModelDirectory.named(recipe.model)
     model, weights = stored_model(source)
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    for key in (*SIZES, *sorted(FAMILY_FIELDS)):
         stored, expected = getattr(model.config, key), getattr(config, key)
         if stored != expected:
-            raise UserError(f"{recipe.model}: {key} {stored}, but the recipe's shape has {expected}")
+            raise UserError(
+                f"{recipe.model}: {key} {stored}, but the recipe's shape has {expected}; omit shape"
+            )
     if source.tokenizer.hash != tokenizer.hash:
         raise UserError(
             f"{recipe.data} was prepared with another tokenizer than {recipe.model}'s; "
@@ -208,11 +231,16 @@ def _initial(
 
 
 def _finish(
-    recipe: PretrainRecipe, model: XverseForCausalLM, tokenizer: Tokenizer, title: str, world: World
+    recipe: PretrainRecipe,
+    model: XverseForCausalLM,
+    tokenizer: Tokenizer,
+    title: str,
+    world: World,
+    ends: dict[str, Any] | None,
 ) -> None:
-    with atomic_file(recipe.out / "recipe.json") as path:
+    save_hf(model, tokenizer, recipe.out / "model", torch.float32, generation_config=ends, overwrite=True)
+    with atomic_file(recipe.out / "recipe.json") as path:  # after the model whose steps it records
         path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
-    save_hf(model, tokenizer, recipe.out / "model", torch.float32, overwrite=True)
     plot_loss(recipe.out, title, validation="bits per byte")
     write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, world)
 

@@ -28,7 +28,8 @@ class TrainConfig:
     From ``batch_ramp_start`` (0: no ramp) the batch grows over ``batch_ramp_steps`` to ``batch_size`` in
     equal stages (Brown et al., 2020): early gradients agree, so fewer sequences suffice.
 
-    The wsd schedule decays over the last ``decay_share`` of the steps. ``muon`` trains the layers' matrices
+    The wsd schedule decays over the last ``decay_share`` of the steps; the checkpoint before the decay is
+    kept, and a run with more ``steps`` continues from it. ``muon`` trains the layers' matrices
     with Muon and the rest with AdamW. ``optimizer_dtype`` is that of the optimizer's states. ``z_loss`` times
     the squared log-sum-exp of the logits is added to each token's loss (PaLM: 1e-4).
 
@@ -129,6 +130,16 @@ class TrainConfig:
         ):  # the schedule is built for one number of micro-batches
             raise ValueError("batch_ramp_start does not support pipeline; remove one of the two")
 
+    def checkpoint_due(self, done: int) -> bool:
+        """Whether a checkpoint is written after ``done`` steps."""
+        trunk = self.schedule == "wsd" and done == decay_start(self.steps, self.decay_share)
+        return bool(self.checkpoint_every and (trunk or done % self.checkpoint_every == 0))
+
+    def kept_forever(self, step: int) -> bool:
+        """Whether the checkpoint after ``step`` steps is never deleted to keep their number small."""
+        trunk = self.schedule == "wsd" and step == decay_start(self.steps, self.decay_share)
+        return trunk or bool(self.keep_every and step % self.keep_every == 0)
+
     def rows(self, step: int) -> int:
         """Sequences in the global batch of a step."""
         if step >= self.batch_ramp_steps:
@@ -141,6 +152,11 @@ class TrainConfig:
         ramp = min(step, self.batch_ramp_steps)
         small = sum(self.rows(earlier) for earlier in range(ramp))
         return small + (step - ramp) * self.batch_size
+
+
+def decay_start(steps: int, decay_share: float) -> int:
+    """The first step of the wsd schedule's decay. A run can be prolonged from the checkpoint before it."""
+    return steps - max(1, round(decay_share * steps))
 
 
 def layout_of(

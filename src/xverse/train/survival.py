@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from xverse.train.parallel import World
 from xverse.train.settings import TrainConfig
 
 EXIT_HUNG = 75  # EX_TEMPFAIL of sysexits.h
+HEARTBEATS = 16  # files a second that a shared file system gets from all processes
 PHASES = ("starting", "data", "counting", "step", "validation", "checkpoint")  # in the order of a step
 
 
@@ -111,17 +113,21 @@ def zscore(value: float, earlier: list[float]) -> float:
 
 
 class Watchdog:
-    """A thread in every process that writes a heartbeat once a second and ends a process that hangs.
+    """A thread in every process that writes heartbeats and ends a process that hangs.
 
-    ``OUT/heartbeats/RANK.json`` holds the step, its phase, since when, and the process id. After ``seconds``
-    without progress (0: no limit) the thread prints the stack of the main thread and which process is
-    furthest behind, and exits with 75.
+    ``OUT/heartbeats/RANK.json`` holds the step, its phase, since when, the process id and host, and the
+    seconds until the next one: as many that all processes together write at most HEARTBEATS files a second.
+    After ``seconds`` without progress (0: no limit) the thread prints the stack of the main thread and which
+    process is furthest behind, and exits with 75. Time in which this thread did not run either, because the
+    process was stopped or the machine suspended, does not count.
     """
 
     def __init__(self, out: Path, world: World, seconds: float) -> None:
         self._folder, self._world, self._seconds = out / "heartbeats", world, seconds
         self._main = threading.get_ident()
         self._at: tuple[int, str, float] = (0, "starting", time.time())
+        self._pause = min(1.0, seconds / 4) if seconds else 1.0
+        self._interval = max(self._pause, min(world.size / HEARTBEATS, seconds / 4 or math.inf))
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -142,20 +148,26 @@ class Watchdog:
         self._at = (step, phase, time.time())
 
     def _watch(self) -> None:
-        pause = min(1.0, self._seconds / 4) if self._seconds else 1.0
-        while True:
-            self._write("running")
-            if self._stopped.wait(pause):
-                return
-            step, phase, since = self._at
-            if self._seconds and time.time() - since > self._seconds:
-                self._give_up(step, phase)
+        self._write("running")
+        before, quiet, seen = time.monotonic(), 0.0, self._at
+        due = before + self._interval * (self._world.rank + 1) / self._world.size  # not all at once
+        while not self._stopped.wait(self._pause):
+            now = time.monotonic()
+            quiet = quiet + min(now - before, 2 * self._pause) if self._at is seen else 0.0
+            before, seen = now, self._at
+            if now >= due:
+                self._write("running")
+                due = now + self._interval
+            if self._seconds and quiet > self._seconds:
+                self._give_up(*seen[:2])
 
     def _write(self, status: str) -> None:
         step, phase, since = self._at
         values = {
             "rank": self._world.rank,
             "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "interval": self._interval,
             "status": status,
             "step": step,
             "phase": phase,

@@ -48,6 +48,9 @@ def shard_tensors(model: XverseForCausalLM, mesh: DeviceMesh) -> None:
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
+    if model.config.qk_norm:  # each process norms its heads
+        own_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
+        layer |= {"self_attn.q_norm": own_heads, "self_attn.k_norm": own_heads}
     for block in model.model.layers:
         parallelize_module(block, mesh, layer)
     ends = {
@@ -57,6 +60,8 @@ def shard_tensors(model: XverseForCausalLM, mesh: DeviceMesh) -> None:
     }
     present = dict(model.named_modules())
     parallelize_module(model, mesh, {name: style for name, style in ends.items() if name in present})
+    if "lm_head" in present:
+        model.tie()
     model.loss = types.MethodType(_loss, model)  # type: ignore[method-assign]
 
 

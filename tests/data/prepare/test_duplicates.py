@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks.studies.data import planted_copies, planted_questions, similarity
 from xverse.data.benchmarks.questions import RawQuestion
-from xverse.data.prepare.duplicates import EXACT, NEAR, choose_copies, signature
+from xverse.data.prepare.duplicates import EXACT, NEAR, choose_copies
 from xverse.data.prepare.ngrams import hash_words, ngrams, split_words
+from xverse.data.prepare.signatures import signature
 from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index
 from xverse.texts import read_jsonl
 
@@ -55,9 +56,9 @@ def test_signatures_estimate_similarity() -> None:
 def test_chains_of_copies_keep_their_first() -> None:
     exact = np.array([[3, 5]])
     near = np.array([[7, 8], [2, 3], [5, 7]])
-    assert choose_copies(9, exact, near).tolist() == [0, 0, 0, NEAR, 0, EXACT, 0, NEAR, NEAR]
+    assert choose_copies(9, [(exact, near)]).tolist() == [0, 0, 0, NEAR, 0, EXACT, 0, NEAR, NEAR]
     nothing = np.empty((0, 2), np.int64)
-    assert choose_copies(3, nothing, nothing).tolist() == [0, 0, 0]
+    assert choose_copies(3, [(nothing, nothing)]).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("language", ["en", "zh", "th"])

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from xverse.config import UserError
-from xverse.data.prepare.readers import Input, corpus_units, input_units, read_unit
+from xverse.data.prepare.inputs import Input, corpus_units, input_units
+from xverse.data.prepare.readers import read_unit
 from xverse.texts import ReadReport, read_lines
 
 ROWS = [{"text": f"document {i} 文", "lang": "en", "source": "made"} for i in range(40)]

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.texts import describe_type, parse_json, read_csv, read_json, read_lines
+from xverse.records import read_csv
+from xverse.texts import describe_type, parse_json, read_json, read_lines
 
 LETTERS = "ABCDEFGHIJ"
 SHOTS_TAKEN_OUT = (

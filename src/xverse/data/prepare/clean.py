@@ -1,8 +1,7 @@
 """The first phase of ``xverse data prepare``: every file is read and processed by the stages.
 
-For file ``i`` a task writes ``i.docs.jsonl.zst`` (text, lang, name and source of kept documents),
-``i.keys.npy`` (hash, bytes and source of each), for near-duplicates ``i.bands.npy`` and ``i.signatures.npy``,
-and last ``i.json``, the record that marks the file as done.
+For a group of files a task writes ``GROUP.docs.jsonl.zst`` (text, lang, name and source of kept documents),
+the keys of these documents (``keys.py``), and last ``GROUP.json``, the record that marks the group as done.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import platform
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -22,10 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.data.prepare.duplicates import BANDS, KEY, PERMUTATIONS, DuplicatesStage, band_hashes, signature
-from xverse.data.prepare.ledger import Ledger, UnitRecord
+from xverse.data.prepare.catalogue import Catalogue
+from xverse.data.prepare.duplicates import DuplicatesStage
+from xverse.data.prepare.inputs import Unit
+from xverse.data.prepare.keys import KeyWriter
+from xverse.data.prepare.ledger import GroupRecord, Ledger, UnitReport
 from xverse.data.prepare.ngrams import hash_words
-from xverse.data.prepare.readers import Document, Unit, read_unit
+from xverse.data.prepare.readers import Document, read_unit
 from xverse.data.prepare.stages.decontaminate import DecontaminateStage, Index, make_index
 from xverse.data.prepare.stages.language import LanguageStage, identify
 from xverse.data.prepare.stages.normalise import normalise
@@ -33,8 +33,6 @@ from xverse.data.prepare.stages.pii import scrub
 from xverse.data.prepare.stages.quality import QualityStage, quality
 from xverse.files import atomic_file
 from xverse.texts import ReadReport, read_jsonl
-
-BUFFER = 2_048  # documents whose keys are buffered
 
 
 @dataclass
@@ -66,51 +64,54 @@ class BuildIndex:
 
 @dataclass
 class Clean:
-    """Reads the units of a rank and writes what the stages keep to ``folder``."""
+    """Reads the groups of a rank and writes what the stages keep to ``folder``."""
 
-    units: list[Unit]
+    catalogue: Catalogue
     stages: StagesConfig
     folder: Path
     index: Path
     max_line_bytes: int
     seed: int
-    _index: Index | None = field(default=None, init=False, repr=False)
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
-        # Largest files first, so that the last tasks are short.
-        order = sorted(range(len(self.units)), key=lambda i: -self.units[i].size)
         index = Index.load(self.index) if self.stages.decontaminate is not None else None
         self.folder.mkdir(parents=True, exist_ok=True)
-        for number in order[rank::tasks]:
-            if not (self.folder / f"{number:05d}.json").exists():
-                self._clean(number, index)
+        for group in range(rank, len(self.catalogue), tasks):
+            if not (self.folder / f"{group:05d}.json").exists():
+                self._clean(group, index)
 
-    def _clean(self, number: int, index: Index | None) -> None:
-        unit, report, ledger = self.units[number], ReadReport(), Ledger()
+    def _clean(self, group: int, index: Index | None) -> None:
+        path, ledger = self.folder / f"{group:05d}", Ledger()
         names: dict[tuple[str, str, str], int] = {}
+        units: list[UnitReport] = []
         near = self.stages.near_duplicates is not None
-        with UnitWriter(self.folder / f"{number:05d}", near) as writer:
-            for document in read_unit(unit, report, self.max_line_bytes):
-                # The report has a row for each source; "project:path/of/the/file" counts as the project.
-                source = document.source.split(":")[0] or "-"
-                size = len(document.text.encode())
-                ledger.count(ledger.read, document.lang, source, size)
-                category = category_of(unit, document.lang)
-                why, numbers = self._stages(document, category, index, ledger)
-                key = text_hash(document.text, self.seed)
-                if why is not None:
-                    ledger.drop(why, document.lang, source, document.text, key)
-                    continue
-                if not document.lang:
-                    raise UserError(
-                        f"{unit.name}: a text without a language; give the input a lang, or enable "
-                        "stages.language"
-                    )
-                name = document.lang if category == "text" else f"{category}_{document.lang}"
-                place = names.setdefault((name, document.lang, category), len(names))
-                writer.add(document, name, source, key, place, numbers)
-        record = UnitRecord(ledger, report, [list(name) for name in names])
-        record.save(self.folder / f"{number:05d}.json")
+        with DocumentWriter(Path(f"{path}.docs.jsonl.zst")) as documents, KeyWriter(path, near) as keys:
+            for unit in self.catalogue.units(group):
+                report, owners = ReadReport(), set()
+                for document in read_unit(unit, report, self.max_line_bytes):
+                    # The report has a row for each source; "project:path/of/the/file" counts as the project.
+                    source = document.source.split(":")[0] or "-"
+                    size = len(document.text.encode())
+                    ledger.count(ledger.read, document.lang, source, size)
+                    category = category_of(unit, document.lang)
+                    why, numbers = self._stages(document, category, index, ledger)
+                    key = text_hash(document.text, self.seed)
+                    if why is not None:
+                        ledger.drop(why, document.lang, source, document.text, key)
+                        continue
+                    if not document.lang:
+                        raise UserError(
+                            f"{unit.name}: a text without a language; give the input a lang, or enable "
+                            "stages.language"
+                        )
+                    name = document.lang if category == "text" else f"{category}_{document.lang}"
+                    place = names.setdefault((name, document.lang, category), len(names))
+                    owners.add(name)
+                    documents.add(document, name, source)
+                    keys.add(key, len(document.text.encode()), place, numbers)
+                units.append(UnitReport(report, min(owners, default="")))
+        record = GroupRecord(ledger, units, [list(name) for name in names], keys.count)
+        record.save(Path(f"{path}.json"))
 
     def _stages(
         self, document: Document, category: str, index: Index | None, ledger: Ledger
@@ -156,75 +157,32 @@ class Clean:
         return None if language in stage.languages else f"{language} not in languages"
 
 
-class UnitWriter:
-    """Writes the kept documents of one unit, through a small buffer; the files appear atomically."""
+class DocumentWriter:
+    """Writes documents as JSON lines, compressed; the file appears atomically."""
 
-    def __init__(self, path: Path, near: bool) -> None:
-        self.path, self.near = path, near
-        self._stack = ExitStack()
-        self._keys: list[tuple[int, int, int]] = []
-        self._signatures: list[NDArray[np.uint32]] = []
-        self._count = 0
+    def __init__(self, path: Path) -> None:
+        self.path, self._stack = path, ExitStack()
 
-    def __enter__(self) -> UnitWriter:
+    def __enter__(self) -> DocumentWriter:
         import zstandard
 
-        self._docs_path = self._stack.enter_context(atomic_file(f"{self.path}.docs.jsonl.zst"))
-        self._raw: dict[str, tuple[Path, BinaryIO]] = {}
-        for kind in ("keys", "bands", "signatures") if self.near else ("keys",):
-            raw = self.path.with_name(f".{self.path.name}.{kind}.{platform.node()}.{os.getpid()}.tmp")
-            self._raw[kind] = raw, self._stack.enter_context(raw.open("wb"))
-        file = self._stack.enter_context(self._docs_path.open("wb"))
+        temporary = self._stack.enter_context(atomic_file(self.path))
+        file = self._stack.enter_context(temporary.open("wb"))
         docs = zstandard.ZstdCompressor(level=1).stream_writer(file, closefd=False)
         self._docs = cast(BinaryIO, io.BufferedWriter(cast(io.RawIOBase, docs), 1 << 20))
         return self
 
-    def add(
-        self, document: Document, name: str, source: str, key: int, place: int, numbers: NDArray[np.uint64]
-    ) -> None:
-        """Write a document; ``place``: index of its source; ``numbers``: its hashed words, uint64 [words]."""
+    def add(self, document: Document, name: str, source: str) -> None:
+        """Write a document of the run's source ``name``; ``source``: its row of the report."""
         row = {"text": document.text, "lang": document.lang, "name": name, "source": source}
         self._docs.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._keys.append((key, len(document.text.encode()), place))
-        if self.near:
-            self._signatures.append(signature(numbers))
-        if len(self._keys) >= BUFFER:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._raw["keys"][1].write(np.array(self._keys, KEY).tobytes())
-        if self.near and self._signatures:
-            minima = np.stack(self._signatures)  # [documents, PERMUTATIONS]
-            self._raw["bands"][1].write(band_hashes(minima).astype("<u8").tobytes())
-            self._raw["signatures"][1].write(minima.astype("<u2").tobytes())
-        self._count += len(self._keys)
-        self._keys, self._signatures = [], []
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         try:
             if kind is None:
-                self._flush()
                 self._docs.close()
-                for name, (raw, file) in self._raw.items():
-                    file.close()
-                    self._write_array(name, raw)
         finally:
-            for raw, _ in self._raw.values():
-                raw.unlink(missing_ok=True)
             self._stack.__exit__(kind, *rest)
-
-    def _write_array(self, name: str, raw: Path) -> None:
-        shape: tuple[int, ...]
-        kind, shape = {
-            "keys": (KEY, (self._count,)),
-            "bands": (np.dtype("<u8"), (self._count, BANDS)),
-            "signatures": (np.dtype("<u2"), (self._count, PERMUTATIONS)),
-        }[name]
-        array: NDArray[Any] = np.memmap(raw, kind, "r", shape=shape) if self._count else np.empty(shape, kind)
-        if name == "bands":
-            array = array.T  # [BANDS, documents], because a search reads one band at a time
-        with atomic_file(f"{self.path}.{name}.npy") as temporary, temporary.open("wb") as file:
-            np.lib.format.write_array(file, np.ascontiguousarray(array))
 
 
 def category_of(unit: Unit, language: str) -> str:
@@ -241,6 +199,6 @@ def text_hash(text: str, seed: int) -> int:
 
 
 def read_cleaned(path: Path) -> Iterator[dict[str, str]]:
-    """The kept documents of a unit: text, lang, name, source."""
-    for _, row in read_jsonl(path, limit=1 << 40):
+    """The kept documents of a group: text, lang, name, source."""
+    for _, row in read_jsonl(path, limit=1 << 40, encoding="utf-8"):
         yield row

@@ -1,8 +1,8 @@
 """Running a recipe's phases: in local processes, or on a cluster with datatrove's Slurm and Ray executors.
 
 A phase calls ``work(None, rank, tasks)`` for each of its tasks, as in datatrove's pipelines; completion
-markers are in ``LOGS/PHASE/completions``. Tasks write files atomically and skip existing ones, so a killed
-phase is run again.
+markers are in ``LOGS/PHASE-TASKS/completions``. Tasks write files atomically and skip existing ones, so a
+killed phase is run again.
 
 Local runs use a subclass of datatrove's ``PipelineExecutor``, because datatrove's ``LocalPipelineExecutor``
 hangs when a worker is killed (for example by the OOM killer), and its workers outlive a killed parent.
@@ -34,21 +34,28 @@ from xverse.log import progress
 
 @dataclass
 class ExecutorConfig:
-    """``workers``: concurrent tasks (default: every usable core; on a cluster no limit). ``tasks``: maximum
-    number of tasks into which a recipe's files are divided. ``options``: further arguments of datatrove's
-    ``SlurmPipelineExecutor`` or ``RayPipelineExecutor``: partition, time, mem_per_cpu_gb, venv_path, …
+    """``workers``: concurrent tasks (default: every usable core; on a cluster no limit). ``tasks``: number of
+    tasks into which each phase is divided at most (default: four times the workers; 1,000 on a cluster).
+    ``options``: further arguments of datatrove's ``SlurmPipelineExecutor`` or ``RayPipelineExecutor``:
+    partition, time, mem_per_cpu_gb, venv_path, …
     """
 
     kind: Literal["local", "slurm", "ray"] = "local"
     workers: int | None = None
-    tasks: int = 1_000
+    tasks: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.tasks < 1 or (self.workers is not None and self.workers < 1):
+        if any(value is not None and value < 1 for value in (self.tasks, self.workers)):
             raise ValueError("executor: workers and tasks must be at least 1")
         if self.options and self.kind == "local":
             raise ValueError("executor: a local run takes no options")
+
+    @property
+    def most_tasks(self) -> int:
+        """``tasks``, or its default."""
+        here = 4 * (self.workers or cores().usable)
+        return self.tasks or (here if self.kind == "local" else 1_000)
 
 
 @dataclass
@@ -58,6 +65,10 @@ class Phase:
     name: str
     work: Callable[[Any, int, int], None]
     tasks: int = 1
+
+    def logs(self, folder: Path) -> str:
+        """Where its completion markers are: those of another division into tasks mean nothing to it."""
+        return str(folder / f"{self.name}-{self.tasks}")
 
 
 def run_phases(phases: list[Phase], config: ExecutorConfig, logs: Path) -> bool:
@@ -113,7 +124,7 @@ def _cluster_executor(
         pipeline=[phase.work],
         tasks=phase.tasks,
         workers=config.workers or -1,
-        logging_dir=str(logs / phase.name),
+        logging_dir=phase.logs(logs),
         depends=before,
         **options,
     )
@@ -123,7 +134,7 @@ class LocalExecutor(PipelineExecutor):
     """Runs a phase's tasks in this process, or in a pool of processes shared by all phases."""
 
     def __init__(self, phase: Phase, logs: Path, pool: ProcessPoolExecutor | None) -> None:
-        super().__init__([phase.work], str(logs / phase.name))
+        super().__init__([phase.work], phase.logs(logs))
         self.phase, self.pool = phase, pool
         self.done: Callable[[], None] = _nothing
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -61,22 +60,44 @@ class Ledger:
 
 
 @dataclass
-class UnitRecord:
-    """The record of one file: its ledger, its bad lines, and its sources (name, language, category)."""
+class UnitReport:
+    """What was read from one file; ``owner``: the source to which its unreadable lines are counted."""
+
+    report: ReadReport
+    owner: str = ""
+
+
+@dataclass
+class GroupRecord:
+    """The record of a group of files: its ledger, its files, its sources (name, language, category) and the
+    number of documents kept."""
 
     ledger: Ledger
-    report: ReadReport
+    units: list[UnitReport]
     sources: list[list[str]] = field(default_factory=list)
+    documents: int = 0
 
     def save(self, path: Path) -> None:
+        values = {**vars(self), "ledger": vars(self.ledger), "units": [_short(unit) for unit in self.units]}
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(self), ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
     @staticmethod
-    def load(path: Path) -> UnitRecord:
+    def load(path: Path) -> GroupRecord:
         values = read_json(path)
-        values["report"]["bad_lines"] = [tuple(line) for line in values["report"]["bad_lines"]]
-        return UnitRecord(Ledger(**values["ledger"]), ReadReport(**values["report"]), values["sources"])
+        units = [UnitReport(ReadReport(**report), owner) for owner, report in values["units"]]
+        for unit in units:
+            unit.report.bad_lines = [(line, why) for line, why in unit.report.bad_lines]
+        return GroupRecord(Ledger(**values["ledger"]), units, values["sources"], values["documents"])
+
+
+def unreadable(report: ReadReport) -> str:
+    """What could not be read of a file, or that nothing is in it; otherwise empty."""
+    return report.describe() or ("" if report.read else "no document in it")
+
+
+def _short(unit: UnitReport) -> list[Any]:
+    return [unit.owner, {name: value for name, value in vars(unit.report).items() if value}]
 
 
 def _add(mine: Table, theirs: Table) -> None:

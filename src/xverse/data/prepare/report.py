@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from xverse.config import need
+from xverse.data.prepare.catalogue import Catalogue
 from xverse.data.prepare.clean import StagesConfig
-from xverse.data.prepare.encode import SPLITS, SplitPlan, unit_record
-from xverse.data.prepare.ledger import Ledger, Table, UnitRecord, total
+from xverse.data.prepare.encode import SPLITS, load_part
+from xverse.data.prepare.ledger import GroupRecord, Ledger, Table, total, unreadable
+from xverse.data.prepare.plan import SplitPlan
 from xverse.data.shards import ShardHeader, read_header
 from xverse.files import atomic_file
-from xverse.tokenizer import Tokenizer
+from xverse.tokenizer.general import load_tokenizer_of
 
 
 @dataclass
@@ -48,83 +52,58 @@ class PrepareReport:
     questions: dict[str, int] = field(default_factory=dict)
 
 
-FILES = 20  # reported one by one
-
-
-def unreadable(names: list[str], records: list[UnitRecord]) -> dict[str, str]:
-    """By name, the files with skipped lines or without documents, and the reason."""
-    return {
-        name: record.report.describe() or "no document in it"
-        for name, record in zip(names, records, strict=True)
-        if record.report.describe() or not record.report.read
-    }
-
-
-def first_of(problems: dict[str, str]) -> list[str]:
-    """A line for each of the first files, and the number of further ones."""
-    lines = [f"{name}: {text}" for name, text in problems.items()]
-    more = len(lines) - FILES
-    return lines if more <= 0 else [*lines[:FILES], f"and {more:,} more files, listed in report.md"]
-
-
 @dataclass
 class WriteReport:
     """The last phase: writes the reports."""
 
     out: Path
-    units: list[str]
+    catalogue: Catalogue
     stages: StagesConfig
     fingerprint: str
 
     def __call__(self, data: Any, rank: int, tasks: int) -> None:
         work = self.out / "work"
-        plan = SplitPlan.load(work / "plan.json")
-        records = [unit_record(work, i) for i in range(len(self.units))]
-        ledger = Ledger()
-        for record in records:
-            ledger.add(record.ledger)
-        report = self._report(plan, records, ledger)
+        plan, ledger = SplitPlan.load(work / "plan.json"), Ledger()
+        problems: dict[str, str] = {}
+        skipped: dict[str, int] = {}  # by source: a bad line has no language, so its file's first one
+        with _lines(self.out / "skipped.txt") as bad_lines:
+            for group in range(len(self.catalogue)):
+                record = GroupRecord.load(work / "clean" / f"{group:05d}.json")
+                ledger.add(record.ledger)
+                ledger.add(load_part(work, group)[0])
+                for unit, done in zip(self.catalogue.units(group), record.units, strict=True):
+                    if problem := unreadable(done.report):
+                        problems[unit.name] = problem
+                    skipped[done.owner] = skipped.get(done.owner, 0) + done.report.skipped
+                    bad_lines += [f"{unit.name}, line {line}: {why}\n" for line, why in done.report.bad_lines]
+        report = self._report(plan, ledger, problems, skipped)
         about = _questions_about(work / "questions.npz") if self.stages.decontaminate is not None else {}
         with atomic_file(self.out / "report.md") as temporary:
             temporary.write_text(markdown(ledger, report, about, self.stages.any()), encoding="utf-8")
         if self.stages.any():
             with atomic_file(self.out / "report.png") as temporary:
                 plot(ledger, temporary)
-        bad = [
-            f"{name}, line {line}: {why}\n"
-            for name, record in zip(self.units, records, strict=True)
-            for line, why in record.report.bad_lines
-        ]
-        if bad:
-            with atomic_file(self.out / "skipped.txt") as temporary:
-                temporary.write_text("".join(bad), encoding="utf-8")
         with atomic_file(self.out / "report.json") as temporary:
             text = json.dumps(
                 {"recipe": self.fingerprint, **dataclasses.asdict(report)}, indent=1, ensure_ascii=False
             )
             temporary.write_text(text + "\n", encoding="utf-8")
 
-    def _report(self, plan: SplitPlan, records: list[UnitRecord], ledger: Ledger) -> PrepareReport:
+    def _report(
+        self, plan: SplitPlan, ledger: Ledger, problems: dict[str, str], skipped: dict[str, int]
+    ) -> PrepareReport:
         nothing = ShardHeader("", "")
-        tokenizer = Tokenizer.load(self.out / "tokenizer")
-        owners = [min((row[0] for row in record.sources), default="") for record in records]
+        tokenizer = load_tokenizer_of(self.out / "tokenizer")
         rows = []
         for name in plan.sources:
             train, valid = (read_header(self.out / split / name) or nothing for split in SPLITS)
-            # A bad line has no language, so it is counted for the file's first source.
-            skipped = sum(
-                record.report.skipped for record, owner in zip(records, owners, strict=True) if owner == name
-            )
             size = train.text_bytes + valid.text_bytes
-            rows.append(
-                PreparedSource(
-                    name, train.documents, train.tokens, size, valid.documents, valid.tokens, skipped
-                )
-            )
+            counts = (train.documents, train.tokens, size, valid.documents, valid.tokens)
+            rows.append(PreparedSource(name, *counts, skipped.get(name, 0)))
         return PrepareReport(
             rows,
             duplicates=plan.exact,
-            skipped=unreadable(self.units, records),
+            skipped=problems,
             vocab_size=tokenizer.vocab_size,
             tokenizer=tokenizer.hash,
             near_duplicates=plan.near,
@@ -132,6 +111,16 @@ class WriteReport:
             scrubbed=dict(sorted(ledger.scrubbed.items())),
             questions={name: len(items) for name, items in sorted(ledger.questions.items())},
         )
+
+
+@contextlib.contextmanager
+def _lines(path: Path) -> Iterator[list[str]]:
+    """A list whose lines are written to a file, unless there are none."""
+    lines: list[str] = []
+    yield lines
+    if lines:
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def stages_of(ledger: Ledger) -> dict[str, list[int]]:

@@ -8,10 +8,10 @@ from xverse.config import UserError
 from xverse.data.benchmarks import gsm8k
 from xverse.data.benchmarks.questions import QuestionReader
 from xverse.eval.generation import Outcome, TaskRun, generate
+from xverse.eval.replies import last_number
 
 SHOTS = 5
 _CALCULATION = re.compile(r"<<.*?>>")  # calculator annotations, which repeat the text
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def run(task: TaskRun) -> Outcome:
@@ -52,13 +52,3 @@ def run(task: TaskRun) -> Outcome:
         figures={"exact match, %": 100 * right / len(results), "questions": len(results)},
         rows=results,
     )
-
-
-def last_number(text: str) -> str | None:
-    """The number after ``####``, else the last number, without commas and trailing zeros of a fraction."""
-    marked = text.rpartition("####")
-    numbers = _NUMBER.findall(marked[2]) if marked[1] else _NUMBER.findall(text)
-    if not numbers:
-        return None
-    number = (numbers[0] if marked[1] else numbers[-1]).replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number

@@ -43,7 +43,8 @@ def run(task: TaskRun) -> Outcome:
     return Outcome(
         title="Bits per byte",
         method=f"of up to {_TEXTS} texts a language, in windows of {WINDOW} tokens that share nothing; the "
-        "first token of a window is not counted, nor are its bytes",
+        "first token of a window is not counted, nor are its bytes; a window begins with the model's "
+        "beginning of text if it has one",
         figures=figures,
         rows=rows,
     )
@@ -53,13 +54,14 @@ def _measure(engine: Engine, texts: Sequence[str]) -> tuple[float, int, int]:
     """Negative log-probability in nats, tokens and bytes of the predicted text."""
     items = []
     size = tokens = 0
-    length = min(WINDOW, engine.context_length)
+    first = list(engine.tokenizer.prefix_ids)
+    length = min(WINDOW, engine.context_length - len(first))
     for ids in engine.tokenizer.encode_batch([text for text in texts if text]):
         for begin in range(0, len(ids), length):
             window = ids[begin : begin + length]
             if len(window) < 2:
                 continue
-            items.append((window[:1], [window[1:]]))
+            items.append(([*first, *window[:1]], [window[1:]]))
             tokens += len(window) - 1
             size += sum(len(engine.tokenizer.token_bytes(token)) for token in window[1:])
     if not items:

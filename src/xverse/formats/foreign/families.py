@@ -299,7 +299,7 @@ FAMILIES = {
     "mpt": Family(_mpt),
     "vicuna": _LLAMA,
 }
-_MODEL_TYPES = {
+MODEL_TYPES = {
     "baichuan": "baichuan",
     "chatglm": "chatglm2",
     "falcon": "falcon",
@@ -323,10 +323,10 @@ def detect(settings: Settings) -> str:
     architectures = values.get("architectures") or []
     if model_type is None and {"LLaMAForCausalLM", "LlamaForCausalLM"} & set(map(str, architectures)):
         model_type = "llama"  # the first conversions of Llama
-    family = _MODEL_TYPES.get(str(model_type))
+    family = MODEL_TYPES.get(str(model_type))
     if family is None:
         raise UserError(
-            f"{file}: model_type {model_type!r} is not supported (supported: {', '.join(_MODEL_TYPES)})"
+            f"{file}: model_type {model_type!r} is not supported (supported: {', '.join(MODEL_TYPES)})"
         )
     if values.get("quantization_config"):
         raise UserError(f"{file}: quantised weights (quantization_config) are not supported")

@@ -1,16 +1,33 @@
-"""Replies of ``/v1/chat/completions``."""
+"""``/v1/chat/completions`` of OpenAI's API."""
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import fastapi
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+
 from xverse.engine import Event, Request, TokenLogprob
-from xverse.serve.calls import CallParser, CallPiece, Content
+from xverse.serve.calls import CallParser, CallPiece, Content, collected
+from xverse.serve.exchange import streamed, while_connected
 from xverse.serve.protocol import ChatRequest
-from xverse.serve.replies import Choice, Reply, begun, usage, whole
+from xverse.serve.replies import Choice, Reply, begun, logprob_entry, new_id, usage, whole
 from xverse.serve.service import Service
+
+
+def mount(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: fastapi.Request) -> Response:
+        # In a thread, because tokenising a long text would block other requests.
+        grammar = await while_connected(request, service.grammar(body))
+        reply = ChatReply(service, body, await asyncio.to_thread(service.chat, body, grammar))
+        if body.stream:
+            return streamed(service, reply.chunks(), body.headers())
+        return JSONResponse(await while_connected(request, reply.body()), headers=body.headers())
 
 
 class ChatReply(Reply):
@@ -38,21 +55,14 @@ class ChatReply(Reply):
     def _choice(self, choice: Choice) -> dict[str, Any]:
         parser = self._parsers[choice.index]
         pieces = parser.push(choice.text) + parser.end(choice.finish_reason == "length")
-        content, calls = "", list[dict[str, Any]]()
-        for piece in pieces:
-            if isinstance(piece, Content):
-                content += piece.text
-            elif piece.name is not None:
-                calls.append({"name": piece.name, "arguments": piece.arguments})
-            else:
-                calls[-1]["arguments"] += piece.arguments
+        content, calls = collected(pieces)
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
         message["refusal"] = None
         if calls and self._body.former_names:
             message["function_call"] = calls[0]
         elif calls:
             message["tool_calls"] = [
-                {"id": _call_id(), "type": "function", "function": call} for call in calls
+                {"id": new_id("call"), "type": "function", "function": call} for call in calls
             ]
         one = {
             "index": choice.index,
@@ -71,19 +81,8 @@ class ChatReply(Reply):
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return {"content": [self._token(token) for token in tokens], "refusal": None}
-
-    def _token(self, chosen: TokenLogprob) -> dict[str, Any]:
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = self._service.tokenizer.token_bytes(token)
-            return {
-                "token": text.decode("utf-8", errors="replace"),
-                "logprob": max(logprob, -9999.0),
-                "bytes": list(text),
-            }
-
-        top = [entry(*alternative) for alternative in chosen.top]
-        return {**entry(chosen.token_id, chosen.logprob), "top_logprobs": top}
+        entries = [logprob_entry(self._service.tokenizer, token) for token in tokens]
+        return {"content": entries, "refusal": None}
 
     def _opening(self, choice: Choice) -> dict[str, Any]:
         return self._delta(choice, {"role": "assistant", "content": "", "refusal": None})
@@ -112,7 +111,7 @@ class ChatReply(Reply):
             function = {"name": piece.name, **function}
         if self._body.former_names:
             return {"function_call": function} if piece.index == 0 else {}
-        begun = {} if piece.name is None else {"id": _call_id(), "type": "function"}
+        begun = {} if piece.name is None else {"id": new_id("call"), "type": "function"}
         return {"tool_calls": [{"index": piece.index, **begun, "function": function}]}
 
     @staticmethod
@@ -123,7 +122,3 @@ class ChatReply(Reply):
         reason: str | None = None,
     ) -> dict[str, Any]:
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-
-def _call_id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"

@@ -1,15 +1,31 @@
-"""Replies of ``/v1/completions``."""
+"""``/v1/completions`` of OpenAI's API."""
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import fastapi
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+
 from xverse.engine import Event, Request, TokenLogprob
+from xverse.serve.exchange import streamed, while_connected
 from xverse.serve.protocol import CompletionRequest
 from xverse.serve.replies import Choice, Reply, begun, usage, whole
 from xverse.serve.service import Service
+
+
+def mount(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: fastapi.Request) -> Response:
+        grammar = await while_connected(request, service.grammar(body))
+        reply = CompletionReply(service, body, await asyncio.to_thread(service.complete, body, grammar))
+        if body.stream:
+            return streamed(service, reply.chunks(), body.headers())
+        return JSONResponse(await while_connected(request, reply.body()), headers=body.headers())
 
 
 class CompletionReply(Reply):

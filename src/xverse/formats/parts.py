@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from xverse.formats import weights
 
+SHARD = "shard-"  # the tensors' files begin with it
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DIMENSIONS = 2  # the most that a tensor of the model or optimizer has
 

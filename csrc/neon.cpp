@@ -1,0 +1,146 @@
+// Arm with NEON and the dot-product instructions; compiled again with the matrix instructions (i8mm).
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include "blocks.h"
+#include "generic.h"
+#include "steps.h"
+
+namespace {
+
+inline float32x4_t row_scales(const uint8_t* tile, int row) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(tile + 2 * row)), 16));
+}
+
+inline void add_to(float* out, int32x4_t sums, float32x4_t scales, float scale) {
+  vst1q_f32(out, vfmaq_f32(vld1q_f32(out), vcvtq_f32_s32(sums), vmulq_n_f32(scales, scale)));
+}
+
+// sdot adds products of four signed bytes in 32 bits. Stored weights of 4 bits, at most 15, are signed bytes as they are.
+struct Isa {
+  static constexpr int kRows = 4;
+  using Weights = int8x16_t;
+  using Inputs = int8x16_t;
+  using Wide = int32x4_t;
+  template <int kBits>
+  using Sums = int32x4_t;
+  template <int kBits>
+  static constexpr bool kUnsigned = kBits == 4;
+  template <int kBits>
+  static constexpr int kTokens = 6;
+  template <int kBits>
+  static constexpr int parts(int tokens) { return tokens <= 3 ? 4 : 2; }
+  template <int kBits>
+  static int steps(int group) { return group / 4; }
+
+  static uint8x16_t load(const uint8_t* from) { return vld1q_u8(from); }
+  static int8x16_t low(uint8x16_t stored) { return vreinterpretq_s8_u8(vandq_u8(stored, vdupq_n_u8(15))); }
+  static int8x16_t high(uint8x16_t stored) { return vreinterpretq_s8_u8(vshrq_n_u8(stored, 4)); }
+  static int8x16_t bytes(uint8x16_t stored) { return vreinterpretq_s8_u8(veorq_u8(stored, vdupq_n_u8(0x80))); }
+  static int8x16_t inputs(const int8_t* from) {
+    int32_t four;
+    std::memcpy(&four, from, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+  }
+  template <int kBits>
+  static int32x4_t zero() { return vdupq_n_s32(0); }
+  static int32x4_t wide(int32_t value) { return vdupq_n_s32(value); }
+  template <int kBits>
+  static int32x4_t add(int32x4_t sums, int8x16_t weights, int8x16_t inputs) { return vdotq_s32(sums, weights, inputs); }
+  template <int kBits>
+  static int32x4_t widen(int32x4_t wide, int32x4_t sums) { return vaddq_s32(wide, sums); }
+  static float32x4_t scales(const uint8_t* tile, int row) { return row_scales(tile, row); }
+  static void add_scaled(float* out, int32x4_t sums, float32x4_t scales, float scale) {
+    add_to(out, sums, scales, scale);
+  }
+};
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define XV_TABLE kNeonI8mm
+
+// smmla multiplies two rows of eight inputs by two tokens of eight: twice the products of sdot.
+
+inline int8x16_t zip_low(int8x16_t a, int8x16_t b) {
+  return vreinterpretq_s8_s32(vzip1q_s32(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b)));
+}
+inline int8x16_t zip_high(int8x16_t a, int8x16_t b) {
+  return vreinterpretq_s8_s32(vzip2q_s32(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b)));
+}
+
+// One group of inputs of eight rows of a tile (four and the four sixteen further), for kPairs pairs of tokens.
+template <int kBits, int kPairs>
+inline void matrix_part(const uint8_t* tile, int part, const Tokens& tokens, int first, int g, int group, float* out) {
+  const int count = tokens.count;
+  const int8_t* x = tokens.values + int64_t(g) * group * count + 4 * first;
+  const uint8_t* w = tile + kScaleBytes + part * 16;
+  int32x4_t sums[kPairs][4];  // rows 0 and 1, 2 and 3, 16 and 17, 18 and 19: [row][token]
+  for (auto& pair : sums)
+    for (int32x4_t& sum : pair) sum = vdupq_n_s32(0);
+  for (int k = 0; k < group; k += 8, w += 32 * kBits, x += 8 * count) {
+    int8x16_t rows[4];
+    const uint8x16_t a = vld1q_u8(w), b = vld1q_u8(w + 16 * kBits);  // inputs 0 to 3, and 4 to 7
+    if constexpr (kBits == 4) {
+      rows[0] = zip_low(Isa::low(a), Isa::low(b)), rows[1] = zip_high(Isa::low(a), Isa::low(b));
+      rows[2] = zip_low(Isa::high(a), Isa::high(b)), rows[3] = zip_high(Isa::high(a), Isa::high(b));
+    } else {
+      const int8x16_t c = Isa::bytes(vld1q_u8(w + 64)), d = Isa::bytes(vld1q_u8(w + 64 + 16 * kBits));
+      rows[0] = zip_low(Isa::bytes(a), Isa::bytes(b)), rows[1] = zip_high(Isa::bytes(a), Isa::bytes(b));
+      rows[2] = zip_low(c, d), rows[3] = zip_high(c, d);
+    }
+#pragma GCC unroll 6
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int32x2_t low = vld1_s32(reinterpret_cast<const int32_t*>(x + 8 * pair));
+      const int32x2_t high = vld1_s32(reinterpret_cast<const int32_t*>(x + 8 * pair + 4 * count));
+      const int8x16_t both = vreinterpretq_s8_s32(vcombine_s32(vzip1_s32(low, high), vzip2_s32(low, high)));
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sums[pair][i] = vmmlaq_s32(sums[pair][i], rows[i], both);
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    const int row = 4 * part + 16 * half;
+    const float32x4_t scales = row_scales(tile, row);
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int32x4_t a = sums[pair][2 * half], b = sums[pair][2 * half + 1];
+      const int32x4_t of[2] = {vuzp1q_s32(a, b), vuzp2q_s32(a, b)};  // of the first and of the second token
+      for (int i = 0; i < 2; ++i) {
+        const int t = first + 2 * pair + i;
+        const int32_t offset = kBits == 4 ? tokens.offsets[int64_t(g) * count + t] : 0;
+        add_to(out + t * kTileRows + row, vaddq_s32(of[i], vdupq_n_s32(offset)), scales,
+               tokens.scales[int64_t(g) * count + t]);
+      }
+    }
+  }
+}
+
+template <int kBits>
+void tile_row(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out) {
+  const int count = tokens.count;
+  std::memset(out, 0, sizeof(float) * kTileRows * count);
+  for (int g = 0; g < inputs / group; ++g, tiles += kScaleBytes + int64_t(4) * kBits * group) {
+    int first = 0;
+    const auto pairs = [&](auto constant) {
+      constexpr int kPairs = decltype(constant)::value;
+      for (; count - first >= 2 * kPairs; first += 2 * kPairs)
+        for (int part = 0; part < 4; ++part) matrix_part<kBits, kPairs>(tiles, part, tokens, first, g, group, out);
+    };
+    pairs(std::integral_constant<int, 6>());
+    pairs(std::integral_constant<int, 4>());
+    pairs(std::integral_constant<int, 2>());
+    pairs(std::integral_constant<int, 1>());
+    if (first < count) group_block<Isa, kBits, 1>(tiles, tokens, first, g, group, out + first * kTileRows);
+  }
+}
+#else
+#define XV_TABLE kNeonDot
+
+template <int kBits>
+constexpr auto tile_row = tile_row_of<Isa, kBits>;
+#endif
+
+}  // namespace
+
+namespace xv {
+const Kernels XV_TABLE = {generic_quantize, tile_row<4>,      tile_row<8>,      generic_store,
+                          generic_dot_bf16, generic_rms_norm, generic_silu_mul, generic_rotate};
+}  // namespace xv
+#endif

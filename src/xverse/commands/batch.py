@@ -1,0 +1,62 @@
+"""``xverse batch``: answer a file of requests, and continue after a crash where it ended."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from xverse.commands.sampling import given_sampling
+from xverse.commands.serve import add_service_flags, service_settings
+from xverse.config import need
+
+if TYPE_CHECKING:
+    from xverse.serve.batch_file import Answers, BatchRequest
+    from xverse.serve.in_process import InProcess
+
+_REPORT_SECONDS = 10.0
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="requests, one JSON object per line, in OpenAI's format", metavar="FILE")
+    parser.add_argument(
+        "--out", help="file of the answers; those that it already has are kept", required=True, metavar="FILE"
+    )
+    add_service_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    sampling = given_sampling(args)
+    for module in ("fastapi", "prometheus_client", "llguidance"):
+        need(module, "serve", "xverse batch")
+    from xverse.serve.batch_file import answers, read_requests
+    from xverse.serve.in_process import URLS, InProcess
+    from xverse.serve.start import load_service
+
+    requests = read_requests(args.file, URLS)
+    with answers(args.out, requests) as found:
+        if len(found.given) < len(requests):
+            service = load_service(service_settings(args, sampling))
+            asyncio.run(_answer(InProcess(service), requests, found, args.max_batch))
+    failed = f"; {found.failed} of the answers are errors" if found.failed else ""
+    print(f"{len(requests)} requests answered in {args.out}{failed}")
+    return 1 if found.failed else 0
+
+
+async def _answer(app: InProcess, requests: list[BatchRequest], found: Answers, at_once: int) -> None:
+    from xverse.log import notice
+    from xverse.serve.batch_file import answer_all
+
+    reported = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal reported
+        if time.monotonic() - reported > _REPORT_SECONDS:
+            reported = time.monotonic()
+            notice(f"batch: {done} of {len(requests)} requests answered")
+
+    if found.given:
+        notice(f"batch: {len(found.given)} of {len(requests)} requests have answers; continuing")
+    async with app.running():
+        await answer_all(requests, found, app.call, at_once, progress)

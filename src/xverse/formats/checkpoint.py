@@ -1,0 +1,248 @@
+"""Runs and their checkpoints as models, for every command that takes a model directory.
+
+A run is the folder of ``xverse pretrain`` or ``xverse finetune``: its finished model, or the newest intact
+checkpoint if that is newer. A checkpoint of pretraining holds the parts of the parameters that each process
+had, under any layout, and one process puts them together; the optimizer's states are not read. A checkpoint
+of fine-tuning is a model directory, or with FSDP holds torch.distributed.checkpoint's own files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xverse.config import UserError
+from xverse.files import check_fingerprint
+from xverse.formats.directory import ModelDirectory
+from xverse.formats.parts import SHARD, Index, read_header
+from xverse.formats.weights import TensorFiles, listed, read_object
+from xverse.log import notice
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from xverse.formats.schemes import Scheme
+
+STATE = "state.json"  # of a checkpoint of pretraining
+MARKS = "fingerprints.json"  # of a checkpoint of fine-tuning
+FSDP = "pytorch_model_fsdp_0"  # accelerate's folder of a sharded model
+MODEL = "model."  # begins the names of the parameters
+_DAMAGED = (OSError, ValueError, KeyError, TypeError)
+_ADAPTER = "adapter_config.json"
+
+
+def model_at(path: Path, name: str | None = None) -> ModelDirectory | None:
+    """The model of a run's or a checkpoint's folder; None for other folders, such as model directories.
+
+    Raises UserError for a damaged checkpoint, a run without any that is intact, and an adapter.
+    """
+    if (path / STATE).is_file() and any(path.glob(f"{SHARD}*.safetensors")):
+        check_files(path)
+        return TrainingCheckpoint(path, name)
+    if (path / "config.json").is_file():
+        if (path / FSDP).is_dir() and not any(path.glob("*.safetensors")):
+            check_files(path)
+            return ShardedModel(path, name)
+        if (path / MARKS).is_file():
+            check_files(path)
+        return None
+    if (path / _ADAPTER).is_file():
+        base = read_object(path / _ADAPTER).get("base_model_name_or_path") or "BASE"
+        raise UserError(f"{path}: holds an adapter; give --model {base} --adapter {path}")
+    return _model_of_run(path, name)
+
+
+def _model_of_run(run: Path, name: str | None) -> ModelDirectory | None:
+    finished = run / "model"
+    found = sorted((run / "checkpoints").glob("step-*"), key=_step)
+    found = found or sorted(run.glob("checkpoint-*"), key=_step)
+    found = [path for path in found if _step(path) >= 0]
+    if (finished / "config.json").is_file() and (not found or _finished_step(run) >= _step(found[-1])):
+        return ModelDirectory(finished, name)
+    problems = []
+    for path in reversed(found):
+        try:
+            model = model_at(path, name) or ModelDirectory(path, name)
+            _ = model.values
+        except UserError as error:
+            if (path / _ADAPTER).is_file():
+                raise
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            notice(f"WARNING: {problem}")
+        notice(f"{run}: using {path.relative_to(run)}")
+        return model
+    if problems:
+        raise UserError(f"{problems[0]}, and no earlier one is intact")
+    return None
+
+
+def _step(path: Path) -> int:
+    number = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
+    return int(number[1]) if number else -1
+
+
+def _finished_step(run: Path) -> float:
+    """The steps of the run's finished model, which ``recipe.json`` has; infinite if it is not recorded."""
+    try:
+        return int(_read(run / "recipe.json")["train"]["steps"])
+    except _DAMAGED:
+        return float("inf")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def check_files(path: Path) -> None:
+    """Compare the files of a checkpoint with their recorded sizes and digests; raises UserError for one that
+    differs. One of fine-tuning by an earlier version has none."""
+    try:
+        if (path / STATE).is_file():
+            marks = _read(path / STATE)["files"]
+        else:
+            marks = _read(path / MARKS)["files"] if (path / MARKS).is_file() else {}
+        for name, mark in marks.items():
+            check_fingerprint(path / name, mark)
+    except _DAMAGED as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{path}: this checkpoint cannot be read ({why})") from None
+
+
+class TrainingCheckpoint(ModelDirectory):
+    """A checkpoint of pretraining."""
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        if not (self.path / "config.json").is_file():
+            raise UserError(
+                f"{self}: has no config.json, because an earlier version wrote it; copy config.json and "
+                "tokenizer.json of the run's model into it"
+            )
+        return super().values
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        return None
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        return sorted(self.path.glob(f"{SHARD}*.safetensors"))
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return self.tensors.dtype
+
+    def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
+        for name in self.tensors.names:
+            yield name, self.tensors.get(name)
+
+    @cached_property
+    def tensors(self) -> PartTensors:  # type: ignore[override]  # the same interface
+        return PartTensors(self.weight_files)
+
+    @property
+    def plain_path(self) -> Path:
+        raise self._not_plain("a training checkpoint")
+
+
+class PartTensors:
+    """The parameters of a checkpoint by name, put together from their parts, as ``TensorFiles``."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = {file.name: TensorFiles([file]) for file in files}
+        self._index = Index(list(self._files), [read_header(file) for file in files])
+        self.names = [name.removeprefix(MODEL) for name in self._index if name.startswith(MODEL)]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._index.dtype(MODEL + self.names[0])
+
+    def get(self, name: str) -> Tensor:
+        """One whole tensor; a mapped file if one process held it. Raises UserError if a part is missing."""
+        import torch
+
+        key = MODEL + name
+        shape = self._index.shape(key)
+        parts = self._index.parts(key, [0] * len(shape), shape)
+        if len(parts) == 1 and parts[0].shape == tuple(shape):
+            return self._files[parts[0].file].get(key)
+        whole, filled = torch.empty(shape, dtype=self._index.dtype(key)), 0
+        for part in parts:
+            place = tuple(slice(at, at + size) for at, size in zip(part.offset, part.shape, strict=True))
+            whole[place] = self._files[part.file].get(key)
+            filled += whole[place].numel()
+        if filled != whole.numel():
+            raise UserError(f"{listed(self._files)}: '{name}' is incomplete")
+        return whole
+
+
+class ShardedModel(ModelDirectory):
+    """A fine-tuning checkpoint under FSDP: its weights are files of torch.distributed.checkpoint."""
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        return None
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        return sorted((self.path / FSDP).glob("*.distcp"))
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return self.tensors.dtype
+
+    def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
+        for name in self.tensors.names:
+            yield name, self.tensors.get(name)
+
+    @cached_property
+    def tensors(self) -> DistributedTensors:  # type: ignore[override]  # the same interface
+        return DistributedTensors(self.path / FSDP)
+
+    @property
+    def plain_path(self) -> Path:
+        raise self._not_plain("an FSDP checkpoint")
+
+
+class DistributedTensors:
+    """The tensors below ``model.`` in a folder of torch.distributed.checkpoint, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        self._folder = folder
+        stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        self._stored = {
+            name.removeprefix(MODEL): entry
+            for name, entry in stored.items()
+            if name.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
+        }
+        self.names = list(self._stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self._stored.values())).properties.dtype
+
+    def get(self, name: str) -> Tensor:
+        import torch
+        import torch.distributed.checkpoint as dcp
+
+        entry = self._stored[name]
+        whole = {MODEL + name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        dcp.load(whole, storage_reader=dcp.FileSystemReader(str(self._folder)), no_dist=True)
+        return whole[MODEL + name]

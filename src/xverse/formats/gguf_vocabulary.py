@@ -1,0 +1,148 @@
+"""A tokenizer as the metadata of a GGUF file: the inverse of ``gguf_tokenizer.py``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from xverse.config import UserError
+from xverse.formats.gguf_tokenizer import split_name
+from xverse.formats.spm import Kind, Vocabulary, spm_vocabulary
+from xverse.model import XverseConfig
+from xverse.tokenizer import CHAT_TEMPLATE
+from xverse.tokenizer.general import GeneralTokenizer
+from xverse.tokenizer.tokenizer import SPACE
+
+if TYPE_CHECKING:
+    import gguf
+
+    from xverse.tokenizer import Tokenizer
+
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
+    """The tokens by id, padded with unused ones to the model's ``size``. Byte-level tokenizers have merges
+    instead of scores. Raises UserError for a tokenizer that GGUF cannot describe."""
+    if not isinstance(tokenizer, GeneralTokenizer):
+        return spm_vocabulary(tokenizer, size)
+    model = tokenizer.values["model"]
+    if model.get("type") != "BPE":
+        raise UserError(f"GGUF: a {model.get('type')} tokenizer cannot be written, only BPE")
+    if tokenizer.prefix_ids not in ((), (tokenizer.bos_id,)):
+        raise UserError("GGUF: a text may begin with one token at most, the beginning of text")
+    if is_byte_level(tokenizer):
+        split_name(tokenizer.values)
+    added = {token["id"]: token for token in tokenizer.values.get("added_tokens") or []}
+    texts = {index: text for text, index in model["vocab"].items()}
+    texts |= {index: token["content"] for index, token in added.items()}
+    tokens = [texts.get(index, f"[PAD{index}]") for index in range(size)]
+    kinds = [Kind.NORMAL if index in texts else Kind.UNUSED for index in range(size)]
+    for index, text in enumerate(tokens):
+        if index in added:
+            kinds[index] = Kind.CONTROL if added[index].get("special") else Kind.USER_DEFINED
+        elif model.get("byte_fallback") and _BYTE_PIECE.fullmatch(text):
+            kinds[index] = Kind.BYTE
+    if not is_byte_level(tokenizer) and tokenizer.unk_id >= 0:
+        kinds[tokenizer.unk_id] = Kind.UNKNOWN
+    scores = [0.0] * size if is_byte_level(tokenizer) else _scores(model, tokens, kinds)
+    return Vocabulary(tokens, scores, kinds)
+
+
+def _scores(model: Mapping[str, Any], tokens: list[str], kinds: list[Kind]) -> list[float]:
+    """Minus the rank of the first merge that makes a token, by which sentencepiece merges it at the same
+    time; tokens that no merge makes come last."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
+    last = len(ranks) + len(model["merges"])
+    scored = (Kind.NORMAL, Kind.USER_DEFINED)
+    return [
+        -float(ranks.get(token, last)) if kind in scored else 0.0
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+
+
+def is_byte_level(tokenizer: GeneralTokenizer) -> bool:
+    """Whether bytes, not characters, are merged."""
+    return '"ByteLevel"' in json.dumps(
+        [tokenizer.values.get("pre_tokenizer"), tokenizer.values.get("decoder")]
+    )
+
+
+def add_tokenizer(
+    writer: gguf.GGUFWriter,
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
+    config: XverseConfig,
+    generation_config: Mapping[str, Any],
+) -> None:
+    """Add the metadata ``tokenizer.*``."""
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types([int(kind) for kind in vocabulary.kinds])
+    if isinstance(tokenizer, GeneralTokenizer):
+        _add_general(writer, vocabulary, tokenizer, config, generation_config)
+        return
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_unk_token_id(0)
+    for add, index in (
+        (writer.add_pad_token_id, config.pad_token_id),
+        (writer.add_bos_token_id, config.bos_token_id),
+        (writer.add_eos_token_id, config.eos_token_id),
+        (writer.add_eot_token_id, config.eos_token_id),
+    ):
+        if index is not None:
+            add(index)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_remove_extra_whitespaces(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _add_general(
+    writer: gguf.GGUFWriter,
+    vocabulary: Vocabulary,
+    tokenizer: GeneralTokenizer,
+    config: XverseConfig,
+    generation_config: Mapping[str, Any],
+) -> None:
+    if is_byte_level(tokenizer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(split_name(tokenizer.values))
+        merges = tokenizer.values["model"]["merges"]
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(has_space_prefix(tokenizer))
+        writer.add_remove_extra_whitespaces(False)
+    stored = generation_config.get("eos_token_id")
+    ends = [index for index in (stored if isinstance(stored, list) else [stored]) if isinstance(index, int)]
+    eos = tokenizer.eos_id if tokenizer.eos_id >= 0 else next(iter(ends), config.eos_token_id)
+    others = [index for index in ends if index != eos]
+    for add, index in (
+        (writer.add_unk_token_id, tokenizer.unk_id),
+        (writer.add_pad_token_id, tokenizer.pad_id),
+        (writer.add_bos_token_id, tokenizer.bos_id),
+        (writer.add_eos_token_id, eos),
+        (writer.add_eot_token_id, others[0] if others else None),
+        (writer.add_eom_token_id, others[1] if others[1:] else None),
+    ):
+        if index is not None and index >= 0:
+            add(index)
+    writer.add_add_bos_token(bool(tokenizer.prefix_ids))
+    writer.add_add_eos_token(False)
+    if tokenizer.template is not None:
+        writer.add_chat_template(tokenizer.template)
+
+
+def has_space_prefix(tokenizer: GeneralTokenizer) -> bool:
+    """Whether sentencepiece's space precedes a text."""
+    pieces = tokenizer.backend.encode("a", add_special_tokens=False).tokens
+    return bool(pieces) and pieces[0].startswith(SPACE)

@@ -1,0 +1,125 @@
+"""Records in files: the items of JSON arrays or lines, and the rows of CSV and TSV files, one at a time."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from xverse.config import UserError
+from xverse.encodings import UTF8
+from xverse.texts import BOM, MAX_LINE_BYTES, ReadReport, json_lines, kind_of, open_text
+
+
+class Damaged(UserError):
+    """A file that cannot be read on."""
+
+
+def read_records(
+    path: str | Path,
+    report: ReadReport | None = None,
+    limit: int = MAX_LINE_BYTES,
+    encoding: str | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """The items of a JSON array, or the values of JSON lines, with their numbers from 1.
+
+    Holds one item or line of at most ``limit`` bytes in memory. Raises Damaged for an array that is not valid
+    JSON, with a report too.
+    """
+    with open_text(path, report, encoding) as stream:
+        if stream.peek(1).removeprefix(BOM).lstrip()[:1] == b"[":  # type: ignore[attr-defined]
+            yield from enumerate(_array(path, stream, limit), 1)
+        else:
+            yield from json_lines(path, stream, report, limit)
+
+
+def _array(path: str | Path, stream: BinaryIO, limit: int) -> Iterator[Any]:
+    decoder, scan = json.JSONDecoder(), codecs.getincrementaldecoder(UTF8)("surrogateescape")
+    text = scan.decode(stream.read(1 << 16)).removeprefix("\ufeff").lstrip()[1:]
+    ended, number = False, 0
+    while True:
+        text = text.lstrip()
+        try:
+            if text[:1] == "]":
+                return
+            start = text[1:].lstrip() if number and text[:1] == "," else text
+            if not start or (number and start is text):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, 0)
+            value, end = decoder.raw_decode(start)
+            if not start[end : end + 1] and not ended:
+                raise json.JSONDecodeError("cut", start, end)
+        except (ValueError, RecursionError) as error:
+            cut = isinstance(error, json.JSONDecodeError) and (
+                error.msg.startswith("Unterminated string") or error.pos > len(text) - 32
+            )
+            if ended or not cut or len(text) > limit:
+                why = "too long" if cut and not ended else getattr(error, "msg", "nested too deeply")
+                raise Damaged(f"{path}: invalid JSON in item {number + 1} ({why})") from None
+            data = stream.read(max(1 << 16, len(text)))  # doubled, so that a long item costs what it should
+            ended = not data
+            text += scan.decode(data, final=ended)
+            continue
+        number += 1
+        text = start[end:]
+        yield value
+
+
+def read_csv(
+    path: str | Path,
+    delimiter: str = ",",
+    report: ReadReport | None = None,
+    limit: int = MAX_LINE_BYTES,
+    encoding: str | None = None,
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file with the number of their last line from 1; every field is text, as it was
+    written.
+
+    Raises Damaged for invalid CSV and, without a report, for a text that cannot be decoded; with one, such a
+    field contains lone surrogates.
+    """
+    csv.field_size_limit(limit)
+    with open_text(path, report, encoding) as stream:
+        if stream.peek(3)[:3] == BOM:  # type: ignore[attr-defined]
+            stream.read(3)
+        errors = "strict" if report is None else "surrogateescape"
+        lines = io.TextIOWrapper(stream, UTF8, errors=errors, newline="")
+        rows = csv.reader(lines, strict=True, delimiter=delimiter)
+        try:
+            for row in rows:
+                yield rows.line_num, row
+        except csv.Error as error:
+            raise Damaged(f"{path}, line {rows.line_num}: invalid CSV ({error})") from None
+        except UnicodeDecodeError:
+            raise Damaged(f"{path}: invalid UTF-8 after line {rows.line_num}") from None
+        finally:
+            if not lines.closed:
+                lines.detach()  # the stream is closed by open_text
+
+
+def read_table(
+    path: str | Path,
+    report: ReadReport,
+    limit: int = MAX_LINE_BYTES,
+    encoding: str | None = None,
+    delimiter: str | None = None,
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a ``.csv`` or ``.tsv`` file under the names of its first row, with their last lines.
+
+    Rows with another number of fields are counted in the report. Raises Damaged for invalid CSV, and
+    UserError for names that are missing or repeated.
+    """
+    if delimiter is None:
+        delimiter = "\t" if kind_of(Path(path)) == ".tsv" else ","
+    rows = read_csv(path, delimiter, report, limit, encoding)
+    _, names = next(rows, (0, []))
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise UserError(f"{path}: the first row must name the columns, each differently (it has {names})")
+    for number, row in rows:
+        if len(row) == len(names):
+            yield number, dict(zip(names, row, strict=True))
+        elif row:
+            report.skip("bad_row", number)

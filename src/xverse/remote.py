@@ -1,0 +1,177 @@
+"""Files at URLs, such as ``s3://bucket/folder/*.jsonl``, through fsspec: listing and reading, with retries.
+
+Credentials and endpoints are those of fsspec and the services' own tools, for example AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL, ``FSSPEC_OSS_ENDPOINT`` or ~/.config/fsspec. A URL that stands where only a local path works
+is refused by ``config.refuse_url``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, cast
+
+from xverse.config import UserError, need
+
+ATTEMPTS = 5  # to read on after an error of the network
+PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
+BLOCK = 8 << 20  # bytes read ahead
+# Packages of the protocols that fsspec does not bring along.
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "oss": "ossfs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hdfs": "pyarrow",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "hf": "huggingface_hub",
+}
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it. Raises UserError for an unknown protocol."""
+    import fsspec
+
+    protocol = url.partition("://")[0].lower()
+    if protocol not in fsspec.available_protocols():
+        raise UserError(f"{url}: unknown protocol '{protocol}'; known are {', '.join(PACKAGES)} and file")
+    if protocol in PACKAGES:
+        need(PACKAGES[protocol], "remote", f"{protocol}://", load=False)
+    try:
+        with _errors(url):
+            found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+            return found
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {' '.join(str(error).split())[:300]}") from None
+
+
+def find(url: str) -> list[tuple[str, int]]:
+    """The files of a URL with their sizes (0 if unknown), by name: a file, all in a folder, or a pattern's.
+
+    Raises UserError where they cannot be listed; an empty list if there are none.
+    """
+    url = url.rstrip("/")
+    fs, path = filesystem(url)
+    web = url.lower().startswith(("http://", "https://"))
+    with _errors(url):
+        if web:  # a page is no list of files, and ? begins a query
+            return [(url, _retried(lambda: fs.info(path), url).get("size") or 0)]
+        if set(path) & set("*?["):
+            found = _retried(lambda: fs.glob(path, detail=True), url)
+        else:
+            found = _retried(lambda: fs.find(path, detail=True), url)
+    files = {str(name): info for name, info in found.items() if info["type"] == "file"}
+    # fsspec's paths lack the protocol, and the host of some.
+    base = url.removesuffix(path) if url.endswith(path) else f"{url.partition('://')[0]}://"
+    return sorted((base + name, info.get("size") or 0) for name, info in files.items())
+
+
+def versions(url: str) -> list[str]:
+    """What identifies the contents of a file: its size, and its ETag or time of change if there is one."""
+    fs, path = filesystem(url)
+    with _errors(url):
+        info = _retried(lambda: fs.info(path), url)
+    marks = (info.get(key) for key in ("size", "ETag", "etag", "mtime", "LastModified", "created"))
+    return [str(mark) for mark in marks if mark is not None]
+
+
+def open_url(url: str) -> BinaryIO:
+    """Open a file for reading; after an error of the network it is opened again at the same place.
+
+    Raises UserError for a file that is missing or not to be read.
+    """
+    return cast(BinaryIO, io.BufferedReader(_Reader(url), 1 << 16))
+
+
+class _Reader(io.RawIOBase):
+    def __init__(self, url: str) -> None:
+        self.url, self.place = url, 0
+        self.fs, self.path = filesystem(url)
+        self.file: Any = None
+        with _errors(url):
+            self.size = _retried(lambda: self.fs.info(self.path), url).get("size")
+            _retried(self._open, url)
+
+    def _open(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(Exception):
+                self.file.close()
+        self.file = self.fs.open(self.path, "rb", block_size=BLOCK)
+        if self.place and self.file.seekable():
+            self.file.seek(self.place)
+        elif self.place:
+            left = self.place
+            while left and (data := self.file.read(min(left, BLOCK))):
+                left -= len(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self.size is not None and self.file.seekable())
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if not self.seekable():
+            raise io.UnsupportedOperation("seek")
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        self.place = int(base + offset)
+        self.file.seek(self.place)
+        return self.place
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        def read() -> bytes:
+            data: bytes = self.file.read(len(buffer))
+            if not data and self.size is not None and self.place < self.size:
+                raise ConnectionError(f"ended after {self.place:,} of {self.size:,} bytes")
+            return data
+
+        with _errors(self.url):
+            data = _retried(read, self.url, self._open)
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        super().close()
+
+
+def _retried(call: Callable[[], Any], url: str, again: Callable[[], None] | None = None) -> Any:
+    """The result of ``call``, tried ATTEMPTS times; ``again`` is called before each further attempt."""
+    attempt = 0
+    while True:
+        try:
+            if attempt and again is not None:
+                again()
+            return call()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError):
+            raise
+        except Exception:
+            attempt += 1
+            if attempt == ATTEMPTS:
+                raise
+            time.sleep(PAUSE * 2 ** (attempt - 1))
+
+
+@contextlib.contextmanager
+def _errors(url: str) -> Iterator[None]:
+    """UserError for whatever the libraries of the services raise, which have no exception in common."""
+    try:
+        yield
+    except (UserError, ImportError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{url}: no such file") from None
+    except PermissionError as error:
+        raise UserError(f"{url}: cannot be read (no permission: {str(error)[:200]})") from None
+    except Exception as error:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{url}: cannot be read ({why})") from None

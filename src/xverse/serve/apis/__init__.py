@@ -1,0 +1,1 @@
+"""The APIs, one module each: bodies that clients send, routes, and replies in that API's form."""

@@ -1,0 +1,135 @@
+"""``/v1/embeddings``: the model's last hidden states, pooled over a text and scaled to length 1."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import fastapi
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from pydantic import PlainValidator, StrictInt, StrictStr
+
+from xverse.config import UserError
+from xverse.engine import Request
+from xverse.engine.request import Pooling
+from xverse.serve.access_log import current
+from xverse.serve.errors import ApiError
+from xverse.serve.exchange import while_connected
+from xverse.serve.fields import Body, rule
+from xverse.serve.protocol import Whole
+from xverse.serve.replies import Choice, begun, usage, whole
+from xverse.serve.service import Service
+
+MOST_INPUTS, MOST_TOKENS = 2048, 300_000  # of a request, as at OpenAI
+Inputs = list[str | list[int]]
+
+
+def _inputs(value: Any) -> Inputs:
+    """A text, token ids, or a list of either, as a list."""
+    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+        value = [value]
+    if not isinstance(value, list):
+        raise rule("must be text, a list of token ids, or a list of these")
+    if not value:
+        raise rule("the list is empty")
+    if len(value) > MOST_INPUTS:
+        raise rule(f"{len(value)} inputs are too many; the limit is {MOST_INPUTS}")
+    for index, one in enumerate(value):
+        at = f"[{index}]" if len(value) > 1 else ""
+        if not isinstance(one, str) and not (isinstance(one, list) and set(map(type, one)) <= {int}):
+            raise rule("must be text or a list of token ids", at)
+        if not one:
+            raise rule("must not be empty", at)
+    return value
+
+
+class EmbeddingsRequest(Body):
+    """``POST /v1/embeddings``."""
+
+    token_ids: ClassVar[tuple[str, ...]] = ("input",)
+
+    model: StrictStr = ""
+    input: Annotated[
+        Inputs,
+        PlainValidator(
+            _inputs,
+            json_schema_input_type=StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]],
+        ),
+    ]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Whole | None = None
+    pooling: Pooling = "mean"
+
+
+def mount(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingsRequest, request: fastapi.Request) -> Response:
+        service.check_model(body.model)
+        current().ignored = body.ignored
+        check_dimensions(service, body.dimensions)
+        prompts = await asyncio.to_thread(lambda: [service.prompt_ids(one) for one in body.input])
+        choices = await while_connected(request, embedded(service, prompts, body.pooling))
+        counts = usage(choices, len(choices))
+        answer = {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": choice.index, "embedding": _encoded(body, choice)}
+                for choice in choices
+            ],
+            "model": service.name,
+            "usage": {"prompt_tokens": counts["prompt_tokens"], "total_tokens": counts["total_tokens"]},
+        }
+        return JSONResponse(answer, headers=body.headers())
+
+
+def check_dimensions(service: Service, dimensions: int | None) -> None:
+    """Raises ApiError for another number than the model has: the first ones alone mean nothing."""
+    size = service.runner.engine.model.config.hidden_size
+    if dimensions is not None and dimensions != size:
+        text = f"dimensions: the embeddings of '{service.name}' have {size} and cannot be shortened"
+        raise ApiError(400, text, param="dimensions")
+
+
+async def embedded(
+    service: Service, prompts: Sequence[Sequence[int]], pooling: Pooling = "mean"
+) -> list[Choice]:
+    """The embeddings of prompts, one choice each. Raises ApiError for one that exceeds the context, and for
+    too many tokens in all."""
+    total = sum(map(len, prompts))
+    if total > MOST_TOKENS:
+        raise ApiError(400, f"input: {total} tokens are too many; the limit is {MOST_TOKENS}", param="input")
+    return await prompted(
+        service, [Request(prompt_ids=ids, pooling=pooling, generate=False) for ids in prompts], "input"
+    )
+
+
+async def prompted(service: Service, requests: Sequence[Request], field: str) -> list[Choice]:
+    """Compute requests that generate nothing. ``field`` has their texts. Raises ApiError."""
+    most = min(service.context, service.runner.engine.max_cache_tokens)
+    for index, request in enumerate(requests):
+        at, tokens = f"{field}[{index}]" if len(requests) > 1 else field, len(request.prompt_ids)
+        if tokens > most:
+            what = "context" if most == service.context else "key-value cache"
+            text = f"{at}: {tokens} tokens exceed the {what} of {most}"
+            raise ApiError(400, text, param=at, code="context_length_exceeded")
+        try:
+            service.runner.engine.check(request)
+        except UserError as error:
+            raise ApiError(400, f"{at}: {str(error).removeprefix('prompt_ids: ')}", param=at) from None
+    service.runner.check_room()
+    choices = begun(requests, len(requests))
+    await whole(service, choices)
+    return choices
+
+
+def _encoded(body: EmbeddingsRequest, choice: Choice) -> list[float] | str:
+    """A list of numbers, or the base64 text of 32-bit floats."""
+    values = choice.embedding
+    assert values is not None
+    if body.encoding_format == "float":
+        return values
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()

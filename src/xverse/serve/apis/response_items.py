@@ -1,0 +1,241 @@
+"""The bodies of ``/v1/responses``: items of input, tools, and the request itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PlainValidator, StrictBool, StrictStr
+
+from xverse.engine.sampling_params import PARAMS
+from xverse.serve.errors import ApiError
+from xverse.serve.fields import NO_EFFECT, Lenient, by_type, rule
+from xverse.serve.protocol import (
+    MOST_TOOLS,
+    Arguments,
+    ChatRequest,
+    Chosen,
+    Function,
+    FunctionCall,
+    JsonSchema,
+    Message,
+    ResponseFormat,
+    SamplingFields,
+    Text,
+    Tool,
+    ToolCall,
+    Whole,
+)
+from xverse.serve.replies import new_id
+
+# Fields that cannot change a reply here; docs/api.md lists them.
+WITHOUT_EFFECT = NO_EFFECT | {
+    *("max_tool_calls", "stream_options", "context_management", "image", "access_programs"),
+    *("background_options", "client_metadata"),
+}
+MOST_METADATA = 16
+
+
+class MessageItem(Lenient):
+    type: Literal["message"] = "message"
+    id: StrictStr = Field(default_factory=lambda: new_id("msg"))
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text
+
+    def stored(self) -> dict[str, Any]:
+        kind = "output_text" if self.role == "assistant" else "input_text"
+        part: dict[str, Any] = {"type": kind, "text": self.content}
+        if self.role == "assistant":
+            part |= {"annotations": [], "logprobs": []}
+        return {**self.model_dump(exclude={"content"}), "status": "completed", "content": [part]}
+
+
+class CallItem(Lenient):
+    type: Literal["function_call"] = "function_call"
+    id: StrictStr = Field(default_factory=lambda: new_id("fc"))
+    call_id: StrictStr
+    name: StrictStr
+    arguments: Arguments = "{}"
+
+    def stored(self) -> dict[str, Any]:
+        return {**self.model_dump(), "status": "completed"}
+
+
+class OutputItem(Lenient):
+    type: Literal["function_call_output"] = "function_call_output"
+    id: StrictStr = Field(default_factory=lambda: new_id("fco"))
+    call_id: StrictStr
+    output: Text
+
+    def stored(self) -> dict[str, Any]:
+        return {**self.model_dump(), "status": "completed"}
+
+
+class ReferenceItem(Lenient):
+    """An item of an earlier response, by its id."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: StrictStr
+
+
+Item = MessageItem | CallItem | OutputItem | ReferenceItem
+_ITEMS: dict[str, type[Lenient] | None] = {
+    "message": MessageItem,
+    "function_call": CallItem,
+    "function_call_output": OutputItem,
+    "item_reference": ReferenceItem,
+    "reasoning": None,  # of another model; this one does not read it
+}
+
+
+def _item_type(item: dict[str, Any]) -> Any:
+    """Messages may come without a type, and so may references, which have nothing else than an id."""
+    return item.get("type") or ("item_reference" if item.keys() <= {"id", "type"} else "message")
+
+
+def _items(value: Any) -> list[Item]:
+    if isinstance(value, str):
+        return [MessageItem(role="user", content=value)]
+    items = by_type(value, _ITEMS, _item_type, "items")
+    if not items:
+        raise rule("at least 1 item is needed")
+    return items
+
+
+def read_stored(item: dict[str, Any]) -> Item:
+    """An item that ``stored`` wrote, or one of a response's output."""
+    return _items([item])[0]
+
+
+class FunctionTool(Lenient):
+    """A tool; the Responses API has the function's fields beside the type."""
+
+    type: Literal["function"] = "function"
+    name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: StrictStr = ""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    strict: StrictBool | None = None
+
+
+def _tools(value: Any) -> list[FunctionTool]:
+    if isinstance(value, list) and len(value) > MOST_TOOLS:
+        raise rule(f"{len(value)} items are too many; the limit is {MOST_TOOLS}")
+    return by_type(value, {"function": FunctionTool}, lambda tool: tool.get("type", "function"), "tools")
+
+
+class TextFormat(Lenient):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: StrictStr = "schema"
+    description: StrictStr = ""
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: StrictBool | None = None
+
+
+class TextOptions(Lenient):
+    format: TextFormat = Field(default_factory=TextFormat)
+    verbosity: StrictStr | None = None
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+        raise rule("must be an object of texts")
+    if len(value) > MOST_METADATA:
+        raise rule(f"{len(value)} items are too many; the limit is {MOST_METADATA}")
+    return value
+
+
+class ResponsesRequest(SamplingFields):
+    """``POST /v1/responses``."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(WITHOUT_EFFECT)
+
+    model: StrictStr = ""
+    input: Annotated[
+        list[Item], PlainValidator(_items, json_schema_input_type=StrictStr | list[dict[str, Any]])
+    ]
+    instructions: StrictStr | None = None
+    max_output_tokens: Whole | None = None
+    previous_response_id: StrictStr | None = None
+    store: StrictBool = True
+    stream: StrictBool = False
+    include: list[StrictStr] = Field(default_factory=list)
+    text: TextOptions = Field(default_factory=TextOptions)
+    tools: Annotated[
+        list[FunctionTool], PlainValidator(_tools, json_schema_input_type=list[dict[str, Any]])
+    ] = Field(default_factory=list)
+    tool_choice: Chosen | None = None
+    parallel_tool_calls: StrictBool = True
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
+    truncation: Literal["auto", "disabled"] = "disabled"
+    metadata: Annotated[dict[str, str], PlainValidator(_metadata, json_schema_input_type=dict[str, str])] = (
+        Field(default_factory=dict)
+    )
+    user: StrictStr | None = None
+    background: StrictBool = False
+    conversation: Any = None
+    prompt: Any = None
+
+    @property
+    def logprobs(self) -> bool:
+        return "message.output_text.logprobs" in self.include
+
+    def check(self) -> None:
+        """Raises ApiError for what the server does not have."""
+        for name, reason in (
+            ("background", "replies are not computed in the background"),
+            ("conversation", "conversations are not kept; use previous_response_id"),
+            ("prompt", "the server has no stored prompts; use instructions and input"),
+        ):
+            if getattr(self, name):
+                raise ApiError(400, f"{name}: is not supported; {reason}", param=name)
+
+    def chat(self, messages: list[Message]) -> ChatRequest:
+        """The same as a chat request about ``messages``."""
+        form = self.text.format
+        schema = None
+        if form.type == "json_schema":
+            if form.schema_ is None:
+                where = "text.format.schema"
+                raise ApiError(400, f"{where}: required field is missing", param=where, code="missing_field")
+            schema = JsonSchema(name=form.name, schema=form.schema_)
+        sampling = {param.http: getattr(self, param.http) for param in PARAMS.values()}
+        if self.max_output_tokens is not None:
+            sampling["max_tokens"] = self.max_output_tokens
+        return ChatRequest(
+            model=self.model,
+            messages=messages,
+            response_format=ResponseFormat(type=form.type, json_schema=schema),
+            tools=[
+                Tool(function=Function(**tool.model_dump(exclude_unset=True, exclude={"type"})))
+                for tool in self.tools
+            ],
+            tool_choice=self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs if self.logprobs else None,
+            **sampling,
+        )
+
+
+# The API's names for fields of a chat request.
+WORDS = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+}
+
+
+def messages_of(instructions: str | None, items: list[Item]) -> list[Message]:
+    """The conversation of ``items``, in which calls belong to the assistant's message before them."""
+    messages = [Message(role="system", content=instructions)] if instructions else []
+    for item in items:
+        if isinstance(item, MessageItem):
+            messages.append(Message(role=item.role, content=item.content))
+        elif isinstance(item, CallItem):
+            call = ToolCall(id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments))
+            if not (messages and messages[-1].role == "assistant"):
+                messages.append(Message(role="assistant"))
+            messages[-1].tool_calls.append(call)
+        elif isinstance(item, OutputItem):
+            messages.append(Message(role="tool", content=item.output))
+    return messages

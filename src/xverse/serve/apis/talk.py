@@ -1,0 +1,85 @@
+"""A reply to one conversation, in pieces: what the APIs share that have a conversation in another form.
+
+Such an API writes its request as a ``ChatRequest``, so that the same checks, tools, grammars and limits
+apply, and sends the pieces as its own events. Errors get its names of fields through ``Record.words``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, Literal
+
+import fastapi
+
+from xverse.engine import Request, TokenLogprob
+from xverse.serve.access_log import current
+from xverse.serve.calls import CallParser, CallPiece, Content
+from xverse.serve.exchange import while_connected
+from xverse.serve.fields import Body
+from xverse.serve.protocol import ChatRequest
+from xverse.serve.replies import begun, events, usage
+from xverse.serve.service import Service
+
+# How a reply ended: by itself or at a stop text, at a limit, or with complete calls.
+Ending = Literal["stop", "length", "calls"]
+
+
+class Talk:
+    """One reply, of which ``pieces`` is iterated once. ``parser`` finds the calls in it."""
+
+    def __init__(self, service: Service, request: Request, parser: CallParser) -> None:
+        self.service = service
+        (self.choice,) = begun([request], 1)
+        self._parser = parser
+
+    async def pieces(self) -> AsyncGenerator[Content | CallPiece, None]:
+        """Raises ApiError if the reply fails. Closing it cancels the reply."""
+        async with aclosing(events(self.service, self.choice)) as stream:
+            async for event in stream:
+                found = self._parser.push(event.text)
+                if event.finish_reason is not None:
+                    found += self._parser.end(event.finish_reason == "length")
+                for piece in found:
+                    yield piece
+
+    @property
+    def ending(self) -> Ending:
+        """For a reply that has ended. A call that was cut off does not count."""
+        cut = self.choice.finish_reason == "length"
+        if self._parser.calls and not (cut and self._parser.open):
+            return "calls"
+        return "length" if cut else "stop"
+
+    @property
+    def context_full(self) -> bool:
+        """Whether the limit of a cut reply was the context's."""
+        return len(self.choice.request.prompt_ids) + self.choice.tokens >= self.service.context
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far, by OpenAI's names."""
+        return usage([self.choice], 1)
+
+    def new_logprobs(self) -> list[TokenLogprob]:
+        """The log-probabilities that were not taken yet."""
+        new, self.choice.sent = self.choice.logprobs[self.choice.sent :], len(self.choice.logprobs)
+        return new
+
+
+async def talk(
+    service: Service,
+    request: fastapi.Request,
+    body: Body,
+    chat: ChatRequest,
+    words: Mapping[str, str],
+    clamp: bool = False,
+) -> Talk:
+    """Begin a reply. ``body`` is the API's own request and ``chat`` the same as a chat request; ``words`` has
+    the former's names for the latter's fields; ``clamp`` as in ``Service.chat``. Raises ApiError."""
+    record = current()
+    record.words = words
+    grammar = await while_connected(request, service.grammar(chat))
+    record.ignored = body.ignored
+    (only,) = await asyncio.to_thread(service.chat, chat, grammar, clamp)
+    return Talk(service, only, service.call_parser(chat))

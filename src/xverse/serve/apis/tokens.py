@@ -1,0 +1,86 @@
+"""``/tokenize`` and ``/detokenize`` in vLLM's form."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field, StrictBool, StrictStr
+
+from xverse.serve import tools
+from xverse.serve.access_log import current
+from xverse.serve.errors import ApiError
+from xverse.serve.fields import Body
+from xverse.serve.protocol import MOST_TOOLS, Message, TokenIds, Tool
+from xverse.serve.service import Service
+from xverse.tokenizer.chat import PREFIXES
+from xverse.tokenizer.template import template_ids
+
+
+class TokenizeRequest(Body):
+    """``POST /tokenize``: a text (``prompt`` or ``text``), or a conversation as in a chat request."""
+
+    model: StrictStr = ""
+    prompt: StrictStr | None = None
+    text: StrictStr | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] = Field(default_factory=list)
+    add_special_tokens: StrictBool = True
+    add_generation_prompt: StrictBool = True
+    continue_final_message: StrictBool = False
+    allow_special: StrictBool = False
+    return_token_strs: StrictBool = False
+
+
+class DetokenizeRequest(Body):
+    """``POST /detokenize``."""
+
+    model: StrictStr = ""
+    tokens: TokenIds
+
+
+def mount(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        current().ignored = body.ignored
+        return JSONResponse(await asyncio.to_thread(tokenized, service, body), headers=body.headers())
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        service.check_model(body.model)
+        current().ignored = body.ignored
+        text = service.tokenizer.decode(body.tokens, skip_special=False)
+        return JSONResponse({"text": text, "prompt": text}, headers=body.headers())  # vLLM's name is prompt
+
+
+def tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
+    """The answer to ``/tokenize``: the ids that a completion of the text, or a chat, would begin with."""
+    service.check_model(body.model)
+    text = body.text if body.prompt is None else body.prompt
+    if (text is None) == (body.messages is None):
+        raise ApiError(400, "prompt: send either prompt or messages", param="prompt")
+    if body.messages is not None:
+        ids = _conversation(service, body, body.messages)
+    else:
+        ids = service.tokenizer.encode(text or "", allow_special=body.allow_special)
+        if body.add_special_tokens:
+            ids = [*service.tokenizer.prefix_ids, *ids]
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.context, "tokens": ids}
+    strings = None
+    if body.return_token_strs:
+        token_bytes = service.tokenizer.token_bytes
+        strings = [token_bytes(token).decode("utf-8", errors="replace") for token in ids]
+    return {**answer, "token_strs": strings}
+
+
+def _conversation(service: Service, body: TokenizeRequest, messages: list[Message]) -> list[int]:
+    tokenizer = service.tokenizer
+    if body.add_generation_prompt or body.continue_final_message:
+        return service.chat_ids(messages, body.tools, body.continue_final_message)
+    if tokenizer.template is not None:
+        written = tools.chat_messages(messages, body.tools)
+        return template_ids(tokenizer, written, add_generation_prompt=False)
+    begin = tokenizer.encode(PREFIXES["assistant"])  # of the reply
+    return service.chat_ids(messages, body.tools, False)[: -len(begin)]

@@ -1,0 +1,133 @@
+"""What holds for every route of the application, whichever API it belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+
+from xverse.serve.access_log import PROBES
+
+QUESTION = [{"role": "user", "content": "What is your name?"}]
+# A body that each route takes, with a name of its fields and a value that is wrong for it. The walk below
+# fails for a route without an entry.
+BODIES: dict[str, tuple[dict[str, Any], str, Any]] = {
+    "/v1/chat/completions": ({"messages": QUESTION, "max_tokens": 1}, "max_tokens", "x"),
+    "/v1/completions": ({"prompt": "x", "max_tokens": 1}, "max_tokens", "x"),
+    "/v1/responses": ({"input": "x", "max_output_tokens": 1}, "max_output_tokens", "x"),
+    "/v1/messages": ({"model": "nano", "messages": QUESTION, "max_tokens": 1}, "max_tokens", "x"),
+    "/v1/messages/count_tokens": ({"model": "nano", "messages": QUESTION}, "system", 5),
+    "/v1/embeddings": ({"input": "x"}, "input", 5),
+    "/score": ({"text_1": "x", "text_2": "y"}, "text_1", 5),
+    "/v1/score": ({"text_1": "x", "text_2": "y"}, "text_1", 5),
+    "/rerank": ({"query": "x", "documents": ["y"]}, "documents", 5),
+    "/v1/rerank": ({"query": "x", "documents": ["y"]}, "documents", 5),
+    "/v2/rerank": ({"query": "x", "documents": ["y"]}, "documents", 5),
+    "/tokenize": ({"prompt": "x"}, "prompt", 5),
+    "/detokenize": ({"tokens": [5]}, "tokens", "x"),
+    "/api/chat": ({"model": "nano", "messages": QUESTION, "options": {"num_predict": 1}}, "stream", "x"),
+    "/api/generate": ({"model": "nano", "prompt": "x", "options": {"num_predict": 1}}, "stream", "x"),
+    "/api/embed": ({"model": "nano", "input": "x"}, "input", 5),
+    "/api/embeddings": ({"model": "nano", "prompt": "x"}, "prompt", 5),
+    "/api/show": ({"model": "nano"}, "verbose", "x"),
+}
+WITHOUT_BODY = ("/v1/responses/{name}/cancel", "/api/pull", "/api/push", "/api/create", "/api/copy")
+
+
+@pytest.fixture
+def guarded(launch: Any) -> Any:
+    return launch({"keys": ["secret"], "max_body": 2000})
+
+
+def routes(server: Any) -> list[tuple[str, str]]:
+    """Method and path of every route that is in the OpenAPI document, probes aside."""
+    app = server.server.config.app
+    while not hasattr(app, "routes"):
+        app = app._app
+    found = [route for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+    return [(method, route.path) for route in found for method in route.methods if route.path not in PROBES]
+
+
+def message(path: str, answer: Any) -> str:
+    """The message of an error in the API's own form."""
+    body = answer.json()
+    if path.startswith("/v1/messages"):
+        assert set(body) == {"type", "error", "request_id"}
+        assert body["type"] == "error"
+        assert set(body["error"]) == {"type", "message"}
+        return body["error"]["message"]
+    if path.startswith("/api/"):
+        assert set(body) == {"error"}
+        return body["error"]
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]["message"]
+
+
+def test_every_route_is_guarded_logged_and_measured(guarded: Any) -> None:
+    found = routes(guarded)
+    assert {path for method, path in found if method == "POST"} == {*BODIES, *WITHOUT_BODY}
+    with guarded.client() as http:
+        for method, path in found:
+            address = path.replace("{name}", "x").replace("{name:path}", "x")
+            for headers, status, text in (
+                ({}, 401, "API key"),
+                ({"x-api-key": "wrong"}, 401, "API key"),
+                ({"x-api-key": "secret", "host": "evil.example"}, 421, "evil.example"),
+                ({"x-api-key": "secret", "origin": "https://evil.example"}, 403, "evil.example"),
+            ):
+                answer = http.request(method, address, headers=headers)
+                assert answer.status_code == status, (method, path)
+                if method != "HEAD":
+                    assert text in message(path, answer)
+                assert answer.headers["x-request-id"]
+                assert answer.headers["x-content-type-options"] == "nosniff"
+            if method == "POST":
+                large = http.post(address, headers={"x-api-key": "secret"}, content=b" " * 3000)
+                assert large.status_code == 413
+                assert "2000 bytes" in message(path, large)
+
+
+def test_every_route_answers_and_refuses_in_its_form(guarded: Any) -> None:
+    with guarded.client(headers={"Authorization": "Bearer secret"}) as http:
+        for path, (body, name, wrong) in BODIES.items():
+            fine = http.post(path, json=body)
+            assert fine.status_code == 200, (path, fine.text)
+            refused = http.post(path, json={**body, name: wrong})
+            assert refused.status_code == 400, path
+            assert message(path, refused).startswith(f"{name}: must be ")
+            broken = http.post(path, content=b"{", headers={"content-type": "application/json"})
+            assert broken.status_code == 400
+            assert "not valid JSON" in message(path, broken)
+            other = http.post(path, json={**body, "model": "other"})
+            assert other.status_code == 404, path
+            assert "'other'" in message(path, other)
+            typed = http.post(path, content=b"x", headers={"content-type": "text/plain"})
+            assert typed.status_code == 415, path
+            measured = f'http_requests_total{{handler="{path}",method="POST",status="200"}}'
+            assert measured in http.get("/metrics").text
+        assert http.get("/api/none").json() == {"error": "/api/none does not exist"}
+
+
+def test_every_route_keeps_the_time_limit_and_drains(launch: Any) -> None:
+    """All that compute, that is."""
+    server = launch(timeout=1e-4)
+    computing = [path for path in BODIES if "okenize" not in path and "count" not in path]
+    with server.client() as http:
+        for path in computing:
+            if path == "/api/show":
+                continue
+            body = {**BODIES[path][0], **({"stream": False} if path.startswith("/api/") else {})}
+            late = http.post(path, json=body)
+            assert late.status_code == 504, (path, late.text)
+            assert "time limit" in message(path, late)
+        server.service.runner.draining = True
+        for path in computing:
+            if path == "/api/show":
+                continue
+            refused = http.post(path, json=BODIES[path][0])
+            assert refused.status_code == 503, path
+            assert refused.headers["retry-after"]
+            assert "shutting down" in message(path, refused)
+        server.service.runner.draining = False
