@@ -32,6 +32,7 @@ STUDIES = {
     ),
     "finetune": ("studies.finetune", "fine-tuning beside transformers' and trl's trainers; memory of QLoRA"),
     "finetune-quality": ("studies.finetune_quality", "held-out losses after fine-tuning, by method"),
+    "documents": ("studies.documents", "time and memory of planning millions of documents"),
     "float8": ("studies.float8", "pretraining in FP8 beside bfloat16: loss curves and speed; needs CUDA"),
     "footprint": ("studies.footprint", "memory and time of a quantised model from end to end"),
     "gptq": ("studies.gptq", "time of GPTQ on layers of a shape"),
