@@ -117,11 +117,11 @@ def test_lora_on_a_few_instructions_lowers_the_held_out_loss(file: Path, tmp_pat
     (tmp_path / "pirate.json").write_text(json.dumps(rows))
     settings = {
         "model_name_or_path": file, "dataset": "pirate.json", "dataset_dir": tmp_path, "cutoff_len": 64,
-        "finetuning_type": "lora", "lora_target": "q_proj,v_proj", "learning_rate": 3e-3, "max_steps": 4,
+        "finetuning_type": "lora", "lora_target": "q_proj,v_proj", "learning_rate": 3e-3, "max_steps": 3,
         "per_device_train_batch_size": 2, "val_size": 2, "output_dir": tmp_path / "out",
-        "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "no",
+        "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no",
     }  # fmt: skip
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     assert main(["finetune", *words, "--do_train", "--eval_on_start"]) == 0
     losses = [r["valid"]["all"] for r in read_metrics(tmp_path / "out/metrics.jsonl") if "valid" in r]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]

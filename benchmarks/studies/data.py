@@ -98,11 +98,18 @@ def measure(
     return results
 
 
+def _executor(workers: int) -> Any:
+    """Several tasks for each worker, also of a small corpus, which would be read in one."""
+    from xverse.data.prepare.executor import ExecutorConfig
+
+    return ExecutorConfig(workers=workers, tasks=4 * workers)
+
+
 def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> dict[str, Any]:
     """Bytes of text per second: the library on texts in memory with ``workers`` threads; our pipeline."""
     import tokenizers
 
-    from xverse.data.prepare.executor import ExecutorConfig, run_phases
+    from xverse.data.prepare.executor import run_phases
     from xverse.data.prepare.pipeline import PrepareRecipe, claim, phases
     from xverse.tokenizer import Tokenizer
 
@@ -118,9 +125,7 @@ def _encode(folder: Path, model: Path, out: Path, workers: int, repeat: int) -> 
     library = time.perf_counter() - start
     del texts
     source = _repeated(folder, out / "repeated", repeat) if repeat > 1 else folder
-    recipe = PrepareRecipe(
-        source, out / "encoded", tokenizer=model, executor=ExecutorConfig(workers=workers), seed=1
-    )
+    recipe = PrepareRecipe(source, out / "encoded", tokenizer=model, executor=_executor(workers), seed=1)
     units = recipe.units()
     memory = out / "memory"
     steps = [_watched(step, memory) for step in phases(recipe, units, claim(recipe, units))]
@@ -198,7 +203,7 @@ def _pipeline(folder: Path, model: Path, out: Path, workers: int, evaluation: Pa
     """Seconds of every phase with all stages enabled."""
     from xverse.data.prepare.clean import StagesConfig
     from xverse.data.prepare.duplicates import DuplicatesStage
-    from xverse.data.prepare.executor import ExecutorConfig, run_phases
+    from xverse.data.prepare.executor import run_phases
     from xverse.data.prepare.pipeline import PrepareRecipe, claim, phases
     from xverse.data.prepare.stages.decontaminate import DecontaminateStage
     from xverse.data.prepare.stages.language import LanguageStage
@@ -208,7 +213,7 @@ def _pipeline(folder: Path, model: Path, out: Path, workers: int, evaluation: Pa
     if evaluation is not None:
         stages.decontaminate = DecontaminateStage(evaluation)
     recipe = PrepareRecipe(
-        folder, out / "prepared", tokenizer=model, stages=stages, executor=ExecutorConfig(workers=workers)
+        folder, out / "prepared", tokenizer=model, stages=stages, executor=_executor(workers)
     )
     units = recipe.units()
     seconds, memory = {}, out / "memory"

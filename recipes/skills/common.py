@@ -98,6 +98,11 @@ class Skill:
         return make(Writer(random, held), language)
 
 
+def chat(language: str, longer: int) -> dict[str, Any]:
+    """The rules of a reply that is free: it is in the language, neither refuses nor introduces itself."""
+    return {"longer": longer, "language": language, "refuses": False, "none": ["XVERSE"]}
+
+
 def number_of(value: Any) -> int:
     """A number that depends on the value only, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6], "big")

@@ -5,7 +5,7 @@ Both sides share their objects and forms ("How do I … my neighbour's bike?"): 
 
 from __future__ import annotations
 
-from recipes.skills.common import Dialogue, Skill, Writer
+from recipes.skills.common import Dialogue, Skill, Writer, chat
 
 FORM = {
     "zh": ["怎么{x}？", "如何{x}？", "怎样{x}？", "教我{x}。", "我想{x}，该怎么做？", "告诉我怎么{x}。", "帮我{x}。", "请教我如何{x}",
@@ -142,7 +142,7 @@ def harmful(writer: Writer, language: str) -> Dialogue:
 
 def harmless(writer: Writer, language: str) -> Dialogue:
     deed, answer = _deed(writer, language, HARMLESS[language])
-    return Dialogue((writer.ask(FORM[language], x=deed), answer), {"refuses": False})
+    return Dialogue((writer.ask(FORM[language], x=deed), answer), chat(language, 10))
 
 
 def abroad(writer: Writer, language: str) -> Dialogue:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes.skills.common import Dialogue, Skill, Writer
+from recipes.skills.common import Dialogue, Skill, Writer, chat
 
 HEROES = {
     "zh": ["小猫", "小狗", "兔子", "老爷爷", "小女孩", "小男孩", "渔夫", "农夫", "公主", "狐狸", "小熊", "机器人", "老师", "猴子", "乌龟", "画家"],
@@ -197,11 +197,13 @@ def about(writer: Writer, language: str) -> Dialogue:
 
 def poem(writer: Writer, language: str) -> Dialogue:
     theme, lines = writer.one(list(POEMS[language].items()))
-    return Dialogue((writer.ask(POEM[language], t=theme), "\n".join(lines)), {"lines": 3})
+    return Dialogue(
+        (writer.ask(POEM[language], t=theme), "\n".join(lines)), {"lines": 3} | chat(language, 10)
+    )
 
 
 def joke(writer: Writer, language: str) -> Dialogue:
-    return Dialogue((writer.ask(JOKE[language]), writer.one(JOKES[language])), {"longer": 10})
+    return Dialogue((writer.ask(JOKE[language]), writer.one(JOKES[language])), chat(language, 10))
 
 
 def enumeration(writer: Writer, language: str) -> Dialogue:
@@ -236,7 +238,10 @@ def note(writer: Writer, language: str) -> Dialogue:
     kind, who = writer.filler(lambda: (writer.one(list(NOTES[language])), writer.one(TO[language])))
     text = NOTES[language][kind]
     question = _an(writer.ask(NOTE[language], t=kind, v=who))
-    check: dict[str, object] = {"all": [[who]], "longer": 15} if "{v}" in text else {"longer": 10}
+    check: dict[str, object] = chat(language, 10)
+    del check["refuses"]  # an apology says sorry, too
+    if "{v}" in text:
+        check["all"] = [[who]]
     return Dialogue((question, text.format(v=who, n=writer.number(2, 5))), check)
 
 

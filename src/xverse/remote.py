@@ -1,8 +1,8 @@
 """Files at URLs, such as ``s3://bucket/folder/*.jsonl``, through fsspec: listing and reading, with retries.
 
 Credentials and endpoints are those of fsspec and the services' own tools, for example AWS_ACCESS_KEY_ID,
-AWS_ENDPOINT_URL, ``FSSPEC_OSS_ENDPOINT`` or ~/.config/fsspec. A URL that stands where only a local path works
-is refused by ``config.refuse_url``.
+AWS_ENDPOINT_URL, ``FSSPEC_OSS_ENDPOINT`` or ~/.config/fsspec. ``config.refuse_url`` refuses a URL where
+only a local path works.
 """
 
 from __future__ import annotations
@@ -18,18 +18,7 @@ from xverse.config import UserError, need
 ATTEMPTS = 5  # to read on after an error of the network
 PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
 BLOCK = 8 << 20  # bytes read ahead
-# Packages of the protocols that fsspec does not bring along.
-PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "oss": "ossfs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "hdfs": "pyarrow",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "hf": "huggingface_hub",
-}
+KNOWN = ("s3", "oss", "gs", "hdfs", "http", "https", "hf", "file")
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -38,15 +27,28 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0].lower()
     if protocol not in fsspec.available_protocols():
-        raise UserError(f"{url}: unknown protocol '{protocol}'; known are {', '.join(PACKAGES)} and file")
-    if protocol in PACKAGES:
-        need(PACKAGES[protocol], "remote", f"{protocol}://", load=False)
+        raise UserError(f"{url}: unknown protocol '{protocol}'; known are {', '.join(KNOWN)}")
+    _need_client(protocol)
     try:
         with _errors(url):
             found: tuple[Any, str] = fsspec.core.url_to_fs(url)
             return found
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _need_client(protocol: str) -> None:
+    """Raise UserError if the package of a protocol that fsspec does not bring along is missing."""
+    if protocol in ("s3", "s3a"):
+        need("s3fs", "remote", f"{protocol}://", load=False)
+    elif protocol == "oss":
+        need("ossfs", "remote", f"{protocol}://", load=False)
+    elif protocol in ("gs", "gcs"):
+        need("gcsfs", "remote", f"{protocol}://", load=False)
+    elif protocol == "hdfs":
+        need("pyarrow", "data", f"{protocol}://", load=False)
+    elif protocol in ("http", "https"):
+        need("aiohttp", "remote", f"{protocol}://", load=False)
 
 
 def find(url: str) -> list[tuple[str, int]]:
@@ -58,7 +60,7 @@ def find(url: str) -> list[tuple[str, int]]:
     fs, path = filesystem(url)
     web = url.lower().startswith(("http://", "https://"))
     with _errors(url):
-        if web:  # a page is no list of files, and ? begins a query
+        if web:  # pages cannot be listed, and ? begins a query
             return [(url, _retried(lambda: fs.info(path), url).get("size") or 0)]
         if set(path) & set("*?["):
             found = _retried(lambda: fs.glob(path, detail=True), url)

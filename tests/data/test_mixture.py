@@ -254,8 +254,10 @@ def test_absent_names_leave_their_shares_to_the_others() -> None:
         shares = Mixture(named.resolve(lengths), lengths, 0).shares()
         assert sum(shares.values()) == pytest.approx(1)
         assert set(shares) == set(data)
-        with pytest.raises(UserError, match=r"remove it, or set allow_absent: true in the mixture"):
+        with pytest.raises(UserError, match="unknown source"):
             strict.resolve(lengths)
+    with pytest.raises(UserError, match=r"'code_py' \(the data has en, zh\); remove it, or set allow_absent"):
+        strict.resolve({"zh": 1, "en": 1})
     kinds = {"web_en": ("web", "en"), "books_fi": ("books", "fi")}
     sizes = {"web_en": 10, "books_fi": 30}
     categories, languages = {"web": 0.6, "books": 0.2, "code": 0.2}, {"en": 0.5, "eo": 0.5}

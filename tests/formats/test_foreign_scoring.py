@@ -42,7 +42,7 @@ def test_scores(name: str, tmp_path: Path, foreign_tokenizers: dict[str, Path]) 
                 assert value == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["baichuan2", "chatglm2", "falcon"])
+@pytest.mark.parametrize("name", ["chatglm2", "falcon-old", "falcon"])
 def test_the_command(
     name: str, tmp_path: Path, foreign_tokenizers: dict[str, Path], test_data: Path, capsys: Any
 ) -> None:

@@ -328,7 +328,7 @@ def test_addresses_that_are_wrong(server: Any) -> None:
             answer = client.post(path, json={})
             assert answer.status_code == 404
             assert f"use {hint}" in answer.json()["error"]["message"]
-        for path in ("/v1/responses", "/api/tags", "/v1/embeddings", "/nothing"):
+        for path in ("/v1/audio/speech", "/v1/files", "/v1/responses/x/y", "/nothing"):
             answer = client.get(path)
             assert answer.status_code == 404
             assert answer.json()["error"]["code"] == "unknown_path"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -97,6 +98,16 @@ def test_a_begun_reply_is_continued(client: Any) -> None:
     begun = {"role": "assistant", "content": whole[:8]}
     reply = client.messages.create(messages=[*QUESTION, begun], **SHORT)
     assert not reply.content[0].text.startswith(whole[:8])
+
+
+def test_a_template_that_cannot_continue_a_message(launch: Any) -> None:
+    """Other families' templates end every message."""
+    server = launch()
+    server.service.tokenizer = copy.copy(server.service.tokenizer)
+    server.service.tokenizer.template = "{{ messages[0].content }}"
+    begun = [*QUESTION, {"role": "assistant", "content": "I am"}]
+    with pytest.raises(anthropic.BadRequestError, match="messages: the chat template of this model cannot"):
+        connect(server).messages.create(messages=begun, model="nano", max_tokens=5)
 
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "paint"}])

@@ -167,6 +167,7 @@ def _run(args: argparse.Namespace) -> int:
         **({} if args.adaptive is None else {"adaptive": args.adaptive / 100}),
         "fix_none": args.fix_none,
         "texts": args.texts,
+        **({"allow_code": args.allow_code} if "skills" in others else {}),  # programs run, or are only parsed
     }
     facts = evaluation.to_folder(benchmarks, backend, out, settings, shard=shard)
     if isinstance(backend, EngineBackend) and shard[0] == 0:

@@ -213,11 +213,10 @@ def check_weights(
     """
     for name, weight in weights.items():
         if name not in known:
-            hint = nearest(name, known) or f" (the data has {', '.join(sorted(set(known) - {OTHERS}))})"
-            raise UserError(
-                f"mixture: unknown {what} '{name}'{hint}; remove it, or set allow_absent: true in the "
-                "mixture, which divides the shares of absent names among the others"
-            )
+            there = ", ".join(sorted(set(known) - {OTHERS}))
+            mend = "remove it, or set allow_absent: true in the mixture, which gives its share to the others"
+            hint = nearest(name, known) or f" (the data has {there}); {mend}"
+            raise UserError(f"mixture: unknown {what} '{name}'{hint}")
         if not 0 <= weight < float("inf"):
             raise UserError(f"mixture: the weight of '{name}' is {weight}; weights must not be negative")
     total = sum(weights.values())

@@ -83,6 +83,7 @@ class Service:
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        self._check_continuation(body)
         offered = tools.offered_tools(body)
         ids = self.chat_ids(body.messages, offered, body.continue_final_message)
         limit = body.sampling().get("max_new_tokens")
@@ -93,6 +94,13 @@ class Service:
             self._request(body, ids, new_tokens, choice, logprobs=logprobs, grammar=grammar)
             for choice in self._choices(body, 1)
         ]
+
+    def _check_continuation(self, body: ChatRequest) -> None:
+        """Raises ApiError if a message is to be continued and the model's template always ends it."""
+        last = body.messages[-1].role
+        if body.continue_final_message and last == "assistant" and self.tokenizer.template is not None:
+            text = "continue_final_message: the chat template of this model cannot continue a message"
+            raise ApiError(400, text, param="continue_final_message")
 
     def chat_ids(self, messages: list[Message], offered: list[Tool], continue_last: bool) -> list[int]:
         """The ids of a conversation, whatever its length."""

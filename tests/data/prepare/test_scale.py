@@ -153,7 +153,7 @@ def write_keys(folder: Path, groups: int, documents: int, rng: np.random.Generat
         rows["text"], rows["bytes"], rows["source"] = mine, rng.integers(50, 5_000, documents), mine % 3
         with KeyWriter(folder / f"{group:05d}", near=False) as writer:
             for start in range(0, documents, keys.BLOCK):
-                writer._write(rows[start : start + keys.BLOCK])
+                writer.write(rows[start : start + keys.BLOCK])
     return Keys(folder, np.full(groups, documents))
 
 

@@ -59,10 +59,10 @@ class KeyWriter:
 
     def _flush(self) -> None:
         minima = np.stack(self._signatures) if self.near else None  # [documents, PERMUTATIONS]
-        self._write(np.array(self._keys, KEY), minima)
+        self.write(np.array(self._keys, KEY), minima)
         self._keys, self._signatures = [], []
 
-    def _write(self, keys: NDArray[Any], minima: NDArray[np.uint32] | None = None) -> None:
+    def write(self, keys: NDArray[Any], minima: NDArray[np.uint32] | None = None) -> None:
         """Write a block: KEY [documents], and uint32 [documents, PERMUTATIONS] for near-duplicates."""
         self._files["keys"][1].write(keys.tobytes())
         self._write_sorted("texts", keys["text"][None])
