@@ -23,7 +23,8 @@ from xverse.plan.layout import Architecture, Layout
 
 FILE = Path(__file__).with_name("plan.yaml")
 _START = Constants(0.75, 0.6, 0.6, 0.7)
-_LEAST, _MOST = 0.3, 1.0  # a share beyond these would say that the model is wrong
+# A share beyond these would be wrong; collectives reach at most nine tenths of a link.
+_LEAST, _MOST = Constants(0.3, 0.3, 0.3, 0.3), Constants(1.0, 1.0, 1.0, 0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,18 @@ class Measurement:
     accumulate_locally: bool = False
     balanced: bool = False
     tensor_backward: float = 1.0
+    gradient_bytes: int = 4
+    gpus_per_machine: int | None = None
 
     @functools.cached_property
     def device_there(self) -> Device:
-        device = find_device(self.device, network=self.network, bandwidth=self.bandwidth, flops=self.flops)
+        device = find_device(
+            self.device,
+            network=self.network,
+            bandwidth=self.bandwidth,
+            flops=self.flops,
+            gpus_per_machine=self.gpus_per_machine,
+        )
         return dataclasses.replace(device, attention=self.attention)
 
     @functools.cached_property
@@ -63,6 +72,7 @@ class Measurement:
             resharded=self.resharded,
             accumulate_locally=self.accumulate_locally,
             balanced=self.balanced,
+            gradient_bytes=self.gradient_bytes,
             tensor_backward=self.tensor_backward,
             ends_bytes=2,
             chunked_loss=False,
@@ -105,11 +115,8 @@ def read_measurements() -> Measurements:
 
 def fit(known: Measurements, rows: Sequence[Measurement]) -> Constants:
     """The constants with the least squared logarithmic errors over ``rows``, every source weighing the same
-    (Levenberg and Marquardt's method; the shares stay between 0.3 and 1).
-
-    It stops where a share meets its bound, short of the optimum: scipy's ``least_squares`` goes on to
-    Constants(0.742, 0.619, 0.554, 1.0), with 2 % less squared error. ``FITTED`` and every figure of
-    benchmarks/plan.md are this method's."""
+    (Levenberg and Marquardt's method, within ``_LEAST`` and ``_MOST``). Where a share meets its bound, it may
+    stop short of the optimum. ``FITTED`` and every figure of benchmarks/plan.md are this method's."""
     counts = {row.source: sum(other.source == row.source for other in rows) for row in rows}
     weights = np.array([counts[row.source] ** -0.5 for row in rows])  # [rows]
 
@@ -123,7 +130,8 @@ def fit(known: Measurements, rows: Sequence[Measurement]) -> Constants:
         steps = 1e-4 * np.eye(len(logs))
         slopes = np.stack([(residuals(logs + step) - now) / 1e-4 for step in steps], axis=1)
         move = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(logs)), -slopes.T @ now)
-        moved = np.clip(logs + move, math.log(_LEAST), math.log(_MOST))
+        bounds = [np.log(dataclasses.astuple(bound)) for bound in (_LEAST, _MOST)]
+        moved = np.clip(logs + move, *bounds)
         then = residuals(moved)
         gain = now @ now - then @ then
         if gain > 0:

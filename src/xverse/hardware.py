@@ -398,7 +398,7 @@ def _time_each(action: Callable[[], Any], device: str, seconds: float, best: boo
         batch = min(2 * batch, 64)  # synchronising after each call would measure launches on a fast device
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # malloc.h
 
 
 def keep_freed_memory() -> None:
@@ -412,6 +412,12 @@ def return_freed_memory() -> None:
     only live memory is resident. Kept blocks leave holes that later sizes do not fit (7 GB beside 6 GB of
     QLoRA at 7B), depending on the matmul buffers of the processor."""
     _mallopt({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 2**20, _M_TRIM_THRESHOLD: 2**22})
+
+
+def share_arenas() -> None:
+    """Make the threads of a server share two of glibc's arenas. Each arena keeps the most that was ever
+    allocated in it; with one for each thread the sum grows as long as large requests meet other threads."""
+    _mallopt({_M_ARENA_MAX: 2})
 
 
 def trim_freed_memory() -> None:

@@ -196,6 +196,14 @@ def test_a_deepspeed_file_that_is_not_there(tmp_path) -> None:
     own = tmp_path / "deepspeed.json"
     own.write_text("{}")
     assert deepspeed_file(str(own)) == own
+    for text, message in (
+        ('{"tensor_parallel": {"autotp_size": 4}}', "AutoTP"),
+        ("{", "Expecting"),
+        ("[]", "object"),
+    ):
+        own.write_text(text)
+        with pytest.raises(UserError, match=message):
+            deepspeed_file(str(own))
 
 
 @pytest.mark.parametrize("name", ["sft/full.yaml", "sft/lora.yaml", "dpo/lora.yaml", "skills/sft.yaml"])

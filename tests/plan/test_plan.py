@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import statistics
 import subprocess
 import sys
@@ -15,11 +17,11 @@ import pytest
 from benchmarks.studies.plan import fit, leave_one_out, read_measurements
 from xverse.cli import main
 from xverse.model.config import SHAPES, named_shape
-from xverse.plan.cost import FITTED, Constants, predict
+from xverse.plan.cost import FITTED, Constants, Software, _Model, predict
 from xverse.plan.devices import DEVICES
 from xverse.plan.layout import Architecture, Layout, problem
 from xverse.plan.memory import memory
-from xverse.plan.report import settings
+from xverse.plan.report import BASIS, settings
 from xverse.plan.search import ROOM, search, task_of
 from xverse.train.settings import TrainConfig, layout_of
 
@@ -43,11 +45,14 @@ def test_sources_that_the_fit_has_not_seen_are_foretold() -> None:
     known = read_measurements()
     unseen = leave_one_out(known)
     errors = [abs(error) for _, some in unseen.values() for error in some]
-    assert len(errors) == len(known.measurements) >= 8
-    assert len(unseen) >= 4
+    assert len(errors) == len(known.measurements) >= 90
+    assert len(unseen) >= 8
     assert len(dataclasses.fields(Constants)) <= 4
-    assert statistics.median(errors) <= 0.10
-    assert max(errors) <= 0.25
+    assert statistics.median(errors) <= 0.08
+    assert max(errors) <= 0.30  # rows with 2,048 to 8,192 tokens a GPU and step on 1,024 GPUs, and MPT-30B's
+    numbers = [len(errors), len(unseen), math.ceil(100 * statistics.median(errors)), round(100 * max(errors))]
+    assert [int(number) for number in re.findall(r"\b(90|8|6|28)\b", BASIS)][:2] == numbers[:2]
+    assert f"within {numbers[2]} % (median) and at worst {numbers[3]} %" in BASIS
 
 
 def test_the_constants_are_those_of_the_fit() -> None:
@@ -89,6 +94,40 @@ def test_time_and_memory_move_as_they_must() -> None:
     assert bubbles[0] == pytest.approx(4 * bubbles[1])
 
 
+def collective(name: str, size: float, members: int) -> float:
+    model = _Model(SEVEN, Layout(shard=members), DEVICES["h100"], 8192, FITTED, Software())
+    return getattr(model, name)(size, members, 1)
+
+
+def test_rings_have_latency_by_rank_and_trees_by_doubling() -> None:
+    """NCCL's model: 3.4 us a hop over NVLink and 14 us over the network, 8.4 us to begin."""
+    assert collective("ring", 0, 8) == pytest.approx(8.4e-6 + 8 * 3.4e-6 - 3.4e-6)
+    assert collective("ring", 0, 16384) == pytest.approx(8.4e-6 + (16384 - 2048) * 3.4e-6 + 2048 * 14e-6)
+    assert collective("ring", 0, 16384) > 0.07
+    assert collective("total", 0, 16384) == pytest.approx(8.4e-6 + 2 * (7 * 3.4e-6 + 11 * 14e-6))
+    assert collective("total", 1e9, 64) == pytest.approx(collective("ring", 1e9, 64) * 2, rel=0.1)
+
+
+def test_large_clusters_get_groups_that_share_weights() -> None:
+    task = task_of(named_shape("7b"), "7b", DEVICES["h100"], 16384, None, None)
+    best = search(task)[0].layout
+    assert best.shard <= 256
+    assert best.replicate >= 64
+
+
+def test_muon_costs_its_iterations() -> None:
+    """684 TFLOP a step at 7B on every GPU, and the momentum gathered in float32."""
+    flat = Layout(shard=1024)
+    plain, muon = (predict(SEVEN, flat, A800, 8192, software=Software(optimizer=name)).step
+                   for name in ("adamw", "muon"))  # fmt: skip
+    flops = 0.0
+    for rows, columns in map(sorted, SEVEN.matrices):
+        flops += 5 * (2 * rows * rows * columns + 2 * rows**3 + 2 * rows * rows * columns) * SEVEN.layers
+    least = flops / A800.flops + 4 * SEVEN.layers * SEVEN.layer_parameters / (8 * A800.network)
+    assert muon.optimizer - plain.optimizer > least > 1.0
+    assert muon.matmul == plain.matmul
+
+
 def test_sharded_states_are_exact() -> None:
     """Parameters, gradients and AdamW's moments in float32: 16 bytes a parameter, shared by all."""
     found = memory(SEVEN, Layout(shard=64), 2048)
@@ -123,6 +162,44 @@ def test_table_and_json_say_the_same(capsys: pytest.CaptureFixture[str], tmp_pat
         best["step_seconds"]
     )
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_shapes_and_layouts_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "grouped.yaml"
+    keys = "vocab_size: 128256\nhidden_size: 4096\nintermediate_size: 14336\nnum_hidden_layers: 32\n"
+    file.write_text(keys + "num_attention_heads: 32\nnum_key_value_heads: 8\n")
+    config = tmp_path / "config.json"
+    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
+              "hidden_size": 4096,
+              "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+              "num_key_value_heads": 8, "max_position_embeddings": 8192}  # fmt: skip
+    config.write_text(json.dumps(values))
+    common = ["--device", "h100", "--gpus", "64", "--seq", "8192", "--json"]
+    given = ["--layout", "data=16,tensor=4,micro_batch=1"]
+    results = []
+    for shape, zero in ((file, 3), (config, 3), (config, 1), (config, 0)):
+        assert main(["plan", "--shape", str(shape), *common, *given[:1], f"{given[1]},zero={zero}"]) == 0
+        results.append(json.loads(capsys.readouterr().out)["layouts"][0])
+    assert results[0] == results[1]
+    memory_of = [result["memory"]["optimizer"] for result in results]
+    assert memory_of[0] == pytest.approx(memory_of[2]) == pytest.approx(memory_of[3] / 16)
+    assert results[2]["memory"]["parameters"] == pytest.approx(16 * results[1]["memory"]["parameters"])
+    assert main(["plan", "--shape", str(config), *common[:-1], *given]) == 0
+    output = capsys.readouterr().out
+    assert "given: FSDP 16, tensor 4" in output
+    assert "fitted to 90 published measurements" in output
+    for layout, message in (
+        ("data=16,tenser=4,zeto=1", "'tenser' (did you mean 'tensor'?), 'zeto'"),
+        ("data=16", "16 × 1 = 16 GPUs, not the 64 of --gpus"),
+        ("data=64,zero=2", "zero=2: 0 (DDP), 1"),
+        ("tensor=three", "tensor=three: expected a positive integer"),
+        ("data=64,checkpointing=some", "not one of none, selective, full"),
+        ("tensor", "expected key=value"),
+    ):
+        assert message in refused(capsys, "--device", "h100", "--gpus", "64", "--layout", layout)
+    file.write_text(keys + "heads: 3\nlayers: 2\n")
+    assert "unknown keys 'heads'" in refused(capsys, "--shape", str(file), *common[:4])
+    assert "No such file" in refused(capsys, "--shape", str(tmp_path / "no.json"), *common[:4])
 
 
 def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,7 +15,11 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 set_tracing_disabled(True)
-set_default_openai_client(AsyncOpenAI(base_url=URL, api_key="none", max_retries=0), use_for_tracing=False)
+
+
+def connect():
+    """Each case runs in an event loop of its own, and so needs its own client."""
+    set_default_openai_client(AsyncOpenAI(base_url=URL, api_key="none", max_retries=0), use_for_tracing=False)
 
 
 class Colour(enum.Enum):
@@ -35,8 +39,12 @@ def paint(colour: Colour) -> str:
 
 @case
 async def turns():
+    connect()
     agent = Agent(
-        name="a", instructions="Be brief.", model="nano", model_settings=ModelSettings(max_tokens=30)
+        name="a",
+        instructions="Be brief.",
+        model="nano",
+        model_settings=ModelSettings(max_tokens=500, temperature=0),
     )
     first = await Runner.run(agent, QUESTION)
     again = [*first.to_input_list(), {"role": "user", "content": "And yours?"}]
@@ -47,7 +55,8 @@ async def turns():
 
 @case
 async def tools():
-    settings = ModelSettings(max_tokens=60, tool_choice="required")
+    connect()
+    settings = ModelSettings(max_tokens=500, temperature=0, tool_choice="required")
     agent = Agent(name="a", model="nano", tools=[paint], model_settings=settings)
     found = await Runner.run(agent, "Paint it red.", max_turns=5)
     assert any(item.type == "tool_call_output_item" for item in found.new_items)
@@ -55,14 +64,16 @@ async def tools():
 
 @case
 async def streaming():
-    agent = Agent(name="a", model="nano", model_settings=ModelSettings(max_tokens=30))
+    connect()
+    agent = Agent(name="a", model="nano", model_settings=ModelSettings(max_tokens=500, temperature=0))
     result = Runner.run_streamed(agent, QUESTION)
     assert [event async for event in result.stream_events()]
 
 
 @case
 async def structured():
-    agent = Agent(name="a", model="nano", output_type=Wall, model_settings=ModelSettings(max_tokens=100))
+    connect()
+    agent = Agent(name="a", model="nano", output_type=Wall, model_settings=ModelSettings(max_tokens=500))
     assert isinstance((await Runner.run(agent, QUESTION)).final_output, Wall)
 
 

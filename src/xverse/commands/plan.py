@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xverse.config import UserError
 from xverse.values import positive, whole
 
 if TYPE_CHECKING:
@@ -17,7 +16,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         default="7b",
-        help="shape of the model: nano, mini, 7b, 13b, 13b-2, 65b or a model directory (default: 7b)",
+        help="nano, mini, 7b, 13b, 13b-2, 65b, a model directory, its config.json, or YAML with the same "
+        "keys (default: 7b)",
     )
     parser.add_argument(
         "--device", required=True, help="a100, a800, h100, h200, b200, or a YAML file that describes a device"
@@ -44,6 +44,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top", type=whole(1), default=6, metavar="N", help="how many kinds of layouts to show (default: 6)"
     )
+    parser.add_argument(
+        "--layout",
+        metavar="KEY=N,…",
+        help="predict this layout instead of searching: data (or shard and replicate), tensor, context, "
+        "pipeline, virtual_stages, micro_batch, checkpointing, and zero=0, 1 or 3",
+    )
+    parser.add_argument(
+        "--optimizer", choices=["adamw", "muon"], default="adamw", help="the optimizer (default: adamw)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--chart", type=Path, metavar="PNG", help="write a chart of where the time goes to this file"
@@ -64,9 +73,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
+    from xverse.plan.cost import predict
     from xverse.plan.devices import find_device
     from xverse.plan.report import chart, figures, text
-    from xverse.plan.search import distinct, search, task_of
+    from xverse.plan.search import distinct, given_layout, search, software_of, task_of
 
     device = find_device(
         args.device,
@@ -77,29 +87,41 @@ def run(args: argparse.Namespace) -> int:
         network=_times(args.network_gbits, 1e9 / 8),
         gpus_per_machine=args.gpus_per_machine,
     )
-    task = task_of(_shape(args.shape), args.shape, device, args.gpus, args.seq, args.batch_tokens)
-    chosen = distinct(search(task), args.top)
+    shape = _shape(args.shape)
+    task = task_of(shape, args.shape, device, args.gpus, args.seq, args.batch_tokens)
+    heading = "recommended"
+    if args.layout:
+        layout, heading = given_layout(task, args.layout), "given"
+        software = software_of(layout, args.optimizer)
+        chosen = [predict(task.arch, layout, device, task.length, software=software)]
+    else:
+        chosen = distinct(search(task, args.optimizer), args.top)
     if args.chart:
         chart(args.chart, task, args.shape, chosen)
     if args.json:
         print(json.dumps(figures(task, args.shape, chosen, args.tokens)))
     else:
-        print(text(task, args.shape, chosen, args.tokens))
+        print(text(task, args.shape, chosen, args.tokens, heading))
     return 0
 
 
 def _shape(name: str) -> XverseConfig:
-    """The shape of this name, or that of a model directory. Raises UserError for neither."""
+    """A shape by name, or that of a model's directory or config.json, or of a YAML file with its keys."""
+    from xverse.config import UserError, build, read_yaml
     from xverse.model.config import SHAPES, XverseConfig, named_shape
     from xverse.texts import read_json
 
-    file = Path(name).expanduser() / "config.json"
-    if name in SHAPES or not file.is_file():
+    path = Path(name).expanduser()
+    if name not in SHAPES and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path.suffix in (".yaml", ".yml"):
+        return build(XverseConfig, read_yaml(path), str(path))
+    if path.suffix != ".json":
         return named_shape(name)
-    values = read_json(file)
+    values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return XverseConfig.from_json(values, str(file))
+        raise UserError(f"{path}: expected a JSON object")
+    return XverseConfig.from_json(values, str(path))
 
 
 def _times(value: float | None, unit: float) -> float | None:

@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     need("llguidance", "serve", "xverse serve")
     from starlette.middleware.cors import CORSMiddleware
 
+    from xverse.hardware import share_arenas
     from xverse.log import notice
     from xverse.serve.access_log import AccessLog
     from xverse.serve.app import create_app
@@ -116,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
     from xverse.serve.server import Server, check_certificate
     from xverse.serve.start import describe, load_service
 
+    share_arenas()
     if args.tls_cert is not None:
         check_certificate(args.tls_cert, args.tls_key)
     page = None if args.page == "none" else args.page

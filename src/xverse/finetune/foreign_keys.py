@@ -50,7 +50,8 @@ _WITHOUT_EFFECT = {
         "trackio_space_id trackio_bucket_id trackio_static_space_id"
     ),
     "the launcher and the loader of batches handle it": (
-        "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context "
+        "fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params dataloader_persistent_workers "
+        "dataloader_prefetch_factor dataloader_multiprocessing_context "
         "dataloader_in_order remove_unused_columns label_names length_column_name prediction_loss_only "
         "save_safetensors save_on_each_node eval_accumulation_steps eval_do_concat_batches "
         "eval_use_gather_object average_tokens_across_devices half_precision_backend ddp_broadcast_buffers "

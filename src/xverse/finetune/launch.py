@@ -114,9 +114,23 @@ def deepspeed_file(name: str) -> Path:
     need("deepspeed", "finetune", "--deepspeed", load=False)
     path = Path(name).expanduser()
     if path.is_file():
+        _check_deepspeed(path)
         return path
     here = Path(__file__).resolve()
     for folder in (here.parents[3] / "recipes" / "sft", here.parent / "recipes"):  # a checkout, a wheel
         if path.parent == Path() and (folder / name).is_file():
             return folder / name
     raise UserError(f"--deepspeed {name}: no such file")
+
+
+def _check_deepspeed(path: Path) -> None:
+    """Raise UserError for a file that is not JSON, and for DeepSpeed's tensor parallelism, whose split
+    weights the loss and the adapters do not know."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--deepspeed {path}: expected an object")
+    if "tensor_parallel" in values:
+        raise UserError(f"--deepspeed {path}: tensor_parallel (AutoTP) is not supported; use ZeRO-3 or fsdp")

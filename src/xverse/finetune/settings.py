@@ -244,7 +244,9 @@ class Settings:
                 "XVERSE's format"
             )
         if not (self.do_train or self.do_eval):
-            raise ValueError("nothing to do; set do_train, do_eval or both")
+            raise ValueError(
+                "nothing to do; set do_train, do_eval or both (xverse chat --adapter A talks to the result)"
+            )
         if self.do_train and not self.dataset:
             raise ValueError("do_train needs a dataset")
         if not self.do_train and not self.dataset and not self.eval_dataset:

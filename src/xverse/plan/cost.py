@@ -30,7 +30,7 @@ class Constants:
     network: float
 
 
-FITTED = Constants(0.734, 0.6, 0.582, 1.0)
+FITTED = Constants(0.737, 0.707, 0.422, 0.9)
 
 # Bytes that elementwise operators move in a layer's forward pass in bfloat16, for each token, as multiples of
 # hidden_size and intermediate_size; backward moves twice as much. "compiled": a norm with the residual sum
@@ -54,6 +54,8 @@ _LOGIT_BYTES = {
 # Bytes that FSDP copies for each parameter and micro-batch: twice out of the gathered buffer (read and
 # written, 2 bytes each), and gradients once from bfloat16 into the float32 buffer that is reduced.
 _COPIED_BYTES = 2 * 4 + 6
+_START = 8.4e-6  # seconds of any collective, as NCCL's cost model has it
+_TREE = 0.92  # a tree's share of a ring's rate in the same model
 _SCORE_BYTES = 11  # forward, for each stored attention score: product, masked softmax, dropout
 
 
@@ -68,6 +70,7 @@ class Software:
     stage have one layer less. ``tensor_backward``: tensor parallelism's exposed traffic in the backward pass,
     as a share of the forward pass's. ``ends_bytes``: bytes of an element when the embedding and the head are
     gathered. ``chunked_loss``: head and loss are those of ``model/loss.py``; otherwise whole logits.
+    ``optimizer``: Muon's processes orthogonalise whole matrices.
     """
 
     passes: Passes = "compiled"
@@ -79,6 +82,7 @@ class Software:
     tensor_backward: float = 1.0
     ends_bytes: int = 4
     chunked_loss: bool = True
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def shares(self, checkpointing: Checkpointing) -> tuple[float, float, float]:
         if self.recompute is not None:
@@ -191,11 +195,10 @@ class _Model:
     def layer(self) -> tuple[float, float, float]:
         """Seconds of one layer's forward pass: matrix products, attention, elementwise operators."""
         arch, n, t = self.arch, self.tokens, self.layout.tensor
-        d, f = arch.hidden_size, arch.intermediate_size
+        d, f, a = arch.hidden_size, arch.intermediate_size, arch.attention_size
         # Matrices with the same input are computed together (q, k, v; gate, up).
         products = [
-            (d, (arch.attention_size + 2 * arch.kv_size) / t), (arch.attention_size / t, d),
-            (d, (2 if arch.gated else 1) * f / t), (f / t, d),
+            (d, (a + 2 * arch.kv_size) / t), (a / t, d), (d, (2 if arch.gated else 1) * f / t), (f / t, d),
         ]  # fmt: skip
         matmul = math.fsum(self.matmul(n, inner, columns) for inner, columns in products)
         per_hidden, per_inner = _PASSES[self.software.passes]
@@ -224,17 +227,34 @@ class _Model:
 
     def ring(self, size: float, members: int, stride: int) -> float:
         """Seconds to gather (or reduce-scatter) a tensor of ``size`` bytes among ``members`` GPUs whose ranks
-        are ``stride`` apart. Rings leave a machine through the adapters of all its members; hops between
-        machines form trees, so their latency grows with the logarithm of their number."""
+        are ``stride`` apart. Rings leave a machine through the adapters of all its members; NCCL has no trees
+        for these collectives, so a ring's latency is linear in the members."""
         if members == 1:
             return 0.0
-        device = self.device
-        inside = max(1, min(members, device.gpus_per_machine // stride))
+        _, machines, rate = self.group(members, stride)
+        latency = (members - machines) * self.device.link_latency
+        latency += machines * self.device.network_latency if machines > 1 else 0.0
+        return size * (members - 1) / members / rate + latency + _START
+
+    def total(self, size: float, members: int, stride: int) -> float:
+        """Seconds to sum a tensor of ``size`` bytes over ``members`` GPUs, as a ring (twice ``ring``) or as a
+        tree over the machines, whose latency is logarithmic; NCCL takes what its cost model finds faster."""
+        if members == 1:
+            return 0.0
+        inside, machines, rate = self.group(members, stride)
+        ring = 2 * self.ring(size, members, stride) - _START
+        if machines == 1:
+            return ring
+        hops = (inside - 1) * self.device.link_latency
+        hops += math.ceil(math.log2(machines)) * self.device.network_latency
+        return min(ring, 2 * size / (_TREE * rate) + 2 * hops + _START)
+
+    def group(self, members: int, stride: int) -> tuple[int, int, float]:
+        """Members in one machine, machines, and the bytes a second of a ring through all of them."""
+        inside = max(1, min(members, self.device.gpus_per_machine // stride))
         machines = math.ceil(members / inside)
-        rate = device.link if machines == 1 else min(device.link, inside * device.network)
-        latency = (inside - 1) * device.link_latency
-        latency += math.ceil(math.log2(machines)) * device.network_latency if machines > 1 else 0.0
-        return size * (members - 1) / members / (self.constants.network * rate) + latency
+        rate = self.device.link if machines == 1 else min(self.device.link, inside * self.device.network)
+        return inside, machines, self.constants.network * rate
 
     def between(self, size: float, stride: int) -> float:
         """Seconds to send ``size`` bytes to the GPU ``stride`` ranks away."""
@@ -277,12 +297,13 @@ class _Model:
         # FSDP and DDP: gathers and reductions of one layer overlap with the computation of another.
         gather, reduce, first, last = self.traffic()
         behind_forward, behind_backward = forward + tensor, backward + tensor_layer - tensor
-        regather = gather if software.resharded else 0.0
+        regather = gather if software.resharded and not layout.zero1 else 0.0
         open_forward = layers * max(0.0, gather - behind_forward) + gather
+        gathers = 1 if layout.zero1 else m  # ZeRO-1 gathers new parameters once a step
         open_backward = layers * max(0.0, regather + reduce - behind_backward) + reduce
         synced = 1 if software.accumulate_locally else m
-        sharding = m * (open_forward + first) + synced * (open_backward + last)
-        traffic = m * (layers * (gather + regather) + first) + synced * (layers * reduce + last)
+        sharding = gathers * (open_forward + first) + synced * (open_backward + last)
+        traffic = gathers * (layers * (gather + regather) + first) + synced * (layers * reduce + last)
         hidden = max(0.0, traffic - sharding)
         if layout.shard > 1:
             sharding += m * layers * self.moving(_COPIED_BYTES * arch.layer_parameters / layout.tensor)
@@ -296,7 +317,7 @@ class _Model:
         pipeline = 2 * (stages - 1 + m * (layout.virtual_stages - 1)) * send if stages > 1 else 0.0
 
         owned = (layers * arch.layer_parameters + arch.end_parameters / stages) / layout.tensor
-        states = owned / layout.sharded_over
+        states = owned / (layout.data * layout.context if layout.zero1 else layout.sharded_over)
         return Step(
             matmul=m * layers * 3 * matmul,
             attention=m * layers * (attention + attention_backward),
@@ -308,9 +329,26 @@ class _Model:
             sharding=sharding,
             pipeline=pipeline,
             bubble=idle * one,
-            optimizer=self.moving(36 * states),  # AdamW: parameters and moments both ways, gradients thrice
+            optimizer=self.optimizer(states, layers),
             hidden=hidden,
         )
+
+    def optimizer(self, states: float, layers: float) -> float:
+        """Seconds of the optimizer's step on ``states`` parameters of a process, in ``layers`` layers."""
+        seconds = self.moving(36 * states)  # AdamW: parameters and moments both ways, gradients thrice
+        if self.software.optimizer == "adamw":
+            return seconds
+        # Muon: every process gathers each of the layers' matrices in float32 and iterates on it.
+        arch, layout = self.arch, self.layout
+        group = layout.sharded_over * layout.tensor
+        gather = self.ring(4 * arch.layer_parameters, group, 1) * layers
+        iterations = math.fsum(self.iterations(*sorted(shape)) for shape in arch.matrices)
+        return seconds + gather + layers * iterations
+
+    def iterations(self, rows: float, columns: float) -> float:
+        """Seconds of Muon's five Newton-Schulz iterations on a matrix of rows <= columns."""
+        gram, square = self.matmul(rows, columns, rows), self.matmul(rows, rows, rows)
+        return 5 * (gram + square + self.matmul(rows, rows, columns))
 
     def traffic(self) -> tuple[float, float, float, float]:
         """Seconds to gather a layer's weights and to reduce its gradients, and the same for the embedding and
@@ -319,15 +357,19 @@ class _Model:
         size = arch.layer_parameters / layout.tensor
         ends = arch.end_parameters / layout.tensor / layout.pipeline
         grad, group, copies = software.gradient_bytes, layout.shard * layout.context, layout.replicate
-        if layout.shard == 1:  # DDP: whole gradients are summed
+        if layout.shard == 1:
             members = copies * layout.context
-            reduce, last = (2 * self.ring(grad * part, members, layout.tensor) for part in (size, ends))
+            if layout.zero1:  # gradients are scattered, and new parameters gathered behind the next forward
+                reduce, last = (self.ring(grad * part, members, layout.tensor) for part in (size, ends))
+                gather, first = (self.ring(2 * part, members, layout.tensor) for part in (size, ends))
+                return gather, reduce, first, last
+            reduce, last = (self.total(grad * part, members, layout.tensor) for part in (size, ends))
             return 0.0, reduce, 0.0, last
         gather = self.ring(2 * size, group, layout.tensor)
         first = self.ring(software.ends_bytes * ends, group, layout.tensor)
         reduce, last = (
             self.ring(grad * part, group, layout.tensor)
-            + 2 * self.ring(grad * part / group, copies, layout.tensor * group)
+            + self.total(grad * part / group, copies, layout.tensor * group)
             for part in (size, ends)
         )
         return gather, reduce, first, last

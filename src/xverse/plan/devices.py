@@ -32,7 +32,8 @@ class Device:
 
     ``network`` is one GPU's share of its machine's links to other machines; ``processors`` are streaming
     multiprocessors, over which the tiles of a matrix product are distributed. ``link_latency`` and
-    ``network_latency`` are the seconds of one hop in a collective.
+    ``network_latency`` are the seconds of one hop in a collective, as NCCL's cost model has them for rings
+    (its ``tuning.cc``, protocol Simple, versions 2.18 to 2.23).
     """
 
     name: str
@@ -45,8 +46,8 @@ class Device:
     gpus_per_machine: int = 8
     processors: int = 132
     attention: Kernel = "flash2"
-    link_latency: float = 3e-6
-    network_latency: float = 6e-6
+    link_latency: float = 3.4e-6
+    network_latency: float = 14e-6
 
     def __post_init__(self) -> None:
         for key, value in dataclasses.asdict(self).items():

@@ -53,11 +53,16 @@ class Architecture:
         return self.attention_size // self.heads * self.kv_heads
 
     @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """Shapes of one layer's matrices."""
+        d, f, a = self.hidden_size, self.intermediate_size, self.attention_size
+        mlp = [(d, f)] * (3 if self.gated else 2)
+        return [(d, a), (d, self.kv_size), (d, self.kv_size), (a, d), *mlp]
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of one layer's matrices, without norms and biases."""
-        d = self.hidden_size
-        attention = 2 * d * (self.attention_size + self.kv_size)
-        return attention + (3 if self.gated else 2) * d * self.intermediate_size
+        return sum(rows * columns for rows, columns in self.matrices)
 
     @property
     def head_parameters(self) -> int:
@@ -84,7 +89,8 @@ class Layout:
 
     ``shard`` processes share parameters, gradients and optimizer states (FSDP), ``replicate`` groups of them
     hold copies (with ``shard`` above 1: HSDP, else DDP); the ``replicate`` × ``shard`` data-parallel ranks
-    have different rows of a batch. ``tensor`` includes sequence parallelism. Each of the ``pipeline`` stages
+    have different rows of a batch. With ``zero1`` and no ``shard`` they share only optimizer states: ZeRO-1,
+    which the trainer cannot do. ``tensor`` includes sequence parallelism. Each of the ``pipeline`` stages
     holds ``virtual_stages`` runs of layers (interleaved 1F1B). A data-parallel rank takes ``accumulate``
     micro-batches of ``micro_batch`` sequences a step.
     """
@@ -98,6 +104,7 @@ class Layout:
     micro_batch: int = 1
     accumulate: int = 1
     checkpointing: Checkpointing = "none"
+    zero1: bool = False
 
     @property
     def processes(self) -> int:
@@ -158,7 +165,7 @@ class Layout:
         elif self.shard > 1:
             parts.append(f"FSDP {self.shard}")
         elif self.replicate > 1:
-            parts.append(f"DDP {self.replicate}")
+            parts.append(f"{'ZeRO-1' if self.zero1 else 'DDP'} {self.replicate}")
         for name in ("tensor", "context", "pipeline"):
             if getattr(self, name) > 1:
                 parts.append(f"{name} {getattr(self, name)}")

@@ -65,7 +65,8 @@ def memory(arch: Architecture, layout: Layout, length: int) -> Memory:
             gathered = layers * (2 + 4) * layer + 2 * 4 * ends
     rows = layout.micro_batch * length // layout.context
     logits = logit_bytes(rows, arch.vocab_size // layout.tensor, "cuda") + 4 * rows * arch.hidden_size
-    sizes = (4 * states, 4 * states, 8 * states, gathered, activations, logits)
+    moments = states / layout.data if layout.zero1 else states
+    sizes = (4 * states, 4 * states, 8 * moments, gathered, activations, logits)
     return Memory(*sizes, reserved=_CONTEXT + _FRAGMENTS * sum(sizes))
 
 

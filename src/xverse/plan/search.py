@@ -6,9 +6,9 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
-from xverse.config import UserError
+from xverse.config import UserError, check_keys
 from xverse.model.config import XverseConfig
 from xverse.plan.cost import Prediction, Software, predict
 from xverse.plan.devices import Device
@@ -17,7 +17,8 @@ from xverse.plan.memory import memory
 
 BATCH_TOKENS = 4 * 2**20  # as Llama 2; more if needed for one sequence per GPU
 ROOM = 0.92  # share of a device's memory that a plan may fill
-# Each kind of parallelism besides FSDP must save more than this share of a step.
+# Each kind of parallelism besides FSDP and HSDP must save more than this share of a step, and each doubling
+# of the group that shares weights, beyond one machine, a quarter of it.
 PLAIN = 0.004
 
 
@@ -67,19 +68,75 @@ def task_of(
     return Task(shape, device, gpus, length, sequences)
 
 
-def software_of(layout: Layout) -> Software:
+def software_of(layout: Layout, optimizer: Literal["adamw", "muon"] = "adamw") -> Software:
     """This trainer's: layers are compiled where possible."""
-    return Software(passes="compiled" if layout.compiles else "eager")
+    return Software(passes="compiled" if layout.compiles else "eager", optimizer=optimizer)
 
 
-def search(task: Task) -> list[Prediction]:
-    """All layouts that fit, fastest first; of equally fast ones, the one with fewer kinds of parallelism
-    first.
+_DEGREES = ("data", "shard", "replicate", "tensor", "context", "pipeline", "virtual_stages", "micro_batch")
+
+
+def given_layout(task: Task, text: str) -> Layout:
+    """The layout of ``data=64,tensor=8,zero=1``: degrees, the ZeRO stage (3: FSDP over ``data``),
+    ``micro_batch`` and ``checkpointing``.
+
+    Raises UserError for unknown keys, all of them, and for what does not divide.
+    """
+    values: dict[str, Any] = {}
+    for word in text.split(","):
+        key, separator, value = (part.strip() for part in word.partition("="))
+        if not separator:
+            raise UserError(f"--layout: expected key=value, found '{word}'")
+        values[key] = value
+    check_keys(values, (*_DEGREES, "zero", "checkpointing"), "--layout")
+    checkpointing = values.pop("checkpointing", "none")
+    if checkpointing not in _CHECKPOINTING:
+        raise UserError(
+            f"--layout: checkpointing '{checkpointing}' is not one of {', '.join(_CHECKPOINTING)}"
+        )
+    for key, value in values.items():
+        if not value.isdecimal() or (int(value) < 1 and key != "zero"):
+            raise UserError(f"--layout: {key}={value}: expected a positive integer")
+    numbers = {key: int(value) for key, value in values.items()}
+    zero = numbers.pop("zero", 3)
+    if zero not in (0, 1, 3):
+        raise UserError(f"--layout: zero={zero}: 0 (DDP), 1 (optimizer states) and 3 (FSDP) are supported")
+    others = math.prod(numbers.get(key, 1) for key in ("tensor", "context", "pipeline"))
+    if "data" in numbers and ("shard" in numbers or "replicate" in numbers):
+        raise UserError("--layout: give data, or shard and replicate")
+    data = numbers.pop("data", 0) or numbers.get("shard", 0) * numbers.get("replicate", 1)
+    data = data or task.gpus // others
+    if data * others != task.gpus:
+        raise UserError(f"--layout: {data} × {others} = {data * others} GPUs, not the {task.gpus} of --gpus")
+    shard = numbers.pop("shard", data // numbers.get("replicate", 1)) if zero == 3 else 1
+    numbers["replicate"] = data // shard
+    micro = numbers.get("micro_batch", 1)
+    if task.sequences % (data * micro):
+        raise UserError(
+            f"--layout: {task.sequences} sequences do not divide by data {data} × micro_batch {micro}; "
+            "set --batch-tokens"
+        )
+    layout = Layout(
+        shard=shard,
+        accumulate=task.sequences // data // micro,
+        checkpointing=cast(Checkpointing, checkpointing),
+        zero1=zero == 1,
+        **numbers,
+    )
+    fault = problem(task.arch, layout, task.length, task.device.gpus_per_machine)
+    if fault:
+        raise UserError(f"--layout: {fault}")
+    return layout
+
+
+def search(task: Task, optimizer: Literal["adamw", "muon"] = "adamw") -> list[Prediction]:
+    """All layouts that fit, fastest first; of about equally fast ones, that with fewer kinds of parallelism
+    and smaller groups that share weights first.
 
     Raises UserError if none fits, with the numbers and the nearest number of GPUs that works.
     """
     predictions = [
-        predict(task.arch, layout, task.device, task.length, software=software_of(layout))
+        predict(task.arch, layout, task.device, task.length, software=software_of(layout, optimizer))
         for layout in _fitting(task)
     ]
     if not predictions:
@@ -89,8 +146,9 @@ def search(task: Task) -> list[Prediction]:
 
 def _cost(prediction: Prediction) -> float:
     layout = prediction.layout
-    kinds = (layout.tensor, layout.context, layout.pipeline, layout.replicate if layout.shard > 1 else 1)
-    return prediction.step.seconds * (1 + PLAIN * sum(degree > 1 for degree in kinds))
+    kinds = sum(degree > 1 for degree in (layout.tensor, layout.context, layout.pipeline))
+    doublings = math.log2(max(1, layout.sharded_over * layout.tensor / 8))
+    return prediction.step.seconds * (1 + PLAIN * (kinds + doublings / 4))
 
 
 def distinct(predictions: list[Prediction], count: int) -> list[Prediction]:

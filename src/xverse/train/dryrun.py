@@ -65,7 +65,7 @@ def dry_run(recipe: PretrainRecipe) -> Findings:
     task = Task(shape, find_device(recipe.cluster.device), gpus, recipe.sequence_length, config.batch_size)
     layout = layout_of(config, gpus, shape, task.length, task.device.gpus_per_machine)
     check_float8(config, shape, length=recipe.sequence_length)
-    software = Software(passes="compiled" if config.compile else "eager")
+    software = Software(passes="compiled" if config.compile else "eager", optimizer=config.optimizer)
     prediction = predict(task.arch, layout, task.device, task.length, software=software)
     _check_memory(prediction, task)
     lines = [f"shape {name}: {shape.num_parameters():,} parameters", f"layout: {layout}"]
