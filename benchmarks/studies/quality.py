@@ -26,7 +26,8 @@ from xverse.hardware import cores
 from xverse.kernels.native import kernel_name
 from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.quant.parity import ParityReport
-from xverse.quant.quantizer import HEAD, NORM, Method, Quantizer, QuantSettings
+from xverse.quant.quantizer import HEAD, NORM, Quantizer
+from xverse.quant.settings import Method, QuantSettings
 from xverse.quant.text import parity_tokens
 
 LENGTH = 256  # tokens per row, as in the training of mini and nano

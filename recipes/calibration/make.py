@@ -20,7 +20,7 @@ from pathlib import Path
 
 from xverse.data.prepare.clean import text_hash
 from xverse.files import atomic_file
-from xverse.texts import read_records
+from xverse.records import read_records
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "src" / "xverse" / "assets" / "calibration" / "text.jsonl.gz"
