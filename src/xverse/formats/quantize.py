@@ -204,7 +204,7 @@ def mixed_formats(
     rows = calibration.flatten()[: calibration.numel() // length * length].view(-1, length)
     tokens = _SENSITIVITY_TOKENS if small else _SENSITIVITY_TOKENS_LARGE
     rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), tokens // length)).long()].to(device)
-    matrices_by_name = {name: model.get_submodule(name).weight for name, _, _ in shapes}
+    matrices_by_name = {name: model.get_parameter(f"{name}.weight") for name, _, _ in shapes}
     units = mixing.measure_units(config, mixing.measure(model, rows), matrices_by_name)
     return mixing.choose_formats(units, bits, counted, plain)
 

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def measure(model: XverseForCausalLM, rows: Tensor) -> dict[str, Sensitivity]:
         total = x.detach().flatten(0, -2).float().square().sum(dim=0)
         sums[name] = sums[name] + total if name in sums else total
 
-    def watch(name: str) -> object:
+    def watch(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             add(inputs, name, arguments[0])
             output.register_hook(lambda gradient: add(gradients, name, gradient))
@@ -76,7 +77,12 @@ def measure(model: XverseForCausalLM, rows: Tensor) -> dict[str, Sensitivity]:
     try:
         for part in rows.split(max(1, _TOKENS_AT_ONCE // rows.shape[1])):
             with torch.enable_grad():
-                logs = model(part, FullCausal(*part.shape, part.device)).float().log_softmax(-1).flatten(0, 1)
+                logs = (
+                    model(part, FullCausal(len(part), part.shape[1], part.device))
+                    .float()
+                    .log_softmax(-1)
+                    .flatten(0, 1)
+                )
                 drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
                 logs.gather(1, drawn).sum().backward()
     finally:

@@ -107,7 +107,7 @@ def compare(source: XverseForCausalLM, quantized: XverseForCausalLM, tokens: Ten
     figures = LogitFigures()
     size = rows_at_once(source.config.vocab_size)
     for rows in tokens.split(max(1, size // tokens.shape[1])):
-        context = FullCausal(*rows.shape, rows.device)
+        context = FullCausal(len(rows), rows.shape[1], rows.device)
         logits = [model(rows, context).flatten(0, 1) for model in (source, quantized)]
         figures.add(logits[0], logits[1], next_tokens(rows).flatten())
     return figures

@@ -137,7 +137,7 @@ def whole_model(
 def divergence_gradients(model: XverseForCausalLM, source: XverseForCausalLM, rows: Tensor) -> None:
     """Adds the gradients of the mean KL(source ‖ model) on ``rows`` int64 [n, T]; logits of few tokens are in
     memory at a time."""
-    context = FullCausal(*rows.shape, rows.device)
+    context = FullCausal(len(rows), rows.shape[1], rows.device)
     with torch.no_grad():
         expected = source.model(rows, context).flatten(0, 1)
     with torch.enable_grad():
