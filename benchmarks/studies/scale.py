@@ -267,9 +267,9 @@ def document_order(count: int) -> dict[str, float]:
 def made_shard(name: str, documents: int) -> Shard:
     """A shard of documents of 600 to 1,400 tokens, in which all tokens share one location in memory."""
     lengths = np.random.default_rng(0).integers(600, 1400, documents)
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    offsets: Any = np.concatenate(([0], np.cumsum(lengths)))
     header = ShardHeader("made", "en", "text", "made", documents=documents, tokens=int(offsets[-1]))
-    tokens = np.broadcast_to(np.uint32(7), (int(offsets[-1]),))
+    tokens: Any = np.broadcast_to(np.uint32(7), (int(offsets[-1]),))
     return Shard(Path(name), header, tokens, offsets)
 
 

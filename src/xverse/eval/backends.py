@@ -89,6 +89,7 @@ class TransformersBackend:
         if not directory.path.is_dir():
             raise UserError(f"{directory}: --backend transformers needs a directory; omit it")
         loaded: Any
+        encode: Callable[..., list[int]]
         if directory.model_type == "xverse":
             from xverse.hf import XverseForCausalLM
 

@@ -228,8 +228,10 @@ def _describe(
     for key, stored in SAMPLING.items():
         value = generation_config.get(key)
         if isinstance(value, (int, float)):
-            add = writer.add_int32 if key == "top_k" else writer.add_float32
-            add(stored, value)
+            if key == "top_k":
+                writer.add_int32(stored, int(value))
+            else:
+                writer.add_float32(stored, value)
 
 
 def _check_scaling(scaling: RopeScaling | None) -> None:

@@ -154,7 +154,9 @@ class FamilyConfig(XverseConfig):
         return cls(config, **chosen, max_tokenizer_truncation=config.context_length, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> FamilyConfig:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> FamilyConfig:
         """From a directory in its publisher's layout, which peft reads beside an adapter."""
         values, _ = cls.get_config_dict(pretrained_model_name_or_path)
         return cls.from_model_config(ModelConfig.from_json(values, str(pretrained_model_name_or_path)))
