@@ -63,7 +63,7 @@ def test_all_goes_on_without_room(capsys: pytest.CaptureFixture[str]) -> None:
         "load": {"bench": "load", "not_measured": "needs 15 GB of disk, 1 GB are free"},
         "infer": {"bench": "infer", "decode_tok_s": 1.0},
     }
-    assert set(bench.BENCHMARKS) - set(bench.ALL) == {"serve"}
+    assert set(bench.BENCHMARKS) - set(bench.ALL) == {"quality", "serve"}
     assert all(callable(bench._with_defaults(name)) for name in bench.ALL)
 
 
@@ -82,7 +82,7 @@ def test_all_goes_on_without_room(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--steps", "2"], "steps: 2 are too few"),
         (["train", "--sequence-length", "10000"], "sequence_length: 10000 is out of range (2 to 8192)"),
         (["soak", "--minutes", "5"], "unknown choice 'soak'"),
-        (["quality"], "in a checkout, python -m benchmarks has more)"),
+        (["decoding"], "in a checkout, python -m benchmarks has more)"),
         (["quant", "--part", "memory"], "unknown argument '--part'"),
     ],
 )

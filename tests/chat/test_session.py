@@ -93,7 +93,7 @@ def test_a_file_goes_with_the_next_message(session: Session, notices: list[str],
     assert said == ["第一行\nsecond\n\nmore\n\nwhat is it?", "and?"]
     (tmp_path / "long.txt").write_text("word " * POSITIONS)
     (tmp_path / "huge.txt").write_bytes(bytes(5 * 1024**2))
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "binary").write_bytes(b"\x80\x81\xfe")
     for name, message in [
         ("long.txt", "tokens are too many"),
         ("huge.txt", "too long"),

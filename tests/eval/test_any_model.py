@@ -37,7 +37,7 @@ def test_a_relative_by_engine_and_transformers(tiny_texts: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
-        ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+        ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
         (
             "GPTNeoX",
             {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},

@@ -131,7 +131,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "lora": ("Qwen2", {}, {"finetuning_type": "lora", "learning_rate": "3e-2"}),
     "qlora": ("Llama", {"tie_word_embeddings": True}, {"quantization_bit": "8", "learning_rate": "3e-2"}),
     "dpo": ("Mistral", {"sliding_window": None}, {"stage": "dpo", "learning_rate": "3e-2"}),
-    "text": ("Llama", {}, {"stage": "pt", "finetuning_type": "full", "learning_rate": "5e-3"}),
+    "text": ("Llama", {}, {"stage": "pt", "finetuning_type": "full", "learning_rate": "2e-2"}),
 }
 
 

@@ -54,7 +54,7 @@ def test_settings_reach_their_step(checkout: Path) -> None:
         "sft.identity={a: b}",
     ]
     environment = {**os.environ, "RECORD": str(record)}
-    subprocess.run(command(checkout, "mini", *settings), env=environment, check=True, capture_output=True)
+    subprocess.run(command(checkout, *settings), env=environment, check=True, capture_output=True)
     data, pretrain, sft = record.read_text().splitlines()
     assert data.startswith("data prepare recipes/nano/data.yaml corpus=")
     assert data.endswith(" vocab_size=600")

@@ -122,7 +122,7 @@ def test_choices_learn_and_resume_exactly(
     def losses(out: Path) -> list[float]:
         return [record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
 
-    settings = {"steps": 30, "checkpoint_every": 17, "learning_rate": 1e-2, **choice}
+    settings = {"steps": 30, "checkpoint_every": 17, "keep_checkpoints": 3, "learning_rate": 1e-2, **choice}
     whole = fit_tiny(tmp_path / "whole", **settings)
     found = losses(tmp_path / "whole")
     assert sum(found[-5:]) / 5 < sum(found[:5]) / 5 - 0.8, "it learns"

@@ -125,7 +125,10 @@ def _adapted(
     check_adapter(adapter)
     if quantize is not None or directory.scheme is not None:
         check_base(load_model(directory), adapter, directory.path)  # mapped: few values are read
-        model = load_weights(directory, quantize, dtype, device)
+        if quantize is not None:
+            model = load_quantizing(directory, quantize, dtype, device, balance=False)
+        else:
+            model = load_model(directory, dtype, device)
         applied: XverseForCausalLM = apply_adapter(model, adapter).get_base_model().to(device)
         return applied
     model = merged(load_model(directory, device=device), adapter, directory.path)

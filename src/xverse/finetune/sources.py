@@ -151,7 +151,10 @@ def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
     if file.name.endswith(JSON_SUFFIXES):
         report = ReadReport()
         for _, item in read_records(file, report):
-            yield item
+            if _encodable(item):
+                yield item
+            else:
+                skipped["invalid UTF-8"] += 1
         if report.broken_files:
             raise UserError(f"{file}: {report.broken_files[0]}")
         if report.skipped:
@@ -163,13 +166,29 @@ def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
     elif file.suffix in (".csv", ".tsv"):
         report = ReadReport()
         for _, item in read_table(file, report):
-            yield item
+            if _encodable(item):
+                yield item
+            else:
+                skipped["invalid UTF-8"] += 1
         if report.broken_files:
             raise UserError(f"{file}: {report.broken_files[0]}")
         if report.skipped:
             skipped["ill-formed rows"] += report.skipped
     else:
         yield from _parquet_rows(file)
+
+
+def _encodable(value: Any) -> bool:
+    """Whether all texts in a JSON value are Unicode: lone surrogates are bytes that could not be decoded."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
+    if isinstance(value, dict):
+        return all(_encodable(part) for part in value.values())
+    return all(_encodable(part) for part in value) if isinstance(value, list) else True
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -141,15 +141,16 @@ def load_quantizing(
     kind: str,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    balance: bool = True,
 ) -> XverseForCausalLM:
     """Load an unquantised directory with weights quantised on ``device`` to ``int8`` or ``int4`` as they are
-    read.
+    read. Without ``balance`` the inputs of each linear stay the same, as an adapter needs them.
 
     At most one layer is in memory unquantised; on the CPU the embedding stays in the mapped file. ``dtype``
     is that of the other tensors, None the stored one. Raises UserError as ``quantize_directory`` does.
     """
     directory = ModelDirectory.of(directory)
-    settings = quick_settings(kind, directory.config)
+    settings = dataclasses.replace(quick_settings(kind, directory.config), balance=balance)
     if settings.group_size != QuantSettings.group_size:
         notice(
             f"quantize: groups of {settings.group_size}, because {QuantSettings.group_size} does not divide "

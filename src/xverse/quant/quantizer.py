@@ -237,7 +237,8 @@ class Quantizer:
         else:
             rms = input_rms(layer, self.config, calibration)
             self._check_finite(prefix, rms.qkv, rms.o, rms.gate_up, rms.down)
-            rms = equalize_layer(layer, rms)
+            if self.settings.balance:
+                rms = equalize_layer(layer, rms)
             if self.settings.method == "gptq":
                 replace_linears(layer, self.config, calibration, replace_by_gptq)
             else:
@@ -262,7 +263,9 @@ class Quantizer:
             if calibration is not None:
                 hessian = self._head_inputs(norm, calibration)
                 self._check_finite(NORM, hessian)
-                norm, factors, rms = split_norm(norm, [head], hessian.diagonal().sqrt())
+                rms = hessian.diagonal().sqrt()
+                if self.settings.balance:
+                    norm, factors, rms = split_norm(norm, [head], rms)
                 inputs = _importance(rms)
                 if self.settings.method == "gptq":
                     inputs = HessianFactor(hessian / factors[:, None] / factors)

@@ -23,9 +23,10 @@ class QuantSettings:
 
     ``group_size`` is the largest number of inputs that share a scale; a matrix whose inputs it does not
     divide gets the largest group size that does. ``formats`` has bits and group size of single matrices, by
-    name (``model.layers.0.mlp.up_proj``), which go before ``bits`` and ``group_size``. ``refine``: fit scales
-    and norms from end to end at last, if the model has at most a billion parameters. Raises UserError for
-    unsupported bits, methods or group sizes.
+    name (``model.layers.0.mlp.up_proj``), which go before ``bits`` and ``group_size``. ``balance``: scale
+    columns against their inputs (``equalize.py``); an adapter of the unquantised model needs the inputs as
+    they were. ``refine``: fit scales and norms from end to end at last, if the model has at most a billion
+    parameters. Raises UserError for unsupported bits, methods or group sizes.
     """
 
     bits: int
@@ -34,6 +35,7 @@ class QuantSettings:
     head_bits: int | None = None
     embedding_bits: int | None = None
     formats: Mapping[str, Format] = field(default_factory=dict)
+    balance: bool = True
     refine: bool = False
 
     def __post_init__(self) -> None:
