@@ -49,7 +49,8 @@ def test_bash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for verb in VERBS:
         flags = offered(verb, "--")
         parser = verb_parser(verb)
-        assert set(flags) == {flag for action in parser._actions for flag in action.option_strings} - {"-h"}
+        shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+        assert set(flags) == {flag for action in shown for flag in action.option_strings} - {"-h"}
 
 
 def shown_flags(parser: Parser) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
-from xverse.eval.replies import LINE_AT_MOST, repetitive, role_text, unfinished, wrong_language
+from xverse.eval.replies import LINE_AT_MOST, repeated_line, role_text, unfinished, wrong_language
 
 if TYPE_CHECKING:
     from xverse.chat.session import Session
@@ -134,7 +134,7 @@ def _generate(
 
 def problem(reply: Reply) -> str | None:
     """Why the reply fails the acceptance list, or None."""
-    reason = unfinished(reply.text, reply.finish_reason) or repetitive(reply.text) or role_text(reply.text)
+    reason = unfinished(reply.text, reply.finish_reason) or repeated_line(reply.text) or role_text(reply.text)
     if reason is None and reply.group == "identity" and NAME not in reply.text:
         reason = f"does not name {NAME}"
     if reason is None and reply.group == "greetings":
@@ -165,7 +165,7 @@ def checks(replies: Sequence[Reply], sizes: list[str]) -> list[Check]:
         members = [reply for reply in replies if reply.group == group]
         problems = [f"{reply.prompt!r}: {text}" for reply in members if (text := problem(reply))]
         rows.append(Check(title, len(members), problems))
-    repeated = [f"{reply.prompt!r}: {text}" for reply in replies if (text := repetitive(reply.text))]
+    repeated = [f"{reply.prompt!r}: {text}" for reply in replies if (text := repeated_line(reply.text))]
     rows.append(Check(f"No line more than {LINE_AT_MOST} times", len(replies), repeated))
     rows.append(Check(f"{PARAMETERS:,} parameters; at most {MOST_BYTES // 10**6} MB", 2, sizes))
     return rows

@@ -199,7 +199,7 @@ def test_shapes_and_layouts_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_
         assert message in refused(capsys, "--device", "h100", "--gpus", "64", "--layout", layout)
     file.write_text(keys + "heads: 3\nlayers: 2\n")
     assert "unknown keys 'heads'" in refused(capsys, "--shape", str(file), *common[:4])
-    assert "No such file" in refused(capsys, "--shape", str(tmp_path / "no.json"), *common[:4])
+    assert "no such file" in refused(capsys, "--shape", str(tmp_path / "no.json"), *common[:4])
 
 
 def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_what_cannot_be_used_is_told_by_file(
 
 
 def test_long_lines_and_long_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts.read_jsonl, "__defaults__", (None, 1 << 12))
+    monkeypatch.setattr(texts.read_jsonl, "__defaults__", (None, 1 << 12, None))
     plain, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
     plain.write_text("龘" * 2_000_000 + " end\nnext", encoding="utf-8")  # one line of 6 MB, one word
     lines.write_text(

@@ -187,6 +187,6 @@ def test_refused_files(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
             Tokenizer.load(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
-    path.write_bytes(b"\xff\xfe")
+    path.write_bytes(b"\x80\x81")
     with pytest.raises(UserError, match="invalid UTF-8"):
         Tokenizer.load(path)

@@ -1,17 +1,17 @@
 """Trains a tiny model under one layout after another in the same processes: ``processes.py PHASES.json``.
 
 Starting processes and importing torch is what costs: one parent imports and forks, and its children make new
-device meshes for every job. A phase has the number of ``processes`` and ``jobs``; a job has ``out``,
-``train`` (keys of TrainConfig), perhaps ``shape``, a key of ``SHAPES``, ``stop``, the step before which it is
+device meshes for every job of a phase. A phase has the number of ``processes`` and ``jobs``; a job has
+``out``, ``train`` (keys of TrainConfig), perhaps ``shape``, a key of ``SHAPES``, ``stop``, the step before which it is
 to end as if killed, or ``load``, checkpoints to read under its layout.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import sys
@@ -180,31 +180,37 @@ def read_alone(path: Path, known: dict[Path, dict[str, torch.Tensor]] = {}) -> d
     return known[path]
 
 
-def child(rank: int, phases: list[dict[str, Any]], ports: list[int]) -> None:
+def child(rank: int, phase: dict[str, Any], port: int) -> None:
     torch.set_num_threads(1)
-    for phase, port in zip(phases, ports, strict=True):
-        if rank < phase["processes"]:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(phase["processes"]))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            with world_of("fsdp") as world:
-                for job in phase["jobs"]:
-                    (load if "load" in job else train)(job, world)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(phase["processes"]))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with world_of("fsdp") as world:
+        for job in phase["jobs"]:
+            (load if "load" in job else train)(job, world)
+
+
+def run_phase(phase: dict[str, Any]) -> bool:
+    """Whether all processes of a phase succeed. If one fails, the others are ended: they would wait for it."""
+    with socket.socket() as free:  # chosen now: another test may take a port that was free minutes ago
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    forked = multiprocessing.get_context("fork")
+    children = [forked.Process(target=child, args=(rank, phase, port)) for rank in range(phase["processes"])]
+    for process in children:
+        process.start()
+    running = list(children)
+    while running and not any(process.exitcode for process in children):
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        running = [process for process in running if process.is_alive()]
+    for process in running:
+        process.terminate()
+    for process in children:
+        process.join()
+    return all(process.exitcode == 0 for process in children)
 
 
 def main(phases: list[dict[str, Any]]) -> int:
-    with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(socket.socket()) for _ in phases]
-        for each in free:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in free]
-    forked = multiprocessing.get_context("fork")
-    most = max(phase["processes"] for phase in phases)
-    children = [forked.Process(target=child, args=(rank, phases, ports)) for rank in range(most)]
-    for process in children:
-        process.start()
-    for process in children:
-        process.join()
-    return max(abs(process.exitcode or 0) for process in children)
+    return 0 if all(map(run_phase, phases)) else 1
 
 
 if __name__ == "__main__":

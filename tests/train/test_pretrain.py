@@ -34,7 +34,7 @@ def test_run_leaves_model_curve_and_records(
     assert output.out == f"{out / 'model'}\n"
     assert "min left" in output.err
     assert {path.name for path in out.iterdir()} == {
-        ".lock", "checkpoints", "heartbeats", "loss.png", "metrics.jsonl", "model",
+        "checkpoints", "heartbeats", "loss.png", "metrics.jsonl", "model",
         "recipe.json", "report.md",
     }  # fmt: skip
     assert (out / "loss.png").read_bytes().startswith(PNG)

@@ -67,7 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="TYPE",
         help=f"llama.cpp's types of the same weights (without a name: {' '.join(_TYPES)}); needs "
-        'pip install "xverse-lm[bench]"',
+        "the extra bench",
     )
     parser.add_argument(
         "--imatrix",

@@ -28,8 +28,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     sampling = given_sampling(args)
-    for module in ("fastapi", "prometheus_client", "llguidance"):
-        need(module, "serve", "xverse batch")
+    need("fastapi", "serve", "xverse batch")
+    need("prometheus_client", "serve", "xverse batch")
+    need("llguidance", "serve", "xverse batch")
     from xverse.serve.batch_file import answers, read_requests
     from xverse.serve.in_process import URLS, InProcess
     from xverse.serve.start import load_service
