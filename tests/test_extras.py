@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
+DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python"}  # of modules with another name
+
+
 def packages(extra: str) -> set[str]:
     """The distributions that an extra installs, also by way of other extras."""
     names: set[str] = set()
@@ -43,7 +46,8 @@ def test_every_use_names_an_extra_that_installs_the_package() -> None:
     assert len(found) > 15
     for place, module, extra in found:
         assert extra in EXTRAS, place
-        assert module.partition(".")[0].replace("_", "-") in packages(extra), place
+        name = module.partition(".")[0]
+        assert DISTRIBUTIONS.get(name, name.replace("_", "-")) in packages(extra), place
 
 
 def test_messages_about_missing_packages_are_written_once() -> None:

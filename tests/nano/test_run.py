@@ -79,7 +79,10 @@ def test_a_step_ends_with_the_script(checkout: Path, how: signal.Signals) -> Non
         pytest.skip("this system cannot end a process with its parent")
     record = checkout / "record"
     environment = {**os.environ, "RECORD": str(record), "SLOW": "1"}
-    with subprocess.Popen(command(checkout), env=environment, stderr=subprocess.PIPE) as script:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and bash cannot trap it then
+    script = subprocess.Popen(command(checkout), env=environment, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGHUP, before)
+    with script:
         pid = Path(f"{record}.pid")
         until = time.monotonic() + 60
         while not (pid.exists() and pid.read_text().strip()) and time.monotonic() < until:

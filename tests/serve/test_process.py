@@ -90,7 +90,7 @@ def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Any) -> None:
         (["--max-batch", "0"], "--max-batch"),
         (["--host", "256.1.1.1"], "256.1.1.1"),
         (["--allowed-origin", "friend.example"], "not an origin"),
-        (["--tokenizer", "/nowhere"], "/nowhere"),
+        (["--port", "0", "--tokenizer", "/nowhere"], "/nowhere"),
         (["--log-contents", "--no-access-log"], "not allowed with"),
     ],
 )

@@ -2,8 +2,8 @@
 
 Starting processes and importing torch is what costs: one parent imports and forks, and its children make new
 device meshes for every job of a phase. A phase has the number of ``processes`` and ``jobs``; a job has
-``out``, ``train`` (keys of TrainConfig), perhaps ``shape``, a key of ``SHAPES``, ``stop``, the step before which it is
-to end as if killed, or ``load``, checkpoints to read under its layout.
+``out``, ``train`` (keys of TrainConfig), perhaps ``shape``, a key of ``SHAPES``, ``stop``, the step before
+which it is to end as if killed, or ``load``, checkpoints to read under its layout.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def child(rank: int, phase: dict[str, Any], port: int) -> None:
 
 
 def run_phase(phase: dict[str, Any]) -> bool:
-    """Whether all processes of a phase succeed. If one fails, the others are ended: they would wait for it."""
+    """Whether all processes of a phase succeed. If one fails, the others, which wait for it, are ended."""
     with socket.socket() as free:  # chosen now: another test may take a port that was free minutes ago
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -31,6 +31,11 @@ def has_fast_products() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def conversion_bytes() -> int:
+    """Bytes that a product by conversion takes beside its operands: parts of both, and of the result."""
+    return 0 if has_fast_products() or _unwanted() else 3 * 4 * _PART
+
+
 def product_name() -> str:
     """How xverse multiplies bfloat16 matrices on this CPU."""
     if has_fast_products():

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from xverse.config import UserError
 from xverse.hardware import available_memory
+from xverse.kernels.bfloat16 import conversion_bytes
 from xverse.kernels.native import library
 from xverse.model import AttentionContext, FullCausal, XverseConfig, XverseForCausalLM
 from xverse.plan.layout import Architecture, Batch, problem, with_batch
@@ -48,7 +49,10 @@ def predicted_memory(
         device=device,
         kernels=config.dtype == "bfloat16" and takes_kernels(config) and library() is not None,
     )
-    return training_memory(Architecture.of(shape), layout, length, work)
+    predicted = training_memory(Architecture.of(shape), layout, length, work)
+    if work.half and device == "cpu" and (converted := conversion_bytes()):
+        predicted["conversion"] = converted
+    return predicted
 
 
 def kept_bytes(
