@@ -31,7 +31,6 @@ _FLOAT32 = 0  # ggml's number of the type
 def package() -> Any:
     """``llama_cpp``, silenced. Raises UserError with the command that installs it."""
     module = need("llama_cpp", "bench", "bench quality --peers")
-    need("gguf", "gguf", "bench quality --peers")
     module.llama_log_set(_silence(module), None)
     module.llama_backend_init()
     return module
