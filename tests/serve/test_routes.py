@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -105,6 +106,13 @@ def test_every_route_answers_and_refuses_in_its_form(guarded: Any) -> None:
             assert "'other'" in message(path, other)
             typed = http.post(path, content=b"x", headers={"content-type": "text/plain"})
             assert typed.status_code == 415, path
+            form = {"content-type": "application/x-www-form-urlencoded"}  # curl -d
+            sent = http.post(path, content=json.dumps(body), headers=form)
+            assert sent.status_code == (200 if path.startswith("/api/") else 415), path
+            elsewhere = http.post(
+                path, content=json.dumps(body), headers={**form, "origin": "http://other.org"}
+            )
+            assert elsewhere.status_code == 403, path
             measured = f'http_requests_total{{handler="{path}",method="POST",status="200"}}'
             assert measured in http.get("/metrics").text
         assert http.get("/api/none").json() == {"error": "/api/none does not exist"}

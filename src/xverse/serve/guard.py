@@ -35,6 +35,18 @@ BODY_SECONDS, BODY_RATE = 30.0, 10_000  # a body may take that time, and longer 
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
 
+_FORM = (b"content-type", b"application/x-www-form-urlencoded")
+
+
+def _with_json(scope: Scope) -> Scope:
+    """The request, with JSON as the type of a form's body under ``/api/``: Ollama's documentation calls curl
+    without a header, and Ollama reads such a body. Forms of other sites' pages have been refused before."""
+    if not scope["path"].startswith("/api/") or _FORM not in scope["headers"]:
+        return scope
+    headers = [header for header in scope["headers"] if header != _FORM]
+    return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
+
+
 class Guard:
     """Plain ASGI middleware, so that streams pass through unchanged.
 
@@ -77,7 +89,7 @@ class Guard:
         if refused is not None:
             await refused(scope, receive, with_headers)
         else:
-            await self._app(scope, self._limited(receive), with_headers)
+            await self._app(_with_json(scope), self._limited(receive), with_headers)
 
     def _refusal(self, scope: Scope) -> Any:
         headers = {key.lower(): value for key, value in scope["headers"]}
