@@ -26,9 +26,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             temporary.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -49,8 +49,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             for item in temporary.rglob("*"):
-                _sync(item)
-            _sync(temporary)
+                sync(item)
+            sync(temporary)
             if path.exists():
                 old = path.with_name(f".{path.name}.old")
                 path.replace(old)
@@ -58,7 +58,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
                 shutil.rmtree(old)
             else:
                 temporary.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -153,7 +153,8 @@ def _make_folder(folder: Path, shown: Path) -> None:
         raise UserError(f"{shown}: cannot be written ({os.strerror(error.errno or 0)})") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -110,6 +110,14 @@ def test_humaneval_runs_nothing_unless_it_may(
     assert found.figures["problems"] == 2
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_adaptive_sampling_is_refused_for_every_task(task: str, tmp_path: Path, capsys: Any) -> None:
+    words = ["--tasks", f"mmlu,{task}", "--adaptive", "--allow-code", "--out", str(tmp_path / "out")]
+    assert main(["eval", "run", *words]) == 2
+    assert f"{task} has none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -74,6 +74,9 @@ def test_accelerate_with_fsdp_and_without(document, flags, tmp_path) -> None:
         for one, other in zip(found.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert (tmp_path / "fsdp" / "checkpoint-4" / "pytorch_model_fsdp_0").is_dir(), "it was sharded"
+    sharded, plain = (load_model(tmp_path / name / "checkpoint-4") for name in ("fsdp", "ddp"))
+    for (name, one), other in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

@@ -22,7 +22,6 @@ from xverse.formats.gguf import gguf_name, save_gguf
 from xverse.formats.gguf_read import GgufFile
 from xverse.model import FullCausal, XverseForCausalLM
 
-TYPES = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q3_K_M", "IQ3_S", "Q2_K", "Q8_0")
 UNWEIGHTED = ("Q8_0",)  # types that ignore an importance matrix
 _ROWS_AT_ONCE = 8
 _FLOAT32 = 0  # ggml's number of the type

@@ -32,15 +32,7 @@ if TYPE_CHECKING:
 
 LENGTH = 256  # tokens per row
 OURS = ("int4", "int8", "int4-loading", "int8-loading")
-_TYPES = (
-    "Q4_0",
-    "IQ4_XS",
-    "Q4_K_M",
-    "Q3_K_M",
-    "IQ3_S",
-    "Q2_K",
-    "Q8_0",
-)  # as in llama_cpp.py, which imports torch
+PEERS = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q3_K_M", "IQ3_S", "Q2_K", "Q8_0")  # types of llama.cpp
 _HIDDEN_ROWS = 8
 
 
@@ -66,7 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         nargs="*",
         metavar="TYPE",
-        help=f"llama.cpp's types of the same weights (without a name: {' '.join(_TYPES)}); needs "
+        help=f"llama.cpp's types of the same weights (without a name: {' '.join(PEERS)}); needs "
         "the extra bench",
     )
     parser.add_argument(
@@ -88,10 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     peers = (
         None
         if args.peers is None
-        else [
-            choose("peers", name.upper(), dict(zip(_TYPES, _TYPES, strict=True)))
-            for name in args.peers or _TYPES
-        ]
+        else [choose("peers", name.upper(), {kind: kind for kind in PEERS}) for name in args.peers or PEERS]
     )
     if peers is not None:
         from xverse.bench import llama_cpp

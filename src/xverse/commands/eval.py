@@ -48,7 +48,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=1.5,
         metavar="POINTS",
-        help="answer a random sample of each benchmark with a standard error of POINTS (default: 1.5)",
+        help="answer a random sample of each multiple-choice benchmark, with a standard error of POINTS "
+        "(default: 1.5)",
     )
     run.add_argument(
         "--split",
@@ -135,6 +136,10 @@ def _run(args: argparse.Namespace) -> int:
         if not is_description(name):
             choose("task", name, {**BENCHMARKS, **TASKS})
     others = [name for name in names if name in TASKS]
+    if others and args.adaptive is not None:
+        raise UserError(
+            f"--adaptive samples multiple-choice questions, and {others[0]} has none; omit one of them"
+        )
     if "humaneval" in others and not args.allow_code:
         raise UserError("humaneval runs code that the model writes; pass --allow-code to permit it")
     data_dir = data_folder(args.data_dir)

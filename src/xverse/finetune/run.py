@@ -31,6 +31,7 @@ from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import fingerprint, write_base
 from xverse.formats.quantize import quick_settings
 from xverse.hf import XverseForCausalLM
+from xverse.kernels.bfloat16 import conversion_bytes
 from xverse.kernels.training import use_training_kernels
 from xverse.log import notice
 from xverse.plan import finetune_memory
@@ -174,6 +175,7 @@ def _check_memory(
         stage=stage,
         sharded=args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true",
         stored_bytes=stored,
+        conversion=conversion_bytes() if args.device.type == "cpu" else 0,
     )
     needed, line = finetune_memory.check(source.config, settings, load)
     if args.process_index == 0:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.resources
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,33 +149,33 @@ def read_file(file: SourceFile, stage: str, skipped: Counter[str]) -> Iterator[t
 
 def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
     if file.name.endswith(JSON_SUFFIXES):
-        report = ReadReport()
-        for _, item in read_records(file, report):
-            if _encodable(item):
-                yield item
-            else:
-                skipped["invalid UTF-8"] += 1
-        if report.broken_files:
-            raise UserError(f"{file}: {report.broken_files[0]}")
-        if report.skipped:
-            skipped["ill-formed lines"] += report.skipped
+        yield from _records(file, read_records, "ill-formed lines", skipped)
     elif file.suffix == ".txt":
         for line in read_text_lines(file):
             if line.strip():
                 yield {"text": line}
     elif file.suffix in (".csv", ".tsv"):
-        report = ReadReport()
-        for _, item in read_table(file, report):
-            if _encodable(item):
-                yield item
-            else:
-                skipped["invalid UTF-8"] += 1
-        if report.broken_files:
-            raise UserError(f"{file}: {report.broken_files[0]}")
-        if report.skipped:
-            skipped["ill-formed rows"] += report.skipped
+        yield from _records(file, read_table, "ill-formed rows", skipped)
     else:
         yield from _parquet_rows(file)
+
+
+def _records(
+    file: Path,
+    read: Callable[[Path, ReadReport], Iterator[tuple[int, Any]]],
+    ill_formed: str,
+    skipped: Counter[str],
+) -> Iterator[Any]:
+    report = ReadReport()
+    for _, item in read(file, report):
+        if _encodable(item):
+            yield item
+        else:
+            skipped["invalid UTF-8"] += 1
+    if report.broken_files:
+        raise UserError(f"{file}: {report.broken_files[0]}")
+    if report.skipped:
+        skipped[ill_formed] += report.skipped
 
 
 def _encodable(value: Any) -> bool:

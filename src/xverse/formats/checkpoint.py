@@ -116,7 +116,25 @@ def check_files(path: Path) -> None:
         raise UserError(f"{path}: this checkpoint cannot be read ({why})") from None
 
 
-class TrainingCheckpoint(ModelDirectory):
+class _Assembled(ModelDirectory):
+    """A directory whose tensors are put together from parts; they are never quantised."""
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        return None
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        tensors: Any = self.tensors  # the subclasses' have a dtype
+        dtype: torch.dtype = tensors.dtype
+        return dtype
+
+    def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
+        for name in self.tensors.names:
+            yield name, self.tensors.get(name)
+
+
+class TrainingCheckpoint(_Assembled):
     """A checkpoint of pretraining."""
 
     @cached_property
@@ -129,20 +147,8 @@ class TrainingCheckpoint(ModelDirectory):
         return super().values
 
     @cached_property
-    def scheme(self) -> Scheme | None:
-        return None
-
-    @cached_property
     def weight_files(self) -> list[Path]:
         return sorted(self.path.glob(f"{SHARD}*.safetensors"))
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        return self.tensors.dtype
-
-    def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
-        for name in self.tensors.names:
-            yield name, self.tensors.get(name)
 
     @cached_property
     def tensors(self) -> PartTensors:  # type: ignore[override]  # the same interface
@@ -187,24 +193,12 @@ class PartTensors:
         return whole
 
 
-class ShardedModel(ModelDirectory):
+class ShardedModel(_Assembled):
     """A fine-tuning checkpoint under FSDP: its weights are files of torch.distributed.checkpoint."""
-
-    @cached_property
-    def scheme(self) -> Scheme | None:
-        return None
 
     @cached_property
     def weight_files(self) -> list[Path]:
         return sorted((self.path / FSDP).glob("*.distcp"))
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        return self.tensors.dtype
-
-    def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
-        for name in self.tensors.names:
-            yield name, self.tensors.get(name)
 
     @cached_property
     def tensors(self) -> DistributedTensors:  # type: ignore[override]  # the same interface

@@ -31,6 +31,7 @@ class Load:
     stage: int = 0
     sharded: bool = False
     stored_bytes: int | None = None  # of a base model that is stored quantised
+    conversion: int = 0  # bytes that products of bfloat16 take beside their operands
 
 
 def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, int]:
@@ -93,7 +94,7 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     # them.
     earlier = gradients if (settings.gradient_accumulation_steps or 1) > 1 or load.stage else 0
     after = 4 * vocabulary if head_learns else 0  # a scaled copy, or the embedding's gradient
-    loss = head + copies + after
+    loss = head + copies + after + (load.conversion if half else 0)
     working = max(gradients + again, earlier + saved + max(loss, again))
     held = saved if loss > again else saved + again
     return {

@@ -412,21 +412,24 @@ class ChatRequest(Generation):
         return self.tool_choice or self.function_call or ToolChoice("auto")
 
 
-def _prompts(value: Any) -> list[str | list[int]]:
-    """A text, token ids, or a list of either, as a list."""
+def texts_or_ids(value: Any, most: int, kind: str) -> list[str | list[int]]:
+    """A text, token ids, or a list of up to ``most`` of either, as a list. ``kind`` names them in errors."""
     if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
         value = [value]
     if not isinstance(value, list):
         raise rule("must be text, a list of token ids, or a list of these")
     if not value:
         raise rule("the list is empty")
-    if len(value) > MOST_PROMPTS:
-        raise rule(f"{len(value)} prompts are too many; the limit is {MOST_PROMPTS}")
+    if len(value) > most:
+        raise rule(f"{len(value)} {kind} are too many; the limit is {most}")
     for index, one in enumerate(value):
-        at = f"[{index}]" if len(value) > 1 else ""
         if not isinstance(one, str) and not (isinstance(one, list) and set(map(type, one)) <= {int}):
-            raise rule("must be text or a list of token ids", at)
+            raise rule("must be text or a list of token ids", f"[{index}]" if len(value) > 1 else "")
     return value
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    return texts_or_ids(value, MOST_PROMPTS, "prompts")
 
 
 def _no_suffix(value: str) -> str:

@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from xverse.config import UserError
-from xverse.files import atomic_file, fingerprint
+from xverse.files import atomic_file, fingerprint, sync
 from xverse.formats.parts import SHARD, Index, Part, read_header
 from xverse.log import notice
-from xverse.train.keeping import READING, Kept, State, is_full, read_json, reason, sync
+from xverse.train.keeping import READING, Kept, State, is_full, read_json, reason
 from xverse.train.materialise import held
 from xverse.train.parallel import ALONE, Replica, World
 

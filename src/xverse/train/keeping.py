@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from xverse.config import UserError
-from xverse.files import alone, check_fingerprint, fingerprint
+from xverse.files import alone, check_fingerprint, fingerprint, sync
 from xverse.log import notice
 from xverse.train.parallel import ALONE, World
 
@@ -205,11 +205,3 @@ def locked(out: Path, world: World) -> Iterator[None]:
 
 
 LOCK = ".lock"
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError
 from xverse.serve.exchange import while_connected
 from xverse.serve.fields import Body, rule
-from xverse.serve.protocol import Whole
+from xverse.serve.protocol import Whole, texts_or_ids
 from xverse.serve.replies import Choice, begun, usage, whole
 from xverse.serve.service import Service
 
@@ -29,22 +29,11 @@ Inputs = list[str | list[int]]
 
 
 def _inputs(value: Any) -> Inputs:
-    """A text, token ids, or a list of either, as a list."""
-    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
-        value = [value]
-    if not isinstance(value, list):
-        raise rule("must be text, a list of token ids, or a list of these")
-    if not value:
-        raise rule("the list is empty")
-    if len(value) > MOST_INPUTS:
-        raise rule(f"{len(value)} inputs are too many; the limit is {MOST_INPUTS}")
-    for index, one in enumerate(value):
-        at = f"[{index}]" if len(value) > 1 else ""
-        if not isinstance(one, str) and not (isinstance(one, list) and set(map(type, one)) <= {int}):
-            raise rule("must be text or a list of token ids", at)
+    inputs = texts_or_ids(value, MOST_INPUTS, "inputs")
+    for index, one in enumerate(inputs):
         if not one:
-            raise rule("must not be empty", at)
-    return value
+            raise rule("must not be empty", f"[{index}]" if len(inputs) > 1 else "")
+    return inputs
 
 
 class EmbeddingsRequest(Body):
