@@ -36,6 +36,7 @@ UNITS: list[tuple[str, list[str]]] = [
     ("portable.cpp", []),
     ("attention_api.cpp", []),
     ("fused_step.cpp", []),
+    ("lora.cpp", []),
     ("attention_generic.cpp", []),
     ("rounding.cpp", [*_ROUNDING, "-DXV_ROUND=round_portable"]),
     ("training_api.cpp", []),

@@ -119,18 +119,29 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
   });
 }
 
-void xv_linear_bf16(const uint16_t* x, const uint16_t* w, uint16_t* y, int64_t tokens, int64_t outputs,
-                    int64_t inputs, int threads) {
-  constexpr int64_t kRows = 24;
+void xv_linear(const void* x, const void* w, void* y, int type, int64_t tokens, int64_t outputs, int64_t inputs,
+               int threads) {
+  constexpr int64_t kBlock = 64;  // tokens at a time: their inputs stay in the L2 cache
+  const int64_t rows_at_once = tokens > 8 ? 96 : 24, width = size_of(type);
   const Kernels& table = *instruction_set->kernels;
-  share((outputs + kRows - 1) / kRows, threads, [&](int64_t begin, int64_t end) {
-    float out[8 * kRows];
+  const auto at = [&](const void* array, int64_t index) { return static_cast<const char*>(array) + index * width; };
+  share((outputs + rows_at_once - 1) / rows_at_once, threads, [&](int64_t begin, int64_t end) {
+    float out[kBlock * 96];
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t first = part * kRows;
-      const int rows = int(outputs - first < kRows ? outputs - first : kRows);
-      table.dot_bf16(w + first * inputs, rows, x, int(tokens), int(inputs), out);
-      for (int64_t t = 0; t < tokens; ++t)
-        table.store(out + t * rows, y + t * outputs + first, kBFloat16, rows);
+      const int64_t first = part * rows_at_once;
+      const int rows = int(outputs - first < rows_at_once ? outputs - first : rows_at_once);
+      for (int64_t block = 0; block < tokens; block += kBlock) {
+        const int count = int(tokens - block < kBlock ? tokens - block : kBlock);
+        const void *weights = at(w, first * inputs), *inputs_of = at(x, block * inputs);
+        if (type == kFloat32)
+          table.dot_f32(static_cast<const float*>(weights), rows, static_cast<const float*>(inputs_of), count,
+                        int(inputs), out);
+        else
+          table.dot_bf16(static_cast<const uint16_t*>(weights), rows, static_cast<const uint16_t*>(inputs_of), count,
+                         int(inputs), out);
+        for (int t = 0; t < count; ++t)
+          table.store(out + t * rows, const_cast<char*>(at(y, (block + t) * outputs + first)), Type(type), rows);
+      }
     }
   });
 }

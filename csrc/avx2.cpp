@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "blocks.h"
+#include "dots.h"
 #include "generic.h"
 #include "steps.h"
 
@@ -102,7 +103,8 @@ struct Isa : Vectors {
 }  // namespace
 
 namespace xv {
-const Kernels XV_TABLE = {generic_quantize,    tile_row_of<Isa, 4>, tile_row_of<Isa, 8>, generic_store,
-                          generic_dot_bf16,    generic_rms_norm,    generic_silu_mul,    generic_rotate};
+const Kernels XV_TABLE = {
+    generic_quantize, tile_row_of<Isa, 4>, tile_row_of<Isa, 8>, generic_store, generic_dot_bf16,
+    generic_dot_f32, generic_expand, generic_rms_norm, generic_silu_mul, generic_rotate};
 }  // namespace xv
 #endif

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "dots.h"
 #include "generic.h"
 #include "steps.h"
 
@@ -127,52 +128,41 @@ void quantize(const void* x, Type type, int64_t stride, int count, int inputs, i
 #if defined(__AVX512BF16__)
 #define XV_TABLE kAvx512Bf16
 
+// One chain of sums for any number of rows and tokens, so that a token's bits are the same in any company; several rows
+// hide the latency.
 template <int kCount, int kRows>
 void dot_block(const uint16_t* w, const uint16_t* x, int inputs, float* out, int out_stride) {
-  constexpr int kSums = kRows * kCount, kChains = kSums >= 4 ? 1 : kSums == 1 ? 4 : 2;
   const __mmask32 tail = (uint32_t(1) << (inputs % 32)) - 1;
-  __m512 sums[kChains][kRows][kCount];
-  for (auto& chain : sums)
-    for (auto& row : chain)
-      for (auto& sum : row) sum = _mm512_setzero_ps();
+  __m512 sums[kRows][kCount];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
   int k = 0;
-  for (; k + 32 * kChains <= inputs; k += 32 * kChains) {
+  for (; k + 32 <= inputs; k += 32) {
+    __m512bh weights[kRows];
 #pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) {
-      __m512bh weights[kRows];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const uint16_t* from = w + int64_t(r) * inputs + k + 32 * chain;
-        weights[r] = (__m512bh)_mm512_loadu_si512(from);
-        _mm_prefetch(reinterpret_cast<const char*>(from + 2048), _MM_HINT_T1);
-      }
+    for (int r = 0; r < kRows; ++r) {
+      const uint16_t* from = w + int64_t(r) * inputs + k;
+      weights[r] = (__m512bh)_mm512_loadu_si512(from);
+      _mm_prefetch(reinterpret_cast<const char*>(from + 2048), _MM_HINT_T1);
+    }
 #pragma GCC unroll 8
-      for (int t = 0; t < kCount; ++t) {
-        const __m512bh token = (__m512bh)_mm512_loadu_si512(x + int64_t(t) * inputs + k + 32 * chain);
+    for (int t = 0; t < kCount; ++t) {
+      const __m512bh token = (__m512bh)_mm512_loadu_si512(x + int64_t(t) * inputs + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r)
-          sums[chain][r][t] = _mm512_dpbf16_ps(sums[chain][r][t], weights[r], token);
-      }
+      for (int r = 0; r < kRows; ++r) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], weights[r], token);
     }
   }
-  for (; k < inputs; k += 32) {
-    const __mmask32 mask = inputs - k >= 32 ? ~uint32_t(0) : tail;
+  if (k < inputs) {
     for (int t = 0; t < kCount; ++t) {
-      const __m512bh token = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + int64_t(t) * inputs + k);
+      const __m512bh token = (__m512bh)_mm512_maskz_loadu_epi16(tail, x + int64_t(t) * inputs + k);
       for (int r = 0; r < kRows; ++r) {
         const void* from = w + int64_t(r) * inputs + k;
-        sums[0][r][t] =
-            _mm512_dpbf16_ps(sums[0][r][t], (__m512bh)_mm512_maskz_loadu_epi16(mask, from), token);
+        sums[r][t] = _mm512_dpbf16_ps(sums[r][t], (__m512bh)_mm512_maskz_loadu_epi16(tail, from), token);
       }
     }
   }
-  for (int t = 0; t < kCount; ++t) {
-    for (int r = 0; r < kRows; ++r) {
-      __m512 sum = sums[0][r][t];
-      for (int chain = 1; chain < kChains; ++chain) sum = _mm512_add_ps(sum, sums[chain][r][t]);
-      out[t * out_stride + r] = _mm512_reduce_add_ps(sum);
-    }
-  }
+  for (int t = 0; t < kCount; ++t)
+    for (int r = 0; r < kRows; ++r) out[t * out_stride + r] = _mm512_reduce_add_ps(sums[r][t]);
 }
 
 template <int kCount, int kRows>
@@ -183,14 +173,8 @@ void dot_blocks(const uint16_t* w, int rows, const uint16_t* x, int inputs, floa
   for (; r < rows; ++r) dot_block<kCount, 1>(w + int64_t(r) * inputs, x, inputs, out + r, rows);
 }
 
-// Memory is read fastest as a single stream, so that one or two tokens take the weights row by row while the tokens fit
-// in the L1 cache. Otherwise a few rows share each load of the tokens.
 template <int kCount>
 void dot_rows(const uint16_t* w, int rows, const uint16_t* x, int inputs, float* out) {
-  if constexpr (kCount <= 2) {
-    if (kCount * inputs <= 8192) return dot_blocks<kCount, 1>(w, rows, x, inputs, out);
-    return dot_blocks<kCount, 2>(w, rows, x, inputs, out);
-  }
   dot_blocks<kCount, kCount <= 4 ? 4 : 3>(w, rows, x, inputs, out);
 }
 
@@ -198,7 +182,10 @@ void dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inp
   using Dot = void (*)(const uint16_t*, int, const uint16_t*, int, float*);
   constexpr Dot dots[] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>,
                           dot_rows<5>, dot_rows<6>, dot_rows<7>, dot_rows<8>};
-  dots[count - 1](w, rows, x, inputs, out);
+  for (int t = 0; t < count; t += 8) {
+    const int tokens = count - t < 8 ? count - t : 8;
+    dots[tokens - 1](w, rows, x + int64_t(t) * inputs, inputs, out + t * rows);
+  }
 }
 #else
 #define XV_TABLE kAvx512
@@ -208,7 +195,8 @@ constexpr auto dot_bf16 = generic_dot_bf16;
 }  // namespace
 
 namespace xv {
-const Kernels XV_TABLE = {quantize, tile_row<4>,      tile_row<8>,      generic_store,
-                          dot_bf16, generic_rms_norm, generic_silu_mul, generic_rotate};
+const Kernels XV_TABLE = {
+    quantize, tile_row<4>, tile_row<8>, generic_store, dot_bf16,
+    generic_dot_f32, generic_expand, generic_rms_norm, generic_silu_mul, generic_rotate};
 }  // namespace xv
 #endif

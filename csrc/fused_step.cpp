@@ -2,6 +2,7 @@
 // one token; starting each step from Python, whose data the weights have evicted from the caches, took an eighth of the
 // time. The steps are the functions of the other files, in the same order and with the same rounding.
 #include <initializer_list>
+#include <vector>
 
 #include "kernels.h"
 #include "xverse_kernels.h"
@@ -10,31 +11,41 @@ using namespace xv;
 
 namespace {
 
-// Several products of one input; quantised weights of the same format in one call.
+// The adapters of a step, as in xv_fused_step.
+struct Adapters {
+  const XvLora* const* all;
+  int count;
+  const int64_t* bounds;
+};
+
+// Several products of one input; quantised weights of the same format in one call. `first`: the number of the first
+// weight among those of all layers.
 void project(const void* x, std::initializer_list<const XvWeight*> weights, std::initializer_list<void*> outputs,
-             int type, int64_t tokens, int64_t inputs, int threads) {
+             int type, int64_t tokens, int64_t inputs, const Adapters& adapters, int64_t first, int threads) {
   const XvWeight* const* weight = weights.begin();
   void* const* y = outputs.begin();
   const int count = int(weights.size());
+  int64_t sizes[3];
   bool same_format = true;
-  for (int i = 0; i < count; ++i)
+  for (int i = 0; i < count; ++i) {
     same_format = same_format && weight[i]->bits == weight[0]->bits && weight[i]->group == weight[0]->group;
-  const int together = same_format && weight[0]->bits != 16 ? count : 1;
+    sizes[i] = weight[i]->outputs;
+  }
+  const int together = same_format && weight[0]->bits < 16 ? count : 1;
   for (int i = 0; i < count; i += together) {
-    if (weight[i]->bits == 16) {
-      xv_linear_bf16(static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(weight[i]->data),
-                     static_cast<uint16_t*>(y[i]), tokens, weight[i]->outputs, inputs, threads);
+    if (weight[i]->bits >= 16) {
+      xv_linear(x, weight[i]->data, y[i], type, tokens, sizes[i], inputs, threads);
       continue;
     }
     const uint8_t* tiles[3];
-    int64_t sizes[3];
-    for (int j = 0; j < together; ++j) {
-      tiles[j] = static_cast<const uint8_t*>(weight[i + j]->data);
-      sizes[j] = weight[i + j]->outputs;
-    }
-    xv_quant_linear(x, tiles, y + i, sizes, together, type, tokens, inputs, weight[i]->bits, weight[i]->group,
+    for (int j = 0; j < together; ++j) tiles[j] = static_cast<const uint8_t*>(weight[i + j]->data);
+    xv_quant_linear(x, tiles, y + i, sizes + i, together, type, tokens, inputs, weight[i]->bits, weight[i]->group,
                     threads);
   }
+  if (adapters.count == 0) return;
+  std::vector<const XvLora*> own(adapters.all, adapters.all + adapters.count);
+  for (const XvLora*& adapter : own) adapter += first;
+  xv_lora(x, y, sizes, count, own.data(), adapters.count, adapters.bounds, type, inputs, threads);
 }
 
 // x += y
@@ -56,7 +67,8 @@ extern "C" {
 
 void xv_fused_step(const XvLayer* layers, int count, void* x, const void* cos, const void* sin, const int64_t* slots,
                    const int32_t* table, const int32_t* lengths, void* buffer, int type, int norm_type, int64_t tokens,
-                   int64_t hidden, int64_t intermediate, int heads, int64_t max_blocks, float eps, int threads) {
+                   int64_t hidden, int64_t intermediate, int heads, int64_t max_blocks, float eps,
+                   const XvLora* const* adapters, int adapter_count, const int64_t* bounds, int threads) {
   const int64_t width = size_of(type), head_dim = layers[0].cache->head_dim;
   const int key_heads = layers[0].cache->heads, group = heads / key_heads;
   const int64_t query_size = heads * head_dim, key_size = key_heads * head_dim;
@@ -69,20 +81,21 @@ void xv_fused_step(const XvLayer* layers, int count, void* x, const void* cos, c
   void *normed = take(hidden), *q = take(query_size), *k = take(key_size), *v = take(key_size);
   void* mixed = take(query_size);
   void *out = take(hidden), *gate = take(intermediate), *up = take(intermediate), *active = take(intermediate);
-  for (int i = 0; i < count; ++i) {
+  const Adapters own{adapters, adapter_count, bounds};
+  for (int64_t i = 0; i < count; ++i) {
     const XvLayer& layer = layers[i];
     xv_rms_norm(x, layer.attention_norm, normed, type, norm_type, tokens, hidden, eps, threads);
-    project(normed, {&layer.q, &layer.k, &layer.v}, {q, k, v}, type, tokens, hidden, threads);
+    project(normed, {&layer.q, &layer.k, &layer.v}, {q, k, v}, type, tokens, hidden, own, 7 * i, threads);
     xv_rotate(q, k, cos, sin, type, tokens, heads, key_heads, int(head_dim), threads);
     xv_paged_append(layer.cache, k, v, slots, type, tokens, key_size, head_dim, key_size, head_dim, threads);
     xv_paged_attention(layer.cache, q, table, lengths, mixed, type, tokens, max_blocks, query_size, head_dim, group,
                        threads);
-    project(mixed, {&layer.o}, {out}, type, tokens, query_size, threads);
+    project(mixed, {&layer.o}, {out}, type, tokens, query_size, own, 7 * i + 3, threads);
     add(x, out, type, tokens * hidden);
     xv_rms_norm(x, layer.mlp_norm, normed, type, norm_type, tokens, hidden, eps, threads);
-    project(normed, {&layer.gate, &layer.up}, {gate, up}, type, tokens, hidden, threads);
+    project(normed, {&layer.gate, &layer.up}, {gate, up}, type, tokens, hidden, own, 7 * i + 4, threads);
     xv_silu_mul(gate, up, active, type, tokens * intermediate, threads);
-    project(active, {&layer.down}, {out}, type, tokens, intermediate, threads);
+    project(active, {&layer.down}, {out}, type, tokens, intermediate, own, 7 * i + 6, threads);
     add(x, out, type, tokens * hidden);
   }
 }

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 #include "kernels.h"
 #include "lanes.h"
@@ -78,73 +77,6 @@ inline void quantize_row(const float* x, int inputs, int group, int bias, int co
   } else {
     for (int i = 0; i < count; ++i) bits[i] = to_bfloat16(from[i]);
   }
-}
-
-// Values 0, 2, 4 … of bfloat16 pairs, and values 1, 3, 5 …: faster than widening them in order.
-inline Lanes even_lanes(IntLanes pairs) { return Lanes(pairs << 16); }
-inline Lanes odd_lanes(IntLanes pairs) { return Lanes(pairs & int32_t(0xffff0000)); }
-inline IntLanes load_pairs(const uint16_t* from) {
-  IntLanes pairs;
-  std::memcpy(&pairs, from, sizeof(pairs));
-  return pairs;
-}
-
-// kRows rows of w times kCount tokens as floats, whose even and odd values alternate by vectors up to `wide`. The order
-// of a sum depends on neither count: a token's bits are the same in any company.
-template <int kCount, int kRows>
-void dot_lanes(const uint16_t* w, const float* x, int inputs, int wide, float* out, int out_stride) {
-  Lanes sums[kRows][kCount] = {};
-  for (int k = 0; k < wide; k += 2 * kWidth) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const uint16_t* from = w + int64_t(r) * inputs + k;
-      const IntLanes pairs = load_pairs(from);
-      __builtin_prefetch(from + 1024);
-#pragma GCC unroll 8
-      for (int t = 0; t < kCount; ++t) {
-        const float* token = x + int64_t(t) * inputs + k;
-        sums[r][t] += even_lanes(pairs) * load_lanes(token);
-        sums[r][t] += odd_lanes(pairs) * load_lanes(token + kWidth);
-      }
-    }
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kCount; ++t) {
-      float sum = sum_of(sums[r][t]);
-      for (int k = wide; k < inputs; ++k) sum += to_float(w[int64_t(r) * inputs + k]) * x[int64_t(t) * inputs + k];
-      out[t * out_stride + r] = sum;
-    }
-}
-
-template <int kCount>
-void dot_lanes_rows(const uint16_t* w, int rows, const float* x, int inputs, int wide, float* out) {
-  constexpr int kRows = kCount <= 2 ? 4 : kCount <= 4 ? 3 : kCount <= 6 ? 2 : 1;
-  int r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    dot_lanes<kCount, kRows>(w + int64_t(r) * inputs, x, inputs, wide, out + r, rows);
-  for (; r < rows; ++r) dot_lanes<kCount, 1>(w + int64_t(r) * inputs, x, inputs, wide, out + r, rows);
-}
-
-[[maybe_unused]] void generic_dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs,
-                                       float* out) {
-  thread_local std::vector<float> memory;
-  if (memory.size() < size_t(count) * size_t(inputs)) memory.resize(size_t(count) * size_t(inputs));
-  float* floats = memory.data();
-  const int wide = inputs / (2 * kWidth) * (2 * kWidth);
-  for (int t = 0; t < count; ++t) {
-    const uint16_t* token = x + int64_t(t) * inputs;
-    float* to = floats + int64_t(t) * inputs;
-    for (int k = 0; k < wide; k += 2 * kWidth) {
-      const IntLanes pairs = load_pairs(token + k);
-      store_lanes(to + k, even_lanes(pairs));
-      store_lanes(to + k + kWidth, odd_lanes(pairs));
-    }
-    for (int k = wide; k < inputs; ++k) to[k] = to_float(token[k]);
-  }
-  using Dot = void (*)(const uint16_t*, int, const float*, int, int, float*);
-  constexpr Dot dots[] = {dot_lanes_rows<1>, dot_lanes_rows<2>, dot_lanes_rows<3>, dot_lanes_rows<4>,
-                          dot_lanes_rows<5>, dot_lanes_rows<6>, dot_lanes_rows<7>, dot_lanes_rows<8>};
-  dots[count - 1](w, rows, floats, inputs, wide, out);
 }
 
 }  // namespace

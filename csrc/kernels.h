@@ -40,9 +40,12 @@ struct Kernels {
   // Converts `count` outputs to the type of the result.
   void (*store)(const float* from, void* to, Type type, int count);
 
-  // Dot products of bfloat16 rows: out [count, rows] = x [count, inputs] times the transpose of w [rows, inputs]; up
-  // to 8 tokens.
+  // Dot products of rows: out [count, rows] = x [count, inputs] times the transpose of w [rows, inputs].
   void (*dot_bf16)(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out);
+  void (*dot_f32)(const float* w, int rows, const float* x, int count, int inputs, float* out);
+
+  // y [count] += down [rank] times `count` columns of b [rank, outputs]; b and y are of `type`.
+  void (*expand)(const void* b, Type type, const float* down, int rank, int64_t outputs, void* y, int count);
 
   // The steps between the products: steps.h.
   void (*rms_norm)(const void* x, const void* weight, void* y, Type type, Type weight_type, int64_t rows,

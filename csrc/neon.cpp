@@ -3,6 +3,7 @@
 #include <arm_neon.h>
 
 #include "blocks.h"
+#include "dots.h"
 #include "generic.h"
 #include "steps.h"
 
@@ -140,7 +141,8 @@ constexpr auto tile_row = tile_row_of<Isa, kBits>;
 }  // namespace
 
 namespace xv {
-const Kernels XV_TABLE = {generic_quantize, tile_row<4>,      tile_row<8>,      generic_store,
-                          generic_dot_bf16, generic_rms_norm, generic_silu_mul, generic_rotate};
+const Kernels XV_TABLE = {
+    generic_quantize, tile_row<4>, tile_row<8>, generic_store, generic_dot_bf16,
+    generic_dot_f32, generic_expand, generic_rms_norm, generic_silu_mul, generic_rotate};
 }  // namespace xv
 #endif

@@ -1,5 +1,6 @@
 // For any processor: plain C++ with the vector types of GCC and Clang, 128 bits wide (SSE2, NEON and their like).
 #include "blocks.h"
+#include "dots.h"
 #include "generic.h"
 #include "steps.h"
 
@@ -84,6 +85,7 @@ struct Isa {
 }  // namespace
 
 namespace xv {
-const Kernels kPortable = {generic_quantize, tile_row_of<Isa, 4>, tile_row_of<Isa, 8>, generic_store,
-                           generic_dot_bf16, generic_rms_norm,    generic_silu_mul,    generic_rotate};
+const Kernels kPortable = {
+    generic_quantize, tile_row_of<Isa, 4>, tile_row_of<Isa, 8>, generic_store, generic_dot_bf16,
+    generic_dot_f32, generic_expand, generic_rms_norm, generic_silu_mul, generic_rotate};
 }  // namespace xv

@@ -63,9 +63,22 @@ void xv_round_columns(const float* weight, float* shift, const float* feedback, 
 
 // ---- the other layers ----
 
-// y [tokens, outputs] = x [tokens, inputs] times the transpose of w [outputs, inputs], bfloat16; 1 to 8 tokens.
-void xv_linear_bf16(const uint16_t* x, const uint16_t* w, uint16_t* y, int64_t tokens, int64_t outputs, int64_t inputs,
-                    int threads);
+// y [tokens, outputs] = x [tokens, inputs] times the transpose of w [outputs, inputs]; all of `type`.
+void xv_linear(const void* x, const void* w, void* y, int type, int64_t tokens, int64_t outputs, int64_t inputs,
+               int threads);
+
+// What an adapter (LoRA) adds to a linear layer: a [rank, inputs] and b [rank, outputs], the transpose of peft's B times
+// its scale, both of the activations' type. a is null if the adapter does not change the layer.
+struct XvLora {
+  const void* a;
+  const void* b;
+  int64_t rank;
+};
+
+// Adds to the outputs y[j] [tokens, outputs[j]] of `count` layers of one input x [tokens, inputs] what adapters[i][j]
+// gives for the tokens bounds[i] to bounds[i + 1] - 1; bounds [adapter_count + 1].
+void xv_lora(const void* x, void* const* y, const int64_t* outputs, int count, const struct XvLora* const* adapters,
+             int adapter_count, const int64_t* bounds, int type, int64_t inputs, int threads);
 
 // y [rows, size] = RMSNorm of x [rows, size], times weight [size] of `weight_type`.
 void xv_rms_norm(const void* x, const void* weight, void* y, int type, int weight_type, int64_t rows, int64_t size,
@@ -119,7 +132,7 @@ void xv_paged_prefill(const struct XvCache* cache, const void* q, const int32_t*
 
 // ---- all layers in one call ----
 
-// A linear layer: tiles of 4 or 8 bits, or with `bits` 16 bfloat16 rows [outputs, inputs].
+// A linear layer: tiles of 4 or 8 bits, or with `bits` 16 bfloat16, with 32 float32 rows [outputs, inputs].
 struct XvWeight {
   const void* data;
   int64_t outputs;
@@ -143,11 +156,13 @@ struct XvLayer {
 // Runs the residual stream x [tokens, hidden] through `count` layers, in place. Each token is an independent query:
 // cos and sin [tokens, head_dim], slots and lengths [tokens], table [tokens, max_blocks] as for xv_paged_append and
 // xv_paged_attention. There are `heads` query heads; the cache has the number of key heads and head_dim. `buffer` has
-// room for tokens * (2 * hidden + 2 * (heads + key heads) * head_dim + 3 * intermediate) values of `type`.
+// room for tokens * (2 * hidden + 2 * (heads + key heads) * head_dim + 3 * intermediate) values of `type`. adapters[i]
+// [count, 7] in the order of XvLayer's weights belongs to the tokens bounds[i] to bounds[i + 1] - 1, as in xv_lora.
 void xv_fused_step(const struct XvLayer* layers, int count, void* x, const void* cos, const void* sin,
                    const int64_t* slots, const int32_t* table, const int32_t* lengths, void* buffer, int type,
                    int norm_type, int64_t tokens, int64_t hidden, int64_t intermediate, int heads, int64_t max_blocks,
-                   float eps, int threads);
+                   float eps, const struct XvLora* const* adapters, int adapter_count, const int64_t* bounds,
+                   int threads);
 
 // ---- training in bfloat16 ----
 

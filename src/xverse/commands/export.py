@@ -147,12 +147,12 @@ def _merge(
 ) -> tuple[XverseForCausalLM, torch.Tensor]:
     """The merged, dequantised model, and the logits of the unmerged adapter, float32 [B, T, V]."""
     from xverse.formats import load_model
-    from xverse.formats.adapters import check_adapter, check_base, merge_and_logits
+    from xverse.formats.adapters import check_adapter, check_base, fingerprint, merge_and_logits
 
     check_adapter(adapter)  # before reading a large model
     if source.scheme is None:
         return merge_and_logits(load_model(source, device=device), adapter, source.path)
-    check_base(load_model(source), adapter, source.path)
+    check_base(lambda: fingerprint(load_model(source)), adapter, source.path)
     return merge_and_logits(load_model(source, device=device, dequantize=True), adapter)
 
 

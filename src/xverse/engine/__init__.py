@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from xverse.lazy import lazy
 
 if TYPE_CHECKING:
+    from xverse.engine.adapters import Adapter, AdapterLoader
     from xverse.engine.engine import Engine
     from xverse.engine.request import Constraint, Event, FinishReason, Request, Stats, TokenLogprob
     from xverse.engine.sampling_params import SamplingParams
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "xverse.engine.engine": "Engine",
+    "xverse.engine.adapters": "Adapter AdapterLoader",
     "xverse.engine.request": "Constraint Event FinishReason Request Stats TokenLogprob",
     "xverse.engine.sampling_params": "SamplingParams",
     "xverse.engine.speculation": "Speculation",

@@ -161,11 +161,12 @@ class RaggedContext:
     """The next ``count`` tokens of each of several sequences, one after another in one row [1, N].
 
     Each token attends to its own sequence's cache and to its predecessors in its segment; the blocks are
-    reserved. If ``single``, every token is a separate query, and ``slots`` int64 [N], ``table`` int32
+    reserved. ``separate``: each is a query of its own also in a long segment, whose bits then do not depend
+    on the segment. If ``single``, every token is a separate query, and ``slots`` int64 [N], ``table`` int32
     [N, blocks] and ``lengths`` int32 [N] describe the step completely, as for ``PagedLayer.attend``.
     """
 
-    def __init__(self, segments: Sequence[tuple[SequenceCache, int]]) -> None:
+    def __init__(self, segments: Sequence[tuple[SequenceCache, int]], separate: bool = False) -> None:
         cache = segments[0][0].cache
         self._layers, size = cache.layers, cache.block_size
         positions: list[int] = []
@@ -175,7 +176,7 @@ class RaggedContext:
         self._long: list[tuple[int, int, Tensor, int]] = []  # first token, end, blocks, first position
         for sequence, count in segments:
             start, at, blocks = sequence.length, len(positions), sequence.blocks
-            if count <= _SHORT:
+            if separate or count <= _SHORT:
                 rows += [sequence.row] * count
                 short += range(at, at + count)
             else:

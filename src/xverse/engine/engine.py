@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from xverse.config import UserError
 from xverse.device import guard
+from xverse.engine.adapters import Adapter, StepAdapters, order_of
 from xverse.engine.cache import PagedCache, RaggedContext, position_bytes
 from xverse.engine.choosing import NOT_FINITE, Row, choose_rows
 from xverse.engine.graphs import recorded
@@ -26,10 +27,11 @@ from xverse.engine.sampling import Adjustment, Dice, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Scores, ScoringItem, pool, score_prompt
 from xverse.engine.sequence import Prompted, Sequence
+from xverse.engine.settings import check_settings, invariance
 from xverse.engine.sizing import capacity, step_bytes
 from xverse.engine.speculation import Speculation, Speculator, propose_forced
 from xverse.engine.stop import StopText
-from xverse.kernels.fused_step import fused_step
+from xverse.kernels.fused_step import FusedStep, fused_step
 from xverse.kernels.inference import use_kernels
 from xverse.kernels.paged_attention import page_size
 from xverse.model.transformer import XverseForCausalLM
@@ -50,8 +52,10 @@ class Engine:
     A step computes at most ``prefill_chunk`` prompt tokens (None: 512 on a CPU, 2,048 on a GPU). ``kv_dtype``
     "int8" halves the cache of a bfloat16 model; "auto" stores it in the model's dtype. Up to
     ``prefix_cache_bytes`` are kept after requests end, for requests with the same beginning; 0 turns this
-    off. ``speculation`` None decodes one token at a time. Raises UserError for values out of range, and for a
-    model and a tokenizer that do not match.
+    off. ``speculation`` None decodes one token at a time. ``adapter``: of requests that have none of their
+    own. ``batch_invariant``: the bits of a request's logits depend neither on other requests nor on how its
+    prompt is divided, cached or recomputed, nor on threads; None: as ``invariance`` decides. Raises UserError
+    for values out of range, and for a model and a tokenizer that do not match.
     """
 
     def __init__(
@@ -65,14 +69,18 @@ class Engine:
         kv_dtype: str = "auto",
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         speculation: Speculation | None = None,
+        adapter: Adapter | None = None,
+        batch_invariant: bool | None = None,
     ) -> None:
         weight = model.model.norm.weight  # the one that is never quantised
         self.device = weight.device
         on_cpu = self.device.type == "cpu"
         self.prefill_chunk = prefill_chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
-        _check_settings(model, tokenizer, max_batch, self.prefill_chunk, prefix_cache_bytes)
+        check_settings(model, tokenizer, max_batch, self.prefill_chunk, prefix_cache_bytes)
         self.model = model.eval()
-        use_kernels(model)
+        self.batch_invariant = invariance(model, batch_invariant)
+        use_kernels(model, self.batch_invariant)
+        self._adapter, self._adapters = adapter, StepAdapters(model)
         self.tokenizer = tokenizer
         self.max_batch = max_batch
         self._vocab_size = tokenizer.vocab_size
@@ -113,6 +121,8 @@ class Engine:
         self._speculator = None if speculation is None else self._make_speculator(speculation, token_bytes)
         self._undelivered: list[Event] = []
         self._next_handle = 0
+        if adapter is not None:
+            self._adapters.attach(adapter)
 
     def _make_speculator(self, speculation: Speculation, token_bytes: int) -> Speculator:
         return Speculator(
@@ -153,16 +163,13 @@ class Engine:
     def cancel(self, handle: int) -> bool:
         """Drop a request; it produces no further events. False if it is unknown or has ended."""
         self._undelivered = [event for event in self._undelivered if event.handle != handle]
-        for sequence in self._scheduler.running:
-            if sequence.handle == handle:
-                self._retire(sequence)
-                return True
-        for sequence in self._scheduler.waiting:
-            if sequence.handle == handle:
-                self._scheduler.waiting.remove(sequence)
-                self._forget(sequence)
-                return True
-        return False
+        sequence = self._scheduler.find(handle)
+        if sequence is not None and sequence.cache is not None:
+            self._retire(sequence)
+        elif sequence is not None:
+            self._scheduler.waiting.remove(sequence)
+            self._forget(sequence)
+        return sequence is not None
 
     def fail(self, message: str) -> list[Event]:
         """End all running requests with an error, or the first waiting one if none runs: for a caller that
@@ -178,16 +185,13 @@ class Engine:
     def step(self) -> list[Event]:
         """Advance running requests and return their events; without speculation, at most one token each."""
         with guard(self.device):
-            return self._step()
-
-    def _step(self) -> list[Event]:
-        work = self._scheduler.schedule()
-        propose_forced(work, self._scheduler, self.prefill_chunk)
-        if self._speculator is not None and work:
-            self._speculator.propose(work, self._scheduler)
-        events = self._undelivered + (self._forward(work) if work else [])
-        self._undelivered = []
-        return events
+            work = self._scheduler.schedule()
+            propose_forced(work, self._scheduler, self.prefill_chunk)
+            if self._speculator is not None and work:
+                self._speculator.propose(work, self._scheduler)
+            events = self._undelivered + (self._forward(work) if work else [])
+            self._undelivered = []
+            return events
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
         """The events of one request as they occur. Closing the generator cancels the request.
@@ -285,6 +289,12 @@ class Engine:
         needs_logits = bool(adjustment) or request.constraint is not None or request.logprobs is not None
         handle = self._next_handle
         self._next_handle += 1
+        # With "dynamic" rope scaling keys depend on how long the text may become.
+        salt = str(needed).encode() if self._cache.rope_depends_on_length else b""
+        adapter = request.adapter or self._adapter
+        if adapter is not None:
+            self._adapters.attach(adapter)
+            salt += adapter.digest
         self._scheduler.waiting.append(
             Sequence(
                 handle=handle,
@@ -300,9 +310,9 @@ class Engine:
                 plain=dice is None and not needs_logits,
                 prompted=prompted,
                 acceptance=self._speculator.acceptance if self._speculator else 0.0,
-                # With "dynamic" rope scaling keys depend on how long the text may become.
                 block_size=self._cache.block_size,
-                salt=str(needed).encode() if self._cache.rope_depends_on_length else b"",
+                salt=salt,
+                adapter=adapter,
             )
         )
         return handle
@@ -322,6 +332,8 @@ class Engine:
         choosing_rows: list[int] = []  # rows of hidden states from which tokens are chosen
         choosing: list[Work] = []
         others: list[tuple[Work, slice]] = []
+        order = order_of([item.sequence.adapter for item in work])
+        work.sort(key=lambda item: order(item.sequence.adapter))
         for item in work:
             sequence = item.sequence
             assert sequence.cache is not None
@@ -335,7 +347,10 @@ class Engine:
             if end == len(sequence.tokens) and end < sequence.most_tokens:
                 choosing.append(item)
                 choosing_rows += range(first + item.count - 1, len(tokens))
-        context = RaggedContext(segments)
+        self._adapters.set(
+            [(item.sequence.adapter, count) for item, (_, count) in zip(work, segments, strict=True)]
+        )
+        context = RaggedContext(segments, separate=self.batch_invariant)
         ids = torch.tensor(tokens).to(self.device, non_blocking=True)
         hidden = self._hidden(ids, context)  # [N, D]
         events: list[Event] = []
@@ -347,6 +362,7 @@ class Engine:
         if choosing:
             if len(choosing_rows) < len(tokens):
                 hidden = hidden[torch.tensor(choosing_rows).to(self.device, non_blocking=True)]  # [R, D]
+            self._adapters.set([(item.sequence.adapter, 1 + len(item.proposed)) for item in choosing])
             events += self._choose(choosing, self._logits(hidden))
         return events
 
@@ -354,7 +370,10 @@ class Engine:
         """``tokens`` int64 [N] → normed hidden states [N, D]."""
         fused = self._fused_step
         if fused is not None and context.single and len(tokens) <= fused.most_tokens:
-            return fused(tokens, context)
+            if not self._adapters.any:
+                return fused(tokens, context)
+            if isinstance(fused, FusedStep):
+                return fused(tokens, context, self._adapters.fused())
         return self.model.model(tokens[None], context)[0]
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -442,6 +461,7 @@ class Engine:
         if prompted.pooling is not None:
             finite = pool(prompted, hidden)
         else:
+            self._adapters.set_all(sequence.adapter)
             finite = score_prompt(prompted, sequence.tokens, sequence.computed, hidden, self._logits)
         if not finite:
             return [self._failed(sequence, _NOT_FINITE)]
@@ -460,7 +480,7 @@ class Engine:
         prompted = sequence.prompted
         assert prompted is not None
         if prompted.state is not None:
-            event.embedding = normalize(prompted.state, dim=0).tolist()
+            event.embedding = normalize(prompted.state, dim=0).float().tolist()
         else:
             event.prompt_logprobs = prompted.logprobs
         sequence.reported = True
@@ -478,22 +498,3 @@ class Engine:
     def _error(self, sequence: Sequence, message: str) -> Event:
         text = self._rest(sequence)[0]
         return Event(handle=sequence.handle, token_id=None, text=text, finish_reason="error", error=message)
-
-
-def _check_settings(
-    model: XverseForCausalLM,
-    tokenizer: Tokenizer,
-    max_batch: int,
-    prefill_chunk: int,
-    prefix_cache_bytes: int,
-) -> None:
-    for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
-        if value < 1:
-            raise UserError(f"{name}: {value} is out of range (at least 1)")
-    if prefix_cache_bytes < 0:
-        raise UserError(f"prefix_cache_bytes: {prefix_cache_bytes} is out of range (at least 0)")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
-            "use the tokenizer of the model"
-        )

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
 from xverse.device import compute_device, guard, report_unused_gpu, weights_dtype
+from xverse.engine.adapters import AdapterLoader
 from xverse.engine.engine import Engine
 from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config, unsupported_keys
 from xverse.formats import ModelDirectory, load_model
+from xverse.formats.adapters import check_adapter, merged
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
 from xverse.hardware import available_memory
 from xverse.log import notice
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
 
 # The matmuls of smaller models are so short that a second thread gains little, or loses on a busy machine.
+MERGED_RANK = 1024  # of a single adapter, which is a part of the model
 ONE_THREAD_BELOW = 100_000_000
 _reported: set[Path] = set()
 
@@ -34,6 +37,7 @@ class Loaded:
     engine: Engine
     sampling: SamplingParams
     stop_ids: tuple[int, ...]
+    read_adapter: AdapterLoader  # of the engine's model
 
 
 def load_engine(
@@ -44,6 +48,7 @@ def load_engine(
     quantize: str | None = None,
     tokenizer: str | None = None,
     adapter: str | None = None,
+    adapters: bool = False,
     device: str = "auto",
     **settings: Any,
 ) -> Loaded:
@@ -53,6 +58,7 @@ def load_engine(
     a directory with a tokenizer to use instead of the model's. ``threads`` None: torch's default, or one for
     a small model. ``quantize``: ``int8`` or ``int4``, applied to an unquantised model while it is loaded.
     ``adapter``: a directory in peft's format, merged into plain weights, kept separate from quantised ones.
+    ``adapters``: others may be read later, so the inputs of quantised layers must stay as they were.
     ``device``: as ``compute_device`` takes it. Raises UserError for a model, tokenizer or adapter that cannot
     be loaded, a device that cannot be used and one without room for the weights.
     """
@@ -74,13 +80,21 @@ def load_engine(
         report_unused_gpu(chosen)
     dtype = weights_dtype(chosen) or (torch.float32 if config.num_parameters() < FLOAT32_BELOW else None)
     check_room(directory, chosen, dtype, quantize)
+    quantised = quantize is not None or directory.scheme is not None
+    if adapter is not None:
+        check_adapter(adapter)
     with guard(chosen):
-        if adapter is not None:
-            weights = _adapted(directory, adapter, quantize, dtype, chosen)
+        if adapter is not None and not quantised:
+            weights = merged(load_model(directory, device=chosen), adapter, directory.path)
+            weights = weights if dtype is None else weights.to(dtype)
         else:
-            weights = load_weights(directory, quantize, dtype, chosen)
+            balance = adapter is None and not adapters
+            weights = load_weights(directory, quantize, dtype, chosen, balance)
+    read_adapter = AdapterLoader(directory, weights)
+    if adapter is not None and quantised:
+        settings["adapter"] = read_adapter(adapter, MERGED_RANK)
     stop_ids = _stop_ids(generation_config, config, own_tokenizer)
-    return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids)
+    return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids, read_adapter)
 
 
 def _stop_ids(
@@ -104,35 +118,17 @@ def _report_unsupported(path: Path, generation_config: dict[str, Any]) -> None:
 
 
 def load_weights(
-    directory: ModelDirectory, quantize: str | None, dtype: torch.dtype | None, device: torch.device
-) -> XverseForCausalLM:
-    """The model on ``device``, tensor by tensor; with ``quantize`` quantised there layer by layer."""
-    if quantize is not None:
-        return load_quantizing(directory, quantize, dtype, device)
-    return load_model(directory, dtype, device)
-
-
-def _adapted(
     directory: ModelDirectory,
-    adapter: str,
     quantize: str | None,
     dtype: torch.dtype | None,
     device: torch.device,
+    balance: bool = True,
 ) -> XverseForCausalLM:
-    """The model with an adapter: merged into plain weights, or kept separate from quantised ones."""
-    from xverse.formats.adapters import apply_adapter, check_adapter, check_base, merged
-
-    check_adapter(adapter)
-    if quantize is not None or directory.scheme is not None:
-        check_base(load_model(directory), adapter, directory.path)  # mapped: few values are read
-        if quantize is not None:
-            model = load_quantizing(directory, quantize, dtype, device, balance=False)
-        else:
-            model = load_model(directory, dtype, device)
-        applied: XverseForCausalLM = apply_adapter(model, adapter).get_base_model().to(device)
-        return applied
-    model = merged(load_model(directory, device=device), adapter, directory.path)
-    return model if dtype is None else model.to(dtype)
+    """The model on ``device``, tensor by tensor; with ``quantize`` quantised there layer by layer, as
+    ``load_quantizing`` takes ``balance``."""
+    if quantize is not None:
+        return load_quantizing(directory, quantize, dtype, device, balance)
+    return load_model(directory, dtype, device)
 
 
 def check_room(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from xverse.config import UserError
 from xverse.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from xverse.engine.adapters import Adapter
 
 # "stop": a stop id or stop text; "length": max_new_tokens or the context; "error": this request failed.
 FinishReason = Literal["stop", "length", "error"]
@@ -44,7 +47,8 @@ class Request:
     log-probabilities; None reports none, not even the chosen one's. ``prompt_logprobs``: the same for the
     prompt's tokens from index ``prompt_start`` on, in the first event. ``pooling``: compute an embedding of
     the prompt instead of a reply, from the mean of its tokens' last hidden states or from the last token's.
-    Without ``generate`` the request computes only these.
+    Without ``generate`` the request computes only these. ``adapter``: the LoRA adapter to compute with, if
+    any.
     ``skip_special``: the reply's text omits special tokens.
     """
 
@@ -56,6 +60,7 @@ class Request:
     prompt_start: int = 1
     pooling: Pooling | None = None
     constraint: Constraint | None = None
+    adapter: Adapter | None = None
     generate: bool = True
     skip_special: bool = True
 

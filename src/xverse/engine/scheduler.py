@@ -68,6 +68,11 @@ class Scheduler:
             budget -= self._prefill(admitted, budget, work)
         return [item for item in work if item.sequence.cache is not None]  # others were preempted meanwhile
 
+    def find(self, handle: int) -> Sequence | None:
+        """The running or waiting sequence of a handle."""
+        everything = (*self.running, *self.waiting)
+        return next((sequence for sequence in everything if sequence.handle == handle), None)
+
     def propose(self, item: Work, tokens: list[int]) -> None:
         """Append ``tokens`` to the item for verification, if blocks for them are free."""
         cache = item.sequence.cache

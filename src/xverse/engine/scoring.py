@@ -61,10 +61,12 @@ def score_prompt(
 def pool(prompted: Prompted, hidden: Tensor) -> bool:
     """Add ``hidden`` states [T, D] of a prompt's next tokens to its embedding; returns if it is finite."""
     if prompted.pooling == "last":
-        prompted.state = hidden[-1].float()
-    else:  # the sum: its direction is the mean's
-        total = hidden.float().sum(dim=0)
-        prompted.state = total if prompted.state is None else prompted.state + total
+        prompted.state = hidden[-1].double()
+    else:  # the sum: its direction is the mean's. One token after the other, wherever the prompt is divided.
+        rows = hidden.double()
+        if prompted.state is not None:
+            rows = torch.cat((prompted.state[None], rows))
+        prompted.state = rows.cumsum(dim=0)[-1]
     return bool(prompted.state.isfinite().all())
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from xverse.engine.adapters import Adapter
 from xverse.engine.cache import SequenceCache
 from xverse.engine.prefix import extend_digests
 from xverse.engine.request import Pooling, Request, TokenLogprob
@@ -17,7 +18,7 @@ from xverse.tokenizer import StreamDecoder
 @dataclass(eq=False)
 class Prompted:
     """Log-probabilities of a prompt's tokens from index ``start`` on, and of ``finals`` after its last; or
-    with ``pooling`` its embedding, of which ``state`` is the part that is computed, float32 [D]."""
+    with ``pooling`` its embedding, of which ``state`` is the part that is computed, float64 [D]."""
 
     start: int
     alternatives: int = 0
@@ -63,6 +64,7 @@ class Sequence:
     salt: bytes
     block_size: int
     prompt_tokens: int
+    adapter: Adapter | None
     acceptance: float  # share of proposed tokens that were accepted, a running mean
     digests: list[bytes] = field(default_factory=list)
     cache: SequenceCache | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def apply_adapter(model: XverseForCausalLM, path: str | Path, base: str | Path |
     path = check_adapter(path)
     peft = import_peft()
     if base is not None:
-        check_base(model, path, base)
+        check_base(lambda: fingerprint(model), path, base)
     config = peft_config(model, path)
     config.task_type = None  # PeftModelForCausalLM needs transformers' generate
     config.inference_mode = True
@@ -75,15 +76,15 @@ def peft_config(model: nn.Module, path: Path) -> Any:
     return config
 
 
-def check_base(model: nn.Module, path: str | Path, base: str | Path) -> None:
-    """Raise UserError if the adapter was trained on other weights than those of ``model``, called ``base``;
-    print a notice if the adapter does not record its base."""
+def check_base(digest: Callable[[], str], path: str | Path, base: str | Path) -> None:
+    """Raise UserError if the adapter was trained on other weights than those of ``base``, whose fingerprint
+    is ``digest()``; print a notice if the adapter does not record its base."""
     file = Path(path) / BASE
     if not file.exists():
         notice(f"{path}: does not record its base; assuming {base}")
         return
     stored = read_object(file)
-    if stored.get("fingerprint") != fingerprint(model):
+    if stored.get("fingerprint") != digest():
         raise UserError(f"{path}: this adapter was trained on {stored.get('base')}, not on {base}")
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from xverse.kernels.inference import BF16Linear
+from xverse.kernels.inference import BF16Linear, InvariantLinear
 from xverse.kernels.linear import QuantLinear
-from xverse.kernels.native import TYPES, Layer, Weight, library
+from xverse.kernels.lora import bounds_of, pointers
+from xverse.kernels.native import TYPES, Layer, Lora, Weight, library
 from xverse.kernels.ops import BF16_TOKENS
 from xverse.kernels.paged_attention import PagedLayer
 from xverse.kernels.tiles import tile_group_size
@@ -19,8 +21,11 @@ from xverse.model.transformer import XverseForCausalLM
 
 _MOST_TOKENS = 64  # with more, the time between the products is negligible
 
-_LINEARS = {name: f"self_attn.{name}_proj" for name in "qkvo"}
-_LINEARS |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+LINEARS = {name: f"self_attn.{name}_proj" for name in "qkvo"}
+LINEARS |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+
+# An adapter's factors of all layers, in the order of LINEARS, and the tokens that it applies to.
+Adapted = tuple["ctypes.Array[Lora]", tuple[int, int]]
 
 
 class SingleQueries(AttentionContext, Protocol):
@@ -53,13 +58,13 @@ class FusedStep:
         self._kept_alive = [model.state_dict(), cache]  # the structs point to their memory
         for number, (struct, pages) in enumerate(zip(self._layers, cache, strict=True)):
             layer = model.get_submodule(f"model.layers.{number}")
-            for name, path in _LINEARS.items():
+            for name, path in LINEARS.items():
                 setattr(struct, name, _weight(layer.get_submodule(path)))
             struct.attention_norm = layer.get_parameter("input_layernorm.weight").data_ptr()
             struct.mlp_norm = layer.get_parameter("post_attention_layernorm.weight").data_ptr()
             struct.cache = pages.address
 
-    def __call__(self, tokens: Tensor, context: SingleQueries) -> Tensor:
+    def __call__(self, tokens: Tensor, context: SingleQueries, adapters: Sequence[Adapted] = ()) -> Tensor:
         """``tokens`` int64 [N] → normed hidden states [N, D]."""
         kernels = library()
         assert kernels is not None
@@ -72,7 +77,8 @@ class FusedStep:
             self._layers, len(self._layers), x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             context.slots.data_ptr(), context.table.data_ptr(), context.lengths.data_ptr(), buffer.data_ptr(),
             TYPES[x.dtype], self._norm_type, len(x), hidden, intermediate, self._heads,
-            context.table.stride(0), self._eps, torch.get_num_threads(),
+            context.table.stride(0), self._eps, pointers([table for table, _ in adapters]), len(adapters),
+            bounds_of([segment for _, segment in adapters]) if adapters else None, torch.get_num_threads(),
         )  # fmt: skip
         return self._model.norm(x)
 
@@ -86,11 +92,14 @@ def fused_step(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> FusedSt
         return None
     most_tokens = _MOST_TOKENS
     for layer in model.model.layers:
-        for path in _LINEARS.values():
+        for path in LINEARS.values():
             module = layer.get_submodule(path)
             if module.bias is not None:
                 return None
-            if type(module) is BF16Linear:
+            if type(module) is InvariantLinear:
+                if module.weight.dtype != dtype:
+                    return None
+            elif type(module) is BF16Linear:
                 most_tokens = BF16_TOKENS
             elif type(module) is not QuantLinear or module.order is not None:  # such as one with an adapter
                 return None
@@ -101,5 +110,5 @@ def _weight(module: nn.Module) -> Weight:
     if isinstance(module, QuantLinear):
         group = tile_group_size(module.tiles, module.bits)
         return Weight(module.tiles.data_ptr(), module.out_features, module.bits, group)
-    assert isinstance(module, BF16Linear)
-    return Weight(module.weight.data_ptr(), module.out_features, 16, 0)
+    assert isinstance(module, BF16Linear | InvariantLinear)
+    return Weight(module.weight.data_ptr(), module.out_features, 8 * module.weight.itemsize, 0)

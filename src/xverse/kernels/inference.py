@@ -21,6 +21,17 @@ class BF16Linear(nn.Linear):
         return run(x, self.weight)
 
 
+class InvariantLinear(nn.Linear):
+    """``nn.Linear`` in float32 or bfloat16, [..., K] → [..., N]; the bits of a token depend on that token
+    alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not ops.is_eager_cpu(x):
+            return super().forward(x)
+        y = ops.invariant_linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
 class FusedRMSNorm(RMSNorm):
     """The norm [..., D] → [..., D] in one pass, rounded once."""
 
@@ -59,13 +70,13 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def use_kernels(model: nn.Module) -> None:
+def use_kernels(model: nn.Module, batch_invariant: bool = False) -> None:
     """Changes the classes of the layers of ``model`` to ones that compute in kernels; parameters keep their
     names.
 
     Does nothing on devices other than the CPU and, with Triton, CUDA, where linears stay as they are. Results
     differ from the plain layers by rounding: the kernels round once where the layers round after each of
-    several steps.
+    several steps. ``batch_invariant``: no product's bits depend on the number of tokens or threads.
     """
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     if device.type != "cpu" and not (device.type == "cuda" and has_triton()):
@@ -75,9 +86,15 @@ def use_kernels(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
-        elif device.type == "cpu" and _is_plain_half(module):
-            module.__class__ = BF16Linear
+        elif device.type == "cpu" and type(module) in _LINEARS:
+            module.__class__ = _linear_class(module, batch_invariant)
 
 
-def _is_plain_half(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module.bias is None and module.weight.dtype == torch.bfloat16
+_LINEARS = (nn.Linear, BF16Linear, InvariantLinear)
+
+
+def _linear_class(module: nn.Module, batch_invariant: bool) -> type[nn.Linear]:
+    half = module.weight.dtype == torch.bfloat16
+    if batch_invariant and (half or module.weight.dtype == torch.float32):
+        return InvariantLinear
+    return BF16Linear if half and module.bias is None else nn.Linear

@@ -44,6 +44,12 @@ class Weight(ctypes.Structure):
     _fields_ = (("data", _POINTER), ("outputs", _INT64), ("bits", _INT), ("group", _INT))
 
 
+class Lora(ctypes.Structure):
+    """``XvLora``: what an adapter adds to a linear layer."""
+
+    _fields_ = (("a", _POINTER), ("b", _POINTER), ("rank", _INT64))
+
+
 class Layer(ctypes.Structure):
     """``XvLayer``: the weights and the cache of a decoder layer."""
 
@@ -64,14 +70,18 @@ SIGNATURES = {
     "xv_dequantize": [_POINTER, _POINTER, _INT, _INT64, _INT64, _INT, _INT, _INT],
     "xv_round": [*[_POINTER] * 4, _INT64, _INT64, _INT, _INT, _POINTER, _INT, _INT],
     "xv_round_columns": [*[_POINTER] * 7, _INT64, _INT64, _INT64, _INT, _INT, _INT],
-    "xv_linear_bf16": [*[_POINTER] * 3, *[_INT64] * 3, _INT],
+    "xv_linear": [*[_POINTER] * 3, _INT, *[_INT64] * 3, _INT],
+    "xv_lora": [*[_POINTER] * 3, _INT, _POINTER, _INT, _POINTER, _INT, _INT64, _INT],
     "xv_rms_norm": [*[_POINTER] * 3, _INT, _INT, _INT64, _INT64, _FLOAT, _INT],
     "xv_silu_mul": [*[_POINTER] * 3, _INT, _INT64, _INT],
     "xv_rotate": [*[_POINTER] * 4, _INT, _INT64, *[_INT] * 4],
     "xv_paged_append": [*[_POINTER] * 4, _INT, *[_INT64] * 5, _INT],
     "xv_paged_attention": [*[_POINTER] * 5, _INT, *[_INT64] * 4, _INT, _INT],
     "xv_paged_prefill": [*[_POINTER] * 4, *[_INT64] * 4, _INT, _INT],
-    "xv_fused_step": [_POINTER, _INT, *[_POINTER] * 7, _INT, _INT, *[_INT64] * 3, _INT, _INT64, _FLOAT, _INT],
+    "xv_fused_step": [
+        *[_POINTER, _INT, *[_POINTER] * 7, _INT, _INT, *[_INT64] * 3, _INT, _INT64, _FLOAT],
+        *[_POINTER, _INT, _POINTER, _INT],
+    ],
     "xv_train_add": [*[_POINTER] * 3, _INT64, _INT],
     "xv_train_accumulate": [*[_POINTER] * 2, _INT64, _INT],
     "xv_train_norm": [*[_POINTER] * 6, _INT, *[_INT64] * 2, _FLOAT, _INT],

@@ -143,10 +143,24 @@ def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
     tokens = x.numel() // inputs
     if kernels is None or not 0 < tokens <= BF16_TOKENS or not weight.is_contiguous():
         return linear(x, weight)
+    return _linear(kernels, x, weight)
+
+
+def invariant_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` [..., K] times the transpose of ``weight`` [N, K] → [..., N], both float32 or both bfloat16, in
+    our kernels whatever the number of tokens: the bits of a token depend on that token alone. PyTorch's
+    products divide their sums by the number of tokens and of threads."""
+    kernels = library()
+    usable = x.dtype in TYPES and x.dtype == weight.dtype and weight.is_contiguous() and x.numel()
+    return _linear(kernels, x, weight) if kernels is not None and usable else linear(x, weight)
+
+
+def _linear(kernels: ctypes.CDLL, x: Tensor, weight: Tensor) -> Tensor:
+    outputs, inputs = weight.shape
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    kernels.xv_linear_bf16(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), tokens, weight.shape[0], inputs,
+    y = x.new_empty((*x.shape[:-1], outputs))
+    kernels.xv_linear(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), TYPES[x.dtype], x.numel() // inputs, outputs, inputs,
         torch.get_num_threads(),
     )  # fmt: skip
     return y

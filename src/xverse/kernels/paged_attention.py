@@ -33,6 +33,11 @@ def page_size(device: torch.device, dtype: torch.dtype, head_dim: int, *, tokens
     return VARLEN_PAGE if room and has_varlen(device, dtype, head_dim, paged=True) else PAGE
 
 
+def head_fits(head_dim: int) -> bool:
+    """Whether the kernels of the CPU handle heads of this size."""
+    return head_dim % 32 == 0 and head_dim <= _LARGEST_HEAD
+
+
 class PagedLayer:
     """One layer's cache: ``keys`` and ``values`` [blocks, KV, block_size, head_dim], float or int8.
 
@@ -72,7 +77,7 @@ class PagedLayer:
             self.address = ctypes.addressof(struct)
 
     def _fits(self) -> bool:
-        return self.head_dim % 32 == 0 and self.head_dim <= _LARGEST_HEAD and self.block_size % 16 == 0
+        return head_fits(self.head_dim) and self.block_size % 16 == 0
 
     def _native(self, *rows: Tensor) -> ctypes.CDLL | None:
         """The kernels, or None unless they support ``rows`` [T, heads, head_dim] with this cache."""

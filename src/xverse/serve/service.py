@@ -14,7 +14,7 @@ import torch
 
 import xverse
 from xverse.config import UserError
-from xverse.engine import Constraint, Request, SamplingParams
+from xverse.engine import Adapter, Constraint, Request, SamplingParams
 from xverse.engine.request import MOST_ALTERNATIVES
 from xverse.serve import tools
 from xverse.serve.access_log import current
@@ -45,6 +45,9 @@ class Service:
     metrics: Metrics
     timeout: float = 600.0  # seconds for a whole reply
     created: int = field(default_factory=lambda: int(time.time()))
+    adapter: Adapter | None = None  # of the replies, if any
+    parent: str | None = None  # the name of the model that the adapter changes
+    adapted: dict[str, Service] = field(default_factory=dict)  # services of the same engine, with adapters
 
     @property
     def context(self) -> int:
@@ -56,30 +59,29 @@ class Service:
         engine = self.runner.engine
         weight = engine.model.model.norm.weight
         described = (xverse.__version__, torch.__version__, self.name, self.stop_ids, self.sampling)
-        text = repr((*described, engine.model.config, weight.dtype, weight.device.type))
+        adapter = b"" if self.adapter is None else self.adapter.digest
+        text = repr((*described, engine.model.config, weight.dtype, weight.device.type, adapter))
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError for the name of another model. An empty name means this one."""
-        current().model = self.name
-        if name and name != self.name:
-            raise ApiError(
-                404,
-                f"model: '{name}' does not exist; this server has '{self.name}'",
-                param="model",
-                code="model_not_found",
-            )
+    def of(self, name: str) -> Service:
+        """The service of this name: this one, which an empty name also means, or one with an adapter. Raises
+        ApiError if there is none."""
+        found = self if name in ("", self.name) else self.adapted.get(name)
+        current().model = (found or self).name
+        if found is None:
+            names = ", ".join(f"'{each}'" for each in (self.name, *sorted(self.adapted)))
+            text = f"model: '{name[:80]}' does not exist; this server has {names}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+        return found
 
     async def grammar(self, body: Generation) -> Compiled | None:
         """The grammar of the replies, for ``chat`` and ``complete``. Cancelling ends its compilation."""
-        self.check_model(body.model)
         current().ignored = body.ignored
         return await self.grammars.of(body)
 
     def chat(self, body: ChatRequest, grammar: Compiled | None = None, clamp: bool = False) -> list[Request]:
         """One engine request for each of the ``n`` choices. ``clamp``: a limit of tokens that exceeds the
         room in the context is lowered to it, where that is the API's rule."""
-        self.check_model(body.model)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -118,7 +120,6 @@ class Service:
 
     def complete(self, body: CompletionRequest, grammar: Compiled | None = None) -> list[Request]:
         """``n`` engine requests for each prompt, in order."""
-        self.check_model(body.model)
         if body.best_of not in (None, 1, body.n):
             raise ApiError(400, "best_of: must be equal to n", param="best_of")
         prompts = [self.prompt_ids(prompt) for prompt in body.prompt]
@@ -217,6 +218,7 @@ class Service:
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
                 constraint=constraint,
+                adapter=self.adapter,
                 generate=new_tokens > 0,
                 skip_special=body.skip_special_tokens,
             )

@@ -22,9 +22,10 @@ from xverse.serve.service import Service
 def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: fastapi.Request) -> Response:
+        chosen = service.of(body.model)
+        grammar = await while_connected(request, chosen.grammar(body))
         # In a thread, because tokenising a long text would block other requests.
-        grammar = await while_connected(request, service.grammar(body))
-        reply = ChatReply(service, body, await asyncio.to_thread(service.chat, body, grammar))
+        reply = ChatReply(chosen, body, await asyncio.to_thread(chosen.chat, body, grammar))
         if body.stream:
             return streamed(service, reply.chunks(), body.headers())
         return JSONResponse(await while_connected(request, reply.body()), headers=body.headers())

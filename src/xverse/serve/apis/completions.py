@@ -21,8 +21,9 @@ from xverse.serve.service import Service
 def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: fastapi.Request) -> Response:
-        grammar = await while_connected(request, service.grammar(body))
-        reply = CompletionReply(service, body, await asyncio.to_thread(service.complete, body, grammar))
+        chosen = service.of(body.model)
+        grammar = await while_connected(request, chosen.grammar(body))
+        reply = CompletionReply(chosen, body, await asyncio.to_thread(chosen.complete, body, grammar))
         if body.stream:
             return streamed(service, reply.chunks(), body.headers())
         return JSONResponse(await while_connected(request, reply.body()), headers=body.headers())

@@ -57,11 +57,11 @@ class EmbeddingsRequest(Body):
 def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: fastapi.Request) -> Response:
-        service.check_model(body.model)
+        chosen = service.of(body.model)
         current().ignored = body.ignored
-        check_dimensions(service, body.dimensions)
-        prompts = await asyncio.to_thread(lambda: [service.prompt_ids(one) for one in body.input])
-        choices = await while_connected(request, embedded(service, prompts, body.pooling))
+        check_dimensions(chosen, body.dimensions)
+        prompts = await asyncio.to_thread(lambda: [chosen.prompt_ids(one) for one in body.input])
+        choices = await while_connected(request, embedded(chosen, prompts, body.pooling))
         counts = usage(choices, len(choices))
         answer = {
             "object": "list",
@@ -69,7 +69,7 @@ def mount(app: FastAPI, service: Service) -> None:
                 {"object": "embedding", "index": choice.index, "embedding": _encoded(body, choice)}
                 for choice in choices
             ],
-            "model": service.name,
+            "model": chosen.name,
             "usage": {"prompt_tokens": counts["prompt_tokens"], "total_tokens": counts["total_tokens"]},
         }
         return JSONResponse(answer, headers=body.headers())
@@ -91,9 +91,10 @@ async def embedded(
     total = sum(map(len, prompts))
     if total > MOST_TOKENS:
         raise ApiError(400, f"input: {total} tokens are too many; the limit is {MOST_TOKENS}", param="input")
-    return await prompted(
-        service, [Request(prompt_ids=ids, pooling=pooling, generate=False) for ids in prompts], "input"
-    )
+    requests = [
+        Request(prompt_ids=ids, pooling=pooling, adapter=service.adapter, generate=False) for ids in prompts
+    ]
+    return await prompted(service, requests, "input")
 
 
 async def prompted(service: Service, requests: Sequence[Request], field: str) -> list[Choice]:

@@ -26,7 +26,8 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages")
     async def messages(body: MessagesRequest, request: fastapi.Request) -> Response:
         _check(body, request)
-        reply = MessageReply(await talk(service, request, body, body.request(), WORDS, clamp=True))
+        chosen = service.of(body.model)
+        reply = MessageReply(await talk(chosen, request, body, body.request(), WORDS, clamp=True))
         headers = {**body.headers(), "request-id": current().id}
         if body.stream:
             return streamed(service, reply.chunks(), headers)
@@ -35,7 +36,7 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountRequest, request: fastapi.Request) -> Response:
         _check(body, request)
-        service.check_model(body.model)
+        service.of(body.model)
         chat = body.chat()
         ids = await asyncio.to_thread(
             service.chat_ids, chat.messages, offered_tools(chat), chat.continue_final_message

@@ -1,4 +1,4 @@
-"""``/v1/models``: the model's name, in a form that OpenAI's and Anthropic's clients both read."""
+"""``/v1/models``: the names of the model and of its adapters, in a form that OpenAI's and Anthropic's clients both read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from xverse.serve.service import Service
 def mount(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        ends = {"has_more": False, "first_id": service.name, "last_id": service.name}
-        return {"object": "list", "data": [_model(service)], **ends}
+        services = [service, *service.adapted.values()]
+        ends = {"has_more": False, "first_id": service.name, "last_id": services[-1].name}
+        return {"object": "list", "data": [_model(each) for each in services], **ends}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return _model(service)
+        return _model(service.of(name))
 
 
 def _model(service: Service) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def _model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "xverse",
+        "parent": service.parent,  # vLLM's name of an adapter's base
         "max_model_len": service.context,
         # Anthropic's names
         "type": "model",

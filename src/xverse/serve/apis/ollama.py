@@ -42,33 +42,33 @@ _TAG = ":latest"
 def mount(app: FastAPI, service: Service) -> None:
     @app.post("/api/chat")
     async def chat(body: OllamaChatRequest, request: fastapi.Request) -> Response:
-        _check_model(service, body.model)
+        chosen = _of(service, body.model)
         body.check()
         if not body.messages:
-            return _loaded(body, service, {"message": {"role": "assistant", "content": ""}})
-        reply = _Reply(body.model, await talk(service, request, body, body.chat(), use_words(), clamp=True))
+            return _loaded(body, chosen, {"message": {"role": "assistant", "content": ""}})
+        reply = _Reply(body.model, await talk(chosen, request, body, body.chat(), use_words(), clamp=True))
         return await _answer(service, request, body, reply)
 
     @app.post("/api/generate")
     async def generate(body: OllamaGenerateRequest, request: fastapi.Request) -> Response:
-        _check_model(service, body.model)
+        chosen = _of(service, body.model)
         body.check()
         if not body.prompt:
-            return _loaded(body, service, {"response": ""})
+            return _loaded(body, chosen, {"response": ""})
         words = use_words(messages="prompt")
         if body.raw:
-            begun = await _raw(service, request, body)
+            begun = await _raw(chosen, request, body)
         else:
-            begun = await talk(service, request, body, body.chat(), words, clamp=True)
+            begun = await talk(chosen, request, body, body.chat(), words, clamp=True)
         return await _answer(service, request, body, _Reply(body.model, begun, plain=True))
 
     @app.post("/api/embed")
     async def embed(body: OllamaEmbedRequest, request: fastapi.Request) -> Response:
         begin = time.monotonic()
-        _check_model(service, body.model)
+        chosen = _of(service, body.model)
         current().ignored = body.ignored
-        check_dimensions(service, body.dimensions)
-        vectors, tokens = await _embedded(service, request, body.input, body.truncate)
+        check_dimensions(chosen, body.dimensions)
+        vectors, tokens = await _embedded(chosen, request, body.input, body.truncate)
         answer = {"model": body.model, "embeddings": vectors, "prompt_eval_count": tokens}
         return JSONResponse(
             {**answer, "total_duration": _since(begin), "load_duration": 0}, headers=body.headers()
@@ -76,27 +76,29 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/embeddings")
     async def embeddings(body: OllamaEmbeddingsRequest, request: fastapi.Request) -> Response:
-        _check_model(service, body.model)
+        chosen = _of(service, body.model)
         current().ignored = body.ignored
-        vectors, _ = await _embedded(service, request, [body.prompt] if body.prompt else [], True)
+        vectors, _ = await _embedded(chosen, request, [body.prompt] if body.prompt else [], True)
         return JSONResponse({"embedding": vectors[0] if vectors else []}, headers=body.headers())
 
     @app.get("/api/tags")
     async def tags() -> dict[str, Any]:
-        return {"models": [_entry(service)]}
+        return {"models": [_entry(each) for each in (service, *service.adapted.values())]}
 
     @app.get("/api/ps")
     async def loaded() -> dict[str, Any]:
         on_gpu = service.runner.engine.device.type != "cpu"
-        entry = _entry(service)
-        del entry["modified_at"]
-        entry |= {"expires_at": "9999-12-31T23:59:59Z", "size_vram": entry["size"] if on_gpu else 0}
-        return {"models": [{**entry, "context_length": service.context}]}
+        models = []
+        for each in (service, *service.adapted.values()):
+            entry = _entry(each)
+            del entry["modified_at"]
+            entry |= {"expires_at": "9999-12-31T23:59:59Z", "size_vram": entry["size"] if on_gpu else 0}
+            models.append({**entry, "context_length": service.context})
+        return {"models": models}
 
     @app.post("/api/show")
     async def show(body: OllamaShowRequest) -> Response:
-        _check_model(service, body.model or body.name)
-        return JSONResponse(_shown(service), headers=body.headers())
+        return JSONResponse(_shown(_of(service, body.model or body.name)), headers=body.headers())
 
     @app.api_route("/api/version", methods=["GET", "HEAD"])
     async def version() -> dict[str, str]:
@@ -111,13 +113,16 @@ def mount(app: FastAPI, service: Service) -> None:
         raise ApiError(400, f"this server has the model '{service.name}' only and does not manage models")
 
 
-def _check_model(service: Service, name: str) -> None:
-    """Raises ApiError in Ollama's words for the name of another model."""
+def _of(service: Service, name: str) -> Service:
+    """The service of this name. Raises ApiError in Ollama's words if there is none."""
     current().model = service.name
     if not name:
         raise ApiError(400, "model is required")
-    if name.removesuffix(_TAG) != service.name.removesuffix(_TAG):
-        raise ApiError(404, f"model '{name[:80]}' not found", code="model_not_found")
+    for each in (service, *service.adapted.values()):
+        if name.removesuffix(_TAG) == each.name.removesuffix(_TAG):
+            current().model = each.name
+            return each
+    raise ApiError(404, f"model '{name[:80]}' not found", code="model_not_found")
 
 
 async def _raw(service: Service, request: fastapi.Request, body: OllamaGenerateRequest) -> Talk:
@@ -243,7 +248,7 @@ def _details(service: Service) -> dict[str, Any]:
     count = model.config.num_parameters()
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     return {
-        "parent_model": "",
+        "parent_model": service.parent or "",
         "format": "safetensors",
         "family": "xverse",
         "families": ["xverse"],

@@ -88,7 +88,7 @@ async def _begin(
     service: Service, store: ResponseStore, body: ResponsesRequest, request: fastapi.Request
 ) -> ResponseReply:
     body.check()
-    service.check_model(body.model)
+    service = service.of(body.model)
     earlier: list[dict[str, Any]] = []
     if body.previous_response_id is not None:
         earlier = _stored(store, body.previous_response_id, "previous_response_id").conversation

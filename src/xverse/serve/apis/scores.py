@@ -78,7 +78,7 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/score")
     @app.post("/v1/score")
     async def score(body: ScoreRequest, request: fastapi.Request) -> Response:
-        service.check_model(body.model)
+        chosen = service.of(body.model)
         current().ignored = body.ignored
         queries = _given(body, "text_1", "queries")
         documents = _given(body, "text_2", "documents")
@@ -88,13 +88,13 @@ def mount(app: FastAPI, service: Service) -> None:
             counts = f"{len(queries)} texts do not pair with {len(documents)} of text_2"
             text = f"text_1: {counts}; send one, or as many"
             raise ApiError(400, text, param="text_1")
-        work = _likelihoods(service, queries, documents, "text_2")
+        work = _likelihoods(chosen, queries, documents, "text_2")
         scores, used = await while_connected(request, work)
         answer = {
             "id": new_id("score"),
             "object": "list",
             "created": int(time.time()),
-            "model": service.name,
+            "model": chosen.name,
             "data": [{"index": at, "object": "score", "score": value} for at, value in enumerate(scores)],
             "usage": {**used, "completion_tokens": 0},
         }
@@ -104,10 +104,10 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/rerank")
     @app.post("/v2/rerank")
     async def rerank(body: RerankRequest, request: fastapi.Request) -> Response:
-        service.check_model(body.model)
+        chosen = service.of(body.model)
         current().ignored = body.ignored
         queries = [body.query] * len(body.documents)
-        work = _likelihoods(service, queries, body.documents, "documents", body.max_tokens_per_doc)
+        work = _likelihoods(chosen, queries, body.documents, "documents", body.max_tokens_per_doc)
         scores, counts = await while_connected(request, work)
         order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
         with_text = body.return_documents
@@ -121,7 +121,7 @@ def mount(app: FastAPI, service: Service) -> None:
             }
             for index in order
         ]
-        answer = {"id": new_id("rerank"), "model": service.name, "usage": counts, "results": results}
+        answer = {"id": new_id("rerank"), "model": chosen.name, "usage": counts, "results": results}
         return JSONResponse(answer, headers=body.headers())
 
 
@@ -161,5 +161,13 @@ def _requests(
         asked = Message(role="user", content=_ASK.format(document=document))
         prompt = service.chat_ids([asked], [], False)
         ids = [*prompt, *tokenizer.encode(query)]
-        requests.append(Request(prompt_ids=ids, prompt_logprobs=0, prompt_start=len(prompt), generate=False))
+        requests.append(
+            Request(
+                prompt_ids=ids,
+                prompt_logprobs=0,
+                prompt_start=len(prompt),
+                adapter=service.adapter,
+                generate=False,
+            )
+        )
     return requests

@@ -49,7 +49,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
-        service.check_model(body.model)
+        service.of(body.model)
         current().ignored = body.ignored
         text = service.tokenizer.decode(body.tokens, skip_special=False)
         return JSONResponse({"text": text, "prompt": text}, headers=body.headers())  # vLLM's name is prompt
@@ -57,7 +57,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
 def tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     """The answer to ``/tokenize``: the ids that a completion of the text, or a chat, would begin with."""
-    service.check_model(body.model)
+    service.of(body.model)
     text = body.text if body.prompt is None else body.prompt
     if (text is None) == (body.messages is None):
         raise ApiError(400, "prompt: send either prompt or messages", param="prompt")

@@ -1,0 +1,50 @@
+"""What an engine's settings must be, and what they mean for a model."""
+
+from __future__ import annotations
+
+from xverse.config import UserError
+from xverse.kernels.bfloat16 import has_fast_products
+from xverse.kernels.linear import QuantLinear
+from xverse.kernels.native import TYPES, library
+from xverse.kernels.paged_attention import head_fits
+from xverse.model.transformer import XverseForCausalLM
+from xverse.tokenizer import Tokenizer
+
+
+def check_settings(
+    model: XverseForCausalLM,
+    tokenizer: Tokenizer,
+    max_batch: int,
+    prefill_chunk: int,
+    prefix_cache_bytes: int,
+) -> None:
+    """Raises UserError for values out of range, and for a model and a tokenizer that do not match."""
+    for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise UserError(f"{name}: {value} is out of range (at least 1)")
+    if prefix_cache_bytes < 0:
+        raise UserError(f"prefix_cache_bytes: {prefix_cache_bytes} is out of range (at least 0)")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
+            "use the tokenizer of the model"
+        )
+
+
+def invariance(model: XverseForCausalLM, wanted: bool | None) -> bool:
+    """Whether an engine computes the same bits in any company (see ``Engine``). It does by default where that
+    costs little: with quantised weights, whose products are sums of integers, and where PyTorch has no matrix
+    instructions that would be faster than our products. Raises UserError if it is ``wanted`` where kernels
+    are missing."""
+    weight = model.model.norm.weight
+    kernels = weight.device.type == "cpu" and weight.dtype in TYPES and library() is not None
+    possible = kernels and head_fits(model.config.head_dim)
+    if wanted and not possible:
+        raise UserError(
+            "batch_invariant: needs a CPU, the compiled kernels, bfloat16 or float32, and heads of a "
+            f"multiple of 32; the model has {weight.dtype}, {weight.device.type} and {model.config.head_dim}"
+        )
+    if wanted is not None:
+        return wanted
+    quantised = any(isinstance(module, QuantLinear) for module in model.modules())
+    return possible and (quantised or not has_fast_products())
