@@ -88,7 +88,8 @@ def test_every_function_is_bound_with_its_types(prefix: str) -> None:
 
 
 def test_structs_have_the_same_fields() -> None:
-    structs = {"XvCache": kernels.Cache, "XvWeight": kernels.Weight, "XvLayer": kernels.Layer}
+    names = ("Lora", "Cache", "Weight", "Layer")
+    structs = {f"Xv{name}": getattr(kernels, name) for name in names}
     assert re.findall(r"struct (\w+) {", text("xverse_kernels.h")) == list(structs)
     for name, structure in structs.items():
         for (field, c_type), (bound, binding) in zip(fields(name), structure._fields_, strict=True):

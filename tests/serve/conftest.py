@@ -84,6 +84,8 @@ def nano() -> Any:
 
 def make_service(loaded: Any, **settings: Any) -> Any:
     from xverse.engine import Engine
+    from xverse.serve.batches import Batches
+    from xverse.serve.caller import URLS
     from xverse.serve.grammar import Grammars
     from xverse.serve.metrics import Metrics
     from xverse.serve.runner import EngineRunner
@@ -92,6 +94,8 @@ def make_service(loaded: Any, **settings: Any) -> Any:
     engine = loaded.engine
     fresh = Engine(engine.model, engine.tokenizer, max_batch=8, max_cache_tokens=20_000)
     runner = EngineRunner(fresh, max_waiting=settings.pop("max_waiting", 32))
+    if "batch_folder" in settings:
+        settings["batches"] = Batches(settings.pop("batch_folder"), URLS, runner)
     return Service(
         runner=runner,
         tokenizer=engine.tokenizer,

@@ -16,7 +16,7 @@ import pytest
 
 from xverse.config import UserError
 from xverse.serve.batch_file import answer_all, answers, read_requests
-from xverse.serve.in_process import URLS
+from xverse.serve.caller import URLS
 
 # A process that answers slowly, and of whose lines many are long: kills hit it while it writes.
 PROGRAM = """

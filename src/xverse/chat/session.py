@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xverse.chat.saved import Message
 from xverse.config import UserError
-from xverse.engine import Engine, FinishReason, Request, SamplingParams
+from xverse.engine import Adapter, Engine, FinishReason, Request, SamplingParams
 from xverse.engine.load import load_engine
 from xverse.engine.sampling_params import CHAT
 from xverse.tokenizer import encode_chat, input_limit
@@ -46,6 +46,8 @@ class Session:
         self.stop_ids = stop_ids
         self.notify = notify
         self.messages: list[Message] = []
+        self.adapters: dict[str, Adapter] = {}
+        self.adapter: str | None = None  # the name of the one that replies are computed with
         self.speed = Speed()
 
     @property
@@ -141,7 +143,10 @@ class Session:
         yield from self._generate(ids[-limit:])
 
     def _generate(self, prompt_ids: list[int]) -> Generator[str, None, None]:
-        request = Request(prompt_ids=prompt_ids, sampling=self.sampling, stop_ids=self.stop_ids)
+        adapter = None if self.adapter is None else self.adapters[self.adapter]
+        request = Request(
+            prompt_ids=prompt_ids, sampling=self.sampling, stop_ids=self.stop_ids, adapter=adapter
+        )
         reason: FinishReason | None = None
         self.speed, began = Speed(), time.monotonic()
         with contextlib.closing(self.engine.stream(request)) as events:
@@ -168,13 +173,16 @@ def load_session(
     defaults: SamplingParams = CHAT,
     threads: int | None = None,
     quantize: str | None = None,
-    adapter: str | None = None,
+    adapter: str | Sequence[str] | None = None,
     device: str = "auto",
     notify: Callable[[str], None],
 ) -> Session:
-    """A session with ``model``, loaded by ``load_engine``; ``overrides`` replace its sampling parameters."""
+    """A session with ``model``, loaded by ``load_engine``; ``overrides`` replace its sampling parameters. Of
+    several adapters the first one is used at first."""
     loaded = load_engine(
         model, defaults=defaults, threads=threads, quantize=quantize, adapter=adapter, device=device
     )
     sampling = dataclasses.replace(loaded.sampling, **overrides)
-    return Session(loaded.engine, sampling, loaded.stop_ids, notify)
+    session = Session(loaded.engine, sampling, loaded.stop_ids, notify)
+    session.adapters, session.adapter = loaded.adapters, next(iter(loaded.adapters), None)
+    return session

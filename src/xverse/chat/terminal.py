@@ -119,8 +119,20 @@ class Terminal:
         elif name == "/load":
             session.messages = load_conversation(_file(name, rest))
             notice(words("loaded", count=len(session.messages), file=rest))
+        elif name == "/adapter":
+            self._adapter(rest)
         else:
             self._params(rest)
+
+    def _adapter(self, name: str) -> None:
+        session = self.session
+        if name and name != "none" and name not in session.adapters:
+            hint = nearest(name, session.adapters) or f"; there are: {', '.join(session.adapters) or 'none'}"
+            raise UserError(f"/adapter: no adapter is called '{name}'{hint}")
+        if name:
+            session.adapter = None if name == "none" else name
+        names = ", ".join(session.adapters) or "none"
+        notice(words("adapters", names=names, used=session.adapter or "none"))
 
     def _attach(self, file: str) -> None:
         path = Path(file).expanduser()

@@ -14,6 +14,7 @@ _COMMANDS = [
     ("/save", "FILE", "write the conversation to a file", "把对话保存到文件"),
     ("/load", "FILE", "continue a saved conversation", "继续已保存的对话"),
     ("/params", "[NAME=VALUE …]", "show or change the sampling parameters", "查看或修改采样参数"),
+    ("/adapter", "[NAME|none]", "list the adapters, or use one from now on", "列出适配器，或切换到其中一个"),
     ("/help", "", "show this list", "显示本列表"),
     ("/exit", "", "leave (also Ctrl-D)", "退出（也可按 Ctrl-D）"),
 ]
@@ -40,6 +41,7 @@ _WORDS = {
     "saved": ("{count} messages saved to {file}", "{count} 条消息已保存到 {file}"),
     "loaded": ("{count} messages loaded from {file}", "已从 {file} 载入 {count} 条消息"),
     "undone": ("taken back: {text}", "已撤回：{text}"),
+    "adapters": ("adapters: {names}; in use: {used}", "适配器：{names}；正在使用：{used}"),
     "attached": (
         "{file}: {count} tokens, sent with the next message",
         "{file}：{count} 个词元，随下一条消息发送",

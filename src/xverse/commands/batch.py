@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     need("prometheus_client", "serve", "xverse batch")
     need("llguidance", "serve", "xverse batch")
     from xverse.serve.batch_file import answers, read_requests
-    from xverse.serve.in_process import URLS, InProcess
+    from xverse.serve.caller import URLS
+    from xverse.serve.in_process import InProcess
     from xverse.serve.start import load_service
 
     requests = read_requests(args.file, URLS)

@@ -18,7 +18,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="nano", metavar="M", help="nano (the default), a model directory or a hub id"
     )
-    parser.add_argument("--adapter", metavar="A", help="directory with an adapter in peft's format", **unset)
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="[NAME=]A",
+        help="directory with an adapter in peft's format; several with names, for /adapter",
+        **unset,
+    )
     once = parser.add_mutually_exclusive_group()
     once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and exit; -: to stdin", **unset)
     once.add_argument(

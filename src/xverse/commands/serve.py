@@ -36,7 +36,10 @@ def add_service_flags(parser: argparse.ArgumentParser) -> None:
 
     add("--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
     add("--tokenizer", "directory with a tokenizer to use instead of the model's", metavar="T")
-    add("--adapter", "directory with an adapter in peft's format", metavar="A")
+    text = "directory with an adapter in peft's format; several with names, which requests send as model"
+    add("--adapter", text, action="append", metavar="[NAME=]A")
+    text = "highest rank of an adapter with a name (default: 64)"
+    add("--max-lora-rank", text, type=values.whole(1, 1024), default=argparse.SUPPRESS, metavar="N")
     add("--quantize", "quantise the weights while loading", choices=["int8", "int4"])
     add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")
     add("--max-waiting", "requests that may wait (%(default)s)", type=_count, default=256, metavar="N")
@@ -47,6 +50,8 @@ def add_service_flags(parser: argparse.ArgumentParser) -> None:
     text = "data type of the key-value cache; auto: the model's"
     add("--kv-dtype", text, choices=["auto", "int8"], default="auto")
     add("--speculate", "speculative decoding: propose tokens by n-gram lookup", action="store_true")
+    text = "the same bits whatever else the server computes, on a CPU (default: where it costs little)"
+    add("--batch-invariant", text, action=argparse.BooleanOptionalAction, default=None)
     text = "time limit of a reply in seconds (%(default)g)"
     add("--timeout", text, type=values.positive(1e7), default=600.0, metavar="S")
     text = "CPU threads (default: chosen by the model's size)"
@@ -77,6 +82,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text = "address or network of a proxy whose X-Forwarded-For is believed (127.0.0.1 and ::1)"
     add("--trusted-proxy", text, type=values.network, action="append", metavar="A")
     add("--name", "name of the model in the API (default: that of its directory)", metavar="NAME")
+    text = "folder from which adapters may be loaded at run time, by /v1/load_lora_adapter"
+    add("--adapter-folder", text, metavar="DIR")
+    text = "folder for /v1/files and /v1/batches, which are off without it"
+    add("--batch-folder", text, metavar="DIR")
     add("--api-key-file", "file of API keys, one per line (also: XVERSE_API_KEY)", metavar="F")
     text = "host name that requests may use besides the loopback names; '*' allows all"
     add("--allowed-host", text, type=values.allowed_host, action="append", metavar="H")
@@ -106,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
     need("fastapi", "serve", "xverse serve")
     need("prometheus_client", "serve", "xverse serve")
     need("llguidance", "serve", "xverse serve")
+    need("python_multipart", "serve", "xverse serve")
     from starlette.middleware.cors import CORSMiddleware
 
     from xverse.hardware import share_arenas
@@ -113,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
     from xverse.serve.access_log import AccessLog
     from xverse.serve.app import create_app
     from xverse.serve.connections import protocol
+    from xverse.serve.file_store import MOST_BYTES
     from xverse.serve.guard import Guard
     from xverse.serve.server import Server, check_certificate
     from xverse.serve.start import describe, load_service
@@ -136,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
             hosts=allowed_hosts("0.0.0.0" if args.uds else host, args.allowed_host or []),
             keys=keys,
             max_body=int(args.max_body_mb * 1e6),
+            max_upload=MOST_BYTES if service.batches else None,
             origins=args.allowed_origin or [],
         )
         if args.allowed_origin:  # outside the guard: preflight requests carry no key

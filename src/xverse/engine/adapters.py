@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xverse.config import UserError
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import check_adapter, check_base, fingerprint
 from xverse.formats.lora import read_lora
@@ -22,6 +24,41 @@ from xverse.kernels.native import Lora
 from xverse.model.transformer import XverseForCausalLM
 
 MOST_RANK = 64  # unless a server sets another limit
+MOST_ADAPTERS = 32  # with names
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name that requests could not send."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{name[:80]!r} is not a name for an adapter; use up to 128 letters, digits and . _ : / @ -"
+        )
+
+
+def given_adapters(given: str | Sequence[str] | None) -> tuple[str | None, dict[str, str]]:
+    """The values of ``--adapter``: the directory of one adapter that is a part of the model, or the
+    directories of several by their names, from ``NAME=DIR``. Raises UserError."""
+    values = [given] if isinstance(given, str) else [*(given or ())]
+    named: dict[str, str] = {}
+    alone: list[str] = []
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or Path(value).expanduser().is_dir():
+            alone.append(value)
+            continue
+        check_name(name)
+        if name in named:
+            raise UserError(f"--adapter: the name '{name}' is given twice")
+        named[name] = path
+    if len(alone) > 1 or (alone and named):
+        raise UserError(
+            f"--adapter: {alone[0]} has no name and would become a part of the model; give each of several "
+            "adapters a name (NAME=DIR)"
+        )
+    if len(named) > MOST_ADAPTERS:
+        raise UserError(f"--adapter: {len(named)} adapters are too many; the limit is {MOST_ADAPTERS}")
+    return (alone[0] if alone else None), named
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,20 +81,21 @@ class Adapter:
 class AdapterLoader:
     """Reads adapters of a model: of ``model``, which was loaded from ``directory``."""
 
-    def __init__(self, directory: ModelDirectory, model: XverseForCausalLM) -> None:
-        self._directory, self._model = directory, model
+    def __init__(self, directory: ModelDirectory, model: XverseForCausalLM, most_rank: int) -> None:
+        self._directory, self._model, self._most_rank = directory, model, most_rank
 
     @functools.cached_property
     def _fingerprint(self) -> str:
         return fingerprint(load_model(self._directory))  # mapped: few values are read
 
-    def __call__(self, path: str | Path, most_rank: int = MOST_RANK) -> Adapter:
+    def __call__(self, path: str | Path, most_rank: int | None = None) -> Adapter:
         """The adapter of a directory in peft's format, in the model's dtype and on its device. Raises
         UserError for one of another base, one that does not fit the model, and one of a kind or rank that
         is not supported."""
         check_base(lambda: self._fingerprint, check_adapter(path), self._directory.path)
         weight = self._model.model.norm.weight
-        digest, factors = read_lora(Path(path).expanduser(), self._model, most_rank)
+        most = self._most_rank if most_rank is None else most_rank
+        digest, factors = read_lora(Path(path).expanduser(), self._model, most)
         cast = {
             name: (
                 a.to(weight.device, weight.dtype).contiguous(),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
 from xverse.device import compute_device, guard, report_unused_gpu, weights_dtype
-from xverse.engine.adapters import AdapterLoader
+from xverse.engine.adapters import MOST_RANK, Adapter, AdapterLoader, given_adapters
 from xverse.engine.engine import Engine
 from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config, unsupported_keys
 from xverse.formats import ModelDirectory, load_model
@@ -38,6 +39,7 @@ class Loaded:
     sampling: SamplingParams
     stop_ids: tuple[int, ...]
     read_adapter: AdapterLoader  # of the engine's model
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # those with names
 
 
 def load_engine(
@@ -47,8 +49,9 @@ def load_engine(
     threads: int | None = None,
     quantize: str | None = None,
     tokenizer: str | None = None,
-    adapter: str | None = None,
-    adapters: bool = False,
+    adapter: str | Sequence[str] | None = None,
+    more_adapters: bool = False,
+    most_rank: int = MOST_RANK,
     device: str = "auto",
     **settings: Any,
 ) -> Loaded:
@@ -57,8 +60,9 @@ def load_engine(
     ``defaults`` apply to parameters that the directory's generation_config.json does not set. ``tokenizer``:
     a directory with a tokenizer to use instead of the model's. ``threads`` None: torch's default, or one for
     a small model. ``quantize``: ``int8`` or ``int4``, applied to an unquantised model while it is loaded.
-    ``adapter``: a directory in peft's format, merged into plain weights, kept separate from quantised ones.
-    ``adapters``: others may be read later, so the inputs of quantised layers must stay as they were.
+    ``adapter``: a directory in peft's format, merged into plain weights, kept separate from quantised ones;
+    or several as ``NAME=DIR``, which requests choose. ``more_adapters``: others may be read later, so the
+    inputs of quantised layers must stay as they were; ``most_rank`` is the highest rank of those with names.
     ``device``: as ``compute_device`` takes it. Raises UserError for a model, tokenizer or adapter that cannot
     be loaded, a device that cannot be used and one without room for the weights.
     """
@@ -81,20 +85,22 @@ def load_engine(
     dtype = weights_dtype(chosen) or (torch.float32 if config.num_parameters() < FLOAT32_BELOW else None)
     check_room(directory, chosen, dtype, quantize)
     quantised = quantize is not None or directory.scheme is not None
-    if adapter is not None:
-        check_adapter(adapter)
+    alone, named = given_adapters(adapter)
+    for path in (*named.values(), *([] if alone is None else [alone])):
+        check_adapter(path)
     with guard(chosen):
-        if adapter is not None and not quantised:
-            weights = merged(load_model(directory, device=chosen), adapter, directory.path)
+        if alone is not None and not quantised:
+            weights = merged(load_model(directory, device=chosen), alone, directory.path)
             weights = weights if dtype is None else weights.to(dtype)
         else:
-            balance = adapter is None and not adapters
+            balance = alone is None and not named and not more_adapters
             weights = load_weights(directory, quantize, dtype, chosen, balance)
-    read_adapter = AdapterLoader(directory, weights)
-    if adapter is not None and quantised:
-        settings["adapter"] = read_adapter(adapter, MERGED_RANK)
+    read_adapter = AdapterLoader(directory, weights, most_rank)
+    if alone is not None and quantised:
+        settings["adapter"] = read_adapter(alone, MERGED_RANK)
+    adapters = {name: read_adapter(path) for name, path in named.items()}
     stop_ids = _stop_ids(generation_config, config, own_tokenizer)
-    return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids, read_adapter)
+    return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids, read_adapter, adapters)
 
 
 def _stop_ids(

@@ -198,7 +198,7 @@ class _Exchange:
 
 
 def _is_api(path: str) -> bool:
-    return path.startswith(("/v1/", "/api/"))
+    return path.startswith(("/v1/", "/api/")) and not path.startswith("/v1/files")  # may be 100 MB
 
 
 def _readable(body: bytearray) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
@@ -11,6 +11,8 @@ from fastapi.responses import JSONResponse
 import xverse
 from xverse.serve import errors
 from xverse.serve.apis import (
+    adapters,
+    batches,
     chat,
     completions,
     embeddings,
@@ -21,10 +23,11 @@ from xverse.serve.apis import (
     scores,
     tokens,
 )
+from xverse.serve.caller import Caller
 from xverse.serve.page import mount
 from xverse.serve.service import Service
 
-APIS = (chat, completions, responses, messages, embeddings, scores, ollama, models, tokens)
+APIS = (chat, completions, responses, messages, embeddings, scores, ollama, models, tokens, adapters, batches)
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -35,7 +38,12 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.runner.start()
-        yield
+        async with AsyncExitStack() as stack:
+            if service.batches is not None:
+                call = Caller(app, service.metrics).call
+                at_once = max(1, service.runner.engine.max_batch // 2)  # the rest is for those who wait
+                await stack.enter_async_context(service.batches.running(call, at_once))
+            yield
         await service.runner.drain(timeout=service.timeout)
 
     app = FastAPI(

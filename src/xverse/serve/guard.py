@@ -54,7 +54,7 @@ class Guard:
     site's page makes the browser send requests to 127.0.0.1 under that site's name. Cross-origin requests
     are refused, except from ``origins``. ``keys``: if not empty, requests need one of them as a bearer token,
     in ``x-api-key``, or as the password of HTTP basic authentication. Bodies above ``max_body`` bytes are
-    refused, and those that arrive too slowly.
+    refused, and those that arrive too slowly; ``max_upload`` is the limit of files, if not the same.
     """
 
     def __init__(
@@ -64,12 +64,13 @@ class Guard:
         hosts: Sequence[str] | None,
         keys: Sequence[str],
         max_body: int,
+        max_upload: int | None = None,
         origins: Sequence[str] = (),
     ) -> None:
         self._app = app
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         self._keys = keys  # the list itself: SIGHUP replaces its contents
-        self._max_body = max_body
+        self._max_body, self._max_upload = max_body, max_upload
         self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +90,8 @@ class Guard:
         if refused is not None:
             await refused(scope, receive, with_headers)
         else:
-            await self._app(_with_json(scope), self._limited(receive), with_headers)
+            most = self._most(scope)
+            await self._app(_with_json(scope), self._limited(receive, most), with_headers)
 
     def _refusal(self, scope: Scope) -> Any:
         headers = {key.lower(): value for key, value in scope["headers"]}
@@ -117,18 +119,22 @@ class Guard:
                     else 'Basic realm="API key as password"'
                 )
                 return errors.answer(401, text, code="invalid_api_key", headers={"WWW-Authenticate": kind})
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_body:
-            return errors.answer(
-                413, f"the body is larger than {self._max_body} bytes", code="body_too_large"
-            )
+        length, most = headers.get(b"content-length", b"0"), self._most(scope)
+        if length.isdigit() and int(length) > most:
+            return errors.answer(413, f"the body is larger than {most} bytes", code="body_too_large")
         return None
+
+    def _most(self, scope: Scope) -> int:
+        """The most bytes of the body; around a file there are a few lines of the form."""
+        if self._max_upload is not None and scope["path"] == "/v1/files":
+            return max(self._max_body, self._max_upload + 10_000)
+        return self._max_body
 
     def _own(self, origin: str, host: str) -> bool:
         name = urllib.parse.urlsplit(origin).hostname or ""
         return name == host or (self._hosts is not None and name in self._hosts)
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, most: int) -> Receive:
         received, complete = 0, False
         begin = time.monotonic()
 
@@ -144,8 +150,8 @@ class Guard:
                 raise HTTPException(408, text, _CLOSE) from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body")
-            if received > self._max_body:  # chunked, without Content-Length
-                raise HTTPException(413, f"the body is larger than {self._max_body} bytes", _CLOSE)
+            if received > most:  # chunked, without Content-Length
+                raise HTTPException(413, f"the body is larger than {most} bytes", _CLOSE)
             return message
 
         return limited

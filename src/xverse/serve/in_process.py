@@ -1,65 +1,23 @@
-"""Requests to the application without a socket: the same routes, checks and errors."""
+"""The application of a service in this process, without a server."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
-from xverse.serve.access_log import AccessLog
 from xverse.serve.app import create_app
-from xverse.serve.batch_file import Answer
+from xverse.serve.caller import Caller
 from xverse.serve.service import Service
 
-# Endpoints for batches: those that answer a JSON body without keeping anything.
-URLS = (
-    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"),
-    *("/v1/score", "/v1/rerank", "/api/chat", "/api/generate", "/api/embed"),
-)
 
-
-class InProcess:
+class InProcess(Caller):
     """The application of a service. ``call`` it within ``running``."""
 
     def __init__(self, service: Service) -> None:
-        self._service = service
         self._app = create_app(service)
-        self._logged = AccessLog(self._app, service.metrics, log=False)
+        super().__init__(self._app, service.metrics)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         async with self._app.router.lifespan_context(self._app):
             yield
-
-    async def call(self, path: str, body: dict[str, Any]) -> Answer:
-        """POST ``body``. Cancelling it is the client's leaving."""
-        sent = asyncio.Queue[MutableMapping[str, Any]]()
-        sent.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
-        status, request_id, received = 500, "", bytearray()
-
-        async def send(message: MutableMapping[str, Any]) -> None:
-            nonlocal status, request_id
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                names = dict(message["headers"])
-                request_id = names.get(b"x-request-id", b"").decode("latin-1")
-            received.extend(message.get("body", b""))
-
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
-            "root_path": "",
-            "query_string": b"",
-            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
-            "client": None,
-            "server": ("localhost", 0),
-        }
-        await self._logged(scope, sent.get, send)
-        return status, request_id, json.loads(received or b"null")

@@ -13,12 +13,13 @@ import functools
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from xverse.config import UserError
 from xverse.device import is_lost
-from xverse.engine import Engine, Event, Request
+from xverse.engine import Adapter, Engine, Event, Request
 from xverse.log import notice
 
 _STUCK = 60.0  # seconds of a single step after which the engine counts as stuck
@@ -59,6 +60,7 @@ class EngineRunner:
         self._max_open = engine.max_batch + max_waiting
         self.on_death: Callable[[], None] | None = None
         self._open = 0
+        self.uses: Counter[Adapter | None] = Counter()  # open requests by their adapter
         self._commands: queue.SimpleQueue[tuple[str, _Ticket | None]] = queue.SimpleQueue()
         self._tickets: dict[int, _Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -81,6 +83,7 @@ class EngineRunner:
         self.check_room()
         ticket = _Ticket(request)
         self._open += 1
+        self.uses[request.adapter] += 1
         ended = False
         self._commands.put(("submit", ticket))
         try:
@@ -95,6 +98,7 @@ class EngineRunner:
                 yield event
         finally:
             self._open -= 1
+            self.uses[request.adapter] -= 1
             if not ended:
                 self._commands.put(("cancel", ticket))
 

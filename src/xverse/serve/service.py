@@ -8,16 +8,19 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import xverse
 from xverse.config import UserError
-from xverse.engine import Adapter, Constraint, Request, SamplingParams
+from xverse.engine import Adapter, AdapterLoader, Constraint, Request, SamplingParams
+from xverse.engine.adapters import MOST_ADAPTERS, check_name
 from xverse.engine.request import MOST_ALTERNATIVES
 from xverse.serve import tools
 from xverse.serve.access_log import current
+from xverse.serve.batches import Batches
 from xverse.serve.calls import CallParser
 from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Compiled, Grammars
@@ -48,6 +51,9 @@ class Service:
     adapter: Adapter | None = None  # of the replies, if any
     parent: str | None = None  # the name of the model that the adapter changes
     adapted: dict[str, Service] = field(default_factory=dict)  # services of the same engine, with adapters
+    read_adapter: AdapterLoader | None = None
+    adapter_folder: Path | None = None  # where adapters may be loaded from at run time
+    batches: Batches | None = None  # and files, if the server keeps them
 
     @property
     def context(self) -> int:
@@ -73,6 +79,18 @@ class Service:
             text = f"model: '{name[:80]}' does not exist; this server has {names}"
             raise ApiError(404, text, param="model", code="model_not_found")
         return found
+
+    def adopt(self, name: str, adapter: Adapter) -> None:
+        """Serve an adapter of the engine's model under a name. Raises UserError for a name that is taken or
+        cannot be one, and for too many adapters."""
+        check_name(name)
+        if name == self.name or name in self.adapted:
+            raise UserError(f"'{name}' is already the name of a model")
+        if len(self.adapted) >= MOST_ADAPTERS:
+            raise UserError(f"{MOST_ADAPTERS} adapters are loaded, the most at once; unload one first")
+        now = int(time.time())
+        mine = dataclasses.replace(self, name=name, adapter=adapter, parent=self.name, created=now)
+        self.adapted[name] = mine
 
     async def grammar(self, body: Generation) -> Compiled | None:
         """The grammar of the replies, for ``chat`` and ``complete``. Cancelling ends its compilation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,16 @@ from typing import Any
 import torch
 
 from xverse import device
+from xverse.config import UserError
 from xverse.engine import Speculation
+from xverse.engine.adapters import MOST_RANK
 from xverse.engine.cache import position_bytes
 from xverse.engine.engine import PREFIX_CACHE_BYTES
 from xverse.engine.load import load_engine
 from xverse.hardware import process_memory
 from xverse.kernels.linear import QuantLinear
+from xverse.serve.batches import Batches
+from xverse.serve.caller import URLS
 from xverse.serve.grammar import Grammars
 from xverse.serve.metrics import Metrics
 from xverse.serve.runner import EngineRunner
@@ -30,7 +34,10 @@ class ServiceSettings:
 
     model: str = "nano"
     tokenizer: str | None = None
-    adapter: str | None = None
+    adapter: str | Sequence[str] | None = None
+    adapter_folder: str | None = None
+    max_lora_rank: int = MOST_RANK
+    batch_folder: str | None = None
     quantize: str | None = None
     name: str | None = None
     max_batch: int = 64
@@ -39,6 +46,7 @@ class ServiceSettings:
     prefix_cache_mb: int = PREFIX_CACHE_BYTES >> 20
     kv_dtype: str = "auto"
     speculate: bool = False
+    batch_invariant: bool | None = None
     timeout: float = 600.0
     threads: int | None = None
     device: str = "auto"
@@ -47,23 +55,31 @@ class ServiceSettings:
 
 def load_service(settings: ServiceSettings) -> Service:
     """Load the model. Raises UserError if it cannot be loaded or does not fit."""
+    folder = None
+    if settings.adapter_folder is not None:
+        folder = Path(settings.adapter_folder).expanduser().resolve()
+        if not folder.is_dir():
+            raise UserError(f"--adapter-folder: {settings.adapter_folder!r} is not a directory")
     loaded = load_engine(
         settings.model,
         threads=settings.threads,
         quantize=settings.quantize,
         tokenizer=settings.tokenizer,
         adapter=settings.adapter,
+        more_adapters=folder is not None,
+        most_rank=settings.max_lora_rank,
         device=settings.device,
         max_batch=settings.max_batch,
         max_cache_tokens=settings.max_cache_tokens,
         prefix_cache_bytes=settings.prefix_cache_mb << 20,
         kv_dtype=settings.kv_dtype,
+        batch_invariant=settings.batch_invariant,
         speculation=Speculation() if settings.speculate else None,
     )
     tokenizer = loaded.engine.tokenizer
     runner = EngineRunner(loaded.engine, max_waiting=settings.max_waiting)
     name = settings.name or Path(settings.model).name
-    return Service(
+    service = Service(
         runner=runner,
         tokenizer=tokenizer,
         name=name,
@@ -72,7 +88,14 @@ def load_service(settings: ServiceSettings) -> Service:
         grammars=Grammars(tokenizer, loaded.stop_ids),
         metrics=Metrics(runner, name),
         timeout=settings.timeout,
+        read_adapter=loaded.read_adapter,
+        adapter_folder=folder,
     )
+    if settings.batch_folder is not None:
+        service.batches = Batches(Path(settings.batch_folder).expanduser(), URLS, runner)
+    for each, adapter in loaded.adapters.items():
+        service.adopt(each, adapter)
+    return service
 
 
 def describe(service: Service, settings: ServiceSettings) -> list[str]:
@@ -96,6 +119,10 @@ def describe(service: Service, settings: ServiceSettings) -> list[str]:
         f"key-value cache: {engine.max_cache_tokens:,} tokens, {_size(cache)}, {stored}; "
         f"at most {_size(prefixes)} of it keep the beginnings of earlier prompts",
     ]
+    if service.adapted:
+        lines.append(f"adapters: {', '.join(service.adapted)}")
+    same = "do not depend" if engine.batch_invariant else "may depend"
+    lines.append(f"logits {same} on other requests, prompt chunks and threads (--batch-invariant)")
     resident = process_memory("VmRSS")
     if weight.device.type == "cpu" and resident is not None:
         lines.append(f"memory: {_size(resident)} now, about {_size(resident + cache)} when the cache is full")

@@ -1,4 +1,4 @@
-"""``/v1/models``: the names of the model and of its adapters, in a form that OpenAI's and Anthropic's clients both read."""
+"""``/v1/models``: the model and its adapters, in a form that OpenAI's and Anthropic's clients both read."""
 
 from __future__ import annotations
 
