@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from xverse.config import UserError
 from xverse.device import guard
@@ -25,7 +24,7 @@ from xverse.engine.prefix import PrefixCache
 from xverse.engine.request import Event, Pooling, Request, Stats, TokenLogprob
 from xverse.engine.sampling import Adjustment, Dice, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
-from xverse.engine.scoring import Scores, ScoringItem, pool, score_prompt
+from xverse.engine.scoring import Scores, ScoringItem, pool, report, score_prompt
 from xverse.engine.sequence import Prompted, Sequence
 from xverse.engine.settings import check_settings, invariance
 from xverse.engine.sizing import capacity, step_bytes
@@ -121,8 +120,6 @@ class Engine:
         self._speculator = None if speculation is None else self._make_speculator(speculation, token_bytes)
         self._undelivered: list[Event] = []
         self._next_handle = 0
-        if adapter is not None:
-            self._adapters.attach(adapter)
 
     def _make_speculator(self, speculation: Speculation, token_bytes: int) -> Speculator:
         return Speculator(
@@ -189,7 +186,10 @@ class Engine:
             propose_forced(work, self._scheduler, self.prefill_chunk)
             if self._speculator is not None and work:
                 self._speculator.propose(work, self._scheduler)
-            events = self._undelivered + (self._forward(work) if work else [])
+            try:
+                events = self._undelivered + (self._forward(work) if work else [])
+            finally:
+                self._adapters.set(())  # others may use the model too
             self._undelivered = []
             return events
 
@@ -355,7 +355,7 @@ class Engine:
         hidden = self._hidden(ids, context)  # [N, D]
         events: list[Event] = []
         for item, rows in others:
-            if item.sequence.prompted is not None and item.sequence.scoring:
+            if item.sequence.scoring:
                 events += self._score(item, hidden[rows])
             else:
                 self._scheduler.computed(item.sequence, item.count)
@@ -435,7 +435,7 @@ class Engine:
         if sequence.dice is not None:
             sequence.dice.use(1)
         if sequence.scoring:
-            self._report(sequence, event)
+            report(sequence, event)
         stopped = False
         if token in request.stop_ids:
             event.finish_reason = "stop"
@@ -470,20 +470,10 @@ class Engine:
         elif len(sequence.tokens) >= sequence.most_tokens:
             self._scheduler.computed(sequence, item.count)
             event = Event(handle=sequence.handle, token_id=None, text="", finish_reason="length")
-            self._report(sequence, event)
+            report(sequence, event)
             self._retire(sequence)
             return [event]
         return []  # _forward also chooses the first token
-
-    @staticmethod
-    def _report(sequence: Sequence, event: Event) -> None:
-        prompted = sequence.prompted
-        assert prompted is not None
-        if prompted.state is not None:
-            event.embedding = normalize(prompted.state, dim=0).float().tolist()
-        else:
-            event.prompt_logprobs = prompted.logprobs
-        sequence.reported = True
 
     @staticmethod
     def _rest(sequence: Sequence) -> tuple[str, bool]:

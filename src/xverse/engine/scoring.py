@@ -3,16 +3,18 @@ of it, and its embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from xverse.config import UserError
 from xverse.engine.request import Event, Request, TokenLogprob
-from xverse.engine.sequence import Prompted
+from xverse.engine.sequence import Prompted, Sequence
 
-ScoringItem = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and its continuations, as ids
+ScoringItem = tuple[Many[int], Many[Many[int]]]  # a prompt and its continuations, as ids
 
 _ROWS_AT_ONCE = 128  # tokens whose logits exist at a time: 51 MB with 100,534 entries
 
@@ -27,7 +29,7 @@ def token_logprob(logprobs: Tensor, token: int, alternatives: int) -> TokenLogpr
 
 
 def score_prompt(
-    prompted: Prompted, tokens: Sequence[int], start: int, hidden: Tensor, head: Callable[[Tensor], Tensor]
+    prompted: Prompted, tokens: Many[int], start: int, hidden: Tensor, head: Callable[[Tensor], Tensor]
 ) -> bool:
     """Add log-probabilities to ``prompted``, from ``hidden`` states [T, D] of the tokens from ``start`` on.
 
@@ -70,6 +72,17 @@ def pool(prompted: Prompted, hidden: Tensor) -> bool:
     return bool(prompted.state.isfinite().all())
 
 
+def report(sequence: Sequence, event: Event) -> None:
+    """Put what was computed of a prompt into its first event."""
+    prompted = sequence.prompted
+    assert prompted is not None
+    if prompted.state is not None:
+        event.embedding = normalize(prompted.state, dim=0).float().tolist()
+    else:
+        event.prompt_logprobs = prompted.logprobs
+    sequence.reported = True
+
+
 class Scores:
     """The requests that ``Engine.score`` makes from its items, and the results as they arrive.
 
@@ -78,7 +91,7 @@ class Scores:
     """
 
     def __init__(
-        self, items: Sequence[ScoringItem], progress: Callable[[int], None] | None, if_likeliest: bool = False
+        self, items: Many[ScoringItem], progress: Callable[[int], None] | None, if_likeliest: bool = False
     ) -> None:
         self.results: list[list[list[float]]] = [[[] for _ in texts] for _, texts in items]
         self.likeliest: list[list[bool]] = [[False for _ in texts] for _, texts in items]
