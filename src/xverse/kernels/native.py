@@ -129,8 +129,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, "torch"
     if missing := next((name for name in SIGNATURES if not hasattr(kernels, name)), None):
         notice(
-            f"the compiled CPU kernels are older than the package (no {missing}): python hatch_build.py compiles"
-            " them again; until then layers compute with PyTorch's operations, which is slower"
+            f"the compiled CPU kernels are older than the package (no {missing}); python hatch_build.py"
+            " compiles them again; until then layers compute with PyTorch's operations, which is slower"
         )
         return None, "torch"
     for name, arguments in SIGNATURES.items():
