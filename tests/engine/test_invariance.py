@@ -33,7 +33,6 @@ def models(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any
         intermediate_size=320,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=1024,
         initializer_range=0.1,
     )
@@ -54,7 +53,7 @@ def test_random_traffic_gives_the_bits_of_each_request_alone(
     models: Any, tiny_tokenizer: Any, kind: str
 ) -> None:
     model = models(kind)
-    requests = traffic(tiny_tokenizer.vocab_size, 60, seed=1, longest=150)
+    requests = traffic(tiny_tokenizer.vocab_size, 50, seed=1, longest=150)
     before = torch.get_num_threads()
     try:
         for kv_dtype in ("auto", "int8"):

@@ -116,7 +116,7 @@ def test_a_wrong_file_fails_its_batch_and_names_the_line(server: Any) -> None:
         (two + b"{\n", 3, "in.jsonl"),
         (two + two, 3, "custom_id 'r0' is that of line 1 too"),
         (two.replace(b"POST", b"GET", 1), 1, "method must be 'POST'"),
-        (two + lines(1, "/v1/models"), 3, "is not an endpoint"),
+        (two + lines(1, "/v1/models").replace(b"r0", b"r2"), 3, "is not an endpoint"),
         (b"", None, "contains no requests"),
         (b"\xff\xfe\xfa", None, ""),
     ):
