@@ -18,7 +18,9 @@ from xverse.engine.load import load_engine
 Outcome = tuple[Any, ...]
 
 
-def traffic(vocab_size: int, count: int, seed: int, longest: int = 400) -> list[Request]:
+def traffic(
+    vocab_size: int, count: int, seed: int, longest: int = 400, longest_reply: int = 60
+) -> list[Request]:
     """Requests of any kind: greedy and drawn, with common beginnings, repetitions, scores and embeddings."""
     rng = random.Random(seed)
     ids = range(4, vocab_size)
@@ -37,7 +39,7 @@ def traffic(vocab_size: int, count: int, seed: int, longest: int = 400) -> list[
         if kind < 0.2:
             requests.append(Request(prompt_ids=prompt, prompt_logprobs=20, generate=False))
             continue
-        sampling = SamplingParams.greedy(rng.randrange(1, 24))
+        sampling = SamplingParams.greedy(rng.randrange(1, longest_reply))
         if kind > 0.6:
             seeds = {"temperature": 1.0, "top_p": 0.9, "seed": rng.randrange(2**31)}
             sampling = dataclasses.replace(sampling, **seeds)

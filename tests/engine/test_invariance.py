@@ -53,7 +53,7 @@ def test_random_traffic_gives_the_bits_of_each_request_alone(
     models: Any, tiny_tokenizer: Any, kind: str
 ) -> None:
     model = models(kind)
-    requests = traffic(tiny_tokenizer.vocab_size, 50, seed=1, longest=150)
+    requests = traffic(tiny_tokenizer.vocab_size, 40, seed=1, longest=120, longest_reply=100)
     before = torch.get_num_threads()
     try:
         for kv_dtype in ("auto", "int8"):
@@ -64,9 +64,9 @@ def test_random_traffic_gives_the_bits_of_each_request_alone(
             crowded = Engine(
                 model,
                 tiny_tokenizer,
-                max_batch=9,
+                max_batch=4,
                 prefill_chunk=40,
-                max_cache_tokens=512,
+                max_cache_tokens=256,
                 speculation=Speculation(),
                 **settings,
             )
