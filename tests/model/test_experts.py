@@ -16,14 +16,26 @@ from xverse.config import UserError
 from xverse.engine import Engine
 from xverse.engine.request import Request
 from xverse.engine.sampling_params import SamplingParams
-from xverse.formats import load_model
-from xverse.formats.quantize import Source, load_quantizing, quick_settings, stored_bytes
+from xverse.finetune.methods import prepare, trainable
+from xverse.finetune.settings import Settings
+from xverse.formats import ModelDirectory, load_model
+from xverse.formats.gguf import save_gguf
+from xverse.formats.quantize import (
+    Source,
+    build,
+    load_quantizing,
+    mixed_formats,
+    quick_settings,
+    stored_bytes,
+)
 from xverse.formats.weights import SafetensorsWriter
+from xverse.formats.write import save_llama
 from xverse.hf import XverseForCausalLM as HfModel
 from xverse.kernels.inference import use_kernels
 from xverse.kernels.linear import QuantLinear
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.model.mlp import RoutedMLP
+from xverse.plan.finetune_memory import trainable_parameters
 from xverse.plan.layout import Architecture
 from xverse.quant.quantizer import Quantizer
 from xverse.quant.settings import QuantSettings
@@ -228,9 +240,6 @@ def test_quantised_on_loading(kind: str, most: float, directories: dict[str, Pat
 @pytest.mark.parametrize("method", ["rtn", "rtn-row", "gptq"])
 @torch.no_grad()
 def test_every_method_quantises_experts(method: str, directories: dict[str, Path], tmp_path: Path) -> None:
-    from xverse.formats.quantize import build
-    from xverse.formats.directory import ModelDirectory
-
     source = Source(ModelDirectory.of(directories["published"]))
     settings = QuantSettings(bits=8, method=method, group_size=32)  # type: ignore[arg-type]
     run = Quantizer(source.config, source.read, settings, calibration=TOKENS[:1], sample=TOKENS)
@@ -274,12 +283,30 @@ def test_other_experts_are_refused_by_name(values: dict[str, Any], message: str)
     assert "did you mean" not in str(error.value)
 
 
-def test_where_experts_are_not_supported(directories: dict[str, Path], tmp_path: Path) -> None:
-    from xverse.formats.gguf import save_gguf
-    from xverse.formats.quantize import mixed_formats
-    from xverse.formats.directory import ModelDirectory
-    from xverse.formats.write import save_llama
+@pytest.mark.parametrize("method", ["full", "lora", "freeze"])
+def test_experts_are_trained(method: str, directories: dict[str, Path], tmp_path: Path) -> None:
+    settings = Settings(
+        model_name_or_path=str(directories["published"]), output_dir=tmp_path, dataset="x",
+        do_train=True, finetuning_type=method, lora_target="all", freeze_trainable_layers=1,
+    )  # fmt: skip
+    wrapped = HfModel.of(load_model(directories["published"]), {})
+    model = prepare(wrapped, settings)
+    predicted = trainable_parameters(wrapped.config.to_model_config(), settings)
+    assert trainable(model)[0] == pytest.approx(predicted, rel=0.01 if method == "freeze" else 0)  # norms
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    if method == "full":  # through the softmax of the router, too
+        assert wrapped.model.layers[0].mlp.router.weight.requires_grad
 
+
+def test_where_experts_are_not_supported(directories: dict[str, Path], tmp_path: Path) -> None:
     model, tokenizer = load_model(directories["published"]), Ids()
     refused = [
         lambda: Architecture.of(model.config),

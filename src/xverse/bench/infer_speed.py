@@ -35,8 +35,8 @@ from xverse.formats.quantize import quick_settings, stored_bytes
 from xverse.hardware import resident_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
-from xverse.model.mlp import RoutedMLP
 from xverse.model.config import FLOAT32_BELOW
+from xverse.model.mlp import RoutedMLP
 from xverse.tokenizer import Tokenizer
 
 NANO_TARGET = 100.0  # decoded tokens/s with one request
@@ -266,7 +266,7 @@ def _step_bytes(model: XverseForCausalLM, batch: int, positions: float) -> float
     values of ``positions``."""
     item = model.model.norm.weight.element_size()
     weights = _tensor_bytes(model) - _tensor_bytes(model.model.embed_tokens)
-    if model.config.num_experts:  # those that no token of the batch activates, with routers that spread evenly
+    if model.config.num_experts:  # without those that nobody activates, under even routing
         unused = (1 - model.config.moe_top_k / model.config.num_experts) ** batch
         experts = [m.experts for m in model.modules() if isinstance(m, RoutedMLP)]
         weights -= int(unused * sum(map(_tensor_bytes, experts)))

@@ -217,7 +217,12 @@ def _shape(
     )
 
 
-_EXPERTS = {"num_experts": 64, "moe_top_k": 6, "num_shared_experts": 2, "rope_theta": 500000.0}
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 64,
+    "moe_top_k": 6,
+    "num_shared_experts": 2,
+    "rope_theta": 500000.0,
+}
 SHAPES: dict[str, XverseConfig] = {
     "nano": _shape(12288, 256, 768, layers=6, heads=4),
     "mini": _shape(12288, 512, 1408, layers=8, heads=8),

@@ -114,8 +114,8 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
     experts = next((key for key in _EXPERTS if values.get(key)), None)
     if experts is not None and (stored != "xverse" or experts != _EXPERTS[0]):
         raise UserError(
-            f"{where}: model_type {stored!r} with {experts} = {values[experts]!r} is not supported: its routed "
-            "experts differ from XVERSE-MoE's; xverse eval --backend transformers runs it"
+            f"{where}: model_type {stored!r} with {experts} = {values[experts]!r} is not supported: its "
+            "routed experts differ from XVERSE-MoE's; xverse eval --backend transformers runs it"
         )
     if stored in FAMILIES:
         return FAMILIES[stored]

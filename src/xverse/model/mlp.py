@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,10 @@ class _Undrawn(nn.Linear):
 
 
 def make_linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
-    """``nn.Linear``, on the meta device without drawing values: for thousands of experts that takes seconds."""
+    """``nn.Linear``, on the meta device without drawing values, which takes seconds for thousands."""
     if torch.get_default_device().type != "meta":
         return nn.Linear(inputs, outputs, bias=bias)
-    layer = _Undrawn(inputs, outputs, bias=bias)
+    layer: nn.Linear = _Undrawn(inputs, outputs, bias=bias)
     layer.__class__ = nn.Linear
     return layer
 
@@ -106,7 +107,7 @@ class RoutedMLP(nn.Module):
     def _one(self, row: Tensor, weights: Tensor, chosen: list[int]) -> Tensor:
         """A single row [1, D] with its ``weights`` [k], as in decoding: the first products of all activated
         experts share their input and are computed in one call."""
-        active = [self.experts[expert] for expert in chosen]
+        active: list[Any] = [self.experts[expert] for expert in chosen]
         if self.shared_experts is not None:
             active.append(self.shared_experts)
         firsts = [layer for mlp in active for layer in (mlp.gate_proj, mlp.up_proj)]

@@ -8,6 +8,7 @@ pass has no caches, masks or devices: an attention context provides them (``mode
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm

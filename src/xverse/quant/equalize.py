@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,9 @@ def equalize_layer(layer: DecoderLayer, inputs: InputRMS) -> InputRMS:
     o = _balance_values(attention.v_proj, attention.o_proj, inputs.o, attention.head_dim)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     qkv = _balance_norm(layer.input_layernorm, projections, inputs.qkv)
-    networks = [(name, layer.get_submodule(name.rpartition(".")[0])) for name in inputs.downs]
+    networks: list[tuple[str, Any]] = [
+        (name, layer.get_submodule(name.rpartition(".")[0])) for name in inputs.downs
+    ]
     down = {name: _balance_pair(one.up_proj, one.down_proj, inputs.downs[name]) for name, one in networks}
     if isinstance(mlp, RoutedMLP):
         return InputRMS(qkv, o, inputs.gate_up, down)

@@ -82,7 +82,8 @@ def input_rms(layer: DecoderLayer, config: XverseConfig, x: Tensor) -> InputRMS:
         hook.remove()
     count = rows.shape[0] * rows.shape[1]
     rms = {name: (total / count).sqrt() for name, total in squares.items()}
-    return InputRMS(*(rms.pop(name) for name in names[:3]), rms)
+    qkv, o, gate_up = (rms.pop(name) for name in names[:3])
+    return InputRMS(qkv, o, gate_up, rms)
 
 
 def replace_linears(
@@ -116,10 +117,11 @@ def replace_linears(
     replace(gates_and_ups(config), hessian)
 
     names = downs(config)
-    hessians = {name: Hessian(layer.get_submodule(name).in_features, x.device) for name in names}
+    sizes = {name: layer.get_parameter(f"{name}.weight").shape[1] for name in names}
+    hessians = {name: Hessian(size, x.device) for name, size in sizes.items()}
     hooks = [
         layer.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, hessian=hessian: hessian.add(inputs[0])  # type: ignore[misc]
+            lambda _, inputs, hessian=hessian: hessian.add(inputs[0])
         )
         for name, hessian in hessians.items()
     ]
