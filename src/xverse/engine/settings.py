@@ -42,7 +42,7 @@ def invariance(model: XverseForCausalLM, wanted: bool | None) -> bool:
     possible = kernels and head_fits(model.config.head_dim) and not model.config.num_experts
     if wanted and not possible:
         raise UserError(
-            "batch_invariant: needs a CPU, compiled kernels, bfloat16 or float32, heads of a multiple of 32 and "
+            "batch_invariant: needs a CPU, compiled kernels, bfloat16 or float32, heads of a multiple of 32, "
             f"no experts; this is {weight.dtype} on {weight.device.type}, {model.config.head_dim} a head"
         )
     if wanted is not None:
