@@ -14,11 +14,13 @@ from xverse import hardware
 from xverse.config import UserError
 from xverse.engine.load import ending_ids
 from xverse.engine.sampling_params import SamplingParams
+from xverse.finetune.distillation import DistillationTrainer
 from xverse.finetune.encode import Data, Example
 from xverse.finetune.grpo import GrpoTrainer
 from xverse.finetune.methods import prepare, trainable
 from xverse.finetune.optimizers import optimizer_maker
 from xverse.finetune.preferences import KtoTrainer, PairTrainer, Preferences
+from xverse.finetune.quantization_aware import RoundAnew, round_in_training
 from xverse.finetune.reward_model import RewardModel, RewardTrainer, classifier
 from xverse.finetune.rewards import Rewards
 from xverse.finetune.rollouts import Generator
@@ -27,7 +29,7 @@ from xverse.finetune.settings import Settings
 from xverse.finetune.stream import Stream
 from xverse.finetune.trainer import FinetuneTrainer, Record, SavedTokenizer, order_seed
 from xverse.formats import ModelDirectory, load_model
-from xverse.formats.quantize import quick_settings
+from xverse.formats.quantize import load_quantizing, quick_settings
 from xverse.hf import XverseForCausalLM
 from xverse.kernels.training import use_training_kernels
 from xverse.log import notice
@@ -56,6 +58,8 @@ def make_trainer(
         use_liger(model)
     set_seed(args.seed)  # Trainer would do so only after the adapter's weights are drawn
     model = prepare(model, settings)
+    if settings.quantization_aware:
+        round_in_training(model, settings.quantization_aware)
     _set_generation(model, settings)
     learning, total = trainable(model)
     if args.process_index == 0:
@@ -90,6 +94,8 @@ def make_trainer(
     )
     trainer.remove_callback(ProgressCallback)  # stdout is for results
     trainer.remove_callback(PrinterCallback)
+    if settings.quantization_aware:
+        trainer.add_callback(RoundAnew())
     if settings.early_stopping_steps is not None:
         trainer.add_callback(StopEarly(settings.early_stopping_steps))
     return trainer
@@ -101,6 +107,9 @@ def _kind_of_trainer(
     """The trainer of the stage. Its reference is the model without its new adapter, or a second one."""
     if settings.stage == "rm":
         return functools.partial(RewardTrainer, centring=settings.center_rewards_coefficient)
+    if settings.teacher:
+        teacher = _load_teacher(settings, args, source)
+        return functools.partial(DistillationTrainer, teacher=teacher, settings=settings)
     if settings.stage not in ("dpo", "kto", "grpo"):
         return FinetuneTrainer
     second = settings.finetuning_type != "lora" or bool(settings.adapter_name_or_path or settings.ref_model)
@@ -127,6 +136,19 @@ def _kind_of_trainer(
         weights=(settings.kto_chosen_weight, settings.kto_rejected_weight),
     )
     return functools.partial(KtoTrainer if kto else PairTrainer, reference=reference, preferences=preferences)
+
+
+def _load_teacher(settings: Settings, args: TrainingArguments, source: ModelDirectory) -> Any:
+    """The teacher as a plain model, in the computing dtype."""
+    teacher = ModelDirectory.named(str(settings.teacher))
+    check_vocabulary("teacher", teacher, source)
+    half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
+    bits = settings.teacher_quantization_bit
+    if bits and teacher.scheme is not None:
+        raise UserError(f"teacher {teacher}: is quantised already; remove teacher_quantization_bit")
+    if bits:
+        return load_quantizing(teacher, f"int{bits}", half or torch.float32)
+    return load_model(teacher, half or torch.float32)
 
 
 def check_vocabulary(name: str, other: ModelDirectory, source: ModelDirectory) -> None:

@@ -27,7 +27,7 @@ FREE = {
     "preprocessing_num_workers", "padding_side", "local_rank", "do_eval", "report_to", "run_name",
     "disable_tqdm", "save_steps", "save_total_limit", "logging_steps", "logging_first_step", "dataset_dir",
     "dataloader_num_workers", "dataloader_pin_memory", "early_stopping_steps", "ddp_timeout", "save_dtype",
-    "generation", "max_bad_share",
+    "generation", "max_bad_share", "allow_code",
 }  # fmt: skip
 
 

@@ -28,7 +28,10 @@ _SEED_BITS = 31
 
 def whole(tensor: Tensor) -> Tensor:
     """A parameter without gradient; one that FSDP shards is gathered, for which every process calls this."""
-    tensor = tensor.detach()
+    return _full(tensor.detach())
+
+
+def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -59,20 +62,31 @@ def _values(module: Any) -> Iterator[tuple[str, Tensor]]:
     if hasattr(module, "modules_to_save"):  # peft's copy of a module that is trained whole
         module = module.modules_to_save[module.active_adapters[0]]
     layer = getattr(module, "base_layer", None)
+    rounded = getattr(module, "rounded", None)  # of quantisation-aware training
+    if layer is None and rounded is not None:
+        yield "weight", rounded().dequantize()
+        if module.bias is not None:
+            yield "bias", whole(module.bias)
+        return
     if layer is None:
         if isinstance(getattr(module, "weight", None), nn.Parameter):
             yield from ((key, whole(value)) for key, value in module.named_parameters(recurse=False))
         return
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    if not isinstance(layer, nn.Linear) or any(module.use_dora[name] for name in names):
+    if not isinstance(layer, nn.Linear) or any(module.use_dora.values()):
         return
-    weight = whole(layer.weight)
-    for name in names:
-        down, up = (whole(part[name].weight) for part in (module.lora_A, module.lora_B))
-        weight = weight + (up.float() @ down.float() * module.scaling[name]).to(weight.dtype)
-    yield "weight", weight
+    yield "weight", rounded().dequantize() if rounded is not None else merged_weight(module)
     if layer.bias is not None:
         yield "bias", whole(layer.bias)
+
+
+def merged_weight(module: Any) -> Tensor:
+    """The weight [N, K] of peft's linear layer plus its active adapters, to which gradients flow."""
+    weight = whole(module.base_layer.weight)
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            down, up = (_full(part[name].weight) for part in (module.lora_A, module.lora_B))
+            weight = weight + (up.float() @ down.float() * module.scaling[name]).to(weight.dtype)
+    return weight
 
 
 def seed_of(*parts: object) -> int:

@@ -17,6 +17,7 @@ from xverse.finetune.build import ReadStream, make_trainer
 from xverse.finetune.card import write_card
 from xverse.finetune.encode import Data, load_data, stream_data
 from xverse.finetune.launch import training_arguments
+from xverse.finetune.quantization_aware import write_rounded
 from xverse.finetune.replay import Languages, add_replay
 from xverse.finetune.resume import begin_anew, is_finished, resume_point, run_state, write_state
 from xverse.finetune.safety import ReturnMemory, StopOnSignal, world_of
@@ -209,6 +210,15 @@ def _save(
     out = settings.output_dir
     model: Any = trainer.model
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if settings.quantization_aware:
+        write_rounded(
+            trainer.accelerator.unwrap_model(trainer.model_wrapped if sharded else model),
+            out / settings.quantization_aware,
+            source.tokenizer,
+            load_model(source).lm_head.weight.dtype,
+            source.generation_config,
+            trainer.is_world_process_zero(),
+        )
     if settings.finetuning_type != "lora" and not sharded:
         stored = load_model(source).lm_head.weight.dtype  # mapped, not read
         model.to(getattr(torch, settings.save_dtype) if settings.save_dtype else stored)

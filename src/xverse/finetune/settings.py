@@ -160,8 +160,8 @@ class Settings(Arguments, Rollouts, Task):
         if self.stage != "rm":
             self._refuse_changed(["center_rewards_coefficient"], "stage rm")
         if self.quantization_aware:
-            others = ("deepspeed", "quantization_bit", "use_dora", "lora_dropout", "additional_target")
-            for name in others:
+            with_rounding = ("deepspeed", "quantization_bit", "use_dora", "lora_dropout", "additional_target")
+            for name in with_rounding:
                 if getattr(self, name):
                     raise ValueError(f"quantization_aware cannot be combined with {name}")
             if self.stage == "rm":

@@ -16,14 +16,14 @@ from xverse.hf.modeling import XverseModel, XversePreTrainedModel
 from xverse.model.transformer import XverseForCausalLM as ForCausalLM
 
 
-class XverseForSequenceClassification(GenericForSequenceClassification, XversePreTrainedModel):  # type: ignore[misc]
+class XverseForSequenceClassification(GenericForSequenceClassification, XversePreTrainedModel):
     """``AutoModelForSequenceClassification``: tensors ``model.…`` and ``score.weight`` [num_labels, D]."""
 
     def __init__(self, config: XverseConfig) -> None:
         XversePreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = XverseModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels or 1, bias=False)
         self.post_init()
 
     @classmethod

@@ -172,7 +172,7 @@ class FamilyConfig(XverseConfig):
             names = [
                 name.replace("ForCausalLM", "ForSequenceClassification") for name in values["architectures"]
             ]
-            labels = {str(index): f"LABEL_{index}" for index in range(self.num_labels)}
+            labels = {str(index): f"LABEL_{index}" for index in range(self.num_labels or 0)}
             values |= {"architectures": names, "id2label": labels, "pad_token_id": self.pad_token_id}
             values["label2id"] = {name: int(index) for index, name in labels.items()}
         return values

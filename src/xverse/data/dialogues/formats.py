@@ -262,7 +262,7 @@ def to_preference(item: Any, info: DatasetInfo) -> Preference:
             raise Skip("margin is not a number") from None
     if margin is not None and (not isinstance(margin, (int, float)) or isinstance(margin, bool)):
         raise Skip("margin is not a number")
-    return Preference(messages, *replies, margin=margin or 0.0)
+    return Preference(messages, replies[0], replies[1], margin or 0.0)
 
 
 def fill_placeholders(text: str, values: Mapping[str, str], unfilled: set[str]) -> str:
