@@ -164,7 +164,7 @@ def test_loss_and_gradient_are_their_formulas(tiny_config, tiny_tokenizer, tmp_p
 
 def test_the_engine_draws_from_the_trainers_probabilities(tiny_config, tiny_tokenizer, tmp_path) -> None:
     """In float32, at another temperature than 1, and the weights are the trainer's own, not copies."""
-    settings = settings_of(temperature=0.8)
+    settings = settings_of(temperature=0.8, reward_funcs="brevity")
     model = hf_model(tiny_config)
     trainer = trainer_of(settings, model, tiny_tokenizer, tmp_path)
     shared = plain_model(model)

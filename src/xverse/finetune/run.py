@@ -20,11 +20,13 @@ from xverse.finetune.launch import training_arguments
 from xverse.finetune.quantization_aware import write_rounded
 from xverse.finetune.replay import Languages, add_replay
 from xverse.finetune.resume import begin_anew, is_finished, resume_point, run_state, write_state
+from xverse.finetune.rollouts import AT_ONCE
 from xverse.finetune.safety import ReturnMemory, StopOnSignal, world_of
 from xverse.finetune.settings import Settings
 from xverse.finetune.trainer import FinetuneTrainer, Rows, order_seed, widest
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import fingerprint, write_base
+from xverse.formats.quantize import quick_settings, stored_bytes
 from xverse.kernels.bfloat16 import conversion_bytes
 from xverse.log import notice
 from xverse.plan import finetune_memory
@@ -151,6 +153,14 @@ def _check_memory(
     tokens, kept = widest(
         rows, args.per_device_train_batch_size, args.world_size, seed, settings.group_by_length
     )
+    cache_tokens = 0
+    if settings.stage == "grpo":
+        rows_at_once = args.per_device_train_batch_size
+        longest = max(len(prompt.ids) for prompt in data.train)
+        kept = rows_at_once * settings.max_completion_length
+        tokens = rows_at_once * longest + kept
+        replies = min(AT_ONCE, rows_at_once * args.gradient_accumulation_steps)
+        cache_tokens = replies * (longest + settings.max_completion_length)
     if settings.streaming:
         tokens = kept = args.per_device_train_batch_size * length
     stage = 0
@@ -167,11 +177,25 @@ def _check_memory(
         sharded=args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true",
         stored_bytes=stored,
         conversion=conversion_bytes() if args.device.type == "cpu" else 0,
+        teacher_bytes=_teacher_bytes(settings, bool(args.bf16 or args.fp16 or settings.pure_bf16)),
+        cache_tokens=cache_tokens,
     )
     needed, line = finetune_memory.check(source.config, settings, load)
     if args.process_index == 0:
         notice(line)
     return needed
+
+
+def _teacher_bytes(settings: Settings, half: bool) -> int:
+    if settings.teacher is None:
+        return 0
+    teacher = ModelDirectory.named(settings.teacher)
+    if teacher.scheme is not None:
+        return sum(file.stat().st_size for file in teacher.weight_files)
+    bits = settings.teacher_quantization_bit
+    if bits:
+        return stored_bytes(teacher.config, quick_settings(f"int{bits}", teacher.config))
+    return teacher.config.num_parameters() * (2 if half else 4)
 
 
 def _train(trainer: FinetuneTrainer, checkpoint: str | None, predicted: int) -> dict[str, float]:
