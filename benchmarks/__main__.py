@@ -22,6 +22,7 @@ STUDIES = {
         "studies.checkpoint",
         "how long checkpoints stall a training run, and how long resuming takes",
     ),
+    "composition": ("studies.composition", "random layouts and methods beside one process's losses"),
     "data": (
         "studies.data",
         "preparing text: shards beside the tokenizers library, the pipeline, its stages",
