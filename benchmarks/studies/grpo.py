@@ -1,7 +1,7 @@
 """GRPO beside trl's GRPOTrainer: steps of equal weights on equal prompts, each side in its own process.
 
-Weights are random, so nearly every reply has ``--new-tokens``; the reward is the share of even token ids. Steps
-include generation, rewards and training; figures are medians over rounds, without each run's first step.
+Weights are random, so nearly every reply has ``--new-tokens``; the reward is the share of even token ids. A
+step is generation, rewards and training; figures are medians over rounds, without each run's first step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One step has one loss and one gradient, whatever its micro-batches, accumulation and packing; in float32."""
+"""A step has one loss and one gradient, whatever its micro-batches, accumulation and packing (float32)."""
 
 from __future__ import annotations
 

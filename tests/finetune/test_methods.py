@@ -163,7 +163,13 @@ def test_a_student_learns_its_teachers_probabilities(
         init_weights(model, seed=seed)
         save_hf(model, tiny_tokenizer, tmp_path / name, torch.float32)
     document |= {"model_name_or_path": str(tmp_path / "student"), "teacher": str(tmp_path / "teacher")}
-    document |= {"teacher_quantization_bit": "8", "learning_rate": "3e-3", "bf16": "false", "packing": "true"}
+    document |= {
+        "teacher_quantization_bit": "8",
+        "learning_rate": "3e-3",
+        "bf16": "false",
+        "packing": "true",
+        "cutoff_len": "64",
+    }
     assert main(["finetune", *flags(document)]) == 0
     held_out = [r["valid"]["all"] for r in read_metrics(tmp_path / "out" / "metrics.jsonl") if "valid" in r]
     losses = [r["loss"] for r in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in r]
@@ -204,6 +210,7 @@ def test_what_is_written_is_what_was_trained(
     losses = [r["loss"] for r in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in r]
     assert losses[-1] < losses[0] - 0.2
     written = load_model(tmp_path / "out" / kind, torch.float32)
+    trained[0].eval()
     base = trained[0].get_base_model() if method == "lora" else trained[0]
     count = 0
     for name, module in written.named_modules():

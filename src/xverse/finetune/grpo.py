@@ -144,9 +144,7 @@ class GrpoTrainer(FinetuneTrainer):
     ) -> None:
         super().__init__(**options)
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise UserError(
-                "stage grpo cannot be combined with ZeRO-3, whose weights are never whole; use fsdp"
-            )
+            raise UserError("stage grpo cannot be combined with ZeRO-3; use another stage or fsdp")
         self.model_accepts_loss_kwargs = False  # the loss is not a mean over the row's tokens
         self.settings, self.generator, self.rewards = settings, generator, rewards
         self.reference = reference

@@ -55,5 +55,6 @@ class XverseForSequenceClassification(GenericForSequenceClassification, XversePr
         logits [n, num_labels] are those of these tokens."""
         if last_tokens is None:
             return super().forward(*args, **options)
+        options.pop("labels", None)  # which peft passes
         hidden = self.model(*args, **options).last_hidden_state[0, last_tokens]  # [n, D]
         return SequenceClassifierOutputWithPast(logits=self.score(hidden))
