@@ -100,7 +100,7 @@ def draw(seed: int, count: int) -> Iterator[Case]:
 
 
 def _pretraining(generator: random.Random) -> Case:
-    """Layouts are drawn until they are valid; what the trainer refuses is no fault."""
+    """What the trainer refuses is not a fault, so layouts may be invalid."""
     batch = generator.choice([4, 8, 12])
     return {
         "kind": "pretraining",
@@ -140,7 +140,7 @@ def _layout(generator: random.Random, batch: int) -> dict[str, Any]:
 def _finetuning(generator: random.Random) -> Case:
     rows = generator.choice([4, 8])  # of a step
     kind = generator.choice(["full", "lora", "freeze"])
-    stage = generator.choice(["sft", "pt", "dpo"])
+    stage = generator.choice(["sft", "pt", "dpo", "rm", "grpo"])
     common: dict[str, Any] = {
         "stage": stage,
         "finetuning_type": kind,
@@ -149,18 +149,22 @@ def _finetuning(generator: random.Random) -> Case:
         "max_samples": generator.choice([13, 18, 21]),
         "max_grad_norm": generator.choice([0.3, 1.0]),
     }
-    if stage != "dpo":
+    if stage == "grpo":  # 16-bit probabilities would draw other replies
+        common |= {"bf16": False, "num_generations": 2, "max_completion_length": 8, "max_samples": 21}
+        common |= {"reward_funcs": "format", "reward_pattern": "[^a]*", "beta": generator.choice([0.0, 0.1])}
+        common |= {"num_iterations": generator.choice([1, 2]), "use_dora": False}
+    if stage in ("sft", "pt"):
         common["packing"] = generator.choice([True, False])
         common["group_by_length"] = not common["packing"] and generator.choice([True, False])
     if kind == "lora":
-        common["use_dora"] = generator.choice([True, False])
+        common["use_dora"] = stage != "grpo" and generator.choice([True, False])
         if generator.random() < 0.3:
             common["loraplus_lr_ratio"] = 4.0
     elif generator.random() < 0.3:
         common["use_muon"] = True
     phases = []
     for _ in range(generator.choice([1, 2])):
-        processes = generator.choice([1, 2, 4])
+        processes = generator.choice([1, 2, 4] if stage != "grpo" or rows == 8 else [1, 2])
         share = rows // processes
         batch = generator.choice([size for size in (1, 2, share) if share % size == 0])
         phase = {"processes": processes, "batch": batch, "accumulation": share // batch}
@@ -196,18 +200,21 @@ def problem_of(case: Case) -> str:
                 failed = _forked(phase["processes"], work, case, phase, folder / label, last)
                 if failed:
                     return "" if label == "other" and failed.startswith("UserError") else f"{label}: {failed}"
-        found, expected = (_losses(folder / label) for label in ("other", "one"))
+        found, expected = (_figures(folder / label) for label in ("other", "one"))
         kind = case["common"].get("dtype") or ("bfloat16" if case["common"].get("bf16") else "float32")
         if len(found) != len(expected):
             return f"{len(found)} steps instead of {len(expected)}"
-        for step, (loss, wanted) in enumerate(zip(found, expected, strict=True)):
-            if not abs(loss - wanted) <= TOLERANCE[kind] * max(1.0, abs(wanted)):
-                return f"step {step}: loss {loss!r} instead of {wanted!r}"
+        for step, pair in enumerate(zip(found, expected, strict=True)):
+            for name, value, wanted in zip(("loss", "gradient norm"), *pair, strict=True):
+                if not abs(value - wanted) <= TOLERANCE[kind] * max(1.0, abs(wanted)):
+                    return f"step {step}: {name} {value!r} instead of {wanted!r}"
     return ""
 
 
-def _losses(out: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
+def _figures(out: Path) -> list[tuple[float, float]]:
+    """The loss and the norm of the gradient of each step."""
+    records = read_metrics(out / "metrics.jsonl")
+    return [(record["loss"], record.get("grad_norm", 0.0)) for record in records if "loss" in record]
 
 
 def _forked(processes: int, work: Callable[..., None], *arguments: Any) -> str:
@@ -320,11 +327,13 @@ def _write_inputs(folder: Path) -> None:
     rows = {
         "sft": [{"instruction": q, "output": a} for q, a in zip(asked, replies, strict=True)],
         "pt": [{"text": f"{q} {a}"} for q, a in zip(asked, replies, strict=True)],
+        "grpo": [{"question": q} for q in asked],
         "dpo": [
             {"instruction": q, "chosen": a, "rejected": "go away now"}
             for q, a in zip(asked, replies, strict=True)
         ],
     }
+    rows["rm"] = rows["dpo"]
     for stage, items in rows.items():
         (folder / f"{stage}.json").write_text(json.dumps(items))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def step_of(
         values = Preferences(supervised=0.3)
         trainer: FinetuneTrainer = PairTrainer(reference=reference, preferences=values, **options)
     elif kind == "rm":
+        options["examples"] = [dataclasses.replace(e, margin=0.1 * n) for n, e in enumerate(examples)]
         trainer = RewardTrainer(centring=0.1, **options)
     else:
         trainer = FinetuneTrainer(**options)

@@ -302,7 +302,8 @@ def test_a_model_learns_a_rule_and_goes_on_exactly(grpo, flags, tmp_path, monkey
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1, rewards
     records = read_metrics(out / "metrics.jsonl")
     for record in records[:12]:
-        assert {"kl", "clip_ratio", "completion_length", "rollout_tokens_per_second"} <= set(record)
+        assert {"kl", "clip_ratio", "completion_length", "sampling_ratio"} <= set(record)
+        assert ("rollout_tokens_per_second" in record) == (record["step"] % 2 == 0)
         assert record["logprob_difference_max"] < 1e-4
         assert {"reward_std", "reward/finished", "reward/own:low", "truncated_share"} <= set(record)
     assert records[0]["kl"] < 1e-9 < records[5]["kl"]

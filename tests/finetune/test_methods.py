@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from xverse.kernels.linear import QuantLinear
 from xverse.model import FullCausal
 from xverse.model.transformer import XverseForCausalLM as PlainModel
 from xverse.model.transformer import init_weights
+from xverse.tokenizer import train_tokenizer
 from xverse.train.plot import read_metrics
 
 BASE = {"model_name_or_path": "x", "dataset": "x", "do_train": True, "output_dir": "out"}
@@ -156,7 +158,7 @@ def test_distillation_is_its_formula(tiny_config: Any, tmp_path: Path, beta: flo
 
 
 def test_a_student_learns_its_teachers_probabilities(
-    document, flags, tmp_path, wide_config, tiny_tokenizer, capsys
+    document, flags, tmp_path, wide_config, tiny_tokenizer, tiny_texts, capsys
 ):
     for name, seed in (("teacher", 5), ("student", 6)):
         model = PlainModel(wide_config)
@@ -174,10 +176,8 @@ def test_a_student_learns_its_teachers_probabilities(
     held_out = [r["valid"]["all"] for r in read_metrics(tmp_path / "out" / "metrics.jsonl") if "valid" in r]
     losses = [r["loss"] for r in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in r]
     assert losses[-1] < 0.8 * losses[0], (losses, held_out)
-    from xverse.tokenizer import train_tokenizer
-
-    other = train_tokenizer(["abc abd bcd"] * 3, vocab_size=wide_config.vocab_size, min_frequency=1)
-    model = PlainModel(wide_config)
+    other = train_tokenizer(tiny_texts, vocab_size=690, min_frequency=1)
+    model = PlainModel(dataclasses.replace(wide_config, vocab_size=690))
     init_weights(model, seed=1)
     save_hf(model, other, tmp_path / "foreign", torch.float32)
     document |= {"teacher": str(tmp_path / "foreign"), "output_dir": str(tmp_path / "two")}

@@ -43,15 +43,15 @@ def test_cases_of_the_day() -> None:
 def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison itself: other losses, another number of steps, a process that fails."""
     case = next(composition.draw(0, 1))
-    curves = {"one": [1.0, 2.0], "other": [1.0, 2.0]}
+    curves = {"one": [(1.0, 0.5), (2.0, 0.4)], "other": [(1.0, 0.5), (2.0, 0.4)]}
     monkeypatch.setattr(composition, "_forked", lambda *_: "")
-    monkeypatch.setattr(composition, "_losses", lambda out: curves[out.name])
+    monkeypatch.setattr(composition, "_figures", lambda out: curves[out.name])
     assert composition.problem_of(case) == ""
-    curves["other"] = [1.0, 2.1]
-    assert "step 1" in composition.problem_of(case)
-    curves["other"] = [1.0, float("nan")]
-    assert "step 1" in composition.problem_of(case)
-    curves["other"] = [1.0]
+    curves["other"] = [(1.0, 0.5), (2.1, 0.4)]
+    assert "step 1: loss" in composition.problem_of(case)
+    curves["other"] = [(1.0, 0.5), (2.0, float("nan"))]
+    assert "step 1: gradient" in composition.problem_of(case)
+    curves["other"] = [(1.0, 0.5)]
     assert "1 steps" in composition.problem_of(case)
     monkeypatch.setattr(composition, "_forked", lambda *_: "ValueError: broken")
     assert "broken" in composition.problem_of(case)

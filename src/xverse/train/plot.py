@@ -69,9 +69,9 @@ def plot_loss(out: Path, title: str, validation: str = "nats per token") -> Path
         _draw_validation(panels[1], valid)
         panels[1].set_ylabel(f"validation ({validation})")
     if rewards:  # of the replies of GRPO, with their deviation within a group
-        steps, means, deviations = (np.array(values) for values in zip(*rewards, strict=True))
-        panels[-1].fill_between(steps, means - deviations, means + deviations, color="0.9")
-        panels[-1].plot(steps, means, color="tab:green", label=f"reward, at last {means[-1]:.3f}")
+        rewarded_steps, means, deviations = (np.array(values) for values in zip(*rewards, strict=True))
+        panels[-1].fill_between(rewarded_steps, means - deviations, means + deviations, color="0.9")
+        panels[-1].plot(rewarded_steps, means, color="tab:green", label=f"reward, at last {means[-1]:.3f}")
         panels[-1].set_ylabel("reward")
     for panel in panels:
         panel.set(xlabel="step", xlim=(0, steps[-1] * 1.02))
