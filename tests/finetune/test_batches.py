@@ -28,9 +28,7 @@ def examples(tiny_config: Any) -> list[Example]:
     for number in range(COUNT):
         length = 6 + 3 * (number % 5)
         ids = torch.randint(4, tiny_config.vocab_size, (length,), generator=draw).tolist()
-        made.append(
-            Example(ids, [i > 4 or i == 2 for i in range(length)], f"e[{number}]", margin=0.1 * number)
-        )
+        made.append(Example(ids, [i > 4 or i == 2 for i in range(length)], f"e[{number}]"))
     return made
 
 

@@ -59,6 +59,7 @@ def make_trainer(
     set_seed(args.seed)  # Trainer would do so only after the adapter's weights are drawn
     model = prepare(model, settings)
     if settings.quantization_aware:
+        source.config.without_experts("quantization_aware")
         round_in_training(model, settings.quantization_aware)
     _set_generation(model, settings)
     learning, total = trainable(model)
