@@ -99,11 +99,11 @@ def load_engine(
     if alone is not None and quantised:
         settings["adapter"] = read_adapter(alone, MERGED_RANK)
     adapters = {name: read_adapter(path) for name, path in named.items()}
-    stop_ids = _stop_ids(generation_config, config, own_tokenizer)
+    stop_ids = ending_ids(generation_config, config, own_tokenizer)
     return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids, read_adapter, adapters)
 
 
-def _stop_ids(
+def ending_ids(
     generation_config: dict[str, Any], config: XverseConfig, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
     """The ids that end a reply. Chat models of other publishers end a turn with a token that only their
