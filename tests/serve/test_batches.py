@@ -194,7 +194,7 @@ def test_files_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = store.add(io.BytesIO(b"x"), "f", "batch", None, expires_at=int(time.time()) + 100)
     assert file_store.FileStore(tmp_path).get(file.id, None) == file
     (tmp_path / "file-0.data").write_bytes(b"without a description, after a crash")
-    assert file_store.FileStore(tmp_path).list(None) == [file]
+    assert file_store.FileStore(tmp_path).owned(None) == [file]
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".data"}
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 101)
@@ -213,11 +213,11 @@ def test_kill_9_loses_and_doubles_no_line(tiny_tokenizer: Any, wide_config: Any,
     def serve() -> None:
         async def run() -> None:
             service.batches = Batches(folder, URLS, service.runner)
-            if not service.batches.list(None):
+            if not service.batches.owned(None):
                 file = service.batches.files.add(io.BytesIO(source), "in", "batch", None)
                 service.batches.create(file, "/v1/completions", None, None)
             async with InProcess(service).running():
-                while service.batches.list(None)[0]["status"] != "completed":
+                while service.batches.owned(None)[0]["status"] != "completed":
                     await asyncio.sleep(0.01)
 
         asyncio.run(run())
@@ -242,7 +242,7 @@ def test_kill_9_loses_and_doubles_no_line(tiny_tokenizer: Any, wide_config: Any,
         assert os.WIFSIGNALED(status) == bool(kills_left)
         assert kills_left or os.WEXITSTATUS(status) == 0
     batches = Batches(folder, URLS, service.runner)
-    (batch,) = batches.list(None)
+    (batch,) = batches.owned(None)
     assert batch["request_counts"] == {"total": 500, "completed": 499, "failed": 1}
     given = Counter[str]()
     for name in (batch["output_file_id"], batch["error_file_id"]):

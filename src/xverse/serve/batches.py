@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -98,7 +99,7 @@ class Batches:
         found = self._batches.get(name) if _ID.fullmatch(name) else None
         return found if found is not None and found["owner"] == owner else None
 
-    def list(self, owner: str | None) -> list[Batch]:
+    def owned(self, owner: str | None) -> list[Batch]:
         """The owner's batches, newest first."""
         mine = [batch for batch in self._batches.values() if batch["owner"] == owner]
         return sorted(mine, key=lambda batch: (-batch["created_at"], batch["id"]))
@@ -233,15 +234,19 @@ class Batches:
                         to.write(line)
             error = {"code": "batch_expired", "message": "the batch expired before this request was answered"}
             for request in missing if kind == "error" else ():
-                line = {"id": request.id, "custom_id": request.custom_id, "response": None, "error": error}
-                to.write(json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n")
+                given_up = {
+                    "id": request.id,
+                    "custom_id": request.custom_id,
+                    "response": None,
+                    "error": error,
+                }
+                to.write(json.dumps(given_up, ensure_ascii=False).encode(errors="replace") + b"\n")
 
         for kind in made:
             name = "file-" + hashlib.sha256(f"{batch['id']} {kind}".encode()).hexdigest()[:24]
             filename = f"{batch['id']}_{kind}.jsonl"
-            file = self.files.add(
-                lambda to, kind=kind: write(to, kind), filename, "batch_output", batch["owner"], name=name
-            )
+            writer = functools.partial(write, kind=kind)
+            file = self.files.add(writer, filename, "batch_output", batch["owner"], name=name)
             if file.bytes:
                 made[kind] = file.id
             else:

@@ -108,7 +108,7 @@ class FileStore:
         found = self._files.get(name) if _ID.fullmatch(name) else None
         return found if found is not None and found.owner == owner else None
 
-    def list(self, owner: str | None) -> list[StoredFile]:
+    def owned(self, owner: str | None) -> list[StoredFile]:
         """The owner's files, newest first."""
         self._expire()
         mine = [file for file in self._files.values() if file.owner == owner]

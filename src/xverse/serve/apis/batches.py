@@ -71,7 +71,7 @@ def mount(app: FastAPI, service: Service) -> None:
     async def files(
         limit: Limit = 10_000, after: str = "", order: Order = "desc", purpose: str = ""
     ) -> dict[str, Any]:
-        found = [file for file in batches().files.list(current().key) if purpose in ("", file.purpose)]
+        found = [file for file in batches().files.owned(current().key) if purpose in ("", file.purpose)]
         found = found[::-1] if order == "asc" else found
         return _page(found, limit, after, lambda file: file.id, StoredFile.described)
 
@@ -114,7 +114,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/batches")
     async def every(limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str = "") -> dict[str, Any]:
-        return _page(batches().list(current().key), limit, after, lambda batch: batch["id"], _shown)
+        return _page(batches().owned(current().key), limit, after, lambda batch: batch["id"], _shown)
 
     @app.get("/v1/batches/{name}")
     async def batch(name: str) -> dict[str, Any]:
