@@ -92,7 +92,7 @@ class AdapterLoader:
         """The adapter of a directory in peft's format, in the model's dtype and on its device. Raises
         UserError for one of another base, one that does not fit the model, and one of a kind or rank that
         is not supported."""
-        check_base(lambda: self._fingerprint, check_adapter(path), self._directory.path)
+        check_base(lambda: self._fingerprint, check_adapter(path), self._directory.path.name)
         weight = self._model.model.norm.weight
         most = self._most_rank if most_rank is None else most_rank
         digest, factors = read_lora(Path(path).expanduser(), self._model, most)
