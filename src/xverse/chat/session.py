@@ -169,12 +169,19 @@ def load_session(
     threads: int | None = None,
     quantize: str | None = None,
     adapter: str | None = None,
+    template: str | None = None,
     device: str = "auto",
     notify: Callable[[str], None],
 ) -> Session:
     """A session with ``model``, loaded by ``load_engine``; ``overrides`` replace its sampling parameters."""
     loaded = load_engine(
-        model, defaults=defaults, threads=threads, quantize=quantize, adapter=adapter, device=device
+        model,
+        defaults=defaults,
+        threads=threads,
+        quantize=quantize,
+        adapter=adapter,
+        template=template,
+        device=device,
     )
     sampling = dataclasses.replace(loaded.sampling, **overrides)
     return Session(loaded.engine, sampling, loaded.stop_ids, notify)

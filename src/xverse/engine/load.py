@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.config import UserError
+from xverse.config import UserError, choose
 from xverse.device import compute_device, guard, report_unused_gpu, weights_dtype
 from xverse.engine.engine import Engine
 from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config, unsupported_keys
@@ -15,6 +15,7 @@ from xverse.formats.quantize import load_quantizing, quick_settings, stored_byte
 from xverse.hardware import available_memory
 from xverse.log import notice
 from xverse.model.config import FLOAT32_BELOW
+from xverse.tokenizer.published import FORMATS, with_format
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ def load_engine(
     threads: int | None = None,
     quantize: str | None = None,
     tokenizer: str | None = None,
+    template: str | None = None,
     adapter: str | None = None,
     device: str = "auto",
     **settings: Any,
@@ -50,8 +52,10 @@ def load_engine(
     """An engine for ``model`` (``nano``, a directory or a hub id); ``settings`` are the engine's.
 
     ``defaults`` apply to parameters that the directory's generation_config.json does not set. ``tokenizer``:
-    a directory with a tokenizer to use instead of the model's. ``threads`` None: torch's default, or one for
-    a small model. ``quantize``: ``int8`` or ``int4``, applied to an unquantised model while it is loaded.
+    a directory with a tokenizer to use instead of the model's. ``template``: the name of a chat format
+    (``tokenizer/published.py``) for a model whose files have none. ``threads`` None: torch's default, or
+    one for a small model. ``quantize``: ``int8`` or ``int4``, applied to an unquantised model while it is
+    loaded.
     ``adapter``: a directory in peft's format, merged into plain weights, kept separate from quantised ones.
     ``device``: as ``compute_device`` takes it. Raises UserError for a model, tokenizer or adapter that cannot
     be loaded, a device that cannot be used and one without room for the weights.
@@ -69,6 +73,8 @@ def load_engine(
             raise UserError(f"threads: {threads} is out of range (1 to 1024)")
         torch.set_num_threads(threads)
     own_tokenizer = (directory if tokenizer is None else ModelDirectory.named(tokenizer)).tokenizer
+    if template is not None:
+        own_tokenizer = with_format(own_tokenizer, choose("template", template, FORMATS), directory.name)
     chosen = compute_device(device)
     if device == "auto":
         report_unused_gpu(chosen)
@@ -91,7 +97,7 @@ def _stop_ids(
     ids = generation_config.get("eos_token_id", config.eos_token_id)
     ids = [*ids] if isinstance(ids, list) else [ids]
     if tokenizer.template is not None:
-        ids.append(tokenizer.eos_id)
+        ids += [tokenizer.eos_id, *tokenizer.stop_ids]
     return tuple(dict.fromkeys(index for index in ids if index is not None and index >= 0))
 
 

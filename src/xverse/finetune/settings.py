@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal
 from xverse.config import UserError, build, unknown_keys, unknown_text
 from xverse.finetune.foreign_keys import refuse_former_recipe, take_foreign
 from xverse.log import notice
+from xverse.values import CHAT_FORMATS
 
-TEMPLATES = ("default", "xverse")
+TEMPLATES = ("default", "xverse", *CHAT_FORMATS)
+_TEMPLATE = f"chat format: default, the model's own; if it has none: {', '.join(TEMPLATES[1:])}"
 HELD_OUT = 0.01  # share held out for evaluation without val_size and eval_dataset
 Moment = Literal["no", "steps", "epoch"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -98,7 +100,7 @@ class Settings:
     finetuning_type: Annotated[
         Literal["full", "lora", "freeze"], "train all weights, an adapter, or some layers"
     ] = "lora"
-    template: Annotated[str, "chat format: default, the model's own, or xverse"] = "default"
+    template: Annotated[str, _TEMPLATE] = "default"
     freeze_trainable_layers: Annotated[int, "with freeze: train the last N layers; -N: the first ones"] = 2
     freeze_trainable_modules: Annotated[str, "with freeze: modules to train in these layers, or all"] = "all"
     freeze_extra_modules: Annotated[str | None, "with freeze: other modules to train"] = None
@@ -239,10 +241,7 @@ class Settings:
 
     def _check_task(self) -> None:
         if self.template not in TEMPLATES:
-            raise ValueError(
-                f"template '{self.template}' is not known: default is the model's own chat template, xverse "
-                "XVERSE's format"
-            )
+            raise ValueError(f"template '{self.template}' is not known; {_TEMPLATE}")
         if not (self.do_train or self.do_eval):
             raise ValueError(
                 "nothing to do; set do_train, do_eval or both (xverse chat --adapter A talks to the result)"

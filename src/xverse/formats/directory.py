@@ -158,14 +158,14 @@ class ModelDirectory:
         nothing but a tokenizer.
         """
         from xverse.tokenizer import Tokenizer
-        from xverse.tokenizer.general import load_tokenizer_of
-        from xverse.tokenizer.published import published_template
+        from xverse.tokenizer.general import GeneralTokenizer, load_tokenizer_of
+        from xverse.tokenizer.published import published
 
         has_config = (self.path / "config.json").exists()
         if has_config and self.model_type != "xverse":
             tokenizer = load_tokenizer_of(self.path)
-            if tokenizer.template is None:
-                tokenizer.template = published_template(self.values, self.path)
+            if isinstance(tokenizer, GeneralTokenizer) and tokenizer.template is None:
+                tokenizer = published(tokenizer, self.values, self.generation_config, self.path)
         else:
             if not (self.path / "tokenizer.json").is_file():
                 raise UserError(

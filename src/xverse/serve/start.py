@@ -30,6 +30,7 @@ class ServiceSettings:
 
     model: str = "nano"
     tokenizer: str | None = None
+    template: str | None = None
     adapter: str | None = None
     quantize: str | None = None
     name: str | None = None
@@ -52,6 +53,7 @@ def load_service(settings: ServiceSettings) -> Service:
         threads=settings.threads,
         quantize=settings.quantize,
         tokenizer=settings.tokenizer,
+        template=settings.template,
         adapter=settings.adapter,
         device=settings.device,
         max_batch=settings.max_batch,
