@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.config import UserError, choose
+from xverse.config import UserError
 from xverse.device import compute_device, guard, report_unused_gpu, weights_dtype
 from xverse.engine.engine import Engine
 from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config, unsupported_keys
@@ -15,12 +15,12 @@ from xverse.formats.quantize import load_quantizing, quick_settings, stored_byte
 from xverse.hardware import available_memory
 from xverse.log import notice
 from xverse.model.config import FLOAT32_BELOW
-from xverse.tokenizer.published import FORMATS, with_format
+from xverse.tokenizer.published import with_format
 
 if TYPE_CHECKING:
     import torch
 
-    from xverse.model import XverseConfig, XverseForCausalLM
+    from xverse.model import XverseForCausalLM
     from xverse.tokenizer import Tokenizer
 
 # The matmuls of smaller models are so short that a second thread gains little, or loses on a busy machine.
@@ -74,7 +74,7 @@ def load_engine(
         torch.set_num_threads(threads)
     own_tokenizer = (directory if tokenizer is None else ModelDirectory.named(tokenizer)).tokenizer
     if template is not None:
-        own_tokenizer = with_format(own_tokenizer, choose("template", template, FORMATS), directory.name)
+        own_tokenizer = with_format(own_tokenizer, template, directory.name)
     chosen = compute_device(device)
     if device == "auto":
         report_unused_gpu(chosen)
@@ -85,16 +85,16 @@ def load_engine(
             weights = _adapted(directory, adapter, quantize, dtype, chosen)
         else:
             weights = load_weights(directory, quantize, dtype, chosen)
-    stop_ids = _stop_ids(generation_config, config, own_tokenizer)
+    stop_ids = reply_ends(generation_config, config.eos_token_id, own_tokenizer)
     return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids)
 
 
-def _stop_ids(
-    generation_config: dict[str, Any], config: XverseConfig, tokenizer: Tokenizer
+def reply_ends(
+    generation_config: dict[str, Any], eos: int | list[int] | None, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
     """The ids that end a reply. Chat models of other publishers end a turn with a token that only their
     tokenizer names."""
-    ids = generation_config.get("eos_token_id", config.eos_token_id)
+    ids = generation_config.get("eos_token_id", eos)
     ids = [*ids] if isinstance(ids, list) else [ids]
     if tokenizer.template is not None:
         ids += [tokenizer.eos_id, *tokenizer.stop_ids]

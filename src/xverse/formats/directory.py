@@ -157,6 +157,14 @@ class ModelDirectory:
         Raises UserError if there is none or if its ids exceed the model's vocabulary. The directory may hold
         nothing but a tokenizer.
         """
+        tokenizer = self.unchecked_tokenizer
+        if (self.path / "config.json").exists():
+            check_vocabulary(tokenizer, self.config, self.path)
+        return tokenizer
+
+    @cached_property
+    def unchecked_tokenizer(self) -> Tokenizer:
+        """``tokenizer``, also of a model that the forward pass does not compute."""
         from xverse.tokenizer import Tokenizer
         from xverse.tokenizer.general import GeneralTokenizer, load_tokenizer_of
         from xverse.tokenizer.published import published
@@ -172,8 +180,6 @@ class ModelDirectory:
                     f"{self}: has no tokenizer.json; copy it from the model's published directory"
                 )
             tokenizer = Tokenizer.load(self.path)
-        if has_config:
-            check_vocabulary(tokenizer, self.config, self.path)
         return tokenizer
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError
+from xverse.config import UserError, choose
 from xverse.tokenizer.general import BOS_APART, STOP_TOKEN, GeneralTokenizer
 from xverse.tokenizer.pieces import PREFIXED, added_token, metaspace
 from xverse.tokenizer.tokenizer import Tokenizer
@@ -80,8 +80,8 @@ FORMATS = {
 
 def with_format(tokenizer: Tokenizer, name: str, where: str) -> Tokenizer:
     """``tokenizer`` with the chat format ``name``, its tokens special. Raises UserError for a tokenizer that
-    has another template or lacks a token of the format."""
-    chosen = FORMATS[name]
+    has another template or lacks a token of the format, and for an unknown name."""
+    chosen = choose("template", name, FORMATS)
     if tokenizer.template == chosen.template:
         return tokenizer
     if tokenizer.template is not None or not isinstance(tokenizer, GeneralTokenizer):
@@ -107,7 +107,7 @@ def published(
     chosen = None
     roles = [generation.get(key) for key in ("user_token_id", "assistant_token_id")]
     if values.get("model_type") == "baichuan" and all(isinstance(index, int) for index in roles):
-        known = [index for index in roles if 0 <= index < tokenizer.vocab_size]
+        known = [i for i in roles if isinstance(i, int) and 0 <= i < tokenizer.vocab_size]
         texts = [tokenizer.token_bytes(index).decode() for index in known]
         if len(texts) == 2:
             plain = FORMATS["baichuan2"]
