@@ -1,4 +1,4 @@
-"""Small models of other publishers, in their published layouts, and what each computes (``foreign_passes.py``)."""
+"""Small models of other publishers in their published layouts; ``foreign_passes.py`` has what each computes."""
 
 from __future__ import annotations
 
