@@ -1,0 +1,230 @@
+"""``Popen`` and ``run`` of ``subprocess`` for Python programs, without importing torch in each of them.
+
+A server process imports torch, transformers and the command line once, which takes 10 to 20 CPU-seconds. For
+each program it forks, and the fork runs the program as ``__main__`` with its own arguments, environment,
+folder, streams and session. The fork then becomes a child of the calling process: its process id, signals,
+exit status and resource usage are those of any child.
+
+A program gets an interpreter of its own where one is needed: off Linux, for interpreter options (``-X``,
+``-W``), for a ``preexec_fn``, and if the environment differs in a variable that is read at start-up or on
+import (``AT_START``). A test about start-up, imports or memory has to use ``subprocess``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+PRELOAD = (
+    "torch._dynamo", "torch.distributed.run", "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
+    "transformers.modeling_utils", "matplotlib.backends.backend_agg", "matplotlib.figure", "fastapi",
+    "uvicorn", "xverse.cli", "xverse.commands.pretrain", "xverse.train", "xverse.formats.write",
+    "xverse.engine.load",
+)  # fmt: skip
+AT_START = (
+    "PYTHON", "LD_", "LC_", "LANG", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_", "TORCH", "PYTORCH_",
+    "OMP_", "CUDA_", "HF_", "TRANSFORMERS_", "XVERSE_KERNELS",
+)  # fmt: skip
+SET_CHILD_SUBREAPER = 36  # of prctl(2)
+
+
+class Server:
+    """The process that forks, as one test process sees it."""
+
+    def __init__(self) -> None:
+        self.channel, theirs = socket.socketpair()
+        self.environment = at_start(os.environ)
+        command = [sys.executable, __file__, str(theirs.fileno())]
+        nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], **nothing)  # type: ignore[call-overload]
+        theirs.close()
+        self.lock = threading.Lock()
+
+    def start(self, request: dict[str, Any], streams: list[int]) -> int:
+        """The process id of a new child of this process."""
+        data = json.dumps(request).encode()
+        prctl = ctypes.CDLL(None).prctl
+        with self.lock:
+            prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # an orphan that the server leaves becomes our child
+            try:
+                socket.send_fds(self.channel, [len(data).to_bytes(8)], streams)
+                self.channel.sendall(data)
+                answer = receive(self.channel, 8)
+            finally:
+                prctl(SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        assert answer, "the fork server has ended"
+        return int.from_bytes(answer)
+
+
+server: Server | None = None
+starting = threading.Lock()
+
+
+def the_server() -> Server:
+    global server
+    with starting:
+        if server is None or server.process.poll() is not None:
+            server = Server()
+        return server
+
+
+def at_start(environment: Any) -> dict[str, str]:
+    """The variables that a running process no longer follows; a path can be added, and threads be set."""
+    named = ((name, value) for name, value in environment.items() if name.startswith(AT_START))
+    return {name: value for name, value in named if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+
+
+class Popen(subprocess.Popen):  # type: ignore[type-arg]
+    """``subprocess.Popen`` of ``[sys.executable, …]``."""
+
+    def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any,
+                       cwd: Any, env: Any, *rest: Any) -> None:  # fmt: skip
+        _, _, shell, *pipes, _, gid, gids, uid, _, session, group = rest
+        command = [os.fspath(word) for word in args]
+        environment = {**(os.environ if env is None else env)}
+        program = command[1] if len(command) > 1 else "-"
+        plain = command[0] == sys.executable and (program in ("-c", "-m", "-") or not program.startswith("-"))
+        unusual = executable or preexec_fn or pass_fds or shell or group >= 0
+        unusual = unusual or (gid, gids, uid) != (None, None, None)
+        fork = plain and not unusual and sys.platform == "linux"
+        if not fork or at_start(environment) != the_server().environment:
+            super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)  # type: ignore[misc]
+            return
+        request = {
+            "words": command[1:],
+            "environment": environment,
+            "cwd": str(Path(cwd or ".").absolute()),
+            "session": session,
+        }
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = pipes
+        streams = [theirs if theirs >= 0 else i for i, theirs in enumerate((p2cread, c2pwrite, errwrite))]
+        self.pid = the_server().start(request, streams)
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
+
+
+def run(
+    command: Any,
+    *,
+    input: Any = None,
+    capture_output: bool = False,
+    timeout: float | None = None,
+    check: bool = False,
+    **options: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """``subprocess.run`` of ``[sys.executable, …]``."""
+    if capture_output:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if input is not None:
+        options["stdin"] = subprocess.PIPE
+    with Popen(command, **options) as process:
+        try:
+            output, errors = process.communicate(input, timeout)
+        except BaseException:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def receive(channel: socket.socket, length: int) -> bytes:
+    """That many bytes, or none at the end."""
+    data = b""
+    while len(data) < length:
+        more = channel.recv(length - len(data))
+        if not more:
+            return b""
+        data += more
+    return data
+
+
+def next_program(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """In the server: fork for each request. Returns the request in the fork; the server never returns."""
+    while True:
+        header, streams, _, _ = socket.recv_fds(channel, 8, 3)
+        if not header:
+            sys.exit()
+        header += receive(channel, 8 - len(header))
+        data = receive(channel, int.from_bytes(header))
+        middle = os.fork()
+        if middle == 0:
+            pid = os.fork()
+            if pid == 0:
+                while os.getppid() != parent_of_server:  # until the orphan has been adopted
+                    os.sched_yield()
+                channel.close()
+                return json.loads(data), streams
+            os.write(answers, pid.to_bytes(8))
+            os._exit(0)
+        for stream in streams:
+            os.close(stream)
+        os.waitpid(middle, 0)
+        channel.sendall(os.read(answer, 8))
+
+
+def become(request: dict[str, Any], streams: list[int]) -> None:
+    """In the fork: take the streams, environment, folder and session of the program."""
+    for target, stream in enumerate(streams):
+        os.dup2(stream, target)
+    os.closerange(3, max(int(file.name) for file in Path("/proc/self/fd").iterdir()) + 1)
+    if request["session"]:
+        os.setsid()
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [path for path in paths if path and path not in sys.path]
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    importlib.import_module("numpy").random.seed()
+    if (threads := os.environ.get("OMP_NUM_THREADS")) != threads_of_server:
+        torch = importlib.import_module("torch")
+        torch.set_num_threads(int(threads) if threads else os.cpu_count())
+
+
+def execute(words: list[str]) -> None:
+    """What ``python WORDS`` does."""
+    kind, *arguments = words
+    if kind == "-m":
+        sys.argv, sys.path[0] = arguments, str(Path.cwd())
+        sys.modules.pop(arguments[0], None)  # runpy warns of a module that is there already
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        return
+    main = types.ModuleType("__main__")
+    folder = ""
+    if kind == "-c":
+        name, code, words = "<string>", arguments[0], ["-c", *arguments[1:]]
+    elif kind == "-":
+        name, code = "<stdin>", sys.stdin.read()
+    else:
+        name, code, folder = kind, Path(kind).read_text(encoding="utf-8"), str(Path(kind).resolve().parent)
+        main.__dict__["__file__"] = kind
+    sys.argv, sys.path[0] = words, folder
+    sys.modules["__main__"] = main
+    exec(compile(code, name, "exec"), main.__dict__)
+
+
+if __name__ == "__main__":
+    parent_of_server = os.getppid()
+    threads_of_server = os.environ.get("OMP_NUM_THREADS")
+    answer, answers = os.pipe()
+    for module in PRELOAD:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would touch, and so copy, every page
+    program = next_program(socket.socket(fileno=int(sys.argv[1])))
+    become(*program)
+    gc.unfreeze()
+    execute(program[0]["words"])
