@@ -12,10 +12,12 @@ import (``AT_START``). A test about start-up, imports or memory has to use ``sub
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
 import json
+import locale
 import os
 import runpy
 import socket
@@ -33,7 +35,7 @@ PRELOAD = (
     "xverse.engine.load",
 )  # fmt: skip
 AT_START = (
-    "PYTHON", "LD_", "LC_", "LANG", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_", "TORCH", "PYTORCH_",
+    "PYTHON", "LD_", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_", "TORCH", "PYTORCH_",
     "OMP_", "CUDA_", "HF_", "TRANSFORMERS_", "XVERSE_KERNELS",
 )  # fmt: skip
 SET_CHILD_SUBREAPER = 36  # of prctl(2)
@@ -184,6 +186,8 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
         os.setsid()
     os.environ.clear()
     os.environ.update(request["environment"])
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_CTYPE, "")
     os.chdir(request["cwd"])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [path for path in paths if path and path not in sys.path]
