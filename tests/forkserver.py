@@ -5,6 +5,8 @@ each program it forks, and the fork runs the program as ``__main__`` with its ow
 folder, streams and session. The fork then becomes a child of the calling process: its process id, signals,
 exit status and resource usage are those of any child.
 
+Parallel workers of pytest are such forks too (``Worker``), each with a server of its own.
+
 A program gets an interpreter of its own where one is needed: off Linux, for interpreter options (``-X``,
 ``-W``), for a ``preexec_fn``, and if the environment differs in a variable that is read at start-up or on
 import (``AT_START``). A test about start-up, imports or memory has to use ``subprocess``.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -23,6 +26,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 from pathlib import Path
@@ -35,23 +39,35 @@ PRELOAD = (
     "xverse.engine.load",
 )  # fmt: skip
 AT_START = (
-    "PYTHON", "LD_", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_", "TORCH", "PYTORCH_",
-    "OMP_", "CUDA_", "HF_", "TRANSFORMERS_", "XVERSE_KERNELS",
+    "PYTHON", "LD_", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_", "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_",
+    "PYTORCH_", "OMP_", "CUDA_", "HF_", "TRANSFORMERS_", "XVERSE_KERNELS",
 )  # fmt: skip
+FIRST = ("-c", "-m", "-", "-u")  # options of Python that a fork honours, as its first
 SET_CHILD_SUBREAPER = 36  # of prctl(2)
+INHERITED = "XVERSE_TEST_FORKSERVER"
+AT_IMPORT = dict(os.environ)  # before a test changes a variable
+os.environ.pop(INHERITED, None)
 
 
 class Server:
     """The process that forks, as one test process sees it."""
 
     def __init__(self) -> None:
-        self.channel, theirs = socket.socketpair()
-        self.environment = at_start(os.environ)
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], **nothing)  # type: ignore[call-overload]
-        theirs.close()
+        self.environment = at_start(AT_IMPORT)
         self.lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
+        if descriptor := AT_IMPORT.pop(INHERITED, ""):
+            self.channel = socket.socket(fileno=int(descriptor))
+            return
+        self.channel, theirs = socket.socketpair()
+        command = [sys.executable, __file__, str(theirs.fileno())]
+        # What is printed by imports is of no interest unless they fail.
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self.output,
+            stderr=self.output, env=AT_IMPORT,
+        )  # fmt: skip
+        theirs.close()
 
     def start(self, request: dict[str, Any], streams: list[int]) -> int:
         """The process id of a new child of this process."""
@@ -65,20 +81,19 @@ class Server:
                 answer = receive(self.channel, 8)
             finally:
                 prctl(SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-        assert answer, "the fork server has ended"
+        assert answer, f"the fork server has ended: {self.said()}"
         return int.from_bytes(answer)
 
+    def said(self) -> str:
+        if self.process is None:
+            return ""
+        self.output.seek(0)
+        return self.output.read()
 
-server: Server | None = None
-starting = threading.Lock()
 
-
+@functools.cache
 def the_server() -> Server:
-    global server
-    with starting:
-        if server is None or server.process.poll() is not None:
-            server = Server()
-        return server
+    return Server()
 
 
 def at_start(environment: Any) -> dict[str, str]:
@@ -87,8 +102,13 @@ def at_start(environment: Any) -> dict[str, str]:
     return {name: value for name, value in named if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
 
 
+ORIGINAL = subprocess.Popen
+
+
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
     """``subprocess.Popen`` of ``[sys.executable, …]``."""
+
+    serves = ""  # what the program does with a fork server of its own, if it gets one
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any,
                        cwd: Any, env: Any, *rest: Any) -> None:  # fmt: skip
@@ -96,7 +116,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         command = [os.fspath(word) for word in args]
         environment = {**(os.environ if env is None else env)}
         program = command[1] if len(command) > 1 else "-"
-        plain = command[0] == sys.executable and (program in ("-c", "-m", "-") or not program.startswith("-"))
+        plain = command[0] == sys.executable and (program in FIRST or not program.startswith("-"))
         unusual = executable or preexec_fn or pass_fds or shell or group >= 0
         unusual = unusual or (gid, gids, uid) != (None, None, None)
         fork = plain and not unusual and sys.platform == "linux"
@@ -108,12 +128,25 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             "environment": environment,
             "cwd": str(Path(cwd or ".").absolute()),
             "session": session,
+            "serves": self.serves,
         }
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = pipes
         streams = [theirs if theirs >= 0 else i for i, theirs in enumerate((p2cread, c2pwrite, errwrite))]
         self.pid = the_server().start(request, streams)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
+
+
+class Worker(Popen):
+    """A worker of pytest-xdist: it starts with everything imported, and forks programs itself."""
+
+    serves = "worker"
+
+
+class Launcher(Popen):
+    """A program whose own Python programs are forked too, such as a launcher of several processes."""
+
+    serves = "launcher"
 
 
 def run(
@@ -155,6 +188,8 @@ def receive(channel: socket.socket, length: int) -> bytes:
 
 def next_program(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """In the server: fork for each request. Returns the request in the fork; the server never returns."""
+    parent = os.getppid()
+    answer, answers = os.pipe()
     while True:
         header, streams, _, _ = socket.recv_fds(channel, 8, 3)
         if not header:
@@ -165,7 +200,7 @@ def next_program(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
         if middle == 0:
             pid = os.fork()
             if pid == 0:
-                while os.getppid() != parent_of_server:  # until the orphan has been adopted
+                while os.getppid() != parent:  # until the orphan has been adopted
                     os.sched_yield()
                 channel.close()
                 return json.loads(data), streams
@@ -191,7 +226,8 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
     os.chdir(request["cwd"])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [path for path in paths if path and path not in sys.path]
-    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    unbuffered = request["words"][:1] == ["-u"]
+    sys.stdout.reconfigure(line_buffering=os.isatty(1), write_through=unbuffered)  # type: ignore[union-attr]
     importlib.import_module("numpy").random.seed()
     if (threads := os.environ.get("OMP_NUM_THREADS")) != threads_of_server:
         torch = importlib.import_module("torch")
@@ -200,6 +236,7 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
 
 def execute(words: list[str]) -> None:
     """What ``python WORDS`` does."""
+    words = words[words[0] == "-u" :]  # which ``become`` has honoured
     kind, *arguments = words
     if kind == "-m":
         sys.argv, sys.path[0] = arguments, str(Path.cwd())
@@ -221,14 +258,31 @@ def execute(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    parent_of_server = os.getppid()
     threads_of_server = os.environ.get("OMP_NUM_THREADS")
-    answer, answers = os.pipe()
     for module in PRELOAD:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # a collection in a fork would touch, and so copy, every page
-    program = next_program(socket.socket(fileno=int(sys.argv[1])))
-    become(*program)
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    while True:
+        program, streams = next_program(channel)
+        become(program, streams)
+        if not program["serves"]:
+            break
+        ours, channel = socket.socketpair()
+        if os.fork():
+            channel.close()
+            if program["serves"] == "worker":
+                os.environ[INHERITED] = str(ours.detach())  # for its own import of this file
+                break
+            AT_IMPORT = {**os.environ, INHERITED: str(ours.detach())}
+            for imported in list(sys.modules.values()):
+                if vars(imported).get("Popen") is ORIGINAL:
+                    imported.Popen = Launcher  # type: ignore[attr-defined]
+            break
+        ours.close()
+        with Path(os.devnull).open("r+b") as null:
+            os.dup2(null.fileno(), 0)
+            os.dup2(null.fileno(), 1)
     gc.unfreeze()
-    execute(program[0]["words"])
+    execute(program["words"])
