@@ -14,15 +14,18 @@ import (``AT_START``). A test about start-up, imports or memory has to use ``sub
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import gc
 import importlib
+import io
 import json
 import locale
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -212,6 +215,14 @@ def next_program(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
         channel.sendall(os.read(answer, 8))
 
 
+def stream(number: int, mode: str, like: Any, line_buffering: bool = False, direct: bool = False) -> Any:
+    """A standard stream as Python opens it. The server's remembers whether its own file was seekable."""
+    binary = io.open(number, f"{mode}b", closefd=False)  # noqa: SIM115, UP020
+    return io.TextIOWrapper(
+        binary, like.encoding, like.errors, newline="\n", line_buffering=line_buffering, write_through=direct
+    )
+
+
 def become(request: dict[str, Any], streams: list[int]) -> None:
     """In the fork: take the streams, environment, folder and session of the program."""
     for target, stream in enumerate(streams):
@@ -227,7 +238,9 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [path for path in paths if path and path not in sys.path]
     unbuffered = request["words"][:1] == ["-u"]
-    sys.stdout.reconfigure(line_buffering=os.isatty(1), write_through=unbuffered)  # type: ignore[union-attr]
+    sys.stdin = sys.__stdin__ = stream(0, "r", sys.stdin)
+    sys.stdout = sys.__stdout__ = stream(1, "w", sys.stdout, unbuffered or os.isatty(1), unbuffered)
+    sys.stderr = sys.__stderr__ = stream(2, "w", sys.stderr, line_buffering=True)
     importlib.import_module("numpy").random.seed()
     if (threads := os.environ.get("OMP_NUM_THREADS")) != threads_of_server:
         torch = importlib.import_module("torch")
@@ -257,6 +270,33 @@ def execute(words: list[str]) -> None:
     exec(compile(code, name, "exec"), main.__dict__)
 
 
+def status_of(words: list[str]) -> int:
+    """Execute a program to its end, as multiprocessing does: threads, exit handlers, and no tearing down of
+    thousands of modules, each page of which would have to be copied first."""
+    status = 0
+    try:
+        execute(words)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else end.code is not None
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        status = 128 + signal.SIGINT
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for output in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            output.flush()
+    if status == 128 + signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return status & 0xFF
+
+
 if __name__ == "__main__":
     threads_of_server = os.environ.get("OMP_NUM_THREADS")
     for module in PRELOAD:
@@ -284,5 +324,4 @@ if __name__ == "__main__":
         with Path(os.devnull).open("r+b") as null:
             os.dup2(null.fileno(), 0)
             os.dup2(null.fileno(), 1)
-    gc.unfreeze()
-    execute(program["words"])
+    os._exit(status_of(program["words"]))

@@ -45,8 +45,11 @@ def test_a_program_sees_what_a_new_interpreter_shows_it(kind: str, tmp_path: Pat
 
 def test_signals_and_exit_statuses() -> None:
     pipe = {"stdout": subprocess.PIPE, "text": True}
-    code = "import time; print('ready', flush=True); time.sleep(60)"
-    for number in (signal.SIGKILL, signal.SIGTERM):
+    code = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # workers ignore it
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         with forkserver.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, **pipe) as process:
             assert process.stdout.readline() == "ready\n"
             assert process.poll() is None
@@ -69,6 +72,12 @@ def test_the_end_of_a_program() -> None:
     done = forkserver.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "main\nthread\nexit\n")
     assert done.stderr.endswith("ValueError: wrong\n")
+    for code in ("import sys; sys.exit('why')", "import sys; sys.exit()", "raise SystemExit(300)"):
+        there, here = (
+            runner([sys.executable, "-c", code], capture_output=True, text=True)
+            for runner in (subprocess.run, forkserver.run)
+        )
+        assert (here.returncode, here.stderr) == (there.returncode, there.stderr)
 
 
 def test_forks_start_without_threads_and_with_their_own_random_numbers() -> None:
