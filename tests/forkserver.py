@@ -39,7 +39,8 @@ PRELOAD = (
     "torch._dynamo", "torch.distributed.run", "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
     "transformers.modeling_utils", "matplotlib.backends.backend_agg", "matplotlib.figure", "fastapi",
     "uvicorn", "xverse.cli", "xverse.commands.pretrain", "xverse.train", "xverse.formats.write",
-    "xverse.engine.load",
+    "xverse.engine.load", "xverse.serve.app", "xverse.serve.start", "transformers.trainer",
+    "xverse.finetune.run",
 )  # fmt: skip
 AT_START = (
     "PYTHON", "LD_", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_", "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_",
@@ -215,7 +216,7 @@ def next_program(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
         channel.sendall(os.read(answer, 8))
 
 
-def stream(number: int, mode: str, like: Any, line_buffering: bool = False, direct: bool = False) -> Any:
+def opened(number: int, mode: str, like: Any, line_buffering: bool = False, direct: bool = False) -> Any:
     """A standard stream as Python opens it. The server's remembers whether its own file was seekable."""
     binary = io.open(number, f"{mode}b", closefd=False)  # noqa: SIM115, UP020
     return io.TextIOWrapper(
@@ -238,9 +239,9 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [path for path in paths if path and path not in sys.path]
     unbuffered = request["words"][:1] == ["-u"]
-    sys.stdin = sys.__stdin__ = stream(0, "r", sys.stdin)
-    sys.stdout = sys.__stdout__ = stream(1, "w", sys.stdout, unbuffered or os.isatty(1), unbuffered)
-    sys.stderr = sys.__stderr__ = stream(2, "w", sys.stderr, line_buffering=True)
+    sys.stdin = sys.__stdin__ = opened(0, "r", sys.stdin)
+    sys.stdout = sys.__stdout__ = opened(1, "w", sys.stdout, unbuffered or os.isatty(1), unbuffered)
+    sys.stderr = sys.__stderr__ = opened(2, "w", sys.stderr, line_buffering=True)
     importlib.import_module("numpy").random.seed()
     if (threads := os.environ.get("OMP_NUM_THREADS")) != threads_of_server:
         torch = importlib.import_module("torch")
