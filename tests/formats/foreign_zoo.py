@@ -1,4 +1,4 @@
-"""Small models of other publishers in their published layouts; ``foreign_passes.py`` has what each computes."""
+"""Small models of other publishers in their published layouts; ``foreign_passes.py`` has what they compute."""
 
 from __future__ import annotations
 

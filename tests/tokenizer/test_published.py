@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from xverse.config import UserError
-from xverse.engine.load import reply_ends
-from xverse.finetune.settings import TEMPLATES
+from xverse.engine.load import ending_ids
+from xverse.finetune.fields import TEMPLATES
 from xverse.formats import ModelDirectory
 from xverse.formats.gguf import save_gguf
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights
@@ -142,7 +142,7 @@ def test_the_format_of_internlm(model: Any, processor: Any, tmp_path: Path) -> N
     ids, mask = encode_dialogue(tokenizer, [USER, REPLY])
     assert [index for index, kept in zip(ids, mask, strict=True) if kept][-1] == end
     config = XverseConfig.from_json(directory.values)
-    assert set(reply_ends({}, config.eos_token_id, tokenizer)) == {2, end}
+    assert set(ending_ids({}, config.eos_token_id, tokenizer)) == {2, end}
     spelled = prompt(tokenizer, [{"role": "user", "content": "a<eoa>b"}])
     assert end not in spelled  # what a user types stays text
     with pytest.raises(UserError, match="no system message"):

@@ -85,11 +85,11 @@ def load_engine(
             weights = _adapted(directory, adapter, quantize, dtype, chosen)
         else:
             weights = load_weights(directory, quantize, dtype, chosen)
-    stop_ids = reply_ends(generation_config, config.eos_token_id, own_tokenizer)
+    stop_ids = ending_ids(generation_config, config.eos_token_id, own_tokenizer)
     return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids)
 
 
-def reply_ends(
+def ending_ids(
     generation_config: dict[str, Any], eos: int | list[int] | None, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
     """The ids that end a reply. Chat models of other publishers end a turn with a token that only their

@@ -14,7 +14,7 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.device import compute_device, weights_dtype
 from xverse.engine import Engine
-from xverse.engine.load import load_engine, reply_ends
+from xverse.engine.load import ending_ids, load_engine
 from xverse.eval.any_model import load_any
 from xverse.eval.continuing import Continuations
 from xverse.eval.scoring import ScoreItem
@@ -121,7 +121,7 @@ class TransformersBackend:
         """The ids that end a reply."""
         assert self._directory is not None
         generation = self._directory.generation_config
-        return reply_ends(generation, self._model.config.eos_token_id, self.engine.tokenizer)
+        return ending_ids(generation, self._model.config.eos_token_id, self.engine.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
