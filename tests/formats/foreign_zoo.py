@@ -1,4 +1,4 @@
-"""Small models of other publishers in their published layouts; ``foreign_passes.py`` has what they compute."""
+"""Small models of other publishers in their published layouts; ``foreign_passes.py`` has their arithmetic."""
 
 from __future__ import annotations
 

@@ -107,7 +107,8 @@ def _with_template(source: ModelDirectory, settings: Settings, first: bool) -> T
     UserError where ``template`` names another one than the model's."""
     tokenizer = source.tokenizer
     if settings.template in CHAT_FORMATS:
-        return with_format(tokenizer, settings.template, str(source))
+        source.tokenizer = with_format(tokenizer, settings.template, str(source))  # that of all its readers
+        return source.tokenizer
     if settings.stage == "pt" or source.model_type == "xverse":
         return tokenizer
     if tokenizer.template is not None:
