@@ -72,7 +72,7 @@ def search_grid(bits: int) -> Tensor:
     """
     if bits == 8:
         return torch.tensor([126.0, 127.0, 127.5, 128.0, 130.0, 134.0])
-    return torch.arange(6.5, 11.01, 0.25)
+    return torch.arange(6.5, 11.01, 0.25) * (1 << bits) / 16
 
 
 def _reciprocal(scales: Tensor) -> Tensor:
