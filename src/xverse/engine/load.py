@@ -79,11 +79,11 @@ def load_engine(
             weights = _adapted(directory, adapter, quantize, dtype, chosen)
         else:
             weights = load_weights(directory, quantize, dtype, chosen)
-    stop_ids = _stop_ids(generation_config, config, own_tokenizer)
+    stop_ids = ending_ids(generation_config, config, own_tokenizer)
     return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids)
 
 
-def _stop_ids(
+def ending_ids(
     generation_config: dict[str, Any], config: XverseConfig, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
     """The ids that end a reply. Chat models of other publishers end a turn with a token that only their
