@@ -49,6 +49,18 @@ class QuantizedWeight:
     def cpu(self) -> QuantizedWeight:
         return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits)
 
+    def outputs(self, rows: range) -> QuantizedWeight:
+        """The weight of the outputs ``rows``."""
+        own = slice(rows.start, rows.stop)
+        return QuantizedWeight(self.q[own], self.scales[own], self.bits)
+
+    def inputs(self, columns: range) -> QuantizedWeight:
+        """The weight of the inputs ``columns``, which are whole groups."""
+        group = self.group_size
+        assert columns.start % group == columns.stop % group == 0
+        scales = self.scales[:, columns.start // group : columns.stop // group]
+        return QuantizedWeight(self.q[:, columns.start : columns.stop].contiguous(), scales, self.bits)
+
     def regrouped(self, group_size: int) -> QuantizedWeight:
         """The same weight with its scales repeated for smaller groups of ``group_size`` inputs."""
         assert self.group_size % group_size == 0
