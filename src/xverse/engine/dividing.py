@@ -88,6 +88,7 @@ class Division:
         assert isinstance(head, Head)
         assert isinstance(embedding, Embedding)
         if model.config.tie_word_embeddings and isinstance(head.part, nn.Linear):
+            assert isinstance(embedding.part, nn.Embedding)
             head.part.weight = embedding.part.weight
         model.ranks = self._ranks  # type: ignore[assignment]  # read by ranks_of
         return model.to(self._ranks.device)

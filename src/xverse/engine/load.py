@@ -63,8 +63,8 @@ def load_engine(
     ``adapter``: a directory in peft's format, merged into plain weights, kept separate from quantised ones.
     ``device``: as ``compute_device`` takes it. ``tensor_parallel``: over how many GPUs, or processes on the
     CPU, the model is divided; the others are started here and end with this one or by ``Ranks.close``.
-    ``ranks`` is set in these. Raises UserError for a model, tokenizer or adapter that cannot be loaded, a device that
-    cannot be used and one without room for the weights.
+    ``ranks`` is set in these. Raises UserError for a model, tokenizer or adapter that cannot be loaded, a
+    device that cannot be used and one without room for the weights.
     """
     import torch
 
@@ -103,7 +103,9 @@ def load_engine(
         if adapter is not None:
             weights = _adapted(directory, adapter, quantize, dtype, place)
         else:
-            weights = load_weights(directory, quantize, dtype, place, division and division.placed)
+            weights = load_weights(
+                directory, quantize, dtype, place, None if division is None else division.placed
+            )
         if division is not None:
             weights = division.finish(weights)
     stop_ids = _stop_ids(generation_config, config, own_tokenizer)
@@ -177,7 +179,7 @@ def check_room(
     quantize: str | None,
     count: int = 1,
 ) -> None:
-    """Raises UserError, with what would fit, if a GPU, one of ``count``, has too little memory for weights."""
+    """Raises UserError, with what would fit, if the weights exceed the memory of ``count`` GPUs."""
     if device.type != "cuda":
         return
     config, free = directory.config, available_memory(device)

@@ -94,12 +94,14 @@ def quantize_directory(
     overwrite: bool = False,
     report_progress: Progress | None = None,
     device: torch.device | str = "cpu",
+    activations: bool = False,
 ) -> ParityReport:
     """Quantise ``source`` on ``device`` into the directory ``out`` (compressed-tensors) with one layer at a
     time in memory.
 
-    ``llama``: for stock ``LlamaForCausalLM``. Raises UserError if the source cannot be read or is quantised,
-    the settings do not fit it, the target must not be written, or the disk has no room for the result.
+    ``llama``: for stock ``LlamaForCausalLM``; ``activations``: for products with INT8 activations. Raises
+    UserError if the source cannot be read or is quantised, the settings do not fit it, the target must not be
+    written, or the disk has no room for the result.
     """
     check_target(out, overwrite)
     directory = ModelDirectory.of(source)
@@ -124,6 +126,7 @@ def quantize_directory(
         generation_config=directory.generation_config,
         overwrite=overwrite,
         documents=directory.path,
+        activations=activations,
     )
     return run.report
 

@@ -151,8 +151,10 @@ def write_quantized(
     config: XverseConfig,
     directory: Path,
     max_shard_bytes: int,
+    activations: bool = False,
 ) -> dict[str, Any]:
-    """Write the weights of a model into ``directory`` in the order they come.
+    """Write the weights of a model into ``directory`` in the order they come; ``activations``: for products
+    with INT8 activations.
 
     Returns the keys ``quantization_config`` and ``torch_dtype`` for config.json. Tensors that are not
     quantised keep their dtype.
@@ -166,7 +168,7 @@ def write_quantized(
         module = name.removesuffix(".weight")
         if isinstance(tensor, QuantizedWeight):
             kinds[module] = (tensor.bits, tensor.q.shape[1], tensor.scales.shape[1])
-            for suffix, part in pack(tensor).items():
+            for suffix, part in pack(tensor, activations).items():
                 writer.add(f"{module}.{suffix}", part)
         else:
             if tensor.dim() == 2 and module != EMBEDDING:
@@ -174,4 +176,7 @@ def write_quantized(
             dtype = tensor.dtype
             writer.add(name, tensor)
     writer.close()
-    return {"torch_dtype": dtype_name(dtype), "quantization_config": quantization_config(kinds, plain)}
+    return {
+        "torch_dtype": dtype_name(dtype),
+        "quantization_config": quantization_config(kinds, plain, activations),
+    }
