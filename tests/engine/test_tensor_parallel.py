@@ -22,13 +22,13 @@ from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.dividing import check_division, embedding_part, inputs_part, outputs_part
 from xverse.engine.load import Loaded, load_engine
 from xverse.formats import save_hf
+from xverse.hardware import file_mapped
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.model import XverseForCausalLM
 from xverse.model.transformer import init_weights
 from xverse.plan.layout import vocabulary_part
 from xverse.quant.methods import rtn, rtn_row
 
-GREEDY = SamplingParams(temperature=0)
 SETTINGS: dict[str, Any] = {"max_batch": 4, "max_cache_tokens": 320, "prefill_chunk": 40, "device": "cpu"}
 
 
@@ -143,7 +143,7 @@ def replies(loaded: Loaded, count: int, length: int, new_tokens: int) -> list[li
     handles = {}
     for number in range(count):
         ids = [(7 * place + 13 * number * (place > 40)) % 600 + 4 for place in range(length + 9 * number)]
-        handles[engine.submit(Request(prompt_ids=ids, max_new_tokens=new_tokens, sampling=GREEDY))] = number
+        handles[engine.submit(Request(prompt_ids=ids, sampling=SamplingParams.greedy(new_tokens)))] = number
     found: list[list[int]] = [[] for _ in range(count)]
     while engine.busy:
         for event in engine.step():
@@ -171,12 +171,12 @@ def test_logprobs_and_replies_are_the_whole_models(engines: SimpleNamespace) -> 
 
 def test_a_process_holds_half(engines: SimpleNamespace) -> None:
     def size(loaded: Loaded) -> tuple[int, int]:
-        tensors = {
-            value.data_ptr(): value.untyped_storage().nbytes()
-            for value in loaded.engine.model.state_dict().values()
-        }
+        tensors = {tensor.data_ptr(): tensor for tensor in loaded.engine.model.state_dict().values()}
+        for start, tensor in tensors.items():  # a part that keeps the whole in memory is a mapped file's
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes or file_mapped(start, start + 1)
         layers = loaded.engine._cache.layers
-        return sum(tensors.values()), sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return sum(tensor.nbytes for tensor in tensors.values()), cache
 
     (weights, cache), (all_weights, all_cache) = size(engines.divided), size(engines.whole)
     assert weights <= 0.55 * all_weights

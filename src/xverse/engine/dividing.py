@@ -62,7 +62,8 @@ class Division:
     def _divide(self, model: nn.Module, name: str) -> None:
         """Replace the module ``name`` by this process's part."""
         rank, count = self._ranks.rank, self._ranks.count
-        layer, new = model.get_submodule(name), None
+        layer = model.get_submodule(name)
+        new: nn.Module | None = None
         if name.endswith(BY_OUTPUTS):
             new = outputs_part(layer, _equal(_outputs(layer, name), rank, count))
         elif name.endswith(BY_INPUTS):
@@ -70,8 +71,9 @@ class Division:
             new = Summed(outputs, getattr(layer, "bias", None), self._ranks)
         elif name in BY_VOCABULARY:
             rows = vocabulary_part(_outputs(layer, name), rank, count)
-            new = Head(outputs_part(layer, rows), _outputs(layer, name), self._ranks)
-            if name != "lm_head":
+            if name == "lm_head":
+                new = Head(outputs_part(layer, rows), _outputs(layer, name), self._ranks)
+            else:
                 new = Embedding(embedding_part(layer, rows), rows, self._ranks)
         if new is not None:
             self._done.add(name)
