@@ -8,7 +8,6 @@ of prompts and replies.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -148,15 +147,15 @@ def main() -> None:
         written = write_layouts(Path(folder))
         layouts = {name: written[name] for name in args.layouts.split(",")}
         given = prompts(ModelDirectory.named("nano"))
+        expected = [ours(path, given, dtype) for path in layouts.values()]
         answers = theirs(python, list(layouts.values()), given, args.dtype)
         print(f"| layout | equal replies of {len(given)} | greatest difference of log-probabilities | mean |")
         print("|---|---|---|---|")
-        for (name, path), found in zip(layouts.items(), answers, strict=True):
+        for name, found, own in zip(layouts, answers, expected, strict=True):
             if isinstance(found, str):
                 print(f"| {name} | vLLM: {found} | | |")
                 continue
-            equal, greatest, mean = compare(found, ours(path, given, dtype))
-            gc.collect()
+            equal, greatest, mean = compare(found, own)
             print(f"| {name} | {equal} | {greatest:.4f} | {mean:.5f} |", flush=True)
 
 

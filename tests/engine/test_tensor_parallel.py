@@ -29,7 +29,7 @@ from xverse.model.transformer import init_weights
 from xverse.plan.layout import vocabulary_part
 from xverse.quant.methods import rtn, rtn_row
 
-SETTINGS: dict[str, Any] = {"max_batch": 4, "max_cache_tokens": 320, "prefill_chunk": 40, "device": "cpu"}
+SETTINGS: dict[str, Any] = {"max_batch": 4, "max_cache_tokens": 192, "prefill_chunk": 40, "device": "cpu"}
 
 
 def quantized(bits: int, group: int, inputs: int = 768, order: bool = False) -> QuantLinear:
@@ -113,8 +113,8 @@ def test_what_does_not_divide_is_named(
 def directory(wide_config: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of a relative's features: grouped key heads, biases, normed queries and keys, a tied head."""
     shape = dataclasses.replace(
-        wide_config, model_type="qwen3", num_key_value_heads=2, attention_bias=True, output_bias=True,
-        qk_norm=True, tie_word_embeddings=True, intermediate_size=512,
+        wide_config, model_type="qwen3", num_key_value_heads=2, head_dim=64, attention_bias=True,
+        output_bias=True, qk_norm=True, tie_word_embeddings=True, intermediate_size=512,
     )  # fmt: skip
     model = XverseForCausalLM(shape)
     init_weights(model, seed=0)
@@ -159,14 +159,13 @@ def test_logprobs_and_replies_are_the_whole_models(engines: SimpleNamespace) -> 
     items = [([5 + n % 300 for n in range(90)], [[5], [9, 8, 7], [40]]), ([4], [[6, 6]])]
     found, expected = (loaded.engine.score(items) for loaded in (engines.divided, engines.whole))
     flat = [[value for item in scores for one in item for value in one] for scores in (found, expected)]
-    assert flat[0] == pytest.approx(flat[1], abs=1e-5 if engines.exact else 0.05)
-    asked = (engines, 6, 60, 24)
-    found, expected = (replies(loaded, *asked[1:]) for loaded in (engines.divided, engines.whole))
+    assert flat[0] == pytest.approx(flat[1], abs=1e-5 if engines.exact else 1e-3)
+    found, expected = (replies(loaded, 6, 60, 70) for loaded in (engines.divided, engines.whole))
     if engines.exact:
         assert found == expected
     assert engines.divided.engine.stats().preemptions > 0
     embeddings = [loaded.engine.embed([[5, 6, 7, 8]])[0] for loaded in (engines.divided, engines.whole)]
-    assert embeddings[0] == pytest.approx(embeddings[1], abs=1e-5 if engines.exact else 0.01)
+    assert embeddings[0] == pytest.approx(embeddings[1], abs=1e-5 if engines.exact else 1e-3)
 
 
 def test_a_process_holds_half(engines: SimpleNamespace) -> None:
