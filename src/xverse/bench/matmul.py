@@ -70,6 +70,7 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
 
 def _shapes(config: XverseConfig) -> list[tuple[tuple[int, int], int]]:
     """(outputs, inputs) of each product, and how many there are."""
+    config.without_experts("bench quant")
     size, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     return [
         ((size, size), 4 * layers),

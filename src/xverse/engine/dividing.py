@@ -32,6 +32,7 @@ from xverse.plan.layout import (
 
 def check_division(config: XverseConfig, count: int) -> None:
     """Raises UserError that names what ``count`` processes do not divide."""
+    config.without_experts("--tensor-parallel")
     if fault := problem(Architecture.of(config), Layout(tensor=count)):
         raise UserError(f"--tensor-parallel {count}: {fault}")
 

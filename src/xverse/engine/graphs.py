@@ -24,9 +24,9 @@ MOST_TOKENS = 64
 
 
 def recorded(model: XverseForCausalLM, cache: PagedCache) -> DecodeGraphs | None:
-    """The graphs of a CUDA device; None on others, for a model that is divided over processes, and where
-    recording fails, which is reported."""
-    if cache.device.type != "cuda" or ranks_of(model) is not None:
+    """The graphs of a CUDA device; None on others, for a model that is divided over processes or has routed
+    experts, whose products depend on the tokens, and where recording fails, which is reported."""
+    if cache.device.type != "cuda" or model.config.num_experts or ranks_of(model) is not None:
         return None
     graphs = DecodeGraphs(model, cache)
     try:

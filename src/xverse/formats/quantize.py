@@ -196,6 +196,7 @@ def mixed_formats(
 ) -> dict[str, Format]:
     """The format of every matrix for ``bits`` per weight on average, norms included and the embedding not, by
     the sensitivity measured on a part of ``calibration`` int64 [n, T]. Raises UserError if no choice fits."""
+    directory.config.without_experts("--bpw")
     source = Source(directory, device)
     config = source.config
     shapes = [*matrices(config), (mixing.HEAD, config.vocab_size, config.hidden_size)]

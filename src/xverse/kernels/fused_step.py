@@ -80,7 +80,7 @@ class FusedStep:
 def fused_step(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> FusedStep | None:
     """The fused step of ``model``, or None unless kernels compute all of its layers and its cache."""
     dtype = model.model.norm.weight.dtype
-    if library() is None or dtype not in TYPES or model.config.qk_norm:
+    if library() is None or dtype not in TYPES or model.config.qk_norm or model.config.num_experts:
         return None
     if any(pages.address is None or pages.keys.dtype not in (dtype, torch.int8) for pages in cache):
         return None

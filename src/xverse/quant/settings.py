@@ -117,21 +117,24 @@ def describe_groups(settings: QuantSettings, config: XverseConfig) -> str | None
 
 def input_sizes(config: XverseConfig) -> tuple[int, ...]:
     """The numbers of inputs of a model's linears, which the size of a group has to divide."""
-    return tuple(dict.fromkeys((config.hidden_size, config.attention_size, config.intermediate_size)))
+    sizes = [config.hidden_size, config.attention_size, config.intermediate_size]
+    if config.num_experts and config.num_shared_experts:
+        sizes.append(config.num_shared_experts * config.intermediate_size)
+    return tuple(dict.fromkeys(sizes))
 
 
 def matrices(config: XverseConfig) -> Iterator[tuple[str, int, int]]:
-    """Name, outputs and inputs of every linear but the head, in the model's order."""
-    hidden, attention, mlp = config.hidden_size, config.attention_size, config.intermediate_size
+    """Name, outputs and inputs of every linear but the head and the routers, in the model's order."""
+    hidden, attention = config.hidden_size, config.attention_size
     shapes = {
         "self_attn.q_proj": (attention, hidden),
         "self_attn.k_proj": (config.kv_size, hidden),
         "self_attn.v_proj": (config.kv_size, hidden),
         "self_attn.o_proj": (hidden, attention),
-        "mlp.gate_proj": (mlp, hidden),
-        "mlp.up_proj": (mlp, hidden),
-        "mlp.down_proj": (hidden, mlp),
     }
+    for name, width in config.networks.items():
+        shapes |= {f"{name}.gate_proj": (width, hidden), f"{name}.up_proj": (width, hidden)}
+        shapes[f"{name}.down_proj"] = (hidden, width)
     for number in range(config.num_hidden_layers):
         for name, shape in shapes.items():
             yield f"model.layers.{number}.{name}", *shape
