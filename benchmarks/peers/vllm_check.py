@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -103,9 +104,9 @@ def ours(path: Path, given: list[list[int]], dtype: torch.dtype) -> list[dict[st
     return answers
 
 
-def theirs(python: Path, paths: list[Path], given: list[list[int]], dtype: str) -> list[Any]:
-    """The same from vLLM, for each of ``paths`` in one process: a list of answers, or why it cannot load."""
-    order = {"paths": [str(path) for path in paths], "prompts": given, "dtype": dtype, "tokens": NEW_TOKENS}
+def theirs(python: Path, path: Path, given: list[list[int]], dtype: str) -> list[dict[str, Any]] | str:
+    """The same from vLLM, or why it cannot run the model."""
+    order = {"path": str(path), "prompts": given, "dtype": dtype, "tokens": NEW_TOKENS}
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -118,21 +119,26 @@ def theirs(python: Path, paths: list[Path], given: list[list[int]], dtype: str) 
     run = subprocess.run(
         command, input=json.dumps(order), stdout=subprocess.PIPE, env=environment, text=True, check=True
     )
-    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith(("[", '"'))]
+    answer: list[dict[str, Any]] | str = json.loads(run.stdout)
+    return answer
 
 
-def compare(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> tuple[int, float, float]:
-    """How many replies are equal, and the greatest and the mean difference of log-probabilities, of a reply
-    up to the first token that differs."""
-    equal, differences = 0, []
+def compare(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[str]:
+    """How many replies are equal, and the differences of log-probabilities: of prompts, and of replies up to
+    the first token that differs."""
+    equal = 0
+    prompts: list[float] = []
+    replies: list[float] = []
     for one, other in zip(found, expected, strict=True):
         equal += one["reply"] == other["reply"]
-        prompt = len(other["logprobs"]) - len(other["reply"])
+        count = len(other["logprobs"]) - len(other["reply"])
         pairs = zip(one["reply"], other["reply"], strict=False)
         same = next((at for at, (a, b) in enumerate(pairs) if a != b), len(other["reply"]))
-        scores = list(zip(one["logprobs"], other["logprobs"], strict=False))[: prompt + same]
-        differences += [abs(a - b) for a, b in scores]
-    return equal, max(differences), sum(differences) / len(differences)
+        differences = [abs(a - b) for a, b in zip(one["logprobs"], other["logprobs"], strict=False)]
+        prompts += differences[:count]
+        replies += differences[count : count + same]
+    figures = [f"{max(each):.4f}, {statistics.mean(each):.5f}" for each in (prompts, replies)]
+    return [str(equal), *figures]
 
 
 def main() -> None:
@@ -148,15 +154,12 @@ def main() -> None:
         layouts = {name: written[name] for name in args.layouts.split(",")}
         given = prompts(ModelDirectory.named("nano"))
         expected = [ours(path, given, dtype) for path in layouts.values()]
-        answers = theirs(python, list(layouts.values()), given, args.dtype)
-        print(f"| layout | equal replies of {len(given)} | greatest difference of log-probabilities | mean |")
-        print("|---|---|---|---|")
-        for name, found, own in zip(layouts, answers, expected, strict=True):
-            if isinstance(found, str):
-                print(f"| {name} | vLLM: {found} | | |")
-                continue
-            equal, greatest, mean = compare(found, own)
-            print(f"| {name} | {equal} | {greatest:.4f} | {mean:.5f} |", flush=True)
+        print(f"| layout | equal replies of {len(given)} | prompts: max, mean \\|Δlogprob\\| | replies |")
+        print("|---|---|---|---|", flush=True)
+        for (name, path), own in zip(layouts.items(), expected, strict=True):
+            found = theirs(python, path, given, args.dtype)
+            cells = [f"vLLM: {found}", "", ""] if isinstance(found, str) else compare(found, own)
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The process in vLLM's environment: reads an order of ``vllm_check.py``, prints a line of JSON per model."""
+"""The process in vLLM's environment: reads an order of ``vllm_check.py``, prints its answer."""
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -13,25 +12,20 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")  # libraries print to stdout too; their output goes to stderr
     os.dup2(2, 1)
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     order = json.load(sys.stdin)
     settings = SamplingParams(temperature=0, max_tokens=order["tokens"], logprobs=0, prompt_logprobs=0)
     inputs = [{"prompt_token_ids": ids} for ids in order["prompts"]]
-    for path in order["paths"]:
-        answer: Any
-        try:
-            model = LLM(
-                path, dtype=order["dtype"], enforce_eager=True, max_model_len=1024, max_num_seqs=4,
-                max_num_batched_tokens=1024, enable_prefix_caching=False,
-            )  # fmt: skip
-            answer = [_scores(output) for output in model.generate(inputs, settings, use_tqdm=False)]
-            del model
-        except Exception as error:
-            answer = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        print(json.dumps(answer), file=answers, flush=True)
-        gc.collect()
-        cleanup_dist_env_and_memory()
+    answer: Any
+    try:
+        model = LLM(
+            order["path"], dtype=order["dtype"], enforce_eager=True, max_model_len=1024, max_num_seqs=4,
+            max_num_batched_tokens=1024, enable_prefix_caching=False,
+        )  # fmt: skip
+        answer = [_scores(output) for output in model.generate(inputs, settings, use_tqdm=False)]
+    except Exception as error:
+        answer = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    print(json.dumps(answer), file=answers, flush=True)
 
 
 def _scores(output: Any) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class XverseLlamaConfig(LlamaConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Raises UserError for what the model has not got, such as a kind of rope scaling."""
         given = {key: value for key, value in config_dict.items() if value is not None}
-        XverseConfig(**{key: value for key, value in given.items() if key != "quantization_config"})
+        plain = {key: value for key, value in given.items() if key != "quantization_config"}
+        XverseConfig(**plain).to_model_config().without_experts("vLLM and SGLang")
         return super().from_dict({**_DEFAULTS, **given}, **kwargs)
 
 
