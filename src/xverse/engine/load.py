@@ -108,14 +108,14 @@ def load_engine(
             )
         if division is not None:
             weights = division.finish(weights)
-    stop_ids = _stop_ids(generation_config, config, own_tokenizer)
+    stop_ids = ending_ids(generation_config, config, own_tokenizer)
     engine = Engine(weights, own_tokenizer, **settings)
     if ranks is not None and ranks.rank == 0:
         lead(engine, ranks)
     return Loaded(engine, sampling, stop_ids, ranks)
 
 
-def _stop_ids(
+def ending_ids(
     generation_config: dict[str, Any], config: XverseConfig, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
     """The ids that end a reply. Chat models of other publishers end a turn with a token that only their
