@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests import forkserver
 from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams
 from xverse.engine.dividing import check_division, embedding_part, inputs_part, outputs_part
@@ -24,6 +25,7 @@ from xverse.engine.load import Loaded, load_engine
 from xverse.formats import save_hf
 from xverse.hardware import file_mapped
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
+from xverse.kernels.weight import QuantizedWeight
 from xverse.model import XverseForCausalLM
 from xverse.model.transformer import init_weights
 from xverse.plan.layout import vocabulary_part
@@ -41,6 +43,16 @@ def quantized(bits: int, group: int, inputs: int = 768, order: bool = False) -> 
     return layer
 
 
+def with_table(bits: int, group: int, inputs: int = 768) -> QuantLinear:
+    generator = torch.Generator().manual_seed(bits)
+    half = 1 << (bits - 1)
+    q = torch.randint(-half, half, (96, inputs), generator=generator).to(torch.int8)
+    scales = torch.rand(96, inputs // group, generator=generator).bfloat16() / 100
+    table = torch.randperm(200, generator=generator)[: 2 * half].sort().values - 100
+    weight = QuantizedWeight(q, scales, bits, table.to(torch.int8))
+    return QuantLinear.from_weight(weight, nn.Parameter(torch.randn(96)))
+
+
 LINEARS: dict[str, Any] = {
     "float32": lambda: nn.Linear(768, 96),
     "bfloat16": lambda: nn.Linear(768, 96, dtype=torch.bfloat16),
@@ -49,6 +61,7 @@ LINEARS: dict[str, Any] = {
         for bits in (4, 8)
         for group in (32, 128)
     },
+    **{f"a table of {bits} bits": lambda b=bits: with_table(b, 128) for bits in (2, 3, 4)},
     "a scale for each row": lambda: quantized(8, 0),
     "activation order": lambda: quantized(4, 128, order=True),
 }
@@ -197,7 +210,7 @@ def test_the_server_ends_with_a_process(directory: Path) -> None:
         "none",
     ]
     command += ["--tensor-parallel", "2", "--device", "cpu", "--max-cache-tokens", "320"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    server = forkserver.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert server.stdout is not None
     assert server.stderr is not None
     try:
