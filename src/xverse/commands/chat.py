@@ -9,7 +9,7 @@ from typing import Any
 
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
-from xverse.device import add_device
+from xverse.device import add_device, add_tensor_parallel
 from xverse.values import TEMPLATE_HELP, whole
 
 
@@ -38,6 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: by size)", **unset
     )
     add_device(parser)
+    add_tensor_parallel(parser)
     add_sampling_flags(parser, "How replies are generated")
 
 
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         adapter=given.get("adapter"),
         template=given.get("template"),
         device=args.device,
+        tensor_parallel=args.tensor_parallel,
         notify=notice,
     )
     session.system = given.get("system", "")

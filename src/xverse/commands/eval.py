@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from xverse.config import UserError
-from xverse.device import add_device
+from xverse.device import add_device, add_tensor_parallel
 from xverse.values import positive, whole
 
 DEFAULT_TASKS = "mmlu,ceval,agieval,gaokao-bench,gaokao-english"
@@ -85,6 +85,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--shard", metavar="I/N", help="answer only the I-th (from 0) of N parts; `eval report` joins them"
     )
     add_device(run)
+    add_tensor_parallel(run)
     run.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: all cores)")
 
     report = add("report", "tables, plot and report.json of one or several runs, such as several precisions")
@@ -158,6 +159,7 @@ def _run(args: argparse.Namespace) -> int:
         threads=args.threads,
         kv_dtype=args.kv_dtype,
         device=args.device,
+        tensor_parallel=args.tensor_parallel,
     )
     settings = {
         "model": args.model,

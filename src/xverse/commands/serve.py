@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from xverse import values
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError, need
-from xverse.device import add_device
+from xverse.device import add_device, add_tensor_parallel
 
 if TYPE_CHECKING:
     import socket
@@ -53,6 +53,7 @@ def add_service_flags(parser: argparse.ArgumentParser) -> None:
     text = "CPU threads (default: chosen by the model's size)"
     add("--threads", text, type=values.whole(1, 1024), metavar="N")
     add_device(parser)
+    add_tensor_parallel(parser)
     add_sampling_flags(parser, "Defaults for requests that do not set a parameter")
 
 

@@ -213,16 +213,19 @@ def load_backend(
     threads: int | None,
     kv_dtype: str,
     device: str = "auto",
+    tensor_parallel: int = 1,
 ) -> EngineBackend | TransformersBackend:
     """``which``: ``engine`` or ``transformers``; None: the engine for models that it runs."""
     directory = ModelDirectory.named(model)
     which = which or ("engine" if _runs_in_engine(directory) else "transformers")
     if which == "engine":
-        return EngineBackend.load(
-            directory, quantize=quantize, threads=threads, kv_dtype=kv_dtype, device=device
+        settings = {"kv_dtype": kv_dtype, "device": device, "tensor_parallel": tensor_parallel}
+        return EngineBackend.load(directory, quantize=quantize, threads=threads, **settings)
+    if quantize is not None or kv_dtype != "auto" or tensor_parallel > 1:
+        raise UserError(
+            "--quantize, --kv-dtype and --tensor-parallel need the engine; this model is scored with "
+            "transformers"
         )
-    if quantize is not None or kv_dtype != "auto":
-        raise UserError("--quantize and --kv-dtype need the engine; this model is scored with transformers")
     return TransformersBackend.load(directory, threads=threads, device=device)
 
 

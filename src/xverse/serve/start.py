@@ -43,6 +43,7 @@ class ServiceSettings:
     timeout: float = 600.0
     threads: int | None = None
     device: str = "auto"
+    tensor_parallel: int = 1
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -56,6 +57,7 @@ def load_service(settings: ServiceSettings) -> Service:
         template=settings.template,
         adapter=settings.adapter,
         device=settings.device,
+        tensor_parallel=settings.tensor_parallel,
         max_batch=settings.max_batch,
         max_cache_tokens=settings.max_cache_tokens,
         prefix_cache_bytes=settings.prefix_cache_mb << 20,
