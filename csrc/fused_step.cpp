@@ -28,18 +28,18 @@ void project(const void* x, std::initializer_list<const XvWeight*> weights, std:
   int64_t sizes[3];
   bool same_format = true;
   for (int i = 0; i < count; ++i) {
-    same_format = same_format && weight[i]->bits == weight[0]->bits && weight[i]->group == weight[0]->group;
+    same_format = same_format && weight[i]->format == weight[0]->format && weight[i]->group == weight[0]->group;
     sizes[i] = weight[i]->outputs;
   }
-  const int together = same_format && weight[0]->bits < 16 ? count : 1;
+  const int together = same_format && weight[0]->format != 0 ? count : 1;
   for (int i = 0; i < count; i += together) {
-    if (weight[i]->bits >= 16) {
+    if (weight[i]->format == 0) {
       xv_linear(x, weight[i]->data, y[i], type, tokens, sizes[i], inputs, threads);
       continue;
     }
     const uint8_t* tiles[3];
     for (int j = 0; j < together; ++j) tiles[j] = static_cast<const uint8_t*>(weight[i + j]->data);
-    xv_quant_linear(x, tiles, y + i, sizes + i, together, type, tokens, inputs, weight[i]->bits, weight[i]->group,
+    xv_quant_linear(x, tiles, y + i, sizes + i, together, type, tokens, inputs, weight[i]->format, weight[i]->group,
                     threads);
   }
   if (adapters.count == 0) return;

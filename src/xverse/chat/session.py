@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,17 +171,12 @@ def load_session(
     overrides: Mapping[str, Any],
     *,
     defaults: SamplingParams = CHAT,
-    threads: int | None = None,
-    quantize: str | None = None,
-    adapter: str | Sequence[str] | None = None,
-    device: str = "auto",
     notify: Callable[[str], None],
+    **settings: Any,
 ) -> Session:
-    """A session with ``model``, loaded by ``load_engine``; ``overrides`` replace its sampling parameters. Of
-    several adapters the first one is used at first."""
-    loaded = load_engine(
-        model, defaults=defaults, threads=threads, quantize=quantize, adapter=adapter, device=device
-    )
+    """A session with ``model``, loaded by ``load_engine``, which takes the other ``settings``; ``overrides``
+    replace its sampling parameters. Of several adapters the first one is used at first."""
+    loaded = load_engine(model, defaults=defaults, **settings)
     sampling = dataclasses.replace(loaded.sampling, **overrides)
     session = Session(loaded.engine, sampling, loaded.stop_ids, notify)
     session.adapters, session.adapter = loaded.adapters, next(iter(loaded.adapters), None)

@@ -19,15 +19,17 @@ from xverse.device import guard
 from xverse.engine.adapters import Adapter, StepAdapters, order_of
 from xverse.engine.cache import PagedCache, RaggedContext, position_bytes
 from xverse.engine.choosing import NOT_FINITE, Row, choose_rows
+from xverse.engine.dividing import share_of
 from xverse.engine.graphs import recorded
 from xverse.engine.prefix import PrefixCache
+from xverse.engine.ranks import ranks_of
 from xverse.engine.request import Event, Pooling, Request, Stats, TokenLogprob
 from xverse.engine.sampling import Adjustment, Dice, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Scores, ScoringItem, pool, report, score_prompt
 from xverse.engine.sequence import Prompted, Sequence
-from xverse.engine.settings import check_settings, invariance
-from xverse.engine.sizing import capacity, step_bytes
+from xverse.engine.settings import invariance
+from xverse.engine.sizing import capacity, check_settings, step_bytes
 from xverse.engine.speculation import Speculation, Speculator, propose_forced
 from xverse.engine.stop import StopText
 from xverse.kernels.fused_step import FusedStep, fused_step
@@ -83,10 +85,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_batch = max_batch
         self._vocab_size = tokenizer.vocab_size
-        token_bytes = position_bytes(model.config, weight.dtype, kv_dtype)
+        ranks = ranks_of(model)  # each process has the keys and values of some heads
+        shape = model.config if ranks is None else share_of(model.config, ranks.count)
+        token_bytes = position_bytes(shape, weight.dtype, kv_dtype)
         with guard(self.device):
             make_cache = partial(
-                PagedCache, model.config, weight.dtype, self.device, sequences=max_batch, kv_dtype=kv_dtype
+                PagedCache, shape, weight.dtype, self.device, sequences=max_batch, kv_dtype=kv_dtype
             )
             room = capacity(
                 max_cache_tokens,
@@ -102,6 +106,7 @@ class Engine:
                     sequences=max_batch,
                 ),
                 reserved=step_bytes(model, make_cache, self.prefill_chunk, max_batch),
+                agreed=int if ranks is None else ranks.share,
             )
             self.max_cache_tokens, self._blocks = room.tokens, room.blocks
             # A smaller default limits the context; a smaller cache that was asked for refuses requests.

@@ -1,4 +1,4 @@
-"""What an engine's settings must be, and what they mean for a model."""
+"""What an engine's settings mean for a model."""
 
 from __future__ import annotations
 
@@ -8,27 +8,6 @@ from xverse.kernels.linear import QuantLinear
 from xverse.kernels.native import TYPES, library
 from xverse.kernels.paged_attention import head_fits
 from xverse.model.transformer import XverseForCausalLM
-from xverse.tokenizer import Tokenizer
-
-
-def check_settings(
-    model: XverseForCausalLM,
-    tokenizer: Tokenizer,
-    max_batch: int,
-    prefill_chunk: int,
-    prefix_cache_bytes: int,
-) -> None:
-    """Raises UserError for values out of range, and for a model and a tokenizer that do not match."""
-    for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
-        if value < 1:
-            raise UserError(f"{name}: {value} is out of range (at least 1)")
-    if prefix_cache_bytes < 0:
-        raise UserError(f"prefix_cache_bytes: {prefix_cache_bytes} is out of range (at least 0)")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
-            "use the tokenizer of the model"
-        )
 
 
 def invariance(model: XverseForCausalLM, wanted: bool | None) -> bool:

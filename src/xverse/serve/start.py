@@ -34,6 +34,7 @@ class ServiceSettings:
 
     model: str = "nano"
     tokenizer: str | None = None
+    template: str | None = None
     adapter: str | Sequence[str] | None = None
     adapter_folder: str | None = None
     max_lora_rank: int = MOST_RANK
@@ -50,6 +51,7 @@ class ServiceSettings:
     timeout: float = 600.0
     threads: int | None = None
     device: str = "auto"
+    tensor_parallel: int = 1
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -65,10 +67,12 @@ def load_service(settings: ServiceSettings) -> Service:
         threads=settings.threads,
         quantize=settings.quantize,
         tokenizer=settings.tokenizer,
+        template=settings.template,
         adapter=settings.adapter,
         more_adapters=folder is not None,
         most_rank=settings.max_lora_rank,
         device=settings.device,
+        tensor_parallel=settings.tensor_parallel,
         max_batch=settings.max_batch,
         max_cache_tokens=settings.max_cache_tokens,
         prefix_cache_bytes=settings.prefix_cache_mb << 20,
