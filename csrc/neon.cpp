@@ -211,8 +211,11 @@ void dot_rows(const uint16_t* w, int rows, const uint16_t* x, int count, int inp
 }
 
 void dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out) {
-  const auto run = count <= 2 ? dot_rows<1> : count <= 4 ? dot_rows<2> : count <= 6 ? dot_rows<3> : dot_rows<4>;
-  run(w, rows, x, count, inputs, out);
+  for (int t = 0; t < count; t += 8) {
+    const int some = count - t < 8 ? count - t : 8;
+    const auto run = some <= 2 ? dot_rows<1> : some <= 4 ? dot_rows<2> : some <= 6 ? dot_rows<3> : dot_rows<4>;
+    run(w, rows, x + int64_t(t) * inputs, some, inputs, out + int64_t(t) * rows);
+  }
 }
 #else
 constexpr auto dot_bf16 = generic_dot_bf16;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from xverse.config import UserError
+from xverse.engine.ranks import ranks_of
 from xverse.kernels.bfloat16 import has_fast_products
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.native import TYPES, library
@@ -19,6 +20,7 @@ def invariance(model: XverseForCausalLM, wanted: bool | None) -> bool:
     kernels = weight.device.type == "cpu" and weight.dtype in TYPES and library() is not None
     # The experts of one row are added in another order than those of several.
     possible = kernels and head_fits(model.config.head_dim) and not model.config.num_experts
+    possible = possible and ranks_of(model) is None  # the parts of a sum are added by the ranks
     if wanted and not possible:
         raise UserError(
             "batch_invariant: needs a CPU, compiled kernels, bfloat16 or float32, heads of a multiple of 32, "
