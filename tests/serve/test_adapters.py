@@ -225,7 +225,8 @@ def test_they_are_loaded_chosen_listed_and_unloaded(folder: Path) -> None:
         for (status, body), expected, param, text in wrong:
             assert (status, body["error"]["param"]) == (expected, param), body
             assert text in body["error"]["message"]
-            assert str(folder) not in body["error"]["message"]
+            if "not in the server's folder" not in text:  # that one repeats what the client has sent
+                assert str(folder) not in body["error"]["message"]
 
         assert loading("deux", "one", load_inplace=True)[0] == 200
         served.runner.uses[served.adapted["one"].adapter] += 1  # as an open request counts
