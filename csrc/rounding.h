@@ -5,9 +5,20 @@
 
 namespace xv {
 
+// What a weight in units of its scale is rounded to: integers of some bits, or the nearest entry of a table. Then
+// `values` and `indices` [2 * kTableRange] have that entry and its signed index for x in [i/2, (i+1)/2), from i =
+// -kTableRange on: halves, because a table has integers. Null without a table.
+constexpr int kTableRange = 256;
+struct Levels {
+  int bits;
+  const float* values;
+  const int8_t* indices;
+};
+
 struct Rounding {
   int64_t inputs;
-  int bits, group;
+  Levels levels;
+  int group;
   const float* divisors;  // [count]: the scales to try are a group's largest magnitude divided by each
   int count;
 };
@@ -18,7 +29,8 @@ using RoundRow = void (*)(const Rounding& settings, const float* weight, const f
 
 // A block of columns that are rounded in order, the error of each moved to those after it.
 struct Columns {
-  int count, bits;
+  int count;
+  Levels levels;
   const float* feedback;    // [count, count]: row j is the share of column j's error that each column takes
   const int32_t* group_of;  // [count]: the scale of each column
 };

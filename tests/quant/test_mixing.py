@@ -20,6 +20,7 @@ from xverse.quant.mixing import (
     parse_bits,
     rounding_cost,
 )
+from xverse.quant.settings import QuantSettings
 
 
 @pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-4", "0", "4,5"])
@@ -84,7 +85,7 @@ def test_every_matrix_gets_a_format(tiny_model: XverseForCausalLM) -> None:
     rows = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     weights = {name: model.get_submodule(name).weight for name in names}
-    units = measure_units(model.config, measure(model, rows), weights)
+    units = measure_units(model.config, measure(model, rows), weights, QuantSettings(bits=4))
     assert sorted(name for unit in units for name in unit.names) == sorted(names)
     assert all(unit.costs[0] > unit.costs[-1] > 0 for unit in units)
     assert all(

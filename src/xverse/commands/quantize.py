@@ -36,6 +36,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="inputs per scale, at most: 128, 64 or 32 (default: 64 with gptq in 4 bits, otherwise 128)",
     )
     parser.add_argument(
+        "--levels",
+        choices=["table", "integers"],
+        help="what weights of 4 bits are rounded to: the entries of a table that suits their distribution "
+        "(default with --format hf), or integers, as other programs and the kernels of GPUs read them "
+        "(default with --format llama and --method rtn-row)",
+    )
+    parser.add_argument(
         "--calibration",
         metavar="FILE",
         help="UTF-8 text to measure layer inputs on (default: the package's text in 41 languages and code)",
@@ -72,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--bpw chooses groups itself; it excludes --method rtn-row, --group-size and --format llama"
         )
+    if args.levels == "table" and (args.format == "llama" or method == "rtn-row" or args.bits == 8):
+        raise UserError("--levels table is for 4 bits; it excludes --format llama and --method rtn-row")
     if args.group_size is not None:
         check_group_size(args.group_size)
     if method == "rtn-row" and args.calibration is not None:
@@ -94,7 +103,11 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer = source.config, source.tokenizer
     # Most programs for Llama cannot load a quantised head.
     settings = default_settings(
-        args.bits or 4, method, args.group_size, head_bits=16 if args.format == "llama" else None
+        args.bits or 4,
+        method,
+        args.group_size,
+        head_bits=16 if args.format == "llama" else None,
+        table=args.format == "hf" and args.levels != "integers",
     )
     if args.refine:
         if settings.method != "gptq" or config.num_parameters() > REFINED_PARAMETERS:
@@ -107,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     else:  # the magnitude of each channel is all that is measured
         calibration = loading_calibration(tokenizer)
     if bits is not None:
-        settings = dataclasses.replace(settings, formats=mixed_formats(source, bits, calibration, device))
+        settings = dataclasses.replace(
+            settings, formats=mixed_formats(source, bits, calibration, settings, device)
+        )
     elif groups := describe_groups(settings, config):
         notice(f"quantize: {groups}")
     with progress_bar(config) as step, guard(device):

@@ -11,19 +11,26 @@ from xverse.config import UserError
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale, as the kernels and the stored format take them
+# Entries that leave the smallest squared error of normally distributed weights in groups of 64, each with its
+# best scale: a fifth less than integers. A range of at most 127 saves AVX2 an instruction a product.
+TABLES: dict[int, tuple[int, ...]] = {
+    4: (-69, -53, -42, -33, -25, -18, -11, -5, 1, 7, 13, 19, 27, 35, 45, 58)
+}
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """``weight ≈ q · scale`` with one scale for each output row and group of inputs.
+    """``weight ≈ value · scale`` with one scale for each output row and group of inputs.
 
     ``q`` is int8 [N, K] from -2^(bits-1) to 2^(bits-1) - 1 (symmetric: no zero point), ``scales`` bfloat16
-    [N, K/group_size]. A scale per row is a group of all K inputs.
+    [N, K/group_size]. A scale per row is a group of all K inputs. The values are ``q`` itself, or with
+    ``table`` int8 [2^bits], ascending, its entries ``table[q + 2^(bits-1)]``.
     """
 
     q: Tensor
     scales: Tensor
     bits: int
+    table: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.bits in BITS
@@ -31,6 +38,7 @@ class QuantizedWeight:
         assert self.scales.dtype == torch.bfloat16, self.scales.dtype
         assert self.q.shape[0] == self.scales.shape[0]
         assert self.q.shape[1] % self.scales.shape[1] == 0
+        assert self.table is None or (self.table.dtype, len(self.table)) == (torch.int8, 1 << self.bits)
 
     @property
     def group_size(self) -> int:
@@ -38,23 +46,36 @@ class QuantizedWeight:
 
     @property
     def stored_bytes(self) -> int:
-        """The size of integers and scales."""
-        return self.q.numel() * self.bits // 8 + self.scales.numel() * self.scales.itemsize
+        """The size of integers, scales and table."""
+        table = 0 if self.table is None else len(self.table)
+        return self.q.numel() * self.bits // 8 + self.scales.numel() * self.scales.itemsize + table
+
+    @property
+    def values(self) -> Tensor:
+        """What the scales multiply, int8 [N, K]."""
+        if self.table is None:
+            return self.q
+        return self.table[self.q.int() + (1 << (self.bits - 1))]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``q · scale``, [N, K] of ``dtype``."""
-        grouped = self.q.view(*self.scales.shape, self.group_size).to(dtype)  # [N, G, group]
+        """``value · scale``, [N, K] of ``dtype``."""
+        grouped = self.values.view(*self.scales.shape, self.group_size).to(dtype)  # [N, G, group]
         return (grouped * self.scales.to(dtype)[..., None]).view(self.q.shape)
 
     def cpu(self) -> QuantizedWeight:
-        return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits)
+        table = None if self.table is None else self.table.cpu()
+        return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits, table)
 
     def regrouped(self, group_size: int) -> QuantizedWeight:
         """The same weight with its scales repeated for smaller groups of ``group_size`` inputs."""
         assert self.group_size % group_size == 0
-        return QuantizedWeight(
-            self.q, self.scales.repeat_interleave(self.group_size // group_size, dim=1), self.bits
-        )
+        scales = self.scales.repeat_interleave(self.group_size // group_size, dim=1)
+        return QuantizedWeight(self.q, scales, self.bits, self.table)
+
+
+def table_of(bits: int) -> Tensor | None:
+    """The entries of TABLES for weights of ``bits``, int8 [2^bits]; None if they are integers only."""
+    return torch.tensor(TABLES[bits], dtype=torch.int8) if bits in TABLES else None
 
 
 def check_bits(bits: int) -> None:
