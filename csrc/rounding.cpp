@@ -25,7 +25,11 @@ inline float reciprocal(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scal
 struct Integers {
   float low, high;
   explicit Integers(const Levels& levels) : low(-float(1 << (levels.bits - 1))), high(-low - 1.0f) {}
-  // Clamped before rounding: the same integer, and small enough for the magic number. NaN stays NaN.
+  // The levels of kLanes values. Clamped before rounding: the same integer, and small enough for the magic number. NaN
+  // stays NaN.
+  void values(const float* x, float* y) const {
+    for (int j = 0; j < kLanes; ++j) y[j] = value(x[j]);
+  }
   float value(float x) const {
     x = x < low ? low : x;
     x = x > high ? high : x;
@@ -34,20 +38,53 @@ struct Integers {
   int8_t index(float x) const { return int8_t(value(x)); }
 };
 
+// Eight lanes: compilers find no vectors in the search below, and split these where registers are smaller.
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+
+// The nearest entry is found by comparing with every middle between two entries, from which on the upper one is taken.
+// NaN becomes the first entry.
+template <int kBits>
 struct Table {
-  const float* values;
-  const int8_t* indices;
-  explicit Table(const Levels& levels) : values(levels.values), indices(levels.indices) {}
-  // Moved by the range, so that the conversion to an integer, which truncates, rounds down. NaN becomes the first entry.
-  static int place(float x) {
-    x = x * 2.0f + float(kTableRange);
-    x = x > 0.0f ? x : 0.0f;
-    x = x < float(2 * kTableRange - 1) ? x : float(2 * kTableRange - 1);
-    return int(x);
+  static constexpr int kEntries = 1 << kBits;
+  float first, middles[kEntries - 1], steps[kEntries - 1];
+  explicit Table(const Levels& levels) : first(levels.table[0]) {
+    for (int i = 1; i < kEntries; ++i) {
+      middles[i - 1] = 0.5f * float(levels.table[i - 1] + levels.table[i]);
+      steps[i - 1] = float(levels.table[i] - levels.table[i - 1]);
+    }
   }
-  float value(float x) const { return values[place(x)]; }
-  int8_t index(float x) const { return indices[place(x)]; }
+  void values(const float* x, float* y) const {
+    for (int j = 0; j < kLanes; j += 8) {
+      Floats lanes, nearest = Floats{} + first;
+      std::memcpy(&lanes, x + j, sizeof lanes);
+      for (int i = 0; i < kEntries - 1; ++i) {
+        const Ints above = lanes >= Floats{} + middles[i];
+        nearest += (Floats)(above & (Ints)(Floats{} + steps[i]));
+      }
+      std::memcpy(y + j, &nearest, sizeof nearest);
+    }
+  }
+  float value(float x) const {
+    float y = first;
+    for (int i = 0; i < kEntries - 1; ++i) y += x >= middles[i] ? steps[i] : 0.0f;
+    return y;
+  }
+  int8_t index(float x) const {
+    int count = 0;
+    for (int i = 0; i < kEntries - 1; ++i) count += x >= middles[i];
+    return int8_t(count - kEntries / 2);
+  }
 };
+
+// Calls f with the levels' grid.
+template <class F>
+inline void with_grid(const Levels& levels, const F& f) {
+  if (!levels.table) return f(Integers(levels));
+  if (levels.bits == 4) return f(Table<4>(levels));
+  if (levels.bits == 3) return f(Table<3>(levels));
+  return f(Table<2>(levels));
+}
 
 inline float sum(float* lanes) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -61,8 +98,11 @@ inline float squared_error(const Grid& grid, const float* w, const float* import
   const float inverse = reciprocal(scale);
   float lanes[kLanes] = {};
   for (int k = 0; k < group; k += kLanes) {
+    float x[kLanes], q[kLanes];
+    for (int j = 0; j < kLanes; ++j) x[j] = w[k + j] * inverse;
+    grid.values(x, q);
     for (int j = 0; j < kLanes; ++j) {
-      const float off = w[k + j] - grid.value(w[k + j] * inverse) * scale;
+      const float off = w[k + j] - q[j] * scale;
       lanes[j] += off * off * importance[k + j];
     }
   }
@@ -74,10 +114,12 @@ inline float least_squares(const Grid& grid, const float* w, const float* import
   const float inverse = reciprocal(scale);
   float above[kLanes] = {}, below[kLanes] = {};
   for (int k = 0; k < group; k += kLanes) {
+    float x[kLanes], q[kLanes];
+    for (int j = 0; j < kLanes; ++j) x[j] = w[k + j] * inverse;
+    grid.values(x, q);
     for (int j = 0; j < kLanes; ++j) {
-      const float q = grid.value(w[k + j] * inverse);
-      above[j] += w[k + j] * q * importance[k + j];
-      below[j] += q * q * importance[k + j];
+      above[j] += w[k + j] * q[j] * importance[k + j];
+      below[j] += q[j] * q[j] * importance[k + j];
     }
   }
   const float numerator = sum(above), denominator = sum(below);
@@ -145,20 +187,14 @@ void round_columns(const Grid& grid, const Columns& columns, const float* weight
 }  // namespace
 
 void XV_ROUND(const Rounding& settings, const float* weight, const float* importance, int8_t* q, uint16_t* scales) {
-  if (settings.levels.values) {
-    round_row(Table(settings.levels), settings, weight, importance, q, scales);
-  } else {
-    round_row(Integers(settings.levels), settings, weight, importance, q, scales);
-  }
+  with_grid(settings.levels,
+            [&](const auto& grid) { round_row(grid, settings, weight, importance, q, scales); });
 }
 
 void XV_JOIN(XV_ROUND, _columns)(const Columns& columns, const float* weight, float* shift, const float* scales,
                                  int8_t* q, float* errors) {
-  if (columns.levels.values) {
-    round_columns(Table(columns.levels), columns, weight, shift, scales, q, errors);
-  } else {
-    round_columns(Integers(columns.levels), columns, weight, shift, scales, q, errors);
-  }
+  with_grid(columns.levels,
+            [&](const auto& grid) { round_columns(grid, columns, weight, shift, scales, q, errors); });
 }
 
 }  // namespace xv

@@ -5,14 +5,11 @@
 
 namespace xv {
 
-// What a weight in units of its scale is rounded to: integers of some bits, or the nearest entry of a table. Then
-// `values` and `indices` [2 * kTableRange] have that entry and its signed index for x in [i/2, (i+1)/2), from i =
-// -kTableRange on: halves, because a table has integers. Null without a table.
-constexpr int kTableRange = 256;
+// What a weight in units of its scale is rounded to: integers of some bits, or the nearest entry of `table` [2^bits],
+// in ascending order; null without.
 struct Levels {
   int bits;
-  const float* values;
-  const int8_t* indices;
+  const int8_t* table;
 };
 
 struct Rounding {

@@ -135,7 +135,7 @@ def _round_block(
         kernels.xv_round_columns(
             weight.data_ptr(), shift.data_ptr(), feedback.data_ptr(), scales.data_ptr(), groups.data_ptr(),
             q.data_ptr(), errors.data_ptr(), len(weight), weight.stride(0), scales.shape[1], count,
-            levels.bits, *levels.pointers(), torch.get_num_threads(),
+            levels.bits, levels.pointer, torch.get_num_threads(),
         )  # fmt: skip
         return
     for k in range(count):

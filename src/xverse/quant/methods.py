@@ -15,7 +15,6 @@ from xverse.kernels.weight import QuantizedWeight, check_bits, check_group_size
 
 _ROWS_AT_ONCE = 1 << 22  # weights for which PyTorch's search holds copies at a time
 _LANES = 32  # partial sums of an error; fixed, so that every instruction set adds in the same order
-_RANGE = 256  # halves on each side of zero: a table has bytes
 _SMALLEST = 1e-30  # groups below it become zeros: the reciprocal of the scale would overflow
 
 
@@ -30,39 +29,32 @@ def rtn_row(weight: Tensor, bits: int) -> QuantizedWeight:
 
 class Levels:
     """What a weight in units of its scale is rounded to: integers of ``bits``, or entries of ``table`` int8
-    [2^bits]. With a table, ``values`` float32 and ``indices`` int8 [512] on its device have the nearest entry
-    and its signed index for each half from -128 on, because the nearest entry changes at halves only."""
+    [2^bits] in ascending order; the upper of two from the middle between them on."""
 
     def __init__(self, bits: int, table: Tensor | None = None) -> None:
         self.bits, self.half, self.table = bits, 1 << (bits - 1), table
-        self.values = self.indices = None
-        if table is not None:
-            halves = torch.arange(-_RANGE, _RANGE, device=table.device)
-            nearest = torch.bucketize(halves, table[1:].int() + table[:-1].int(), right=True)
-            self.values, self.indices = table[nearest].float(), (nearest - self.half).to(torch.int8)
+        self._middles = None if table is None else (table[1:].float() + table[:-1]) / 2
 
     def value(self, x: Tensor) -> Tensor:
-        """The nearest levels to ``x`` float32, of which the table's clip at ±128."""
-        if self.values is None:
+        """The nearest levels to ``x`` float32."""
+        if self.table is None:
             return x.clamp(-self.half, self.half - 1).round()
-        return self.values[self._place(x)]
+        return self.table[self._place(x)].float()
 
     def index(self, x: Tensor) -> Tensor:
-        """Their signed indices int8; of what is not finite, any."""
-        if self.indices is None:
+        """Their signed indices int8; of NaN, any."""
+        if self.table is None:
             return self.value(x).nan_to_num(0.0).to(torch.int8)
-        return self.indices[self._place(x)]
+        return (self._place(x) - self.half).to(torch.int8)
 
-    def pointers(self) -> tuple[int, int]:
-        """For the kernels; null without a table."""
-        if self.values is None or self.indices is None:
-            return 0, 0
-        return self.values.data_ptr(), self.indices.data_ptr()
+    @property
+    def pointer(self) -> int:
+        """The table for the kernels, null without."""
+        return 0 if self.table is None else self.table.data_ptr()
 
-    @staticmethod
-    def _place(x: Tensor) -> Tensor:
-        place = x * 2.0 + _RANGE
-        return place.nan_to_num(0.0).clamp(0, 2 * _RANGE - 1).to(torch.int32)
+    def _place(self, x: Tensor) -> Tensor:
+        assert self._middles is not None
+        return torch.bucketize(x.nan_to_num(-torch.inf), self._middles, right=True)
 
 
 def rtn(
@@ -95,7 +87,7 @@ def rtn(
         scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, dtype=torch.bfloat16)
         kernels.xv_round(
             weight.data_ptr(), importance.data_ptr(), q.data_ptr(), scales.data_ptr(), *weight.shape, bits,
-            *levels.pointers(), group_size, divisors.data_ptr(), len(divisors), torch.get_num_threads(),
+            levels.pointer, group_size, divisors.data_ptr(), len(divisors), torch.get_num_threads(),
         )  # fmt: skip
         return QuantizedWeight(q, scales, bits, levels.table)
     rows = max(1, _ROWS_AT_ONCE // weight.shape[1])
@@ -116,7 +108,7 @@ def search_grid(bits: int, table: Tensor | None = None) -> Tensor:
     Below 2^(bits-1) - 1 the steps are larger than necessary; above 2^(bits-1) the largest weights clip.
     """
     if table is not None:
-        return torch.linspace(0.8, 1.4, 13) * table.abs().max().item()
+        return torch.linspace(0.82, 1.38, 9) * table.abs().max().item()
     if bits == 8:
         return torch.tensor([126.0, 127.0, 127.5, 128.0, 130.0, 134.0])
     return torch.arange(6.5, 11.01, 0.25)
