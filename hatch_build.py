@@ -32,6 +32,7 @@ _ROUNDING = ["-ffp-contract=off"]  # every instruction set must give the same bi
 # (source, flags of its instruction set). csrc/instruction_sets.cpp lists the tables that these units define.
 UNITS: list[tuple[str, list[str]]] = [
     ("api.cpp", []),
+    ("tiles.cpp", []),
     ("instruction_sets.cpp", []),
     ("portable.cpp", []),
     ("attention_api.cpp", []),

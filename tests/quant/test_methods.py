@@ -202,8 +202,7 @@ def test_every_table_has_its_bits_and_fits_the_kernels() -> None:
 
 
 @given(
-    entries=st.lists(st.integers(-127, 127), min_size=16, max_size=16, unique=True),
-    seed=st.integers(0, 99),
+    entries=st.lists(st.integers(-127, 127), min_size=16, max_size=16, unique=True), seed=st.integers(0, 99)
 )
 @settings(max_examples=20, deadline=None)
 def test_levels_are_the_nearest_entries(entries: list[int], seed: int) -> None:

@@ -36,6 +36,7 @@ from xverse.hardware import resident_memory
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.model.config import FLOAT32_BELOW
+from xverse.model.mlp import RoutedMLP
 from xverse.tokenizer import Tokenizer
 
 NANO_TARGET = 100.0  # decoded tokens/s with one request
@@ -265,6 +266,10 @@ def _step_bytes(model: XverseForCausalLM, batch: int, positions: float) -> float
     values of ``positions``."""
     item = model.model.norm.weight.element_size()
     weights = _tensor_bytes(model) - _tensor_bytes(model.model.embed_tokens)
+    if model.config.num_experts:  # without those that nobody activates, under even routing
+        unused = (1 - model.config.moe_top_k / model.config.num_experts) ** batch
+        experts = [m.experts for m in model.modules() if isinstance(m, RoutedMLP)]
+        weights -= int(unused * sum(map(_tensor_bytes, experts)))
     kv = 2 * model.config.num_hidden_layers * model.config.hidden_size * item
     return weights + batch * model.config.hidden_size * item + kv * positions
 

@@ -76,7 +76,7 @@ def measure_named(
 
     Raises UserError for an unknown shape, too few steps or too little memory.
     """
-    config = named_shape(shape)
+    config = named_shape(shape).without_experts("bench train")
     sizes = [vocabulary] if vocabulary else list(TARGETS) if shape == "mini" else [config.vocab_size]
     results = [
         measure(

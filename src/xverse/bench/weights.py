@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
 
 from xverse.formats.quantize import quick_settings
 from xverse.formats.schemes import set_layer
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.tiles import tile_rows
 from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.quant.settings import matrices
 from xverse.tokenizer import SPECIAL_TOKENS, Tokenizer
 from xverse.tokenizer.tokenizer import SPACE
 
@@ -28,11 +28,10 @@ def random_model(config: XverseConfig, dtype: torch.dtype, quantize: str | None 
     block = torch.empty(1 << 20).normal_(0.0, 0.02, generator=generator).to(dtype)
     if quantize:
         settings = quick_settings(quantize, config)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear):
-                bits = settings.resolved_head_bits if name == "lm_head" else settings.bits
-                shape = (module.out_features, module.in_features)
-                set_layer(model, name, _random_layer(*shape, bits, settings.group_size))
+        head = ("lm_head", config.vocab_size, config.hidden_size)
+        for name, outputs, inputs in [*matrices(config), head]:
+            bits = settings.resolved_head_bits if name == "lm_head" else settings.bits
+            set_layer(model, name, _random_layer(outputs, inputs, bits, settings.group_size))
     state = {}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         tensor = torch.ones(parameter.shape, dtype=dtype)
@@ -74,5 +73,5 @@ def placeholder_tokenizer(size: int) -> Tokenizer:
 
 def weights_kind(model: XverseForCausalLM) -> str:
     """``int4``, ``int8`` or the dtype of the layers' weights."""
-    layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+    layer: Any = model.get_submodule("model.layers.0.self_attn.q_proj")
     return f"int{layer.bits}" if isinstance(layer, QuantLinear) else str(layer.weight.dtype).split(".")[-1]

@@ -1,4 +1,4 @@
-"""``xverse quantize``: write a model with 8-bit or 4-bit weights, and measure parity."""
+"""``xverse quantize``: write a model with weights of 8, 4, 3 or 2 bits, and measure parity."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="nano", metavar="M", help="a directory, a hub id or nano (default: nano)"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
-    parser.add_argument("--bits", type=int, metavar="8|4", help="bits per weight")
+    parser.add_argument("--bits", type=int, metavar="8|4|3|2", help="bits per weight")
     parser.add_argument(
         "--bpw",
         metavar="X",
         help="instead of --bits: average bits per weight of everything but the embedding, such as 4.5; "
-        "each layer gets 4 or 8 bits and groups of 128, 64 or 32 by its measured sensitivity",
+        "each layer gets 2, 3, 4 or 8 bits and groups of 128, 64 or 32 by its measured sensitivity",
     )
     parser.add_argument(
         "--method",
         metavar="METHOD",
-        help="gptq (default with 4 bits and --bpw): round column by column and compensate each error; "
+        help="gptq (default with up to 4 bits and --bpw): round column by column and compensate each error; "
         "rtn (default with 8 bits): round to nearest with searched scales per group; rtn-row: one scale "
         "per row, as in XVERSE's published models",
     )
@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         metavar="N",
-        help="inputs per scale, at most: 128, 64 or 32 (default: 64 with gptq in 4 bits, otherwise 128)",
+        help="inputs per scale, at most: 128, 64 or 32 (default: 64 with gptq in up to 4 bits, otherwise 128)",
     )
     parser.add_argument(
         "--levels",
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from xverse.kernels.weight import check_bits, check_group_size
 
     if (args.bits is None) == (args.bpw is None):
-        raise UserError("give either --bits (8 or 4) or --bpw (an average such as 4.5)")
+        raise UserError("give either --bits (8, 4, 3 or 2) or --bpw (an average such as 4.5)")
     method = args.method
     if method is not None:
         choose("method", method, {name: name for name in ("rtn", "rtn-row", "gptq")})
@@ -79,8 +79,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--bpw chooses groups itself; it excludes --method rtn-row, --group-size and --format llama"
         )
-    if args.levels == "table" and (args.format == "llama" or method == "rtn-row" or args.bits == 8):
-        raise UserError("--levels table is for 4 bits; it excludes --format llama and --method rtn-row")
+    integers = args.format == "llama" or method == "rtn-row"
+    if args.bits in (2, 3) and (integers or args.levels == "integers"):
+        raise UserError(
+            f"--bits {args.bits} always has tables; it excludes --levels integers, --format llama and "
+            "--method rtn-row"
+        )
+    if args.levels == "table" and (integers or args.bits == 8):
+        raise UserError("--levels table is for up to 4 bits; it excludes --format llama and --method rtn-row")
     if args.group_size is not None:
         check_group_size(args.group_size)
     if method == "rtn-row" and args.calibration is not None:

@@ -23,8 +23,9 @@ MOST_TOKENS = 64
 
 
 def recorded(model: XverseForCausalLM, cache: PagedCache) -> DecodeGraphs | None:
-    """The graphs of a CUDA device; None on others, and where recording fails, which is reported."""
-    if cache.device.type != "cuda":
+    """The graphs of a CUDA device; None on others, for a model with routed experts, whose products depend on
+    the tokens, and where recording fails, which is reported."""
+    if cache.device.type != "cuda" or model.config.num_experts:
         return None
     graphs = DecodeGraphs(model, cache)
     try:

@@ -64,6 +64,8 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
     source = ModelDirectory.named(settings.model_name_or_path)
     if source.scheme is not None and settings.finetuning_type != "lora":
         raise UserError(f"{source}: quantised weights cannot be trained; use finetuning_type lora")
+    if args.world_size > 1:
+        source.config.without_experts("fine-tuning on several processes")
     tokenizer = source.tokenizer
     _check_template(source, settings, first)
     length = _row_length(source, settings, first)

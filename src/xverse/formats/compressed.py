@@ -23,7 +23,7 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.formats.weights import TensorFiles, dtype_name, listed
 from xverse.kernels.tiles import kernel_group_size, to_rows
-from xverse.kernels.weight import GROUP_SIZES, TABLES, QuantizedWeight
+from xverse.kernels.weight import GROUP_SIZES, INTEGER_BITS, TABLES, QuantizedWeight
 
 METHOD, TABLE_METHOD = "compressed-tensors", "xverse"
 FORMAT, TABLE_FORMAT = "pack-quantized", "table-quantized"
@@ -194,7 +194,7 @@ def _kind(weights: Mapping[str, Any], refuse: Any, name: str, own: bool) -> Kind
     if weights.get("actorder") not in (None, False, "weight", "static"):
         raise refuse(f"activation order ({name}: actorder '{weights['actorder']}')")
     bits = weights.get("num_bits", 8)
-    if bits not in (TABLES if table else (4, 8)):
+    if bits not in (TABLES if table else INTEGER_BITS):
         raise refuse(f"{bits} bits ({name})")
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("group" if size and size > 0 else "channel" if size else "tensor")

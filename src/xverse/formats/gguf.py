@@ -95,6 +95,7 @@ def save_gguf(
     file_type = choose("type", kind, KINDS)
     check_file(path, overwrite)
     check_vocabulary(tokenizer, model.config, path)
+    model.config.without_experts("GGUF")
     architecture = ARCHITECTURES.get(model.config.model_type, "llama")
     _check_scaling(model.config.rope_scaling)
     vocabulary = vocabulary_of(tokenizer, model.config.vocab_size)

@@ -22,7 +22,7 @@ from xverse.formats.schemes import set_layer
 from xverse.formats.weights import DTYPES, IGNORED_SUFFIX, dtype_name
 from xverse.formats.write import check_target, save_quantized
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
-from xverse.kernels.weight import QuantizedWeight
+from xverse.kernels.weight import BITS, QuantizedWeight
 from xverse.log import console, notice, progress
 from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.quant import mixing
@@ -129,10 +129,10 @@ def quantize_directory(
 
 
 def quick_settings(kind: str, config: XverseConfig) -> QuantSettings:
-    """The settings of ``int8`` or ``int4``, with groups of 128 or the largest part of it that divides the
-    inputs of every layer. Raises UserError for any other ``kind``."""
-    bits = choose("quantize", kind, {"int8": 8, "int4": 4})
-    group = math.gcd(QuantSettings.group_size, *input_sizes(config))
+    """The settings of ``int8``, ``int4``, ``int3`` or ``int2``, with groups of 128 (3 and 2 bits: 64) or the
+    largest part of it that divides the inputs of every layer. Raises UserError for any other ``kind``."""
+    bits = choose("quantize", kind, {f"int{bits}": bits for bits in reversed(BITS)})
+    group = math.gcd(QuantSettings.group_size if bits >= 4 else 64, *input_sizes(config))
     return QuantSettings(bits=bits, group_size=group, embedding_bits=16)
 
 
@@ -198,6 +198,7 @@ def mixed_formats(
     """The format of every matrix, rounded by ``settings``, for ``bits`` per weight on average, norms included
     and the embedding not, by the sensitivity measured on a part of ``calibration`` int64 [n, T]. Raises
     UserError if no choice fits."""
+    directory.config.without_experts("--bpw")
     source = Source(directory, device)
     config = source.config
     shapes = [*matrices(config), (mixing.HEAD, config.vocab_size, config.hidden_size)]

@@ -25,6 +25,7 @@ from xverse.formats.weights import SafetensorsWriter, TensorFiles, dtype_name, r
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.tiles import from_rows, kernel_group_size, tile_rows
 from xverse.kernels.weight import QuantizedWeight
+from xverse.quant.settings import matrices
 
 if TYPE_CHECKING:
     from xverse.model import XverseConfig
@@ -162,7 +163,7 @@ def write_quantized(
     Returns the keys ``quantization_config`` and ``torch_dtype`` for config.json. Tensors that are not
     quantised keep their dtype.
     """
-    tensors_at_most = 34 * config.num_hidden_layers + 12
+    tensors_at_most = 4 * len([*matrices(config)]) + 7 * config.num_hidden_layers + 13
     writer = SafetensorsWriter(directory, tensors_at_most, max_shard_bytes)
     kinds: dict[str, Written] = {}
     plain: list[str] = []

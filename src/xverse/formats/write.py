@@ -81,6 +81,8 @@ def _description(
     config: XverseConfig, dtype: torch.dtype, llama: bool
 ) -> tuple[dict[str, Any], Mapping[str, str]]:
     """``config.json``, and the shim's files by name, which other families do not need."""
+    if llama:
+        config.without_experts("export as Llama")
     if config.model_type != "xverse":
         if llama:
             if config.qk_norm or config.attention_bias != config.output_bias:

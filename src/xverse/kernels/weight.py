@@ -9,12 +9,15 @@ from torch import Tensor
 
 from xverse.config import UserError
 
-BITS = (4, 8)
+BITS = (2, 3, 4, 8)
+INTEGER_BITS = (4, 8)  # of the formats that other programs share
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale, as the kernels and the stored format take them
 # Entries that leave the smallest squared error of normally distributed weights in groups of 64, each with its
 # best scale: a fifth less than integers. A range of at most 127 saves AVX2 an instruction a product.
 TABLES: dict[int, tuple[int, ...]] = {
-    4: (-69, -53, -42, -33, -25, -18, -11, -5, 1, 7, 13, 19, 27, 35, 45, 58)
+    2: (-71, -24, 13, 56),
+    3: (-70, -42, -24, -9, 5, 19, 35, 57),
+    4: (-69, -53, -42, -33, -25, -18, -11, -5, 1, 7, 13, 19, 27, 35, 45, 58),
 }
 
 
@@ -23,8 +26,8 @@ class QuantizedWeight:
     """``weight ≈ value · scale`` with one scale for each output row and group of inputs.
 
     ``q`` is int8 [N, K] from -2^(bits-1) to 2^(bits-1) - 1 (symmetric: no zero point), ``scales`` bfloat16
-    [N, K/group_size]. A scale per row is a group of all K inputs. The values are ``q`` itself, or with
-    ``table`` int8 [2^bits], ascending, its entries ``table[q + 2^(bits-1)]``.
+    [N, K/group_size]. A scale per row is a group of all K inputs. The values are ``q`` itself or, with up to
+    4 bits and a ``table`` int8 [2^bits] in ascending order, ``table[q + 2^(bits-1)]``.
     """
 
     q: Tensor
@@ -38,7 +41,10 @@ class QuantizedWeight:
         assert self.scales.dtype == torch.bfloat16, self.scales.dtype
         assert self.q.shape[0] == self.scales.shape[0]
         assert self.q.shape[1] % self.scales.shape[1] == 0
-        assert self.table is None or (self.table.dtype, len(self.table)) == (torch.int8, 1 << self.bits)
+        if self.table is not None:
+            assert self.bits <= 4
+            assert self.table.dtype == torch.int8
+            assert self.table.shape == (1 << self.bits,)
 
     @property
     def group_size(self) -> int:
@@ -81,7 +87,7 @@ def table_of(bits: int) -> Tensor | None:
 def check_bits(bits: int) -> None:
     """Raises UserError for an unsupported number of bits."""
     if bits not in BITS:
-        raise UserError(f"bits: {bits} is not supported; 8 or 4")
+        raise UserError(f"bits: {bits} is not supported; 8, 4, 3 or 2")
 
 
 def check_group_size(group_size: int, *sizes: int) -> None:

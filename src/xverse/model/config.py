@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xverse.config import build, choose
+from xverse.config import UserError, build, choose
 from xverse.model.families import family_fields, family_of
 from xverse.model.scaling import RopeScaling
 
@@ -21,9 +21,11 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 FAMILY_FIELDS = frozenset(
     {
         "model_type", "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias",
-        "output_bias", "qk_norm", "norm_in_float32",
+        "output_bias", "qk_norm", "norm_in_float32", "num_experts", "moe_top_k", "num_shared_experts",
+        "norm_topk_prob",
     }
 )  # fmt: skip
+EXPERT_FIELDS = ("num_experts", "moe_top_k", "num_shared_experts", "norm_topk_prob")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,11 @@ class XverseConfig:
     output_bias: bool = False  # of the attention's output
     qk_norm: bool = False  # each head's queries and keys are normed before they are rotated
     norm_in_float32: bool = True  # RMSNorm's weight is applied before the result is rounded to 16 bits
+    # Of XVERSE-MoE, whose experts have ``intermediate_size`` each; see ``RoutedMLP``. 0: no experts.
+    num_experts: int = 0
+    moe_top_k: int = 0
+    num_shared_experts: int = 0
+    norm_topk_prob: bool = False
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -75,6 +82,10 @@ class XverseConfig:
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
+        if min(self.num_experts, self.moe_top_k, self.num_shared_experts) < 0:
+            raise ValueError("num_experts, moe_top_k and num_shared_experts must not be negative")
+        if self.num_experts and not 1 <= self.moe_top_k <= self.num_experts:
+            raise ValueError(f"moe_top_k {self.moe_top_k} is out of range (1 to {self.num_experts} experts)")
 
     @property
     def attention_size(self) -> int:
@@ -101,18 +112,37 @@ class XverseConfig:
         plain |= {"head_dim": self.hidden_size // self.num_attention_heads}
         return {k: v for k, v in values.items() if k not in FAMILY_FIELDS or v != plain[k]}
 
-    def num_parameters(self) -> int:
-        """Trainable parameters; those of a tied head are counted once."""
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Trainable parameters; those of a tied head are counted once. ``active``: without the experts that a
+        token does not use."""
         d, q, kv = self.hidden_size, self.attention_size, self.kv_size
-        layer = 2 * d * (q + kv) + 3 * d * self.intermediate_size + 2 * d
+        experts = (self.moe_top_k if active else self.num_experts) + self.num_shared_experts
+        layer = 2 * d * (q + kv) + 2 * d + d * self.num_experts  # the last is the router
+        layer += 3 * d * self.intermediate_size * (experts if self.num_experts else 1)
         layer += self.attention_bias * (q + 2 * kv) + self.output_bias * d + self.qk_norm * 2 * self.head_dim
         ends = 1 if self.tie_word_embeddings else 2
         return ends * self.vocab_size * d + self.num_hidden_layers * layer + d
 
+    @property
+    def networks(self) -> dict[str, int]:
+        """The feed-forward networks of a layer by name, with their widths: one, or all experts."""
+        if not self.num_experts:
+            return {"mlp": self.intermediate_size}
+        sizes = {f"mlp.experts.{number}": self.intermediate_size for number in range(self.num_experts)}
+        if self.num_shared_experts:
+            sizes["mlp.shared_experts"] = self.num_shared_experts * self.intermediate_size
+        return sizes
+
+    def without_experts(self, what: str) -> XverseConfig:
+        """The configuration itself. Raises UserError, for ``what``, if it has routed experts."""
+        if self.num_experts:
+            raise UserError(f"{what}: models with routed experts (num_experts) are not supported")
+        return self
+
     def flops_per_token(self, length: int) -> dict[str, float]:
         """Training FLOPs per token, see ``training_flops``."""
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        parameters = self.num_parameters() - embedding
+        parameters = self.num_parameters(active=True) - embedding
         return training_flops(parameters, self.num_hidden_layers, self.attention_size, length)
 
     def to_json(self, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -130,8 +160,12 @@ class XverseConfig:
             if written.bias_key:
                 values[written.bias_key] = self.attention_bias
             values |= family.constants
+        if self.num_experts:
+            values |= {name: getattr(self, name) for name in EXPERT_FIELDS}
+            if self.num_key_value_heads != self.num_attention_heads:
+                values["num_key_value_heads"] = self.num_key_value_heads
         return {
-            "architectures": [family.architecture],
+            "architectures": ["XverseMoeForCausalLM" if self.num_experts else family.architecture],
             "model_type": family.written or self.model_type,
             "hidden_act": "silu",
             "tie_word_embeddings": self.tie_word_embeddings,
@@ -170,7 +204,7 @@ def training_flops(parameters: int, layers: int, attention_size: int, length: in
 
 
 def _shape(
-    vocab: int, hidden: int, intermediate: int, layers: int, heads: int, context: int = 8192
+    vocab: int, hidden: int, intermediate: int, layers: int, heads: int, context: int = 8192, **others: Any
 ) -> XverseConfig:
     return XverseConfig(
         vocab_size=vocab,
@@ -179,9 +213,16 @@ def _shape(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=context,
+        **others,
     )
 
 
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 64,
+    "moe_top_k": 6,
+    "num_shared_experts": 2,
+    "rope_theta": 500000.0,
+}
 SHAPES: dict[str, XverseConfig] = {
     "nano": _shape(12288, 256, 768, layers=6, heads=4),
     "mini": _shape(12288, 512, 1408, layers=8, heads=8),
@@ -189,6 +230,9 @@ SHAPES: dict[str, XverseConfig] = {
     "13b": _shape(100278, 5120, 13824, layers=40, heads=40),
     "13b-2": _shape(100534, 5120, 13824, layers=40, heads=40),
     "65b": _shape(100534, 8192, 22016, layers=80, heads=64, context=16384),
+    "moe-a4.2b": _shape(100534, 2560, 1728, layers=28, heads=32, **_EXPERTS),
+    # 16 key heads are inferred from the published numbers of parameters.
+    "moe-a36b": _shape(100534, 6144, 4096, layers=50, heads=48, num_key_value_heads=16, **_EXPERTS),
 }
 
 

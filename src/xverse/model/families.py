@@ -103,14 +103,20 @@ _FIXED: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
-    "num_experts": None,
-    "num_local_experts": None,
 }
+# Names of the number of experts. XVERSE-MoE's is the first; others route in other ways.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def family_of(values: Mapping[str, Any], where: str) -> Family:
     """The family of a ``config.json``. Raises UserError for a ``model_type`` that is not in ``FAMILIES``."""
     stored = values.get("model_type", "xverse")
+    experts = next((key for key in _EXPERTS if values.get(key)), None)
+    if experts is not None and (stored != "xverse" or experts != _EXPERTS[0]):
+        raise UserError(
+            f"{where}: model_type {stored!r} with {experts} = {values[experts]!r} is not supported: its "
+            "routed experts differ from XVERSE-MoE's; xverse eval --backend transformers runs it"
+        )
     if stored in FAMILIES:
         return FAMILIES[stored]
     raise UserError(
@@ -124,8 +130,10 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     model does not use remain.
 
     Raises UserError for an unknown family and for a feature that the forward pass lacks: sliding windows,
-    experts, soft caps, other activations, biases in the MLP, partly rotated heads.
+    experts other than XVERSE-MoE's, soft caps, other activations, biases in the MLP, partly rotated heads.
     """
+    if values.get("model_type") == "xverse_moe":
+        values = {**values, "model_type": "xverse"}
     family = family_of(values, where)
     fields = {**family.defaults, **values}
     if fields.get("max_sequence_length") and "max_position_embeddings" not in values:  # Llama's first key
@@ -142,6 +150,8 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     if fields.get("model_type", "xverse") == "xverse":
         _check_xverse(fields, where)
+        if not fields.get("num_experts"):
+            fields |= {"num_experts": 0, "moe_top_k": 0, "num_shared_experts": 0}
     biases = bool(fields.get(family.bias_key))
     fields |= {"attention_bias": biases, "output_bias": biases, **family.implied}
     rotary = fields.get("rotary") or {}  # InternLM's own form of rope scaling
@@ -163,12 +173,12 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_xverse(fields: Mapping[str, Any], where: str) -> None:
-    """XVERSE's published code has none of its relatives' features."""
+    """XVERSE's published code has none of its relatives' features, but XVERSE-MoE may share key heads."""
     for key in ("tie_word_embeddings", "attention_bias"):
         if fields.get(key):
             raise UserError(f"{where}: {key} = {fields[key]!r} is not supported, only False")
     heads = fields.get("num_attention_heads")
-    if fields.get("num_key_value_heads", heads) not in (heads, None):
+    if not fields.get("num_experts") and fields.get("num_key_value_heads", heads) not in (heads, None):
         raise UserError(f"{where}: grouped-query attention (num_key_value_heads) is not supported in XVERSE")
     check_rope_base(fields, where)
 

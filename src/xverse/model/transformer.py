@@ -8,15 +8,15 @@ pass has no caches, masks or devices: an attention context provides them (``mode
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import rms_norm
 
 from xverse.model.attention import AttentionContext
 from xverse.model.config import XverseConfig
 from xverse.model.loss import linear_cross_entropy
+from xverse.model.mlp import MLP, RoutedMLP, apply_all, make_linear
 from xverse.model.rope import rope_tables, rotate
 
 
@@ -42,14 +42,6 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype)
 
 
-def apply_all(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Several layers of one input [B, T, D]. Layer classes with ``together`` compute them at once."""
-    kind = type(layers[0])
-    if hasattr(kind, "together") and all(type(layer) is kind for layer in layers):
-        return kind.together(layers, x)
-    return [layer(x) for layer in layers]
-
-
 def norm_of(config: XverseConfig, size: int) -> RMSNorm:
     """A norm of ``size`` values with the configuration's epsilon and rounding."""
     return RMSNorm(size, config.rms_norm_eps, config.norm_in_float32)
@@ -64,10 +56,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         size, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(size, config.attention_size, bias=bias)
-        self.k_proj = nn.Linear(size, config.kv_size, bias=bias)
-        self.v_proj = nn.Linear(size, config.kv_size, bias=bias)
-        self.o_proj = nn.Linear(config.attention_size, size, bias=config.output_bias)
+        self.q_proj = make_linear(size, config.attention_size, bias)
+        self.k_proj = make_linear(size, config.kv_size, bias)
+        self.v_proj = make_linear(size, config.kv_size, bias)
+        self.o_proj = make_linear(config.attention_size, size, config.output_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm, self.k_norm = norm_of(config, self.head_dim), norm_of(config, self.head_dim)
@@ -88,32 +80,13 @@ class Attention(nn.Module):
         return rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
 
 
-class MLP(nn.Module):
-    """The feed-forward network, SwiGLU (Shazeer, 2020, arXiv:2002.05202)."""
-
-    def __init__(self, config: XverseConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] → [B, T, D]."""
-        gate, up = apply_all((self.gate_proj, self.up_proj), x)  # [B, T, d_ff] each
-        return self.down_proj(self.activate(gate, up))
-
-    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) · up, [B, T, d_ff] each."""
-        return silu(gate) * up
-
-
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm, with residual connections."""
+    """Attention and feed-forward network, each behind a norm, with residual connections."""
 
     def __init__(self, config: XverseConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = RoutedMLP(config) if config.num_experts else MLP(config)
         self.input_layernorm = norm_of(config, config.hidden_size)
         self.post_attention_layernorm = norm_of(config, config.hidden_size)
 
@@ -161,7 +134,7 @@ class XverseForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = XverseModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = make_linear(config.hidden_size, config.vocab_size)
         self.tie()
 
     def tie(self) -> None:

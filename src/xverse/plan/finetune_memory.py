@@ -128,21 +128,21 @@ def keeps_freed(settings: Settings, stored_quantised: bool) -> bool:
 
 def trainable_parameters(shape: XverseConfig, settings: Settings) -> int:
     """The number of trainable parameters, from the settings alone."""
-    d, ff, count = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    q, kv = shape.attention_size, shape.kv_size
+    d, count, q, kv = shape.hidden_size, shape.num_hidden_layers, shape.attention_size, shape.kv_size
     vocabulary = shape.vocab_size * d
     if settings.finetuning_type == "full":
         return shape.num_parameters()
-    sizes = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
-    sizes |= {"gate_proj": (d, ff), "up_proj": (d, ff), "down_proj": (ff, d)}
+    sizes = [("q_proj", d, q), ("k_proj", d, kv), ("v_proj", d, kv), ("o_proj", q, d)]
+    for width in shape.networks.values():
+        sizes += [("gate_proj", d, width), ("up_proj", d, width), ("down_proj", width, d)]
     ends = {"lm_head": vocabulary, "embed_tokens": vocabulary, "norm": d}
     extra = sum(ends.get(name, 0) for name in _extra(settings))
     if settings.finetuning_type == "freeze":
         named = settings.freeze_trainable_modules
-        chosen = [a * b for name, (a, b) in sizes.items() if named == "all" or name in named]
+        chosen = [a * b for name, a, b in sizes if named == "all" or name in named]
         return sum(chosen) * min(count, abs(settings.freeze_trainable_layers)) + extra
-    targets = sizes if settings.lora_target == "all" else settings.lora_target
-    pairs = [a + b for name, (a, b) in sizes.items() if name in targets]
+    targets = settings.lora_target
+    pairs = [a + b for name, a, b in sizes if targets == "all" or name in targets]
     return settings.lora_rank * sum(pairs) * count + extra
 
 
@@ -166,6 +166,8 @@ def _activations(
     """
     d, ff, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     q, kv = shape.attention_size, shape.kv_size
+    if shape.num_experts:  # a token's input is gathered, and its result kept, for each expert that it uses
+        ff = (ff + d) * shape.moe_top_k + ff * shape.num_shared_experts
     per_token = 8 * d + size * (2 * d + 3 * q + 2 * kv + 4 * ff) + shape.qk_norm * 4 * (q + kv)
     if settings.finetuning_type == "lora" and size == 2 and not quantised:
         per_token += size * 5 * d

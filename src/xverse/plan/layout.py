@@ -32,6 +32,8 @@ class Architecture:
 
     @classmethod
     def of(cls, shape: XverseConfig) -> Architecture:
+        """Raises UserError for a shape with routed experts."""
+        shape.without_experts("plan and pretrain")
         return cls(
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xverse.model.mlp import RoutedMLP
 from xverse.model.transformer import DecoderLayer, RMSNorm
 
 _PART = 1 << 18  # weights at a time: what fits in the L2 cache
@@ -24,22 +26,29 @@ _FLOOR = 1e-3  # of the mean; smaller columns and inputs count as this, so that 
 
 @dataclass(frozen=True)
 class InputRMS:
-    """Root mean squares float32 of the inputs of q, k and v [D], o [D], gate and up [D], and down [d_ff]."""
+    """Root mean squares float32 of the inputs of q, k and v [D], o [D], gate and up [D], and of each
+    ``down_proj`` [d_ff], by name."""
 
     qkv: Tensor
     o: Tensor
     gate_up: Tensor
-    down: Tensor
+    downs: dict[str, Tensor]
 
 
 def equalize_layer(layer: DecoderLayer, inputs: InputRMS) -> InputRMS:
     """Balances the float32 weights of a decoder layer in place; replaces its norms, which keep their dtype.
-    Returns the root mean squares of the inputs afterwards."""
+    Returns the root mean squares of the inputs afterwards. Experts keep the norm before them, which the
+    router shares."""
     attention, mlp = layer.self_attn, layer.mlp
     o = _balance_values(attention.v_proj, attention.o_proj, inputs.o, attention.head_dim)
-    down = _balance_pair(mlp.up_proj, mlp.down_proj, inputs.down)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     qkv = _balance_norm(layer.input_layernorm, projections, inputs.qkv)
+    networks: list[tuple[str, Any]] = [
+        (name, layer.get_submodule(name.rpartition(".")[0])) for name in inputs.downs
+    ]
+    down = {name: _balance_pair(one.up_proj, one.down_proj, inputs.downs[name]) for name, one in networks}
+    if isinstance(mlp, RoutedMLP):
+        return InputRMS(qkv, o, inputs.gate_up, down)
     gate_up = _balance_norm(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), inputs.gate_up)
     return InputRMS(qkv, o, gate_up, down)
 

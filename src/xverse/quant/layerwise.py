@@ -14,17 +14,20 @@ from xverse.model.transformer import DecoderLayer, RMSNorm, norm_of
 from xverse.quant.equalize import InputRMS
 from xverse.quant.gptq import Hessian
 
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUTPUT = ("self_attn.o_proj",)
 _TOKENS_AT_ONCE = 4096
 _RMS_TOKENS = 2048  # enough to estimate the root mean square of a channel
+
+
+def gates_and_ups(config: XverseConfig) -> tuple[str, ...]:
+    """The linears that read the input of a layer's feed-forward networks, experts included."""
+    return tuple(f"{name}.{kind}_proj" for name in config.networks for kind in ("gate", "up"))
+
+
+def downs(config: XverseConfig) -> tuple[str, ...]:
+    """The last linears of a layer's feed-forward networks."""
+    return tuple(f"{name}.down_proj" for name in config.networks)
 
 
 def make_layer(config: XverseConfig, number: int, tensors: Mapping[str, Tensor]) -> DecoderLayer:
@@ -60,7 +63,8 @@ def forward(layer: DecoderLayer, config: XverseConfig, x: Tensor) -> Tensor:
 
 
 def input_rms(layer: DecoderLayer, config: XverseConfig, x: Tensor) -> InputRMS:
-    """The root mean squares of the linears' inputs when the layer runs over some rows of ``x`` [n, T, D]."""
+    """The root mean squares of the linears' inputs when the layer runs over some rows of ``x`` [n, T, D].
+    Experts that none of the rows activates have none."""
     rows = x[:: max(1, x.shape[0] * x.shape[1] // _RMS_TOKENS)]
     squares: dict[str, Tensor] = {}
 
@@ -71,13 +75,15 @@ def input_rms(layer: DecoderLayer, config: XverseConfig, x: Tensor) -> InputRMS:
 
         return hook
 
-    names = (LINEARS[0], LINEARS[3], LINEARS[4], LINEARS[6])
+    names = (QKV[0], *OUTPUT, "mlp", *downs(config))
     hooks = [layer.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
     forward(layer, config, rows)
     for hook in hooks:
         hook.remove()
     count = rows.shape[0] * rows.shape[1]
-    return InputRMS(*((squares[name] / count).sqrt() for name in names))
+    rms = {name: (total / count).sqrt() for name, total in squares.items()}
+    qkv, o, gate_up = (rms.pop(name) for name in names[:3])
+    return InputRMS(qkv, o, gate_up, rms)
 
 
 def replace_linears(
@@ -91,7 +97,7 @@ def replace_linears(
     hessian = Hessian(config.hidden_size, x.device)
     for rows in batches(x):
         hessian.add(layer.input_layernorm(rows))
-    replace(LINEARS[:3], hessian)
+    replace(QKV, hessian)
 
     output, attention.o_proj = attention.o_proj, nn.Identity()
     hessian = Hessian(config.attention_size, x.device)
@@ -100,22 +106,31 @@ def replace_linears(
         mixed.append(attention(layer.input_layernorm(rows), *_context(config, rows)))  # [r, T, H · head_dim]
         hessian.add(mixed[-1])
     attention.o_proj = output
-    replace(LINEARS[3:4], hessian)
+    replace(OUTPUT, hessian)
     for rows, values in zip(batches(x), mixed, strict=True):
-        rows += layer.get_submodule(LINEARS[3])(values)
+        rows += layer.get_submodule(OUTPUT[0])(values)
     del mixed
 
     hessian = Hessian(config.hidden_size, x.device)
     for rows in batches(x):
         hessian.add(layer.post_attention_layernorm(rows))
-    replace(LINEARS[4:6], hessian)
+    replace(gates_and_ups(config), hessian)
 
-    down, mlp.down_proj = mlp.down_proj, nn.Identity()
-    hessian = Hessian(config.intermediate_size, x.device)
+    names = downs(config)
+    sizes = {name: layer.get_parameter(f"{name}.weight").shape[1] for name in names}
+    hessians = {name: Hessian(size, x.device) for name, size in sizes.items()}
+    hooks = [
+        layer.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, hessian=hessian: hessian.add(inputs[0])
+        )
+        for name, hessian in hessians.items()
+    ]
     for rows in batches(x):
-        hessian.add(mlp(layer.post_attention_layernorm(rows)))  # [r, T, d_ff]
-    mlp.down_proj = down
-    replace(LINEARS[6:], hessian)
+        mlp(layer.post_attention_layernorm(rows))
+    for hook in hooks:
+        hook.remove()
+    for name in names:  # one at a time: a Hessian may be as large as the weights of an expert
+        replace((name,), hessians.pop(name))
     for rows in batches(x):
         rows += mlp(layer.post_attention_layernorm(rows))
 

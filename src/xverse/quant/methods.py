@@ -20,7 +20,7 @@ _SMALLEST = 1e-30  # groups below it become zeros: the reciprocal of the scale w
 
 def rtn_row(weight: Tensor, bits: int) -> QuantizedWeight:
     """Upstream's rounding: one scale for each row of ``weight`` [N, K] that maps its largest magnitude to the
-    largest integer, 2^(bits-1) - 1. Raises UserError for bits other than 4 and 8."""
+    largest integer, 2^(bits-1) - 1. Raises UserError for unsupported bits."""
     check_bits(bits)
     largest = weight.float().abs().amax(dim=1, keepdim=True)  # [N, 1]
     scales = (largest / ((1 << (bits - 1)) - 1)).bfloat16()
@@ -108,7 +108,8 @@ def search_grid(bits: int, table: Tensor | None = None) -> Tensor:
     Below 2^(bits-1) - 1 the steps are larger than necessary; above 2^(bits-1) the largest weights clip.
     """
     if table is not None:
-        return torch.linspace(0.82, 1.38, 9) * table.abs().max().item()
+        most = {4: 1.35, 3: 1.6, 2: 2.0}[bits]  # the fewer the entries, the more the best scale clips
+        return torch.linspace(0.85, most, 7) * table.abs().max().item()
     if bits == 8:
         return torch.tensor([126.0, 127.0, 127.5, 128.0, 130.0, 134.0])
     return torch.arange(6.5, 11.01, 0.25)

@@ -92,10 +92,12 @@ def measure(model: XverseForCausalLM, rows: Tensor) -> dict[str, Sensitivity]:
     return {name: Sensitivity(inputs[name] / count, gradients[name] / count) for name, _ in linears}
 
 
-def candidates(inputs: int) -> list[Format]:
-    """The formats of a matrix with ``inputs`` inputs, from the smallest."""
+def candidates(inputs: int, table: bool = True) -> list[Format]:
+    """The formats of a matrix with ``inputs`` inputs, from the smallest; with integers only those of 4 and 8
+    bits."""
     groups = [size for size in sorted(GROUP_SIZES, reverse=True) if inputs % size == 0]
-    return [(4, size) for size in groups] + [(8, size) for size in groups[:1]]
+    few = (2, 3, 4) if table else (4,)
+    return [(bits, size) for bits in few for size in groups] + [(8, size) for size in groups[:1]]
 
 
 def rounding_cost(
@@ -130,7 +132,7 @@ def measure_units(
     """The costs of all matrices in all formats; ``weights`` by name; ``settings`` has the tables."""
     units = []
     for shapes in _units(config):
-        formats = tuple(candidates(shapes[0][2]))
+        formats = tuple(candidates(shapes[0][2], settings.table))
         sizes, costs = [], []
         for bits, group in formats:
             sizes.append(sum(outputs * inputs * (bits / 8 + 2 / group) for _, outputs, inputs in shapes))

@@ -20,9 +20,12 @@ from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
 from xverse.quant.gptq import Hessian, HessianFactor, gptq
 from xverse.quant.layerwise import (
-    LINEARS,
+    OUTPUT,
+    QKV,
     batches,
+    downs,
     forward,
+    gates_and_ups,
     input_rms,
     make_layer,
     make_norm,
@@ -222,7 +225,7 @@ class Quantizer:
 
         def replace(names: tuple[str, ...], inputs: Inputs) -> None:
             for name in names:
-                parent, child = name.split(".")
+                parent, _, child = name.rpartition(".")
                 owner = layer.get_submodule(parent)
                 plain = owner.get_parameter(f"{child}.weight")
                 weight = self._round(
@@ -234,24 +237,27 @@ class Quantizer:
                 weights[name] = weight
 
         def replace_by_gptq(names: tuple[str, ...], hessian: Hessian) -> None:
-            replace(names, HessianFactor(hessian.mean))
+            replace(names, HessianFactor(hessian.mean) if hessian.tokens else None)
 
+        config = self.config
+        linears = (*QKV, *OUTPUT, *gates_and_ups(config), *downs(config))
         if calibration is None:
-            replace(LINEARS, None)
+            replace(linears, None)
         else:
             rms = input_rms(layer, self.config, calibration)
-            self._check_finite(prefix, rms.qkv, rms.o, rms.gate_up, rms.down)
+            self._check_finite(prefix, rms.qkv, rms.o, rms.gate_up, *rms.downs.values())
             if self.settings.balance:
                 rms = equalize_layer(layer, rms)
             if self.settings.method == "gptq":
                 replace_linears(layer, self.config, calibration, replace_by_gptq)
             else:
-                replace(LINEARS[:3], _importance(rms.qkv))
-                replace(LINEARS[3:4], _importance(rms.o))
-                replace(LINEARS[4:6], _importance(rms.gate_up))
-                replace(LINEARS[6:], _importance(rms.down))
-        tensors: dict[str, Quantized] = {f"{prefix}{name}.weight": weights[name] for name in LINEARS}
-        for name, parameter in layer.named_parameters():  # norms and biases
+                replace(QKV, _importance(rms.qkv))
+                replace(OUTPUT, _importance(rms.o))
+                replace(gates_and_ups(config), _importance(rms.gate_up))
+                for name in downs(config):  # no token of the calibration may have activated an expert
+                    replace((name,), _importance(rms.downs[name]) if name in rms.downs else None)
+        tensors: dict[str, Quantized] = {f"{prefix}{name}.weight": weights[name] for name in linears}
+        for name, parameter in layer.named_parameters():  # norms, biases and the router
             stored = self._reading[f"{prefix}{name}"].dtype
             tensors[f"{prefix}{name}"] = parameter.detach().to(stored)
             self._count(name, tensors[f"{prefix}{name}"])

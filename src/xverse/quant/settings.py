@@ -9,13 +9,18 @@ from typing import Literal
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.kernels.weight import GROUP_SIZES, check_bits, check_group_size, table_of
+from xverse.kernels.weight import GROUP_SIZES, INTEGER_BITS, check_bits, check_group_size, table_of
 from xverse.model import XverseConfig
 
 Method = Literal["rtn", "rtn-row", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "rtn-row", "gptq")
 Format = tuple[int, int]  # bits, inputs that share a scale
-_DEFAULTS: Mapping[int, tuple[Method, int, int]] = {4: ("gptq", 64, 4), 8: ("rtn", 128, 8)}
+_DEFAULTS: Mapping[int, tuple[Method, int, int]] = {
+    2: ("gptq", 64, 4),
+    3: ("gptq", 64, 4),
+    4: ("gptq", 64, 4),
+    8: ("rtn", 128, 8),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,7 @@ class QuantSettings:
 
     def table_of(self, bits: int) -> Tensor | None:
         """The table of linears of ``bits``, int8 [2^bits], or None."""
-        return table_of(bits) if self.table else None
+        return table_of(bits) if self.table or bits not in INTEGER_BITS else None
 
 
 def default_settings(
@@ -129,21 +134,24 @@ def describe_groups(settings: QuantSettings, config: XverseConfig) -> str | None
 
 def input_sizes(config: XverseConfig) -> tuple[int, ...]:
     """The numbers of inputs of a model's linears, which the size of a group has to divide."""
-    return tuple(dict.fromkeys((config.hidden_size, config.attention_size, config.intermediate_size)))
+    sizes = [config.hidden_size, config.attention_size, config.intermediate_size]
+    if config.num_experts and config.num_shared_experts:
+        sizes.append(config.num_shared_experts * config.intermediate_size)
+    return tuple(dict.fromkeys(sizes))
 
 
 def matrices(config: XverseConfig) -> Iterator[tuple[str, int, int]]:
-    """Name, outputs and inputs of every linear but the head, in the model's order."""
-    hidden, attention, mlp = config.hidden_size, config.attention_size, config.intermediate_size
+    """Name, outputs and inputs of every linear but the head and the routers, in the model's order."""
+    hidden, attention = config.hidden_size, config.attention_size
     shapes = {
         "self_attn.q_proj": (attention, hidden),
         "self_attn.k_proj": (config.kv_size, hidden),
         "self_attn.v_proj": (config.kv_size, hidden),
         "self_attn.o_proj": (hidden, attention),
-        "mlp.gate_proj": (mlp, hidden),
-        "mlp.up_proj": (mlp, hidden),
-        "mlp.down_proj": (hidden, mlp),
     }
+    for name, width in config.networks.items():
+        shapes |= {f"{name}.gate_proj": (width, hidden), f"{name}.up_proj": (width, hidden)}
+        shapes[f"{name}.down_proj"] = (hidden, width)
     for number in range(config.num_hidden_layers):
         for name, shape in shapes.items():
             yield f"model.layers.{number}.{name}", *shape
