@@ -59,7 +59,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("training.cpp", [*_AVX512, "-DXV_TRAINING=kTrainingAvx512"]),
     ]
 elif platform.machine().lower() in ("aarch64", "arm64"):
-    UNITS += [("neon.cpp", ["-march=armv8.2-a+dotprod"]), ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm"])]
+    UNITS += [
+        ("neon.cpp", ["-march=armv8.2-a+dotprod"]),
+        ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm"]),
+        ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm+bf16"]),
+    ]
 LIBRARIES = {
     KERNELS: UNITS,
     BPE: [("words.cpp", []), ("bpe.cpp", ["-pthread"]), ("encode.cpp", ["-pthread"])],

@@ -80,6 +80,7 @@ extern const Kernels kAvx512Bf16;
 #elif defined(__aarch64__)
 extern const Kernels kNeonDot;
 extern const Kernels kNeonI8mm;
+extern const Kernels kNeonBf16;
 #endif
 
 inline float to_float(uint16_t bits) {

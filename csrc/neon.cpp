@@ -1,4 +1,5 @@
-// Arm with NEON and the dot-product instructions; compiled again with the matrix instructions (i8mm).
+// Arm with NEON and the dot-product instructions; compiled again with the matrix instructions of int8 (i8mm), and with
+// those of bfloat16 too.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
@@ -65,7 +66,6 @@ struct Isa {
 };
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
-#define XV_TABLE_NAME kNeonI8mm
 
 // smmla multiplies two rows of eight inputs by two tokens of eight: twice the products of sdot.
 
@@ -144,17 +144,89 @@ void tile_row(const uint8_t* row, const Tokens& tokens, int inputs, int group, f
   }
 }
 #else
-#define XV_TABLE_NAME kNeonDot
-
 template <int kFormat>
 constexpr auto tile_row = tile_row_of<Isa, kFormat>;
+#endif
+
+#if defined(__ARM_FEATURE_BF16)
+#define XV_TABLE_NAME kNeonBf16
+
+// Eight inputs of two rows: four of each, and the other four.
+struct TwoRows {
+  bfloat16x8_t low, high;
+  static TwoRows load(const uint16_t* first, const uint16_t* second, int count) {
+    uint16_t parts[2][8] = {};
+    if (count < 8) {
+      std::memcpy(parts[0], first, 2 * size_t(count)), std::memcpy(parts[1], second, 2 * size_t(count));
+      first = parts[0], second = parts[1];
+    }
+    const uint64x2_t a = vreinterpretq_u64_u16(vld1q_u16(first)), b = vreinterpretq_u64_u16(vld1q_u16(second));
+    return {vreinterpretq_bf16_u64(vzip1q_u64(a, b)), vreinterpretq_bf16_u64(vzip2q_u64(a, b))};
+  }
+};
+
+// bfmmla adds products of two rows and two tokens, four inputs each. Each sum is of the same products in the same order for
+// any number of rows and tokens; one that has no partner is its own.
+template <int kRowPairs, int kTokenPairs>
+void dot_pairs(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out, int out_rows) {
+  float32x4_t sums[kRowPairs][kTokenPairs];
+  for (auto& row : sums)
+    for (float32x4_t& sum : row) sum = vdupq_n_f32(0);
+  const auto pair = [&](const uint16_t* from, int index, int last, int k) {
+    const int second = 2 * index + 1 < last ? 2 * index + 1 : 2 * index;
+    return TwoRows::load(from + int64_t(2 * index) * inputs + k, from + int64_t(second) * inputs + k,
+                         inputs - k < 8 ? inputs - k : 8);
+  };
+  for (int k = 0; k < inputs; k += 8) {
+    TwoRows weights[kRowPairs];
+    for (int r = 0; r < kRowPairs; ++r) weights[r] = pair(w, r, rows, k);
+    for (int t = 0; t < kTokenPairs; ++t) {
+      const TwoRows tokens = pair(x, t, count, k);
+      for (int r = 0; r < kRowPairs; ++r) {
+        sums[r][t] = vbfmmlaq_f32(sums[r][t], weights[r].low, tokens.low);
+        sums[r][t] = vbfmmlaq_f32(sums[r][t], weights[r].high, tokens.high);
+      }
+    }
+  }
+  for (int r = 0; r < kRowPairs; ++r)
+    for (int t = 0; t < kTokenPairs; ++t) {
+      float four[4];  // [row][token]
+      vst1q_f32(four, sums[r][t]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = 2 * r + i / 2, token = 2 * t + i % 2;
+        if (row < rows && token < count) out[token * out_rows + row] = four[i];
+      }
+    }
+}
+
+template <int kTokenPairs>
+void dot_rows(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out) {
+  constexpr int kRowPairs = kTokenPairs <= 2 ? 4 : 2;
+  int r = 0;
+  for (; r + 2 * kRowPairs <= rows; r += 2 * kRowPairs)
+    dot_pairs<kRowPairs, kTokenPairs>(w + int64_t(r) * inputs, 2 * kRowPairs, x, count, inputs, out + r, rows);
+  for (; r < rows; r += 2)
+    dot_pairs<1, kTokenPairs>(w + int64_t(r) * inputs, rows - r < 2 ? 1 : 2, x, count, inputs, out + r, rows);
+}
+
+void dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inputs, float* out) {
+  const auto run = count <= 2 ? dot_rows<1> : count <= 4 ? dot_rows<2> : count <= 6 ? dot_rows<3> : dot_rows<4>;
+  run(w, rows, x, count, inputs, out);
+}
+#else
+constexpr auto dot_bf16 = generic_dot_bf16;
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define XV_TABLE_NAME kNeonI8mm
+#else
+#define XV_TABLE_NAME kNeonDot
+#endif
 #endif
 
 }  // namespace
 
 namespace xv {
 const Kernels XV_TABLE_NAME = {generic_quantize,  tile_row<4>,       tile_row<8>,      tile_row<kTable2>,
-                          tile_row<kTable3>, tile_row<kTable4>, generic_store,    generic_dot_bf16,
+                          tile_row<kTable3>, tile_row<kTable4>, generic_store,    dot_bf16,
                           generic_rms_norm,  generic_silu_mul,  generic_rotate};
 }  // namespace xv
 #endif

@@ -49,7 +49,7 @@ def test_x86_sums_by_emulation(header: str, source: str, name: str, table: str, 
     flags = ["-mavx2", "-mfma", "-include", str(NATIVE / header)]
     program = build(compiler, [(source, flags)], f'{{"{name}",&{table}}}', tmp_path)
     done = subprocess.run([program], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, f"{name}: 360 shapes equal\n")
+    assert (done.returncode, done.stdout) == (0, f"{name}: 432 shapes equal\n")
 
 
 def test_arm_sums_by_emulation(tmp_path: Path) -> None:
@@ -60,11 +60,12 @@ def test_arm_sums_by_emulation(tmp_path: Path) -> None:
         ("portable.cpp", []),
         ("neon.cpp", ["-march=armv8.2-a+dotprod"]),
         ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm"]),
+        ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm+bf16"]),
     ]
-    sets = '{"portable",&kPortable},{"neon_dot",&kNeonDot},{"neon_i8mm",&kNeonI8mm}'
+    sets = '{"portable",&kPortable},{"neon_dot",&kNeonDot},{"neon_i8mm",&kNeonI8mm},{"neon_bf16",&kNeonBf16}'
     program = build(compiler, units, sets, tmp_path)
     done = subprocess.run([emulator, "-cpu", "max", program], capture_output=True, text=True, timeout=120)
-    said = "".join(f"{name}: 360 shapes equal\n" for name in ("portable", "neon_dot", "neon_i8mm"))
+    said = "".join(f"{name}: 432 shapes equal\n" for name in ("portable", "neon_dot", "neon_i8mm", "neon_bf16"))
     assert (done.returncode, done.stdout) == (0, said)
 
 

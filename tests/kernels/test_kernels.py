@@ -20,8 +20,7 @@ from xverse.model.config import XverseConfig
 from xverse.model.rope import rope_tables, rotate
 from xverse.quant import methods
 
-
-# Bits, and the magnitude of the table's last entry or None: integers, narrow tables (-64 to 63) and wide ones.
+# Bits, and the last entry of a table or None: integers, narrow tables (-64 to 63) and wide ones.
 FORMATS = [(4, None), (8, None), (4, 127), (3, 63), (2, 63), (3, None), (2, 127)]
 
 

@@ -1,4 +1,5 @@
-"""``xverse bench quant``: INT4, INT8, bfloat16, 3-bit and 2-bit matrix products of all layers beside their bounds."""
+"""``xverse bench quant``: matrix products of all layers in bfloat16 and in 8, 4, 3 and 2 bits, beside their
+bounds."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         metavar="N",
-        help="inputs per scale, at most: 128, 64 or 32 (default: 64 with gptq in up to 4 bits, otherwise 128)",
+        help="inputs per scale, at most: 128, 64 or 32 (default: 64 with gptq in up to 4 bits, "
+        "otherwise 128)",
     )
     parser.add_argument(
         "--levels",

@@ -110,9 +110,12 @@ def tile_rows(rows: Tensor, scales: Tensor, bits: int, table: Tensor | None = No
         tiles = torch.empty(shape, dtype=torch.uint8)
         rows, scales = rows.contiguous(), scales.contiguous()
         table = None if table is None else table.contiguous()
+        form, entries = bits, None
+        if table is not None:
+            form, entries = tile_format(bits, group), table.data_ptr()
         kernels.xv_tile(
-            rows.data_ptr(), scales.data_ptr(), None if table is None else table.data_ptr(), tiles.data_ptr(),
-            outputs, inputs, tile_format(bits, group if table is not None else 0), group, torch.get_num_threads(),
+            rows.data_ptr(), scales.data_ptr(), entries, tiles.data_ptr(), outputs, inputs, form, group,
+            torch.get_num_threads(),
         )  # fmt: skip
         return tiles
     if len(rows) > _ROWS_AT_ONCE:

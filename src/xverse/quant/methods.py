@@ -112,7 +112,7 @@ def search_grid(bits: int, table: Tensor | None = None) -> Tensor:
         return torch.linspace(0.85, most, 7) * table.abs().max().item()
     if bits == 8:
         return torch.tensor([126.0, 127.0, 127.5, 128.0, 130.0, 134.0])
-    return torch.arange(6.5, 11.01, 0.25)
+    return torch.arange(6.5, 11.01, 0.25) * (1 << bits) / 16
 
 
 def _reciprocal(scales: Tensor) -> Tensor:

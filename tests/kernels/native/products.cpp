@@ -1,6 +1,7 @@
 // Compares the products of instruction sets with plain loops, on the machine or the emulator that runs this program.
 //
-//   products               every set that this program was linked with: sums of integers bit by bit, for odd shapes
+//   products               every set that this program was linked with: sums of integers bit by bit, for odd shapes, of
+//                          every quantised format and of bfloat16
 //   products SET FORMAT TOKENS ROUNDS   only computes, to count instructions: 32 outputs by 4,096 inputs
 #include <algorithm>
 #include <cstdio>
@@ -110,6 +111,26 @@ bool check(const Set& set, int format, int group, int groups, int count) {
   return true;
 }
 
+// Integers, whose sums are exact in any order.
+bool check_bf16(const Set& set, int rows, int inputs, int count) {
+  std::vector<uint16_t> w(size_t(rows) * inputs), x(size_t(count) * inputs);
+  for (uint16_t& value : w) value = to_bfloat16(float(random_int(-9, 9)));
+  for (uint16_t& value : x) value = to_bfloat16(float(random_int(-9, 9)));
+  std::vector<float> out(size_t(count) * rows, -1.0f);
+  set.table->dot_bf16(w.data(), rows, x.data(), count, inputs, out.data());
+  for (int t = 0; t < count; ++t)
+    for (int r = 0; r < rows; ++r) {
+      float exact = 0;
+      for (int k = 0; k < inputs; ++k) exact += to_float(w[size_t(r) * inputs + k]) * to_float(x[size_t(t) * inputs + k]);
+      if (out[size_t(t) * rows + r] != exact) {
+        std::printf("%s: bfloat16, %d rows of %d, token %d of %d, row %d is %.1f instead of %.1f\n", set.name, rows, inputs,
+                    t, count, r, double(out[size_t(t) * rows + r]), double(exact));
+        return false;
+      }
+    }
+  return true;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -118,7 +139,8 @@ int main(int count, char** words) {
     for (const Set& set : kSets) {
       if (std::strcmp(set.name, words[1]) != 0) continue;
       const int group = is_table(format) ? 64 : 128;
-      const std::vector<uint8_t> tiles = random_tiles(format, 4096 / group, group);
+      std::vector<uint8_t> tiles = random_tiles(format, 4096 / group, group);
+      for (int i = 0; i < 16 && is_table(format); ++i) tiles[size_t(i)] = uint8_t(i);
       const std::vector<float> x(size_t(4096) * tokens, 1.0f);
       const Inputs inputs(*set.table, x, tokens, 4096, group, format);
       std::vector<float> out(size_t(tokens) * kTileRows);
@@ -135,6 +157,10 @@ int main(int count, char** words) {
         for (const int groups : {1, 3})
           for (int tokens = 1; tokens <= kMaxTokens; ++tokens, ++checked)
             if (!check(set, format, group, groups, tokens)) return 1;
+    for (const int rows : {1, 7, 24})
+      for (const int inputs : {5, 64, 203})
+        for (int tokens = 1; tokens <= 8; ++tokens, ++checked)
+          if (!check_bf16(set, rows, inputs, tokens)) return 1;
     std::printf("%s: %d shapes equal\n", set.name, checked);
   }
   return 0;
