@@ -116,8 +116,8 @@ def test_16_bit_weights_are_rounded_from_their_values(dtype: torch.dtype) -> Non
 def test_group_that_does_not_divide_is_named() -> None:
     with pytest.raises(UserError, match="group_size: 128 does not divide the 192 inputs"):
         rtn(_weight(2, 192), 4, 128)
-    with pytest.raises(UserError, match="bits: 3"):
-        rtn(_weight(2, 128), 3, 128)
+    with pytest.raises(UserError, match="bits: 5"):
+        rtn(_weight(2, 128), 5, 128)
     with pytest.raises(UserError, match="bits: 2"):
         rtn_row(_weight(2, 128), 2)
 
