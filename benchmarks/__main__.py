@@ -22,6 +22,7 @@ STUDIES = {
         "studies.checkpoint",
         "how long checkpoints stall a training run, and how long resuming takes",
     ),
+    "composition": ("studies.composition", "random layouts and methods beside one process's losses"),
     "data": (
         "studies.data",
         "preparing text: shards beside the tokenizers library, the pipeline, its stages",
@@ -38,6 +39,7 @@ STUDIES = {
     "gptq": ("studies.gptq", "time of GPTQ on layers of a shape"),
     "gpu-check": ("gpu.check", "what a machine with an NVIDIA GPU decides; nine minutes at most"),
     "gpu-count": ("gpu.count", "launches and bytes of the 7B model on CUDA, counted without a GPU"),
+    "grpo": ("studies.grpo", "GRPO beside trl's GRPOTrainer"),
     "kernels": ("studies.kernels", "the CPU kernels of each instruction set that this machine has"),
     "llamafactory": ("studies.llamafactory", "LLaMA-Factory's example files with a small model"),
     "load": ("studies.load", "peak memory while loading a model, beside the size of its weights"),

@@ -148,7 +148,7 @@ template <int kFormat>
 constexpr auto tile_row = tile_row_of<Isa, kFormat>;
 #endif
 
-#if defined(__ARM_FEATURE_BF16)
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define XV_TABLE_NAME kNeonBf16
 
 // Eight inputs of two rows: four of each, and the other four.

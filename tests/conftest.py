@@ -15,13 +15,28 @@ from typing import Any
 import pytest
 
 # Set before torch or huggingface_hub is imported; subprocesses of tests inherit it.
-_hf_home = tempfile.mkdtemp(prefix="xverse-tests-hf-")
-atexit.register(shutil.rmtree, _hf_home, ignore_errors=True)
-os.environ["HF_HOME"] = _hf_home
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share it
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="xverse-tests-hf-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
+from tests import forkserver  # noqa: E402: it notes the environment
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Fork the parallel workers, so that torch is imported once and not in each of them."""
+    import execnet.gateway_io as gateway
+
+    class Master(gateway.Popen2IOMaster):
+        def __init__(self, command: list[str], execmodel: Any) -> None:
+            self.popen = forkserver.Worker(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            gateway.Popen2IO.__init__(self, self.popen.stdin, self.popen.stdout, execmodel=execmodel)
+
+    gateway.Popen2IOMaster = Master  # type: ignore[misc]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

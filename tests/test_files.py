@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forkserver
 from xverse.config import UserError
 from xverse.files import alone, atomic_directory, atomic_file, recover_directory
 
@@ -90,7 +91,7 @@ print(count)
 
 
 def run_killed(path: Path, moment: int) -> int:
-    return subprocess.run(
+    return forkserver.run(
         [sys.executable, "-c", KILLED, str(path), str(moment)], capture_output=True
     ).returncode
 
@@ -126,7 +127,7 @@ def test_killed_while_the_body_writes(tmp_path: Path) -> None:
         "    (temporary / 'part-0.bin').write_bytes(b'half')\n"
         "    print('writing', flush=True)\n    time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
+    with forkserver.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"writing\n"
         process.kill()
@@ -174,7 +175,7 @@ with alone(sys.argv[1], "taken"):
 
 def test_one_process_has_a_lock_until_it_ends(tmp_path: Path) -> None:
     lock = tmp_path / "new" / ".lock"
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE) as holder:
+    with forkserver.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match="taken"), alone(lock, "taken"):

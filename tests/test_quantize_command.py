@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import forkserver
 from xverse.cli import main
 from xverse.formats import load_model, logits, parity, read_config, read_generation_config, save_hf
 from xverse.formats.compare import fixed_tokens
@@ -233,7 +233,7 @@ def test_file_size_limit_is_one_clear_line(source: Path, tmp_path: Path) -> None
         "from xverse.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = command(source, tmp_path / "out")
-    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    result = forkserver.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == f"xverse: {tmp_path / 'out'}: File too large; nothing was written\n"

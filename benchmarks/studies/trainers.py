@@ -80,7 +80,7 @@ def _trainer(job: dict[str, Any], rows: list[Example], clock: Any) -> Any:
     if side.startswith("xverse"):
         from transformers import AutoModelForCausalLM
 
-        from xverse.finetune.run import as_autocast
+        from xverse.finetune.build import as_autocast
         from xverse.finetune.trainer import FinetuneTrainer
 
         model: Any = AutoModelForCausalLM.from_pretrained(job["xverse"], dtype=torch.float32)

@@ -45,9 +45,16 @@ def register() -> None:
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
     from transformers.models.auto import tokenization_auto
 
+    from xverse.hf.classification import XverseForSequenceClassification
     from xverse.hf.configuration import XverseConfig
     from xverse.hf.modeling import XverseForCausalLM, XverseModel
     from xverse.hf.quantization import register_quantizer
@@ -57,6 +64,7 @@ def _register() -> None:
     AutoConfig.register(XverseConfig.model_type, XverseConfig, exist_ok=True)
     AutoModel.register(XverseConfig, XverseModel, exist_ok=True)
     AutoModelForCausalLM.register(XverseConfig, XverseForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(XverseConfig, XverseForSequenceClassification, exist_ok=True)
     AutoTokenizer.register(XverseConfig, tokenizer_class=XverseTokenizer, exist_ok=True)
     # Upstream's tokenizer_config.json names PreTrainedTokenizerFast, which takes precedence over a registered
     # class, except for model types in this table of published classes that do not load.

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import pty
 import select
-import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import forkserver
 from xverse.cli import main
 
 from .reciter import RECITED
 
 COMMAND = [sys.executable, "-m", "xverse.cli", "chat"]
+ON_A_TERMINAL = (
+    "import fcntl, signal, sys, termios\n"
+    "from xverse.cli import main\n"
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # pytest's parallel workers ignore it
+    "sys.exit(main())"
+)
 PROMPT = "\x1b[?25h"  # show cursor: prompt_toolkit has drawn its prompt and reads input
 
 
 def chat(
     *arguments: str | Path, stdin: str | None = None, python: tuple[str, ...] = ()
 ) -> tuple[int, str, str]:
-    result = subprocess.run(
+    result = forkserver.run(
         [sys.executable, *python, "-m", "xverse.cli", "chat", *map(str, arguments)],
         input=None if stdin is None else stdin.encode(),
         capture_output=True,
@@ -126,22 +131,16 @@ class Screen:
     def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> None:
         self.fd, child = pty.openpty()
         self.output = b""
-        self.process = subprocess.Popen(
-            [*COMMAND, *map(str, arguments)],
+        self.process = forkserver.Popen(
+            [sys.executable, "-c", ON_A_TERMINAL, "chat", *map(str, arguments)],
             stdin=child,
             stdout=child,
             stderr=child,
             start_new_session=True,
-            preexec_fn=self._begin,
             env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "LC_ALL": "C.UTF-8"}
             | (environment or {}),
         )
         os.close(child)
-
-    @staticmethod
-    def _begin() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by pytest's parallel workers
 
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
@@ -225,7 +224,7 @@ def test_history_is_kept_across_sessions_for_its_owner_only(reciting_model: Path
             assert ("secret" in shown) != kept
     assert before == history.read_bytes()[: len(before)]
     size = history.stat().st_size
-    assert subprocess.run(
+    assert forkserver.run(
         [*COMMAND, "--model", str(reciting_model)],
         input=b"piped",
         capture_output=True,

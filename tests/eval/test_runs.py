@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import forkserver
 from xverse.cli import main
 
 COMMAND = [sys.executable, "-c", "import sys; from xverse.cli import main; sys.exit(main())", "eval"]
@@ -79,7 +80,7 @@ def test_killed_at_any_moment_it_goes_on(
     out = tmp_path / "killed"
     arguments = [*COMMAND, *flags(random_model, benchmarks, out)]
     for subjects in (1, 20):  # killed when so many stand there
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = forkserver.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + 60
         while len(list(out.glob("answers/*/*.jsonl"))) < subjects and process.poll() is None:
             assert time.monotonic() < end
@@ -87,7 +88,7 @@ def test_killed_at_any_moment_it_goes_on(
         process.send_signal(signal.SIGKILL)
         process.wait()
     times = {path: path.stat().st_mtime_ns for path in out.glob("answers/*/*.jsonl")}
-    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    forkserver.run(arguments, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert all(path.stat().st_mtime_ns == when for path, when in times.items())
     for one, other in zip(questions(out), questions(finished), strict=True):
         assert one["id"] == other["id"]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forkserver
 from xverse.cli import main
 from xverse.formats import load_model, save_hf
 from xverse.train.plot import read_metrics
@@ -32,9 +33,17 @@ ENVIRONMENT = {
 }
 
 
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+def run(name: str, *arguments: str) -> None:
+    """A launcher's own command. It and the processes that it starts are forked."""
+    pipe, command = subprocess.PIPE, [sys.executable, str(Path(sys.executable).with_name(name)), *arguments]
+    with forkserver.Launcher(
+        command, env=ENVIRONMENT, cwd=ROOT, stdout=pipe, stderr=pipe, text=True
+    ) as started:
+        try:
+            _, errors = started.communicate(timeout=280)
+        finally:
+            started.kill()
+    assert started.returncode == 0, errors[-3000:]
 
 
 def free_port() -> str:
@@ -65,9 +74,10 @@ def test_accelerate_with_fsdp_and_without(document, flags, tmp_path) -> None:
     document |= {"learning_rate": "1e-3", "bf16": "false"}
     assert main(["finetune", *flags(alone(document, tmp_path / "one"))]) == 0
     runs = [flags({**document, "output_dir": str(tmp_path / name)}) for name in ("fsdp", "ddp")]
-    launcher = ["accelerate", "launch", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    launcher = ["launch", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
     launcher += ["--dynamo_backend=no", "--use_fsdp", "--fsdp_version=2"]  # which it starts with torchrun
-    run([*launcher, f"--main_process_port={free_port()}", "tests/finetune/several_runs.py", json.dumps(runs)])
+    launcher += [f"--main_process_port={free_port()}", "tests/finetune/several_runs.py"]
+    run("accelerate", *launcher, json.dumps(runs))
     for name in ("fsdp", "ddp"):
         same_curves(tmp_path / "one", tmp_path / name, 1e-4)
         found, expected = load_model(tmp_path / name), load_model(tmp_path / "one")
@@ -87,7 +97,7 @@ def test_the_documents_command_as_written(document, flags, tmp_path, tiny_model,
     document |= {"model_name_or_path": str(tmp_path / "narrow"), "deepspeed": "deepspeed.json"}
     assert main(["finetune", *flags(alone(document, tmp_path / "one"))]) == 0
     words = flags({**document, "output_dir": str(tmp_path / "two")})
-    run(["deepspeed", "--num_gpus=2", f"--master_port={free_port()}", "src/train_bash.py", *words])
+    run("deepspeed", "--num_gpus=2", f"--master_port={free_port()}", "src/train_bash.py", *words)
     same_curves(tmp_path / "one", tmp_path / "two", 1e-3)
     assert load_model(tmp_path / "two").lm_head.weight.dtype == torch.bfloat16
     assert list((tmp_path / "two" / "checkpoint-4").glob("global_step4/*optim_states.pt"))

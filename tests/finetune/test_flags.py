@@ -126,7 +126,7 @@ def test_values_reach_transformers(tmp_path) -> None:
         ({"train_on_prompt": True, "mask_history": True}, "contradict"),
         ({"bf16": True, "fp16": True}, "contradict"),
         ({"lora_rnak": 3}, "did you mean 'lora_rank'"),
-        ({"stage": "ppo"}, "PPO is not implemented; use stage dpo or kto"),
+        ({"stage": "ppo"}, "PPO is not implemented; use stage grpo"),
         ({"stage": "pretrain"}, "not one of sft, pt, dpo, kto"),
         ({"ref_model": "nano"}, "needs stage dpo or kto"),
         ({"loraplus_lr_ratio": 16, "finetuning_type": "full"}, "needs finetuning_type lora"),

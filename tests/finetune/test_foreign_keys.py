@@ -106,13 +106,13 @@ def test_refused_keys_are_harmless_while_they_request_nothing(item: Any) -> None
 
 
 def test_all_unsupported_and_unknown_keys_are_named_together() -> None:
-    values = {"use_galore": True, "galore_rank": 128, "stage": "rm", "tool_format": "llama3", "lora_rnak": 8}
+    values = {"use_galore": True, "galore_rank": 128, "stage": "ppo", "tool_format": "llama3", "lora_rnak": 8}
     with pytest.raises(UserError) as caught:
         read_settings({**MINIMUM, **values, "zebra": 1, "dataset": [{"name": "a", "repaet": 2}]}, "lf.yaml")
     message = str(caught.value)
     for part in (
         "use_galore, galore_rank (GaLore",
-        "stage rm (",
+        "stage ppo (",
         "tool_format (",
         "did you mean 'lora_rank'",
     ):

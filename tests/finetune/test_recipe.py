@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from tests import forkserver
 from xverse.cli import main
 from xverse.config import UserError, read_yaml
 from xverse.engine import Engine, Request, SamplingParams
@@ -86,7 +87,7 @@ def test_it_learns_the_replies_and_writes_a_model(recipe: Path, tmp_path: Path, 
 
 def test_a_stopped_run_saves_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xverse.cli", "finetune", str(recipe), "max_steps=5000"]
-    process = subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True)
+    process = forkserver.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True)
     log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 400
     while not (log.exists() and len(log.read_text().splitlines()) > 12):
         assert time.monotonic() < deadline

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forkserver
 from xverse.cli import main
 from xverse.formats import load_model
 from xverse.train.plot import read_metrics
@@ -40,7 +41,7 @@ def test_killed_it_goes_on_exactly(document, flags, tmp_path) -> None:
     command = [sys.executable, "-m", "xverse.cli", "finetune", *flags(document)]
     # The same number of threads: sums in another order would differ in the last bit.
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env={**os.environ, **threads}, stderr=subprocess.PIPE)
+    process = forkserver.Popen(command, env={**os.environ, **threads}, stderr=subprocess.PIPE)
     out, deadline = tmp_path / "out", time.monotonic() + 400
     while not (out / "checkpoint-10" / "trainer_state.json").exists():
         assert time.monotonic() < deadline

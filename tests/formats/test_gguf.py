@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import forkserver
 from xverse.cli import main
 from xverse.config import UserError
 from xverse.formats import load_model, open_gguf, parity, save_gguf
@@ -209,7 +209,7 @@ def test_file_size_limit_is_one_clear_line(upstream: Path, tmp_path: Path, limit
     )
     out = tmp_path / "m.gguf"
     arguments = ["export", "--model", str(upstream), "--out", str(out), "--format", "gguf"]
-    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    result = forkserver.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"xverse: {out}: File too large; nothing was written\n"
     assert not list(tmp_path.iterdir())

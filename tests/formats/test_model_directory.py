@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests import forkserver
 from xverse.config import UserError
 from xverse.formats import ModelDirectory, load_model, resolve
 
@@ -42,7 +42,7 @@ def nano(tmp_path: Path) -> Path:
 
 
 def opened(directory: Path, *arguments: str) -> Counter[str]:
-    done = subprocess.run(
+    done = forkserver.run(
         [sys.executable, "-c", PROGRAM, str(directory), *arguments],
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests import forkserver
 from xverse.config import UserError
 from xverse.formats import (
     load_model,
@@ -186,7 +186,7 @@ def test_file_size_limit_is_one_clear_line(upstream: Path, tmp_path: Path) -> No
     )
     out = tmp_path / "out"
     arguments = ["export", "--model", str(upstream), "--out", str(out), "--format", "hf"]
-    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    result = forkserver.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == f"xverse: {out}: File too large; nothing was written\n"

@@ -65,7 +65,9 @@ def test_arm_sums_by_emulation(tmp_path: Path) -> None:
     sets = '{"portable",&kPortable},{"neon_dot",&kNeonDot},{"neon_i8mm",&kNeonI8mm},{"neon_bf16",&kNeonBf16}'
     program = build(compiler, units, sets, tmp_path)
     done = subprocess.run([emulator, "-cpu", "max", program], capture_output=True, text=True, timeout=120)
-    said = "".join(f"{name}: 432 shapes equal\n" for name in ("portable", "neon_dot", "neon_i8mm", "neon_bf16"))
+    said = "".join(
+        f"{name}: 432 shapes equal\n" for name in ("portable", "neon_dot", "neon_i8mm", "neon_bf16")
+    )
     assert (done.returncode, done.stdout) == (0, said)
 
 

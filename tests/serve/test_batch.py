@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import forkserver
 from xverse.config import UserError
 from xverse.serve.batch_file import answer_all, answers, read_requests
 from xverse.serve.in_process import URLS
@@ -47,7 +48,7 @@ def test_no_answer_is_lost_or_doubled_by_kill_9(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", [request(number) for number in range(500)]), tmp_path / "out"
     command = [sys.executable, "-c", PROGRAM, str(source), str(out)]
     for kills_left in (3, 2, 1, 0):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = forkserver.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         if kills_left:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import signal
 import socket
 import subprocess
@@ -15,6 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from tests import forkserver
 
 QUESTION = [{"role": "user", "content": "What is your name?"}]
 CHAT = "/v1/chat/completions"
@@ -105,17 +105,15 @@ def process() -> Iterator[Any]:
     started: list[subprocess.Popen[str]] = []
 
     def start(descriptors: int) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-c", "import sys; from xverse.cli import main; sys.exit(main())", "serve"]
+        code = (
+            f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({descriptors}, {descriptors}))\n"
+            "import sys; from xverse.cli import main; sys.exit(main())"
+        )
+        command = [sys.executable, "-c", code, "serve"]
         flags = ["--port", "0", "--threads", "1", "--max-cache-tokens", "9000", "--page", "none"]
 
-        def limit() -> None:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-
-        running = subprocess.Popen(
-            [*command, *flags],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+        pipe = subprocess.PIPE
+        running = forkserver.Popen([*command, *flags], stdout=pipe, stderr=pipe, text=True)
         started.append(running)
         assert running.stdout is not None
         return running, running.stdout.readline().split()[-1]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests import forkserver
 from xverse.formats import resolve
 
 pytest.importorskip("fastapi")
@@ -27,7 +28,7 @@ def demo() -> Iterator[Any]:
 
     def start(name: str, *flags: str) -> tuple[subprocess.Popen[str], str]:
         command = [sys.executable, str(ROOT / name), "--port=0", *flags]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = forkserver.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -74,7 +75,7 @@ def test_it_opens_its_tab_and_ends_with_a_visitor(demo: Any, name: str, tab: str
 )
 @pytest.mark.parametrize("name", ["chat_demo.py", "text_generation_demo.py"])
 def test_wrong_flags(name: str, flags: list[str], part: str) -> None:
-    done = subprocess.run(
+    done = forkserver.run(
         [sys.executable, str(ROOT / name), *flags], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 2

@@ -21,6 +21,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests import forkserver
+
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = [{"role": "user", "content": "What is your name?"}]
 CHAT = "/v1/chat/completions"
@@ -55,7 +57,7 @@ def start() -> Iterator[Start]:
         ]
         pipe = subprocess.PIPE
         env = {**os.environ, **environment}
-        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env))
+        started.append(forkserver.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env))
         return started[-1]
 
     yield begin
@@ -144,7 +146,7 @@ def test_tls_a_sub_path_and_keys_that_change(start: Start, tmp_path: Path) -> No
             return client.get(url.removesuffix("/xv") + path, headers={"Authorization": f"Bearer {sent}"})
 
     health = [sys.executable, "-m", "xverse.commands.health", str(process.pid)]
-    assert subprocess.run(health, timeout=60).returncode == 0  # on the container's port, over TLS
+    assert forkserver.run(health, timeout=60).returncode == 0  # on the container's port, over TLS
     for path in ("/xv/v1/models", "/v1/models"):  # a proxy keeps the sub-path or removes it
         assert ask(path, "first-key").json()["data"][0]["id"] == "nano"
         assert ask(path, "second-key").status_code == 401
@@ -192,7 +194,7 @@ def test_a_unix_socket(start: Start, tmp_path: Path) -> None:
         assert answer.status_code == 200
         assert answer.headers["x-request-id"] == "abc-1"
     health = [sys.executable, "-m", "xverse.commands.health", str(process.pid)]
-    assert subprocess.run(health, timeout=60).returncode == 0
+    assert forkserver.run(health, timeout=60).returncode == 0
     second = start("--uds", str(path), "--page", "none")
     assert second.wait(60) == 2
     assert "Address already in use" in second.stderr.read()  # type: ignore[union-attr]

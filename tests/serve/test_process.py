@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import forkserver
+
 QUESTION = [{"role": "user", "content": "What is your name?"}]
 CHAT = "/v1/chat/completions"
 COMMAND = [sys.executable, "-c", "import sys; from xverse.cli import main; sys.exit(main())", "serve"]
@@ -23,7 +25,7 @@ COMMAND = [sys.executable, "-c", "import sys; from xverse.cli import main; sys.e
 def process(tmp_path: Any) -> Any:
     """``xverse serve`` as users start it."""
     flags = ["--port", "0", "--threads", "1", "--max-cache-tokens", "9000"]
-    started = subprocess.Popen(
+    started = forkserver.Popen(
         [*COMMAND, *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "XVERSE_API_KEY": "k"},
     )  # fmt: skip
@@ -65,7 +67,7 @@ def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Any) -> None:
         "from xverse.cli import main\n"
         "sys.exit(main(['serve', '--port', '0', '--threads', '1']))\n"
     )
-    started = subprocess.Popen(
+    started = forkserver.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
@@ -95,7 +97,7 @@ def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Any) -> None:
     ],
 )
 def test_wrong_flags(arguments: list[str], part: str) -> None:
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=240)
+    done = forkserver.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert part in done.stderr
     assert "Traceback" not in done.stderr
@@ -105,7 +107,7 @@ def test_origins_that_are_allowed() -> None:
     """As a browser does it: first a preflight request, without a key."""
     flags = ["--port", "0", "--threads", "1", "--page", "none", "--allowed-origin", "https://friend.example"]
     environment = {**os.environ, "XVERSE_API_KEY": "k"}
-    started = subprocess.Popen([*COMMAND, *flags], stdout=subprocess.PIPE, text=True, env=environment)
+    started = forkserver.Popen([*COMMAND, *flags], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert started.stdout is not None
         url = started.stdout.readline().split()[-1]

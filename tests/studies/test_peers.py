@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import forkserver
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks", "peers", "--work-dir", str(tmp_path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    return forkserver.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
 
 
 @pytest.mark.parametrize(("part", "rival"), [("bf16", "transformers bf16"), ("int8", "llama.cpp Q8_0")])

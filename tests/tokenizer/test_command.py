@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forkserver
 from xverse.cli import main
 from xverse.tokenizer import Tokenizer, native
 
@@ -121,12 +122,12 @@ def test_a_second_training_of_the_same_tokenizer_is_refused(
     command = [sys.executable, "-m", "xverse.cli", "tokenizer", "train"]
     command += [str(recipe)] if by_recipe else ["--vocab-size", "640", "--out", str(out), str(text)]
     lock = out / ".lock" if by_recipe else out.with_name(".tok.lock")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
+    with forkserver.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
         while not is_held(lock):
             assert first.poll() is None
             time.sleep(0.005)
         first.send_signal(signal.SIGSTOP)
-        second = subprocess.run(command, capture_output=True, text=True)
+        second = forkserver.run(command, capture_output=True, text=True)
         first.send_signal(signal.SIGCONT)
         first.communicate()
     assert second.returncode == 2

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forkserver
 from xverse import texts
 from xverse.config import UserError
 from xverse.tokenizer import counting, native
@@ -122,7 +123,7 @@ def test_killed_counting_goes_on(tmp_path: Path, tiny_texts: list[str]) -> None:
 
     def start(out: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", PROGRAM, str(out), *map(str, files)]
-        return subprocess.Popen(
+        return forkserver.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
@@ -197,7 +198,7 @@ def test_disk_full_is_one_line_and_goes_on(tmp_path: Path, corpus: list[Path]) -
         "try: count_words([Path(n) for n in sys.argv[2:]], Path(sys.argv[1]), memory=1 << 22, threads=1)\n"
         "except UserError as error: print(error)\n"
     )
-    done = subprocess.run(
+    done = forkserver.run(
         [sys.executable, "-c", program, str(tmp_path / "out"), *map(str, corpus)],
         env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
         capture_output=True,

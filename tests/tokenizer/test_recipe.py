@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import forkserver
 from xverse.cli import main
 from xverse.config import UserError, build
 from xverse.tokenizer import Tokenizer, native
@@ -122,7 +123,7 @@ def test_killed_training_goes_on_to_the_same(tmp_path: Path, corpus: Path) -> No
     def start(out: str) -> subprocess.Popen[str]:
         command = ["-m", "xverse.cli", "tokenizer", "train", str(path), f"out={tmp_path / out}"]
         environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-        return subprocess.Popen(
+        return forkserver.Popen(
             [sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True
         )
 

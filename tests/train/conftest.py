@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests import forkserver
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.data.prepare.pipeline import PrepareRecipe, prepare
@@ -29,32 +28,26 @@ LENGTH = 48
 CLI = "import sys\nfrom xverse.cli import main\nsys.exit(main())\n"
 
 
-class Torchrun:
-    """A torchrun that is under way, as ``subprocess.Popen`` shows one."""
+class Torchrun(forkserver.Popen):
+    """A torchrun that is under way; what it and its processes print is in a file."""
 
-    def __init__(
-        self, ask: Callable[..., Any], arguments: list[str], log: Path, environment: dict[str, str]
-    ) -> None:
-        self._ask, self._log = ask, log
-        self.pid: int = ask(start=arguments, log=str(log), environment=environment)
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            self.returncode = self._ask(poll=self.pid)
-        return self.returncode
+    def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+        self._log = log
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        with log.open("wb") as file:
+            super().__init__(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
 
     def said(self) -> str:
         """What it has printed so far."""
-        return self._log.read_text() if self._log.exists() else ""
+        return self._log.read_text()
 
-    def communicate(self, timeout: float = 500) -> tuple[str, None]:
+    def communicate(self, input: None = None, timeout: float | None = 500) -> tuple[str, None]:
         """What it printed, stdout and stderr, once it has ended."""
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise TimeoutError(self.said())
-            time.sleep(0.02)
+        self.wait(timeout)
         return self.said(), None
 
     def kill(self) -> None:
@@ -66,33 +59,8 @@ class Torchrun:
                     os.kill(int(file.parent.name), signal.SIGKILL)
 
 
-@pytest.fixture(scope="session")
-def nursery() -> Iterator[Callable[..., Any]]:
-    """Asks ``nursery.py`` in a process of its own."""
-    script = Path(__file__).with_name("nursery.py")
-    lock = threading.Lock()
-    with subprocess.Popen(
-        [sys.executable, str(script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-
-        def ask(**asked: Any) -> Any:
-            assert process.stdin
-            assert process.stdout
-            with lock:
-                process.stdin.write(json.dumps(asked) + "\n")
-                process.stdin.flush()
-                return json.loads(process.stdout.readline())
-
-        yield ask
-        process.kill()
-
-
 @pytest.fixture
-def torchrun(nursery: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[..., Torchrun]]:
+def torchrun(tmp_path: Path) -> Iterator[Callable[..., Torchrun]]:
     """``torchrun(2, recipe, "key=value", restarts=3)`` begins ``xverse pretrain`` in two processes;
     ``script=text`` takes a program of the test's instead."""
     begun: list[Torchrun] = []
@@ -109,13 +77,14 @@ def torchrun(nursery: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[.
         options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--start-method=fork"]
         verb = [] if script else ["pretrain"]
         command = ["--standalone", *options, "--run-path", str(file), *verb, *arguments]
-        begun.append(Torchrun(nursery, command, tmp_path / f"log-{len(begun)}.txt", environment or {}))
+        begun.append(Torchrun(command, tmp_path / f"log-{len(begun)}.txt", environment or {}))
         return begun[-1]
 
     yield start
     for one in begun:
         if one.poll() is None:
             one.kill()
+            one.wait()
 
 
 @pytest.fixture(scope="session")

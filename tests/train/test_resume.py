@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import forkserver
 from xverse.config import UserError, load
 from xverse.data.feed import ORDERS
 from xverse.train import PretrainRecipe, pretrain
@@ -39,7 +40,7 @@ def train(recipe: Path, *overrides: str) -> Path:
 def started(recipe: Path) -> Iterator[subprocess.Popen[str]]:
     """A run of its own process, which does not outlive the block."""
     command = [sys.executable, "-m", "xverse.cli", "pretrain", str(recipe)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with forkserver.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:

@@ -94,7 +94,13 @@ def run(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name not in ("recipe", "overrides")}
     values: dict[str, Any] = {}
     if args.recipe is not None:
-        values = override(read_yaml(args.recipe), args.overrides)
+        recipe = read_yaml(args.recipe)
+        if isinstance(recipe, dict) and recipe.get("allow_code"):
+            raise UserError(
+                f"{args.recipe}: a recipe cannot permit code; remove allow_code and give --allow_code on the "
+                "command line"
+            )
+        values = override(recipe, args.overrides)
     values |= flags
     if not values:
         raise UserError("finetune: give a recipe or flags; xverse finetune --help lists them")

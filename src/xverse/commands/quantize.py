@@ -61,6 +61,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="hf (default): XVERSE; llama: for programs that load a quantised LlamaForCausalLM "
         "(its output head is not quantised)",
     )
+    parser.add_argument(
+        "--activations",
+        choices=["int8"],
+        help="store 8 bits of --method rtn-row for programs that quantise activations while they run, such "
+        "as vLLM (W8A8)",
+    )
     add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model at DIR")
 
@@ -72,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
     if (args.bits is None) == (args.bpw is None):
         raise UserError("give either --bits (8, 4, 3 or 2) or --bpw (an average such as 4.5)")
     method = args.method
+    if args.activations is not None:
+        if args.bits != 8 or method not in (None, "rtn-row"):
+            raise UserError("--activations int8 needs --bits 8 and --method rtn-row")
+        method = "rtn-row"
     if method is not None:
         choose("method", method, {name: name for name in ("rtn", "rtn-row", "gptq")})
     if args.bits is not None:
@@ -144,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             report_progress=step,
             device=device,
+            activations=args.activations is not None,
         )
     what = f"{settings.bits} bits"
     groups = "one scale per row" if settings.method == "rtn-row" else f"groups of {settings.group_size}"

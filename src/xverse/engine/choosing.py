@@ -63,7 +63,12 @@ def choose_rows(rows: list[Row], logits: Tensor) -> tuple[list[int], dict[int, T
     if not wanted:
         return _decided(tokens.tolist(), rows, edited), {}
     count = max(rows[index].sequence.request.logprobs or 0 for index in wanted)
-    logprobs = _rows_of(logits, wanted, len(rows)).float().log_softmax(dim=-1)  # [W, V]
+    scores = _rows_of(logits, wanted, len(rows)).float()
+    requests = [rows[index].sequence.request for index in wanted]
+    if any(request.tempered for request in requests):
+        divisors = [(request.tempered and request.sampling.temperature) or 1.0 for request in requests]
+        scores = scores / upload(divisors, torch.float32, logits.device)[:, None]
+    logprobs = scores.log_softmax(dim=-1)  # [W, V]
     own = _rows_of(tokens, wanted, len(rows)).clamp(min=0)[:, None]
     values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)  # [W, A]
     # In one tensor, so that they are read together; float64 holds ids and log-probabilities exactly.

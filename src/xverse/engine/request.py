@@ -45,7 +45,8 @@ class Request:
     prompt's tokens from index ``prompt_start`` on, in the first event. ``pooling``: compute an embedding of
     the prompt instead of a reply, from the mean of its tokens' last hidden states or from the last token's.
     Without ``generate`` the request computes only these.
-    ``skip_special``: the reply's text omits special tokens.
+    ``skip_special``: the reply's text omits special tokens. ``tempered``: the reported log-probabilities are
+    those after division by the temperature, as policy gradients need them.
     """
 
     prompt_ids: Sequence[int]
@@ -58,6 +59,7 @@ class Request:
     constraint: Constraint | None = None
     generate: bool = True
     skip_special: bool = True
+    tempered: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.prompt_ids):

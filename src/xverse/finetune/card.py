@@ -34,13 +34,20 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
     ]
     lines += ["## Data", "", *(f"- {note}" for note in data.notes)]
     sizes = [len(part) // (2 if settings.pairs else 1) for part in (data.train, data.valid)]
-    unit = "pairs" if settings.stage == "dpo" else "examples"
+    unit = {"dpo": "pairs", "rm": "pairs", "grpo": "prompts"}.get(settings.stage, "examples")
     lines += [f"- {sizes[0]} {unit} to train on, {sizes[1]} held out", ""]
     lines += ["## Figures", "", "| | |", "|---|---|"]
     figures = {"steps": state.global_step, "epochs": state.epoch, "best loss": state.best_metric}
     figures |= {
         name: metrics.get(name)
-        for name in ("train_loss", "eval_loss", "eval_perplexity", "eval_margin", "eval_accuracy")
+        for name in (
+            "train_loss",
+            "eval_loss",
+            "eval_perplexity",
+            "eval_margin",
+            "eval_accuracy",
+            "eval_reward",
+        )
     }
     for name in ("memory_predicted_gb", "memory_peak_gb"):
         figures[f"{name.replace('_', ' ').removesuffix(' gb')}, GB per process"] = metrics.get(name)
@@ -50,9 +57,15 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
     for name, value in figures.items():
         if value is not None:
             lines.append(f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |")
-    scale = "in nats per token with loss"
-    if settings.pairs:
-        scale = "KTO's, per reply" if settings.stage == "kto" else "DPO's, per pair"
+    scales = {
+        "dpo": "DPO's, per pair",
+        "kto": "KTO's, per reply",
+        "rm": "Bradley-Terry's, per pair",
+        "grpo": f"GRPO's ({settings.loss_type}); held out, the negative reward",
+    }
+    scale = scales.get(settings.stage, "in nats per token with loss")
+    if settings.teacher:
+        scale += f", with the divergence from {settings.teacher}"
     lines += ["", f"Losses are {scale}.", ""]
     if data.bits:
         lines += ["## Languages", "", "Bits per byte of held-out text of pretraining.", ""]

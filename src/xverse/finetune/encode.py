@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +19,16 @@ from xverse.data.dialogues.formats import (
     is_undesirable,
     to_dialogue,
     to_preference,
+    to_prompt,
     to_text,
 )
 from xverse.data.order import random_order
 from xverse.finetune.dialogue import encode_within
+from xverse.finetune.rewards import rules_of
 from xverse.finetune.settings import Settings
 from xverse.finetune.sources import Source, SourceFile, find_sources, read_file, source_files
 from xverse.log import notice
-from xverse.tokenizer import Tokenizer
+from xverse.tokenizer import Tokenizer, encode_chat
 
 CHECKED = 1_000  # items of a stream after which the share of unusable ones is looked at
 FIRST = 64  # examples of a stream that identify its data when a run is resumed
@@ -35,16 +37,27 @@ FIRST = 64  # examples of a stream that identify its data when a run is resumed
 @dataclass(frozen=True)
 class Example:
     """``ids`` and, for each, whether it has loss. ``name`` is its origin, such as ``alpaca_en[17]``.
-    ``desirable``: in stage kto, whether the reply is tagged as good."""
+    ``desirable``: in stage kto, whether the reply is tagged as good. ``margin``: in stage rm, of a pair's
+    chosen reply."""
 
     ids: list[int]
     mask: list[bool]
     name: str
     desirable: bool | None = None
+    margin: float = 0.0
 
     @property
     def dataset(self) -> str:
         return self.name.rpartition("[")[0]
+
+
+@dataclass(frozen=True)
+class Prompt(Example):
+    """The beginning of a dialogue, which has no loss: the model replies. ``columns`` are those of its item,
+    from which rewards are computed, ``text`` the last message."""
+
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
 
 
 Group = list[Example]  # examples that stay neighbours: one, or a preference pair's chosen and rejected reply
@@ -76,9 +89,9 @@ class UnfilledPlaceholder(UserError):
 def load_data(settings: Settings, tokenizer: Tokenizer, length: int, quiet: bool = False) -> Data:
     """Read, encode and split the datasets of ``settings``; examples have at most ``length`` tokens.
 
-    In stage dpo the chosen reply and the rejected one to each prompt are neighbours in the lists. Reports
-    what was skipped and cut. Raises UserError for unknown datasets and columns, for unfilled placeholders
-    and for a dataset without a usable example.
+    In stages dpo and rm the chosen reply and the rejected one to each prompt are neighbours in the lists.
+    Reports what was skipped and cut. Raises UserError for unknown datasets and columns, for unfilled
+    placeholders and for a dataset without a usable example.
     """
     data = Data()
     reader = _Reader(settings, tokenizer, length, data.notes)
@@ -173,7 +186,8 @@ class _Reader:
 
     def __init__(self, settings: Settings, tokenizer: Tokenizer, length: int, notes: list[str]) -> None:
         self.settings, self.tokenizer, self.length, self.notes = settings, tokenizer, length, notes
-        self.unit = "pairs" if settings.stage == "dpo" else "examples"
+        self.unit = "pairs" if settings.stage in ("dpo", "rm") else "examples"
+        self.rules = rules_of(settings) if settings.stage == "grpo" else ()
 
     def source(self, source: Source) -> list[Group]:
         """All groups of a dataset. Raises UserError if there are none."""
@@ -249,7 +263,9 @@ class _Reader:
         """The examples of an item: one, a pair, or the parts of a text. Raises Skip for an unusable item."""
         if self.settings.stage == "pt":
             return self._text(to_text(item, info), f"{file.name}[{number}]")
-        if self.settings.stage == "dpo":
+        if self.settings.stage == "grpo":
+            return [[self._prompt(item, info, file, number)]]
+        if self.settings.stage in ("dpo", "rm"):
             return [self._pair(to_preference(item, info), file, number)]
         example = self._dialogue(to_dialogue(item, info), file, number, counts)
         undesirable = is_undesirable(item, info)
@@ -270,8 +286,28 @@ class _Reader:
         for text in (pair.chosen, pair.rejected):
             reply = self._filled([{"role": "assistant", "content": text}], file, number)
             ids, mask, _ = self._encoded(messages + reply, True, file, number)
-            group.append(Example(ids, mask, f"{file.name}[{number}]"))
+            group.append(Example(ids, mask, f"{file.name}[{number}]", margin=pair.margin))
         return group
+
+    def _prompt(self, item: Any, info: DatasetInfo, file: SourceFile, number: int) -> Prompt:
+        messages, answer = to_prompt(item, info)
+        columns = {**item, "answer": item.get("answer", answer)}
+        for rule in self.rules:
+            if missing := rule.missing(columns):
+                raise Skip(missing)
+        most = self.settings.max_completion_length
+        messages = self._filled(messages, file, number)
+        prompt = encode_chat(
+            self.tokenizer,
+            messages,
+            max_new_tokens=most,
+            max_positions=self.length,
+            truncation=self.length - most,
+        )
+        ids = prompt.ids
+        return Prompt(
+            ids, [False] * len(ids), f"{file.name}[{number}]", columns=columns, text=messages[-1]["content"]
+        )
 
     def _dialogue(self, messages: Messages, file: SourceFile, number: int, counts: _Counts) -> Example:
         messages = self._filled(messages, file, number)

@@ -47,7 +47,7 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
             "cannot train; omit it, or use finetuning_type freeze or full"
         )
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if settings.stage == "rm" else "CAUSAL_LM",  # SEQ_CLS trains the head, too
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
         lora_dropout=settings.lora_dropout,

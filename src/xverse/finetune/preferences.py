@@ -10,6 +10,7 @@ loss have logits.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,11 @@ from xverse.finetune.trainer import Batch, FinetuneTrainer
 from xverse.model import IGNORE
 
 
-def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The summed log-probability and the number of tokens with loss of each example in a row of ``join``,
-    float32 [n] each."""
+def token_log_probabilities(
+    model: Any, batch: Batch, temperature: float = 1.0, vocabulary: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The log-probability of each token with loss in a row of ``join``, float32 [K], and the index of its
+    example, int64 [K]; of logits divided by ``temperature``, of the first ``vocabulary`` tokens alone."""
     targets = batch["labels"][0, 1:]  # [T-1]; an example's first token has no label
     kept = torch.nonzero_static(targets != IGNORE, size=batch["num_targets"]).flatten()  # [K]
     example = (batch["position_ids"][0] == 0).cumsum(0)[kept + 1] - 1  # [K]
@@ -32,11 +35,31 @@ def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         use_cache=False,
         logits_to_keep=kept,
     )
-    logits = output.logits[0].float()  # [K, V]
-    tokens = -cross_entropy(logits, targets[kept], reduction="none")  # [K]
+    logits = output.logits[0, :, :vocabulary].float() / temperature  # [K, V]
+    return -cross_entropy(logits, targets[kept], reduction="none"), example
+
+
+def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The summed log-probability and the number of tokens with loss of each example in a row of ``join``,
+    float32 [n] each."""
+    tokens, example = token_log_probabilities(model, batch)
     zeros = tokens.new_zeros(len(batch["cu_seq_lens_q"]) - 1)
     sums = zeros.index_add(0, example, tokens)
-    return sums + 0.0 * logits.sum(), zeros.index_add(0, example, torch.ones_like(tokens))
+    return sums, zeros.index_add(0, example, torch.ones_like(tokens))
+
+
+@contextlib.contextmanager
+def reference_model(trainer: Any, model: Any) -> Iterator[Any]:
+    """``trainer.reference``; without one the trained ``model`` in evaluation mode, without its adapter."""
+    if trainer.reference is not None:
+        yield trainer.reference
+        return
+    peft_model = trainer.accelerator.unwrap_model(model)
+    training = peft_model.training
+    peft_model.eval()
+    with peft_model.disable_adapter():
+        yield peft_model
+    peft_model.train(training)
 
 
 @dataclass(frozen=True)
@@ -53,26 +76,57 @@ class Preferences:
     weights: tuple[float, float] = (1.0, 1.0)
 
 
-class PairTrainer(FinetuneTrainer):
-    """``examples`` alternate between chosen and rejected replies. ``reference`` is a frozen model; None means
-    the trained one without its adapter (ORPO and SimPO need no reference)."""
+class MeanOfPairs(FinetuneTrainer):
+    """``examples`` alternate between the replies of a pair. The loss is the mean over the pairs of a step, on
+    all processes and in all micro-batches."""
 
     group = 2
 
-    def __init__(self, *, reference: Any, preferences: Preferences, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs, not over tokens
+        self._pairs = 0.0
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], None]:
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        counts = (len(batch["cu_seq_lens_q"]) - 1 for batch in batches if batch["num_targets"])
+        (self._pairs,) = self.world.sum(sum(counts) / 2)
+        return batches, None
+
+    def batch_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        losses, _ = self._losses(model, inputs)
+        # Trainer divides by the accumulated micro-batches, and processes average their gradients.
+        scale = self.current_gradient_accumulation_steps * self.args.world_size
+        return losses.sum() * (scale / max(1.0, self._pairs))
+
+    def _losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and margin between the rewards of each pair, [n]; a zero with a gradient in a filler row."""
+        raise NotImplementedError
+
+    def held_out_sums(self, model: Any, batch: Batch) -> list[float]:
+        if not batch["num_targets"]:
+            self._losses(model, batch)
+            return [0.0, 0.0, 0.0, 0.0]
+        loss, margin = self._losses(model, batch)
+        return [loss.sum().item(), float(len(loss)), margin.sum().item(), (margin > 0).sum().item()]
+
+    def held_out_metrics(self, sums: list[float]) -> dict[str, float]:
+        pairs = max(1.0, sums[1])
+        return {"loss": sums[0] / pairs, "margin": sums[2] / pairs, "accuracy": sums[3] / pairs}
+
+
+class PairTrainer(MeanOfPairs):
+    """Chosen and rejected replies by turns. ``reference`` is a frozen model; None means the trained one
+    without its adapter (ORPO and SimPO need no reference)."""
+
+    def __init__(self, *, reference: Any, preferences: Preferences, **options: Any) -> None:
+        super().__init__(**options)
         self.preferences, self.beta, self.kind = preferences, preferences.beta, preferences.kind
         self.reference = reference
         if reference is not None:
             self.reference = reference.eval().requires_grad_(False).to(self.args.device)
 
-    def batch_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        loss, _ = self._losses(model, inputs)
-        return loss.mean()
-
     def _losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss and reward margin of each pair, [n]."""
         if not batch["num_targets"]:  # a filler row
             sums, _ = log_probabilities(model, batch)
             return sums, sums
@@ -87,7 +141,7 @@ class PairTrainer(FinetuneTrainer):
             margin = self.beta * (means[:, 0] - means[:, 1])
             loss = -logsigmoid(margin - self.preferences.gamma)
             return loss - self.preferences.supervised * means[:, 0], margin.detach()
-        with torch.no_grad(), self._without_adapter(model) as frozen:
+        with torch.no_grad(), reference_model(self, model) as frozen:
             reference, _ = log_probabilities(frozen, batch)
         gains = (sums - reference).view(-1, 2)  # [n, 2]
         if self.kind == "ipo":  # per token (Azar et al., 2023, arXiv:2310.12036)
@@ -105,29 +159,6 @@ class PairTrainer(FinetuneTrainer):
             loss = loss - self.preferences.supervised * (sums / counts).view(-1, 2)[:, 0]
         return loss, self.beta * margin.detach()
 
-    @contextlib.contextmanager
-    def _without_adapter(self, model: Any) -> Any:
-        if self.reference is not None:
-            yield self.reference
-            return
-        peft_model = self.accelerator.unwrap_model(model)
-        training = peft_model.training
-        peft_model.eval()
-        with peft_model.disable_adapter():
-            yield peft_model
-        peft_model.train(training)
-
-    def held_out_sums(self, model: Any, batch: Batch) -> list[float]:
-        if not batch["num_targets"]:
-            self._losses(model, batch)
-            return [0.0, 0.0, 0.0, 0.0]
-        loss, margin = self._losses(model, batch)
-        return [loss.sum().item(), float(len(loss)), margin.sum().item(), (margin > 0).sum().item()]
-
-    def held_out_metrics(self, sums: list[float]) -> dict[str, float]:
-        pairs = max(1.0, sums[1])
-        return {"loss": sums[0] / pairs, "margin": sums[2] / pairs, "accuracy": sums[3] / pairs}
-
 
 class KtoTrainer(PairTrainer):
     """``examples`` alternate between a tagged reply and the mismatched one that ``mismatched`` adds."""
@@ -135,7 +166,7 @@ class KtoTrainer(PairTrainer):
     def _losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of each reply, and its reward above the reference point, negated for bad replies, [n]."""
         sums, counts = log_probabilities(model, batch)
-        with torch.no_grad(), self._without_adapter(model) as frozen:
+        with torch.no_grad(), reference_model(self, model) as frozen:
             reference, _ = log_probabilities(frozen, batch)
         count = len(sums) // 2 if batch["num_targets"] else 0  # none in a filler row
         gains = (sums - reference)[: 2 * count].view(count, 2)  # [n, 2]

@@ -11,7 +11,7 @@ from typing import Any
 
 from xverse.config import UserError
 from xverse.files import atomic_file
-from xverse.finetune.encode import Data, Example
+from xverse.finetune.encode import Data, Example, Prompt
 from xverse.finetune.settings import Settings, read_settings, to_values
 from xverse.formats.checkpoint import MARKS, check_files
 from xverse.formats.weights import read_object
@@ -27,7 +27,7 @@ FREE = {
     "preprocessing_num_workers", "padding_side", "local_rank", "do_eval", "report_to", "run_name",
     "disable_tqdm", "save_steps", "save_total_limit", "logging_steps", "logging_first_step", "dataset_dir",
     "dataloader_num_workers", "dataloader_pin_memory", "early_stopping_steps", "ddp_timeout", "save_dtype",
-    "generation", "max_bad_share",
+    "generation", "max_bad_share", "allow_code",
 }  # fmt: skip
 
 
@@ -54,6 +54,10 @@ def _digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(str((example.ids, example.mask)).encode())
+        if isinstance(example, Prompt):
+            digest.update(str(sorted(example.columns.items(), key=lambda item: item[0])).encode())
+        if example.margin:
+            digest.update(str(example.margin).encode())
     return digest.hexdigest()
 
 

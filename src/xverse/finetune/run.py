@@ -5,43 +5,38 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import TrainingArguments
 
 from xverse import hardware
 from xverse.config import UserError
+from xverse.finetune.build import ReadStream, make_trainer
 from xverse.finetune.card import write_card
-from xverse.finetune.encode import Data, Example, load_data, stream_data
+from xverse.finetune.encode import Data, load_data, stream_data
 from xverse.finetune.launch import training_arguments
-from xverse.finetune.methods import prepare, trainable
-from xverse.finetune.optimizers import optimizer_maker
-from xverse.finetune.preferences import KtoTrainer, PairTrainer, Preferences
+from xverse.finetune.quantization_aware import write_rounded
 from xverse.finetune.replay import Languages, add_replay
 from xverse.finetune.resume import begin_anew, is_finished, resume_point, run_state, write_state
-from xverse.finetune.safety import ReturnMemory, StopEarly, StopOnSignal, world_of
+from xverse.finetune.rollouts import AT_ONCE
+from xverse.finetune.safety import ReturnMemory, StopOnSignal, world_of
 from xverse.finetune.settings import Settings
-from xverse.finetune.stream import Stream
-from xverse.finetune.trainer import FinetuneTrainer, Record, Rows, SavedTokenizer, order_seed, widest
+from xverse.finetune.trainer import FinetuneTrainer, Rows, order_seed, widest
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import fingerprint, write_base
-from xverse.formats.quantize import quick_settings
-from xverse.hf import XverseForCausalLM
+from xverse.formats.quantize import quick_settings, stored_bytes
 from xverse.kernels.bfloat16 import conversion_bytes
-from xverse.kernels.training import use_training_kernels
 from xverse.log import notice
 from xverse.plan import finetune_memory
 from xverse.tokenizer import Tokenizer
+from xverse.tokenizer.published import with_format
 from xverse.train.keeping import locked
 from xverse.train.parallel import World
 from xverse.train.plot import plot_loss
 from xverse.train.survival import Interrupted, requests
-
-ReadStream = Callable[[], Iterator[Example]]
+from xverse.values import CHAT_FORMATS
 
 
 def run_finetuning(settings: Settings) -> Path | None:
@@ -66,8 +61,7 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
         raise UserError(f"{source}: quantised weights cannot be trained; use finetuning_type lora")
     if args.world_size > 1:
         source.config.without_experts("fine-tuning on several processes")
-    tokenizer = source.tokenizer
-    _check_template(source, settings, first)
+    tokenizer = _with_template(source, settings, first)
     length = _row_length(source, settings, first)
     data, read = _load_examples(settings, tokenizer, length, quiet=not first)
     state = run_state(settings, data)
@@ -83,7 +77,7 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
     # Fingerprint the base before loading the model to train; later, two copies would be in memory.
     adapter = first and settings.do_train and settings.finetuning_type == "lora"
     digest = fingerprint(load_model(source)) if adapter else ""
-    trainer = _make_trainer(source, settings, args, data, read, tokenizer, length)
+    trainer = make_trainer(source, settings, args, data, read, tokenizer, length)
     trainer.keep(world, functools.partial(write_base, base=settings.model_name_or_path, digest=digest))
     if not settings.do_train:
         metrics = trainer.evaluate()
@@ -108,21 +102,26 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
     return settings.output_dir if first else None
 
 
-def _check_template(source: ModelDirectory, settings: Settings, first: bool) -> None:
-    """Report a model without a chat format of its own. Raises UserError where ``template`` names another one
-    than the model's."""
+def _with_template(source: ModelDirectory, settings: Settings, first: bool) -> Tokenizer:
+    """The tokenizer with the chat format of ``template``. Reports a model without a format of its own. Raises
+    UserError where ``template`` names another one than the model's."""
+    tokenizer = source.tokenizer
+    if settings.template in CHAT_FORMATS:
+        source.tokenizer = with_format(tokenizer, settings.template, str(source))  # that of all its readers
+        return source.tokenizer
     if settings.stage == "pt" or source.model_type == "xverse":
-        return
-    if source.tokenizer.template is not None:
+        return tokenizer
+    if tokenizer.template is not None:
         if settings.template != "default":
             raise UserError(
                 f"template '{settings.template}': {source} has a chat template of its own; use template "
                 "default"
             )
-    elif source.tokenizer.eos_id < 0:
+    elif tokenizer.eos_id < 0:
         raise UserError(f"{source}: its tokenizer has neither a chat template nor an end of text")
     elif first:
         notice(f"{source}: has no chat template; dialogues are written in XVERSE's chat format")
+    return tokenizer
 
 
 def _row_length(source: ModelDirectory, settings: Settings, first: bool) -> int:
@@ -162,6 +161,14 @@ def _check_memory(
     tokens, kept = widest(
         rows, args.per_device_train_batch_size, args.world_size, seed, settings.group_by_length
     )
+    cache_tokens = 0
+    if settings.stage == "grpo":
+        rows_at_once = args.per_device_train_batch_size
+        longest = max(len(prompt.ids) for prompt in data.train)
+        kept = rows_at_once * settings.max_completion_length
+        tokens = rows_at_once * longest + kept
+        replies = min(AT_ONCE, rows_at_once * args.gradient_accumulation_steps)
+        cache_tokens = replies * (longest + settings.max_completion_length)
     if settings.streaming:
         tokens = kept = args.per_device_train_batch_size * length
     stage = 0
@@ -178,6 +185,8 @@ def _check_memory(
         sharded=args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true",
         stored_bytes=stored,
         conversion=conversion_bytes() if args.device.type == "cpu" else 0,
+        teacher_bytes=_teacher_bytes(settings, bool(args.bf16 or args.fp16 or settings.pure_bf16)),
+        cache_tokens=cache_tokens,
     )
     needed, line = finetune_memory.check(source.config, settings, load)
     if args.process_index == 0:
@@ -185,134 +194,16 @@ def _check_memory(
     return needed
 
 
-def _make_trainer(
-    source: ModelDirectory,
-    settings: Settings,
-    args: TrainingArguments,
-    data: Data,
-    read: ReadStream | None,
-    tokenizer: Tokenizer,
-    length: int,
-) -> FinetuneTrainer:
-    model = _load_model(source, settings, args)
-    if args.device.type == "cpu" and finetune_memory.keeps_freed(settings, source.scheme is not None):
-        hardware.keep_freed_memory()
-    if settings.use_liger_kernel:
-        from xverse.finetune.liger import use_liger
-
-        use_liger(model)
-    set_seed(args.seed)  # Trainer would do so only after the adapter's weights are drawn
-    model = prepare(model, settings)
-    _set_generation(model, settings)
-    learning, total = trainable(model)
-    if args.process_index == 0:
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        notice(
-            f"{learning:,} of {total:,} parameters are trained; {rows} rows a step on {args.world_size} "
-            "process(es)"
-        )
-    processing: Any = SavedTokenizer(tokenizer, settings.padding_side)
-    if _in_upstreams_layout(source):
-        processing = AutoTokenizer.from_pretrained(source.path)
-        if settings.padding_side:
-            processing.padding_side = settings.padding_side
-    packed = length if settings.packs else None
-    stream = None
-    if read is not None:
-        count = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-        stream = Stream(read, count, settings.buffer_size, packed, order_seed(args))
-    kind: Callable[..., FinetuneTrainer] = FinetuneTrainer
-    if settings.pairs:
-        kind = _pair_trainer(source, settings, args)
-    trainer = kind(
-        model=model,
-        args=args,
-        examples=data.train,
-        held_out=data.valid,
-        row_length=packed,
-        grouped=settings.group_by_length,
-        shuffled=not settings.disable_shuffling,
-        optimizer=optimizer_maker(settings, args),
-        stream=stream,
-        pad_id=max(0, tokenizer.pad_id),  # of rows without loss, where any id will do
-        processing_class=processing,
-        callbacks=[Record(settings.output_dir / "metrics.jsonl")],
-    )
-    trainer.remove_callback(ProgressCallback)  # stdout is for results
-    trainer.remove_callback(PrinterCallback)
-    if settings.early_stopping_steps is not None:
-        trainer.add_callback(StopEarly(settings.early_stopping_steps))
-    return trainer
-
-
-def _pair_trainer(
-    source: ModelDirectory, settings: Settings, args: TrainingArguments
-) -> Callable[..., PairTrainer]:
-    """The trainer of dpo and kto. Its reference is the model without its new adapter, or a second one."""
-    second = settings.finetuning_type != "lora" or bool(settings.adapter_name_or_path or settings.ref_model)
-    reference = None
-    if second and settings.needs_reference:
-        base = ModelDirectory.named(settings.ref_model) if settings.ref_model else source
-        if base.config.vocab_size != source.config.vocab_size or base.tokenizer.hash != source.tokenizer.hash:
-            raise UserError(f"ref_model {base}: its tokenizer differs from that of {source}")
-        reference = _load_model(base, settings, args)
-    kto = settings.stage == "kto"
-    preferences = Preferences(
-        kind="kto" if kto else settings.pref_loss,
-        beta=settings.pref_beta,
-        supervised=settings.pref_ftx,
-        smoothing=settings.dpo_label_smoothing,
-        gamma=settings.simpo_gamma,
-        weights=(settings.kto_chosen_weight, settings.kto_rejected_weight),
-    )
-    return functools.partial(KtoTrainer if kto else PairTrainer, reference=reference, preferences=preferences)
-
-
-def _load_model(source: ModelDirectory, settings: Settings, args: TrainingArguments) -> Any:
-    """The base; weights in float32, unless DeepSpeed keeps master copies or only an adapter is trained."""
-    half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
-    frozen = settings.finetuning_type == "lora" and args.bf16
-    narrow = half is not None and (settings.deepspeed or settings.pure_bf16 or frozen)
-    dtype = half if half is not None and narrow else torch.float32
-    model: Any
-    if _in_upstreams_layout(source):
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
-    else:
-        model = XverseForCausalLM.of(load_model(source, dtype), source.generation_config)
-    if settings.quantization_bit:
-        groups = quick_settings(f"int{settings.quantization_bit}", source.config).group_size
-        model.quantize(settings.quantization_bit, group_size=groups)
-    if settings.quantization_bit or source.scheme is not None:
-        # A tensor that stays mapped would keep every page read from its file resident.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-    if args.bf16 and not narrow:
-        model.model.embed_tokens.register_forward_hook(as_autocast)
-    model.config.use_cache = False
-    if args.device.type == "cpu":
-        use_training_kernels(model)
-    return model
-
-
-def _in_upstreams_layout(source: ModelDirectory) -> bool:
-    """Whether transformers' Auto classes read the directory as XVERSE's; ``load_model`` reads relatives, GGUF
-    files and checkpoints."""
-    return source.model_type == "xverse" and type(source) is ModelDirectory
-
-
-def as_autocast(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """Cast embeddings, and with them the residual stream, to autocast's type. 16-bit weights (DeepSpeed's, a
-    frozen base's) have that type, so float32 master weights give the same losses."""
-    kind = output.device.type
-    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
-
-
-def _set_generation(model: Any, settings: Settings) -> None:
-    """Put ``generation`` into the model's generation config. Raises UserError for unknown keys."""
-    if settings.generation:
-        unknown = model.generation_config.update(**settings.generation)
-        if unknown:
-            raise UserError(f"generation: transformers knows no {', '.join(unknown)}")
+def _teacher_bytes(settings: Settings, half: bool) -> int:
+    if settings.teacher is None:
+        return 0
+    teacher = ModelDirectory.named(settings.teacher)
+    if teacher.scheme is not None:
+        return sum(file.stat().st_size for file in teacher.weight_files)
+    bits = settings.teacher_quantization_bit
+    if bits:
+        return stored_bytes(teacher.config, quick_settings(f"int{bits}", teacher.config))
+    return teacher.config.num_parameters() * (2 if half else 4)
 
 
 def _train(trainer: FinetuneTrainer, checkpoint: str | None, predicted: int) -> dict[str, float]:
@@ -351,6 +242,15 @@ def _save(
     out = settings.output_dir
     model: Any = trainer.model
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if settings.quantization_aware:
+        write_rounded(
+            trainer.accelerator.unwrap_model(trainer.model_wrapped if sharded else model),
+            out / settings.quantization_aware,
+            source.tokenizer,
+            load_model(source).lm_head.weight.dtype,
+            source.generation_config,
+            trainer.is_world_process_zero(),
+        )
     if settings.finetuning_type != "lora" and not sharded:
         stored = load_model(source).lm_head.weight.dtype  # mapped, not read
         model.to(getattr(torch, settings.save_dtype) if settings.save_dtype else stored)

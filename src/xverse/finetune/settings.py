@@ -9,220 +9,57 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from xverse.config import UserError, build, unknown_keys, unknown_text
+from xverse.finetune.fields import TEMPLATE, TEMPLATES, Arguments, DatasetUse, Replay, Rollouts, Task
 from xverse.finetune.foreign_keys import refuse_former_recipe, take_foreign
 from xverse.log import notice
 
-TEMPLATES = ("default", "xverse")
 HELD_OUT = 0.01  # share held out for evaluation without val_size and eval_dataset
-Moment = Literal["no", "steps", "epoch"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetUse:
-    """How a run uses one dataset: an item of ``dataset`` that a recipe writes as a mapping."""
-
-    name: Annotated[str, "name in dataset_info.json, file, folder or hub id"]
-    repeat: Annotated[int, "how often each training example occurs in an epoch"] = 1
-    num_samples: Annotated[int | None, "most examples of each file, drawn at random by seed"] = None
-    max_reply_tokens: Annotated[int | None, "drop dialogues with longer replies, on average"] = None
-
-    def __post_init__(self) -> None:
-        for name in ("repeat", "num_samples", "max_reply_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1")
-
-
-Datasets = tuple[DatasetUse, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replay:
-    """Pretraining text among the training examples, in which all its languages have equal shares."""
-
-    data: Annotated[Path, "folder that data prepare wrote, or a file or folder of texts"]
-    share: Annotated[float, "share of the training tokens, below 1; 0: only compare languages"]
-    eval_tokens: Annotated[int, "held-out tokens of each language that are compared"] = 8192
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            raise ValueError(f"replay.share {self.share:g} is out of range (0 to below 1)")
-        if self.eval_tokens < 0:
-            raise ValueError("replay.eval_tokens must be at least 0")
-
 
 _TINY, _MOST = math.ulp(0.0), 2.0**62
 _RANGES = {
     "lora_rank per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-    "max_samples buffer_size early_stopping_steps ddp_timeout": (1, _MOST, "at least 1"),
+    "max_samples buffer_size early_stopping_steps ddp_timeout max_completion_length num_iterations": (
+        1,
+        _MOST,
+        "at least 1",
+    ),
+    "num_generations": (2, _MOST, "at least 2"),
     "cutoff_len": (8, _MOST, "at least 8"),
     "max_steps": (-1, _MOST, "at least 1; -1: unset"),
-    "num_train_epochs eval_steps logging_steps save_steps lora_alpha pref_beta loraplus_lr_ratio": (
+    "num_train_epochs eval_steps logging_steps save_steps lora_alpha pref_beta loraplus_lr_ratio "
+    "temperature top_p distillation_temperature epsilon delta importance_sampling_clip_max": (
         _TINY,
         _MOST,
         "above 0",
     ),
     "learning_rate weight_decay warmup_steps val_size eval_delay adam_epsilon max_grad_norm pref_ftx "
     "neftune_noise_alpha dataloader_num_workers simpo_gamma kto_chosen_weight kto_rejected_weight "
-    "loraplus_lr_embedding": (0, _MOST, "at least 0"),
+    "loraplus_lr_embedding beta epsilon_high importance_sampling_clip_min center_rewards_coefficient": (
+        0,
+        _MOST,
+        "at least 0",
+    ),
     "dpo_label_smoothing": (0, 0.5 - 2**-54, "from 0 to below 0.5"),
     "lora_dropout adam_beta1 adam_beta2": (0, 1 - 2**-53, "from 0 to below 1"),
-    "max_bad_share": (0, 1, "0 to 1"),
+    "max_bad_share distillation_weight distillation_beta": (0, 1, "0 to 1"),
     "seed data_seed": (0, 2**32 - 1, "0 to 4294967295"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Arguments, Rollouts, Task):
     """What to train on what, and how. For a field that is None, transformers chooses the value.
 
     Raises ValueError, naming the setting, for values that contradict each other.
     """
 
     URLS = ("model_name_or_path",)
-
-    # the model and the method
-    model_name_or_path: Annotated[str, "base model: a directory, a hub id or nano"]
-    adapter_name_or_path: Annotated[str | None, "adapter to continue training"] = None
-    stage: Annotated[
-        Literal["sft", "pt", "dpo", "kto"],
-        "what to train on: dialogues, text, preference pairs, replies tagged as good or bad",
-    ] = "sft"
-    finetuning_type: Annotated[
-        Literal["full", "lora", "freeze"], "train all weights, an adapter, or some layers"
-    ] = "lora"
-    template: Annotated[str, "chat format: default, the model's own, or xverse"] = "default"
-    freeze_trainable_layers: Annotated[int, "with freeze: train the last N layers; -N: the first ones"] = 2
-    freeze_trainable_modules: Annotated[str, "with freeze: modules to train in these layers, or all"] = "all"
-    freeze_extra_modules: Annotated[str | None, "with freeze: other modules to train"] = None
-    lora_rank: Annotated[int, "rank of the adapter"] = 8
-    lora_alpha: Annotated[float | None, "scale of the adapter; unset: twice the rank"] = None
-    lora_dropout: Annotated[float, "dropout on the adapter's input"] = 0.0
-    lora_target: Annotated[str, "modules that get an adapter, separated by commas, or all"] = "all"
-    additional_target: Annotated[str | None, "with lora: modules to train whole, such as lm_head"] = None
-    use_rslora: Annotated[bool, "scale the adapter by 1/sqrt(rank)"] = False
-    use_dora: Annotated[bool, "train a DoRA adapter"] = False
-    loraplus_lr_ratio: Annotated[
-        float | None, "with lora: learning rate of the second matrices over that of the first ones (LoRA+)"
-    ] = None
-    loraplus_lr_embedding: Annotated[float, "with loraplus_lr_ratio: learning rate of embeddings"] = 1e-6
-    use_muon: Annotated[bool, "with full or freeze: Muon for matrices, AdamW for the rest"] = False
-    quantization_bit: Annotated[Literal[4, 8] | None, "quantise the base while loading it (QLoRA)"] = None
-    pure_bf16: Annotated[bool, "keep weights and optimizer state in bfloat16, without float32 copies"] = False
-    pref_beta: Annotated[float, "with dpo and kto: strength of the preference term"] = 0.1
-    pref_loss: Annotated[
-        Literal["sigmoid", "hinge", "ipo", "orpo", "simpo"],
-        "with dpo: the loss; sigmoid is DPO's, orpo and simpo need no reference model",
-    ] = "sigmoid"
-    pref_ftx: Annotated[float, "with dpo and kto: weight of the supervised loss on the good reply"] = 0.0
-    dpo_label_smoothing: Annotated[float, "with sigmoid: share of pairs that may be swapped (cDPO)"] = 0.0
-    simpo_gamma: Annotated[float, "with simpo: the margin between the replies' rewards"] = 0.5
-    kto_chosen_weight: Annotated[float, "with kto: weight of good replies"] = 1.0
-    kto_rejected_weight: Annotated[float, "with kto: weight of bad replies"] = 1.0
-    ref_model: Annotated[str | None, "with dpo and kto: reference model; unset: the base"] = None
-    use_liger_kernel: Annotated[bool, "compute norms and activations with Liger's kernels (CUDA)"] = False
-
-    # the data
-    dataset: Annotated[Datasets, "names in dataset_info.json, files, folders or hub ids"] = ()
-    eval_dataset: Annotated[Datasets, "datasets to evaluate on, written like dataset"] = ()
-    dataset_dir: Annotated[Path, "folder of dataset_info.json and its files"] = Path("data")
-    replay: Annotated[
-        Replay | None, "pretraining text to mix in, so that no language is forgotten: data=FOLDER share=0.2"
-    ] = None
-    identity: Annotated[
-        dict[str, str], "values for {{placeholders}} in the data, such as name=… author=…"
-    ] = field(default_factory=dict)
-    keep_placeholders: Annotated[bool, "keep other {{placeholders}} as plain text"] = False
-    cutoff_len: Annotated[int, "longest example, and longest packed row, in tokens"] = 2048
-    max_samples: Annotated[int | None, "use only the first N usable examples of each dataset"] = None
-    max_bad_share: Annotated[float, "stop if more than this share of a dataset's items is unusable"] = 0.05
-    streaming: Annotated[bool, "read the data while training; needs max_steps"] = False
-    buffer_size: Annotated[int, "with streaming: examples shuffled at a time"] = 16384
-    group_by_length: Annotated[bool, "put rows of similar length into one step"] = False
-    val_size: Annotated[float, "examples of dataset to hold out: a share below 1, or a number"] = 0.0
-    packing: Annotated[bool | None, "fill rows with several isolated examples; unset: with stage pt"] = None
-    disable_shuffling: Annotated[bool, "take the examples in the order of the files"] = False
-    train_on_prompt: Annotated[bool, "compute the loss on prompts, too"] = False
-    mask_history: Annotated[bool, "compute the loss on the last reply only"] = False
-    overwrite_cache: Annotated[bool, "accepted without effect: nothing is cached"] = False
-    preprocessing_num_workers: Annotated[int | None, "accepted without effect: all cores are used"] = None
-    padding_side: Annotated[Literal["left", "right"] | None, "saved with the tokenizer; not used"] = None
-
-    # the run
-    output_dir: Annotated[Path, "folder of the run and of the finished model"]
-    overwrite_output_dir: Annotated[bool, "start anew in a folder that holds another run"] = False
-    resume_from_checkpoint: Annotated[str | None, "checkpoint to resume from; unset: the last one"] = None
-    plot_loss: Annotated[bool, "draw loss.png"] = False
-    early_stopping_steps: Annotated[int | None, "stop after N evaluations without a better loss"] = None
-    save_dtype: Annotated[Dtype | None, "finished weights' type; unset: the base's"] = None
-    generation: Annotated[
-        dict[str, Any], "values for the finished model's generation_config.json, such as top_k=30"
-    ] = field(default_factory=dict)
-    local_rank: Annotated[int | None, "set by launchers of several processes"] = None
-
-    # transformers' TrainingArguments of the same names
-    do_train: Annotated[bool, "train"] = False
-    do_eval: Annotated[bool, "evaluate at the end"] = False
-    eval_strategy: Annotated[Moment | None, "when to evaluate during training"] = None
-    eval_steps: Annotated[float | None, "steps between evaluations; a share of the run if below 1"] = None
-    eval_delay: Annotated[float | None, "steps or epochs before the first evaluation"] = None
-    eval_on_start: Annotated[bool | None, "evaluate before the first step"] = None
-    per_device_train_batch_size: Annotated[int | None, "rows of a micro-batch on each process"] = None
-    per_device_eval_batch_size: Annotated[int | None, "rows of an evaluation batch on each process"] = None
-    gradient_accumulation_steps: Annotated[int | None, "micro-batches of a step"] = None
-    num_train_epochs: Annotated[float | None, "passes over the dataset"] = None
-    max_steps: Annotated[int | None, "optimizer steps; overrides num_train_epochs"] = None
-    learning_rate: Annotated[float | None, "peak learning rate"] = None
-    lr_scheduler_type: Annotated[str | None, "learning-rate schedule, such as cosine_with_min_lr"] = None
-    lr_scheduler_kwargs: Annotated[str | None, 'JSON options of it, such as {"min_lr_rate": 0.02}'] = None
-    warmup_steps: Annotated[float | None, "steps of linear warm-up; a share of the run if below 1"] = None
-    weight_decay: Annotated[float | None, "weight decay of matrices"] = None
-    adam_beta1: Annotated[float | None, "AdamW's beta1"] = None
-    adam_beta2: Annotated[float | None, "AdamW's beta2"] = None
-    adam_epsilon: Annotated[float | None, "AdamW's epsilon"] = None
-    max_grad_norm: Annotated[float | None, "clip gradients to this norm"] = None
-    optim: Annotated[str | None, "optimizer, by transformers' name"] = None
-    optim_args: Annotated[str | None, "options of the optimizer"] = None
-    neftune_noise_alpha: Annotated[float | None, "noise added to embeddings (NEFTune)"] = None
-    logging_strategy: Annotated[Moment | None, "when to log the loss"] = None
-    logging_steps: Annotated[float | None, "steps between log lines"] = None
-    logging_first_step: Annotated[bool | None, "log the first step, too"] = None
-    save_strategy: Annotated[Literal["no", "steps", "epoch", "best"] | None, "when to write checkpoints"] = (
-        None
-    )
-    save_steps: Annotated[float | None, "steps between checkpoints"] = None
-    save_total_limit: Annotated[int | None, "checkpoints to keep"] = None
-    save_only_model: Annotated[bool | None, "save no optimizer state; prevents resuming"] = None
-    load_best_model_at_end: Annotated[bool | None, "finish with the best evaluated checkpoint"] = None
-    metric_for_best_model: Annotated[str | None, "metric that defines the best checkpoint"] = None
-    greater_is_better: Annotated[bool | None, "whether that metric should rise"] = None
-    seed: Annotated[int, "seed of initialisation, order and held-out examples"] = 42
-    data_seed: Annotated[int | None, "seed of the order; unset: seed"] = None
-    full_determinism: Annotated[bool | None, "use deterministic kernels only"] = None
-    bf16: Annotated[bool | None, "compute in bfloat16; full fine-tuning keeps weights in float32"] = None
-    fp16: Annotated[bool | None, "compute in float16 with loss scaling (CUDA)"] = None
-    tf32: Annotated[bool | None, "allow TF32 matmuls (CUDA)"] = None
-    use_cpu: Annotated[bool | None, "train on the CPU"] = None
-    gradient_checkpointing: Annotated[bool | None, "recompute activations to save memory"] = None
-    torch_compile: Annotated[bool | None, "compile the model"] = None
-    deepspeed: Annotated[str | None, "DeepSpeed's JSON file; one of recipes/sft if only a name"] = None
-    fsdp: Annotated[str | None, "shard the model with FSDP2, such as full_shard; needs torchrun"] = None
-    fsdp_config: Annotated[str | None, "FSDP's options as JSON, or a JSON file"] = None
-    ddp_backend: Annotated[str | None, "communication backend of several processes"] = None
-    ddp_timeout: Annotated[int | None, "seconds after which communication fails"] = None
-    ddp_find_unused_parameters: Annotated[bool | None, "let DDP find parameters without gradient"] = None
-    dataloader_num_workers: Annotated[int | None, "processes that prepare batches"] = None
-    dataloader_pin_memory: Annotated[bool | None, "pin batches in memory (CUDA)"] = None
-    report_to: Annotated[str | None, "experiment trackers: tensorboard or wandb, separated by commas"] = None
-    run_name: Annotated[str | None, "name of the run in trackers"] = None
-    disable_tqdm: Annotated[bool | None, "accepted: progress is logged as lines"] = None
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -239,10 +76,7 @@ class Settings:
 
     def _check_task(self) -> None:
         if self.template not in TEMPLATES:
-            raise ValueError(
-                f"template '{self.template}' is not known: default is the model's own chat template, xverse "
-                "XVERSE's format"
-            )
+            raise ValueError(f"template '{self.template}' is not known; {TEMPLATE}")
         if not (self.do_train or self.do_eval):
             raise ValueError(
                 "nothing to do; set do_train, do_eval or both (xverse chat --adapter A talks to the result)"
@@ -269,6 +103,8 @@ class Settings:
             )
         if self.replay and self.stage not in ("sft", "pt"):
             raise ValueError(f"replay needs stage sft or pt, not {self.stage}")
+        if self.teacher and self.stage not in ("sft", "pt"):
+            raise ValueError(f"teacher needs stage sft or pt, not {self.stage}")
         if self.train_on_prompt and self.mask_history:
             raise ValueError("train_on_prompt and mask_history contradict each other")
         if self.group_by_length and self.disable_shuffling:
@@ -276,7 +112,7 @@ class Settings:
         if self.by_rows and self.packs:
             raise ValueError(f"{self.by_rows} cannot be combined with packing")
         if self.streaming:
-            if self.pairs or not self.max_steps or self.max_steps < 1:
+            if self.stage not in ("sft", "pt") or not self.max_steps or self.max_steps < 1:
                 raise ValueError("streaming needs max_steps and stage sft or pt")
             if self.group_by_length or self.disable_shuffling:
                 name = "group_by_length" if self.group_by_length else "disable_shuffling"
@@ -295,7 +131,9 @@ class Settings:
         if self.freeze_trainable_layers == 0:
             raise ValueError("freeze_trainable_layers must not be 0")
         if self.ref_model and not self.needs_reference:
-            raise ValueError("ref_model needs stage dpo or kto, and a pref_loss with a reference model")
+            raise ValueError(
+                "ref_model needs stage dpo or kto with a pref_loss that has a reference, or grpo with beta"
+            )
         if self.dpo_label_smoothing and (self.stage != "dpo" or self.pref_loss != "sigmoid"):
             raise ValueError("dpo_label_smoothing needs stage dpo and pref_loss sigmoid")
         if self.loraplus_lr_ratio is not None and self.finetuning_type != "lora":
@@ -310,24 +148,84 @@ class Settings:
             raise ValueError(
                 "quantization_bit needs finetuning_type lora: quantised weights cannot be trained"
             )
+        self._check_grpo()
+        if not self.teacher:
+            self._refuse_changed(
+                [name for name in _NAMES if name.startswith(("teacher_", "distillation_"))], "teacher"
+            )
+        if self.stage != "rm":
+            self._refuse_changed(["center_rewards_coefficient"], "stage rm")
+        if self.quantization_aware:
+            with_rounding = ("deepspeed", "quantization_bit", "use_dora", "lora_dropout", "additional_target")
+            for name in with_rounding:
+                if getattr(self, name):
+                    raise ValueError(f"quantization_aware cannot be combined with {name}")
+            if self.stage == "rm":
+                raise ValueError("quantization_aware cannot be combined with stage rm")
         if self.finetuning_type == "lora" and (self.save_dtype or self.generation):
             name = "save_dtype" if self.save_dtype else "generation"
             raise ValueError(f"{name} needs finetuning_type full or freeze: an adapter uses its base's")
 
+    def _check_grpo(self) -> None:
+        if self.stage != "grpo":
+            self._refuse_changed([item.name for item in dataclasses.fields(Rollouts)], "stage grpo")
+            return
+        names, weights = split_names(self.reward_funcs), split_names(self.reward_weights or "")
+        if not names:
+            raise ValueError("stage grpo needs reward_funcs")
+        if weights and len(weights) != len(names):
+            raise ValueError(f"reward_weights has {len(weights)} values for {len(names)} reward_funcs")
+        for weight in weights:
+            try:
+                float(weight)
+            except ValueError:
+                raise ValueError(f"reward_weights: '{weight}' is not a number") from None
+        if ("format" in names) != (self.reward_pattern is not None):
+            raise ValueError("the rule format in reward_funcs and reward_pattern need each other")
+        for name in names:
+            if (name == "program" or (":" in name and not Path(name).exists())) and not self.allow_code:
+                raise ValueError(f"reward_funcs: {name} runs code; add --allow_code to the command line")
+        if self.cutoff_len <= self.max_completion_length:
+            raise ValueError(
+                f"cutoff_len {self.cutoff_len} leaves no room for a prompt beside max_completion_length "
+                f"{self.max_completion_length}"
+            )
+        if self.top_p > 1 or self.min_p > 1 or self.top_k < 0:
+            raise ValueError("top_p and min_p are shares up to 1, and top_k is at least 0")
+        if self.importance_sampling_mode is None:
+            self._refuse_changed(
+                ["importance_sampling_clip_min", "importance_sampling_clip_max"], "importance_sampling_mode"
+            )
+        rows = (self.per_device_train_batch_size or 8) * (self.gradient_accumulation_steps or 1)
+        if rows % self.num_generations:
+            raise ValueError(
+                "per_device_train_batch_size × gradient_accumulation_steps are the replies of a process in a "
+                f"step, {rows} here; they must be a multiple of num_generations {self.num_generations}"
+            )
+
+    def _refuse_changed(self, names: Iterable[str], needed: str) -> None:
+        """Raise ValueError if one of these settings, which only ``needed`` uses, is not its default."""
+        for item in dataclasses.fields(self):
+            if item.name in names and getattr(self, item.name) != item.default:
+                raise ValueError(f"{item.name} needs {needed}")
+
     @property
     def by_rows(self) -> str:
         """The setting that needs rows of one example each, or an empty string."""
-        return f"stage {self.stage}" if self.pairs else "group_by_length" if self.group_by_length else ""
+        grouped = self.pairs or self.stage == "grpo"
+        return f"stage {self.stage}" if grouped else "group_by_length" if self.group_by_length else ""
 
     @property
     def pairs(self) -> bool:
         """Whether two neighbouring examples belong together: two replies to one prompt."""
-        return self.stage in ("dpo", "kto")
+        return self.stage in ("dpo", "kto", "rm")
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss compares the model with a reference model."""
-        return self.stage == "kto" or (self.stage == "dpo" and self.pref_loss not in ("orpo", "simpo"))
+        if self.stage == "dpo":
+            return self.pref_loss not in ("orpo", "simpo")
+        return self.stage == "kto" or (self.stage == "grpo" and self.beta > 0)
 
     @property
     def evaluates(self) -> str:
@@ -366,6 +264,7 @@ ALIASES = {
     "dpo_loss": "pref_loss",
     "enable_liger_kernel": "use_liger_kernel",
     "evaluation_strategy": "eval_strategy",
+    "importance_sampling_cap": "importance_sampling_clip_max",
     "kto_beta": "pref_beta",
     "kto_ftx": "pref_ftx",
     "lora_lr_ratio": "loraplus_lr_ratio",
@@ -375,15 +274,26 @@ ALIASES = {
     "orpo_beta": "pref_beta",
     "sft_packing": "packing",
     "train_last_turn_only": "mask_history",
+    "vllm_importance_sampling_cap": "importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_max": "importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min": "importance_sampling_clip_min",
+    "vllm_importance_sampling_mode": "importance_sampling_mode",
     "warmup_ratio": "warmup_steps",
 }
 
 
 # Settings with a meaning of their own, by other keys: see _resolve_aliases.
 DERIVED = ("disable_gradient_checkpointing", "train_sampling_strategy")
+_GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of LLaMA-Factory, too
 _COMMA_SEPARATED = (
     "lora_target", "additional_target", "freeze_trainable_modules", "freeze_extra_modules", "report_to",
+    "reward_funcs", "reward_weights",
 )  # fmt: skip
+
+
+def split_names(text: str) -> list[str]:
+    """The names in ``text``, which commas separate."""
+    return [name for part in text.split(",") if (name := part.strip())]
 
 
 def training_values(settings: Settings) -> dict[str, Any]:
@@ -404,6 +314,11 @@ def read_settings(values: Mapping[str, Any], where: str, quiet: bool = True) -> 
     values = dict(values)
     refuse_former_recipe(values, where)
     without_effect, refused = take_foreign(values, _NAMES)
+    if values.get("stage") != "grpo":
+        given = [name for name in _GENERATION if values.pop(name, None) is not None]
+        without_effect += [f"{', '.join(given)} (nothing is generated during training)"] if given else []
+    if isinstance(values.get("scale_rewards"), bool):  # trl's former type
+        values["scale_rewards"] = "group" if values["scale_rewards"] else "none"
     _resolve_aliases(values, where)
     for name in ("dataset", "eval_dataset"):
         if values.get(name) is not None:

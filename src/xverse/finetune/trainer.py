@@ -32,10 +32,11 @@ from xverse.finetune.stream import Stream
 from xverse.log import JsonlLog, notice
 from xverse.model import IGNORE
 from xverse.tokenizer import Tokenizer
-from xverse.train.parallel import World
+from xverse.train.parallel import ALONE, World
 
 FILLER = -1  # a row without examples and loss, which completes the last step of an epoch
 Batch = dict[str, Any]
+_UNRECORDED = ("epoch", "num_input_tokens_seen")  # of what Trainer logs
 
 
 class Rows(Dataset[list[Example]]):
@@ -133,7 +134,8 @@ def join(examples: Sequence[Example], numbers: Sequence[int], pad_id: int) -> Ba
 def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
     """All ``examples`` in one row: input_ids, labels and position_ids int64 [1, T], and what would be read
     back from a GPU otherwise: ``cu_seq_lens_q`` int32 [n + 1] and ``max_length_q``, ``num_targets``, and
-    ``names``, those of the first eight examples; in stage kto ``desirable``, bool [n].
+    ``names``, those of the first eight examples; in stage kto ``desirable``, bool [n], and of pairs with
+    margins ``margins``, float32 [n/2].
 
     Labels are not shifted; the first token of an example has none.
     """
@@ -152,7 +154,9 @@ def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
         ids, labels, positions = [pad_id] * 2, [IGNORE] * 2, [0, 1]
     row = {"input_ids": ids, "labels": labels, "position_ids": positions}
     tagged = bool(examples) and examples[0].desirable is not None
+    margins = [example.margin for example in examples[::2]]
     return {
+        **({"margins": torch.tensor(margins)} if any(margins) else {}),
         **({"desirable": torch.tensor([bool(example.desirable) for example in examples])} if tagged else {}),
         **{key: torch.tensor([value]) for key, value in row.items()},
         "cu_seq_lens_q": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
@@ -210,6 +214,7 @@ class FinetuneTrainer(Trainer):
             data_collator=self._collate,
             **options,
         )
+        self.world = ALONE
         self._order_seed = seed
         self._unchecked: list[tuple[Tensor, str]] = []  # losses of this step and the examples' names
 
@@ -232,7 +237,7 @@ class FinetuneTrainer(Trainer):
 
     def keep(self, world: World, write_base: Callable[[Path], None]) -> None:
         """Set what checkpoints need: the processes, and what records the base of an adapter."""
-        self.saver = Saver(Path(str(self.args.output_dir)), world)
+        self.saver, self.world = Saver(Path(str(self.args.output_dir)), world), world
         self._write_base = write_base
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -377,19 +382,20 @@ class Record(TrainerCallback):
             return
         record: dict[str, Any] = {"step": state.global_step - 1}  # -1: before the first
         if "loss" in logs:
-            record |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+            record |= {key: value for key, value in logs.items() if key not in _UNRECORDED}
             pace = (time.perf_counter() - self.started) / max(1, state.global_step - self.first)
             left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
             notice(
                 f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
-                f"learning rate {logs.get('learning_rate', 0):.2e}  {pace:.2f} s/step  {left} left"
+                + (f"reward {logs['reward']:.4f}  " if "reward" in logs else "")
+                + f"learning rate {logs.get('learning_rate', 0):.2e}  {pace:.2f} s/step  {left} left"
             )
         elif "eval_loss" in logs:
             parts = {
                 key.removeprefix("eval_loss/"): logs[key] for key in logs if key.startswith("eval_loss/")
             }
             record["valid"] = {"all": logs["eval_loss"], **parts}
-            names = ("loss", "perplexity", "margin", "accuracy")
+            names = ("loss", "perplexity", "margin", "accuracy", "reward", "completion_length")
             shown = [f"{name} {logs[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in logs]
             notice(f"held out at step {state.global_step}: {', '.join(shown)}")
         else:

@@ -27,7 +27,14 @@ from xverse.kernels.weight import GROUP_SIZES, INTEGER_BITS, TABLES, QuantizedWe
 
 METHOD, TABLE_METHOD = "compressed-tensors", "xverse"
 FORMAT, TABLE_FORMAT = "pack-quantized", "table-quantized"
-_FORMATS = {METHOD: FORMAT, TABLE_METHOD: TABLE_FORMAT}
+PLAIN_FORMAT = "int-quantized"  # INT8 that is not packed, for products with INT8 activations
+ACTIVATIONS = {  # quantised for each token while the model runs
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+}
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
 _TABLE = "weight_table"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -118,6 +125,26 @@ class CompressedScheme:
         return table
 
 
+@dataclass(frozen=True)
+class PlainScheme:
+    """``int-quantized`` weights of 8 bits with a scale per row: ``weight`` int8 [N, K], ``weight_scale``."""
+
+    marker = "weight_scale"
+
+    def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows:
+        """As ``CompressedScheme.read``."""
+        if f"{name}.weight" not in files:
+            raise UserError(f"{name}.weight is missing")
+        weight, scale = files.get(f"{name}.weight"), files.get(f"{name}.weight_scale")
+        if weight.dtype != torch.int8 or tuple(weight.shape) != shape:
+            raise UserError(f"{name}.weight is {_describe(weight)}, not int8 [{shape[0]}, {shape[1]}]")
+        if scale.dtype not in _FLOATS or scale.numel() != shape[0]:
+            raise UserError(f"{name}.weight_scale is {_describe(scale)}, not floats with {shape[0]} rows")
+        check_kernel_group(name, shape[1])
+        scales = checked_scales(f"{name}.weight_scale", scale.view(-1, 1))
+        return StoredRows(weight.view(torch.uint8) ^ 0x80, scales, 8)
+
+
 def check_kernel_group(name: str, group_size: int) -> None:
     """Raise UserError for a group size that is not a multiple of a kernel's."""
     if not kernel_group_size(group_size):
@@ -136,8 +163,10 @@ def checked_scales(name: str, scales: Tensor) -> Tensor:
     return scales.to(torch.bfloat16).contiguous()
 
 
-def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of a matrix, by suffix."""
+def pack(weight: QuantizedWeight, plain: bool = False) -> dict[str, Tensor]:
+    """The tensors of a matrix, by suffix; ``plain``: as ``PlainScheme`` reads them."""
+    if plain:
+        return {"weight": weight.q.contiguous(), "weight_scale": weight.scales.contiguous()}
     table = {} if weight.table is None else {_TABLE: weight.table}
     return table | {
         "weight_packed": to_rows(weight).contiguous().view(torch.int32),
@@ -146,7 +175,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedScheme:
+def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedScheme | PlainScheme:
     """The scheme of a ``quantization_config``, whichever program wrote it.
 
     Raises UserError that names what the kernels do not support: other formats, asymmetric or floating-point
@@ -157,8 +186,8 @@ def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedSchem
         return UserError(f"{where}: quantization_config: {what} is not supported; use the unquantised model")
 
     own = values.get("quant_method") == TABLE_METHOD
-    form = TABLE_FORMAT if own else FORMAT
-    if values.get("format", form) != form:
+    form = values.get("format", TABLE_FORMAT if own else FORMAT)
+    if form not in ((TABLE_FORMAT,) if own else (FORMAT, PLAIN_FORMAT)):
         raise refuse(f"the format '{values['format']}'")
     for key, what in (("kv_cache_scheme", "a quantised cache"), ("transform_config", "a transform")):
         if values.get(key):
@@ -174,13 +203,24 @@ def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedSchem
         if group.get("format") not in (None, form):
             raise refuse(f"the format '{group['format']}' of {name}")
         for key in ("input_activations", "output_activations"):
-            if group.get(key):
+            stated = group.get(key)
+            if key == "input_activations" and form == PLAIN_FORMAT and _dynamic_int8(stated or {}):
+                continue  # the kernels quantise activations themselves
+            if stated:
                 raise refuse(f"quantised activations ({key} of {name})")
         weights = group.get("weights")
         if not isinstance(weights, dict):
             raise refuse(f"{name} without weights")
         kinds.add(_kind(weights, refuse, name, own))
-    return CompressedScheme(frozenset(kinds))
+    if form != PLAIN_FORMAT:
+        return CompressedScheme(frozenset(kinds))
+    if kinds != {Kind(8, None)}:
+        raise refuse(f"the format '{form}' with other weights than INT8 with a scale per row")
+    return PlainScheme()
+
+
+def _dynamic_int8(activations: Mapping[str, Any]) -> bool:
+    return all(activations.get(key) == value for key, value in ACTIVATIONS.items())
 
 
 def _kind(weights: Mapping[str, Any], refuse: Any, name: str, own: bool) -> Kind:
@@ -216,9 +256,12 @@ class Written(NamedTuple):
     table: bool
 
 
-def quantization_config(weights: Mapping[str, Written], plain: Iterable[str]) -> dict[str, Any]:
+def quantization_config(
+    weights: Mapping[str, Written], plain: Iterable[str], activations: bool = False
+) -> dict[str, Any]:
     """The ``quantization_config`` of written weights by module names; ``plain`` are the names of unquantised
-    linears. The most common kind applies to all ``Linear``; others are listed by name.
+    linears, ``activations``: for products with INT8 activations. The most common kind applies to all
+    ``Linear``; others are listed by name.
     """
     linears = {name: value for name, value in weights.items() if name != EMBEDDING}
     kinds = {name: Kind(each.bits, _size(name, weights), each.table) for name, each in weights.items()}
@@ -237,7 +280,7 @@ def quantization_config(weights: Mapping[str, Written], plain: Iterable[str]) ->
     method = TABLE_METHOD if any(kind.table for kind in groups) else METHOD
     return {
         "quant_method": method,
-        "format": _FORMATS[method],
+        "format": PLAIN_FORMAT if activations else TABLE_FORMAT if method == TABLE_METHOD else FORMAT,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -253,7 +296,7 @@ def quantization_config(weights: Mapping[str, Written], plain: Iterable[str]) ->
                     "group_size": kind.group_size,
                     "dynamic": False,
                 },
-                "input_activations": None,
+                "input_activations": dict(ACTIVATIONS) if activations else None,
                 "output_activations": None,
             }
             for number, (kind, targets) in enumerate(listed_groups)

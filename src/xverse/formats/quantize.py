@@ -18,7 +18,7 @@ from xverse.config import UserError, choose
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
 from xverse.formats.read import check_tensors, load_model
-from xverse.formats.schemes import set_layer
+from xverse.formats.schemes import Placed, set_layer
 from xverse.formats.weights import DTYPES, IGNORED_SUFFIX, dtype_name
 from xverse.formats.write import check_target, save_quantized
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
@@ -94,12 +94,14 @@ def quantize_directory(
     overwrite: bool = False,
     report_progress: Progress | None = None,
     device: torch.device | str = "cpu",
+    activations: bool = False,
 ) -> ParityReport:
     """Quantise ``source`` on ``device`` into the directory ``out`` (compressed-tensors) with one layer at a
     time in memory.
 
-    ``llama``: for stock ``LlamaForCausalLM``. Raises UserError if the source cannot be read or is quantised,
-    the settings do not fit it, the target must not be written, or the disk has no room for the result.
+    ``llama``: for stock ``LlamaForCausalLM``; ``activations``: for products with INT8 activations. Raises
+    UserError if the source cannot be read or is quantised, the settings do not fit it, the target must not be
+    written, or the disk has no room for the result.
     """
     check_target(out, overwrite)
     directory = ModelDirectory.of(source)
@@ -124,6 +126,7 @@ def quantize_directory(
         generation_config=directory.generation_config,
         overwrite=overwrite,
         documents=directory.path,
+        activations=activations,
     )
     return run.report
 
@@ -142,12 +145,14 @@ def load_quantizing(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     balance: bool = True,
+    placed: Placed | None = None,
 ) -> XverseForCausalLM:
     """Load an unquantised directory with weights quantised on ``device`` to ``int8`` or ``int4`` as they are
     read. Without ``balance`` the inputs of each linear stay the same, as an adapter needs them.
 
     At most one layer is in memory unquantised; on the CPU the embedding stays in the mapped file. ``dtype``
-    is that of the other tensors, None the stored one. Raises UserError as ``quantize_directory`` does.
+    is that of the other tensors, None the stored one; ``placed`` is called for each matrix. Raises UserError
+    as ``quantize_directory`` does.
     """
     directory = ModelDirectory.of(directory)
     # The kernels of GPUs have no tables.
@@ -161,7 +166,7 @@ def load_quantizing(
     with progress_bar(directory.config) as progress:
         calibration = _loading_calibration(directory)
         tensors = quantized_tensors(directory, settings, calibration, device, progress)
-        return build(directory.config, tensors, dtype)
+        return build(directory.config, tensors, dtype, placed)
 
 
 def _loading_calibration(directory: ModelDirectory) -> Tensor | None:
@@ -231,13 +236,17 @@ def build(
     config: XverseConfig,
     tensors: Iterator[tuple[str, Tensor | QuantizedWeight]],
     dtype: torch.dtype | None = None,
+    placed: Placed | None = None,
 ) -> XverseForCausalLM:
-    """A model built from tensors one by one; quantised weights become quantised layers."""
+    """A model built from tensors one by one; quantised weights become quantised layers. ``placed`` is called
+    for each matrix."""
     config = dataclasses.replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         model = XverseForCausalLM(config)
     for name, tensor in tensors:
         place(model, name, tensor, dtype)
+        if placed is not None and isinstance(tensor, QuantizedWeight):
+            placed(model, name.removesuffix(".weight"))
     if isinstance(model.model.embed_tokens, nn.Embedding):
         keep_in_file(model.model.embed_tokens)
     return model

@@ -9,6 +9,10 @@ AUTO_MAP = {
     "AutoConfig": "configuration_xverse.XverseConfig",
     "AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM",
 }
+CLASSIFIER_MAP = {
+    "AutoConfig": AUTO_MAP["AutoConfig"],
+    "AutoModelForSequenceClassification": "modeling_xverse.XverseForSequenceClassification",
+}
 
 _FILE = '''\
 """Leads transformers to the code of this model, which is in the package xverse-lm."""
@@ -21,5 +25,5 @@ except ImportError as error:
 
 SHIM_FILES = {
     "configuration_xverse.py": _FILE.format(name="XverseConfig"),
-    "modeling_xverse.py": _FILE.format(name="XverseForCausalLM"),
+    "modeling_xverse.py": _FILE.format(name="XverseForCausalLM, XverseForSequenceClassification"),
 }

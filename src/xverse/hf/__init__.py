@@ -3,11 +3,18 @@
 # First, because registering (at the end of its import) imports the modules of this package.
 import transformers
 
+from xverse.hf.classification import XverseForSequenceClassification
 from xverse.hf.configuration import XverseConfig
 from xverse.hf.modeling import XverseForCausalLM, XverseModel
 from xverse.hf.tokenization import XverseTokenizer
 from xverse.registration import install
 
-__all__ = ["XverseConfig", "XverseForCausalLM", "XverseModel", "XverseTokenizer"]
+__all__ = [
+    "XverseConfig",
+    "XverseForCausalLM",
+    "XverseForSequenceClassification",
+    "XverseModel",
+    "XverseTokenizer",
+]
 
 install()  # again, because `import xverse` does nothing during an import of transformers

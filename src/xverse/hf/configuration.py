@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from xverse.files import atomic_file
 from xverse.formats.compressed import METHOD, TABLE_METHOD
-from xverse.formats.shim import AUTO_MAP, SHIM_FILES
+from xverse.formats.shim import AUTO_MAP, CLASSIFIER_MAP, SHIM_FILES
 from xverse.model.config import XverseConfig as ModelConfig
 from xverse.model.families import check_rope_base
 from xverse.model.scaling import RopeScaling
@@ -122,7 +122,8 @@ class XverseConfig(PretrainedConfig):
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         for name, text in SHIM_FILES.items():
             (Path(save_directory) / name).write_text(text, encoding="utf-8")
-        self.auto_map = dict(AUTO_MAP)
+        classifies = any("Classification" in name for name in self.architectures or ())
+        self.auto_map = dict(CLASSIFIER_MAP if classifies else AUTO_MAP)
         try:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
@@ -165,7 +166,17 @@ class FamilyConfig(XverseConfig):
     def to_dict(self) -> dict[str, Any]:
         """The publisher's keys, with the type of the weights."""
         dtype = str(getattr(self, "dtype", None) or "float32").removeprefix("torch.")
-        return self._shape.to_json(dtype) if hasattr(self, "_shape") else super().to_dict()
+        if not hasattr(self, "_shape"):
+            return super().to_dict()
+        values = self._shape.to_json(dtype)
+        if any("Classification" in name for name in self.architectures or ()):
+            names = [
+                name.replace("ForCausalLM", "ForSequenceClassification") for name in values["architectures"]
+            ]
+            labels = {str(index): f"LABEL_{index}" for index in range(self.num_labels or 0)}
+            values |= {"architectures": names, "id2label": labels, "pad_token_id": self.pad_token_id}
+            values["label2id"] = {name: int(index) for index, name in labels.items()}
+        return values
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         Path(save_directory).mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,19 @@ class QuantizedWeight:
         table = None if self.table is None else self.table.cpu()
         return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits, table)
 
+    def outputs(self, rows: range) -> QuantizedWeight:
+        """The weight of the outputs ``rows``."""
+        own = slice(rows.start, rows.stop)
+        return QuantizedWeight(self.q[own], self.scales[own], self.bits, self.table)
+
+    def inputs(self, columns: range) -> QuantizedWeight:
+        """The weight of the inputs ``columns``, which are whole groups."""
+        group = self.group_size
+        assert columns.start % group == columns.stop % group == 0
+        scales = self.scales[:, columns.start // group : columns.stop // group]
+        own = self.q[:, columns.start : columns.stop].contiguous()
+        return QuantizedWeight(own, scales, self.bits, self.table)
+
     def regrouped(self, group_size: int) -> QuantizedWeight:
         """The same weight with its scales repeated for smaller groups of ``group_size`` inputs."""
         assert self.group_size % group_size == 0

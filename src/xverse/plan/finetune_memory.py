@@ -32,6 +32,8 @@ class Load:
     sharded: bool = False
     stored_bytes: int | None = None  # of a base model that is stored quantised
     conversion: int = 0  # bytes that products of bfloat16 take beside their operands
+    teacher_bytes: int = 0  # of a teacher's weights
+    cache_tokens: int = 0  # of the replies that GRPO generates at the same time
 
 
 def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, int]:
@@ -77,7 +79,10 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     gradients = gradient_size * learning / grad_split
     saved, again = _activations(shape, settings, load.tokens, size, quantised)
     head = 2 * size * load.kept * shape.hidden_size
-    if settings.pairs:
+    logits = settings.stage in ("dpo", "kto", "grpo") or bool(load.teacher_bytes)  # whole ones
+    if settings.stage == "rm":
+        head = 0
+    elif logits:
         head += load.kept * shape.vocab_size * (size + 3 * 4)
     else:
         if compute_device().type == "cuda":
@@ -88,7 +93,7 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
         if quantised or (half and not narrow):
             head += 2 * vocabulary  # a copy of the head in the matmul's dtype
     head_learns = not lora and (settings.finetuning_type == "full" or "lm_head" in _extra(settings))
-    if head_learns and not settings.pairs:
+    if head_learns and not logits and settings.stage != "rm":
         head += 4 * vocabulary  # its gradient, computed in the forward pass
     # Gradients grow while activations are freed; only those of earlier micro-batches coexist with all of
     # them.
@@ -97,8 +102,12 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     loss = head + copies + after + (load.conversion if half else 0)
     working = max(gradients + again, earlier + saved + max(loss, again))
     held = saved if loss > again else saved + again
+    if load.cache_tokens:  # generation and training take turns; merged, cast or gathered weights are copies
+        copied = every * (2 if half else 4) if lora or half or split > 1 else 0
+        shape_bytes = 2 * shape.kv_size * shape.num_hidden_layers * (2 if half else 4)
+        working = max(working, copied + load.cache_tokens * shape_bytes)
     return {
-        "weights": int(parameters + reference),
+        "weights": int(parameters + reference + load.teacher_bytes),
         "optimizer": int(optimizer),
         "gradients": int(earlier or gradients),
         "activations": int(held),

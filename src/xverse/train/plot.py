@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xverse.config import UserError, need
 from xverse.files import atomic_file
 from xverse.log import notice
@@ -49,17 +51,28 @@ def plot_loss(out: Path, title: str, validation: str = "nats per token") -> Path
     if not train:
         notice(f"no loss curve: {file} holds no steps")
         return None
-    figure = matplotlib.Figure(figsize=(12 if valid else 8, 5), layout="constrained")
+    rewards = [
+        (record["step"] + 1, record["reward"], record["reward_std"])
+        for record in records
+        if "reward" in record
+    ]
+    count = 1 + bool(valid) + bool(rewards)
+    figure = matplotlib.Figure(figsize=(8 if count == 1 else 6 * count, 5), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(1, 2 if valid else 1, squeeze=False)[0]
+    panels = figure.subplots(1, count, squeeze=False)[0]
     steps, losses = zip(*train, strict=True)
     smooth = _smooth(losses)
     panels[0].plot(steps, losses, color="0.8", linewidth=0.7, label="each step")
     panels[0].plot(steps, smooth, color="tab:blue", label=f"smoothed, at last {smooth[-1]:.3f}")
-    panels[0].set_ylabel("training loss (nats per token)")
+    panels[0].set_ylabel("training loss" if rewards else "training loss (nats per token)")
     if valid:
         _draw_validation(panels[1], valid)
         panels[1].set_ylabel(f"validation ({validation})")
+    if rewards:  # of the replies of GRPO, with their deviation within a group
+        rewarded_steps, means, deviations = (np.array(values) for values in zip(*rewards, strict=True))
+        panels[-1].fill_between(rewarded_steps, means - deviations, means + deviations, color="0.9")
+        panels[-1].plot(rewarded_steps, means, color="tab:green", label=f"reward, at last {means[-1]:.3f}")
+        panels[-1].set_ylabel("reward")
     for panel in panels:
         panel.set(xlabel="step", xlim=(0, steps[-1] * 1.02))
         panel.grid(alpha=0.3)

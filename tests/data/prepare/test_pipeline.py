@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forkserver
 from xverse.cli import main
 from xverse.config import UserError, load
 from xverse.data.prepare.pipeline import PrepareRecipe, prepare
@@ -126,7 +127,7 @@ def test_killed_at_random_and_run_again_gives_the_same_bytes(
     command = run_command(recipe_file, out, "executor.workers=2", "executor.tasks=4")
     killed = 0
     for _ in range(3):
-        process = subprocess.Popen(
+        process = forkserver.Popen(
             command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         until = time.monotonic() + 240
@@ -139,7 +140,7 @@ def test_killed_at_random_and_run_again_gives_the_same_bytes(
             killed += 1
         process.communicate()
     assert killed >= 1
-    finished = subprocess.run(command, capture_output=True, text=True)
+    finished = forkserver.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert tree(out) == tree(prepared)
 
@@ -160,7 +161,7 @@ def test_workers_end_with_a_killed_parent(recipe_file: Path, tmp_path: Path) -> 
         "        time.sleep(120)\n"
     )
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    process = subprocess.Popen(
+    process = forkserver.Popen(
         [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": path}
     )
     pids = [tmp_path / f"{rank}.pid" for rank in range(2)]
@@ -194,7 +195,7 @@ def test_a_killed_worker_is_one_clear_line(tmp_path: Path) -> None:
         "try:\n    run_phases([Phase('dying', Die(), 2)], ExecutorConfig(workers=2), Path(sys.argv[1]))\n"
         "except UserError as error:\n    print(error)\n"
     )
-    done = subprocess.run(
+    done = forkserver.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=400
     )
     assert done.stdout.startswith(
@@ -313,7 +314,7 @@ def test_the_same_recipe_on_slurm(recipe_file: Path, prepared: Path, tmp_path: P
     options = "executor={kind: slurm, tasks: 2, options: {partition: cpu, time: '1:00:00'}}"
     command = run_command(recipe_file, tmp_path / "out", options)
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forkserver.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert tree(tmp_path / "out") == tree(prepared)
     jobs = [path.read_text() for path in (programs / "jobs").iterdir()]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import forkserver
 from xverse.cli import main
 from xverse.config import UserError
 from xverse.data.prepare.executor import ExecutorConfig
@@ -88,11 +89,11 @@ def test_killed_and_run_again_gives_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", DYING_RUN, str(corpus), str(out)]
-    killed = subprocess.run([*command, str(limit)], capture_output=True)
+    killed = forkserver.run([*command, str(limit)], capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert tree(out) != tree(prepared)
     if limit == 15:  # and killed again in the middle of going on
-        assert subprocess.run([*command, "5"], capture_output=True).returncode == -signal.SIGKILL
+        assert forkserver.run([*command, "5"], capture_output=True).returncode == -signal.SIGKILL
     shards = [path for split in ("train", "valid") for path in (out / split).glob("*/tokens.bin")]
     finished = {path: path.stat().st_mtime_ns for path in shards if (path.parent / "DONE").exists()}
     prepare(recipe(corpus, out))
@@ -113,12 +114,12 @@ def test_a_second_command_on_the_same_folder_is_refused(
     path, out = tmp_path / "recipe.yaml", tmp_path / "out"
     path.write_text(f"corpus: {corpus}\nout: {out}\nvocab_size: 600\nvalid_share: 0.1\n")
     command = [sys.executable, "-m", "xverse.cli", "data", "prepare", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
+    with forkserver.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
         while not (out / "recipe.json").exists():
             assert first.poll() is None
             time.sleep(0.01)
         first.send_signal(signal.SIGSTOP)  # in the middle of its work
-        second = subprocess.run(command, capture_output=True, text=True)
+        second = forkserver.run(command, capture_output=True, text=True)
         first.send_signal(signal.SIGCONT)
         first.communicate()
     assert second.returncode == 2

@@ -122,11 +122,13 @@ class DatasetInfo:
 
 @dataclass
 class Preference:
-    """A conversation that ends with the user, and two replies to it."""
+    """A conversation that ends with the user, and two replies to it. ``margin``: how much better the first
+    one is, for reward models."""
 
     messages: Messages
     chosen: str
     rejected: str
+    margin: float = 0.0
 
 
 class Skip(Exception):
@@ -144,9 +146,16 @@ def guess(item: Any, where: str) -> DatasetInfo:
         system="system" if "system" in keys else None,
         tools="tools" if "tools" in keys else None,
         history="history" if "history" in keys else None,
-        messages=next((key for key in ("messages", "conversations") if key in keys), None),
-        prompt=next((key for key in ("instruction", "prompt", "text") if key in keys), None),
-        response=next((key for key in ("output", "response") if key in keys), None),
+        messages=next(
+            (
+                key
+                for key in ("messages", "conversations", "prompt")
+                if key in keys and (key != "prompt" or isinstance(_listed(item[key]), list))
+            ),
+            None,
+        ),
+        prompt=next((key for key in ("instruction", "prompt", "text", "question") if key in keys), None),
+        response=next((key for key in ("output", "response", "answer") if key in keys), None),
         kto_tag=next(
             (key for key in ("kto_tag", "label") if keys and _truth(item.get(key)) is not None), None
         ),
@@ -176,17 +185,17 @@ def check_columns(item: Any, info: DatasetInfo, stage: str, where: str) -> None:
         needed.append(columns.prompt or "instruction")
         if stage in ("sft", "kto") and not info.ranking:
             needed.append(columns.response or "output")
-    if stage == "dpo":
+    if stage in ("dpo", "rm"):
         needed += [columns.chosen or "chosen", columns.rejected or "rejected"]
     for name in needed:
         if name is not None and name not in item:
             raise UserError(f"{where}: no column '{name}' (columns: {', '.join(map(str, item))})")
     if stage in ("sft", "kto") and info.ranking:
-        raise UserError(f"{where}: preference pairs (ranking) need stage dpo")
+        raise UserError(f"{where}: preference pairs (ranking) need stage dpo or rm")
     if stage == "kto" and columns.kto_tag is None:
         raise UserError(f'{where}: stage kto needs a column that tags replies; its entry lacks "kto_tag"')
-    if stage == "dpo" and not info.ranking:
-        raise UserError(f'{where}: stage dpo needs preference pairs; its entry lacks "ranking": true')
+    if stage in ("dpo", "rm") and not info.ranking:
+        raise UserError(f'{where}: stage {stage} needs preference pairs; its entry lacks "ranking": true')
 
 
 def is_undesirable(item: dict[str, Any], info: DatasetInfo) -> bool:
@@ -216,6 +225,21 @@ def to_dialogue(item: Any, info: DatasetInfo) -> Messages:
     return _checked(messages)
 
 
+def to_prompt(item: Any, info: DatasetInfo) -> tuple[Messages, Any]:
+    """A conversation up to the user's last turn, and the reply that the item has to it, or None. Raises Skip,
+    with the reason, for an unusable item."""
+    messages, reply = _messages(item, info), None
+    if info.formatting == "alpaca":
+        reply = item.get(info.columns.response or "output")
+    elif messages and messages[-1]["role"] == "assistant":
+        reply = messages.pop()["content"]
+    try:
+        check_messages(messages, last=("user", "exec"))
+    except UserError:
+        raise Skip("roles out of order") from None
+    return messages, reply
+
+
 def to_preference(item: Any, info: DatasetInfo) -> Preference:
     """A prompt with its two replies. Raises Skip, with the reason, for an unusable item."""
     messages = _messages(item, info)
@@ -230,7 +254,15 @@ def to_preference(item: Any, info: DatasetInfo) -> Preference:
     _checked([*messages, _message("assistant", replies[0])])
     if replies[0] == replies[1]:
         raise Skip("chosen and rejected alike")
-    return Preference(messages, *replies)
+    margin = item.get("margin")
+    if isinstance(margin, str):  # CSV
+        try:
+            margin = float(margin)
+        except ValueError:
+            raise Skip("margin is not a number") from None
+    if margin is not None and (not isinstance(margin, (int, float)) or isinstance(margin, bool)):
+        raise Skip("margin is not a number")
+    return Preference(messages, replies[0], replies[1], margin or 0.0)
 
 
 def fill_placeholders(text: str, values: Mapping[str, str], unfilled: set[str]) -> str:
