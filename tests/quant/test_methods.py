@@ -118,8 +118,8 @@ def test_group_that_does_not_divide_is_named() -> None:
         rtn(_weight(2, 192), 4, 128)
     with pytest.raises(UserError, match="bits: 5"):
         rtn(_weight(2, 128), 5, 128)
-    with pytest.raises(UserError, match="bits: 2"):
-        rtn_row(_weight(2, 128), 2)
+    with pytest.raises(UserError, match="bits: 6"):
+        rtn_row(_weight(2, 128), 6)
 
 
 def _correlated(tokens: int, inputs: int, seed: int = 0) -> Tensor:
