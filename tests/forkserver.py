@@ -44,7 +44,7 @@ PRELOAD = (
 )  # fmt: skip
 AT_START = (
     "PYTHON", "LD_", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_", "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_",
-    "PYTORCH_", "OMP_", "HF_", "TRANSFORMERS_", "XVERSE_KERNELS",
+    "PYTORCH_", "OMP_", "CUDA_", "HF_", "TRANSFORMERS_", "XVERSE_KERNELS",
 )  # fmt: skip
 FIRST = ("-c", "-m", "-", "-u")  # options of Python that a fork honours, as its first
 SET_CHILD_SUBREAPER = 36  # of prctl(2)
