@@ -125,7 +125,7 @@ def _run(args: argparse.Namespace) -> int:
     from xverse.data.benchmarks.custom import is_description
     from xverse.data.benchmarks.questions import Options
     from xverse.eval import run as evaluation
-    from xverse.eval.backends import EngineBackend, load_backend
+    from xverse.eval.backends import load_backend
     from xverse.eval.benchmarks import BENCHMARKS
     from xverse.eval.generation import TaskSettings
     from xverse.eval.tasks import TASKS
@@ -161,8 +161,6 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
         tensor_parallel=args.tensor_parallel,
     )
-    if others and not isinstance(backend, EngineBackend):
-        raise UserError(f"{others[0]} needs the engine; this model is scored on multiple choice only")
     settings = {
         "model": args.model,
         "quantize": args.quantize,
@@ -177,7 +175,7 @@ def _run(args: argparse.Namespace) -> int:
         **({"allow_code": args.allow_code} if "skills" in others else {}),  # programs run, or are only parsed
     }
     facts = evaluation.to_folder(benchmarks, backend, out, settings, shard=shard)
-    if isinstance(backend, EngineBackend) and shard[0] == 0:
+    if others and shard[0] == 0:
         texts = None if args.texts is None else Path(args.texts).expanduser()
         task_settings = TaskSettings(limit=args.limit, allow_code=args.allow_code, texts=texts)
         evaluation.run_tasks(others, backend, data_dir, out, task_settings)

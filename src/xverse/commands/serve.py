@@ -36,6 +36,7 @@ def add_service_flags(parser: argparse.ArgumentParser) -> None:
 
     add("--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
     add("--tokenizer", "directory with a tokenizer to use instead of the model's", metavar="T")
+    add("--template", values.TEMPLATE_HELP, metavar="NAME")
     add("--adapter", "directory with an adapter in peft's format", metavar="A")
     add("--quantize", "quantise the weights while loading", choices=["int8", "int4"])
     add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")

@@ -19,11 +19,12 @@ from xverse.formats.schemes import Placed
 from xverse.hardware import available_memory
 from xverse.log import notice
 from xverse.model.config import FLOAT32_BELOW
+from xverse.tokenizer.published import with_format
 
 if TYPE_CHECKING:
     import torch
 
-    from xverse.model import XverseConfig, XverseForCausalLM
+    from xverse.model import XverseForCausalLM
     from xverse.tokenizer import Tokenizer
 
 # The matmuls of smaller models are so short that a second thread gains little, or loses on a busy machine.
@@ -49,6 +50,7 @@ def load_engine(
     threads: int | None = None,
     quantize: str | None = None,
     tokenizer: str | None = None,
+    template: str | None = None,
     adapter: str | None = None,
     device: str = "auto",
     tensor_parallel: int = 1,
@@ -58,8 +60,10 @@ def load_engine(
     """An engine for ``model`` (``nano``, a directory or a hub id); ``settings`` are the engine's.
 
     ``defaults`` apply to parameters that the directory's generation_config.json does not set. ``tokenizer``:
-    a directory with a tokenizer to use instead of the model's. ``threads`` None: torch's default, or one for
-    a small model. ``quantize``: ``int8`` or ``int4``, applied to an unquantised model while it is loaded.
+    a directory with a tokenizer to use instead of the model's. ``template``: the name of a chat format
+    (``tokenizer/published.py``) for a model whose files have none. ``threads`` None: torch's default, or
+    one for a small model. ``quantize``: ``int8`` or ``int4``, applied to an unquantised model while it is
+    loaded.
     ``adapter``: a directory in peft's format, merged into plain weights, kept separate from quantised ones.
     ``device``: as ``compute_device`` takes it. ``tensor_parallel``: over how many GPUs, or processes on the
     CPU, the model is divided; the others are started here and end with this one or by ``Ranks.close``.
@@ -81,13 +85,21 @@ def load_engine(
             raise UserError(f"threads: {threads} is out of range (1 to 1024)")
         torch.set_num_threads(threads)
     own_tokenizer = (directory if tokenizer is None else ModelDirectory.named(tokenizer)).tokenizer
+    if template is not None:
+        own_tokenizer = with_format(own_tokenizer, template, directory.name)
     if tensor_parallel > 1:
         check_division(config, tensor_parallel)
         if adapter is not None and (quantize is not None or directory.scheme is not None):
             raise UserError(
                 "--tensor-parallel cannot divide an adapter of quantised weights; merge it with xverse export"
             )
-        given = {"quantize": quantize, "tokenizer": tokenizer, "adapter": adapter, "threads": threads}
+        given = {
+            "quantize": quantize,
+            "tokenizer": tokenizer,
+            "template": template,
+            "adapter": adapter,
+            "threads": threads,
+        }
         given |= {"model": str(directory.path), "device": device}
         given |= {name: value for name, value in settings.items() if name != "speculation"}
         ranks = Ranks.start(tensor_parallel, given)
@@ -108,7 +120,7 @@ def load_engine(
             )
         if division is not None:
             weights = division.finish(weights)
-    stop_ids = ending_ids(generation_config, config, own_tokenizer)
+    stop_ids = ending_ids(generation_config, config.eos_token_id, own_tokenizer)
     engine = Engine(weights, own_tokenizer, **settings)
     if ranks is not None and ranks.rank == 0:
         lead(engine, ranks)
@@ -116,14 +128,14 @@ def load_engine(
 
 
 def ending_ids(
-    generation_config: dict[str, Any], config: XverseConfig, tokenizer: Tokenizer
+    generation_config: dict[str, Any], eos: int | list[int] | None, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
     """The ids that end a reply. Chat models of other publishers end a turn with a token that only their
     tokenizer names."""
-    ids = generation_config.get("eos_token_id", config.eos_token_id)
+    ids = generation_config.get("eos_token_id", eos)
     ids = [*ids] if isinstance(ids, list) else [ids]
     if tokenizer.template is not None:
-        ids.append(tokenizer.eos_id)
+        ids += [tokenizer.eos_id, *tokenizer.stop_ids]
     return tuple(dict.fromkeys(index for index in ids if index is not None and index >= 0))
 
 

@@ -30,6 +30,7 @@ class ServiceSettings:
 
     model: str = "nano"
     tokenizer: str | None = None
+    template: str | None = None
     adapter: str | None = None
     quantize: str | None = None
     name: str | None = None
@@ -53,6 +54,7 @@ def load_service(settings: ServiceSettings) -> Service:
         threads=settings.threads,
         quantize=settings.quantize,
         tokenizer=settings.tokenizer,
+        template=settings.template,
         adapter=settings.adapter,
         device=settings.device,
         tensor_parallel=settings.tensor_parallel,
