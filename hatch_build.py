@@ -32,6 +32,7 @@ _ROUNDING = ["-ffp-contract=off"]  # every instruction set must give the same bi
 # (source, flags of its instruction set). csrc/instruction_sets.cpp lists the tables that these units define.
 UNITS: list[tuple[str, list[str]]] = [
     ("api.cpp", []),
+    ("tiles.cpp", []),
     ("instruction_sets.cpp", []),
     ("portable.cpp", []),
     ("attention_api.cpp", []),
@@ -58,7 +59,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("training.cpp", [*_AVX512, "-DXV_TRAINING=kTrainingAvx512"]),
     ]
 elif platform.machine().lower() in ("aarch64", "arm64"):
-    UNITS += [("neon.cpp", ["-march=armv8.2-a+dotprod"]), ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm"])]
+    UNITS += [
+        ("neon.cpp", ["-march=armv8.2-a+dotprod"]),
+        ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm"]),
+        ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm+bf16"]),
+    ]
 LIBRARIES = {
     KERNELS: UNITS,
     BPE: [("words.cpp", []), ("bpe.cpp", ["-pthread"]), ("encode.cpp", ["-pthread"])],

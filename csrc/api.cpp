@@ -7,7 +7,6 @@
 #include "xverse_kernels.h"
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 namespace xv {
@@ -60,10 +59,10 @@ void xv_use_huge_pages(void* memory, int64_t size) {
 }
 
 void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y, const int64_t* outputs, int count,
-                     int type, int64_t tokens, int64_t inputs, int bits, int group, int threads) {
+                     int type, int64_t tokens, int64_t inputs, int format, int group, int threads) {
   const Kernels& table = *instruction_set->kernels;
   const int64_t groups = inputs / group;
-  const int64_t row_bytes = groups * (kScaleBytes + int64_t(4) * bits * group);
+  const int64_t weight_bytes = row_bytes(format, inputs, group);
   const int64_t blocks = (tokens + kMaxTokens - 1) / kMaxTokens;
   const int64_t value_bytes = aligned(inputs * kMaxTokens), scale_bytes = aligned(groups * kMaxTokens * 4);
   const int64_t block_bytes = value_bytes + 2 * scale_bytes;
@@ -86,7 +85,7 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
       const int64_t width = (groups - first < kGroups ? groups - first : kGroups) * group;
       const Tokens block = block_at(b);
       table.quantize(static_cast<const char*>(x) + (b * kMaxTokens * inputs + first * group) * size, Type(type), inputs,
-                     block.count, int(width), group, bits == 4 ? 8 : 128,
+                     block.count, int(width), group, bias_of(format),
                      const_cast<int8_t*>(block.values) + first * group * block.count,
                      const_cast<float*>(block.scales) + first * block.count,
                      const_cast<int32_t*>(block.offsets) + first * block.count);
@@ -94,7 +93,7 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
   });
   int64_t tile_rows = 0;
   for (int i = 0; i < count; ++i) tile_rows += (outputs[i] + kTileRows - 1) / kTileRows;
-  const auto tile_row = bits == 4 ? table.tile_row4 : table.tile_row8;
+  const TileRow tile_row = row_product(table, format);
   share(tile_rows, threads, [&](int64_t begin, int64_t end) {
     alignas(64) float out[kMaxTokens * kTileRows];
     int weight = 0;
@@ -107,7 +106,7 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
       }
       const int64_t first = (row - before) * kTileRows, width = outputs[weight];
       const int rows = int(width - first < kTileRows ? width - first : kTileRows);
-      const uint8_t* tile = tiles[weight] + (row - before) * row_bytes;
+      const uint8_t* tile = tiles[weight] + (row - before) * weight_bytes;
       for (int64_t b = 0; b < blocks; ++b) {  // the row of tiles stays in the L2 cache for all blocks
         const Tokens block = block_at(b);
         tile_row(tile, block, int(inputs), group, out);
@@ -165,111 +164,6 @@ void xv_rotate(void* q, void* k, const void* cos, const void* sin, int type, int
       const void* sines = static_cast<const char*>(sin) + t * head_dim * width;
       table.rotate(static_cast<char*>(q) + t * heads * row, cosines, sines, Type(type), heads, head_dim);
       table.rotate(static_cast<char*>(k) + t * key_heads * row, cosines, sines, Type(type), key_heads, head_dim);
-    }
-  });
-}
-
-void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_t outputs, int64_t inputs,
-             int bits, int group, int threads) {
-  const int64_t groups = inputs / group, row_bytes = inputs * bits / 8;
-  const int64_t tile_bytes = kScaleBytes + int64_t(4) * bits * group;
-#if defined(__linux__)
-  const int64_t size = (outputs + kTileRows - 1) / kTileRows * groups * tile_bytes;
-  // Only with plenty of free memory. Otherwise the kernel has to compact memory for each huge page, which is slower
-  // than 512 small ones.
-  constexpr int64_t kPlenty = int64_t(4) << 30;
-  if (int64_t(sysconf(_SC_AVPHYS_PAGES)) * sysconf(_SC_PAGESIZE) > size + kPlenty) xv_use_huge_pages(tiles, size);
-#endif
-  constexpr int64_t kPart = 2048;  // bytes of each row to copy at a time
-  const int64_t group_bytes = int64_t(group) * bits / 8, part_groups = kPart / group_bytes;
-  share((outputs + kTileRows - 1) / kTileRows, threads, [&](int64_t begin, int64_t end) {
-    alignas(64) uint8_t part[kTileRows][kPart + 64];  // the stride is not a power of two: rows would share a cache set
-    for (int64_t row = begin; row < end; ++row) {
-      uint8_t* tile = tiles + row * groups * tile_bytes;
-      for (int64_t g = 0; g < groups; ++g, tile += tile_bytes) {
-        const int64_t inside = g % part_groups;
-        if (inside == 0) {
-          // Long runs of one row at a time: reading group by group would fetch one or two lines of each row, all of
-          // which map to one set of the cache.
-          const int64_t left = (groups - g) * group_bytes, length = left < kPart ? left : kPart;
-          for (int r = 0; r < kTileRows; ++r) {
-            const int64_t output = row * kTileRows + r < outputs ? row * kTileRows + r : 0;
-            std::memcpy(part[r], rows + output * row_bytes + g * group_bytes, length);
-          }
-        }
-        for (int r = 0; r < kTileRows; ++r) {
-          const int64_t output = row * kTileRows + r;
-          const uint16_t scale = output < outputs ? scales[output * groups + g] : 0;
-          std::memcpy(tile + 2 * r, &scale, 2);
-        }
-        uint8_t* to = tile + kScaleBytes;
-        const int64_t from = inside * group_bytes;
-        if (bits == 8) {
-          for (int k = 0; k < group; k += 4, to += 128)
-            for (int r = 0; r < kTileRows; ++r) std::memcpy(to + 4 * r, part[r] + from + k, 4);
-          continue;
-        }
-        // Transposing first, then spreading 16 rows at a time, vectorises: six times as fast as doing both at once.
-        uint16_t pairs[kLargestGroup / 4][kTileRows];  // each row's bytes of four inputs
-        for (int k = 0; k < group / 4; ++k)
-          for (int r = 0; r < kTileRows; ++r) std::memcpy(&pairs[k][r], part[r] + from + 2 * k, 2);
-        for (int k = 0; k < group / 4; ++k, to += 64) {
-          uint32_t four[16];
-          for (int r = 0; r < 16; ++r) {
-            // The four nibbles of one row become the low nibbles of four bytes, those of the other row the high ones.
-            const uint32_t low = pairs[k][r], high = pairs[k][r + 16];
-            four[r] = (low & 15) | (low & 0xf0) << 4 | (low & 0xf00) << 8 | (low & 0xf000) << 12 |
-                      (high & 15) << 4 | (high & 0xf0) << 8 | (high & 0xf00) << 12 | (high & 0xf000) << 16;
-          }
-          std::memcpy(to, four, 64);
-        }
-      }
-    }
-  });
-}
-
-void xv_dequantize(const uint8_t* tiles, void* weight, int type, int64_t outputs, int64_t inputs, int bits,
-                   int group, int threads) {
-  const int64_t groups = inputs / group, tile_bytes = kScaleBytes + int64_t(4) * bits * group;
-  const int size = int(size_of(type)), halves = bits == 8 ? 2 : 1;
-  const float bias = bits == 8 ? 128 : 8;
-  share((outputs + kTileRows - 1) / kTileRows, threads, [&](int64_t begin, int64_t end) {
-    // Collects one tile's values, because rows of the weight itself may map to one set of the cache.
-    alignas(64) char values[kTileRows][kLargestGroup * 4];
-    for (int64_t row = begin; row < end; ++row) {
-      const uint8_t* tile = tiles + row * groups * tile_bytes;
-      for (int64_t g = 0; g < groups; ++g, tile += tile_bytes) {
-        for (int half = 0; half < 2; ++half) {
-          float scales[64];  // each row's scale four times
-          for (int i = 0; i < 64; ++i) {
-            uint16_t scale;
-            std::memcpy(&scale, tile + 2 * (16 * half + i / 4), 2);
-            scales[i] = to_float(scale);
-          }
-          for (int k = 0; k < group; k += 4) {
-            const uint8_t* from = tile + kScaleBytes + (k / 4 * halves + (bits == 8 ? half : 0)) * 64;
-            float wide[64];
-            uint16_t narrow[64];
-            if (bits == 8)
-              for (int i = 0; i < 64; ++i) wide[i] = (float(from[i]) - bias) * scales[i];
-            else if (half == 0)
-              for (int i = 0; i < 64; ++i) wide[i] = (float(from[i] & 15) - bias) * scales[i];
-            else
-              for (int i = 0; i < 64; ++i) wide[i] = (float(from[i] >> 4) - bias) * scales[i];
-            const char* made = reinterpret_cast<const char*>(wide);
-            if (type != kFloat32) {
-              for (int i = 0; i < 64; ++i) narrow[i] = to_bfloat16(wide[i]);
-              made = reinterpret_cast<const char*>(narrow);
-            }
-            for (int r = 0; r < 16; ++r)
-              std::memcpy(values[16 * half + r] + k * size, made + 4 * r * size, 4 * size);
-          }
-        }
-        const int64_t left = outputs - row * kTileRows;
-        for (int r = 0; r < (left < kTileRows ? left : kTileRows); ++r)
-          std::memcpy(static_cast<char*>(weight) + ((row * kTileRows + r) * inputs + g * group) * size, values[r],
-                      group * size);
-      }
     }
   });
 }

@@ -4,57 +4,83 @@
 
 #include "generic.h"
 #include "steps.h"
+#include "unpack.h"
 
 namespace {
+
+struct Vectors {
+  static __m512i load(const uint8_t* from) { return _mm512_loadu_si512(from); }
+  static __m512i nibbles(__m512i stored) { return _mm512_and_si512(stored, _mm512_set1_epi8(15)); }
+  static __m512i low(__m512i stored) { return nibbles(stored); }
+  static __m512i high(__m512i stored) { return nibbles(_mm512_srli_epi16(stored, 4)); }
+  static __m512i bytes(__m512i stored) { return stored; }
+
+  using Table = __m512i;  // entries with their offset: unsigned
+  static __m512i table(const int8_t* entries, int) {
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entries));
+    return _mm512_maskz_broadcast_i32x4(0xffff, _mm_add_epi8(sixteen, _mm_set1_epi8(int8_t(bias_of(kTable)))));
+  }
+  static __m512i indices(__m512i stored) { return nibbles(stored); }
+  static __m512i high_indices(__m512i stored) { return high(stored); }
+  static __m512i join(__m512i a, __m512i b, __m512i c) {
+    constexpr int kSelect = 0xca;  // of the first operand's bits: those of the second, else of the third
+    const __m512i last = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x22), _mm512_srli_epi16(b, 2),
+                                                   _mm512_srli_epi16(c, 1), kSelect);
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x11), _mm512_srli_epi16(a, 3), last, kSelect);
+  }
+  static __m512i lookup(__m512i table, __m512i indices) { return _mm512_shuffle_epi8(table, indices); }
+};
 
 // One instruction for each token and half tile, which broadcasts four inputs from memory. With the intrinsic the
 // compiler loads the broadcasts into registers first; at 12 tokens none is free, and it spills accumulators.
 inline void add_products(__m512i& sums, __m512i w, const int8_t* x) {
+#if defined(XV_DOT_BROADCAST)
+  XV_DOT_BROADCAST(sums, w, x);  // a test's emulation
+#else
   asm volatile("vpdpbusd %2%{1to16%}, %1, %0"
                : "+v"(sums)
                : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
+#endif
 }
 
-template <int kBits, int kCount>
-void block(const uint8_t* tiles, const Tokens& tokens, int groups, int group, float* out) {
+template <int kFormat, int kCount>
+void block(const uint8_t* row, const Tokens& tokens, int inputs, int group, float* out) {
   // With few tokens the latency of additions to one register is the limit: use two chains.
-  constexpr int kChains = kCount <= 4 ? 2 : 1;
+  constexpr int kChains = kCount <= 4 ? 2 : 1, kUnit = unit_steps(kFormat);
+  constexpr int kSpan = kUnit > kChains ? kUnit : kChains;  // steps of four inputs at a time
+  constexpr int kUnitBytes = 64 * unit_lines(kFormat), kSpanBytes = kSpan / kUnit * kUnitBytes;
+  const Unpack<Vectors, kFormat> unpack(row);
+  const uint8_t* tile = row + head_bytes(kFormat);
   __m512 total[kCount][2];
   for (int t = 0; t < kCount; ++t) total[t][0] = total[t][1] = _mm512_setzero_ps();
-  const __m512i nibble = _mm512_set1_epi8(15);
   const int8_t* x = tokens.values;
-  for (int g = 0; g < groups; ++g) {
+  for (int g = 0; g < inputs / group; ++g, tile += tile_bytes(kFormat, group)) {
     __m512i sums[kChains][kCount][2];
     for (int t = 0; t < kCount; ++t) {
       sums[0][t][0] = sums[0][t][1] = _mm512_set1_epi32(tokens.offsets[g * kCount + t]);
       if constexpr (kChains == 2) sums[1][t][0] = sums[1][t][1] = _mm512_setzero_si512();
     }
-    const uint8_t* w = tiles + kScaleBytes;
-    for (int k = 0; k < group; k += 4 * kChains) {
-#pragma GCC unroll 2
-      for (int chain = 0; chain < kChains; ++chain, w += 16 * kBits, x += 4 * kCount) {
-        __m512i low = _mm512_loadu_si512(w), high;
-        _mm_prefetch(reinterpret_cast<const char*>(w + 4096), _MM_HINT_T0);
-        if constexpr (kBits == 4) {
-          high = _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble);
-          low = _mm512_and_si512(low, nibble);
-        } else {
-          high = _mm512_loadu_si512(w + 64);
-          _mm_prefetch(reinterpret_cast<const char*>(w + 4096 + 64), _MM_HINT_T0);
-        }
+    const uint8_t* w = tile + kScaleBytes;
+    for (int k = 0; k < group / 4; k += kSpan, w += kSpanBytes) {
+#pragma GCC unroll 4
+      for (int line = 0; line < kSpanBytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(w + 4096 + line), _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int step = 0; step < kSpan; ++step, x += 4 * kCount) {
+        __m512i low, high;
+        unpack(w + step / kUnit * kUnitBytes, step % kUnit, low, high);
 #pragma GCC unroll 12
         for (int t = 0; t < kCount; ++t) {
-          add_products(sums[chain][t][0], low, x + 4 * t);
-          add_products(sums[chain][t][1], high, x + 4 * t);
+          add_products(sums[step % kChains][t][0], low, x + 4 * t);
+          add_products(sums[step % kChains][t][1], high, x + 4 * t);
         }
       }
     }
-    const __m512i bits = _mm512_loadu_si512(tiles);
-    const __m512 scale[2] = {
-        _mm512_castsi512_ps(
-            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16)),
-        _mm512_castsi512_ps(
-            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16))};
+    __m512 scale[2];
+    for (int half = 0; half < 2; ++half) {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 32 * half));
+      scale[half] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
 #pragma GCC unroll 12
     for (int t = 0; t < kCount; ++t) {
       const __m512 token_scale = _mm512_set1_ps(tokens.scales[g * kCount + t]);
@@ -65,7 +91,6 @@ void block(const uint8_t* tiles, const Tokens& tokens, int groups, int group, fl
                                          total[t][half]);
       }
     }
-    tiles += kScaleBytes + int64_t(4) * kBits * group;
   }
   for (int t = 0; t < kCount; ++t) {
     _mm512_storeu_ps(out + t * kTileRows, total[t][0]);
@@ -73,13 +98,12 @@ void block(const uint8_t* tiles, const Tokens& tokens, int groups, int group, fl
   }
 }
 
-template <int kBits>
-void tile_row(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out) {
-  using Block = void (*)(const uint8_t*, const Tokens&, int, int, float*);
-  constexpr Block blocks[kMaxTokens] = {
-      block<kBits, 1>, block<kBits, 2>, block<kBits, 3>, block<kBits, 4>,  block<kBits, 5>,  block<kBits, 6>,
-      block<kBits, 7>, block<kBits, 8>, block<kBits, 9>, block<kBits, 10>, block<kBits, 11>, block<kBits, 12>};
-  blocks[tokens.count - 1](tiles, tokens, inputs / group, group, out);
+template <int kFormat>
+void tile_row(const uint8_t* row, const Tokens& tokens, int inputs, int group, float* out) {
+  constexpr TileRow blocks[kMaxTokens] = {
+      block<kFormat, 1>, block<kFormat, 2>, block<kFormat, 3>, block<kFormat, 4>,  block<kFormat, 5>,  block<kFormat, 6>,
+      block<kFormat, 7>, block<kFormat, 8>, block<kFormat, 9>, block<kFormat, 10>, block<kFormat, 11>, block<kFormat, 12>};
+  blocks[tokens.count - 1](row, tokens, inputs, group, out);
 }
 
 inline __m512 load16(const void* x, Type type, int64_t at) {
@@ -125,7 +149,7 @@ void quantize(const void* x, Type type, int64_t stride, int count, int inputs, i
 }
 
 #if defined(__AVX512BF16__)
-#define XV_TABLE kAvx512Bf16
+#define XV_TABLE_NAME kAvx512Bf16
 
 template <int kCount, int kRows>
 void dot_block(const uint16_t* w, const uint16_t* x, int inputs, float* out, int out_stride) {
@@ -201,14 +225,15 @@ void dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inp
   dots[count - 1](w, rows, x, inputs, out);
 }
 #else
-#define XV_TABLE kAvx512
+#define XV_TABLE_NAME kAvx512
 constexpr auto dot_bf16 = generic_dot_bf16;
 #endif
 
 }  // namespace
 
 namespace xv {
-const Kernels XV_TABLE = {quantize, tile_row<4>,      tile_row<8>,      generic_store,
-                          dot_bf16, generic_rms_norm, generic_silu_mul, generic_rotate};
+const Kernels XV_TABLE_NAME = {quantize,          tile_row<4>,       tile_row<8>,   tile_row<kTable2>,
+                          tile_row<kTable3>, tile_row<kTable4>, generic_store, dot_bf16,
+                          generic_rms_norm,  generic_silu_mul,  generic_rotate};
 }  // namespace xv
 #endif

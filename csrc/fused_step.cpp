@@ -18,10 +18,10 @@ void project(const void* x, std::initializer_list<const XvWeight*> weights, std:
   const int count = int(weights.size());
   bool same_format = true;
   for (int i = 0; i < count; ++i)
-    same_format = same_format && weight[i]->bits == weight[0]->bits && weight[i]->group == weight[0]->group;
-  const int together = same_format && weight[0]->bits != 16 ? count : 1;
+    same_format = same_format && weight[i]->format == weight[0]->format && weight[i]->group == weight[0]->group;
+  const int together = same_format && weight[0]->format != 0 ? count : 1;
   for (int i = 0; i < count; i += together) {
-    if (weight[i]->bits == 16) {
+    if (weight[i]->format == 0) {
       xv_linear_bf16(static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(weight[i]->data),
                      static_cast<uint16_t*>(y[i]), tokens, weight[i]->outputs, inputs, threads);
       continue;
@@ -32,7 +32,7 @@ void project(const void* x, std::initializer_list<const XvWeight*> weights, std:
       tiles[j] = static_cast<const uint8_t*>(weight[i + j]->data);
       sizes[j] = weight[i + j]->outputs;
     }
-    xv_quant_linear(x, tiles, y + i, sizes, together, type, tokens, inputs, weight[i]->bits, weight[i]->group,
+    xv_quant_linear(x, tiles, y + i, sizes, together, type, tokens, inputs, weight[i]->format, weight[i]->group,
                     threads);
   }
 }

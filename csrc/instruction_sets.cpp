@@ -47,12 +47,15 @@ bool has_feature(const char* name) {
 }
 bool has_dot_product() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
 bool has_i8mm() { return has_dot_product() && has_feature("hw.optional.arm.FEAT_I8MM"); }
+bool has_bf16() { return has_i8mm() && has_feature("hw.optional.arm.FEAT_BF16"); }
 #elif defined(__linux__)
 bool has_dot_product() { return getauxval(AT_HWCAP) & (1ul << 20); }  // HWCAP_ASIMDDP
 bool has_i8mm() { return has_dot_product() && (getauxval(AT_HWCAP2) & (1ul << 13)); }  // HWCAP2_I8MM
+bool has_bf16() { return has_i8mm() && (getauxval(AT_HWCAP2) & (1ul << 14)); }  // HWCAP2_BF16
 #else
 bool has_dot_product() { return false; }
 bool has_i8mm() { return false; }
+bool has_bf16() { return false; }
 #endif
 #endif
 
@@ -67,6 +70,8 @@ const InstructionSet kInstructionSets[] = {
      nullptr},
     {"avx2", has_avx2, &kAvx2, &kAttentionAvx2, &kTrainingAvx2, round_avx2, round_avx2_columns, nullptr, nullptr},
 #elif defined(__aarch64__)
+    {"neon_bf16", has_bf16, &kNeonBf16, &kAttentionPortable, &kTrainingPortable, round_portable,
+     round_portable_columns, nullptr, nullptr},
     {"neon_i8mm", has_i8mm, &kNeonI8mm, &kAttentionPortable, &kTrainingPortable, round_portable,
      round_portable_columns, nullptr, nullptr},
     {"neon_dot", has_dot_product, &kNeonDot, &kAttentionPortable, &kTrainingPortable, round_portable,

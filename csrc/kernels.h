@@ -15,6 +15,19 @@ constexpr int kScaleBytes = 64;  // 32 bfloat16 scales at the start of a tile
 constexpr int kLargestGroup = 128;
 constexpr int kMaxTokens = 12;   // tokens in a block: their 24 int32 accumulators nearly fill the AVX-512 registers
 
+// The formats of quantised weights (XvFormat), as constants for templates.
+constexpr int kTable = XV_TABLE, kTable2 = kTable + 2, kTable3 = kTable + 3, kTable4 = kTable + 4;
+constexpr bool is_table(int format) { return format >= kTable; }
+constexpr int bits_of(int format) { return format & 15; }
+// Values as unsigned bytes have this offset.
+constexpr int bias_of(int format) { return format == 4 ? 8 : 128; }
+constexpr int kTableBytes = 64;  // at the start of a row of tiles: 16 entries, repeated if there are fewer
+constexpr int64_t head_bytes(int format) { return is_table(format) ? kTableBytes : 0; }
+constexpr int64_t tile_bytes(int format, int group) { return kScaleBytes + int64_t(4) * bits_of(format) * group; }
+constexpr int64_t row_bytes(int format, int64_t inputs, int group) {
+  return head_bytes(format) + inputs / group * tile_bytes(format, group);
+}
+
 enum Type : int { kFloat32 = XV_FLOAT32, kBFloat16 = XV_BFLOAT16, kInt8 = XV_INT8 };
 
 inline int64_t size_of(int type) { return type == kFloat32 ? 4 : type == kBFloat16 ? 2 : 1; }
@@ -27,15 +40,17 @@ struct Tokens {
   const int32_t* offsets; // [K/group, T]: -bias * sum(values) of the group, as weights are stored unsigned
 };
 
+// One row of tiles (32 outputs, all inputs) times a block of tokens: out [T, 32].
+using TileRow = void (*)(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out);
+
 struct Kernels {
-  // Quantises `count` rows of `inputs` values, `stride` elements apart, to the arrays of Tokens. `bias`, 8 or 128, is
-  // the offset of the stored unsigned weights. A group with NaN or infinity gets the scale NaN.
+  // Quantises `count` rows of `inputs` values, `stride` elements apart, to the arrays of Tokens. `bias` is the offset of
+  // the unsigned weights. A group with NaN or infinity gets the scale NaN.
   void (*quantize)(const void* x, Type type, int64_t stride, int count, int inputs, int group, int bias,
                    int8_t* values, float* scales, int32_t* offsets);
 
-  // One row of tiles (32 outputs, all inputs) times a block of tokens: out [T, 32].
-  void (*tile_row4)(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out);
-  void (*tile_row8)(const uint8_t* tiles, const Tokens& tokens, int inputs, int group, float* out);
+  // By format: see row_product.
+  TileRow tile_row4, tile_row8, table_row2, table_row3, table_row4;
 
   // Converts `count` outputs to the type of the result.
   void (*store)(const float* from, void* to, Type type, int count);
@@ -51,6 +66,11 @@ struct Kernels {
   void (*rotate)(void* x, const void* cos, const void* sin, Type type, int heads, int head_dim);
 };
 
+inline TileRow row_product(const Kernels& kernels, int format) {
+  if (!is_table(format)) return format == 4 ? kernels.tile_row4 : kernels.tile_row8;
+  return format == kTable2 ? kernels.table_row2 : format == kTable3 ? kernels.table_row3 : kernels.table_row4;
+}
+
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
@@ -60,6 +80,7 @@ extern const Kernels kAvx512Bf16;
 #elif defined(__aarch64__)
 extern const Kernels kNeonDot;
 extern const Kernels kNeonI8mm;
+extern const Kernels kNeonBf16;
 #endif
 
 inline float to_float(uint16_t bits) {

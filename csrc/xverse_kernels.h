@@ -18,6 +18,12 @@ enum XvType {
   XV_INT8 = 2,  // cached keys and values only: one float32 scale for each position and head
 };
 
+// How a weight is stored: 4 or 8 for integers of so many bits, or XV_TABLE + 2, 3 or 4 for indices of so many bits into a
+// table of signed bytes; each group of inputs has a bfloat16 scale (kernels/tiles.py describes the layout).
+enum XvFormat {
+  XV_TABLE = 16,
+};
+
 // ---- setting up ----
 
 // Selects an instruction set by name, or the best one of this processor for "". Returns the name of the one in use, or
@@ -36,15 +42,15 @@ void xv_use_huge_pages(void* memory, int64_t size);
 // For each of `count` weights y[i] [tokens, outputs[i]] = x [tokens, inputs] times the transpose of the weight in
 // tiles[i] (xv_tile). x and y are float32 or bfloat16. x is quantised once for all weights.
 void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y, const int64_t* outputs, int count,
-                     int type, int64_t tokens, int64_t inputs, int bits, int group, int threads);
+                     int type, int64_t tokens, int64_t inputs, int format, int group, int threads);
 
-// Tiles of a weight from its rows: `rows` [outputs, inputs * bits / 8] of unsigned values, the lower input in the lower
-// nibble; `scales` bfloat16 [outputs, inputs / group].
-void xv_tile(const uint8_t* rows, const uint16_t* scales, uint8_t* tiles, int64_t outputs, int64_t inputs, int bits,
-             int group, int threads);
+// Tiles of a weight from its rows: `rows` [outputs, inputs * bits / 8] of unsigned values or indices (to_rows of
+// kernels/tiles.py), `scales` bfloat16 [outputs, inputs / group]; `table` has 2^bits entries, null without.
+void xv_tile(const uint8_t* rows, const uint16_t* scales, const int8_t* table, uint8_t* tiles, int64_t outputs,
+             int64_t inputs, int format, int group, int threads);
 
 // The inverse of xv_tile: weight [outputs, inputs], float32 or bfloat16, each value times its scale.
-void xv_dequantize(const uint8_t* tiles, void* weight, int type, int64_t outputs, int64_t inputs, int bits, int group,
+void xv_dequantize(const uint8_t* tiles, void* weight, int type, int64_t outputs, int64_t inputs, int format, int group,
                    int threads);
 
 // Rounds `weight` [rows, inputs] to integers q [rows, inputs] and bfloat16 scales [rows, inputs / group]. `importance`
@@ -119,11 +125,11 @@ void xv_paged_prefill(const struct XvCache* cache, const void* q, const int32_t*
 
 // ---- all layers in one call ----
 
-// A linear layer: tiles of 4 or 8 bits, or with `bits` 16 bfloat16 rows [outputs, inputs].
+// A linear layer: tiles of a format, or with `format` 0 bfloat16 rows [outputs, inputs].
 struct XvWeight {
   const void* data;
   int64_t outputs;
-  int bits;
+  int format;
   int group;
 };
 

@@ -318,7 +318,7 @@ def _pretrain(processes: int, case: Case, phase: dict[str, Any], out: Path, last
 def _write_inputs(folder: Path) -> None:
     """A tiny model and a dataset of each stage, with examples of unequal lengths."""
     texts = [f"say hello {i} good morning and again go away now" for i in range(40)]
-    tokenizer = train_tokenizer(texts, vocab_size=300, min_frequency=1)
+    tokenizer = train_tokenizer(texts, vocab_size=285, min_frequency=1)
     model = XverseForCausalLM(dataclasses.replace(SHAPE, vocab_size=tokenizer.vocab_size))
     init_weights(model, seed=0)
     save_hf(model, tokenizer, folder / "base", torch.float32)

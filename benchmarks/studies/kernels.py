@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_rounds(parser, 2)
     add_threads(parser)
-    add_quantize(parser)
+    add_quantize(parser, "int3", "int2")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

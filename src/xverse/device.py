@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from xverse import nvidia
 from xverse.config import UserError, nearest
+from xverse.values import whole
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,12 @@ _HELP = "auto (the default): an NVIDIA GPU if PyTorch can use one, else the CPU;
 def add_device(parser: argparse._ActionsContainer) -> None:
     """The flag ``--device``. Imports nothing heavy."""
     parser.add_argument("--device", type=_flag, default="auto", metavar="D", help=_HELP)
+
+
+def add_tensor_parallel(parser: argparse._ActionsContainer) -> None:
+    """The flag ``--tensor-parallel``."""
+    text = "divide the model over N GPUs, or over N processes with --device cpu (%(default)s)"
+    parser.add_argument("--tensor-parallel", type=whole(1, 64), default=1, metavar="N", help=text)
 
 
 def _flag(text: str) -> str:

@@ -19,10 +19,15 @@ def end_with_launcher() -> None:
     """
     if not any(name in os.environ for name in LAUNCHERS):
         return
-    threading.Thread(target=_watch, args=(os.getppid(),), name="launcher", daemon=True).start()
+    end_with(os.getppid(), signal.SIGTERM)
 
 
-def _watch(launcher: int) -> None:
-    while os.getppid() == launcher:
+def end_with(parent: int, number: signal.Signals) -> None:
+    """Send this process the signal ``number`` once its ``parent`` has ended."""
+    threading.Thread(target=_watch, args=(parent, number), name="launcher", daemon=True).start()
+
+
+def _watch(parent: int, number: signal.Signals) -> None:
+    while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)

@@ -9,6 +9,10 @@ from collections.abc import Callable
 
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)", re.IGNORECASE)
 
+# LLaMA-Factory's names of the chat formats in ``tokenizer/published.py``.
+CHAT_FORMATS = ("alpaca", "baichuan2", "chatml", "intern", "llama2", "vicuna")
+TEMPLATE_HELP = f"chat format of a model whose files have none: {', '.join(CHAT_FORMATS)}"
+
 
 def whole(low: int = 0, high: int | None = None) -> Callable[[str], int]:
     """Parser of a whole number from ``low`` to ``high`` (None: no limit)."""

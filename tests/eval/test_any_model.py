@@ -14,7 +14,10 @@ from tests.family_zoo import write_family, write_tokenizer
 from xverse.config import UserError
 from xverse.eval.any_model import load_any
 from xverse.eval.backends import EngineBackend, TransformersBackend, load_backend
+from xverse.eval.generation import TaskRun, TaskSettings, generate_replies
+from xverse.eval.tasks import TASKS
 from xverse.formats import ModelDirectory
+from xverse.tokenizer import encode_chat
 
 ITEMS = [(list(range(5, 30)), [[7], [8], [9]]), (list(range(5, 28)), [[7, 9], [8], [9, 3, 4]])]
 
@@ -81,3 +84,31 @@ def test_what_cannot_be_scored(
     with pytest.raises(UserError, match=message) as error:
         load_any(ModelDirectory.of(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_generating_tasks_by_transformers_equal_the_engines(
+    tiny_texts: list[str], tmp_path: Path, test_data: Path
+) -> None:
+    write_family(tmp_path / "m", tiny_texts, "Qwen2", max_position_embeddings=4096)
+    # Penalties in the directory have no effect on the likeliest text.
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": 2, "repetition_penalty": 1.5}')
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "en.txt").write_text("good morning to you\n\nand again one two three")
+    found = []
+    for which in ("engine", "transformers"):
+        backend = load(tmp_path / "m", which)
+        assert backend.stop_ids == (2,)
+        prompts = [list(range(5, 30)), list(range(9, 20))]
+        options: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": backend.stop_ids}
+        plain = generate_replies(backend.engine, prompts, **options)
+        cut = generate_replies(backend.engine, prompts, stop=[plain[0][0][3:5]], **options)
+        assert cut[0][1] == "stop"
+        settings = TaskSettings(texts=tmp_path / "texts")
+        outcome = TASKS["ppl"](
+            TaskRun(backend.engine, backend.stop_ids, test_data, settings, lambda done, total: None)
+        )
+        talk = encode_chat(backend.engine.tokenizer, [{"role": "user", "content": "hello"}], max_new_tokens=8)
+        found.append((plain, cut, outcome.figures, talk.ids))
+    assert found[0][0:2] == found[1][0:2]
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-4)
+    assert found[0][3] == found[1][3]

@@ -65,10 +65,10 @@ def step_of(
 @pytest.mark.parametrize(
     ("kind", "packed", "shapes"),
     [
-        ("sft", False, [(10, 1), (4, 3), (1, 10), (3, 4)]),
-        ("sft", True, [(8, 1), (1, 8), (3, 2)]),
-        ("dpo", False, [(5, 1), (4, 2), (2, 3), (1, 5)]),
-        ("rm", False, [(5, 1), (2, 3)]),
+        ("sft", False, [(4, 3), (1, 10)]),
+        ("sft", True, [(1, 8), (3, 2)]),
+        ("dpo", False, [(4, 2), (1, 5)]),
+        ("rm", False, [(2, 3)]),
     ],
     ids=["sft", "packed", "dpo", "rm"],
 )

@@ -16,7 +16,7 @@ from xverse.model import XverseForCausalLM, init_weights
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels are not compiled")
 
-KINDS = ["int4", "int8", "bf16", "int4 in float32", "int8 layers among int4"]
+KINDS = ["int4", "int8", "int3", "int2", "bf16", "int4 in float32", "int8 layers among int3"]
 
 
 def make(config: Any, kind: str) -> XverseForCausalLM:
@@ -28,7 +28,7 @@ def make(config: Any, kind: str) -> XverseForCausalLM:
     else:
         model = random_model(config, torch.bfloat16, kind.split()[0])
     if "among" in kind:
-        model = random_model(config, torch.bfloat16, "int4")
+        model = random_model(config, torch.bfloat16, "int3")
         other = random_model(config, torch.bfloat16, "int8")
         for name in ("self_attn.k_proj", "mlp.down_proj", "mlp.up_proj"):
             parent, _, leaf = name.rpartition(".")

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from xverse.kernels import ops
+from xverse.kernels.linear import QuantLinear
 from xverse.kernels.native import NAMES, kernel_name, library
-from xverse.kernels.tiles import tile
 from xverse.kernels.weight import QuantizedWeight
 
 ROOT = Path(__file__).parents[2]
@@ -34,16 +33,23 @@ def build(compiler: str, units: list[tuple[str, list[str]]], sets: str, folder: 
     return program
 
 
-def test_avx_vnni_sums_by_emulation(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("header", "source", "name", "table"),
+    [
+        ("emulated_vnni.h", "avx2.cpp", "avx_vnni", "kAvxVnni"),
+        ("emulated_avx512.h", "avx512.cpp", "avx512_vnni", "kAvx512"),
+    ],
+)
+def test_x86_sums_by_emulation(header: str, source: str, name: str, table: str, tmp_path: Path) -> None:
     compiled = library()
     compiler = shutil.which("g++")
     if compiled is None or compiler is None or compiled.xv_select(b"avx2") is None:
         pytest.skip("needs g++ and AVX2")
     compiled.xv_select(kernel_name().encode())
-    flags = ["-mavx2", "-mfma", "-include", str(NATIVE / "emulated_vnni.h")]
-    program = build(compiler, [("avx2.cpp", flags)], '{"avx_vnni",&kAvxVnni}', tmp_path)
+    flags = ["-mavx2", "-mfma", "-include", str(NATIVE / header)]
+    program = build(compiler, [(source, flags)], f'{{"{name}",&{table}}}', tmp_path)
     done = subprocess.run([program], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "avx_vnni: 144 shapes equal\n")
+    assert (done.returncode, done.stdout) == (0, f"{name}: 432 shapes equal\n")
 
 
 def test_arm_sums_by_emulation(tmp_path: Path) -> None:
@@ -54,15 +60,18 @@ def test_arm_sums_by_emulation(tmp_path: Path) -> None:
         ("portable.cpp", []),
         ("neon.cpp", ["-march=armv8.2-a+dotprod"]),
         ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm"]),
+        ("neon.cpp", ["-march=armv8.2-a+dotprod+i8mm+bf16"]),
     ]
-    sets = '{"portable",&kPortable},{"neon_dot",&kNeonDot},{"neon_i8mm",&kNeonI8mm}'
+    sets = '{"portable",&kPortable},{"neon_dot",&kNeonDot},{"neon_i8mm",&kNeonI8mm},{"neon_bf16",&kNeonBf16}'
     program = build(compiler, units, sets, tmp_path)
     done = subprocess.run([emulator, "-cpu", "max", program], capture_output=True, text=True, timeout=120)
-    said = "".join(f"{name}: 144 shapes equal\n" for name in ("portable", "neon_dot", "neon_i8mm"))
+    said = "".join(
+        f"{name}: 432 shapes equal\n" for name in ("portable", "neon_dot", "neon_i8mm", "neon_bf16")
+    )
     assert (done.returncode, done.stdout) == (0, said)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_integer_sums_are_exact(kernels: str, bits: int, group: int) -> None:
     """Scales are 1 and inputs are integers that quantising keeps: the product is the sum of integers."""
@@ -70,12 +79,12 @@ def test_integer_sums_are_exact(kernels: str, bits: int, group: int) -> None:
     half = 1 << (bits - 1)
     q = torch.randint(-half, half, (70, 3 * group), dtype=torch.int8, generator=generator)
     q[:3] = -half  # the largest magnitudes, with inputs of one sign below: nothing overflows
-    weight = QuantizedWeight(q, torch.ones(70, 3).bfloat16(), bits)
+    layer = QuantLinear.from_weight(QuantizedWeight(q, torch.ones(70, 3).bfloat16(), bits))
     for tokens in range(1, 14):
         x = torch.randint(-127, 128, (tokens, 3 * group), generator=generator)
         x[0] = 127
         x[:, ::group] = -127
-        result = ops.quant_linear(x.float(), tile(weight), 70, bits)
+        result = layer(x.float())
         assert torch.equal(result.long(), x @ q.long().T), (kernels, tokens)
 
 

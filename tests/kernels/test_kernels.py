@@ -14,14 +14,19 @@ from torch import Tensor
 
 from xverse.kernels import ops
 from xverse.kernels.linear import QuantLinear
-from xverse.kernels.tiles import tile, untile
+from xverse.kernels.tiles import from_rows, tile, to_rows
 from xverse.kernels.weight import QuantizedWeight
 from xverse.model.config import XverseConfig
 from xverse.model.rope import rope_tables, rotate
 from xverse.quant import methods
 
+# Bits, and the last entry of a table or None: integers, narrow tables (-64 to 63) and wide ones.
+FORMATS = [(4, None), (8, None), (4, 127), (3, 63), (2, 63), (3, None), (2, 127)]
 
-def random_weight(outputs: int, inputs: int, bits: int, group: int, seed: int = 0) -> QuantizedWeight:
+
+def random_weight(
+    outputs: int, inputs: int, bits: int, group: int, seed: int = 0, last: int | None = None
+) -> QuantizedWeight:
     """Every integer of the range, the smallest included, and scales of very different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     half = 1 << (bits - 1)
@@ -29,7 +34,12 @@ def random_weight(outputs: int, inputs: int, bits: int, group: int, seed: int = 
     q[0] = -half
     scales = torch.rand(outputs, inputs // group, generator=generator) * 0.02 + 1e-4
     scales[:, 0] *= -100
-    return QuantizedWeight(q, scales.bfloat16(), bits)
+    table = None
+    if last is not None:
+        entries = torch.randperm(2 * last, generator=generator)[: 2 * half] - last
+        entries[:2] = torch.tensor([last, -last - 1])
+        table = entries.sort().values.to(torch.int8)
+    return QuantizedWeight(q, scales.bfloat16(), bits, table)
 
 
 def reference(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
@@ -51,19 +61,19 @@ BF16 = 2.0**-8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "last"), FORMATS)
 @pytest.mark.parametrize(
     ("outputs", "inputs", "group"), [(1, 32, 32), (33, 192, 64), (70, 384, 128), (32, 1408, 128)]
 )
 def test_quantised_linear(
-    kernels: str, bits: int, outputs: int, inputs: int, group: int, dtype: torch.dtype
+    kernels: str, bits: int, last: int | None, outputs: int, inputs: int, group: int, dtype: torch.dtype
 ) -> None:
-    weight = random_weight(outputs, inputs, bits, group)
-    tiles = tile(weight)
+    weight = random_weight(outputs, inputs, bits, group, last=last)
+    layer = QuantLinear.from_weight(weight)
     for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 25, 40):
         x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens)).to(dtype)
         exact, size = reference(x, weight)
-        result = ops.quant_linear(x, tiles, outputs, bits)
+        result = layer(x)
         assert result.dtype == dtype
         tolerance = TIES + (BF16 if dtype == torch.bfloat16 else 0)
         assert ((result.double() - exact).abs() <= tolerance * size).all(), (kernels, tokens)
@@ -105,8 +115,8 @@ def test_tiny_and_huge_activations(kernels: str) -> None:
 
 
 def test_several_weights_at_once_equal_one_by_one(kernels: str) -> None:
-    for bits in (4, 8):
-        layers = [QuantLinear.from_weight(random_weight(n, 256, bits, 128, n)) for n in (33, 1, 200)]
+    for bits, last in FORMATS:
+        layers = [QuantLinear.from_weight(random_weight(n, 256, bits, 128, n, last)) for n in (33, 1, 200)]
         for tokens in (1, 30):
             x = torch.randn(2, tokens, 256, dtype=torch.bfloat16)
             for layer, result in zip(layers, QuantLinear.together(layers, x), strict=True):
@@ -116,8 +126,9 @@ def test_several_weights_at_once_equal_one_by_one(kernels: str) -> None:
     assert [y.shape[-1] for y in QuantLinear.together(mixed, x)] == [33, 8]
 
 
-def test_gradients_reach_the_input() -> None:
-    layer = QuantLinear.from_weight(random_weight(40, 256, 4, 128))
+@pytest.mark.parametrize(("bits", "last"), FORMATS)
+def test_gradients_reach_the_input(bits: int, last: int | None) -> None:
+    layer = QuantLinear.from_weight(random_weight(40, 256, bits, 128, last=last))
     x = torch.randn(3, 256, requires_grad=True)
     layer(x).sum().backward()
     expected = layer.to_weight().dequantize().sum(0).expand(3, -1)
@@ -132,31 +143,48 @@ def test_no_tokens() -> None:
 
 
 @given(
-    bits=st.sampled_from([4, 8]),
+    form=st.sampled_from(FORMATS),
     group=st.sampled_from([32, 64, 128]),
     groups=st.integers(1, 5),
     outputs=st.integers(1, 100),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=40, deadline=None)
-def test_tiles_keep_every_value(bits: int, group: int, groups: int, outputs: int, seed: int) -> None:
-    weight = random_weight(outputs, group * groups, bits, group, seed)
-    back = untile(tile(weight), outputs, bits)
-    assert torch.equal(back.q, weight.q)
-    assert torch.equal(back.scales, weight.scales)
+def test_tiles_keep_every_value(
+    form: tuple[int, int | None], group: int, groups: int, outputs: int, seed: int
+) -> None:
+    bits, last = form
+    weight = random_weight(outputs, group * groups, bits, group, seed, last)
+    tiles = tile(weight)
+    back = QuantLinear.from_weight(weight).to_weight()
+    rows = to_rows(weight)
+    for found in (back, from_rows(rows, weight.scales, bits, weight.table)):
+        assert torch.equal(found.q, weight.q)
+        assert torch.equal(found.scales, weight.scales)
+        assert found.table is weight.table is None or torch.equal(found.table, weight.table)
+    assert rows.shape == (outputs, group * groups * bits // 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xverse.kernels.tiles.library", lambda: None)
+        plain = tile(weight)
+    stays = torch.ones_like(tiles, dtype=torch.bool)
+    stays[-1] = outputs % 32 == 0  # outputs that pad the last tile have scales of 0 and any value
+    assert torch.equal(plain[stays], tiles[stays])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "last"), FORMATS)
 @pytest.mark.parametrize(
     ("outputs", "inputs", "group"), [(1, 32, 32), (100, 384, 64), (2049, 256, 128), (4100, 128, 128)]
 )
 def test_dequantised_parts_are_the_weight(
-    bits: int, outputs: int, inputs: int, group: int, dtype: torch.dtype
+    bits: int, last: int | None, outputs: int, inputs: int, group: int, dtype: torch.dtype
 ) -> None:
-    tiles = tile(random_weight(outputs, inputs, bits, group))
-    result = [part.clone() for part in ops.dequantized_parts(tiles, outputs, bits, dtype)]
-    assert torch.equal(torch.cat(result), untile(tiles, outputs, bits).dequantize(dtype))
+    weight = random_weight(outputs, inputs, bits, group, last=last)
+    layer = QuantLinear.from_weight(weight)
+    parts = ops.dequantized_parts(layer.tiles, outputs, bits, dtype, layer.table_group)
+    assert torch.equal(torch.cat([part.clone() for part in parts]), weight.dequantize(dtype))
+    plain = ops.dequantize(layer.tiles, outputs, bits, dtype, layer.table_group)
+    assert torch.equal(plain, weight.dequantize(dtype))
 
 
 def test_scale_per_row_comes_back() -> None:

@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="concurrent requests")
     add_rounds(parser, 3)
     add_threads(parser, "as xverse chat")
-    add_quantize(parser)
+    add_quantize(parser, "int3", "int2")
     add_device(parser)
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="weights' type (default: as xverse chat)"

@@ -4,6 +4,7 @@ one row, beside the memory's read rate; operations per second with several rows.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +18,13 @@ from xverse.bench.report import Row, at_least, need_memory
 from xverse.kernels import ops
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.native import kernel_name
-from xverse.kernels.tiles import tile_shape
+from xverse.kernels.tiles import TILE_ROWS, tile_rows, tile_shape
 from xverse.log import notice
 from xverse.model import XverseConfig
 
-KINDS = ("int4", "int8", "bf16")
-BITS = {"int4": 4, "int8": 8}
-GROUP = 128
+KINDS = ("int4", "int8", "bf16", "int3", "int2")
+BITS = {"int4": 4, "int8": 8, "int3": 3, "int2": 2}
+GROUPS = {4: 128, 8: 128, 3: 64, 2: 64}  # inputs that share a scale, by bits
 READ_SHARE = 0.92  # target for one row
 GOPS = {8: 700, 512: 750}  # targets of INT4 by rows, in 1e9 multiplications and additions per second
 DRIFT = 0.10  # a round is repeated if the read rates before and after it differ by more
@@ -83,8 +84,8 @@ def _shapes(config: XverseConfig) -> list[tuple[tuple[int, int], int]]:
 def _bytes(kind: str, outputs: int, inputs: int) -> int:
     if kind == "bf16":
         return 2 * outputs * inputs
-    first, second, third = tile_shape(outputs, inputs, BITS[kind], GROUP)
-    return first * second * third
+    bits = BITS[kind]
+    return math.prod(tile_shape(outputs, inputs, bits, GROUPS[bits]))
 
 
 def _layers(config: XverseConfig, kind: str, device: torch.device) -> list[list[Any]]:
@@ -113,8 +114,8 @@ def _random_bf16(outputs: int, inputs: int) -> Tensor:
 def _random_quantised(bits: int) -> Callable[[int, int], QuantLinear]:
     def make(outputs: int, inputs: int) -> QuantLinear:
         with torch.device("meta"):
-            layer = QuantLinear(inputs, outputs, bits, GROUP)
-        layer.tiles = random_tiles(outputs, inputs, bits, GROUP)
+            layer = QuantLinear(inputs, outputs, bits, GROUPS[bits])
+        layer.tiles = random_tiles(outputs, inputs, bits, GROUPS[bits])
         return layer
 
     return make
@@ -122,14 +123,12 @@ def _random_quantised(bits: int) -> Callable[[int, int], QuantLinear]:
 
 def random_tiles(outputs: int, inputs: int, bits: int, group_size: int) -> Tensor:
     """Tiles of random integers, generated at memory speed; weights have a deviation of about 0.02."""
-    shape = tile_shape(outputs, inputs, bits, group_size)
-    tiles = torch.empty(shape, dtype=torch.uint8)
-    block = torch.randint(0, 256, shape[1:], dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    deviation = (256 if bits == 8 else 16) / 12**0.5  # of uniformly distributed integers
-    scales = torch.full((32,), 0.02 / deviation, dtype=torch.bfloat16)
-    block[:, :64] = scales.view(torch.uint8)
-    tiles.copy_(block)
-    return tiles
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (TILE_ROWS, inputs * bits // 8), dtype=torch.uint8, generator=generator)
+    deviation = 2**bits / 12**0.5  # of uniformly distributed integers
+    scales = torch.full((TILE_ROWS, inputs // group_size), 0.02 / deviation, dtype=torch.bfloat16)
+    tiles = torch.empty(tile_shape(outputs, inputs, bits, group_size), dtype=torch.uint8)
+    return tiles.copy_(tile_rows(rows, scales, bits))
 
 
 def _calls(layers: list[list[Any]], kind: str, tokens: int) -> list[Call]:

@@ -19,8 +19,11 @@ def add_shape(parser: argparse._ActionsContainer, default: str | None = None) ->
     parser.add_argument("--shape", default=default, metavar="S", help=text)
 
 
-def add_quantize(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights while loading")
+def add_quantize(parser: argparse._ActionsContainer, *low_bits: str) -> None:
+    """``low_bits``: ``int3`` and ``int2`` where only speed is measured."""
+    parser.add_argument(
+        "--quantize", choices=["int8", "int4", *low_bits], help="quantise the weights while loading"
+    )
 
 
 def add_batch(parser: argparse._ActionsContainer, rows: int, length: int) -> None:

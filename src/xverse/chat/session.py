@@ -166,15 +166,11 @@ def load_session(
     overrides: Mapping[str, Any],
     *,
     defaults: SamplingParams = CHAT,
-    threads: int | None = None,
-    quantize: str | None = None,
-    adapter: str | None = None,
-    device: str = "auto",
     notify: Callable[[str], None],
+    **settings: Any,
 ) -> Session:
-    """A session with ``model``, loaded by ``load_engine``; ``overrides`` replace its sampling parameters."""
-    loaded = load_engine(
-        model, defaults=defaults, threads=threads, quantize=quantize, adapter=adapter, device=device
-    )
+    """A session with ``model``, loaded by ``load_engine``, which takes the other ``settings``; ``overrides``
+    replace its sampling parameters."""
+    loaded = load_engine(model, defaults=defaults, **settings)
     sampling = dataclasses.replace(loaded.sampling, **overrides)
     return Session(loaded.engine, sampling, loaded.stop_ids, notify)

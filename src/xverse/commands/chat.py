@@ -9,8 +9,8 @@ from typing import Any
 
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
-from xverse.device import add_device
-from xverse.values import whole
+from xverse.device import add_device, add_tensor_parallel
+from xverse.values import TEMPLATE_HELP, whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="nano", metavar="M", help="nano (the default), a model directory or a hub id"
     )
     parser.add_argument("--adapter", metavar="A", help="directory with an adapter in peft's format", **unset)
+    parser.add_argument("--template", metavar="NAME", help=TEMPLATE_HELP, **unset)
     once = parser.add_mutually_exclusive_group()
     once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and exit; -: to stdin", **unset)
     once.add_argument(
@@ -37,6 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: by size)", **unset
     )
     add_device(parser)
+    add_tensor_parallel(parser)
     add_sampling_flags(parser, "How replies are generated")
 
 
@@ -67,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         threads=given.get("threads"),
         quantize=given.get("quantize"),
         adapter=given.get("adapter"),
+        template=given.get("template"),
         device=args.device,
+        tensor_parallel=args.tensor_parallel,
         notify=notice,
     )
     session.system = given.get("system", "")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from xverse.config import UserError
-from xverse.device import add_device
+from xverse.device import add_device, add_tensor_parallel
 from xverse.values import positive, whole
 
 DEFAULT_TASKS = "mmlu,ceval,agieval,gaokao-bench,gaokao-english"
@@ -85,6 +85,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--shard", metavar="I/N", help="answer only the I-th (from 0) of N parts; `eval report` joins them"
     )
     add_device(run)
+    add_tensor_parallel(run)
     run.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: all cores)")
 
     report = add("report", "tables, plot and report.json of one or several runs, such as several precisions")
@@ -124,7 +125,7 @@ def _run(args: argparse.Namespace) -> int:
     from xverse.data.benchmarks.custom import is_description
     from xverse.data.benchmarks.questions import Options
     from xverse.eval import run as evaluation
-    from xverse.eval.backends import EngineBackend, load_backend
+    from xverse.eval.backends import load_backend
     from xverse.eval.benchmarks import BENCHMARKS
     from xverse.eval.generation import TaskSettings
     from xverse.eval.tasks import TASKS
@@ -158,9 +159,8 @@ def _run(args: argparse.Namespace) -> int:
         threads=args.threads,
         kv_dtype=args.kv_dtype,
         device=args.device,
+        tensor_parallel=args.tensor_parallel,
     )
-    if others and not isinstance(backend, EngineBackend):
-        raise UserError(f"{others[0]} needs the engine; this model is scored on multiple choice only")
     settings = {
         "model": args.model,
         "quantize": args.quantize,
@@ -175,7 +175,7 @@ def _run(args: argparse.Namespace) -> int:
         **({"allow_code": args.allow_code} if "skills" in others else {}),  # programs run, or are only parsed
     }
     facts = evaluation.to_folder(benchmarks, backend, out, settings, shard=shard)
-    if isinstance(backend, EngineBackend) and shard[0] == 0:
+    if others and shard[0] == 0:
         texts = None if args.texts is None else Path(args.texts).expanduser()
         task_settings = TaskSettings(limit=args.limit, allow_code=args.allow_code, texts=texts)
         evaluation.run_tasks(others, backend, data_dir, out, task_settings)

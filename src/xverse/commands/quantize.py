@@ -1,4 +1,4 @@
-"""``xverse quantize``: write a model with 8-bit or 4-bit weights, and measure parity."""
+"""``xverse quantize``: write a model with weights of 8, 4, 3 or 2 bits, and measure parity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="nano", metavar="M", help="a directory, a hub id or nano (default: nano)"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
-    parser.add_argument("--bits", type=int, metavar="8|4", help="bits per weight")
+    parser.add_argument("--bits", type=int, metavar="8|4|3|2", help="bits per weight")
     parser.add_argument(
         "--bpw",
         metavar="X",
@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         metavar="METHOD",
-        help="gptq (default with 4 bits and --bpw): round column by column and compensate each error; "
+        help="gptq (default with up to 4 bits and --bpw): round column by column and compensate each error; "
         "rtn (default with 8 bits): round to nearest with searched scales per group; rtn-row: one scale "
         "per row, as in XVERSE's published models",
     )
@@ -33,7 +33,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         metavar="N",
-        help="inputs per scale, at most: 128, 64 or 32 (default: 64 with gptq in 4 bits, otherwise 128)",
+        help="inputs per scale, at most: 128, 64 or 32 (default: 64 with gptq in up to 4 bits, "
+        "otherwise 128)",
     )
     parser.add_argument(
         "--calibration",
@@ -53,6 +54,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="hf (default): XVERSE; llama: for programs that load a quantised LlamaForCausalLM "
         "(its output head is not quantised)",
     )
+    parser.add_argument(
+        "--activations",
+        choices=["int8"],
+        help="store 8 bits of --method rtn-row for programs that quantise activations while they run, such "
+        "as vLLM (W8A8)",
+    )
     add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model at DIR")
 
@@ -62,8 +69,12 @@ def run(args: argparse.Namespace) -> int:
     from xverse.kernels.weight import check_bits, check_group_size
 
     if (args.bits is None) == (args.bpw is None):
-        raise UserError("give either --bits (8 or 4) or --bpw (an average such as 4.5)")
+        raise UserError("give either --bits (8, 4, 3 or 2) or --bpw (an average such as 4.5)")
     method = args.method
+    if args.activations is not None:
+        if args.bits != 8 or method not in (None, "rtn-row"):
+            raise UserError("--activations int8 needs --bits 8 and --method rtn-row")
+        method = "rtn-row"
     if method is not None:
         choose("method", method, {name: name for name in ("rtn", "rtn-row", "gptq")})
     if args.bits is not None:
@@ -122,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             report_progress=step,
             device=device,
+            activations=args.activations is not None,
         )
     what = f"{settings.bits} bits"
     groups = "one scale per row" if settings.method == "rtn-row" else f"groups of {settings.group_size}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from xverse import values
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError, need
-from xverse.device import add_device
+from xverse.device import add_device, add_tensor_parallel
 
 if TYPE_CHECKING:
     import socket
@@ -36,6 +36,7 @@ def add_service_flags(parser: argparse.ArgumentParser) -> None:
 
     add("--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
     add("--tokenizer", "directory with a tokenizer to use instead of the model's", metavar="T")
+    add("--template", values.TEMPLATE_HELP, metavar="NAME")
     add("--adapter", "directory with an adapter in peft's format", metavar="A")
     add("--quantize", "quantise the weights while loading", choices=["int8", "int4"])
     add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")
@@ -52,6 +53,7 @@ def add_service_flags(parser: argparse.ArgumentParser) -> None:
     text = "CPU threads (default: chosen by the model's size)"
     add("--threads", text, type=values.whole(1, 1024), metavar="N")
     add_device(parser)
+    add_tensor_parallel(parser)
     add_sampling_flags(parser, "Defaults for requests that do not set a parameter")
 
 

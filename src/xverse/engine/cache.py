@@ -167,6 +167,7 @@ class RaggedContext:
 
     def __init__(self, segments: Sequence[tuple[SequenceCache, int]]) -> None:
         cache = segments[0][0].cache
+        self.segments = segments
         self._layers, size = cache.layers, cache.block_size
         positions: list[int] = []
         slots: list[int] = []

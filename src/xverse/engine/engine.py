@@ -19,14 +19,16 @@ from xverse.config import UserError
 from xverse.device import guard
 from xverse.engine.cache import PagedCache, RaggedContext, position_bytes
 from xverse.engine.choosing import NOT_FINITE, Row, choose_rows
+from xverse.engine.dividing import share_of
 from xverse.engine.graphs import recorded
 from xverse.engine.prefix import PrefixCache
+from xverse.engine.ranks import ranks_of
 from xverse.engine.request import Event, Pooling, Request, Stats, TokenLogprob
 from xverse.engine.sampling import Adjustment, Dice, is_greedy, key
 from xverse.engine.scheduler import Scheduler, Work
 from xverse.engine.scoring import Scores, ScoringItem, pool, score_prompt
 from xverse.engine.sequence import Prompted, Sequence
-from xverse.engine.sizing import capacity, step_bytes
+from xverse.engine.sizing import capacity, check_settings, step_bytes
 from xverse.engine.speculation import Speculation, Speculator, propose_forced
 from xverse.engine.stop import StopText
 from xverse.kernels.fused_step import fused_step
@@ -70,16 +72,18 @@ class Engine:
         self.device = weight.device
         on_cpu = self.device.type == "cpu"
         self.prefill_chunk = prefill_chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
-        _check_settings(model, tokenizer, max_batch, self.prefill_chunk, prefix_cache_bytes)
+        check_settings(model, tokenizer, max_batch, self.prefill_chunk, prefix_cache_bytes)
         self.model = model.eval()
         use_kernels(model)
         self.tokenizer = tokenizer
         self.max_batch = max_batch
         self._vocab_size = tokenizer.vocab_size
-        token_bytes = position_bytes(model.config, weight.dtype, kv_dtype)
+        ranks = ranks_of(model)  # each process has the keys and values of some heads
+        shape = model.config if ranks is None else share_of(model.config, ranks.count)
+        token_bytes = position_bytes(shape, weight.dtype, kv_dtype)
         with guard(self.device):
             make_cache = partial(
-                PagedCache, model.config, weight.dtype, self.device, sequences=max_batch, kv_dtype=kv_dtype
+                PagedCache, shape, weight.dtype, self.device, sequences=max_batch, kv_dtype=kv_dtype
             )
             room = capacity(
                 max_cache_tokens,
@@ -95,6 +99,7 @@ class Engine:
                     sequences=max_batch,
                 ),
                 reserved=step_bytes(model, make_cache, self.prefill_chunk, max_batch),
+                agreed=int if ranks is None else ranks.share,
             )
             self.max_cache_tokens, self._blocks = room.tokens, room.blocks
             # A smaller default limits the context; a smaller cache that was asked for refuses requests.
@@ -478,22 +483,3 @@ class Engine:
     def _error(self, sequence: Sequence, message: str) -> Event:
         text = self._rest(sequence)[0]
         return Event(handle=sequence.handle, token_id=None, text=text, finish_reason="error", error=message)
-
-
-def _check_settings(
-    model: XverseForCausalLM,
-    tokenizer: Tokenizer,
-    max_batch: int,
-    prefill_chunk: int,
-    prefix_cache_bytes: int,
-) -> None:
-    for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
-        if value < 1:
-            raise UserError(f"{name}: {value} is out of range (at least 1)")
-    if prefix_cache_bytes < 0:
-        raise UserError(f"prefix_cache_bytes: {prefix_cache_bytes} is out of range (at least 0)")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
-            "use the tokenizer of the model"
-        )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xverse.device import guard, is_lost
 from xverse.engine.cache import PagedCache, RaggedContext
+from xverse.engine.ranks import ranks_of
 from xverse.kernels.paged_attention import PagedLayer
 from xverse.log import notice
 from xverse.model.transformer import XverseForCausalLM
@@ -23,9 +24,9 @@ MOST_TOKENS = 64
 
 
 def recorded(model: XverseForCausalLM, cache: PagedCache) -> DecodeGraphs | None:
-    """The graphs of a CUDA device; None on others, for a model with routed experts, whose products depend on
-    the tokens, and where recording fails, which is reported."""
-    if cache.device.type != "cuda" or model.config.num_experts:
+    """The graphs of a CUDA device; None on others, for a model that is divided over processes or has routed
+    experts, whose products depend on the tokens, and where recording fails, which is reported."""
+    if cache.device.type != "cuda" or model.config.num_experts or ranks_of(model) is not None:
         return None
     graphs = DecodeGraphs(model, cache)
     try:

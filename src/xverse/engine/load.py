@@ -8,18 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
 from xverse.device import compute_device, guard, report_unused_gpu, weights_dtype
+from xverse.engine.dividing import Division, check_division
 from xverse.engine.engine import Engine
+from xverse.engine.follower import lead
+from xverse.engine.ranks import Ranks
 from xverse.engine.sampling_params import CHAT, SamplingParams, from_generation_config, unsupported_keys
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.quantize import load_quantizing, quick_settings, stored_bytes
+from xverse.formats.schemes import Placed
 from xverse.hardware import available_memory
 from xverse.log import notice
 from xverse.model.config import FLOAT32_BELOW
+from xverse.tokenizer.published import with_format
 
 if TYPE_CHECKING:
     import torch
 
-    from xverse.model import XverseConfig, XverseForCausalLM
+    from xverse.model import XverseForCausalLM
     from xverse.tokenizer import Tokenizer
 
 # The matmuls of smaller models are so short that a second thread gains little, or loses on a busy machine.
@@ -29,11 +34,13 @@ _reported: set[Path] = set()
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine, the sampling parameters of its model, and the token ids that end a reply."""
+    """An engine, the sampling parameters of its model, and the token ids that end a reply; ``ranks`` are the
+    processes over which the model is divided."""
 
     engine: Engine
     sampling: SamplingParams
     stop_ids: tuple[int, ...]
+    ranks: Ranks | None = None
 
 
 def load_engine(
@@ -43,18 +50,25 @@ def load_engine(
     threads: int | None = None,
     quantize: str | None = None,
     tokenizer: str | None = None,
+    template: str | None = None,
     adapter: str | None = None,
     device: str = "auto",
+    tensor_parallel: int = 1,
+    ranks: Ranks | None = None,
     **settings: Any,
 ) -> Loaded:
     """An engine for ``model`` (``nano``, a directory or a hub id); ``settings`` are the engine's.
 
     ``defaults`` apply to parameters that the directory's generation_config.json does not set. ``tokenizer``:
-    a directory with a tokenizer to use instead of the model's. ``threads`` None: torch's default, or one for
-    a small model. ``quantize``: ``int8`` or ``int4``, applied to an unquantised model while it is loaded.
+    a directory with a tokenizer to use instead of the model's. ``template``: the name of a chat format
+    (``tokenizer/published.py``) for a model whose files have none. ``threads`` None: torch's default, or
+    one for a small model. ``quantize``: ``int8`` or ``int4``, applied to an unquantised model while it is
+    loaded.
     ``adapter``: a directory in peft's format, merged into plain weights, kept separate from quantised ones.
-    ``device``: as ``compute_device`` takes it. Raises UserError for a model, tokenizer or adapter that cannot
-    be loaded, a device that cannot be used and one without room for the weights.
+    ``device``: as ``compute_device`` takes it. ``tensor_parallel``: over how many GPUs, or processes on the
+    CPU, the model is divided; the others are started here and end with this one or by ``Ranks.close``.
+    ``ranks`` is set in these. Raises UserError for a model, tokenizer or adapter that cannot be loaded, a
+    device that cannot be used and one without room for the weights.
     """
     import torch
 
@@ -64,34 +78,64 @@ def load_engine(
     _report_unsupported(directory.path, generation_config)
     if threads is None and config.num_parameters() < ONE_THREAD_BELOW:
         threads = 1
+    elif threads is None and tensor_parallel > 1:
+        threads = max(1, torch.get_num_threads() // tensor_parallel)
     if threads is not None:
         if not 1 <= threads <= 1024:
             raise UserError(f"threads: {threads} is out of range (1 to 1024)")
         torch.set_num_threads(threads)
     own_tokenizer = (directory if tokenizer is None else ModelDirectory.named(tokenizer)).tokenizer
-    chosen = compute_device(device)
-    if device == "auto":
+    if template is not None:
+        own_tokenizer = with_format(own_tokenizer, template, directory.name)
+    if tensor_parallel > 1:
+        check_division(config, tensor_parallel)
+        if adapter is not None and (quantize is not None or directory.scheme is not None):
+            raise UserError(
+                "--tensor-parallel cannot divide an adapter of quantised weights; merge it with xverse export"
+            )
+        given = {
+            "quantize": quantize,
+            "tokenizer": tokenizer,
+            "template": template,
+            "adapter": adapter,
+            "threads": threads,
+        }
+        given |= {"model": str(directory.path), "device": device}
+        given |= {name: value for name, value in settings.items() if name != "speculation"}
+        ranks = Ranks.start(tensor_parallel, given)
+    chosen = compute_device(device) if ranks is None else ranks.device
+    if device == "auto" and (ranks is None or ranks.rank == 0):
         report_unused_gpu(chosen)
     dtype = weights_dtype(chosen) or (torch.float32 if config.num_parameters() < FLOAT32_BELOW else None)
-    check_room(directory, chosen, dtype, quantize)
+    check_room(directory, chosen, dtype, quantize, 1 if ranks is None else ranks.count)
+    division = None if ranks is None else Division(ranks)
+    # Whole weights that are only read from a file are divided on the CPU.
+    place = chosen if ranks is None or quantize is not None else torch.device("cpu")
     with guard(chosen):
         if adapter is not None:
-            weights = _adapted(directory, adapter, quantize, dtype, chosen)
+            weights = _adapted(directory, adapter, quantize, dtype, place)
         else:
-            weights = load_weights(directory, quantize, dtype, chosen)
-    stop_ids = ending_ids(generation_config, config, own_tokenizer)
-    return Loaded(Engine(weights, own_tokenizer, **settings), sampling, stop_ids)
+            weights = load_weights(
+                directory, quantize, dtype, place, None if division is None else division.placed
+            )
+        if division is not None:
+            weights = division.finish(weights)
+    stop_ids = ending_ids(generation_config, config.eos_token_id, own_tokenizer)
+    engine = Engine(weights, own_tokenizer, **settings)
+    if ranks is not None and ranks.rank == 0:
+        lead(engine, ranks)
+    return Loaded(engine, sampling, stop_ids, ranks)
 
 
 def ending_ids(
-    generation_config: dict[str, Any], config: XverseConfig, tokenizer: Tokenizer
+    generation_config: dict[str, Any], eos: int | list[int] | None, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
     """The ids that end a reply. Chat models of other publishers end a turn with a token that only their
     tokenizer names."""
-    ids = generation_config.get("eos_token_id", config.eos_token_id)
+    ids = generation_config.get("eos_token_id", eos)
     ids = [*ids] if isinstance(ids, list) else [ids]
     if tokenizer.template is not None:
-        ids.append(tokenizer.eos_id)
+        ids += [tokenizer.eos_id, *tokenizer.stop_ids]
     return tuple(dict.fromkeys(index for index in ids if index is not None and index >= 0))
 
 
@@ -104,12 +148,17 @@ def _report_unsupported(path: Path, generation_config: dict[str, Any]) -> None:
 
 
 def load_weights(
-    directory: ModelDirectory, quantize: str | None, dtype: torch.dtype | None, device: torch.device
+    directory: ModelDirectory,
+    quantize: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    placed: Placed | None = None,
 ) -> XverseForCausalLM:
-    """The model on ``device``, tensor by tensor; with ``quantize`` quantised there layer by layer."""
+    """The model on ``device``, tensor by tensor; with ``quantize`` quantised there layer by layer. ``placed``
+    is called for each quantised matrix."""
     if quantize is not None:
-        return load_quantizing(directory, quantize, dtype, device)
-    return load_model(directory, dtype, device)
+        return load_quantizing(directory, quantize, dtype, device, placed=placed)
+    return load_model(directory, dtype, device, placed=placed)
 
 
 def _adapted(
@@ -136,9 +185,13 @@ def _adapted(
 
 
 def check_room(
-    directory: ModelDirectory, device: torch.device, dtype: torch.dtype | None, quantize: str | None
+    directory: ModelDirectory,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quantize: str | None,
+    count: int = 1,
 ) -> None:
-    """Raises UserError, with what would fit, if a GPU has too little memory for the weights."""
+    """Raises UserError, with what would fit, if the weights exceed the memory of ``count`` GPUs."""
     if device.type != "cuda":
         return
     config, free = directory.config, available_memory(device)
@@ -149,18 +202,17 @@ def check_room(
     else:
         itemsize = dtype.itemsize if dtype is not None else 4
         needed, what = config.num_parameters() * itemsize, f"in {str(dtype).removeprefix('torch.')}"
-    if needed < free:
+    if needed < count * free:
         return
     sizes = (
         {}
         if directory.scheme
         else {k: stored_bytes(config, quick_settings(k, config)) for k in ("int8", "int4")}
     )
-    fitting = [f"--quantize {kind} ({size / 1e9:.1f} GB)" for kind, size in sizes.items() if size < free]
-    several = (
-        "several GPUs (xverse export --format llama, then a server with tensor parallelism such as vLLM), or "
-        "--device cpu"
-    )
+    fitting = [
+        f"--quantize {kind} ({size / 1e9:.1f} GB)" for kind, size in sizes.items() if size < count * free
+    ]
+    several = f"--tensor-parallel {2 * count} to divide them over that many GPUs, or --device cpu"
     raise UserError(
         f"{directory.name}: the weights take {needed / 1e9:.1f} GB {what}, and {device} has "
         f"{free / 1e9:.1f} GB free; use {', '.join([*fitting, several])}"

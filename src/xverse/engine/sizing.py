@@ -15,6 +15,7 @@ from xverse.engine.sampling_params import SamplingParams
 from xverse.hardware import available_memory, peak_memory, reset_peak_memory, total_memory
 from xverse.log import notice
 from xverse.model.transformer import XverseForCausalLM
+from xverse.tokenizer import Tokenizer
 
 _SHARE = 0.9  # of a GPU's memory; the rest is for fragmentation and other programs
 _WIDEST = SamplingParams(top_p=0.9)  # the parameters that take the most memory
@@ -40,10 +41,12 @@ def capacity(
     max_batch: int,
     block_size: Callable[..., int] = lambda tokens: BLOCK_SIZE,
     reserved: int = 0,
+    agreed: Callable[[int], int] = int,
 ) -> Capacity:
     """The capacity for ``requested`` tokens, or by default for as many as fit, at most ``max_batch`` texts of
     the ``context``'s length. ``block_size`` gives the size of blocks for a number of tokens;
-    ``reserved`` bytes of the device stay free for a step.
+    ``reserved`` bytes of the device stay free for a step. ``agreed`` turns the free bytes
+    into those that each of several processes may use.
 
     On a CPU, whose pages are resident once they are written, the default is half of the free memory, but at
     least one such text. A GPU gives nine tenths of its memory, less what is in use; a cache for less than the
@@ -53,6 +56,7 @@ def capacity(
     free, most = available_memory(device), max_batch * context
     if device.type == "cuda":
         free -= reserved + int((1 - _SHARE) * total_memory(device))
+    free = agreed(free)
     if requested is not None:
         if requested < BLOCK_SIZE:
             raise UserError(f"max_cache_tokens: {requested} is out of range (at least {BLOCK_SIZE})")
@@ -116,3 +120,23 @@ def chunk_bytes(
     logits = model.lm_head(hidden[:max_batch]).float()  # [R, V]
     draw(logits, _WIDEST, [0.5] * len(logits))
     return peak_memory(device) - before
+
+
+def check_settings(
+    model: XverseForCausalLM,
+    tokenizer: Tokenizer,
+    max_batch: int,
+    prefill_chunk: int,
+    prefix_cache_bytes: int,
+) -> None:
+    """Raises UserError for settings out of range, and for a tokenizer with more tokens than the model."""
+    for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise UserError(f"{name}: {value} is out of range (at least 1)")
+    if prefix_cache_bytes < 0:
+        raise UserError(f"prefix_cache_bytes: {prefix_cache_bytes} is out of range (at least 0)")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
+            "use the tokenizer of the model"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.device import compute_device, weights_dtype
 from xverse.engine import Engine
-from xverse.engine.load import load_engine
+from xverse.engine.load import ending_ids, load_engine
 from xverse.eval.any_model import load_any
+from xverse.eval.continuing import Continuations
 from xverse.eval.scoring import ScoreItem
 from xverse.formats import ModelDirectory
 from xverse.model.config import FLOAT32_BELOW
@@ -69,8 +71,9 @@ class TransformersBackend:
         context: int,
         share: bool = True,
         batch_tokens: int = 4096,
+        directory: ModelDirectory | None = None,
     ) -> None:
-        self.name, self.context = name, context
+        self.name, self.context, self._directory = name, context, directory
         self.shares = share
         self._model, self._encode, self._batch_tokens = model, encode, batch_tokens
         self._chooses = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -102,7 +105,23 @@ class TransformersBackend:
             loaded, encode, context = load_any(directory)
             parameters = sum(parameter.numel() for parameter in loaded.parameters())
             loaded = loaded.to(_dtype(parameters, chosen) or loaded.dtype)
-        return cls(loaded.eval().to(chosen), encode, name=directory.name, context=context)
+        return cls(
+            loaded.eval().to(chosen), encode, name=directory.name, context=context, directory=directory
+        )
+
+    @functools.cached_property
+    def engine(self) -> Continuations:
+        """The model for generating tasks. Raises UserError if its tokenizer is of an unsupported kind."""
+        assert self._directory is not None
+        tokenizer = self._directory.unchecked_tokenizer
+        return Continuations(self._model, tokenizer, self.context, self.score)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a reply."""
+        assert self._directory is not None
+        generation = self._directory.generation_config
+        return ending_ids(generation, self._model.config.eos_token_id, self.engine.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
@@ -194,16 +213,19 @@ def load_backend(
     threads: int | None,
     kv_dtype: str,
     device: str = "auto",
+    tensor_parallel: int = 1,
 ) -> EngineBackend | TransformersBackend:
     """``which``: ``engine`` or ``transformers``; None: the engine for models that it runs."""
     directory = ModelDirectory.named(model)
     which = which or ("engine" if _runs_in_engine(directory) else "transformers")
     if which == "engine":
-        return EngineBackend.load(
-            directory, quantize=quantize, threads=threads, kv_dtype=kv_dtype, device=device
+        settings = {"kv_dtype": kv_dtype, "device": device, "tensor_parallel": tensor_parallel}
+        return EngineBackend.load(directory, quantize=quantize, threads=threads, **settings)
+    if quantize is not None or kv_dtype != "auto" or tensor_parallel > 1:
+        raise UserError(
+            "--quantize, --kv-dtype and --tensor-parallel need the engine; this model is scored with "
+            "transformers"
         )
-    if quantize is not None or kv_dtype != "auto":
-        raise UserError("--quantize and --kv-dtype need the engine; this model is scored with transformers")
     return TransformersBackend.load(directory, threads=threads, device=device)
 
 

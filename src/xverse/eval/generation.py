@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.engine import Engine, Request, SamplingParams
+from xverse.eval.continuing import Continuations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Outcome:
 class TaskRun:
     """What a task gets. ``progress(done, total)`` is called after each item."""
 
-    engine: Engine
+    engine: Engine | Continuations
     stop_ids: Sequence[int]
     data_dir: Path
     settings: TaskSettings
@@ -44,8 +45,14 @@ class TaskRun:
 Task = Callable[[TaskRun], Outcome]
 
 
+def encode_prompts(engine: Engine | Continuations, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts to continue, with what begins a text of the model."""
+    first = engine.tokenizer.prefix_ids
+    return [[*first, *ids] for ids in engine.tokenizer.encode_batch(texts)]
+
+
 def generate(
-    engine: Engine,
+    engine: Engine | Continuations,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -61,7 +68,7 @@ def generate(
 
 
 def generate_replies(
-    engine: Engine,
+    engine: Engine | Continuations,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -74,6 +81,10 @@ def generate_replies(
 
     Raises UserError for a prompt that leaves no room for a reply.
     """
+    if isinstance(engine, Continuations):
+        return engine.replies(
+            prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, stop=stop, progress=progress
+        )
     texts = ["" for _ in prompts]
     reasons = ["" for _ in prompts]
     room = engine.context_length

@@ -15,7 +15,7 @@ from xverse.data.benchmarks.questions import Options, QuestionReader, Subject
 from xverse.data.order import random_order
 from xverse.eval import custom, store
 from xverse.eval.adaptive import sequential
-from xverse.eval.backends import EngineBackend
+from xverse.eval.backends import EngineBackend, TransformersBackend
 from xverse.eval.benchmark import Benchmark
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.generation import TaskRun, TaskSettings
@@ -216,7 +216,11 @@ def to_folder(
 
 
 def run_tasks(
-    names: Sequence[str], backend: EngineBackend, data_dir: Path, out: Path, settings: TaskSettings
+    names: Sequence[str],
+    backend: EngineBackend | TransformersBackend,
+    data_dir: Path,
+    out: Path,
+    settings: TaskSettings,
 ) -> None:
     """Run the tasks other than multiple choice, each into one file; skip those that have one."""
     for name in names:

@@ -173,7 +173,7 @@ def _generator(
     return Generator(
         tokenizer,
         sampling,
-        ending_ids(source.generation_config, source.config, tokenizer),
+        ending_ids(source.generation_config, source.config.eos_token_id, tokenizer),
         max(len(prompt.ids) for prompt in (*data.train, *data.valid)),
         half,
     )

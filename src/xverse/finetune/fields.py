@@ -10,8 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from xverse.values import CHAT_FORMATS
+
 Moment = Literal["no", "steps", "epoch"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+TEMPLATES = ("default", "xverse", *CHAT_FORMATS)
+TEMPLATE = f"chat format: default, the model's own; if it has none: {', '.join(TEMPLATES[1:])}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,7 @@ class Task:
     finetuning_type: Annotated[
         Literal["full", "lora", "freeze"], "train all weights, an adapter, or some layers"
     ] = "lora"
-    template: Annotated[str, "chat format: default, the model's own, or xverse"] = "default"
+    template: Annotated[str, TEMPLATE] = "default"
     freeze_trainable_layers: Annotated[int, "with freeze: train the last N layers; -N: the first ones"] = 2
     freeze_trainable_modules: Annotated[str, "with freeze: modules to train in these layers, or all"] = "all"
     freeze_extra_modules: Annotated[str | None, "with freeze: other modules to train"] = None

@@ -31,10 +31,12 @@ from xverse.kernels.bfloat16 import conversion_bytes
 from xverse.log import notice
 from xverse.plan import finetune_memory
 from xverse.tokenizer import Tokenizer
+from xverse.tokenizer.published import with_format
 from xverse.train.keeping import locked
 from xverse.train.parallel import World
 from xverse.train.plot import plot_loss
 from xverse.train.survival import Interrupted, requests
+from xverse.values import CHAT_FORMATS
 
 
 def run_finetuning(settings: Settings) -> Path | None:
@@ -59,8 +61,7 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
         raise UserError(f"{source}: quantised weights cannot be trained; use finetuning_type lora")
     if args.world_size > 1:
         source.config.without_experts("fine-tuning on several processes")
-    tokenizer = source.tokenizer
-    _check_template(source, settings, first)
+    tokenizer = _with_template(source, settings, first)
     length = _row_length(source, settings, first)
     data, read = _load_examples(settings, tokenizer, length, quiet=not first)
     state = run_state(settings, data)
@@ -101,21 +102,26 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
     return settings.output_dir if first else None
 
 
-def _check_template(source: ModelDirectory, settings: Settings, first: bool) -> None:
-    """Report a model without a chat format of its own. Raises UserError where ``template`` names another one
-    than the model's."""
+def _with_template(source: ModelDirectory, settings: Settings, first: bool) -> Tokenizer:
+    """The tokenizer with the chat format of ``template``. Reports a model without a format of its own. Raises
+    UserError where ``template`` names another one than the model's."""
+    tokenizer = source.tokenizer
+    if settings.template in CHAT_FORMATS:
+        source.tokenizer = with_format(tokenizer, settings.template, str(source))  # that of all its readers
+        return source.tokenizer
     if settings.stage == "pt" or source.model_type == "xverse":
-        return
-    if source.tokenizer.template is not None:
+        return tokenizer
+    if tokenizer.template is not None:
         if settings.template != "default":
             raise UserError(
                 f"template '{settings.template}': {source} has a chat template of its own; use template "
                 "default"
             )
-    elif source.tokenizer.eos_id < 0:
+    elif tokenizer.eos_id < 0:
         raise UserError(f"{source}: its tokenizer has neither a chat template nor an end of text")
     elif first:
         notice(f"{source}: has no chat template; dialogues are written in XVERSE's chat format")
+    return tokenizer
 
 
 def _row_length(source: ModelDirectory, settings: Settings, first: bool) -> int:

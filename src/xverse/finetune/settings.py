@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, build, unknown_keys, unknown_text
-from xverse.finetune.fields import Arguments, DatasetUse, Replay, Rollouts, Task
+from xverse.finetune.fields import TEMPLATE, TEMPLATES, Arguments, DatasetUse, Replay, Rollouts, Task
 from xverse.finetune.foreign_keys import refuse_former_recipe, take_foreign
 from xverse.log import notice
 
-TEMPLATES = ("default", "xverse")
 HELD_OUT = 0.01  # share held out for evaluation without val_size and eval_dataset
 
 _TINY, _MOST = math.ulp(0.0), 2.0**62
@@ -77,10 +76,7 @@ class Settings(Arguments, Rollouts, Task):
 
     def _check_task(self) -> None:
         if self.template not in TEMPLATES:
-            raise ValueError(
-                f"template '{self.template}' is not known: default is the model's own chat template, xverse "
-                "XVERSE's format"
-            )
+            raise ValueError(f"template '{self.template}' is not known; {TEMPLATE}")
         if not (self.do_train or self.do_eval):
             raise ValueError(
                 "nothing to do; set do_train, do_eval or both (xverse chat --adapter A talks to the result)"

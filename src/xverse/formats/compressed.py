@@ -20,10 +20,18 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.formats.weights import TensorFiles, dtype_name, listed
 from xverse.kernels.tiles import kernel_group_size, to_rows
-from xverse.kernels.weight import BITS, GROUP_SIZES, QuantizedWeight
+from xverse.kernels.weight import GROUP_SIZES, INTEGER_BITS, QuantizedWeight
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
+PLAIN_FORMAT = "int-quantized"  # INT8 that is not packed, for products with INT8 activations
+ACTIVATIONS = {  # quantised for each token while the model runs
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+}
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -85,6 +93,26 @@ class CompressedScheme:
         return StoredRows(packed.view(torch.uint8), checked_scales(f"{name}.weight_scale", scale), bits)
 
 
+@dataclass(frozen=True)
+class PlainScheme:
+    """``int-quantized`` weights of 8 bits with a scale per row: ``weight`` int8 [N, K], ``weight_scale``."""
+
+    marker = "weight_scale"
+
+    def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows:
+        """As ``CompressedScheme.read``."""
+        if f"{name}.weight" not in files:
+            raise UserError(f"{name}.weight is missing")
+        weight, scale = files.get(f"{name}.weight"), files.get(f"{name}.weight_scale")
+        if weight.dtype != torch.int8 or tuple(weight.shape) != shape:
+            raise UserError(f"{name}.weight is {_describe(weight)}, not int8 [{shape[0]}, {shape[1]}]")
+        if scale.dtype not in _FLOATS or scale.numel() != shape[0]:
+            raise UserError(f"{name}.weight_scale is {_describe(scale)}, not floats with {shape[0]} rows")
+        check_kernel_group(name, shape[1])
+        scales = checked_scales(f"{name}.weight_scale", scale.view(-1, 1))
+        return StoredRows(weight.view(torch.uint8) ^ 0x80, scales, 8)
+
+
 def check_kernel_group(name: str, group_size: int) -> None:
     """Raise UserError for a group size that is not a multiple of a kernel's."""
     if not kernel_group_size(group_size):
@@ -103,8 +131,10 @@ def checked_scales(name: str, scales: Tensor) -> Tensor:
     return scales.to(torch.bfloat16).contiguous()
 
 
-def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The three tensors of a matrix, by suffix."""
+def pack(weight: QuantizedWeight, plain: bool = False) -> dict[str, Tensor]:
+    """The tensors of a matrix, by suffix; ``plain``: as ``PlainScheme`` reads them."""
+    if plain:
+        return {"weight": weight.q.contiguous(), "weight_scale": weight.scales.contiguous()}
     return {
         "weight_packed": to_rows(weight).contiguous().view(torch.int32),
         "weight_scale": weight.scales.contiguous(),
@@ -112,7 +142,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedScheme:
+def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedScheme | PlainScheme:
     """The scheme of a ``quantization_config``, whichever program wrote it.
 
     Raises UserError that names what the kernels do not support: other formats, asymmetric or floating-point
@@ -122,7 +152,8 @@ def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedSchem
     def refuse(what: str) -> UserError:
         return UserError(f"{where}: quantization_config: {what} is not supported; use the unquantised model")
 
-    if values.get("format", FORMAT) != FORMAT:
+    form = values.get("format", FORMAT)
+    if form not in (FORMAT, PLAIN_FORMAT):
         raise refuse(f"the format '{values['format']}'")
     for key, what in (("kv_cache_scheme", "a quantised cache"), ("transform_config", "a transform")):
         if values.get(key):
@@ -135,16 +166,27 @@ def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedSchem
         raise UserError(f"{where}: quantization_config: config_groups does not say how weights are stored")
     kinds = set()
     for name, group in groups.items():
-        if group.get("format") not in (None, FORMAT):
+        if group.get("format") not in (None, form):
             raise refuse(f"the format '{group['format']}' of {name}")
         for key in ("input_activations", "output_activations"):
-            if group.get(key):
+            stated = group.get(key)
+            if key == "input_activations" and form == PLAIN_FORMAT and _dynamic_int8(stated or {}):
+                continue  # the kernels quantise activations themselves
+            if stated:
                 raise refuse(f"quantised activations ({key} of {name})")
         weights = group.get("weights")
         if not isinstance(weights, dict):
             raise refuse(f"{name} without weights")
         kinds.add(_kind(weights, refuse, name))
-    return CompressedScheme(frozenset(kinds))
+    if form == FORMAT:
+        return CompressedScheme(frozenset(kinds))
+    if kinds != {(8, None)}:
+        raise refuse(f"the format '{form}' with other weights than INT8 with a scale per row")
+    return PlainScheme()
+
+
+def _dynamic_int8(activations: Mapping[str, Any]) -> bool:
+    return all(activations.get(key) == value for key, value in ACTIVATIONS.items())
 
 
 def _kind(weights: Mapping[str, Any], refuse: Any, name: str) -> tuple[int, int | None]:
@@ -157,7 +199,7 @@ def _kind(weights: Mapping[str, Any], refuse: Any, name: str) -> tuple[int, int 
     if weights.get("actorder") not in (None, False, "weight", "static"):
         raise refuse(f"activation order ({name}: actorder '{weights['actorder']}')")
     bits = weights.get("num_bits", 8)
-    if bits not in BITS:
+    if bits not in INTEGER_BITS:
         raise refuse(f"{bits} bits ({name})")
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("group" if size and size > 0 else "channel" if size else "tensor")
@@ -170,8 +212,10 @@ def _kind(weights: Mapping[str, Any], refuse: Any, name: str) -> tuple[int, int 
     return bits, size
 
 
-def quantization_config(weights: Mapping[str, tuple[int, int, int]], plain: Iterable[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of written weights.
+def quantization_config(
+    weights: Mapping[str, tuple[int, int, int]], plain: Iterable[str], activations: bool = False
+) -> dict[str, Any]:
+    """The ``quantization_config`` of written weights; ``activations``: for products with INT8 activations.
 
     ``weights`` maps module names to bits, inputs and groups of each quantised matrix; ``plain`` are the names
     of unquantised linears. The most common kind applies to all ``Linear``; others are listed by name.
@@ -192,7 +236,7 @@ def quantization_config(weights: Mapping[str, tuple[int, int, int]], plain: Iter
     listed_groups = sorted(groups.items(), key=lambda item: "Linear" in item[1])
     return {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": PLAIN_FORMAT if activations else FORMAT,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -208,7 +252,7 @@ def quantization_config(weights: Mapping[str, tuple[int, int, int]], plain: Iter
                     "group_size": size,
                     "dynamic": False,
                 },
-                "input_activations": None,
+                "input_activations": dict(ACTIVATIONS) if activations else None,
                 "output_activations": None,
             }
             for number, ((bits, size), targets) in enumerate(listed_groups)

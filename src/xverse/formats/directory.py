@@ -157,23 +157,29 @@ class ModelDirectory:
         Raises UserError if there is none or if its ids exceed the model's vocabulary. The directory may hold
         nothing but a tokenizer.
         """
+        tokenizer = self.unchecked_tokenizer
+        if (self.path / "config.json").exists():
+            check_vocabulary(tokenizer, self.config, self.path)
+        return tokenizer
+
+    @cached_property
+    def unchecked_tokenizer(self) -> Tokenizer:
+        """``tokenizer``, also of a model that the forward pass does not compute."""
         from xverse.tokenizer import Tokenizer
-        from xverse.tokenizer.general import load_tokenizer_of
-        from xverse.tokenizer.published import published_template
+        from xverse.tokenizer.general import GeneralTokenizer, load_tokenizer_of
+        from xverse.tokenizer.published import published
 
         has_config = (self.path / "config.json").exists()
         if has_config and self.model_type != "xverse":
             tokenizer = load_tokenizer_of(self.path)
-            if tokenizer.template is None:
-                tokenizer.template = published_template(self.values, self.path)
+            if isinstance(tokenizer, GeneralTokenizer) and tokenizer.template is None:
+                tokenizer = published(tokenizer, self.values, self.generation_config, self.path)
         else:
             if not (self.path / "tokenizer.json").is_file():
                 raise UserError(
                     f"{self}: has no tokenizer.json; copy it from the model's published directory"
                 )
             tokenizer = Tokenizer.load(self.path)
-        if has_config:
-            check_vocabulary(tokenizer, self.config, self.path)
         return tokenizer
 
 

@@ -1,19 +1,20 @@
 """The tokenizer in a GGUF file's metadata, as a tokenizer.json has it.
 
 ``gpt2`` is byte-level BPE with merges; the file names its split of words (``tokenizer.ggml.pre``). ``llama``
-is sentencepiece's BPE, whose merges follow from the scores. XVERSE's is recognised by its special tokens.
+is sentencepiece's BPE, whose merges follow from the scores, ``t5`` its unigram model. XVERSE's
+is recognised by its special tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from xverse.config import UserError
 from xverse.tokenizer.general import GeneralTokenizer
-from xverse.tokenizer.tokenizer import SPACE, SPECIAL_TOKENS, Tokenizer
+from xverse.tokenizer.pieces import UNUSED, added_tokens, bpe_model, merges_of, values_of
+from xverse.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-_CONTROL, _USER, _UNUSED = 3, 4, 5  # token types
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How each ``tokenizer.ggml.pre`` splits a text, before the bytes; "gpt-2" is the library's own split.
@@ -38,33 +39,32 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     if len(kinds) != len(tokens):
         raise UserError(f"{where}: {len(kinds)} token types for {len(tokens)} tokens")
     vocab = {token: index for index, token in enumerate(tokens)}
-    used = {token: index for token, index in vocab.items() if kinds[index] != _UNUSED}
-    added = [
-        {
-            "id": index, "content": tokens[index], "special": kind == _CONTROL, "single_word": False,
-            "lstrip": False, "rstrip": False, "normalized": False,
-        }
-        for index, kind in enumerate(kinds)
-        if kind in (_CONTROL, _USER)
-    ]  # fmt: skip
     if model == "gpt2":
-        values = _byte_level(used, metadata, where)
-    elif model == "llama":
+        used = {token: index for token, index in vocab.items() if kinds[index] != UNUSED}
+        values = {"added_tokens": added_tokens(tokens, kinds), **_byte_level(used, metadata, where)}
+    elif model in ("llama", "t5"):
         scores = metadata.get("tokenizer.ggml.scores") or []
         if len(scores) != len(tokens):
             raise UserError(
                 f"{where}: its tokenizer has {len(scores)} scores for {len(tokens)} tokens, so that texts "
                 "cannot be split as in training; give the model's published tokenizer with --tokenizer DIR"
             )
-        merges = _merges(vocab, scores)
         if tokens[1:4] == list(SPECIAL_TOKENS[1:]):
             from xverse.tokenizer.train import tokenizer_values
 
-            return Tokenizer(tokenizer_values(vocab, merges), where)
-        values = _sentencepiece(used, merges, metadata)
+            return Tokenizer(tokenizer_values(vocab, merges_of(vocab, scores)), where)
+        values = values_of(
+            tokens,
+            scores,
+            kinds,
+            unigram=model == "t5",
+            prefix="first" if metadata.get("tokenizer.ggml.add_space_prefix", True) else "never",
+            charsmap=bytes(metadata.get("tokenizer.ggml.precompiled_charsmap") or b""),
+            squeezed=model == "t5" and bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces")),
+        )
     else:
-        raise UserError(f"{where}: tokenizer {model!r} is not supported, only gpt2 and llama")
-    values = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **values}
+        raise UserError(f"{where}: tokenizer {model!r} is not supported, only gpt2, llama and t5")
+    values = {"version": "1.0", "truncation": None, "padding": None, **values}
     settings = {
         f"{name}_token": tokens[index]
         for name in ("bos", "eos", "unknown", "padding")
@@ -95,7 +95,7 @@ def _byte_level(vocab: Mapping[str, int], metadata: Mapping[str, Any], where: st
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _parts(split)},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {**_bpe(vocab, pairs, byte_fallback=False), "ignore_merges": split in _WHOLE_WORDS},
+        "model": {**bpe_model(vocab, pairs, byte_fallback=False), "ignore_merges": split in _WHOLE_WORDS},
     }
 
 
@@ -129,50 +129,3 @@ def split_name(values: Mapping[str, Any]) -> str:
         "GGUF: the tokenizer's split of words has no name there that is known here "
         f"(known: {', '.join(_known_splits())})"
     )
-
-
-def _merges(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """All pairs that make an entry, the entry with the best score first, as sentencepiece merges."""
-    merges: list[tuple[float, int, str, str]] = []
-    for piece, index in vocab.items():
-        for at in range(1, len(piece)):
-            if piece[:at] in vocab and piece[at:] in vocab:
-                merges.append((-scores[index], at, piece[:at], piece[at:]))
-    return [(left, right) for _, _, left, right in sorted(merges)]
-
-
-def _sentencepiece(
-    vocab: Mapping[str, int], merges: list[tuple[str, str]], metadata: Mapping[str, Any]
-) -> dict[str, Any]:
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    return {
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Metaspace",
-            "replacement": SPACE,
-            "prepend_scheme": "first" if prefix else "never",
-            "split": False,
-        },
-        "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
-            ],
-        },
-        "model": _bpe(vocab, merges, byte_fallback=True),
-    }
-
-
-def _bpe(vocab: Mapping[str, int], merges: Sequence[Sequence[str]], *, byte_fallback: bool) -> dict[str, Any]:
-    known = [
-        list(pair) for pair in merges if pair[0] in vocab and pair[1] in vocab and "".join(pair) in vocab
-    ]
-    return {
-        "type": "BPE", "dropout": None, "unk_token": "<unk>" if "<unk>" in vocab else None,
-        "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-        "byte_fallback": byte_fallback, "ignore_merges": False, "vocab": dict(vocab), "merges": known,
-    }  # fmt: skip

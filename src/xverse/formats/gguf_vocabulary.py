@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Mapping
@@ -29,14 +30,16 @@ def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
     if not isinstance(tokenizer, GeneralTokenizer):
         return spm_vocabulary(tokenizer, size)
     model = tokenizer.values["model"]
-    if model.get("type") != "BPE":
-        raise UserError(f"GGUF: a {model.get('type')} tokenizer cannot be written, only BPE")
+    if model.get("type") == "Unigram":
+        _normalization(tokenizer)
     if tokenizer.prefix_ids not in ((), (tokenizer.bos_id,)):
         raise UserError("GGUF: a text may begin with one token at most, the beginning of text")
     if is_byte_level(tokenizer):
         split_name(tokenizer.values)
     added = {token["id"]: token for token in tokenizer.values.get("added_tokens") or []}
-    texts = {index: text for text, index in model["vocab"].items()}
+    pieces = model["vocab"]
+    unigram = isinstance(pieces, list)
+    texts = dict(enumerate(piece for piece, _ in pieces)) if unigram else {i: t for t, i in pieces.items()}
     texts |= {index: token["content"] for index, token in added.items()}
     tokens = [texts.get(index, f"[PAD{index}]") for index in range(size)]
     kinds = [Kind.NORMAL if index in texts else Kind.UNUSED for index in range(size)]
@@ -45,10 +48,31 @@ def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
             kinds[index] = Kind.CONTROL if added[index].get("special") else Kind.USER_DEFINED
         elif model.get("byte_fallback") and _BYTE_PIECE.fullmatch(text):
             kinds[index] = Kind.BYTE
-    if not is_byte_level(tokenizer) and tokenizer.unk_id >= 0:
-        kinds[tokenizer.unk_id] = Kind.UNKNOWN
-    scores = [0.0] * size if is_byte_level(tokenizer) else _scores(model, tokens, kinds)
+    unknown = model.get("unk_id") if unigram else tokenizer.unk_id
+    if not is_byte_level(tokenizer) and unknown is not None and unknown >= 0:
+        kinds[unknown] = Kind.UNKNOWN
+    if unigram:
+        scores = [score for _, score in pieces] + [0.0] * (size - len(pieces))
+    else:
+        scores = [0.0] * size if is_byte_level(tokenizer) else _scores(model, tokens, kinds)
     return Vocabulary(tokens, scores, kinds)
+
+
+def _normalization(tokenizer: GeneralTokenizer) -> tuple[bytes, bool]:
+    """Of a unigram tokenizer sentencepiece's compiled normalisation, and whether runs of spaces become one.
+    Raises UserError for other steps, which GGUF cannot describe."""
+    stored = tokenizer.values.get("normalizer") or {}
+    steps = stored.get("normalizers", [stored] if stored else [])
+    charsmap, squeezed = b"", False
+    for step in steps:
+        kind, text = step.get("type"), json.dumps(step, ensure_ascii=False)
+        if kind == "Precompiled":
+            charsmap = base64.b64decode(step["precompiled_charsmap"])
+        elif kind == "Replace" and " {2,}" in text:
+            squeezed = True
+        elif not (kind == "Strip" or (kind in ("Prepend", "Replace") and SPACE in text)):
+            raise UserError(f"GGUF: a unigram tokenizer with the normalisation {kind} cannot be written")
+    return charsmap, squeezed
 
 
 def _scores(model: Mapping[str, Any], tokens: list[str], kinds: list[Kind]) -> list[float]:
@@ -117,15 +141,19 @@ def _add_general(
         merges = tokenizer.values["model"]["merges"]
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     else:
-        writer.add_tokenizer_model("llama")
+        unigram = tokenizer.values["model"]["type"] == "Unigram"
+        charsmap, squeezed = _normalization(tokenizer) if unigram else (b"", False)
+        writer.add_tokenizer_model("t5" if unigram else "llama")  # the kinds that llama.cpp calls SPM and UGM
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(has_space_prefix(tokenizer))
-        writer.add_remove_extra_whitespaces(False)
+        writer.add_remove_extra_whitespaces(squeezed)
+        if charsmap:
+            writer.add_precompiled_charsmap(charsmap)
     stored = generation_config.get("eos_token_id")
     ends = [index for index in (stored if isinstance(stored, list) else [stored]) if isinstance(index, int)]
     eos = tokenizer.eos_id if tokenizer.eos_id >= 0 else next(iter(ends), config.eos_token_id)
-    others = [index for index in ends if index != eos]
+    others = [index for index in dict.fromkeys([*ends, *tokenizer.stop_ids]) if index != eos]
     for add, index in (
         (writer.add_unk_token_id, tokenizer.unk_id),
         (writer.add_pad_token_id, tokenizer.pad_id),

@@ -23,7 +23,7 @@ from xverse.config import UserError
 from xverse.formats.compressed import StoredRows, check_kernel_group, checked_scales
 from xverse.formats.weights import TensorFiles, dtype_name
 from xverse.kernels.tiles import kernel_group_size, to_rows
-from xverse.kernels.weight import BITS, QuantizedWeight
+from xverse.kernels.weight import INTEGER_BITS, QuantizedWeight
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # added to a stored zero point
 
@@ -93,7 +93,7 @@ def read_gptq_scheme(values: Mapping[str, Any], where: str | Path) -> GPTQScheme
     Raises UserError for bits other than 4 and 8 and for another format of the checkpoint.
     """
     bits = values.get("bits", values.get("w_bit"))
-    if bits not in BITS:
+    if bits not in INTEGER_BITS:
         raise UserError(f"{where}: gptq with bits = {bits} is not supported, only 4 and 8")
     size = values.get("group_size", -1)
     if not isinstance(size, int) or (size > 0 and not kernel_group_size(size)) or size == 0:

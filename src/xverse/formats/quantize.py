@@ -18,11 +18,11 @@ from xverse.config import UserError, choose
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
 from xverse.formats.read import check_tensors, load_model
-from xverse.formats.schemes import set_layer
+from xverse.formats.schemes import Placed, set_layer
 from xverse.formats.weights import DTYPES, IGNORED_SUFFIX, dtype_name
 from xverse.formats.write import check_target, save_quantized
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
-from xverse.kernels.weight import QuantizedWeight
+from xverse.kernels.weight import BITS, QuantizedWeight
 from xverse.log import console, notice, progress
 from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.quant import mixing
@@ -94,12 +94,14 @@ def quantize_directory(
     overwrite: bool = False,
     report_progress: Progress | None = None,
     device: torch.device | str = "cpu",
+    activations: bool = False,
 ) -> ParityReport:
     """Quantise ``source`` on ``device`` into the directory ``out`` (compressed-tensors) with one layer at a
     time in memory.
 
-    ``llama``: for stock ``LlamaForCausalLM``. Raises UserError if the source cannot be read or is quantised,
-    the settings do not fit it, the target must not be written, or the disk has no room for the result.
+    ``llama``: for stock ``LlamaForCausalLM``; ``activations``: for products with INT8 activations. Raises
+    UserError if the source cannot be read or is quantised, the settings do not fit it, the target must not be
+    written, or the disk has no room for the result.
     """
     check_target(out, overwrite)
     directory = ModelDirectory.of(source)
@@ -124,15 +126,16 @@ def quantize_directory(
         generation_config=directory.generation_config,
         overwrite=overwrite,
         documents=directory.path,
+        activations=activations,
     )
     return run.report
 
 
 def quick_settings(kind: str, config: XverseConfig) -> QuantSettings:
-    """The settings of ``int8`` or ``int4``, with groups of 128 or the largest part of it that divides the
-    inputs of every layer. Raises UserError for any other ``kind``."""
-    bits = choose("quantize", kind, {"int8": 8, "int4": 4})
-    group = math.gcd(QuantSettings.group_size, *input_sizes(config))
+    """The settings of ``int8``, ``int4``, ``int3`` or ``int2``, with groups of 128 (3 and 2 bits: 64) or the
+    largest part of it that divides the inputs of every layer. Raises UserError for any other ``kind``."""
+    bits = choose("quantize", kind, {f"int{bits}": bits for bits in reversed(BITS)})
+    group = math.gcd(QuantSettings.group_size if bits >= 4 else 64, *input_sizes(config))
     return QuantSettings(bits=bits, group_size=group, embedding_bits=16)
 
 
@@ -142,12 +145,14 @@ def load_quantizing(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     balance: bool = True,
+    placed: Placed | None = None,
 ) -> XverseForCausalLM:
     """Load an unquantised directory with weights quantised on ``device`` to ``int8`` or ``int4`` as they are
     read. Without ``balance`` the inputs of each linear stay the same, as an adapter needs them.
 
     At most one layer is in memory unquantised; on the CPU the embedding stays in the mapped file. ``dtype``
-    is that of the other tensors, None the stored one. Raises UserError as ``quantize_directory`` does.
+    is that of the other tensors, None the stored one; ``placed`` is called for each matrix. Raises UserError
+    as ``quantize_directory`` does.
     """
     directory = ModelDirectory.of(directory)
     settings = dataclasses.replace(quick_settings(kind, directory.config), balance=balance)
@@ -159,7 +164,7 @@ def load_quantizing(
     with progress_bar(directory.config) as progress:
         calibration = _loading_calibration(directory)
         tensors = quantized_tensors(directory, settings, calibration, device, progress)
-        return build(directory.config, tensors, dtype)
+        return build(directory.config, tensors, dtype, placed)
 
 
 def _loading_calibration(directory: ModelDirectory) -> Tensor | None:
@@ -224,13 +229,17 @@ def build(
     config: XverseConfig,
     tensors: Iterator[tuple[str, Tensor | QuantizedWeight]],
     dtype: torch.dtype | None = None,
+    placed: Placed | None = None,
 ) -> XverseForCausalLM:
-    """A model built from tensors one by one; quantised weights become quantised layers."""
+    """A model built from tensors one by one; quantised weights become quantised layers. ``placed`` is called
+    for each matrix."""
     config = dataclasses.replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         model = XverseForCausalLM(config)
     for name, tensor in tensors:
         place(model, name, tensor, dtype)
+        if placed is not None and isinstance(tensor, QuantizedWeight):
+            placed(model, name.removesuffix(".weight"))
     if isinstance(model.model.embed_tokens, nn.Embedding):
         keep_in_file(model.model.embed_tokens)
     return model

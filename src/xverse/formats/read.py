@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
-from xverse.formats.schemes import Scheme, dequantized, layer_of, load_layers, quantized_names
+from xverse.formats.schemes import Placed, Scheme, dequantized, layer_of, load_layers, quantized_names
 from xverse.formats.weights import DTYPES, HEAD, IGNORED_SUFFIX, dtype_name, listed
 from xverse.model import XverseForCausalLM
 from xverse.model.config import FLOAT32_BELOW
@@ -23,6 +23,7 @@ def load_model(
     device: str | torch.device = "cpu",
     *,
     dequantize: bool = False,
+    placed: Placed | None = None,
 ) -> XverseForCausalLM:
     """Load a model directory. ``dtype`` None keeps the stored dtype.
 
@@ -30,6 +31,7 @@ def load_model(
     writing to them copies and never reaches the file). Otherwise tensors are converted one by one. Quantised
     matrices become ``QuantLinear`` and ``QuantEmbedding``, or with ``dequantize`` plain weights of ``dtype``
     (None: float32, which is exact; for a billion parameters or more the stored dtype of the other tensors).
+    ``placed`` is called for each quantised matrix.
     Raises UserError, in one line, that lists all missing, unexpected and mis-shaped tensors, or names a
     damaged quantised one.
     """
@@ -39,7 +41,7 @@ def load_model(
     with torch.device("meta"):
         model = XverseForCausalLM(config)
     if directory.scheme is not None:
-        _load_quantized(model, directory, directory.scheme, dtype, device, dequantize)
+        _load_quantized(model, directory, directory.scheme, dtype, device, dequantize, placed)
         return model
     expected = _expected(model)
     stored = directory.stored_dtype
@@ -96,6 +98,7 @@ def _load_quantized(
     dtype: torch.dtype | None,
     device: torch.device,
     dequantize: bool,
+    placed: Placed | None,
 ) -> None:
     path, files = directory.path, directory.tensors
     expected = _expected(model)
@@ -127,7 +130,7 @@ def _load_quantized(
             weight = dequantized(files, scheme, name, (shape[0], shape[1]), dtype, path)
             state[f"{name}.weight"] = weight.to(device)
     else:
-        load_layers(model, files, scheme, dtype, path, device)
+        load_layers(model, files, scheme, dtype, path, device, placed)
     unknown = model.load_state_dict(state, assign=True, strict=False).unexpected_keys
     assert not unknown
     if "lm_head" not in chosen:

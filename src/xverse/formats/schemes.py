@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +21,7 @@ from xverse.quant.settings import matrices
 if TYPE_CHECKING:
     from xverse.model import XverseConfig
 
+Placed = Callable[[nn.Module, str], None]  # takes a model and the name of a module that has its weight
 GPTQ_CONFIG = "quantize_config.json"  # AutoGPTQ's, older than quantization_config
 
 
@@ -73,19 +74,22 @@ def load_layers(
     dtype: torch.dtype,
     where: Path,
     device: torch.device | str = "cpu",
+    placed: Placed | None = None,
 ) -> None:
     """Replace the layers of ``model`` whose weights are stored quantised by quantised layers.
 
     Matrices are read, tiled, moved to ``device`` and released one at a time, so that at most one is in memory
     twice. On the CPU the embedding's rows stay in the mapped file, of which only rows that are looked up
-    become resident. ``dtype`` is the dtype of the embedding's output. Raises UserError for a damaged tensor
-    and for one that belongs to no layer.
+    become resident. ``dtype`` is the dtype of the embedding's output; ``placed`` is called for each layer.
+    Raises UserError for a damaged tensor and for one that belongs to no layer.
     """
     for name in quantized_names(files, scheme):
         layer = layer_of(model, name, where)
         shape = (layer.weight.shape[0], layer.weight.shape[1])
         stored = read_stored(files, scheme, name, shape, where)
         set_layer(model, name, quantized_layer(stored, layer, dtype).to(device))
+        if placed is not None:
+            placed(model, name)
 
 
 def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -148,8 +152,10 @@ def write_quantized(
     config: XverseConfig,
     directory: Path,
     max_shard_bytes: int,
+    activations: bool = False,
 ) -> dict[str, Any]:
-    """Write the weights of a model into ``directory`` in the order they come.
+    """Write the weights of a model into ``directory`` in the order they come; ``activations``: for products
+    with INT8 activations.
 
     Returns the keys ``quantization_config`` and ``torch_dtype`` for config.json. Tensors that are not
     quantised keep their dtype.
@@ -163,7 +169,7 @@ def write_quantized(
         module = name.removesuffix(".weight")
         if isinstance(tensor, QuantizedWeight):
             kinds[module] = (tensor.bits, tensor.q.shape[1], tensor.scales.shape[1])
-            for suffix, part in pack(tensor).items():
+            for suffix, part in pack(tensor, activations).items():
                 writer.add(f"{module}.{suffix}", part)
         else:
             if tensor.dim() == 2 and module != EMBEDDING:
@@ -171,4 +177,7 @@ def write_quantized(
             dtype = tensor.dtype
             writer.add(name, tensor)
     writer.close()
-    return {"torch_dtype": dtype_name(dtype), "quantization_config": quantization_config(kinds, plain)}
+    return {
+        "torch_dtype": dtype_name(dtype),
+        "quantization_config": quantization_config(kinds, plain, activations),
+    }

@@ -35,12 +35,12 @@ _STORED = {
     **{getattr(torch, name): code for name, code in DTYPES.items()},
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
 }
 _READABLE = {
     **{code: dtype for dtype, code in _STORED.items()},
     "F64": torch.float64,
     "I16": torch.int16,
-    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,

@@ -145,8 +145,10 @@ def save_quantized(
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     documents: str | Path | None = None,
+    activations: bool = False,
 ) -> None:
-    """Write a quantised model in compressed-tensors' ``pack-quantized`` format, tensor by tensor.
+    """Write a quantised model in compressed-tensors' ``pack-quantized`` format, tensor by tensor, or with
+    ``activations`` in ``int-quantized``, for products with INT8 activations.
 
     ``llama``: for ``LlamaForCausalLM``, otherwise XVERSE's layout. Tensors that are not quantised keep their
     dtype. Raises UserError as ``save_hf`` does.
@@ -154,7 +156,7 @@ def save_quantized(
     path = Path(path)
     values, shim = _description(config, torch.bfloat16, llama)
     with _directory(path, config, tokenizer, generation_config, overwrite, documents, shim) as directory:
-        values |= write_quantized(tensors, config, directory, max_shard_bytes)
+        values |= write_quantized(tensors, config, directory, max_shard_bytes, activations)
         _write_json(directory / "config.json", values)
 
 

@@ -10,13 +10,15 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from xverse.tokenizer import SPECIAL_TOKENS
+from xverse.tokenizer.chat_template import CHAT_TEMPLATE
 from xverse.tokenizer.repair import needs_repair, read_tokenizer_json, repair_json
 
 
 class XverseTokenizer(PreTrainedTokenizerFast):
     """``PreTrainedTokenizerFast`` that repairs ``tokenizer.json`` in memory if necessary.
 
-    Upstream's file does not load in current libraries. Special tokens default to XVERSE's. The class is saved
+    Upstream's file does not load in current libraries. Special tokens and chat template, which upstream's
+    directories lack, default to XVERSE's. The class is saved
     as PreTrainedTokenizerFast with the repaired file, which loads without xverse.
     """
 
@@ -30,6 +32,8 @@ class XverseTokenizer(PreTrainedTokenizerFast):
         for name, token in zip(("pad_token", "bos_token", "eos_token"), SPECIAL_TOKENS[1:], strict=True):
             if kwargs.get(name) is None:
                 kwargs[name] = token
+        if kwargs.get("chat_template") is None:
+            kwargs["chat_template"] = CHAT_TEMPLATE
         super().__init__(*args, **kwargs)
 
     @classmethod

@@ -30,28 +30,32 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
+def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int, table_group: int = 0) -> Tensor:
     """``x`` [..., K] times a weight in ``tiles`` → [..., outputs] of the same dtype; activations are not
-    quantised."""
+    quantised. A weight with a table is dequantised by PyTorch's operations."""
     from xverse.kernels.gpu import linear
 
-    if not x.numel() // x.shape[-1] <= linear.MANY_TOKENS:
-        return ops.dequantized_linear(x, tiles, outputs, bits)
+    if table_group or not x.numel() // x.shape[-1] <= linear.MANY_TOKENS:
+        return ops.dequantized_linear(x, tiles, outputs, bits, table_group)
     flat = x.reshape(-1, x.shape[-1])  # [T, K]
     matrix_units = capability_of(x.device) >= MATRIX_UNITS
     y = linear.product(flat.contiguous(), tiles, outputs, bits, matrix_units)
     return ops.dequantized_linear(x, tiles, outputs, bits) if y is None else y.view(*x.shape[:-1], outputs)
 
 
-def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
+def quant_linears(
+    x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int, table_group: int = 0
+) -> list[Tensor]:
     """``quant_linear`` of one input and several weights."""
-    return [quant_linear(x, *weight, bits) for weight in zip(tiles, outputs, strict=True)]
+    return [quant_linear(x, *weight, bits, table_group) for weight in zip(tiles, outputs, strict=True)]
 
 
-def dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Tensor:
-    """The weight [outputs, K] as ``dtype``, in one launch."""
+def dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype, table_group: int = 0) -> Tensor:
+    """The weight [outputs, K] as ``dtype``, without a table in one launch."""
     from xverse.kernels.gpu import linear
 
+    if table_group:
+        return ops.dequantize(tiles, outputs, bits, dtype, table_group)
     return linear.dequantize(tiles.contiguous(), outputs, bits, dtype)
 
 

@@ -13,7 +13,7 @@ from xverse.kernels.linear import QuantLinear
 from xverse.kernels.native import TYPES, Layer, Weight, library
 from xverse.kernels.ops import BF16_TOKENS
 from xverse.kernels.paged_attention import PagedLayer
-from xverse.kernels.tiles import tile_group_size
+from xverse.kernels.tiles import tile_format, tile_groups
 from xverse.model.attention import AttentionContext
 from xverse.model.transformer import XverseForCausalLM
 
@@ -99,7 +99,8 @@ def fused_step(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> FusedSt
 
 def _weight(module: nn.Module) -> Weight:
     if isinstance(module, QuantLinear):
-        group = tile_group_size(module.tiles, module.bits)
-        return Weight(module.tiles.data_ptr(), module.out_features, module.bits, group)
+        group = tile_groups(module.tiles, module.bits, module.table_group)[1]
+        form = tile_format(module.bits, module.table_group)
+        return Weight(module.tiles.data_ptr(), module.out_features, form, group)
     assert isinstance(module, BF16Linear)
-    return Weight(module.weight.data_ptr(), module.out_features, 16, 0)
+    return Weight(module.weight.data_ptr(), module.out_features, 0, 0)

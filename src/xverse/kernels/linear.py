@@ -14,9 +14,11 @@ from xverse.kernels.weight import QuantizedWeight
 
 
 class QuantLinear(nn.Module):
-    """``x`` [..., in_features] → [..., out_features] with a weight of 4 or 8 bits, and a ``bias`` or None.
+    """``x`` [..., in_features] → [..., out_features] with a weight of 2 to 4 or 8 bits, and a ``bias`` or
+    None.
 
-    ``tiles`` is the weight in the kernels' layout (``tiles.py``), on the CPU and on GPUs. With ``order``
+    ``tiles`` is the weight in the kernels' layout (``tiles.py``), on the CPU and on GPUs; ``table``: with a
+    table, as all weights of 2 and 3 bits, whose kernel group is ``table_group`` (otherwise 0). With ``order``
     int64 [in_features] the weight's columns are permuted, as by GPTQ's activation order: column k belongs to
     input ``order[k]``.
     """
@@ -25,12 +27,15 @@ class QuantLinear(nn.Module):
     order: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int, bits: int, group_size: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, group_size: int, table: bool = False
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.group_size = group_size
         kernel_group = kernel_group_size(group_size)
-        shape = tile_shape(out_features, in_features, bits, kernel_group)
+        self.table_group = kernel_group if table or bits < 4 else 0
+        shape = tile_shape(out_features, in_features, bits, kernel_group, table)
         self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8))
         self.register_buffer("order", None)
         self.register_parameter("bias", None)
@@ -39,7 +44,7 @@ class QuantLinear(nn.Module):
     def from_weight(cls, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> QuantLinear:
         outputs, inputs = weight.q.shape
         with torch.device("meta"):
-            module = cls(inputs, outputs, weight.bits, weight.group_size)
+            module = cls(inputs, outputs, weight.bits, weight.group_size, weight.table is not None)
         module.tiles = tile(weight)
         module.bias = bias
         return module
@@ -54,17 +59,20 @@ class QuantLinear(nn.Module):
 
         Its columns are those of ``tiles``: permuted if there is an ``order``.
         """
-        weight = untile(self.tiles, self.out_features, self.bits)
+        weight = untile(self.tiles, self.out_features, self.bits, self.table_group)
         step = weight.scales.shape[1] * self.group_size // self.in_features
-        return QuantizedWeight(weight.q, weight.scales[:, ::step].contiguous(), self.bits)
+        return QuantizedWeight(weight.q, weight.scales[:, ::step].contiguous(), self.bits, weight.table)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out_features, in_features] as ``dtype``, with the columns of ``to_weight``."""
         if self.tiles.device.type != "cpu":
-            return torch.ops.xverse.dequantize(self.tiles, self.out_features, self.bits, dtype)
+            return torch.ops.xverse.dequantize(
+                self.tiles, self.out_features, self.bits, dtype, self.table_group
+            )
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
         start = 0
-        for part in ops.dequantized_parts(self.tiles, self.out_features, self.bits, dtype):
+        parts = ops.dequantized_parts(self.tiles, self.out_features, self.bits, dtype, self.table_group)
+        for part in parts:
             weight[start : start + len(part)] = part
             start += len(part)
         return weight
@@ -73,10 +81,10 @@ class QuantLinear(nn.Module):
         if self.order is not None:
             x = x.index_select(-1, self.order)
         if torch.is_grad_enabled() and x.requires_grad:  # the kernels record no gradients
-            y = ops.dequantized_linear(x, self.tiles, self.out_features, self.bits)
+            y = ops.dequantized_linear(x, self.tiles, self.out_features, self.bits, self.table_group)
         else:
             run = ops.quant_linear if ops.is_eager_cpu(x) else torch.ops.xverse.quant_linear
-            y = run(x, self.tiles, self.out_features, self.bits)
+            y = run(x, self.tiles, self.out_features, self.bits, self.table_group)
         return y if self.bias is None else y + self.bias
 
     @staticmethod
@@ -84,7 +92,8 @@ class QuantLinear(nn.Module):
         """``[layer(x) for layer in layers]``; quantises the input once if the layers have the same format."""
         first = layers[0]
         same_format = all(
-            (layer.bits, layer.group_size, layer.order) == (first.bits, first.group_size, None)
+            (layer.bits, layer.group_size, layer.table_group, layer.order)
+            == (first.bits, first.group_size, first.table_group, None)
             and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
             for layer in layers
         )
@@ -92,7 +101,7 @@ class QuantLinear(nn.Module):
             return [layer(x) for layer in layers]
         run = ops.quant_linears if ops.is_eager_cpu(x) else torch.ops.xverse.quant_linears
         sizes = [layer.out_features for layer in layers]
-        outputs = run(x, [layer.tiles for layer in layers], sizes, first.bits)
+        outputs = run(x, [layer.tiles for layer in layers], sizes, first.bits, first.table_group)
         biases = (layer.bias for layer in layers)
         return [y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True)]
 

@@ -19,11 +19,12 @@ from xverse.log import notice
 
 LIBRARY = Path(__file__).with_name("libxverse_kernels.so")
 # As in csrc/instruction_sets.cpp, best first.
-NAMES = ("avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dot", "portable")
+NAMES = ("avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_bf16", "neon_i8mm", "neon_dot", "portable")
 
 # XvType: the types of activations, and those of a cache
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 CACHE_TYPES = TYPES | {torch.int8: 2}
+TABLE_FORMAT = 16  # XvFormat: added to the bits of a weight with a table
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -41,7 +42,7 @@ class Cache(ctypes.Structure):
 class Weight(ctypes.Structure):
     """``XvWeight``: the weight of a linear layer."""
 
-    _fields_ = (("data", _POINTER), ("outputs", _INT64), ("bits", _INT), ("group", _INT))
+    _fields_ = (("data", _POINTER), ("outputs", _INT64), ("format", _INT), ("group", _INT))
 
 
 class Layer(ctypes.Structure):
@@ -60,7 +61,7 @@ SIGNATURES = {
     "xv_use_openmp": [_POINTER],
     "xv_use_huge_pages": [_POINTER, _INT64],
     "xv_quant_linear": [*[_POINTER] * 4, _INT, _INT, _INT64, _INT64, _INT, _INT, _INT],
-    "xv_tile": [*[_POINTER] * 3, _INT64, _INT64, _INT, _INT, _INT],
+    "xv_tile": [*[_POINTER] * 4, _INT64, _INT64, _INT, _INT, _INT],
     "xv_dequantize": [_POINTER, _POINTER, _INT, _INT64, _INT64, _INT, _INT, _INT],
     "xv_round": [*[_POINTER] * 4, _INT64, _INT64, _INT, _INT, _POINTER, _INT, _INT],
     "xv_round_columns": [*[_POINTER] * 7, _INT64, _INT64, _INT64, _INT, _INT, _INT],

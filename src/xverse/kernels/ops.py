@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from xverse.kernels.native import TYPES, library
-from xverse.kernels.tiles import TILE_ROWS, tile_group_size, untile
+from xverse.kernels.tiles import TILE_ROWS, tile_format, tile_groups, untile
 from xverse.model.rope import rotate
 
 _ROWS_AT_ONCE = 2048  # outputs that are dequantised at a time
@@ -23,9 +23,13 @@ _DEVICE_ROWS = 32_768  # on devices other than the CPU: all but a head's at once
 BF16_TOKENS = 8  # with more tokens PyTorch's matmul is faster
 
 OPERATIONS = torch.library.Library("xverse", "DEF")
-OPERATIONS.define("quant_linear(Tensor x, Tensor tiles, int outputs, int bits) -> Tensor")
-OPERATIONS.define("quant_linears(Tensor x, Tensor[] tiles, int[] outputs, int bits) -> Tensor[]")
-OPERATIONS.define("dequantize(Tensor tiles, int outputs, int bits, ScalarType dtype) -> Tensor")
+OPERATIONS.define("quant_linear(Tensor x, Tensor tiles, int outputs, int bits, int table_group=0) -> Tensor")
+OPERATIONS.define(
+    "quant_linears(Tensor x, Tensor[] tiles, int[] outputs, int bits, int table_group=0) -> Tensor[]"
+)
+OPERATIONS.define(
+    "dequantize(Tensor tiles, int outputs, int bits, ScalarType dtype, int table_group=0) -> Tensor"
+)
 OPERATIONS.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
 OPERATIONS.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 OPERATIONS.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
@@ -45,20 +49,22 @@ def is_eager_cpu(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
+def quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int, table_group: int = 0) -> Tensor:
     """``x`` [..., K], float32 or bfloat16, times a weight in ``tiles`` → [..., outputs] of the same dtype.
 
     Activations are quantised to int8 with one scale for each token and group of inputs; products are summed
     in int32 within a group and in float32 across groups.
     """
-    return quant_linears(x, [tiles], [outputs], bits)[0]
+    return quant_linears(x, [tiles], [outputs], bits, table_group)[0]
 
 
-def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
-    """``quant_linear`` of one input and several weights of the same number of bits and group size."""
+def quant_linears(
+    x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int, table_group: int = 0
+) -> list[Tensor]:
+    """``quant_linear`` of one input and several weights of the same format and group size."""
     kernels = library()
     if kernels is None or x.dtype not in TYPES:
-        return _plain_linears(x, tiles, outputs, bits)
+        return _plain_linears(x, tiles, outputs, bits, table_group)
     inputs, count = x.shape[-1], len(tiles)
     x = x.contiguous()
     y = [x.new_empty((*x.shape[:-1], size)) for size in outputs]
@@ -69,27 +75,29 @@ def quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int)
             pointers(*[weight.data_ptr() for weight in tiles]),
             pointers(*[output.data_ptr() for output in y]),
             (ctypes.c_int64 * count)(*outputs),
-            count, TYPES[x.dtype], x.numel() // inputs, inputs, bits, tile_group_size(tiles[0], bits),
-            torch.get_num_threads(),
+            count, TYPES[x.dtype], x.numel() // inputs, inputs, tile_format(bits, table_group),
+            tile_groups(tiles[0], bits, table_group)[1], torch.get_num_threads(),
         )  # fmt: skip
     return y
 
 
-def dequantized_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
+def dequantized_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int, table_group: int = 0) -> Tensor:
     """``quant_linear`` in PyTorch's operations, on any device, differentiable in ``x``; activations are not
     quantised. The weight is dequantised part by part, and again in the backward pass, which keeps only the
     quantised weight."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _DequantizedLinear.apply(x, tiles, outputs, bits)
+    return _DequantizedLinear.apply(x, tiles, outputs, bits, table_group)
 
 
-def dequantized_parts(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Iterator[Tensor]:
+def dequantized_parts(
+    tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype, table_group: int = 0
+) -> Iterator[Tensor]:
     """The rows of a weight in order, as parts [rows, inputs] of ``dtype``; each part may overwrite the one
     before."""
     kernels = library()
-    group = tile_group_size(tiles, bits)
-    inputs = tiles.shape[1] * group
+    groups, group = tile_groups(tiles, bits, table_group)
+    inputs = groups * group
     buffer: Tensor | None = None
     done = 0
     at_once = _ROWS_AT_ONCE if tiles.device.type == "cpu" else _DEVICE_ROWS
@@ -97,13 +105,13 @@ def dequantized_parts(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype
         rows = min(len(part) * TILE_ROWS, outputs - done)
         done += rows
         if kernels is None or dtype not in TYPES or not is_eager_cpu(part):
-            yield torch.ops.xverse.dequantize(part, rows, bits, dtype)
+            yield torch.ops.xverse.dequantize(part, rows, bits, dtype, table_group)
             continue
         if buffer is None:
             buffer = torch.empty(rows, inputs, dtype=dtype)
         kernels.xv_dequantize(
-            part.data_ptr(), buffer.data_ptr(), TYPES[dtype], rows, inputs, bits, group,
-            torch.get_num_threads(),
+            part.data_ptr(), buffer.data_ptr(), TYPES[dtype], rows, inputs, tile_format(bits, table_group),
+            group, torch.get_num_threads(),
         )  # fmt: skip
         yield buffer[:rows]
 
@@ -112,27 +120,28 @@ class _DequantizedLinear(torch.autograd.Function):
     """``x`` [..., K] of any float dtype → [..., outputs]; the gradient [..., outputs] → [..., K]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
-        ctx.tiles, ctx.outputs, ctx.bits = tiles, outputs, bits
-        parts = [linear(x, part) for part in dequantized_parts(tiles, outputs, bits, x.dtype)]
+    def forward(ctx: Any, x: Tensor, tiles: Tensor, outputs: int, bits: int, table_group: int) -> Tensor:
+        ctx.tiles, ctx.outputs, ctx.format = tiles, outputs, (bits, table_group)
+        parts = [linear(x, part) for part in dequantized_parts(tiles, outputs, bits, x.dtype, table_group)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = output_grads
         total: Tensor | None = None
         start = 0
-        for part in dequantized_parts(ctx.tiles, ctx.outputs, ctx.bits, grad.dtype):
+        bits, table_group = ctx.format
+        for part in dequantized_parts(ctx.tiles, ctx.outputs, bits, grad.dtype, table_group):
             piece = grad[..., start : start + len(part)] @ part
             total = piece if total is None else total.add_(piece)
             start += len(part)
         assert total is not None
-        return total, None, None, None
+        return total, None, None, None, None
 
 
-def dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Tensor:
+def dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype, table_group: int = 0) -> Tensor:
     """The weight [outputs, K] in ``tiles`` as ``dtype``, by PyTorch's operations."""
-    return untile(tiles, outputs, bits).dequantize(dtype)
+    return untile(tiles, outputs, bits, table_group).dequantize(dtype)
 
 
 def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
@@ -210,25 +219,33 @@ def advise_huge_pages(tensor: Tensor) -> None:
         kernels.xv_use_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
-def _shape_quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int) -> Tensor:
-    assert tiles.shape[1] * tile_group_size(tiles, bits) == x.shape[-1]
+def _shape_quant_linear(x: Tensor, tiles: Tensor, outputs: int, bits: int, table_group: int = 0) -> Tensor:
+    groups, group = tile_groups(tiles, bits, table_group)
+    assert groups * group == x.shape[-1]
     return x.new_empty((*x.shape[:-1], outputs))
 
 
-def _shape_quant_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
-    return [_shape_quant_linear(x, *weight, bits) for weight in zip(tiles, outputs, strict=True)]
+def _shape_quant_linears(
+    x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int, table_group: int = 0
+) -> list[Tensor]:
+    return [_shape_quant_linear(x, *weight, bits, table_group) for weight in zip(tiles, outputs, strict=True)]
 
 
-def _shape_dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Tensor:
-    return tiles.new_empty((outputs, tiles.shape[1] * tile_group_size(tiles, bits)), dtype=dtype)
+def _shape_dequantize(
+    tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype, table_group: int = 0
+) -> Tensor:
+    groups, group = tile_groups(tiles, bits, table_group)
+    return tiles.new_empty((outputs, groups * group), dtype=dtype)
 
 
 def _shape_linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _plain_linears(x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int) -> list[Tensor]:
-    return [dequantized_linear(x, *weight, bits) for weight in zip(tiles, outputs, strict=True)]
+def _plain_linears(
+    x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int, table_group: int = 0
+) -> list[Tensor]:
+    return [dequantized_linear(x, *weight, bits, table_group) for weight in zip(tiles, outputs, strict=True)]
 
 
 def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

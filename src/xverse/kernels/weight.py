@@ -9,21 +9,24 @@ from torch import Tensor
 
 from xverse.config import UserError
 
-BITS = (4, 8)
+BITS = (2, 3, 4, 8)
+INTEGER_BITS = (4, 8)  # of the formats that other programs share
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale, as the kernels and the stored format take them
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """``weight ≈ q · scale`` with one scale for each output row and group of inputs.
+    """``weight ≈ value · scale`` with one scale for each output row and group of inputs.
 
     ``q`` is int8 [N, K] from -2^(bits-1) to 2^(bits-1) - 1 (symmetric: no zero point), ``scales`` bfloat16
-    [N, K/group_size]. A scale per row is a group of all K inputs.
+    [N, K/group_size]. A scale per row is a group of all K inputs. The values are ``q`` itself or, with up to
+    4 bits and a ``table`` int8 [2^bits] in ascending order, ``table[q + 2^(bits-1)]``.
     """
 
     q: Tensor
     scales: Tensor
     bits: int
+    table: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.bits in BITS
@@ -31,6 +34,10 @@ class QuantizedWeight:
         assert self.scales.dtype == torch.bfloat16, self.scales.dtype
         assert self.q.shape[0] == self.scales.shape[0]
         assert self.q.shape[1] % self.scales.shape[1] == 0
+        if self.table is not None:
+            assert self.bits <= 4
+            assert self.table.dtype == torch.int8
+            assert self.table.shape == (1 << self.bits,)
 
     @property
     def group_size(self) -> int:
@@ -38,29 +45,50 @@ class QuantizedWeight:
 
     @property
     def stored_bytes(self) -> int:
-        """The size of integers and scales."""
-        return self.q.numel() * self.bits // 8 + self.scales.numel() * self.scales.itemsize
+        """The size of integers, scales and table."""
+        table = 0 if self.table is None else len(self.table)
+        return self.q.numel() * self.bits // 8 + self.scales.numel() * self.scales.itemsize + table
+
+    @property
+    def values(self) -> Tensor:
+        """What the scales multiply, int8 [N, K]."""
+        if self.table is None:
+            return self.q
+        return self.table[self.q.int() + (1 << (self.bits - 1))]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``q · scale``, [N, K] of ``dtype``."""
-        grouped = self.q.view(*self.scales.shape, self.group_size).to(dtype)  # [N, G, group]
+        """``value · scale``, [N, K] of ``dtype``."""
+        grouped = self.values.view(*self.scales.shape, self.group_size).to(dtype)  # [N, G, group]
         return (grouped * self.scales.to(dtype)[..., None]).view(self.q.shape)
 
     def cpu(self) -> QuantizedWeight:
-        return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits)
+        table = None if self.table is None else self.table.cpu()
+        return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits, table)
+
+    def outputs(self, rows: range) -> QuantizedWeight:
+        """The weight of the outputs ``rows``."""
+        own = slice(rows.start, rows.stop)
+        return QuantizedWeight(self.q[own], self.scales[own], self.bits, self.table)
+
+    def inputs(self, columns: range) -> QuantizedWeight:
+        """The weight of the inputs ``columns``, which are whole groups."""
+        group = self.group_size
+        assert columns.start % group == columns.stop % group == 0
+        scales = self.scales[:, columns.start // group : columns.stop // group]
+        own = self.q[:, columns.start : columns.stop].contiguous()
+        return QuantizedWeight(own, scales, self.bits, self.table)
 
     def regrouped(self, group_size: int) -> QuantizedWeight:
         """The same weight with its scales repeated for smaller groups of ``group_size`` inputs."""
         assert self.group_size % group_size == 0
-        return QuantizedWeight(
-            self.q, self.scales.repeat_interleave(self.group_size // group_size, dim=1), self.bits
-        )
+        scales = self.scales.repeat_interleave(self.group_size // group_size, dim=1)
+        return QuantizedWeight(self.q, scales, self.bits, self.table)
 
 
 def check_bits(bits: int) -> None:
     """Raises UserError for an unsupported number of bits."""
     if bits not in BITS:
-        raise UserError(f"bits: {bits} is not supported; 8 or 4")
+        raise UserError(f"bits: {bits} is not supported; 8, 4, 3 or 2")
 
 
 def check_group_size(group_size: int, *sizes: int) -> None:

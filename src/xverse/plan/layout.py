@@ -181,6 +181,20 @@ class Layout:
         return dataclasses.asdict(self)
 
 
+# How tensor parallelism divides a layer's matrices (Shoeybi et al., 2019, arXiv:1909.08053): by outputs where
+# each process computes its heads or its columns of the MLP, by inputs where the results are summed.
+# The embedding and the head are divided by tokens of the vocabulary.
+BY_OUTPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+BY_INPUTS = ("self_attn.o_proj", "mlp.down_proj")
+BY_VOCABULARY = ("model.embed_tokens", "lm_head")
+
+
+def vocabulary_part(vocab_size: int, rank: int, count: int) -> range:
+    """The tokens of process ``rank`` of ``count``: equal parts, of which the last ones may be smaller."""
+    rows = -(-vocab_size // count)
+    return range(min(rows * rank, vocab_size), min(rows * (rank + 1), vocab_size))
+
+
 class Batch(NamedTuple):
     """Sequences of a step over all processes, of a micro-batch of one process (0: all that it has), and of
     the first step where the batch grows (0: it does not)."""

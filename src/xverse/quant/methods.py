@@ -19,7 +19,7 @@ _SMALLEST = 1e-30  # groups below it become zeros: the reciprocal of the scale w
 
 def rtn_row(weight: Tensor, bits: int) -> QuantizedWeight:
     """Upstream's rounding: one scale for each row of ``weight`` [N, K] that maps its largest magnitude to the
-    largest integer, 2^(bits-1) - 1. Raises UserError for bits other than 4 and 8."""
+    largest integer, 2^(bits-1) - 1. Raises UserError for unsupported bits."""
     check_bits(bits)
     largest = weight.float().abs().amax(dim=1, keepdim=True)  # [N, 1]
     scales = (largest / ((1 << (bits - 1)) - 1)).bfloat16()
@@ -72,7 +72,7 @@ def search_grid(bits: int) -> Tensor:
     """
     if bits == 8:
         return torch.tensor([126.0, 127.0, 127.5, 128.0, 130.0, 134.0])
-    return torch.arange(6.5, 11.01, 0.25)
+    return torch.arange(6.5, 11.01, 0.25) * (1 << bits) / 16
 
 
 def _reciprocal(scales: Tensor) -> Tensor:

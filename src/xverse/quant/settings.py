@@ -13,7 +13,12 @@ from xverse.model import XverseConfig
 Method = Literal["rtn", "rtn-row", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "rtn-row", "gptq")
 Format = tuple[int, int]  # bits, inputs that share a scale
-_DEFAULTS: Mapping[int, tuple[Method, int, int]] = {4: ("gptq", 64, 4), 8: ("rtn", 128, 8)}
+_DEFAULTS: Mapping[int, tuple[Method, int, int]] = {
+    2: ("gptq", 64, 4),
+    3: ("gptq", 64, 4),
+    4: ("gptq", 64, 4),
+    8: ("rtn", 128, 8),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

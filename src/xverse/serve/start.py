@@ -30,6 +30,7 @@ class ServiceSettings:
 
     model: str = "nano"
     tokenizer: str | None = None
+    template: str | None = None
     adapter: str | None = None
     quantize: str | None = None
     name: str | None = None
@@ -42,6 +43,7 @@ class ServiceSettings:
     timeout: float = 600.0
     threads: int | None = None
     device: str = "auto"
+    tensor_parallel: int = 1
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -52,8 +54,10 @@ def load_service(settings: ServiceSettings) -> Service:
         threads=settings.threads,
         quantize=settings.quantize,
         tokenizer=settings.tokenizer,
+        template=settings.template,
         adapter=settings.adapter,
         device=settings.device,
+        tensor_parallel=settings.tensor_parallel,
         max_batch=settings.max_batch,
         max_cache_tokens=settings.max_cache_tokens,
         prefix_cache_bytes=settings.prefix_cache_mb << 20,

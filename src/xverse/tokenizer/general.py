@@ -1,7 +1,7 @@
 """Tokenizers of other models: byte-level BPE, and sentencepiece's BPE or unigram; with their chat templates.
 
 A directory's ``tokenizer.json`` and ``tokenizer_config.json`` are read as transformers reads them. If there
-is only sentencepiece's ``tokenizer.model``, transformers converts it.
+is only sentencepiece's ``tokenizer.model``, it is converted (``pieces.py``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from xverse.config import UserError
 from xverse.files import atomic_file
+from xverse.tokenizer.pieces import read_model_file
 from xverse.tokenizer.tokenizer import (
     SPACE,
     StreamDecoder,
@@ -29,6 +30,9 @@ from xverse.tokenizer.tokenizer import (
 )
 
 _TEMPLATE = "chat_template.jinja"
+# Keys of tokenizer_config.json that other programs ignore: a token that ends replies beside the end of text,
+# and whether the text after the first token begins as a text does, with sentencepiece's space.
+STOP_TOKEN, BOS_APART = "stop_token", "bos_apart"
 
 
 class GeneralTokenizer(Tokenizer):
@@ -46,12 +50,18 @@ class GeneralTokenizer(Tokenizer):
         Raises UserError for a file that cannot be used or that has another kind of vocabulary.
         """
         self.values, self.settings, self.template = values, dict(settings), template
-        self._where = where
+        self.where = where
         added = values.get("added_tokens") or []
         self.special_ids = frozenset(token["id"] for token in added if token.get("special"))
         plain = [token for token in added if not token.get("special")]
-        self._plain = build_backend({**values, "added_tokens": plain, "post_processor": None}, where)
-        kind = (values.get("model") or {}).get("type")
+        model = values.get("model") or {}
+        kind = model.get("type")
+        if kind == "Unigram":  # which would find special tokens in a text by itself
+            hidden = {*self.special_ids, model.get("unk_id")}
+            vocab_list = [["\ufdd0" if i in hidden else t, s] for i, (t, s) in enumerate(model["vocab"])]
+            model = {**model, "vocab": vocab_list}
+        parts_of_plain = {**values, "model": model, "added_tokens": plain, "post_processor": None}
+        self._plain = build_backend(parts_of_plain, where)
         parts = [values.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
         text = json.dumps(parts, ensure_ascii=False)
         byte_level = '"ByteLevel"' in text
@@ -76,9 +86,12 @@ class GeneralTokenizer(Tokenizer):
             self._special(name, vocab) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         )
         self.prefix_ids = self._prefix()
+        stop = self._special(STOP_TOKEN, vocab)
+        self.stop_ids = (stop,) if stop >= 0 else ()
+        self.bos_apart = bool(self.settings.get(BOS_APART))
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return GeneralTokenizer, (self.values, self.settings, self.template, self._where)
+        return GeneralTokenizer, (self.values, self.settings, self.template, self.where)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -159,7 +172,8 @@ def load_tokenizer_of(directory: str | Path) -> Tokenizer:
         if is_xverse(values):
             return Tokenizer.load(file)
     elif (directory / "tokenizer.model").is_file():
-        values = _converted(directory)
+        values, found = read_model_file(directory / "tokenizer.model")
+        settings = {**found, **{k: v for k, v in settings.items() if v not in (None, "")}}
     else:
         raise UserError(
             f"{directory}: has no tokenizer.json and no tokenizer.model; copy it from the model's published "
@@ -177,19 +191,6 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
         named = {item.get("name"): item.get("template") for item in stored if isinstance(item, Mapping)}
         stored = named.get("default")
     return stored if isinstance(stored, str) else None
-
-
-def _converted(directory: Path) -> dict[str, Any]:
-    """The mapping of a tokenizer.json made from sentencepiece's file."""
-    from transformers import AutoTokenizer
-
-    try:
-        backend = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False).backend_tokenizer
-    except Exception as error:  # the library raises many kinds
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{directory / 'tokenizer.model'}: cannot be converted ({reason})") from None
-    values: dict[str, Any] = json.loads(backend.to_str())
-    return values
 
 
 def _mapping(file: Path) -> dict[str, Any]:

@@ -117,6 +117,10 @@ class _Conversation:
         ids: list[int] = []
         ends: list[int] = []
         place = 0
+        bos = self._names["bos_token"]
+        if self._tokenizer.bos_apart and bos and text.startswith(bos):
+            ids, ends, place = [self._tokenizer.bos_id], [len(bos)], len(bos)
+            text = text[len(bos) :]
         for number, part in enumerate(re.split(f"{_OPEN}(\\d+){_CLOSE}", text)):
             if number % 2:
                 place += len(_OPEN) + len(part) + len(_CLOSE)

@@ -43,6 +43,8 @@ class Tokenizer:
     unk_id, pad_id, bos_id, eos_id = 0, 1, 2, 3
     prefix_ids: tuple[int, ...] = ()  # of every text that is not a conversation
     template: str | None = None  # a chat format other than XVERSE's
+    stop_ids: tuple[int, ...] = ()  # what else ends a reply in that format
+    bos_apart = False
 
     def __init__(self, values: dict[str, Any], where: str = "tokenizer.json") -> None:
         """``values`` is the mapping of a tokenizer.json, repaired or not; ``where`` names it in errors.

@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from xverse.model import AttentionContext, XverseForCausalLM, linear_cross_entropy
+from xverse.plan.layout import BY_INPUTS, BY_OUTPUTS, vocabulary_part
 
 # It warns that gathering a matrix that FSDP shards too is slow; that happens only to gather the whole model.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -38,15 +39,10 @@ def shard_tensors(model: XverseForCausalLM, mesh: DeviceMesh) -> None:
     layer = {
         "input_layernorm": SequenceParallel(),
         "self_attn": _WholeSequence(),
-        "self_attn.q_proj": ColwiseParallel(),
-        "self_attn.k_proj": ColwiseParallel(),
-        "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
         "post_attention_layernorm": SequenceParallel(),
         "mlp": _WholeSequence(),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
+        **{name: ColwiseParallel() for name in BY_OUTPUTS},
+        **{name: RowwiseParallel(output_layouts=Shard(1)) for name in BY_INPUTS},
     }
     if model.config.qk_norm:  # each process norms its heads
         own_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
@@ -109,7 +105,7 @@ class _Vocabulary:
     def __init__(self, weight: DTensor) -> None:
         mesh = weight.device_mesh
         self._group = mesh.get_group()
-        self.rows = -(-weight.shape[0] // mesh.size())
+        self.rows = len(vocabulary_part(weight.shape[0], 0, mesh.size()))
         self.first = self.rows * mesh.get_local_rank()
 
     def maximum(self, x: Tensor) -> Tensor:

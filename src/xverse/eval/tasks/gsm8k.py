@@ -7,7 +7,7 @@ import re
 from xverse.config import UserError
 from xverse.data.benchmarks import gsm8k
 from xverse.data.benchmarks.questions import QuestionReader
-from xverse.eval.generation import Outcome, TaskRun, generate
+from xverse.eval.generation import Outcome, TaskRun, encode_prompts, generate
 from xverse.eval.replies import last_number
 
 SHOTS = 5
@@ -27,7 +27,7 @@ def run(task: TaskRun) -> Outcome:
     prompts = [f"{shots}Question: {question}\nAnswer:" for _, question, _ in scored]
     replies = generate(
         task.engine,
-        task.engine.tokenizer.encode_batch(prompts),
+        encode_prompts(task.engine, prompts),
         max_new_tokens=400,
         stop_ids=task.stop_ids,
         stop=["\n\n", "Question:"],

@@ -9,7 +9,7 @@ from xverse import hardware
 from xverse.config import UserError
 from xverse.data.benchmarks import humaneval
 from xverse.data.benchmarks.humaneval import Problem
-from xverse.eval.generation import Outcome, TaskRun, generate
+from xverse.eval.generation import Outcome, TaskRun, encode_prompts, generate
 from xverse.eval.sandbox import run_python
 
 STOPS = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert "]  # the function has ended
@@ -25,7 +25,7 @@ def run(task: TaskRun) -> Outcome:
     path = task.data_dir / "humaneval" / "HumanEval.jsonl.gz"
     problems = [problem for _, problem in humaneval.read(path)][: task.settings.limit]
     engine, stop_ids, progress = task.engine, task.stop_ids, task.progress
-    prompts = engine.tokenizer.encode_batch([problem.prompt for problem in problems])
+    prompts = encode_prompts(engine, [problem.prompt for problem in problems])
     code = generate(engine, prompts, max_new_tokens=400, stop_ids=stop_ids, stop=STOPS, progress=progress)
     with ThreadPoolExecutor(hardware.cores().usable) as pool:
         results = list(

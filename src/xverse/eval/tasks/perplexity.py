@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from xverse.config import UserError
 from xverse.engine import Engine
+from xverse.eval.continuing import Continuations
 from xverse.eval.generation import Outcome, TaskRun
 from xverse.texts import load_texts
 
@@ -50,7 +51,7 @@ def run(task: TaskRun) -> Outcome:
     )
 
 
-def _measure(engine: Engine, texts: Sequence[str]) -> tuple[float, int, int]:
+def _measure(engine: Engine | Continuations, texts: Sequence[str]) -> tuple[float, int, int]:
     """Negative log-probability in nats, tokens and bytes of the predicted text."""
     items = []
     size = tokens = 0

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xverse.kernels.tiles import SCALE_BYTES, tile_group_size
+from xverse.kernels.tiles import SCALE_BYTES, tile_groups
 
 SCALE_WORDS = tl.constexpr(SCALE_BYTES // 4)
 FEW_TOKENS = 4  # up to here a product in float32 units is bound by memory
@@ -143,14 +143,8 @@ def dequantize_tiles(words, scales, out, K, N, groups, tile_words, BITS: tl.cons
 
 def _views(tiles: Tensor, bits: int) -> tuple[Tensor, Tensor, int, int, int]:
     """``tiles`` as words and as scales, the groups, the words of a tile and of four inputs in a group."""
-    group = tile_group_size(tiles, bits)
-    return (
-        tiles.view(torch.int32),
-        tiles.view(torch.bfloat16),
-        tiles.shape[1],
-        tiles.shape[2] // 4,
-        group // 4,
-    )
+    groups, group = tile_groups(tiles, bits)
+    return (tiles.view(torch.int32), tiles.view(torch.bfloat16), groups, tiles.shape[2] // 4, group // 4)
 
 
 def dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype) -> Tensor:
