@@ -180,8 +180,9 @@ void xv_rotate(void* q, void* k, const void* cos, const void* sin, int type, int
 }
 
 void xv_round(const float* weight, const float* importance, int8_t* q, uint16_t* scales, int64_t rows, int64_t inputs,
-              int bits, int group, const float* divisors, int count, int threads) {
-  const Rounding settings{inputs, bits, group, divisors, count};
+              int bits, const int8_t* table, int group, const float* divisors, int count,
+              int threads) {
+  const Rounding settings{inputs, {bits, table}, group, divisors, count};
   const int64_t groups = inputs / group;
   share(rows, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
@@ -191,8 +192,8 @@ void xv_round(const float* weight, const float* importance, int8_t* q, uint16_t*
 
 void xv_round_columns(const float* weight, float* shift, const float* feedback, const float* scales,
                       const int32_t* group_of, int8_t* q, float* errors, int64_t rows, int64_t stride, int64_t groups,
-                      int count, int bits, int threads) {
-  const Columns columns{count, bits, feedback, group_of};
+                      int count, int bits, const int8_t* table, int threads) {
+  const Columns columns{count, {bits, table}, feedback, group_of};
   share(rows, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       instruction_set->round_columns(columns, weight + row * stride, shift + row * count, scales + row * groups,

@@ -5,9 +5,17 @@
 
 namespace xv {
 
+// What a weight in units of its scale is rounded to: integers of some bits, or the nearest entry of `table` [2^bits],
+// in ascending order; null without.
+struct Levels {
+  int bits;
+  const int8_t* table;
+};
+
 struct Rounding {
   int64_t inputs;
-  int bits, group;
+  Levels levels;
+  int group;
   const float* divisors;  // [count]: the scales to try are a group's largest magnitude divided by each
   int count;
 };
@@ -18,7 +26,8 @@ using RoundRow = void (*)(const Rounding& settings, const float* weight, const f
 
 // A block of columns that are rounded in order, the error of each moved to those after it.
 struct Columns {
-  int count, bits;
+  int count;
+  Levels levels;
   const float* feedback;    // [count, count]: row j is the share of column j's error that each column takes
   const int32_t* group_of;  // [count]: the scale of each column
 };

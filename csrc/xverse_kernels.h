@@ -55,9 +55,11 @@ void xv_dequantize(const uint8_t* tiles, void* weight, int type, int64_t outputs
 
 // Rounds `weight` [rows, inputs] to integers q [rows, inputs] and bfloat16 scales [rows, inputs / group]. `importance`
 // [inputs] weights each input's squared error. `divisors` [count]: the scales to try are the largest magnitude of a
-// group divided by each of them.
+// group divided by each of them. With `table`, 2^bits entries in ascending order, weights are rounded to its entries
+// and q are their indices less 2^(bits-1); null without.
 void xv_round(const float* weight, const float* importance, int8_t* q, uint16_t* scales, int64_t rows, int64_t inputs,
-              int bits, int group, const float* divisors, int count, int threads);
+              int bits, const int8_t* table, int group, const float* divisors, int count,
+              int threads);
 
 // Rounds `count` columns of a weight in order; the error of each is moved to the columns after it. weight, q and errors
 // [rows, ...] point to the first column of the block, their rows are `stride` elements apart. shift [rows, count]: what
@@ -65,7 +67,7 @@ void xv_round(const float* weight, const float* importance, int8_t* q, uint16_t*
 // [count]: the scale of each column. errors: of the weight itself.
 void xv_round_columns(const float* weight, float* shift, const float* feedback, const float* scales,
                       const int32_t* group_of, int8_t* q, float* errors, int64_t rows, int64_t stride, int64_t groups,
-                      int count, int bits, int threads);
+                      int count, int bits, const int8_t* table, int threads);
 
 // ---- the other layers ----
 

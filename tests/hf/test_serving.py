@@ -58,7 +58,7 @@ def test_published_config_is_llamas() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_experts": 64, "num_experts_per_tok": 6}, "routed experts"),
+        ({"num_experts": 64, "moe_top_k": 6}, "routed experts"),
         ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "spiral"),
         ({"num_attention_heads": 33}, "heads"),
     ],

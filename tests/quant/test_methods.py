@@ -10,11 +10,13 @@ from torch import Tensor
 
 from xverse.config import UserError
 from xverse.kernels.native import library
-from xverse.kernels.weight import QuantizedWeight
+from xverse.kernels.weight import TABLES, QuantizedWeight
 from xverse.quant import gptq as gptq_module
 from xverse.quant import methods
 from xverse.quant.gptq import Hessian, HessianFactor, gptq, round_columns
-from xverse.quant.methods import round_to, rtn, rtn_row
+from xverse.quant.methods import Levels, round_to, rtn, rtn_row
+
+TABLE = torch.tensor(TABLES[4], dtype=torch.int8)
 
 
 def _weight(rows: int, inputs: int, seed: int = 0, tail: float = 0.0) -> Tensor:
@@ -57,10 +59,10 @@ def test_searched_scales_are_never_worse_than_the_largest_magnitude(
     assert (searched <= unsearched * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "table"), [(4, None), (8, None), (4, TABLE)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_compiled_search_gives_the_bits_of_pytorchs(
-    bits: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+    bits: int, table: Tensor | None, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if library() is None:
         pytest.skip("the kernels were not compiled")
@@ -70,14 +72,14 @@ def test_compiled_search_gives_the_bits_of_pytorchs(
     weight[5, 7] = torch.nan
     weight[6, 200] = torch.inf
     importance = torch.rand(384, generator=torch.Generator().manual_seed(1)) + 0.01 if weighted else None
-    compiled = rtn(weight, bits, 128, importance)
+    compiled = rtn(weight, bits, 128, importance, table)
     monkeypatch.setattr(methods, "library", lambda: None)
-    plain = rtn(weight, bits, 128, importance)
+    plain = rtn(weight, bits, 128, importance, table)
     assert torch.equal(compiled.q, plain.q)
     assert torch.equal(compiled.scales.view(torch.int16), plain.scales.view(torch.int16))
     assert compiled.scales[5, 0].isnan()
     assert compiled.scales[6, 1].isnan()
-    assert compiled.q[3, 128:256].count_nonzero() == 0
+    assert compiled.dequantize()[3, 128:256].count_nonzero() == 0
     assert compiled.q[4, :128].count_nonzero() == 0
 
 
@@ -114,10 +116,10 @@ def test_16_bit_weights_are_rounded_from_their_values(dtype: torch.dtype) -> Non
 def test_group_that_does_not_divide_is_named() -> None:
     with pytest.raises(UserError, match="group_size: 128 does not divide the 192 inputs"):
         rtn(_weight(2, 192), 4, 128)
-    with pytest.raises(UserError, match="bits: 3"):
-        rtn(_weight(2, 128), 3, 128)
-    with pytest.raises(UserError, match="bits: 2"):
-        rtn_row(_weight(2, 128), 2)
+    with pytest.raises(UserError, match="bits: 5"):
+        rtn(_weight(2, 128), 5, 128)
+    with pytest.raises(UserError, match="bits: 6"):
+        rtn_row(_weight(2, 128), 6)
 
 
 def _correlated(tokens: int, inputs: int, seed: int = 0) -> Tensor:
@@ -192,13 +194,50 @@ def test_feedback_equals_gptq_as_published() -> None:
     assert (learnt.q == published).all(dim=1).float().mean() > 0.8
 
 
-def test_compiled_feedback_gives_the_integers_of_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_table_has_its_bits_and_fits_the_kernels() -> None:
+    for bits, entries in TABLES.items():
+        assert len(entries) == 1 << bits
+        assert list(entries) == sorted(set(entries))
+        assert entries[-1] - entries[0] <= 127
+
+
+@given(
+    entries=st.lists(st.integers(-127, 127), min_size=16, max_size=16, unique=True), seed=st.integers(0, 99)
+)
+@settings(max_examples=20, deadline=None)
+def test_levels_are_the_nearest_entries(entries: list[int], seed: int) -> None:
+    table = torch.tensor(sorted(entries), dtype=torch.int8)
+    x = torch.rand(200, generator=torch.Generator().manual_seed(seed)) * 300 - 150
+    levels = Levels(4, table)
+    distances = (x[:, None] - table.float()).abs()
+    assert torch.equal((x - levels.value(x)).abs(), distances.amin(dim=1))
+    assert torch.equal(table[levels.index(x).int() + 8].float(), levels.value(x))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_table_leaves_less_error_than_integers(group: int) -> None:
+    weight = _weight(64, 768)
+    hessian = _hessian(torch.randn(500, 768, generator=torch.Generator().manual_seed(8)))
+    factor = HessianFactor(hessian)
+
+    def error(result: QuantizedWeight) -> float:
+        difference = weight - result.dequantize()
+        return ((difference @ hessian) * difference).sum().item()
+
+    assert error(rtn(weight, 4, group, table=TABLE)) < 0.87 * error(rtn(weight, 4, group))
+    assert error(gptq(weight, 4, group, factor, TABLE)) < 0.95 * error(gptq(weight, 4, group, factor))
+
+
+@pytest.mark.parametrize("table", [None, TABLE])
+def test_compiled_feedback_gives_the_integers_of_pytorchs(
+    table: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if library() is None:
         pytest.skip("no compiled kernels")
     weight = _weight(33, 160)
-    scales = rtn(weight, 4, 32).scales.float()
+    scales = rtn(weight, 4, 32, table=table).scales.float()
     feedback = torch.randn(160, 160, generator=torch.Generator().manual_seed(5)).triu() * 0.05
-    arguments = (weight, scales, torch.arange(160) // 32, feedback, 4)
+    arguments = (weight, scales, torch.arange(160) // 32, feedback, Levels(4, table))
     compiled = round_columns(*arguments)
     monkeypatch.setattr(gptq_module, "library", lambda: None)
     plain = round_columns(*arguments)

@@ -20,6 +20,7 @@ from xverse.quant.mixing import (
     parse_bits,
     rounding_cost,
 )
+from xverse.quant.settings import QuantSettings
 
 
 @pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-4", "0", "4,5"])
@@ -29,9 +30,11 @@ def test_what_is_not_a_number_of_bits(text: str) -> None:
 
 
 def test_groups_divide_the_inputs() -> None:
-    assert candidates(576) == [(4, 64), (4, 32), (8, 64)]
-    assert candidates(1536) == [(4, 128), (4, 64), (4, 32), (8, 128)]
-    assert candidates(96) == [(4, 32), (8, 32)]
+    assert candidates(576, table=False) == [(4, 64), (4, 32), (8, 64)]
+    assert candidates(1536, table=False) == [(4, 128), (4, 64), (4, 32), (8, 128)]
+    assert candidates(96) == [(2, 32), (3, 32), (4, 32), (8, 32)]
+    sizes = [bits + 16 / group for bits, group in candidates(1536)]
+    assert sizes == sorted(sizes)
 
 
 def _unit(name: str, costs: tuple[float, ...]) -> Unit:
@@ -84,7 +87,7 @@ def test_every_matrix_gets_a_format(tiny_model: XverseForCausalLM) -> None:
     rows = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     weights = {name: model.get_submodule(name).weight for name in names}
-    units = measure_units(model.config, measure(model, rows), weights)
+    units = measure_units(model.config, measure(model, rows), weights, QuantSettings(bits=4))
     assert sorted(name for unit in units for name in unit.names) == sorted(names)
     assert all(unit.costs[0] > unit.costs[-1] > 0 for unit in units)
     assert all(

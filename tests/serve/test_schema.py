@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 schemathesis = pytest.importorskip("schemathesis")
+EXAMPLES = int(os.environ.get("XVERSE_TEST_EXAMPLES", "50"))  # of requests to an operation
 OPERATIONS = (
     "POST /v1/chat/completions",
     "POST /v1/completions",
@@ -49,7 +51,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_no_request_makes_it_fail(api: dict[str, Any], name: str, mode: str) -> None:
-    seen = statuses(api[name], name, mode, 100)
+    seen = statuses(api[name], name, mode, EXAMPLES)
     if mode == "NEGATIVE":
         assert any(400 <= status < 500 for status in seen)
     elif "{" not in name:

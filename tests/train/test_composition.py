@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.studies import composition
+from tests import forkserver
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def test_cases_of_the_day() -> None:
     """In a process of their own: forking one that has run other tests would copy their threads' locks."""
     drawn = composition.draw(composition.today(), COUNT) if COUNT else composition.draw(1, FIXED)
     cases = [*NAMED.values(), *drawn]
-    done = subprocess.run(
+    done = forkserver.run(
         [sys.executable, "-m", "benchmarks.studies.composition", json.dumps(cases)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
         cwd=ROOT,

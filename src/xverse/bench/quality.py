@@ -177,7 +177,7 @@ class Study:
         if kind.loading:
             calibration = loading_calibration(self.directory.tokenizer)
         if kind.bits is not None:
-            formats = mixed_formats(self.directory, kind.bits, calibration)
+            formats = mixed_formats(self.directory, kind.bits, calibration, settings)
             settings = dataclasses.replace(settings, formats=formats)
         sizes: dict[str, tuple[int, int]] = {}
 
@@ -307,7 +307,8 @@ def _kind(name: str, config: XverseConfig) -> Kind:
         return Kind(name, default_settings(4), bits=parse_bits(name.removeprefix("bpw=")))
     choose("ours", name, {kind: kind for kind in OURS})
     if name.endswith("loading"):
-        return Kind(name, quick_settings(name.partition("-")[0], config), loading=True)
+        settings = dataclasses.replace(quick_settings(name.partition("-")[0], config), table=True)
+        return Kind(name, settings, loading=True)
     return Kind(name, default_settings(int(name[3])))
 
 

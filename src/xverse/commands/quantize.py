@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--bpw",
         metavar="X",
         help="instead of --bits: average bits per weight of everything but the embedding, such as 4.5; "
-        "each layer gets 4 or 8 bits and groups of 128, 64 or 32 by its measured sensitivity",
+        "each layer gets 2, 3, 4 or 8 bits and groups of 128, 64 or 32 by its measured sensitivity",
     )
     parser.add_argument(
         "--method",
@@ -35,6 +35,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="inputs per scale, at most: 128, 64 or 32 (default: 64 with gptq in up to 4 bits, "
         "otherwise 128)",
+    )
+    parser.add_argument(
+        "--levels",
+        choices=["table", "integers"],
+        help="what weights of 4 bits are rounded to: the entries of a table that suits their distribution "
+        "(default with --format hf), or integers, as other programs and the kernels of GPUs read them "
+        "(default with --format llama and --method rtn-row)",
     )
     parser.add_argument(
         "--calibration",
@@ -83,6 +90,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--bpw chooses groups itself; it excludes --method rtn-row, --group-size and --format llama"
         )
+    integers = args.format == "llama" or method == "rtn-row"
+    if args.bits in (2, 3) and (integers or args.levels == "integers"):
+        raise UserError(
+            f"--bits {args.bits} always has tables; it excludes --levels integers, --format llama and "
+            "--method rtn-row"
+        )
+    if args.levels == "table" and (integers or args.bits == 8):
+        raise UserError("--levels table is for up to 4 bits; it excludes --format llama and --method rtn-row")
     if args.group_size is not None:
         check_group_size(args.group_size)
     if method == "rtn-row" and args.calibration is not None:
@@ -105,7 +120,11 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer = source.config, source.tokenizer
     # Most programs for Llama cannot load a quantised head.
     settings = default_settings(
-        args.bits or 4, method, args.group_size, head_bits=16 if args.format == "llama" else None
+        args.bits or 4,
+        method,
+        args.group_size,
+        head_bits=16 if args.format == "llama" else None,
+        table=args.format == "hf" and args.levels != "integers",
     )
     if args.refine:
         if settings.method != "gptq" or config.num_parameters() > REFINED_PARAMETERS:
@@ -118,7 +137,9 @@ def run(args: argparse.Namespace) -> int:
     else:  # the magnitude of each channel is all that is measured
         calibration = loading_calibration(tokenizer)
     if bits is not None:
-        settings = dataclasses.replace(settings, formats=mixed_formats(source, bits, calibration, device))
+        settings = dataclasses.replace(
+            settings, formats=mixed_formats(source, bits, calibration, settings, device)
+        )
     elif groups := describe_groups(settings, config):
         notice(f"quantize: {groups}")
     with progress_bar(config) as step, guard(device):

@@ -4,6 +4,9 @@ For each quantised matrix [N, K] of ``b`` bits a file holds ``weight_packed`` in
 by 2^(b-1), the lowest input in the lowest bits), ``weight_scale`` [N, K/group] and ``weight_shape`` int64 [2]
 (https://github.com/vllm-project/compressed-tensors). As little-endian bytes the packed rows are those of
 ``kernels.tiles.to_rows``, so reading and writing only move bytes.
+
+That format has integers only. Weights that are indices into a table are stored in the same way, with
+``weight_table`` int8 [2^b] beside them, under this project's own ``quant_method`` and the type ``table``.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +23,10 @@ from torch import Tensor
 from xverse.config import UserError
 from xverse.formats.weights import TensorFiles, dtype_name, listed
 from xverse.kernels.tiles import kernel_group_size, to_rows
-from xverse.kernels.weight import GROUP_SIZES, INTEGER_BITS, QuantizedWeight
+from xverse.kernels.weight import GROUP_SIZES, INTEGER_BITS, TABLES, QuantizedWeight
 
-METHOD = "compressed-tensors"
-FORMAT = "pack-quantized"
+METHOD, TABLE_METHOD = "compressed-tensors", "xverse"
+FORMAT, TABLE_FORMAT = "pack-quantized", "table-quantized"
 PLAIN_FORMAT = "int-quantized"  # INT8 that is not packed, for products with INT8 activations
 ACTIVATIONS = {  # quantised for each token while the model runs
     "num_bits": 8,
@@ -33,6 +36,7 @@ ACTIVATIONS = {  # quantised for each token while the model runs
     "dynamic": True,
 }
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
+_TABLE = "weight_table"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -40,21 +44,30 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 @dataclass(frozen=True)
 class StoredRows:
     """A quantised matrix for the loader: ``rows`` uint8 [N, K · bits / 8] as ``kernels.tiles.to_rows`` writes
-    them, ``scales`` bfloat16 [N, K/group]. With ``order`` int64 [K] the inputs are permuted: column k belongs
-    to input ``order[k]``.
+    them, ``scales`` bfloat16 [N, K/group], ``table`` int8 [2^bits] or None as in ``QuantizedWeight``. With
+    ``order`` int64 [K] the inputs are permuted: column k belongs to input ``order[k]``.
     """
 
     rows: Tensor
     scales: Tensor
     bits: int
     order: Tensor | None = None
+    table: Tensor | None = None
+
+
+class Kind(NamedTuple):
+    """How matrices are stored: ``group_size`` None is one scale per row."""
+
+    bits: int
+    group_size: int | None
+    table: bool = False
 
 
 @dataclass(frozen=True)
 class CompressedScheme:
-    """The pairs of bits and group size (None: one scale per row) in a ``quantization_config``."""
+    """The kinds of matrices in a ``quantization_config``."""
 
-    kinds: frozenset[tuple[int, int | None]]
+    kinds: frozenset[Kind]
     marker = "weight_packed"
 
     def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows:
@@ -76,21 +89,40 @@ class CompressedScheme:
                 f"{name}.weight_shape is {stated.tolist()}, but config.json implies [{outputs}, {inputs}]"
             )
         scale, packed = files.get(f"{name}.weight_scale"), files.get(f"{name}.weight_packed")
-        widths = {inputs * bits // 32: bits for bits, _ in self.kinds}
+        widths = {inputs * kind.bits // 32: kind.bits for kind in self.kinds}
         if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[0] != outputs:
             raise UserError(f"{name}.weight_packed is {_describe(packed)}, not int32 with {outputs} rows")
         if packed.shape[1] not in widths:
             offered = " or ".join(f"{width} for {bits} bits" for width, bits in sorted(widths.items()))
             raise UserError(f"{name}.weight_packed has {packed.shape[1]} columns, not {offered}")
         bits = widths[packed.shape[1]]
-        groups = {inputs // size if size else 1 for each, size in self.kinds if each == bits}
+        table = self._table(files, name, bits)
+        alike = [kind for kind in self.kinds if (kind.bits, kind.table) == (bits, table is not None)]
+        groups = {inputs // kind.group_size if kind.group_size else 1 for kind in alike}
         if scale.dtype not in _FLOATS or scale.dim() != 2 or scale.shape[0] != outputs:
             raise UserError(f"{name}.weight_scale is {_describe(scale)}, not floats with {outputs} rows")
         if scale.shape[1] not in groups:
             offered = " or ".join(map(str, sorted(groups)))
             raise UserError(f"{name}.weight_scale has {scale.shape[1]} groups, not {offered}")
         check_kernel_group(name, inputs // scale.shape[1])
-        return StoredRows(packed.view(torch.uint8), checked_scales(f"{name}.weight_scale", scale), bits)
+        scales = checked_scales(f"{name}.weight_scale", scale)
+        return StoredRows(packed.view(torch.uint8), scales, bits, table=table)
+
+    def _table(self, files: TensorFiles, name: str, bits: int) -> Tensor | None:
+        """The matrix's table. Raises UserError unless it is as the kinds of its ``bits`` declare."""
+        stored = f"{name}.{_TABLE}"
+        declared = {kind.table for kind in self.kinds if kind.bits == bits}
+        if (stored in files) not in declared:
+            what = "is missing" if True in declared else "is not announced in config.json"
+            raise UserError(f"{stored} {what}")
+        if stored not in files:
+            return None
+        table = files.get(stored)
+        if table.dtype != torch.int8 or table.shape != (1 << bits,):
+            raise UserError(f"{stored} is {_describe(table)}, not int8 [{1 << bits}]")
+        if not (table.int().diff() > 0).all():
+            raise UserError(f"{stored} is not in ascending order")
+        return table
 
 
 @dataclass(frozen=True)
@@ -135,7 +167,8 @@ def pack(weight: QuantizedWeight, plain: bool = False) -> dict[str, Tensor]:
     """The tensors of a matrix, by suffix; ``plain``: as ``PlainScheme`` reads them."""
     if plain:
         return {"weight": weight.q.contiguous(), "weight_scale": weight.scales.contiguous()}
-    return {
+    table = {} if weight.table is None else {_TABLE: weight.table}
+    return table | {
         "weight_packed": to_rows(weight).contiguous().view(torch.int32),
         "weight_scale": weight.scales.contiguous(),
         "weight_shape": torch.tensor(weight.q.shape),
@@ -152,8 +185,9 @@ def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedSchem
     def refuse(what: str) -> UserError:
         return UserError(f"{where}: quantization_config: {what} is not supported; use the unquantised model")
 
-    form = values.get("format", FORMAT)
-    if form not in (FORMAT, PLAIN_FORMAT):
+    own = values.get("quant_method") == TABLE_METHOD
+    form = values.get("format", TABLE_FORMAT if own else FORMAT)
+    if form not in ((TABLE_FORMAT,) if own else (FORMAT, PLAIN_FORMAT)):
         raise refuse(f"the format '{values['format']}'")
     for key, what in (("kv_cache_scheme", "a quantised cache"), ("transform_config", "a transform")):
         if values.get(key):
@@ -177,10 +211,10 @@ def read_scheme(values: Mapping[str, Any], where: str | Path) -> CompressedSchem
         weights = group.get("weights")
         if not isinstance(weights, dict):
             raise refuse(f"{name} without weights")
-        kinds.add(_kind(weights, refuse, name))
-    if form == FORMAT:
+        kinds.add(_kind(weights, refuse, name, own))
+    if form != PLAIN_FORMAT:
         return CompressedScheme(frozenset(kinds))
-    if kinds != {(8, None)}:
+    if kinds != {Kind(8, None)}:
         raise refuse(f"the format '{form}' with other weights than INT8 with a scale per row")
     return PlainScheme()
 
@@ -189,8 +223,9 @@ def _dynamic_int8(activations: Mapping[str, Any]) -> bool:
     return all(activations.get(key) == value for key, value in ACTIVATIONS.items())
 
 
-def _kind(weights: Mapping[str, Any], refuse: Any, name: str) -> tuple[int, int | None]:
-    if weights.get("type", "int") != "int":
+def _kind(weights: Mapping[str, Any], refuse: Any, name: str, own: bool) -> Kind:
+    table = own and weights.get("type") == "table"
+    if not table and weights.get("type", "int") != "int":
         raise refuse(f"the weight type '{weights['type']}' of {name}")
     if weights.get("symmetric", True) is not True:
         raise refuse(f"asymmetric quantisation ({name})")
@@ -199,30 +234,38 @@ def _kind(weights: Mapping[str, Any], refuse: Any, name: str) -> tuple[int, int 
     if weights.get("actorder") not in (None, False, "weight", "static"):
         raise refuse(f"activation order ({name}: actorder '{weights['actorder']}')")
     bits = weights.get("num_bits", 8)
-    if bits not in INTEGER_BITS:
+    if bits not in (TABLES if table else INTEGER_BITS):
         raise refuse(f"{bits} bits ({name})")
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("group" if size and size > 0 else "channel" if size else "tensor")
     if strategy == "channel":
-        return bits, None
+        return Kind(bits, None, table)
     if strategy != "group":
         raise refuse(f"the strategy '{strategy}' of {name}")
     if not isinstance(size, int) or not kernel_group_size(size):
         raise refuse(f"a group_size of {size} ({name})")
-    return bits, size
+    return Kind(bits, size, table)
+
+
+class Written(NamedTuple):
+    """What ``quantization_config`` has to know of a quantised matrix."""
+
+    bits: int
+    inputs: int
+    groups: int
+    table: bool
 
 
 def quantization_config(
-    weights: Mapping[str, tuple[int, int, int]], plain: Iterable[str], activations: bool = False
+    weights: Mapping[str, Written], plain: Iterable[str], activations: bool = False
 ) -> dict[str, Any]:
-    """The ``quantization_config`` of written weights; ``activations``: for products with INT8 activations.
-
-    ``weights`` maps module names to bits, inputs and groups of each quantised matrix; ``plain`` are the names
-    of unquantised linears. The most common kind applies to all ``Linear``; others are listed by name.
+    """The ``quantization_config`` of written weights by module names; ``plain`` are the names of unquantised
+    linears, ``activations``: for products with INT8 activations. The most common kind applies to all
+    ``Linear``; others are listed by name.
     """
     linears = {name: value for name, value in weights.items() if name != EMBEDDING}
-    kinds = {name: (bits, _size(name, weights)) for name, (bits, _, _) in weights.items()}
-    groups: dict[tuple[int, int | None], list[str]] = {}
+    kinds = {name: Kind(each.bits, _size(name, weights), each.table) for name, each in weights.items()}
+    groups: dict[Kind, list[str]] = {}
     if linears:
         inner = Counter(kinds[name] for name in linears if name != HEAD or len(linears) == 1)
         groups[inner.most_common(1)[0][0]] = ["Linear"]
@@ -234,9 +277,10 @@ def quantization_config(
             targets.append(name)
     # Names come first: the library warns about a name that an earlier class covers.
     listed_groups = sorted(groups.items(), key=lambda item: "Linear" in item[1])
+    method = TABLE_METHOD if any(kind.table for kind in groups) else METHOD
     return {
-        "quant_method": METHOD,
-        "format": PLAIN_FORMAT if activations else FORMAT,
+        "quant_method": method,
+        "format": PLAIN_FORMAT if activations else TABLE_FORMAT if method == TABLE_METHOD else FORMAT,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -245,27 +289,27 @@ def quantization_config(
             f"group_{number}": {
                 "targets": targets,
                 "weights": {
-                    "num_bits": bits,
-                    "type": "int",
+                    "num_bits": kind.bits,
+                    "type": "table" if kind.table else "int",
                     "symmetric": True,
-                    "strategy": "group" if size else "channel",
-                    "group_size": size,
+                    "strategy": "group" if kind.group_size else "channel",
+                    "group_size": kind.group_size,
                     "dynamic": False,
                 },
                 "input_activations": dict(ACTIVATIONS) if activations else None,
                 "output_activations": None,
             }
-            for number, ((bits, size), targets) in enumerate(listed_groups)
+            for number, (kind, targets) in enumerate(listed_groups)
         },
     }
 
 
-def _size(name: str, weights: Mapping[str, tuple[int, int, int]]) -> int | None:
+def _size(name: str, weights: Mapping[str, Written]) -> int | None:
     """Group size of a matrix, None for one scale per row. For a single group the other matrices decide."""
-    _, inputs, count = weights[name]
+    inputs, count = weights[name].inputs, weights[name].groups
     if count > 1:
         return inputs // count
-    grouped = any(each_count > 1 for _, _, each_count in weights.values())
+    grouped = any(each.groups > 1 for each in weights.values())
     return inputs if grouped and inputs in GROUP_SIZES else None
 
 

@@ -155,7 +155,9 @@ def load_quantizing(
     as ``quantize_directory`` does.
     """
     directory = ModelDirectory.of(directory)
-    settings = dataclasses.replace(quick_settings(kind, directory.config), balance=balance)
+    # The kernels of GPUs have no tables.
+    on_cpu = torch.device(device).type == "cpu"
+    settings = dataclasses.replace(quick_settings(kind, directory.config), balance=balance, table=on_cpu)
     if settings.group_size != QuantSettings.group_size:
         notice(
             f"quantize: groups of {settings.group_size}, because {QuantSettings.group_size} does not divide "
@@ -192,10 +194,15 @@ def quantized_tensors(
 
 
 def mixed_formats(
-    directory: ModelDirectory, bits: float, calibration: Tensor, device: torch.device | str = "cpu"
+    directory: ModelDirectory,
+    bits: float,
+    calibration: Tensor,
+    settings: QuantSettings,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Format]:
-    """The format of every matrix for ``bits`` per weight on average, norms included and the embedding not, by
-    the sensitivity measured on a part of ``calibration`` int64 [n, T]. Raises UserError if no choice fits."""
+    """The format of every matrix, rounded by ``settings``, for ``bits`` per weight on average, norms included
+    and the embedding not, by the sensitivity measured on a part of ``calibration`` int64 [n, T]. Raises
+    UserError if no choice fits."""
     directory.config.without_experts("--bpw")
     source = Source(directory, device)
     config = source.config
@@ -212,7 +219,7 @@ def mixed_formats(
     tokens = _SENSITIVITY_TOKENS if small else _SENSITIVITY_TOKENS_LARGE
     rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), tokens // length)).long()].to(device)
     matrices_by_name = {name: model.get_parameter(f"{name}.weight") for name, _, _ in shapes}
-    units = mixing.measure_units(config, mixing.measure(model, rows), matrices_by_name)
+    units = mixing.measure_units(config, mixing.measure(model, rows), matrices_by_name, settings)
     return mixing.choose_formats(units, bits, counted, plain)
 
 

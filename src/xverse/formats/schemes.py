@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from xverse.config import UserError
-from xverse.formats.compressed import EMBEDDING, METHOD, StoredRows, pack, quantization_config, read_scheme
+from xverse.formats.compressed import (
+    EMBEDDING,
+    METHOD,
+    TABLE_METHOD,
+    StoredRows,
+    Written,
+    pack,
+    quantization_config,
+    read_scheme,
+)
 from xverse.formats.gptq import read_gptq_scheme
 from xverse.formats.weights import SafetensorsWriter, TensorFiles, dtype_name, read_object
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
@@ -53,7 +62,7 @@ def scheme_of(stated: Any, where: str | Path) -> Scheme:
     if not isinstance(stated, dict):
         raise UserError(f"{where}: quantization_config is not an object")
     method = stated.get("quant_method")
-    if method == METHOD:
+    if method in (METHOD, TABLE_METHOD):
         return read_scheme(stated, where)
     if method == "gptq":
         return read_gptq_scheme(stated, where)
@@ -101,8 +110,8 @@ def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) ->
     repeat = group // kernel_group_size(group)
     scales = stored.scales.repeat_interleave(repeat, dim=1) if repeat > 1 else stored.scales
     with torch.device("meta"):
-        module = QuantLinear(inputs, stored.scales.shape[0], stored.bits, group)
-    module.tiles = tile_rows(stored.rows, scales, stored.bits)
+        module = QuantLinear(inputs, stored.scales.shape[0], stored.bits, group, stored.table is not None)
+    module.tiles = tile_rows(stored.rows, scales, stored.bits, stored.table)
     if stored.order is not None:
         module.order = stored.order
     module.bias = getattr(layer, "bias", None)
@@ -114,7 +123,7 @@ def dequantized(
 ) -> Tensor:
     """The dequantised weight [N, K] of a module, in ``dtype``."""
     stored = read_stored(files, scheme, name, shape, where)
-    weight = from_rows(stored.rows, stored.scales, stored.bits).dequantize().to(dtype)
+    weight = from_rows(stored.rows, stored.scales, stored.bits, stored.table).dequantize().to(dtype)
     return weight if stored.order is None else torch.empty_like(weight).index_copy_(1, stored.order, weight)
 
 
@@ -160,15 +169,16 @@ def write_quantized(
     Returns the keys ``quantization_config`` and ``torch_dtype`` for config.json. Tensors that are not
     quantised keep their dtype.
     """
-    tensors_at_most = 3 * len([*matrices(config)]) + 7 * config.num_hidden_layers + 12
+    tensors_at_most = 4 * len([*matrices(config)]) + 7 * config.num_hidden_layers + 13
     writer = SafetensorsWriter(directory, tensors_at_most, max_shard_bytes)
-    kinds: dict[str, tuple[int, int, int]] = {}
+    kinds: dict[str, Written] = {}
     plain: list[str] = []
     dtype = torch.bfloat16
     for name, tensor in tensors:
         module = name.removesuffix(".weight")
         if isinstance(tensor, QuantizedWeight):
-            kinds[module] = (tensor.bits, tensor.q.shape[1], tensor.scales.shape[1])
+            groups = tensor.scales.shape[1]
+            kinds[module] = Written(tensor.bits, tensor.q.shape[1], groups, tensor.table is not None)
             for suffix, part in pack(tensor, activations).items():
                 writer.add(f"{module}.{suffix}", part)
         else:

@@ -12,19 +12,20 @@ from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from xverse.files import atomic_file
-from xverse.formats.compressed import METHOD
+from xverse.formats.compressed import METHOD, TABLE_METHOD
 from xverse.formats.shim import AUTO_MAP, CLASSIFIER_MAP, SHIM_FILES
 from xverse.model.config import XverseConfig as ModelConfig
 from xverse.model.families import check_rope_base
 from xverse.model.scaling import RopeScaling
 
-QUANT_METHOD = "xverse"  # under which transformers finds our quantizer
+QUANT_METHOD = TABLE_METHOD  # under which transformers finds our quantizer
 
 
 class StoredQuantization(QuantizationConfigMixin):
     """A ``quantization_config`` for our quantizer, written back exactly as it was read.
 
-    transformers selects the quantizer by ``quant_method``, which in the file names the format instead.
+    transformers selects the quantizer by ``quant_method``, which in the file may name another
+    program's format.
     """
 
     def __init__(self, **stored: Any) -> None:
@@ -97,7 +98,7 @@ class XverseConfig(PretrainedConfig):
         for key in ("auto_map", "custom_pipelines"):
             kwargs.pop(key, None)
         stored = kwargs.get("quantization_config")
-        if isinstance(stored, dict) and stored.get("quant_method") in (METHOD, "gptq"):
+        if isinstance(stored, dict) and stored.get("quant_method") in (METHOD, TABLE_METHOD, "gptq"):
             kwargs["quantization_config"] = StoredQuantization(**stored)
         super().__init__(**kwargs)
 

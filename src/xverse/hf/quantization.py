@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from xverse.config import UserError
-from xverse.formats.compressed import EMBEDDING, pack, quantization_config, refuse_order
+from xverse.formats.compressed import EMBEDDING, Written, pack, quantization_config, refuse_order
 from xverse.formats.schemes import (
     layer_of,
     quantized_layer,
@@ -108,14 +108,15 @@ def register_quantizer() -> None:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The ``quantization_config`` of a model with quantised layers."""
-    kinds: dict[str, tuple[int, int, int]] = {}
+    kinds: dict[str, Written] = {}
     plain = []
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             groups = module.in_features // module.group_size
-            kinds[name] = (module.bits, module.in_features, groups)
+            kinds[name] = Written(module.bits, module.in_features, groups, bool(module.table_group))
         elif isinstance(module, QuantEmbedding):
-            kinds[name] = (module.bits, module.rows.shape[1] * 8 // module.bits, module.scales.shape[1])
+            inputs = module.rows.shape[1] * 8 // module.bits
+            kinds[name] = Written(module.bits, inputs, module.scales.shape[1], False)
         elif isinstance(module, nn.Linear):
             plain.append(name)
     return quantization_config(kinds, plain)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xverse.kernels.native import library
 from xverse.kernels.weight import QuantizedWeight
-from xverse.quant.methods import rtn
+from xverse.quant.methods import Levels, rtn
 
 _BLOCK = 128  # columns that are rounded between two matrix products
 _DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean
@@ -62,7 +62,9 @@ class HessianFactor:
         self.importance[self.order] = diagonal.square()
 
 
-def gptq(weight: Tensor, bits: int, group_size: int, factor: HessianFactor) -> QuantizedWeight:
+def gptq(
+    weight: Tensor, bits: int, group_size: int, factor: HessianFactor, table: Tensor | None = None
+) -> QuantizedWeight:
     """Round ``weight`` [N, K] so that its outputs change little for the inputs of the Hessian in ``factor``.
 
     The scales of the groups are computed first, by ``rtn`` weighted with the factor's importance: the error
@@ -70,16 +72,22 @@ def gptq(weight: Tensor, bits: int, group_size: int, factor: HessianFactor) -> Q
     Raises UserError as ``rtn`` does.
     """
     weight = weight.float()
-    scales = rtn(weight, bits, group_size, factor.importance).scales
+    first = rtn(weight, bits, group_size, factor.importance, table)
     rounded = round_columns(
-        weight[:, factor.order], scales.float(), factor.order // group_size, factor.feedback, bits
+        weight[:, factor.order],
+        first.scales.float(),
+        factor.order // group_size,
+        factor.feedback,
+        Levels(bits, first.table),
     )
     q = torch.empty_like(rounded)
     q[:, factor.order] = rounded
-    return QuantizedWeight(q, scales, bits)
+    return QuantizedWeight(q, first.scales, bits, first.table)
 
 
-def round_columns(weight: Tensor, scales: Tensor, group_of: Tensor, feedback: Tensor, bits: int) -> Tensor:
+def round_columns(
+    weight: Tensor, scales: Tensor, group_of: Tensor, feedback: Tensor, levels: Levels
+) -> Tensor:
     """Integers int8 [N, K] for ``weight`` float32 [N, K], whose columns are rounded from first to last.
 
     ``scales`` float32 [N, G]; ``group_of`` int64 [K]: the group of each column; ``feedback`` [K, K] as in
@@ -92,7 +100,7 @@ def round_columns(weight: Tensor, scales: Tensor, group_of: Tensor, feedback: Te
         block = slice(start, min(start + _BLOCK, columns))
         shift = errors[:, :start] @ feedback[:start, block]  # [N, block]
         views = weight[:, block], q[:, block], errors[:, block]
-        _round_block(*views, shift, scales, group_of[block], feedback[block, block], bits)
+        _round_block(*views, shift, scales, group_of[block], feedback[block, block], levels)
     return q
 
 
@@ -117,7 +125,7 @@ def _round_block(
     scales: Tensor,
     group_of: Tensor,
     feedback: Tensor,
-    bits: int,
+    levels: Levels,
 ) -> None:
     """Writes ``q`` and ``errors`` [N, block], which are views like ``weight``; overwrites ``shift``."""
     kernels = library()
@@ -126,15 +134,14 @@ def _round_block(
         feedback, groups = feedback.contiguous(), group_of.int()
         kernels.xv_round_columns(
             weight.data_ptr(), shift.data_ptr(), feedback.data_ptr(), scales.data_ptr(), groups.data_ptr(),
-            q.data_ptr(), errors.data_ptr(), len(weight), weight.stride(0), scales.shape[1], count, bits,
-            torch.get_num_threads(),
+            q.data_ptr(), errors.data_ptr(), len(weight), weight.stride(0), scales.shape[1], count,
+            levels.bits, levels.pointer, torch.get_num_threads(),
         )  # fmt: skip
         return
-    half = 1 << (bits - 1)
     for k in range(count):
         scale = scales[:, group_of[k]]
         inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
-        rounded = ((weight[:, k] + shift[:, k]) * inverse).clamp_(-half, half - 1).round_()
-        q[:, k] = rounded.to(torch.int8)
-        errors[:, k] = weight[:, k] - rounded * scale
+        moved = (weight[:, k] + shift[:, k]) * inverse
+        q[:, k] = levels.index(moved)
+        errors[:, k] = weight[:, k] - levels.value(moved) * scale
         shift[:, k + 1 :].addr_(errors[:, k], feedback[k, k + 1 :])

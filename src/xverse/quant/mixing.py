@@ -24,7 +24,7 @@ from xverse.kernels.weight import GROUP_SIZES
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
 from xverse.quant.equalize import column_rms, equal_factors
 from xverse.quant.methods import rtn
-from xverse.quant.settings import Format, matrices
+from xverse.quant.settings import Format, QuantSettings, matrices
 
 HEAD = "lm_head"
 _ROWS = 128  # of each matrix that are rounded to measure the error
@@ -92,20 +92,24 @@ def measure(model: XverseForCausalLM, rows: Tensor) -> dict[str, Sensitivity]:
     return {name: Sensitivity(inputs[name] / count, gradients[name] / count) for name, _ in linears}
 
 
-def candidates(inputs: int) -> list[Format]:
-    """The formats of a matrix with ``inputs`` inputs, from the smallest."""
+def candidates(inputs: int, table: bool = True) -> list[Format]:
+    """The formats of a matrix with ``inputs`` inputs, from the smallest; with integers only those of 4 and 8
+    bits."""
     groups = [size for size in sorted(GROUP_SIZES, reverse=True) if inputs % size == 0]
-    return [(4, size) for size in groups] + [(8, size) for size in groups[:1]]
+    few = (2, 3, 4) if table else (4,)
+    return [(bits, size) for bits in few for size in groups] + [(8, size) for size in groups[:1]]
 
 
-def rounding_cost(weight: Tensor, form: Format, sensitivity: Sensitivity) -> float:
+def rounding_cost(
+    weight: Tensor, form: Format, sensitivity: Sensitivity, table: Tensor | None = None
+) -> float:
     """The KL divergence, nats per token, that rounding ``weight`` [N, K] to ``form`` adds (second order)."""
     step = max(1, len(weight) // _ROWS)
     chosen = torch.arange(step // 2, len(weight), step)
     part = weight[chosen].float().to(sensitivity.inputs.device)
     factors = equal_factors(sensitivity.inputs.sqrt(), column_rms([part]))
     part, squares = part * factors, sensitivity.inputs / factors.square()
-    error = (part - rtn(part, *form, squares).dequantize()).square() @ squares  # [rows]
+    error = (part - rtn(part, *form, squares, table).dequantize()).square() @ squares  # [rows]
     return 0.5 * (error @ sensitivity.gradients[chosen]).item() * len(weight) / len(chosen)
 
 
@@ -120,17 +124,23 @@ class Unit:
 
 
 def measure_units(
-    config: XverseConfig, sensitivities: Mapping[str, Sensitivity], weights: Mapping[str, Tensor]
+    config: XverseConfig,
+    sensitivities: Mapping[str, Sensitivity],
+    weights: Mapping[str, Tensor],
+    settings: QuantSettings,
 ) -> list[Unit]:
-    """The costs of all matrices in all formats; ``weights`` by name."""
+    """The costs of all matrices in all formats; ``weights`` by name; ``settings`` has the tables."""
     units = []
     for shapes in _units(config):
-        formats = tuple(candidates(shapes[0][2]))
+        formats = tuple(candidates(shapes[0][2], settings.table))
         sizes, costs = [], []
         for bits, group in formats:
             sizes.append(sum(outputs * inputs * (bits / 8 + 2 / group) for _, outputs, inputs in shapes))
             costs.append(
-                sum(rounding_cost(weights[name], (bits, group), sensitivities[name]) for name, _, _ in shapes)
+                sum(
+                    rounding_cost(weights[name], (bits, group), sensitivities[name], settings.table_of(bits))
+                    for name, _, _ in shapes
+                )
             )
         units.append(Unit(tuple(name for name, _, _ in shapes), formats, tuple(sizes), tuple(costs)))
     return units

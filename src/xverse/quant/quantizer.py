@@ -194,21 +194,25 @@ class Quantizer:
             sources = (source for source, tensor in self._reading.items() if not tensor.isfinite().all())
             raise UserError(f"{next(sources, name)}: holds NaN or infinity; the model cannot be quantised")
 
-    def _round(self, weight: Tensor, form: Format, inputs: Inputs = None) -> QuantizedWeight:
+    def _round(
+        self, weight: Tensor, form: Format, inputs: Inputs = None, linear: bool = True
+    ) -> QuantizedWeight:
         """``weight`` [N, K] by the method of the run; ``inputs``: mean squares [K] of the inputs or their
-        Hessian."""
+        Hessian. Only a ``linear`` can have a table."""
+        table = self.settings.table_of(form[0]) if linear else None
         if self.settings.method == "rtn-row":
             return rtn_row(weight, form[0])
         if isinstance(inputs, HessianFactor):
-            return gptq(weight, *form, inputs)
-        return rtn(weight, *form, inputs)
+            return gptq(weight, *form, inputs, table)
+        return rtn(weight, *form, inputs, table)
 
     def _embedding(self, weight: Tensor) -> Quantized:
         bits = self.settings.resolved_embedding_bits
         stored: Quantized = weight
         if bits != 16:
             form = self.settings.format_of(_module(EMBEDDING), weight.shape[1], bits)
-            stored = _concatenate([self._round(part.float(), form) for part in weight.split(_ROWS_AT_ONCE)])
+            parts = weight.split(_ROWS_AT_ONCE)
+            stored = _concatenate([self._round(part.float(), form, linear=False) for part in parts])
         self._count(EMBEDDING, stored)
         return stored
 
@@ -333,7 +337,7 @@ def _look_up(weight: Quantized, tokens: Tensor) -> Tensor:
 
 def _concatenate(parts: list[QuantizedWeight]) -> QuantizedWeight:
     q, scales = torch.cat([part.q for part in parts]), torch.cat([part.scales for part in parts])
-    return QuantizedWeight(q, scales, parts[0].bits)
+    return QuantizedWeight(q, scales, parts[0].bits, parts[0].table)
 
 
 def _importance(rms: Tensor) -> Tensor:

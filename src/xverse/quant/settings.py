@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from xverse.config import UserError
-from xverse.kernels.weight import GROUP_SIZES, check_bits, check_group_size
+from xverse.kernels.weight import GROUP_SIZES, INTEGER_BITS, check_bits, check_group_size, table_of
 from xverse.model import XverseConfig
 
 Method = Literal["rtn", "rtn-row", "gptq"]
@@ -30,8 +32,10 @@ class QuantSettings:
     divide gets the largest group size that does. ``formats`` has bits and group size of single matrices, by
     name (``model.layers.0.mlp.up_proj``), which go before ``bits`` and ``group_size``. ``balance``: scale
     columns against their inputs (``equalize.py``); an adapter of the unquantised model needs the inputs as
-    they were. ``refine``: fit scales and norms from end to end at last, if the model has at most a billion
-    parameters. Raises UserError for unsupported bits, methods or group sizes.
+    they were. ``table``: round weights of the linears to the entries of a table instead of integers where
+    their bits have one, which other programs' formats and the kernels of GPUs do not know.
+    ``refine``: fit scales and norms from end to end at last, if the model has at most a billion parameters.
+    Raises UserError for unsupported bits, methods or group sizes.
     """
 
     bits: int
@@ -41,6 +45,7 @@ class QuantSettings:
     embedding_bits: int | None = None
     formats: Mapping[str, Format] = field(default_factory=dict)
     balance: bool = True
+    table: bool = False
     refine: bool = False
 
     def __post_init__(self) -> None:
@@ -69,6 +74,10 @@ class QuantSettings:
             return self.formats[name]
         return bits or self.bits, fitting_group(inputs, self.group_size)
 
+    def table_of(self, bits: int) -> Tensor | None:
+        """The table of linears of ``bits``, int8 [2^bits], or None."""
+        return table_of(bits) if self.table or bits not in INTEGER_BITS else None
+
 
 def default_settings(
     bits: int,
@@ -76,8 +85,10 @@ def default_settings(
     group_size: int | None = None,
     head_bits: int | None = None,
     formats: Mapping[str, Format] | None = None,
+    table: bool = True,
 ) -> QuantSettings:
-    """The settings of ``xverse quantize``: what is None has the default of ``bits``."""
+    """The settings of ``xverse quantize``: what is None has the default of ``bits``; ``table`` if the method
+    can have one."""
     check_bits(bits)
     default_method, default_group, default_head = _DEFAULTS[bits]
     method = method or default_method
@@ -93,6 +104,7 @@ def default_settings(
         head_bits=head_bits,
         embedding_bits=16,
         formats=formats or {},
+        table=table and method != "rtn-row",
     )
 
 

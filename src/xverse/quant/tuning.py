@@ -51,8 +51,9 @@ class _Linear(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.q, self.scales = weight.q.view(*weight.scales.shape, -1), weight.scales.float()
-        self.bits, self.bias = weight.bits, bias
+        self.weight, self.scales = weight, weight.scales.float()
+        self.q = weight.values.view(*weight.scales.shape, -1)
+        self.bias = bias
         self.change = nn.Parameter(torch.zeros_like(self.scales))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class _Linear(nn.Module):
 
     def result(self) -> QuantizedWeight:
         scales = (self.scales * (1 + self.change.detach())).bfloat16()
-        return QuantizedWeight(self.q.flatten(1), scales, self.bits)
+        return dataclasses.replace(self.weight, scales=scales)
 
 
 def refine(
