@@ -170,10 +170,12 @@ def test_an_adapter_computes_what_peft_does(folder: Path) -> None:
 def test_they_are_loaded_chosen_listed_and_unloaded(folder: Path) -> None:
     from starlette.testclient import TestClient
 
+    from xverse.serve.access_log import AccessLog
     from xverse.serve.app import create_app
 
     served = service(folder, ["one"])
-    with TestClient(create_app(served, None), base_url="http://127.0.0.1") as client:
+    app = AccessLog(create_app(served, None), served.metrics, log=False)  # notes which API is called
+    with TestClient(app, base_url="http://127.0.0.1") as client:
 
         def call(path: str, **body: Any) -> tuple[int, Any]:
             reply = client.post(path, json=body)
