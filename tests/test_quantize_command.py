@@ -80,12 +80,12 @@ def test_writes_a_directory_and_its_parity(
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        (["--bits", "5"], "bits: 5 is not supported; 8 or 4"),
+        (["--bits", "5"], "bits: 5 is not supported; 8, 4, 3 or 2"),
         (["--method", "gtpq"], "did you mean 'gptq'?"),
         (["--group-size", "100"], "group_size: 100 is not supported; one of 32, 64, 128"),
         (["--method", "rtn-row", "--calibration", "x.txt"], "rtn-row measures nothing"),
         (["--method", "rtn", "--refine"], "--refine is for --method gptq"),
-        (["--bpw", "4.5"], "give either --bits (8 or 4) or --bpw"),
+        (["--bpw", "4.5"], "give either --bits (8, 4, 3 or 2) or --bpw"),
         (["--model", "nowhere"], "no model 'nowhere'"),
     ],
 )

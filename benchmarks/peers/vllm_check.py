@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import venv
 from pathlib import Path
@@ -93,7 +92,8 @@ def ours(path: Path, given: list[list[int]], dtype: torch.dtype) -> list[dict[st
             prompt_ids=ids, sampling=SamplingParams.greedy(NEW_TOKENS), stop_ids=(3,), logprobs=0,
             prompt_logprobs=0,
         )  # fmt: skip
-        reply, logprobs = [], []
+        reply: list[int] = []
+        logprobs: list[float] = []
         for event in engine.stream(request):
             if event.prompt_logprobs is not None:
                 logprobs = [token.logprob for token in event.prompt_logprobs] + logprobs
@@ -163,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -41,8 +41,7 @@ def traffic(
             continue
         sampling = SamplingParams.greedy(rng.randrange(1, longest_reply))
         if kind > 0.6:
-            seeds = {"temperature": 1.0, "top_p": 0.9, "seed": rng.randrange(2**31)}
-            sampling = dataclasses.replace(sampling, **seeds)
+            sampling = dataclasses.replace(sampling, temperature=1.0, top_p=0.9, seed=rng.randrange(2**31))
         requests.append(
             Request(
                 prompt_ids=prompt, sampling=sampling, logprobs=20, prompt_logprobs=20 if kind < 0.3 else None
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     together = run_together(crowded, requests, args.seed + 1)
     differences = sum(one != other for one, other in zip(alone, together, strict=True))
     stats = crowded.stats()
-    seconds = {}
+    seconds: dict[bool, float] = {}
     for batch_invariant in (True, False, True, False):
         timed = Engine(
             engine.model,

@@ -312,7 +312,9 @@ def test_where_experts_are_not_supported(directories: dict[str, Path], tmp_path:
         lambda: Architecture.of(model.config),
         lambda: save_gguf(model, tokenizer, tmp_path / "x.gguf"),  # type: ignore[arg-type]
         lambda: save_llama(model, tokenizer, tmp_path / "x"),  # type: ignore[arg-type]
-        lambda: mixed_formats(ModelDirectory.of(directories["published"]), 4.5, TOKENS),
+        lambda: mixed_formats(
+            ModelDirectory.of(directories["published"]), 4.5, TOKENS, quick_settings("int4", model.config)
+        ),
     ]
     for call in refused:
         with pytest.raises(UserError, match="routed experts"):
