@@ -3,7 +3,7 @@
 ``install()`` runs at ``import xverse`` and is cheap: if transformers is not imported yet, it installs an
 import finder that registers the classes right after the import. transformers prefers registered classes to a
 directory's code even with ``trust_remote_code=True``, so a ``.py`` file named in ``config.json`` never runs.
-For code named in ``tokenizer_config.json`` there is no such preference: see ``_drop_tokenizer_code``.
+transformers has no such setting for code named in ``tokenizer_config.json``: see ``_drop_tokenizer_code``.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _retried(call: Callable[[], Any], url: str, again: Callable[[], None] | None
             return call()
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError):
             raise
-        except Exception:
+        except Exception:  # the services' libraries have no base class in common
             attempt += 1
             if attempt == ATTEMPTS:
                 raise

@@ -198,7 +198,7 @@ def open_text(
 def _damage(path: str | Path, report: ReadReport | None) -> Iterator[None]:
     """Record in the report that a compressed stream breaks off.
 
-    Raises UserError for I/O errors, and for a broken stream where there is no report.
+    Raises UserError for I/O errors, and for a broken stream without a report.
     """
     try:
         yield

@@ -22,7 +22,7 @@ def save_conversation(messages: list[Message], path: str | Path) -> None:
     """Write ``messages``. Raises UserError if there are none, or if ``path`` is another kind of file."""
     path = Path(path).expanduser()
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError("there is no conversation to save yet")
+        raise UserError("no conversation to save yet")
     text = json.dumps(
         {"format": FORMAT, "version": VERSION, "messages": messages}, ensure_ascii=False, indent=2
     )

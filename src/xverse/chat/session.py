@@ -74,7 +74,7 @@ class Session:
     def undo(self) -> Message:
         """Take the last message and its reply out of the conversation; returns the message."""
         if not self.messages or self.messages[-1]["role"] == "system":
-            raise UserError("there is no message to take back")
+            raise UserError("no message to take back")
         *self.messages, question, _ = self.messages
         return question
 

@@ -60,7 +60,7 @@ class PrefixCache:
                 self._blocks.move_to_end(digest)
 
     def add(self, digest: bytes, block: int) -> None:
-        """Cache a full block, unless an equal one is cached or there is no room.
+        """Cache a full block, unless an equal one is cached or the cache is full.
 
         Only blocks without another holder are evicted, so a text longer than the cache keeps its beginning.
         """

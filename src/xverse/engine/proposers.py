@@ -131,7 +131,7 @@ class DraftModelProposer:
             state.cache.release()
 
     def _prepare(self, sequence: Sequence, count: int) -> _DraftState | None:
-        """The sequence's state with room for ``count`` more tokens; None if there is no room."""
+        """The sequence's state with room for ``count`` more tokens; None if they do not fit."""
         length = len(sequence.tokens) + count
         state = self._states.get(sequence.handle)
         if state is None:

@@ -96,7 +96,7 @@ class Event:
 
     ``text`` may be empty while a character or a possible stop text is incomplete; the texts of a request
     joined are its reply, without stop ids and stop texts. The last event has a ``finish_reason``; if that is
-    "error", ``error`` is the message and there is no token. ``stop_text`` is the stop text that ended the
+    "error", ``error`` is the message, and no token is set. ``stop_text`` is the stop text that ended the
     reply. ``cached_tokens`` of the prompt were found in the prefix cache. ``logprob`` is set if the request
     asks for it; the first event carries ``prompt_logprobs``, one for each prompt token from ``prompt_start``
     on, or the ``embedding`` of unit length.

@@ -40,7 +40,7 @@ class Evaluation:
 
 
 def read(folder: Path) -> Evaluation:
-    """Read a folder. Raises UserError where there is no evaluation, or no finished subject."""
+    """Read a folder. Raises UserError if it holds no evaluation or no finished subject."""
     settings = store.settings(folder)
     answers: dict[str, dict[str, Rows]] = {}
     for path in sorted((folder / "answers").glob("*/*.jsonl")):

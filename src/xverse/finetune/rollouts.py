@@ -110,7 +110,7 @@ class Generator:
         self, trained: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
     ) -> list[Completion]:
         """One reply to each of ``prompts``, in their order, drawn with its seed. Every process calls it, also
-        without prompts. Raises UserError if there is no memory for a single reply."""
+        without prompts. Raises UserError if memory does not suffice for a single reply."""
         was_training = trained.training
         with torch.no_grad():
             model = plain_model(trained, self.dtype)

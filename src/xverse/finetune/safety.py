@@ -57,7 +57,7 @@ class Saver:
 
     def save(self, step: int, write: Callable[[Path], None], last: bool) -> None:
         """Write ``checkpoint-STEP``; every process calls it. With ``last``, when the run ends with it, raises
-        UserError if there is no way to write it."""
+        UserError if it cannot be written."""
         path = self._kept.folder / f"{self._kept.prefix}{step}"
         while True:
             problem = self._try(path, write)

@@ -45,7 +45,7 @@ Rows = Iterable[tuple[str, dict[str, Any]]]  # objects with their places
 
 
 def examples(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The items of a file with their places. Raises UserError where there is no such file."""
+    """The items of a file with their places. Raises UserError if the file does not exist."""
     check_folder(path.parent, NAME, "GAOKAO-Bench")
     values = json_file(path)
     rows = values.get("example") if isinstance(values, dict) else None

@@ -88,7 +88,7 @@ class QuestionReader:
 
     def rows(self, path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, list[str]]]:
         """Rows of a CSV file with their places. ``columns``: names that the first row must begin with; None:
-        there is no row of names."""
+        the file has no row of names."""
         check_file(path)
         rows = read_csv(path)
         if columns is not None:
@@ -169,7 +169,7 @@ def text_of(value: Any) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError, naming the command that fetches benchmarks, where there is no such file."""
+    """Raises UserError, naming the command that fetches benchmarks, if it does not exist."""
     if not path.exists():
         raise UserError(
             f"{path}: no such file; `xverse eval fetch` gets the benchmarks, --data-dir names the folder "
