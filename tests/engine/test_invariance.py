@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -22,21 +23,10 @@ pytestmark = pytest.mark.skipif(library() is None, reason="needs the kernels")
 
 
 @pytest.fixture(scope="module")
-def models(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def models(wide_config: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """``models(kind)``: one of ``float32``, ``bfloat16``, ``int8`` and ``int4``."""
-    from xverse.model.config import XverseConfig
-
     path = tmp_path_factory.mktemp("model")
-    config = XverseConfig(
-        vocab_size=tiny_tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        initializer_range=0.1,
-    )
-    model = XverseForCausalLM(config)
+    model = XverseForCausalLM(dataclasses.replace(wide_config, intermediate_size=320))
     init_weights(model, seed=0)
     save_hf(model, tiny_tokenizer, path, torch.float32)
 

@@ -95,7 +95,7 @@ def make_service(loaded: Any, **settings: Any) -> Any:
     fresh = Engine(engine.model, engine.tokenizer, max_batch=8, max_cache_tokens=20_000)
     runner = EngineRunner(fresh, max_waiting=settings.pop("max_waiting", 32))
     if "batch_folder" in settings:
-        settings["batches"] = Batches(settings.pop("batch_folder"), URLS, runner)
+        settings["batches"] = Batches(settings.pop("batch_folder"), URLS)
     return Service(
         runner=runner,
         tokenizer=engine.tokenizer,

@@ -29,22 +29,11 @@ TARGETS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(wide_config: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base``, and adapters that change its replies."""
-    from xverse.model.config import XverseConfig
-
     folder = tmp_path_factory.mktemp("models")
-    config = XverseConfig(
-        vocab_size=tiny_tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        initializer_range=0.1,
-    )
     for name, seed in (("base", 0), ("other", 1)):
-        model = XverseForCausalLM(config)
+        model = XverseForCausalLM(wide_config)
         init_weights(model, seed=seed)
         save_hf(model, tiny_tokenizer, folder / name, torch.float32)
     for seed, (name, (rank, targets, options)) in enumerate(TARGETS.items()):
@@ -207,11 +196,15 @@ def test_they_are_loaded_chosen_listed_and_unloaded(folder: Path) -> None:
         (lies / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
         dora = shutil.copytree(folder / "adapters" / "one", folder / "adapters" / "dora", dirs_exist_ok=True)
         (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+        odd = shutil.copytree(folder / "adapters" / "one", folder / "adapters" / "odd", dirs_exist_ok=True)
+        (odd / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": ["q_proj"]}))
         wrong = [
             (loading("x", "bad"), 400, "lora_path", "trained on other"),
             (loading("x", "high"), 400, "lora_path", "rank 80 is out of range (1 to 64"),
             (loading("x", "lies"), 400, "lora_path", "has rank 4 where adapter_config.json says 8"),
             (loading("x", "dora"), 400, "lora_path", "use_dora"),
+            (loading("x", "odd"), 400, "lora_path", "rank_pattern is ['q_proj'], not an object"),
+            (loading("x", "a" * 5000), 400, "lora_path", "not in the server's folder"),
             (loading("x", "nowhere"), 404, "lora_path", "does not exist"),
             (loading("x", "../base"), 400, "lora_path", "not in the server's folder"),
             (loading("x", str(folder / "base")), 400, "lora_path", "not in the server's folder"),
@@ -260,10 +253,10 @@ def test_an_open_request_keeps_its_adapter_loaded(folder: Path) -> None:
             refused = await app.call("/v1/unload_lora_adapter", {"lora_name": "one"})
             reply.cancel()
             await asyncio.gather(reply, return_exceptions=True)
-            return refused, served.runner.uses[served.adapted["one"].adapter]
+            return refused, dict(served.runner.uses)  # entries would keep unloaded adapters in memory
 
     (status, _, body), uses = asyncio.run(run())
-    assert (status, body["error"]["code"], uses) == (409, "adapter_in_use", 0)
+    assert (status, body["error"]["code"], uses) == (409, "adapter_in_use", {})
 
 
 @pytest.mark.parametrize(

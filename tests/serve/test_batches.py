@@ -164,8 +164,9 @@ def test_what_is_refused(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(openai.BadRequestError, match="of 200 bytes are in use"):
         client.files.create(file=("x", lines(3)), purpose="batch")
     folder = server.service.batches._folder.parent
-    with pytest.raises(UserError, match="in use by another server"):
-        Batches(folder, URLS, server.service.runner)
+    settings = ServiceSettings(model="/nowhere", batch_folder=str(folder))
+    with pytest.raises(UserError, match="in use by another server"):  # before the model is loaded
+        load_service(settings)
 
 
 def test_files_and_batches_belong_to_their_key(launch: Any, tmp_path: Path) -> None:
@@ -174,6 +175,16 @@ def test_files_and_batches_belong_to_their_key(launch: Any, tmp_path: Path) -> N
     file = mine.files.create(file=("in.jsonl", lines(1)), purpose="batch")
     batch = mine.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
     batch = until_ended(mine, batch)
+    asked = lines(1, "/v1/responses", input="a").replace(b'"prompt": "0", "max_tokens": 1, ', b"")
+    asked_file = mine.files.create(file=("in.jsonl", asked), purpose="batch")
+    answered = mine.batches.create(
+        input_file_id=asked_file.id, endpoint="/v1/responses", completion_window="24h"
+    )
+    answers = mine.files.content(until_ended(mine, answered).output_file_id).text
+    response = json.loads(answers)["response"]["body"]["id"]  # kept, for the batch's key
+    assert mine.responses.retrieve(response).id == response
+    with pytest.raises(openai.NotFoundError):
+        other.responses.retrieve(response)
     for name in (file.id, batch.output_file_id):
         with pytest.raises(openai.NotFoundError):
             other.files.content(name)
@@ -212,7 +223,7 @@ def test_kill_9_loses_and_doubles_no_line(tiny_tokenizer: Any, wide_config: Any,
 
     def serve() -> None:
         async def run() -> None:
-            service.batches = Batches(folder, URLS, service.runner)
+            service.batches = Batches(folder, URLS)
             if not service.batches.owned(None):
                 file = service.batches.files.add(io.BytesIO(source), "in", "batch", None)
                 service.batches.create(file, "/v1/completions", None, None)
@@ -241,7 +252,7 @@ def test_kill_9_loses_and_doubles_no_line(tiny_tokenizer: Any, wide_config: Any,
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status) == bool(kills_left)
         assert kills_left or os.WEXITSTATUS(status) == 0
-    batches = Batches(folder, URLS, service.runner)
+    batches = Batches(folder, URLS)
     (batch,) = batches.owned(None)
     assert batch["request_counts"] == {"total": 500, "completed": 499, "failed": 1}
     given = Counter[str]()

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from xverse.model import XverseForCausalLM
     from xverse.tokenizer import Tokenizer
 
-# The matmuls of smaller models are so short that a second thread gains little, or loses on a busy machine.
 MERGED_RANK = 1024  # of a single adapter, which is a part of the model
+# The matmuls of smaller models are so short that a second thread gains little, or loses on a busy machine.
 ONE_THREAD_BELOW = 100_000_000
 _reported: set[Path] = set()
 

@@ -24,7 +24,8 @@ def invariance(model: XverseForCausalLM, wanted: bool | None) -> bool:
     if wanted and not possible:
         raise UserError(
             "batch_invariant: needs a CPU, compiled kernels, bfloat16 or float32, heads of a multiple of 32, "
-            f"no experts; this is {weight.dtype} on {weight.device.type}, {model.config.head_dim} a head"
+            f"no experts, one process; this is {weight.dtype} on {weight.device.type}, "
+            f"{model.config.head_dim} a head"
         )
     if wanted is not None:
         return wanted

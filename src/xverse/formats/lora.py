@@ -85,7 +85,10 @@ def _check_kind(path: Path, config: dict[str, Any]) -> None:
 def _setting(path: Path, config: dict[str, Any], key: str, patterns: str, name: str) -> float:
     """A layer's rank or alpha: that of the first pattern that its name ends with, or the adapter's."""
     found: Any = config.get(key)
-    for pattern, value in (config.get(patterns) or {}).items():
+    given = config.get(patterns) or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: {CONFIG}: {patterns} is {given!r}, not an object")
+    for pattern, value in given.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):
                 found = value

@@ -42,7 +42,8 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
             if service.batches is not None:
                 call = Caller(app, service.metrics).call
                 at_once = max(1, service.runner.engine.max_batch // 2)  # the rest is for those who wait
-                await stack.enter_async_context(service.batches.running(call, at_once))
+                draining = lambda: service.runner.draining  # noqa: E731
+                await stack.enter_async_context(service.batches.running(call, at_once, draining))
             yield
         await service.runner.drain(timeout=service.timeout)
 

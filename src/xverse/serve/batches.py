@@ -14,16 +14,15 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from xverse.config import UserError
 from xverse.files import alone
 from xverse.log import notice
-from xverse.serve.batch_file import Answer, Answers, BatchRequest, Call, answer_all, answers, read_requests
+from xverse.serve.batch_file import Answer, Answers, BatchRequest, answer_all, answers, read_requests
 from xverse.serve.file_store import FileStore, StoredFile, written
-from xverse.serve.runner import EngineRunner
 
 MOST_BATCHES, MOST_OPEN, MOST_REQUESTS = 1000, 100, 50_000
 SECONDS = 24 * 3600  # a batch expires after OpenAI's completion window
@@ -31,14 +30,15 @@ _ENDED = ("failed", "completed", "expired", "cancelled")
 _ID = re.compile(r"batch_[0-9a-f]{24}")
 _RETRY = 1.0  # seconds until a request is sent again that the queue had no room for
 Batch = dict[str, Any]  # OpenAI's object, and ``owner``: the fingerprint of the key that may use it
+Call = Callable[[str, dict[str, Any], str | None], Awaitable[Answer]]  # with the owner
 
 
 class Batches:
     """The batches in ``folder``, to endpoints in ``urls``; ``running`` works them off."""
 
-    def __init__(self, folder: Path, urls: Collection[str], runner: EngineRunner) -> None:
+    def __init__(self, folder: Path, urls: Collection[str]) -> None:
         self.urls = urls
-        self._folder, self._runner = folder / "batches", runner
+        self._folder = folder / "batches"
         self._lock = contextlib.ExitStack()
         text = f"--batch-folder: {folder} is in use by another server"
         self._lock.enter_context(alone(folder / ".lock", text))
@@ -55,6 +55,7 @@ class Batches:
                 notice(f"serve: {path} is not the state of a batch; ignored")
         self._work: asyncio.Task[None] | None = None  # on the batch that runs
         self._running: str | None = None
+        self._draining: Callable[[], bool] = lambda: False
         self._more = asyncio.Event()
 
     # ---- what the routes do ----
@@ -71,6 +72,7 @@ class Batches:
         ]:
             del self._batches[batch["id"]]
             self._path(batch).unlink(missing_ok=True)
+            self._answers(batch).unlink(missing_ok=True)  # of one that failed
         now = int(time.time())
         times = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
         batch = {
@@ -113,6 +115,8 @@ class Batches:
         """End a batch; the answers so far are kept. Raises UserError if it has ended."""
         if batch["status"] in (*_ENDED, "finalizing"):
             raise UserError(f"the batch is {batch['status']} and cannot be cancelled")
+        if batch["status"] == "cancelling":
+            return
         self._enter(batch, "cancelling")
         if self._running == batch["id"] and self._work is not None:
             self._work.cancel()
@@ -121,9 +125,10 @@ class Batches:
     # ---- working them off ----
 
     @contextlib.asynccontextmanager
-    async def running(self, call: Call, at_once: int) -> AsyncIterator[None]:
-        """Work in the background. At the end, and while the server drains, requests in flight are given up;
-        the next server sends them again."""
+    async def running(self, call: Call, at_once: int, draining: Callable[[], bool]) -> AsyncIterator[None]:
+        """Work in the background. At the end, and while the server is ``draining``, requests in flight are
+        given up; the next server sends them again."""
+        self._draining = draining
         worker = asyncio.create_task(self._run(call, at_once))
         watcher = asyncio.create_task(self._watch(worker))
         try:
@@ -135,7 +140,7 @@ class Batches:
             self._lock.close()
 
     async def _watch(self, worker: asyncio.Task[None]) -> None:
-        while not self._runner.draining:
+        while not self._draining():
             await asyncio.sleep(0.1)
         worker.cancel()
 
@@ -150,32 +155,40 @@ class Batches:
             try:
                 await self._process(batch, call, at_once)
             except Exception as error:  # such as a full disk; the other batches continue
-                notice(f"serve: {batch['id']}: {' '.join(str(error).split())[:300]}")
-                self._fail(batch, [_error(str(error) or type(error).__name__, None)])
+                text = " ".join(str(error).split())[:300] or type(error).__name__
+                notice(f"serve: {batch['id']}: {text}")
+                with contextlib.suppress(UserError, OSError):  # it has failed for this server anyway
+                    self._fail(batch, [_error(text.replace(f"{self._folder}/", ""), None)])
 
     async def _process(self, batch: Batch, call: Call, at_once: int) -> None:
         file = self.files.get(batch["input_file_id"], batch["owner"])
-        requests = await asyncio.to_thread(self._read, batch, file) if file else []
-        if not requests:
+        try:
             if file is None:
-                self._fail(batch, [_error("the input file does not exist any more", None)])
+                raise UserError("the input file does not exist any more")
+            requests = await asyncio.to_thread(self._read, batch, file)
+        except UserError as error:
+            line = re.search(r", line (\d+)", str(error))
+            self._fail(batch, [_error(str(error), int(line[1]) if line else None)])
             return
         batch["request_counts"]["total"] = len(requests)
         if batch["status"] == "validating":
             self._enter(batch, "in_progress")
-        with answers(self._folder / f"{batch['id']}.answers", requests) as found:
+        with answers(self._answers(batch), requests) as found:
             self._count(batch, found)
             if batch["status"] == "in_progress":
                 await self._answer(batch, requests, found, call, at_once)
-        await asyncio.shield(asyncio.to_thread(self._finish, batch, requests))
+        ending = {"cancelling": "cancelled", "expired": "expired"}.get(batch["status"], "completed")
+        if ending == "completed":
+            self._enter(batch, "finalizing")
+        await asyncio.shield(asyncio.to_thread(self._finish, batch, requests, ending))
 
     async def _answer(
         self, batch: Batch, requests: list[BatchRequest], found: Answers, call: Call, at_once: int
     ) -> None:
         async def patiently(url: str, body: dict[str, Any]) -> Answer:
-            while (answer := await call(url, body))[0] == 429:
+            while (answer := await call(url, body, batch["owner"]))[0] == 429:
                 await asyncio.sleep(_RETRY)
-            if answer[0] == 503 and self._runner.draining:
+            if answer[0] == 503 and self._draining():
                 await asyncio.Event().wait()  # for the end of this server
             return answer
 
@@ -197,7 +210,7 @@ class Batches:
             self._work = self._running = None
 
     def _read(self, batch: Batch, file: StoredFile) -> list[BatchRequest]:
-        """The requests of the input, or none if it is wrong, which becomes the batch's errors."""
+        """The requests of the input. Raises UserError, which names the line, if it is wrong."""
         path = self.files.path(file)
         try:
             requests = read_requests(path, self.urls)
@@ -208,19 +221,13 @@ class Batches:
                     text = f"{path}, line {number}: url {request.url!r} is not the batch's endpoint"
                     raise UserError(f"{text}, {batch['endpoint']!r}")
         except UserError as error:
-            text = str(error).replace(str(path), file.filename)
-            line = re.search(r", line (\d+)", text)
-            self._fail(batch, [_error(text, int(line[1]) if line else None)])
-            return []
+            raise UserError(str(error).replace(str(path), file.filename)) from None
         return requests
 
-    def _finish(self, batch: Batch, requests: list[BatchRequest]) -> None:
+    def _finish(self, batch: Batch, requests: list[BatchRequest], ending: str) -> None:
         """Divide the answers into the two files. Their names follow from the batch's, so that this may be
         done again after a crash."""
-        ending = {"cancelling": "cancelled", "expired": "expired"}.get(batch["status"], "completed")
-        if ending == "completed":
-            self._enter(batch, "finalizing")
-        source = self._folder / f"{batch['id']}.answers"
+        source = self._answers(batch)
         made: dict[str, str | None] = {"output": None, "error": None}
         missing = []
         if ending == "expired":
@@ -271,6 +278,10 @@ class Batches:
 
     def _path(self, batch: Batch) -> Path:
         return self._folder / f"{batch['id']}.json"
+
+    def _answers(self, batch: Batch) -> Path:
+        """Where they are until they are divided."""
+        return self._folder / f"{batch['id']}.answers"
 
     def _save(self, batch: Batch) -> None:
         written(self._path(batch), batch)

@@ -51,7 +51,7 @@ class FileStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._files: dict[str, StoredFile] = {}
+        self._files: dict[str, StoredFile] = {}  # files are added in other threads: iterate over copies
         for path in folder.glob("file-*.json"):
             try:
                 file = StoredFile(**json.loads(path.read_text(encoding="utf-8")))
@@ -74,7 +74,7 @@ class FileStore:
             raise UserError(f"file: {size} bytes are too many; the limit is {MOST_BYTES}")
         if len(self._files) >= MOST_FILES:
             raise UserError(f"file: {MOST_FILES} files are stored, the most at once; delete some first")
-        total = sum(file.bytes for file in self._files.values())
+        total = sum(file.bytes for file in [*self._files.values()])
         if total + size > MOST_TOTAL:
             raise UserError(f"file: {total} of {MOST_TOTAL} bytes are in use; delete some files first")
 
@@ -111,7 +111,7 @@ class FileStore:
     def owned(self, owner: str | None) -> list[StoredFile]:
         """The owner's files, newest first."""
         self._expire()
-        mine = [file for file in self._files.values() if file.owner == owner]
+        mine = [file for file in [*self._files.values()] if file.owner == owner]
         return sorted(mine, key=lambda file: (-file.created_at, file.id))
 
     def delete(self, file: StoredFile) -> None:
@@ -121,5 +121,6 @@ class FileStore:
 
     def _expire(self) -> None:
         now = time.time()
-        for file in [file for file in self._files.values() if file.expires_at and file.expires_at <= now]:
-            self.delete(file)
+        for file in [*self._files.values()]:
+            if file.expires_at and file.expires_at <= now:
+                self.delete(file)

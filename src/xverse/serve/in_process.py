@@ -14,10 +14,10 @@ class InProcess(Caller):
     """The application of a service. ``call`` it within ``running``."""
 
     def __init__(self, service: Service) -> None:
-        self._app = create_app(service)
-        super().__init__(self._app, service.metrics)
+        self._api = create_app(service)
+        super().__init__(self._api, service.metrics)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        async with self._app.router.lifespan_context(self._app):
+        async with self._api.router.lifespan_context(self._api):
             yield

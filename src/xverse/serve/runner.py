@@ -98,7 +98,9 @@ class EngineRunner:
                 yield event
         finally:
             self._open -= 1
-            self.uses[request.adapter] -= 1
+            self.uses -= Counter(
+                [request.adapter]
+            )  # without entries of 0: they would keep adapters in memory
             if not ended:
                 self._commands.put(("cancel", ticket))
 

@@ -80,14 +80,17 @@ class Service:
             raise ApiError(404, text, param="model", code="model_not_found")
         return found
 
-    def adopt(self, name: str, adapter: Adapter) -> None:
-        """Serve an adapter of the engine's model under a name. Raises UserError for a name that is taken or
-        cannot be one, and for too many adapters."""
+    def check_new(self, name: str) -> None:
+        """Raises UserError for a name that is taken or cannot be one, and for one adapter too many."""
         check_name(name)
         if name == self.name or name in self.adapted:
             raise UserError(f"'{name}' is already the name of a model")
         if len(self.adapted) >= MOST_ADAPTERS:
             raise UserError(f"{MOST_ADAPTERS} adapters are loaded, the most at once; unload one first")
+
+    def adopt(self, name: str, adapter: Adapter) -> None:
+        """Serve an adapter of the engine's model under a name. Raises UserError as ``check_new`` does."""
+        self.check_new(name)
         now = int(time.time())
         mine = dataclasses.replace(self, name=name, adapter=adapter, parent=self.name, created=now)
         self.adapted[name] = mine

@@ -62,6 +62,9 @@ def load_service(settings: ServiceSettings) -> Service:
         folder = Path(settings.adapter_folder).expanduser().resolve()
         if not folder.is_dir():
             raise UserError(f"--adapter-folder: {settings.adapter_folder!r} is not a directory")
+    batches = None
+    if settings.batch_folder is not None:
+        batches = Batches(Path(settings.batch_folder).expanduser(), URLS)
     loaded = load_engine(
         settings.model,
         threads=settings.threads,
@@ -94,9 +97,8 @@ def load_service(settings: ServiceSettings) -> Service:
         timeout=settings.timeout,
         read_adapter=loaded.read_adapter,
         adapter_folder=folder,
+        batches=batches,
     )
-    if settings.batch_folder is not None:
-        service.batches = Batches(Path(settings.batch_folder).expanduser(), URLS, runner)
     for each, adapter in loaded.adapters.items():
         service.adopt(each, adapter)
     return service

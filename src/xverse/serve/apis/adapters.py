@@ -46,10 +46,15 @@ def mount(app: FastAPI, service: Service) -> None:
         path = _path(service, body.lora_path)
         async with lock:
             before = service.adapted.get(name)
-            if before is not None:
-                if not body.load_inplace:
-                    text = f"lora_name: '{name}' is already loaded; load_inplace replaces it"
-                    raise ApiError(400, text, param="lora_name", code="adapter_exists")
+            if before is None:
+                try:
+                    service.check_new(name)
+                except UserError as error:
+                    raise ApiError(400, f"lora_name: {error}", param="lora_name") from None
+            elif not body.load_inplace:
+                text = f"lora_name: '{name}' is already loaded; load_inplace replaces it"
+                raise ApiError(400, text, param="lora_name", code="adapter_exists")
+            else:
                 _check_unused(service, before)
             assert service.read_adapter is not None
             try:
@@ -57,12 +62,8 @@ def mount(app: FastAPI, service: Service) -> None:
             except UserError as error:
                 text = f"lora_path: {str(error).replace(str(path), body.lora_path)}"
                 raise ApiError(400, text, param="lora_path", code="bad_adapter") from None
-            if before is not None:
-                del service.adapted[name]
-            try:
-                service.adopt(name, adapter)
-            except UserError as error:
-                raise ApiError(400, f"lora_name: {error}", param="lora_name") from None
+            service.adapted.pop(name, None)
+            service.adopt(name, adapter)
         return _done(f"Success: LoRA adapter '{name}' added successfully.", body)
 
     @app.post("/v1/unload_lora_adapter")
@@ -103,12 +104,13 @@ def _path(service: Service, given: str) -> Path:
     try:
         path = (folder / given).resolve()
         inside = path.is_relative_to(folder) and path != folder
+        exists = inside and path.is_dir()
     except (OSError, ValueError, RuntimeError):  # too long, a NUL, a loop of links
         inside = False
     if not inside:
         text = f"lora_path: '{given[:200]}' is not in the server's folder of adapters"
         raise ApiError(400, text, param="lora_path", code="path_not_allowed")
-    if not path.is_dir():
+    if not exists:
         text = f"lora_path: '{given[:200]}' does not exist"
         raise ApiError(404, text, param="lora_path", code="adapter_not_found")
     return path

@@ -15,6 +15,7 @@ from pydantic import Field, StrictStr
 from starlette.datastructures import UploadFile
 
 from xverse.config import UserError
+from xverse.log import notice
 from xverse.serve.access_log import current
 from xverse.serve.batches import Batch, Batches
 from xverse.serve.errors import ApiError
@@ -64,7 +65,12 @@ def mount(app: FastAPI, service: Service) -> None:
             store.check_room(file.size or 0)
             name = file.filename or "upload.jsonl"
             arguments = (file.file, name[:200], "batch", current().key)
-            added = await asyncio.to_thread(lambda: store.add(*arguments, expires_at=expires))
+            try:
+                added = await asyncio.to_thread(lambda: store.add(*arguments, expires_at=expires))
+            except UserError as error:  # such as a full disk
+                notice(f"serve: {error}")
+                text = "file: the server could not store it"
+                raise ApiError(507, text, param="file", code="storage_failed") from None
         return JSONResponse(added.described())
 
     @app.get("/v1/files")
