@@ -18,7 +18,6 @@ import random
 import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 
+from tests.train.processes import SHAPE, SHAPES, Stop, batch, finish_checkpoint, tiny_model
 from xverse.bench.options import positive
 from xverse.bench.report import Row, show
 from xverse.config import UserError
@@ -35,30 +35,16 @@ from xverse.finetune.run import run_finetuning
 from xverse.finetune.settings import read_settings
 from xverse.formats import save_hf
 from xverse.log import notice
-from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights
 from xverse.tokenizer import train_tokenizer
 from xverse.train import TrainConfig, fit
 from xverse.train.materialise import empty_model, initial_weights
 from xverse.train.parallel import ALONE, World, world_of
 from xverse.train.plot import read_metrics
 
-LENGTH, STEPS, HALF = 32, 4, 2
+STEPS, HALF = 4, 2
 SECONDS = 120  # for a phase of a case
 # Relative differences of losses that rounding explains: sums are added in another order.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
-SHAPE = XverseConfig(
-    vocab_size=509,  # of which no number of processes is a divisor
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    initializer_range=0.1,
-)
-FAMILY = dataclasses.replace(
-    SHAPE, model_type="llama", num_key_value_heads=2, head_dim=16, attention_bias=True, qk_norm=True,
-    norm_in_float32=False,
-)  # fmt: skip
-SHAPES = {"xverse": SHAPE, "family": FAMILY}
 Case = dict[str, Any]
 
 
@@ -104,7 +90,7 @@ def _pretraining(generator: random.Random) -> Case:
     batch = generator.choice([4, 8, 12])
     return {
         "kind": "pretraining",
-        "shape": generator.choice(list(SHAPES)),
+        "shape": generator.choice(["xverse", "family"]),
         "common": {
             "batch_size": batch,
             "optimizer": generator.choice(["adamw", "muon"]),
@@ -176,10 +162,6 @@ def _finetuning(generator: random.Random) -> Case:
 
 
 # Running
-
-
-class Stop(Exception):
-    """A phase has come to where it is to end."""
 
 
 def problem_of(case: Case) -> str:
@@ -267,21 +249,6 @@ def _child(
     os._exit(0)
 
 
-def _batch(first: int, stop: int) -> Batch:
-    """Rows of random tokens, of several documents, some without a target."""
-    rows = []
-    for row in range(first, stop):
-        generator = torch.Generator().manual_seed(row)
-        tokens = torch.randint(4, SHAPE.vocab_size, (LENGTH + 1,), generator=generator)
-        cuts = torch.rand(LENGTH, generator=generator) < (0.15 if row % 4 else 0.0)
-        ids = cuts.cumsum(0).int()
-        targets = tokens[1:].clone()
-        targets[:-1][ids[1:] != ids[:-1]] = IGNORE
-        targets[torch.rand(LENGTH, generator=generator) < 0.05 * (row % 3)] = IGNORE
-        rows.append((tokens[:-1], targets, ids))
-    return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
-
-
 def _pretrain(processes: int, case: Case, phase: dict[str, Any], out: Path, last: bool) -> None:
     config = TrainConfig(
         steps=STEPS, learning_rate=1e-3, warmup_steps=2, checkpoint_every=HALF, preflight="off",
@@ -292,21 +259,17 @@ def _pretrain(processes: int, case: Case, phase: dict[str, Any], out: Path, last
     def batch_at(first: int, stop: int) -> Batch:
         if not last and first >= config.sequences(HALF):
             raise Stop
-        return _batch(first, stop)
+        return batch(first, stop)
 
     def work(world: World) -> None:
         if world.size == 1:
-            model = XverseForCausalLM(shape)
-            init_weights(model, seed=0)
-            weights = None
+            model, weights = tiny_model(shape), None
         else:
             model, weights = empty_model(shape), initial_weights(shape, seed=0)
         try:
             fit(model, batch_at, config, out, world=world, weights=weights)
         except Stop:
-            for thread in threading.enumerate():  # the checkpoint that is under way
-                if "_finish" in thread.name:
-                    thread.join()
+            finish_checkpoint()
 
     if processes == 1:
         work(ALONE)
@@ -319,8 +282,7 @@ def _write_inputs(folder: Path) -> None:
     """A tiny model and a dataset of each stage, with examples of unequal lengths."""
     texts = [f"say hello {i} good morning and again go away now" for i in range(40)]
     tokenizer = train_tokenizer(texts, vocab_size=285, min_frequency=1)
-    model = XverseForCausalLM(dataclasses.replace(SHAPE, vocab_size=tokenizer.vocab_size))
-    init_weights(model, seed=0)
+    model = tiny_model(dataclasses.replace(SHAPE, vocab_size=tokenizer.vocab_size))
     save_hf(model, tokenizer, folder / "base", torch.float32)
     replies = ["good morning" + " and again" * (i % 5) for i in range(24)]
     asked = [f"say hello {i}" for i in range(24)]

@@ -22,7 +22,7 @@ from benchmarks.studies.common import ROOT, module
 from xverse import hardware
 from xverse.bench.options import add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, count_threads, show
-from xverse.config import UserError
+from xverse.config import UserError, need
 from xverse.log import notice
 from xverse.model import XverseForCausalLM, init_weights, named_shape
 
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.steps < 2:
         raise UserError("steps: use at least 2; the first one warms up")
+    need("trl", "bench", "python -m benchmarks grpo", load=False)
     threads = args.threads or hardware.cores().usable
     config, tokenizer = named_shape(args.shape), load_tokenizer(resolve("nano"))
     with tempfile.TemporaryDirectory(prefix="xverse-grpo-") as name:

@@ -24,7 +24,7 @@ VERBS = {
     "chat": "talk to a model in the terminal, or answer once with --ask",
     "serve": "serve a model over HTTP with OpenAI's, Anthropic's and Ollama's APIs",
     "batch": "answer a file of requests; survives crashes",
-    "quantize": "quantise a model to 8 or 4 bits",
+    "quantize": "quantise a model to 8, 4, 3 or 2 bits",
     "export": "write a model as a Hugging Face or Llama directory or GGUF file; merge adapters",
     "tokenizer": "train, repair or report on a tokenizer",
     "data": "prepare token shards from text, or show the data of a recipe",

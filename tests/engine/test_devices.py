@@ -63,9 +63,9 @@ def test_a_stored_quantised_model_lands_on_the_device(
     ("free", "quantize", "message"),
     [
         (12, None, r"1[45]\.\d GB in bfloat16, and cuda:1 has 12\.0 GB free; use --quantize int8 \(.*int4"),
-        (6, None, r"use --quantize int4 \(4\.\d GB\), --tensor-parallel 2 to divide"),
+        (6, None, r"use --quantize int4 \(4\.\d GB\), --tensor-parallel 4 on"),
         (6, "int8", r"7\.\d GB in int8, .* use --quantize int4"),
-        (2, None, r"use --tensor-parallel 2 to divide .* --device cpu"),
+        (2, None, r"use --tensor-parallel 8 on .* --device cpu"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_with_what_fits(

@@ -112,7 +112,7 @@ def test_values_reach_transformers(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"template": "vicuna"}, "template 'vicuna' is not known"),
+        ({"template": "llama9"}, "template 'llama9' is not known"),
         ({"do_train": False}, "nothing to do"),
         ({"dataset": None}, "needs a dataset"),
         ({"deepspeed": "a.json", "fsdp": "full_shard"}, "one of them"),

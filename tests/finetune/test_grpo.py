@@ -249,6 +249,24 @@ def test_every_rule_is_tested_and_all_code_needs_permission() -> None:
     assert "--allow_code" in missing
 
 
+def test_unusable_columns_and_replies_that_are_right() -> None:
+    known = rules(settings_of(allow_code=True))
+    assert known["language"].missing({"language": ["fr"]})
+    assert known["check"].missing({"check": {"language": ["fr"]}})
+    assert known["program"].missing({"test": "assert ("})
+    branches = "".join(f"    if x == {n}:\n        return {n * n}\n    pass\n" for n in range(5))
+    code = Completion([1], f"def f(x):\n{branches}", [], True)  # with equal lines, as programs have
+    assert known["program"].score(code, {"test": "assert f(3) == 9"}) == 1.0
+    assert known["number"].score(Completion([1], "It is 20-10", [], True), {"answer": 10}) == 1.0
+
+
+def test_a_module_that_cannot_be_imported(grpo, flags, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["finetune", *flags({**grpo, "reward_funcs": "broken:f", "allow_code": ""})]) == 2
+    assert "broken cannot be imported (SyntaxError" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.fixture
 def questions(folder: Path) -> Path:
     rows = [{"question": f"say hello {i}", "answer": str(i), "check": {"shorter": 6}} for i in range(24)]
@@ -341,6 +359,9 @@ def test_lora_and_truncated_replies_without_loss(grpo, flags, tmp_path) -> None:
         ({"reward_funcs": "numbr"}, "did you mean 'number'"),
         ({"reward_funcs": "program", "allow_code": ""}, "no Python in 'test'"),
         ({"reward_funcs": "nowhere:f", "allow_code": ""}, "must be on PYTHONPATH"),
+        ({"reward_funcs": ":f", "allow_code": ""}, "must be on PYTHONPATH"),
+        ({"reward_weights": "nan"}, "'nan' is not a finite number"),
+        ({"repetition_penalty": "0"}, "repetition_penalty: 0.0 is out of range"),
         ({"reward_funcs": "format", "reward_pattern": "("}, "not a regular expression"),
         ({"cutoff_len": "12"}, "leaves no room for a prompt"),
         ({"packing": "true"}, "cannot be combined with packing"),

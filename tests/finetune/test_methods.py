@@ -111,6 +111,10 @@ def test_a_reward_model_learns_and_rewards(pairs: Path, document, flags, tmp_pat
     if kind == "full":
         grpo |= {"reward_funcs": document["model_name_or_path"], "output_dir": str(tmp_path / "other")}
         assert main(["finetune", *flags(grpo)]) == 2  # a language model is not a reward model
+    else:
+        config = json.loads((out / "adapter_config.json").read_text())
+        (out / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+        assert main(["finetune", *flags({**grpo, "output_dir": str(tmp_path / "other")})]) == 2
 
 
 def reference_divergence(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
@@ -257,6 +261,7 @@ def test_rounding_lets_gradients_through(wide_config: Any) -> None:
         ({"quantization_aware": "int4", "lora_dropout": 0.1}, "cannot be combined with lora_dropout"),
         ({"quantization_aware": "int4", "stage": "rm"}, "cannot be combined with stage rm"),
         ({"center_rewards_coefficient": 0.1}, "needs stage rm"),
+        ({"quantization_bit": 4, "stage": "rm"}, "cannot be combined with stage rm"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -49,7 +49,6 @@ class Zoo:
     forward: Callable[[Tensors, dict[str, Any], Tensor, int], Tensor]
     code: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
-    positions: bool = True
 
 
 def random_tensors(zoo: Zoo, seed: int = 0) -> Tensors:
@@ -322,12 +321,11 @@ ZOO = {
         llama_shapes(groups=2),
         llama_forward,
     ),
-    "mpt": Zoo(_MPT, mpt_shapes(), mpt_forward, ("configuration_mpt.py", "modeling_mpt.py"), positions=False),
+    "mpt": Zoo(_MPT, mpt_shapes(), mpt_forward, ("configuration_mpt.py", "modeling_mpt.py")),
     "mpt-clipped": Zoo(
         {**_MPT, "attn_config": {**_MPT["attn_config"], "clip_qkv": 0.7}},  # type: ignore[dict-item]
         mpt_shapes(),
         mpt_forward,
-        positions=False,
     ),
     "vicuna": Zoo(
         {
@@ -351,7 +349,4 @@ ZOO = {
 FAMILY = {  # what each entry is recognised as, where that is not its own name
     "falcon-old": "falcon",
     "internlm-dynamic": "internlm",
-    "llama-old": "llama",
-    "llama2": "llama",
-    "mpt-clipped": "mpt",
 }

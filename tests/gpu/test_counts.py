@@ -142,7 +142,7 @@ def test_qlora_dequantises_in_one_launch(bits: int) -> None:
     with Counter() as counter:
         y = ops.dequantized_linear(x, layer.tiles, 11008, bits)
         ops._DequantizedLinear.backward(
-            SimpleNamespace(tiles=layer.tiles, outputs=11008, bits=bits),  # type: ignore[arg-type]
+            SimpleNamespace(tiles=layer.tiles, outputs=11008, format=(bits, 0)),  # type: ignore[arg-type]
             y,
         )
     assert counter.by_name["dequantize"][0] == 2

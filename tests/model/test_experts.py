@@ -40,6 +40,8 @@ from xverse.plan.layout import Architecture
 from xverse.quant.quantizer import Quantizer
 from xverse.quant.settings import QuantSettings
 
+from .test_families import Ids
+
 VOCAB = 320
 # As upstream's config.json has them; 80 values a head, as the published model.
 PUBLISHED: dict[str, Any] = {
@@ -175,22 +177,6 @@ def test_only_activated_experts_are_read(directories: dict[str, Path]) -> None:
             assert torch.equal(layer(x), expected)
             for number, expert in kept.items():
                 layer.experts[number] = expert
-
-
-class Ids:
-    """A tokenizer of nothing: the engine needs its size and a decoder."""
-
-    vocab_size = VOCAB
-    hash = ""
-
-    def stream(self, *_: Any, **options: Any) -> Any:
-        return self
-
-    def push(self, token: int) -> str:
-        return f"{token} "
-
-    def finish(self) -> str:
-        return ""
 
 
 def replies(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:

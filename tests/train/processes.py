@@ -4,6 +4,7 @@ Starting processes and importing torch is what costs: one parent imports and for
 device meshes for every job of a phase. A phase has the number of ``processes`` and ``jobs``; a job has
 ``out``, ``train`` (keys of TrainConfig), perhaps ``shape``, a key of ``SHAPES``, ``stop``, the step before
 which it is to end as if killed, or ``load``, checkpoints to read under its layout.
+``python -m benchmarks composition`` uses the same models and rows.
 """
 
 from __future__ import annotations
@@ -108,6 +109,13 @@ def tiny_model(shape: XverseConfig = SHAPE) -> XverseForCausalLM:
     return model
 
 
+def finish_checkpoint() -> None:
+    """Wait for the checkpoint that a thread is writing."""
+    for thread in threading.enumerate():
+        if "_finish" in thread.name:
+            thread.join()
+
+
 def train(job: dict[str, Any], world: World = ALONE) -> None:
     """Run a job, and write the whole model that came out to ``OUT/model.safetensors``."""
     config = TrainConfig(**{**BASE, **job["train"]})
@@ -132,9 +140,7 @@ def train(job: dict[str, Any], world: World = ALONE) -> None:
         (out.parent / f"{out.name}.{world.rank}.error").write_text(str(error))
         return
     except Stop:
-        for thread in threading.enumerate():  # the checkpoint that is under way
-            if "_finish" in thread.name:
-                thread.join()
+        finish_checkpoint()
         return
     tensors = {name: tensor.detach().clone() for name, tensor in whole(model, world).state_dict().items()}
     if world.rank == 0:

@@ -22,7 +22,14 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = int(os.environ.get("XVERSE_COMPOSITION", "0"))
 FIXED = 3  # cases of seed 1
-NAMED: dict[str, dict[str, Any]] = {}
+NAMED: dict[str, dict[str, Any]] = {
+    "a sharded adapter's reference in a row without examples": {
+        "kind": "finetuning",
+        "rows": 4,
+        "common": {"stage": "dpo", "finetuning_type": "lora", "max_samples": 13},
+        "phases": [{"processes": 2, "batch": 2, "accumulation": 1, "fsdp": True}],
+    }
+}
 
 
 def test_cases_of_the_day() -> None:

@@ -210,8 +210,12 @@ def check_room(
     fitting = [
         f"--quantize {kind} ({size / 1e9:.1f} GB)" for kind, size in sizes.items() if size < count * free
     ]
-    several = f"--tensor-parallel {2 * count} to divide them over that many GPUs, or --device cpu"
+    heads = range(count + 1, config.num_key_value_heads + 1)
+    enough = next((n for n in heads if config.num_key_value_heads % n == 0 and needed < n * free), None)
+    if enough is not None:
+        fitting.append(f"--tensor-parallel {enough} on as many such GPUs")
+    use = ", ".join([*fitting, "or --device cpu" if fitting else "--device cpu"])
     raise UserError(
         f"{directory.name}: the weights take {needed / 1e9:.1f} GB {what}, and {device} has "
-        f"{free / 1e9:.1f} GB free; use {', '.join([*fitting, several])}"
+        f"{free / 1e9:.1f} GB free; use {use}"
     )

@@ -74,7 +74,7 @@ def problem(reply: str, finish_reason: str | None, check: Mapping[str, Any], all
         return found
     for key, value in check.items():
         if key == "program":
-            found = _program(reply, value, allow_code)
+            found = wrong_program(reply, value, allow_code)
         else:
             found = _RULES[key](reply, value)
         if found:
@@ -85,9 +85,9 @@ def problem(reply: str, finish_reason: str | None, check: Mapping[str, Any], all
 def check_rules(check: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the key, for a check with an unknown key or a value of the wrong kind."""
     for key, value in check.items():
-        if key not in _VALUES:
-            raise ValueError(f"unknown rule '{key}'; known are {', '.join(_VALUES)}")
-        wanted, fits = _VALUES[key]
+        if key not in VALUES:
+            raise ValueError(f"unknown rule '{key}'; known are {', '.join(VALUES)}")
+        wanted, fits = VALUES[key]
         if not fits(value):
             raise ValueError(f"{key}: expected {wanted}, found {value!r:.60}")
 
@@ -198,7 +198,8 @@ def _parses(code: str) -> bool:
     return True
 
 
-def _program(reply: str, test: str, allow_code: bool) -> str | None:
+def wrong_program(reply: str, test: str, allow_code: bool) -> str | None:
+    """Why the program in a reply does not pass ``test``, or None. It is run only with ``allow_code``."""
     code = code_of(reply)
     if code is None:
         return "has no program"
@@ -233,7 +234,8 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFKC", text).replace("’", "'").lower()
 
 
-def _number(reply: str, number: str) -> str | None:
+def wrong_number(reply: str, number: str) -> str | None:
+    """Why the reply's last number is not ``number``, as ``last_number`` writes it; None if it is."""
     found = last_number(reply.replace("-", " ") if not number.startswith("-") else reply)
     return None if found == number else f"has the number {found}, not {number}"
 
@@ -293,7 +295,7 @@ def _lines(reply: str, count: int) -> str | None:
 
 
 _RULES: dict[str, Callable[[str, Any], str | None]] = {
-    "number": _number,
+    "number": wrong_number,
     "all": _all,
     "none": _none,
     "starts": _starts,
@@ -317,14 +319,15 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+# What the value of each key has to be.
+VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "number": ("a number as a text", lambda value: isinstance(value, str) and last_number(value) == value),
     "all": (
         "a list of lists of texts",
         lambda value: isinstance(value, list) and bool(value) and all(map(_texts, value)),
     ),
     **dict.fromkeys(("none", "starts", "first", "last"), ("a list of texts", _texts)),
-    "language": ("zh, ja, ko, ru, ar, en, fr, de or es", lambda value: value in {**SCRIPTS, **WORDS}),
+    "language": ("zh, ja, ko, ru, ar, en, fr, de or es", lambda value: value in [*SCRIPTS, *WORDS]),
     **dict.fromkeys(("refuses", "declines"), ("true or false", lambda value: isinstance(value, bool))),
     "program": ("Python", lambda value: isinstance(value, str) and _parses(value)),
     **dict.fromkeys(("items", "lines", "longer", "shorter"), ("a number above 0", _count)),

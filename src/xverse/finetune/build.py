@@ -13,7 +13,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from xverse import hardware
 from xverse.config import UserError
 from xverse.engine.load import ending_ids
-from xverse.engine.sampling_params import SamplingParams
 from xverse.finetune.distillation import DistillationTrainer
 from xverse.finetune.encode import Data, Example
 from xverse.finetune.grpo import GrpoTrainer
@@ -48,6 +47,8 @@ def make_trainer(
     tokenizer: Tokenizer,
     length: int,
 ) -> FinetuneTrainer:
+    """The trainer of the stage with its model, on every process. ``read`` gives a stream's examples anew;
+    ``length`` is that of a packed row in tokens. Raises UserError for models that do not fit each other."""
     set_seed(args.seed)  # a reward model's head is drawn
     model = _load_model(source, settings, args, head=settings.stage == "rm")
     if args.device.type == "cpu" and finetune_memory.keeps_freed(settings, source.scheme is not None):
@@ -139,11 +140,16 @@ def _kind_of_trainer(
     return functools.partial(KtoTrainer if kto else PairTrainer, reference=reference, preferences=preferences)
 
 
+def half_type(settings: Settings, args: TrainingArguments) -> torch.dtype | None:
+    """The 16-bit type that the run computes in; None: float32."""
+    return torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
+
+
 def _load_teacher(settings: Settings, args: TrainingArguments, source: ModelDirectory) -> Any:
-    """The teacher as a plain model, in the computing dtype."""
+    """The teacher as a plain model, in the type that the run computes in."""
     teacher = ModelDirectory.named(str(settings.teacher))
     check_vocabulary("teacher", teacher, source)
-    half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
+    half = half_type(settings, args)
     bits = settings.teacher_quantization_bit
     if bits and teacher.scheme is not None:
         raise UserError(f"teacher {teacher}: is quantised already; remove teacher_quantization_bit")
@@ -161,21 +167,12 @@ def check_vocabulary(name: str, other: ModelDirectory, source: ModelDirectory) -
 def _generator(
     source: ModelDirectory, settings: Settings, args: TrainingArguments, data: Data, tokenizer: Tokenizer
 ) -> Generator:
-    sampling = SamplingParams(
-        max_new_tokens=settings.max_completion_length,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-    )
-    half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
     return Generator(
         tokenizer,
-        sampling,
+        settings.sampling(),
         ending_ids(source.generation_config, source.config.eos_token_id, tokenizer),
         max(len(prompt.ids) for prompt in (*data.train, *data.valid)),
-        half,
+        half_type(settings, args),
     )
 
 
@@ -184,7 +181,7 @@ def _load_model(
 ) -> Any:
     """The base, with ``head`` as a reward model; weights in float32, unless DeepSpeed keeps master copies or
     only an adapter is trained."""
-    half = torch.bfloat16 if args.bf16 or settings.pure_bf16 else torch.float16 if args.fp16 else None
+    half = half_type(settings, args)
     frozen = settings.finetuning_type == "lora" and args.bf16
     narrow = half is not None and (settings.deepspeed or settings.pure_bf16 or frozen)
     dtype = half if half is not None and narrow else torch.float32
@@ -195,8 +192,6 @@ def _load_model(
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
     else:
         model = XverseForCausalLM.of(load_model(source, dtype), source.generation_config)
-    if settings.quantization_bit and head:
-        raise UserError("stage rm cannot be combined with quantization_bit; use pure_bf16 or bf16 with lora")
     if settings.quantization_bit:
         groups = quick_settings(f"int{settings.quantization_bit}", source.config).group_size
         model.quantize(settings.quantization_bit, group_size=groups)

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from xverse.finetune.preferences import logits_with_loss
 from xverse.finetune.settings import Settings
 from xverse.finetune.trainer import Batch, FinetuneTrainer
-from xverse.model import IGNORE, Packed
+from xverse.model import Packed
 from xverse.model.chunks import loss_chunk
 from xverse.model.transformer import XverseForCausalLM
 
@@ -59,11 +60,7 @@ class DistillationTrainer(FinetuneTrainer):
 
     def _sum(self, model: Any, batch: Batch) -> Tensor:
         """The loss summed over the tokens with loss of a row of ``join``."""
-        targets = batch["labels"][0, 1:]  # [T-1]
-        kept = torch.nonzero_static(targets != IGNORE, size=batch["num_targets"]).flatten()  # [K]
-        keys = ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")
-        output = model(**{key: batch[key] for key in keys}, use_cache=False, logits_to_keep=kept)
-        logits = output.logits[0]  # [K, V]
+        logits, kept, targets = logits_with_loss(model, batch)
         with torch.no_grad():
             ends, longest = batch["cu_seq_lens_q"], batch["max_length_q"]
             context = Packed.flattened(ends, longest, batch["position_ids"])
@@ -73,7 +70,7 @@ class DistillationTrainer(FinetuneTrainer):
         for start in range(0, len(kept), size):
             part = slice(start, start + size)
             total = total + checkpoint(
-                self._part, logits[part], hidden[part], targets[kept[part]], use_reentrant=False
+                self._part, logits[part], hidden[part], targets[part], use_reentrant=False
             )
         return total
 

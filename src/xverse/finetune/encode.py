@@ -264,7 +264,7 @@ class _Reader:
         if self.settings.stage == "pt":
             return self._text(to_text(item, info), f"{file.name}[{number}]")
         if self.settings.stage == "grpo":
-            return [[self._prompt(item, info, file, number)]]
+            return [[self._prompt(item, info, file, number, counts)]]
         if self.settings.stage in ("dpo", "rm"):
             return [self._pair(to_preference(item, info), file, number)]
         example = self._dialogue(to_dialogue(item, info), file, number, counts)
@@ -289,7 +289,7 @@ class _Reader:
             group.append(Example(ids, mask, f"{file.name}[{number}]", margin=pair.margin))
         return group
 
-    def _prompt(self, item: Any, info: DatasetInfo, file: SourceFile, number: int) -> Prompt:
+    def _prompt(self, item: Any, info: DatasetInfo, file: SourceFile, number: int, counts: _Counts) -> Prompt:
         messages, answer = to_prompt(item, info)
         columns = {**item, "answer": item.get("answer", answer)}
         for rule in self.rules:
@@ -297,13 +297,13 @@ class _Reader:
                 raise Skip(missing)
         most = self.settings.max_completion_length
         messages = self._filled(messages, file, number)
-        prompt = encode_chat(
-            self.tokenizer,
-            messages,
-            max_new_tokens=most,
-            max_positions=self.length,
-            truncation=self.length - most,
-        )
+        limits = {"max_positions": self.length, "truncation": self.length - most}
+        try:
+            prompt = encode_chat(self.tokenizer, messages, max_new_tokens=most, **limits)
+        except UserError as error:  # a template's last turn cannot be cut
+            raise Skip(str(error)) from None
+        if prompt.dropped_rounds or prompt.cut_tokens:
+            counts.cut[f"prompts cut for replies of {most}"] += 1
         ids = prompt.ids
         return Prompt(
             ids, [False] * len(ids), f"{file.name}[{number}]", columns=columns, text=messages[-1]["content"]

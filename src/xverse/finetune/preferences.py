@@ -18,8 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from xverse.finetune.trainer import Batch, FinetuneTrainer
+from xverse.finetune.trainer import Batch, FinetuneTrainer, inputs_of
 from xverse.model import IGNORE
+
+
+def logits_with_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens with loss in a row of ``join``: the logits that predict them [K, V], the places of these
+    logits in the row and the tokens themselves, int64 [K] each."""
+    targets = batch["labels"][0, 1:]  # [T-1]; an example's first token has no label
+    kept = torch.nonzero_static(targets != IGNORE, size=batch["num_targets"]).flatten()  # [K]
+    return model(**inputs_of(batch), logits_to_keep=kept).logits[0], kept, targets[kept]
 
 
 def token_log_probabilities(
@@ -27,16 +35,10 @@ def token_log_probabilities(
 ) -> tuple[Tensor, Tensor]:
     """The log-probability of each token with loss in a row of ``join``, float32 [K], and the index of its
     example, int64 [K]; of logits divided by ``temperature``, of the first ``vocabulary`` tokens alone."""
-    targets = batch["labels"][0, 1:]  # [T-1]; an example's first token has no label
-    kept = torch.nonzero_static(targets != IGNORE, size=batch["num_targets"]).flatten()  # [K]
+    logits, kept, targets = logits_with_loss(model, batch)
     example = (batch["position_ids"][0] == 0).cumsum(0)[kept + 1] - 1  # [K]
-    output = model(
-        **{key: batch[key] for key in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")},
-        use_cache=False,
-        logits_to_keep=kept,
-    )
-    logits = output.logits[0, :, :vocabulary].float() / temperature  # [K, V]
-    return -cross_entropy(logits, targets[kept], reduction="none"), example
+    scaled = logits[:, :vocabulary].float() / temperature  # [K, V]
+    return -cross_entropy(scaled, targets, reduction="none"), example
 
 
 def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -127,10 +129,13 @@ class PairTrainer(MeanOfPairs):
             self.reference = reference.eval().requires_grad_(False).to(self.args.device)
 
     def _losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        if not batch["num_targets"]:  # a filler row
-            sums, _ = log_probabilities(model, batch)
-            return sums, sums
         sums, counts = log_probabilities(model, batch)
+        reference = sums.detach()
+        if self.kind not in ("orpo", "simpo"):  # every process: sharded weights are gathered
+            with torch.no_grad(), reference_model(self, model) as frozen:
+                reference, _ = log_probabilities(frozen, batch)
+        if not batch["num_targets"]:  # a filler row
+            return sums, sums
         if self.kind == "orpo":  # odds of the mean token's probability (arXiv:2403.07691)
             means = (sums / counts).view(-1, 2)  # [n, 2]
             odds = means - torch.log1p(-means.exp())
@@ -141,8 +146,6 @@ class PairTrainer(MeanOfPairs):
             margin = self.beta * (means[:, 0] - means[:, 1])
             loss = -logsigmoid(margin - self.preferences.gamma)
             return loss - self.preferences.supervised * means[:, 0], margin.detach()
-        with torch.no_grad(), reference_model(self, model) as frozen:
-            reference, _ = log_probabilities(frozen, batch)
         gains = (sums - reference).view(-1, 2)  # [n, 2]
         if self.kind == "ipo":  # per token (Azar et al., 2023, arXiv:2310.12036)
             gains = gains / counts.view(-1, 2)

@@ -16,7 +16,7 @@ from xverse.config import UserError
 from xverse.finetune.encode import Prompt
 from xverse.finetune.preferences import MeanOfPairs
 from xverse.finetune.rewards import Completion
-from xverse.finetune.trainer import Batch
+from xverse.finetune.trainer import Batch, inputs_of
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import CONFIG, check_base, fingerprint, import_peft, peft_config
 from xverse.formats.weights import read_object
@@ -42,12 +42,7 @@ class RewardTrainer(MeanOfPairs):
 
     def _losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         ends = batch["cu_seq_lens_q"][1:].long() - 1  # [2n]
-        output = model(
-            **{key: batch[key] for key in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")},
-            use_cache=False,
-            last_tokens=ends,
-        )
-        scores = output.logits[:, 0].float()  # [2n]
+        scores = model(**inputs_of(batch), last_tokens=ends).logits[:, 0].float()  # [2n]
         if not batch["num_targets"]:  # a filler row
             return 0.0 * scores, scores
         chosen, rejected = scores.view(-1, 2).unbind(1)  # [n]
@@ -68,7 +63,10 @@ class RewardModel:
         path, adapter = Path(folder), (Path(folder) / CONFIG).is_file()
         self.model: Any
         if adapter:
-            base = ModelDirectory.named(str(read_object(path / CONFIG)["base_model_name_or_path"]))
+            values = read_object(path / CONFIG)
+            if values.get("task_type") != "SEQ_CLS":
+                raise UserError(f"reward_funcs: {folder} holds no reward model's adapter; use stage rm")
+            base = ModelDirectory.named(str(values.get("base_model_name_or_path")))
             plain = load_model(base)
             check_base(lambda: fingerprint(plain), path, base.path)
             own = base.tokenizer

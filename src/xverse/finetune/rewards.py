@@ -66,8 +66,8 @@ def _has_number(value: Any) -> bool:
 
 
 def _number(reply: Completion, columns: Columns) -> float:
-    found, wanted = (replies.last_number(text) for text in (reply.text, _plain(columns["answer"])))
-    return float(found is not None and wanted is not None and float(found) == float(wanted))
+    wanted = replies.last_number(_plain(columns["answer"]))
+    return float(wanted is not None and replies.wrong_number(reply.text, wanted) is None)
 
 
 def _checkable(allow_code: bool, columns: Columns) -> str:
@@ -87,7 +87,7 @@ def _check(reply: Completion, columns: Columns) -> float:
 
 
 def _program(reply: Completion, columns: Columns) -> float:
-    return float(replies.problem(reply.text, "stop", {"program": columns["test"]}, True) is None)
+    return float(replies.wrong_program(reply.text, columns["test"], True) is None)
 
 
 def _language(reply: Completion, columns: Columns) -> float:
@@ -107,15 +107,8 @@ def rules(settings: Settings) -> dict[str, Rule]:
             _says("text", lambda value: _text(_plain(value))),
         ),
         "format": Rule(lambda reply, columns: float(bool(pattern.fullmatch(reply.text.strip()))), nothing),
-        "program": Rule(_program, _says("Python", _text, "test"), True),
-        "language": Rule(
-            _language,
-            _says(
-                f"language ({', '.join({**replies.SCRIPTS, **replies.WORDS})})",
-                lambda value: value in {**replies.SCRIPTS, **replies.WORDS},
-                "language",
-            ),
-        ),
+        "program": Rule(_program, _says(*replies.VALUES["program"], "test"), True),
+        "language": Rule(_language, _says(*replies.VALUES["language"], "language")),
         "finished": Rule(lambda reply, columns: float(reply.finished), nothing),
         "brevity": Rule(lambda reply, columns: 1 - len(reply.ids) / most, nothing),
     }
@@ -143,10 +136,14 @@ def _function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: of no name
         raise UserError(
             f"reward_funcs: {name} was not found ({error}); the module must be on PYTHONPATH"
         ) from None
+    except Exception as error:
+        raise UserError(
+            f"reward_funcs: {module} cannot be imported ({type(error).__name__}: {error})"
+        ) from error
     if not callable(found):
         raise UserError(f"reward_funcs: {name} is not a function")
     result: Callable[..., Any] = found

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from xverse import hardware
 from xverse.config import UserError
-from xverse.finetune.build import ReadStream, make_trainer
+from xverse.finetune.build import ReadStream, half_type, make_trainer
 from xverse.finetune.card import write_card
 from xverse.finetune.encode import Data, load_data, stream_data
 from xverse.finetune.launch import training_arguments
@@ -59,6 +59,8 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
     source = ModelDirectory.named(settings.model_name_or_path)
     if source.scheme is not None and settings.finetuning_type != "lora":
         raise UserError(f"{source}: quantised weights cannot be trained; use finetuning_type lora")
+    if source.scheme is not None and settings.quantization_aware:
+        raise UserError(f"{source}: its weights are quantised already; remove quantization_aware")
     if args.world_size > 1:
         source.config.without_experts("fine-tuning on several processes")
     tokenizer = _with_template(source, settings, first)
@@ -185,7 +187,7 @@ def _check_memory(
         sharded=args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true",
         stored_bytes=stored,
         conversion=conversion_bytes() if args.device.type == "cpu" else 0,
-        teacher_bytes=_teacher_bytes(settings, bool(args.bf16 or args.fp16 or settings.pure_bf16)),
+        teacher_bytes=_teacher_bytes(settings, half_type(settings, args) is not None),
         cache_tokens=cache_tokens,
     )
     needed, line = finetune_memory.check(source.config, settings, load)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, build, unknown_keys, unknown_text
+from xverse.engine.sampling_params import SamplingParams
 from xverse.finetune.fields import TEMPLATE, TEMPLATES, Arguments, DatasetUse, Replay, Rollouts, Task
 from xverse.finetune.foreign_keys import refuse_former_recipe, take_foreign
 from xverse.log import notice
@@ -33,7 +34,7 @@ _RANGES = {
     "cutoff_len": (8, _MOST, "at least 8"),
     "max_steps": (-1, _MOST, "at least 1; -1: unset"),
     "num_train_epochs eval_steps logging_steps save_steps lora_alpha pref_beta loraplus_lr_ratio "
-    "temperature top_p distillation_temperature epsilon delta importance_sampling_clip_max": (
+    "temperature distillation_temperature epsilon delta importance_sampling_clip_max": (
         _TINY,
         _MOST,
         "above 0",
@@ -148,6 +149,10 @@ class Settings(Arguments, Rollouts, Task):
             raise ValueError(
                 "quantization_bit needs finetuning_type lora: quantised weights cannot be trained"
             )
+        if self.quantization_bit and self.stage == "rm":
+            raise ValueError(
+                "quantization_bit cannot be combined with stage rm; use bf16 with finetuning_type lora"
+            )
         self._check_grpo()
         if not self.teacher:
             self._refuse_changed(
@@ -177,9 +182,11 @@ class Settings(Arguments, Rollouts, Task):
             raise ValueError(f"reward_weights has {len(weights)} values for {len(names)} reward_funcs")
         for weight in weights:
             try:
-                float(weight)
+                finite = math.isfinite(float(weight))
             except ValueError:
-                raise ValueError(f"reward_weights: '{weight}' is not a number") from None
+                finite = False
+            if not finite:
+                raise ValueError(f"reward_weights: '{weight}' is not a finite number")
         if ("format" in names) != (self.reward_pattern is not None):
             raise ValueError("the rule format in reward_funcs and reward_pattern need each other")
         for name in names:
@@ -190,8 +197,7 @@ class Settings(Arguments, Rollouts, Task):
                 f"cutoff_len {self.cutoff_len} leaves no room for a prompt beside max_completion_length "
                 f"{self.max_completion_length}"
             )
-        if self.top_p > 1 or self.min_p > 1 or self.top_k < 0:
-            raise ValueError("top_p and min_p are shares up to 1, and top_k is at least 0")
+        self.sampling()
         if self.importance_sampling_mode is None:
             self._refuse_changed(
                 ["importance_sampling_clip_min", "importance_sampling_clip_max"], "importance_sampling_mode"
@@ -208,6 +214,11 @@ class Settings(Arguments, Rollouts, Task):
         for item in dataclasses.fields(self):
             if item.name in names and getattr(self, item.name) != item.default:
                 raise ValueError(f"{item.name} needs {needed}")
+
+    def sampling(self) -> SamplingParams:
+        """How stage grpo draws replies. Raises UserError for a value out of range."""
+        drawn = {name: getattr(self, name) for name in _GENERATION}
+        return SamplingParams(max_new_tokens=self.max_completion_length, **drawn)
 
     @property
     def by_rows(self) -> str:

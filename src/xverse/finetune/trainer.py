@@ -186,6 +186,12 @@ class SavedTokenizer:
                 path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
+def inputs_of(batch: Batch) -> Batch:
+    """What a model takes of a row of ``row_of``."""
+    names = ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")
+    return {**{name: batch[name] for name in names}, "use_cache": False}
+
+
 class FinetuneTrainer(Trainer):
     """Trains on ``examples``, or on ``stream`` instead, and evaluates on ``held_out``. ``row_length`` packs
     rows of at most so many tokens; ``grouped`` makes the rows of a step similar in length. ``optimizer``

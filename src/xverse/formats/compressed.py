@@ -234,7 +234,7 @@ def _kind(weights: Mapping[str, Any], refuse: Any, name: str, own: bool) -> Kind
     if weights.get("actorder") not in (None, False, "weight", "static"):
         raise refuse(f"activation order ({name}: actorder '{weights['actorder']}')")
     bits = weights.get("num_bits", 8)
-    if bits not in (TABLES if table else INTEGER_BITS):
+    if bits not in (tuple(TABLES) if table else INTEGER_BITS):
         raise refuse(f"{bits} bits ({name})")
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("group" if size and size > 0 else "channel" if size else "tensor")

@@ -331,7 +331,7 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
     def quantize(
         self, bits: int, *, method: Method = "rtn", group_size: int = 128, calibration: Tensor | None = None
     ) -> XverseForCausalLM:
-        """Weights of 8 or 4 bits in the place of this model's, layer by layer; returns the model itself.
+        """Quantise the weights to 8, 4, 3 or 2 bits in place, layer by layer; returns the model itself.
 
         The linears of the layers get ``bits``, the output head 8 (none with ``rtn-row``), the
         embedding is not quantised. ``method``: ``rtn``, ``rtn-row`` (XVERSE's scheme, without groups) or

@@ -13,7 +13,7 @@ BITS = (2, 3, 4, 8)
 INTEGER_BITS = (4, 8)  # of the formats that other programs share
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale, as the kernels and the stored format take them
 # Entries that leave the smallest squared error of normally distributed weights in groups of 64, each with its
-# best scale: a fifth less than integers. A range of at most 127 saves AVX2 an instruction a product.
+# best scale. A range of at most 127 saves AVX2 an instruction a product.
 TABLES: dict[int, tuple[int, ...]] = {
     2: (-71, -24, 13, 56),
     3: (-70, -42, -24, -9, 5, 19, 35, 57),

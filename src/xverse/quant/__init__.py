@@ -1,1 +1,1 @@
-"""INT8 and INT4 quantisation: rounding, GPTQ, equalisation, calibration and the parity report."""
+"""Quantisation to 8, 4, 3 and 2 bits: rounding, GPTQ, equalisation, calibration and the parity report."""

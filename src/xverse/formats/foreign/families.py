@@ -8,7 +8,9 @@ Each family's published code computes the same as a class in transformers:
   trained length where its config says ``"rotary": {"type": "dynamic"}``.
 * ChatGLM2-6B: GLM. Both rotate adjacent pairs in the first half of a head only, so weights keep their order;
   ChatGLM2 packs queries, keys and values, and both pack gate and up.
-* Falcon-7B, MPT-7B, Llama, Vicuna: transformers' own classes; old configs are accepted too.
+* Falcon-7B: transformers' own class, whose keys the first published config lacks.
+
+Models that transformers reads itself are not listed.
 """
 
 from __future__ import annotations
@@ -26,13 +28,10 @@ from transformers import (
     GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MptConfig,
-    MptForCausalLM,
     PreTrainedModel,
 )
 
 from xverse.config import UserError
-from xverse.formats.weights import read_object
 
 _CHATGLM_NAMES = {
     "model.embed_tokens": "transformer.embedding.word_embeddings",
@@ -101,10 +100,6 @@ class Family:
     normalized_head: bool = False
 
 
-def _llama(settings: Settings) -> PreTrainedModel:
-    return _llama_like(settings, key_value_heads=settings.size("num_key_value_heads", default=0) or None)
-
-
 def _baichuan(settings: Settings) -> PreTrainedModel:
     return _llama_like(settings)
 
@@ -123,11 +118,7 @@ def _internlm(settings: Settings) -> PreTrainedModel:
 
 
 def _llama_like(
-    settings: Settings,
-    *,
-    key_value_heads: int | None = None,
-    rope: dict[str, Any] | None = None,
-    bias: bool = False,
+    settings: Settings, *, rope: dict[str, Any] | None = None, bias: bool = False
 ) -> PreTrainedModel:
     if rope is None:
         settings.only(attention_bias=False)
@@ -136,10 +127,6 @@ def _llama_like(
         hidden_act="silu", tie_word_embeddings=False, mlp_bias=False, rope_scaling=None, rope_parameters=None
     )
     heads = _heads(settings, "hidden_size", "num_attention_heads")
-    if key_value_heads and heads % key_value_heads:
-        raise UserError(
-            f"{settings.file}: num_key_value_heads {key_value_heads} does not divide {heads} heads"
-        )
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=settings.size("vocab_size"),
@@ -147,10 +134,7 @@ def _llama_like(
             intermediate_size=settings.size("intermediate_size"),
             num_hidden_layers=settings.size("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=key_value_heads,
-            max_position_embeddings=settings.size(
-                "max_position_embeddings", "max_sequence_length", default=2048
-            ),
+            max_position_embeddings=settings.size("max_position_embeddings", default=2048),
             rms_norm_eps=settings.number("rms_norm_eps", 1e-6),
             rope_parameters=rope,
             attention_bias=bias,
@@ -235,38 +219,6 @@ def _falcon(settings: Settings) -> PreTrainedModel:
     )
 
 
-def _mpt(settings: Settings) -> PreTrainedModel:
-    settings.only(expansion_ratio=4, no_bias=True, tie_word_embeddings=True, logit_scale=None)
-    settings.only(norm_type="low_precision_layernorm")
-    attention = settings.part("attn_config")
-    attention.only(
-        attn_type="multihead_attention",
-        prefix_lm=False,
-        qk_ln=False,
-        alibi_bias_max=8,
-        rope=False,
-        sliding_window_size=-1,
-    )
-    if attention.values.get("alibi") is not True:  # default: off for the publisher, on in transformers
-        raise UserError(f"{settings.file}: attn_config needs alibi true; learned positions are not supported")
-    clip, scale = attention.values.get("clip_qkv"), attention.values.get("softmax_scale")
-    heads = _heads(settings, "d_model", "n_heads")
-    return MptForCausalLM(
-        MptConfig(
-            vocab_size=settings.size("vocab_size"),
-            d_model=settings.size("d_model"),
-            n_heads=heads,
-            n_layers=settings.size("n_layers"),
-            max_seq_len=settings.size("max_seq_len", default=2048),
-            attn_config={
-                "alibi": True,
-                "clip_qkv": None if clip is None else attention.number("clip_qkv", 0),
-                "softmax_scale": None if scale is None else attention.number("softmax_scale", 0),
-            },
-        )
-    )
-
-
 def _heads(settings: Settings, hidden: str, heads: str) -> int:
     count, size = settings.size(heads), settings.size(hidden)
     if size % count or size // count % 2:
@@ -285,44 +237,28 @@ def _chatglm_name(name: str) -> str:
     return name
 
 
-_LLAMA, _INTERNLM = Family(_llama), Family(_internlm)
-_BAICHUAN2 = Family(_baichuan, _packed, normalized_head=True)
 FAMILIES = {
     "baichuan": Family(_baichuan, _packed),
-    "baichuan2": _BAICHUAN2,
-    "baichuan2-chat": _BAICHUAN2,
+    "baichuan2": Family(_baichuan, _packed, normalized_head=True),
     "chatglm2": Family(_chatglm, _chatglm_name),
     "falcon": Family(_falcon),
-    "internlm": _INTERNLM,
-    "internlm-chat": _INTERNLM,
-    "llama": _LLAMA,
-    "mpt": Family(_mpt),
-    "vicuna": _LLAMA,
+    "internlm": Family(_internlm),
 }
 MODEL_TYPES = {
     "baichuan": "baichuan",
     "chatglm": "chatglm2",
-    "falcon": "falcon",
     "RefinedWebModel": "falcon",
     "internlm": "internlm",
-    "llama": "llama",
-    "mpt": "mpt",
 }
 
 
 def detect(settings: Settings) -> str:
-    """The key in ``FAMILIES`` of a directory's model, from its config.json and, for chat models, its name.
+    """The key in ``FAMILIES`` of a directory's model, from its config.json.
 
-    A chat model with its base model's config is recognised by name: Vicuna and InternLM in ``_name_or_path``
-    or in the last three parts of the path (which contain the name in the hub's cache too); Baichuan2 by its
-    ``generation_config.json``, which has the token ids of its roles. Raises UserError for an unsupported
-    family and for Baichuan models with ALiBi.
+    Raises UserError for an unsupported family and for Baichuan models with ALiBi.
     """
     values, file = settings.values, settings.file
     model_type = values.get("model_type")
-    architectures = values.get("architectures") or []
-    if model_type is None and {"LLaMAForCausalLM", "LlamaForCausalLM"} & set(map(str, architectures)):
-        model_type = "llama"  # the first conversions of Llama
     family = MODEL_TYPES.get(str(model_type))
     if family is None:
         raise UserError(
@@ -330,16 +266,7 @@ def detect(settings: Settings) -> str:
         )
     if values.get("quantization_config"):
         raise UserError(f"{file}: quantised weights (quantization_config) are not supported")
-    if family == "baichuan":
-        return _which_baichuan(settings)
-    named = [
-        part.lower() for part in (str(values.get("_name_or_path", "")), *file.parent.absolute().parts[-3:])
-    ]
-    if family == "llama" and any("vicuna" in part for part in named):
-        return "vicuna"
-    if family == "internlm" and any("internlm" in part and "chat" in part for part in named):
-        return "internlm-chat"
-    return family
+    return _which_baichuan(settings) if family == "baichuan" else family
 
 
 def _which_baichuan(settings: Settings) -> str:
@@ -348,8 +275,6 @@ def _which_baichuan(settings: Settings) -> str:
             f"{settings.file}: has no max_position_embeddings, like Baichuan's 13B models, whose ALiBi "
             "attention is not supported"
         )
-    if "BaiChuanForCausalLM" in (settings.values.get("architectures") or []):  # the first has a capital C
-        return "baichuan"
-    generation = settings.file.parent / "generation_config.json"
-    chat = generation.exists() and "user_token_id" in read_object(generation)
-    return "baichuan2-chat" if chat else "baichuan2"
+    # The first has a capital C.
+    first = "BaiChuanForCausalLM" in (settings.values.get("architectures") or [])
+    return "baichuan" if first else "baichuan2"

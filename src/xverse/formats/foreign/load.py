@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from xverse.config import UserError, choose
+from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory
-from xverse.formats.foreign.chat import Chat, chat_of
 from xverse.formats.foreign.families import FAMILIES, Family, Settings, detect
 from xverse.formats.foreign.text import ForeignTokenizer, load_foreign_tokenizer
 from xverse.formats.weights import DTYPES, dtype_name, listed, read_tensors
@@ -23,35 +22,26 @@ _HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A model of another publisher, in evaluation mode on the CPU.
-
-    ``chat`` turns a conversation (as ``check_messages`` accepts it, ending with the user's message) into the
-    ids of the whole prompt, with ``bos_ids``; None if the family has no chat format. ``stop_ids`` end a
-    reply.
-    """
+    """A model of another publisher, in evaluation mode on the CPU."""
 
     model: PreTrainedModel
     tokenizer: ForeignTokenizer
     family: str
-    chat: Chat | None
-    stop_ids: tuple[int, ...]
 
 
-def load_foreign(
-    source: str | Path | ModelDirectory, dtype: torch.dtype | None = None, *, family: str | None = None
-) -> ForeignModel:
+def load_foreign(source: str | Path | ModelDirectory, dtype: torch.dtype | None = None) -> ForeignModel:
     """Load the model and the tokenizer of ``source``, a directory in its publisher's Hugging Face layout.
 
     Code in the directory is never run. ``dtype`` None keeps the stored one; parameters that need no
-    conversion are then the memory-mapped files. ``family`` (a key of ``FAMILIES``) overrides ``detect``.
-    Raises UserError, in one line, for an unsupported family or setting, for missing, unexpected and
-    mis-shaped tensors by the publisher's names, and for a missing tokenizer.
+    conversion are then the memory-mapped files. Raises UserError, in one line, for an unsupported family or
+    setting, for missing, unexpected and mis-shaped tensors by the publisher's names, and for a missing
+    tokenizer.
     """
     directory = ModelDirectory.of(source)
     path = directory.path
     settings = Settings(path / "config.json", directory.values)
-    name = family or detect(settings)
-    chosen = choose("family", name, FAMILIES)
+    name = detect(settings)
+    chosen = FAMILIES[name]
     files = directory.weight_files
     try:
         with torch.device("meta"):
@@ -68,9 +58,8 @@ def load_foreign(
         )
     _assign(model, _read(model, chosen, path, files, dtype))
     model.generation_config.bos_token_id = tokenizer.bos_ids[0] if len(tokenizer.bos_ids) == 1 else None
-    chat, stops = chat_of(name, tokenizer)
-    model.generation_config.eos_token_id = list(stops)
-    return ForeignModel(model.eval(), tokenizer, name, chat, stops)
+    model.generation_config.eos_token_id = tokenizer.eos_id
+    return ForeignModel(model.eval(), tokenizer, name)
 
 
 def _read(

@@ -8,7 +8,7 @@ THUDM/chatglm2-6b). Prepended spaces, normalisation and byte fallback are settin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,21 @@ from xverse.config import UserError, need
 from xverse.formats.weights import read_object
 
 # Other families may have either file. ChatGLM2's special tokens are in neither.
-_FILES = {"falcon": ("tokenizer.json",), "mpt": ("tokenizer.json",), "chatglm2": ("tokenizer.model",)}
+_FILES = {"falcon": ("tokenizer.json",), "chatglm2": ("tokenizer.model",)}
 _CHATGLM_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 # The default for tokenizer_config.json. Baichuan's class would add <s>, but its published configs do not.
-_ADDS_BOS = {"llama": True, "vicuna": True, "internlm": True, "internlm-chat": True}
+_ADDS_BOS = {"internlm": True}
 
 
 @dataclass(frozen=True)
 class ForeignTokenizer:
-    """Text to ids and back, with one interface for every family.
+    """Text to ids, with one interface for every family.
 
-    ``encode(text)`` adds no special tokens and, for tokenizer.json, recognises none in the text.
-    ``decode(ids)`` omits special tokens and removes the space that the family prepends. ``token_id(token)``
-    is the id of a token by its text, or None. ``bos_ids`` precede every text that the family evaluates;
-    ``eos_id`` ends one.
+    ``encode(text)`` adds no special tokens and, for tokenizer.json, recognises none in the text. ``bos_ids``
+    precede every text that the family evaluates; ``eos_id`` ends one.
     """
 
     encode: Callable[[str], list[int]]
-    decode: Callable[[Iterable[int]], str]
-    token_id: Callable[[str], int | None]
     bos_ids: tuple[int, ...]
     eos_id: int
     vocab_size: int
@@ -78,17 +74,15 @@ def _from_json(file: Path, values: dict[str, Any], family: str) -> ForeignTokeni
         text = value.get("content") if isinstance(value, dict) else value
         return backend.token_to_id(text or default)
 
-    falcon_like = family in ("falcon", "mpt")
-    eos, bos = special("eos_token", "<|endoftext|>" if falcon_like else "</s>"), special("bos_token", "<s>")
+    falcon = family == "falcon"
+    eos, bos = special("eos_token", "<|endoftext|>" if falcon else "</s>"), special("bos_token", "<s>")
     if eos is None:
         raise UserError(f"{file}: has no end-of-text token")
-    with_bos = not falcon_like and _adds_bos(values, family)
+    with_bos = not falcon and _adds_bos(values, family)
     if with_bos and bos is None:
         raise UserError(f"{file}: has no beginning-of-text token")
     return ForeignTokenizer(
         encode=lambda text: encoder.encode(text, add_special_tokens=False).ids,
-        decode=lambda ids: backend.decode(list(ids), skip_special_tokens=True),
-        token_id=backend.token_to_id,
         bos_ids=(bos,) if with_bos and bos is not None else (),
         eos_id=eos,
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
@@ -125,12 +119,4 @@ def _from_sentencepiece(file: Path, values: dict[str, Any], family: str) -> Fore
         if bos < 0:
             raise UserError(f"{file}: has no beginning-of-text token")
         bos_ids = (bos,)
-
-    def decode(ids: Iterable[int]) -> str:
-        return processor.decode([index for index in ids if 0 <= index < size])
-
-    def token_id(token: str) -> int | None:
-        index = special.get(token, processor.piece_to_id(token))
-        return None if index == processor.unk_id() and token != processor.id_to_piece(index) else index
-
-    return ForeignTokenizer(processor.encode, decode, token_id, bos_ids, eos, size + len(special))
+    return ForeignTokenizer(processor.encode, bos_ids, eos, size + len(special))
