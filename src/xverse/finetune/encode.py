@@ -297,9 +297,14 @@ class _Reader:
                 raise Skip(missing)
         most = self.settings.max_completion_length
         messages = self._filled(messages, file, number)
-        limits = {"max_positions": self.length, "truncation": self.length - most}
         try:
-            prompt = encode_chat(self.tokenizer, messages, max_new_tokens=most, **limits)
+            prompt = encode_chat(
+                self.tokenizer,
+                messages,
+                max_new_tokens=most,
+                max_positions=self.length,
+                truncation=self.length - most,
+            )
         except UserError as error:  # a template's last turn cannot be cut
             raise Skip(str(error)) from None
         if prompt.dropped_rounds or prompt.cut_tokens:
