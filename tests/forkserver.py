@@ -46,6 +46,8 @@ AT_START = (
     "PYTHON", "LD_", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_", "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_",
     "PYTORCH_", "OMP_", "CUDA_", "HF_", "TRANSFORMERS_", "XVERSE_KERNELS",
 )  # fmt: skip
+# Torch sets the last one itself, as soon as it compiles something.
+FOLLOWED = ("PYTHONPATH", "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR")
 FIRST = ("-c", "-m", "-", "-u")  # options of Python that a fork honours, as its first
 SET_CHILD_SUBREAPER = 36  # of prctl(2)
 INHERITED = "XVERSE_TEST_FORKSERVER"
@@ -103,7 +105,7 @@ def the_server() -> Server:
 def at_start(environment: Any) -> dict[str, str]:
     """The variables that a running process no longer follows; a path can be added, and threads be set."""
     named = ((name, value) for name, value in environment.items() if name.startswith(AT_START))
-    return {name: value for name, value in named if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    return {name: value for name, value in named if name not in FOLLOWED}
 
 
 ORIGINAL = subprocess.Popen

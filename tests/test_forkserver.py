@@ -94,6 +94,8 @@ def test_forks_start_without_threads_and_with_their_own_random_numbers() -> None
 def test_variables_read_at_start_up_get_an_interpreter_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", "import sys; print('torch' in sys.modules, sys.flags.optimize)"]
     assert forkserver.run(command, capture_output=True, text=True).stdout == "True 0\n"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")  # as torch does on import
+    assert forkserver.run(command, capture_output=True, text=True).stdout == "True 0\n"
     monkeypatch.setenv("PYTHONOPTIMIZE", "1")
     assert forkserver.run(command, capture_output=True, text=True).stdout == "False 1\n"
     with_option = [command[0], "-B", *command[1:]]
