@@ -49,6 +49,17 @@ def pytest_collection_finish() -> None:
     forkserver.AT_IMPORT.update(os.environ)
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Undo what libraries write to the environment: programs that later tests start would differ in it from
+    the fork server, and get interpreters of their own."""
+    before = dict(os.environ)
+    yield
+    if before != dict(os.environ):
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _loopback_only() -> Iterator[None]:
     """Refuse connections and name look-ups that leave this machine."""

@@ -46,7 +46,7 @@ AT_START = (
     "PYTHON", "LD_", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_", "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_",
     "PYTORCH_", "OMP_", "CUDA_", "HF_", "TRANSFORMERS_", "XVERSE_KERNELS",
 )  # fmt: skip
-# Torch sets the last one itself, as soon as it compiles something.
+# Torch sets the last one itself, when it compiles something.
 FOLLOWED = ("PYTHONPATH", "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR")
 FIRST = ("-c", "-m", "-", "-u")  # options of Python that a fork honours, as its first
 SET_CHILD_SUBREAPER = 36  # of prctl(2)
@@ -276,7 +276,7 @@ def execute(words: list[str]) -> None:
 def status_of(words: list[str]) -> int:
     """Execute a program to its end, as multiprocessing does: threads, exit handlers, and no tearing down of
     thousands of modules, each page of which would have to be copied first."""
-    status = 0
+    status, interrupted = 0, False
     try:
         execute(words)
     except SystemExit as end:
@@ -285,7 +285,7 @@ def status_of(words: list[str]) -> int:
             print(end.code, file=sys.stderr)
     except KeyboardInterrupt:
         sys.excepthook(*sys.exc_info())
-        status = 128 + signal.SIGINT
+        interrupted = True
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
@@ -294,7 +294,7 @@ def status_of(words: list[str]) -> int:
     for output in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             output.flush()
-    if status == 128 + signal.SIGINT:
+    if interrupted:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     return status & 0xFF

@@ -60,6 +60,13 @@ def test_signals_and_exit_statuses() -> None:
         forkserver.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=0.2)
 
 
+@pytest.mark.parametrize("code", ["import sys; sys.exit(130)", "raise KeyboardInterrupt"])
+def test_an_interruption_that_was_handled_is_an_exit_status(code: str) -> None:
+    options: dict[str, Any] = {"stderr": subprocess.DEVNULL}
+    there = subprocess.run([sys.executable, "-c", code], **options).returncode
+    assert forkserver.run([sys.executable, "-c", code], **options).returncode == there
+
+
 def test_the_end_of_a_program() -> None:
     """Threads end, exit handlers run, and an exception is reported with status 1."""
     code = (

@@ -34,11 +34,11 @@ ENVIRONMENT = {
 
 
 def run(name: str, *arguments: str) -> None:
-    """A launcher's own command. It and the processes that it starts are forked."""
+    """A launcher's own command. It and the processes that it starts are forked, but not by DeepSpeed, which
+    has more than one level of launchers."""
     pipe, command = subprocess.PIPE, [sys.executable, str(Path(sys.executable).with_name(name)), *arguments]
-    with forkserver.Launcher(
-        command, env=ENVIRONMENT, cwd=ROOT, stdout=pipe, stderr=pipe, text=True
-    ) as started:
+    start = subprocess.Popen if name == "deepspeed" else forkserver.Launcher
+    with start(command, env=ENVIRONMENT, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as started:
         try:
             _, errors = started.communicate(timeout=280)
         finally:
