@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import math
@@ -123,9 +124,15 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     return _build(cls, values, where)
 
 
+@functools.cache
+def _type_hints(cls: type[Any]) -> dict[str, Any]:
+    """Evaluated once: the annotations are strings, and some classes have a hundred."""
+    return typing.get_type_hints(cls)
+
+
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     _mapping(values, where)
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)  # type: ignore[arg-type]
     for key in values.keys() - set(getattr(cls, "URLS", ())):
         items = values[key] if isinstance(values[key], (list, tuple)) else [values[key]]
         for item in items:
@@ -151,7 +158,8 @@ def _unknown(hint: Any, value: Any, path: str) -> Iterator[tuple[str, str]]:
         origin = typing.get_origin(kind)
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
             names = {field.name for field in dataclasses.fields(kind)}
-            hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in names}
+            every = _type_hints(kind)  # type: ignore[arg-type]
+            hints = {name: hint for name, hint in every.items() if name in names}
             for key, item in value.items():
                 if key in hints:
                     yield from _unknown(hints[key], item, f"{path}{key}.")
