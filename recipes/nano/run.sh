@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole path on a CPU: text -> tokenizer and shards -> pretraining -> fine-tuning -> a model to talk to.
+# The whole path on a CPU: text -> tokenizer and shards -> pretraining -> dialogues -> fine-tuning -> a model to talk to.
 #
 #   bash recipes/nano/run.sh CORPUS SFT OUT [nano|mini] [STEP.key=value …]
 #
 # CORPUS  folder of {language}.jsonl(.gz) files with {"text": …, "lang": …} lines, of any languages
-# SFT     folder of alpaca, sharegpt or messages files
+# SFT     folder of alpaca, sharegpt or messages files, used beside the dialogues that recipes/skills writes
 # OUT     folder of the run; run again after an interruption, it resumes
 # STEP    data, pretrain or sft: the recipe that key=value changes. Minutes instead of hours, to try it out:
 #           data.vocab_size=2000 pretrain.train.steps=100 pretrain.train.warmup_steps=10 sft.max_steps=50
@@ -52,15 +52,21 @@ trap 'stop 129' HUP
 with=()
 setpriv --pdeathsig TERM true 2>/dev/null && with=(setpriv --pdeathsig TERM)
 step() {
-  ${with[@]+"${with[@]}"} "$xverse" "$@" &
+  ${with[@]+"${with[@]}"} "$@" &
   child=$!
   wait "$child"
   child=
 }
 
-step data prepare recipes/nano/data.yaml corpus="$corpus" out="$out/data" ${data_settings[@]+"${data_settings[@]}"}
-step pretrain recipes/nano/pretrain.yaml shape="$shape" data="$out/data" out="$out/pretrain" \
+step "$xverse" data prepare recipes/nano/data.yaml corpus="$corpus" out="$out/data" ${data_settings[@]+"${data_settings[@]}"}
+step "$xverse" pretrain recipes/nano/pretrain.yaml shape="$shape" data="$out/data" out="$out/pretrain" \
   ${pretrain_settings[@]+"${pretrain_settings[@]}"}
-step finetune recipes/nano/sft.yaml model_name_or_path="$out/pretrain/model" dataset.0.name="$sft" \
+skills=$out/skills write=("$(dirname "$xverse")/python" -m recipes.skills)
+[[ -e $skills/skills.jsonl ]] || step "${write[@]}" --dialogues 140000 --out "$skills/skills.jsonl"
+[[ -e $skills/persona.jsonl ]] || step "${write[@]}" --dialogues 0 --beside recipes/nano/persona.jsonl --out "$skills/persona.jsonl"
+[[ -e $skills/instructions.jsonl ]] || step "${write[@]}" --dialogues 0 --beside "$sft" --out "$skills/instructions.jsonl"
+step "$xverse" finetune recipes/nano/sft.yaml model_name_or_path="$out/pretrain/model" \
+  dataset.0.name="$skills/skills.jsonl" dataset.1.name="$skills/persona.jsonl" \
+  dataset.2.name="$skills/instructions.jsonl" replay.data="$out/data" \
   output_dir="$out/sft" ${sft_settings[@]+"${sft_settings[@]}"}
 echo "xverse chat --model $out/sft"

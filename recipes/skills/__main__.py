@@ -44,8 +44,8 @@ SKILLS = {
 }  # fmt: skip
 # Shares of the dialogues. A program is three times as long as a sum, so it gets fewer.
 SHARES = {
-    "roleplay": 5, "knowledge": 16, "writing": 10, "code": 7, "arithmetic": 20, "reasoning": 12, "understanding": 9,
-    "languages": 11, "safety": 8, "followup": 9, "everyday": 4,
+    "roleplay": 4, "knowledge": 16, "writing": 10, "code": 6, "arithmetic": 26, "reasoning": 15, "understanding": 9,
+    "languages": 13, "safety": 9, "followup": 8, "everyday": 3,
 }  # fmt: skip
 LANGUAGES = {"zh": 44, "en": 44, "ru": 2.4, "fr": 2.4, "ja": 2.4, "de": 2.4, "es": 2.4}
 EXAM_ITEMS = 40  # of each skill, in Chinese and in English

@@ -206,7 +206,7 @@ def test_a_deepspeed_file_that_is_not_there(tmp_path) -> None:
             deepspeed_file(str(own))
 
 
-@pytest.mark.parametrize("name", ["sft/full.yaml", "sft/lora.yaml", "dpo/lora.yaml", "skills/sft.yaml"])
+@pytest.mark.parametrize("name", ["sft/full.yaml", "sft/lora.yaml", "dpo/lora.yaml", "nano/sft.yaml"])
 def test_shipped_recipes_are_well_formed(name) -> None:
     recipe = Path(__file__).resolve().parents[2] / "recipes" / name
     assert read_settings(read_yaml(recipe), name).learning_rate

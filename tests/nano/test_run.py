@@ -26,9 +26,10 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("corpus", "sft"):
         (tmp_path / name).mkdir()
     shutil.copy(ROOT / "recipes" / "nano" / "run.sh", tmp_path / "recipes" / "nano")
-    program = tmp_path / ".venv" / "bin" / "xverse"
-    program.write_text(PROGRAM)
-    program.chmod(0o755)
+    for name in ("xverse", "python"):
+        program = tmp_path / ".venv" / "bin" / name
+        program.write_text(PROGRAM)
+        program.chmod(0o755)
     return tmp_path
 
 
@@ -55,12 +56,17 @@ def test_settings_reach_their_step(checkout: Path) -> None:
     ]
     environment = {**os.environ, "RECORD": str(record)}
     subprocess.run(command(checkout, *settings), env=environment, check=True, capture_output=True)
-    data, pretrain, sft = record.read_text().splitlines()
+    data, pretrain, *written, sft = record.read_text().splitlines()
     assert data.startswith("data prepare recipes/nano/data.yaml corpus=")
     assert data.endswith(" vocab_size=600")
     assert " shape=mini " in pretrain
     assert pretrain.endswith(" train.steps=3")
     assert sft.endswith("/sft max_steps=2 identity={a: b}")
+    for line, name in zip(written, ("skills", "persona", "instructions"), strict=True):
+        file = checkout / "out" / "skills" / f"{name}.jsonl"
+        assert line.startswith("-m recipes.skills --dialogues ")
+        assert line.endswith(f" --out {file}")
+        assert f".name={file}" in sft
     record.unlink()
     subprocess.run(command(checkout), env=environment, check=True, capture_output=True)
     assert " shape=nano " in record.read_text()
