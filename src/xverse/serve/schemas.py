@@ -31,9 +31,15 @@ from xverse.tokenizer.tools import CLOSE, OPEN
 MOST_BYTES = 64 * 1024  # of a request's schemas
 # Only the spaces after commas and colons: otherwise a model may write whitespace without end.
 _TIGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# What llguidance enforces. Other formats are annotations, as JSON Schema has it.
-_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
-_MOST_INTEGER = 10**18 - 1  # llguidance's ranges of integers end there
+# The formats that llguidance enforces, and a length that loses nothing: otherwise a model may write digits or
+# labels without end. Other formats are annotations, as JSON Schema has it.
+_FORMATS = {
+    **dict.fromkeys(("date", "ipv4", "ipv6", "date-time", "time", "uuid", "duration"), 64),
+    **dict.fromkeys(("email", "hostname"), 254),
+    "uri": 2000,
+}
+_MOST = 10**18 - 1024  # llguidance's ranges of numbers end at 18 digits, and it reads this as a double
+_LEAST = 1e-30  # other than 0
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -84,8 +90,12 @@ def call_grammar(tools: Sequence[Tool]) -> str:
 def _arguments(parameters: dict[str, Any] | None) -> dict[str, Any]:
     """Parameters that say nothing but "an object" are none: OpenAI's way to declare a tool without any."""
     parameters = parameters or {}
-    said = keys(parameters)
-    return _NOTHING if not said or (said == {"type"} and parameters["type"] == "object") else parameters
+    given = parameters.get("type", "object")
+    if not keys(parameters) - {"type"} and given == "object":
+        return _NOTHING
+    if "object" not in (given if isinstance(given, list) else [given]):
+        raise Unsupported("the arguments of a call are an object; 'type' must be 'object'")
+    return {**parameters, "type": "object"}
 
 
 def _prepared(schema: dict[str, Any], before: int) -> tuple[dict[str, Any], int]:
@@ -227,6 +237,7 @@ class _Rewriter:
         reference = part.get("$ref") if isinstance(part, dict) and part.keys() == {"$ref"} else None
         if not isinstance(reference, str):
             return self.value(part) if alone else self._part(part, outside)
+        self._document.resolved(part)  # not a circle of references
         key = (reference, self._open, "alone") if alone else (reference, self._open, self._shared, outside)
         if key not in self._references:
             name = self._references[key] = f"r{len(self._references)}"
@@ -240,8 +251,20 @@ def _narrow(part: dict[str, Any], result: dict[str, Any]) -> None:
     for key, value in result.items():
         if key.startswith(("min", "max")) and isinstance(value, float) and value.is_integer():
             result[key] = int(value)
-    if part.get("format") in _FORMATS:
-        result["format"] = part["format"]
-    for key, sign in (("minimum", -1), ("exclusiveMinimum", -1), ("maximum", 1), ("exclusiveMaximum", 1)):
-        if "integer" in part.get("type", ()) and key in part and part[key] * sign > _MOST_INTEGER:
-            result[key] = _MOST_INTEGER * sign
+    if isinstance(name := part.get("format"), str) and name in _FORMATS:
+        longest = max(part.get("minLength", 0), _FORMATS[name])
+        result |= {"format": name, "maxLength": min(result.get("maxLength", longest), longest)}
+    for key, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
+        if isinstance(part.get(exclusive), bool):  # of draft 4
+            del result[exclusive]
+            if part[exclusive] and key in part:
+                result[exclusive] = result.pop(key)
+        for bound in {key, exclusive} & result.keys():
+            value = result[bound] * sign
+            if value < -_MOST or 0 < abs(value) < _LEAST:
+                raise Unsupported(
+                    f"'{bound}': {part.get(bound, value * sign)} is beyond the numbers that are supported"
+                )
+            result[bound] = min(value, _MOST) * sign
+        if "multipleOf" in part and not {key, exclusive} & result.keys():
+            result[key] = _MOST * sign  # otherwise a model may write digits that never become a multiple

@@ -41,7 +41,6 @@ class TextBlock(Lenient):
 
 class ToolUseBlock(Lenient):
     type: Literal["tool_use"]
-    id: StrictStr = ""
     name: StrictStr
     input: dict[str, Any] = Field(default_factory=dict)
 
@@ -191,7 +190,7 @@ class CountRequest(Body):
                 elif isinstance(block, ToolUseBlock):
                     text = json.dumps(block.input, ensure_ascii=False)
                     call = FunctionCall(name=block.name, arguments=text)
-                    calls.append(ToolCall(id=block.id, function=call))
+                    calls.append(ToolCall(function=call))
                 else:
                     texts += block.text
             results = bool(turn.content) and all(isinstance(each, ToolResultBlock) for each in turn.content)

@@ -30,7 +30,7 @@ from xverse.serve.apis.ollama_bodies import (
 from xverse.serve.apis.talk import Talk, talk
 from xverse.serve.calls import CallParser, CallPiece, Content
 from xverse.serve.errors import ApiError
-from xverse.serve.exchange import NDJSON, streamed, while_connected
+from xverse.serve.exchange import NDJSON, respond, while_connected
 from xverse.serve.replies import failed
 from xverse.serve.service import Service
 from xverse.tokenizer.chat_template import CHAT_TEMPLATE
@@ -47,7 +47,7 @@ def mount(app: FastAPI, service: Service) -> None:
         if not body.messages:
             return _loaded(body, chosen, {"message": {"role": "assistant", "content": ""}})
         reply = _Reply(body.model, await talk(chosen, request, body, body.chat(), use_words(), clamp=True))
-        return await _answer(service, request, body, reply)
+        return await respond(service, request, reply, body.stream, body.headers(), NDJSON)
 
     @app.post("/api/generate")
     async def generate(body: OllamaGenerateRequest, request: fastapi.Request) -> Response:
@@ -60,7 +60,8 @@ def mount(app: FastAPI, service: Service) -> None:
             begun = await _raw(chosen, request, body)
         else:
             begun = await talk(chosen, request, body, body.chat(), words, clamp=True)
-        return await _answer(service, request, body, _Reply(body.model, begun, plain=True))
+        reply = _Reply(body.model, begun, plain=True)
+        return await respond(service, request, reply, body.stream, body.headers(), NDJSON)
 
     @app.post("/api/embed")
     async def embed(body: OllamaEmbedRequest, request: fastapi.Request) -> Response:
@@ -135,17 +136,12 @@ async def _raw(service: Service, request: fastapi.Request, body: OllamaGenerateR
     return Talk(service, only, CallParser(()))
 
 
-async def _answer(service: Service, request: fastapi.Request, body: Any, reply: _Reply) -> Response:
-    if body.stream:
-        return streamed(service, reply.chunks(), body.headers(), NDJSON)
-    return JSONResponse(await while_connected(request, reply.body()), headers=body.headers())
-
-
 class _Reply:
     """The response to one request. ``plain``: of ``/api/generate``, which has a text instead of a message."""
 
     def __init__(self, model: str, talk: Talk, plain: bool = False) -> None:
         self._model, self._talk, self._plain = model, talk, plain
+        self.requests = [talk.choice.request]
         self._begin, self._first = time.monotonic(), 0
         self._call: dict[str, str] | None = None  # the call that grows
 

@@ -196,7 +196,7 @@ class ResponsesRequest(SamplingFields):
             if form.schema_ is None:
                 where = "text.format.schema"
                 raise ApiError(400, f"{where}: required field is missing", param=where, code="missing_field")
-            schema = JsonSchema(name=form.name, schema=form.schema_)
+            schema = JsonSchema(schema=form.schema_)
         sampling = {param.http: getattr(self, param.http) for param in PARAMS.values()}
         if self.max_output_tokens is not None:
             sampling["max_tokens"] = self.max_output_tokens
@@ -205,7 +205,7 @@ class ResponsesRequest(SamplingFields):
             messages=messages,
             response_format=ResponseFormat(type=form.type, json_schema=schema),
             tools=[
-                Tool(function=Function(**tool.model_dump(exclude_unset=True, exclude={"type"})))
+                Tool(function=Function(**tool.model_dump(exclude_unset=True, exclude={"type", "strict"})))
                 for tool in self.tools
             ],
             tool_choice=self.tool_choice,
@@ -232,7 +232,7 @@ def messages_of(instructions: str | None, items: list[Item]) -> list[Message]:
         if isinstance(item, MessageItem):
             messages.append(Message(role=item.role, content=item.content))
         elif isinstance(item, CallItem):
-            call = ToolCall(id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments))
+            call = ToolCall(function=FunctionCall(name=item.name, arguments=item.arguments))
             if not (messages and messages[-1].role == "assistant"):
                 messages.append(Message(role="assistant"))
             messages[-1].tool_calls.append(call)
