@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import signal
 import socket
@@ -130,6 +131,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._loop = asyncio.get_running_loop()
+            gc.freeze()  # reading a large body triggers collections, which would look at the model's objects
             self._loop.set_exception_handler(LoopErrors())
             if hasattr(signal, "SIGHUP"):
                 self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)

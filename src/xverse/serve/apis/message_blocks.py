@@ -56,7 +56,7 @@ def _text(value: Any) -> str:
 
 
 def _type(block: dict[str, Any]) -> Any:
-    return block.get("type")
+    return block.get("type") or ("text" if "text" in block else None)
 
 
 Text = Annotated[str, PlainValidator(_text, json_schema_input_type=StrictStr | list[dict[str, Any]])]
@@ -64,7 +64,6 @@ Text = Annotated[str, PlainValidator(_text, json_schema_input_type=StrictStr | l
 
 class ToolResultBlock(Lenient):
     type: Literal["tool_result"]
-    tool_use_id: StrictStr
     content: Text = ""
     is_error: StrictBool = False
 
@@ -89,14 +88,14 @@ class Turn(Lenient):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
         list[Block], PlainValidator(_blocks, json_schema_input_type=StrictStr | list[dict[str, Any]])
-    ]
+    ] = Field(default_factory=list)
 
 
 class MessageTool(Lenient):
     type: Literal["custom"] = "custom"
     name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: StrictStr = ""
-    input_schema: dict[str, Any]
+    input_schema: dict[str, Any] = Field(default_factory=dict)
 
 
 def _tools(value: Any) -> list[MessageTool]:

@@ -87,7 +87,7 @@ async def _begin(
     body.check()
     service = service.of(body.model)
     earlier: list[dict[str, Any]] = []
-    if body.previous_response_id is not None:
+    if body.previous_response_id:
         earlier = _stored(store, body.previous_response_id, "previous_response_id").conversation
     items = [_resolved(store, item, index) for index, item in enumerate(body.input)]
     messages = messages_of(body.instructions, [*map(read_stored, earlier), *items])
