@@ -197,7 +197,7 @@ def test_what_is_admitted_is_finished_during_shutdown(new_service: Any) -> None:
                 body = {**BODIES[path][0], "stream": True}
                 status, text = await stream(app._api, path, body | ({"n": 16} if path in MANY else {}))
                 assert (status, runner.open) == (200, 0)
-                assert "shutting" not in text and "error" not in text.replace('"error": null', ""), text
+                assert "error" not in text.replace('"error": null', ""), text
                 runner.draining = False
             for path, more in MANY.items():
                 reply = asyncio.create_task(app.call(path, BODIES[path][0] | more))
@@ -208,14 +208,16 @@ def test_what_is_admitted_is_finished_during_shutdown(new_service: Any) -> None:
                 status, _, answer = await reply
                 assert status == 200, answer
                 runner.draining = False
-            body = BODIES["/v1/completions"][0] | {"n": 16, "stream": True}
+            body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "n": 16, "stream": True}
             first = asyncio.create_task(stream(app._api, "/v1/completions", body))
             while not runner.draining:  # its head was sent
                 await asyncio.sleep(0)
             runner.draining = False
             status, _, answer = await app.call("/v1/completions", BODIES["/v1/completions"][0] | {"n": 9})
-            assert (status, answer["error"]["code"]) == (429, "queue_full")
-            assert "queue_full" not in (await first)[1]
+            assert (status, answer.get("error", {}).get("code")) == (429, "queue_full")
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
 
     asyncio.run(run())
-    assert not runner.open and not runner.uses
+    assert not runner.open
+    assert not runner.uses

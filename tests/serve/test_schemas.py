@@ -29,11 +29,6 @@ from xverse.serve.protocol import Tool
 from xverse.tokenizer.tools import CLOSE, OPEN
 
 
-@pytest.fixture(scope="module")
-def vocabulary(nano: Any) -> Vocabulary:
-    return Vocabulary(nano.engine.tokenizer, nano.stop_ids)
-
-
 def ids(vocabulary: Vocabulary) -> dict[bytes, int]:
     """Of tokens with equal bytes the last one, which llguidance prefers."""
     return {token: index for index, token in enumerate(vocabulary.tokens.bytes)}
@@ -272,6 +267,14 @@ def test_what_is_allowed(vocabulary: Vocabulary, nano: Any, schema: Any, value: 
         ({"anyOf": []}, "a list"),
         ({"items": "x"}, "not a schema"),
         ({"minimum": "1"}, "a number"),
+        ({"exclusiveMaximum": []}, "a number or, in draft 4"),
+        ({"type": "integer", "minimum": 10**19}, "1e-30 to 1e18"),
+        ({"exclusiveMaximum": -1e300}, "1e-30 to 1e18"),
+        ({"type": "number", "maximum": 1e-300}, "1e-30 to 1e18"),
+        (
+            {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}},
+            "to itself",
+        ),
         ({"properties": {"deep": {"not": {}}}}, "'not'"),
     ],
     ids=str,

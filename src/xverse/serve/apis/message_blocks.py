@@ -95,7 +95,7 @@ class MessageTool(Lenient):
     type: Literal["custom"] = "custom"
     name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: StrictStr = ""
-    input_schema: dict[str, Any] = Field(default_factory=dict)
+    input_schema: dict[str, Any]
 
 
 def _tools(value: Any) -> list[MessageTool]:

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
 import xverse
+from xverse.engine import Request
 from xverse.kernels.linear import QuantLinear
 from xverse.serve.access_log import current
 from xverse.serve.apis.embeddings import MOST_INPUTS, check_dimensions, embedded
@@ -141,9 +142,12 @@ class _Reply:
 
     def __init__(self, model: str, talk: Talk, plain: bool = False) -> None:
         self._model, self._talk, self._plain = model, talk, plain
-        self.requests = [talk.choice.request]
         self._begin, self._first = time.monotonic(), 0
         self._call: dict[str, str] | None = None  # the call that grows
+
+    @property
+    def requests(self) -> list[Request]:
+        return [self._talk.choice.request]
 
     async def body(self) -> dict[str, Any]:
         """The last line of the stream, with the whole text and all calls."""

@@ -39,7 +39,7 @@ class MessageItem(Lenient):
     type: Literal["message"] = "message"
     id: StrictStr = Field(default_factory=lambda: new_id("msg"))
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text = ""
+    content: Text
 
     def stored(self) -> dict[str, Any]:
         kind = "output_text" if self.role == "assistant" else "input_text"
@@ -52,7 +52,7 @@ class MessageItem(Lenient):
 class CallItem(Lenient):
     type: Literal["function_call"] = "function_call"
     id: StrictStr = Field(default_factory=lambda: new_id("fc"))
-    call_id: StrictStr = ""
+    call_id: StrictStr
     name: StrictStr
     arguments: Arguments = "{}"
 
@@ -63,7 +63,7 @@ class CallItem(Lenient):
 class OutputItem(Lenient):
     type: Literal["function_call_output"] = "function_call_output"
     id: StrictStr = Field(default_factory=lambda: new_id("fco"))
-    call_id: StrictStr = ""
+    call_id: StrictStr
     output: Text = ""
 
     def stored(self) -> dict[str, Any]:
