@@ -236,6 +236,9 @@ PET = {"discriminator": {"propertyName": "kind"}, "oneOf": [CAT, DOG]}
         ({"type": "string", "format": "path"}, "/tmp/x", True),
         ({"type": "array", "uniqueItems": False}, [1, 1], True),
         ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, 10**17, True),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, 0, False),
+        ({"type": "number", "exclusiveMinimum": -1.5, "exclusiveMaximum": -1}, -1, False),
+        ({"type": "number", "maximum": 1e300}, 0.25, True),
     ],
     ids=str,
 )

@@ -7,6 +7,7 @@ permits, the client's permits too, and where the client's permits something, so 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ _FORMATS = {
 }
 _MOST = 10**18 - 1024  # llguidance's ranges of numbers end at 18 digits, and it reads this as a double
 _LEAST = 1e-30  # other than 0
+_STEP = 1e-12  # between an exclusive bound and the nearest number that is permitted
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -254,7 +256,8 @@ def _narrow(part: dict[str, Any], result: dict[str, Any]) -> None:
     if isinstance(name := part.get("format"), str) and name in _FORMATS:
         longest = max(part.get("minLength", 0), _FORMATS[name])
         result |= {"format": name, "maxLength": min(result.get("maxLength", longest), longest)}
-    for key, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
+    sides = (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1))
+    for key, exclusive, sign in sides:
         if isinstance(part.get(exclusive), bool):  # of draft 4
             del result[exclusive]
             if part[exclusive] and key in part:
@@ -262,9 +265,14 @@ def _narrow(part: dict[str, Any], result: dict[str, Any]) -> None:
         for bound in {key, exclusive} & result.keys():
             value = result[bound] * sign
             if value < -_MOST or 0 < abs(value) < _LEAST:
-                raise Unsupported(
-                    f"'{bound}': {part.get(bound, value * sign)} is beyond the numbers that are supported"
-                )
+                raise Unsupported(f"'{bound}': only 0 and numbers of 1e-30 to 1e18 are supported")
             result[bound] = min(value, _MOST) * sign
         if "multipleOf" in part and not {key, exclusive} & result.keys():
             result[key] = _MOST * sign  # otherwise a model may write digits that never become a multiple
+    low, high = (result.get(exclusive, result.get(key, math.inf * sign)) for key, exclusive, sign in sides)
+    if part.get("type") != "integer" and high - low < 1:
+        for key, exclusive, sign in sides:  # llguidance itself permits 0 for "above 0 and below 0.5"
+            if exclusive in result:
+                result[key] = (
+                    min(result.pop(exclusive) * sign - _STEP, result.get(key, _MOST * sign) * sign) * sign
+                )
