@@ -175,7 +175,10 @@ class Server(uvicorn.Server):
         running = self._runner.open
         await self._until(lambda: not self.server_state.tasks, time.monotonic() + _FLUSH_SECONDS)
         for connection in list(connections):  # their tasks end as if the clients had left
-            connection.transport.close() if not running else connection.transport.abort()
+            if running:
+                connection.transport.abort()
+            elif not connection.transport.is_closing():  # with TLS a second close would prevent abort
+                connection.transport.close()
         self.force_exit, self.forced = False, self.force_exit
         await self._until(lambda: not connections, time.monotonic() + 1)
         for connection in list(connections):
