@@ -32,12 +32,13 @@ from xverse.tokenizer.tools import CLOSE, OPEN
 MOST_BYTES = 64 * 1024  # of a request's schemas
 # Only the spaces after commas and colons: otherwise a model may write whitespace without end.
 _TIGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# The formats that llguidance enforces, and a length that loses nothing: otherwise a model may write digits or
+# The formats that llguidance enforces, with bounds that lose nothing: otherwise a model may write digits or
 # labels without end. Other formats are annotations, as JSON Schema has it.
-_FORMATS = {
-    **dict.fromkeys(("date", "ipv4", "ipv6", "date-time", "time", "uuid", "duration"), 64),
-    **dict.fromkeys(("email", "hostname"), 254),
-    "uri": 2000,
+_FORMATS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("date", "ipv4", "ipv6", "uuid")},
+    **{name: {"maxLength": 254} for name in ("email", "hostname")},
+    **{name: {"pattern": "^([0-9]{0,9}[^0-9])*[0-9]{0,9}$"} for name in ("time", "date-time", "duration")},
+    "uri": {"maxLength": 2000},
 }
 _MOST = 10**18 - 1024  # llguidance's ranges of numbers end at 18 digits, and it reads this as a double
 _LEAST = 1e-30  # other than 0
@@ -254,8 +255,7 @@ def _narrow(part: dict[str, Any], result: dict[str, Any]) -> None:
         if key.startswith(("min", "max")) and isinstance(value, float) and value.is_integer():
             result[key] = int(value)
     if isinstance(name := part.get("format"), str) and name in _FORMATS:
-        longest = max(part.get("minLength", 0), _FORMATS[name])
-        result |= {"format": name, "maxLength": min(result.get("maxLength", longest), longest)}
+        result |= {"format": name} | (_FORMATS[name] if "minLength" not in part else {}) | result
     sides = (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1))
     for key, exclusive, sign in sides:
         if isinstance(part.get(exclusive), bool):  # of draft 4
