@@ -38,8 +38,9 @@ VERBS = {
 }
 
 
-# Metavars of flags whose values may be URLs: text, models, and settings, which ``config.build`` checks.
-FREE = ("TEXT", "KEY=VALUE", "key=value", "M", "X", "NAME,…")
+# Metavars of flags whose values may be URLs: text, models, outputs, and settings, which ``config.build``
+# checks.
+FREE = ("TEXT", "KEY=VALUE", "key=value", "M", "OUT", "RECIPE|FOLDER", "X", "NAME,…")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -13,9 +13,10 @@ from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.finetune.encode import Data, Example, Prompt
 from xverse.finetune.settings import Settings, read_settings, to_values
-from xverse.formats.checkpoint import MARKS, check_files
+from xverse.formats.checkpoint import check_files
 from xverse.formats.weights import read_object
 from xverse.log import notice
+from xverse.place import MARKS
 from xverse.train.keeping import LOCK, Kept, read_json
 from xverse.train.parallel import World
 

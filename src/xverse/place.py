@@ -1,0 +1,205 @@
+"""Folders that may be at a URL: inputs are copied to the cache once, outputs are sent when they are complete.
+
+A folder at a URL is complete when it has a list of its files with their sizes and SHA-256, which is sent
+last: ``state.json`` of a checkpoint, otherwise ``fingerprints.json``. Copies are compared with it. Folders
+that other programs uploaded have no such list and are read without it. The cache is $XVERSE_CACHE or
+~/.cache/xverse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from xverse.config import UserError, is_url
+from xverse.files import alone, atomic_file, fingerprint
+from xverse.log import notice
+from xverse.remote import filesystem, is_web, listing, open_url, remove, upload, version
+from xverse.texts import read_json
+
+STATE = "state.json"  # of a checkpoint of pretraining
+MARKS = "fingerprints.json"  # of any other folder
+LISTS = (STATE, MARKS)
+LATE = ("config.json", "report.json", "trainer_state.json")  # sent after the files that they describe
+RECORD = "xverse_source.json"  # in a copy: what it was made from
+UNSENT = (".tmp", ".lock", RECORD)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is written: ``local``, from which ``send`` copies it to ``url`` if there is one."""
+
+    local: Path
+    url: str = ""
+
+    @staticmethod
+    def of(value: str | Path) -> Place:
+        """A path, or a URL and a path in the cache. Raises UserError for a URL that cannot be written."""
+        if not is_url(value):
+            return Place(Path(value).expanduser())
+        url = str(value).rstrip("/")
+        if is_web(url):
+            raise UserError(
+                f"{url}: a web server can only be read; write to a path, s3://, oss:// or the like"
+            )
+        filesystem(url)  # before any work: an unknown protocol, a missing package
+        return Place(_cached("places", url), url)
+
+    def __str__(self) -> str:
+        return self.url or str(self.local)
+
+    def __truediv__(self, name: str) -> Place:
+        return Place(self.local / name, self.url and f"{self.url}/{name}")
+
+    def send(self, skip: str = "\0") -> None:
+        """Upload the file or the folder, except the files below names that begin with ``skip``. The folder
+        there is incomplete until all have arrived; what it has besides is deleted.
+
+        Raises UserError where the network or the store fails for long."""
+        if not self.url:
+            return
+        if self.local.is_file():
+            upload(self.local, self.url)
+            return
+        files = (file for file in self.local.rglob("*") if file.is_file() and not file.name.endswith(UNSENT))
+        names = {str(file.relative_to(self.local)) for file in files}
+        names = {name for name in names if not name.startswith(skip)}
+        own = next((name for name in LISTS if name in names), None)
+        for name in (*LISTS, *LATE):  # nobody takes old and new files for one folder
+            remove(f"{self.url}/{name}")
+        for name in listing(self.url):
+            if name not in names and not name.startswith(skip):
+                remove(f"{self.url}/{name}")
+        for name in sorted(names, key=lambda name: (name == own, name in LATE, name)):
+            upload(self.local / name, f"{self.url}/{name}")
+        if own is None:
+            marks = {name: fingerprint(self.local / name) for name in sorted(names)}
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / MARKS
+                file.write_text(json.dumps({"files": marks}), encoding="utf-8")
+                upload(file, f"{self.url}/{MARKS}")
+
+
+@contextlib.contextmanager
+def output(value: str, overwrite: bool) -> Iterator[str]:
+    """The path to write for ``--out``. What is there after the block is sent to the URL, if it is one.
+
+    Raises UserError, before the block, where the URL holds files and ``overwrite`` is false."""
+    if not is_url(value):
+        yield value
+        return
+    place = Place.of(value)
+    if not overwrite and (listing(place.url) or version(place.url)):
+        raise UserError(f"{place}: already holds files; --overwrite replaces them")
+    with tempfile.TemporaryDirectory(prefix="out-", dir=_folder("places")) as folder:
+        place = Place(Path(folder) / place.url.rpartition("/")[2], place.url)
+        yield str(place.local)
+        place.send()
+    notice(f"sent to {place}")
+
+
+def fetch(
+    url: str,
+    choose: Callable[[Collection[str]], Iterable[str]],
+    kind: str,
+    there: Mapping[str, list[str]] | None = None,
+) -> Path:
+    """The copy of a folder at a URL, of whose files ``choose`` selects those to copy by relative name.
+    ``there``: its files, with what identifies their contents, on a web server that has no list of them.
+
+    A file is copied again if it has another size or version there. Raises UserError if the folder cannot be
+    listed or read, if a file differs from the folder's list, or if the disk is full.
+    """
+    url = url.rstrip("/")
+    marks = read_list(url)
+    if there is None and is_web(url):
+        there = {name: list(map(str, mark)) for name, mark in marks.items()}
+        there |= {name: mark for name in LISTS if (mark := version(f"{url}/{name}")) is not None}
+    there = listing(url) if there is None else there
+    source = {name: there[name] for name in choose(there)}
+    folder = _cached(kind, url)
+    with _waiting(folder.with_name(f".{folder.name}.lock")):
+        made: dict[str, Any] = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+        made = {name: mark for name, mark in made.items() if (folder / name).is_file()}
+        missing = [name for name, mark in source.items() if made.get(name) != mark]
+        if missing:
+            notice(f"{url}: copied to {folder}")
+        for name in missing:
+            copy(f"{url}/{name}", folder / checked(name, url), marks.get(name))
+            made[name] = source[name]
+            _record(folder, made)
+        for name in made.keys() - source.keys():
+            (folder / name).unlink()
+        if made.keys() != source.keys():
+            _record(folder, source)
+    return folder
+
+
+def _record(folder: Path, made: Mapping[str, Any]) -> None:
+    with atomic_file(folder / RECORD) as file:
+        file.write_text(json.dumps(made), encoding="utf-8")
+
+
+def checked(name: str, url: str) -> str:
+    """A relative name in a folder. Raises UserError for one that leaves the folder."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise UserError(f"{url}: has a file named '{name}'")
+    return name
+
+
+def read_list(url: str) -> dict[str, Any]:
+    """The sizes and SHA-256 of a complete folder's files by relative name; empty if it has no list."""
+    for name in LISTS:
+        if version(f"{url}/{name}") is not None:
+            with open_url(f"{url}/{name}") as file:
+                try:
+                    return dict(json.load(file)["files"])
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f"{url}/{name}: not a list of files; upload the folder again") from None
+    return {}
+
+
+def copy(url: str, target: Path, mark: list[Any] | None = None) -> None:
+    """Copy a file, and once more if it differs from its fingerprint. Raises UserError if it still differs."""
+    with atomic_file(target) as temporary:
+        for _ in range(2):
+            with open_url(url) as stream, temporary.open("wb") as file:
+                shutil.copyfileobj(stream, file, 8 << 20)
+            if mark is None or fingerprint(temporary) == list(mark):
+                return
+        raise UserError(f"{url}: has another size or SHA-256 than was recorded; upload it again")
+
+
+def _folder(kind: str) -> Path:
+    folder = Path(os.environ.get("XVERSE_CACHE") or "~/.cache/xverse").expanduser() / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _cached(kind: str, url: str) -> Path:
+    return _folder(kind) / f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+
+
+@contextlib.contextmanager
+def _waiting(lock: Path) -> Iterator[None]:
+    """Wait for another process that makes the same copy, such as another rank of a run."""
+    busy = f"{lock}: another process is copying this"
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(alone(lock, busy))
+                break
+            except UserError as error:
+                if not str(error).startswith(busy):
+                    raise
+                time.sleep(0.5)
+        yield
