@@ -261,27 +261,18 @@ def test_no_key_takes_a_url_for_a_path(tmp_path: Path, monkeypatch: pytest.Monke
     from xverse.data.mixture import MixtureConfig
     from xverse.data.prepare.pipeline import PrepareRecipe
     from xverse.tokenizer.recipe import TokenizerRecipe
-    from xverse.train.pretrain import PretrainRecipe
 
     monkeypatch.chdir(tmp_path)
     for url in URLS:
         for cls, keys in (
-            (PrepareRecipe, ("out", "tokenizer")),
-            (PretrainRecipe, ("out", "data")),
+            (PrepareRecipe, ("tokenizer",)),
             (TokenizerRecipe, ("corpus", "out", "counts")),
             (MixtureConfig, ("file",)),
         ):
             for key in keys:
                 with pytest.raises(UserError, match=f"{key}: '{url}' is a URL"):
                     build(cls, {key: url}, "recipe")
-        for key in (
-            "output_dir",
-            "dataset",
-            "eval_dataset",
-            "dataset_dir",
-            "adapter_name_or_path",
-            "deepspeed",
-        ):
+        for key in ("dataset", "eval_dataset", "dataset_dir", "adapter_name_or_path", "deepspeed"):
             values = {"model_name_or_path": "nano", "output_dir": "x", "dataset": "y", key: url}
             with pytest.raises(UserError, match="is a URL"):
                 read_settings(values, "recipe")
@@ -302,8 +293,10 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("corpus: nowhere\nout: out\n")
-    assert main(["data", "prepare", "recipe.yaml", "out=s3://bucket/out"]) == 2
-    assert capsys.readouterr().err.startswith("xverse: recipe.yaml: out: 's3://bucket/out' is a URL")
+    assert main(["data", "prepare", "recipe.yaml", "tokenizer=s3://bucket/out"]) == 2
+    assert capsys.readouterr().err.startswith("xverse: recipe.yaml: tokenizer: 's3://bucket/out' is a URL")
+    assert main(["data", "prepare", "recipe.yaml", "corpus=.", "out=https://h/out"]) == 2
+    assert "a web server can only be read" in capsys.readouterr().err
     assert main(["data", "prepare", "recipe.yaml", "corpus=nosuch://bucket/out"]) == 2
     assert "unknown protocol 'nosuch'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
