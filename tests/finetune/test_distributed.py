@@ -20,7 +20,7 @@ import torch
 from tests import forkserver
 from xverse.cli import main
 from xverse.formats import load_model, save_hf
-from xverse.kernels import QuantLinear
+from xverse.kernels.linear import QuantLinear
 from xverse.model import XverseForCausalLM, init_weights
 from xverse.quant.methods import rtn
 from xverse.train.plot import read_metrics
