@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, is_url
@@ -65,14 +65,12 @@ class Place:
         there is incomplete until all have arrived; what it has besides is deleted.
 
         Raises UserError where the network or the store fails for long."""
-        if not self.url:
-            return
-        if self.local.is_file():
+        if self.url and self.local.is_file():
             upload(self.local, self.url)
+        if not self.url or self.local.is_file():
             return
         files = (file for file in self.local.rglob("*") if file.is_file() and not file.name.endswith(UNSENT))
-        names = {str(file.relative_to(self.local)) for file in files}
-        names = {name for name in names if not name.startswith(skip)}
+        names = {name for file in files if not (name := str(file.relative_to(self.local))).startswith(skip)}
         own = next((name for name in LISTS if name in names), None)
         for name in (*LISTS, *LATE):  # nobody takes old and new files for one folder
             remove(f"{self.url}/{name}")
@@ -125,20 +123,23 @@ def fetch(
         there = {name: list(map(str, mark)) for name, mark in marks.items()}
         there |= {name: mark for name in LISTS if (mark := version(f"{url}/{name}")) is not None}
     there = listing(url) if there is None else there
+    if lost := marks.keys() - there.keys():
+        raise UserError(f"{url}/{min(lost)}: no such file; upload the folder again")
     source = {name: there[name] for name in choose(there)}
+    if odd := [name for name in source if name.startswith("/") or ".." in name.split("/")]:
+        raise UserError(f"{url}: has a file named '{odd[0]}', which is outside of the folder")
     folder = _cached(kind, url)
     with _waiting(folder.with_name(f".{folder.name}.lock")):
         made: dict[str, Any] = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-        made = {name: mark for name, mark in made.items() if (folder / name).is_file()}
-        missing = [name for name, mark in source.items() if made.get(name) != mark]
+        missing = [n for n, mark in source.items() if made.get(n) != mark or not (folder / n).is_file()]
         if missing:
             notice(f"{url}: copied to {folder}")
         for name in missing:
-            copy(f"{url}/{name}", folder / checked(name, url), marks.get(name))
+            copy(f"{url}/{name}", folder / name, marks.get(name))
             made[name] = source[name]
             _record(folder, made)
         for name in made.keys() - source.keys():
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
         if made.keys() != source.keys():
             _record(folder, source)
     return folder
@@ -147,13 +148,6 @@ def fetch(
 def _record(folder: Path, made: Mapping[str, Any]) -> None:
     with atomic_file(folder / RECORD) as file:
         file.write_text(json.dumps(made), encoding="utf-8")
-
-
-def checked(name: str, url: str) -> str:
-    """A relative name in a folder. Raises UserError for one that leaves the folder."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise UserError(f"{url}: has a file named '{name}'")
-    return name
 
 
 def read_list(url: str) -> dict[str, Any]:

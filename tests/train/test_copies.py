@@ -105,8 +105,6 @@ def test_killed_while_it_sends(
     load_model(ModelDirectory.named(RUN))
     assert "copied to" in copied and "copied to" not in capsys.readouterr().err
 
-    assert main(["pretrain", str(recipe), f"out={RUN}2", f"resume_from={RUN}", "train.schedule=wsd"]) == 2
-    assert "this run was begun with" in capsys.readouterr().err
     store.files.rm("bucket/run/model", recursive=True)
     (newest,) = (name for name in store.names("run") if "step-00000006/shard" in name)
     store.files.pipe(f"bucket/run/{newest}", b"damaged")

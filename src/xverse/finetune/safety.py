@@ -62,7 +62,7 @@ class Saver:
         while True:
             problem = self._try(path, write)
             if not problem:
-                unsent = self._copies.try_to_send(path, last) if self._world.rank == 0 else ""
+                unsent = self._copies.send(path, last) if self._world.rank == 0 else ""
                 if unsent := self._world.agreed(unsent):
                     raise UserError(unsent)
                 return

@@ -36,26 +36,11 @@ def fetch_model(url: str, choose: Callable[[Iterable[str]], list[str]], probed: 
     return fetch(url, lambda names: _files(url, names, choose), "models")
 
 
-def fetch_checkpoint(url: str) -> Path:
-    """The copy of a checkpoint, or of a run's newest complete one. Raises UserError if there is none."""
-    url = url.rstrip("/")
-    names = listing(url)
-    found = _checkpoints(names)
-    if STATE not in names and not found:
-        raise UserError(f"{url}: has no complete checkpoint")
-    return fetch(url if STATE in names else f"{url}/{found[-1][1]}", list, "models")
-
-
-def _checkpoints(names: Collection[str]) -> list[tuple[int, str]]:
-    """The steps and names of a run's complete checkpoints, oldest first."""
-    return sorted((int(match[2]), match[1]) for match in map(CHECKPOINT.fullmatch, names) if match)
-
-
 def _part(url: str, names: Collection[str]) -> str:
     """The URL itself, or that of the finished model or of the newest complete checkpoint of a run."""
     if "config.json" in names or STATE in names:
         return url
-    found = _checkpoints(names)
+    found = sorted((int(match[2]), match[1]) for match in map(CHECKPOINT.fullmatch, names) if match)
     if f"model/{MARKS}" in names:
         steps = float("inf")
         if "recipe.json" in names:

@@ -135,7 +135,7 @@ class Checkpointer:
             if problem:
                 problem, again = self._not_saved(problem, temporary, path, last)
             elif self._copies is not None:
-                unsent = self._copies.try_to_send(path, last)
+                unsent = self._copies.send(path, last)
         box = [problem, again, unsent]
         if self._world.size > 1:
             dist.broadcast_object_list(box, src=0, group=self._world.saving)

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError, is_url
-from xverse.hub.store import fetch_checkpoint
+from xverse.config import UserError
 from xverse.train.checkpoint import kept, newest
 from xverse.train.keeping import Kept, State
 from xverse.train.optimizer import learning_rate
@@ -24,7 +23,7 @@ SCHEDULE = ("steps", "schedule", "learning_rate", "warmup_steps", "decay_share",
 
 
 def find_checkpoint(
-    out: Path, world: World, identity: Mapping[str, Any], config: TrainConfig, source: Path | str | None
+    out: Path, world: World, identity: Mapping[str, Any], config: TrainConfig, source: Path | None
 ) -> tuple[Path, State] | None:
     """The newest checkpoint in ``out``, or else in ``source``, from which the run can continue, and its
     state; None where ``out`` has none and no source is given.
@@ -44,15 +43,14 @@ def find_checkpoint(
                     world.say(f"{later.name} followed another schedule; it is kept as {aside.name}")
         world.wait()
     elif source is not None:
-        found = _find(_kept_at(source), Path(source), world, identity, config)
+        found = _find(_kept_at(source), source, world, identity, config)
         if found is None:
             raise UserError(f"resume_from: {source} has no checkpoints")
     return found
 
 
-def _kept_at(source: Path | str) -> Kept:
-    """The checkpoints of a run's folder, or the single one of a checkpoint's folder; at a URL the newest."""
-    source = Path(source) if not is_url(source) else fetch_checkpoint(str(source))
+def _kept_at(source: Path) -> Kept:
+    """The checkpoints of a run's folder, or the single one of a checkpoint's folder."""
     if not source.is_dir():
         raise UserError(f"resume_from: no such folder: {source}")
     if (source / "state.json").is_file():

@@ -65,7 +65,7 @@ def fit(
     identity: Mapping[str, Any] | None = None,
     world: World = ALONE,
     weights: Weights | None = None,
-    resume_from: Path | str | None = None,
+    resume_from: Path | None = None,
 ) -> None:
     """Train ``model`` (float32 parameters, in place) for ``config.steps`` steps, resuming from ``out``. A
     model on the meta device takes this process's parts of ``weights``, which yields whole parameters.

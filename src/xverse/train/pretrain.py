@@ -77,9 +77,9 @@ class PretrainRecipe:
     a relative, is the starting point of continued pretraining; ``shape`` is then its own. ``resume_from`` is
     another run or one of its checkpoints, whose optimizer and order of data a new run continues, with other
     ``train.steps`` or decay if its learning rates so far stay the same. ``cluster`` is what ``--dry-run``
-    checks the recipe for. ``data``, ``out``, ``model`` and ``resume_from`` may be URLs."""
+    checks the recipe for. ``data``, ``out`` and ``model`` may be URLs."""
 
-    URLS = ("model", "data", "out", "resume_from")
+    URLS = ("model", "data", "out")
 
     data: Path | str
     out: Path | str
@@ -92,7 +92,7 @@ class PretrainRecipe:
     valid_tokens: int = 16384
     evaluation: EvaluationConfig | None = None
     model: str | None = None
-    resume_from: Path | str | None = None
+    resume_from: Path | None = None
     cluster: ClusterConfig | None = None
 
     def __post_init__(self) -> None:

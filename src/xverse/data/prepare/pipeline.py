@@ -60,7 +60,7 @@ class PrepareRecipe:
     URLS = ("corpus", "out")
 
     corpus: str | Path | None = None
-    out: Path | str = Path()
+    out: Path = Path()  # a URL is text until ``prepare`` takes it
     tokenizer: Path | None = None
     vocab_size: int = 12_288
     limit_alphabet: int | None = None
@@ -88,11 +88,6 @@ class PrepareRecipe:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive")
 
-    @property
-    def folder(self) -> Path:
-        """Where ``out`` is written: ``out`` itself, or a folder in the cache that is sent to it."""
-        return Place.of(self.out).local
-
     def units(self) -> list[Unit]:
         """All files of the recipe. Raises UserError if there are none."""
         return corpus_units(self.corpus) if self.corpus is not None else input_units(self.inputs)
@@ -108,24 +103,25 @@ def prepare(recipe: PrepareRecipe) -> PrepareReport | None:
     Raises UserError for missing, empty or too damaged text, for a folder of another recipe or in use, for
     damaged shards and a full disk.
     """
-    units = recipe.units()
+    units, place = recipe.units(), Place.of(recipe.out)
+    recipe = dataclasses.replace(recipe, out=place.local)
     # Tasks of a cluster share the folder, but do not run this.
-    with alone(recipe.folder / ".lock", f"{recipe.folder}: another xverse data prepare is using this folder"):
-        return _prepare(recipe, units, Place.of(recipe.out))
+    with alone(recipe.out / ".lock", f"{recipe.out}: another xverse data prepare is using this folder"):
+        return _prepare(recipe, units, place)
 
 
 def _prepare(recipe: PrepareRecipe, units: list[Unit], place: Place) -> PrepareReport | None:
     fingerprint = claim(recipe, units)
-    if place.url and (report := _sent(place, fingerprint)) is not None:
+    if place.url and (report := _sent(place.url, fingerprint)) is not None:
         notice(f"{place}: complete, nothing to do")
         return report
     if recipe.executor.kind == "local":  # on a cluster, tasks of an earlier command may still be writing
-        _clear_leftovers(recipe.folder)
+        _clear_leftovers(recipe.out)
     report = _finished(recipe, fingerprint)
-    work = recipe.folder / "work"
+    work = recipe.out / "work"
     if report is not None:
         shutil.rmtree(work, ignore_errors=True)
-        notice(f"{recipe.folder}: complete, nothing to do")
+        notice(f"{recipe.out}: complete, nothing to do")
         place.send()
         return report
     if not run_phases(phases(recipe, units, fingerprint), recipe.executor, work / "logs"):
@@ -139,8 +135,7 @@ def _prepare(recipe: PrepareRecipe, units: list[Unit], place: Place) -> PrepareR
 
 def phases(recipe: PrepareRecipe, units: list[Unit], fingerprint: str) -> list[Phase]:
     """The phases of a run, in order; writes the catalogue of its files."""
-    out, stages = recipe.folder, recipe.stages
-    work, tokenizer = out / "work", out / "tokenizer"
+    out, work, stages, tokenizer = recipe.out, recipe.out / "work", recipe.stages, recipe.out / "tokenizer"
     inputs = list({id(unit.input): unit.input for unit in units}.values())
     wanted = recipe.executor.tasks if recipe.executor.kind == "local" else recipe.executor.most_tasks
     catalogue = Catalogue.write(work, inputs, units, wanted)
@@ -183,11 +178,11 @@ def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
     settings["files"] = {unit.name: unit.size for unit in units}
     settings = json.loads(json.dumps(settings, default=str))
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    file = recipe.folder / "recipe.json"
+    file = recipe.out / "recipe.json"
     if not file.exists():
-        if recipe.folder.is_dir() and any(not item.name.startswith(".") for item in recipe.folder.iterdir()):
+        if recipe.out.is_dir() and any(not item.name.startswith(".") for item in recipe.out.iterdir()):
             raise UserError(
-                f"{recipe.folder}: not empty and not made by xverse data prepare; choose another out"
+                f"{recipe.out}: not empty and not made by xverse data prepare; choose another out"
             )
         with atomic_file(file) as temporary:
             text = json.dumps({"fingerprint": fingerprint, **settings}, indent=1, ensure_ascii=False)
@@ -199,9 +194,9 @@ def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
             return fingerprint
         different = [name for name, value in settings.items() if made_by.get(name, value) != value]
     except (UserError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: damaged ({error}); delete {recipe.folder} or choose another out") from None
+        raise UserError(f"{file}: damaged ({error}); delete {recipe.out} or choose another out") from None
     made = f"another recipe (differs in {', '.join(different)})" if different else "another version of xverse"
-    raise UserError(f"{recipe.folder}: made by {made}; choose another out or delete the folder")
+    raise UserError(f"{recipe.out}: made by {made}; choose another out or delete the folder")
 
 
 def _clear_leftovers(out: Path) -> None:
@@ -218,7 +213,7 @@ def _clear_leftovers(out: Path) -> None:
 
 
 def _finished(recipe: PrepareRecipe, fingerprint: str) -> PrepareReport | None:
-    file = recipe.folder / "report.json"
+    file = recipe.out / "report.json"
     report = _report(file, fingerprint) if file.exists() else None
     if report is None:
         return None
@@ -226,13 +221,13 @@ def _finished(recipe: PrepareRecipe, fingerprint: str) -> PrepareReport | None:
     rows += [(row.name, "valid", row.valid_documents) for row in report.sources]
     for name, split, count in rows:
         assert split in SPLITS
-        if count and read_header(recipe.folder / split / name) is None:
+        if count and read_header(recipe.out / split / name) is None:
             return None
-    return report if (recipe.folder / "tokenizer" / "tokenizer.json").exists() else None
+    return report if (recipe.out / "tokenizer" / "tokenizer.json").exists() else None
 
 
 def _report(file: str | Path, fingerprint: str) -> PrepareReport | None:
-    """The report in a file, or at a URL; None if another recipe made it, or if it is damaged."""
+    """The report in a file or at a URL; None if another recipe made it, or if it is damaged."""
     try:
         values = read_json(file)
         if values.pop("recipe") != fingerprint:
@@ -244,12 +239,10 @@ def _report(file: str | Path, fingerprint: str) -> PrepareReport | None:
     return report
 
 
-def _sent(place: Place, fingerprint: str) -> PrepareReport | None:
+def _sent(url: str, fingerprint: str) -> PrepareReport | None:
     """The report of the complete folder at a URL, if there is one. Raises UserError for another recipe's."""
-    file = f"{place.url}/recipe.json"
-    if version(file) is None:
+    if version(f"{url}/recipe.json") is None:
         return None
-    made_by = read_json(file)
-    if not isinstance(made_by, dict) or made_by.get("fingerprint") != fingerprint:
-        raise UserError(f"{place}: made by another recipe; choose another out or delete the folder")
-    return _report(f"{place.url}/report.json", fingerprint) if read_list(place.url) else None
+    if read_json(f"{url}/recipe.json")["fingerprint"] != fingerprint:
+        raise UserError(f"{url}: made by another recipe; choose another out or delete the folder")
+    return _report(f"{url}/report.json", fingerprint) if read_list(url) else None
