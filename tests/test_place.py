@@ -141,7 +141,7 @@ def web(folder: Path) -> Any:
 
 
 def test_models_are_exported_to_a_url_and_read_there(
-    store: ObjectStore, tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, capsys: Any
+    store: ObjectStore, tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, capsys: Any, monkeypatch: Any
 ) -> None:
     base, url = tmp_path / "base", "s3://bucket/exported"
     save_hf(tiny_model, tiny_tokenizer, base, torch.float32)
@@ -150,6 +150,12 @@ def test_models_are_exported_to_a_url_and_read_there(
     assert f"sent to {url}" in capsys.readouterr().err
     assert main([*export, "hf", "--out", url]) == 2
     assert f"{url}: already holds files; --overwrite replaces them" in capsys.readouterr().err
+    store.matches, store.failures = lambda method, path: method == "PUT", 10**6
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    assert main([*export, "hf", "--out", url, "--overwrite"]) == 2
+    kept = capsys.readouterr().err.rpartition("is complete in ")[2].strip()
+    assert (Path(kept) / "model.safetensors").exists()
+    store.reset()
     assert main([*export, "hf", "--out", url, "--overwrite"]) == 0
     assert main([*export, "gguf", "--out", f"{url}.gguf"]) == 0
     assert "exported.gguf" in {name.rpartition("/")[2] for name in store.files.find("bucket")}
@@ -162,7 +168,7 @@ def test_models_are_exported_to_a_url_and_read_there(
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
     same(url)
-    assert not any((tmp_path / "cache" / "places").glob("out-*")), "nothing is left of what was sent"
+    assert not any((tmp_path / "cache" / "places").iterdir()), "nothing is left of what was sent"
     plain = tmp_path / "plain"  # a web server's, with a list of files and without one, whole and in parts
     shutil.copytree(base, plain)
     with web(plain) as address:

@@ -98,10 +98,14 @@ def output(value: str, overwrite: bool) -> Iterator[str]:
     place = Place.of(value)
     if not overwrite and (listing(place.url) or version(place.url)):
         raise UserError(f"{place}: already holds files; --overwrite replaces them")
-    with tempfile.TemporaryDirectory(prefix="out-", dir=_folder("places")) as folder:
-        place = Place(Path(folder) / place.url.rpartition("/")[2], place.url)
-        yield str(place.local)
-        place.send()
+    shutil.rmtree(place.local, ignore_errors=True)
+    made = Place(place.local / place.url.rpartition("/")[2], place.url)
+    yield str(made.local)
+    try:
+        made.send()
+    except UserError as error:
+        raise UserError(f"{error}; what was to be sent is complete in {made.local}") from None
+    shutil.rmtree(place.local)
     notice(f"sent to {place}")
 
 
@@ -173,14 +177,9 @@ def copy(url: str, target: Path, mark: list[Any] | None = None) -> None:
         raise UserError(f"{url}: has another size or SHA-256 than was recorded; upload it again")
 
 
-def _folder(kind: str) -> Path:
-    folder = Path(os.environ.get("XVERSE_CACHE") or "~/.cache/xverse").expanduser() / kind
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _cached(kind: str, url: str) -> Path:
-    return _folder(kind) / f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    cache = Path(os.environ.get("XVERSE_CACHE") or "~/.cache/xverse").expanduser()
+    return cache / kind / f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
 @contextlib.contextmanager
