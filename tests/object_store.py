@@ -79,6 +79,8 @@ def object_store() -> Iterator[ObjectStore]:
         }.items():
             patch.setenv(name, value)
         fsspec.filesystem("s3").clear_instance_cache()
+        if running.files.exists("bucket"):  # moto's stores of a process hold the same
+            running.files.rm("bucket", recursive=True)
         running.files.mkdir("bucket")
         yield running
         fsspec.filesystem("s3").clear_instance_cache()

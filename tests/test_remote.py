@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from tests.object_store import object_store
 from xverse import remote
 from xverse.cli import FREE, VERBS, Parser, main
 from xverse.config import UserError, build, is_url
@@ -170,26 +171,10 @@ def test_a_web_server_that_breaks_off(
         check(base, files)
 
 
-def test_an_object_store(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        store = fsspec.filesystem("s3", skip_instance_cache=True)
-        store.mkdir("bucket")
-        store.put(str(files) + "/", "bucket/corpus/", recursive=True)
+def test_an_object_store(files: Path) -> None:
+    with object_store() as store:
+        store.files.put(str(files) + "/", "bucket/corpus/", recursive=True)
         check("s3://bucket/corpus", files)
-    finally:
-        running.stop()
 
 
 def test_model_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

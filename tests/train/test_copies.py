@@ -156,8 +156,13 @@ def test_shards_at_a_url(store: ObjectStore, recipe: Path, machine: Any, monkeyp
     store.files.pipe("bucket/data/train/en/tokens.bin", whole)
     report = store.files.cat("bucket/data/report.json")
     store.files.rm("bucket/data/report.json")
+    with pytest.raises(UserError, match=r"data/report\.json: no such file; upload the folder again"):
+        pretrain(load(PretrainRecipe, recipe))
+    listed = store.files.cat(f"bucket/data/{MARKS}")
+    store.files.rm(f"bucket/data/{MARKS}")  # as if another program had uploaded half of it
     with pytest.raises(UserError, match=r"has no report\.json"):
         pretrain(load(PretrainRecipe, recipe))
+    store.files.pipe(f"bucket/data/{MARKS}", listed)
     store.files.pipe("bucket/data/report.json", report)
 
 
