@@ -75,11 +75,41 @@ def test_parsers_are_light() -> None:
         (["tokenizer", "trian"], "unknown choice 'trian'; did you mean 'train'?"),
         (["tokenizer", "train", "--vocab-sise", "9"], "did you mean '--vocab-size'?"),
         (["export", "--format", "lama"], "did you mean 'llama'?"),
+        (["data", "show", "--dataset", "x", "--identity", "name"], "--identity 'name': expected KEY=VALUE"),
+        (["plan", "--device=a100", "--gpus=8", "--layout=data=8,data=8"], "data is given twice"),
+        (["plan", "--device=a100", "--gpus=8", "--shape=/"], "--shape /: no config.json in this folder"),
         (["export", "--model", "nano"], "the following arguments are required: --out"),
     ],
 )
 def test_mistakes(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "data show folder --dataset-dir=x",
+        "data show folder --stage=pt",
+        "data show folder --cutoff-len=99",
+        "data show folder --identity name=x",
+        "data show folder --model=x",
+        "data show folder --index=3",
+        "data show --dataset=x --mixture=y",
+        "eval run --out=x --tasks=gsm8k --shots=3",
+        "eval run --out=x --tasks=ppl --split=val",
+        "eval run --out=x --tasks=ppl --skip-malformed",
+        "eval run --out=x --tasks=ceval --fix-none",
+        "eval run --out=x --tasks=mmlu --texts=x",
+        "eval run --out=x --tasks=mmlu --allow-code",
+        "plan --device=a100 --gpus=8 --layout=data=8 --top=3",
+        "bench quality --imatrix=with",
+        "bench quality --work-dir=x",
+    ],
+)
+def test_flags_without_effect(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = arguments.split()[-1].partition("=")[0]
+    flag = flag if flag.startswith("--") else "--identity"
+    assert f"xverse: {flag} has no effect without" in refused(capsys, *arguments.split())
 
 
 def test_a_mistake_in_a_process() -> None:

@@ -16,14 +16,20 @@ from typing import IO, Any
 
 from xverse.config import UserError, refuse_url
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``; it is renamed to ``path`` if the block does not raise."""
+    """Yield a new, empty file next to ``path``; it is renamed to ``path`` if the block does not raise."""
     path = Path(path)
     with _write_errors(path):
-        _make_parent(path)
+        _make_folder(path.parent, path)
+        if path.exists() and not path.is_file():  # a rename would replace a device
+            raise UserError(f"{path}: is not a file; give another name")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with _unwritable(path):
+            temporary.touch()
         try:
             yield temporary
             sync(temporary)
@@ -42,9 +48,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with _write_errors(path):
-        _make_parent(path)
+        _make_folder(path.parent, path)
         recover_directory(path)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is not a folder; give another name")
+        with _unwritable(path):
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         temporary.chmod(0o755)
         try:
             yield temporary
@@ -98,7 +107,8 @@ def alone(lock: str | Path, busy: str) -> Iterator[None]:
 
 def _held(lock: Path, busy: str) -> IO[str]:
     while True:
-        file = lock.open("a")
+        with _unwritable(lock):
+            file = lock.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -141,16 +151,21 @@ def check_fingerprint(path: Path, expected: Sequence[Any]) -> None:
         raise ValueError(f"{path.name} has another SHA-256 than was recorded")
 
 
-def _make_parent(path: Path) -> None:
-    _make_folder(path.parent, path)
-
-
 def _make_folder(folder: Path, shown: Path) -> None:
     refuse_url(shown, "output")
-    try:
+    with _unwritable(shown):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # any: some file systems report ENOENT for EACCES
-        raise UserError(f"{shown}: cannot be written ({os.strerror(error.errno or 0)})") from error
+
+
+@contextlib.contextmanager
+def _unwritable(path: Path) -> Iterator[None]:
+    """UserError for every OSError but a full disk: some file systems report ENOENT for EACCES."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise UserError(f"{path}: cannot be written ({os.strerror(error.errno or 0)})") from error
 
 
 def sync(path: Path) -> None:
@@ -167,7 +182,7 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
             raise UserError(f"{path}: {reason}; nothing was written") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):

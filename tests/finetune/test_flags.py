@@ -14,7 +14,7 @@ from xverse.config import UserError, read_yaml
 from xverse.finetune.encode import Data
 from xverse.finetune.launch import deepspeed_file, training_arguments
 from xverse.finetune.resume import _compare, run_state
-from xverse.finetune.settings import OWN, Settings, read_settings, training_values
+from xverse.finetune.settings import _ONLY_WITH, OWN, Settings, read_settings, training_values
 
 # The source document's, word for word.
 COMMAND = r"""
@@ -144,6 +144,21 @@ def test_contradictions_are_one_line(values, message) -> None:
     with pytest.raises(UserError, match=message) as caught:
         settings(**values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("needed", "names"), [(key, names) for key, (names, _) in _ONLY_WITH.items()])
+def test_settings_that_a_run_does_not_use_are_reported(needed, names, capsys) -> None:
+    other = {"bool": True, "str": "x", "int": 5, "float": 0.5}
+    hints = {
+        item.name: item.type.removeprefix("Annotated[").split()[0] for item in dataclasses.fields(Settings)
+    }
+    values = {name: other[hints[name].rstrip(",")] for name in names.split() if name != "pref_loss"}
+    values |= {"pref_loss": "ipo"} if "pref_loss" in names else {}
+    method = "lora" if "freeze" in needed else "full"
+    read_settings({**MINIMUM, "finetuning_type": method, **values}, "r.yaml", quiet=False)
+    assert f"{', '.join(values)} (only used with {needed})" in " ".join(capsys.readouterr().err.split())
+    read_settings({**MINIMUM, "finetuning_type": method}, "r.yaml", quiet=False)
+    assert not capsys.readouterr().err
 
 
 def test_state_files_of_older_versions_are_understood(tmp_path) -> None:

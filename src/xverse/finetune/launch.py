@@ -14,6 +14,7 @@ from xverse.config import UserError, need
 from xverse.device import report_unused_gpu
 from xverse.finetune.settings import Settings, training_values
 from xverse.log import notice
+from xverse.texts import read_object
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
@@ -126,11 +127,5 @@ def deepspeed_file(name: str) -> Path:
 def _check_deepspeed(path: Path) -> None:
     """Raise UserError for a file that is not JSON, and for DeepSpeed's tensor parallelism, whose split
     weights the loss and the adapters do not know."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--deepspeed {path}: expected an object")
-    if "tensor_parallel" in values:
+    if "tensor_parallel" in read_object(path):
         raise UserError(f"--deepspeed {path}: tensor_parallel (AutoTP) is not supported; use ZeRO-3 or fsdp")

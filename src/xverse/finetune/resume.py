@@ -14,8 +14,8 @@ from xverse.files import atomic_file
 from xverse.finetune.encode import Data, Example, Prompt
 from xverse.finetune.settings import Settings, read_settings, to_values
 from xverse.formats.checkpoint import MARKS, check_files
-from xverse.formats.weights import read_object
 from xverse.log import notice
+from xverse.texts import read_object
 from xverse.train.keeping import LOCK, Kept, read_json
 from xverse.train.parallel import World
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -293,6 +293,25 @@ ALIASES = {
 }
 
 
+# What only some runs use, by what they need; in others it is accepted without effect.
+_ONLY_WITH: dict[str, tuple[str, Callable[[Settings], bool]]] = {
+    "finetuning_type freeze": (
+        "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules",
+        lambda settings: settings.finetuning_type == "freeze",
+    ),
+    "finetuning_type lora and a new adapter": (
+        "lora_rank lora_alpha lora_dropout lora_target additional_target use_rslora use_dora",
+        lambda settings: settings.finetuning_type == "lora" and not settings.adapter_name_or_path,
+    ),
+    "loraplus_lr_ratio": ("loraplus_lr_embedding", lambda settings: settings.loraplus_lr_ratio is not None),
+    "stage dpo or kto": ("pref_beta pref_ftx", lambda settings: settings.stage in ("dpo", "kto")),
+    "stage dpo": ("pref_loss", lambda settings: settings.stage == "dpo"),
+    "pref_loss simpo": ("simpo_gamma", lambda settings: settings.pref_loss == "simpo"),
+    "stage kto": ("kto_chosen_weight kto_rejected_weight", lambda settings: settings.stage == "kto"),
+    "streaming": ("buffer_size", lambda settings: settings.streaming),
+    "eval_strategy steps or epoch": ("eval_steps eval_delay", lambda settings: settings.evaluates != "no"),
+}
+
 # Settings with a meaning of their own, by other keys: see _resolve_aliases.
 DERIVED = ("disable_gradient_checkpointing", "train_sampling_strategy")
 _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of LLaMA-Factory, too
@@ -351,6 +370,11 @@ def read_settings(values: Mapping[str, Any], where: str, quiet: bool = True) -> 
         text = f"not supported: {'; '.join(refused)}"
         raise UserError(f"{where}: {text}{f'; {unknown_text(unknown)}' if unknown else ''}")
     settings = build(Settings, values, where)
+    defaults = {item.name: item.default for item in dataclasses.fields(settings)}
+    for needed, (names, applies) in _ONLY_WITH.items():
+        given = [name for name in names.split() if getattr(settings, name) != defaults[name]]
+        if given and not applies(settings):
+            without_effect.append(f"{', '.join(given)} (only used with {needed})")
     if without_effect and not quiet:
         notice(f"{where}: accepted without effect: {'; '.join(without_effect)}")
     return settings

@@ -19,8 +19,9 @@ from xverse.config import UserError
 from xverse.files import check_fingerprint
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.parts import SHARD, Index, read_header
-from xverse.formats.weights import TensorFiles, listed, read_object
+from xverse.formats.weights import TensorFiles, listed
 from xverse.log import notice
+from xverse.texts import read_object
 
 if TYPE_CHECKING:
     import torch

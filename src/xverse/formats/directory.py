@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any
 from xverse.config import UserError, nearest
 from xverse.formats.packed import Packing, UnpackedFiles, packing_of
 from xverse.formats.schemes import Scheme, quantization_of
-from xverse.formats.weights import (
-    IGNORED_SUFFIX,
-    TensorFiles,
-    listed,
-    read_object,
-    read_tensors,
-    weight_files,
-)
+from xverse.formats.weights import IGNORED_SUFFIX, TensorFiles, listed, read_tensors, weight_files
 from xverse.hub.resolve import resolve
 from xverse.model import XverseConfig
+from xverse.texts import read_object
 
 if TYPE_CHECKING:
     import torch

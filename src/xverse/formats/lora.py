@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from xverse.config import UserError
 from xverse.formats.adapters import CONFIG, WEIGHTS
-from xverse.formats.weights import read_object, read_tensors
+from xverse.formats.weights import read_tensors
 from xverse.kernels.linear import QuantLinear
+from xverse.texts import read_object
 
 Pair = tuple[Tensor, Tensor]  # a [rank, in] and b [rank, out], float32; b is scaled
 

@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from xverse.config import UserError, need
-from xverse.formats.weights import read_object
+from xverse.texts import read_object
 
 # Other families may have either file. ChatGLM2's special tokens are in neither.
 _FILES = {"falcon": ("tokenizer.json",), "chatglm2": ("tokenizer.model",)}
