@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     task = task_of(shape, args.shape, device, args.gpus, args.seq, args.batch_tokens)
     heading = "recommended"
     if args.layout:
-        refuse_unused(args, "a search; --layout names the only one", top=6)
+        refuse_unused(args, "a search, which --layout replaces", top=6)
         layout, heading = given_layout(task, args.layout), "given"
         software = software_of(layout, args.optimizer)
         chosen = [predict(task.arch, layout, device, task.length, software=software)]
