@@ -16,8 +16,6 @@ from typing import IO, Any
 
 from xverse.config import UserError, refuse_url
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
@@ -28,8 +26,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         if path.exists() and not path.is_file():  # a rename would replace a device
             raise UserError(f"{path}: is not a file; give another name")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with _unwritable(path):
-            temporary.touch()
+        temporary.touch()
         try:
             yield temporary
             sync(temporary)
@@ -52,8 +49,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         recover_directory(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is not a folder; give another name")
-        with _unwritable(path):
-            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         temporary.chmod(0o755)
         try:
             yield temporary
@@ -107,7 +103,7 @@ def alone(lock: str | Path, busy: str) -> Iterator[None]:
 
 def _held(lock: Path, busy: str) -> IO[str]:
     while True:
-        with _unwritable(lock):
+        with _write_errors(lock):
             file = lock.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,19 +149,10 @@ def check_fingerprint(path: Path, expected: Sequence[Any]) -> None:
 
 def _make_folder(folder: Path, shown: Path) -> None:
     refuse_url(shown, "output")
-    with _unwritable(shown):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def _unwritable(path: Path) -> Iterator[None]:
-    """UserError for every OSError but a full disk: some file systems report ENOENT for EACCES."""
     try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise
-        raise UserError(f"{path}: cannot be written ({os.strerror(error.errno or 0)})") from error
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # which names a folder above the parent
+        raise UserError(f"{shown}: cannot be written ({os.strerror(error.errno or 0)})") from error
 
 
 def sync(path: Path) -> None:
@@ -179,12 +166,16 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
+    """UserError for the errors of writing ``path``, which may be any: some file systems report ENOENT for
+    EACCES. Those of other files, which the block reads, and of pipes and connections remain."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        name = error.filename if isinstance(error.filename, str) else path
+        if path.absolute().parent not in Path(name).absolute().parents or isinstance(error, ConnectionError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
             raise UserError(f"{path}: {reason}; nothing was written") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: cannot be written ({os.strerror(error.errno)})") from error
-        raise
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"{path}: cannot be written ({reason})") from error
