@@ -201,21 +201,6 @@ def check_vocabulary(tokenizer: Tokenizer, config: XverseConfig, where: str | Pa
         )
 
 
-def read_config(source: str | Path | ModelDirectory) -> XverseConfig:
-    """``ModelDirectory.config`` of a path."""
-    return ModelDirectory.of(source).config
-
-
-def read_scheme(source: str | Path | ModelDirectory) -> Scheme | None:
-    """``ModelDirectory.scheme`` of a path."""
-    return ModelDirectory.of(source).scheme
-
-
-def read_generation_config(source: str | Path | ModelDirectory) -> dict[str, Any]:
-    """``ModelDirectory.generation_config`` of a path."""
-    return ModelDirectory.of(source).generation_config
-
-
 def load_tokenizer(source: str | Path | ModelDirectory) -> Tokenizer:
     """``ModelDirectory.tokenizer`` of a path."""
     return ModelDirectory.of(source).tokenizer
