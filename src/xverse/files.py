@@ -22,7 +22,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a new, empty file next to ``path``; it is renamed to ``path`` if the block does not raise."""
     path = Path(path)
     with _write_errors(path):
-        _make_folder(path.parent, path)
+        make_folder(path.parent, path)
         if path.exists() and not path.is_file():  # a rename would replace a device
             raise UserError(f"{path}: is not a file; give another name")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -45,7 +45,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with _write_errors(path):
-        _make_folder(path.parent, path)
+        make_folder(path.parent, path)
         recover_directory(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is not a folder; give another name")
@@ -89,7 +89,7 @@ def alone(lock: str | Path, busy: str) -> Iterator[None]:
     lock = Path(lock)
     made = not lock.parent.exists()
     with _write_errors(lock.parent):
-        _make_folder(lock.parent, lock.parent)
+        make_folder(lock.parent)
         file = _held(lock, busy)
     with file:
         try:
@@ -147,7 +147,9 @@ def check_fingerprint(path: Path, expected: Sequence[Any]) -> None:
         raise ValueError(f"{path.name} has another SHA-256 than was recorded")
 
 
-def _make_folder(folder: Path, shown: Path) -> None:
+def make_folder(folder: Path, shown: Path | None = None) -> None:
+    """Create a folder and those above it. Raises UserError, which names ``shown``, if that is not possible."""
+    shown = shown or folder
     refuse_url(shown, "output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
