@@ -148,7 +148,7 @@ def check_fingerprint(path: Path, expected: Sequence[Any]) -> None:
 
 
 def make_folder(folder: Path, shown: Path | None = None) -> None:
-    """Create a folder and those above it. Raises UserError, which names ``shown``, if that is not possible."""
+    """Create a folder and those above it. Raises UserError, naming ``shown``, if that is not possible."""
     shown = shown or folder
     refuse_url(shown, "output")
     try:
