@@ -112,6 +112,16 @@ def test_flags_without_effect(arguments: str, capsys: pytest.CaptureFixture[str]
     assert f"xverse: {flag} has no effect without" in refused(capsys, *arguments.split())
 
 
+def test_what_a_message_quotes_stays_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for control in ("\n", "\r", "\x0b", "\x1b[2J", "\x85", "\u2028", "\x00"):
+        for arguments in ((f"a{control}b",), ("chat", f"--a{control}b"), ("plan", f"--shape=a{control}b")):
+            line = refused(
+                capsys, *arguments, *(["--device=a100", "--gpus=8"] if "plan" in arguments else [])
+            )
+            assert len(line.splitlines()) == 1
+            assert line.rstrip("\n").isprintable()
+
+
 def test_a_mistake_in_a_process() -> None:
     result = xverse("tokenizer", "train", "--out", "x", "--vocab-size", "many", "f.txt")
     assert result.returncode == 2

@@ -150,8 +150,10 @@ def guarded(program: str, work: Callable[[], int]) -> int:
 
 
 def one_line(message: str) -> str:
-    """A message on one line, although it quotes what the user wrote; very long words are cut."""
-    return re.sub(r"(\S{200})\S{100,}", r"\1…", message).replace("\n", "\\n")
+    """A message on one line, although it quotes what the user wrote: line ends and what else a terminal would
+    obey become escapes, very long words are cut."""
+    message = re.sub(r"(\S{200})\S{100,}", r"\1…", message)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], message)
 
 
 def _open_standard_streams() -> None:
