@@ -191,6 +191,17 @@ def test_round_trip(schedule: Schedule) -> None:
 
 
 @dataclass
+class Folder:
+    out: Path
+
+
+@pytest.mark.parametrize("value", ["", "a\0b", 3, None, ["x"]])
+def test_what_names_no_path(value: Any) -> None:
+    with pytest.raises(UserError, match="out: expected Path, found"):
+        build(Folder, {"out": value}, "r.yaml")
+
+
+@dataclass
 class Part:
     size: int
 

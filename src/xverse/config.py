@@ -217,7 +217,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value not in allowed:
             raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, allowed))}")
         return value
-    if hint is Path and isinstance(value, (str, Path)) and "\0" not in str(value):
+    if hint is Path and isinstance(value, (str, Path)) and value and "\0" not in str(value):
         return Path(value).expanduser()
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
