@@ -138,6 +138,13 @@ def test_values_reach_transformers(tmp_path) -> None:
         ({"replay": {"data": "x", "share": 0.1}, "stage": "dpo"}, "replay needs stage sft or pt"),
         ({"replay": {"data": "x", "share": 0.1}, "streaming": True, "max_steps": 4}, "with streaming"),
         ({"learning_rate": "fast"}, "learning_rate"),
+        ({"lr_scheduler_kwargs": "{"}, "lr_scheduler_kwargs: invalid JSON"),
+        ({"lr_scheduler_kwargs": "[1]"}, "lr_scheduler_kwargs: expected a JSON object"),
+        ({"fsdp_config": "{"}, "fsdp_config: invalid JSON"),
+        ({"fsdp_config": "missing.json"}, "missing.json: no such file"),
+        ({"optim_args": "x"}, "optim_args: 'x' is not name=value"),
+        ({"generation": {"top_k": "x"}, "finetuning_type": "full"}, "top_k: 'x' is out of range"),
+        ({"generation": {"temperature": -1}, "finetuning_type": "full"}, "temperature: -1 is out of range"),
     ],
 )
 def test_contradictions_are_one_line(values, message) -> None:
@@ -193,6 +200,14 @@ def test_the_command_line_refuses_by_name(words, message, capsys) -> None:
         code = error.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_trackers_are_known() -> None:
+    with pytest.raises(
+        UserError, match="unknown tracker in report_to 'tensorbord'; did you mean 'tensorboard'"
+    ):
+        training_arguments(settings(report_to="tensorbord"))
+    assert training_arguments(settings(report_to="none", use_cpu=True)).report_to == []
 
 
 def test_yaml_has_the_same_names(tmp_path, capsys) -> None:

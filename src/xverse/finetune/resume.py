@@ -90,6 +90,8 @@ def resume_point(settings: Settings, state: dict[str, Any], world: World) -> str
         path = Path(settings.resume_from_checkpoint)
         if not path.is_dir():
             raise UserError(f"resume_from_checkpoint: no such folder: {settings.resume_from_checkpoint}")
+        if not (path / TRAINER).is_file():
+            raise UserError(f"resume_from_checkpoint: {path}: not a checkpoint of fine-tuning: no {TRAINER}")
         check_files(path)
         return settings.resume_from_checkpoint
     if world.rank == 0:

@@ -19,6 +19,7 @@ from xverse.engine.sampling_params import SamplingParams
 from xverse.finetune.fields import TEMPLATE, TEMPLATES, Arguments, DatasetUse, Replay, Rollouts, Task
 from xverse.finetune.foreign_keys import refuse_former_recipe, take_foreign
 from xverse.log import notice
+from xverse.texts import parse_json, read_object
 
 HELD_OUT = 0.01  # share held out for evaluation without val_size and eval_dataset
 
@@ -67,6 +68,7 @@ class Settings(Arguments, Rollouts, Task):
         self._check_task()
         self._check_data()
         self._check_method()
+        self._check_options()
 
     def _check_ranges(self) -> None:
         for names, (low, high, span) in _RANGES.items():
@@ -170,6 +172,24 @@ class Settings(Arguments, Rollouts, Task):
         if self.finetuning_type == "lora" and (self.save_dtype or self.generation):
             name = "save_dtype" if self.save_dtype else "generation"
             raise ValueError(f"{name} needs finetuning_type full or freeze: an adapter uses its base's")
+
+    def _check_options(self) -> None:
+        """Texts that transformers would parse when the run begins, and what the finished model keeps."""
+        self.scheduler_options()
+        self.fsdp_options()
+        for option in split_names(self.optim_args or ""):
+            if not option.partition("=")[2]:
+                raise ValueError(f"optim_args: '{option}' is not name=value; separate several by commas")
+        SamplingParams(**{name: value for name, value in self.generation.items() if name in _GENERATION})
+
+    def scheduler_options(self) -> dict[str, Any]:
+        """``lr_scheduler_kwargs``. Raises UserError for anything but a JSON object."""
+        return _json_object(self.lr_scheduler_kwargs or "{}", "lr_scheduler_kwargs")
+
+    def fsdp_options(self) -> dict[str, Any]:
+        """``fsdp_config``, from its text or its file. Raises UserError for anything but a JSON object."""
+        text = (self.fsdp_config or "{}").strip()
+        return _json_object(text, "fsdp_config") if text.startswith("{") else read_object(text)
 
     def _check_grpo(self) -> None:
         if self.stage != "grpo":
@@ -309,6 +329,11 @@ _ONLY_WITH: dict[str, tuple[str, Callable[[Settings], bool]]] = {
     "pref_loss simpo": ("simpo_gamma", lambda settings: settings.pref_loss == "simpo"),
     "stage kto": ("kto_chosen_weight kto_rejected_weight", lambda settings: settings.stage == "kto"),
     "streaming": ("buffer_size", lambda settings: settings.streaming),
+    "load_best_model_at_end": (
+        "metric_for_best_model greater_is_better",
+        lambda settings: settings.load_best_model_at_end or settings.save_strategy == "best",
+    ),
+    "fsdp": ("fsdp_config", lambda settings: bool(settings.fsdp)),
     "eval_strategy steps or epoch": ("eval_steps eval_delay", lambda settings: settings.evaluates != "no"),
 }
 
@@ -319,6 +344,13 @@ _COMMA_SEPARATED = (
     "lora_target", "additional_target", "freeze_trainable_modules", "freeze_extra_modules", "report_to",
     "reward_funcs", "reward_weights",
 )  # fmt: skip
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    values = parse_json(text, where)
+    if not isinstance(values, dict):
+        raise UserError(f'{where}: expected a JSON object, such as {{"key": 1}}, found {text}')
+    return values
 
 
 def split_names(text: str) -> list[str]:
