@@ -180,7 +180,10 @@ class Settings(Arguments, Rollouts, Task):
         for option in split_names(self.optim_args or ""):
             if not option.partition("=")[2]:
                 raise ValueError(f"optim_args: '{option}' is not name=value; separate several by commas")
-        SamplingParams(**{name: value for name, value in self.generation.items() if name in _GENERATION})
+        try:
+            SamplingParams(**{name: value for name, value in self.generation.items() if name in _GENERATION})
+        except UserError as error:
+            raise ValueError(f"generation: {error}") from None
 
     def scheduler_options(self) -> dict[str, Any]:
         """``lr_scheduler_kwargs``. Raises UserError for anything but a JSON object."""
