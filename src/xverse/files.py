@@ -166,6 +166,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise UserError if a folder cannot be created or written, before long work; creates nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{folder}: cannot be written ({existing} is a file)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written (no permission in {existing})")
+
+
 @contextlib.contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
     """UserError for the errors of writing ``path``, which may be any: some file systems report ENOENT for

@@ -131,6 +131,7 @@ def _run(args: argparse.Namespace) -> int:
     from xverse.eval.benchmarks import BENCHMARKS
     from xverse.eval.generation import TaskSettings
     from xverse.eval.tasks import TASKS
+    from xverse.files import check_writable
 
     names = list(dict.fromkeys(name for name in args.tasks.split(",") if name))
     if not names:
@@ -163,6 +164,7 @@ def _run(args: argparse.Namespace) -> int:
         skip_malformed=args.skip_malformed,
     )
     out = Path(args.out).expanduser()
+    check_writable(out)
     backend = load_backend(
         args.model,
         which=args.backend,

@@ -73,6 +73,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
+    from xverse.files import check_writable
     from xverse.plan.cost import predict
     from xverse.plan.devices import find_device
     from xverse.plan.report import chart, figures, text
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     shape = _shape(args.shape)
     task = task_of(shape, args.shape, device, args.gpus, args.seq, args.batch_tokens)
     heading = "recommended"
+    if args.chart:
+        check_writable(args.chart.parent)
     if args.layout:
         refuse_unused(args, "a search, which --layout replaces", top=6)
         layout, heading = given_layout(task, args.layout), "given"

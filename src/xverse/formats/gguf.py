@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError, choose
-from xverse.files import atomic_file
+from xverse.files import atomic_file, check_writable
 from xverse.formats.directory import check_vocabulary
 from xverse.formats.gguf_vocabulary import add_tokenizer, vocabulary_of
 from xverse.formats.spm import Vocabulary
@@ -141,6 +141,7 @@ def check_file(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: is a directory; name the file to write")
     if path.exists() and not overwrite:
         raise UserError(f"{path}: already exists; --overwrite replaces it")
+    check_writable(path.parent)
 
 
 def licence_of(directory: Path) -> str:

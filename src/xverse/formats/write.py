@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.files import atomic_directory
+from xverse.files import atomic_directory, check_writable
 from xverse.formats.directory import check_vocabulary
 from xverse.formats.schemes import write_quantized
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
@@ -131,6 +131,7 @@ def check_target(path: Path, overwrite: bool) -> None:
             raise UserError(f"{path}: already holds a model; --overwrite replaces it")
     elif path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose another path")
+    check_writable(path.parent)
 
 
 def save_quantized(
