@@ -183,10 +183,10 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         name = error.filename if isinstance(error.filename, str) else path
-        if path.absolute().parent not in Path(name).absolute().parents or isinstance(error, ConnectionError):
+        elsewhere = path.absolute().parent not in Path(name).absolute().parents
+        if elsewhere or not error.errno or isinstance(error, ConnectionError):
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
             raise UserError(f"{path}: {reason}; nothing was written") from error
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(f"{path}: cannot be written ({reason})") from error
+        raise UserError(f"{path}: cannot be written ({os.strerror(error.errno)})") from error

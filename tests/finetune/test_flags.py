@@ -155,7 +155,7 @@ def test_contradictions_are_one_line(values, message) -> None:
 
 @pytest.mark.parametrize(("needed", "names"), [(key, names) for key, (names, _) in _ONLY_WITH.items()])
 def test_settings_that_a_run_does_not_use_are_reported(needed, names, capsys) -> None:
-    other = {"bool": True, "str": "x", "int": 5, "float": 0.25}
+    other = {"bool": True, "str": "{}", "int": 5, "float": 0.25}
     hints = {
         item.name: item.type.removeprefix("Annotated[").split()[0] for item in dataclasses.fields(Settings)
     }
