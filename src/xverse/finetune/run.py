@@ -101,6 +101,7 @@ def _run(settings: Settings, args: TrainingArguments, world: World, copies: Copi
         metrics = trainer.evaluate()
         print(json.dumps(metrics)) if first else None
         return None
+    trainer.check_metric()
     if first:
         if checkpoint is None:
             begin_anew(settings)
