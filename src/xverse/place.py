@@ -48,9 +48,7 @@ class Place:
             return Place(Path(value).expanduser())
         url = str(value).rstrip("/")
         if is_web(url):
-            raise UserError(
-                f"{url}: a web server can only be read; write to a path, s3://, oss:// or the like"
-            )
+            raise UserError(f"{url}: a web server can only be read; write to a path or a store")
         filesystem(url)  # before any work: an unknown protocol, a missing package
         return Place(_cached("places", url), url)
 
@@ -61,10 +59,8 @@ class Place:
         return Place(self.local / name, self.url and f"{self.url}/{name}")
 
     def send(self, skip: str = "\0") -> None:
-        """Upload the file or the folder, except the files below names that begin with ``skip``. The folder
-        there is incomplete until all have arrived; what it has besides is deleted.
-
-        Raises UserError where the network or the store fails for long."""
+        """Upload the file or the folder, except names that begin with ``skip``. A folder is incomplete there
+        until all have arrived; what it has besides is deleted. Raises UserError where the store fails."""
         if self.url and self.local.is_file():
             upload(self.local, self.url)
         if not self.url or self.local.is_file():
@@ -89,9 +85,8 @@ class Place:
 
 @contextlib.contextmanager
 def output(value: str, overwrite: bool) -> Iterator[str]:
-    """The path to write for ``--out``. What is there after the block is sent to the URL, if it is one.
-
-    Raises UserError, before the block, where the URL holds files and ``overwrite`` is false."""
+    """The path to write for ``--out``, which is sent afterwards if it is a URL. Raises UserError, before the
+    block, where the URL holds files and ``overwrite`` is false."""
     if not is_url(value):
         yield value
         return

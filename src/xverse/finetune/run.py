@@ -20,15 +20,7 @@ from xverse.finetune.encode import Data, load_data, stream_data
 from xverse.finetune.launch import training_arguments
 from xverse.finetune.quantization_aware import write_rounded
 from xverse.finetune.replay import Languages, add_replay
-from xverse.finetune.resume import (
-    STATE,
-    begin_anew,
-    checkpoints_of,
-    is_finished,
-    resume_point,
-    run_state,
-    write_state,
-)
+from xverse.finetune.resume import PREFIX, begin_anew, is_finished, resume_point, run_state, write_state
 from xverse.finetune.rollouts import AT_ONCE
 from xverse.finetune.safety import ReturnMemory, StopOnSignal, world_of
 from xverse.finetune.settings import Settings
@@ -43,7 +35,7 @@ from xverse.plan import finetune_memory
 from xverse.tokenizer import Tokenizer
 from xverse.tokenizer.published import with_format
 from xverse.train.copies import Copies
-from xverse.train.keeping import locked
+from xverse.train.keeping import Kept, locked
 from xverse.train.parallel import World
 from xverse.train.plot import plot_loss
 from xverse.train.survival import Interrupted, requests
@@ -61,7 +53,7 @@ def run_finetuning(settings: Settings) -> Path | None:
     settings = dataclasses.replace(settings, output_dir=place.local)
     args = training_arguments(settings)
     world = world_of(args)
-    copies = Copies(place, checkpoints_of(place.local), settings.save_total_limit, (STATE, "metrics.jsonl"))
+    copies = Copies(place, Kept(place.local, PREFIX), settings.save_total_limit)
     if not settings.do_train:
         return _run(settings, args, world, copies)
     with locked(settings.output_dir, world):
@@ -118,7 +110,7 @@ def _run(settings: Settings, args: TrainingArguments, world: World, copies: Copi
     trainer.saver.finish(lambda: _save(trainer, settings, source, data, metrics, digest))
     if first:
         write_state(settings, {**state, "finished": trainer.state.global_step})
-        copies.place.send(skip="checkpoint-")
+        copies.place.send(skip=PREFIX)
     return settings.output_dir if first else None
 
 

@@ -14,16 +14,17 @@ from xverse.remote import listing, remove, upload, version
 from xverse.train.keeping import LOCK, Kept
 from xverse.train.parallel import World
 
+RECORDS = ("metrics.jsonl", "finetune.json")  # beside the checkpoints; they continue with the run
+
 
 @dataclass(frozen=True)
 class Copies:
     """``place`` is the run's folder, ``kept`` its checkpoints on this machine. ``keep`` copies stay besides
-    those kept forever; None: all. ``records`` are files beside them that continue with the run."""
+    those kept forever; None: all."""
 
     place: Place
     kept: Kept
     keep: int | None
-    records: tuple[str, ...]
 
     def bring(self, world: World, anew: bool = False) -> None:
         """Before a run, by every process, with the folder's lock held: copy the newest intact checkpoint if
@@ -65,7 +66,7 @@ class Copies:
             newest = complete[name]
         if problem and newest < 0:
             return f"{problem}, and no earlier checkpoint is intact"
-        for name in self.records:
+        for name in RECORDS:
             if not (self.place.local / name).exists() and version(f"{self.place.url}/{name}") is not None:
                 copy(f"{self.place.url}/{name}", self.place.local / name)
         return self.send(own[-1], True) if own and newest > max(complete.values(), default=-1) else ""
@@ -84,7 +85,7 @@ class Copies:
 
     def _send(self, path: Path) -> None:
         Place(path, self._url(path.name)).send()
-        for name in self.records:
+        for name in RECORDS:
             if (self.place.local / name).exists():
                 upload(self.place.local / name, f"{self.place.url}/{name}")
         complete, _ = self._there()

@@ -85,7 +85,7 @@ def fit(
     began = time.perf_counter()
     place = Place.of(out)
     out = place.local
-    copies = Copies(place, kept(out, config.kept_forever), config.keep_checkpoints, ("metrics.jsonl",))
+    copies = Copies(place, kept(out, config.kept_forever), config.keep_checkpoints)
     with locked(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
         if world.device.type == "cpu":
             keep_freed_memory()
