@@ -74,14 +74,19 @@ def alone(document: dict[str, str], out: Path) -> dict[str, str]:
     return {**kept, "output_dir": str(out), "per_device_train_batch_size": "8"}
 
 
-def grpo_of(document: dict[str, str]) -> dict[str, str]:
-    """A run that rewards short replies."""
+def grpo_of(document: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A run that rewards replies of low ids."""
+    (tmp_path / "own.py").write_text(
+        "low = lambda completion_ids, **rest: [sum(i < 350 for i in r) / len(r) for r in completion_ids]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{ENVIRONMENT['PYTHONPATH']}{os.pathsep}{tmp_path}")
     rows = [{"question": f"say hello {i}", "answer": str(i)} for i in range(16)]
     (Path(document["dataset_dir"]) / "questions.json").write_text(json.dumps(rows))
     kept = ("model_name_or_path", "do_train", "dataset_dir", "logging_steps", "per_device_train_batch_size")
     return {**{key: document[key] for key in kept}, "stage": "grpo", "dataset": "questions.json",
-            "finetuning_type": "full", "reward_funcs": "brevity", "max_completion_length": "8",
-            "num_generations": "4", "learning_rate": "1e-3", "max_steps": "4", "save_steps": "4"}  # fmt: skip
+            "finetuning_type": "full", "reward_funcs": "own:low", "allow_code": "",
+            "max_completion_length": "8", "num_generations": "4", "learning_rate": "1e-3", "max_steps": "4", "save_steps": "4"}  # fmt: skip
 
 
 def qat_of(document: dict[str, str], tmp_path: Path, config: Any, tokenizer: Any) -> dict[str, str]:
@@ -120,9 +125,14 @@ def check_qat(one: Path, two: Path) -> None:
         assert torch.equal(module.dequantize(torch.float32), expected), name
 
 
-def test_accelerate_with_fsdp_and_without(document, flags, tmp_path, wide_config, tiny_tokenizer) -> None:
+def test_accelerate_with_fsdp_and_without(
+    document, flags, tmp_path, wide_config, tiny_tokenizer, monkeypatch
+) -> None:
     document |= {"learning_rate": "1e-3", "bf16": "false"}
-    grpo, qat = grpo_of(document), qat_of(document, tmp_path, wide_config, tiny_tokenizer)
+    grpo, qat = (
+        grpo_of(document, tmp_path, monkeypatch),
+        qat_of(document, tmp_path, wide_config, tiny_tokenizer),
+    )
     for values, name in ((document, "one"), (grpo, "grpo-one"), (qat, "qat-one")):
         assert main(["finetune", *flags(alone(values, tmp_path / name))]) == 0
     named = ((grpo, "grpo"), (qat, "qat"), (document, "fsdp"), (document, "ddp"))
