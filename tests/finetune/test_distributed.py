@@ -84,9 +84,10 @@ def grpo_of(document: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monkey
     rows = [{"question": f"say hello {i}", "answer": str(i)} for i in range(16)]
     (Path(document["dataset_dir"]) / "questions.json").write_text(json.dumps(rows))
     kept = ("model_name_or_path", "do_train", "dataset_dir", "logging_steps", "per_device_train_batch_size")
-    return {**{key: document[key] for key in kept}, "stage": "grpo", "dataset": "questions.json",
-            "finetuning_type": "full", "reward_funcs": "own:low", "allow_code": "",
-            "max_completion_length": "8", "num_generations": "4", "learning_rate": "1e-3", "max_steps": "4", "save_steps": "4"}  # fmt: skip
+    values = {"stage": "grpo", "dataset": "questions.json", "finetuning_type": "full", "allow_code": ""}
+    values |= {"reward_funcs": "own:low", "max_completion_length": "8", "num_generations": "4"}
+    values |= {"learning_rate": "1e-3", "max_steps": "4", "save_steps": "4"}
+    return {**{key: document[key] for key in kept}, **values}
 
 
 def qat_of(document: dict[str, str], tmp_path: Path, config: Any, tokenizer: Any) -> dict[str, str]:
