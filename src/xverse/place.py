@@ -126,7 +126,7 @@ def fetch(
         raise UserError(f"{url}/{min(lost)}: no such file; upload the folder again")
     source = {name: there[name] for name in choose(there)}
     if odd := [name for name in source if name.startswith("/") or ".." in name.split("/")]:
-        raise UserError(f"{url}: has a file named '{odd[0]}', which is outside of the folder")
+        raise UserError(f"{url}: has a file named '{odd[0]}', outside of the folder")
     folder = _cached(kind, url)
     with _waiting(folder.with_name(f".{folder.name}.lock")):
         made: dict[str, Any] = read_json(folder / RECORD) if (folder / RECORD).exists() else {}

@@ -135,6 +135,10 @@ def test_a_run_at_a_url_goes_on_on_another_machine(document, flags, tmp_path, mo
         for name in ("s3://bucket/run", "s3://bucket/run/checkpoint-6"):
             found = load_model(ModelDirectory.named(name)).state_dict()
             assert all(torch.equal(found[key], expected[key]) for key in expected)
+        monkeypatch.setenv("XVERSE_CACHE", str(tmp_path / "b"))
+        store.files.rm(f"bucket/run/{MARKS}")  # as if it had been killed while it sent the model
+        assert main(["finetune", *flags(document)]) == 0
+        assert MARKS in store.names("run")
         assert main(["finetune", *flags({**document, "overwrite_output_dir": "", "max_steps": "2"})]) == 0
         names = {name.split("/")[0] for name in store.names("run") if name.endswith(MARKS)}
         assert names == {"checkpoint-2", MARKS}

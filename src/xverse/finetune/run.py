@@ -30,7 +30,7 @@ from xverse.formats.adapters import fingerprint, write_base
 from xverse.formats.quantize import quick_settings, stored_bytes
 from xverse.kernels.bfloat16 import conversion_bytes
 from xverse.log import notice
-from xverse.place import Place
+from xverse.place import Place, read_list
 from xverse.plan import finetune_memory
 from xverse.tokenizer import Tokenizer
 from xverse.tokenizer.published import with_format
@@ -78,6 +78,8 @@ def _run(settings: Settings, args: TrainingArguments, world: World, copies: Copi
     if settings.do_train:
         if world.agreed(is_finished(settings, state)):
             world.say(f"{settings.output_dir}: this run is finished")
+            if first and copies.place.url and not read_list(copies.place.url):
+                copies.place.send(skip=PREFIX)
             return settings.output_dir if first else None
         checkpoint = resume_point(settings, state, world)
     predicted = _check_memory(source, settings, args, data, length) if settings.do_train else 0
