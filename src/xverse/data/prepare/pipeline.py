@@ -103,7 +103,7 @@ def prepare(recipe: PrepareRecipe) -> PrepareReport | None:
     Raises UserError for missing, empty or too damaged text, for a folder of another recipe or in use, for
     damaged shards and a full disk.
     """
-    units, place = recipe.units(), Place.of(recipe.out)
+    place, units = Place.of(recipe.out), recipe.units()
     recipe = dataclasses.replace(recipe, out=place.local)
     # Tasks of a cluster share the folder, but do not run this.
     with alone(recipe.out / ".lock", f"{recipe.out}: another xverse data prepare is using this folder"):
