@@ -14,8 +14,8 @@ from xverse.files import atomic_file
 from xverse.finetune.encode import Data, Example, Prompt
 from xverse.finetune.settings import Settings, read_settings, to_values
 from xverse.formats.checkpoint import MARKS, check_files
-from xverse.formats.weights import read_object
 from xverse.log import notice
+from xverse.texts import read_object
 from xverse.train.keeping import LOCK, Kept, read_json
 from xverse.train.parallel import World
 
@@ -90,6 +90,8 @@ def resume_point(settings: Settings, state: dict[str, Any], world: World) -> str
         path = Path(settings.resume_from_checkpoint)
         if not path.is_dir():
             raise UserError(f"resume_from_checkpoint: no such folder: {settings.resume_from_checkpoint}")
+        if not (path / TRAINER).is_file():
+            raise UserError(f"resume_from_checkpoint: {path}: not a checkpoint of fine-tuning: no {TRAINER}")
         check_files(path)
         return settings.resume_from_checkpoint
     if world.rank == 0:

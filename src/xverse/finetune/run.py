@@ -85,6 +85,7 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
         metrics = trainer.evaluate()
         print(json.dumps(metrics)) if first else None
         return None
+    trainer.check_metric()
     if first:
         if checkpoint is None:
             begin_anew(settings)

@@ -115,7 +115,7 @@ def _problem(write: Callable[[], None]) -> str:
     try:
         write()
     except UserError as error:
-        if not is_full(str(error)):
+        if not isinstance(error.__cause__, OSError):  # which files.py reports so
             raise
         return str(error)
     except WRITING as error:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from xverse.config import UserError
+from xverse.config import UserError, choose
 from xverse.data.order import random_order
 from xverse.data.packing import pack_examples
 from xverse.files import atomic_file
@@ -310,6 +310,15 @@ class FinetuneTrainer(Trainer):
     def held_out_metrics(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / max(1.0, sums[1])
         return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+
+    def check_metric(self) -> None:
+        """Raise UserError if the best checkpoint is to be found by a figure that evaluation lacks."""
+        name = self.args.metric_for_best_model
+        if name is None or not isinstance(self.eval_dataset, Rows):
+            return
+        names = sorted({example.dataset for example in self.eval_dataset.examples})
+        known = [*self.held_out_metrics([0.0] * 4), *(f"loss/{name}" for name in names if len(names) > 1)]
+        choose("metric_for_best_model", name.removeprefix("eval_"), dict.fromkeys(known))
 
     @torch.no_grad()
     def evaluate(
