@@ -114,7 +114,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from xverse.formats.write import check_target
     from xverse.log import notice
     from xverse.quant.mixing import describe_mix, parse_bits
-    from xverse.quant.quantizer import REFINED_PARAMETERS
+    from xverse.quant.quantizer import WHOLE_PARAMETERS
     from xverse.quant.settings import default_settings, describe_groups
     from xverse.quant.text import calibration_tokens, default_calibration, loading_calibration, parity_tokens
 
@@ -133,7 +133,7 @@ def _quantize(args: argparse.Namespace) -> int:
         table=args.format == "hf" and args.levels != "integers",
     )
     if args.refine:
-        if settings.method != "gptq" or config.num_parameters() > REFINED_PARAMETERS:
+        if settings.method != "gptq" or config.num_parameters() > WHOLE_PARAMETERS:
             raise UserError("--refine is for --method gptq and models of up to a billion parameters")
         settings = dataclasses.replace(settings, refine=True)
     if args.calibration:
