@@ -49,7 +49,7 @@ serve: $(SERVE)
 	@$(BIN)/xverse serve
 
 test: $(DEV)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
+	@unset PYTHONDONTWRITEBYTECODE; OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
 	  --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 bench: $(CORE)

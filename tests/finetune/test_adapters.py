@@ -19,7 +19,7 @@ from xverse.engine.load import load_engine
 from xverse.engine.request import Request
 from xverse.finetune.methods import prepare
 from xverse.finetune.settings import read_settings
-from xverse.formats import load_model, load_tokenizer, read_scheme, save_hf
+from xverse.formats import ModelDirectory, load_model, load_tokenizer, save_hf
 from xverse.formats.adapters import (
     apply_adapter,
     differences,
@@ -220,7 +220,7 @@ def test_merged_and_quantised_again(wide, tmp_path, capsys, stored) -> None:
     after = logits(load_model(tmp_path / "merged", dequantize=True), fixed_tokens(merged.config.vocab_size))
     expected = differences(before, after)
     assert (float(difference), float(divergence)) == pytest.approx(expected, rel=0.1)
-    assert read_scheme(tmp_path / "merged") is not None
+    assert ModelDirectory.of(tmp_path / "merged").scheme is not None
     base, quantised = load_model(source, dequantize=True), load_quantized_plain(wide, False)
     tokens = fixed_tokens(base.config.vocab_size)
     assert expected[1] < 1.5 * differences(logits(base, tokens), logits(quantised, tokens))[1]

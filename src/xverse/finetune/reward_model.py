@@ -19,8 +19,8 @@ from xverse.finetune.rewards import Completion
 from xverse.finetune.trainer import Batch, inputs_of
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.adapters import CONFIG, check_base, fingerprint, import_peft, peft_config
-from xverse.formats.weights import read_object
 from xverse.hf.classification import XverseForSequenceClassification
+from xverse.texts import read_object
 from xverse.tokenizer import Tokenizer
 
 _AT_ONCE = 16  # replies that are scored together

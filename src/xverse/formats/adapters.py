@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from xverse.config import UserError, need
 from xverse.formats.compare import fixed_tokens
 from xverse.formats.compare import logits as logits_of
-from xverse.formats.weights import read_object
 from xverse.kernels.linear import QuantLinear
 from xverse.log import notice
 from xverse.model import FullCausal, XverseForCausalLM
+from xverse.texts import read_object
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "xverse_base.json"
 SAMPLES = 256  # values of each tensor in the fingerprint

@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any
 from xverse.config import UserError, nearest
 from xverse.formats.packed import Packing, UnpackedFiles, packing_of
 from xverse.formats.schemes import Scheme, quantization_of
-from xverse.formats.weights import (
-    IGNORED_SUFFIX,
-    TensorFiles,
-    listed,
-    read_object,
-    read_tensors,
-    weight_files,
-)
+from xverse.formats.weights import IGNORED_SUFFIX, TensorFiles, listed, read_tensors, weight_files
 from xverse.hub.resolve import resolve
 from xverse.model import XverseConfig
+from xverse.texts import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -205,21 +199,6 @@ def check_vocabulary(tokenizer: Tokenizer, config: XverseConfig, where: str | Pa
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
             "they do not belong together"
         )
-
-
-def read_config(source: str | Path | ModelDirectory) -> XverseConfig:
-    """``ModelDirectory.config`` of a path."""
-    return ModelDirectory.of(source).config
-
-
-def read_scheme(source: str | Path | ModelDirectory) -> Scheme | None:
-    """``ModelDirectory.scheme`` of a path."""
-    return ModelDirectory.of(source).scheme
-
-
-def read_generation_config(source: str | Path | ModelDirectory) -> dict[str, Any]:
-    """``ModelDirectory.generation_config`` of a path."""
-    return ModelDirectory.of(source).generation_config
 
 
 def load_tokenizer(source: str | Path | ModelDirectory) -> Tokenizer:
