@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
-import math
 import os
 import re
 import sys
@@ -84,7 +83,7 @@ class Parser(argparse.ArgumentParser):
                 raise argparse.ArgumentError(action, str(error)) from None
         value = super()._get_value(action, arg_string)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not (math.isfinite(value) and -(2**63) <= value < 2**63):
+        if number and not -(2**63) <= value < 2**63:
             raise argparse.ArgumentError(action, f"{arg_string!r} is out of range")
         return value
 
