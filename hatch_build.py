@@ -91,6 +91,7 @@ if _family(MACHINE) is _X86:
         ("avx2.cpp", ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"]),
         ("avx512.cpp", _AVX512),
         ("avx512.cpp", [*_AVX512, "-mavx512bf16"]),
+        ("avx512.cpp", [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8"]),
         ("attention_generic.cpp", ["-mavx2", "-mfma", "-mf16c"]),
         ("attention_avx512.cpp", _AVX512),
         ("attention_avx512.cpp", [*_AVX512, "-mavx512bf16"]),

@@ -38,8 +38,9 @@ VERBS = {
 }
 
 
-# Metavars of flags whose values may be URLs: text, models, and settings, which ``config.build`` checks.
-FREE = ("TEXT", "KEY=VALUE", "key=value", "M", "X", "NAME,…")
+# Metavars of flags whose values may be URLs: text, models, outputs, and settings, which ``config.build``
+# checks.
+FREE = ("TEXT", "KEY=VALUE", "key=value", "M", "OUT", "RECIPE|FOLDER", "X", "NAME,…")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -75,6 +76,8 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """What no flag of any verb takes: an empty text, an infinite number, one beyond 64 bits; and a URL,
         except where it is text or is resolved later."""
+        if isinstance(action, argparse._SubParsersAction):  # all words after it, which its parser checks
+            return super()._get_value(action, arg_string)
         if not arg_string.strip():
             raise argparse.ArgumentError(action, "the value is empty")
         if action.type in (None, str, Path) and action.metavar not in FREE:

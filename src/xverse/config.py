@@ -218,7 +218,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, allowed))}")
         return value
     if hint is Path and isinstance(value, (str, Path)) and value and "\0" not in str(value):
-        return Path(value).expanduser()
+        return value if is_url(value) else Path(value).expanduser()  # a Path has one slash of two
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)  # a string, too: YAML 1.1 parses 3e-4 as one

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
 
 LENGTH = 256  # tokens per row
-OURS = ("int4", "int8", "int4-loading", "int8-loading")
+OURS = tuple(f"int{bits}{how}" for how in ("", "-loading") for bits in (4, 3, 2, 8))
 PEERS = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q3_K_M", "IQ3_S", "Q2_K", "Q8_0")  # types of llama.cpp
 _HIDDEN_ROWS = 8
 

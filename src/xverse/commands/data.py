@@ -38,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "recipe",
         nargs="?",
         metavar="RECIPE|FOLDER",
-        help="a recipe or a prepared folder, to show its mixture",
+        help="a recipe or a prepared folder (a path or URL), to show its mixture",
     )
     show.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
     show.add_argument("--mixture", metavar="FILE", help="mixture file that replaces the recipe's mixture")
@@ -87,6 +87,7 @@ def _prepare(args: argparse.Namespace) -> int:
     need("zstandard", "data", "data prepare", load=False)
     from xverse.data.prepare.pipeline import PrepareRecipe, prepare
     from xverse.data.prepare.plan import first_of
+    from xverse.place import Place
 
     recipe = load(PrepareRecipe, args.recipe, args.overrides)
     report = prepare(recipe)
@@ -114,7 +115,7 @@ def _prepare(args: argparse.Namespace) -> int:
     if report.dropped:
         print("dropped: " + ", ".join(f"{count:,} by {stage}" for stage, count in report.dropped.items()))
     if recipe.stages.any():
-        print(f"report: {recipe.out / 'report.md'}")
+        print(f"report: {Place.of(recipe.out) / 'report.md'}")
     for line in first_of(report.skipped):
         print(line)
     return 0
@@ -163,18 +164,18 @@ def _show_mixture(args: argparse.Namespace) -> int:
 def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
     """The feed that the argument names, and the number of sequences of its run (0 unless a pretraining
     recipe)."""
-    from xverse.config import load, read_yaml
+    from xverse.config import is_url, load, read_yaml
     from xverse.data.feed import PretrainFeed
     from xverse.data.mixture import MixtureConfig
 
     path = Path(args.recipe)
     mixture = MixtureConfig(file=Path(args.mixture)) if args.mixture else MixtureConfig()
-    if not path.exists():
+    if not path.exists() and not is_url(args.recipe):
         raise UserError(f"{path}: no such recipe or folder")
-    if path.is_dir():
+    if path.is_dir() or is_url(args.recipe):
         if args.overrides:
             raise UserError(f"'{args.overrides[0]}': only a recipe takes settings, not a folder")
-        return PretrainFeed(path, mixture, 512, 0), 0
+        return PretrainFeed(args.recipe, mixture, 512, 0), 0
     if {"corpus", "inputs"} & set(read_yaml(path)):
         from xverse.data.prepare.pipeline import PrepareRecipe
 

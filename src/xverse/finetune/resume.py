@@ -13,13 +13,14 @@ from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.finetune.encode import Data, Example, Prompt
 from xverse.finetune.settings import Settings, read_settings, to_values
-from xverse.formats.checkpoint import MARKS, check_files
+from xverse.formats.checkpoint import check_files
 from xverse.log import notice
+from xverse.place import MARKS
 from xverse.texts import read_object
 from xverse.train.keeping import LOCK, Kept, read_json
 from xverse.train.parallel import World
 
-STATE, TRAINER = "finetune.json", "trainer_state.json"
+STATE, TRAINER, PREFIX = "finetune.json", "trainer_state.json", "checkpoint-"
 AUTOMATIC = (None, "true", "True")  # resume_from_checkpoint: from the last one
 # Settings that may differ between a run and its continuation.
 FREE = {
@@ -63,7 +64,7 @@ def _digest(examples: Sequence[Example]) -> str:
 
 def checkpoints_of(out: Path) -> Kept:
     """The checkpoints of a run."""
-    return Kept(out, "checkpoint-")
+    return Kept(out, PREFIX)
 
 
 def is_finished(settings: Settings, state: dict[str, Any]) -> bool:

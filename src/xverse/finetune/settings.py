@@ -61,7 +61,7 @@ class Settings(Arguments, Rollouts, Task):
     Raises ValueError, naming the setting, for values that contradict each other.
     """
 
-    URLS = ("model_name_or_path",)
+    URLS = ("model_name_or_path", "output_dir")
 
     def __post_init__(self) -> None:
         self._check_ranges()

@@ -8,6 +8,7 @@ accumulation nor the number of processes changes the loss.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ from xverse.finetune.stream import Stream
 from xverse.log import JsonlLog, notice
 from xverse.model import IGNORE
 from xverse.tokenizer import Tokenizer
+from xverse.train.copies import Copies
 from xverse.train.parallel import ALONE, World
 
 FILLER = -1  # a row without examples and loss, which completes the last step of an epoch
@@ -241,9 +243,11 @@ class FinetuneTrainer(Trainer):
             self.optimizer = self._make_optimizer(model or self.model)
         return super().create_optimizer(model)
 
-    def keep(self, world: World, write_base: Callable[[Path], None]) -> None:
-        """Set what checkpoints need: the processes, and what records the base of an adapter."""
-        self.saver, self.world = Saver(Path(str(self.args.output_dir)), world), world
+    def keep(self, world: World, write_base: Callable[[Path], None], copies: Copies) -> None:
+        """Set what checkpoints need: the processes, what records the base of an adapter, and their copies at
+        a URL, of which that of the best checkpoint stays."""
+        best = dataclasses.replace(copies.kept, forever=lambda step: step == self.state.best_global_step)
+        self.saver, self.world = Saver(dataclasses.replace(copies, kept=best), world), world
         self._write_base = write_base
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

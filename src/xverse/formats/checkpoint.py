@@ -21,6 +21,7 @@ from xverse.formats.directory import ModelDirectory
 from xverse.formats.parts import SHARD, Index, read_header
 from xverse.formats.weights import TensorFiles, listed
 from xverse.log import notice
+from xverse.place import MARKS, STATE
 from xverse.texts import read_object
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
     from xverse.formats.schemes import Scheme
 
-STATE = "state.json"  # of a checkpoint of pretraining
-MARKS = "fingerprints.json"  # of a checkpoint of fine-tuning
 FSDP = "pytorch_model_fsdp_0"  # accelerate's folder of a sharded model
 MODEL = "model."  # begins the names of the parameters
 _DAMAGED = (OSError, ValueError, KeyError, TypeError)
