@@ -79,6 +79,8 @@ def test_off_is_a_word_where_it_is_a_choice() -> None:
         ({"schedule": {}}, "r.yaml: schedule: missing key 'steps'"),
         ({"schedule": 5}, "r.yaml: schedule: expected a mapping, found int"),
         ({"schedule": {"steps": "ten"}}, "r.yaml: schedule: steps: expected int, found str 'ten'"),
+        ({"schedule": {"steps": 10**400}}, "schedule: steps: 1000"),
+        ({"schedule": {"steps": 1e300}}, "… is out of range"),
         ({"schedule": {"steps": 1.5}}, "steps: expected int, found float '1.5'"),
         ({"schedule": {"steps": True}}, "steps: expected int, found bool 'True'"),
         ({"schedule": {"steps": 1, "rate": "fast"}}, "rate: expected float, found str 'fast'"),

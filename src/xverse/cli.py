@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
-import math
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 
 from xverse import __version__
 from xverse.config import UserError, nearest, refuse_url
+from xverse.values import short
 
 VERBS = {
     "chat": "talk to a model in the terminal, or answer once with --ask",
@@ -87,8 +87,8 @@ class Parser(argparse.ArgumentParser):
                 raise argparse.ArgumentError(action, str(error)) from None
         value = super()._get_value(action, arg_string)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not (math.isfinite(value) and -(2**63) <= value < 2**63):
-            raise argparse.ArgumentError(action, f"{arg_string!r} is out of range")
+        if number and not -(2**63) <= value < 2**63:
+            raise argparse.ArgumentError(action, f"{short(arg_string)} is out of range")
         return value
 
     def error(self, message: str) -> NoReturn:

@@ -227,7 +227,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if math.isfinite(number):
             return number
     if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
+    if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where}: {str(value)[:40]}… is out of range")
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise UserError(f"{where}: expected {hint.__name__}, found {type(value).__name__} '{value}'")

@@ -112,6 +112,24 @@ def test_an_adapter_of_other_weights_is_refused(base, tiny_model, tiny_tokenizer
         apply_adapter(load_model(tmp_path / "other"), path, tmp_path / "other")
 
 
+def test_damaged_adapters_are_refused_in_one_line(base, tmp_path) -> None:
+    path = made(base, tmp_path / "adapter")
+    config, weights = path / "adapter_config.json", path / "adapter_model.safetensors"
+    values, stored = json.loads(config.read_text()), weights.read_bytes()
+    damaged: list[Any] = ["", "[1]", "{", {}, {**values, "peft_type": "X"}, {**values, "r": "x"}]
+    damaged += [{**values, "r": 0}, {**values, "target_modules": ["nothing"]}, {**values, "r": 3}]
+    for text in damaged:
+        config.write_text(text if isinstance(text, str) else json.dumps(text))
+        with pytest.raises(UserError, match=re.escape(str(path))) as caught:
+            apply_adapter(load_model(base), path)
+        assert "\n" not in str(caught.value)
+    config.write_text(json.dumps(values))
+    for data in (b"", stored[: len(stored) // 2], b"\xff" * 100):
+        weights.write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            apply_adapter(load_model(base), path)
+
+
 def test_the_fingerprint_is_of_values_not_of_files(base, tmp_path, tiny_tokenizer) -> None:
     model = load_model(base)
     save_hf(model, tiny_tokenizer, tmp_path / "shards", torch.float32, max_shard_bytes=100_000)

@@ -260,6 +260,12 @@ def test_many_bad_tensors_stay_one_short_line(published: Path) -> None:
     assert len(re.sub(re.escape(str(published)), "", str(caught.value))) < 400
 
 
+@pytest.mark.parametrize("value", ["2", 2.5, True, ["2"], {}, [[2]]])
+def test_generation_configs_with_other_values_for_token_ids(value: Any, published: Path) -> None:
+    (published / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    refused(lambda: ModelDirectory.of(published).generation_config, "eos_token_id must be a token id")
+
+
 def test_missing_or_foreign_tokenizer(published: Path) -> None:
     edit(published / "config.json", vocab_size=10)
     refused(lambda: load_tokenizer(published), "they do not belong together")

@@ -105,9 +105,14 @@ class ModelDirectory:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """``generation_config.json``; empty if there is none."""
+        """``generation_config.json``; empty if there is none. Raises UserError for what is not a token id."""
         file = self.path / "generation_config.json"
-        return read_object(file) if file.exists() else {}
+        values = read_object(file) if file.exists() else {}
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = values.get(key)
+            if any(type(index) is not int for index in (ids if isinstance(ids, list) else [ids or 0])):
+                raise UserError(f"{file}: {key} must be a token id, or several in a list, found {ids!r}")
+        return values
 
     @cached_property
     def weight_files(self) -> list[Path]:

@@ -96,7 +96,7 @@ def _setting(path: Path, config: dict[str, Any], key: str, patterns: str, name: 
                 break
         except re.error:
             raise UserError(f"{path}: {patterns}: {pattern!r} is not a regular expression") from None
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+    if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 2**63:
         raise UserError(f"{path}: {CONFIG}: {key} is {number!r}, not a number")
     return number
 

@@ -56,7 +56,7 @@ class Settings:
         value = self.values.get(key)
         if value is None:
             return default
-        if type(value) not in (int, float) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value < 2**63:
             raise UserError(f"{self.file}: {key} must be a positive number, found {value!r}")
         return float(value)
 
