@@ -212,7 +212,7 @@ def with_nulls(value: Any, needed: set[str]) -> Iterator[Any]:
 def test_null_is_absent_at_every_depth() -> None:
     for kind, body, needed in NESTED:
         copies = list(with_nulls(body, needed))
-        assert len(copies) > len(body)
+        assert len(copies) > 2
         for copy in copies:
             typed = kind in (MessagesRequest, ResponsesRequest)  # blocks and items by their types
             if not typed or '"type": null' not in json.dumps(copy):

@@ -165,7 +165,7 @@ STREAMING = [path for path in URLS if not any(kind in path for kind in ("embed",
 def test_what_is_admitted_is_finished_during_shutdown(new_service: Any) -> None:
     """Streams whose head was sent, before their requests reach the engine, and parts that have not begun.
     No other request takes the room of those parts."""
-    served = new_service(max_waiting=16)
+    served = new_service(max_waiting=15)
     runner = served.runner
 
     async def stream(app: Any, path: str, body: dict[str, Any]) -> tuple[int, str]:
