@@ -75,21 +75,21 @@ def main(argv: Sequence[str]) -> int:
             print(f"  {known:<17} {text}")
         print(f"  {', '.join(BENCHMARKS)}: as xverse bench; all: those in turn")
         return 0
-    try:
-        if name not in STUDIES:
-            raise UserError(f"unknown name '{name}'{nearest(name, [*STUDIES, *BENCHMARKS])}")
-        path, text = STUDIES[name]
-        module = importlib.import_module(f"benchmarks.{path}")
-        parser = cli.Parser(
-            prog=f"benchmarks {name}",
-            description=f"{text[0].upper()}{text[1:]}.",
-            formatter_class=cli.HelpFormatter,
-        )
-        module.arguments(parser)
-        finish(module.run(parser.parse_args(rest)))
-    except UserError as error:
-        print(f"benchmarks {name}: {error}", file=sys.stderr)
-        return error.exit_code
+    return cli.guarded(f"benchmarks {name}", lambda: _study(name, rest))
+
+
+def _study(name: str, arguments: Sequence[str]) -> int:
+    if name not in STUDIES:
+        raise UserError(f"unknown name '{name}'{nearest(name, [*STUDIES, *BENCHMARKS])}")
+    path, text = STUDIES[name]
+    module = importlib.import_module(f"benchmarks.{path}")
+    parser = cli.Parser(
+        prog=f"benchmarks {name}",
+        description=f"{text[0].upper()}{text[1:]}.",
+        formatter_class=cli.HelpFormatter,
+    )
+    module.arguments(parser)
+    finish(module.run(parser.parse_args(arguments)))
     return 0
 
 

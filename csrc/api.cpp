@@ -61,17 +61,17 @@ void xv_use_huge_pages(void* memory, int64_t size) {
 void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y, const int64_t* outputs, int count,
                      int type, int64_t tokens, int64_t inputs, int format, int group, int threads) {
   const Kernels& table = *instruction_set->kernels;
-  const int64_t groups = inputs / group;
+  const int64_t groups = inputs / group, most = table.block;
   const int64_t weight_bytes = row_bytes(format, inputs, group);
-  const int64_t blocks = (tokens + kMaxTokens - 1) / kMaxTokens;
-  const int64_t value_bytes = aligned(inputs * kMaxTokens), scale_bytes = aligned(groups * kMaxTokens * 4);
+  const int64_t blocks = (tokens + most - 1) / most;
+  const int64_t value_bytes = aligned(inputs * most), scale_bytes = aligned(groups * most * 4);
   const int64_t block_bytes = value_bytes + 2 * scale_bytes;
   auto* memory = static_cast<int8_t*>(scratch.get(size_t(block_bytes * blocks)));
 
   const auto block_at = [&](int64_t index) {
     int8_t* start = memory + index * block_bytes;
-    const int64_t left = tokens - index * kMaxTokens;
-    return Tokens{int(left < kMaxTokens ? left : kMaxTokens), start,
+    const int64_t left = tokens - index * most;
+    return Tokens{int(left < most ? left : most), start,
                   reinterpret_cast<float*>(start + value_bytes),
                   reinterpret_cast<int32_t*>(start + value_bytes + scale_bytes)};
   };
@@ -84,9 +84,8 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
       const int64_t b = piece / pieces, first = piece % pieces * kGroups;
       const int64_t width = (groups - first < kGroups ? groups - first : kGroups) * group;
       const Tokens block = block_at(b);
-      table.quantize(static_cast<const char*>(x) + (b * kMaxTokens * inputs + first * group) * size, Type(type), inputs,
-                     block.count, int(width), group, bias_of(format),
-                     const_cast<int8_t*>(block.values) + first * group * block.count,
+      table.quantize(static_cast<const char*>(x) + (b * most * inputs + first * group) * size, Type(type), inputs,
+                     block.count, int(width), group, bias_of(format), const_cast<int8_t*>(block.values) + first * group * block.count,
                      const_cast<float*>(block.scales) + first * block.count,
                      const_cast<int32_t*>(block.offsets) + first * block.count);
     }
@@ -111,8 +110,7 @@ void xv_quant_linear(const void* x, const uint8_t* const* tiles, void* const* y,
         const Tokens block = block_at(b);
         tile_row(tile, block, int(inputs), group, out);
         for (int t = 0; t < block.count; ++t)
-          table.store(out + t * kTileRows, place(y[weight], (b * kMaxTokens + t) * width + first), Type(type),
-                      rows);
+          table.store(out + t * kTileRows, place(y[weight], (b * most + t) * width + first), Type(type), rows);
       }
     }
   });

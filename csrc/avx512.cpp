@@ -1,4 +1,4 @@
-// x86 with AVX-512 VNNI; compiled again with AVX-512 BF16.
+// x86 with AVX-512 VNNI; compiled again with AVX-512 BF16, and with AMX too.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -6,6 +6,9 @@
 #include "generic.h"
 #include "steps.h"
 #include "unpack.h"
+#if defined(__AMX_INT8__)
+#include "amx.h"
+#endif
 
 namespace {
 
@@ -30,6 +33,17 @@ struct Vectors {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x11), _mm512_srli_epi16(a, 3), last, kSelect);
   }
   static __m512i lookup(__m512i table, __m512i indices) { return _mm512_shuffle_epi8(table, indices); }
+
+  static __m512 scales(const uint8_t* tile, int half) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 32 * half));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static void store(uint8_t* to, __m512i x) { _mm512_storeu_si512(to, x); }
+  static void add_scaled(float* out, const int32_t* sums, int32_t offset, __m512 scales, float scale) {
+    const __m512i sum = _mm512_add_epi32(_mm512_loadu_si512(sums), _mm512_set1_epi32(offset));
+    _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scales, _mm512_set1_ps(scale)),
+                                          _mm512_loadu_ps(out)));
+  }
 };
 
 // One instruction for each token and half tile, which broadcasts four inputs from memory. With the intrinsic the
@@ -77,11 +91,7 @@ void block(const uint8_t* row, const Tokens& tokens, int inputs, int group, floa
         }
       }
     }
-    __m512 scale[2];
-    for (int half = 0; half < 2; ++half) {
-      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 32 * half));
-      scale[half] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    }
+    const __m512 scale[2] = {Vectors::scales(tile, 0), Vectors::scales(tile, 1)};
 #pragma GCC unroll 12
     for (int t = 0; t < kCount; ++t) {
       const __m512 token_scale = _mm512_set1_ps(tokens.scales[g * kCount + t]);
@@ -101,7 +111,10 @@ void block(const uint8_t* row, const Tokens& tokens, int inputs, int group, floa
 
 template <int kFormat>
 void tile_row(const uint8_t* row, const Tokens& tokens, int inputs, int group, float* out) {
-  constexpr TileRow blocks[kMaxTokens] = {
+#if defined(__AMX_INT8__)
+  if (tokens.count >= kAmxFrom) return amx_row<Vectors, kFormat>(row, tokens, inputs, group, out);
+#endif
+  constexpr TileRow blocks[kBlockTokens] = {
       block<kFormat, 1>, block<kFormat, 2>, block<kFormat, 3>, block<kFormat, 4>,  block<kFormat, 5>,  block<kFormat, 6>,
       block<kFormat, 7>, block<kFormat, 8>, block<kFormat, 9>, block<kFormat, 10>, block<kFormat, 11>, block<kFormat, 12>};
   blocks[tokens.count - 1](row, tokens, inputs, group, out);
@@ -116,6 +129,12 @@ inline __m512 load16(const void* x, Type type, int64_t at) {
 
 void quantize(const void* x, Type type, int64_t stride, int count, int inputs, int group, int bias,
               int8_t* values, float* scales, int32_t* offsets) {
+#if defined(__AMX_INT8__)
+  const bool together = count >= kAmxFrom;  // [K/group, T, group]: a token's inputs are a row of a tile
+#else
+  constexpr bool together = false;
+#endif
+  const int64_t next_four = together ? 4 : 4 * count;
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (int t = 0; t < count; ++t) {
     for (int start = 0; start < inputs; start += group) {
@@ -131,8 +150,8 @@ void quantize(const void* x, Type type, int64_t stride, int count, int inputs, i
       const bool usable = finite && maximum > 127 * std::numeric_limits<float>::min();
       const __m512 inverse = _mm512_set1_ps(usable ? 127.0f / maximum : 0.0f);
       __m512i sum = _mm512_setzero_si512();
-      int8_t* to = values + int64_t(start) * count + 4 * t;
-      for (int k = 0; k < group; k += 16, to += 16 * count) {
+      int8_t* to = values + int64_t(start) * count + (together ? group : 4) * t;
+      for (int k = 0; k < group; k += 16, to += 4 * next_four) {
         // Masked to zero: 0 * NaN would be NaN, which converts to the smallest integer.
         const __m512i rounded = _mm512_maskz_cvtps_epi32(
             usable ? 0xffff : 0, _mm512_mul_ps(load16(x, type, from + k), inverse));
@@ -140,7 +159,7 @@ void quantize(const void* x, Type type, int64_t stride, int count, int inputs, i
         const __m128i bytes = _mm512_cvtepi32_epi8(rounded);
         int32_t fours[4];
         std::memcpy(fours, &bytes, 16);
-        for (int i = 0; i < 4; ++i) std::memcpy(to + int64_t(4) * i * count, fours + i, 4);
+        for (int i = 0; i < 4; ++i) std::memcpy(to + i * next_four, fours + i, 4);
       }
       const int64_t at = int64_t(start / group) * count + t;
       scales[at] = finite ? (usable ? maximum / 127.0f : 0.0f) : std::numeric_limits<float>::quiet_NaN();
@@ -150,8 +169,6 @@ void quantize(const void* x, Type type, int64_t stride, int count, int inputs, i
 }
 
 #if defined(__AVX512BF16__)
-#define XV_TABLE_NAME kAvx512Bf16
-
 // One chain of sums for any number of rows and tokens, so that a token's bits are the same in any company; several rows
 // hide the latency.
 template <int kCount, int kRows>
@@ -212,8 +229,18 @@ void dot_bf16(const uint16_t* w, int rows, const uint16_t* x, int count, int inp
   }
 }
 #else
-#define XV_TABLE_NAME kAvx512
 constexpr auto dot_bf16 = generic_dot_bf16;
+#endif
+
+#if defined(__AMX_INT8__)
+#define XV_TABLE_NAME kAvx512Amx
+constexpr int kBlock = kAmxTokens;
+#elif defined(__AVX512BF16__)
+#define XV_TABLE_NAME kAvx512Bf16
+constexpr int kBlock = kBlockTokens;
+#else
+#define XV_TABLE_NAME kAvx512
+constexpr int kBlock = kBlockTokens;
 #endif
 
 }  // namespace
@@ -221,6 +248,6 @@ constexpr auto dot_bf16 = generic_dot_bf16;
 namespace xv {
 const Kernels XV_TABLE_NAME = {quantize,          tile_row<4>,       tile_row<8>,   tile_row<kTable2>,
                           tile_row<kTable3>, tile_row<kTable4>, generic_store, dot_bf16, generic_dot_f32, generic_expand,
-                          generic_rms_norm,  generic_silu_mul,  generic_rotate};
+                          generic_rms_norm,  generic_silu_mul,  generic_rotate, kBlock};
 }  // namespace xv
 #endif

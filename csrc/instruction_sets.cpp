@@ -4,6 +4,10 @@
 #include <iterator>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -38,6 +42,19 @@ bool has_avx512_vnni() {
 }
 
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+// Linux gives a process the registers of the tiles on request, which may be repeated.
+bool has_avx512_amx() {
+#if defined(__linux__)
+  constexpr unsigned kTilesAndInt8 = 3u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTilesAndInt8) == kTilesAndInt8 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #elif defined(__aarch64__)
 #if defined(__APPLE__)
 bool has_feature(const char* name) {
@@ -62,6 +79,8 @@ bool has_bf16() { return false; }
 // Best first; the last one runs everywhere. The names are those of xverse/kernels/native.py.
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
+    {"avx512_amx", has_avx512_amx, &kAvx512Amx, &kAttentionAvx512Bf16, &kTrainingAvx512, round_avx512,
+     round_avx512_columns, &kTrainingAttention64, &kTrainingAttention128},
     {"avx512_bf16", has_avx512_bf16, &kAvx512Bf16, &kAttentionAvx512Bf16, &kTrainingAvx512, round_avx512,
      round_avx512_columns, &kTrainingAttention64, &kTrainingAttention128},
     {"avx512_vnni", has_avx512_vnni, &kAvx512, &kAttentionAvx512, &kTrainingAvx512, round_avx512, round_avx512_columns,

@@ -13,7 +13,8 @@ namespace xv {
 constexpr int kTileRows = 32;    // output rows of a tile of quantised weights
 constexpr int kScaleBytes = 64;  // 32 bfloat16 scales at the start of a tile
 constexpr int kLargestGroup = 128;
-constexpr int kMaxTokens = 12;   // tokens in a block: their 24 int32 accumulators nearly fill the AVX-512 registers
+constexpr int kBlockTokens = 12; // tokens in a block: their 24 int32 accumulators nearly fill the AVX-512 registers
+constexpr int kMaxTokens = 32;   // in a block of any instruction set
 
 // The formats of quantised weights (XvFormat), as constants for templates.
 constexpr int kTable = XV_TABLE, kTable2 = kTable + 2, kTable3 = kTable + 3, kTable4 = kTable + 4;
@@ -35,7 +36,7 @@ inline int64_t size_of(int type) { return type == kFloat32 ? 4 : type == kBFloat
 // A block of up to kMaxTokens tokens, quantised to int8 with one scale for each token and group of inputs.
 struct Tokens {
   int count;              // T
-  const int8_t* values;   // [K/4, T, 4]: four adjacent inputs of a token are contiguous
+  const int8_t* values;   // [K/4, T, 4], four adjacent inputs of a token are contiguous; for AMX see avx512.cpp
   const float* scales;    // [K/group, T]
   const int32_t* offsets; // [K/group, T]: -bias * sum(values) of the group, as weights are stored unsigned
 };
@@ -67,6 +68,8 @@ struct Kernels {
                    int size, float eps);
   void (*silu_mul)(const void* gate, const void* up, void* y, Type type, int64_t count);
   void (*rotate)(void* x, const void* cos, const void* sin, Type type, int heads, int head_dim);
+
+  int block = kBlockTokens;  // tokens in a block
 };
 
 inline TileRow row_product(const Kernels& kernels, int format) {
@@ -80,6 +83,7 @@ extern const Kernels kAvx2;
 extern const Kernels kAvxVnni;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+extern const Kernels kAvx512Amx;
 #elif defined(__aarch64__)
 extern const Kernels kNeonDot;
 extern const Kernels kNeonI8mm;

@@ -75,11 +75,51 @@ def test_parsers_are_light() -> None:
         (["tokenizer", "trian"], "unknown choice 'trian'; did you mean 'train'?"),
         (["tokenizer", "train", "--vocab-sise", "9"], "did you mean '--vocab-size'?"),
         (["export", "--format", "lama"], "did you mean 'llama'?"),
+        (["data", "show", "--dataset", "x", "--identity", "name"], "--identity 'name': expected KEY=VALUE"),
+        (["plan", "--device=a100", "--gpus=8", "--layout=data=8,data=8"], "data is given twice"),
+        (["plan", "--device=a100", "--gpus=8", "--shape=/"], "--shape /: no config.json in this folder"),
         (["export", "--model", "nano"], "the following arguments are required: --out"),
     ],
 )
 def test_mistakes(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "data show folder --dataset-dir=x",
+        "data show folder --stage=pt",
+        "data show folder --cutoff-len=99",
+        "data show folder --identity name=x",
+        "data show folder --model=x",
+        "data show folder --index=3",
+        "data show --dataset=x --mixture=y",
+        "eval run --out=x --tasks=gsm8k --shots=3",
+        "eval run --out=x --tasks=ppl --split=val",
+        "eval run --out=x --tasks=ppl --skip-malformed",
+        "eval run --out=x --tasks=ceval --fix-none",
+        "eval run --out=x --tasks=mmlu --texts=x",
+        "eval run --out=x --tasks=mmlu --allow-code",
+        "plan --device=a100 --gpus=8 --layout=data=8 --top=3",
+        "bench quality --imatrix=with",
+        "bench quality --work-dir=x",
+    ],
+)
+def test_flags_without_effect(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = arguments.split()[-1].partition("=")[0]
+    flag = flag if flag.startswith("--") else "--identity"
+    assert f"xverse: {flag} has no effect without" in refused(capsys, *arguments.split())
+
+
+def test_what_a_message_quotes_stays_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for control in ("\n", "\r", "\x0b", "\x1b[2J", "\x85", "\u2028", "\x00"):
+        for arguments in ((f"a{control}b",), ("chat", f"--a{control}b"), ("plan", f"--shape=a{control}b")):
+            line = refused(
+                capsys, *arguments, *(["--device=a100", "--gpus=8"] if "plan" in arguments else [])
+            )
+            assert len(line.splitlines()) == 1
+            assert line.rstrip("\n").isprintable()
 
 
 def test_a_mistake_in_a_process() -> None:

@@ -79,6 +79,8 @@ def test_off_is_a_word_where_it_is_a_choice() -> None:
         ({"schedule": {}}, "r.yaml: schedule: missing key 'steps'"),
         ({"schedule": 5}, "r.yaml: schedule: expected a mapping, found int"),
         ({"schedule": {"steps": "ten"}}, "r.yaml: schedule: steps: expected int, found str 'ten'"),
+        ({"schedule": {"steps": 10**400}}, "schedule: steps: 1000"),
+        ({"schedule": {"steps": 1e300}}, "… is out of range"),
         ({"schedule": {"steps": 1.5}}, "steps: expected int, found float '1.5'"),
         ({"schedule": {"steps": True}}, "steps: expected int, found bool 'True'"),
         ({"schedule": {"steps": 1, "rate": "fast"}}, "rate: expected float, found str 'fast'"),
@@ -121,9 +123,16 @@ def test_load_with_overrides(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (None, "no such file"),
-        (b"a: [1", "r.yaml"),
-        (b"\xff\xfe\x00", "r.yaml"),
+        (b"a: [1", "line 1, column 6: expected ',' or ']'"),
+        (b"a:\n\t- b", "line 2, column 1: found character '\\t'"),
+        (b"\xff\xfe\x00", "invalid UTF-8 at byte 0; save it as UTF-8"),
+        (b"a: \x00", "r.yaml: unacceptable character"),
         (b"- 1\n- 2\n", "expected a mapping of keys to values"),
+        (b"[" * 5000, "nested too deeply"),
+        (b"a: " + b"9" * 6000, "Exceeds the limit"),
+        (b"a: 2024-13-45", "month must be in 1..12"),
+        (b"a: !!python/name:os.system", "could not determine a constructor"),
+        (b"a: 1\nb: {c: 2,\n c: 3}", "line 3: key 'c' is given twice"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, content: bytes | None, said: str) -> None:
@@ -134,6 +143,28 @@ def test_unreadable_files(tmp_path: Path, content: bytes | None, said: str) -> N
         read_yaml(path)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+    assert "Errno" not in str(error.value)
+
+
+def test_paths_that_are_not_files(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("a: 1")
+    for path, said in {
+        tmp_path: "Is a directory",
+        tmp_path / "loop": "Too many levels of symbolic links",
+        tmp_path / "file" / "r.yaml": "Not a directory",
+        tmp_path / ("x" * 300): "File name too long",
+    }.items():
+        with pytest.raises(UserError, match=rf": cannot be read \({said}\)$"):
+            read_yaml(path)
+
+
+def test_yaml_that_merges_and_begins_with_a_mark(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "x: {b: &b {<<: &a {k: 1}, k: 2}}\nc: {<<: [*b, *a], k: 3}\n1: one\n'1': text\n", "utf-8-sig"
+    )
+    assert read_yaml(path) == {"x": {"b": {"k": 2}}, "c": {"k": 3}, 1: "one", "1": "text"}
 
 
 def test_empty_file_is_an_empty_mapping(tmp_path: Path) -> None:
@@ -159,6 +190,17 @@ def test_nearest_names_an_option_or_nothing(name: str, options: list[str]) -> No
 )
 def test_round_trip(schedule: Schedule) -> None:
     assert build(Schedule, vars(schedule), "x") == schedule
+
+
+@dataclass
+class Folder:
+    out: Path
+
+
+@pytest.mark.parametrize("value", ["", "a\0b", 3, None, ["x"]])
+def test_what_names_no_path(value: Any) -> None:
+    with pytest.raises(UserError, match="out: expected Path, found"):
+        build(Folder, {"out": value}, "r.yaml")
 
 
 @dataclass

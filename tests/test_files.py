@@ -147,6 +147,32 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("make", ["mkdir", "fifo", "file", "missing"])
+def test_what_cannot_be_replaced_stays(make: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    writers = [atomic_file]
+    if make == "mkdir":
+        target.mkdir()
+        (target / "mine").touch()
+    elif make == "fifo":
+        os.mkfifo(target)
+        writers.append(atomic_directory)
+    elif make == "file":
+        target.touch()
+        writers = [atomic_directory]
+    else:
+        target = Path("/proc/target")  # where even root may not create anything
+        writers.append(atomic_directory)
+    kind = target.stat().st_mode if target.exists() else None
+    for writer in writers:
+        with pytest.raises(UserError, match=r"cannot be written|is not a f"), writer(target):
+            pytest.fail("the block must not run, because it may take hours")
+        assert (target.stat().st_mode if target.exists() else None) == kind
+    with pytest.raises(UserError, match="cannot be written"), alone(Path("/proc/lock"), "busy"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["target"])
+
+
 def test_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "model"
     write(path, {"a": b"1"})

@@ -12,7 +12,7 @@ import torch
 
 from tests import forkserver
 from xverse.cli import main
-from xverse.formats import load_model, logits, parity, read_config, read_generation_config, save_hf
+from xverse.formats import ModelDirectory, load_model, logits, parity, save_hf
 from xverse.formats.compare import fixed_tokens
 from xverse.kernels.linear import QuantLinear
 from xverse.model import XverseForCausalLM, init_weights
@@ -64,12 +64,12 @@ def test_writes_a_directory_and_its_parity(
     for part in ("KL ", "perplexity", "same first choice", "times smaller", "layer"):
         assert part in text
     if layout == "llama":
-        assert read_config(out).model_type == "llama"
+        assert ModelDirectory.of(out).config.model_type == "llama"
     else:
-        assert read_config(out) == read_config(source)
-    assert read_generation_config(out) == GENERATION
+        assert ModelDirectory.of(out).config == ModelDirectory.of(source).config
+    assert ModelDirectory.of(out).generation_config == GENERATION
     assert (out / "LICENSE").read_text() == "the weights' terms"
-    tokens = fixed_tokens(read_config(source).vocab_size)
+    tokens = fixed_tokens(ModelDirectory.of(source).config.vocab_size)
     expected = logits(load_model(source), tokens)
     assert (logits(load_model(out), tokens) - expected).norm() / expected.norm() < 0.5
     assert main(command(source, out, *more)) == 2
@@ -253,7 +253,7 @@ def test_quantising_while_loading_equals_the_directory(source: Path, tmp_path: P
     from xverse.formats.quantize import load_quantizing
 
     assert main(command(source, tmp_path / "q", "--method", "rtn")) == 0
-    tokens = fixed_tokens(read_config(source).vocab_size)
+    tokens = fixed_tokens(ModelDirectory.of(source).config.vocab_size)
     model = load_quantizing(source, "int4")
     assert torch.equal(logits(model, tokens), logits(load_model(tmp_path / "q"), tokens))
 

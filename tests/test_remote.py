@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from tests.object_store import object_store
 from xverse import remote
 from xverse.cli import FREE, VERBS, Parser, main
 from xverse.config import UserError, build, is_url
@@ -170,26 +171,10 @@ def test_a_web_server_that_breaks_off(
         check(base, files)
 
 
-def test_an_object_store(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        store = fsspec.filesystem("s3", skip_instance_cache=True)
-        store.mkdir("bucket")
-        store.put(str(files) + "/", "bucket/corpus/", recursive=True)
+def test_an_object_store(files: Path) -> None:
+    with object_store() as store:
+        store.files.put(str(files) + "/", "bucket/corpus/", recursive=True)
         check("s3://bucket/corpus", files)
-    finally:
-        running.stop()
 
 
 def test_model_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,27 +246,18 @@ def test_no_key_takes_a_url_for_a_path(tmp_path: Path, monkeypatch: pytest.Monke
     from xverse.data.mixture import MixtureConfig
     from xverse.data.prepare.pipeline import PrepareRecipe
     from xverse.tokenizer.recipe import TokenizerRecipe
-    from xverse.train.pretrain import PretrainRecipe
 
     monkeypatch.chdir(tmp_path)
     for url in URLS:
         for cls, keys in (
-            (PrepareRecipe, ("out", "tokenizer")),
-            (PretrainRecipe, ("out", "data")),
+            (PrepareRecipe, ("tokenizer",)),
             (TokenizerRecipe, ("corpus", "out", "counts")),
             (MixtureConfig, ("file",)),
         ):
             for key in keys:
                 with pytest.raises(UserError, match=f"{key}: '{url}' is a URL"):
                     build(cls, {key: url}, "recipe")
-        for key in (
-            "output_dir",
-            "dataset",
-            "eval_dataset",
-            "dataset_dir",
-            "adapter_name_or_path",
-            "deepspeed",
-        ):
+        for key in ("dataset", "eval_dataset", "dataset_dir", "adapter_name_or_path", "deepspeed"):
             values = {"model_name_or_path": "nano", "output_dir": "x", "dataset": "y", key: url}
             with pytest.raises(UserError, match="is a URL"):
                 read_settings(values, "recipe")
@@ -302,8 +278,10 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("corpus: nowhere\nout: out\n")
-    assert main(["data", "prepare", "recipe.yaml", "out=s3://bucket/out"]) == 2
-    assert capsys.readouterr().err.startswith("xverse: recipe.yaml: out: 's3://bucket/out' is a URL")
+    assert main(["data", "prepare", "recipe.yaml", "tokenizer=s3://bucket/out"]) == 2
+    assert capsys.readouterr().err.startswith("xverse: recipe.yaml: tokenizer: 's3://bucket/out' is a URL")
+    assert main(["data", "prepare", "recipe.yaml", "corpus=.", "out=https://h/out"]) == 2
+    assert "a web server can only be read" in capsys.readouterr().err
     assert main(["data", "prepare", "recipe.yaml", "corpus=nosuch://bucket/out"]) == 2
     assert "unknown protocol 'nosuch'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

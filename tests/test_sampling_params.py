@@ -166,3 +166,19 @@ def test_page(name: str) -> None:
     assert (control["low"], control["high"], control["above"]) == (param.low, param.high, param.above)
     assert control["texts"]["zh"] == param.text("zh")
     json.dumps(control, allow_nan=False)
+
+
+def test_every_stored_key_with_every_kind_of_value() -> None:
+    """A generation_config.json is read, or refused in one line."""
+    wrong = [-1, 2.5, "x", "", [], {}, [1], ["a", 3], True, float("nan"), float("inf"), 10**400, "\ud800"]
+    keys = [param.stored for param in PARAMS.values()] + ["do_sample", "num_beams", "max_length"]
+    messages = []
+    for key in keys:
+        for value in wrong:
+            try:
+                from_generation_config({key: value}, CHAT)
+            except UserError as error:
+                messages.append(str(error))
+            unsupported_keys({key: value})
+    assert len(messages) > len(keys)
+    assert all("\n" not in message for message in messages)

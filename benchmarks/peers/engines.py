@@ -202,10 +202,10 @@ class Transformers:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from xverse.formats import read_config
+        from xverse.formats import ModelDirectory
 
         torch.set_num_threads(threads)
-        values = {**read_config(Path(path)).to_json(), "model_type": "llama"}
+        values = {**ModelDirectory.of(Path(path)).config.to_json(), "model_type": "llama"}
         self._model = LlamaForCausalLM.from_pretrained(
             path, config=LlamaConfig(**values), dtype=torch.bfloat16
         ).eval()

@@ -65,7 +65,9 @@ def measure(config: XverseConfig) -> dict[str, Any]:
 
     tokens = torch.randint(VOCABULARY, TOKENS, generator=torch.Generator().manual_seed(1))
     settings = QuantSettings(bits=4, method="gptq")
-    for _ in Quantizer(small, read, settings, calibration=tokens, progress=step).tensors():
+    quantizer = Quantizer(small, read, settings, calibration=tokens, progress=step)
+    quantizer.uses_whole = False  # as for the whole model
+    for _ in quantizer.tensors():
         pass
     moments = dict(steps)
     first, last = moments["layer 1 of 2"], moments["head"]

@@ -9,7 +9,6 @@ repetition penalty of the model's generation_config.json. The exit code is 1 if 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -18,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.config import UserError
+from xverse.cli import Parser, guarded
 from xverse.eval.replies import LINE_AT_MOST, repeated_line, role_text, unfinished, wrong_language
+from xverse.values import whole
 
 if TYPE_CHECKING:
     from xverse.chat.session import Session
@@ -202,28 +202,30 @@ def as_markdown(rows: Sequence[Check], replies: Sequence[Reply]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Check a model directory against the embedded model's list.")
+    return guarded("accept", lambda: _accept(arguments))
+
+
+def _accept(arguments: Sequence[str] | None) -> int:
+    parser = Parser(
+        prog="accept.py", description="Check a model directory against the embedded model's list."
+    )
     parser.add_argument("model", metavar="MODEL", help="model directory, or nano")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write table and replies as Markdown")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest reply"
+        "--max-new-tokens", type=whole(1), default=MAX_NEW_TOKENS, metavar="N", help="longest reply"
     )
     args = parser.parse_args(arguments)
 
     from xverse.files import atomic_file
     from xverse.formats import resolve
 
-    try:
-        session = load_greedy(args.model, args.max_new_tokens)
-        replies = collect(session, conversations(load_prompts()))
-        parameters = sum(tensor.numel() for tensor in session.engine.model.parameters())
-        rows = checks(replies, size_problems(resolve(args.model), parameters))
-        if args.markdown is not None:
-            with atomic_file(args.markdown) as temporary:
-                temporary.write_text(as_markdown(rows, replies), encoding="utf-8")
-    except UserError as error:
-        print(f"accept: {error}", file=sys.stderr)
-        return 2
+    session = load_greedy(args.model, args.max_new_tokens)
+    replies = collect(session, conversations(load_prompts()))
+    parameters = sum(tensor.numel() for tensor in session.engine.model.parameters())
+    rows = checks(replies, size_problems(resolve(args.model), parameters))
+    if args.markdown is not None:
+        with atomic_file(args.markdown) as temporary:
+            temporary.write_text(as_markdown(rows, replies), encoding="utf-8")
     sys.stdout.write(as_text(rows, replies))
     return 1 if any(row.problems for row in rows) else 0
 

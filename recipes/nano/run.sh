@@ -14,6 +14,12 @@ usage() {
   exit 2
 }
 (($# >= 3)) || usage
+for input in "$1" "$2"; do # now, not after hours of pretraining
+  [[ $input == *://* || -e $input ]] || {
+    echo "run.sh: $input: no such file or folder" >&2
+    exit 2
+  }
+done
 corpus=$1 sft=$(realpath -- "$2") out=$(realpath -m -- "$3") shape=nano
 [[ $corpus == *://* ]] || corpus=$(realpath -- "$corpus")
 shift 3
@@ -35,8 +41,8 @@ for setting; do
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." # the recipes name files of this checkout
 xverse=$(command -v .venv/bin/xverse || command -v xverse) || {
-  echo "run.sh: xverse is not installed; 'pip install -e .[data]' does it" >&2
-  exit 1
+  echo "run.sh: xverse is not installed; run: pip install -e '.[data,finetune]'" >&2
+  exit 2
 }
 
 # A step ends with this script: on a signal that the script gets, and where the system can do it, on its death.

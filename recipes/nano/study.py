@@ -23,9 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xverse.cli import Parser, guarded
 from xverse.config import UserError, choose, load
+from xverse.files import make_folder
 from xverse.log import console
 from xverse.train.plot import read_metrics
+from xverse.values import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,34 +139,33 @@ def plot(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return guarded("study", _study)
+
+
+def _study() -> int:
+    parser = Parser(
+        prog="study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="+", metavar="NAME")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each run")
+    parser.add_argument("--jobs", type=whole(1, 1024), default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--threads", type=whole(1, 1024), default=1, metavar="N", help="of each run")
     args = parser.parse_args()
-    try:
-        study = load(Study, args.study)
-        for name in args.only or ():
-            choose("run", name, study.runs)
-        wanted = {name: run for name, run in study.runs.items() if not args.only or name in args.only}
-        args.out.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            waiting = {
-                name: [
-                    pool.submit(train, study, name, seed, args.data, args.out, args.threads)
-                    for seed in run.seeds
-                ]
-                for name, run in wanted.items()
-            }
-            folders = {name: [each.result() for each in runs] for name, runs in waiting.items()}
-    except UserError as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        return 2
+    study = load(Study, args.study)
+    for name in args.only or ():
+        choose("run", name, study.runs)
+    chosen = {name: run for name, run in study.runs.items() if not args.only or name in args.only}
+    make_folder(args.out)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = {
+            name: [
+                pool.submit(train, study, name, seed, args.data, args.out, args.threads) for seed in run.seeds
+            ]
+            for name, run in chosen.items()
+        }
+        folders = {name: [run.result() for run in runs] for name, runs in waiting.items()}
     show(study, folders, args.out)
     return 0
 

@@ -10,7 +10,6 @@ questions.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -34,6 +33,8 @@ from recipes.skills import (
     writing,
 )
 from recipes.skills.common import Dialogue, Skill, normal, refused, surface
+from xverse.cli import Parser, guarded
+from xverse.values import whole
 
 SKILLS = {
     skill.name: skill
@@ -150,13 +151,17 @@ def exam(count: int = EXAM_ITEMS) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m recipes.skills", description=__doc__.partition("\n")[0])
+    return guarded("skills", lambda: _write(arguments))
+
+
+def _write(arguments: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m recipes.skills", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, metavar="FILE", help="write training dialogues")
     parser.add_argument(
-        "--dialogues", type=int, default=40_000, metavar="N", help="how many (default: %(default)s)"
+        "--dialogues", type=whole(), default=40_000, metavar="N", help="how many (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the training dialogues (default: %(default)s)"
+        "--seed", type=whole(), default=0, help="of the training dialogues (default: %(default)s)"
     )
     parser.add_argument(
         "--beside",
@@ -170,24 +175,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.out is None and args.exam is None:
         parser.error("nothing to write; give --out, --exam or both")
-    if args.dialogues < 0:
-        parser.error("--dialogues must be at least 0")
     if args.beside and args.out is None:
         parser.error("--beside needs --out")
 
-    from xverse.config import UserError
     from xverse.files import atomic_file
 
+    made = [] if args.out is None else list(dialogues(args.dialogues, args.seed))
+    made += [(path.name, "", dialogue) for path in args.beside for dialogue in beside(path)]
     if args.exam is not None:
         with atomic_file(args.exam) as temporary:
             temporary.write_text("".join(_line(item) for item in exam()), encoding="utf-8")
     if args.out is not None:
-        made = list(dialogues(args.dialogues, args.seed))
-        try:
-            made += [(path.name, "", one) for path in args.beside for one in beside(path)]
-        except UserError as error:
-            parser.error(str(error))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(args.out) as temporary:
             temporary.write_text("".join(_line(one.messages()) for _, _, one in made), encoding="utf-8")
         counts = Counter(name for name, _, _ in made)

@@ -8,7 +8,6 @@ a directory or ``nano``. The exit code is 1 if fewer than 60 % of the replies co
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from recipes.nano.accept import collect, load_greedy
 from recipes.skills.common import ROOT, read
-from xverse.config import UserError
+from xverse.cli import Parser, guarded
 from xverse.eval import replies
 
 QUESTIONS = ROOT / "recipes" / "skills" / "questions.jsonl"
@@ -58,9 +57,11 @@ def _summary(judged: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.skills.questions", description=__doc__.partition("\n")[0]
-    )
+    return guarded("questions", lambda: _ask(arguments))
+
+
+def _ask(arguments: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m recipes.skills.questions", description=__doc__.partition("\n")[0])
     parser.add_argument("model", metavar="MODEL", help="model directory, or nano")
     parser.add_argument("--allow-code", action="store_true", help="run the programs that the model writes")
     parser.add_argument(
@@ -70,14 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from xverse.files import atomic_file
 
-    try:
-        judged = judge(list(read(QUESTIONS)), args.model, args.allow_code)
-        if args.markdown is not None:
-            with atomic_file(args.markdown) as temporary:
-                temporary.write_text(as_markdown(judged), encoding="utf-8")
-    except UserError as error:
-        print(f"questions: {error}", file=sys.stderr)
-        return 2
+    judged = judge(list(read(QUESTIONS)), args.model, args.allow_code)
+    if args.markdown is not None:
+        with atomic_file(args.markdown) as temporary:
+            temporary.write_text(as_markdown(judged), encoding="utf-8")
     for row in judged:
         print(f"{'  ' if row['problem'] is None else '! '}> {row['question']}\n{row['reply']}")
         if row["problem"] is not None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
-import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from xverse import __version__
 from xverse.config import UserError, nearest, refuse_url
+from xverse.values import short
 
 VERBS = {
     "chat": "talk to a model in the terminal, or answer once with --ask",
@@ -38,8 +38,9 @@ VERBS = {
 }
 
 
-# Metavars of flags whose values may be URLs: text, models, and settings, which ``config.build`` checks.
-FREE = ("TEXT", "KEY=VALUE", "key=value", "M", "X", "NAME,…")
+# Metavars of flags whose values may be URLs: text, models, outputs, and settings, which ``config.build``
+# checks.
+FREE = ("TEXT", "KEY=VALUE", "key=value", "M", "OUT", "RECIPE|FOLDER", "X", "NAME,…")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -75,6 +76,8 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """What no flag of any verb takes: an empty text, an infinite number, one beyond 64 bits; and a URL,
         except where it is text or is resolved later."""
+        if isinstance(action, argparse._SubParsersAction):  # all words after it, which its parser checks
+            return super()._get_value(action, arg_string)
         if not arg_string.strip():
             raise argparse.ArgumentError(action, "the value is empty")
         if action.type in (None, str, Path) and action.metavar not in FREE:
@@ -84,8 +87,8 @@ class Parser(argparse.ArgumentParser):
                 raise argparse.ArgumentError(action, str(error)) from None
         value = super()._get_value(action, arg_string)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not (math.isfinite(value) and -(2**63) <= value < 2**63):
-            raise argparse.ArgumentError(action, f"{arg_string!r} is out of range")
+        if number and not -(2**63) <= value < 2**63:
+            raise argparse.ArgumentError(action, f"{short(arg_string)} is out of range")
         return value
 
     def error(self, message: str) -> NoReturn:
@@ -118,21 +121,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 user's mistake, 130 interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
+    return guarded("xverse", lambda: _dispatch(arguments))
+
+
+def guarded(program: str, work: Callable[[], int]) -> int:
+    """The exit code of ``work``; errors of the user and of the system are one line on stderr."""
     try:
-        code = _dispatch(arguments)
+        code = work()
         sys.stdout.flush()  # here, where BrokenPipeError is handled
         return code
     except UserError as error:
-        print(f"xverse: {one_line(str(error))}", file=sys.stderr)
+        print(f"{program}: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which may not be imported
             raise
         reason = ". ".join(" ".join(str(error).split()).split(". ")[:2])
-        print(f"xverse: {reason}; use --quantize, smaller batches or --device cpu", file=sys.stderr)
+        print(f"{program}: {reason}; use --quantize, smaller batches or --device cpu", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("xverse: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -140,13 +148,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"xverse: the file name is too long: {one_line(str(error.filename))}", file=sys.stderr)
+        print(f"{program}: the file name is too long: {one_line(str(error.filename))}", file=sys.stderr)
         return 2
 
 
 def one_line(message: str) -> str:
-    """A message on one line, although it quotes what the user wrote; very long words are cut."""
-    return re.sub(r"(\S{200})\S{100,}", r"\1…", message).replace("\n", "\\n")
+    """A message on one line, although it quotes what the user wrote: line ends and what else a terminal would
+    obey become escapes, very long words are cut."""
+    message = re.sub(r"(\S{200})\S{100,}", r"\1…", message)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], message)
 
 
 def _open_standard_streams() -> None:

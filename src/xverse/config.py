@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import os
 import re
 import types
 import typing
@@ -216,8 +217,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value not in allowed:
             raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, allowed))}")
         return value
-    if hint is Path and isinstance(value, (str, Path)):
-        return Path(value).expanduser()
+    if hint is Path and isinstance(value, (str, Path)) and value and "\0" not in str(value):
+        return value if is_url(value) else Path(value).expanduser()  # a Path has one slash of two
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)  # a string, too: YAML 1.1 parses 3e-4 as one
@@ -226,7 +227,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if math.isfinite(number):
             return number
     if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
+    if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where}: {str(value)[:40]}… is out of range")
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise UserError(f"{where}: expected {hint.__name__}, found {type(value).__name__} '{value}'")
@@ -263,15 +266,13 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
 
 def key_value(text: str) -> tuple[str, Any]:
     """The key of ``key=value`` and its value, read as YAML. Raises UserError for anything else."""
-    import yaml  # here, because it takes a sixth of the time of `xverse --help`
-
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"'{text}': expected key=value")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"'{text}': the value is not valid YAML; quote it if it is text") from None
+        return key, _parse_yaml(value)
+    except ValueError as error:
+        raise UserError(f"'{text}': the value is not valid YAML ({error}); quote it if it is text") from None
 
 
 def _inside(target: dict[str, Any] | list[Any], key: str, text: str) -> Any:
@@ -285,16 +286,43 @@ def _inside(target: dict[str, Any] | list[Any], key: str, text: str) -> Any:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, empty for an empty file. Raises UserError if it cannot be read."""
-    import yaml
-
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = _parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: invalid UTF-8 at byte {error.start}; save it as UTF-8 text") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys to values")
     return values
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError, in one line, for invalid YAML and for a repeated key."""
+    import yaml  # here, because it takes a sixth of the time of `xverse --help`
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for i, key in enumerate(names):
+                if any((key.tag, key.value) == (other.tag, other.value) for other in names[:i]):
+                    raise ValueError(f"line {key.start_mark.line + 1}: key '{key.value}' is given twice")
+            return node
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:  # such as a date in month 13
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -107,23 +107,23 @@ def why_no_gpu() -> str:
 
     if count := _cuda_count():
         return "; ".join(dict.fromkeys(filter(None, map(_unsupported, range(count)))))
-    found = nvidia.cards()
+    gpus = nvidia.cards()
     version = f"PyTorch {torch.__version__}"
-    if found.problem:
-        return f"nvidia-smi fails ({found.problem}); reinstall the NVIDIA driver"
-    if found.capabilities:
+    if gpus.problem:
+        return f"nvidia-smi fails ({gpus.problem}); reinstall the NVIDIA driver"
+    if gpus.capabilities:
         cuda = torch.version.cuda
         if cuda is None:
-            return f"{version} is built without CUDA, although there is {found}; {nvidia.install_hint(found)}"
+            return f"{version} is built without CUDA, although there is {gpus}; {nvidia.install_hint(gpus)}"
         needed = nvidia.driver_for(cuda)
-        if found.release < needed:
+        if gpus.release < needed:
             return (
-                f"{version} (CUDA {cuda}) needs driver {needed} or newer, and there is {found}; "
-                f"{nvidia.install_hint(found)}"
+                f"{version} (CUDA {cuda}) needs driver {needed} or newer, and there is {gpus}; "
+                f"{nvidia.install_hint(gpus)}"
             )
         reason = _cuda_warning()
         return (
-            f"{version} finds no CUDA device, although there is {found}; "
+            f"{version} finds no CUDA device, although there is {gpus}; "
             f"{reason or 'check CUDA_VISIBLE_DEVICES'}"
         )
     if torch.backends.mps.is_available():
@@ -226,8 +226,8 @@ def _unsupported(index: int) -> str:
 
 
 def _number(architecture: str) -> int:
-    found = re.search(r"_(\d+)", architecture)
-    return int(found[1]) if found else 0
+    match = re.search(r"_(\d+)", architecture)
+    return int(match[1]) if match else 0
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:

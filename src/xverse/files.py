@@ -19,11 +19,14 @@ from xverse.config import UserError, refuse_url
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``; it is renamed to ``path`` if the block does not raise."""
+    """Yield a new, empty file next to ``path``; it is renamed to ``path`` if the block does not raise."""
     path = Path(path)
     with _write_errors(path):
-        _make_parent(path)
+        make_folder(path.parent, path)
+        if path.exists() and not path.is_file():  # a rename would replace a device
+            raise UserError(f"{path}: is not a file; give another name")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.touch()
         try:
             yield temporary
             sync(temporary)
@@ -42,8 +45,10 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with _write_errors(path):
-        _make_parent(path)
+        make_folder(path.parent, path)
         recover_directory(path)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is not a folder; give another name")
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         temporary.chmod(0o755)
         try:
@@ -84,7 +89,7 @@ def alone(lock: str | Path, busy: str) -> Iterator[None]:
     lock = Path(lock)
     made = not lock.parent.exists()
     with _write_errors(lock.parent):
-        _make_folder(lock.parent, lock.parent)
+        make_folder(lock.parent)
         file = _held(lock, busy)
     with file:
         try:
@@ -98,7 +103,8 @@ def alone(lock: str | Path, busy: str) -> Iterator[None]:
 
 def _held(lock: Path, busy: str) -> IO[str]:
     while True:
-        file = lock.open("a")
+        with _write_errors(lock):
+            file = lock.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -141,15 +147,13 @@ def check_fingerprint(path: Path, expected: Sequence[Any]) -> None:
         raise ValueError(f"{path.name} has another SHA-256 than was recorded")
 
 
-def _make_parent(path: Path) -> None:
-    _make_folder(path.parent, path)
-
-
-def _make_folder(folder: Path, shown: Path) -> None:
+def make_folder(folder: Path, shown: Path | None = None) -> None:
+    """Create a folder and those above it. Raises UserError, naming ``shown``, if that is not possible."""
+    shown = shown or folder
     refuse_url(shown, "output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # any: some file systems report ENOENT for EACCES
+    except OSError as error:  # which names a folder above the parent
         raise UserError(f"{shown}: cannot be written ({os.strerror(error.errno or 0)})") from error
 
 
@@ -162,14 +166,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise UserError if a folder cannot be created or written, before long work; creates nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{folder}: cannot be written ({existing} is a file)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written (no permission in {existing})")
+
+
 @contextlib.contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
+    """UserError for the errors of writing ``path``, which may be any: some file systems report ENOENT for
+    EACCES. Those of other files, which the block reads, and of pipes and connections remain."""
     try:
         yield
     except OSError as error:
+        name = error.filename if isinstance(error.filename, str) else path
+        elsewhere = path.absolute().parent not in Path(name).absolute().parents
+        if elsewhere or not error.errno or isinstance(error, ConnectionError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
             raise UserError(f"{path}: {reason}; nothing was written") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: cannot be written ({os.strerror(error.errno)})") from error
-        raise
+        raise UserError(f"{path}: cannot be written ({os.strerror(error.errno)})") from error

@@ -36,8 +36,8 @@ class Cards:
     @property
     def release(self) -> int:
         """The driver's branch, such as 535; 0 without a driver."""
-        found = re.match(r"\d+", self.driver)
-        return int(found[0]) if found else 0
+        match = re.match(r"\d+", self.driver)
+        return int(match[0]) if match else 0
 
     @property
     def known(self) -> list[Capability]:
@@ -99,40 +99,40 @@ class Build:
         return [*(["--extra-index-url", index] if index else []), requirement]
 
 
-def build_for(found: Cards) -> Build:
+def build_for(gpus: Cards) -> Build:
     """The build that runs on the GPUs of this machine; for GPUs of several kinds, on the least of them."""
-    if not found.capabilities:
-        problem = f"nvidia-smi fails ({found.problem})" if found.problem else "no NVIDIA GPU found"
+    if not gpus.capabilities:
+        problem = f"nvidia-smi fails ({gpus.problem})" if gpus.problem else "no NVIDIA GPU found"
         return Build("cpu", problem + _other_gpus())
-    least, most = min(found.known, default=_CUDA13_LEAST), max(found.known, default=_CUDA13_LEAST)
-    if found.release >= _DRIVERS[13] and least >= _CUDA13_LEAST:
-        return Build("", f"{found}: PyPI's build, with CUDA 13")
-    why = f"{found}: PyPI's build needs driver {_DRIVERS[13]} and compute capability 7.5"
-    if found.release < _DRIVERS[12]:
+    least, most = min(gpus.known, default=_CUDA13_LEAST), max(gpus.known, default=_CUDA13_LEAST)
+    if gpus.release >= _DRIVERS[13] and least >= _CUDA13_LEAST:
+        return Build("", f"{gpus}: PyPI's build, with CUDA 13")
+    why = f"{gpus}: PyPI's build needs driver {_DRIVERS[13]} and compute capability 7.5"
+    if gpus.release < _DRIVERS[12]:
         return Build(
-            "cpu", f"{found}: too old for any current build; update the driver to {_DRIVERS[13]} or newer"
+            "cpu", f"{gpus}: too old for any current build; update the driver to {_DRIVERS[13]} or newer"
         )
     if least > _CUDA12_MOST:
         return Build("cpu", f"{why}; update the driver to {_DRIVERS[13]} or newer to use the GPU")
     if least < _CUDA12_LEAST:
-        return Build("cpu", f"{found}: no current build supports a compute capability below 5.0")
+        return Build("cpu", f"{gpus}: no current build supports a compute capability below 5.0")
     beyond = f"; a GPU above {_CUDA12_MOST[0]}.{_CUDA12_MOST[1]} stays unused" if most > _CUDA12_MOST else ""
     return Build("cu126", f"{why}; the build with CUDA 12.6 runs here{beyond}")
 
 
-def pip_arguments(found: Cards, index: str | None) -> tuple[list[str], str]:
+def pip_arguments(gpus: Cards, index: str | None) -> tuple[list[str], str]:
     """Arguments of ``pip install`` for PyTorch, and the reason. ``index`` is the user's choice: an index of
     one build (``…/cpu``, ``…/cu128``, ``…/rocm7.0``) decides alone, any other serves the build that fits."""
     tag = (index or "").rstrip("/").rpartition("/")[2]
     if index and re.fullmatch(r"(cu|rocm|xpu)[\d.]*", tag):
         return ["--index-url", index, "torch>=2.11"], f"TORCH_INDEX={index}"
-    build = Build("cpu", f"TORCH_INDEX={index}") if tag == "cpu" else build_for(found)
+    build = Build("cpu", f"TORCH_INDEX={index}") if tag == "cpu" else build_for(gpus)
     return build.arguments(index), build.reason
 
 
-def install_hint(found: Cards) -> str:
+def install_hint(gpus: Cards) -> str:
     """What to do so that PyTorch runs on these GPUs."""
-    build = build_for(found)
+    build = build_for(gpus)
     if build.tag == "cpu":
         return f"update the driver to {_DRIVERS[13]} or newer"
     return f"pip install --force-reinstall {shlex.join(build.arguments())}"

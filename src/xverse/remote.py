@@ -1,4 +1,4 @@
-"""Files at URLs, such as ``s3://bucket/folder/*.jsonl``, through fsspec: listing and reading, with retries.
+"""Files at URLs, such as ``s3://bucket/folder/*.jsonl``, through fsspec: listed, read, written, with retries.
 
 Credentials and endpoints are those of fsspec and the services' own tools, for example AWS_ACCESS_KEY_ID,
 AWS_ENDPOINT_URL, ``FSSPEC_OSS_ENDPOINT`` or ~/.config/fsspec. ``config.refuse_url`` refuses a URL where
@@ -11,6 +11,7 @@ import contextlib
 import io
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from xverse.config import UserError, need
@@ -19,6 +20,7 @@ ATTEMPTS = 5  # to read on after an error of the network
 PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
 BLOCK = 8 << 20  # bytes read ahead
 KNOWN = ("s3", "oss", "gs", "hdfs", "http", "https", "hf", "file")
+STORES = ("s3", "s3a", "oss", "gs", "gcs", "hf", "memory")  # a file appears when it is complete; no folders
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -56,29 +58,71 @@ def find(url: str) -> list[tuple[str, int]]:
 
     Raises UserError where they cannot be listed; an empty list if there are none.
     """
-    url = url.rstrip("/")
+    return [(name, int(info.get("size") or 0)) for name, info in sorted(_listed(url.rstrip("/")).items())]
+
+
+def listing(folder: str) -> dict[str, list[str]]:
+    """The files below a folder by relative name, each with what identifies its contents: its size, and its
+    ETag or time of change if there is one. Raises UserError where they cannot be listed."""
+    folder = folder.rstrip("/")
+    found = _listed(folder).items()
+    return {name.removeprefix(f"{folder}/"): _marks(info) for name, info in sorted(found) if name != folder}
+
+
+def version(url: str) -> list[str] | None:
+    """What ``listing`` has for one file; None if there is no such file."""
     fs, path = filesystem(url)
-    web = url.lower().startswith(("http://", "https://"))
     with _errors(url):
-        if web:  # pages cannot be listed, and ? begins a query
-            return [(url, _retried(lambda: fs.info(path), url).get("size") or 0)]
-        if set(path) & set("*?["):
-            found = _retried(lambda: fs.glob(path, detail=True), url)
-        else:
-            found = _retried(lambda: fs.find(path, detail=True), url)
-    files = {str(name): info for name, info in found.items() if info["type"] == "file"}
+        try:
+            return _marks(_retried(lambda: fs.info(path)))
+        except FileNotFoundError:
+            return None
+
+
+def is_web(url: str) -> bool:
+    """Whether a URL is of a web server, which can be read but neither listed nor written."""
+    return url.lower().startswith(("http://", "https://"))
+
+
+def _listed(url: str) -> dict[str, dict[str, Any]]:
+    """The files of a file's, a folder's or a pattern's URL, with fsspec's description of each."""
+    fs, path = filesystem(url)
+    with _errors(url):
+        if is_web(url):  # ? begins a query
+            return {url: _retried(lambda: fs.info(path))}
+        fs.invalidate_cache()  # other processes write there as well
+        pattern = set(path) & set("*?[")
+        found = _retried(lambda: (fs.glob if pattern else fs.find)(path, detail=True))
     # fsspec's paths lack the protocol, and the host of some.
     base = url.removesuffix(path) if url.endswith(path) else f"{url.partition('://')[0]}://"
-    return sorted((base + name, info.get("size") or 0) for name, info in files.items())
+    return {f"{base}{name}": info for name, info in found.items() if info["type"] == "file"}
 
 
-def versions(url: str) -> list[str]:
-    """What identifies the contents of a file: its size, and its ETag or time of change if there is one."""
-    fs, path = filesystem(url)
-    with _errors(url):
-        info = _retried(lambda: fs.info(path), url)
+def _marks(info: dict[str, Any]) -> list[str]:
     marks = (info.get(key) for key in ("size", "ETag", "etag", "mtime", "LastModified", "created"))
     return [str(mark) for mark in marks if mark is not None]
+
+
+def upload(path: Path, url: str) -> None:
+    """Write a file to a URL, where it appears when it is complete. Raises UserError if it cannot be written,
+    after ATTEMPTS attempts."""
+    fs, target = filesystem(url)
+    with _errors(url, "written"):
+        if url.partition("://")[0].lower() in STORES:
+            _retried(lambda: fs.put_file(str(path), target))
+            return
+        folder, _, name = target.rpartition("/")
+        temporary = f"{folder}/.{name}.tmp"
+        fs.makedirs(folder, exist_ok=True)
+        _retried(lambda: fs.put_file(str(path), temporary))
+        fs.mv(temporary, target)
+
+
+def remove(url: str) -> None:
+    """Delete a file, or a folder with everything below it, if there is one."""
+    fs, path = filesystem(url)
+    with _errors(url, "deleted"), contextlib.suppress(FileNotFoundError):
+        _retried(lambda: fs.rm(path, recursive=True))
 
 
 def open_url(url: str) -> BinaryIO:
@@ -95,8 +139,8 @@ class _Reader(io.RawIOBase):
         self.fs, self.path = filesystem(url)
         self.file: Any = None
         with _errors(url):
-            self.size = _retried(lambda: self.fs.info(self.path), url).get("size")
-            _retried(self._open, url)
+            self.size = _retried(lambda: self.fs.info(self.path)).get("size")
+            _retried(self._open)
 
     def _open(self) -> None:
         if self.file is not None:
@@ -135,7 +179,7 @@ class _Reader(io.RawIOBase):
             return data
 
         with _errors(self.url):
-            data = _retried(read, self.url, self._open)
+            data = _retried(read, self._open)
         buffer[: len(data)] = data
         self.place += len(data)
         return len(data)
@@ -146,7 +190,7 @@ class _Reader(io.RawIOBase):
         super().close()
 
 
-def _retried(call: Callable[[], Any], url: str, again: Callable[[], None] | None = None) -> Any:
+def _retried(call: Callable[[], Any], again: Callable[[], None] | None = None) -> Any:
     """The result of ``call``, tried ATTEMPTS times; ``again`` is called before each further attempt."""
     attempt = 0
     while True:
@@ -164,7 +208,7 @@ def _retried(call: Callable[[], Any], url: str, again: Callable[[], None] | None
 
 
 @contextlib.contextmanager
-def _errors(url: str) -> Iterator[None]:
+def _errors(url: str, done: str = "read") -> Iterator[None]:
     """UserError for whatever the libraries of the services raise, which have no exception in common."""
     try:
         yield
@@ -173,7 +217,7 @@ def _errors(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{url}: no such file") from None
     except PermissionError as error:
-        raise UserError(f"{url}: cannot be read (no permission: {str(error)[:200]})") from None
+        raise UserError(f"{url}: cannot be {done} (no permission: {str(error)[:200]})") from None
     except Exception as error:
         why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{url}: cannot be read ({why})") from None
+        raise UserError(f"{url}: cannot be {done} ({why})") from None

@@ -238,7 +238,19 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 def read_json(path: str | Path) -> Any:
     """The value of a JSON file. Raises UserError where it cannot be read or is not valid."""
-    return parse_json(read_text(path), str(path))
+    text = read_text(path)
+    value = parse_json(text, str(path))
+    if "\\ud" in text.lower() and not _encodable(json.dumps(value, ensure_ascii=False)):
+        raise UserError(f"{path}: invalid JSON (half a surrogate pair, which no text can hold)")
+    return value
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if it cannot be read or holds anything else."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
 
 
 def read_jsonl(

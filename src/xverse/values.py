@@ -6,6 +6,9 @@ import argparse
 import ipaddress
 import re
 from collections.abc import Callable
+from typing import Any
+
+from xverse.config import UserError
 
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)", re.IGNORECASE)
 
@@ -87,6 +90,13 @@ def sub_path(text: str) -> str:
     ):
         raise argparse.ArgumentTypeError(f"{short(text)} is not a path such as /xv")
     return path
+
+
+def refuse_unused(args: argparse.Namespace, needed: str, **defaults: Any) -> None:
+    """Raise UserError for a flag that only has an effect with ``needed`` and differs from its default."""
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} has no effect without {needed}; omit it")
 
 
 def short(text: str) -> str:

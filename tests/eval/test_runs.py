@@ -182,8 +182,22 @@ def test_wrong_input(
 
 
 def test_reports_of_nothing(tmp_path: Path, capsys: Any) -> None:
-    assert main(["eval", "report", str(tmp_path)]) == 2
-    assert "no evaluation here" in capsys.readouterr().err
+    for text in (None, "{}", '{"model": 3}', "[1]", "{"):
+        if text is not None:
+            (tmp_path / "settings.json").write_text(text)
+        for command in (["report"], ["compare", str(tmp_path)]):
+            assert main(["eval", *command, str(tmp_path)]) == 2
+            printed = capsys.readouterr().err
+            assert "settings.json" in printed
+            assert printed.count("\n") == 1
+
+
+def test_an_output_that_is_a_file(random_model: Path, benchmarks: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(["eval", *flags(random_model, benchmarks, out)]) == 2
+        assert f"{out}: cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_full_disk_leaves_what_was_finished(

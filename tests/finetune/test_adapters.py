@@ -19,7 +19,7 @@ from xverse.engine.load import load_engine
 from xverse.engine.request import Request
 from xverse.finetune.methods import prepare
 from xverse.finetune.settings import read_settings
-from xverse.formats import load_model, load_tokenizer, read_scheme, save_hf
+from xverse.formats import ModelDirectory, load_model, load_tokenizer, save_hf
 from xverse.formats.adapters import (
     apply_adapter,
     differences,
@@ -110,6 +110,24 @@ def test_an_adapter_of_other_weights_is_refused(base, tiny_model, tiny_tokenizer
     save_hf(tiny_model, tiny_tokenizer, tmp_path / "other", torch.float32)
     with pytest.raises(UserError, match=r"was trained on .*base, not on"):
         apply_adapter(load_model(tmp_path / "other"), path, tmp_path / "other")
+
+
+def test_damaged_adapters_are_refused_in_one_line(base, tmp_path) -> None:
+    path = made(base, tmp_path / "adapter")
+    config, weights = path / "adapter_config.json", path / "adapter_model.safetensors"
+    values, stored = json.loads(config.read_text()), weights.read_bytes()
+    damaged: list[Any] = ["", "[1]", "{", {}, {**values, "peft_type": "X"}, {**values, "r": "x"}]
+    damaged += [{**values, "r": 0}, {**values, "target_modules": ["nothing"]}, {**values, "r": 3}]
+    for text in damaged:
+        config.write_text(text if isinstance(text, str) else json.dumps(text))
+        with pytest.raises(UserError, match=re.escape(str(path))) as caught:
+            apply_adapter(load_model(base), path)
+        assert "\n" not in str(caught.value)
+    config.write_text(json.dumps(values))
+    for data in (b"", stored[: len(stored) // 2], b"\xff" * 100):
+        weights.write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            apply_adapter(load_model(base), path)
 
 
 def test_the_fingerprint_is_of_values_not_of_files(base, tmp_path, tiny_tokenizer) -> None:
@@ -220,7 +238,7 @@ def test_merged_and_quantised_again(wide, tmp_path, capsys, stored) -> None:
     after = logits(load_model(tmp_path / "merged", dequantize=True), fixed_tokens(merged.config.vocab_size))
     expected = differences(before, after)
     assert (float(difference), float(divergence)) == pytest.approx(expected, rel=0.1)
-    assert read_scheme(tmp_path / "merged") is not None
+    assert ModelDirectory.of(tmp_path / "merged").scheme is not None
     base, quantised = load_model(source, dequantize=True), load_quantized_plain(wide, False)
     tokens = fixed_tokens(base.config.vocab_size)
     assert expected[1] < 1.5 * differences(logits(base, tokens), logits(quantised, tokens))[1]

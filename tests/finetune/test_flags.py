@@ -14,7 +14,7 @@ from xverse.config import UserError, read_yaml
 from xverse.finetune.encode import Data
 from xverse.finetune.launch import deepspeed_file, training_arguments
 from xverse.finetune.resume import _compare, run_state
-from xverse.finetune.settings import OWN, Settings, read_settings, training_values
+from xverse.finetune.settings import _ONLY_WITH, OWN, Settings, read_settings, training_values
 
 # The source document's, word for word.
 COMMAND = r"""
@@ -138,12 +138,34 @@ def test_values_reach_transformers(tmp_path) -> None:
         ({"replay": {"data": "x", "share": 0.1}, "stage": "dpo"}, "replay needs stage sft or pt"),
         ({"replay": {"data": "x", "share": 0.1}, "streaming": True, "max_steps": 4}, "with streaming"),
         ({"learning_rate": "fast"}, "learning_rate"),
+        ({"lr_scheduler_kwargs": "{"}, "lr_scheduler_kwargs: invalid JSON"),
+        ({"lr_scheduler_kwargs": "[1]"}, "lr_scheduler_kwargs: expected a JSON object"),
+        ({"fsdp_config": "{"}, "fsdp_config: invalid JSON"),
+        ({"fsdp_config": "missing.json"}, "missing.json: no such file"),
+        ({"optim_args": "x"}, "optim_args: 'x' is not name=value"),
+        ({"generation": {"top_k": "x"}, "finetuning_type": "full"}, "top_k: 'x' is out of range"),
+        ({"generation": {"temperature": -1}, "finetuning_type": "full"}, "temperature: -1 is out of range"),
     ],
 )
 def test_contradictions_are_one_line(values, message) -> None:
     with pytest.raises(UserError, match=message) as caught:
         settings(**values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("needed", "names"), [(key, names) for key, (names, _) in _ONLY_WITH.items()])
+def test_settings_that_a_run_does_not_use_are_reported(needed, names, capsys) -> None:
+    other = {"bool": True, "str": "{}", "int": 5, "float": 0.25}
+    hints = {
+        item.name: item.type.removeprefix("Annotated[").split()[0] for item in dataclasses.fields(Settings)
+    }
+    values = {name: other[hints[name].rstrip(",")] for name in names.split() if name != "pref_loss"}
+    values |= {"pref_loss": "ipo"} if "pref_loss" in names else {}
+    method = "lora" if "freeze" in needed else "full"
+    read_settings({**MINIMUM, "finetuning_type": method, **values}, "r.yaml", quiet=False)
+    assert f"{', '.join(values)} (only used with {needed})" in " ".join(capsys.readouterr().err.split())
+    read_settings({**MINIMUM, "finetuning_type": method}, "r.yaml", quiet=False)
+    assert not capsys.readouterr().err
 
 
 def test_state_files_of_older_versions_are_understood(tmp_path) -> None:
@@ -178,6 +200,14 @@ def test_the_command_line_refuses_by_name(words, message, capsys) -> None:
         code = error.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_trackers_are_known() -> None:
+    with pytest.raises(
+        UserError, match="unknown tracker in report_to 'tensorbord'; did you mean 'tensorboard'"
+    ):
+        training_arguments(settings(report_to="tensorbord"))
+    assert training_arguments(settings(report_to="none", use_cpu=True)).report_to == []
 
 
 def test_yaml_has_the_same_names(tmp_path, capsys) -> None:

@@ -21,7 +21,7 @@ from xverse.cli import main
 from xverse.config import UserError, read_yaml
 from xverse.engine import Engine, Request, SamplingParams
 from xverse.finetune.settings import DatasetUse, Settings, read_settings, to_values
-from xverse.formats import load_model, load_tokenizer, read_generation_config
+from xverse.formats import ModelDirectory, load_model, load_tokenizer
 from xverse.tokenizer import encode_chat
 from xverse.train.plot import read_metrics
 
@@ -67,7 +67,7 @@ def test_it_learns_the_replies_and_writes_a_model(recipe: Path, tmp_path: Path, 
     assert main(["finetune", str(recipe)]) == 0
     target = Path(capsys.readouterr().out.strip())
     assert target == tmp_path / "run"
-    assert read_generation_config(target)["max_new_tokens"] == 20
+    assert ModelDirectory.of(target).generation_config["max_new_tokens"] == 20
     model, tokenizer = load_model(target), load_tokenizer(target)
     assert model.lm_head.weight.dtype == torch.bfloat16
     engine = Engine(model, tokenizer)

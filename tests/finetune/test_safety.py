@@ -17,8 +17,8 @@ from xverse.config import UserError
 from xverse.files import alone
 from xverse.finetune.resume import _read_state, checkpoints_of, clear_unfinished
 from xverse.formats import ModelDirectory, load_model, save_hf
-from xverse.formats.checkpoint import MARKS
 from xverse.model.transformer import XverseForCausalLM, init_weights
+from xverse.place import MARKS
 from xverse.train.plot import read_metrics
 
 

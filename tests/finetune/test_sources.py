@@ -167,9 +167,6 @@ def test_data_show_prints_one_example(folder, base, capsys) -> None:
     assert "Human: say hello 3\n\nAssistant: good morning and again" in shown
     assert "with loss (bold green)" in shown
     assert main([*words, "--index", "40"]) == 2
-    capsys.readouterr()
-    assert main(["data", "show", "--dialogues", "d.json", "--tokenizer", "t"]) == 2
-    assert "write --dataset d.json --model t" in capsys.readouterr().err
 
 
 def test_real_datasets_are_read(test_data, tiny_tokenizer) -> None:

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from tests import forkserver
+from tests.object_store import object_store
 from xverse.cli import main
-from xverse.formats import load_model
+from xverse.formats import ModelDirectory, load_model
+from xverse.place import MARKS
 from xverse.train.plot import read_metrics
 
 
@@ -100,3 +102,43 @@ def test_trackers(document, flags, tmp_path, capsys, monkeypatch, name) -> None:
     assert main(["finetune", *flags(document)]) == 0
     written = {"tensorboard": "**/events.out.tfevents*", "wandb": "wandb/offline-run-*"}
     assert list(tmp_path.glob(written[name]))
+
+
+def test_a_run_at_a_url_goes_on_on_another_machine(document, flags, tmp_path, monkeypatch, capsys) -> None:
+    """Its checkpoints are there, complete and as many as are kept; the model is there at the end."""
+    with object_store() as store:
+        document |= {"learning_rate": "1e-3", "load_best_model_at_end": "false", "save_steps": "2"}
+        document |= {"save_total_limit": "2", "evaluation_strategy": "no"}
+        assert main(["finetune", *flags({**document, "max_steps": "6"})]) == 0
+        document |= {"output_dir": "s3://bucket/run", "max_steps": "6"}
+        monkeypatch.setenv("XVERSE_CACHE", str(tmp_path / "a"))
+        store.matches, store.failures = (
+            lambda method, path: method == "PUT" and "checkpoint-6/" in path,
+            10**6,
+        )
+        monkeypatch.setattr("xverse.remote.ATTEMPTS", 1)
+        assert main(["finetune", *flags(document)]) == 2
+        assert "run the same command again to send it" in capsys.readouterr().err
+        store.reset()
+        names = {name.split("/")[0] for name in store.names("run") if name.endswith(MARKS)}
+        assert names == {"checkpoint-2", "checkpoint-4"}
+        monkeypatch.setenv("XVERSE_CACHE", str(tmp_path / "b"))  # of another machine
+        assert main(["finetune", *flags(document)]) == 0
+        said = capsys.readouterr()
+        assert said.out == "s3://bucket/run\n"
+        assert "resuming from" in said.err
+        assert "checkpoint-4" in said.err
+        names = {name.split("/")[0] for name in store.names("run") if name.endswith(MARKS)}
+        assert names == {"checkpoint-4", "checkpoint-6", MARKS}
+        monkeypatch.setenv("XVERSE_CACHE", str(tmp_path / "c"))
+        expected = load_model(tmp_path / "out").state_dict()
+        for name in ("s3://bucket/run", "s3://bucket/run/checkpoint-6"):
+            found = load_model(ModelDirectory.named(name)).state_dict()
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+        monkeypatch.setenv("XVERSE_CACHE", str(tmp_path / "b"))
+        store.files.rm(f"bucket/run/{MARKS}")  # as if it had been killed while it sent the model
+        assert main(["finetune", *flags(document)]) == 0
+        assert MARKS in store.names("run")
+        assert main(["finetune", *flags({**document, "overwrite_output_dir": "", "max_steps": "2"})]) == 0
+        names = {name.split("/")[0] for name in store.names("run") if name.endswith(MARKS)}
+        assert names == {"checkpoint-2", MARKS}

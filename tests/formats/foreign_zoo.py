@@ -346,7 +346,3 @@ ZOO = {
         buffers=_INV_FREQ,
     ),
 }
-FAMILY = {  # what each entry is recognised as, where that is not its own name
-    "falcon-old": "falcon",
-    "internlm-dynamic": "internlm",
-}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.formats import load_model, logits, read_config, read_scheme, save_quantized
+from xverse.formats import ModelDirectory, load_model, logits, save_quantized
 from xverse.formats.compare import fixed_tokens
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import QuantizedWeight
@@ -129,8 +129,8 @@ def test_loads_what_was_written(
 ) -> None:
     path = write(wide, tiny_tokenizer, tmp_path / "q", bits, method, group, max_shard_bytes=60_000)
     assert len(list(path.glob("model-*.safetensors"))) > 2
-    assert read_config(path) == wide.config
-    assert read_scheme(path) is not None
+    assert ModelDirectory.of(path).config == wide.config
+    assert ModelDirectory.of(path).scheme is not None
     model = load_model(path)
     settings = QuantSettings(bits=bits, method=method, group_size=group, embedding_bits=16)
     for name, expected in quantized(wide, settings):

@@ -9,7 +9,7 @@ import pytest
 from xverse.cli import main
 from xverse.commands.export import parse_size
 from xverse.config import UserError
-from xverse.formats import load_model, parity, read_generation_config
+from xverse.formats import ModelDirectory, load_model, parity
 
 
 @pytest.mark.parametrize("kind", ["hf", "llama"])
@@ -25,7 +25,7 @@ def test_export_prints_its_parity(
     assert float(second.split("= ")[1].split()[0]) <= 1e-4
     assert len(list(out.glob("*.safetensors"))) > 1
     assert parity(load_model(upstream), load_model(out)) == 0.0
-    assert read_generation_config(out) == read_generation_config(upstream)
+    assert ModelDirectory.of(out).generation_config == ModelDirectory.of(upstream).generation_config
     assert main(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--type", "f16"]) == 0

@@ -17,15 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xverse.config import UserError
-from xverse.formats import (
-    load_model,
-    load_tokenizer,
-    parity,
-    read_config,
-    read_generation_config,
-    save_hf,
-    save_llama,
-)
+from xverse.formats import ModelDirectory, load_model, load_tokenizer, parity, save_hf, save_llama
 
 SHARD = "pytorch_model-00002-of-00003.bin"
 
@@ -64,10 +56,10 @@ def test_upstream_as_published(upstream: Path, model: Any, tiny_tokenizer: Any) 
     assert parity(model, loaded) == 0.0
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert all(p.requires_grad and p.is_contiguous() for p in loaded.parameters())
-    config = read_config(upstream)
+    config = ModelDirectory.of(upstream).config
     assert config == model.config
     assert (config.rope_theta, config.max_tokenizer_truncation) == (10000.0, 6144)
-    assert read_generation_config(upstream)["top_k"] == 30
+    assert ModelDirectory.of(upstream).generation_config["top_k"] == 30
     text = "Human: 你好 XVERSE 2024\n\nAssistant: "
     assert load_tokenizer(upstream).encode(text) == tiny_tokenizer.encode(text)
 
@@ -105,7 +97,7 @@ def test_single_files_of_both_kinds(written: Path, model: Any) -> None:
 
 def test_llama_export_reads_back(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     save_llama(model, tiny_tokenizer, tmp_path / "llama")
-    config = read_config(tmp_path / "llama")
+    config = ModelDirectory.of(tmp_path / "llama").config
     assert (config.model_type, config.norm_in_float32) == ("llama", False)  # read as any Llama
     own = {name: getattr(model.config, name) for name in ("model_type", "norm_in_float32")}
     own |= {"max_tokenizer_truncation": model.config.max_tokenizer_truncation}
@@ -151,7 +143,7 @@ def test_configs_that_do_not_fit(
 
     (tmp_path / "config.json").write_text(json.dumps(llama_config(model.config, torch.float32)))
     edit(tmp_path / "config.json", **changes)
-    refused(lambda: read_config(tmp_path), str(tmp_path / "config.json"), part)
+    refused(lambda: ModelDirectory.of(tmp_path).config, str(tmp_path / "config.json"), part)
 
 
 def test_not_a_model_directory(upstream: Path, tmp_path: Path) -> None:
@@ -266,6 +258,12 @@ def test_many_bad_tensors_stay_one_short_line(published: Path) -> None:
     with pytest.raises(UserError, match=r"and \d+ more") as caught:
         load_model(published)
     assert len(re.sub(re.escape(str(published)), "", str(caught.value))) < 400
+
+
+@pytest.mark.parametrize("value", ["2", 2.5, True, ["2"], {}, [[2]]])
+def test_generation_configs_with_other_values_for_token_ids(value: Any, published: Path) -> None:
+    (published / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    refused(lambda: ModelDirectory.of(published).generation_config, "eos_token_id must be a token id")
 
 
 def test_missing_or_foreign_tokenizer(published: Path) -> None:

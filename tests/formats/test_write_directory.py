@@ -14,15 +14,7 @@ from torch import nn
 
 from tests import forkserver
 from xverse.config import UserError
-from xverse.formats import (
-    load_model,
-    load_tokenizer,
-    logits,
-    parity,
-    read_generation_config,
-    save_hf,
-    save_llama,
-)
+from xverse.formats import ModelDirectory, load_model, load_tokenizer, logits, parity, save_hf, save_llama
 from xverse.formats.compare import TOLERANCE, fixed_tokens
 
 TEXTS = ["Hello world 2024", "你好，世界！", " two  spaces", "Human: hi\n\nAssistant: ", "😀\n\tмир"]
@@ -45,7 +37,7 @@ def test_hf_directory(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     assert config["architectures"] == ["XverseForCausalLM"]
     assert config["torch_dtype"] == "bfloat16"
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_xverse.XverseForCausalLM"
-    assert read_generation_config(path) == generation
+    assert ModelDirectory.of(path).generation_config == generation
     assert parity(model, load_model(path)) == 0.0
     assert load_tokenizer(path).hash == tiny_tokenizer.hash
     assert [item.name for item in path.parent.iterdir()] == ["hf"]

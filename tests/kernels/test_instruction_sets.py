@@ -34,13 +34,16 @@ def build(compiler: str, units: list[tuple[str, list[str]]], sets: str, folder: 
 
 
 @pytest.mark.parametrize(
-    ("header", "source", "name", "table"),
+    ("header", "source", "name", "table", "shapes"),
     [
-        ("emulated_vnni.h", "avx2.cpp", "avx_vnni", "kAvxVnni"),
-        ("emulated_avx512.h", "avx512.cpp", "avx512_vnni", "kAvx512"),
+        ("emulated_vnni.h", "avx2.cpp", "avx_vnni", "kAvxVnni", 432),
+        ("emulated_avx512.h", "avx512.cpp", "avx512_vnni", "kAvx512", 432),
+        ("emulated_amx.h", "avx512.cpp", "avx512_amx", "kAvx512Amx", 1032),
     ],
 )
-def test_x86_sums_by_emulation(header: str, source: str, name: str, table: str, tmp_path: Path) -> None:
+def test_x86_sums_by_emulation(
+    header: str, source: str, name: str, table: str, shapes: int, tmp_path: Path
+) -> None:
     compiled = library()
     compiler = shutil.which("g++")
     if compiled is None or compiler is None or compiled.xv_select(b"avx2") is None:
@@ -49,7 +52,7 @@ def test_x86_sums_by_emulation(header: str, source: str, name: str, table: str, 
     flags = ["-mavx2", "-mfma", "-include", str(NATIVE / header)]
     program = build(compiler, [(source, flags)], f'{{"{name}",&{table}}}', tmp_path)
     done = subprocess.run([program], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, f"{name}: 432 shapes equal\n")
+    assert (done.returncode, done.stdout) == (0, f"{name}: {shapes} shapes equal\n")
 
 
 def test_arm_sums_by_emulation(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from xverse.formats import load_model
 from xverse.formats.quantize import load_quantizing
 from xverse.hf import XverseConfig as XverseHfConfig
 from xverse.model import FullCausal, Packed, XverseConfig
+from xverse.model.families import FAMILIES
 from xverse.tokenizer.template import render
 
 VOCAB = 320
@@ -223,6 +225,63 @@ def test_internlm_has_biases_and_its_own_key_for_rope() -> None:
     assert (
         XverseConfig.from_json({**values, "rotary": {"base": 10000, "type": "origin"}}).rope_scaling is None
     )
+
+
+KEYS = [
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+    *("max_sequence_length", "head_dim", "rms_norm_eps", "rope_theta"),
+    *("rope_scaling", "rope_parameters", "rotary", "layer_types"),
+    *("sliding_window", "use_sliding_window", "tie_word_embeddings", "attention_bias"),
+    *("bias", "mlp_bias", "hidden_act", "partial_rotary_factor"),
+    *("pad_token_id", "eos_token_id", "num_experts", "moe_top_k"),
+    *("num_shared_experts", "n_routed_experts", "norm_topk_prob", "initializer_range"),
+    *("max_tokenizer_truncation", "attn_logit_softcapping"),
+]
+VALUES: list[Any] = [
+    *(3, -1, 0, 2.5, True, None, float("nan"), float("inf"), 10**400, -(10**30), "x", "", [], [1], [{}], {}),
+    *(
+        {"a": 1},
+        {"type": [1]},
+        {"base": "x"},
+        {"type": "linear"},
+        {"rope_type": {}},
+        {"rope_type": "dynamic"},
+    ),
+    *({"rope_type": "yarn", "factor": "x"}, {"type": "dynamic", "scaling_factor": "x"}),
+]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "xverse_moe"])
+def test_every_key_with_every_kind_of_value(family: str) -> None:
+    """Read or refused in one line."""
+    values = {**SIZES, "head_dim": None, "num_key_value_heads": 6, "model_type": family}
+    messages = []
+    for key in KEYS:
+        for value in VALUES:
+            try:
+                XverseConfig.from_json({**values, key: value}).num_parameters()
+            except UserError as error:
+                messages.append(str(error))
+    assert all(message.startswith("config.json: ") and "\n" not in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"rotary": {"type": "linear"}}, "rotary type 'linear' is not supported"),
+        ({"rotary": 5}, "rotary must be an object, found 5"),
+        ({"rotary": {"base": "x"}}, "rope_theta: expected float, found str 'x'"),
+        ({"rope_theta": 0}, "rope_theta must be above 0"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be above 0"),
+        ({"layer_types": 3}, "layer_types must be a list"),
+        ({"num_attention_heads": 7}, "does not split into 7 heads"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
+    ],
+)
+def test_values_that_are_refused(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        XverseConfig.from_json({**SIZES, "head_dim": None, "model_type": "internlm", **values})
 
 
 def test_a_template_that_loops_is_refused() -> None:

@@ -45,6 +45,16 @@ def command(checkout: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("missing", ["corpus", "sft"])
+def test_inputs_are_checked_before_the_first_step(missing: str, checkout: Path) -> None:
+    (checkout / missing).rmdir()
+    environment = {**os.environ, "RECORD": str(checkout / "record")}
+    done = subprocess.run(command(checkout), env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"run.sh: {checkout / missing}: no such file or folder\n"
+    assert not (checkout / "record").exists()
+
+
 def test_settings_reach_their_step(checkout: Path) -> None:
     record = checkout / "record"
     settings = [

@@ -82,6 +82,23 @@ def test_predicted_cost_is_that_of_rounding_one_matrix(tiny_model: XverseForCaus
         assert math.isclose(predicted, measured, rel_tol=0.8), (name, predicted, measured)
 
 
+def test_outer_products_of_gradients_have_their_squares_on_the_diagonal(
+    tiny_model: XverseForCausalLM,
+) -> None:
+    rows = torch.randint(tiny_model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    squares, outer = (measure(tiny_model.requires_grad_(False), rows, kind) for kind in (False, True))
+    assert {name.rpartition(".")[2] for name in outer} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "down_proj",
+    }
+    for name, found in outer.items():
+        torch.testing.assert_close(found.gradients.diagonal(), squares[name].gradients, rtol=1e-4, atol=1e-9)
+        assert torch.equal(found.inputs, squares[name].inputs)
+
+
 def test_every_matrix_gets_a_format(tiny_model: XverseForCausalLM) -> None:
     model = tiny_model.requires_grad_(False)
     rows = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))

@@ -181,7 +181,11 @@ def test_balancing_a_layer_preserves_its_outputs(model: XverseForCausalLM, dtype
     x = torch.randn(3, 16, config.hidden_size, generator=torch.Generator().manual_seed(0))
     x[..., 7] *= 30
     before = forward(layer, config, x)
-    balanced = equalize_layer(layer, input_rms(layer, config, x))
+    weights = {name: value.clone() for name, value in layer.named_parameters()}
+    balanced, divided = equalize_layer(layer, input_rms(layer, config, x))
+    columns = weights["input_layernorm.weight"].float() / layer.input_layernorm.weight.float()
+    values = weights["self_attn.v_proj.weight"] * columns / divided[:, None]
+    torch.testing.assert_close(layer.self_attn.v_proj.weight, values, rtol=1e-4, atol=1e-6)
     assert layer.input_layernorm.weight.dtype == dtype
     torch.testing.assert_close(forward(layer, config, x), before, rtol=1e-5, atol=1e-5)
     measured = input_rms(layer, config, x)

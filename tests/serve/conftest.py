@@ -82,6 +82,14 @@ def nano() -> Any:
     return load_engine("nano", threads=1, max_batch=8, max_cache_tokens=20_000)
 
 
+@pytest.fixture(scope="session")
+def vocabulary(nano: Any) -> Any:
+    """As the grammars' process has it."""
+    from xverse.serve.grammar_worker import Vocabulary
+
+    return Vocabulary(nano.engine.tokenizer, nano.stop_ids)
+
+
 def make_service(loaded: Any, **settings: Any) -> Any:
     from xverse.engine import Engine
     from xverse.serve.batches import Batches

@@ -133,6 +133,14 @@ def test_answers_of_another_batch_are_kept(tmp_path: Path) -> None:
     write(out, ["text"])
     with pytest.raises(UserError, match="not one of a batch"), answers(out, requests):
         pass
+    for text in ('{"mine": 1}', "[" * 9000, "notes"):  # without a line's end, as what a crash left
+        out.write_text(text)
+        with pytest.raises(UserError, match="is not a file of answers"), answers(out, requests):
+            pass
+        assert out.read_text() == text
+    out.write_text("[" * 9000 + "\n")
+    with pytest.raises(UserError, match="not one of a batch"), answers(out, requests):
+        pass
 
 
 def test_the_command(tmp_path: Path, capsys: Any) -> None:

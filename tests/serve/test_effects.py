@@ -85,7 +85,7 @@ def test_constraints(server: Any, path: str, form: dict[str, Any]) -> None:
         ({"guided_regex": "(("}, "guided_regex"),
         ({"guided_grammar": "::= x"}, "guided_grammar"),
         ({"guided_grammar": "nonsense"}, "guided_grammar"),
-        ({"structured_outputs": {"regex": "(("}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "(("}}, "structured_outputs.regex"),
     ],
 )
 def test_wrong_constraints(server: Any, form: dict[str, Any], param: str) -> None:
@@ -111,8 +111,8 @@ def test_an_empty_prompt_begins_a_text(server: Any) -> None:
 
 
 def test_seeds(server: Any) -> None:
-    texts = {said(server, temperature=2, seed=-5) for _ in range(2)}
-    assert len(texts) == 1
+    for seed in (-5, 2**62, 2**63 - 1, -(2**63), 2**64 - 1, 10**30):
+        assert len({said(server, temperature=2, seed=seed, max_tokens=5) for _ in range(2)}) == 1
     assert len({said(server, temperature=5, top_k=-1, top_p=1, seed=-1) for _ in range(4)}) > 1
 
 
@@ -184,6 +184,30 @@ def test_a_call_that_is_cut_off(server: Any) -> None:
         if choice["finish_reason"] == "length" and calls:
             with pytest.raises(json.JSONDecodeError):
                 json.loads(calls[0]["function"]["arguments"])
+
+
+def test_a_call_that_a_stop_text_cuts(server: Any) -> None:
+    """It is a partial call, and the reply ended at the text, not because of a call."""
+    whole = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 60, "temperature": 0}
+    for stop, arguments in (("colour", '{"'), ('"}', ...), ("arguments", ""), ("</tool_call>", None)):
+        (choice,) = post(server, **whole, stop=stop)["choices"]
+        (call,) = choice["message"]["tool_calls"]
+        assert choice["message"]["content"] is None
+        assert choice["finish_reason"] == ("tool_calls" if arguments is None else "stop"), stop
+        if isinstance(arguments, str):
+            assert call["function"]["arguments"] == arguments
+        chunks = streamed(server, **whole, stop=stop)
+        assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    asked = {
+        "model": "nano",
+        "messages": QUESTION,
+        "max_tokens": 60,
+        "temperature": 0,
+        "tool_choice": {"type": "any"},
+    }
+    tool = {"name": "paint", "input_schema": COLOURS}
+    reply = post(server, "/v1/messages", **asked, tools=[tool], stop_sequences=["colour"])
+    assert (reply["stop_reason"], reply["stop_sequence"]) == ("stop_sequence", "colour")
 
 
 def test_functions_are_the_former_tools(server: Any) -> None:

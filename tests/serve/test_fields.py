@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from openai.types.chat import completion_create_params as openai_chat
 from pydantic import ValidationError
 
 from xverse.serve import tools
+from xverse.serve.apis.message_blocks import MessagesRequest
+from xverse.serve.apis.ollama_bodies import OllamaChatRequest
+from xverse.serve.apis.response_items import ResponsesRequest
+from xverse.serve.apis.scores import RerankRequest
 from xverse.serve.apis.tokens import DetokenizeRequest, TokenizeRequest
 from xverse.serve.errors import ApiError, of_validation
 from xverse.serve.fields import ELSEWHERE, NO_EFFECT, WITHOUT_EFFECT
@@ -122,6 +127,98 @@ def test_samples_are_answered(server: Any) -> None:
                 assert "x-ignored-fields" not in answer.headers
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+BLOCKS = [
+    {"type": "text", "text": "x", "cache_control": {}},
+    {"type": "tool_result", "tool_use_id": "c", "content": "y", "is_error": False},
+    {"type": "tool_use", "id": "c", "name": "f", "input": {}},
+]
+# Bodies with objects inside, and the fields that they need.
+NESTED: list[tuple[Any, dict[str, Any], set[str]]] = [
+    (
+        ChatRequest,
+        {
+            "messages": [{"role": "assistant", "content": "x", "tool_calls": [CALL]}],
+            "tools": [TOOL],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": {}, "strict": True},
+            },
+            "structured_outputs": {"json_object": True},
+            "stream_options": {"include_usage": True},
+        },
+        {"messages", "role", "function", "name"},
+    ),
+    (
+        ResponsesRequest,
+        {
+            "input": [
+                {"type": "message", "id": "m", "role": "user", "content": "x", "status": "completed"},
+                {"type": "function_call", "id": "i", "call_id": "c", "name": "f", "arguments": ""},
+                {"type": "function_call_output", "id": "o", "call_id": "c", "output": "y"},
+            ],
+            "tools": [{"type": "function", "name": "f", "parameters": {}, "strict": True}],
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}, "verbosity": "low"},
+            "metadata": {"a": "b"},
+            "tool_choice": "auto",
+            "include": [],
+            "truncation": "auto",
+        },
+        {"input", "role", "content", "name", "call_id"},
+    ),
+    (
+        MessagesRequest,
+        {
+            "model": "nano",
+            "max_tokens": 1,
+            "messages": [{"role": "user", "content": BLOCKS}],
+            "system": [{"type": "text", "text": "s"}],
+            "tool_choice": {"type": "auto"},
+            "tools": [{"type": "custom", "name": "f", "description": "d", "input_schema": {}}],
+            "output_config": {"format": {"type": "json_schema", "schema": {}}},
+        },
+        {"model", "max_tokens", "messages", "role", "name", "text", "input_schema", "schema"},
+    ),
+    (
+        OllamaChatRequest,
+        {
+            "model": "nano",
+            "messages": [{"role": "user", "content": "x", "images": [], "tool_calls": [CALL]}],
+            "options": {"seed": 1, "stop": ["x"], "num_ctx": 5},
+            "tools": [TOOL],
+            "think": False,
+        },
+        {"model", "role", "function", "name"},
+    ),
+    (
+        RerankRequest,
+        {"query": "q", "documents": ["d"], "top_n": 1, "return_documents": True},
+        {"query", "documents"},
+    ),
+]
+
+
+def with_nulls(value: Any, needed: set[str]) -> Iterator[Any]:
+    """Copies of a body in which one field is null, at every place."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inside:
+        copies = [None] if isinstance(value, dict) and key not in needed else []
+        for copy in [*copies, *with_nulls(part, needed)]:
+            yield {**value, key: copy} if isinstance(value, dict) else [*value[:key], copy, *value[key + 1 :]]
+    if isinstance(value, dict):
+        yield {**value, "anything": None}
+
+
+def test_null_is_absent_at_every_depth() -> None:
+    for kind, body, needed in NESTED:
+        copies = list(with_nulls(body, needed))
+        assert len(copies) > 2
+        for copy in copies:
+            typed = kind in (MessagesRequest, ResponsesRequest)  # blocks and items by their types
+            if not typed or '"type": null' not in json.dumps(copy):
+                kind.model_validate(copy)
+
+
 WRONG = ("x", "", 5, -7, 1.5, True, [], {}, [1], [None], ["x"], [{}], {"type": "x"}, {"a": 1}, [[1.5]])
 
 
@@ -163,6 +260,13 @@ def test_errors_use_the_words_of_the_api(path: str, name: str) -> None:
         ({"messages": QUESTION, "temprature": 1}, "temprature", "did you mean 'temperature'?"),
         ({"messages": QUESTION, "maxTokens": 1}, "maxTokens", "did you mean 'max_tokens'?"),
         ({"messages": QUESTION, "guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "exclusive"),
+        ({"messages": QUESTION, "structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs.regex",
+         "structured_outputs.json and structured_outputs.regex"),
+        ({"messages": QUESTION, "tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "required",
+         "tools": []}}, "tool_choice", "no tools to call"),
+        ({"messages": QUESTION, "functions": [TOOL["function"]], "function_call": {"name": "g"}},
+         "function_call", "one of the tools (f)"),
+        ({"messages": QUESTION, "max_tokens": 10**4000}, "max_tokens", "…"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(server: Any, body: dict[str, Any], param: str, text: str) -> None:
@@ -208,6 +312,8 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
     {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "f", "input": "ls"}}]},
     {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+    {"role": "assistant", "tool_calls": [{"id": 5, "function": {"name": "f"}}], "content": [
+        {"type": "thinking", "thinking": "…", "signature": "s"}, {"type": "text", "text": "Hi"}]},
     {"role": "assistant", "refusal": "No."},
     {"role": "function", "name": "f", "content": "1"},
     {"role": "tool", "content": "", "name": "f"},

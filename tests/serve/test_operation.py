@@ -176,8 +176,13 @@ def test_tls_a_sub_path_and_keys_that_change(start: Start, tmp_path: Path) -> No
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert ask("/v1/models", "second-key").status_code == 200
+    half = ssl.create_default_context(cafile=str(certificate)).wrap_socket(
+        socket.create_connection(("127.0.0.1", port)), server_hostname="localhost"
+    )
+    half.sendall(b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")  # and nothing more
     code, lines = ended(process)
     assert code == 0
+    assert "unhandled" not in "".join(lines)
     assert any("keys and certificate were read again" in line for line in lines)
     assert any(
         "contains no key; write one key per line; the former ones stay in use" in line for line in lines

@@ -55,6 +55,7 @@ VERBATIM = [
     "- " * 150 + "deep",
     "| a | b |\n|---|---|\n| 1 | 2 | a third | and a fourth |",
     "\\begin{document} \\( unclosed $$ unclosed \\[ too",
+    "http://192.0.2.1/%41%E4%BD%A0?q=100%25&amp;x=%zz https://192.0.2.1/路径?q=中",
 ]
 # (a reply in Markdown, its text as it is shown)
 MARKDOWN = [
@@ -69,6 +70,10 @@ MARKDOWN = [
     ('[t](http://192.0.2.1 "a <b> title")', 't (http://192.0.2.1 "a <b> title")'),
     ("![a picture](http://192.0.2.1/a.png)", "a picture (http://192.0.2.1/a.png)"),
     ("![p](data:image/png;base64,xxxx)", "![p](data:image/png;base64,xxxx)"),
+    (
+        "[t](https://192.0.2.1/%41?a&amp;b 't &lt; u') ![p](<http://192.0.2.1/%42&copy;>)",
+        't (https://192.0.2.1/%41?a&amp;b "t &lt; u") p (http://192.0.2.1/%42&copy;)',
+    ),
     ("https://192.0.2.1/a_b_c?x=1&y=<2>", "https://192.0.2.1/a_b_c?x=1&y=<2>"),
     ("line one\nline two\\\nline three", "line one line two line three"),
     ("```python\nunclosed <fence>", "python unclosed <fence>"),
@@ -78,6 +83,10 @@ NOT_FORMULAS = [
     "$$\\undefinedcommand{$$",
     "\\(\\href{javascript:alert(1)}{x}\\)",
     "\\(\\includegraphics{http://192.0.2.1/a}\\)",
+    "$$a = 5 % of it$$",  # what would be hidden
+    "\\(a \\\\% b\\)",
+    "$x^2 \\phantom{said}$",
+    "$$\\def\\a{said} x$$",
 ]
 ALLOWED = {
     *("div", "span", "p", "br", "h3", "h4", "h5", "h6", "ul", "ol", "li", "strong", "em", "s", "code", "pre"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from fastapi.routing import APIRoute
 
 from xverse.serve.access_log import PROBES
+from xverse.serve.caller import URLS
+from xverse.serve.in_process import InProcess
 
 QUESTION = [{"role": "user", "content": "What is your name?"}]
 # A body that each route takes, with a name of its fields and a value that is wrong for it. The walk below
@@ -146,3 +149,75 @@ def test_every_route_keeps_the_time_limit_and_drains(launch: Any) -> None:
             assert refused.headers["retry-after"]
             assert "shutting down" in message(path, refused)
         server.service.runner.draining = False
+
+
+MANY = {  # requests of more parts than run at once
+    "/v1/chat/completions": {"n": 16},
+    "/v1/completions": {"n": 16},
+    "/v1/embeddings": {"input": ["x"] * 30},
+    "/v1/score": {"text_2": ["y"] * 30},
+    "/v1/rerank": {"documents": ["y"] * 30},
+    "/api/embed": {"input": ["x"] * 30},
+}
+STREAMING = [path for path in URLS if not any(kind in path for kind in ("embed", "score", "rerank"))]
+
+
+def test_what_is_admitted_is_finished_during_shutdown(new_service: Any) -> None:
+    """Streams whose head was sent, before their requests reach the engine, and parts that have not begun.
+    No other request takes the room of those parts."""
+    served = new_service(max_waiting=15)
+    runner = served.runner
+
+    async def stream(app: Any, path: str, body: dict[str, Any]) -> tuple[int, str]:
+        status, sent = 0, b""
+        left = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if not left.is_set():
+                left.set()
+                return {"type": "http.request", "body": json.dumps(body).encode()}
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+
+        async def send(message: Any) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status, runner.draining = message["status"], True
+            sent += message.get("body", b"")
+
+        head = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": head}
+        scope |= {"query_string": b"", "root_path": "", "client": None, "server": None, "http_version": "1.1"}
+        await app(scope, receive, send)
+        return status, sent.decode()
+
+    async def run() -> None:
+        app = InProcess(served)
+        async with app.running():
+            for path in STREAMING:
+                body = {**BODIES[path][0], "stream": True}
+                status, text = await stream(app._api, path, body | ({"n": 16} if path in MANY else {}))
+                assert (status, runner.open) == (200, 0)
+                assert "error" not in text.replace('"error": null', ""), text
+                runner.draining = False
+            for path, more in MANY.items():
+                reply = asyncio.create_task(app.call(path, BODIES[path][0] | more))
+                while not runner.open and not reply.done():
+                    await asyncio.sleep(0)
+                assert runner.open == 8, path
+                runner.draining = True
+                status, _, answer = await reply
+                assert status == 200, answer
+                runner.draining = False
+            body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "n": 16, "stream": True}
+            first = asyncio.create_task(stream(app._api, "/v1/completions", body))
+            while not runner.draining:  # its head was sent
+                await asyncio.sleep(0)
+            runner.draining = False
+            status, _, answer = await app.call("/v1/completions", BODIES["/v1/completions"][0] | {"n": 9})
+            assert (status, answer.get("error", {}).get("code")) == (429, "queue_full")
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+
+    asyncio.run(run())
+    assert not runner.open
+    assert not runner.uses

@@ -29,11 +29,6 @@ from xverse.serve.protocol import Tool
 from xverse.tokenizer.tools import CLOSE, OPEN
 
 
-@pytest.fixture(scope="module")
-def vocabulary(nano: Any) -> Vocabulary:
-    return Vocabulary(nano.engine.tokenizer, nano.stop_ids)
-
-
 def ids(vocabulary: Vocabulary) -> dict[bytes, int]:
     """Of tokens with equal bytes the last one, which llguidance prefers."""
     return {token: index for index, token in enumerate(vocabulary.tokens.bytes)}
@@ -241,6 +236,9 @@ PET = {"discriminator": {"propertyName": "kind"}, "oneOf": [CAT, DOG]}
         ({"type": "string", "format": "path"}, "/tmp/x", True),
         ({"type": "array", "uniqueItems": False}, [1, 1], True),
         ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, 10**17, True),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, 0, False),
+        ({"type": "number", "exclusiveMinimum": -1.5, "exclusiveMaximum": -1}, -1, False),
+        ({"type": "number", "maximum": 1e300}, 0.25, True),
     ],
     ids=str,
 )
@@ -272,6 +270,14 @@ def test_what_is_allowed(vocabulary: Vocabulary, nano: Any, schema: Any, value: 
         ({"anyOf": []}, "a list"),
         ({"items": "x"}, "not a schema"),
         ({"minimum": "1"}, "a number"),
+        ({"exclusiveMaximum": []}, "a number or, in draft 4"),
+        ({"type": "integer", "minimum": 10**19}, "1e-30 to 1e18"),
+        ({"exclusiveMaximum": -1e300}, "1e-30 to 1e18"),
+        ({"type": "number", "maximum": 1e-300}, "1e-30 to 1e18"),
+        (
+            {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}},
+            "to itself",
+        ),
         ({"properties": {"deep": {"not": {}}}}, "'not'"),
     ],
     ids=str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
+import time
 from typing import Any
 
 import openai
@@ -143,12 +144,21 @@ def test_rerank_shapes(server: Any) -> None:
         ("/rerank", {"query": "x", "documents": []}, "documents", "list of texts"),
         ("/rerank", {"query": "x", "documents": ["a"], "top_n": 0}, "top_n", "at least 1"),
         ("/rerank", {"query": "x", "documents": ["a ", "word " * 20_000]}, "documents[1]", "exceed"),
+        ("/rerank", {"query": "", "documents": ["a"]}, "query", "must not be empty"),
+        ("/rerank", {"query": "a " * 90_000, "documents": ["a"] * 2000}, "documents", "more than 300000"),
+        ("/v1/score", {"text_1": "a " * 90_000, "text_2": ["a"] * 2000}, "text_2", "more than 300000"),
+        ("/tokenize", {"prompt": "a b " * 200_000}, "prompt", "the limit is 300000"),
+        ("/tokenize", {"prompt": "a b " * 30_000, "allow_special": True}, "allow_special", "limited"),
+        ("/detokenize", {"tokens": [5] * 300_001}, "tokens", "the limit is 300000"),
+        ("/detokenize", {"tokens": [5, 10**9]}, "tokens", "outside the vocabulary"),
     ],
 )  # fmt: skip
 def test_score_errors(server: Any, path: str, body: Any, param: str, text: str) -> None:
+    begin = time.process_time()
     with server.client() as http:
         answer = http.post(path, json=body)
     assert answer.status_code == 400
+    assert time.process_time() - begin < 5  # the query of 2,000 documents is not tokenised 2,000 times
     error = answer.json()["error"]
     assert error["param"] == param
     assert text in error["message"]

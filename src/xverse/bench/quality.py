@@ -20,6 +20,7 @@ from xverse.bench.options import add_model, add_threads, positive
 from xverse.bench.report import Row, count_threads, show, using_threads
 from xverse.config import UserError, choose
 from xverse.hardware import cores
+from xverse.values import refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
 
 LENGTH = 256  # tokens per row
-OURS = ("int4", "int8", "int4-loading", "int8-loading")
+OURS = tuple(f"int{bits}{how}" for how in ("", "-loading") for bits in (4, 3, 2, 8))
 PEERS = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q3_K_M", "IQ3_S", "Q2_K", "Q8_0")  # types of llama.cpp
 _HIDDEN_ROWS = 8
 
@@ -82,7 +83,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.peers is None
         else [choose("peers", name.upper(), {kind: kind for kind in PEERS}) for name in args.peers or PEERS]
     )
-    if peers is not None:
+    if peers is None:
+        refuse_unused(args, "--peers", imatrix="both", work_dir=None)
+    else:
         from xverse.bench import llama_cpp
 
         llama_cpp.package()

@@ -26,12 +26,9 @@ def save_conversation(messages: list[Message], path: str | Path) -> None:
     text = json.dumps(
         {"format": FORMAT, "version": VERSION, "messages": messages}, ensure_ascii=False, indent=2
     )
-    try:
-        _check_target(path)
-        with atomic_file(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:  # not covered by atomic_file: a name that is too long, an I/O error
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    _check_target(path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def load_conversation(path: str | Path) -> list[Message]:

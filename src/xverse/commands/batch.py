@@ -37,16 +37,16 @@ def run(args: argparse.Namespace) -> int:
     from xverse.serve.start import load_service
 
     requests = read_requests(args.file, URLS)
-    with answers(args.out, requests) as found:
-        if len(found.given) < len(requests):
+    with answers(args.out, requests) as answered:
+        if len(answered.given) < len(requests):
             service = load_service(service_settings(args, sampling))
-            asyncio.run(_answer(InProcess(service), requests, found, args.max_batch))
-    failed = f"; {found.failed} of the answers are errors" if found.failed else ""
+            asyncio.run(_answer(InProcess(service), requests, answered, args.max_batch))
+    failed = f"; {answered.failed} of the answers are errors" if answered.failed else ""
     print(f"{len(requests)} requests answered in {args.out}{failed}")
-    return 1 if found.failed else 0
+    return 1 if answered.failed else 0
 
 
-async def _answer(app: InProcess, requests: list[BatchRequest], found: Answers, at_once: int) -> None:
+async def _answer(app: InProcess, requests: list[BatchRequest], answered: Answers, at_once: int) -> None:
     from xverse.log import notice
     from xverse.serve.batch_file import answer_all
 
@@ -58,7 +58,7 @@ async def _answer(app: InProcess, requests: list[BatchRequest], found: Answers, 
             reported = time.monotonic()
             notice(f"batch: {done} of {len(requests)} requests answered")
 
-    if found.given:
-        notice(f"batch: {len(found.given)} of {len(requests)} requests have answers; continuing")
+    if answered.given:
+        notice(f"batch: {len(answered.given)} of {len(requests)} requests have answers; continuing")
     async with app.running():
-        await answer_all(requests, found, app.call, at_once, progress)
+        await answer_all(requests, answered, app.call, at_once, progress)

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from xverse.values import whole
+from xverse.config import UserError
+from xverse.values import refuse_unused, whole
 
 if TYPE_CHECKING:
     from xverse.data.feed import PretrainFeed
     from xverse.tokenizer import Tokenizer
+
+# Flags of data show that belong to --dataset, with their defaults.
+_OF_EXAMPLES: dict[str, Any] = {
+    "dataset_dir": "data",
+    "stage": "sft",
+    "cutoff_len": 2048,
+    "identity": [],
+    "model": "nano",
+    "index": 0,
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "recipe",
         nargs="?",
         metavar="RECIPE|FOLDER",
-        help="a recipe or a prepared folder, to show its mixture",
+        help="a recipe or a prepared folder (a path or URL), to show its mixture",
     )
     show.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
     show.add_argument("--mixture", metavar="FILE", help="mixture file that replaces the recipe's mixture")
@@ -35,52 +46,35 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset", metavar="D", help="fine-tuning data: a name in dataset_info.json, a file or a hub id"
     )
     show.add_argument(
-        "--dataset-dir",
-        default="data",
-        metavar="DIR",
-        help="folder with dataset_info.json (default: %(default)s)",
+        "--dataset-dir", metavar="DIR", help="folder with dataset_info.json (default: %(default)s)"
     )
     show.add_argument(
-        "--stage",
-        choices=["sft", "pt", "dpo"],
-        default="sft",
-        help="how to read --dataset (default: %(default)s)",
+        "--stage", choices=["sft", "pt", "dpo"], help="how to read --dataset (default: %(default)s)"
     )
     show.add_argument(
         "--cutoff-len",
         type=whole(8, 10**9),
-        default=2048,
         metavar="N",
         help="maximum length of an example in tokens (default: %(default)s)",
     )
     show.add_argument(
-        "--identity",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="values for {{placeholders}} in the data",
+        "--identity", nargs="+", metavar="KEY=VALUE", help="values for {{placeholders}} in the data"
     )
-    show.add_argument(
-        "--model", default="nano", metavar="M", help="model whose tokenizer is used (default: %(default)s)"
-    )
-    show.add_argument("--index", type=whole(), default=0, metavar="N", help="number of the example, from 0")
-    for flag in ("--dialogues", "--tokenizer"):  # of older versions
-        show.add_argument(flag, help=argparse.SUPPRESS)
+    show.add_argument("--model", metavar="M", help="model whose tokenizer is used (default: %(default)s)")
+    show.add_argument("--index", type=whole(), metavar="N", help="number of the example, from 0")
+    show.set_defaults(**_OF_EXAMPLES)
 
 
 def run(args: argparse.Namespace) -> int:
-    from xverse.config import UserError
-
     if args.action == "prepare":
         return _prepare(args)
-    if args.dialogues or args.tokenizer:
-        raise UserError(
-            "data show: --dialogues and --tokenizer have been replaced; write --dataset "
-            f"{args.dialogues or 'PATH'} --model {args.tokenizer or 'DIR'}"
-        )
     if (args.recipe is None) == (args.dataset is None):
         raise UserError("data show: give a recipe or a prepared folder, or --dataset D --model M")
-    return _show_example(args) if args.dataset else _show_mixture(args)
+    if args.dataset:
+        refuse_unused(args, "a recipe or folder", mixture=None)
+        return _show_example(args)
+    refuse_unused(args, "--dataset", **_OF_EXAMPLES)
+    return _show_mixture(args)
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -93,6 +87,7 @@ def _prepare(args: argparse.Namespace) -> int:
     need("zstandard", "data", "data prepare", load=False)
     from xverse.data.prepare.pipeline import PrepareRecipe, prepare
     from xverse.data.prepare.plan import first_of
+    from xverse.place import Place
 
     recipe = load(PrepareRecipe, args.recipe, args.overrides)
     report = prepare(recipe)
@@ -120,7 +115,7 @@ def _prepare(args: argparse.Namespace) -> int:
     if report.dropped:
         print("dropped: " + ", ".join(f"{count:,} by {stage}" for stage, count in report.dropped.items()))
     if recipe.stages.any():
-        print(f"report: {recipe.out / 'report.md'}")
+        print(f"report: {Place.of(recipe.out) / 'report.md'}")
     for line in first_of(report.skipped):
         print(line)
     return 0
@@ -169,18 +164,18 @@ def _show_mixture(args: argparse.Namespace) -> int:
 def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
     """The feed that the argument names, and the number of sequences of its run (0 unless a pretraining
     recipe)."""
-    from xverse.config import UserError, load, read_yaml
+    from xverse.config import is_url, load, read_yaml
     from xverse.data.feed import PretrainFeed
     from xverse.data.mixture import MixtureConfig
 
     path = Path(args.recipe)
     mixture = MixtureConfig(file=Path(args.mixture)) if args.mixture else MixtureConfig()
-    if not path.exists():
+    if not path.exists() and not is_url(args.recipe):
         raise UserError(f"{path}: no such recipe or folder")
-    if path.is_dir():
+    if path.is_dir() or is_url(args.recipe):
         if args.overrides:
             raise UserError(f"'{args.overrides[0]}': only a recipe takes settings, not a folder")
-        return PretrainFeed(path, mixture, 512, 0), 0
+        return PretrainFeed(args.recipe, mixture, 512, 0), 0
     if {"corpus", "inputs"} & set(read_yaml(path)):
         from xverse.data.prepare.pipeline import PrepareRecipe
 
@@ -202,7 +197,6 @@ def _feed(args: argparse.Namespace) -> tuple[PretrainFeed, int]:
 
 def _show_example(args: argparse.Namespace) -> int:
     """Print one example as fine-tuning encodes it, coloured by its loss mask."""
-    from xverse.config import UserError
     from xverse.finetune.encode import load_data
     from xverse.finetune.settings import read_settings
     from xverse.formats import load_tokenizer, resolve
@@ -212,7 +206,7 @@ def _show_example(args: argparse.Namespace) -> int:
         "stage": args.stage,
         "dataset": args.dataset,
         "dataset_dir": args.dataset_dir,
-        "identity": dict(pair.partition("=")[::2] for pair in args.identity),
+        "identity": dict(_pair(text) for text in args.identity),
         "output_dir": ".",
         "do_train": True,
     }
@@ -223,6 +217,13 @@ def _show_example(args: argparse.Namespace) -> int:
     example = examples[args.index]
     _print_coloured(tokenizer, example.ids, example.mask)
     return 0
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"--identity '{text}': expected KEY=VALUE")
+    return key, value
 
 
 def _print_coloured(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xverse.config import UserError
 from xverse.device import add_device, add_tensor_parallel
-from xverse.values import positive, whole
+from xverse.values import positive, refuse_unused, whole
 
 DEFAULT_TASKS = "mmlu,ceval,agieval,gaokao-bench,gaokao-english"
 
@@ -79,7 +79,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--texts", metavar="D", help="ppl: folder with a text file for each language")
     run.add_argument(
-        "--allow-code", action="store_true", help="humaneval: permit running the code that the model writes"
+        "--allow-code",
+        action="store_true",
+        help="humaneval, skills: permit running the code that the model writes",
     )
     run.add_argument(
         "--shard", metavar="I/N", help="answer only the I-th (from 0) of N parts; `eval report` joins them"
@@ -129,6 +131,7 @@ def _run(args: argparse.Namespace) -> int:
     from xverse.eval.benchmarks import BENCHMARKS
     from xverse.eval.generation import TaskSettings
     from xverse.eval.tasks import TASKS
+    from xverse.files import check_writable
 
     names = list(dict.fromkeys(name for name in args.tasks.split(",") if name))
     if not names:
@@ -143,6 +146,15 @@ def _run(args: argparse.Namespace) -> int:
         )
     if "humaneval" in others and not args.allow_code:
         raise UserError("humaneval runs code that the model writes; pass --allow-code to permit it")
+    if len(others) == len(names):
+        needed = "a multiple-choice benchmark in --tasks"
+        refuse_unused(args, needed, shots=5, split=None, fix_none=False, skip_malformed=False)
+    if "mmlu" not in names:
+        refuse_unused(args, "mmlu in --tasks", fix_none=False)
+    if "ppl" not in names:
+        refuse_unused(args, "ppl in --tasks", texts=None)
+    if not {"humaneval", "skills"} & set(names):
+        refuse_unused(args, "humaneval or skills in --tasks", allow_code=False)
     data_dir = data_folder(args.data_dir)
     benchmarks = evaluation.load_benchmarks(
         [name for name in names if name not in TASKS],
@@ -152,6 +164,7 @@ def _run(args: argparse.Namespace) -> int:
         skip_malformed=args.skip_malformed,
     )
     out = Path(args.out).expanduser()
+    check_writable(out)
     backend = load_backend(
         args.model,
         which=args.backend,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from xverse.config import UserError
 from xverse.device import add_device, compute_device, guard
+from xverse.place import output
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", metavar="A", help="an adapter in peft's format to merge into the weights"
     )
-    parser.add_argument("--out", required=True, metavar="PATH", help="the directory or NAME.gguf to write")
+    parser.add_argument(
+        "--out", required=True, metavar="OUT", help="the directory or NAME.gguf to write; a path or URL"
+    )
     parser.add_argument(
         "--format",
         required=True,
@@ -58,7 +61,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="quantise the weights after merging --adapter; for --format hf",
     )
     add_device(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing model at PATH")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model at OUT")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             f"--type {args.type}: not a type of --format {args.format} (known: {', '.join(types)})"
         )
     device = _device(args)
-    with guard(device):
+    with guard(device), output(args.out, args.overwrite) as args.out:
         if args.quantize:
             return _export_quantized(args, device)
         if args.format == "gguf":

@@ -38,6 +38,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         if others:
             text += f"; also --{', --'.join(others)}"
         options = {**_options(hint), "default": argparse.SUPPRESS}
+        if hint is Path and field.name in Settings.URLS:
+            options["metavar"] = "OUT"
         names = [f"--{field.name}"]
         if field.name == "local_rank":
             names.append("--local-rank")  # the spelling of torch.distributed.launch
@@ -108,8 +110,9 @@ def run(args: argparse.Namespace) -> int:
 
     end_with_launcher()  # before torch is imported, which takes seconds
     from xverse.finetune.run import run_finetuning
+    from xverse.place import Place
 
     target = run_finetuning(settings)
     if target is not None:
-        print(target)
+        print(Place.of(settings.output_dir))
     return 0

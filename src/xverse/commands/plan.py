@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xverse.values import positive, whole
+from xverse.values import positive, refuse_unused, whole
 
 if TYPE_CHECKING:
     from xverse.model.config import XverseConfig
@@ -73,6 +73,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
+    from xverse.files import check_writable
     from xverse.plan.cost import predict
     from xverse.plan.devices import find_device
     from xverse.plan.report import chart, figures, text
@@ -90,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
     shape = _shape(args.shape)
     task = task_of(shape, args.shape, device, args.gpus, args.seq, args.batch_tokens)
     heading = "recommended"
+    if args.chart:
+        check_writable(args.chart.parent)
     if args.layout:
+        refuse_unused(args, "a search, which --layout replaces", top=6)
         layout, heading = given_layout(task, args.layout), "given"
         software = software_of(layout, args.optimizer)
         chosen = [predict(task.arch, layout, device, task.length, software=software)]
@@ -109,7 +113,7 @@ def _shape(name: str) -> XverseConfig:
     """A shape by name, or that of a model's directory or config.json, or of a YAML file with its keys."""
     from xverse.config import UserError, build, read_yaml
     from xverse.model.config import SHAPES, XverseConfig, named_shape
-    from xverse.texts import read_json
+    from xverse.texts import read_object
 
     path = Path(name).expanduser()
     if name not in SHAPES and (path / "config.json").is_file():
@@ -117,11 +121,10 @@ def _shape(name: str) -> XverseConfig:
     if path.suffix in (".yaml", ".yml"):
         return build(XverseConfig, read_yaml(path), str(path))
     if path.suffix != ".json":
+        if name not in SHAPES and path.is_dir():
+            raise UserError(f"--shape {name}: no config.json in this folder")
         return named_shape(name)
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return XverseConfig.from_json(values, str(path))
+    return XverseConfig.from_json(read_object(path), str(path))
 
 
 def _times(value: float | None, unit: float) -> float | None:

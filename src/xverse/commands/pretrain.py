@@ -26,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from xverse.config import load
     from xverse.launcher import end_with_launcher
+    from xverse.place import Place
 
     end_with_launcher()  # before torch is imported, which takes seconds
     from xverse.train import PretrainRecipe, pretrain
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
         settings = recipe.evaluation
         evaluate = evaluator(settings.tasks, settings.data_dir, limit=settings.limit, shots=settings.shots)
-    model = pretrain(recipe, evaluate)
+    pretrain(recipe, evaluate)
     if os.environ.get("RANK", "0") == "0":  # set by torchrun: print the result once
-        print(model)
+        print(Place.of(recipe.out) / "model")
     return 0

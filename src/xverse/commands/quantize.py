@@ -8,13 +8,14 @@ from pathlib import Path
 
 from xverse.config import UserError
 from xverse.device import add_device, compute_device, guard
+from xverse.place import output
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="nano", metavar="M", help="a directory, a hub id or nano (default: nano)"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--out", required=True, metavar="OUT", help="the directory to write; a path or URL")
     parser.add_argument("--bits", type=int, metavar="8|4|3|2", help="bits per weight")
     parser.add_argument(
         "--bpw",
@@ -68,10 +69,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "as vLLM (W8A8)",
     )
     add_device(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing model at DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model at OUT")
 
 
 def run(args: argparse.Namespace) -> int:
+    with output(args.out, args.overwrite) as args.out:
+        return _quantize(args)
+
+
+def _quantize(args: argparse.Namespace) -> int:
     from xverse.config import choose
     from xverse.kernels.weight import check_bits, check_group_size
 
@@ -108,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     from xverse.formats.write import check_target
     from xverse.log import notice
     from xverse.quant.mixing import describe_mix, parse_bits
-    from xverse.quant.quantizer import REFINED_PARAMETERS
+    from xverse.quant.quantizer import WHOLE_PARAMETERS
     from xverse.quant.settings import default_settings, describe_groups
     from xverse.quant.text import calibration_tokens, default_calibration, loading_calibration, parity_tokens
 
@@ -127,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         table=args.format == "hf" and args.levels != "integers",
     )
     if args.refine:
-        if settings.method != "gptq" or config.num_parameters() > REFINED_PARAMETERS:
+        if settings.method != "gptq" or config.num_parameters() > WHOLE_PARAMETERS:
             raise UserError("--refine is for --method gptq and models of up to a billion parameters")
         settings = dataclasses.replace(settings, refine=True)
     if args.calibration:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,10 +83,11 @@ def _train_recipe(path: str, overrides: Sequence[str], flags: dict[str, Any]) ->
     from rich.table import Table
 
     from xverse.config import load
+    from xverse.files import check_writable
     from xverse.tokenizer.recipe import TokenizerRecipe, train_recipe
 
     recipe = load(TokenizerRecipe, path, overrides, flags)
-    _check_writable(recipe.out)
+    check_writable(recipe.out)
     report = train_recipe(recipe)
     table = Table("language", box=None, pad_edge=False)
     for column in ("texts", "bytes", "distinct words", "weight", "single characters"):
@@ -103,13 +103,13 @@ def _train_recipe(path: str, overrides: Sequence[str], flags: dict[str, Any]) ->
 
 def _train_files(names: Sequence[str], flags: dict[str, Any]) -> int:
     from xverse.config import build
-    from xverse.files import alone
+    from xverse.files import alone, check_writable
     from xverse.texts import find_files
     from xverse.tokenizer.recipe import TokenizerRecipe
 
     files = find_files(names)
     out = Path(flags["out"])
-    _check_writable(out)
+    check_writable(out)
     recipe = build(TokenizerRecipe, {"corpus": names[0], **flags}, "tokenizer train")
     with alone(
         out.with_name(f".{out.name}.lock"), f"{out}: another xverse tokenizer train is writing this one"
@@ -179,6 +179,7 @@ def _report(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from xverse.files import check_writable
     from xverse.texts import find_files
     from xverse.tokenizer import Tokenizer
     from xverse.tokenizer.report import as_json, by_file, in_detail, measure, overview
@@ -186,7 +187,7 @@ def _report(args: argparse.Namespace) -> int:
 
     files = find_files(args.files)
     if args.out:
-        _check_writable(Path(args.out))
+        check_writable(Path(args.out))
     reports = [
         measure(load_vocabulary(name), files, notices=number == 0)
         for number, name in enumerate([args.tokenizer, *args.against])
@@ -235,14 +236,3 @@ def _write_report(
         path.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     with atomic_file(folder / "report.png") as path:
         plot(reports, path)
-
-
-def _check_writable(directory: Path) -> None:
-    """Raise UserError if the directory cannot be written, before minutes of training; creates nothing."""
-    from xverse.config import UserError
-
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"{directory}: cannot be written ({existing} is a file)")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{directory}: cannot be written (no permission in {existing})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xverse.config import UserError, choose
+from xverse.config import UserError, choose, is_url
 from xverse.data.mixture import MixtureConfig
 from xverse.data.packing import RUN, RUNS, PackedSequence, StreamPacker
 from xverse.data.shards import Shard
 from xverse.model import IGNORE
+from xverse.place import fetch
 from xverse.tokenizer import Tokenizer
 from xverse.tokenizer.general import load_tokenizer_of
 
@@ -50,8 +51,15 @@ def collate(sequences: Sequence[PackedSequence]) -> Batch:
     )
 
 
+def _prepared(names: Collection[str]) -> list[str]:
+    """The files of a prepared folder that a run reads."""
+    if "report.json" not in names:
+        raise UserError("data: the folder at the URL has no report.json, which data prepare writes last")
+    return [name for name in names if name.startswith(("tokenizer/", "train/", "valid/"))]
+
+
 class PretrainFeed:
-    """The training and validation batches of a prepared folder.
+    """The training and validation batches of a prepared folder, which at a URL is copied to the cache.
 
     The order is a pure function of (seed, step), independent of the number of processes. Caps and stages of a
     mixture need the number of ``sequences`` in the run, and of those ``before`` a step. Raises UserError for
@@ -67,6 +75,7 @@ class PretrainFeed:
         sequences: int = 0,
         before: Callable[[int], int] | None = None,
     ) -> None:
+        folder = fetch(str(folder), _prepared, "data") if is_url(folder) else folder
         self.folder, self.length = Path(folder), length
         if not (self.folder / "train").is_dir():
             raise UserError(

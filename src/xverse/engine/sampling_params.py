@@ -53,7 +53,7 @@ class Param:
 
     def check(self, name: str, value: Any) -> None:
         """Raises UserError unless ``value`` is a number of this kind within the range."""
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
         high = math.inf if self.high is None else self.high
         if not number or not self.low <= value <= high or (self.above and value == self.low):
             span = f"at least {self.low}" if self.high is None else f"{self.low} to {self.high}"

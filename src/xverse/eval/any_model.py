@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from xverse.config import UserError
-from xverse.formats import ModelDirectory
+from xverse.formats import ModelDirectory, load_model
 from xverse.log import notice
+from xverse.model.families import FAMILIES
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
 _UNBOUNDED = 2048  # tokens of a prompt, for models whose configuration gives no limit
@@ -18,9 +19,9 @@ def load_any(directory: ModelDirectory) -> tuple[Any, Encode, int]:
     """The model on the CPU in its stored type, a function from text to ids, with what the model's tokenizer
     puts before a text, and the context length.
 
-    Models whose published code transformers does not have are translated where ``formats/foreign`` knows
-    them. Raises UserError for others, for models of transformers that are not causal language models, and
-    for what transformers cannot load.
+    Models whose published code transformers lacks run in this project's forward pass, or are translated by
+    ``formats/foreign``, if either knows them. Raises UserError for others, for models of
+    transformers that are not causal language models, and for what transformers cannot load.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -51,19 +52,23 @@ def load_any(directory: ModelDirectory) -> tuple[Any, Encode, int]:
 
 def _translated(directory: ModelDirectory, version: str) -> tuple[Any, Encode, int]:
     from xverse.formats.foreign import load_foreign
-    from xverse.formats.foreign.families import MODEL_TYPES
+    from xverse.formats.foreign.families import FAMILIES as TRANSLATED
 
     kind = directory.model_type
-    if kind not in MODEL_TYPES:
+    if kind in FAMILIES:
+        from xverse.hf import XverseForCausalLM
+
+        model = XverseForCausalLM.of(load_model(directory), {})
+        tokenizer, context = directory.tokenizer, directory.config.context_length
+        return model, lambda text: [*tokenizer.prefix_ids, *tokenizer.encode(text)], context
+    if kind not in TRANSLATED:
         raise UserError(
             f"{directory.path / 'config.json'}: model_type {kind!r} is not in transformers {version}, and "
             "code in a model's directory is not run"
         )
     foreign = load_foreign(directory)
-    first, encode = list(foreign.tokenizer.bos_ids), foreign.tokenizer.encode
-    context = _context(foreign.model.config)
-    assert context is not None
-    return foreign.model, lambda text: [*first, *encode(text)], context
+    first, encode = foreign.tokenizer.bos_ids, foreign.tokenizer.encode
+    return foreign.model, lambda text: [*first, *encode(text)], _context(foreign.model.config) or _UNBOUNDED
 
 
 def _prefix(tokenizer: Any) -> list[int]:

@@ -42,13 +42,13 @@ class Continuations:
         progress: Callable[[int, int], None] | None,
     ) -> list[tuple[str, str]]:
         """As ``generate_replies``."""
-        found = []
+        replies = []
         for number, ids in enumerate(prompts):
             room = max(1, min(max_new_tokens, self.context_length - len(ids)))
-            found.append(self._reply(list(ids), room, set(stop_ids), tuple(stop)))
+            replies.append(self._reply(list(ids), room, set(stop_ids), tuple(stop)))
             if progress is not None:
                 progress(number + 1, len(prompts))
-        return found
+        return replies
 
     @torch.inference_mode()
     def _reply(self, ids: list[int], room: int, ends: set[int], stop: tuple[str, ...]) -> tuple[str, str]:

@@ -69,16 +69,16 @@ _VOCABULARY = {language: frozenset(words.split()) for language, words in WORDS.i
 def problem(reply: str, finish_reason: str | None, check: Mapping[str, Any], allow_code: bool) -> str | None:
     """Why a reply is wrong, or None. ``finish_reason``: "stop" if it ended by itself. A program is run only
     with ``allow_code``; without it, its presence is enough."""
-    found = unfinished(reply, finish_reason) or repetitive(reply) or role_text(reply)
-    if found:
-        return found
+    fault = unfinished(reply, finish_reason) or repetitive(reply) or role_text(reply)
+    if fault:
+        return fault
     for key, value in check.items():
         if key == "program":
-            found = wrong_program(reply, value, allow_code)
+            fault = wrong_program(reply, value, allow_code)
         else:
-            found = _RULES[key](reply, value)
-        if found:
-            return found
+            fault = _RULES[key](reply, value)
+        if fault:
+            return fault
     return None
 
 
@@ -219,15 +219,15 @@ def _word_letter(letter: str) -> bool:
 def _positions(text: str, word: str) -> list[int]:
     """Where ``word`` occurs in ``text``, not inside another word or number; case is ignored."""
     text, word = _folded(text), _folded(word)
-    found, at = [], text.find(word)
+    offsets, at = [], text.find(word)
     while at >= 0:
         end = at + len(word)
         inside = at > 0 and _word_letter(text[at - 1]) and _word_letter(word[0])
         longer = end < len(text) and word[-1].isdigit() and text[end].isdigit()
         if not inside and not longer:
-            found.append(at)
+            offsets.append(at)
         at = text.find(word, at + 1)
-    return found
+    return offsets
 
 
 def _folded(text: str) -> str:
@@ -258,7 +258,7 @@ def _starts(reply: str, words: Sequence[str]) -> str | None:
 
 def _mentioned(which: Callable[[list[int]], int], order: int) -> Callable[[str, Sequence[str]], str | None]:
     def rule(reply: str, words: Sequence[str]) -> str | None:
-        places = {word: which(found) for word in words if (found := _positions(reply, word))}
+        places = {word: which(offsets) for word in words if (offsets := _positions(reply, word))}
         if words[0] not in places:
             return f"lacks {words[0]}"
         best = min(places, key=lambda word: order * places[word])

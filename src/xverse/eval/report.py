@@ -15,8 +15,8 @@ from xverse.eval import published, store
 from xverse.eval.adaptive import estimate, needed
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.statistics import Score, calibration_error, score
-from xverse.files import atomic_file
-from xverse.texts import read_json
+from xverse.files import atomic_file, make_folder
+from xverse.texts import read_object
 
 Rows = list[dict[str, Any]]
 _LIBRARIES = ("torch", "transformers", "tokenizers")
@@ -45,11 +45,11 @@ def read(folder: Path) -> Evaluation:
     answers: dict[str, dict[str, Rows]] = {}
     for path in sorted((folder / "answers").glob("*/*.jsonl")):
         answers.setdefault(path.parent.name, {})[path.stem] = store.read(path)
-    tasks = {path.stem: read_json(path) for path in sorted((folder / "tasks").glob("*.json"))}
+    tasks = {path.stem: read_object(path) for path in sorted((folder / "tasks").glob("*.json"))}
     if not answers and not tasks:
         raise UserError(f"{folder}: no subject has been answered yet")
     facts = folder / "run.json"
-    return Evaluation(folder, settings, read_json(facts) if facts.exists() else {}, answers, tasks)
+    return Evaluation(folder, settings, read_object(facts) if facts.exists() else {}, answers, tasks)
 
 
 def scores(evaluation: Evaluation, task: str, category: str | None = None) -> Score:
@@ -75,7 +75,7 @@ def _right(evaluation: Evaluation, task: str, category: str | None = None) -> di
 
 def write(folder: Path, evaluations: Sequence[Evaluation]) -> None:
     """Write report.md, report.json and report.png, and for C-Eval's test set ceval_submission.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for evaluation in evaluations:
         if sent := submission(evaluation):
             _write(folder / "ceval_submission.json", json.dumps(sent, ensure_ascii=False, indent=1))

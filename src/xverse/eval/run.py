@@ -235,7 +235,6 @@ def run_tasks(
 
             task = TaskRun(backend.engine, backend.stop_ids, data_dir, settings, report)
             outcome = choose("task", name, TASKS)(task)
-        path.parent.mkdir(parents=True, exist_ok=True)
         if outcome.page:
             with atomic_file(out / f"{name}.md") as partial:
                 partial.write_text(outcome.page + "\n", encoding="utf-8")

@@ -14,14 +14,14 @@ from typing import Any
 from xverse.config import UserError
 from xverse.eval.scoring import Answer
 from xverse.files import atomic_file
-from xverse.texts import read_json, read_jsonl
+from xverse.texts import read_jsonl, read_object
 
 
 def begin(out: Path, settings: dict[str, Any]) -> None:
     """Create the folder or resume in it. Raises UserError if it holds an evaluation with other settings."""
     path = out / "settings.json"
     if path.exists():
-        stored = read_json(path)
+        stored = read_object(path)
         different = sorted(key for key in {*stored, *settings} if stored.get(key) != settings.get(key))
         if different:
             name = different[0]
@@ -30,16 +30,15 @@ def begin(out: Path, settings: dict[str, Any]) -> None:
                 f"{settings.get(name)!r}); name another --out"
             )
         return
-    out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
 
 def settings(out: Path) -> dict[str, Any]:
     """The settings of an evaluation. Raises UserError where there is none."""
     path = out / "settings.json"
-    if not path.exists():
-        raise UserError(f"{out}: no evaluation here (no settings.json)")
-    values: dict[str, Any] = read_json(path)
+    values = read_object(path) if path.exists() else {}
+    if not isinstance(values.get("model"), str):
+        raise UserError(f"{out}: no evaluation here (no settings.json that names a model)")
     return values
 
 
@@ -54,7 +53,6 @@ def path_of(out: Path, task: str, subject: str) -> Path:
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write all answers of a subject, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")

@@ -143,7 +143,7 @@ class Task:
     padding_side: Annotated[Literal["left", "right"] | None, "saved with the tokenizer; not used"] = None
 
     # the run
-    output_dir: Annotated[Path, "folder of the run and of the finished model"]
+    output_dir: Annotated[Path, "folder of the run and of the finished model, a path or URL"]
     overwrite_output_dir: Annotated[bool, "start anew in a folder that holds another run"] = False
     resume_from_checkpoint: Annotated[str | None, "checkpoint to resume from; unset: the last one"] = None
     plot_loss: Annotated[bool, "draw loss.png"] = False

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from xverse.config import UserError, need
+from xverse.config import UserError, choose, need
 from xverse.device import report_unused_gpu
-from xverse.finetune.settings import Settings, training_values
+from xverse.finetune.settings import Settings, split_names, training_values
 from xverse.log import notice
+from xverse.texts import read_object
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
@@ -34,16 +35,12 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         )
     if settings.load_best_model_at_end and settings.evaluates == "epoch":
         values.setdefault("save_strategy", "epoch")
-    for name in ("fsdp_config", "lr_scheduler_kwargs"):
-        if name in values and values[name].lstrip().startswith("{"):
-            values[name] = json.loads(values[name])
-    for tracker in str(values["report_to"]).split(","):
-        if tracker == "tensorboard":
-            need("tensorboard", "track", "--report_to tensorboard", load=False)
-        elif tracker == "wandb":
-            need("wandb", "track", "--report_to wandb", load=False)
-    if "," in values["report_to"]:
-        values["report_to"] = values["report_to"].split(",")
+    for name, options in (
+        ("lr_scheduler_kwargs", settings.scheduler_options),
+        ("fsdp_config", settings.fsdp_options),
+    ):
+        values |= {name: options()} if name in values else {}
+    values["report_to"] = _trackers(values["report_to"])
     values |= {
         "remove_unused_columns": False,
         "label_names": ["labels"],
@@ -68,6 +65,16 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     if sharded and args.use_cpu:
         _shard_on_cpu()
     return args
+
+
+def _trackers(text: str) -> list[str]:
+    """The trackers of ``report_to``. Raises UserError for an unknown one and a missing package."""
+    known = {name: name for name in ("none", "all", *INTEGRATION_TO_CALLBACK)}
+    names = [choose("tracker in report_to", name, known) for name in split_names(text)]
+    for name in ("tensorboard", "wandb"):
+        if name in names:
+            need(name, "track", f"report_to {name}", load=False)
+    return names
 
 
 def _one_gpu(args: TrainingArguments) -> None:
@@ -126,11 +133,5 @@ def deepspeed_file(name: str) -> Path:
 def _check_deepspeed(path: Path) -> None:
     """Raise UserError for a file that is not JSON, and for DeepSpeed's tensor parallelism, whose split
     weights the loss and the adapters do not know."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--deepspeed {path}: expected an object")
-    if "tensor_parallel" in values:
+    if "tensor_parallel" in read_object(path):
         raise UserError(f"--deepspeed {path}: tensor_parallel (AutoTP) is not supported; use ZeRO-3 or fsdp")

@@ -8,7 +8,7 @@ from torch import nn
 
 from xverse.config import UserError, nearest
 from xverse.finetune.settings import Settings
-from xverse.formats.adapters import check_adapter, import_peft, peft_config
+from xverse.formats.adapters import check_adapter, import_peft, peft_config, peft_model
 from xverse.kernels.linear import QuantLinear
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -34,7 +34,7 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
     if settings.adapter_name_or_path:
         path = check_adapter(settings.adapter_name_or_path)
         config = peft_config(model, path)
-        return peft.PeftModel.from_pretrained(model, str(path), config=config, is_trainable=True)
+        return peft_model(model, path, config, is_trainable=True)
     targets = _names(settings.lora_target, LINEARS, model, "lora_target")
     extra = settings.additional_target
     shared = {"lm_head", "embed_tokens"} & {

@@ -13,13 +13,14 @@ from xverse.config import UserError
 from xverse.files import atomic_file
 from xverse.finetune.encode import Data, Example, Prompt
 from xverse.finetune.settings import Settings, read_settings, to_values
-from xverse.formats.checkpoint import MARKS, check_files
-from xverse.formats.weights import read_object
+from xverse.formats.checkpoint import check_files
 from xverse.log import notice
+from xverse.place import MARKS
+from xverse.texts import read_object
 from xverse.train.keeping import LOCK, Kept, read_json
 from xverse.train.parallel import World
 
-STATE, TRAINER = "finetune.json", "trainer_state.json"
+STATE, TRAINER, PREFIX = "finetune.json", "trainer_state.json", "checkpoint-"
 AUTOMATIC = (None, "true", "True")  # resume_from_checkpoint: from the last one
 # Settings that may differ between a run and its continuation.
 FREE = {
@@ -63,7 +64,7 @@ def _digest(examples: Sequence[Example]) -> str:
 
 def checkpoints_of(out: Path) -> Kept:
     """The checkpoints of a run."""
-    return Kept(out, "checkpoint-")
+    return Kept(out, PREFIX)
 
 
 def is_finished(settings: Settings, state: dict[str, Any]) -> bool:
@@ -90,6 +91,8 @@ def resume_point(settings: Settings, state: dict[str, Any], world: World) -> str
         path = Path(settings.resume_from_checkpoint)
         if not path.is_dir():
             raise UserError(f"resume_from_checkpoint: no such folder: {settings.resume_from_checkpoint}")
+        if not (path / TRAINER).is_file():
+            raise UserError(f"resume_from_checkpoint: {path}: not a checkpoint of fine-tuning: no {TRAINER}")
         check_files(path)
         return settings.resume_from_checkpoint
     if world.rank == 0:

@@ -18,9 +18,9 @@ from xverse.finetune.preferences import MeanOfPairs
 from xverse.finetune.rewards import Completion
 from xverse.finetune.trainer import Batch, inputs_of
 from xverse.formats import ModelDirectory, load_model
-from xverse.formats.adapters import CONFIG, check_base, fingerprint, import_peft, peft_config
-from xverse.formats.weights import read_object
+from xverse.formats.adapters import CONFIG, check_base, fingerprint, peft_config, peft_model
 from xverse.hf.classification import XverseForSequenceClassification
+from xverse.texts import read_object
 from xverse.tokenizer import Tokenizer
 
 _AT_ONCE = 16  # replies that are scored together
@@ -71,9 +71,7 @@ class RewardModel:
             check_base(lambda: fingerprint(plain), path, base.path)
             own = base.tokenizer
             model = XverseForSequenceClassification.of(plain, base.generation_config, max(0, own.pad_id))
-            self.model = import_peft().PeftModel.from_pretrained(
-                model, folder, config=peft_config(model, path)
-            )
+            self.model = peft_model(model, path, peft_config(model, path))
         else:
             names = read_object(path / "config.json").get("architectures") or ["nothing"]
             if not any("SequenceClassification" in name for name in names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,7 +20,7 @@ from xverse.finetune.encode import Data, load_data, stream_data
 from xverse.finetune.launch import training_arguments
 from xverse.finetune.quantization_aware import write_rounded
 from xverse.finetune.replay import Languages, add_replay
-from xverse.finetune.resume import begin_anew, is_finished, resume_point, run_state, write_state
+from xverse.finetune.resume import PREFIX, begin_anew, is_finished, resume_point, run_state, write_state
 from xverse.finetune.rollouts import AT_ONCE
 from xverse.finetune.safety import ReturnMemory, StopOnSignal, world_of
 from xverse.finetune.settings import Settings
@@ -29,10 +30,12 @@ from xverse.formats.adapters import fingerprint, write_base
 from xverse.formats.quantize import quick_settings, stored_bytes
 from xverse.kernels.bfloat16 import conversion_bytes
 from xverse.log import notice
+from xverse.place import Place, read_list
 from xverse.plan import finetune_memory
 from xverse.tokenizer import Tokenizer
 from xverse.tokenizer.published import with_format
-from xverse.train.keeping import locked
+from xverse.train.copies import Copies
+from xverse.train.keeping import Kept, locked
 from xverse.train.parallel import World
 from xverse.train.plot import plot_loss
 from xverse.train.survival import Interrupted, requests
@@ -46,15 +49,19 @@ def run_finetuning(settings: Settings) -> Path | None:
     can be found before training, and if the loss stops being finite; Interrupted after SIGINT or SIGTERM,
     when a checkpoint has been saved.
     """
+    place = Place.of(settings.output_dir)  # at a URL, the run's folder is in the cache
+    settings = dataclasses.replace(settings, output_dir=place.local)
     args = training_arguments(settings)
     world = world_of(args)
+    copies = Copies(place, Kept(place.local, PREFIX), settings.save_total_limit)
     if not settings.do_train:
-        return _run(settings, args, world)
+        return _run(settings, args, world, copies)
     with locked(settings.output_dir, world):
-        return _run(settings, args, world)
+        copies.bring(world, anew=settings.overwrite_output_dir)
+        return _run(settings, args, world, copies)
 
 
-def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | None:
+def _run(settings: Settings, args: TrainingArguments, world: World, copies: Copies) -> Path | None:
     first = world.rank == 0
     source = ModelDirectory.named(settings.model_name_or_path)
     if source.scheme is not None and settings.finetuning_type != "lora":
@@ -71,6 +78,8 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
     if settings.do_train:
         if world.agreed(is_finished(settings, state)):
             world.say(f"{settings.output_dir}: this run is finished")
+            if first and copies.place.url and not read_list(copies.place.url):
+                copies.place.send(skip=PREFIX)
             return settings.output_dir if first else None
         checkpoint = resume_point(settings, state, world)
     predicted = _check_memory(source, settings, args, data, length) if settings.do_train else 0
@@ -80,11 +89,13 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
     adapter = first and settings.do_train and settings.finetuning_type == "lora"
     digest = fingerprint(load_model(source)) if adapter else ""
     trainer = make_trainer(source, settings, args, data, read, tokenizer, length)
-    trainer.keep(world, functools.partial(write_base, base=settings.model_name_or_path, digest=digest))
+    write = functools.partial(write_base, base=settings.model_name_or_path, digest=digest)
+    trainer.keep(world, write, copies)
     if not settings.do_train:
         metrics = trainer.evaluate()
         print(json.dumps(metrics)) if first else None
         return None
+    trainer.check_metric()
     if first:
         if checkpoint is None:
             begin_anew(settings)
@@ -101,6 +112,7 @@ def _run(settings: Settings, args: TrainingArguments, world: World) -> Path | No
     trainer.saver.finish(lambda: _save(trainer, settings, source, data, metrics, digest))
     if first:
         write_state(settings, {**state, "finished": trainer.state.global_step})
+        copies.place.send(skip=PREFIX)
     return settings.output_dir if first else None
 
 

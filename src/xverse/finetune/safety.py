@@ -21,9 +21,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from xverse import hardware
 from xverse.config import UserError
 from xverse.files import atomic_file
-from xverse.finetune.resume import checkpoints_of
-from xverse.formats.checkpoint import MARKS
 from xverse.log import notice
+from xverse.place import MARKS
+from xverse.train.copies import Copies
 from xverse.train.keeping import fingerprints, is_full, reason
 from xverse.train.parallel import ALONE, World
 from xverse.train.survival import Requests
@@ -52,8 +52,8 @@ class Saver:
     """Writes Trainer's checkpoints, with the fingerprints of their files. One that cannot be written causes a
     warning; on a full disk older ones are deleted for it."""
 
-    def __init__(self, out: Path, world: World) -> None:
-        self._kept, self._world = checkpoints_of(out), world
+    def __init__(self, copies: Copies, world: World) -> None:
+        self._kept, self._copies, self._world = copies.kept, copies, world
 
     def save(self, step: int, write: Callable[[Path], None], last: bool) -> None:
         """Write ``checkpoint-STEP``; every process calls it. With ``last``, when the run ends with it, raises
@@ -62,6 +62,9 @@ class Saver:
         while True:
             problem = self._try(path, write)
             if not problem:
+                unsent = self._copies.send(path, last) if self._world.rank == 0 else ""
+                if unsent := self._world.agreed(unsent):
+                    raise UserError(unsent)
                 return
             again = False
             if self._world.rank == 0:
@@ -115,7 +118,7 @@ def _problem(write: Callable[[], None]) -> str:
     try:
         write()
     except UserError as error:
-        if not is_full(str(error)):
+        if not isinstance(error.__cause__, OSError):  # which files.py reports so
             raise
         return str(error)
     except WRITING as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from xverse.engine.sampling_params import SamplingParams
 from xverse.finetune.fields import TEMPLATE, TEMPLATES, Arguments, DatasetUse, Replay, Rollouts, Task
 from xverse.finetune.foreign_keys import refuse_former_recipe, take_foreign
 from xverse.log import notice
+from xverse.texts import parse_json, read_object
 
 HELD_OUT = 0.01  # share held out for evaluation without val_size and eval_dataset
 
@@ -60,13 +61,14 @@ class Settings(Arguments, Rollouts, Task):
     Raises ValueError, naming the setting, for values that contradict each other.
     """
 
-    URLS = ("model_name_or_path",)
+    URLS = ("model_name_or_path", "output_dir")
 
     def __post_init__(self) -> None:
         self._check_ranges()
         self._check_task()
         self._check_data()
         self._check_method()
+        self._check_options()
 
     def _check_ranges(self) -> None:
         for names, (low, high, span) in _RANGES.items():
@@ -170,6 +172,27 @@ class Settings(Arguments, Rollouts, Task):
         if self.finetuning_type == "lora" and (self.save_dtype or self.generation):
             name = "save_dtype" if self.save_dtype else "generation"
             raise ValueError(f"{name} needs finetuning_type full or freeze: an adapter uses its base's")
+
+    def _check_options(self) -> None:
+        """Texts that transformers would parse when the run begins, and what the finished model keeps."""
+        self.scheduler_options()
+        self.fsdp_options()
+        for option in split_names(self.optim_args or ""):
+            if not option.partition("=")[2]:
+                raise ValueError(f"optim_args: '{option}' is not name=value; separate several by commas")
+        try:
+            SamplingParams(**{name: value for name, value in self.generation.items() if name in _GENERATION})
+        except UserError as error:
+            raise ValueError(f"generation: {error}") from None
+
+    def scheduler_options(self) -> dict[str, Any]:
+        """``lr_scheduler_kwargs``. Raises UserError for anything but a JSON object."""
+        return _json_object(self.lr_scheduler_kwargs or "{}", "lr_scheduler_kwargs")
+
+    def fsdp_options(self) -> dict[str, Any]:
+        """``fsdp_config``, from its text or its file. Raises UserError for anything but a JSON object."""
+        text = (self.fsdp_config or "{}").strip()
+        return _json_object(text, "fsdp_config") if text.startswith("{") else read_object(text)
 
     def _check_grpo(self) -> None:
         if self.stage != "grpo":
@@ -293,6 +316,30 @@ ALIASES = {
 }
 
 
+# What only some runs use, by what they need; in others it is accepted without effect.
+_ONLY_WITH: dict[str, tuple[str, Callable[[Settings], bool]]] = {
+    "finetuning_type freeze": (
+        "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules",
+        lambda settings: settings.finetuning_type == "freeze",
+    ),
+    "finetuning_type lora and a new adapter": (
+        "lora_rank lora_alpha lora_dropout lora_target additional_target use_rslora use_dora",
+        lambda settings: settings.finetuning_type == "lora" and not settings.adapter_name_or_path,
+    ),
+    "loraplus_lr_ratio": ("loraplus_lr_embedding", lambda settings: settings.loraplus_lr_ratio is not None),
+    "stage dpo or kto": ("pref_beta pref_ftx", lambda settings: settings.stage in ("dpo", "kto")),
+    "stage dpo": ("pref_loss", lambda settings: settings.stage == "dpo"),
+    "pref_loss simpo": ("simpo_gamma", lambda settings: settings.pref_loss == "simpo"),
+    "stage kto": ("kto_chosen_weight kto_rejected_weight", lambda settings: settings.stage == "kto"),
+    "streaming": ("buffer_size", lambda settings: settings.streaming),
+    "load_best_model_at_end": (
+        "metric_for_best_model greater_is_better",
+        lambda settings: settings.load_best_model_at_end or settings.save_strategy == "best",
+    ),
+    "fsdp": ("fsdp_config", lambda settings: bool(settings.fsdp)),
+    "eval_strategy steps or epoch": ("eval_steps eval_delay", lambda settings: settings.evaluates != "no"),
+}
+
 # Settings with a meaning of their own, by other keys: see _resolve_aliases.
 DERIVED = ("disable_gradient_checkpointing", "train_sampling_strategy")
 _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of LLaMA-Factory, too
@@ -300,6 +347,13 @@ _COMMA_SEPARATED = (
     "lora_target", "additional_target", "freeze_trainable_modules", "freeze_extra_modules", "report_to",
     "reward_funcs", "reward_weights",
 )  # fmt: skip
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    values = parse_json(text, where)
+    if not isinstance(values, dict):
+        raise UserError(f'{where}: expected a JSON object, such as {{"key": 1}}, found {text}')
+    return values
 
 
 def split_names(text: str) -> list[str]:
@@ -351,6 +405,11 @@ def read_settings(values: Mapping[str, Any], where: str, quiet: bool = True) -> 
         text = f"not supported: {'; '.join(refused)}"
         raise UserError(f"{where}: {text}{f'; {unknown_text(unknown)}' if unknown else ''}")
     settings = build(Settings, values, where)
+    defaults = {item.name: item.default for item in dataclasses.fields(settings)}
+    for needed, (names, applies) in _ONLY_WITH.items():
+        given = [name for name in names.split() if getattr(settings, name) != defaults[name]]
+        if given and not applies(settings):
+            without_effect.append(f"{', '.join(given)} (only used with {needed})")
     if without_effect and not quiet:
         notice(f"{where}: accepted without effect: {'; '.join(without_effect)}")
     return settings

@@ -8,6 +8,7 @@ accumulation nor the number of processes changes the loss.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from xverse.config import UserError
+from xverse.config import UserError, choose
 from xverse.data.order import random_order
 from xverse.data.packing import pack_examples
 from xverse.files import atomic_file
@@ -32,6 +33,7 @@ from xverse.finetune.stream import Stream
 from xverse.log import JsonlLog, notice
 from xverse.model import IGNORE
 from xverse.tokenizer import Tokenizer
+from xverse.train.copies import Copies
 from xverse.train.parallel import ALONE, World
 
 FILLER = -1  # a row without examples and loss, which completes the last step of an epoch
@@ -241,9 +243,11 @@ class FinetuneTrainer(Trainer):
             self.optimizer = self._make_optimizer(model or self.model)
         return super().create_optimizer(model)
 
-    def keep(self, world: World, write_base: Callable[[Path], None]) -> None:
-        """Set what checkpoints need: the processes, and what records the base of an adapter."""
-        self.saver, self.world = Saver(Path(str(self.args.output_dir)), world), world
+    def keep(self, world: World, write_base: Callable[[Path], None], copies: Copies) -> None:
+        """Set what checkpoints need: the processes, what records the base of an adapter, and their copies at
+        a URL, of which that of the best checkpoint stays."""
+        best = dataclasses.replace(copies.kept, forever=lambda step: step == self.state.best_global_step)
+        self.saver, self.world = Saver(dataclasses.replace(copies, kept=best), world), world
         self._write_base = write_base
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -310,6 +314,15 @@ class FinetuneTrainer(Trainer):
     def held_out_metrics(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / max(1.0, sums[1])
         return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+
+    def check_metric(self) -> None:
+        """Raise UserError if the best checkpoint is to be found by a figure that evaluation lacks."""
+        name = self.args.metric_for_best_model
+        if name is None or not isinstance(self.eval_dataset, Rows):
+            return
+        names = sorted({example.dataset for example in self.eval_dataset.examples})
+        known = [*self.held_out_metrics([0.0] * 4), *(f"loss/{name}" for name in names if len(names) > 1)]
+        choose("metric_for_best_model", name.removeprefix("eval_"), dict.fromkeys(known))
 
     @torch.no_grad()
     def evaluate(

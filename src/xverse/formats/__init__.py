@@ -12,13 +12,7 @@ from xverse.lazy import lazy
 
 if TYPE_CHECKING:
     from xverse.formats.compare import logits, parity
-    from xverse.formats.directory import (
-        ModelDirectory,
-        load_tokenizer,
-        read_config,
-        read_generation_config,
-        read_scheme,
-    )
+    from xverse.formats.directory import ModelDirectory, load_tokenizer
     from xverse.formats.gguf import save_gguf
     from xverse.formats.gguf_read import open_gguf
     from xverse.formats.read import load_model
@@ -27,8 +21,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "xverse.formats.compare": "logits parity",
-    "xverse.formats.directory": "ModelDirectory load_tokenizer read_config read_scheme "
-    "read_generation_config",
+    "xverse.formats.directory": "ModelDirectory load_tokenizer",
     "xverse.formats.gguf": "save_gguf",
     "xverse.formats.gguf_read": "open_gguf",
     "xverse.formats.read": "load_model",

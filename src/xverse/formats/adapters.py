@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from xverse.config import UserError, need
 from xverse.formats.compare import fixed_tokens
 from xverse.formats.compare import logits as logits_of
-from xverse.formats.weights import read_object
 from xverse.kernels.linear import QuantLinear
 from xverse.log import notice
 from xverse.model import FullCausal, XverseForCausalLM
+from xverse.texts import read_object
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "xverse_base.json"
 SAMPLES = 256  # values of each tensor in the fingerprint
@@ -47,26 +47,36 @@ def apply_adapter(model: XverseForCausalLM, path: str | Path, base: str | Path |
     an adapter of another base, and one whose tensors do not fit.
     """
     path = check_adapter(path)
-    peft = import_peft()
     if base is not None:
         check_base(lambda: fingerprint(model), path, base)
     config = peft_config(model, path)
     config.task_type = None  # PeftModelForCausalLM needs transformers' generate
     config.inference_mode = True
+    return peft_model(model, path, config, autocast_adapter_dtype=False).eval()
+
+
+def peft_model(model: Any, path: Path, config: Any, **options: Any) -> Any:
+    """peft's model with the adapter of a directory. Raises UserError for one that does not fit or cannot be
+    read."""
     try:
-        adapted = peft.PeftModel.from_pretrained(
-            model, str(path), config=config, autocast_adapter_dtype=False
-        )
-    except (RuntimeError, ValueError) as error:
+        return import_peft().PeftModel.from_pretrained(model, str(path), config=config, **options)
+    except UserError:
+        raise
+    except Exception as error:  # peft and safetensors raise many kinds
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: the adapter does not fit the model: {text}") from None
-    return adapted.eval()
 
 
 def peft_config(model: nn.Module, path: Path) -> Any:
     """peft's configuration of an adapter, also for quantised layers. Raises UserError for one that needs
     plain weights if the model's are quantised."""
-    config = import_peft().PeftConfig.from_pretrained(str(path))
+    peft = import_peft()
+    read_object(path / CONFIG)  # whose message is better than peft's
+    try:
+        config = peft.PeftConfig.from_pretrained(str(path))
+    except Exception as error:  # it passes the file's values to constructors
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{path / CONFIG}: not in peft's format ({text})") from None
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         from xverse.formats.qlora import register
 

@@ -19,8 +19,10 @@ from xverse.config import UserError
 from xverse.files import check_fingerprint
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.parts import SHARD, Index, read_header
-from xverse.formats.weights import TensorFiles, listed, read_object
+from xverse.formats.weights import TensorFiles, listed
 from xverse.log import notice
+from xverse.place import MARKS, STATE
+from xverse.texts import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 
     from xverse.formats.schemes import Scheme
 
-STATE = "state.json"  # of a checkpoint of pretraining
-MARKS = "fingerprints.json"  # of a checkpoint of fine-tuning
 FSDP = "pytorch_model_fsdp_0"  # accelerate's folder of a sharded model
 MODEL = "model."  # begins the names of the parameters
 _DAMAGED = (OSError, ValueError, KeyError, TypeError)
@@ -59,13 +59,15 @@ def model_at(path: Path, name: str | None = None) -> ModelDirectory | None:
 
 def _model_of_run(run: Path, name: str | None) -> ModelDirectory | None:
     finished = run / "model"
-    found = sorted((run / "checkpoints").glob("step-*"), key=_step)
-    found = found or sorted(run.glob("checkpoint-*"), key=_step)
-    found = [path for path in found if _step(path) >= 0]
-    if (finished / "config.json").is_file() and (not found or _finished_step(run) >= _step(found[-1])):
+    checkpoints = sorted((run / "checkpoints").glob("step-*"), key=_step)
+    checkpoints = checkpoints or sorted(run.glob("checkpoint-*"), key=_step)
+    checkpoints = [path for path in checkpoints if _step(path) >= 0]
+    if (finished / "config.json").is_file() and (
+        not checkpoints or _finished_step(run) >= _step(checkpoints[-1])
+    ):
         return ModelDirectory(finished, name)
     problems = []
-    for path in reversed(found):
+    for path in reversed(checkpoints):
         try:
             model = model_at(path, name) or ModelDirectory(path, name)
             _ = model.values

@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any
 from xverse.config import UserError, nearest
 from xverse.formats.packed import Packing, UnpackedFiles, packing_of
 from xverse.formats.schemes import Scheme, quantization_of
-from xverse.formats.weights import (
-    IGNORED_SUFFIX,
-    TensorFiles,
-    listed,
-    read_object,
-    read_tensors,
-    weight_files,
-)
+from xverse.formats.weights import IGNORED_SUFFIX, TensorFiles, listed, read_tensors, weight_files
 from xverse.hub.resolve import resolve
 from xverse.model import XverseConfig
+from xverse.texts import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -111,9 +105,14 @@ class ModelDirectory:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """``generation_config.json``; empty if there is none."""
+        """``generation_config.json``; empty if there is none. Raises UserError for what is not a token id."""
         file = self.path / "generation_config.json"
-        return read_object(file) if file.exists() else {}
+        values = read_object(file) if file.exists() else {}
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = values.get(key)
+            if any(type(index) is not int for index in (ids if isinstance(ids, list) else [ids or 0])):
+                raise UserError(f"{file}: {key} must be a token id, or several in a list, found {ids!r}")
+        return values
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -205,21 +204,6 @@ def check_vocabulary(tokenizer: Tokenizer, config: XverseConfig, where: str | Pa
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
             "they do not belong together"
         )
-
-
-def read_config(source: str | Path | ModelDirectory) -> XverseConfig:
-    """``ModelDirectory.config`` of a path."""
-    return ModelDirectory.of(source).config
-
-
-def read_scheme(source: str | Path | ModelDirectory) -> Scheme | None:
-    """``ModelDirectory.scheme`` of a path."""
-    return ModelDirectory.of(source).scheme
-
-
-def read_generation_config(source: str | Path | ModelDirectory) -> dict[str, Any]:
-    """``ModelDirectory.generation_config`` of a path."""
-    return ModelDirectory.of(source).generation_config
 
 
 def load_tokenizer(source: str | Path | ModelDirectory) -> Tokenizer:

@@ -9,7 +9,6 @@ does the arithmetic of the block types.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError, choose
-from xverse.files import atomic_file
+from xverse.files import atomic_file, check_writable
 from xverse.formats.directory import check_vocabulary
 from xverse.formats.gguf_vocabulary import add_tokenizer, vocabulary_of
 from xverse.formats.spm import Vocabulary
@@ -106,35 +105,31 @@ def save_gguf(
     if factors is not None:
         tensors[ROPE_FACTORS] = factors
     kinds = {key: _kind(key, tensor, kind) for key, tensor in tensors.items()}
-    try:
-        with atomic_file(path) as temporary:
-            import gguf
+    with atomic_file(path) as temporary:
+        import gguf
 
-            writer = gguf.GGUFWriter(temporary, architecture)
-            try:
-                _describe(writer, model.config, name or path.stem, licence, generation_config or {})
-                writer.add_file_type(gguf.LlamaFileType[file_type])
-                writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-                add_tokenizer(writer, vocabulary, tokenizer, model.config, generation_config or {})
-                for key, tensor in tensors.items():
-                    stored = gguf.GGMLQuantizationType[kinds[key].upper()]
-                    weights, size = gguf.GGML_QUANT_SIZES[stored]  # of a block
-                    size *= tensor.numel() // weights
-                    writer.add_tensor_info(key, tensor.shape, np.dtype(np.float32), size, stored)
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
-            finally:
-                writer.close()
-            # Not by the library, whose error does not show that a disk is full.
-            with temporary.open("ab") as file, progress(disable=not console.is_terminal) as bar:
-                for key, tensor in bar.track(tensors.items(), description="tensors"):
-                    _pad(file)
-                    _write(file, key, _for_gguf(key, tensor, model.config), kinds[key])
+        writer = gguf.GGUFWriter(temporary, architecture)
+        try:
+            _describe(writer, model.config, name or path.stem, licence, generation_config or {})
+            writer.add_file_type(gguf.LlamaFileType[file_type])
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            add_tokenizer(writer, vocabulary, tokenizer, model.config, generation_config or {})
+            for key, tensor in tensors.items():
+                stored = gguf.GGMLQuantizationType[kinds[key].upper()]
+                weights, size = gguf.GGML_QUANT_SIZES[stored]  # of a block
+                size *= tensor.numel() // weights
+                writer.add_tensor_info(key, tensor.shape, np.dtype(np.float32), size, stored)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        # Not by the library, whose error does not show that a disk is full.
+        with temporary.open("ab") as file, progress(disable=not console.is_terminal) as bar:
+            for key, tensor in bar.track(tensors.items(), description="tensors"):
                 _pad(file)
-    except OSError as error:  # those that atomic_file does not handle, such as an I/O error
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); nothing was left there") from error
+                _write(file, key, _for_gguf(key, tensor, model.config), kinds[key])
+            _pad(file)
     return vocabulary
 
 
@@ -146,6 +141,7 @@ def check_file(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: is a directory; name the file to write")
     if path.exists() and not overwrite:
         raise UserError(f"{path}: already exists; --overwrite replaces it")
+    check_writable(path.parent)
 
 
 def licence_of(directory: Path) -> str:

@@ -94,12 +94,12 @@ class GgufFile(ModelDirectory):
         sampling."""
         metadata = self.header.metadata
         ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-        found = list(dict.fromkeys(index for index in ends if isinstance(index, int)))
+        end_ids = list(dict.fromkeys(index for index in ends if isinstance(index, int)))
         numbers = {name: metadata.get(key) for name, key in SAMPLING.items()}
         settings: dict[str, Any] = {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
         if settings.get("temperature"):
             settings["do_sample"] = True
-        return settings | ({"eos_token_id": found} if found else {})
+        return settings | ({"eos_token_id": end_ids} if end_ids else {})
 
     @cached_property
     def weight_files(self) -> list[Path]:

@@ -120,10 +120,10 @@ def split_name(values: Mapping[str, Any]) -> str:
     stored = values.get("pre_tokenizer") or {}
     parts = stored.get("pretokenizers") if stored.get("type") == "Sequence" else [stored]
     offsets = ("trim_offsets",)  # which do not change ids
-    found = [{key: value for key, value in part.items() if key not in offsets} for part in parts or []]
+    steps = [{key: value for key, value in part.items() if key not in offsets} for part in parts or []]
     for name in _known_splits():
         expected = [{k: v for k, v in part.items() if k not in offsets} for part in _parts(name)]
-        if found == expected:
+        if steps == expected:
             return name
     raise UserError(
         "GGUF: the tokenizer's split of words has no name there that is known here "

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from xverse.config import UserError
 from xverse.formats.adapters import CONFIG, WEIGHTS
-from xverse.formats.weights import read_object, read_tensors
+from xverse.formats.weights import read_tensors
 from xverse.kernels.linear import QuantLinear
+from xverse.texts import read_object
 
 Pair = tuple[Tensor, Tensor]  # a [rank, in] and b [rank, out], float32; b is scaled
 
@@ -84,20 +85,20 @@ def _check_kind(path: Path, config: dict[str, Any]) -> None:
 
 def _setting(path: Path, config: dict[str, Any], key: str, patterns: str, name: str) -> float:
     """A layer's rank or alpha: that of the first pattern that its name ends with, or the adapter's."""
-    found: Any = config.get(key)
+    number: Any = config.get(key)
     given = config.get(patterns) or {}
     if not isinstance(given, dict):
         raise UserError(f"{path}: {CONFIG}: {patterns} is {given!r}, not an object")
     for pattern, value in given.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):
-                found = value
+                number = value
                 break
         except re.error:
             raise UserError(f"{path}: {patterns}: {pattern!r} is not a regular expression") from None
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        raise UserError(f"{path}: {CONFIG}: {key} is {found!r}, not a number")
-    return found
+    if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 2**63:
+        raise UserError(f"{path}: {CONFIG}: {key} is {number!r}, not a number")
+    return number
 
 
 def _checked(

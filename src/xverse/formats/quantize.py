@@ -29,7 +29,7 @@ from xverse.quant import mixing
 from xverse.quant.parity import ParityReport
 from xverse.quant.quantizer import EMBEDDING, HEAD, Quantizer
 from xverse.quant.settings import Format, QuantSettings, input_sizes, matrices
-from xverse.quant.text import loading_calibration
+from xverse.quant.text import loading_calibration, resized
 
 if TYPE_CHECKING:
     from xverse.tokenizer import Tokenizer
@@ -214,10 +214,8 @@ def mixed_formats(
     plain = sum(value.numel() * directory.stored_dtype.itemsize for value in norms)
     counted = weights + sum(value.numel() for value in norms)
     notice("quantize: measuring the sensitivity of every layer")
-    length = _SENSITIVITY_LENGTH
-    rows = calibration.flatten()[: calibration.numel() // length * length].view(-1, length)
     tokens = _SENSITIVITY_TOKENS if small else _SENSITIVITY_TOKENS_LARGE
-    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), tokens // length)).long()].to(device)
+    rows = resized(calibration, tokens, _SENSITIVITY_LENGTH).to(device)
     matrices_by_name = {name: model.get_parameter(f"{name}.weight") for name, _, _ in shapes}
     units = mixing.measure_units(config, mixing.measure(model, rows), matrices_by_name, settings)
     return mixing.choose_formats(units, bits, counted, plain)

@@ -21,11 +21,12 @@ from xverse.formats.compressed import (
     read_scheme,
 )
 from xverse.formats.gptq import read_gptq_scheme
-from xverse.formats.weights import SafetensorsWriter, TensorFiles, dtype_name, read_object
+from xverse.formats.weights import SafetensorsWriter, TensorFiles, dtype_name
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.tiles import from_rows, kernel_group_size, tile_rows
 from xverse.kernels.weight import QuantizedWeight
 from xverse.quant.settings import matrices
+from xverse.texts import read_object
 
 if TYPE_CHECKING:
     from xverse.model import XverseConfig

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.texts import read_json
+from xverse.texts import read_object
 
 HEAD = "lm_head.weight"
 SAFETENSORS = "model.safetensors"
@@ -52,14 +52,6 @@ _HEADER_BYTES_PER_TENSOR = 192
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16`` → ``bfloat16``, as ``config.json`` writes it."""
     return str(dtype).removeprefix("torch.")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError if it cannot be read or holds anything else."""
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return values
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xverse.config import UserError
-from xverse.files import atomic_directory
+from xverse.files import atomic_directory, check_writable
 from xverse.formats.directory import check_vocabulary
 from xverse.formats.schemes import write_quantized
 from xverse.formats.shim import AUTO_MAP, SHIM_FILES
@@ -132,6 +131,7 @@ def check_target(path: Path, overwrite: bool) -> None:
             raise UserError(f"{path}: already holds a model; --overwrite replaces it")
     elif path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose another path")
+    check_writable(path.parent)
 
 
 def save_quantized(
@@ -173,22 +173,18 @@ def _directory(
     """A temporary directory with all but config.json and the weights; it replaces ``path`` at the end."""
     check_target(path, overwrite)
     check_vocabulary(tokenizer, config, path)
-    try:
-        with atomic_directory(path) as directory:
-            _write_json(directory / "generation_config.json", generation_config or _token_ids(config))
-            try:
-                tokenizer.save(directory)
-            except UserError as error:  # its message names the temporary directory
-                raise error.__cause__ if isinstance(error.__cause__, OSError) else error from None
-            for name, text in shim.items():
-                (directory / name).write_text(text, encoding="utf-8")
-            for pattern in DOCUMENTS if documents else ():
-                for file in Path(documents or "").glob(pattern):
-                    shutil.copyfile(file, directory / file.name)
-            yield directory
-    except OSError as error:  # those that atomic_directory does not handle, such as an I/O error
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); nothing was left there") from error
+    with atomic_directory(path) as directory:
+        _write_json(directory / "generation_config.json", generation_config or _token_ids(config))
+        try:
+            tokenizer.save(directory)
+        except UserError as error:  # its message names the temporary directory
+            raise error.__cause__ if isinstance(error.__cause__, OSError) else error from None
+        for name, text in shim.items():
+            (directory / name).write_text(text, encoding="utf-8")
+        for pattern in DOCUMENTS if documents else ():
+            for file in Path(documents or "").glob(pattern):
+                shutil.copyfile(file, directory / file.name)
+        yield directory
 
 
 def _token_ids(config: XverseConfig) -> dict[str, int | None]:

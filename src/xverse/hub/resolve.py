@@ -34,7 +34,7 @@ MODELSCOPE = "modelscope:"
 def resolve(model: str) -> Path:
     """The local directory, or .gguf file, of ``model``; a hub id or URL is downloaded.
 
-    ``nano`` is the embedded model. A URL such as ``s3://bucket/folder`` names a model directory. Hub ids are
+    ``nano`` is the embedded model. A URL such as ``s3://bucket/folder`` names what a path does. Hub ids are
     fetched from Hugging Face (HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN apply), or from ModelScope if written
     ``modelscope:org/name`` or with XVERSE_HUB=modelscope. Raises UserError for any other name, an unknown id,
     no network and a wrong checksum.
@@ -44,7 +44,7 @@ def resolve(model: str) -> Path:
     if is_url(model):
         from xverse.hub import store
 
-        return store.fetch(model, lambda names: choose_files(model, names))
+        return store.fetch_model(model, lambda names: choose_files(model, names), (*NEEDED, *DOCUMENTS))
     path = Path(model).expanduser()
     if model and path.is_dir():  # Path("") is the current directory
         return path

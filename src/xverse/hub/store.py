@@ -1,66 +1,73 @@
-"""Model directories at URLs: s3://, oss://, gs://, hdfs://, https:// and whatever else fsspec reads.
+"""Models at URLs of every file system that fsspec reads, copied to the cache.
 
-They are copied to the cache, $XVERSE_CACHE or ~/.cache/xverse. A copy is complete or absent, and is made
-again if a file at the URL has another size or version.
+A URL names a model directory, a run or a checkpoint, as a path does (``formats/checkpoint.py``).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 from xverse.config import UserError
-from xverse.files import alone, atomic_directory
-from xverse.log import notice
-from xverse.remote import find, open_url, versions
-from xverse.texts import read_json
+from xverse.place import LISTS, MARKS, STATE, fetch, read_list
+from xverse.remote import is_web, listing, open_url, version
 
-RECORD = "xverse_source.json"  # in a copy: what it was made from
+INDEX = "model.safetensors.index.json"
+FSDP = "pytorch_model_fsdp_0/"  # of a fine-tuning checkpoint
+CHECKPOINT = re.compile(rf"((?:checkpoints/step|checkpoint)-(\d+))/(?:{STATE}|{MARKS})")
 
 
-def fetch(url: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
-    """The copy of a model directory, of which ``choose`` selects files by name.
+def fetch_model(url: str, choose: Callable[[Iterable[str]], list[str]], probed: Iterable[str]) -> Path:
+    """The copy of a model at a URL. ``choose`` selects a model directory's files by name; ``probed`` are the
+    names to look for on a web server, which cannot be listed.
 
-    Raises UserError if the directory cannot be listed or read, has no model, or if the disk is full.
+    Raises UserError if the URL cannot be read, has no model, or if the disk is full.
     """
     url = url.rstrip("/")
-    cache = Path(os.environ.get("XVERSE_CACHE") or "~/.cache/xverse").expanduser() / "models"
-    folder = cache / f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-    files = {path.rpartition("/")[2]: path for path, _ in find(url) if path.rpartition("/")[0] == url}
-    if not files:
+    if is_web(url):
+        there = None if read_list(url) else _probe(url, [*probed, "model.safetensors", INDEX])
+        return fetch(url, lambda names: _files(url, names, choose), "models", there)
+    names = listing(url)
+    if not names:
         raise UserError(f"{url}: no model directory here: no files")
-    names = choose(files)
-    source: dict[str, Any] = {name: versions(files[name]) for name in names}
-    with _alone(cache / f".{folder.name}.lock"):
-        if (folder / RECORD).exists() and read_json(folder / RECORD) == source:
-            return folder
-        notice(f"{url}: copied to {folder}")
-        with atomic_directory(folder) as temporary:
-            for name in names:
-                with open_url(files[name]) as stream, (temporary / name).open("wb") as file:
-                    shutil.copyfileobj(stream, file, 8 << 20)
-            (temporary / RECORD).write_text(json.dumps(source), encoding="utf-8")
-    return folder
+    url = _part(url, names)
+    return fetch(url, lambda names: _files(url, names, choose), "models")
 
 
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait for another process that copies the model, such as another rank of a run."""
-    busy = f"{lock}: another process is copying this model"
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(alone(lock, busy))
-                break
-            except UserError as error:
-                if str(error) != busy:
-                    raise
-                time.sleep(0.5)
-        yield
+def _part(url: str, names: Collection[str]) -> str:
+    """The URL itself, or that of the finished model or of the newest complete checkpoint of a run."""
+    if "config.json" in names or STATE in names:
+        return url
+    found = sorted((int(match[2]), match[1]) for match in map(CHECKPOINT.fullmatch, names) if match)
+    if f"model/{MARKS}" in names:
+        steps = float("inf")
+        if "recipe.json" in names:
+            with open_url(f"{url}/recipe.json") as file:
+                steps = json.load(file)["train"]["steps"]
+        if not found or found[-1][0] <= steps:
+            return f"{url}/model"
+    return f"{url}/{found[-1][1]}" if found else url
+
+
+def _files(url: str, names: Collection[str], choose: Callable[[Iterable[str]], list[str]]) -> list[str]:
+    if STATE in names:
+        return list(names)
+    sharded = [name for name in names if name.startswith(FSDP)]
+    top = [name for name in names if "/" not in name and name not in LISTS]
+    if not sharded:
+        return choose(top)
+    return [*choose([*top, "model.safetensors"])[:-1], *sharded]
+
+
+def _probe(url: str, names: Iterable[str]) -> dict[str, list[str]]:
+    """The files of a model directory on a web server, by the names that such directories have."""
+    there = {name: mark for name in names if (mark := version(f"{url}/{name}")) is not None}
+    if INDEX in there:
+        with open_url(f"{url}/{INDEX}") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+        there |= {name: version(f"{url}/{name}") or [] for name in shards}
+    if not there:
+        raise UserError(f"{url}: no model directory here: no files")
+    return there

@@ -19,7 +19,10 @@ from xverse.log import notice
 
 LIBRARY = Path(__file__).with_name("libxverse_kernels.so")
 # As in csrc/instruction_sets.cpp, best first.
-NAMES = ("avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_bf16", "neon_i8mm", "neon_dot", "portable")
+NAMES = (
+    *("avx512_amx", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2"),
+    *("neon_bf16", "neon_i8mm", "neon_dot", "portable"),
+)
 
 # XvType: the types of activations, and those of a cache
 TYPES = {torch.float32: 0, torch.bfloat16: 1}

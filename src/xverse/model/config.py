@@ -66,6 +66,9 @@ class XverseConfig:
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("rms_norm_eps", "rope_theta", "max_position_embeddings"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name):g}")
         heads = self.num_attention_heads
         if not self.head_dim and self.hidden_size % heads:
             raise ValueError(

@@ -104,6 +104,13 @@ _FIXED: dict[str, Any] = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }
+_TYPES: dict[str, tuple[type, str]] = {
+    "model_type": (str, "a text"),
+    "layer_types": (list, "a list"),
+    "sliding_window": (int, "a whole number"),
+    "max_position_embeddings": (int, "a whole number"),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "rotary"), (Mapping, "an object")),
+}
 # Names of the number of experts. XVERSE-MoE's is the first; others route in other ways.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -132,6 +139,9 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises UserError for an unknown family and for a feature that the forward pass lacks: sliding windows,
     experts other than XVERSE-MoE's, soft caps, other activations, biases in the MLP, partly rotated heads.
     """
+    for key, (kind, name) in _TYPES.items():
+        if not isinstance(values.get(key), (kind, type(None))):
+            raise UserError(f"{where}: {key} must be {name}, found {values[key]!r}")
     if values.get("model_type") == "xverse_moe":
         values = {**values, "model_type": "xverse"}
     family = family_of(values, where)
@@ -156,9 +166,12 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     fields |= {"attention_bias": biases, "output_bias": biases, **family.implied}
     rotary = fields.get("rotary") or {}  # InternLM's own form of rope scaling
     if rotary:
-        fields["rope_theta"] = float(rotary.get("base", 10000))
-        if rotary.get("type") == "dynamic":
-            fields["rope_scaling"] = {"rope_type": "dynamic", "factor": 1.0}
+        fields["rope_theta"] = rotary.get("base", 10000)
+        kind = rotary.get("type", "origin")
+        if kind not in ("origin", "dynamic"):
+            raise UserError(f"{where}: rotary type {kind!r} is not supported, only 'origin' and 'dynamic'")
+        if kind == "dynamic":
+            fields["rope_scaling"] = {"rope_type": kind, "factor": rotary.get("scaling_factor", 1.0)}
     rope = fields.get("rope_parameters") or {}
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
@@ -168,7 +181,7 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if isinstance(fields.get(name), int) and fields[name] < 0:  # none, in the first conversions of Llama
             fields[name] = None
     if isinstance(fields.get("eos_token_id"), list):  # generation_config.json has them all
-        fields["eos_token_id"] = fields["eos_token_id"][0]
+        fields["eos_token_id"] = next(iter(fields["eos_token_id"]), None)
     return fields
 
 
@@ -203,11 +216,11 @@ def check_rope_base(values: Mapping[str, Any], where: str) -> None:
 
 def _check_windows(fields: Mapping[str, Any], where: str) -> None:
     """Sliding windows are supported only where they are turned off or not shorter than the context."""
-    kinds = set(fields.get("layer_types") or ()) - {"full_attention"}
+    kinds = set(map(str, fields.get("layer_types") or ())) - {"full_attention"}
     window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
     if fields.get("model_type") in ("qwen2", "qwen3") and not fields.get("use_sliding_window"):
         window = None
-    if window is not None and window >= fields.get("max_position_embeddings", window):
+    if window is not None and window >= (fields.get("max_position_embeddings") or window):
         window = None
     if kinds or window is not None:
         detail = f"layers of type {', '.join(sorted(kinds))}" if kinds else f"sliding_window {window}"

@@ -67,8 +67,8 @@ class RopeScaling:
 
         ``positions`` is ``max_position_embeddings``. Raises UserError for an unknown kind or key.
         """
-        kind = values.get("rope_type", values.get("type", "default"))
-        if kind in (None, "default"):
+        kind = str(values.get("rope_type", values.get("type", "default")))
+        if kind in ("None", "default"):
             return None
         kept = {key: value for key, value in values.items() if value is not None}
         kept = {key: value for key, value in kept.items() if key not in ("type", "rope_type", "rope_theta")}

@@ -70,6 +70,9 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     copies = 0.0
     if half and not narrow:
         copies = 2 * (layers if not lora else 0) / split
+    if settings.quantization_aware:  # the integers of a step; autograd saves each layer's rounded weights
+        parameters += layers * (1 + 2 / GROUP)
+        copies = size * layers / (shape.num_hidden_layers if settings.gradient_checkpointing else 1)
     states = load.processes if load.sharded or load.stage >= 1 else 1
     optimizer = 8 * learning / states
     if load.stage and half:
@@ -103,8 +106,8 @@ def predict(shape: XverseConfig, settings: Settings, load: Load) -> dict[str, in
     working = max(gradients + again, earlier + saved + max(loss, again))
     held = saved if loss > again else saved + again
     if load.cache_tokens:  # generation and training take turns; merged, cast or gathered weights are copies
-        copied = every * (2 if half else 4) if lora or half or split > 1 else 0
-        shape_bytes = 2 * shape.kv_size * shape.num_hidden_layers * (2 if half else 4)
+        copied = every * size if lora or half or split > 1 or settings.quantization_aware else 0
+        shape_bytes = 2 * shape.kv_size * shape.num_hidden_layers * size
         working = max(working, copied + load.cache_tokens * shape_bytes)
     return {
         "weights": int(parameters + reference + load.teacher_bytes),

@@ -87,6 +87,8 @@ def given_layout(task: Task, text: str) -> Layout:
         key, separator, value = (part.strip() for part in word.partition("="))
         if not separator:
             raise UserError(f"--layout: expected key=value, found '{word}'")
+        if key in values:
+            raise UserError(f"--layout: {key} is given twice")
         values[key] = value
     check_keys(values, (*_DEGREES, "zero", "checkpointing"), "--layout")
     checkpointing = values.pop("checkpointing", "none")

@@ -35,12 +35,12 @@ class InputRMS:
     downs: dict[str, Tensor]
 
 
-def equalize_layer(layer: DecoderLayer, inputs: InputRMS) -> InputRMS:
+def equalize_layer(layer: DecoderLayer, inputs: InputRMS) -> tuple[InputRMS, Tensor]:
     """Balances the float32 weights of a decoder layer in place; replaces its norms, which keep their dtype.
-    Returns the root mean squares of the inputs afterwards. Experts keep the norm before them, which the
-    router shares."""
+    Returns the root mean squares of the inputs afterwards and the factors by which the outputs of v were
+    divided. Experts keep the norm before them, which the router shares."""
     attention, mlp = layer.self_attn, layer.mlp
-    o = _balance_values(attention.v_proj, attention.o_proj, inputs.o, attention.head_dim)
+    o, values = _balance_values(attention.v_proj, attention.o_proj, inputs.o, attention.head_dim)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     qkv = _balance_norm(layer.input_layernorm, projections, inputs.qkv)
     networks: list[tuple[str, Any]] = [
@@ -48,9 +48,9 @@ def equalize_layer(layer: DecoderLayer, inputs: InputRMS) -> InputRMS:
     ]
     down = {name: _balance_pair(one.up_proj, one.down_proj, inputs.downs[name]) for name, one in networks}
     if isinstance(mlp, RoutedMLP):
-        return InputRMS(qkv, o, inputs.gate_up, down)
+        return InputRMS(qkv, o, inputs.gate_up, down), values
     gate_up = _balance_norm(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), inputs.gate_up)
-    return InputRMS(qkv, o, gate_up, down)
+    return InputRMS(qkv, o, gate_up, down), values
 
 
 def split_norm(norm: Tensor, weights: Sequence[Tensor], rms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,8 +86,11 @@ def _balance_norm(norm: RMSNorm, linears: Sequence[nn.Linear], rms: Tensor) -> T
     return rms
 
 
-def _balance_values(v_proj: nn.Linear, o_proj: nn.Linear, rms: Tensor, head_dim: int) -> Tensor:
-    """As ``_balance_pair``; the columns of ``o_proj`` whose query heads share a value head share a factor."""
+def _balance_values(
+    v_proj: nn.Linear, o_proj: nn.Linear, rms: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor]:
+    """As ``_balance_pair``, and the factors; the columns of ``o_proj`` whose query heads share a value head
+    share one."""
     shape = (len(v_proj.weight) // head_dim, -1, head_dim)  # [KV, group, head_dim]
 
     def shared(x: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ def _balance_values(v_proj: nn.Linear, o_proj: nn.Linear, rms: Tensor, head_dim:
     v_proj.weight.div_(factors[:, None])
     if v_proj.bias is not None:
         v_proj.bias.div_(factors)
-    return rms / columns
+    return rms / columns, factors
 
 
 def _balance_pair(first: nn.Linear, second: nn.Linear, rms: Tensor) -> Tensor:

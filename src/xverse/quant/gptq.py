@@ -4,6 +4,9 @@ With H = U D Uᵀ (U unit upper triangular) the output error of a weight whose r
 over columns k of D_k (E_k + sum over j < k of E_j U_jk)². Columns are rounded in order; each is first moved
 by the errors of those before it, times U, so that only its own rounding error remains. That equals GPTQ, but
 needs the Cholesky factor of the Hessian alone, not that of its inverse: a quarter of the work.
+
+The covariance of the loss's gradients by the outputs is a second Hessian G. With trace(G E H Eᵀ) in place of
+trace(E H Eᵀ) (YAQA: Tseng et al., 2025) each row takes errors of the rows before it, too.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from xverse.quant.methods import Levels, rtn
 
 _BLOCK = 128  # columns that are rounded between two matrix products
 _DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean
+_ROWS, _ROW_DAMPING = 16, 0.1  # rows that take no errors of each other; of the gradients' covariance
 _PARTS = 4  # of a Hessian's columns: only blocks on and above the diagonal are computed
 
 
@@ -63,26 +67,51 @@ class HessianFactor:
 
 
 def gptq(
-    weight: Tensor, bits: int, group_size: int, factor: HessianFactor, table: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    factor: HessianFactor,
+    table: Tensor | None = None,
+    gradients: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round ``weight`` [N, K] so that its outputs change little for the inputs of the Hessian in ``factor``.
 
     The scales of the groups are computed first, by ``rtn`` weighted with the factor's importance: the error
     that feedback leaves. That leaves the order of the columns free, and the stored layout stays plain groups.
-    Raises UserError as ``rtn`` does.
+    ``gradients`` float32 [N, N]: the covariance of the loss's gradients by the outputs, for feedback between
+    rows. Raises UserError as ``rtn`` does.
     """
     weight = weight.float()
     first = rtn(weight, bits, group_size, factor.importance, table)
-    rounded = round_columns(
-        weight[:, factor.order],
-        first.scales.float(),
-        factor.order // group_size,
-        factor.feedback,
-        Levels(bits, first.table),
-    )
+    columns, scales, group_of = weight[:, factor.order], first.scales.float(), factor.order // group_size
+    levels = Levels(bits, first.table)
+    if gradients is None:
+        rounded = round_columns(columns, scales, group_of, factor.feedback, levels)
+    else:
+        rounded = _round_rows(columns, scales, group_of, factor.feedback, levels, gradients)
     q = torch.empty_like(rounded)
     q[:, factor.order] = rounded
     return QuantizedWeight(q, first.scales, bits, first.table)
+
+
+def _round_rows(
+    weight: Tensor, scales: Tensor, group_of: Tensor, feedback: Tensor, levels: Levels, gradients: Tensor
+) -> Tensor:
+    """``round_columns`` for some rows after the other, by importance: each is first moved by the errors of
+    those before it."""
+    order = gradients.diagonal().argsort(descending=True)
+    root = _upper_root(gradients[order][:, order], _ROW_DAMPING)  # [N, N]
+    q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    errors = torch.empty_like(weight)  # in the order of rounding
+    for start in range(0, len(weight), _ROWS):
+        block = slice(start, min(start + _ROWS, len(weight)))
+        rows = order[block]
+        share = torch.linalg.solve_triangular(root[block, block], root[:start, block], upper=True, left=False)
+        q[rows] = round_columns(
+            weight[rows] + share.T @ errors[:start], scales[rows], group_of, feedback, levels
+        )
+        errors[block] = weight[rows] - levels.of(q[rows]) * scales[rows][:, group_of]
+    return q
 
 
 def round_columns(
@@ -104,9 +133,8 @@ def round_columns(
     return q
 
 
-def _upper_root(hessian: Tensor) -> Tensor:
-    """R upper triangular [K, K] with R Rᵀ the damped Hessian."""
-    damping = _DAMPING
+def _upper_root(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
+    """R upper triangular [K, K] with R Rᵀ the Hessian, damped by a share of its mean."""
     mean = hessian.diagonal().mean().item() or 1.0
     while True:
         damped = hessian.flip(0, 1)

@@ -47,6 +47,10 @@ class Levels:
             return self.value(x).nan_to_num(0.0).to(torch.int8)
         return (self._place(x) - self.half).to(torch.int8)
 
+    def of(self, index: Tensor) -> Tensor:
+        """The levels float32 of signed indices int8."""
+        return (index if self.table is None else self.table[index.int() + self.half]).float()
+
     @property
     def pointer(self) -> int:
         """The table for the kernels, null without."""

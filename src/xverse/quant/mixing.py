@@ -29,6 +29,8 @@ from xverse.quant.settings import Format, QuantSettings, matrices
 HEAD = "lm_head"
 _ROWS = 128  # of each matrix that are rounded to measure the error
 _TOKENS_AT_ONCE = 1024
+# Matrices whose gradients' outer products are not measured: the largest, which gain nothing from them.
+_LEFT_OUT = (HEAD, "gate_proj", "up_proj")
 _TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -48,20 +50,23 @@ def parse_bits(text: str) -> float:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Mean squares of a matrix's inputs [K] and of the gradients of log p by its outputs [N], float32."""
+    """Mean squares of a matrix's inputs [K] and of the gradients of log p by its outputs [N], float32; if
+    asked for, instead of the latter the mean of their outer products [N, N]."""
 
     inputs: Tensor
     gradients: Tensor
 
 
-def measure(model: XverseForCausalLM, rows: Tensor) -> dict[str, Sensitivity]:
-    """The sensitivity of every linear of an unquantised model, by name, on ``rows`` int64 [n, T]."""
+def measure(model: XverseForCausalLM, rows: Tensor, outer: bool = False) -> dict[str, Sensitivity]:
+    """The sensitivity of every linear of an unquantised model, by name, on ``rows`` int64 [n, T]; with
+    ``outer`` of the attention's and the last of each network. Experts that no token activates have none."""
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
 
     def add(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
-        total = x.detach().flatten(0, -2).float().square().sum(dim=0)
-        sums[name] = sums[name] + total if name in sums else total
+        x = x.detach().flatten(0, -2).float()
+        total = x.T @ x if outer and sums is gradients else x.square().sum(dim=0)
+        sums[name] = sums[name].add_(total) if name in sums else total
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
@@ -70,7 +75,11 @@ def measure(model: XverseForCausalLM, rows: Tensor) -> dict[str, Sensitivity]:
 
         return hook
 
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not (outer and name.endswith(_LEFT_OUT))
+    ]
     hooks = [module.register_forward_hook(watch(name)) for name, module in linears]
     generator = torch.Generator(device=rows.device).manual_seed(0)
     embedding = model.model.embed_tokens.register_forward_hook(lambda _m, _i, output: output.requires_grad_())
@@ -89,7 +98,11 @@ def measure(model: XverseForCausalLM, rows: Tensor) -> dict[str, Sensitivity]:
         for handle in (*hooks, embedding):
             handle.remove()
     count = rows.numel()
-    return {name: Sensitivity(inputs[name] / count, gradients[name] / count) for name, _ in linears}
+    return {
+        name: Sensitivity(inputs[name].div_(count), gradients[name].div_(count))
+        for name, _ in linears
+        if name in gradients
+    }
 
 
 def candidates(inputs: int, table: bool = True) -> list[Format]:

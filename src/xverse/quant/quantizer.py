@@ -7,6 +7,7 @@ between layers: those of the source and those of the quantised model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -19,10 +20,10 @@ from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
 from xverse.quant.gptq import Hessian, HessianFactor, gptq
+from xverse.quant.head import round_head
 from xverse.quant.layerwise import (
     OUTPUT,
     QKV,
-    batches,
     downs,
     forward,
     gates_and_ups,
@@ -32,14 +33,17 @@ from xverse.quant.layerwise import (
     replace_linears,
 )
 from xverse.quant.methods import rtn, rtn_row
+from xverse.quant.mixing import measure
 from xverse.quant.parity import LogitFigures, ParityReport, compare, next_tokens, relative_error, rows_at_once
 from xverse.quant.settings import Format, QuantSettings, fitting_group, input_sizes
+from xverse.quant.text import resized
 from xverse.quant.tuning import refine, whole_model
 
 Quantized = Tensor | QuantizedWeight
 Inputs = Tensor | HessianFactor | None
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-REFINED_PARAMETERS = 10**9  # at most: source and result are in memory together
+WHOLE_PARAMETERS = 10**9  # at most: what needs the whole source in memory, gradients or a refinement
+_GRADIENT_TOKENS, _GRADIENT_LENGTH = 4096, 128
 _RANDOM_ROWS, _RANDOM_LENGTH = 2, 128  # random tokens by which rtn measures the channels
 _ROWS_AT_ONCE = 8192  # of the embedding or the head, converted to float32 at a time
 
@@ -83,7 +87,9 @@ class Quantizer:
         self.calibration = None if settings.method == "rtn-row" else calibration
         if settings.method == "rtn" and calibration is None:
             self.calibration = random_tokens(config.vocab_size)
-        self.refines = settings.refine and config.num_parameters() <= REFINED_PARAMETERS
+        small = config.num_parameters() <= WHOLE_PARAMETERS
+        self.refines, self.uses_whole = settings.refine and small, settings.method == "gptq" and small
+        self._gradients: dict[str, Tensor] = {}  # of log p by the outputs of linears: mean outer products
         self.sample = sample if sample is not None and sample.numel() else None
         self.progress = progress or (lambda _: None)
         self._report: ParityReport | None = None
@@ -99,6 +105,9 @@ class Quantizer:
     def tensors(self) -> Iterator[tuple[str, Quantized]]:
         """Every tensor of the quantised model by name, in the model's order; the norm weights differ from the
         source's."""
+        if self.uses_whole:
+            self.progress("gradients")
+            self._gradients = self._output_gradients()
         if not self.refines:
             yield from self._layer_by_layer()
             return
@@ -118,6 +127,12 @@ class Quantizer:
             )
         yield from tensors.items()
 
+    def _output_gradients(self) -> dict[str, Tensor]:
+        assert self.calibration is not None
+        source = self._source()
+        rows = resized(self.calibration, _GRADIENT_TOKENS, _GRADIENT_LENGTH).to(source.lm_head.weight.device)
+        return {name: found.gradients for name, found in measure(source, rows, outer=True).items()}
+
     def _source(self) -> XverseForCausalLM:
         """The whole source in float32."""
         prefixes = [EMBEDDING, *(f"model.layers.{i}." for i in range(self.config.num_hidden_layers)), NORM]
@@ -125,7 +140,10 @@ class Quantizer:
             prefixes.append(HEAD)
         tensors: dict[str, Quantized] = {}
         for prefix in prefixes:
-            tensors |= self.read(prefix.removesuffix("weight"))
+            self._reading = self.read(prefix.removesuffix("weight"))
+            self._check_finite(prefix, *self._reading.values())
+            tensors |= self._reading
+        self._reading = {}
         tensors.setdefault(HEAD, tensors[EMBEDDING])
         return whole_model(self.config, tensors)
 
@@ -195,15 +213,20 @@ class Quantizer:
             raise UserError(f"{next(sources, name)}: holds NaN or infinity; the model cannot be quantised")
 
     def _round(
-        self, weight: Tensor, form: Format, inputs: Inputs = None, linear: bool = True
+        self,
+        weight: Tensor,
+        form: Format,
+        inputs: Inputs = None,
+        gradients: Tensor | None = None,
+        linear: bool = True,
     ) -> QuantizedWeight:
         """``weight`` [N, K] by the method of the run; ``inputs``: mean squares [K] of the inputs or their
-        Hessian. Only a ``linear`` can have a table."""
+        Hessian; ``gradients`` as for ``gptq``. Only a ``linear`` can have a table."""
         table = self.settings.table_of(form[0]) if linear else None
         if self.settings.method == "rtn-row":
             return rtn_row(weight, form[0])
         if isinstance(inputs, HessianFactor):
-            return gptq(weight, *form, inputs, table)
+            return gptq(weight, *form, inputs, table, gradients)
         return rtn(weight, *form, inputs, table)
 
     def _embedding(self, weight: Tensor) -> Quantized:
@@ -228,9 +251,9 @@ class Quantizer:
                 parent, _, child = name.rpartition(".")
                 owner = layer.get_submodule(parent)
                 plain = owner.get_parameter(f"{child}.weight")
-                weight = self._round(
-                    plain, self.settings.format_of(f"{prefix}{name}", plain.shape[1]), inputs
-                )
+                form = self.settings.format_of(f"{prefix}{name}", plain.shape[1])
+                gradients = self._gradients.pop(f"{prefix}{name}", None)
+                weight = self._round(plain, form, inputs, gradients)
                 self._count(f"{prefix}{name}.weight", weight)
                 bias = getattr(owner.get_submodule(child), "bias", None)
                 setattr(owner, child, QuantLinear.from_weight(weight, bias))
@@ -247,7 +270,10 @@ class Quantizer:
             rms = input_rms(layer, self.config, calibration)
             self._check_finite(prefix, rms.qkv, rms.o, rms.gate_up, *rms.downs.values())
             if self.settings.balance:
-                rms = equalize_layer(layer, rms)
+                rms, divided = equalize_layer(layer, rms)
+                values = self._gradients.get(f"{prefix}{QKV[2]}")
+                if values is not None:
+                    values.mul_(divided).mul_(divided[:, None])
             if self.settings.method == "gptq":
                 replace_linears(layer, self.config, calibration, replace_by_gptq)
             else:
@@ -268,30 +294,29 @@ class Quantizer:
         bits = self.settings.resolved_head_bits
         stored: Quantized = head
         if bits != 16:
+            form = self.settings.format_of(_module(HEAD), head.shape[1], bits)
             inputs: Inputs = None
-            factors = torch.ones(())
+            factors = torch.ones(head.shape[1], device=head.device)
             if calibration is not None:
-                hessian = self._head_inputs(norm, calibration)
-                self._check_finite(NORM, hessian)
-                rms = hessian.diagonal().sqrt()
+                x = make_norm(norm, self.config)(calibration.flatten(0, 1))  # [n·T, D]
+                hessian = Hessian(head.shape[1], head.device)
+                hessian.add(x)
+                self._check_finite(NORM, hessian.mean)
+                rms = hessian.mean.diagonal().sqrt()
                 if self.settings.balance:
                     norm, factors, rms = split_norm(norm, [head], rms)
                 inputs = _importance(rms)
                 if self.settings.method == "gptq":
-                    inputs = HessianFactor(hessian / factors[:, None] / factors)
-            form = self.settings.format_of(_module(HEAD), head.shape[1], bits)
-            parts = [self._round(x.float() * factors, form, inputs) for x in head.split(_ROWS_AT_ONCE)]
-            stored = _concatenate(parts)
+                    inputs = HessianFactor(hessian.mean / factors[:, None] / factors)
+            if calibration is not None and self.uses_whole:
+                rounded = functools.partial(self._round, form=form)
+                stored = round_head(head.float() * factors, x / factors, rounded)
+            else:
+                parts = [self._round(x.float() * factors, form, inputs) for x in head.split(_ROWS_AT_ONCE)]
+                stored = _concatenate(parts)
         self._count(NORM, norm)
         self._count(HEAD, stored)
         return norm, stored
-
-    def _head_inputs(self, norm: Tensor, calibration: Tensor) -> Tensor:
-        """The Hessian [D, D] of the head's inputs; hidden states ``calibration`` [n, T, D]."""
-        hessian = Hessian(self.config.hidden_size, calibration.device)
-        for rows in batches(calibration):
-            hessian.add(make_norm(norm, self.config)(rows))
-        return hessian.mean
 
     def _measure(
         self,

@@ -134,10 +134,15 @@ def _script(letter: str) -> str:
     return unicodedata.name(letter, "UNKNOWN").split(" ")[0].split("-")[0]
 
 
-def _rows(ids: list[int], length: int) -> Tensor:
+def _rows(ids: list[int] | Tensor, length: int) -> Tensor:
     """Rows int64 [n, T] of at most ``length`` tokens, without an incomplete last row."""
     length = min(length, len(ids))
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return torch.as_tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def resized(rows: Tensor, tokens: int, length: int) -> Tensor:
+    """At most ``tokens`` tokens of ``rows`` int64 [n, T], taken evenly, as rows of ``length``."""
+    return _evenly(_rows(rows.flatten(), length), tokens)
 
 
 def _evenly(rows: Tensor, tokens: int) -> Tensor:

@@ -67,6 +67,9 @@ def read_requests(path: str | Path, urls: Collection[str]) -> list[BatchRequest]
     return requests
 
 
+_BEGINNING = b'{"id": "batch_req_'  # of every answer
+
+
 class Answers:
     """The file of answers. ``given`` are the ids of requests that have one."""
 
@@ -78,7 +81,9 @@ class Answers:
         self._file.seek(0)
         complete = 0
         for line in self._file:
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n"):  # of a run that ended while it wrote, if it begins as an answer
+                if not (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
+                    raise UserError(f"{path}: is not a file of answers; use another --out")
                 break
             self._count(line, f"{path}: the answer at byte {complete}", known)
             complete += len(line)
@@ -88,7 +93,7 @@ class Answers:
         try:
             answer = json.loads(line)
             name, status = answer["id"], answer["response"]["status_code"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{where} is not one of a batch; use another --out") from None
         if name not in known or name in self.given:
             raise UserError(f"{where} belongs to another request; use another --out")

@@ -65,7 +65,7 @@ class CallParser:
         return pieces
 
     def end(self, cut: bool) -> list[Content | CallPiece]:
-        """The rest. ``cut``: the reply ended at its limit, so that an unfinished call is a call."""
+        """The rest. ``cut``: a limit or a stop text ended the reply, so that an unfinished call is a call."""
         pieces: list[Content | CallPiece] = []
         if self._state == self._other or self._state == self._head:
             possible = self._possible() if cut else []

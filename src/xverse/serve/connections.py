@@ -81,7 +81,7 @@ class Connection(H11Protocol):
             and not cycle.response_started
             and cycle.more_body
         ):
-            self.transport.close()  # its request will not be answered
+            self.transport.abort()  # its request will not be answered; close waits for the client in TLS
             return
         with contextlib.suppress(h11.LocalProtocolError):  # the client has closed its side
             super().shutdown()

@@ -17,6 +17,8 @@ from xverse.serve.access_log import current
 from xverse.serve.dialects import in_words, kind_of, shaped
 from xverse.serve.runner import Busy, Draining
 
+_MOST = 1000  # characters of a message, which may repeat what the client has sent
+
 
 class ApiError(Exception):
     """Answered with HTTP ``status``; ``param`` names the offending field."""
@@ -32,7 +34,7 @@ def body(status: int, message: str, param: str | None = None, code: str | None =
     """The body of an error, in the form and with the field names of the API that was called."""
     record = current()
     record.fail(status, code or kind_of(status))
-    message = in_words(record.words, message)
+    message = in_words(record.words, message if len(message) <= _MOST else message[:_MOST] + "…")
     param = param and in_words(record.words, param)
     return shaped(record.path, status, message, param, code, record.id)
 
@@ -126,6 +128,7 @@ _RULES = {
     "model_type": "must be an object",
     "attributes_type": "must be an object",
     "too_long": "{actual_length} items are too many; the limit is {max_length}",
+    "string_too_short": "must not be empty",
     "too_short": "at least {min_length} item is needed",
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "must be at most {le}",
@@ -147,6 +150,8 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
             text += f"; use /v1{path} (the base URL of clients ends in /v1)"
     elif status == 405:
         text = f"{path} does not accept {request.method}"
+    elif status == 400 and isinstance(error.__cause__, ValueError | RecursionError):  # of reading the body
+        code, text = "invalid_json", "the body is nested too deeply, or has a number of too many digits"
     return answer(status, text, code=code, headers=dict(error.headers or {}))
 
 

@@ -3,28 +3,62 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol, TypeVar
 
-from fastapi import HTTPException, Request, Response
-from fastapi.responses import StreamingResponse
+import fastapi
+from fastapi import HTTPException, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 
+from xverse.engine import Request
+from xverse.serve.runner import EngineRunner
 from xverse.serve.service import Service
 
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 _Result = TypeVar("_Result")
 
 
-def streamed(
-    service: Service, chunks: AsyncGenerator[bytes, None], headers: dict[str, str], kind: str = SSE
+class Reply(Protocol):
+    """What an API makes of ``requests``: one body, or the chunks of a stream."""
+
+    @property
+    def requests(self) -> Sequence[Request]: ...
+    async def body(self) -> dict[str, Any]: ...
+    def chunks(self) -> AsyncGenerator[bytes, None]: ...
+
+
+class _Stream(StreamingResponse):
+    """Its requests are admitted before it begins, because afterwards an error cannot be the response."""
+
+    def __init__(self, runner: EngineRunner, reply: Reply, headers: Mapping[str, str], kind: str) -> None:
+        self._admission = ExitStack()
+        self._admission.enter_context(runner.admitted(reply.requests, len(reply.requests)))
+        headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no buffering in nginx
+        super().__init__(reply.chunks(), media_type=kind, headers=headers)
+
+    async def __call__(self, *arguments: Any) -> None:
+        with self._admission:
+            await super().__call__(*arguments)
+
+
+async def respond(
+    service: Service,
+    request: fastapi.Request,
+    reply: Reply,
+    stream: bool | None,
+    headers: Mapping[str, str],
+    kind: str = SSE,
 ) -> Response:
-    """A response of ``chunks``. Raises Busy or Draining while an error can still be the response."""
-    service.runner.check_room()
-    headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no buffering in nginx
-    return StreamingResponse(chunks, media_type=kind, headers=headers)
+    """The response of a reply, as a stream or as JSON. Raises Busy or Draining, for a stream too."""
+    runner, requests = service.runner, reply.requests
+    if stream:
+        return _Stream(runner, reply, headers, kind)
+    with runner.admitted(requests, min(len(requests), runner.engine.max_batch)):
+        return JSONResponse(await while_connected(request, reply.body()), headers=dict(headers))
 
 
-async def while_connected(request: Request, work: Awaitable[_Result]) -> _Result:
+async def while_connected(request: fastapi.Request, work: Awaitable[_Result]) -> _Result:
     """The result of ``work``. A disconnect of the client cancels it and raises HTTPException 499."""
     task = asyncio.ensure_future(work)
 

@@ -88,6 +88,8 @@ def by_type(
         if not isinstance(item, dict):
             raise rule("must be an object", f"[{index}]")
         kind = kind_of(item)
+        if kind is None:
+            raise rule("required field is missing", f"[{index}].type")
         if not isinstance(kind, str) or kind not in kinds:
             raise rule(f"{what} of type '{str(kind)[:40]}' are not supported", f"[{index}].type")
         model = kinds[kind]

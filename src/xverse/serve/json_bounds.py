@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 INTEGER, FRACTION, EXPONENT = 19, 17, 3  # digits: those of 64-bit numbers
+_ZEROS = 14  # digits of a fraction after which a number that cannot end continues with another digit than 0
 DEPTH = 32  # of lists and objects inside each other
 MEMBERS = 1000  # of one list or object
 REPEATS, PERIOD = 32, 4  # members after which a list that repeats up to PERIOD members ends
@@ -39,6 +40,7 @@ class Tokens:
         self.comma_after_string = self._matching(rb'".*,')
         self.comma_after_end = self._matching(rb"[\]}].*,")
         self.quote = self._matching(rb'"')
+        self.zeros = self._matching(rb"^0+(?![0-9])")
         self._leading = [len(_LEADING.match(token)[0]) for token in tokens]  # type: ignore[index]
         self._longest = max(self._leading)
 
@@ -136,6 +138,8 @@ class Written:
         found: list[Mask | None] = []
         if self._limit:
             found.append(tokens.more_digits_than(max(0, self._limit - self._digits)))
+            if self._limit == FRACTION and self._digits >= _ZEROS and self._unfinished(allowed):
+                found.append(tokens.zeros)  # the number must exceed its bound
         if len(inside) >= DEPTH:
             found.append(tokens.opening_after_string if quoted else tokens.opening)
         if inside and self._full(inside[-1]):
@@ -145,6 +149,11 @@ class Written:
         if quoted and self._naming and inside and inside[-1].names:
             found.append(self._repeated_names(allowed))
         return found
+
+    def _unfinished(self, allowed: Mask) -> bool:
+        """Whether the current number cannot end here."""
+        digits = self._tokens.more_digits_than(0)
+        return digits is not None and not (allowed[: len(digits)] & ~digits).any()
 
     def _full(self, container: _Container) -> bool:
         """Whether the current member should be the last one."""

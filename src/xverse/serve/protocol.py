@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -52,6 +52,7 @@ class TextPart(Lenient):
 
 # The kinds of content parts that are text, and the field that holds it.
 _TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+_UNREAD_PARTS = ("thinking", "redacted_thinking", "reasoning")  # of other models; this one does not read them
 
 
 def _text_of(content: Any) -> str:
@@ -68,6 +69,8 @@ def _text_of(content: Any) -> str:
         if not isinstance(part, dict):
             raise rule("must be an object with the fields type and text", f"[{index}]")
         kind = part.get("type") or "text"
+        if kind in _UNREAD_PARTS:
+            continue
         if not isinstance(kind, str) or kind not in _TEXT_PARTS:
             raise rule(
                 f"parts of type {_quoted(kind)} are not supported; the model reads text only", f"[{index}]"
@@ -100,7 +103,6 @@ class FunctionCall(Lenient):
 class ToolCall(Lenient):
     """A call of an earlier turn. OpenAI's custom tools have a text as input, which is written as it is."""
 
-    id: StrictStr = ""
     function: FunctionCall
 
     @model_validator(mode="before")
@@ -136,7 +138,6 @@ class Function(Lenient):
     name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: StrictStr = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    strict: StrictBool | None = None
 
 
 class Tool(Lenient):
@@ -195,10 +196,9 @@ def _name(value: Any, at: str) -> str:
 
 
 class JsonSchema(Lenient):
-    name: StrictStr = "schema"
-    description: StrictStr = ""
+    """Its name, description and ``strict`` have no effect."""
+
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
-    strict: StrictBool | None = None
 
 
 def _read_schema(value: Any) -> Any:
@@ -317,13 +317,13 @@ class Generation(SamplingFields):
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that the client sets, by the engine's names.
 
-        Other servers write "off" as top_k -1 and "random" as seed -1; OpenAI's seeds may be negative.
+        Other servers write "off" as top_k -1 and "random" as seed -1. Seeds of any size are reduced.
         """
         values = {name: getattr(self, param.http) for name, param in PARAMS.items()}
         if values["top_k"] == -1:
             values["top_k"] = 0
         seed = values["seed"]
-        if seed is not None and -(2**63) <= seed < 0:
+        if seed is not None:
             values["seed"] = None if seed == -1 else seed % SEEDS
         if self.max_completion_tokens is not None:
             values["max_new_tokens"] = self.max_completion_tokens
@@ -371,17 +371,15 @@ def _of_format(form: ResponseFormat) -> list[Structure]:
 
 
 def _of_outputs(outputs: StructuredOutputs) -> list[Structure]:
+    given = [
+        Structure("json_schema", outputs.json_, "json"),
+        Structure("regex", outputs.regex, "regex"),
+        Structure("grammar", outputs.grammar, "grammar"),
+        Structure("choice", outputs.choice, "choice"),
+        Structure("json_object", outputs.json_object or None, "json_object"),
+    ]
     where = "structured_outputs"
-    found = [Structure("json_object", None, where)] if outputs.json_object else []
-    if outputs.json_ is not None:
-        found.append(Structure("json_schema", outputs.json_, where))
-    if outputs.regex is not None:
-        found.append(Structure("regex", outputs.regex, where))
-    if outputs.grammar is not None:
-        found.append(Structure("grammar", outputs.grammar, where))
-    if outputs.choice is not None:
-        found.append(Structure("choice", outputs.choice, where))
-    return found
+    return [replace(each, param=f"{where}.{each.param}") for each in given if each.value is not None]
 
 
 class ChatRequest(Generation):

@@ -48,6 +48,11 @@ class Choice:
     def tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def cut(self) -> bool:
+        """Whether a limit or a stop text ended the reply, perhaps within a call."""
+        return self.finish_reason == "length" or self.stop_text is not None
+
     def new_ids(self) -> list[int]:
         """The tokens that were not sent yet."""
         new, self.ids_sent = self.token_ids[self.ids_sent :], len(self.token_ids)
@@ -197,7 +202,7 @@ class Reply:
         head: dict[str, Any],
     ) -> None:
         self._service, self._options, self._prompts = service, body.stream_options, prompts
-        self._ids, self._requests = body.return_token_ids, requests
+        self._ids, self.requests = body.return_token_ids, requests
         self._head = {
             **head,
             "created": int(time.time()),
@@ -210,7 +215,7 @@ class Reply:
         return {"usage": usage(choices, self._prompts)} if self._options.continuous_usage_stats else {}
 
     def _prompt_ids(self) -> list[int] | None:
-        return list(self._requests[0].prompt_ids) if self._ids else None
+        return list(self.requests[0].prompt_ids) if self._ids else None
 
     def _chunks(self, choice: Choice, event: Event) -> Iterator[dict[str, Any]]:
         """The choices of the chunks for one event."""
@@ -221,7 +226,7 @@ class Reply:
         return None
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        choices = begun(self._requests, self._prompts)
+        choices = begun(self.requests, self._prompts)
         prompt_ids = self._prompt_ids()
         head = self._head if prompt_ids is None else {**self._head, "prompt_token_ids": prompt_ids}
         try:

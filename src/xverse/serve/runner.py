@@ -14,7 +14,8 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from xverse.config import UserError
@@ -47,7 +48,7 @@ class _Ticket:
 
 
 class EngineRunner:
-    """Call ``stream`` from any task of the event loop in which ``start`` was called."""
+    """Call ``stream`` within ``admitted``, from any task of the event loop in which ``start`` was called."""
 
     def __init__(self, engine: Engine, *, max_waiting: int = 256) -> None:
         if max_waiting < 1:
@@ -60,7 +61,7 @@ class EngineRunner:
         self._max_open = engine.max_batch + max_waiting
         self.on_death: Callable[[], None] | None = None
         self._open = 0
-        self.uses: Counter[Adapter | None] = Counter()  # open requests by their adapter
+        self.uses: Counter[Adapter | None] = Counter()  # admitted requests by their adapter
         self._commands: queue.SimpleQueue[tuple[str, _Ticket | None]] = queue.SimpleQueue()
         self._tickets: dict[int, _Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -75,19 +76,36 @@ class EngineRunner:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
+    @contextmanager
+    def admitted(self, requests: Sequence[Request], at_once: int) -> Iterator[None]:
+        """Keeps room for ``requests``, of which ``at_once`` run or wait at a time, until the block ends.
+
+        They can begin at any time within, during shutdown too. Raises Busy if the queue is full, Draining
+        during shutdown.
+        """
+        if self.draining or self.dead:
+            raise Draining("the server is shutting down")
+        if self._open + at_once > self._max_open:
+            raise Busy(retry_after=5)
+        self._open += at_once
+        adapters = Counter(request.adapter for request in requests)
+        self.uses += adapters
+        try:
+            yield
+        finally:
+            self._open -= at_once
+            self.uses -= adapters  # without entries of 0: they would keep adapters in memory
+
     async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request; closing the generator cancels it and frees its blocks.
 
-        Raises Busy if the queue is full, Draining during shutdown, UserError for a request that cannot run.
+        Raises UserError for a request that cannot run, Draining if the engine has died.
         """
-        self.check_room()
         ticket = _Ticket(request)
-        self._open += 1
-        self.uses[request.adapter] += 1
         ended = False
         self._commands.put(("submit", ticket))
         try:
-            if self.dead:  # it died while this request was queued
+            if self.dead:  # it died after the request was admitted
                 raise Draining("the engine has died")
             while not ended:
                 event = await ticket.events.get()
@@ -97,19 +115,8 @@ class EngineRunner:
                 ended = event.finish_reason is not None
                 yield event
         finally:
-            self._open -= 1
-            self.uses -= Counter(
-                [request.adapter]
-            )  # without entries of 0: they would keep adapters in memory
             if not ended:
                 self._commands.put(("cancel", ticket))
-
-    def check_room(self) -> None:
-        """Raises Busy or Draining if ``stream`` would."""
-        if self.draining or self.dead:
-            raise Draining("the server is shutting down")
-        if self._open >= self._max_open:
-            raise Busy(retry_after=5)
 
     @property
     def most(self) -> int:
@@ -118,7 +125,7 @@ class EngineRunner:
 
     @property
     def open(self) -> int:
-        """The number of requests that wait or run."""
+        """The number of requests that are admitted and have not ended."""
         return self._open
 
     def alive(self) -> bool:

@@ -89,12 +89,13 @@ _RANGES = (
     ("object", "minProperties", "maxProperties"),
 )
 _COUNTS = "minProperties maxProperties minItems maxItems minLength maxLength"
-_NUMBERS = "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf"
+_NUMBERS = "minimum maximum multipleOf"
 _SHAPES = {
     **dict.fromkeys(("properties", "patternProperties"), "an object"),
     **dict.fromkeys(("allOf", "anyOf", "oneOf", "enum"), "a list with members"),
     **dict.fromkeys(("$ref", "pattern"), "text"),
     **dict.fromkeys((*_COUNTS.split(), *_NUMBERS.split()), "a number"),
+    **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), "a number or, in draft 4, a truth value"),
     "required": "a list of names",
     "type": "the name of a type",
 }
@@ -367,6 +368,8 @@ def _has_shape(value: Any, kind: str) -> bool:
             return isinstance(value, str)
         case "a number":
             return _is_number(value)
+        case "a number or, in draft 4, a truth value":
+            return isinstance(value, int | float)
         case "a list of names":
             return isinstance(value, list) and all(isinstance(name, str) for name in value)
         case _:

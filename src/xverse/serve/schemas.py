@@ -7,6 +7,7 @@ permits, the client's permits too, and where the client's permits something, so 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,9 +32,17 @@ from xverse.tokenizer.tools import CLOSE, OPEN
 MOST_BYTES = 64 * 1024  # of a request's schemas
 # Only the spaces after commas and colons: otherwise a model may write whitespace without end.
 _TIGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# What llguidance enforces. Other formats are annotations, as JSON Schema has it.
-_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
-_MOST_INTEGER = 10**18 - 1  # llguidance's ranges of integers end there
+# The formats that llguidance enforces, with bounds that lose nothing: otherwise a model may write digits or
+# labels without end. Other formats are annotations, as JSON Schema has it.
+_FORMATS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("date", "ipv4", "ipv6", "uuid")},
+    **{name: {"maxLength": 254} for name in ("email", "hostname")},
+    **{name: {"pattern": "^([0-9]{0,9}[^0-9])*[0-9]{0,9}$"} for name in ("time", "date-time", "duration")},
+    "uri": {"maxLength": 2000},
+}
+_MOST = 10**18 - 1024  # llguidance's ranges of numbers end at 18 digits, and it reads this as a double
+_LEAST = 1e-30  # other than 0
+_STEP = 1e-12  # between an exclusive bound and the nearest number that is permitted
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -84,8 +93,12 @@ def call_grammar(tools: Sequence[Tool]) -> str:
 def _arguments(parameters: dict[str, Any] | None) -> dict[str, Any]:
     """Parameters that say nothing but "an object" are none: OpenAI's way to declare a tool without any."""
     parameters = parameters or {}
-    said = keys(parameters)
-    return _NOTHING if not said or (said == {"type"} and parameters["type"] == "object") else parameters
+    given = parameters.get("type", "object")
+    if not keys(parameters) - {"type"} and given == "object":
+        return _NOTHING
+    if "object" not in (given if isinstance(given, list) else [given]):
+        raise Unsupported("the arguments of a call are an object; 'type' must be 'object'")
+    return {**parameters, "type": "object"}
 
 
 def _prepared(schema: dict[str, Any], before: int) -> tuple[dict[str, Any], int]:
@@ -227,6 +240,7 @@ class _Rewriter:
         reference = part.get("$ref") if isinstance(part, dict) and part.keys() == {"$ref"} else None
         if not isinstance(reference, str):
             return self.value(part) if alone else self._part(part, outside)
+        self._document.resolved(part)  # not a circle of references
         key = (reference, self._open, "alone") if alone else (reference, self._open, self._shared, outside)
         if key not in self._references:
             name = self._references[key] = f"r{len(self._references)}"
@@ -240,8 +254,25 @@ def _narrow(part: dict[str, Any], result: dict[str, Any]) -> None:
     for key, value in result.items():
         if key.startswith(("min", "max")) and isinstance(value, float) and value.is_integer():
             result[key] = int(value)
-    if part.get("format") in _FORMATS:
-        result["format"] = part["format"]
-    for key, sign in (("minimum", -1), ("exclusiveMinimum", -1), ("maximum", 1), ("exclusiveMaximum", 1)):
-        if "integer" in part.get("type", ()) and key in part and part[key] * sign > _MOST_INTEGER:
-            result[key] = _MOST_INTEGER * sign
+    if isinstance(name := part.get("format"), str) and name in _FORMATS:
+        result |= {"format": name} | (_FORMATS[name] if "minLength" not in part else {}) | result
+    sides = (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1))
+    for key, exclusive, sign in sides:
+        if isinstance(part.get(exclusive), bool):  # of draft 4
+            del result[exclusive]
+            if part[exclusive] and key in part:
+                result[exclusive] = result.pop(key)
+        for bound in {key, exclusive} & result.keys():
+            value = result[bound] * sign
+            if value < -_MOST or 0 < abs(value) < _LEAST:
+                raise Unsupported(f"'{bound}': only 0 and numbers of 1e-30 to 1e18 are supported")
+            result[bound] = min(value, _MOST) * sign
+        if "multipleOf" in part and not {key, exclusive} & result.keys():
+            result[key] = _MOST * sign  # otherwise a model may write digits that never become a multiple
+    low, high = (result.get(exclusive, result.get(key, math.inf * sign)) for key, exclusive, sign in sides)
+    if part.get("type") != "integer" and high - low < 1:
+        for key, exclusive, sign in sides:  # llguidance itself permits 0 for "above 0 and below 0.5"
+            if exclusive in result:
+                result[key] = (
+                    min(result.pop(exclusive) * sign - _STEP, result.get(key, _MOST * sign) * sign) * sign
+                )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import signal
 import socket
@@ -130,6 +131,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._loop = asyncio.get_running_loop()
+            gc.freeze()  # reading a large body triggers collections, which would look at the model's objects
             self._loop.set_exception_handler(LoopErrors())
             if hasattr(signal, "SIGHUP"):
                 self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
@@ -173,7 +175,10 @@ class Server(uvicorn.Server):
         running = self._runner.open
         await self._until(lambda: not self.server_state.tasks, time.monotonic() + _FLUSH_SECONDS)
         for connection in list(connections):  # their tasks end as if the clients had left
-            connection.transport.close() if not running else connection.transport.abort()
+            if running:
+                connection.transport.abort()
+            elif not connection.transport.is_closing():  # with TLS a second close would prevent abort
+                connection.transport.close()
         self.force_exit, self.forced = False, self.force_exit
         await self._until(lambda: not connections, time.monotonic() + 1)
         for connection in list(connections):

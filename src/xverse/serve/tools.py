@@ -32,24 +32,26 @@ def chat_messages(messages: list[Message], offered: list[Tool]) -> list[dict[str
 
 def tools_text(offered: list[Tool]) -> str:
     """What the system message says about tools: the fields that the client set."""
-    return offer_text(tool.function.model_dump(exclude_unset=True, exclude={"strict"}) for tool in offered)
+    return offer_text(tool.function.model_dump(exclude_unset=True) for tool in offered)
 
 
 def offered_tools(body: ChatRequest) -> list[Tool]:
     """The tools that the reply may call. Raises ApiError for a choice that is not among them."""
     tools, choice = body.all_tools(), body.choice()
     names = [tool.function.name for tool in tools]
+    field = "function_call" if body.tool_choice is None and body.function_call is not None else "tool_choice"
     if len(set(names)) < len(names):
         raise ApiError(400, "tools: two tools have the same name", param="tools")
-    if choice.mode == "required" and not tools:
-        raise ApiError(400, "tool_choice: the request has no tools", param="tool_choice")
     if choice.mode == "none":
         return []
     for name in choice.names or ():
         if name not in names:
-            text = f"tool_choice: '{name}' is not one of the tools ({', '.join(names)})"
-            raise ApiError(400, text, param="tool_choice")
-    return [tool for tool in tools if choice.names is None or tool.function.name in choice.names]
+            text = f"{field}: '{name}' is not one of the tools ({', '.join(names) or 'there are none'})"
+            raise ApiError(400, text, param=field)
+    offered = [tool for tool in tools if choice.names is None or tool.function.name in choice.names]
+    if choice.mode == "required" and not offered:
+        raise ApiError(400, f"{field}: there are no tools to call", param=field)
+    return offered
 
 
 def must_call(body: ChatRequest) -> bool:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from xverse.config import UserError
 from xverse.files import atomic_file
+from xverse.texts import read_object
 from xverse.tokenizer.pieces import read_model_file
 from xverse.tokenizer.tokenizer import (
     SPACE,
@@ -166,9 +167,9 @@ def load_tokenizer_of(directory: str | Path) -> Tokenizer:
     if directory.is_file():
         file, directory = directory, directory.parent
     settings_file = directory / "tokenizer_config.json"
-    settings = _mapping(settings_file) if settings_file.is_file() else {}
+    settings = read_object(settings_file) if settings_file.is_file() else {}
     if file.is_file():
-        values = _mapping(file)
+        values = read_object(file)
         if is_xverse(values):
             return Tokenizer.load(file)
     elif (directory / "tokenizer.model").is_file():
@@ -191,16 +192,6 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
         named = {item.get("name"): item.get("template") for item in stored if isinstance(item, Mapping)}
         stored = named.get("default")
     return stored if isinstance(stored, str) else None
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a mapping, found {type(values).__name__}")
-    return values
 
 
 @functools.cache

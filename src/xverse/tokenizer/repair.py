@@ -15,7 +15,7 @@ from typing import Any
 
 from xverse.config import UserError
 from xverse.files import atomic_directory, atomic_file
-from xverse.texts import read_json
+from xverse.texts import read_object
 
 _NESTED = ("pretokenizers", "decoders")  # the keys under which the two Sequence types hold their parts
 
@@ -50,10 +50,10 @@ def _repair_part(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
-    """The mapping in a tokenizer.json. Raises UserError if the file is missing or not a JSON object."""
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a tokenizer.json (expected a JSON object)")
+    """The mapping in a tokenizer.json. Raises UserError if the file is missing or holds anything else."""
+    values = read_object(path)
+    if not isinstance(values.get("model"), dict):
+        raise UserError(f"{path}: not a tokenizer.json (it has no model)")
     return values
 
 

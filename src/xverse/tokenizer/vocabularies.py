@@ -141,6 +141,8 @@ def _from_sentencepiece(name: str, path: Path, proto: bytes) -> ComparedVocabula
     except RuntimeError as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
     size = processor.get_piece_size()
+    if not size:
+        raise UserError(f"{path}: is empty")
     pieces = frozenset(
         index for index in range(size) if processor.is_byte(index) or processor.is_unknown(index)
     )

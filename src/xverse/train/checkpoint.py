@@ -32,6 +32,7 @@ from xverse.config import UserError
 from xverse.files import atomic_file, fingerprint, sync
 from xverse.formats.parts import SHARD, Index, Part, read_header
 from xverse.log import notice
+from xverse.train.copies import Copies
 from xverse.train.keeping import READING, Kept, State, is_full, read_json, reason
 from xverse.train.materialise import held
 from xverse.train.parallel import ALONE, Replica, World
@@ -48,6 +49,7 @@ class Checkpointer:
     cannot be written causes a warning on stderr; on a full disk, older ones are deleted for it
     (``Kept.make_room``). ``replica`` determines which of the processes that hold the same tensors writes
     them. ``describe`` writes the files that make a model directory of a checkpoint, except the weights.
+    ``copies`` sends each one to the URL of the run; what cannot be sent causes a warning too.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class Checkpointer:
         keep: int = 2,
         forever: Callable[[int], bool] = lambda step: False,
         describe: Callable[[Path], None] | None = None,
+        copies: Copies | None = None,
     ) -> None:
-        self._kept, self._keep, self._describe = kept(out, forever), keep, describe
+        self._kept, self._keep, self._describe, self._copies = kept(out, forever), keep, describe, copies
         self._world = replica.world if replica else ALONE
         self._first = replica.first if replica else True
         self._thread: threading.Thread | None = None
@@ -121,7 +124,7 @@ class Checkpointer:
         if self._world.size > 1:
             results = [("", {})] * self._world.size
             dist.all_gather_object(results, (problem, files), group=self._world.saving)
-        problem, again = next((text for text, _ in results if text), ""), False
+        problem, again, unsent = next((text for text, _ in results if text), ""), False, ""
         if self._world.rank == 0:
             try:
                 if not problem:
@@ -131,10 +134,12 @@ class Checkpointer:
                 problem = reason(error)
             if problem:
                 problem, again = self._not_saved(problem, temporary, path, last)
-        box = [problem, again]
+            elif self._copies is not None:
+                unsent = self._copies.send(path, last)
+        box = [problem, again, unsent]
         if self._world.size > 1:
             dist.broadcast_object_list(box, src=0, group=self._world.saving)
-        self._problem = f"{path}: {box[0]}; nothing was written" if box[0] else ""
+        self._problem = f"{path}: {box[0]}; nothing was written" if box[0] else str(box[2])
         self.again = bool(box[1])
 
     def _not_saved(self, problem: str, temporary: Path, path: Path, last: bool) -> tuple[str, bool]:

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -92,7 +93,7 @@ def fake_world(size: int, rank: int = 0) -> Iterator[World]:
 
 def _data(recipe: PretrainRecipe, shape: XverseConfig, layout: Layout) -> list[str]:
     """Check the data if it is on this machine, else only the mixture."""
-    if not (recipe.data / "train").is_dir():
+    if not (Path(recipe.data) / "train").is_dir():
         mixture = recipe.mixture.read()
         if mixture.categories is not None or mixture.languages is not None:
             for what in ("categories", "languages"):

@@ -20,10 +20,12 @@ from xverse.hardware import keep_freed_memory
 from xverse.kernels.bfloat16 import use_fast_products
 from xverse.log import JsonlLog
 from xverse.model import IGNORE, XverseForCausalLM
+from xverse.place import Place
 from xverse.train import preflight
 from xverse.train.checkpoint import Checkpointer, kept, load_checkpoint, newest
 from xverse.train.communication import watching
 from xverse.train.continuing import find_checkpoint
+from xverse.train.copies import Copies
 from xverse.train.float8 import check_float8
 from xverse.train.keeping import locked
 from xverse.train.materialise import Weights
@@ -57,7 +59,7 @@ def fit(
     model: XverseForCausalLM,
     batch_at: BatchAt,
     config: TrainConfig,
-    out: Path,
+    out: Path | str,
     *,
     hooks: Hooks = Hooks(),  # frozen
     identity: Mapping[str, Any] | None = None,
@@ -70,7 +72,8 @@ def fit(
 
     ``batch_at(first, stop)`` returns these sequences of the run; nothing else decides the order of data.
     Every figure is recorded in ``out/metrics.jsonl``. ``identity`` holds what else decides the losses.
-    ``resume_from``: the run or checkpoint that a new run branches from.
+    ``resume_from``: the run or checkpoint that a new run branches from. Where ``out`` is a URL, the run's
+    folder is in the cache, and its checkpoints are sent to the URL and found there (``copies.py``).
     Raises UserError where ``out`` holds a run begun with other values, and where the run diverges. SIGINT and
     SIGTERM save a checkpoint and raise Interrupted. Every process of ``world`` calls this with equal weights.
     """
@@ -80,10 +83,14 @@ def fit(
     identity = {**(identity or {}), **{key: settings[key] for key in settings if key not in NOT_IDENTITY}}
     identity = json.loads(json.dumps(identity))  # the types that reading it back gives
     began = time.perf_counter()
+    place = Place.of(out)
+    out = place.local
+    copies = Copies(place, kept(out, config.kept_forever), config.keep_checkpoints)
     with locked(out, world), Watchdog(out, world, config.hang_seconds) as watchdog:
         if world.device.type == "cpu":
             keep_freed_memory()
         _check_data(hooks.data_problem, world)
+        copies.bring(world)
         checked = None
         if config.preflight != "off":
             checked = preflight.check(world, config.preflight, config.preflight_share, config.dtype)
@@ -100,10 +107,10 @@ def fit(
             resume_seconds = _resume(checkpoint, search_seconds, replica, optimizer, steadiness)
             first_step = int(checkpoint[1]["step"])
         if first_step == config.steps:
-            world.say(f"{out}: this run is finished ({config.steps} steps)")
+            world.say(f"{place}: this run is finished ({config.steps} steps)")
             return
         trackers = Trackers(config.trackers if world.rank == 0 else [], out, first_step, settings)
-        run = Run(replica, optimizer, config, out, steadiness, watchdog, identity, hooks, trackers)
+        run = Run(replica, optimizer, config, out, steadiness, watchdog, identity, hooks, trackers, copies)
         with contextlib.closing(trackers):
             start = {"preflight": checked, "resume_seconds": round(resume_seconds, 3)}
             if any(start.values()):
@@ -134,6 +141,7 @@ class Run:
     identity: Mapping[str, Any]
     hooks: Hooks
     trackers: Trackers
+    copies: Copies
 
     def __post_init__(self) -> None:
         self.world, self.model = self.replica.world, self.replica.model
@@ -144,6 +152,7 @@ class Run:
             self.config.keep_checkpoints,
             self.config.kept_forever,
             self.hooks.describe,
+            self.copies,
         )
 
     def record(self, **values: Any) -> None:

@@ -22,6 +22,7 @@ from xverse.formats import ModelDirectory, save_hf
 from xverse.formats.write import describe_model
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.model.config import FAMILY_FIELDS, SIZES
+from xverse.place import Place
 from xverse.tokenizer import Tokenizer
 from xverse.train.float8 import check_float8
 from xverse.train.loop import Hooks, TrainConfig, fit
@@ -76,12 +77,12 @@ class PretrainRecipe:
     a relative, is the starting point of continued pretraining; ``shape`` is then its own. ``resume_from`` is
     another run or one of its checkpoints, whose optimizer and order of data a new run continues, with other
     ``train.steps`` or decay if its learning rates so far stay the same. ``cluster`` is what ``--dry-run``
-    checks the recipe for."""
+    checks the recipe for. ``data``, ``out`` and ``model`` may be URLs."""
 
-    URLS = ("model",)
+    URLS = ("model", "data", "out")
 
-    data: Path
-    out: Path
+    data: Path | str
+    out: Path | str
     train: TrainConfig
     sequence_length: int
     shape: str | XverseConfig | None = None
@@ -204,7 +205,7 @@ def _pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None, world: World) -
     if world.rank == 0:
         _finish(recipe, model, feed.tokenizer, f"pretraining, shape {name}", world, ends)
     world.wait()
-    return recipe.out / "model"
+    return Place.of(recipe.out).local / "model"
 
 
 def _initial(
@@ -238,11 +239,16 @@ def _finish(
     world: World,
     ends: dict[str, Any] | None,
 ) -> None:
-    save_hf(model, tokenizer, recipe.out / "model", torch.float32, generation_config=ends, overwrite=True)
-    with atomic_file(recipe.out / "recipe.json") as path:  # after the model whose steps it records
+    place = Place.of(recipe.out)
+    out = place.local
+    save_hf(model, tokenizer, out / "model", torch.float32, generation_config=ends, overwrite=True)
+    with atomic_file(out / "recipe.json") as path:  # after the model whose steps it records
         path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
-    plot_loss(recipe.out, title, validation="bits per byte")
-    write_report(recipe.out, title, model.config, recipe.train, recipe.sequence_length, world)
+    plot_loss(out, title, validation="bits per byte")
+    write_report(out, title, model.config, recipe.train, recipe.sequence_length, world)
+    for name in ("model", "recipe.json", "metrics.jsonl", "loss.png", "report.md"):
+        if (out / name).exists():
+            (place / name).send()
 
 
 def _digest(feed: PretrainFeed) -> str:

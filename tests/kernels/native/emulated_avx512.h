@@ -42,7 +42,11 @@ inline __m512i shuffle(__m512i table, __m512i indices) {
   for (int i = 0; i < 64; ++i) to[i] = at[i] & 128 ? 0 : from[i / 16 * 16 + at[i] % 16];
   return load<__m512i>(to);
 }
-inline void store(float* to, __m512 x) { std::memcpy(to, &x, 64); }
+template <class From>
+inline void store(void* to, const From& x) {
+  static_assert(sizeof(x) == 64);
+  std::memcpy(to, &x, 64);
+}
 inline __m512i repeat(__m128i x) {
   __m128i parts[4] = {x, x, x, x};
   return load<__m512i>(parts);
@@ -101,6 +105,7 @@ inline void dot(__m512i& sums, __m512i w, const int8_t* x) {
 #define _mm512_loadu_si512(p) emulated::load<__m512i>(p)
 #define _mm512_loadu_ps(p) emulated::load<__m512>(p)
 #define _mm512_storeu_ps(p, x) emulated::store(p, x)
+#define _mm512_storeu_si512(p, x) emulated::store(p, x)
 #define _mm512_setzero_si512() __m512i{}
 #define _mm512_setzero_ps() __m512{}
 #define _mm512_set1_epi8(x) emulated::ints(emulated::Ints{} + int32_t(0x01010101u * uint8_t(x)))

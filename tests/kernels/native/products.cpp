@@ -155,7 +155,7 @@ int main(int count, char** words) {
     for (const int format : kFormats)
       for (const int group : {32, 64, 128})
         for (const int groups : {1, 3})
-          for (int tokens = 1; tokens <= kMaxTokens; ++tokens, ++checked)
+          for (int tokens = 1; tokens <= set.table->block; ++tokens, ++checked)
             if (!check(set, format, group, groups, tokens)) return 1;
     for (const int rows : {1, 7, 24})
       for (const int inputs : {5, 64, 203})

@@ -38,6 +38,8 @@ from xverse.data.prepare.sample import MakeTokenizer, Sample, SampleLimits
 from xverse.data.shards import read_header
 from xverse.files import alone, atomic_file
 from xverse.log import notice
+from xverse.place import Place, read_list
+from xverse.remote import version
 from xverse.texts import read_json
 from xverse.tokenizer.general import load_tokenizer_of
 
@@ -55,10 +57,10 @@ class PrepareRecipe:
     if a file is broken and ``allow_broken_files`` is false; lines above ``max_line_bytes`` are skipped.
     """
 
-    URLS = ("corpus",)
+    URLS = ("corpus", "out")
 
     corpus: str | Path | None = None
-    out: Path = Path()
+    out: Path = Path()  # a URL is text until ``prepare`` takes it
     tokenizer: Path | None = None
     vocab_size: int = 12_288
     limit_alphabet: int | None = None
@@ -101,14 +103,18 @@ def prepare(recipe: PrepareRecipe) -> PrepareReport | None:
     Raises UserError for missing, empty or too damaged text, for a folder of another recipe or in use, for
     damaged shards and a full disk.
     """
-    units = recipe.units()
+    place, units = Place.of(recipe.out), recipe.units()
+    recipe = dataclasses.replace(recipe, out=place.local)
     # Tasks of a cluster share the folder, but do not run this.
     with alone(recipe.out / ".lock", f"{recipe.out}: another xverse data prepare is using this folder"):
-        return _prepare(recipe, units)
+        return _prepare(recipe, units, place)
 
 
-def _prepare(recipe: PrepareRecipe, units: list[Unit]) -> PrepareReport | None:
+def _prepare(recipe: PrepareRecipe, units: list[Unit], place: Place) -> PrepareReport | None:
     fingerprint = claim(recipe, units)
+    if place.url and (report := _sent(place.url, fingerprint)) is not None:
+        notice(f"{place}: complete, nothing to do")
+        return report
     if recipe.executor.kind == "local":  # on a cluster, tasks of an earlier command may still be writing
         _clear_leftovers(recipe.out)
     report = _finished(recipe, fingerprint)
@@ -116,12 +122,14 @@ def _prepare(recipe: PrepareRecipe, units: list[Unit]) -> PrepareReport | None:
     if report is not None:
         shutil.rmtree(work, ignore_errors=True)
         notice(f"{recipe.out}: complete, nothing to do")
+        place.send()
         return report
     if not run_phases(phases(recipe, units, fingerprint), recipe.executor, work / "logs"):
         return None
     report = _finished(recipe, fingerprint)
     assert report is not None
     shutil.rmtree(work, ignore_errors=True)
+    place.send()
     return report
 
 
@@ -206,15 +214,8 @@ def _clear_leftovers(out: Path) -> None:
 
 def _finished(recipe: PrepareRecipe, fingerprint: str) -> PrepareReport | None:
     file = recipe.out / "report.json"
-    if not file.exists():
-        return None
-    try:
-        values = read_json(file)
-        if values.pop("recipe") != fingerprint:
-            return None
-        report = PrepareReport(**values)
-        report.sources = [PreparedSource(**row) for row in values["sources"]]
-    except (UserError, KeyError, TypeError):
+    report = _report(file, fingerprint) if file.exists() else None
+    if report is None:
         return None
     rows = [(row.name, "train", row.documents) for row in report.sources]
     rows += [(row.name, "valid", row.valid_documents) for row in report.sources]
@@ -223,3 +224,25 @@ def _finished(recipe: PrepareRecipe, fingerprint: str) -> PrepareReport | None:
         if count and read_header(recipe.out / split / name) is None:
             return None
     return report if (recipe.out / "tokenizer" / "tokenizer.json").exists() else None
+
+
+def _report(file: str | Path, fingerprint: str) -> PrepareReport | None:
+    """The report in a file or at a URL; None if another recipe made it, or if it is damaged."""
+    try:
+        values = read_json(file)
+        if values.pop("recipe") != fingerprint:
+            return None
+        report = PrepareReport(**values)
+        report.sources = [PreparedSource(**row) for row in values["sources"]]
+    except (UserError, KeyError, TypeError):
+        return None
+    return report
+
+
+def _sent(url: str, fingerprint: str) -> PrepareReport | None:
+    """The report of the complete folder at a URL, if there is one. Raises UserError for another recipe's."""
+    if version(f"{url}/recipe.json") is None:
+        return None
+    if read_json(f"{url}/recipe.json")["fingerprint"] != fingerprint:
+        raise UserError(f"{url}: made by another recipe; choose another out or delete the folder")
+    return _report(f"{url}/report.json", fingerprint) if read_list(url) else None

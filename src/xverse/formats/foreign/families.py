@@ -2,15 +2,11 @@
 
 Each family's published code computes the same as a class in transformers:
 
-* Baichuan-7B, Baichuan2-7B: Llama, with queries, keys and values packed in one ``W_pack``; Baichuan2 scales
-  the rows of its head to length 1 (``modeling_baichuan.py`` of baichuan-inc/Baichuan2-7B-Base, ``NormHead``).
-* InternLM-7B: Llama with biases on all four attention matrices, and rotary frequencies that change beyond the
-  trained length where its config says ``"rotary": {"type": "dynamic"}``.
 * ChatGLM2-6B: GLM. Both rotate adjacent pairs in the first half of a head only, so weights keep their order;
   ChatGLM2 packs queries, keys and values, and both pack gate and up.
 * Falcon-7B: transformers' own class, whose keys the first published config lacks.
 
-Models that transformers reads itself are not listed.
+Models that transformers or this project's forward pass (``model/families.py``) reads are not listed.
 """
 
 from __future__ import annotations
@@ -21,15 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    FalconConfig,
-    FalconForCausalLM,
-    GlmConfig,
-    GlmForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import FalconConfig, FalconForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedModel
 
 from xverse.config import UserError
 
@@ -68,7 +56,7 @@ class Settings:
         value = self.values.get(key)
         if value is None:
             return default
-        if type(value) not in (int, float) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value < 2**63:
             raise UserError(f"{self.file}: {key} must be a positive number, found {value!r}")
         return float(value)
 
@@ -80,13 +68,6 @@ class Settings:
                 only = "" if value is None else f", only {value!r} is"
                 raise UserError(f"{self.file}: {key} {stored!r} is not supported{only}")
 
-    def part(self, key: str) -> Settings:
-        """The mapping under ``key``; empty if there is none."""
-        values = self.values.get(key)
-        if values is not None and not isinstance(values, dict):
-            raise UserError(f"{self.file}: {key} must be a mapping, found {values!r}")
-        return Settings(self.file, values or {})
-
 
 @dataclass(frozen=True)
 class Family:
@@ -97,49 +78,6 @@ class Family:
 
     build: Callable[[Settings], PreTrainedModel]
     published: Callable[[str], str] = str
-    normalized_head: bool = False
-
-
-def _baichuan(settings: Settings) -> PreTrainedModel:
-    return _llama_like(settings)
-
-
-def _internlm(settings: Settings) -> PreTrainedModel:
-    rotary = settings.part("rotary")
-    kind = rotary.values.get("type", "origin")
-    if kind not in ("origin", "dynamic"):
-        raise UserError(
-            f"{settings.file}: rotary type {kind!r} is not supported, only 'origin' and 'dynamic'"
-        )
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.number("base", 10000.0)}
-    if kind == "dynamic":
-        rope |= {"rope_type": "dynamic", "factor": rotary.number("scaling_factor", 1.0)}
-    return _llama_like(settings, rope=rope, bias=bool(settings.values.get("bias", True)))
-
-
-def _llama_like(
-    settings: Settings, *, rope: dict[str, Any] | None = None, bias: bool = False
-) -> PreTrainedModel:
-    if rope is None:
-        settings.only(attention_bias=False)
-        rope = {"rope_type": "default", "rope_theta": settings.number("rope_theta", 10000.0)}
-    settings.only(
-        hidden_act="silu", tie_word_embeddings=False, mlp_bias=False, rope_scaling=None, rope_parameters=None
-    )
-    heads = _heads(settings, "hidden_size", "num_attention_heads")
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=settings.size("vocab_size"),
-            hidden_size=settings.size("hidden_size"),
-            intermediate_size=settings.size("intermediate_size"),
-            num_hidden_layers=settings.size("num_hidden_layers"),
-            num_attention_heads=heads,
-            max_position_embeddings=settings.size("max_position_embeddings", default=2048),
-            rms_norm_eps=settings.number("rms_norm_eps", 1e-6),
-            rope_parameters=rope,
-            attention_bias=bias,
-        )
-    )
 
 
 def _chatglm(settings: Settings) -> PreTrainedModel:
@@ -219,17 +157,6 @@ def _falcon(settings: Settings) -> PreTrainedModel:
     )
 
 
-def _heads(settings: Settings, hidden: str, heads: str) -> int:
-    count, size = settings.size(heads), settings.size(hidden)
-    if size % count or size // count % 2:
-        raise UserError(f"{settings.file}: {hidden} {size} does not divide into {count} heads of even size")
-    return count
-
-
-def _packed(name: str) -> str:
-    return re.sub(r"\b[qkv]_proj\b", "W_pack", name)
-
-
 def _chatglm_name(name: str) -> str:
     name = re.sub(r"\b[qkv]_proj\b", "query_key_value", name)
     for ours, theirs in _CHATGLM_NAMES.items():
@@ -237,44 +164,20 @@ def _chatglm_name(name: str) -> str:
     return name
 
 
-FAMILIES = {
-    "baichuan": Family(_baichuan, _packed),
-    "baichuan2": Family(_baichuan, _packed, normalized_head=True),
-    "chatglm2": Family(_chatglm, _chatglm_name),
-    "falcon": Family(_falcon),
-    "internlm": Family(_internlm),
-}
-MODEL_TYPES = {
-    "baichuan": "baichuan",
-    "chatglm": "chatglm2",
-    "RefinedWebModel": "falcon",
-    "internlm": "internlm",
+FAMILIES = {  # by model_type
+    "chatglm": Family(_chatglm, _chatglm_name),
+    "RefinedWebModel": Family(_falcon),
 }
 
 
-def detect(settings: Settings) -> str:
-    """The key in ``FAMILIES`` of a directory's model, from its config.json.
-
-    Raises UserError for an unsupported family and for Baichuan models with ALiBi.
-    """
+def detect(settings: Settings) -> Family:
+    """The family of a directory's model, from its config.json. Raises UserError for any other."""
     values, file = settings.values, settings.file
-    model_type = values.get("model_type")
-    family = MODEL_TYPES.get(str(model_type))
-    if family is None:
+    model_type = str(values.get("model_type"))
+    if model_type not in FAMILIES:
         raise UserError(
-            f"{file}: model_type {model_type!r} is not supported (supported: {', '.join(MODEL_TYPES)})"
+            f"{file}: model_type {model_type!r} is not supported (supported: {', '.join(FAMILIES)})"
         )
     if values.get("quantization_config"):
         raise UserError(f"{file}: quantised weights (quantization_config) are not supported")
-    return _which_baichuan(settings) if family == "baichuan" else family
-
-
-def _which_baichuan(settings: Settings) -> str:
-    if settings.values.get("max_position_embeddings") is None:  # model_max_length alone
-        raise UserError(
-            f"{settings.file}: has no max_position_embeddings, like Baichuan's 13B models, whose ALiBi "
-            "attention is not supported"
-        )
-    # The first has a capital C.
-    first = "BaiChuanForCausalLM" in (settings.values.get("architectures") or [])
-    return "baichuan" if first else "baichuan2"
+    return FAMILIES[model_type]

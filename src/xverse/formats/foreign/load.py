@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory
-from xverse.formats.foreign.families import FAMILIES, Family, Settings, detect
+from xverse.formats.foreign.families import Family, Settings, detect
 from xverse.formats.foreign.text import ForeignTokenizer, load_foreign_tokenizer
 from xverse.formats.weights import DTYPES, dtype_name, listed, read_tensors
 
@@ -26,7 +25,6 @@ class ForeignModel:
 
     model: PreTrainedModel
     tokenizer: ForeignTokenizer
-    family: str
 
 
 def load_foreign(source: str | Path | ModelDirectory, dtype: torch.dtype | None = None) -> ForeignModel:
@@ -40,8 +38,7 @@ def load_foreign(source: str | Path | ModelDirectory, dtype: torch.dtype | None 
     directory = ModelDirectory.of(source)
     path = directory.path
     settings = Settings(path / "config.json", directory.values)
-    name = detect(settings)
-    chosen = FAMILIES[name]
+    chosen = detect(settings)
     files = directory.weight_files
     try:
         with torch.device("meta"):
@@ -50,7 +47,7 @@ def load_foreign(source: str | Path | ModelDirectory, dtype: torch.dtype | None 
         raise
     except Exception as error:  # transformers validates configs with its own exceptions
         raise UserError(f"{settings.file}: {' '.join(str(error).split())[:200]}") from error
-    tokenizer = load_foreign_tokenizer(path, name)
+    tokenizer = load_foreign_tokenizer(path, directory.model_type)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
@@ -59,7 +56,7 @@ def load_foreign(source: str | Path | ModelDirectory, dtype: torch.dtype | None 
     _assign(model, _read(model, chosen, path, files, dtype))
     model.generation_config.bos_token_id = tokenizer.bos_ids[0] if len(tokenizer.bos_ids) == 1 else None
     model.generation_config.eos_token_id = tokenizer.eos_id
-    return ForeignModel(model.eval(), tokenizer, name)
+    return ForeignModel(model.eval(), tokenizer)
 
 
 def _read(
@@ -95,8 +92,6 @@ def _read(
                 wrong[name] = f"is stored as {dtype_name(tensor.dtype)}, not as one of {', '.join(DTYPES)}"
                 continue
             dtype = dtype or tensor.dtype
-            if family.normalized_head and name == head:
-                tensor = functional.normalize(tensor.float())  # [V, D], in float32 to round only once
             tensor = tensor.to(dtype)
             state |= dict(zip(parts[name], tensor.split(rows), strict=True))
     missing = [name for name in parts if name not in seen]

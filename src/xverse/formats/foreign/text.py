@@ -1,8 +1,7 @@
-"""Tokenizers of other models, from ``tokenizer.json`` or sentencepiece's ``tokenizer.model``.
+"""Tokenizers of ChatGLM2 (sentencepiece's ``tokenizer.model``) and Falcon (``tokenizer.json``).
 
-This module holds what the families' Python tokenizers add to the sentencepiece file: whether a prompt begins
-with ``<s>``, and ChatGLM2's five special tokens after the vocabulary (``tokenization_chatglm.py`` of
-THUDM/chatglm2-6b). Prepended spaces, normalisation and byte fallback are settings in the file.
+ChatGLM2's five special tokens follow its vocabulary (``tokenization_chatglm.py`` of THUDM/chatglm2-6b);
+prepended spaces, normalisation and byte fallback are settings in its file.
 """
 
 from __future__ import annotations
@@ -16,13 +15,9 @@ from typing import Any
 import tokenizers
 
 from xverse.config import UserError, need
-from xverse.formats.weights import read_object
+from xverse.texts import read_object
 
-# Other families may have either file. ChatGLM2's special tokens are in neither.
-_FILES = {"falcon": ("tokenizer.json",), "chatglm2": ("tokenizer.model",)}
 _CHATGLM_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-# The default for tokenizer_config.json. Baichuan's class would add <s>, but its published configs do not.
-_ADDS_BOS = {"internlm": True}
 
 
 @dataclass(frozen=True)
@@ -39,51 +34,36 @@ class ForeignTokenizer:
     vocab_size: int
 
 
-def load_foreign_tokenizer(path: str | Path, family: str) -> ForeignTokenizer:
-    """The tokenizer of a published directory of ``family``.
+def load_foreign_tokenizer(path: str | Path, model_type: str) -> ForeignTokenizer:
+    """The tokenizer of a published directory.
 
     Raises UserError for a directory without one, a file that cannot be read, a tokenizer without an end
     token, and a sentencepiece file if the package is not installed.
     """
-    path = Path(path)
-    settings = path / "tokenizer_config.json"
+    chatglm = model_type == "chatglm"
+    file = Path(path) / ("tokenizer.model" if chatglm else "tokenizer.json")
+    if not file.is_file():
+        raise UserError(f"{path}: has no {file.name}; copy it from the model's published directory")
+    return _chatglm(file) if chatglm else _falcon(file)
+
+
+def _falcon(file: Path) -> ForeignTokenizer:
+    settings = file.with_name("tokenizer_config.json")
     values = read_object(settings) if settings.exists() else {}
-    names = _FILES.get(family, ("tokenizer.json", "tokenizer.model"))
-    for name in names:
-        if (path / name).is_file():
-            read = _from_json if name == "tokenizer.json" else _from_sentencepiece
-            return read(path / name, values, family)
-    raise UserError(f"{path}: has no {' and no '.join(names)}; copy it from the model's published directory")
-
-
-def _adds_bos(values: dict[str, Any], family: str) -> bool:
-    value = values.get("add_bos_token")
-    return _ADDS_BOS.get(family, False) if value is None else bool(value)
-
-
-def _from_json(file: Path, values: dict[str, Any], family: str) -> ForeignTokenizer:
     stored = read_object(file)
     added = stored.get("added_tokens") or []
     plain = {**stored, "added_tokens": [token for token in added if not token.get("special")]}
     backend, encoder = _build(stored, file), _build(plain, file)
     encoder.no_truncation()  # the file may set either
     encoder.no_padding()
-
-    def special(key: str, default: str) -> int | None:
-        value = values.get(key)
-        text = value.get("content") if isinstance(value, dict) else value
-        return backend.token_to_id(text or default)
-
-    falcon = family == "falcon"
-    eos, bos = special("eos_token", "<|endoftext|>" if falcon else "</s>"), special("bos_token", "<s>")
+    value = values.get("eos_token")
+    text = value.get("content") if isinstance(value, dict) else value
+    eos = backend.token_to_id(text or "<|endoftext|>")
     if eos is None:
         raise UserError(f"{file}: has no end-of-text token")
-    with_bos = not falcon and _adds_bos(values, family)
-    if with_bos and bos is None:
-        raise UserError(f"{file}: has no beginning-of-text token")
     return ForeignTokenizer(
         encode=lambda text: encoder.encode(text, add_special_tokens=False).ids,
-        bos_ids=(bos,) if with_bos and bos is not None else (),
+        bos_ids=(),
         eos_id=eos,
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
     )
@@ -98,25 +78,14 @@ def _build(values: dict[str, Any], file: Path) -> tokenizers.Tokenizer:
         ) from None
 
 
-def _from_sentencepiece(file: Path, values: dict[str, Any], family: str) -> ForeignTokenizer:
+def _chatglm(file: Path) -> ForeignTokenizer:
     sentencepiece = need("sentencepiece", "eval", str(file))
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
     except (RuntimeError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
     size = processor.get_piece_size()
-    special = {}
-    if family == "chatglm2":
-        special = {token: size + index for index, token in enumerate(_CHATGLM_SPECIAL)}
-    # Old configs have wrong ids (the first Llama conversions 0 and 1); the file's are right.
-    bos, eos = processor.bos_id(), processor.eos_id()
-    if eos < 0:
+    if processor.eos_id() < 0:
         raise UserError(f"{file}: has no end-of-text token")
-    bos_ids: tuple[int, ...] = ()
-    if special:
-        bos_ids = (special["[gMASK]"], special["sop"])
-    elif _adds_bos(values, family):
-        if bos < 0:
-            raise UserError(f"{file}: has no beginning-of-text token")
-        bos_ids = (bos,)
-    return ForeignTokenizer(processor.encode, bos_ids, eos, size + len(special))
+    bos_ids = tuple(size + _CHATGLM_SPECIAL.index(token) for token in ("[gMASK]", "sop"))
+    return ForeignTokenizer(processor.encode, bos_ids, processor.eos_id(), size + len(_CHATGLM_SPECIAL))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import fastapi
 from fastapi import FastAPI, Query, Response
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import Field, StrictStr
+from pydantic import BeforeValidator, Field, StrictStr
 from starlette.datastructures import UploadFile
 
 from xverse.config import UserError
@@ -19,13 +19,17 @@ from xverse.log import notice
 from xverse.serve.access_log import current
 from xverse.serve.batches import Batch, Batches
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import Body
+from xverse.serve.fields import Body, without_null
 from xverse.serve.file_store import StoredFile
 from xverse.serve.service import Service
 
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 Order = Literal["asc", "desc"]
 Limit = Annotated[int, Query(ge=1, le=10_000)]
+
+
+def _without_null(value: Any) -> Any:
+    return without_null(value) if isinstance(value, dict) else value
 
 
 class BatchCreation(Body):
@@ -37,7 +41,7 @@ class BatchCreation(Body):
     input_file_id: Annotated[StrictStr, Field(min_length=1)]
     endpoint: StrictStr
     completion_window: Literal["24h"]
-    metadata: dict[str, StrictStr] | None = None
+    metadata: Annotated[dict[str, StrictStr], BeforeValidator(_without_null)] | None = None
 
 
 def mount(app: FastAPI, service: Service) -> None:

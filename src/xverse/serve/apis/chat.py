@@ -9,11 +9,10 @@ from typing import Any
 
 import fastapi
 from fastapi import FastAPI, Response
-from fastapi.responses import JSONResponse
 
 from xverse.engine import Event, Request, TokenLogprob
 from xverse.serve.calls import CallParser, CallPiece, Content, collected
-from xverse.serve.exchange import streamed, while_connected
+from xverse.serve.exchange import respond, while_connected
 from xverse.serve.protocol import ChatRequest
 from xverse.serve.replies import Choice, Reply, begun, logprob_entry, new_id, usage, whole
 from xverse.serve.service import Service
@@ -26,9 +25,7 @@ def mount(app: FastAPI, service: Service) -> None:
         grammar = await while_connected(request, chosen.grammar(body))
         # In a thread, because tokenising a long text would block other requests.
         reply = ChatReply(chosen, body, await asyncio.to_thread(chosen.chat, body, grammar))
-        if body.stream:
-            return streamed(service, reply.chunks(), body.headers())
-        return JSONResponse(await while_connected(request, reply.body()), headers=body.headers())
+        return await respond(service, request, reply, body.stream, body.headers())
 
 
 class ChatReply(Reply):
@@ -43,7 +40,7 @@ class ChatReply(Reply):
         self._parsers = [service.call_parser(body) for _ in requests]
 
     async def body(self) -> dict[str, Any]:
-        choices = begun(self._requests, 1)
+        choices = begun(self.requests, 1)
         await whole(self._service, choices)
         prompt_ids = self._prompt_ids()
         return {
@@ -55,7 +52,7 @@ class ChatReply(Reply):
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         parser = self._parsers[choice.index]
-        pieces = parser.push(choice.text) + parser.end(choice.finish_reason == "length")
+        pieces = parser.push(choice.text) + parser.end(choice.cut)
         content, calls = collected(pieces)
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
         message["refusal"] = None
@@ -75,7 +72,7 @@ class ChatReply(Reply):
 
     def _reason(self, reason: str | None, parser: CallParser) -> str | None:
         """A reply with calls ends because of them, unless the last one was cut off."""
-        if not parser.calls or reason is None or (reason == "length" and parser.open):
+        if not parser.calls or reason is None or parser.open:
             return reason
         return "function_call" if self._body.former_names else "tool_calls"
 
@@ -93,7 +90,7 @@ class ChatReply(Reply):
         pieces = parser.push(event.text)
         ended = event.finish_reason is not None
         if ended:
-            pieces += parser.end(event.finish_reason == "length")
+            pieces += parser.end(choice.cut)
         logprobs = None
         if pieces or ended:
             logprobs = self._logprobs(choice.logprobs[choice.sent :])

@@ -9,10 +9,9 @@ from typing import Any
 
 import fastapi
 from fastapi import FastAPI, Response
-from fastapi.responses import JSONResponse
 
 from xverse.engine import Event, Request, TokenLogprob
-from xverse.serve.exchange import streamed, while_connected
+from xverse.serve.exchange import respond, while_connected
 from xverse.serve.protocol import CompletionRequest
 from xverse.serve.replies import Choice, Reply, begun, usage, whole
 from xverse.serve.service import Service
@@ -24,9 +23,7 @@ def mount(app: FastAPI, service: Service) -> None:
         chosen = service.of(body.model)
         grammar = await while_connected(request, chosen.grammar(body))
         reply = CompletionReply(chosen, body, await asyncio.to_thread(chosen.complete, body, grammar))
-        if body.stream:
-            return streamed(service, reply.chunks(), body.headers())
-        return JSONResponse(await while_connected(request, reply.body()), headers=body.headers())
+        return await respond(service, request, reply, body.stream, body.headers())
 
 
 class CompletionReply(Reply):
@@ -39,7 +36,7 @@ class CompletionReply(Reply):
         self._echoing: set[int] = set(range(len(requests))) if body.echo else set()
 
     async def body(self) -> dict[str, Any]:
-        choices = begun(self._requests, self._prompts)
+        choices = begun(self.requests, self._prompts)
         await whole(self._service, choices)
         chosen = [self._choice(choice) for choice in choices]
         return {**self._head, "choices": chosen, "usage": usage(choices, self._prompts)}

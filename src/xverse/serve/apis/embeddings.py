@@ -110,9 +110,9 @@ async def prompted(service: Service, requests: Sequence[Request], field: str) ->
             service.runner.engine.check(request)
         except UserError as error:
             raise ApiError(400, f"{at}: {str(error).removeprefix('prompt_ids: ')}", param=at) from None
-    service.runner.check_room()
     choices = begun(requests, len(requests))
-    await whole(service, choices)
+    with service.runner.admitted(requests, min(len(requests), service.runner.engine.max_batch)):
+        await whole(service, choices)
     return choices
 
 

@@ -41,7 +41,6 @@ class TextBlock(Lenient):
 
 class ToolUseBlock(Lenient):
     type: Literal["tool_use"]
-    id: StrictStr = ""
     name: StrictStr
     input: dict[str, Any] = Field(default_factory=dict)
 
@@ -57,7 +56,7 @@ def _text(value: Any) -> str:
 
 
 def _type(block: dict[str, Any]) -> Any:
-    return block.get("type")
+    return block.get("type") or ("text" if "text" in block else None)
 
 
 Text = Annotated[str, PlainValidator(_text, json_schema_input_type=StrictStr | list[dict[str, Any]])]
@@ -65,7 +64,6 @@ Text = Annotated[str, PlainValidator(_text, json_schema_input_type=StrictStr | l
 
 class ToolResultBlock(Lenient):
     type: Literal["tool_result"]
-    tool_use_id: StrictStr
     content: Text = ""
     is_error: StrictBool = False
 
@@ -90,7 +88,7 @@ class Turn(Lenient):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
         list[Block], PlainValidator(_blocks, json_schema_input_type=StrictStr | list[dict[str, Any]])
-    ]
+    ] = Field(default_factory=list)
 
 
 class MessageTool(Lenient):
@@ -191,7 +189,7 @@ class CountRequest(Body):
                 elif isinstance(block, ToolUseBlock):
                     text = json.dumps(block.input, ensure_ascii=False)
                     call = FunctionCall(name=block.name, arguments=text)
-                    calls.append(ToolCall(id=block.id, function=call))
+                    calls.append(ToolCall(function=call))
                 else:
                     texts += block.text
             results = bool(turn.content) and all(isinstance(each, ToolResultBlock) for each in turn.content)

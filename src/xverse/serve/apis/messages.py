@@ -16,7 +16,7 @@ from xverse.serve.access_log import current
 from xverse.serve.apis.message_blocks import WORDS, CountRequest, MessagesRequest
 from xverse.serve.apis.talk import Talk, talk
 from xverse.serve.calls import CallPiece, Content, collected
-from xverse.serve.exchange import streamed, while_connected
+from xverse.serve.exchange import respond
 from xverse.serve.replies import failed, new_id
 from xverse.serve.service import Service
 from xverse.serve.tools import offered_tools
@@ -29,9 +29,7 @@ def mount(app: FastAPI, service: Service) -> None:
         chosen = service.of(body.model)
         reply = MessageReply(await talk(chosen, request, body, body.request(), WORDS, clamp=True))
         headers = {**body.headers(), "request-id": current().id}
-        if body.stream:
-            return streamed(service, reply.chunks(), headers)
-        return JSONResponse(await while_connected(request, reply.body()), headers=headers)
+        return await respond(service, request, reply, body.stream, headers)
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountRequest, request: fastapi.Request) -> Response:
@@ -53,7 +51,7 @@ class MessageReply:
     """The response to one request."""
 
     def __init__(self, talk: Talk) -> None:
-        self._talk = talk
+        self._talk, self.requests = talk, [talk.choice.request]
         self._head = {"id": new_id("msg"), "type": "message", "role": "assistant", "model": talk.service.name}
         self._index = -1  # of the last content block
         self._open = ""  # the type of the block that grows

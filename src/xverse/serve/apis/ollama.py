@@ -16,6 +16,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
 import xverse
+from xverse.engine import Request
 from xverse.kernels.linear import QuantLinear
 from xverse.serve.access_log import current
 from xverse.serve.apis.embeddings import MOST_INPUTS, check_dimensions, embedded
@@ -30,7 +31,7 @@ from xverse.serve.apis.ollama_bodies import (
 from xverse.serve.apis.talk import Talk, talk
 from xverse.serve.calls import CallParser, CallPiece, Content
 from xverse.serve.errors import ApiError
-from xverse.serve.exchange import NDJSON, streamed, while_connected
+from xverse.serve.exchange import NDJSON, respond, while_connected
 from xverse.serve.replies import failed
 from xverse.serve.service import Service
 from xverse.tokenizer.chat_template import CHAT_TEMPLATE
@@ -47,7 +48,7 @@ def mount(app: FastAPI, service: Service) -> None:
         if not body.messages:
             return _loaded(body, chosen, {"message": {"role": "assistant", "content": ""}})
         reply = _Reply(body.model, await talk(chosen, request, body, body.chat(), use_words(), clamp=True))
-        return await _answer(service, request, body, reply)
+        return await respond(service, request, reply, body.stream, body.headers(), NDJSON)
 
     @app.post("/api/generate")
     async def generate(body: OllamaGenerateRequest, request: fastapi.Request) -> Response:
@@ -60,7 +61,8 @@ def mount(app: FastAPI, service: Service) -> None:
             begun = await _raw(chosen, request, body)
         else:
             begun = await talk(chosen, request, body, body.chat(), words, clamp=True)
-        return await _answer(service, request, body, _Reply(body.model, begun, plain=True))
+        reply = _Reply(body.model, begun, plain=True)
+        return await respond(service, request, reply, body.stream, body.headers(), NDJSON)
 
     @app.post("/api/embed")
     async def embed(body: OllamaEmbedRequest, request: fastapi.Request) -> Response:
@@ -135,12 +137,6 @@ async def _raw(service: Service, request: fastapi.Request, body: OllamaGenerateR
     return Talk(service, only, CallParser(()))
 
 
-async def _answer(service: Service, request: fastapi.Request, body: Any, reply: _Reply) -> Response:
-    if body.stream:
-        return streamed(service, reply.chunks(), body.headers(), NDJSON)
-    return JSONResponse(await while_connected(request, reply.body()), headers=body.headers())
-
-
 class _Reply:
     """The response to one request. ``plain``: of ``/api/generate``, which has a text instead of a message."""
 
@@ -148,6 +144,10 @@ class _Reply:
         self._model, self._talk, self._plain = model, talk, plain
         self._begin, self._first = time.monotonic(), 0
         self._call: dict[str, str] | None = None  # the call that grows
+
+    @property
+    def requests(self) -> list[Request]:
+        return [self._talk.choice.request]
 
     async def body(self) -> dict[str, Any]:
         """The last line of the stream, with the whole text and all calls."""

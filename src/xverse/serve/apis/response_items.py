@@ -8,7 +8,7 @@ from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
 from xverse.engine.sampling_params import PARAMS
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import NO_EFFECT, Lenient, by_type, rule
+from xverse.serve.fields import NO_EFFECT, Lenient, by_type, rule, without_null
 from xverse.serve.protocol import (
     MOST_TOOLS,
     Arguments,
@@ -64,7 +64,7 @@ class OutputItem(Lenient):
     type: Literal["function_call_output"] = "function_call_output"
     id: StrictStr = Field(default_factory=lambda: new_id("fco"))
     call_id: StrictStr
-    output: Text
+    output: Text = ""
 
     def stored(self) -> dict[str, Any]:
         return {**self.model_dump(), "status": "completed"}
@@ -113,29 +113,30 @@ class FunctionTool(Lenient):
     name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: StrictStr = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    strict: StrictBool | None = None
+    strict: Any = None
 
 
 def _tools(value: Any) -> list[FunctionTool]:
     if isinstance(value, list) and len(value) > MOST_TOOLS:
         raise rule(f"{len(value)} items are too many; the limit is {MOST_TOOLS}")
-    return by_type(value, {"function": FunctionTool}, lambda tool: tool.get("type", "function"), "tools")
+    return by_type(value, {"function": FunctionTool}, lambda tool: tool.get("type") or "function", "tools")
 
 
 class TextFormat(Lenient):
     type: Literal["text", "json_object", "json_schema"] = "text"
-    name: StrictStr = "schema"
-    description: StrictStr = ""
+    name: Any = "schema"
+    description: Any = ""
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: StrictBool | None = None
+    strict: Any = None
 
 
 class TextOptions(Lenient):
     format: TextFormat = Field(default_factory=TextFormat)
-    verbosity: StrictStr | None = None
+    verbosity: Any = None
 
 
 def _metadata(value: Any) -> dict[str, str]:
+    value = without_null(value) if isinstance(value, dict) else value
     if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
         raise rule("must be an object of texts")
     if len(value) > MOST_METADATA:
@@ -169,7 +170,7 @@ class ResponsesRequest(SamplingFields):
     metadata: Annotated[dict[str, str], PlainValidator(_metadata, json_schema_input_type=dict[str, str])] = (
         Field(default_factory=dict)
     )
-    user: StrictStr | None = None
+    user: Any = None
     background: StrictBool = False
     conversation: Any = None
     prompt: Any = None
@@ -196,7 +197,7 @@ class ResponsesRequest(SamplingFields):
             if form.schema_ is None:
                 where = "text.format.schema"
                 raise ApiError(400, f"{where}: required field is missing", param=where, code="missing_field")
-            schema = JsonSchema(name=form.name, schema=form.schema_)
+            schema = JsonSchema(schema=form.schema_)
         sampling = {param.http: getattr(self, param.http) for param in PARAMS.values()}
         if self.max_output_tokens is not None:
             sampling["max_tokens"] = self.max_output_tokens
@@ -205,7 +206,7 @@ class ResponsesRequest(SamplingFields):
             messages=messages,
             response_format=ResponseFormat(type=form.type, json_schema=schema),
             tools=[
-                Tool(function=Function(**tool.model_dump(exclude_unset=True, exclude={"type"})))
+                Tool(function=Function(**tool.model_dump(exclude_unset=True, exclude={"type", "strict"})))
                 for tool in self.tools
             ],
             tool_choice=self.tool_choice,
@@ -232,7 +233,7 @@ def messages_of(instructions: str | None, items: list[Item]) -> list[Message]:
         if isinstance(item, MessageItem):
             messages.append(Message(role=item.role, content=item.content))
         elif isinstance(item, CallItem):
-            call = ToolCall(id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments))
+            call = ToolCall(function=FunctionCall(name=item.name, arguments=item.arguments))
             if not (messages and messages[-1].role == "assistant"):
                 messages.append(Message(role="assistant"))
             messages[-1].tool_calls.append(call)

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import fastapi
 from fastapi import FastAPI, Query, Response
-from fastapi.responses import JSONResponse
 
 from xverse.serve.access_log import current
 from xverse.serve.apis.response_items import (
@@ -28,7 +27,7 @@ from xverse.serve.apis.response_store import ResponseStore, Stored
 from xverse.serve.apis.talk import Talk, talk
 from xverse.serve.calls import CallPiece, Content
 from xverse.serve.errors import ApiError
-from xverse.serve.exchange import streamed, while_connected
+from xverse.serve.exchange import respond
 from xverse.serve.protocol import Message, ToolChoice
 from xverse.serve.replies import failed, logprob_entry, new_id
 from xverse.serve.service import Service
@@ -43,9 +42,7 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses")
     async def responses(body: ResponsesRequest, request: fastapi.Request) -> Response:
         reply = await _begin(service, store, body, request)
-        if body.stream:
-            return streamed(service, reply.chunks(), body.headers())
-        return JSONResponse(await while_connected(request, reply.body()), headers=body.headers())
+        return await respond(service, request, reply, body.stream, body.headers())
 
     @app.get("/v1/responses/{name}")
     async def retrieve(name: str) -> dict[str, Any]:
@@ -90,7 +87,7 @@ async def _begin(
     body.check()
     service = service.of(body.model)
     earlier: list[dict[str, Any]] = []
-    if body.previous_response_id is not None:
+    if body.previous_response_id:
         earlier = _stored(store, body.previous_response_id, "previous_response_id").conversation
     items = [_resolved(store, item, index) for index, item in enumerate(body.input)]
     messages = messages_of(body.instructions, [*map(read_stored, earlier), *items])
@@ -139,6 +136,7 @@ class ResponseReply:
         input: list[dict[str, Any]],
     ) -> None:
         self._request, self._talk, self._store = body, talk, store
+        self.requests = [talk.choice.request]
         self._earlier, self._input = earlier, input
         self._output: list[dict[str, Any]] = []
         self._open = False  # whether the last item grows

@@ -137,10 +137,7 @@ async def _likelihoods(
     service: Service, queries: Sequence[str], documents: Sequence[str], field: str, most: int | None = None
 ) -> tuple[list[float], dict[str, int]]:
     """The score of each pair, 0 to 1, and token counts. ``most``: tokens of a document that are read."""
-    requests = await asyncio.to_thread(_requests, service, queries, documents, most)
-    total = sum(len(request.prompt_ids) for request in requests)
-    if total > MOST_TOKENS:
-        raise ApiError(400, f"{field}: {total} tokens are too many; the limit is {MOST_TOKENS}", param=field)
+    requests = await asyncio.to_thread(_requests, service, queries, documents, field, most)
     choices = await prompted(service, requests, field)
     scores = []
     for choice in choices:
@@ -151,9 +148,9 @@ async def _likelihoods(
 
 
 def _requests(
-    service: Service, queries: Sequence[str], documents: Sequence[str], most: int | None
+    service: Service, queries: Sequence[str], documents: Sequence[str], field: str, most: int | None
 ) -> list[Request]:
-    requests = []
+    requests, total = [], 0
     tokenizer = service.tokenizer
     for query, document in zip(queries, documents, strict=True):
         if most is not None:
@@ -161,6 +158,10 @@ def _requests(
         asked = Message(role="user", content=_ASK.format(document=document))
         prompt = service.chat_ids([asked], [], False)
         ids = [*prompt, *tokenizer.encode(query)]
+        total += len(ids)
+        if total > MOST_TOKENS:  # here, because a long query is encoded with each of the documents
+            text = f"{field}: more than {MOST_TOKENS} tokens, together with the queries, are too many"
+            raise ApiError(400, text, param=field)
         requests.append(
             Request(
                 prompt_ids=ids,

@@ -40,17 +40,16 @@ class Talk:
             async for event in stream:
                 found = self._parser.push(event.text)
                 if event.finish_reason is not None:
-                    found += self._parser.end(event.finish_reason == "length")
+                    found += self._parser.end(self.choice.cut)
                 for piece in found:
                     yield piece
 
     @property
     def ending(self) -> Ending:
         """For a reply that has ended. A call that was cut off does not count."""
-        cut = self.choice.finish_reason == "length"
-        if self._parser.calls and not (cut and self._parser.open):
+        if self._parser.calls and not self._parser.open:
             return "calls"
-        return "length" if cut else "stop"
+        return "length" if self.choice.finish_reason == "length" else "stop"
 
     @property
     def context_full(self) -> bool:

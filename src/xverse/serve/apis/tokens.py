@@ -9,14 +9,18 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field, StrictBool, StrictStr
 
+from xverse.config import UserError
 from xverse.serve import tools
 from xverse.serve.access_log import current
+from xverse.serve.apis.embeddings import MOST_TOKENS
 from xverse.serve.errors import ApiError
 from xverse.serve.fields import Body
 from xverse.serve.protocol import MOST_TOOLS, Message, TokenIds, Tool
 from xverse.serve.service import Service
 from xverse.tokenizer.chat import PREFIXES
 from xverse.tokenizer.template import template_ids
+
+_MOST_SPECIAL = 100_000  # characters in which special tokens are looked for; others wait meanwhile
 
 
 class TokenizeRequest(Body):
@@ -38,7 +42,7 @@ class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
     model: StrictStr = ""
-    tokens: TokenIds
+    tokens: Annotated[TokenIds, Field(max_length=MOST_TOKENS)]
 
 
 def mount(app: FastAPI, service: Service) -> None:
@@ -51,7 +55,10 @@ def mount(app: FastAPI, service: Service) -> None:
     async def detokenize(body: DetokenizeRequest) -> Response:
         service.of(body.model)
         current().ignored = body.ignored
-        text = service.tokenizer.decode(body.tokens, skip_special=False)
+        try:
+            text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, False)
+        except UserError as error:
+            raise ApiError(400, f"tokens: {error}", param="tokens") from None
         return JSONResponse({"text": text, "prompt": text}, headers=body.headers())  # vLLM's name is prompt
 
 
@@ -61,12 +68,18 @@ def tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     text = body.text if body.prompt is None else body.prompt
     if (text is None) == (body.messages is None):
         raise ApiError(400, "prompt: send either prompt or messages", param="prompt")
+    if body.allow_special and len(text or "") > _MOST_SPECIAL:
+        rule = f"is limited to prompts of {_MOST_SPECIAL} characters"
+        raise ApiError(400, f"allow_special: {rule}", param="allow_special")
     if body.messages is not None:
         ids = _conversation(service, body, body.messages)
     else:
         ids = service.tokenizer.encode(text or "", allow_special=body.allow_special)
         if body.add_special_tokens:
             ids = [*service.tokenizer.prefix_ids, *ids]
+    if len(ids) > MOST_TOKENS:  # an answer that took seconds to write
+        text = f"prompt: {len(ids)} tokens are too many; the limit is {MOST_TOKENS}"
+        raise ApiError(400, text, param="prompt")
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.context, "tokens": ids}
     strings = None
     if body.return_token_strs:

@@ -53,7 +53,11 @@ export function formula(source, whole, display) {
   return element;
 }
 
+// What hides a part of a formula: comments, phantoms, definitions.
+const HIDES = /(?:^|[^\\])(?:\\\\)*%|\\(?:[hv]?phantom|[gex]?def|(?:re|provide)?newcommand|(?:future)?let)(?![a-zA-Z])/;
+
 async function typeset(element, source, display) {
+  if (HIDES.test(source)) return;
   const library = await typesetting();
   const trust = () => { throw new Error("links and pictures in formulas are not drawn"); };
   const options = { displayMode: display, throwOnError: true, trust, strict: "ignore", maxExpand: 200, maxSize: 20 };

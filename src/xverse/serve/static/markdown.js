@@ -10,6 +10,17 @@ const parser = globalThis.markdownit({ html: false, linkify: true, breaks: true 
 parser.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 parser.disable(["autolink", "reference", "html_block", "html_inline", "text_join"]);
 parser.validateLink = (address) => /^(https?:|mailto:)/i.test(address.trim());
+// Addresses and titles stay as they were written: %41, 中 and &amp; too.
+parser.normalizeLink = parser.normalizeLinkText = (address) => address;
+const { parseLinkDestination, parseLinkTitle } = parser.helpers;
+parser.helpers.parseLinkDestination = (text, start, most) => {
+  const found = parseLinkDestination(text, start, most);
+  return found.ok ? { ...found, str: text.slice(start, found.pos).replace(/^<|>$/g, "") } : found;
+};
+parser.helpers.parseLinkTitle = (text, start, most) => {
+  const found = parseLinkTitle(text, start, most);
+  return found.ok ? { ...found, str: text.slice(start + 1, found.pos - 1) } : found;
+};
 
 const LONGEST = 4000; // characters of a formula within a line of text
 
@@ -120,15 +131,10 @@ function open(token) {
 
 /** Where a link leads, unless its text says it. */
 function target(link, token) {
-  const address = decoded(token.attrGet("href"));
+  const address = token.attrGet("href");
   const name = token.attrGet("title");
-  const shown = link.textContent;
-  if (!name && (shown === address || shown === token.attrGet("href"))) return "";
+  if (!name && link.textContent === address) return "";
   return h("span", { class: "target", dir: "ltr" }, ` (${address}${name ? ` "${name}"` : ""})`);
-}
-
-function decoded(address) {
-  try { return decodeURI(address); } catch { return address; }
 }
 
 /** Append the elements of `tokens` to `parent`. */
