@@ -68,7 +68,8 @@ step "$xverse" data prepare recipes/nano/data.yaml corpus="$corpus" out="$out/da
 step "$xverse" pretrain recipes/nano/pretrain.yaml shape="$shape" data="$out/data" out="$out/pretrain" \
   ${pretrain_settings[@]+"${pretrain_settings[@]}"}
 skills=$out/skills write=("$(dirname "$xverse")/python" -m recipes.skills)
-[[ -e $skills/skills.jsonl ]] || step "${write[@]}" --dialogues 140000 --out "$skills/skills.jsonl"
+[[ -e $skills/skills.jsonl ]] || step "${write[@]}" --dialogues 140000 --joined 0.5 \
+  --beside recipes/nano/persona.jsonl --out "$skills/skills.jsonl"
 [[ -e $skills/persona.jsonl ]] || step "${write[@]}" --dialogues 0 --beside recipes/nano/persona.jsonl --out "$skills/persona.jsonl"
 [[ -e $skills/instructions.jsonl ]] || step "${write[@]}" --dialogues 0 --beside "$sft" --out "$skills/instructions.jsonl"
 step "$xverse" finetune recipes/nano/sft.yaml model_name_or_path="$out/pretrain/model" \

@@ -49,6 +49,7 @@ SHARES = {
     "languages": 13, "safety": 9, "followup": 8, "everyday": 3,
 }  # fmt: skip
 LANGUAGES = {"zh": 44, "en": 44, "ru": 2.4, "fr": 2.4, "ja": 2.4, "de": 2.4, "es": 2.4}
+JOINED_CHARACTERS = 600  # of a conversation, a third for Chinese and Japanese: it fits 256 tokens
 EXAM_ITEMS = 40  # of each skill, in Chinese and in English
 EXAM_SEED = 1
 
@@ -150,6 +151,26 @@ def exam(count: int = EXAM_ITEMS) -> list[dict[str, Any]]:
     return items
 
 
+def joined(dialogues: list[Dialogue], share: float, seed: int) -> Iterator[Dialogue]:
+    """The dialogues, of which a share is followed by one to three others of the same script, so that a model
+    answers the last question and not the one before it. All are used once; the order is drawn by ``seed``."""
+    if not share:
+        yield from dialogues
+        return
+    random = Random(seed)
+    scripts: dict[bool, list[Dialogue]] = {True: [], False: []}
+    for one in random.sample(dialogues, len(dialogues)):
+        scripts[any(character >= "\u2e80" for character in one.turns[0])].append(one)
+    for wide, waiting in scripts.items():
+        while waiting:
+            turns = waiting.pop().turns
+            for _ in range(random.randint(1, 3) if random.random() < share else 0):
+                longest = JOINED_CHARACTERS // (3 if wide else 1)
+                if waiting and sum(map(len, (*turns, *waiting[-1].turns))) <= longest:
+                    turns += waiting.pop().turns
+            yield Dialogue(turns)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     return guarded("skills", lambda: _write(arguments))
 
@@ -171,6 +192,13 @@ def _write(arguments: Sequence[str] | None) -> int:
         metavar="PATH",
         help="dialogues to copy, without the exam's",
     )
+    parser.add_argument(
+        "--joined",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the dialogues are followed by others in the same conversation (default: %(default)s)",
+    )
     parser.add_argument("--exam", type=Path, metavar="FILE", help="write the exam")
     args = parser.parse_args(arguments)
     if args.out is None and args.exam is None:
@@ -187,7 +215,8 @@ def _write(arguments: Sequence[str] | None) -> int:
             temporary.write_text("".join(_line(item) for item in exam()), encoding="utf-8")
     if args.out is not None:
         with atomic_file(args.out) as temporary:
-            temporary.write_text("".join(_line(one.messages()) for _, _, one in made), encoding="utf-8")
+            lines = joined([one for _, _, one in made], args.joined, args.seed)
+            temporary.write_text("".join(_line(one.messages()) for one in lines), encoding="utf-8")
         counts = Counter(name for name, _, _ in made)
         print(f"{len(made)} dialogues: {', '.join(f'{name} {number}' for name, number in counts.items())}")
     return 0

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("babel", reason="names of countries, languages and days come from Babel (extra: data)")
 
 from recipes.skills import arithmetic, everyday, facts, safety
-from recipes.skills.__main__ import SHARES, SKILLS, dialogues, exam, main
+from recipes.skills.__main__ import JOINED_CHARACTERS, SHARES, SKILLS, dialogues, exam, joined, main
 from recipes.skills.common import Dialogue, Writer, is_held, normal, read, refused, split
 from recipes.skills.programs import PROGRAMS
 from xverse.eval import replies
@@ -232,6 +232,7 @@ def test_the_command_writes_dialogues_and_cleans_others(
     [
         ([], "nothing to write"),
         (["--out", "x", "--dialogues", "-1"], "at least 0"),
+        (["--out", "x", "--joined", "1.5"], "from 0 to 1"),
         (["--exam", "x", "--beside", "y"], "--beside needs --out"),
         (["--out", "x", "--dialogues", "0", "--beside", "no/such/file.json"], "no dataset"),
     ],
@@ -278,3 +279,20 @@ def test_sixty_questions_are_asked_and_scored(
 
 def test_everyday_talk_is_not_examined() -> None:
     assert everyday.SKILL.name not in SKILLS
+
+
+def test_joined_dialogues_keep_every_turn_in_order() -> None:
+    made = [one for _, _, one in dialogues(300, seed=5)]
+    conversations = list(joined(made, 0.5, seed=1))
+    assert conversations == list(joined(made, 0.5, seed=1))
+    assert sum(len(one.turns) for one in conversations) == sum(len(one.turns) for one in made)
+    several = 0
+    for conversation in conversations:
+        turns, parts = conversation.turns, 0
+        while turns:
+            own = max((one.turns for one in made if turns[: len(one.turns)] == one.turns), key=len)
+            turns, parts = turns[len(own) :], parts + 1
+        several += parts > 1
+        assert parts == 1 or sum(map(len, conversation.turns)) <= JOINED_CHARACTERS
+    assert 0.2 * len(conversations) < several < 0.6 * len(conversations)
+    assert list(joined(made, 0.0, seed=1)) == made
