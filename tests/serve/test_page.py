@@ -29,7 +29,7 @@ def test_a_conversation_in_chinese(site: Any, visit: Any) -> None:
     assert visitor.said("user") == ["你好，你是谁？"]
     assert re.match(r"\d+ 个词元", visitor.page.locator("#status").inner_text())
     assert re.match(r"\d+ / 8,192", visitor.page.locator("#meter").inner_text())
-    visitor.say("写一个快速排序代码")
+    visitor.say("25加37等于多少？")
     visitor.until_answered(2)
     visitor.picture("chat-zh")
     assert visitor.conversations() == ["你好，你是谁？"]
@@ -61,13 +61,13 @@ def test_regenerate_and_edit_keep_the_versions(site: Any, visit: Any) -> None:
     visitor = visit(site)
     visitor.say("What is your name?")
     first = visitor.until_answered(1)
-    visitor.say("Write quicksort in Python.")
+    visitor.say("Write a function that reverses a string.")
     visitor.until_answered(2)
     visitor.picture("chat-en")
     visitor.page.get_by_label("Regenerate").last.click()
     sync_api.expect(visitor.page.get_by_text("2/2")).to_be_visible()
     visitor.until_answered(2)
-    assert visitor.said("user") == ["What is your name?", "Write quicksort in Python."]
+    assert visitor.said("user") == ["What is your name?", "Write a function that reverses a string."]
 
     visitor.page.get_by_label("Edit").first.click()
     visitor.page.locator("article textarea").fill("Who are you?")
@@ -75,10 +75,10 @@ def test_regenerate_and_edit_keep_the_versions(site: Any, visit: Any) -> None:
     visitor.until_answered(1)
     assert visitor.said("user") == ["Who are you?"]
     visitor.page.get_by_label("Previous version").first.click()
-    assert visitor.said("user") == ["What is your name?", "Write quicksort in Python."]
+    assert visitor.said("user") == ["What is your name?", "Write a function that reverses a string."]
     assert visitor.said("assistant")[0] == first
     again = visit.again(visitor, site)
-    assert again.said("user") == ["What is your name?", "Write quicksort in Python."]
+    assert again.said("user") == ["What is your name?", "Write a function that reverses a string."]
     assert again.page.get_by_text("2/2").count() == 1
 
 
