@@ -168,7 +168,8 @@ def sync(path: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise UserError if a folder cannot be created or written, before long work; creates nothing."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with _write_errors(folder):  # a name that is too long
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"{folder}: cannot be written ({existing} is a file)")
     if not os.access(existing, os.W_OK | os.X_OK):

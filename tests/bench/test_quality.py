@@ -64,7 +64,7 @@ def test_embedding_counts_apart() -> None:
         (["--ours", "bpw=x"], "expected bits per weight"),
         (["--texts", "nothing"], "write NAME=PATH"),
         (["--texts", "a=nowhere"], "nowhere: no such file or folder"),
-        (["--work-dir", "nowhere"], "--work-dir: nowhere is not a folder"),
+        (["--work-dir", "nowhere"], "--work-dir has no effect without --peers"),
         (["--peers", "Q4_K_L"], "Q4_K_M"),
     ],
 )

@@ -26,7 +26,10 @@ def save_conversation(messages: list[Message], path: str | Path) -> None:
     text = json.dumps(
         {"format": FORMAT, "version": VERSION, "messages": messages}, ensure_ascii=False, indent=2
     )
-    _check_target(path)
+    try:
+        _check_target(path)
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
