@@ -5,6 +5,8 @@ import { copy, find, toast } from "./dom.js";
 import { t } from "./language.js";
 import { sampling } from "./settings.js";
 
+const INTERVAL = 50; // ms; a long text takes the browser longer to lay out than its next token to arrive
+
 let ending = null;
 let before = null; // the text before the last continuation
 let page = null;
@@ -67,12 +69,25 @@ async function receive(text, status, signal) {
   }
   const begin = performance.now();
   let tokens = 0;
-  for await (const piece of stream("v1/completions", body, signal)) {
+  let arrived = "";
+  let timer = null;
+  const show = () => {
+    timer = null;
     const below = text.scrollHeight - text.scrollTop - text.clientHeight;
-    text.value += piece.text;
+    text.value += arrived;
+    arrived = "";
     if (below < 60) text.scrollTop = text.scrollHeight;
-    tokens = piece.usage?.completion_tokens ?? tokens + (piece.text ? 1 : 0);
     const rate = (tokens / Math.max((performance.now() - begin) / 1000, 1e-3)).toFixed(1);
     if (tokens) status.textContent = t("speed", { tokens, rate });
+  };
+  try {
+    for await (const piece of stream("v1/completions", body, signal)) {
+      arrived += piece.text;
+      tokens = piece.usage?.completion_tokens ?? tokens + (piece.text ? 1 : 0);
+      timer ??= setTimeout(show, INTERVAL);
+    }
+  } finally {
+    clearTimeout(timer);
+    show();
   }
 }
