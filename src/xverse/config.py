@@ -308,7 +308,7 @@ def _parse_yaml(text: str) -> Any:
     import yaml  # here, because it takes a sixth of the time of `xverse --help`
 
     class Loader(yaml.SafeLoader):
-        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
             node = super().compose_mapping_node(anchor)
             names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for i, key in enumerate(names):
