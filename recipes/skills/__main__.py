@@ -205,6 +205,8 @@ def _write(arguments: Sequence[str] | None) -> int:
         parser.error("nothing to write; give --out, --exam or both")
     if args.beside and args.out is None:
         parser.error("--beside needs --out")
+    if not 0 <= args.joined <= 1:
+        parser.error("--joined must be from 0 to 1")
 
     from xverse.files import atomic_file
 

@@ -150,7 +150,7 @@ def test_settings_survive_being_written_and_read(recipe: Path) -> None:
 
 def test_the_nano_recipe_is_what_its_model_was_trained_with() -> None:
     settings: Settings = read_settings(read_yaml(RECIPES / "nano" / "sft.yaml"), "nano")
-    assert (settings.cutoff_len, settings.max_steps, settings.per_device_train_batch_size) == (256, 1500, 8)
-    assert settings.dataset[0].max_reply_tokens == 64
-    assert settings.dataset[1].repeat == 8
+    assert (settings.cutoff_len, settings.max_steps, settings.per_device_train_batch_size) == (256, 2500, 8)
+    assert settings.dataset[2].max_reply_tokens == 64
+    assert settings.dataset[1].repeat == 3
     assert settings.packs

@@ -39,7 +39,7 @@ CHAT = "/v1/chat/completions"
         ({}, "messages", "missing"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "must be 'system'"),
         ({"messages": QUESTION, "model": "gpt-5"}, "model", "'gpt-5' does not exist"),
-        ({"messages": QUESTION, "seed": 2**70}, "seed", ""),
+        ({"messages": QUESTION, "seed": 1.5}, "seed", ""),
         ({"messages": QUESTION, "logit_bias": {"x": 1}}, "logit_bias", "token ids"),
         ({"messages": QUESTION, "logit_bias": {"99999999": 1}}, "logit_bias", "ids must be"),
         ({"messages": QUESTION, "top_logprobs": 3}, "top_logprobs", "needs logprobs"),

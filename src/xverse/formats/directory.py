@@ -110,7 +110,8 @@ class ModelDirectory:
         values = read_object(file) if file.exists() else {}
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             ids = values.get(key)
-            if any(type(index) is not int for index in (ids if isinstance(ids, list) else [ids or 0])):
+            listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if any(type(index) is not int for index in listed):
                 raise UserError(f"{file}: {key} must be a token id, or several in a list, found {ids!r}")
         return values
 
