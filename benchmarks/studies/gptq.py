@@ -66,7 +66,7 @@ def measure(config: XverseConfig) -> dict[str, Any]:
     tokens = torch.randint(VOCABULARY, TOKENS, generator=torch.Generator().manual_seed(1))
     settings = QuantSettings(bits=4, method="gptq")
     quantizer = Quantizer(small, read, settings, calibration=tokens, progress=step)
-    quantizer.uses_whole = False  # as for the whole model
+    quantizer.uses_whole = False  # these two layers are measured as those of a 7B model are rounded
     for _ in quantizer.tensors():
         pass
     moments = dict(steps)

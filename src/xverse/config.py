@@ -310,10 +310,12 @@ def _parse_yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):
         def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
             node = super().compose_mapping_node(anchor)
-            names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for i, key in enumerate(names):
-                if any((key.tag, key.value) == (other.tag, other.value) for other in names[:i]):
+            names = set()
+            for key, _ in node.value:
+                name = key.tag, str(key.value)
+                if name in names:
                     raise ValueError(f"line {key.start_mark.line + 1}: key '{key.value}' is given twice")
+                names.add(name)
             return node
 
     try:

@@ -35,6 +35,7 @@ LENGTH = 256  # tokens per row
 OURS = tuple(f"int{bits}{how}" for how in ("", "-loading") for bits in (4, 3, 2, 8))
 PEERS = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q3_K_M", "IQ3_S", "Q2_K", "Q8_0")  # types of llama.cpp
 _HIDDEN_ROWS = 8
+_OF_PEERS = {"imatrix": "both", "work_dir": None}  # flags that belong to --peers, with their defaults
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,12 +66,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--imatrix",
         choices=["both", "with", "without"],
-        default="both",
-        help="peers with and without an importance matrix of the package's calibration text (default: both)",
+        help="peers with and without an importance matrix of the package's calibration text "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--work-dir", metavar="DIR", help="for the peers' files (default: a temporary folder)"
     )
+    parser.set_defaults(**_OF_PEERS)
     add_threads(parser)
 
 
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else [choose("peers", name.upper(), {kind: kind for kind in PEERS}) for name in args.peers or PEERS]
     )
     if peers is None:
-        refuse_unused(args, "--peers", imatrix="both", work_dir=None)
+        refuse_unused(args, "--peers", **_OF_PEERS)
     else:
         from xverse.bench import llama_cpp
 

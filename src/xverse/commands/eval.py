@@ -12,6 +12,8 @@ from xverse.device import add_device, add_tensor_parallel
 from xverse.values import positive, refuse_unused, whole
 
 DEFAULT_TASKS = "mmlu,ceval,agieval,gaokao-bench,gaokao-english"
+# Flags of eval run that only multiple-choice benchmarks use, with their defaults.
+_OF_CHOICES = {"shots": 5, "split": None, "fix_none": False, "skip_malformed": False}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +37,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--shots",
         type=whole(0, 5),
-        default=5,
         metavar="N",
-        help="examples before each question, 0 to 5 (default: 5)",
+        help="examples before each question, 0 to 5 (default: %(default)s)",
     )
     run.add_argument(
         "--limit", type=whole(1), metavar="N", help="answer only the first N questions of each subject"
@@ -83,6 +84,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="humaneval, skills: permit running the code that the model writes",
     )
+    run.set_defaults(**_OF_CHOICES)
     run.add_argument(
         "--shard", metavar="I/N", help="answer only the I-th (from 0) of N parts; `eval report` joins them"
     )
@@ -148,7 +150,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError("humaneval runs code that the model writes; pass --allow-code to permit it")
     if len(others) == len(names):
         needed = "a multiple-choice benchmark in --tasks"
-        refuse_unused(args, needed, shots=5, split=None, fix_none=False, skip_malformed=False)
+        refuse_unused(args, needed, **_OF_CHOICES)
     if "mmlu" not in names:
         refuse_unused(args, "mmlu in --tasks", fix_none=False)
     if "ppl" not in names:

@@ -11,6 +11,8 @@ from xverse.values import positive, refuse_unused, whole
 if TYPE_CHECKING:
     from xverse.model.config import XverseConfig
 
+_OF_SEARCH = {"top": 6}  # flags that --layout makes useless, with their defaults
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -42,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of the whole training, to compute its days (default: 2.6e12)",
     )
     parser.add_argument(
-        "--top", type=whole(1), default=6, metavar="N", help="how many kinds of layouts to show (default: 6)"
+        "--top", type=whole(1), metavar="N", help="how many kinds of layouts to show (default: %(default)s)"
     )
     parser.add_argument(
         "--layout",
@@ -57,6 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chart", type=Path, metavar="PNG", help="write a chart of where the time goes to this file"
     )
+    parser.set_defaults(**_OF_SEARCH)
     device = parser.add_argument_group("figures of the device that replace the known ones")
     device.add_argument("--tflops", type=positive(1e9), help="peak of dense bf16 in TFLOP/s")
     device.add_argument("--memory-gb", type=positive(1e9), help="memory in GB")
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if args.chart:
         check_writable(args.chart.parent)
     if args.layout:
-        refuse_unused(args, "a search, which --layout replaces", top=6)
+        refuse_unused(args, "a search, which --layout replaces", **_OF_SEARCH)
         layout, heading = given_layout(task, args.layout), "given"
         software = software_of(layout, args.optimizer)
         chosen = [predict(task.arch, layout, device, task.length, software=software)]

@@ -95,7 +95,7 @@ replace("blockquote", (rule) => (state, begin, end, silent) => {
   const start = state.bMarks[begin] + state.tShift[begin];
   return state.src.startsWith(">>", start) ? false : rule(state, begin, end, silent);
 });
-// A row with more cells than the head would lose them: then it is no table.
+// A row with more cells than the head would lose them: the text then stays as written.
 replace("table", (rule) => (state, begin, end, silent) => {
   const cells = (line) => {
     const text = state.src.slice(state.bMarks[line] + state.tShift[line], state.eMarks[line]);
