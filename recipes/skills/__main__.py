@@ -1,6 +1,6 @@
 """Write training dialogues, or the exam of ``xverse eval --tasks skills``.
 
-python -m recipes.skills --out runs/skills/skills.jsonl [--dialogues N] [--seed N]
+python -m recipes.skills --out runs/skills/skills.jsonl [--dialogues N] [--seed N] [--joined SHARE]
 python -m recipes.skills --out runs/skills/instructions.jsonl --dialogues 0 --beside FILE_OR_FOLDER …
 python -m recipes.skills --exam src/xverse/eval/exam.jsonl
 
@@ -49,7 +49,7 @@ SHARES = {
     "languages": 13, "safety": 9, "followup": 8, "everyday": 3,
 }  # fmt: skip
 LANGUAGES = {"zh": 44, "en": 44, "ru": 2.4, "fr": 2.4, "ja": 2.4, "de": 2.4, "es": 2.4}
-JOINED_CHARACTERS = 600  # of a conversation, a third for Chinese and Japanese: it fits 256 tokens
+JOINED_CHARACTERS = 600  # of a conversation, a third for Chinese and Japanese: 99 % fit 256 tokens
 EXAM_ITEMS = 40  # of each skill, in Chinese and in English
 EXAM_SEED = 1
 
@@ -151,15 +151,15 @@ def exam(count: int = EXAM_ITEMS) -> list[dict[str, Any]]:
     return items
 
 
-def joined(dialogues: list[Dialogue], share: float, seed: int) -> Iterator[Dialogue]:
+def joined(made: list[Dialogue], share: float, seed: int) -> Iterator[Dialogue]:
     """The dialogues, of which a share is followed by one to three others of the same script, so that a model
     answers the last question and not the one before it. All are used once; the order is drawn by ``seed``."""
     if not share:
-        yield from dialogues
+        yield from made
         return
     random = Random(seed)
     scripts: dict[bool, list[Dialogue]] = {True: [], False: []}
-    for one in random.sample(dialogues, len(dialogues)):
+    for one in random.sample(made, len(made)):
         scripts[any(character >= "\u2e80" for character in one.turns[0])].append(one)
     for wide, waiting in scripts.items():
         while waiting:
