@@ -186,7 +186,12 @@ def test_nearest_names_an_option_or_nothing(name: str, options: list[str]) -> No
 
 
 @given(
-    st.builds(Schedule, st.integers(), st.floats(allow_nan=False), st.sampled_from(["cosine", "constant"]))
+    st.builds(
+        Schedule,
+        st.integers(-(2**63), 2**63 - 1),
+        st.floats(allow_nan=False),
+        st.sampled_from(["cosine", "constant"]),
+    )
 )
 def test_round_trip(schedule: Schedule) -> None:
     assert build(Schedule, vars(schedule), "x") == schedule

@@ -127,7 +127,8 @@ def test_the_command_writes_table_json_and_plot(
         ("b.model", b"\x00broken", "cannot be read"),
         ("c.gguf", b"GGUF\x03", "cannot be read as GGUF"),
         ("d.bin", b"?", "not a vocabulary"),
-        ("e.json", b"{}", "not a usable tokenizer.json"),
+        ("e.json", b"{}", "not a tokenizer.json"),
+        ("f.json", b'{"model": {"type": "BPE"}}', "not a usable tokenizer.json"),
     ],
 )
 def test_what_is_no_vocabulary(tmp_path: Path, name: str, content: bytes, message: str) -> None:

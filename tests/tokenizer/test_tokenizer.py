@@ -173,7 +173,8 @@ def test_refused_files(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     for content, message in [
         ("{", "invalid JSON"),
         ("[]", "expected a JSON object"),
-        ("{}", "no BPE model"),
+        ("{}", r"not a tokenizer\.json \(it has no model\)"),
+        ('{"model": {}}', "no BPE model"),
         ('{"model": {"type": "WordPiece", "vocab": {}}}', "a WordPiece tokenizer"),
         (json.dumps(byte_level), "no Metaspace"),
         (json.dumps(without(values, "<|endoftext|>")), r"<\|endoftext\|> must have id 3, but it is missing"),

@@ -71,9 +71,10 @@ def _trackers(text: str) -> list[str]:
     """The trackers of ``report_to``. Raises UserError for an unknown one and a missing package."""
     known = {name: name for name in ("none", "all", *INTEGRATION_TO_CALLBACK)}
     names = [choose("tracker in report_to", name, known) for name in split_names(text)]
-    for name in ("tensorboard", "wandb"):
-        if name in names:
-            need(name, "track", f"report_to {name}", load=False)
+    if "tensorboard" in names:
+        need("tensorboard", "track", "report_to tensorboard", load=False)
+    if "wandb" in names:
+        need("wandb", "track", "report_to wandb", load=False)
     return names
 
 
