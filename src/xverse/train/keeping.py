@@ -104,6 +104,8 @@ class Kept:
         damaged: list[tuple[Path, str]] = []
         for path in world.agreed(self.all()[::-1] if world.rank == 0 else []):
             state, problem = _state(path, read_state, world)
+            if not problem and self.only is None and state["step"] != self.step(path):
+                problem = f"it is of step {state['step']}"
             if not problem and not usable(path, state):
                 continue
             try:
