@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import threading
 import warnings
@@ -29,11 +28,11 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from xverse.config import UserError
-from xverse.files import atomic_file, fingerprint, sync
+from xverse.files import atomic_file, fingerprint, read_sealed, sealed, sync
 from xverse.formats.parts import SHARD, Index, Part, read_header
 from xverse.log import notice
 from xverse.train.copies import Copies
-from xverse.train.keeping import READING, Kept, State, is_full, read_json, reason
+from xverse.train.keeping import READING, Kept, State, is_full, reason
 from xverse.train.materialise import held
 from xverse.train.parallel import ALONE, Replica, World
 
@@ -158,7 +157,7 @@ class Checkpointer:
             beside = sorted(file for file in temporary.iterdir() if not file.name.startswith(SHARD))
             state["files"] |= {file.name: fingerprint(file) for file in beside}
         with atomic_file(temporary / "state.json") as file:
-            file.write_text(json.dumps(state), encoding="utf-8")
+            file.write_text(sealed(state), encoding="utf-8")
         if path.exists():  # written before a rollback
             self._kept.remove(path)
         temporary.replace(path)
@@ -325,7 +324,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tup
 
 def _read_state(path: Path) -> State:
     """``state.json``. Raises one of READING."""
-    state: State = read_json(path / "state.json")
+    state: State = read_sealed(path / "state.json")
     if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
         raise ValueError("state.json has no step or identity")
     if not isinstance(state.get("files"), dict):
