@@ -67,7 +67,9 @@ _WITHOUT_EFFECT = {
         "use_legacy_prediction_loop bf16_full_eval fp16_full_eval torch_compile_backend torch_compile_mode "
         "restore_callback_states_from_checkpoint enable_jit_checkpoint hub_token hub_private_repo "
         "hub_strategy hub_always_push hub_revision placement_strategy ray_init_kwargs ray_storage_path "
-        "ray_storage_filesystem ray_run_name resources_per_worker"
+        "ray_storage_filesystem ray_run_name resources_per_worker ray_scope data_shared_file_system "
+        "past_index disable_version_checking include_inputs_for_metrics jit_mode_eval use_ipex mp_parameters "
+        "tpu_num_cores tpu_metrics_debug torchdynamo fp16_backend xpu_backend"
     ),
 }
 WITHOUT_EFFECT = {key: reason for reason, keys in _WITHOUT_EFFECT.items() for key in keys.split()}
@@ -122,6 +124,11 @@ REFUSALS = (
         options="pissa_iter pissa_convert",
     ),
     Refusal("create_new_adapter", f"merge the first adapter into its base: {_EXPORT}"),
+    Refusal("resume_lora_training", f"merge the adapter into its base: {_EXPORT}", (True,), inverted=True),
+    Refusal("lora_bf16_mode", "use pure_bf16"),
+    Refusal("adafactor", "set optim: adafactor"),
+    Refusal("no_cuda use_mps_device", "the device is found; use_cpu: true computes on the CPU"),
+    Refusal("sharded_ddp", "use fsdp"),
     Refusal("adapter_folder", "give the adapter's whole path in adapter_name_or_path"),
     Refusal("shift_attn", "LongLoRA's shifted attention is not implemented; remove it"),
     Refusal("mixture_of_depths", "mixture of depths is not implemented; remove it"),
@@ -134,13 +141,14 @@ REFUSALS = (
     Refusal("label_smoothing_factor", "the loss is cross-entropy without smoothing; remove it", (0, 0.0)),
     Refusal("pref_bco_weight", "the BCO term is not implemented; remove it", (0, 0.0)),
     Refusal("ld_alpha", "LD-DPO is not implemented; remove it"),
-    Refusal("ref_model_adapters", f"merge the adapter into ref_model: {_EXPORT}"),
+    Refusal("ref_model_adapters ref_model_checkpoint", f"merge the adapter into ref_model: {_EXPORT}"),
     Refusal("ref_model_quantization_bit", "quantise ref_model with xverse quantize"),
     Refusal(
         "reward_model",
         "PPO is not implemented; stage grpo takes the folder of a reward model in reward_funcs",
-        options="reward_model_adapters reward_model_quantization_bit reward_model_type "
-        "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards ppo_logger",
+        options="reward_model_adapters reward_model_checkpoint reward_model_quantization_bit "
+        "reward_model_type ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards "
+        "ppo_logger",
     ),
     Refusal(
         "steps_per_generation generation_batch_size",
@@ -206,7 +214,10 @@ REFUSALS = (
     Refusal("rope_scaling", "set rope_scaling in the model's config.json"),
     Refusal("model_revision", "download this revision and give its folder", ("main",)),
     Refusal("cache_dir", "set the environment variable HF_HOME or MODELSCOPE_CACHE"),
-    Refusal("hf_hub_token ms_hub_token om_hub_token", "set the environment variable HF_TOKEN or log in"),
+    Refusal(
+        "hf_hub_token ms_hub_token om_hub_token hf_auth_token use_auth_token",
+        "set the environment variable HF_TOKEN or log in",
+    ),
     Refusal(
         "push_to_hub hub_model_id export_hub_model_id", "upload the finished folder with hf upload REPO DIR"
     ),
@@ -221,7 +232,7 @@ REFUSALS = (
         "tokenized_path cache_path",
         "nothing is preprocessed: examples are encoded when a run starts; remove it and start the run",
     ),
-    Refusal("default_system system_prompt", "write the system message into the data"),
+    Refusal("default_system system_prompt source_prefix", "write the system message into the data"),
     Refusal("enable_thinking", "thoughts in the data are text like any other; remove it", (True,)),
     Refusal("reserved_label_len max_source_length max_target_length", "only cutoff_len bounds an example"),
     Refusal("split", "set split in the dataset's entry of dataset_info.json", ("train",)),
