@@ -17,7 +17,7 @@ from typing import Any
 from xverse.config import UserError, build, unknown_keys, unknown_text
 from xverse.engine.sampling_params import SamplingParams
 from xverse.finetune.fields import TEMPLATE, TEMPLATES, Arguments, DatasetUse, Replay, Rollouts, Task
-from xverse.finetune.foreign_keys import refuse_former_recipe, take_foreign
+from xverse.finetune.foreign_keys import ALIASES, refuse_former_recipe, take_foreign
 from xverse.log import notice
 from xverse.texts import parse_json, read_object
 
@@ -287,34 +287,6 @@ class Settings(Arguments, Rollouts, Task):
 # Fields from do_train on are passed to transformers unchanged.
 _NAMES = [item.name for item in dataclasses.fields(Settings)]
 OWN = frozenset(_NAMES[: _NAMES.index("do_train")])
-
-# Other names of a setting, which LLaMA-Factory or older versions of transformers use.
-ALIASES = {
-    "activation_checkpointing": "gradient_checkpointing",
-    "checkpoint_dir": "adapter_name_or_path",
-    "dev_ratio": "val_size",
-    "dpo_beta": "pref_beta",
-    "dpo_ftx": "pref_ftx",
-    "dpo_loss": "pref_loss",
-    "enable_liger_kernel": "use_liger_kernel",
-    "evaluation_strategy": "eval_strategy",
-    "importance_sampling_cap": "importance_sampling_clip_max",
-    "kto_beta": "pref_beta",
-    "kto_ftx": "pref_ftx",
-    "lora_lr_ratio": "loraplus_lr_ratio",
-    "name_module_trainable": "freeze_trainable_modules",
-    "neat_packing": "packing",
-    "num_layer_trainable": "freeze_trainable_layers",
-    "orpo_beta": "pref_beta",
-    "sft_packing": "packing",
-    "train_last_turn_only": "mask_history",
-    "vllm_importance_sampling_cap": "importance_sampling_clip_max",
-    "vllm_importance_sampling_clip_max": "importance_sampling_clip_max",
-    "vllm_importance_sampling_clip_min": "importance_sampling_clip_min",
-    "vllm_importance_sampling_mode": "importance_sampling_mode",
-    "warmup_ratio": "warmup_steps",
-}
-
 
 # What only some runs use, by what they need; in others it is accepted without effect.
 _ONLY_WITH: dict[str, tuple[str, Callable[[Settings], bool]]] = {
