@@ -227,12 +227,10 @@ def _write_report(
 ) -> None:
     import json
 
-    from xverse.files import atomic_file
+    from xverse.files import atomic_file, write_text
     from xverse.tokenizer.report import markdown, plot
 
-    with atomic_file(folder / "report.md") as path:
-        path.write_text("\n".join(markdown(table) for table in tables), encoding="utf-8")
-    with atomic_file(folder / "report.json") as path:
-        path.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "report.md", "\n".join(markdown(table) for table in tables))
+    write_text(folder / "report.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
     with atomic_file(folder / "report.png") as path:
         plot(reports, path)

@@ -22,10 +22,10 @@ import tokenizers
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.files import atomic_file
+from xverse.files import write_json
 from xverse.tokenizer.chat_template import CHAT_TEMPLATE
 from xverse.tokenizer.encoder import SPACE, Encoder, make_encoder
-from xverse.tokenizer.repair import read_tokenizer_json, repair_json, write_tokenizer_json
+from xverse.tokenizer.repair import read_tokenizer_json, repair_json
 
 SPECIAL_TOKENS = ("<unk>", "<pad>", "<|startoftext|>", "<|endoftext|>")  # ids 0 to 3
 _LONG = 16_384  # characters from which a text is encoded by compiled code, which lets other threads run
@@ -179,8 +179,7 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json (repaired) and tokenizer_config.json, so that stock transformers loads it."""
         directory = Path(directory)
-        with atomic_file(directory / "tokenizer.json") as path:
-            write_tokenizer_json(self.values, path)
+        write_json(directory / "tokenizer.json", self.values)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "unk_token": self.backend.id_to_token(self.unk_id),
@@ -195,8 +194,7 @@ class Tokenizer:
             "model_input_names": ["input_ids", "attention_mask"],
             "chat_template": CHAT_TEMPLATE,
         }
-        with atomic_file(directory / "tokenizer_config.json") as path:
-            path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "tokenizer_config.json", config)
 
 
 class StreamDecoder:

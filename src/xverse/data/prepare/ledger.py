@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xverse.files import atomic_file
+from xverse.files import write_text
 from xverse.texts import ReadReport, read_json
 
 EXAMPLES = 3
@@ -79,8 +79,7 @@ class GroupRecord:
 
     def save(self, path: Path) -> None:
         values = {**vars(self), "ledger": vars(self.ledger), "units": [_short(unit) for unit in self.units]}
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        write_text(path, json.dumps(values, ensure_ascii=False))
 
     @staticmethod
     def load(path: Path) -> GroupRecord:
