@@ -17,7 +17,7 @@ from xverse.finetune.settings import DatasetUse
 from xverse.hub.datasets import fetch_dataset
 from xverse.log import notice
 from xverse.records import read_records, read_table
-from xverse.texts import ReadReport, read_json, read_text_lines
+from xverse.texts import ReadReport, encodable, read_json, read_text_lines
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".txt", ".csv", ".tsv", ".parquet")
@@ -168,7 +168,7 @@ def _records(
 ) -> Iterator[Any]:
     report = ReadReport()
     for _, item in read(file, report):
-        if _encodable(item):
+        if encodable(json.dumps(item, ensure_ascii=False)):
             yield item
         else:
             skipped["invalid UTF-8"] += 1
@@ -176,19 +176,6 @@ def _records(
         raise UserError(f"{file}: {report.broken_files[0]}")
     if report.skipped:
         skipped[ill_formed] += report.skipped
-
-
-def _encodable(value: Any) -> bool:
-    """Whether all texts in a JSON value are Unicode: lone surrogates are bytes that could not be decoded."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return False
-        return True
-    if isinstance(value, dict):
-        return all(_encodable(part) for part in value.values())
-    return all(_encodable(part) for part in value) if isinstance(value, list) else True
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:

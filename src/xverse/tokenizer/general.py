@@ -73,7 +73,7 @@ class GeneralTokenizer(Tokenizer):
         vocab: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         literal = {token["id"] for token in added}
-        table = _byte_table() if byte_level else None
+        table = byte_table() if byte_level else None
         self._bytes = [b""] * self.vocab_size
         for piece, index in vocab.items():
             self._bytes[index] = token_bytes(piece, index in literal, table)
@@ -194,7 +194,7 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 @functools.cache
-def _byte_table() -> dict[str, int]:
+def byte_table() -> dict[str, int]:
     """GPT-2's characters for bytes: printable ones for themselves, the others from U+0100 on."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in kept]

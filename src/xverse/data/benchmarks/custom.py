@@ -128,12 +128,12 @@ def subjects(
     result = []
     for path in paths:
         name = _subject_of(path, folder, pattern)
-        scored: tuple[Question, ...] = tuple(_questions(description, path, name, reader))
+        scored: tuple[Question, ...] = tuple(reader.questions(read(description, path, name, reader)))
         if description.shots is None:
             shots, scored = first_ones_out(scored)
         else:
             examples = folder / description.files[description.shots].replace("*", name)
-            shots = tuple(_questions(description, examples, name, reader)[:5])
+            shots = tuple(reader.questions(read(description, examples, name, reader))[:5])
         title = name.replace("_", " ")
         result.append(Subject(name=name, title=title, category="all", shots=shots, questions=scored))
     return result
@@ -142,8 +142,3 @@ def subjects(
 def _subject_of(path: Path, folder: Path, pattern: str) -> str:
     before, _, after = pattern.partition("*")
     return path.relative_to(folder).as_posix().removeprefix(before).removesuffix(after) or "all"
-
-
-def _questions(description: Description, path: Path, name: str, reader: QuestionReader) -> list[Question]:
-    questions = map(reader.question, read(description, path, name, reader))
-    return [question for question in questions if question is not None]
