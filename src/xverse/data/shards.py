@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,68 +45,6 @@ class ShardHeader:
     text_bytes: int = 0
     tokens_sha256: str = ""
     format: int = FORMAT
-
-
-class ShardWriter:
-    """Writes one shard, document by document; ``finish`` completes it.
-
-    Replaces the leftovers of an interrupted writer in ``path``. Use it as a context manager: leaving the
-    block without ``finish`` closes the files and leaves the shard unfinished.
-    """
-
-    def __init__(self, path: str | Path, header: ShardHeader) -> None:
-        self.path = Path(path)
-        self.header = header
-        try:
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True)
-            self._tokens = (self.path / "tokens.bin").open("wb")
-            self._offsets = (self.path / "offsets.bin").open("wb")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        self._offsets.write(np.zeros(1, OFFSET).tobytes())
-        self._digest = hashlib.sha256()
-
-    def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], text_bytes: int) -> None:
-        """Append documents of ``text_bytes`` bytes of text in all.
-
-        ``tokens`` uint32 [tokens]: concatenated, each document with its end token; ``lengths`` int64
-        [documents].
-        """
-        offsets = self.header.tokens + np.cumsum(lengths, dtype=OFFSET)
-        self._write(tokens.astype(TOKEN, copy=False).tobytes(), offsets.astype(OFFSET))
-        self.header.tokens += len(tokens)
-        self.header.text_bytes += text_bytes
-
-    def _write(self, tokens: bytes, offsets: NDArray[np.int64]) -> None:
-        try:
-            self._tokens.write(tokens)
-            self._offsets.write(offsets.tobytes())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        self._digest.update(tokens)
-        self.header.documents += len(offsets)
-
-    def finish(self) -> ShardHeader:
-        """Close the files and write header and marker."""
-        try:
-            self._close()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        self.header.tokens_sha256 = self._digest.hexdigest()
-        _write_header(self.path, self.header)
-        return self.header
-
-    def _close(self) -> None:
-        self._tokens.close()
-        self._offsets.close()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
 
 
 def seal(path: Path, header: ShardHeader) -> None:

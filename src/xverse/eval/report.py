@@ -78,9 +78,9 @@ def write(folder: Path, evaluations: Sequence[Evaluation]) -> None:
     make_folder(folder)
     for evaluation in evaluations:
         if sent := submission(evaluation):
-            _write(folder / "ceval_submission.json", json.dumps(sent, ensure_ascii=False, indent=1))
-    _write(folder / "report.json", json.dumps(as_json(evaluations), ensure_ascii=False))
-    _write(folder / "report.md", "\n".join(markdown(evaluations)) + "\n")
+            write_text(folder / "ceval_submission.json", json.dumps(sent, ensure_ascii=False, indent=1))
+    write_text(folder / "report.json", json.dumps(as_json(evaluations), ensure_ascii=False))
+    write_text(folder / "report.md", "\n".join(markdown(evaluations)) + "\n")
     plot(evaluations, folder / "report.png")
 
 
@@ -325,13 +325,12 @@ def _settings(evaluation: Evaluation) -> str:
 
 def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     """Bars with 95 % intervals, XVERSE-7B's published scores as marks, chance as a line."""
-    need("matplotlib", "eval", "report.png").use("Agg")
-    from matplotlib import pyplot
-
+    matplotlib = need("matplotlib.figure", "eval", "report.png")
     tasks = [task for task in BENCHMARKS if any(task in run.answers for run in evaluations)]
     if not tasks:
         return
-    figure, axis = pyplot.subplots(figsize=(1.6 + 1.5 * len(tasks), 4))
+    figure = matplotlib.Figure(figsize=(1.6 + 1.5 * len(tasks), 4), layout="tight")
+    axis = figure.subplots()
     width = 0.8 / len(evaluations)
     for number, run in enumerate(evaluations):
         values = [scores(run, task) if task in run.answers else None for task in tasks]
@@ -352,16 +351,10 @@ def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     axis.set_ylabel("right answers, %")
     axis.set_ylim(0, 100)
     axis.legend(fontsize="small")
-    figure.tight_layout()
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-    pyplot.close(figure)
 
 
 def _plain(score: Score) -> dict[str, float | int | None]:
     """A score for JSON, with nan as null."""
     return {name: None if value != value else value for name, value in asdict(score).items()}
-
-
-def _write(path: Path, text: str) -> None:
-    write_text(path, text)

@@ -31,6 +31,10 @@ class FileReport:
     round_trip: bool = True
 
     @property
+    def tokens_per_character(self) -> float:
+        return self.tokens / max(1, self.characters)
+
+    @property
     def rates(self) -> dict[str, float | None]:
         """``fertility``: tokens per word, None for languages without spaces between words. ``byte_fallback``:
         the share of tokens that encode only a part of a character."""
@@ -143,7 +147,7 @@ def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
     return [
         head,
         *(
-            [stem(Path(rows[0].file)), *(f"{row.tokens / max(1, row.characters):.3f}" for row in rows)]
+            [stem(Path(rows[0].file)), *(f"{row.tokens_per_character:.3f}" for row in rows)]
             for rows in zip(*(report.files for report in reports), strict=True)
         ),
     ]
@@ -188,33 +192,21 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 def plot(reports: Sequence[VocabularyReport], target: Path) -> None:
     """Tokens per character of every file as PNG, sorted by the first vocabulary. Needs matplotlib."""
-    need("matplotlib", "eval", "report.png").use("Agg")
-    import matplotlib.pyplot as plt
-
-    order = sorted(
-        range(len(reports[0].files)),
-        key=lambda i: reports[0].files[i].tokens / max(1, reports[0].files[i].characters),
-    )
-    names = [stem(Path(reports[0].files[index].file)) for index in order]
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.2 * len(order)), layout="constrained")
+    matplotlib = need("matplotlib.figure", "eval", "report.png")
+    first = reports[0]
+    order = sorted(range(len(first.files)), key=lambda index: first.files[index].tokens_per_character)
+    names = [stem(Path(first.files[index].file)) for index in order]
+    figure = matplotlib.Figure(figsize=(8, 1.5 + 0.2 * len(order)), layout="constrained")
+    axes = figure.subplots()
     for number, report in enumerate(reports):
-        values = [report.files[index].tokens / max(1, report.files[index].characters) for index in order]
-        first = number == 0
-        axes.scatter(
-            values,
-            range(len(order)),
-            label=report.vocabulary.name,
-            marker="D" if first else "o",
-            s=36 if first else 18,
-            zorder=3 if first else 2,
-            alpha=1.0 if first else 0.8,
-        )
+        values = [report.files[index].tokens_per_character for index in order]
+        style = {"marker": "o", "s": 18, "alpha": 0.8} if number else {"marker": "D", "s": 36, "zorder": 3}
+        axes.scatter(values, range(len(order)), label=report.vocabulary.name, **style)
     axes.set_yticks(range(len(order)), names)
     axes.set_xlabel("tokens per character")
     axes.grid(axis="x", alpha=0.3)
     axes.legend()
     figure.savefig(target, format="png", dpi=120)
-    plt.close(figure)
 
 
 def _batches(texts: Iterator[bytes]) -> Iterator[list[str]]:
