@@ -21,7 +21,7 @@ from xverse.bench.report import Row, at_most, count_threads, need_memory, show, 
 from xverse.config import UserError
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.loop import TrainConfig, fit
 from xverse.train.memory import predicted_memory
 from xverse.train.plot import read_metrics
@@ -70,7 +70,7 @@ def measure(
         _train(job, without, 0)
         notice(f"checkpoint {shape}: {steps} steps with a checkpoint every {every}")
         _train(job, beside, every)
-        last = checkpoints(beside)[-1]
+        last = kept(beside).all()[-1]
         size = sum(file.stat().st_size for file in last.iterdir())
         totals = [figures(_before_the_end(out, steps)) for out in (without, beside)]
         medians = [

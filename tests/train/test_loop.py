@@ -17,7 +17,7 @@ from xverse.data.feed import Batch, PretrainFeed
 from xverse.formats.write import llama_config
 from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights
 from xverse.train import TrainConfig
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.loop import train_step
 from xverse.train.optimizer import learning_rate, make_adamw
 from xverse.train.plot import read_metrics
@@ -170,7 +170,7 @@ def test_divergence_stops_with_one_clear_line(fit_tiny: Fit, tmp_path: Path) -> 
     ) as caught:
         fit_tiny(tmp_path, steps=50, learning_rate=1e30, grad_clip=0.0, checkpoint_every=1)
     assert "\n" not in str(caught.value)
-    last = checkpoints(tmp_path)[-1]
+    last = kept(tmp_path).all()[-1]
     assert int(last.name[5:]) == len(steps_of(tmp_path)), "the steps that diverged left nothing"
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert sum("rollback" in record for record in records) == 3

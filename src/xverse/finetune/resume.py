@@ -63,7 +63,7 @@ def _digest(examples: Sequence[Example]) -> str:
 
 def checkpoints_of(out: Path) -> Kept:
     """The checkpoints of a run."""
-    return Kept(out, PREFIX)
+    return Kept(out, PREFIX, _read_state)
 
 
 def is_finished(settings: Settings, state: dict[str, Any]) -> bool:
@@ -107,7 +107,7 @@ def resume_point(settings: Settings, state: dict[str, Any], world: World) -> str
         raise UserError(f"{out}: already holds files; set overwrite_output_dir or choose another output_dir")
     if file.exists():
         _compare(file, state)
-    newest = kept.newest(_read_state, world)
+    newest = kept.newest(world)
     assert newest is not None
     if world.rank == 0:
         notice(f"resuming from {newest[0]}")

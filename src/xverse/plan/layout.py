@@ -304,8 +304,8 @@ def _nearest(
     """The layout that works and is the fewest doublings away from ``requested``, for an error message."""
     best: tuple[float, Layout] | None = None
     given = batch.micro or max(1, batch.size // requested.data)
-    sizes = {batch.micro, *_divisors(batch.size)}
-    for micro, degrees in itertools.product(sorted(sizes), itertools.product(_divisors(processes), repeat=4)):
+    sizes = {batch.micro, *divisors(batch.size)}
+    for micro, degrees in itertools.product(sorted(sizes), itertools.product(divisors(processes), repeat=4)):
         if processes % math.prod(degrees):
             continue
         pipeline, replicate, context, tensor = degrees
@@ -348,5 +348,6 @@ def _degrees(layout: Layout) -> tuple[int, ...]:
     return layout.pipeline, layout.virtual_stages, layout.replicate, layout.context, layout.tensor
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def divisors(number: int, most: int | None = None) -> list[int]:
+    """The divisors of a number, up to ``most``."""
+    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]

@@ -149,10 +149,14 @@ class GeneralTokenizer(Tokenizer):
         wanted = self.settings.get("add_bos_token")
         if wanted is not None:
             return (self.bos_id,) if wanted and self.bos_id >= 0 else ()
-        plain = self.backend.encode("a", add_special_tokens=False).ids
-        whole = self.backend.encode("a", add_special_tokens=True).ids
-        starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
-        return tuple(whole[: starts[0]]) if starts else ()
+        plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        return tuple(before(plain, whole))
+
+
+def before(part: list[int], whole: list[int]) -> list[int]:
+    """What is in ``whole`` before ``part``; nothing if that is not in it."""
+    starts = (start for start in range(len(whole)) if whole[start : start + len(part)] == part)
+    return whole[: next(starts, 0)]
 
 
 def load_tokenizer_of(directory: str | Path) -> Tokenizer:

@@ -34,7 +34,6 @@ def train_tokenizer(
     limit_alphabet: int | None = None,
     initial_characters: str = "",
     max_token_length: int = 16,
-    show_progress: bool = False,
 ) -> Tokenizer:
     """Train BPE with byte fallback and exactly ``vocab_size`` entries; deterministic.
 
@@ -56,7 +55,6 @@ def train_tokenizer(
         counts.keys() - set(alphabet) - {" "},
         min_frequency=min_frequency,
         max_token_length=max_token_length,
-        show_progress=show_progress,
     )
     check_size(vocab_size, alphabet, merges, min_frequency)
     return assemble(alphabet, merges)
@@ -70,7 +68,6 @@ def library_merges(
     *,
     min_frequency: int = 2,
     max_token_length: int = 16,
-    show_progress: bool = False,
 ) -> list[tuple[str, str]]:
     """The merges that the library's trainer learns; ``others``: characters of the texts outside the
     alphabet."""
@@ -90,7 +87,7 @@ def library_merges(
         initial_alphabet=list(alphabet),
         limit_alphabet=len(alphabet),
         max_token_length=max_token_length,
-        show_progress=show_progress,
+        show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     return [(left, right) for left, right in json.loads(backend.to_str())["model"]["merges"]]
