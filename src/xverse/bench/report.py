@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xverse
 from xverse import hardware
-from xverse.config import UserError
+from xverse.config import UserError, installed_version
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +60,10 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "version": xverse.__version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in PACKAGES},
+        },
         "hardware": {
             "system": platform.platform(),
             "cpu": hardware.cpu_model(),
@@ -132,10 +134,3 @@ def using_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

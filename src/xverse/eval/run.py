@@ -66,7 +66,7 @@ def load_benchmarks(
         benchmarks.append(
             LoadedBenchmark(
                 benchmark=benchmark,
-                split=options.split or benchmark.split,
+                split=options.split or benchmark.splits[0],
                 subjects=tuple(subjects),
                 skipped=tuple(reader.skipped),
             )

@@ -106,10 +106,9 @@ class GeneralTokenizer(Tokenizer):
         backend = self.backend if allow_special else self._plain
         return backend.encode(replace_surrogates(text), add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
-        backend = self.backend if allow_special else self._plain
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         clean = [replace_surrogates(text) for text in texts]
-        return [encoding.ids for encoding in backend.encode_batch_fast(clean, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(clean, add_special_tokens=False)]
 
     def encode_flat(
         self, texts: Sequence[str], last: int | None = None

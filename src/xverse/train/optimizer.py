@@ -12,13 +12,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from xverse.train.settings import TrainConfig, decay_start
 
 
-def make_adamw(
-    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
-) -> torch.optim.AdamW:
+def make_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov & Hutter, 2017); norm weights and the embedding are not decayed."""
     _, decayed, plain = parameter_groups(model, muon=False)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -9,11 +9,10 @@ last reply is scored.
 
 from __future__ import annotations
 
-import functools
 import importlib.resources
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from xverse import hardware
 from xverse.config import UserError
 from xverse.data.benchmarks.questions import QuestionReader
 from xverse.eval import replies
-from xverse.eval.generation import Outcome, TaskRun, generate_replies
+from xverse.eval.generation import Outcome, TaskRun, generate
 from xverse.eval.statistics import Score, score
 from xverse.log import notice
 from xverse.tokenizer import encode_chat
@@ -94,22 +93,18 @@ def _talk(task: TaskRun, items: Sequence[Item]) -> tuple[list[list[dict[str, str
             ).ids
             for index in going
         ]
-        answers = generate_replies(
+        answers = generate(
             engine,
             prompts,
             max_new_tokens=NEW_TOKENS,
             stop_ids=task.stop_ids,
-            progress=functools.partial(_advance, task.progress, done, total),
+            progress=lambda some, _, before=done: task.progress(before + some, total),  # type: ignore[misc]
         )
         done += len(going)
         for index, (reply, reason) in zip(going, answers, strict=True):
             talks[index].append({"role": "assistant", "content": reply or " "})
             reasons[index] = reason
     return talks, reasons
-
-
-def _advance(progress: Callable[[int, int], None], before: int, total: int, some: int, of: int) -> None:
-    progress(before + some, total)
 
 
 def _read(data_dir: Path, name: str) -> list[Item]:
