@@ -57,10 +57,6 @@ def seal(path: Path, header: ShardHeader) -> None:
         left.unlink()
     with (path / "tokens.bin").open("rb") as file:
         header.tokens_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    _write_header(path, header)
-
-
-def _write_header(path: Path, header: ShardHeader) -> None:
     text = json.dumps(dataclasses.asdict(header), indent=1, ensure_ascii=False) + "\n"
     write_text(path / "header.json", text)
     write_text(path / "DONE", hashlib.sha256(text.encode()).hexdigest() + "\n")
@@ -148,14 +144,14 @@ class StoredArray:
         return values
 
 
+@dataclass(frozen=True, eq=False)
 class Shard:
-    """A finished shard, whose files are read when they are used.
+    """A finished shard, whose files are read when they are used."""
 
-    ``tokens`` uint32 [tokens], ``offsets`` int64 [documents + 1].
-    """
-
-    def __init__(self, path: Path, header: ShardHeader, tokens: StoredArray, offsets: StoredArray) -> None:
-        self.path, self.header, self.tokens, self.offsets = path, header, tokens, offsets
+    path: Path
+    header: ShardHeader
+    tokens: StoredArray  # uint32 [tokens]
+    offsets: StoredArray  # int64 [documents + 1]
 
     @property
     def name(self) -> str:

@@ -135,7 +135,8 @@ def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     tasks = [task for task in published.OVERALL_COLUMNS if any(task in run.answers for run in evaluations)]
     others = sorted({task for run in evaluations for task in run.answers} - set(published.OVERALL_COLUMNS))
     if tasks:
-        columns = [_heading(task) for task in published.OVERALL_COLUMNS]
+        marked = ("agieval", "gaokao-bench", "gaokao-english")
+        columns = [BENCHMARKS[task].title + "¹" * (task in marked) for task in published.OVERALL_COLUMNS]
         rows = [(f"{name} (published)", kind, values) for name, kind, values in published.OVERALL]
         rows += [
             (f"**{run.name}**", "this run", tuple(_cell(run, task) for task in published.OVERALL_COLUMNS))
@@ -175,11 +176,6 @@ def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     for run in evaluations:
         yield f"\n{run.name}: {_settings(run)}"
     yield "\n![The scores](report.png)"
-
-
-def _heading(task: str) -> str:
-    marked = task in ("agieval", "gaokao-bench", "gaokao-english")
-    return BENCHMARKS[task].title + ("¹" if marked else "")
 
 
 def _cell(evaluation: Evaluation, task: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,7 +66,7 @@ def make_prompts(backend: Backend, benchmark: Benchmark, subject: Subject, shots
     made = []
     for question, prompt, (ids, continuations) in zip(subject.questions, prompts, items, strict=True):
         count = min(shots, len(subject.shots))
-        while not _fits(backend, ids, continuations):
+        while len(ids) + max(map(len, continuations)) > backend.context:
             if count == 0:
                 raise UserError(
                     f"{benchmark.name}, {question.id}: its {len(ids)} tokens do not fit into the model's "
@@ -114,7 +114,3 @@ def _divided(encoded: Sequence[list[int]]) -> ScoreItem:
         common -= 1
     assert common > 0, "answers without a common prefix"
     return first[:common], [ids[common:] for ids in encoded]
-
-
-def _fits(backend: Backend, ids: list[int], continuations: Iterable[list[int]]) -> bool:
-    return len(ids) + max(map(len, continuations)) <= backend.context

@@ -26,34 +26,20 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
     if "/" in settings.model_name_or_path and not Path(settings.model_name_or_path).exists():
         lines.append(f"base_model: {settings.model_name_or_path}")
     lines += [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [xverse]", "---", ""]
-    lines += [
-        f"# {out.name}",
-        "",
-        f"{settings.model_name_or_path}, fine-tuned ({settings.stage}, {kind}).",
-        "",
-    ]
+    lines += [f"# {out.name}", ""]
+    lines += [f"{settings.model_name_or_path}, fine-tuned ({settings.stage}, {kind}).", ""]
     lines += ["## Data", "", *(f"- {note}" for note in data.notes)]
     sizes = [len(part) // (2 if settings.pairs else 1) for part in (data.train, data.valid)]
     unit = {"dpo": "pairs", "rm": "pairs", "grpo": "prompts"}.get(settings.stage, "examples")
     lines += [f"- {sizes[0]} {unit} to train on, {sizes[1]} held out", ""]
     lines += ["## Figures", "", "| | |", "|---|---|"]
     figures = {"steps": state.global_step, "epochs": state.epoch, "best loss": state.best_metric}
-    figures |= {
-        name: metrics.get(name)
-        for name in (
-            "train_loss",
-            "eval_loss",
-            "eval_perplexity",
-            "eval_margin",
-            "eval_accuracy",
-            "eval_reward",
-        )
-    }
+    evaluated = ("loss", "perplexity", "margin", "accuracy", "reward")
+    figures |= {name: metrics.get(name) for name in ("train_loss", *(f"eval_{name}" for name in evaluated))}
     for name in ("memory_predicted_gb", "memory_peak_gb"):
         figures[f"{name.replace('_', ' ').removesuffix(' gb')}, GB per process"] = metrics.get(name)
-    figures["best checkpoint"] = (
-        Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
-    )
+    best = state.best_model_checkpoint
+    figures["best checkpoint"] = Path(best).name if best else None
     for name, value in figures.items():
         if value is not None:
             lines.append(f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |")

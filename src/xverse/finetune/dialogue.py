@@ -23,7 +23,8 @@ def encode_within(
     """
     if tokenizer.template is not None:
         return _fit_template(tokenizer, messages, length, last_only)
-    ids, mask, what = _fit([_part(tokenizer, message) for message in messages], length)
+    parts = [_Part(message["role"], *message_ids(tokenizer, message)) for message in messages]
+    ids, mask, what = _fit(parts, length)
     return ids, _last_only(mask) if last_only else mask, what
 
 
@@ -68,10 +69,6 @@ class _Part:
     @property
     def reply(self) -> bool:
         return self.role == "assistant"
-
-
-def _part(tokenizer: Tokenizer, message: Mapping[str, str]) -> _Part:
-    return _Part(message["role"], *message_ids(tokenizer, message))
 
 
 def _fit(parts: Sequence[_Part], length: int) -> tuple[list[int], list[bool], str]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError, build, nearest, need
+from xverse.config import UserError, build, nearest
 from xverse.data.dialogues.formats import DatasetInfo, check_columns, guess
 from xverse.finetune.settings import DatasetUse
 from xverse.hub.datasets import fetch_dataset
 from xverse.log import notice
-from xverse.records import read_records, read_table
+from xverse.records import read_parquet, read_records, read_table
 from xverse.texts import ReadReport, encodable, read_json, read_text_lines
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -157,7 +157,7 @@ def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
     elif file.suffix in (".csv", ".tsv"):
         yield from _records(file, read_table, "ill-formed rows", skipped)
     else:
-        yield from _parquet_rows(file)
+        yield from (row for _, row in read_parquet(file, "finetune"))
 
 
 def _records(
@@ -176,19 +176,6 @@ def _records(
         raise UserError(f"{file}: {report.broken_files[0]}")
     if report.skipped:
         skipped[ill_formed] += report.skipped
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    need("pyarrow", "finetune", str(file))
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
 
 
 def fetch(source: Source) -> Path:

@@ -57,6 +57,11 @@ class VocabularyReport:
     used: int  # distinct ids that occurred
 
     @property
+    def total(self) -> FileReport:
+        names = ("documents", "bytes", "characters", "words", "tokens", "fallback_tokens")
+        return FileReport("all", *(sum(getattr(row, name) for row in self.files) for name in names))
+
+    @property
     def unused(self) -> int:
         return self.vocabulary.size - self.used
 
@@ -124,17 +129,15 @@ def overview(reports: Sequence[VocabularyReport]) -> list[list[str]]:
     ]
     rows = []
     for report in reports:
-        total = [sum(getattr(row, key) for row in report.files) for key in ("bytes", "characters", "tokens")]
-        fallback = sum(row.fallback_tokens for row in report.files)
-        tokens = max(1, total[2])
+        rates = report.total.rates
         rows.append(
             [
                 report.vocabulary.name,
                 f"{report.vocabulary.size:,}",
                 f"{report.unused:,}",
-                f"{total[0] / tokens:.2f}",
-                f"{total[1] / tokens:.2f}",
-                f"{fallback / tokens:.2%}",
+                f"{rates['bytes_per_token']:.2f}",
+                f"{rates['characters_per_token']:.2f}",
+                f"{rates['byte_fallback']:.2%}",
                 f"{reports[0].ratio(report):.3f} ×",
             ]
         )

@@ -71,12 +71,13 @@ def library_merges(
 ) -> list[tuple[str, str]]:
     """The merges that the library's trainer learns; ``others``: characters of the texts outside the
     alphabet."""
+    outside = "".join(map(re.escape, sorted({*others, SPACE})))
     backend = Backend(models.BPE(byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(TRAINING_WORDS), "isolated"),
             # The trainer drops characters outside its alphabet and would learn merges across the gap.
-            pre_tokenizers.Split(Regex(_one_of({*others, SPACE})), "removed"),
+            pre_tokenizers.Split(Regex(f"[{outside}]+"), "removed"),
             *_pieces(),
         ]
     )
@@ -164,7 +165,3 @@ def _pieces() -> list[Any]:
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.Punctuation("isolated"),
     ]
-
-
-def _one_of(characters: Iterable[str]) -> str:
-    return f"[{''.join(re.escape(character) for character in sorted(characters))}]+"

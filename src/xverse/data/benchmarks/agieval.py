@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from xverse.data.benchmarks.questions import (
     LETTERS,
@@ -77,12 +76,8 @@ def subjects(folder: Path, reader: QuestionReader, options: Options) -> list[Sub
 
 
 def _questions(path: Path, name: str, reader: QuestionReader) -> list[Question]:
-    raws = (raw for raw in read(path, name, reader) if raw.problem or _is_letter(raw.answer))
+    raws = (raw for raw in read(path, name, reader) if raw.problem or len(text_of(raw.answer)) == 1)
     return reader.questions(replace(raw, options=tuple(_without_letters(raw.options))) for raw in raws)
-
-
-def _is_letter(answer: Any) -> bool:
-    return isinstance(answer, str) and len(answer) == 1
 
 
 def _without_letters(options: Sequence[str]) -> Iterator[str]:

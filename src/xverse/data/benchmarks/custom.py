@@ -125,9 +125,10 @@ def subjects(
     paths = sorted(folder.glob(pattern))
     if not paths:
         raise UserError(f"{folder / pattern}: no such file")
+    before, _, after = pattern.partition("*")
     result = []
     for path in paths:
-        name = _subject_of(path, folder, pattern)
+        name = path.relative_to(folder).as_posix().removeprefix(before).removesuffix(after) or "all"
         scored: tuple[Question, ...] = tuple(reader.questions(read(description, path, name, reader)))
         if description.shots is None:
             shots, scored = first_ones_out(scored)
@@ -137,8 +138,3 @@ def subjects(
         title = name.replace("_", " ")
         result.append(Subject(name=name, title=title, category="all", shots=shots, questions=scored))
     return result
-
-
-def _subject_of(path: Path, folder: Path, pattern: str) -> str:
-    before, _, after = pattern.partition("*")
-    return path.relative_to(folder).as_posix().removeprefix(before).removesuffix(after) or "all"

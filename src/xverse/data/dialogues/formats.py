@@ -331,18 +331,14 @@ def _sharegpt(item: dict[str, Any], info: DatasetInfo) -> Messages:
             written = [_call(call) for call in _list(calls)]
             content = "\n".join([content, *written] if isinstance(content, str) and content else written)
         elif turn[tags.role_tag] == tags.function_tag:
-            content = _calls(content)
+            calls = _parsed(content, "ill-formed tool call")
+            content = "\n".join(_call(call) for call in (calls if isinstance(calls, list) else [calls]))
         message = _message(role, content)
         if role == "exec" and messages and messages[-1]["role"] == "exec":
             messages[-1]["content"] += "\n\n" + message["content"]  # results of simultaneous calls
         else:
             messages.append(message)
     return messages
-
-
-def _calls(content: Any) -> str:
-    calls = _parsed(content, "ill-formed tool call")
-    return "\n".join(_call(call) for call in (calls if isinstance(calls, list) else [calls]))
 
 
 def _call(call: Any) -> str:

@@ -76,7 +76,11 @@ class GroupRecord:
     documents: int = 0
 
     def save(self, path: Path) -> None:
-        values = {**vars(self), "ledger": vars(self.ledger), "units": [_short(unit) for unit in self.units]}
+        units = [
+            [unit.owner, {name: value for name, value in vars(unit.report).items() if value}]
+            for unit in self.units
+        ]
+        values = {**vars(self), "ledger": vars(self.ledger), "units": units}
         write_text(path, json.dumps(values, ensure_ascii=False))
 
     @staticmethod
@@ -91,10 +95,6 @@ class GroupRecord:
 def unreadable(report: ReadReport) -> str:
     """What could not be read of a file, or that nothing is in it; otherwise empty."""
     return report.describe() or ("" if report.read else "no document in it")
-
-
-def _short(unit: UnitReport) -> list[Any]:
-    return [unit.owner, {name: value for name, value in vars(unit.report).items() if value}]
 
 
 def add_table(mine: Table, theirs: Table) -> None:

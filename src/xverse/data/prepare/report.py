@@ -174,9 +174,10 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
         lines += ["## Examples of dropped documents", ""]
         for why in sorted(ledger.examples, key=_order):
             lines += [f"**{why}**", ""]
-            lines += [f"- {lang or '?'}: `{_one_line(text)}`" for _, lang, text in ledger.examples[why]] + [
-                ""
-            ]
+            for _, lang, text in ledger.examples[why]:
+                shown = " ".join(text.replace("`", "'").split())
+                lines.append(f"- {lang or '?'}: `{shown}`")
+            lines.append("")
     return "\n".join(lines)
 
 
@@ -207,10 +208,6 @@ def _fold(table: Table, column: int) -> Table:
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     marks = ["---", *["---:"] * (len(head) - 1)]
     return [f"| {' | '.join(row)} |" for row in (head, marks, *rows)]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.replace("`", "'").split())
 
 
 def plot(ledger: Ledger, path: Path) -> None:

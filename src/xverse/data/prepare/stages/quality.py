@@ -14,9 +14,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 
-_SCRIPTS = {
+# The letters of languages without spaces between words.
+_LETTERS = {
     "zh": "\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff",
     "ja": "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff",
     "th": "\u0e00-\u0e7f",
@@ -24,7 +24,8 @@ _SCRIPTS = {
     "my": "\u1000-\u109f",
     "km": "\u1780-\u17ff",
 }
-_STOP = {
+_SCRIPTS = {language: re.compile(f"[{letters}]") for language, letters in _LETTERS.items()}
+_COMMON = {
     "en": "the be to of and that have with is are was in",
     "de": "der die das und ist von zu den mit nicht ein sich",
     "fr": "le la les de des et un une est que dans pour",
@@ -34,6 +35,7 @@ _STOP = {
     "nl": "de het een en van is dat in te niet op met",
     "ru": "и в не на что с он как это по из к",
 }
+_STOP = {language: frozenset(words.split()) for language, words in _COMMON.items()}
 _END = tuple(".!?…。！？｡\"'”’»」』)）:;։؟۔।॥܀")
 _BULLETS = ("-", "*", "•", "‣", "●", "–", "·", "・")
 _BLOCKED = (
@@ -121,7 +123,7 @@ def quality(text: str, language: str, rules: Rules) -> str | None:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         return "min_words"
-    script = _script(language)
+    script = _SCRIPTS.get(language)
     figures = (
         _of_words(text, language) if script is None else _of_script(text, script),
         _of_lines(text, lines, rules),
@@ -150,7 +152,7 @@ def _of_words(text: str, language: str) -> Figures:
     yield "max_symbols", (text.count("#") + text.count("...") + text.count("…")) / count
     yield "min_letter_words", sum(any(map(str.isalpha, word)) for word in words) / count
     if language in _STOP:
-        yield "min_stop_words", len(_stop_words(language).intersection(map(str.lower, words)))
+        yield "min_stop_words", len(_STOP[language].intersection(map(str.lower, words)))
 
 
 def _of_script(text: str, script: re.Pattern[str]) -> Figures:
@@ -206,14 +208,3 @@ def _repeated_share(words: Sequence[str], n: int) -> int:
             seen.add(gram)
             position += 1
     return repeated
-
-
-@lru_cache(maxsize=64)
-def _stop_words(language: str) -> frozenset[str]:
-    return frozenset(_STOP[language].split())
-
-
-@lru_cache(maxsize=64)
-def _script(language: str) -> re.Pattern[str] | None:
-    """The letters of a language without spaces between words; None for other languages."""
-    return re.compile(f"[{_SCRIPTS[language]}]") if language in _SCRIPTS else None
