@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
@@ -146,8 +145,10 @@ def _download(name: str, url_of: Callable[[str], str], blobs: Path, files: list[
     notice(f"{name}: downloading {total / 1e9:.2f} GB from {constants.ENDPOINT}{resumed}")
     stop = threading.Event()
     with progress() as bar, ThreadPoolExecutor(CONNECTIONS) as pool:
-        task = bar.add_task("megabytes", total=total // MEGABYTE, completed=done // MEGABYTE)
-        received = _Counter(lambda count: bar.update(task, completed=(done + count) // MEGABYTE))
+        task = bar.add_task("megabytes", total=total // MEGABYTE, completed=done / MEGABYTE)
+
+        def received(size: int) -> None:
+            bar.advance(task, size / MEGABYTE)
 
         def fetch_one(file: RemoteFile) -> None:
             url = url_of(file.name)
@@ -167,17 +168,7 @@ def _download(name: str, url_of: Callable[[str], str], blobs: Path, files: list[
             raise
 
 
-class _Counter:
-    def __init__(self, report: Any) -> None:
-        self._report, self._lock, self._count = report, threading.Lock(), 0
-
-    def __call__(self, size: int) -> None:
-        with self._lock:
-            self._count += size
-            self._report(self._count)
-
-
-def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: _Counter) -> None:
+def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: Callable[[int], None]) -> None:
     """Download ``url`` into ``part``, resuming after its present size and after broken connections."""
     failures = 0
     while True:
