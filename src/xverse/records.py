@@ -132,7 +132,7 @@ def read_parquet(
 
 
 def _rows(batch: Any, columns: list[str]) -> list[dict[str, Any]]:
-    """The rows of a table; one with a text that is not UTF-8, which the format does not check, has no text."""
+    """The rows of a table; one that is not UTF-8, which the format does not check, has no text."""
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
     except UnicodeDecodeError:

@@ -136,7 +136,6 @@ def _read_parquet(unit: Unit, report: ReadReport, limit: int) -> Iterator[Docume
 
 def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
     need("warcio", "data", str(unit.path))
-    trafilatura = need("trafilatura", "data", "reading web archives")
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
@@ -157,6 +156,7 @@ def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]
                     report.skip("too_long", number)
                     continue
                 if page:
+                    trafilatura = need("trafilatura", "data", "reading web archives")
                     text = trafilatura.extract(data, include_comments=False, deduplicate=False)
                 else:
                     text = data.decode("utf-8", errors="replace")
