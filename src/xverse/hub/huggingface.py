@@ -145,7 +145,7 @@ def _download(name: str, url_of: Callable[[str], str], blobs: Path, files: list[
     notice(f"{name}: downloading {total / 1e9:.2f} GB from {constants.ENDPOINT}{resumed}")
     stop = threading.Event()
     with progress() as bar, ThreadPoolExecutor(CONNECTIONS) as pool:
-        task = bar.add_task("megabytes", total=total // MEGABYTE, completed=done / MEGABYTE)
+        task = bar.add_task("megabytes", total=total // MEGABYTE, completed=done // MEGABYTE)
 
         def received(size: int) -> None:
             bar.advance(task, size / MEGABYTE)
