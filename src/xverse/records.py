@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xverse.config import UserError, need
+from xverse.config import UserError
 from xverse.encodings import UTF8
 from xverse.texts import BOM, MAX_LINE_BYTES, ReadReport, json_lines, kind_of, open_binary, open_text
 
@@ -105,14 +105,13 @@ def read_csv(
 
 
 def read_parquet(
-    path: str | Path, extra: str, choose: Callable[[list[str]], list[str]] = list
+    path: str | Path, choose: Callable[[list[str]], list[str]] = list
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a Parquet file or URL with their numbers from 1; ``choose`` selects columns by name.
 
-    Raises UserError if pyarrow, of the extra ``extra``, is not installed, and Damaged for a file that cannot
-    be read on, after the rows before the damage.
+    Raises Damaged for a file that cannot be read on, after the rows before the damage. pyarrow, which several
+    extras install, must be there.
     """
-    need("pyarrow", extra, str(path))
     import pyarrow
     import pyarrow.parquet
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xverse.config import UserError, build, nearest
+from xverse.config import UserError, build, nearest, need
 from xverse.data.dialogues.formats import DatasetInfo, check_columns, guess
 from xverse.finetune.settings import DatasetUse
 from xverse.hub.datasets import fetch_dataset
@@ -157,7 +157,8 @@ def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
     elif file.suffix in (".csv", ".tsv"):
         yield from _records(file, read_table, "ill-formed rows", skipped)
     else:
-        yield from (row for _, row in read_parquet(file, "finetune"))
+        need("pyarrow", "finetune", str(file), load=False)
+        yield from (row for _, row in read_parquet(file))
 
 
 def _records(

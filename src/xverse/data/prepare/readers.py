@@ -123,13 +123,14 @@ def _open(unit: Unit) -> Any:
 
 def _read_parquet(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
     assert unit.path is not None
+    need("pyarrow", "data", unit.path, load=False)
 
     def choose(names: list[str]) -> list[str]:
         check_column(unit, names)
         return [name for name in (unit.input.text_key, "lang", "source") if name in names]
 
     try:
-        yield from _documents(read_parquet(unit.path, "data", choose), unit, report, limit)
+        yield from _documents(read_parquet(unit.path, choose), unit, report, limit)
     except Damaged as error:
         report.broken_files.append(_without_path(error, unit.path))
 
