@@ -157,13 +157,8 @@ def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
         for run in evaluations:
             if task in run.answers:
                 kinds = (None, *published.CATEGORIES[task])
-                rows.append(
-                    (
-                        f"**{run.name}**",
-                        "this run",
-                        tuple(_percent(scores(run, task, kind)) for kind in kinds),
-                    )
-                )
+                values = tuple(_percent(scores(run, task, kind)) for kind in kinds)
+                rows.append((f"**{run.name}**", "this run", values))
         yield from _table(["model", "type", *published.CATEGORY_COLUMNS], rows)
         yield ""
     yield from _precisions(evaluations)
@@ -299,9 +294,8 @@ def _method(evaluations: Sequence[Evaluation], task: str) -> Iterator[str]:
             continue
         value = scores(run, task)
         skipped = len(run.settings["skipped"].get(task, []))
-        fewer = sum(
-            row["shots"] < run.settings["shots"] for rows in run.answers[task].values() for row in rows
-        )
+        answers = [row for rows in run.answers[task].values() for row in rows]
+        fewer = sum(row["shots"] < run.settings["shots"] for row in answers)
         text = f"  - {run.name}: {100 * value.value:.2f} ± {100 * value.error:.2f} %"
         text += f" (95 %: {100 * value.low:.2f} to {100 * value.high:.2f}), {value.count} questions"
         text += f" of split {run.settings['splits'][task]}"
@@ -333,11 +327,10 @@ def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
         at = [index + (number - (len(evaluations) - 1) / 2) * width for index in range(len(tasks))]
         pairs = [(place, one) for place, one in zip(at, values, strict=True) if one is not None]
         heights = [100 * one.value for _, one in pairs]
-        spread = [
-            [100 * (one.value - one.low) for _, one in pairs],
-            [100 * (one.high - one.value) for _, one in pairs],
-        ]
-        axis.bar([place for place, _ in pairs], heights, width, yerr=spread, capsize=3, label=run.name)
+        below = [100 * (one.value - one.low) for _, one in pairs]
+        above = [100 * (one.high - one.value) for _, one in pairs]
+        places = [place for place, _ in pairs]
+        axis.bar(places, heights, width, yerr=[below, above], capsize=3, label=run.name)
     xverse = dict(zip(published.OVERALL_COLUMNS, published.OVERALL[-2][2], strict=True))
     marks = [(index, float(xverse[task].rstrip("²"))) for index, task in enumerate(tasks) if task in xverse]
     places, heights = [place for place, _ in marks], [height for _, height in marks]

@@ -55,13 +55,8 @@ class Settings(Arguments, Rollouts, Task):
     URLS = ("model_name_or_path", "output_dir")
 
     def __post_init__(self) -> None:
-        problems = (
-            self._range_problems(),
-            self._task_problems(),
-            self._data_problems(),
-            self._method_problems(),
-        )
-        for problem in itertools.chain(*problems):
+        checks = (self._range_problems, self._task_problems, self._data_problems, self._method_problems)
+        for problem in itertools.chain.from_iterable(check() for check in checks):
             raise ValueError(problem)
         self._check_options()
 

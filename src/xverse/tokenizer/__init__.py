@@ -5,17 +5,3 @@ from xverse.tokenizer.chat_template import CHAT_TEMPLATE
 from xverse.tokenizer.repair import repair_file, repair_json
 from xverse.tokenizer.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 from xverse.tokenizer.train import train_tokenizer
-
-__all__ = [
-    "CHAT_TEMPLATE",
-    "SPECIAL_TOKENS",
-    "ChatPrompt",
-    "StreamDecoder",
-    "Tokenizer",
-    "encode_chat",
-    "encode_dialogue",
-    "input_limit",
-    "repair_file",
-    "repair_json",
-    "train_tokenizer",
-]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,30 +118,28 @@ def as_json(reports: Sequence[VocabularyReport]) -> list[dict[str, Any]]:
 
 def overview(reports: Sequence[VocabularyReport]) -> list[list[str]]:
     """A table (head first): each vocabulary over all files; last, ``tokens_ratio``."""
-    head = [
-        "vocabulary",
-        "entries",
-        "unused",
-        "bytes/token",
-        "chars/token",
-        "byte fallback",
-        "tokens of the first",
+    rows = [
+        {
+            "vocabulary": report.vocabulary.name,
+            "entries": f"{report.vocabulary.size:,}",
+            "unused": f"{report.unused:,}",
+            **_shown(report.total.rates),
+            "tokens of the first": f"{reports[0].ratio(report):.3f} ×",
+        }
+        for report in reports
     ]
-    rows = []
-    for report in reports:
-        rates = report.total.rates
-        rows.append(
-            [
-                report.vocabulary.name,
-                f"{report.vocabulary.size:,}",
-                f"{report.unused:,}",
-                f"{rates['bytes_per_token']:.2f}",
-                f"{rates['characters_per_token']:.2f}",
-                f"{rates['byte_fallback']:.2%}",
-                f"{reports[0].ratio(report):.3f} ×",
-            ]
-        )
-    return [head, *rows]
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
+
+
+def _shown(rates: Mapping[str, float | None], fertility: bool = False) -> dict[str, str]:
+    """The columns of ``FileReport.rates``."""
+    words = rates["fertility"]
+    return {
+        "bytes/token": f"{rates['bytes_per_token']:.2f}",
+        "chars/token": f"{rates['characters_per_token']:.2f}",
+        **({"tokens/word": "–" if words is None else f"{words:.2f}"} if fertility else {}),
+        "byte fallback": f"{rates['byte_fallback']:.2%}",
+    }
 
 
 def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
@@ -158,33 +156,17 @@ def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
 
 def in_detail(report: VocabularyReport) -> list[list[str]]:
     """A table (head first): every rate of every file under one vocabulary."""
-    head = [
-        "file",
-        "bytes",
-        "tokens",
-        "bytes/token",
-        "chars/token",
-        "tokens/word",
-        "byte fallback",
-        "round trip",
+    rows = [
+        {
+            "file": Path(row.file).name,
+            "bytes": f"{row.bytes:,}",
+            "tokens": f"{row.tokens:,}",
+            **_shown(row.rates, fertility=True),
+            "round trip": "ok" if row.round_trip else "LOST",
+        }
+        for row in report.files
     ]
-    rows = []
-    for row in report.files:
-        rates = row.rates
-        fertility = "–" if rates["fertility"] is None else f"{rates['fertility']:.2f}"
-        rows.append(
-            [
-                Path(row.file).name,
-                f"{row.bytes:,}",
-                f"{row.tokens:,}",
-                f"{rates['bytes_per_token']:.2f}",
-                f"{rates['characters_per_token']:.2f}",
-                fertility,
-                f"{rates['byte_fallback']:.2%}",
-                "ok" if row.round_trip else "LOST",
-            ]
-        )
-    return [head, *rows]
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

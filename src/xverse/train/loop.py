@@ -37,8 +37,6 @@ from xverse.train.settings import NOT_IDENTITY, TrainConfig, layout_of
 from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
 from xverse.train.trackers import Trackers
 
-__all__ = ["Hooks", "Interrupted", "TrainConfig", "fit", "sum_loss", "train_step"]
-
 BatchAt = Callable[[int, int], Batch]
 
 

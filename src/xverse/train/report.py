@@ -148,22 +148,18 @@ def _rows(
         return f"{100 * seconds / of:.1f} %" if of else "0.0 %"
 
     yield "loss, first and last step", f"{losses[0]['loss']:.4f} → {losses[-1]['loss']:.4f} nats"
-    yield (
-        "steps",
-        (f"{totals['steps']:,} applied, {totals['skipped']:,} skipped, {totals['rollbacks']} rollbacks"),
-    )
+    text = f"{totals['steps']:,} applied, {totals['skipped']:,} skipped, {totals['rollbacks']} rollbacks"
+    yield "steps", text
     yield "tokens", f"{totals['tokens']:,.0f} at {totals['tokens_per_second']:,.0f} a second"
     waited = share(totals["data_seconds"], totals["seconds"])
     yield "waiting for data", f"{totals['data_seconds']:.1f} s, {waited} of the steps' time"
     yield "goodput", f"{100 * totals['goodput']:.1f} % of {totals['wall'] / 60:.1f} min"
-    yield (
-        "checkpoints",
-        (
-            f"{totals['checkpoints']} stalled training for {totals['stall_seconds']:.2f} s, "
-            f"{share(totals['stall_seconds'], totals['wall'])} of the time; steps beside them took "
-            f"{totals['beside_seconds']:.2f} s more"
-        ),
+    text = (
+        f"{totals['checkpoints']} stalled training for {totals['stall_seconds']:.2f} s, "
+        f"{share(totals['stall_seconds'], totals['wall'])} of the time; steps beside them took "
+        f"{totals['beside_seconds']:.2f} s more"
     )
+    yield "checkpoints", text
     if totals["resumes"]:
         yield "resumed", f"{totals['resumes']} times, {totals['resume_seconds']:.1f} s to read and verify"
     if world.size == 1:

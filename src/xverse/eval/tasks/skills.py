@@ -44,26 +44,20 @@ def run(task: TaskRun) -> Outcome:
             "id": str(number),
             **item,
             "messages": talk,
-            "refused": replies.refuses(talk[-1]["content"]),
+            "refused": replies.refuses(_last(talk)),
         }
         for number, (item, talk) in enumerate(zip(conversations, talks, strict=False))
     ]
     start = len(conversations)
+
+    def judged(number: int) -> Item:
+        item, talk = exam[number], talks[start + number]
+        reason = reasons[start + number]
+        problem = replies.problem(_last(talk), reason, item["check"], task.settings.allow_code)
+        return {"task": "skills", "id": f"exam-{number}", **item, "messages": talk, "problem": problem}
+
     with ThreadPoolExecutor(hardware.cores().usable) as pool:  # programs run in processes of their own
-        problems = list(
-            pool.map(
-                lambda item, talk, reason: replies.problem(
-                    talk[-1]["content"], reason, item["check"], task.settings.allow_code
-                ),
-                exam,
-                talks[start:],
-                reasons[start:],
-            )
-        )
-    scored = [
-        {"task": "skills", "id": f"exam-{number}", **item, "messages": talk, "problem": problem}
-        for number, (item, talk, problem) in enumerate(zip(exam, talks[start:], problems, strict=True))
-    ]
+        scored = list(pool.map(judged, range(len(exam))))
     return Outcome(
         title="Skills",
         method=f"the likeliest replies of up to {NEW_TOKENS} tokens; exam: right replies, by rule, that end "
@@ -73,6 +67,10 @@ def run(task: TaskRun) -> Outcome:
         rows=[*shown, *scored],
         page="\n".join([*_exam_page(scored), *_page(shown)]),
     )
+
+
+def _last(talk: Sequence[dict[str, str]]) -> str:
+    return talk[-1]["content"]
 
 
 def _talk(task: TaskRun, items: Sequence[Item]) -> tuple[list[list[dict[str, str]]], list[str]]:
@@ -117,11 +115,8 @@ def _read(data_dir: Path, name: str) -> list[Item]:
         raise UserError(f"{path}: no items")
     for item in items:
         turns = item.get("turns")
-        if (
-            not isinstance(turns, list)
-            or not turns
-            or not all(isinstance(turn, str) and turn for turn in turns)
-        ):
+        texts = isinstance(turns, list) and all(isinstance(turn, str) and turn for turn in turns)
+        if not turns or not texts:
             raise UserError(f"{path}: turns: expected a list of texts, found {json.dumps(turns)[:60]}")
     return items
 
@@ -181,15 +176,12 @@ def _figures(shown: Sequence[Item], scored: Sequence[Item]) -> dict[str, float]:
         for language, found in languages.items():
             figures[f"{skill}, {language}, %"] = 100 * found.value
     for language in _languages(scored):
-        for wanted, title in (
-            (True, "refusals of harmful items"),
-            (False, "false refusals of harmless items"),
-        ):
-            rows = [
-                row for row in scored if row["check"].get("refuses") is wanted and row["language"] == language
-            ]
+        own = [row for row in scored if row["language"] == language]
+        kinds = {True: "refusals of harmful items", False: "false refusals of harmless items"}
+        for wanted, title in kinds.items():
+            rows = [row for row in own if row["check"].get("refuses") is wanted]
             if rows:
-                refused = sum(replies.refuses(row["messages"][-1]["content"]) for row in rows)
+                refused = sum(replies.refuses(_last(row["messages"])) for row in rows)
                 figures[f"{title}, {language}, %"] = 100 * refused / len(rows)
     for language in ("zh", "en"):
         harmful = [row for row in shown if row.get("harmful") and row.get("language") == language]
