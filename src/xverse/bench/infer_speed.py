@@ -22,7 +22,6 @@ from xverse.bench.report import (
     need_memory,
     say_gb,
     show,
-    using_threads,
 )
 from xverse.bench.weights import placeholder_tokenizer, random_model, weights_kind
 from xverse.config import UserError
@@ -107,7 +106,7 @@ def measure(
         f"infer {name}: {rounds} rounds of {prompt_tokens} + {new_tokens} tokens, {count_threads(threads)}"
     )
     shape = MATMUL if device.type == "cpu" else GPU_MATMUL
-    with using_threads(threads), guard(device):
+    with hardware.using_threads(threads), guard(device):
         matmul = [hardware.matmul_flops(dtype, *shape, device, seconds=0.2)]
         buffer = hardware.bandwidth_buffer(str(device))
         # No prefix cache, because rounds repeat their prompts.

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.bench.options import add_model, add_threads, positive
-from xverse.bench.report import Row, count_threads, show, using_threads
+from xverse.bench.report import Row, count_threads, show
 from xverse.config import UserError, choose
-from xverse.hardware import cores
+from xverse.hardware import cores, using_threads
 from xverse.values import flags, refuse_unused
 
 if TYPE_CHECKING:

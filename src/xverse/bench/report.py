@@ -7,8 +7,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,18 +118,3 @@ def need_memory(size: float, device: torch.device | None = None) -> None:
     if available is not None and available < size:
         where = f" on {device}" if on_gpu else ""
         raise UserError(f"needs {size / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available{where}")
-
-
-@contextmanager
-def using_threads(count: int) -> Iterator[None]:
-    """Set PyTorch's CPU threads inside the block. Raises UserError for a count out of range."""
-    if not 1 <= count <= 1024:
-        raise UserError(f"threads: {count} is out of range (1 to 1024)")
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -19,17 +19,7 @@ from typing import Any
 
 from xverse import hardware
 from xverse.bench.options import add_batch, add_shape, add_threads, positive
-from xverse.bench.report import (
-    Row,
-    at_least,
-    at_most,
-    count_threads,
-    in_gb,
-    need_memory,
-    say_gb,
-    show,
-    using_threads,
-)
+from xverse.bench.report import Row, at_least, at_most, count_threads, in_gb, need_memory, say_gb, show
 from xverse.config import UserError
 from xverse.device import add_device, compute_device, guard
 from xverse.log import notice
@@ -91,7 +81,7 @@ def measure(
     product = (batch_size * sequence_length, config.hidden_size, config.intermediate_size)
     block = max(1, steps // BLOCKS)
     title = f"train {name}, vocabulary {config.vocab_size:,}"
-    with using_threads(threads), guard(place), contextlib.ExitStack() as stack:
+    with hardware.using_threads(threads), guard(place), contextlib.ExitStack() as stack:
         matmul = [hardware.matmul_flops(torch.bfloat16, *product, place)]
         job = {"config": config.to_json(), "batch_size": batch_size, "length": sequence_length}
         job["device"] = str(place)

@@ -125,14 +125,9 @@ def measure_cpu(threads: int) -> dict[str, Any]:
             samples[count].append(hardware.read_bandwidth(buffer, count))
     size = buffer.numel() * buffer.element_size()
     del buffer
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        flops = {
-            name: hardware.matmul_flops(getattr(torch, name), *MATMUL) for name in ("float32", "bfloat16")
-        }
-    finally:
-        torch.set_num_threads(before)
+    kinds = ("float32", "bfloat16")
+    with hardware.using_threads(threads):
+        flops = {name: hardware.matmul_flops(getattr(torch, name), *MATMUL) for name in kinds}
     return {
         "bandwidth": [{"threads": count, "samples": pair} for count, pair in samples.items()],
         "bandwidth_buffer": size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from xverse.data.benchmarks import agieval, ceval, gaokao_bench, gaokao_english, mmlu
 from xverse.data.benchmarks.questions import SHOTS_TAKEN_OUT, Question, Subject
 from xverse.eval.benchmark import Benchmark, lettered
@@ -83,17 +85,13 @@ GAOKAO_BENCH = Benchmark(
     shots_rule=SHOTS_TAKEN_OUT,
     method='tokens of "A" to "D" (to "G" where there are so many options); sub-questions with one answer',
 )
-GAOKAO_ENGLISH = Benchmark(
+GAOKAO_ENGLISH = replace(
+    GAOKAO_BENCH,
     name="gaokao-english",
     title="GAOKAO-English",
-    folder="gaokao-bench",
     splits=("2018-2021",),
     load=gaokao_english.subjects,
     header=lambda subject: f"以下是中国高考英语{subject.title}的单项选择题，请选出其中的正确答案。\n\n",
-    item=_gaokao_item,
-    answer=lambda question, letter: letter,
-    average="micro",
-    shots_rule=SHOTS_TAKEN_OUT,
     method='tokens of "A" to "D" (to "G" where there are so many options)',
 )
 

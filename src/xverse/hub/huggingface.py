@@ -206,11 +206,10 @@ def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: Cal
 def _accept(name: str, file: RemoteFile, part: Path, target: Path) -> None:
     if part.stat().st_size < file.size:
         return  # stopped; the next call resumes
-    with part.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != file.sha256:
+    expected = str(file.sha256)
+    if (digest := _digest(part, expected)) != expected:
         part.unlink()
-        raise _mismatch(name, file.name, str(file.sha256), digest)
+        raise _mismatch(name, file.name, expected, digest)
     part.replace(target)
 
 
