@@ -219,9 +219,11 @@ def _write_report(
     import json
 
     from xverse.files import atomic_file, write_text
-    from xverse.tokenizer.report import markdown, plot
+    from xverse.markdown import table
+    from xverse.tokenizer.report import plot
 
-    write_text(folder / "report.md", "\n".join(markdown(table) for table in tables))
+    lines = [line for head, *rows in tables for line in (*table(head, rows, "---:"), "")]
+    write_text(folder / "report.md", "\n".join(lines))
     write_text(folder / "report.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
     with atomic_file(folder / "report.png") as path:
         plot(reports, path)

@@ -16,6 +16,7 @@ from xverse.eval.adaptive import estimate, needed
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.statistics import Score, calibration_error, score
 from xverse.files import atomic_file, make_folder, write_text
+from xverse.markdown import table
 from xverse.texts import read_object
 
 Rows = list[dict[str, Any]]
@@ -146,14 +147,14 @@ def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
         yield ""
         yield from (f"{note}  " for note in published.FOOTNOTES)
         yield ""
-    for task, title, table in (
+    for task, title, figures in (
         ("mmlu", "MMLU by category", published.MMLU),
         ("ceval", "C-Eval by category", published.CEVAL),
     ):
         if not any(task in run.answers for run in evaluations):
             continue
         yield f"## {title}\n"
-        rows = [(f"{name} (published)", kind, values) for name, kind, values in table]
+        rows = [(f"{name} (published)", kind, values) for name, kind, values in figures]
         for run in evaluations:
             if task in run.answers:
                 kinds = (None, *published.CATEGORIES[task])
@@ -181,20 +182,23 @@ def _percent(value: Score) -> str:
     return "–" if math.isnan(value.value) else f"{100 * value.value:.1f}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[tuple[str, str, Sequence[str]]]) -> Iterator[str]:
-    """A Markdown table with the best value of each column in bold."""
-    yield "| " + " | ".join(columns) + " |"
-    yield "|" + "---|" * 2 + ":---:|" * (len(columns) - 2)
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, str, Sequence[str]]]) -> list[str]:
+    """A table with the best value of each column in bold."""
     best = [
         max((_number(values[index]) for _, _, values in rows), default=math.nan)
         for index in range(len(columns) - 2)
     ]
-    for name, kind, values in rows:
-        cells = [
-            f"**{value}**" if _number(value) == top else value
-            for value, top in zip(values, best, strict=True)
+    marked = [
+        [
+            *(name, kind),
+            *(
+                f"**{cell}**" if _number(cell) == top else cell
+                for cell, top in zip(values, best, strict=True)
+            ),
         ]
-        yield "| " + " | ".join([name, kind, *cells]) + " |"
+        for name, kind, values in rows
+    ]
+    return table(columns, marked)
 
 
 def _number(cell: str) -> float:
@@ -209,18 +213,16 @@ def _precisions(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     if len(own) < 2 or reference is None:
         return
     yield "## Precision\n"
-    yield "| model | precision | memory (GB) | MMLU | same prediction | KL of the letters |"
-    yield "|---|---|:---:|:---:|:---:|:---:|"
-    for row in published.QUANTISED:
-        yield f"| XVERSE-7B-Chat (published) | {' | '.join(row)} | | |"
+    rows = [("XVERSE-7B-Chat (published)", *row, "", "") for row in published.QUANTISED]
     for run in own:
         memory = run.facts.get("peak_memory_gb")
         precision = (run.settings.get("quantize") or str(run.settings.get("dtype", ""))).upper()
         same, divergence = agreement(reference, run, "mmlu")
         beside = ("", "") if run is reference else (f"{100 * same:.1f} %", f"{divergence:.4f}")
         shown = "–" if memory is None else f"{memory:.1f}"
-        cells = [run.name, precision, shown, _percent(scores(run, "mmlu")), *beside]
-        yield "| " + " | ".join(cells) + " |"
+        rows.append((run.name, precision, shown, _percent(scores(run, "mmlu")), *beside))
+    head = ("model", "precision", "memory (GB)", "MMLU", "same prediction", "KL of the letters")
+    yield from table(head, rows)
     yield "\nKL divergence from the unquantised probabilities of the letters: nats, mean over questions.\n"
 
 
@@ -237,12 +239,11 @@ def _calibrations(evaluations: Sequence[Evaluation], tasks: Sequence[str]) -> It
     if not tasks:
         return
     yield "## Calibration\n"
-    yield "| model | " + " | ".join(tasks) + " |"
-    yield "|---|" + ":---:|" * len(tasks)
+    rows = []
     for run in evaluations:
         errors = [calibration(run, task) if task in run.answers else None for task in tasks]
-        cells = ["–" if error is None else f"{error:.3f}" for error in errors]
-        yield f"| {run.name} | {' | '.join(cells)} |"
+        rows.append([run.name, *("–" if error is None else f"{error:.3f}" for error in errors)])
+    yield from table(["model", *tasks], rows)
     yield "\nExpected calibration error: the distance between the likeliest letter's probability among the "
     yield "letters and the accuracy, in ten bins of equal width.\n"
 
@@ -277,11 +278,11 @@ def _divergence(one: dict[str, float], other: dict[str, float]) -> float:
 def _figures(evaluations: Sequence[Evaluation], name: str) -> Iterator[str]:
     first = evaluations[0].tasks[name]
     yield f"## {first['title']}\n"
-    yield "| | " + " | ".join(run.name for run in evaluations) + " |"
-    yield "|---|" + ":---:|" * len(evaluations)
-    for figure in first["figures"]:
-        cells = [run.tasks[name]["figures"].get(figure, math.nan) for run in evaluations]
-        yield f"| {figure} | " + " | ".join(f"{cell:.4g}" for cell in cells) + " |"
+    rows = [
+        [figure, *(f"{run.tasks[name]['figures'].get(figure, math.nan):.4g}" for run in evaluations)]
+        for figure in first["figures"]
+    ]
+    yield from table(["", *(run.name for run in evaluations)], rows)
     page = f" The replies: [{name}.md]({name}.md)." if first["page"] else ""
     yield f"\n{first['method'].capitalize()}.{page}\n"
 

@@ -11,6 +11,7 @@ from xverse import __version__
 from xverse.files import write_text
 from xverse.finetune.encode import Data
 from xverse.finetune.settings import Settings, to_values
+from xverse.markdown import table
 
 KINDS = {"full": "all weights", "lora": "a LoRA adapter", "freeze": "some layers"}
 
@@ -32,7 +33,6 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
     sizes = [len(part) // (2 if settings.pairs else 1) for part in (data.train, data.valid)]
     unit = {"dpo": "pairs", "rm": "pairs", "grpo": "prompts"}.get(settings.stage, "examples")
     lines += [f"- {sizes[0]} {unit} to train on, {sizes[1]} held out", ""]
-    lines += ["## Figures", "", "| | |", "|---|---|"]
     figures = {"steps": state.global_step, "epochs": state.epoch, "best loss": state.best_metric}
     evaluated = ("loss", "perplexity", "margin", "accuracy", "reward")
     figures |= {name: metrics.get(name) for name in ("train_loss", *(f"eval_{name}" for name in evaluated))}
@@ -40,9 +40,12 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
         figures[f"{name.replace('_', ' ').removesuffix(' gb')}, GB per process"] = metrics.get(name)
     best = state.best_model_checkpoint
     figures["best checkpoint"] = Path(best).name if best else None
-    for name, value in figures.items():
-        if value is not None:
-            lines.append(f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |")
+    rows = [
+        (name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        for name, value in figures.items()
+        if value is not None
+    ]
+    lines += ["## Figures", "", *table(["", ""], rows, "---")]
     scales = {
         "dpo": "DPO's, per pair",
         "kto": "KTO's, per reply",
@@ -55,11 +58,9 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
     lines += ["", f"Losses are {scale}.", ""]
     if data.bits:
         lines += ["## Languages", "", "Bits per byte of held-out text of pretraining.", ""]
-        lines += ["| language | before | after |", "|---|---|---|"]
-        for name, value in data.bits["after"].items():
-            before = data.bits["before"].get(name)
-            lines.append(f"| {name} | {'' if before is None else f'{before:.3f}'} | {value:.3f} |")
-        lines.append("")
+        before = {name: f"{value:.3f}" for name, value in data.bits["before"].items()}
+        rows = [(name, before.get(name, ""), f"{value:.3f}") for name, value in data.bits["after"].items()]
+        lines += [*table(["language", "before", "after"], rows, "---:"), ""]
     if (out / "loss.png").exists():
         lines += ["![loss](loss.png)", ""]
     text = yaml.safe_dump(to_values(settings), sort_keys=False, allow_unicode=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def measure(vocabulary: ComparedVocabulary, files: Sequence[Path], notices: bool
     for path in files:
         row = FileReport(str(path))
         skipped = ReadReport()
-        for batch in _batches(read_texts(path, skipped)):
+        texts = (text.decode() for text in read_texts(path, skipped))
+        while batch := list(itertools.islice(texts, BATCH)):
             for text, ids in zip(batch, vocabulary.encode(batch), strict=True):
                 row.documents += 1
                 row.bytes += len(text.encode())
@@ -169,12 +171,6 @@ def in_detail(report: VocabularyReport) -> list[list[str]]:
     return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |" for row in table]
-    rule = f"|---|{'---:|' * (len(table[0]) - 1)}"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
-
-
 def plot(reports: Sequence[VocabularyReport], target: Path) -> None:
     """Tokens per character of every file as PNG, sorted by the first vocabulary. Needs matplotlib."""
     matplotlib = need("matplotlib.figure", "eval", "report.png")
@@ -192,14 +188,3 @@ def plot(reports: Sequence[VocabularyReport], target: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.legend()
     figure.savefig(target, format="png", dpi=120)
-
-
-def _batches(texts: Iterator[bytes]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text.decode())
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

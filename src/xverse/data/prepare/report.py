@@ -18,6 +18,7 @@ from xverse.data.prepare.ledger import GroupRecord, Ledger, Table, add_table, to
 from xverse.data.prepare.plan import SplitPlan
 from xverse.data.shards import ShardHeader, read_header
 from xverse.files import atomic_file, write_json, write_text
+from xverse.markdown import table
 from xverse.tokenizer.general import load_tokenizer_of
 
 
@@ -143,15 +144,11 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
             [why, *(f"{count:,}" for count in total(ledger.dropped[why].values()))]
             for why in sorted(ledger.dropped, key=_order)
         ]
-        lines += [
-            "## Dropped by stage and rule",
-            "",
-            *_table(["stage: rule", "documents", "bytes"], rows),
-            "",
-        ]
+        head = ["stage: rule", "documents", "bytes"]
+        lines += ["## Dropped by stage and rule", "", *table(head, rows, "---:"), ""]
     if ledger.scrubbed:
         rows = [[f"`{mark}`", f"{count:,}"] for mark, count in sorted(ledger.scrubbed.items())]
-        lines += ["## Personal data", "", *_table(["placeholder", "replaced"], rows), ""]
+        lines += ["## Personal data", "", *table(["placeholder", "replaced"], rows, "---:"), ""]
     if about:
         rows = [
             [
@@ -164,7 +161,7 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
             for name, count in about["items"].items()
         ]
         head = ["benchmark", "questions", "too short to search for", "found", "documents dropped"]
-        lines += ["## Decontamination", "", *_table(head, rows), ""]
+        lines += ["## Decontamination", "", *table(head, rows, "---:"), ""]
         for name, short in about["too_short"].items():
             more = f" and {len(short) - ROWS:,} more" if len(short) > ROWS else ""
             lines += [f"Too short to search for in {name}: {', '.join(short[:ROWS])}{more}.", ""]
@@ -184,9 +181,9 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
 def _by(ledger: Ledger, column: int, title: str) -> list[str]:
     read, kept = _fold(ledger.read, column), _fold(ledger.kept, column)
     stages: dict[str, Table] = {}
-    for why, table in ledger.dropped.items():
+    for why, counts in ledger.dropped.items():
         into = stages.setdefault(why.split(":")[0], {})
-        add_table(into, _fold(table, column))
+        add_table(into, _fold(counts, column))
     names = [name for name in _STAGES if name in stages]
     rows = []
     keys = {*read, *kept, *(key for name in names for key in stages[name])}
@@ -195,7 +192,7 @@ def _by(ledger: Ledger, column: int, title: str) -> list[str]:
         before, after = read.get(key, [0, 0]), kept.get(key, [0, 0])
         counts = [f"{stages[name].get(key, [0, 0])[0]:,}" for name in names]
         rows.append([key or "?", f"{before[0]:,}", *counts, f"{after[0]:,}", f"{after[1]:,}"])
-    return _table([title, "read", *names, "kept", "kept bytes"], rows)
+    return table([title, "read", *names, "kept", "kept bytes"], rows, "---:")
 
 
 def _fold(table: Table, column: int) -> Table:
@@ -203,11 +200,6 @@ def _fold(table: Table, column: int) -> Table:
     for key, row in table.items():
         add_table(folded, {key.split("\t")[column]: row})
     return folded
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    marks = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (head, marks, *rows)]
 
 
 def plot(ledger: Ledger, path: Path) -> None:

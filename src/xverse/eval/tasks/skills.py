@@ -24,6 +24,7 @@ from xverse.eval import replies
 from xverse.eval.generation import Outcome, TaskRun, generate
 from xverse.eval.statistics import Score, score
 from xverse.log import notice
+from xverse.markdown import table
 from xverse.tokenizer import encode_chat
 
 NEW_TOKENS = 256
@@ -195,12 +196,12 @@ def _figures(shown: Sequence[Item], scored: Sequence[Item]) -> dict[str, float]:
 def _exam_page(scored: Sequence[Item]) -> list[str]:
     """A table of the skills with 95 % intervals, and the first wrong replies of each."""
     languages = _languages(scored)
-    lines = ["# Exam", "", f"| skill | {' | '.join(languages)} |", "|---|" + ":---:|" * len(languages)]
-    for skill, found in _scores(scored).items():
-        cells = [_cell(found[language]) if language in found else "–" for language in languages]
-        lines.append(f"| {skill} | {' | '.join(cells)} |")
-    means = [_cell(_mean(scored, language)) for language in languages]
-    lines += [f"| **mean** | {' | '.join(means)} |", ""]
+    rows = [
+        [skill, *(_cell(found[language]) if language in found else "–" for language in languages)]
+        for skill, found in _scores(scored).items()
+    ]
+    rows.append(["**mean**", *(_cell(_mean(scored, language)) for language in languages)])
+    lines = ["# Exam", "", *table(["skill", *languages], rows), ""]
     lines += ["Right replies in per cent, 95 % bootstrap intervals, number of items.", ""]
     for skill in dict.fromkeys(row["skill"] for row in scored):
         wrong = [row for row in scored if row["skill"] == skill and row["problem"]]
