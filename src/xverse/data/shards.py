@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.files import write_text
+from xverse.files import fingerprint, write_text
 
 FORMAT = 1
 TOKEN = np.dtype("<u4")
@@ -44,19 +44,21 @@ class ShardHeader:
     tokens: int = 0
     text_bytes: int = 0
     tokens_sha256: str = ""
+    offsets_sha256: str = ""  # empty in shards of earlier versions
     format: int = FORMAT
 
 
 def seal(path: Path, header: ShardHeader) -> None:
-    """Finish a shard whose files and counts are complete: digest, header and marker.
+    """Finish a shard whose files and counts are complete: digests, header and marker.
 
     Raises UserError for a file of another size.
     """
     _check_sizes(path, header)
     for left in path.glob(".*.tmp"):  # of a killed writer
         left.unlink()
-    with (path / "tokens.bin").open("rb") as file:
-        header.tokens_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    header.tokens_sha256, header.offsets_sha256 = (
+        fingerprint(path / name)[1] for name in ("tokens.bin", "offsets.bin")
+    )
     text = json.dumps(dataclasses.asdict(header), indent=1, ensure_ascii=False) + "\n"
     write_text(path / "header.json", text)
     write_text(path / "DONE", hashlib.sha256(text.encode()).hexdigest() + "\n")

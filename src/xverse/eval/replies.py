@@ -99,12 +99,19 @@ def unfinished(reply: str, finish_reason: str | None) -> str | None:
     return None if reply.strip() else "is empty"
 
 
-def repetitive(text: str) -> str | None:
-    """A line, or a run of characters, that the reply repeats more than three times; or None."""
+def repeated_line(text: str) -> str | None:
+    """A line that occurs in the reply more than three times, or None."""
     lines = Counter(line.strip() for line in text.splitlines() if line.strip())
     for line, count in lines.most_common(1):
         if count > LINE_AT_MOST:
             return f"has the line {line!r} {count} times"
+    return None
+
+
+def repetitive(text: str) -> str | None:
+    """A line, or a run of characters, that the reply repeats more than three times; or None."""
+    if line := repeated_line(text):
+        return line
     run = re.search(r"(.{4,40}?)\1{3}", text)
     return f"repeats {run[1]!r}" if run and not run[1].isspace() else None
 
