@@ -59,8 +59,8 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
     if data.bits:
         lines += ["## Languages", "", "Bits per byte of held-out text of pretraining.", ""]
         before = {name: f"{value:.3f}" for name, value in data.bits["before"].items()}
-        rows = [(name, before.get(name, ""), f"{value:.3f}") for name, value in data.bits["after"].items()]
-        lines += [*table(["language", "before", "after"], rows, "---:"), ""]
+        bits = [(name, before.get(name, ""), f"{value:.3f}") for name, value in data.bits["after"].items()]
+        lines += [*table(["language", "before", "after"], bits, "---:"), ""]
     if (out / "loss.png").exists():
         lines += ["![loss](loss.png)", ""]
     text = yaml.safe_dump(to_values(settings), sort_keys=False, allow_unicode=True)

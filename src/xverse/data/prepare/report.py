@@ -190,8 +190,8 @@ def _by(ledger: Ledger, column: int, title: str) -> list[str]:
     keys = set(sorted(keys, key=lambda key: (-read.get(key, [0, 0])[1], key))[:ROWS])
     for key in sorted(keys):
         before, after = read.get(key, [0, 0]), kept.get(key, [0, 0])
-        counts = [f"{stages[name].get(key, [0, 0])[0]:,}" for name in names]
-        rows.append([key or "?", f"{before[0]:,}", *counts, f"{after[0]:,}", f"{after[1]:,}"])
+        dropped = (f"{stages[name].get(key, [0, 0])[0]:,}" for name in names)
+        rows.append([key or "?", f"{before[0]:,}", *dropped, f"{after[0]:,}", f"{after[1]:,}"])
     return table([title, "read", *names, "kept", "kept bytes"], rows, "---:")
 
 
