@@ -10,8 +10,8 @@ import yaml
 
 from xverse.cli import main, verb_parser
 from xverse.config import UserError
-from xverse.finetune.foreign_keys import REFUSALS, VALUES, WITHOUT_EFFECT, foreign_keys
-from xverse.finetune.settings import ALIASES, DERIVED, Settings, read_settings
+from xverse.finetune.foreign_keys import ALIASES, REFUSALS, VALUES, WITHOUT_EFFECT, foreign_keys
+from xverse.finetune.settings import DERIVED, Settings, read_settings
 
 MINIMUM = {"model_name_or_path": "nano", "dataset": "x", "do_train": True, "output_dir": "out"}
 # The fields of LLaMA-Factory's hparams in 2025 and 2026, then older names.

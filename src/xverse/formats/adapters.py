@@ -91,7 +91,10 @@ def check_base(digest: Callable[[], str], path: str | Path, base: str | Path) ->
     is ``digest()``; print a notice if the adapter does not record its base."""
     file = Path(path) / BASE
     if not file.exists():
-        notice(f"{path}: does not record its base; assuming {base}")
+        config = Path(path) / CONFIG
+        named = read_object(config).get("base_model_name_or_path") if config.exists() else None
+        of = f" beyond the name '{named}'" if named else ""
+        notice(f"{path}: does not record its base{of}; assuming {base}")
         return
     stored = read_object(file)
     if stored.get("fingerprint") != digest():
