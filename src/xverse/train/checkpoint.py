@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from xverse.config import UserError
-from xverse.files import atomic_file, fingerprint, read_sealed, sealed, sync
+from xverse.files import fingerprint, read_sealed, sealed, sync, write_text
 from xverse.formats.parts import SHARD, Index, Part, read_header
 from xverse.log import notice
 from xverse.train.copies import Copies
@@ -156,8 +156,7 @@ class Checkpointer:
             self._describe(temporary)
             beside = sorted(file for file in temporary.iterdir() if not file.name.startswith(SHARD))
             state["files"] |= {file.name: fingerprint(file) for file in beside}
-        with atomic_file(temporary / "state.json") as file:
-            file.write_text(sealed(state), encoding="utf-8")
+        write_text(temporary / "state.json", sealed(state))
         if path.exists():  # written before a rollback
             self._kept.remove(path)
         temporary.replace(path)
@@ -216,19 +215,7 @@ class _OwnFile(dcp.HuggingFaceStorageWriter):
 
 def kept(out: Path, forever: Callable[[int], bool] = lambda step: False) -> Kept:
     """The checkpoints of a run."""
-    return Kept(out / "checkpoints", PREFIX, forever)
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    return kept(out).all()
-
-
-def newest(
-    where: Kept, world: World = ALONE, usable: Callable[[Path, State], bool] = lambda path, state: True
-) -> tuple[Path, State] | None:
-    """``Kept.newest``, with the state of ``state.json``."""
-    return where.newest(_read_state, world, usable)
+    return Kept(out / "checkpoints", PREFIX, _read_state, forever)
 
 
 def load_checkpoint(
