@@ -219,7 +219,8 @@ def days(writer: Writer, language: str) -> Dialogue:
     if language == "en" and count == 1:
         question = question.replace("1 days", "1 day")
     walk = [names[str((place + number) % 7)] for number in range(1, count + 1)]
-    numbered = [f"{number} {name}" for number, name in enumerate(walk, 1)]  # so that it stops at the right one
+    # Numbered, so that a model stops at the right one.
+    numbered = [f"{number} {name}" for number, name in enumerate(walk, 1)]
     steps = ("、" if language == "zh" else ", ").join(numbered)
     reply = f"往后数：{steps}。是{later}。" if language == "zh" else f"Count on: {steps}. It is {later}."
     return Dialogue((question, reply), {"last": [later, *walk]})
