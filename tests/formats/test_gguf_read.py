@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.scale import examples
 from xverse.config import UserError
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.gguf import save_gguf
@@ -56,7 +57,7 @@ def test_what_we_write_reads_back(written: Any, tiny_tokenizer: Any) -> None:
     assert directory.tokenizer.template is None  # XVERSE's own chat format
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(st.data())
 def test_a_damaged_file_is_refused_in_a_line(written: Any, data: st.DataObject) -> None:
     _, path = written
