@@ -89,8 +89,8 @@ class QuantLinear(nn.Module):
         else:
             run = ops.quant_linear if ops.is_eager_cpu(x) else torch.ops.xverse.quant_linear
             y = run(x, self.tiles, self.out_features, self.bits, self.table_group)
-        if self.mean is not None:
-            y = y + (x @ self.mean.to(x.dtype))[..., None]
+        if self.mean is not None:  # not a product, whose bits would depend on the number of rows
+            y = y + (x.float() * self.mean).sum(dim=-1, keepdim=True).to(y.dtype)
         return y if self.bias is None else y + self.bias
 
     @staticmethod
