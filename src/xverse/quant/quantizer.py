@@ -141,7 +141,7 @@ class Quantizer:
         prefixes = [EMBEDDING, *(f"model.layers.{i}." for i in range(self.config.num_hidden_layers)), NORM]
         if not self.config.tie_word_embeddings:
             prefixes.append(HEAD)
-        tensors: dict[str, Quantized] = {}
+        tensors: dict[str, Tensor] = {}
         for prefix in prefixes:
             self._reading = self.read(prefix.removesuffix("weight"))
             self._check_finite(prefix, *self._reading.values())
