@@ -3,10 +3,9 @@ trl's GRPOConfig names: DAPO (arXiv:2503.14476), Dr. GRPO (arXiv:2503.20783), GS
 CISPO (arXiv:2506.13585).
 
 Each optimizer step generates a group of replies to each of its prompts (``rollouts.py``), rewards them
-(``rewards.py``) and trains on them without padding, on a prompt once for all of its replies. Replies and
-their order depend on the seed, the step and the prompt; sums over tokens are divided by figures of the whole
-step, so neither accumulation nor the number of processes changes the loss. Every process generates whole
-groups.
+(``rewards.py``) and trains on them and their prompt once, without padding. Replies and their order depend on
+the seed, the step and the prompt; sums over tokens are divided by figures of the whole step, so neither
+accumulation nor the number of processes changes the loss. Every process generates whole groups.
 """
 
 from __future__ import annotations

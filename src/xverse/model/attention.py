@@ -141,18 +141,15 @@ class Continued:
         self.positions, self._places, self._longest = positions, places, longest
         self._q_ends, self._k_ends = q_ends, k_ends
 
-    @functools.cached_property
-    def _lengths(self) -> list[list[int]]:
-        return [self._q_ends.diff().tolist(), *[self._k_ends.diff().tolist()] * 2]
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = k.index_select(2, self._places), v.index_select(2, self._places)  # [1, KV, K, head_dim]
         if has_varlen(q.device, q.dtype, q.shape[3]):
             rows = [x[0].transpose(0, 1) for x in (q, k, v)]
             mixed = causal_varlen(rows[0], rows[1], rows[2], self._q_ends, self._k_ends, *self._longest)
             return mixed.transpose(0, 1)[None]
-        parts = (x.split(lengths, dim=2) for x, lengths in zip((q, k, v), self._lengths, strict=True))
-        return torch.cat([_continue(*part) for part in zip(*parts, strict=True)], dim=2)
+        queries = q.split(self._q_ends.diff().tolist(), dim=2)
+        keys, values = (x.split(self._k_ends.diff().tolist(), dim=2) for x in (k, v))
+        return torch.cat([_continue(*part) for part in zip(queries, keys, values, strict=True)], dim=2)
 
 
 def _continue(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
