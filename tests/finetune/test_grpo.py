@@ -133,7 +133,7 @@ def test_loss_and_gradient_are_their_formulas(tiny_config, tiny_tokenizer, tmp_p
         for parameter in reference.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
     trainer = trainer_of(settings, model, tiny_tokenizer, tmp_path, reference)
-    rollouts = []
+    rollouts, made = [], []
     prompts = torch.randint(4, tiny_config.vocab_size, (2, 3), generator=draw).tolist()
     for place, count in enumerate((3, 7, 1, 5)):
         reply = torch.randint(4, tiny_config.vocab_size, (count,), generator=draw).tolist()
@@ -145,12 +145,14 @@ def test_loss_and_gradient_are_their_formulas(tiny_config, tiny_tokenizer, tmp_p
         figures = (sum((3, 7, 1, 5)), 4)
         completion = Completion(ids[3:], "", noise[0], True)
         prompt = Prompt(ids[:3], [False] * 3, "x[0]")
-        rollouts[-1].weight = trainer._rollout(prompt, completion, 0.0, *figures).weight
+        made.append(trainer._rollout(prompt, completion, advantage, *figures))
+        made[-1].old, rollouts[-1].weight = noise[1], made[-1].weight
+    assert [rollout.counted for rollout in made] == [3, 7, 1, 5 if settings.beta else 0]
     trainer.current_gradient_accumulation_steps = 2
     batches = [[0, 1], [2, 3]]
     found = 0.0
     for batch in batches:
-        row = trainer._row([rollouts[i] for i in batch])
+        row = trainer._row([made[i] for i in batch])
         loss = trainer.batch_loss(model, row) / 2
         loss.backward()
         found += loss.item()
@@ -202,6 +204,7 @@ def test_the_engine_draws_from_the_trainers_probabilities(tiny_config, tiny_toke
     settings = settings_of(temperature=0.8, reward_funcs="brevity")
     model = hf_model(tiny_config)
     trainer = trainer_of(settings, model, tiny_tokenizer, tmp_path)
+    trainer.rewards._scores = [lambda _, replies: [float(place) for place in range(len(replies))]]
     shared = plain_model(model)
     assert all(
         one.data_ptr() == other.data_ptr()
@@ -210,8 +213,6 @@ def test_the_engine_draws_from_the_trainers_probabilities(tiny_config, tiny_toke
     for _ in range(2):  # also after the weights have changed
         prompts = [Prompt([5, 6, 7 + n], [False] * 3, f"p[{n}]") for n in range(3) for _ in range(8)]
         rollouts = trainer._generate(prompts)
-        for rollout in rollouts:
-            rollout.advantage = 1.0  # otherwise those in groups of equal rewards are not computed
         trainer._rollouts = rollouts
         trainer.batch_loss(model, trainer._row(rollouts))
         for rollout in rollouts:
