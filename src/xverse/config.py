@@ -80,6 +80,16 @@ def need(module: str, extra: str, purpose: str, *, load: bool = True) -> Any:
     raise UserError(f"{purpose} needs {missing}, which is not installed; run: {install_command(extra)}")
 
 
+def installed_version(name: str) -> str | None:
+    """The version of an installed distribution."""
+    import importlib.metadata  # here, because it delays `xverse --help`
+
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def install_command(extra: str) -> str:
     """The command that installs an extra, from a package index or, in a checkout, from its folder."""
     checkout = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()

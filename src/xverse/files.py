@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from xverse.config import UserError, refuse_url
+
+SEAL = "sha256"  # of the other values of a JSON file
 
 
 @contextlib.contextmanager
@@ -34,6 +37,17 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file in UTF-8, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -145,6 +159,23 @@ def check_fingerprint(path: Path, expected: Sequence[Any]) -> None:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size}")
     if fingerprint(path)[1] != digest:
         raise ValueError(f"{path.name} has another SHA-256 than was recorded")
+
+
+def sealed(values: dict[str, Any]) -> str:
+    """``values`` as JSON, with the SHA-256 that ``read_sealed`` compares."""
+    return json.dumps({**values, SEAL: hashlib.sha256(json.dumps(values).encode()).hexdigest()})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises ValueError if it is none or has changed since ``sealed`` (files of
+    earlier versions have no digest), OSError if it is unreadable."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} holds no object")
+    seal = values.pop(SEAL, None)
+    if seal is not None and seal != hashlib.sha256(json.dumps(values).encode()).hexdigest():
+        raise ValueError(f"{path.name} has another SHA-256 than was recorded")
+    return values
 
 
 def make_folder(folder: Path, shown: Path | None = None) -> None:

@@ -28,21 +28,14 @@ def notice(text: str) -> None:
 def progress(**options: Any) -> Progress:
     """A progress bar with count, elapsed time and ETA on stderr; it disappears when done."""
     # Importing this takes 0.1 s, so only commands that show a bar pay for it.
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as bars
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    return bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
         console=console,
         transient=True,
         # Outside a terminal a bar would leave an empty line.

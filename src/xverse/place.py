@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, is_url
-from xverse.files import alone, atomic_file, fingerprint
+from xverse.files import alone, atomic_file, fingerprint, write_json
 from xverse.log import notice
 from xverse.remote import filesystem, is_web, listing, open_url, remove, upload, version
 from xverse.texts import read_json
@@ -136,17 +136,12 @@ def fetch(
         for name in missing:
             copy(f"{url}/{name}", folder / name, marks.get(name))
             made[name] = source[name]
-            _record(folder, made)
+            write_json(folder / RECORD, made)
         for name in made.keys() - source.keys():
             (folder / name).unlink(missing_ok=True)
         if made.keys() != source.keys():
-            _record(folder, source)
+            write_json(folder / RECORD, source)
     return folder
-
-
-def _record(folder: Path, made: Mapping[str, Any]) -> None:
-    with atomic_file(folder / RECORD) as file:
-        file.write_text(json.dumps(made), encoding="utf-8")
 
 
 def read_list(url: str) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from xverse.config import UserError
 from xverse.encodings import UTF8
-from xverse.texts import BOM, MAX_LINE_BYTES, ReadReport, json_lines, kind_of, open_text
+from xverse.texts import BOM, MAX_LINE_BYTES, ReadReport, json_lines, kind_of, open_binary, open_text
 
 
 class Damaged(UserError):
@@ -45,6 +45,10 @@ def _array(path: str | Path, stream: BinaryIO, limit: int) -> Iterator[Any]:
         text = text.lstrip()
         try:
             if text[:1] == "]":
+                if text[1:].strip() or stream.read(1 << 16).strip():
+                    raise Damaged(
+                        f"{path}: invalid JSON after item {number} (text after the end of the array)"
+                    )
                 return
             start = text[1:].lstrip() if number and text[:1] == "," else text
             if not start or (number and start is text):
@@ -57,7 +61,7 @@ def _array(path: str | Path, stream: BinaryIO, limit: int) -> Iterator[Any]:
                 error.msg.startswith("Unterminated string") or error.pos > len(text) - 32
             )
             if ended or not cut or len(text) > limit:
-                why = "too long" if cut and not ended else getattr(error, "msg", "nested too deeply")
+                why = "too long" if cut and not ended else getattr(error, "msg", str(error)[:99])
                 raise Damaged(f"{path}: invalid JSON in item {number + 1} ({why})") from None
             data = stream.read(max(1 << 16, len(text)))  # doubled, so that a long item costs what it should
             ended = not data
@@ -100,6 +104,44 @@ def read_csv(
                 lines.detach()  # the stream is closed by open_text
 
 
+def read_parquet(
+    path: str | Path, choose: Callable[[list[str]], list[str]] = list
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a Parquet file or URL with their numbers from 1; ``choose`` selects columns by name.
+
+    Raises Damaged for a file that cannot be read on, after the rows before the damage. pyarrow, which several
+    extras install, must be there.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with open_binary(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            columns = choose(file.schema_arrow.names)
+            # One row group at a time, so that those before a broken one are not lost.
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+                    for row in _rows(batch, columns):
+                        number += 1
+                        yield number, row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise Damaged(f"{path}: broken parquet after row {number} ({why})") from None
+
+
+def _rows(batch: Any, columns: list[str]) -> list[dict[str, Any]]:
+    """The rows of a table; one that is not UTF-8, which the format does not check, has no text."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        half = len(batch) // 2
+        if not half:
+            return [dict.fromkeys(columns, b"\xff")]
+        return [*_rows(batch[:half], columns), *_rows(batch[half:], columns)]
+    return rows
+
+
 def read_table(
     path: str | Path,
     report: ReadReport,
@@ -115,8 +157,9 @@ def read_table(
     if delimiter is None:
         delimiter = "\t" if kind_of(Path(path)) == ".tsv" else ","
     rows = read_csv(path, delimiter, report, limit, encoding)
-    _, names = next(rows, (0, []))
-    if not names or not all(names) or len(set(names)) < len(names):
+    names = next((row for _, row in rows if row), [])
+    given = [name for name in names if name]  # not that of an index, which pandas writes
+    if len(set(given)) < len(given):
         raise UserError(f"{path}: the first row must name the columns, each differently (it has {names})")
     for number, row in rows:
         if len(row) == len(names):

@@ -17,6 +17,15 @@ CHAT_FORMATS = ("alpaca", "baichuan2", "chatml", "intern", "llama2", "vicuna")
 TEMPLATE_HELP = f"chat format of a model whose files have none: {', '.join(CHAT_FORMATS)}"
 
 
+def flags(parser: argparse._ActionsContainer) -> Callable[..., None]:
+    """``add(name, help, **options)``, which adds a flag to a parser."""
+
+    def add(name: str, text: str, **options: Any) -> None:
+        parser.add_argument(name, help=text, **options)
+
+    return add
+
+
 def whole(low: int = 0, high: int | None = None) -> Callable[[str], int]:
     """Parser of a whole number from ``low`` to ``high`` (None: no limit)."""
     span = f"at least {low}" if high is None else f"{low} to {high}"

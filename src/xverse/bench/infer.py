@@ -26,6 +26,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from xverse.bench.infer_speed import measure_named
+    from xverse.bench.infer_speed import load_named, measure
 
-    return measure_named(**vars(args))
+    sizes = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "batch")}
+    model, tokenizer = load_named(
+        args.model, args.shape, dtype=args.dtype, quantize=args.quantize, device=args.device, **sizes
+    )
+    name, threads = args.shape or args.model, args.threads
+    return measure(model, tokenizer, name, **sizes, threads=threads, rounds=args.rounds)

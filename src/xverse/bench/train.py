@@ -19,17 +19,7 @@ from typing import Any
 
 from xverse import hardware
 from xverse.bench.options import add_batch, add_shape, add_threads, positive
-from xverse.bench.report import (
-    Row,
-    at_least,
-    at_most,
-    count_threads,
-    in_gb,
-    need_memory,
-    say_gb,
-    show,
-    using_threads,
-)
+from xverse.bench.report import Row, at_least, at_most, count_threads, in_gb, need_memory, say_gb, show
 from xverse.config import UserError
 from xverse.device import add_device, compute_device, guard
 from xverse.log import notice
@@ -59,37 +49,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return measure_named(**vars(args))
-
-
-def measure_named(
-    shape: str = "mini",
-    *,
-    vocabulary: int | None = None,
-    batch_size: int = 8,
-    sequence_length: int = 512,
-    steps: int = 12,
-    threads: int | None = None,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Measure a named shape; without ``vocabulary``, ``mini`` has 8,192 and then 100,534 entries.
-
-    Raises UserError for an unknown shape, too few steps or too little memory.
-    """
+    """Raises UserError for an unknown shape, too few steps or too little memory."""
+    options = dict(vars(args))
+    shape, vocabulary = options.pop("shape"), options.pop("vocabulary")
     config = named_shape(shape).without_experts("bench train")
     sizes = [vocabulary] if vocabulary else list(TARGETS) if shape == "mini" else [config.vocab_size]
-    results = [
-        measure(
-            dataclasses.replace(config, vocab_size=size),
-            shape,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            steps=steps,
-            threads=threads,
-            device=device,
-        )
-        for size in sizes
-    ]
+    results = [measure(dataclasses.replace(config, vocab_size=size), shape, **options) for size in sizes]
     return results[0] if len(results) == 1 else {"bench": "train", "results": results}
 
 
@@ -116,7 +81,7 @@ def measure(
     product = (batch_size * sequence_length, config.hidden_size, config.intermediate_size)
     block = max(1, steps // BLOCKS)
     title = f"train {name}, vocabulary {config.vocab_size:,}"
-    with using_threads(threads), guard(place), contextlib.ExitStack() as stack:
+    with hardware.using_threads(threads), guard(place), contextlib.ExitStack() as stack:
         matmul = [hardware.matmul_flops(torch.bfloat16, *product, place)]
         job = {"config": config.to_json(), "batch_size": batch_size, "length": sequence_length}
         job["device"] = str(place)

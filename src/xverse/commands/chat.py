@@ -10,39 +10,26 @@ from typing import Any
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
 from xverse.device import add_device, add_tensor_parallel
-from xverse.values import TEMPLATE_HELP, whole
+from xverse.values import TEMPLATE_HELP, flags, whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # absent from the namespace unless given
-    parser.add_argument(
-        "--model", default="nano", metavar="M", help="nano (the default), a model directory or a hub id"
-    )
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        metavar="[NAME=]A",
-        help="directory with an adapter in peft's format; several with names, for /adapter",
-        **unset,
-    )
-    parser.add_argument("--template", metavar="NAME", help=TEMPLATE_HELP, **unset)
+    add = flags(parser)
+    add("--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
+    text = "directory with an adapter in peft's format; several with names, for /adapter"
+    add("--adapter", text, action="append", metavar="[NAME=]A", **unset)
+    add("--template", TEMPLATE_HELP, metavar="NAME", **unset)
     once = parser.add_mutually_exclusive_group()
-    once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and exit; -: to stdin", **unset)
-    once.add_argument(
-        "--complete", metavar="TEXT", help="print a continuation of TEXT and exit; -: of stdin", **unset
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system prompt", **unset)
-    parser.add_argument(
-        "--quantize", choices=["int8", "int4"], help="quantise the weights while loading", **unset
-    )
-    parser.add_argument(
-        "--no-history",
-        action="store_true",
-        help="do not keep what is typed for later sessions ($XDG_STATE_HOME/xverse/history)",
-    )
-    parser.add_argument(
-        "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: by size)", **unset
-    )
+    add = flags(once)
+    add("--ask", "print the reply to TEXT and exit; -: to stdin", metavar="TEXT", **unset)
+    add("--complete", "print a continuation of TEXT and exit; -: of stdin", metavar="TEXT", **unset)
+    add = flags(parser)
+    add("--system", "system prompt", metavar="TEXT", **unset)
+    add("--quantize", "quantise the weights while loading", choices=["int8", "int4"], **unset)
+    text = "do not keep what is typed for later sessions ($XDG_STATE_HOME/xverse/history)"
+    add("--no-history", text, action="store_true")
+    add("--threads", "CPU threads (default: by size)", type=whole(1, 1024), metavar="N", **unset)
     add_device(parser)
     add_tensor_parallel(parser)
     add_sampling_flags(parser, "How replies are generated")

@@ -10,7 +10,7 @@ from typing import Any
 
 from xverse import __version__, hardware
 from xverse.bench.report import GPU_MATMUL, MATMUL
-from xverse.config import DISTRIBUTION, install_command
+from xverse.config import DISTRIBUTION, install_command, installed_version
 from xverse.device import compute_device, describe, usable_gpus
 
 KERNELS = {"torch": "not compiled, using PyTorch's operations; reinstall xverse with a C++ compiler"}
@@ -66,7 +66,7 @@ def versions() -> dict[str, str | None]:
     """Versions of Python and of each required package; None if it is not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version()}
     for requirement in _requirements(""):
-        installed[requirement.name] = _version(requirement.name)
+        installed[requirement.name] = installed_version(requirement.name)
     return installed
 
 
@@ -105,15 +105,8 @@ def _requirements(extra: str) -> list[Any]:
     return resolved
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _met(requirement: Any) -> bool:
-    version = _version(requirement.name)
+    version = installed_version(requirement.name)
     return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
@@ -132,14 +125,9 @@ def measure_cpu(threads: int) -> dict[str, Any]:
             samples[count].append(hardware.read_bandwidth(buffer, count))
     size = buffer.numel() * buffer.element_size()
     del buffer
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        flops = {
-            name: hardware.matmul_flops(getattr(torch, name), *MATMUL) for name in ("float32", "bfloat16")
-        }
-    finally:
-        torch.set_num_threads(before)
+    kinds = ("float32", "bfloat16")
+    with hardware.using_threads(threads):
+        flops = {name: hardware.matmul_flops(getattr(torch, name), *MATMUL) for name in kinds}
     return {
         "bandwidth": [{"threads": count, "samples": pair} for count, pair in samples.items()],
         "bandwidth_buffer": size,

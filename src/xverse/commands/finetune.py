@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, key_value, override, read_yaml
-from xverse.finetune.foreign_keys import foreign_keys
-from xverse.finetune.settings import ALIASES, DERIVED, Settings, read_settings
+from xverse.finetune.foreign_keys import ALIASES, foreign_keys
+from xverse.finetune.settings import DERIVED, Settings, read_settings
 from xverse.launcher import end_with_launcher
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.values import positive, whole
+from xverse.values import flags, positive, whole
 
 if TYPE_CHECKING:
     from xverse.tokenizer.recipe import TokenizerRecipe
@@ -21,38 +21,29 @@ _VOCABULARY = "[NAME=]PATH: tokenizer.json or its directory, .tiktoken, sentence
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="train|repair|report")
     train = actions.add_parser("train", help="train a tokenizer of XVERSE's structure")
-    train.add_argument("--out", metavar="DIR", help="output directory; overrides the recipe's")
-    train.add_argument("--vocab-size", type=whole(1), metavar="N", help="exact number of entries")
-    train.add_argument(
-        "--limit-alphabet",
-        type=whole(1),
-        metavar="N",
-        help="maximum number of single characters (default: a third of the vocabulary)",
-    )
-    train.add_argument("--initial-characters", metavar="TEXT", help="characters that always get a token")
-    train.add_argument(
-        "--min-frequency", type=whole(1), metavar="N", help="occurrences that a merge needs (default: 2)"
-    )
-    train.add_argument("--memory-gb", type=positive(1e6), metavar="GB", help="memory limit (default: 3)")
-    train.add_argument(
-        "--threads", type=whole(1, 1024), metavar="N", help="threads (default: all usable cores)"
-    )
-    train.add_argument(
-        "files", nargs="+", metavar="FILE|RECIPE.yaml", help=f"{_FILES}; or a recipe, then key=value settings"
-    )
+    add = flags(train)
+    add("--out", "output directory; overrides the recipe's", metavar="DIR")
+    add("--vocab-size", "exact number of entries", type=whole(1), metavar="N")
+    text = "maximum number of single characters (default: a third of the vocabulary)"
+    add("--limit-alphabet", text, type=whole(1), metavar="N")
+    add("--initial-characters", "characters that always get a token", metavar="TEXT")
+    add("--min-frequency", "occurrences that a merge needs (default: 2)", type=whole(1), metavar="N")
+    add("--memory-gb", "memory limit (default: 3)", type=positive(1e6), metavar="GB")
+    add("--threads", "threads (default: all usable cores)", type=whole(1, 1024), metavar="N")
+    add("files", f"{_FILES}; or a recipe, then key=value settings", nargs="+", metavar="FILE|RECIPE.yaml")
     repair = actions.add_parser("repair", help="repair a tokenizer.json that current libraries refuse")
-    repair.add_argument("source", metavar="IN", help="tokenizer.json or model directory to repair")
-    repair.add_argument("target", metavar="OUT", help="file or directory to write; may be IN")
+    add = flags(repair)
+    add("source", "tokenizer.json or model directory to repair", metavar="IN")
+    add("target", "file or directory to write; may be IN", metavar="OUT")
     report = actions.add_parser(
         "report", help="compression, byte fallback and round trip, compared with other vocabularies"
     )
-    report.add_argument("--tokenizer", required=True, metavar="PATH", help=_VOCABULARY)
-    report.add_argument(
-        "--against", nargs="+", default=[], metavar="PATH", help="other vocabularies to compare with"
-    )
-    report.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    report.add_argument("--out", metavar="DIR", help="also write report.md, report.json and report.png there")
-    report.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
+    add = flags(report)
+    add("--tokenizer", _VOCABULARY, required=True, metavar="PATH")
+    add("--against", "other vocabularies to compare with", nargs="+", default=[], metavar="PATH")
+    add("--json", "print one JSON object instead of tables", action="store_true")
+    add("--out", "also write report.md, report.json and report.png there", metavar="DIR")
+    add("files", _FILES, nargs="+", metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -227,12 +218,12 @@ def _write_report(
 ) -> None:
     import json
 
-    from xverse.files import atomic_file
-    from xverse.tokenizer.report import markdown, plot
+    from xverse.files import atomic_file, write_text
+    from xverse.markdown import table
+    from xverse.tokenizer.report import plot
 
-    with atomic_file(folder / "report.md") as path:
-        path.write_text("\n".join(markdown(table) for table in tables), encoding="utf-8")
-    with atomic_file(folder / "report.json") as path:
-        path.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    lines = [line for head, *rows in tables for line in (*table(head, rows, "---:"), "")]
+    write_text(folder / "report.md", "\n".join(lines))
+    write_text(folder / "report.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
     with atomic_file(folder / "report.png") as path:
         plot(reports, path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from xverse.config import UserError
 from xverse.eval.scoring import Answer
-from xverse.files import atomic_file
+from xverse.files import atomic_file, write_json
 from xverse.texts import read_jsonl, read_object
 
 
@@ -42,11 +42,6 @@ def settings(out: Path) -> dict[str, Any]:
     return values
 
 
-def write_json(path: Path, value: Any) -> None:
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
 def path_of(out: Path, task: str, subject: str) -> Path:
     return out / "answers" / task / f"{subject}.jsonl"
 
@@ -71,9 +66,9 @@ def row(task: str, subject: str, answer: Answer) -> dict[str, Any]:
         "task": task,
         "subject": subject,
         "id": question.id,
-        "prompt": answer.prompt,
-        "shots": answer.shots,
-        "tokens": answer.tokens,
+        "prompt": answer.asked.prompt,
+        "shots": answer.asked.shots,
+        "tokens": len(answer.asked.ids),
         "prediction": answer.prediction,
         "answer": question.answer,
         "logprobs": dict(zip(question.letters, answer.logprobs, strict=True)),

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.files import atomic_file
+from xverse.files import read_sealed, write_text
 from xverse.finetune.encode import Data, Example, Prompt
 from xverse.finetune.settings import Settings, read_settings, to_values
 from xverse.formats.checkpoint import check_files
 from xverse.log import notice
 from xverse.place import MARKS
 from xverse.texts import read_object
-from xverse.train.keeping import LOCK, Kept, read_json
+from xverse.train.keeping import LOCK, Kept
 from xverse.train.parallel import World
 
 STATE, TRAINER, PREFIX = "finetune.json", "trainer_state.json", "checkpoint-"
@@ -47,8 +47,7 @@ def begin_anew(settings: Settings) -> None:
 
 
 def write_state(settings: Settings, state: dict[str, Any]) -> None:
-    with atomic_file(settings.output_dir / STATE) as path:
-        path.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    write_text(settings.output_dir / STATE, json.dumps(state, indent=1))
 
 
 def _digest(examples: Sequence[Example]) -> str:
@@ -64,7 +63,7 @@ def _digest(examples: Sequence[Example]) -> str:
 
 def checkpoints_of(out: Path) -> Kept:
     """The checkpoints of a run."""
-    return Kept(out, PREFIX)
+    return Kept(out, PREFIX, _read_state)
 
 
 def is_finished(settings: Settings, state: dict[str, Any]) -> bool:
@@ -108,7 +107,7 @@ def resume_point(settings: Settings, state: dict[str, Any], world: World) -> str
         raise UserError(f"{out}: already holds files; set overwrite_output_dir or choose another output_dir")
     if file.exists():
         _compare(file, state)
-    newest = kept.newest(_read_state, world)
+    newest = kept.newest(world)
     assert newest is not None
     if world.rank == 0:
         notice(f"resuming from {newest[0]}")
@@ -117,8 +116,8 @@ def resume_point(settings: Settings, state: dict[str, Any], world: World) -> str
 
 def _read_state(path: Path) -> dict[str, Any]:
     """Trainer's state, and the fingerprints of the files; earlier versions wrote none."""
-    state: dict[str, Any] = read_json(path / TRAINER)
-    marks = read_json(path / MARKS)["files"] if (path / MARKS).exists() else {}
+    state: dict[str, Any] = read_sealed(path / TRAINER)
+    marks = read_sealed(path / MARKS)["files"] if (path / MARKS).exists() else {}
     return {"step": state["global_step"], "files": marks}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from xverse.config import UserError, choose
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
-from xverse.formats.read import check_tensors, load_model
+from xverse.formats.read import check_tensors, check_tied, load_model, misfit
 from xverse.formats.schemes import Placed, set_layer
-from xverse.formats.weights import DTYPES, IGNORED_SUFFIX, dtype_name
+from xverse.formats.weights import IGNORED_SUFFIX
 from xverse.formats.write import check_target, save_quantized
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import BITS, QuantizedWeight
@@ -28,7 +27,7 @@ from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.quant import mixing
 from xverse.quant.parity import ParityReport
 from xverse.quant.quantizer import EMBEDDING, HEAD, Quantizer
-from xverse.quant.settings import Format, QuantSettings, input_sizes, matrices
+from xverse.quant.settings import Format, QuantSettings, fitting_group, input_sizes, matrices
 from xverse.quant.text import loading_calibration, resized
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ class Source:
         with torch.device("meta"):
             state = XverseForCausalLM(self.config).state_dict()
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
+        check_tied(directory)
         self._files = directory.tensors
         ignored = [IGNORED_SUFFIX]
         if self.config.tie_word_embeddings:
@@ -70,10 +70,8 @@ class Source:
         for name in self._shapes:
             if name.startswith(prefix):
                 tensor = self._files.get(name).to(self._device)
-                if tensor.shape != self._shapes[name] or dtype_name(tensor.dtype) not in DTYPES:
-                    stored = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
-                    what = f"is {stored} where config.json says {list(self._shapes[name])}"
-                    check_tensors(self.path, [], [], {name: what})
+                if problem := misfit(tensor, self._shapes[name]):
+                    check_tensors(self.path, [], [], {name: problem})
                 if not tensor.sum(
                     dtype=torch.float32
                 ).isfinite():  # the sum of any NaN or infinity is not finite
@@ -135,7 +133,8 @@ def quick_settings(kind: str, config: XverseConfig) -> QuantSettings:
     """The settings of ``int8``, ``int4``, ``int3`` or ``int2``, with groups of 128 (3 and 2 bits: 64) or the
     largest part of it that divides the inputs of every layer. Raises UserError for any other ``kind``."""
     bits = choose("quantize", kind, {f"int{bits}": bits for bits in reversed(BITS)})
-    group = math.gcd(QuantSettings.group_size if bits >= 4 else 64, *input_sizes(config))
+    largest = QuantSettings.group_size if bits >= 4 else 64
+    group = min(fitting_group(inputs, largest) for inputs in input_sizes(config))
     return QuantSettings(bits=bits, group_size=group, embedding_bits=16)
 
 

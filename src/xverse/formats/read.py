@@ -16,6 +16,8 @@ from xverse.formats.weights import DTYPES, HEAD, IGNORED_SUFFIX, dtype_name, lis
 from xverse.model import XverseForCausalLM
 from xverse.model.config import FLOAT32_BELOW
 
+_EMBEDDING = "model.embed_tokens.weight"
+
 
 def load_model(
     source: str | Path | ModelDirectory,
@@ -43,6 +45,7 @@ def load_model(
     if directory.scheme is not None:
         _load_quantized(model, directory, directory.scheme, dtype, device, dequantize, placed)
         return model
+    check_tied(directory)
     expected = _expected(model)
     stored = directory.stored_dtype
     dtype = dtype or stored
@@ -83,10 +86,8 @@ def _take(
         return
     if name not in expected:
         unexpected.append(name)
-    elif tensor.shape != expected[name]:
-        wrong[name] = f"is {_shape(tensor.shape)} where config.json says {_shape(expected[name])}"
-    elif dtype_name(tensor.dtype) not in DTYPES:
-        wrong[name] = f"is stored as {dtype_name(tensor.dtype)}, not as one of {', '.join(DTYPES)}"
+    elif problem := misfit(tensor, expected[name]):
+        wrong[name] = problem
     else:
         state[name] = tensor.to(device=device, dtype=dtype).contiguous()
 
@@ -104,7 +105,7 @@ def _load_quantized(
     expected = _expected(model)
     chosen = quantized_names(files, scheme)
     prefixes = tuple(f"{name}." for name in chosen)
-    others = [name for name in files.names if not name.startswith(prefixes)]
+    others = [name for name in files.names if name.endswith(".bias") or not name.startswith(prefixes)]
     if dtype is None:
         norms = [name for name in others if name in expected and len(expected[name]) == 1]
         exact = dequantize and model.config.num_parameters() < FLOAT32_BELOW
@@ -139,8 +140,34 @@ def _load_quantized(
         keep_in_file(model.model.embed_tokens)
 
 
+def misfit(tensor: Tensor, expected: torch.Size) -> str | None:
+    """Why a stored tensor is not a weight of the ``expected`` shape, or None."""
+    if tensor.shape != expected:
+        return f"is {_shape(tensor.shape)} where config.json says {_shape(expected)}"
+    if dtype_name(tensor.dtype) not in DTYPES:
+        return f"is stored as {dtype_name(tensor.dtype)}, not as one of {', '.join(DTYPES)}"
+    return None
+
+
+def check_tied(directory: ModelDirectory) -> None:
+    """Raise UserError if the head is tied according to config.json, but stored with other values than the
+    embedding, which transformers would not tie."""
+    files = directory.tensors
+    if not directory.config.tie_word_embeddings or HEAD not in files or _EMBEDDING not in files:
+        return
+    if not torch.equal(files.get(HEAD), files.get(_EMBEDDING)):
+        raise UserError(
+            f"{directory.path}: {HEAD} is not the embedding, though config.json ties them; "
+            'write "tie_word_embeddings": false'
+        )
+
+
 def check_tensors(path: Path, missing: list[str], unexpected: list[str], wrong: dict[str, str]) -> None:
     """Raise UserError if there are any; ``wrong`` maps names to what is wrong with them."""
+    if "score.weight" in unexpected:
+        raise UserError(
+            f"{path}: is a reward model, which scores texts and writes none; reward_funcs takes it"
+        )
     parts = []
     if missing:
         tied = " (is the head tied? config.json says that it is not)" if HEAD in missing else ""

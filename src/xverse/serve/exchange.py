@@ -12,6 +12,7 @@ from fastapi import HTTPException, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from xverse.engine import Request
+from xverse.serve.errors import ApiError
 from xverse.serve.runner import EngineRunner
 from xverse.serve.service import Service
 
@@ -26,6 +27,18 @@ class Reply(Protocol):
     def requests(self) -> Sequence[Request]: ...
     async def body(self) -> dict[str, Any]: ...
     def chunks(self) -> AsyncGenerator[bytes, None]: ...
+
+
+def page_of(items: Sequence[dict[str, Any]], limit: int, after: str) -> dict[str, Any]:
+    """OpenAI's page of a list: at most ``limit`` items behind the one whose id is ``after``."""
+    first = 0
+    if after:
+        first = next((at + 1 for at, item in enumerate(items) if item["id"] == after), 0)
+        if not first:
+            raise ApiError(404, f"after: the list has no '{after[:80]}'", param="after", code="not_found")
+    part = items[first : first + limit]
+    ends = {"first_id": part[0]["id"], "last_id": part[-1]["id"]} if part else {}
+    return {"object": "list", "data": part, "has_more": first + limit < len(items), **ends}
 
 
 class _Stream(StreamingResponse):

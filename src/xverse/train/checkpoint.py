@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import threading
 import warnings
@@ -29,11 +28,11 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from xverse.config import UserError
-from xverse.files import atomic_file, fingerprint, sync
+from xverse.files import fingerprint, read_sealed, sealed, sync, write_text
 from xverse.formats.parts import SHARD, Index, Part, read_header
 from xverse.log import notice
 from xverse.train.copies import Copies
-from xverse.train.keeping import READING, Kept, State, is_full, read_json, reason
+from xverse.train.keeping import READING, Kept, State, is_full, reason
 from xverse.train.materialise import held
 from xverse.train.parallel import ALONE, Replica, World
 
@@ -157,8 +156,7 @@ class Checkpointer:
             self._describe(temporary)
             beside = sorted(file for file in temporary.iterdir() if not file.name.startswith(SHARD))
             state["files"] |= {file.name: fingerprint(file) for file in beside}
-        with atomic_file(temporary / "state.json") as file:
-            file.write_text(json.dumps(state), encoding="utf-8")
+        write_text(temporary / "state.json", sealed(state))
         if path.exists():  # written before a rollback
             self._kept.remove(path)
         temporary.replace(path)
@@ -217,19 +215,7 @@ class _OwnFile(dcp.HuggingFaceStorageWriter):
 
 def kept(out: Path, forever: Callable[[int], bool] = lambda step: False) -> Kept:
     """The checkpoints of a run."""
-    return Kept(out / "checkpoints", PREFIX, forever)
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    return kept(out).all()
-
-
-def newest(
-    where: Kept, world: World = ALONE, usable: Callable[[Path, State], bool] = lambda path, state: True
-) -> tuple[Path, State] | None:
-    """``Kept.newest``, with the state of ``state.json``."""
-    return where.newest(_read_state, world, usable)
+    return Kept(out / "checkpoints", PREFIX, _read_state, forever)
 
 
 def load_checkpoint(
@@ -325,7 +311,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tup
 
 def _read_state(path: Path) -> State:
     """``state.json``. Raises one of READING."""
-    state: State = read_json(path / "state.json")
+    state: State = read_sealed(path / "state.json")
     if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
         raise ValueError("state.json has no step or identity")
     if not isinstance(state.get("files"), dict):

@@ -105,6 +105,8 @@ class DatasetInfo:
                 object.__setattr__(self, "tags", OPENAI_TAGS)
             if self.columns.messages is None:
                 object.__setattr__(self, "columns", dataclasses.replace(self.columns, messages="messages"))
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"num_samples must be positive, not {self.num_samples}")
         for key in ("script_url", "cloud_file_name", "revision"):
             if getattr(self, key):
                 raise ValueError(f"{key} is not supported; use file_name, hf_hub_url or ms_hub_url")
@@ -155,7 +157,7 @@ def guess(item: Any, where: str) -> DatasetInfo:
             None,
         ),
         prompt=next((key for key in ("instruction", "prompt", "text", "question") if key in keys), None),
-        response=next((key for key in ("output", "response", "answer") if key in keys), None),
+        response=next((key for key in ("output", "response", "answer", "completion") if key in keys), None),
         kto_tag=next(
             (key for key in ("kto_tag", "label") if keys and _truth(item.get(key)) is not None), None
         ),
@@ -185,7 +187,7 @@ def check_columns(item: Any, info: DatasetInfo, stage: str, where: str) -> None:
         needed.append(columns.prompt or "instruction")
         if stage in ("sft", "kto") and not info.ranking:
             needed.append(columns.response or "output")
-    if stage in ("dpo", "rm"):
+    if stage in ("dpo", "rm") and _both_replies(item, info) is None:
         needed += [columns.chosen or "chosen", columns.rejected or "rejected"]
     for name in needed:
         if name is not None and name not in item:
@@ -244,8 +246,8 @@ def to_preference(item: Any, info: DatasetInfo) -> Preference:
     """A prompt with its two replies. Raises Skip, with the reason, for an unusable item."""
     messages = _messages(item, info)
     replies = []
-    for name in (info.columns.chosen or "chosen", info.columns.rejected or "rejected"):
-        reply = item.get(name)
+    names = info.columns.chosen or "chosen", info.columns.rejected or "rejected"
+    for reply in _both_replies(item, info) or [item.get(name) for name in names]:
         if isinstance(reply, list) and reply:  # whole conversations that differ in their last turn
             reply = reply[-1]
         if isinstance(reply, dict):
@@ -263,6 +265,14 @@ def to_preference(item: Any, info: DatasetInfo) -> Preference:
     if margin is not None and (not isinstance(margin, (int, float)) or isinstance(margin, bool)):
         raise Skip("margin is not a number")
     return Preference(messages, replies[0], replies[1], margin or 0.0)
+
+
+def _both_replies(item: dict[str, Any], info: DatasetInfo) -> list[Any] | None:
+    """Two replies in one column, the better one first, as LLaMA-Factory's first versions had them."""
+    if info.columns.chosen or "chosen" in item:
+        return None
+    both = _listed(item.get(info.columns.response or "output"))
+    return both if isinstance(both, list) and len(both) == 2 else None
 
 
 def fill_placeholders(text: str, values: Mapping[str, str], unfilled: set[str]) -> str:
@@ -331,21 +341,14 @@ def _sharegpt(item: dict[str, Any], info: DatasetInfo) -> Messages:
             written = [_call(call) for call in _list(calls)]
             content = "\n".join([content, *written] if isinstance(content, str) and content else written)
         elif turn[tags.role_tag] == tags.function_tag:
-            content = _calls(content)
+            calls = _parsed(content, "ill-formed tool call")
+            content = "\n".join(_call(call) for call in (calls if isinstance(calls, list) else [calls]))
         message = _message(role, content)
         if role == "exec" and messages and messages[-1]["role"] == "exec":
             messages[-1]["content"] += "\n\n" + message["content"]  # results of simultaneous calls
         else:
             messages.append(message)
     return messages
-
-
-def _calls(content: Any) -> str:
-    try:
-        calls = json.loads(content)
-    except (TypeError, ValueError):
-        raise Skip("ill-formed tool call") from None
-    return "\n".join(_call(call) for call in (calls if isinstance(calls, list) else [calls]))
 
 
 def _call(call: Any) -> str:
@@ -356,19 +359,20 @@ def _call(call: Any) -> str:
         raise Skip("ill-formed tool call")
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):  # OpenAI's are JSON inside JSON
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise Skip("ill-formed tool call") from None
+        arguments = _parsed(arguments, "ill-formed tool call")
     return call_text(call["name"], arguments)
+
+
+def _parsed(text: Any, problem: str) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        raise Skip(problem) from None
 
 
 def _functions(tools: Any) -> list[dict[str, Any]]:
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise Skip("ill-formed tools") from None
+        tools = _parsed(tools, "ill-formed tools")
     functions = []
     for tool in _list(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None

@@ -105,13 +105,8 @@ def _cluster_executor(
         from datatrove.executor.ray import RayPipelineExecutor
 
         kind = RayPipelineExecutor
-    known = set(inspect.signature(kind).parameters) - {
-        "pipeline",
-        "tasks",
-        "workers",
-        "logging_dir",
-        "depends",
-    }
+    known = set(inspect.signature(kind).parameters)
+    known -= {"pipeline", "tasks", "workers", "logging_dir", "depends"}
     for name in config.options:
         if name not in known:
             raise UserError(f"executor.options: {config.kind} has no '{name}'{nearest(name, known)}")
@@ -120,14 +115,17 @@ def _cluster_executor(
             if name not in config.options:
                 raise UserError(f"executor.options: slurm needs '{name}'")
     options = {**({"job_name": f"xverse-{phase.name}"} if config.kind == "slurm" else {}), **config.options}
-    return kind(
-        pipeline=[phase.work],
-        tasks=phase.tasks,
-        workers=config.workers or -1,
-        logging_dir=phase.logs(logs),
-        depends=before,
-        **options,
-    )
+    try:
+        return kind(
+            pipeline=[phase.work],
+            tasks=phase.tasks,
+            workers=config.workers or -1,
+            logging_dir=phase.logs(logs),
+            depends=before,
+            **options,
+        )
+    except ImportError as error:
+        raise UserError(f"executor.kind: {config.kind}: {error}") from None
 
 
 class LocalExecutor(PipelineExecutor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from xverse.config import UserError, choose, is_url, need
 from xverse.encodings import check_encoding
 from xverse.remote import find
-from xverse.texts import ReadReport, open_text, stem
+from xverse.texts import ReadReport, files_below, is_hidden, open_text, stem
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 FORMATS = {
@@ -62,7 +62,7 @@ class Input:
     encoding: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.dataset is None):
+        if bool(self.path) == bool(self.dataset):
             raise ValueError("an input needs either a path or a dataset")
         for name in ("lang", "category"):
             if getattr(self, name) is not None and not is_name(getattr(self, name)):
@@ -99,7 +99,7 @@ def is_name(text: str) -> bool:
 
 def format_of(name: str) -> str | None:
     """The format according to a file's name."""
-    name = name.partition("?")[0] if is_url(name) else name
+    name = (name.partition("?")[0] if is_url(name) else name).lower()
     return next((kind for kind, suffixes in FORMATS.items() if name.endswith(suffixes)), None)
 
 
@@ -170,15 +170,14 @@ def _listed(source: Input) -> Iterator[tuple[str, str, int]]:
         base = source.path.rstrip("/") + "/"
         for path, size in found:
             name = path.removeprefix(base)
-            if not name.rpartition("/")[2].startswith("."):
+            if not is_hidden(name):
                 yield name, path, size
         return
     root = Path(source.path).expanduser()
     if root.is_file():
         yield "", str(root), root.stat().st_size
         return
-    paths: Iterable[Path] = root.rglob("*") if root.is_dir() else _matches(root)
-    for file in sorted(path for path in paths if path.is_file() and not path.name.startswith(".")):
+    for file in files_below(root) if root.is_dir() else sorted(filter(Path.is_file, _matches(root))):
         below = file.relative_to(root).as_posix() if root.is_dir() else str(file)
         yield below, str(file), file.stat().st_size
 
@@ -204,7 +203,10 @@ def _matches(pattern: Path) -> Iterator[Path]:
     parts = pattern.parts
     first = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
     if first < len(parts):
-        yield from Path(*parts[:first]).glob("/".join(parts[first:]))
+        base, wanted = Path(*parts[:first]), "/".join(parts[first:])
+        for path in base.glob(wanted):
+            if wanted.startswith(".") or "/." in wanted or not is_hidden(path.relative_to(base).as_posix()):
+                yield path
 
 
 def _dataset_units(source: Input) -> list[Unit]:

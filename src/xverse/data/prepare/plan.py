@@ -31,7 +31,7 @@ from xverse.data.prepare.duplicates import (
 )
 from xverse.data.prepare.keys import Keys
 from xverse.data.prepare.ledger import GroupRecord, unreadable
-from xverse.files import atomic_file
+from xverse.files import atomic_file, write_text
 from xverse.log import notice
 from xverse.texts import read_json
 
@@ -77,8 +77,7 @@ class Gathered:
 
     def save(self, work: Path) -> None:
         values = {**vars(self), "counts": self.counts.tolist()}
-        with atomic_file(work / "gathered.json") as temporary:
-            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        write_text(work / "gathered.json", json.dumps(values, ensure_ascii=False))
 
     @staticmethod
     def load(work: Path) -> Gathered:
@@ -221,8 +220,7 @@ class MakePlan:
         )
         for language in sorted(set(self.languages) - {source.language for source in plan.sources.values()}):
             notice(f"{language}: no document left in this language")
-        with atomic_file(self.work / "plan.json") as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(plan)), encoding="utf-8")
+        write_text(self.work / "plan.json", json.dumps(dataclasses.asdict(plan)))
 
 
 def count_kept(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import fastapi
 from fastapi import FastAPI, Query, Response
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import BeforeValidator, Field, StrictStr
+from pydantic import Field, StrictStr
 from starlette.datastructures import UploadFile
 
 from xverse.config import UserError
@@ -19,17 +18,14 @@ from xverse.log import notice
 from xverse.serve.access_log import current
 from xverse.serve.batches import Batch, Batches
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import Body, without_null
+from xverse.serve.exchange import page_of
+from xverse.serve.fields import Body, Metadata
 from xverse.serve.file_store import StoredFile
 from xverse.serve.service import Service
 
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 Order = Literal["asc", "desc"]
 Limit = Annotated[int, Query(ge=1, le=10_000)]
-
-
-def _without_null(value: Any) -> Any:
-    return without_null(value) if isinstance(value, dict) else value
 
 
 class BatchCreation(Body):
@@ -41,7 +37,7 @@ class BatchCreation(Body):
     input_file_id: Annotated[StrictStr, Field(min_length=1)]
     endpoint: StrictStr
     completion_window: Literal["24h"]
-    metadata: Annotated[dict[str, StrictStr], BeforeValidator(_without_null)] | None = None
+    metadata: Metadata | None = None
 
 
 def mount(app: FastAPI, service: Service) -> None:
@@ -64,7 +60,8 @@ def mount(app: FastAPI, service: Service) -> None:
                 )
             if purpose != "batch":
                 text = "purpose: must be 'batch'" if purpose else "purpose: required field is missing"
-                raise ApiError(400, text, param="purpose")
+                code = "invalid_value" if purpose else "missing_field"
+                raise ApiError(400, text, param="purpose", code=code)
             expires = _expiry(form.get(_ANCHOR), form.get(_SECONDS))
             store.check_room(file.size or 0)
             name = file.filename or "upload.jsonl"
@@ -83,7 +80,7 @@ def mount(app: FastAPI, service: Service) -> None:
     ) -> dict[str, Any]:
         found = [file for file in batches().files.owned(current().key) if purpose in ("", file.purpose)]
         found = found[::-1] if order == "asc" else found
-        return _page(found, limit, after, lambda file: file.id, StoredFile.described)
+        return page_of([file.described() for file in found], limit, after)
 
     @app.get("/v1/files/{name}")
     async def file(name: str) -> dict[str, Any]:
@@ -115,16 +112,12 @@ def mount(app: FastAPI, service: Service) -> None:
         if body.endpoint not in kept.urls:
             text = f"endpoint: must be one of {', '.join(kept.urls)}"
             raise ApiError(400, text, param="endpoint")
-        metadata = body.metadata
-        if metadata and (len(metadata) > 16 or any(len(k) > 64 or len(v) > 512 for k, v in metadata.items())):
-            text = "metadata: at most 16 pairs of up to 64 and 512 characters"
-            raise ApiError(400, text, param="metadata")
-        batch = kept.create(found, body.endpoint, metadata, current().key)
+        batch = kept.create(found, body.endpoint, body.metadata, current().key)
         return JSONResponse(_shown(batch), headers=body.headers())
 
     @app.get("/v1/batches")
     async def every(limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str = "") -> dict[str, Any]:
-        return _page(batches().owned(current().key), limit, after, lambda batch: batch["id"], _shown)
+        return page_of([_shown(batch) for batch in batches().owned(current().key)], limit, after)
 
     @app.get("/v1/batches/{name}")
     async def batch(name: str) -> dict[str, Any]:
@@ -158,16 +151,6 @@ def _batch(batches: Batches, name: str) -> Batch:
             404, f"the batch '{name[:80]}' does not exist", param="batch_id", code="batch_not_found"
         )
     return found
-
-
-def _page(
-    items: Sequence[Any], limit: int, after: str, id_of: Callable[[Any], str], shown: Callable[[Any], Any]
-) -> dict[str, Any]:
-    """OpenAI's page of a list."""
-    first = next((at + 1 for at, item in enumerate(items) if id_of(item) == after), 0)
-    part = items[first : first + limit]
-    ends = {"first_id": id_of(part[0]), "last_id": id_of(part[-1])} if part else {}
-    return {"object": "list", "data": [*map(shown, part)], "has_more": first + limit < len(items), **ends}
 
 
 def _expiry(anchor: Any, seconds: Any) -> int | None:

@@ -27,7 +27,7 @@ from xverse.serve.apis.response_store import ResponseStore, Stored
 from xverse.serve.apis.talk import Talk, talk
 from xverse.serve.calls import CallPiece, Content
 from xverse.serve.errors import ApiError
-from xverse.serve.exchange import respond
+from xverse.serve.exchange import page_of, respond
 from xverse.serve.protocol import Message, ToolChoice
 from xverse.serve.replies import failed, logprob_entry, new_id
 from xverse.serve.service import Service
@@ -66,18 +66,15 @@ def mount(app: FastAPI, service: Service) -> None:
         items = _stored(store, name).input
         if order == "desc":
             items = items[::-1]
-        first = next((at + 1 for at, item in enumerate(items) if item["id"] == after), 0)
-        shown = items[first : first + limit]
-        ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {}
-        return {"object": "list", "data": shown, "has_more": first + limit < len(items), **ends}
+        return page_of(items, limit, after)
 
 
 def _stored(store: ResponseStore, name: str, param: str = "response_id") -> Stored:
     found = store.get(name, current().key)
     if found is None:
-        raise ApiError(
-            404, f"the response '{name[:80]}' does not exist, or is not kept any more", param=param
-        )
+        text = f"{param}: the response '{name[:80]}' does not exist, or is not kept any more"
+        code = "previous_response_not_found" if param == "previous_response_id" else "response_not_found"
+        raise ApiError(404, text, param=param, code=code)
     return found
 
 
