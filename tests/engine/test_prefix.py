@@ -134,7 +134,8 @@ def test_equal_prompts_that_come_together_are_computed_once(
     engine = Engine(half, tiny_tokenizer, prefill_chunk=64, kv_dtype=kv_dtype, max_batch=20)
     texts = [[(13 * n) % 200 + length for n in range(length)] for length in (1, 20, 32, 33, 50)]
     asked = [text for text in texts for _ in range(4)]
-    requests = [Request(prompt_ids=text, sampling=SamplingParams.greedy(12), stop_ids=NEVER) for text in asked]
+    sampling = SamplingParams.greedy(12)
+    requests = [Request(prompt_ids=text, sampling=sampling, stop_ids=NEVER) for text in asked]
     handles = [engine.submit(request) for request in requests]
     got: dict[int, list[int | None]] = {handle: [] for handle in handles}
     while engine.busy:
