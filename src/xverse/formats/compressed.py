@@ -113,7 +113,7 @@ class CompressedScheme:
             mean = files.get(f"{name}.{_MEAN}")
             if mean.dtype not in _FLOATS or mean.shape != (inputs,):
                 raise UserError(f"{name}.{_MEAN} is {_describe(mean)}, not floats [{inputs}]")
-            mean = checked_scales(f"{name}.{_MEAN}", mean)
+            mean = checked_scales(f"{name}.{_MEAN}", mean).clone()  # not the mapped file
         return StoredRows(packed.view(torch.uint8), scales, bits, table=table, mean=mean)
 
     def _table(self, files: TensorFiles, name: str, bits: int) -> Tensor | None:

@@ -105,7 +105,7 @@ def _load_quantized(
     expected = _expected(model)
     chosen = quantized_names(files, scheme)
     prefixes = tuple(f"{name}." for name in chosen)
-    others = [name for name in files.names if not name.startswith(prefixes)]
+    others = [name for name in files.names if name.endswith(".bias") or not name.startswith(prefixes)]
     if dtype is None:
         norms = [name for name in others if name in expected and len(expected[name]) == 1]
         exact = dequantize and model.config.num_parameters() < FLOAT32_BELOW
