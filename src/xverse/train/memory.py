@@ -83,9 +83,8 @@ def _kept(
             context = FullCausal(rows, length, device)
         with torch.device(device):
             model = XverseForCausalLM(shape)
-        if (
-            config.parallel == "fsdp" and config.dtype == "bfloat16"
-        ):  # FSDP gathers bfloat16, so nothing is cast
+        # FSDP gathers bfloat16, so nothing is cast.
+        if config.parallel == "fsdp" and config.dtype == "bfloat16":
             for module in model.model.layers.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, name, torch.nn.Parameter(parameter.to(torch.bfloat16)))

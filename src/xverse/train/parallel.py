@@ -272,9 +272,8 @@ class Replica:
             copies.append(self.world.size // self.layout.pipeline // parts(parameter))
             if isinstance(parameter, DTensor):
                 assert isinstance(gradient, DTensor)
-                if (
-                    gradient.placements != parameter.placements
-                ):  # of norm weights: partial sums over this process's tokens
+                # Those of norm weights are partial sums over this process's tokens.
+                if gradient.placements != parameter.placements:
                     gradient = gradient.redistribute(placements=parameter.placements)
                     parameter.grad = gradient
                 gradient = gradient.to_local()
