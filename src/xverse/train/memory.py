@@ -60,13 +60,10 @@ def kept_bytes(
 ) -> tuple[int, int]:
     """Bytes of activations and of weights in the compute dtype that are kept for the backward pass of
     ``rows`` × ``length`` tokens: for all layers, and for one."""
-    kept: dict[str, Any] = {
-        "dtype": config.dtype,
-        "activation_checkpointing": config.activation_checkpointing,
-    }
+    names = ["dtype", "activation_checkpointing"]
     if config.parallel == "fsdp":
-        kept |= {"parallel": "fsdp", "tensor": config.tensor}
-    chosen = tuple(kept.items())
+        names += ["parallel", "tensor"]
+    chosen = tuple((name, getattr(config, name)) for name in names)
     one, two = (_kept(shape, chosen, rows, length, layers, device) for layers in (1, 2))
     return one + (shape.num_hidden_layers - 1) * (two - one), two - one
 

@@ -157,13 +157,8 @@ def world_of(parallel: Parallel) -> Iterator[World]:
     patience = datetime.timedelta(hours=4)
     store, rank, size = fresh_store(patience)
     dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
-    yield World(
-        dist.get_rank(),
-        size,
-        device,
-        dist.new_group(backend="gloo", timeout=patience),
-        dist.new_group(backend="gloo", timeout=patience),
-    )
+    control, saving = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
+    yield World(dist.get_rank(), size, device, control, saving)
     dist.destroy_process_group()  # not after an error: it might wait for a dead process
 
 
