@@ -32,7 +32,7 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
     peft = import_peft()
     quantised = any(isinstance(module, QuantLinear) for module in model.modules())
     if settings.adapter_name_or_path:
-        path = check_adapter(settings.adapter_name_or_path)
+        path = check_adapter(settings.adapter_name_or_path, scores=settings.stage == "rm")
         config = peft_config(model, path)
         return peft_model(model, path, config, is_trainable=True)
     targets = _names(settings.lora_target, LINEARS, model, "lora_target")

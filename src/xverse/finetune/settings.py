@@ -260,7 +260,9 @@ class Settings(Arguments, Rollouts, Task):
         if self.eval_dataset or not (self.wants_evaluation or self.val_size):
             return 0
         if self.val_size >= 1:
-            return min(int(self.val_size), count - 1)
+            if self.val_size >= count:
+                raise UserError(f"val_size {self.val_size:g} leaves none of {count:,} examples to train on")
+            return int(self.val_size)
         return min(max(1, math.floor(count * (self.val_size or HELD_OUT))), count - 1)
 
 
@@ -418,6 +420,10 @@ def _resolve_aliases(values: dict[str, Any], where: str) -> None:
 
     for alias, name in ALIASES.items():
         value = values.pop(alias, None)
+        if alias == "warmup_ratio" and isinstance(value, (int, float)) and value >= 1:
+            raise UserError(
+                f"{where}: warmup_ratio {value:g} is not a share below 1; warmup_steps counts steps"
+            )
         if value is not None and not (name == "packing" and not value):
             set_value(name, value, alias)
     disabled = values.pop("disable_gradient_checkpointing", None)

@@ -163,13 +163,21 @@ def _divergence(before: Tensor, after: Tensor) -> float:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
-def check_adapter(path: str | Path) -> Path:
-    """``path`` as a Path. Raises UserError if it does not hold an adapter in peft's format."""
+def check_adapter(path: str | Path, scores: bool = False) -> Path:
+    """``path`` as a Path. Raises UserError if it does not hold an adapter in peft's format, of a model that
+    writes text or, if ``scores``, of a reward model."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise UserError(f"{path}: no such adapter directory")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: not an adapter directory: no {CONFIG}")
+    if (read_object(path / CONFIG).get("task_type") == "SEQ_CLS") != scores:
+        what = (
+            "not the adapter of a reward model"
+            if scores
+            else ("the adapter of a reward model, which scores texts and writes none; reward_funcs takes it")
+        )
+        raise UserError(f"{path}: is {what}")
     return path
 
 

@@ -29,6 +29,8 @@ class ModelDirectory:
     ``nano``, a hub id or the path.
     """
 
+    config_name = "config.json"  # in messages
+
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         self.path = Path(path)
         self.name = name or str(path)
@@ -92,7 +94,7 @@ class ModelDirectory:
         Raises UserError that names what does not fit: another model type, a feature that the forward pass
         lacks, weights quantised in an unsupported way.
         """
-        file, values = self.path / "config.json", self.values
+        file, values = self.path / self.config_name, self.values
         _ = self.scheme  # an unsupported one is reported here already
         if values.get("model_type") is None:
             raise UserError(f"{file}: model_type None is not supported; the file should name one")

@@ -105,7 +105,7 @@ def _load_quantized(
     expected = _expected(model)
     chosen = quantized_names(files, scheme)
     prefixes = tuple(f"{name}." for name in chosen)
-    others = [name for name in files.names if not name.startswith(prefixes)]
+    others = [name for name in files.names if name.endswith(".bias") or not name.startswith(prefixes)]
     if dtype is None:
         norms = [name for name in others if name in expected and len(expected[name]) == 1]
         exact = dequantize and model.config.num_parameters() < FLOAT32_BELOW
@@ -164,6 +164,10 @@ def check_tied(directory: ModelDirectory) -> None:
 
 def check_tensors(path: Path, missing: list[str], unexpected: list[str], wrong: dict[str, str]) -> None:
     """Raise UserError if there are any; ``wrong`` maps names to what is wrong with them."""
+    if "score.weight" in unexpected:
+        raise UserError(
+            f"{path}: is a reward model, which scores texts and writes none; reward_funcs takes it"
+        )
     parts = []
     if missing:
         tied = " (is the head tied? config.json says that it is not)" if HEAD in missing else ""

@@ -97,7 +97,10 @@ def load_layers(
         layer = layer_of(model, name, where)
         shape = (layer.weight.shape[0], layer.weight.shape[1])
         stored = read_stored(files, scheme, name, shape, where)
-        set_layer(model, name, quantized_layer(stored, layer, dtype).to(device))
+        module = quantized_layer(stored, layer, dtype).to(device)
+        if getattr(layer, "bias", None) is not None:
+            module.bias = layer.bias  # still without data; it is read with the other tensors
+        set_layer(model, name, module)
         if placed is not None:
             placed(model, name)
 
@@ -115,7 +118,6 @@ def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) ->
     module.tiles = tile_rows(stored.rows, scales, stored.bits, stored.table)
     if stored.order is not None:
         module.order = stored.order
-    module.bias = getattr(layer, "bias", None)
     return module
 
 

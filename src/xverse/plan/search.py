@@ -17,6 +17,7 @@ from xverse.plan.memory import memory
 
 BATCH_TOKENS = 4 * 2**20  # as Llama 2; more if needed for one sequence per GPU
 ROOM = 0.92  # share of a device's memory that a plan may fill
+TOKENS = 1 << 18  # of a micro-batch of more than 32 rows, at most
 # Each kind of parallelism besides FSDP and HSDP must save more than this share of a step, and each doubling
 # of the group that shares weights, beyond one machine, a quarter of it.
 PLAIN = 0.004
@@ -173,6 +174,7 @@ def _fitting(task: Task) -> Iterator[Layout]:
 def _layouts(task: Task) -> Iterator[Layout]:
     """All layouts that the trainer can run: the degrees divide the GPUs, the model and the batch."""
     arch, gpus = task.arch, task.gpus
+    most = max(32, TOKENS // task.length)  # rows of a micro-batch
     for tensor, pipeline in itertools.product(divisors(gpus, task.device.gpus_per_machine), divisors(gpus)):
         if pipeline > arch.layers or gpus % (tensor * pipeline):
             continue
@@ -182,7 +184,7 @@ def _layouts(task: Task) -> Iterator[Layout]:
                 continue
             rows = task.sequences // data
             runs = [v for v in (1, 2, 4, 8) if v * pipeline <= arch.layers] if pipeline > 1 else [1]
-            for micro, virtual in itertools.product(divisors(rows, 32), runs):
+            for micro, virtual in itertools.product(divisors(rows, most), runs):
                 for shard in divisors(data):
                     for checkpointing in _CHECKPOINTING:
                         layout = Layout(

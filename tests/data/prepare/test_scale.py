@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.scale import ALL
 from tests.shards import write_shard
 from xverse.config import UserError, build
 from xverse.data import shards
@@ -159,9 +160,9 @@ def write_keys(folder: Path, groups: int, documents: int, rng: np.random.Generat
 
 
 def test_memory_for_each_document(tmp_path: Path) -> None:
-    """A million documents: the plan holds a few bytes of each (a dictionary took 157)."""
+    """Many documents: the plan holds a few bytes of each (a dictionary took 157)."""
     (tmp_path / "clean").mkdir()
-    count = 1_000_000
+    count = 1_000_000 if ALL else 200_000
     stored = write_keys(tmp_path / "clean", 4, count // 4, np.random.default_rng(0), 0.1)
     sources = [(name, name, "text") for name in ("a", "b", "c")]
     Gathered(np.full(4, count // 4), sources, [[0, 1, 2]] * 4).save(tmp_path)
