@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -56,7 +57,8 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
         args = TrainingArguments(**values)
-        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))  # whose packages may be missing
+        model: Any = torch.nn.Linear(1, 1)
+        Trainer.get_optimizer_cls_and_kwargs(args, model)  # whose packages may be missing
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"finetune: {text.replace('--', '')}") from None

@@ -189,8 +189,8 @@ class SavedTokenizer:
 
 def inputs_of(batch: Batch) -> Batch:
     """What a model takes of a row of ``row_of``."""
-    names = ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")
-    return {**{name: batch[name] for name in names}, "use_cache": False}
+    names = "input_ids position_ids cu_seq_lens_q max_length_q cu_seq_lens_k max_length_k key_places"
+    return {**{name: batch[name] for name in names.split() if name in batch}, "use_cache": False}
 
 
 class FinetuneTrainer(Trainer):
