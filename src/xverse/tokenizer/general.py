@@ -194,9 +194,8 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
         named = {item.get("name"): item.get("template") for item in stored if isinstance(item, Mapping)}
         stored = named.get("default", named)
     if stored is not None and not isinstance(stored, str):
-        raise UserError(
-            f"{directory}/tokenizer_config.json: chat_template must be a text, or several of which one is the default"
-        )
+        file = directory / "tokenizer_config.json"
+        raise UserError(f"{file}: chat_template must be a text, or several of which one is the default")
     return stored
 
 
