@@ -15,7 +15,7 @@ from typing import Any
 
 from xverse.config import UserError
 from xverse.files import write_text
-from xverse.texts import read_object
+from xverse.texts import read_object, read_text
 from xverse.tokenizer.pieces import read_model_file
 from xverse.tokenizer.tokenizer import (
     SPACE,
@@ -175,12 +175,15 @@ def load_tokenizer_of(directory: str | Path) -> Tokenizer:
 def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     file = directory / _TEMPLATE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     stored = settings.get("chat_template")
     if isinstance(stored, list):  # several by name
         named = {item.get("name"): item.get("template") for item in stored if isinstance(item, Mapping)}
-        stored = named.get("default")
-    return stored if isinstance(stored, str) else None
+        stored = named.get("default", named)
+    if stored is not None and not isinstance(stored, str):
+        file = directory / "tokenizer_config.json"
+        raise UserError(f"{file}: chat_template must be a text, or several of which one is the default")
+    return stored
 
 
 @functools.cache
