@@ -47,15 +47,16 @@ async def respond(
     request: fastapi.Request,
     reply: Reply,
     stream: bool | None,
-    headers: Mapping[str, str],
+    *,
     kind: str = SSE,
+    headers: Mapping[str, str] | None = None,
 ) -> Response:
     """The response of a reply, as a stream or as JSON. Raises Busy or Draining, for a stream too."""
     runner, requests = service.runner, reply.requests
     if stream:
-        return _Stream(runner, reply, headers, kind)
+        return _Stream(runner, reply, headers or {}, kind)
     with runner.admitted(requests, min(len(requests), runner.engine.max_batch)):
-        return JSONResponse(await while_connected(request, reply.body()), headers=dict(headers))
+        return JSONResponse(await while_connected(request, reply.body()), headers=dict(headers or {}))
 
 
 async def while_connected(request: fastapi.Request, work: Awaitable[_Result]) -> _Result:

@@ -255,12 +255,5 @@ def data(value: dict[str, Any]) -> bytes:
 
 def failed(error: Exception) -> dict[str, Any]:
     """The body of an error that ends a stream after its status line was sent."""
-    if isinstance(error, ApiError):
-        return errors.body(error.status, str(error), error.param, error.code)
-    if isinstance(error, Busy):
-        return errors.body(429, str(error), None, "queue_full")
-    if isinstance(error, Draining):
-        return errors.body(503, str(error), None, "shutting_down")
-    if isinstance(error, UserError):
-        return errors.body(400, str(error))
-    return errors.body(500, f"{type(error).__name__}: {error}")
+    known = errors.as_api_error(error)
+    return errors.body(known.status, str(known), known.param, known.code)

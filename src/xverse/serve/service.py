@@ -97,7 +97,6 @@ class Service:
 
     async def grammar(self, body: Generation) -> Compiled | None:
         """The grammar of the replies, for ``chat`` and ``complete``. Cancelling ends its compilation."""
-        current().ignored = body.ignored
         return await self.grammars.of(body)
 
     def chat(self, body: ChatRequest, grammar: Compiled | None = None, clamp: bool = False) -> list[Request]:

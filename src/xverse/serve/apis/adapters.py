@@ -38,7 +38,6 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/load_lora_adapter")
     async def load(body: LoadRequest) -> Response:
-        current().ignored = body.ignored
         name = body.lora_name
         if body.base_model_name not in (None, service.name):
             text = f"base_model_name: '{body.base_model_name[:80]}' is not this server's model"
@@ -68,7 +67,6 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(body: UnloadRequest) -> Response:
-        current().ignored = body.ignored
         _folder(service)
         async with lock:
             found = service.adapted.get(body.lora_name)
@@ -81,7 +79,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
 
 def _done(text: str, body: Body) -> Response:
-    return PlainTextResponse(text, headers=body.headers())
+    return PlainTextResponse(text)
 
 
 def _check_unused(service: Service, adapted: Service) -> None:

@@ -106,7 +106,6 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/batches")
     async def create(body: BatchCreation) -> Response:
-        current().ignored = body.ignored
         kept = batches()
         found = kept.files.get(body.input_file_id, current().key)
         if found is None or found.purpose != "batch":
@@ -120,7 +119,7 @@ def mount(app: FastAPI, service: Service) -> None:
             text = "metadata: at most 16 pairs of up to 64 and 512 characters"
             raise ApiError(400, text, param="metadata")
         batch = kept.create(found, body.endpoint, metadata, current().key)
-        return JSONResponse(_shown(batch), headers=body.headers())
+        return JSONResponse(_shown(batch))
 
     @app.get("/v1/batches")
     async def every(limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str = "") -> dict[str, Any]:

@@ -25,7 +25,7 @@ def mount(app: FastAPI, service: Service) -> None:
         grammar = await while_connected(request, chosen.grammar(body))
         # In a thread, because tokenising a long text would block other requests.
         reply = ChatReply(chosen, body, await asyncio.to_thread(chosen.chat, body, grammar))
-        return await respond(service, request, reply, body.stream, body.headers())
+        return await respond(service, request, reply, body.stream)
 
 
 class ChatReply(Reply):

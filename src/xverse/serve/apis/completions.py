@@ -23,7 +23,7 @@ def mount(app: FastAPI, service: Service) -> None:
         chosen = service.of(body.model)
         grammar = await while_connected(request, chosen.grammar(body))
         reply = CompletionReply(chosen, body, await asyncio.to_thread(chosen.complete, body, grammar))
-        return await respond(service, request, reply, body.stream, body.headers())
+        return await respond(service, request, reply, body.stream)
 
 
 class CompletionReply(Reply):

@@ -58,7 +58,6 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: fastapi.Request) -> Response:
         chosen = service.of(body.model)
-        current().ignored = body.ignored
         check_dimensions(chosen, body.dimensions)
         prompts = await asyncio.to_thread(lambda: [chosen.prompt_ids(one) for one in body.input])
         choices = await while_connected(request, embedded(chosen, prompts, body.pooling))
@@ -72,7 +71,7 @@ def mount(app: FastAPI, service: Service) -> None:
             "model": chosen.name,
             "usage": {"prompt_tokens": counts["prompt_tokens"], "total_tokens": counts["total_tokens"]},
         }
-        return JSONResponse(answer, headers=body.headers())
+        return JSONResponse(answer)
 
 
 def check_dimensions(service: Service, dimensions: int | None) -> None:

@@ -28,8 +28,8 @@ def mount(app: FastAPI, service: Service) -> None:
         _check(body, request)
         chosen = service.of(body.model)
         reply = MessageReply(await talk(chosen, request, body, body.request(), WORDS, clamp=True))
-        headers = {**body.headers(), "request-id": current().id}
-        return await respond(service, request, reply, body.stream, headers)
+        headers = {"request-id": current().id}
+        return await respond(service, request, reply, body.stream, headers=headers)
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountRequest, request: fastapi.Request) -> Response:
@@ -39,11 +39,10 @@ def mount(app: FastAPI, service: Service) -> None:
         ids = await asyncio.to_thread(
             service.chat_ids, chat.messages, offered_tools(chat), chat.continue_final_message
         )
-        return JSONResponse({"input_tokens": len(ids)}, headers=body.headers())
+        return JSONResponse({"input_tokens": len(ids)})
 
 
 def _check(body: CountRequest, request: fastapi.Request) -> None:
-    current().ignored = body.ignored
     body.check(request.headers.get("anthropic-version"), "anthropic-beta" in request.headers)
 
 

@@ -48,7 +48,7 @@ def mount(app: FastAPI, service: Service) -> None:
         if not body.messages:
             return _loaded(body, chosen, {"message": {"role": "assistant", "content": ""}})
         reply = _Reply(body.model, await talk(chosen, request, body, body.chat(), use_words(), clamp=True))
-        return await respond(service, request, reply, body.stream, body.headers(), NDJSON)
+        return await respond(service, request, reply, body.stream, kind=NDJSON)
 
     @app.post("/api/generate")
     async def generate(body: OllamaGenerateRequest, request: fastapi.Request) -> Response:
@@ -62,13 +62,12 @@ def mount(app: FastAPI, service: Service) -> None:
         else:
             begun = await talk(chosen, request, body, body.chat(), words, clamp=True)
         reply = _Reply(body.model, begun, plain=True)
-        return await respond(service, request, reply, body.stream, body.headers(), NDJSON)
+        return await respond(service, request, reply, body.stream, kind=NDJSON)
 
     @app.post("/api/embed")
     async def embed(body: OllamaEmbedRequest, request: fastapi.Request) -> Response:
         begin = time.monotonic()
         chosen = _of(service, body.model)
-        current().ignored = body.ignored
         check_dimensions(chosen, body.dimensions)
         vectors, tokens = await _embedded(chosen, request, body.input, body.truncate)
         answer = {"model": body.model, "embeddings": vectors, "prompt_eval_count": tokens}
@@ -79,9 +78,8 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/api/embeddings")
     async def embeddings(body: OllamaEmbeddingsRequest, request: fastapi.Request) -> Response:
         chosen = _of(service, body.model)
-        current().ignored = body.ignored
         vectors, _ = await _embedded(chosen, request, [body.prompt] if body.prompt else [], True)
-        return JSONResponse({"embedding": vectors[0] if vectors else []}, headers=body.headers())
+        return JSONResponse({"embedding": vectors[0] if vectors else []})
 
     @app.get("/api/tags")
     async def tags() -> dict[str, Any]:
@@ -100,7 +98,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/show")
     async def show(body: OllamaShowRequest) -> Response:
-        return JSONResponse(_shown(_of(service, body.model or body.name)), headers=body.headers())
+        return JSONResponse(_shown(_of(service, body.model or body.name)))
 
     @app.api_route("/api/version", methods=["GET", "HEAD"])
     async def version() -> dict[str, str]:
@@ -129,7 +127,6 @@ def _of(service: Service, name: str) -> Service:
 
 async def _raw(service: Service, request: fastapi.Request, body: OllamaGenerateRequest) -> Talk:
     """The continuation of the prompt as it is."""
-    current().ignored = body.ignored
     ids = await asyncio.to_thread(service.prompt_ids, body.prompt)
     completion = body.completion(max(service.context - len(ids), 1))
     grammar = await while_connected(request, service.grammar(completion))

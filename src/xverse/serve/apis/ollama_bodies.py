@@ -60,10 +60,6 @@ class Options(Lenient):
         values["repetition_penalty"] = values.pop("repeat_penalty")
         return values
 
-    def unknown(self) -> list[str]:
-        extra = self.model_extra or {}
-        return [f"options.{name}" for name in extra if name not in OPTIONS_WITHOUT_EFFECT]
-
 
 def _format(value: Any) -> ResponseFormat:
     if value == "":
@@ -102,7 +98,9 @@ class _Request(Body):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return (*super().ignored, *self.options.unknown())
+        extra = self.options.model_extra or {}
+        options = (f"options.{name}" for name in extra if name not in OPTIONS_WITHOUT_EFFECT)
+        return (*super().ignored, *options)
 
 
 class _Generation(_Request):

@@ -42,7 +42,7 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses")
     async def responses(body: ResponsesRequest, request: fastapi.Request) -> Response:
         reply = await _begin(service, store, body, request)
-        return await respond(service, request, reply, body.stream, body.headers())
+        return await respond(service, request, reply, body.stream)
 
     @app.get("/v1/responses/{name}")
     async def retrieve(name: str) -> dict[str, Any]:

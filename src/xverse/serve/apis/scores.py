@@ -79,7 +79,6 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/score")
     async def score(body: ScoreRequest, request: fastapi.Request) -> Response:
         chosen = service.of(body.model)
-        current().ignored = body.ignored
         queries = _given(body, "text_1", "queries")
         documents = _given(body, "text_2", "documents")
         if len(queries) == 1:
@@ -98,14 +97,13 @@ def mount(app: FastAPI, service: Service) -> None:
             "data": [{"index": at, "object": "score", "score": value} for at, value in enumerate(scores)],
             "usage": {**used, "completion_tokens": 0},
         }
-        return JSONResponse(answer, headers=body.headers())
+        return JSONResponse(answer)
 
     @app.post("/rerank")
     @app.post("/v1/rerank")
     @app.post("/v2/rerank")
     async def rerank(body: RerankRequest, request: fastapi.Request) -> Response:
         chosen = service.of(body.model)
-        current().ignored = body.ignored
         queries = [body.query] * len(body.documents)
         work = _likelihoods(chosen, queries, body.documents, "documents", body.max_tokens_per_doc)
         scores, counts = await while_connected(request, work)
@@ -122,7 +120,7 @@ def mount(app: FastAPI, service: Service) -> None:
             for index in order
         ]
         answer = {"id": new_id("rerank"), "model": chosen.name, "usage": counts, "results": results}
-        return JSONResponse(answer, headers=body.headers())
+        return JSONResponse(answer)
 
 
 def _given(body: ScoreRequest, name: str, other: str) -> list[str]:

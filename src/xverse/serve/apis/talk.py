@@ -76,9 +76,7 @@ async def talk(
 ) -> Talk:
     """Begin a reply. ``body`` is the API's own request and ``chat`` the same as a chat request; ``words`` has
     the former's names for the latter's fields; ``clamp`` as in ``Service.chat``. Raises ApiError."""
-    record = current()
-    record.words = words
+    current().words = words
     grammar = await while_connected(request, service.grammar(chat))
-    record.ignored = body.ignored
     (only,) = await asyncio.to_thread(service.chat, chat, grammar, clamp)
     return Talk(service, only, service.call_parser(chat))

@@ -48,18 +48,16 @@ class DetokenizeRequest(Body):
 def mount(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Response:
-        current().ignored = body.ignored
-        return JSONResponse(await asyncio.to_thread(tokenized, service, body), headers=body.headers())
+        return JSONResponse(await asyncio.to_thread(tokenized, service, body))
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
         service.of(body.model)
-        current().ignored = body.ignored
         try:
             text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, False)
         except UserError as error:
             raise ApiError(400, f"tokens: {error}", param="tokens") from None
-        return JSONResponse({"text": text, "prompt": text}, headers=body.headers())  # vLLM's name is prompt
+        return JSONResponse({"text": text, "prompt": text})  # vLLM's name is prompt
 
 
 def tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
