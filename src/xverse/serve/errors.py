@@ -29,7 +29,7 @@ class ApiError(Exception):
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         super().__init__(message)
-        field = _FIELD.match(message)
+        field = _FIELD.match(message) if status < 500 else None
         self.status, self.code = status, code
         self.param = param or (field[0] if field else None)
 

@@ -363,8 +363,7 @@ def _of_format(form: ResponseFormat) -> list[Structure]:
         return [Structure("json_schema" if form.schema_ else "json_object", form.schema_, param)]
     value = getattr(form, form.type)
     if value is None:
-        text = f"{param}.{form.type}: required field is missing"
-        raise ApiError(400, text, param=f"{param}.{form.type}", code="missing_field")
+        raise ApiError(400, f"{param}.{form.type}: required field is missing", code="missing_field")
     if form.type == "json_schema":
         return [Structure("json_schema", value.schema_, param)]
     return [Structure(form.type, value, param)]
@@ -408,6 +407,10 @@ class ChatRequest(Generation):
 
     def choice(self) -> ToolChoice:
         return self.tool_choice or self.function_call or ToolChoice("auto")
+
+    @property
+    def must_call(self) -> bool:
+        return self.choice().mode == "required"
 
 
 def texts_or_ids(value: Any, most: int, kind: str) -> list[str | list[int]]:

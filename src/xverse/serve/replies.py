@@ -103,7 +103,7 @@ async def events(service: Service, choice: Choice, begin: float | None = None) -
                     failed = getattr(getattr(constraint, "inner", constraint), "failed", "")
                     if failed:
                         text = f"response_format: the schema is not supported: {failed}"
-                        raise ApiError(400, text, param="response_format", code="bad_schema")
+                        raise ApiError(400, text, code="bad_schema")
                     raise ApiError(500, event.error, code="generation_failed")
                 choice.finish_reason, choice.stop_text = event.finish_reason, event.stop_text
                 yield event
@@ -232,25 +232,27 @@ class Reply:
         try:
             for choice in choices:
                 if (opening := self._opening(choice)) is not None:
-                    yield data({**head, "choices": [opening], **self._usage_now(choices)})
+                    yield sse({**head, "choices": [opening], **self._usage_now(choices)})
                     head = self._head
             async with aclosing(merged(self._service, choices)) as stream:
                 async for choice, event in stream:
                     for one in self._chunks(choice, event):
                         if self._ids:
                             one["token_ids"] = choice.new_ids()
-                        yield data({**head, "choices": [one], **self._usage_now(choices)})
+                        yield sse({**head, "choices": [one], **self._usage_now(choices)})
                         head = self._head
             if self._options.include_usage:
-                yield data({**self._head, "choices": [], "usage": usage(choices, self._prompts)})
+                yield sse({**self._head, "choices": [], "usage": usage(choices, self._prompts)})
         except Exception as error:
-            yield data(failed(error))
+            yield sse(failed(error))
             return
         yield b"data: [DONE]\n\n"
 
 
-def data(value: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+def sse(value: dict[str, Any], event: str = "") -> bytes:
+    """A server-sent event."""
+    head = f"event: {event}\n" if event else ""
+    return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
 
 
 def failed(error: Exception) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Service:
         if found is None:
             names = ", ".join(f"'{each}'" for each in (self.name, *sorted(self.adapted)))
             text = f"model: '{name[:80]}' does not exist; this server has {names}"
-            raise ApiError(404, text, param="model", code="model_not_found")
+            raise ApiError(404, text, code="model_not_found")
         return found
 
     def check_new(self, name: str) -> None:
@@ -95,15 +95,11 @@ class Service:
         mine = dataclasses.replace(self, name=name, adapter=adapter, parent=self.name, created=now)
         self.adapted[name] = mine
 
-    async def grammar(self, body: Generation) -> Compiled | None:
-        """The grammar of the replies, for ``chat`` and ``complete``. Cancelling ends its compilation."""
-        return await self.grammars.of(body)
-
     def chat(self, body: ChatRequest, grammar: Compiled | None = None, clamp: bool = False) -> list[Request]:
         """One engine request for each of the ``n`` choices. ``clamp``: a limit of tokens that exceeds the
         room in the context is lowered to it, where that is the API's rule."""
         if body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
+            raise ApiError(400, "top_logprobs: needs logprobs to be true")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self._check_continuation(body)
         offered = tools.offered_tools(body)
@@ -122,7 +118,7 @@ class Service:
         last = body.messages[-1].role
         if body.continue_final_message and last == "assistant" and self.tokenizer.template is not None:
             text = "continue_final_message: the chat template of this model cannot continue a message"
-            raise ApiError(400, text, param="continue_final_message")
+            raise ApiError(400, text)
 
     def chat_ids(self, messages: list[Message], offered: list[Tool], continue_last: bool) -> list[int]:
         """The ids of a conversation, whatever its length."""
@@ -141,7 +137,7 @@ class Service:
     def complete(self, body: CompletionRequest, grammar: Compiled | None = None) -> list[Request]:
         """``n`` engine requests for each prompt, in order."""
         if body.best_of not in (None, 1, body.n):
-            raise ApiError(400, "best_of: must be equal to n", param="best_of")
+            raise ApiError(400, "best_of: must be equal to n")
         prompts = [self.prompt_ids(prompt) for prompt in body.prompt]
         choices = self._choices(body, len(prompts))
         limit = body.sampling().get("max_new_tokens", COMPLETION_TOKENS)
@@ -175,8 +171,7 @@ class Service:
         """Raises ApiError for more replies at once than the server ever accepts."""
         count = prompts * (body.n or 1)
         if count > self.runner.most:
-            text = f"n: {count} replies at once are too many; the limit is {self.runner.most}"
-            raise ApiError(400, text, param="n")
+            raise ApiError(400, f"n: {count} replies at once are too many; the limit is {self.runner.most}")
         return range(body.n or 1)
 
     def _room(
@@ -192,7 +187,7 @@ class Service:
         left = self.context - prompt
         if limit is not None and limit < least:
             name = body.limit_name
-            raise ApiError(400, f"{name}: {limit} is out of range (at least {least})", param=name)
+            raise ApiError(400, f"{name}: {limit} is out of range (at least {least})")
         if left < least:
             text = f"{field_name}: {prompt} tokens exceed the context of {self.context}"
             if left == 0:
@@ -200,13 +195,13 @@ class Service:
             if offered:
                 described = len(self.tokenizer.encode(tools.tools_text(list(offered))))
                 text += f"; {described} of them describe tools"
-            raise ApiError(400, text, param=field_name, code="context_length_exceeded")
+            raise ApiError(400, text, code="context_length_exceeded")
         if limit is not None and left < limit:
             text = (
                 f"{body.limit_name}: {limit} is too large; {field_name} has {prompt} tokens and the context "
                 f"{self.context}, which leaves {left}"
             )
-            raise ApiError(400, text, param=body.limit_name, code="context_length_exceeded")
+            raise ApiError(400, text, code="context_length_exceeded")
         return min(self.sampling.max_new_tokens, left) if limit is None else limit
 
     def _request(
@@ -222,8 +217,7 @@ class Service:
     ) -> Request:
         if logprobs is not None and not 0 <= logprobs <= MOST_ALTERNATIVES:
             name = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
-            text = f"{name}: {logprobs} is out of range (0 to {MOST_ALTERNATIVES})"
-            raise ApiError(400, text, param=name)
+            raise ApiError(400, f"{name}: {logprobs} is out of range (0 to {MOST_ALTERNATIVES})")
         constraint: Constraint | None = None if grammar is None else self.grammars.start(grammar)
         # Others are in no reply.
         known = (token for token in body.stop_token_ids if 0 <= token < self.tokenizer.vocab_size)

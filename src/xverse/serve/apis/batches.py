@@ -59,12 +59,10 @@ def mount(app: FastAPI, service: Service) -> None:
             known = ("file", "purpose", _ANCHOR, _SECONDS)
             current().ignored = tuple(name for name in form if name not in known)
             if not isinstance(file, UploadFile):
-                raise ApiError(
-                    400, "file: send a file as multipart/form-data", param="file", code="missing_field"
-                )
+                raise ApiError(400, "file: send a file as multipart/form-data", code="missing_field")
             if purpose != "batch":
                 text = "purpose: must be 'batch'" if purpose else "purpose: required field is missing"
-                raise ApiError(400, text, param="purpose")
+                raise ApiError(400, text)
             expires = _expiry(form.get(_ANCHOR), form.get(_SECONDS))
             store.check_room(file.size or 0)
             name = file.filename or "upload.jsonl"
@@ -73,8 +71,9 @@ def mount(app: FastAPI, service: Service) -> None:
                 added = await asyncio.to_thread(lambda: store.add(*arguments, expires_at=expires))
             except UserError as error:  # such as a full disk
                 notice(f"serve: {error}")
-                text = "file: the server could not store it"
-                raise ApiError(507, text, param="file", code="storage_failed") from None
+                raise ApiError(
+                    507, "file: the server could not store it", param="file", code="storage_failed"
+                ) from None
         return JSONResponse(added.described())
 
     @app.get("/v1/files")
@@ -109,15 +108,12 @@ def mount(app: FastAPI, service: Service) -> None:
         kept = batches()
         found = kept.files.get(body.input_file_id, current().key)
         if found is None or found.purpose != "batch":
-            text = f"input_file_id: '{body.input_file_id[:80]}' is not a file for batches"
-            raise ApiError(400, text, param="input_file_id")
+            raise ApiError(400, f"input_file_id: '{body.input_file_id[:80]}' is not a file for batches")
         if body.endpoint not in kept.urls:
-            text = f"endpoint: must be one of {', '.join(kept.urls)}"
-            raise ApiError(400, text, param="endpoint")
+            raise ApiError(400, f"endpoint: must be one of {', '.join(kept.urls)}")
         metadata = body.metadata
         if metadata and (len(metadata) > 16 or any(len(k) > 64 or len(v) > 512 for k, v in metadata.items())):
-            text = "metadata: at most 16 pairs of up to 64 and 512 characters"
-            raise ApiError(400, text, param="metadata")
+            raise ApiError(400, "metadata: at most 16 pairs of up to 64 and 512 characters")
         batch = kept.create(found, body.endpoint, metadata, current().key)
         return JSONResponse(_shown(batch))
 
@@ -179,5 +175,5 @@ def _expiry(anchor: Any, seconds: Any) -> int | None:
         or not 3600 <= int(seconds) <= 2592000
     ):
         text = "expires_after: must have the anchor 'created_at' and seconds from 3600 to 2592000"
-        raise ApiError(400, text, param="expires_after")
+        raise ApiError(400, text)
     return int(time.time()) + int(seconds)

@@ -22,7 +22,7 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: fastapi.Request) -> Response:
         chosen = service.of(body.model)
-        grammar = await while_connected(request, chosen.grammar(body))
+        grammar = await while_connected(request, chosen.grammars.of(body))
         # In a thread, because tokenising a long text would block other requests.
         reply = ChatReply(chosen, body, await asyncio.to_thread(chosen.chat, body, grammar))
         return await respond(service, request, reply, body.stream)

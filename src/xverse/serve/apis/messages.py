@@ -17,7 +17,7 @@ from xverse.serve.apis.message_blocks import WORDS, CountRequest, MessagesReques
 from xverse.serve.apis.talk import Talk, talk
 from xverse.serve.calls import CallPiece, Content, collected
 from xverse.serve.exchange import respond
-from xverse.serve.replies import failed, new_id
+from xverse.serve.replies import failed, new_id, sse
 from xverse.serve.service import Service
 from xverse.serve.tools import offered_tools
 
@@ -27,7 +27,7 @@ def mount(app: FastAPI, service: Service) -> None:
     async def messages(body: MessagesRequest, request: fastapi.Request) -> Response:
         _check(body, request)
         chosen = service.of(body.model)
-        reply = MessageReply(await talk(chosen, request, body, body.request(), WORDS, clamp=True))
+        reply = MessageReply(await talk(chosen, request, body.request(), WORDS, clamp=True))
         headers = {"request-id": current().id}
         return await respond(service, request, reply, body.stream, headers=headers)
 
@@ -131,8 +131,7 @@ class MessageReply:
 
 
 def _data(kind: str, **fields: Any) -> bytes:
-    event = {"type": kind, **fields}
-    return f"event: {kind}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+    return sse({"type": kind, **fields}, kind)
 
 
 def _object(arguments: str) -> dict[str, Any]:

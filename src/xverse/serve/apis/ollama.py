@@ -47,7 +47,7 @@ def mount(app: FastAPI, service: Service) -> None:
         body.check()
         if not body.messages:
             return _loaded(body, chosen, {"message": {"role": "assistant", "content": ""}})
-        reply = _Reply(body.model, await talk(chosen, request, body, body.chat(), use_words(), clamp=True))
+        reply = _Reply(body.model, await talk(chosen, request, body.chat(), use_words(), clamp=True))
         return await respond(service, request, reply, body.stream, kind=NDJSON)
 
     @app.post("/api/generate")
@@ -60,7 +60,7 @@ def mount(app: FastAPI, service: Service) -> None:
         if body.raw:
             begun = await _raw(chosen, request, body)
         else:
-            begun = await talk(chosen, request, body, body.chat(), words, clamp=True)
+            begun = await talk(chosen, request, body.chat(), words, clamp=True)
         reply = _Reply(body.model, begun, plain=True)
         return await respond(service, request, reply, body.stream, kind=NDJSON)
 
@@ -71,9 +71,7 @@ def mount(app: FastAPI, service: Service) -> None:
         check_dimensions(chosen, body.dimensions)
         vectors, tokens = await _embedded(chosen, request, body.input, body.truncate)
         answer = {"model": body.model, "embeddings": vectors, "prompt_eval_count": tokens}
-        return JSONResponse(
-            {**answer, "total_duration": _since(begin), "load_duration": 0}, headers=body.headers()
-        )
+        return JSONResponse({**answer, "total_duration": _since(begin), "load_duration": 0})
 
     @app.post("/api/embeddings")
     async def embeddings(body: OllamaEmbeddingsRequest, request: fastapi.Request) -> Response:
@@ -129,7 +127,7 @@ async def _raw(service: Service, request: fastapi.Request, body: OllamaGenerateR
     """The continuation of the prompt as it is."""
     ids = await asyncio.to_thread(service.prompt_ids, body.prompt)
     completion = body.completion(max(service.context - len(ids), 1))
-    grammar = await while_connected(request, service.grammar(completion))
+    grammar = await while_connected(request, service.grammars.of(completion))
     (only,) = await asyncio.to_thread(service.complete, completion, grammar)
     return Talk(service, only, CallParser(()))
 

@@ -145,7 +145,7 @@ class OllamaGenerateRequest(_Generation):
             ("context", "send the conversation to /api/chat"),
         ):
             if getattr(self, name):
-                raise ApiError(400, f"{name}: is not supported; {reason}", param=name)
+                raise ApiError(400, f"{name}: is not supported; {reason}")
 
     def chat(self) -> ChatRequest:
         system = [Message(role="system", content=self.system)] if self.system else []

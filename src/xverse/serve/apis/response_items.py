@@ -187,7 +187,7 @@ class ResponsesRequest(SamplingFields):
             ("prompt", "the server has no stored prompts; use instructions and input"),
         ):
             if getattr(self, name):
-                raise ApiError(400, f"{name}: is not supported; {reason}", param=name)
+                raise ApiError(400, f"{name}: is not supported; {reason}")
 
     def chat(self, messages: list[Message]) -> ChatRequest:
         """The same as a chat request about ``messages``."""
@@ -196,7 +196,7 @@ class ResponsesRequest(SamplingFields):
         if form.type == "json_schema":
             if form.schema_ is None:
                 where = "text.format.schema"
-                raise ApiError(400, f"{where}: required field is missing", param=where, code="missing_field")
+                raise ApiError(400, f"{where}: required field is missing", code="missing_field")
             schema = JsonSchema(schema=form.schema_)
         sampling = {param.http: getattr(self, param.http) for param in PARAMS.values()}
         if self.max_output_tokens is not None:

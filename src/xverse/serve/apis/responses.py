@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import bisect
 import copy
-import json
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -29,7 +28,7 @@ from xverse.serve.calls import CallPiece, Content
 from xverse.serve.errors import ApiError
 from xverse.serve.exchange import respond
 from xverse.serve.protocol import Message, ToolChoice
-from xverse.serve.replies import failed, logprob_entry, new_id
+from xverse.serve.replies import failed, logprob_entry, new_id, sse
 from xverse.serve.service import Service
 from xverse.serve.tools import offered_tools
 
@@ -93,7 +92,7 @@ async def _begin(
     messages = messages_of(body.instructions, [*map(read_stored, earlier), *items])
     if body.truncation == "auto":
         messages = await asyncio.to_thread(_fitting, service, body, messages)
-    begun = await talk(service, request, body, body.chat(messages), WORDS)
+    begun = await talk(service, request, body.chat(messages), WORDS)
     return ResponseReply(body, begun, store, earlier, [item.stored() for item in items])
 
 
@@ -104,7 +103,7 @@ def _resolved(store: ResponseStore, item: Item, index: int) -> Any:
     found = store.item(item.id, current().key)
     if found is None:
         text = f"input[{index}].id: the item '{item.id[:80]}' does not exist, or is not kept any more"
-        raise ApiError(404, text, param=f"input[{index}].id")
+        raise ApiError(404, text)
     return read_stored(found)
 
 
@@ -154,12 +153,13 @@ class ResponseReply:
         try:
             async with aclosing(self._all()) as events:
                 async for event in events:
-                    yield _data(event)
+                    yield sse(event, event["type"])
         except Exception as error:
             wrong = failed(error)["error"]
             code = wrong["code"] if wrong["code"] in _ERROR_CODES else "server_error"
             reason = {"code": code, "message": wrong["message"]}
-            yield _data(self._event("response.failed", response=self._response("failed", error=reason)))
+            event = self._event("response.failed", response=self._response("failed", error=reason))
+            yield sse(event, event["type"])
 
     async def _all(self) -> AsyncGenerator[dict[str, Any], None]:
         """The events; the last one has the whole response."""
@@ -300,10 +300,6 @@ class ResponseReply:
 
 
 _ERROR_CODES = ("server_error", "rate_limit_exceeded", "invalid_prompt")  # those of the API
-
-
-def _data(event: dict[str, Any]) -> bytes:
-    return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
 
 
 def _choice(choice: ToolChoice | None) -> Any:

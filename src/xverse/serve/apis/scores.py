@@ -18,7 +18,6 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
 from xverse.engine import Request
-from xverse.serve.access_log import current
 from xverse.serve.apis.embeddings import MOST_INPUTS, MOST_TOKENS, prompted
 from xverse.serve.errors import ApiError
 from xverse.serve.exchange import while_connected
@@ -85,8 +84,7 @@ def mount(app: FastAPI, service: Service) -> None:
             queries *= len(documents)
         if len(queries) != len(documents):
             counts = f"{len(queries)} texts do not pair with {len(documents)} of text_2"
-            text = f"text_1: {counts}; send one, or as many"
-            raise ApiError(400, text, param="text_1")
+            raise ApiError(400, f"text_1: {counts}; send one, or as many")
         work = _likelihoods(chosen, queries, documents, "text_2")
         scores, used = await while_connected(request, work)
         answer = {
@@ -127,7 +125,7 @@ def _given(body: ScoreRequest, name: str, other: str) -> list[str]:
     found = [value for value in (getattr(body, name), getattr(body, other)) if value is not None]
     if len(found) != 1:
         text = f"{name}: required field is missing" if not found else f"{name} and {other} are the same field"
-        raise ApiError(400, text, param=name, code=None if found else "missing_field")
+        raise ApiError(400, text, code=None if found else "missing_field")
     return list(found[0])
 
 
@@ -159,7 +157,7 @@ def _requests(
         total += len(ids)
         if total > MOST_TOKENS:  # here, because a long query is encoded with each of the documents
             text = f"{field}: more than {MOST_TOKENS} tokens, together with the queries, are too many"
-            raise ApiError(400, text, param=field)
+            raise ApiError(400, text)
         requests.append(
             Request(
                 prompt_ids=ids,

@@ -17,7 +17,6 @@ from xverse.engine import Request, TokenLogprob
 from xverse.serve.access_log import current
 from xverse.serve.calls import CallParser, CallPiece, Content
 from xverse.serve.exchange import while_connected
-from xverse.serve.fields import Body
 from xverse.serve.protocol import ChatRequest
 from xverse.serve.replies import begun, events, usage
 from xverse.serve.service import Service
@@ -69,14 +68,13 @@ class Talk:
 async def talk(
     service: Service,
     request: fastapi.Request,
-    body: Body,
     chat: ChatRequest,
     words: Mapping[str, str],
     clamp: bool = False,
 ) -> Talk:
-    """Begin a reply. ``body`` is the API's own request and ``chat`` the same as a chat request; ``words`` has
-    the former's names for the latter's fields; ``clamp`` as in ``Service.chat``. Raises ApiError."""
+    """Begin a reply to ``chat``, for which the API's own request stands; ``words`` has its names for the
+    fields of a chat request; ``clamp`` as in ``Service.chat``. Raises ApiError."""
     current().words = words
-    grammar = await while_connected(request, service.grammar(chat))
+    grammar = await while_connected(request, service.grammars.of(chat))
     (only,) = await asyncio.to_thread(service.chat, chat, grammar, clamp)
     return Talk(service, only, service.call_parser(chat))
