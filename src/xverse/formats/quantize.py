@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from xverse.config import UserError, choose
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
-from xverse.formats.read import check_tensors, load_model
+from xverse.formats.read import load_model
 from xverse.formats.schemes import Placed, set_layer
-from xverse.formats.weights import DTYPES, IGNORED_SUFFIX, dtype_name
+from xverse.formats.weights import IGNORED_SUFFIX, check_tensors, misfit
 from xverse.formats.write import check_target, save_quantized
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import BITS, QuantizedWeight
@@ -62,7 +62,7 @@ class Source:
             ignored.append(HEAD)
         names = [name for name in self._files.names if not name.endswith(tuple(ignored))]
         missing = [name for name in self._shapes if name not in self._files]
-        check_tensors(path, missing, [name for name in names if name not in self._shapes], {})
+        check_tensors(path, missing, [name for name in names if name not in self._shapes])
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names start with ``prefix``, for ``Quantizer``."""
@@ -70,13 +70,10 @@ class Source:
         for name in self._shapes:
             if name.startswith(prefix):
                 tensor = self._files.get(name).to(self._device)
-                if tensor.shape != self._shapes[name] or dtype_name(tensor.dtype) not in DTYPES:
-                    stored = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
-                    what = f"is {stored} where config.json says {list(self._shapes[name])}"
-                    check_tensors(self.path, [], [], {name: what})
-                if not tensor.sum(
-                    dtype=torch.float32
-                ).isfinite():  # the sum of any NaN or infinity is not finite
+                if what := misfit(tensor, self._shapes[name]):
+                    check_tensors(self.path, wrong={name: what})
+                # The sum of any NaN or infinity is not finite.
+                if not tensor.sum(dtype=torch.float32).isfinite():
                     raise UserError(f"{self.path}: {name} holds NaN or infinity; it cannot be quantised")
                 tensors[name] = tensor
         return tensors
