@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,17 @@ from xverse.serve.service import Service
 
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 _Result = TypeVar("_Result")
+_Item = TypeVar("_Item")
+
+
+def page(
+    items: Sequence[_Item], limit: int, after: str, key: Callable[[_Item], str], show: Callable[[_Item], Any]
+) -> dict[str, Any]:
+    """OpenAI's page of a list: the items that follow the one with the id ``after``."""
+    first = next((at + 1 for at, item in enumerate(items) if key(item) == after), 0)
+    part = items[first : first + limit]
+    ends = {"first_id": key(part[0]), "last_id": key(part[-1])} if part else {}
+    return {"object": "list", "data": [*map(show, part)], "has_more": first + limit < len(items), **ends}
 
 
 class Reply(Protocol):

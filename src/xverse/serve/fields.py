@@ -142,6 +142,13 @@ class Body(Lenient):
         return body
 
 
+def refuse_unsupported(body: Body, reasons: Mapping[str, str]) -> None:
+    """Raises ApiError for the first field in ``reasons`` that the client sets."""
+    for name, reason in reasons.items():
+        if getattr(body, name):
+            raise ApiError(400, f"{name}: is not supported; {reason}")
+
+
 def without_null(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 

@@ -20,7 +20,7 @@ from pydantic import (
 
 from xverse.engine.sampling_params import MOST_BIASES, MOST_STOPS, PARAMS, Param
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import Body, Lenient, rule, without_null
+from xverse.serve.fields import Body, Lenient, by_type, rule, without_null
 
 MOST_CHOICES = 16
 MOST_TOOLS = 128
@@ -134,8 +134,22 @@ class Message(Lenient):
         return former + [call.function for call in self.tool_calls]
 
 
+ToolName = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+def tools_of(kind: str, model: type[Lenient]) -> PlainValidator:
+    """Reads a list of tools, which are all of one type."""
+
+    def read(value: Any) -> list[Any]:
+        if isinstance(value, list) and len(value) > MOST_TOOLS:
+            raise rule(f"{len(value)} items are too many; the limit is {MOST_TOOLS}")
+        return by_type(value, {kind: model}, lambda tool: tool.get("type") or kind, "tools")
+
+    return PlainValidator(read, json_schema_input_type=list[dict[str, Any]])
+
+
 class Function(Lenient):
-    name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: ToolName
     description: StrictStr = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import fastapi
@@ -19,6 +18,7 @@ from xverse.log import notice
 from xverse.serve.access_log import current
 from xverse.serve.batches import Batch, Batches
 from xverse.serve.errors import ApiError
+from xverse.serve.exchange import page
 from xverse.serve.fields import Body, without_null
 from xverse.serve.file_store import StoredFile
 from xverse.serve.service import Service
@@ -82,7 +82,7 @@ def mount(app: FastAPI, service: Service) -> None:
     ) -> dict[str, Any]:
         found = [file for file in batches().files.owned(current().key) if purpose in ("", file.purpose)]
         found = found[::-1] if order == "asc" else found
-        return _page(found, limit, after, lambda file: file.id, StoredFile.described)
+        return page(found, limit, after, lambda file: file.id, StoredFile.described)
 
     @app.get("/v1/files/{name}")
     async def file(name: str) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/batches")
     async def every(limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str = "") -> dict[str, Any]:
-        return _page(batches().owned(current().key), limit, after, lambda batch: batch["id"], _shown)
+        return page(batches().owned(current().key), limit, after, lambda batch: batch["id"], _shown)
 
     @app.get("/v1/batches/{name}")
     async def batch(name: str) -> dict[str, Any]:
@@ -153,16 +153,6 @@ def _batch(batches: Batches, name: str) -> Batch:
             404, f"the batch '{name[:80]}' does not exist", param="batch_id", code="batch_not_found"
         )
     return found
-
-
-def _page(
-    items: Sequence[Any], limit: int, after: str, id_of: Callable[[Any], str], shown: Callable[[Any], Any]
-) -> dict[str, Any]:
-    """OpenAI's page of a list."""
-    first = next((at + 1 for at, item in enumerate(items) if id_of(item) == after), 0)
-    part = items[first : first + limit]
-    ends = {"first_id": id_of(part[0]), "last_id": id_of(part[-1])} if part else {}
-    return {"object": "list", "data": [*map(shown, part)], "has_more": first + limit < len(items), **ends}
 
 
 def _expiry(anchor: Any, seconds: Any) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -15,7 +14,7 @@ from fastapi.responses import JSONResponse
 from xverse.serve.access_log import current
 from xverse.serve.apis.message_blocks import WORDS, CountRequest, MessagesRequest
 from xverse.serve.apis.talk import Talk, talk
-from xverse.serve.calls import CallPiece, Content, collected
+from xverse.serve.calls import CallPiece, Content, collected, read_arguments
 from xverse.serve.exchange import respond
 from xverse.serve.replies import failed, new_id, sse
 from xverse.serve.service import Service
@@ -61,7 +60,8 @@ class MessageReply:
         content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not calls else []
         for call in calls:
             block = {"type": "tool_use", "id": new_id("toolu"), "name": call["name"]}
-            content.append({**block, "input": _object(call["arguments"])})
+            arguments = read_arguments(call["arguments"])
+            content.append({**block, "input": arguments if isinstance(arguments, dict) else {}})
         return {**self._head, "content": content, **self._stop(), "usage": self._usage()}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -132,12 +132,3 @@ class MessageReply:
 
 def _data(kind: str, **fields: Any) -> bytes:
     return sse({"type": kind, **fields}, kind)
-
-
-def _object(arguments: str) -> dict[str, Any]:
-    """The arguments of a call. A reply that was cut off may have incomplete ones, which are none."""
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -29,7 +29,7 @@ from xverse.serve.apis.ollama_bodies import (
     use_words,
 )
 from xverse.serve.apis.talk import Talk, talk
-from xverse.serve.calls import CallParser, CallPiece, Content
+from xverse.serve.calls import CallParser, CallPiece, Content, read_arguments
 from xverse.serve.errors import ApiError
 from xverse.serve.exchange import NDJSON, respond, while_connected
 from xverse.serve.replies import failed
@@ -200,11 +200,7 @@ class _Reply:
     def _complete(self) -> Iterator[dict[str, Any]]:
         """The call that has grown, unless it was cut off."""
         call, self._call = self._call, None
-        if call is not None:
-            try:
-                arguments = json.loads(call["arguments"] or "{}")
-            except (ValueError, RecursionError):
-                return
+        if call is not None and (arguments := read_arguments(call["arguments"])) is not None:
             yield self._said("", [{"function": {"name": call["name"], "arguments": arguments}}])
 
     def _said(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:

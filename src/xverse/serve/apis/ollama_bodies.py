@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, StrictB
 
 from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import NO_EFFECT, Body, Lenient, rule
+from xverse.serve.fields import NO_EFFECT, Body, Lenient, refuse_unsupported, rule
 from xverse.serve.protocol import (
     MOST_TOOLS,
     ChatRequest,
@@ -139,13 +139,12 @@ class OllamaGenerateRequest(_Generation):
 
     def check(self) -> None:
         super().check()
-        for name, reason in (
-            ("suffix", "the model cannot insert text"),
-            ("template", "the model has one format of conversations; raw: true uses none"),
-            ("context", "send the conversation to /api/chat"),
-        ):
-            if getattr(self, name):
-                raise ApiError(400, f"{name}: is not supported; {reason}")
+        reasons = {
+            "suffix": "the model cannot insert text",
+            "template": "the model has one format of conversations; raw: true uses none",
+            "context": "send the conversation to /api/chat",
+        }
+        refuse_unsupported(self, reasons)
 
     def chat(self) -> ChatRequest:
         system = [Message(role="system", content=self.system)] if self.system else []

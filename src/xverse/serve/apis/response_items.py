@@ -8,9 +8,8 @@ from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
 from xverse.engine.sampling_params import PARAMS
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import NO_EFFECT, Lenient, by_type, rule, without_null
+from xverse.serve.fields import NO_EFFECT, Lenient, by_type, refuse_unsupported, rule, without_null
 from xverse.serve.protocol import (
-    MOST_TOOLS,
     Arguments,
     ChatRequest,
     Chosen,
@@ -23,7 +22,9 @@ from xverse.serve.protocol import (
     Text,
     Tool,
     ToolCall,
+    ToolName,
     Whole,
+    tools_of,
 )
 from xverse.serve.replies import new_id
 
@@ -110,16 +111,10 @@ class FunctionTool(Lenient):
     """A tool; the Responses API has the function's fields beside the type."""
 
     type: Literal["function"] = "function"
-    name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: ToolName
     description: StrictStr = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
     strict: Any = None
-
-
-def _tools(value: Any) -> list[FunctionTool]:
-    if isinstance(value, list) and len(value) > MOST_TOOLS:
-        raise rule(f"{len(value)} items are too many; the limit is {MOST_TOOLS}")
-    return by_type(value, {"function": FunctionTool}, lambda tool: tool.get("type") or "function", "tools")
 
 
 class TextFormat(Lenient):
@@ -160,9 +155,7 @@ class ResponsesRequest(SamplingFields):
     stream: StrictBool = False
     include: list[StrictStr] = Field(default_factory=list)
     text: TextOptions = Field(default_factory=TextOptions)
-    tools: Annotated[
-        list[FunctionTool], PlainValidator(_tools, json_schema_input_type=list[dict[str, Any]])
-    ] = Field(default_factory=list)
+    tools: Annotated[list[FunctionTool], tools_of("function", FunctionTool)] = Field(default_factory=list)
     tool_choice: Chosen | None = None
     parallel_tool_calls: StrictBool = True
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
@@ -181,13 +174,12 @@ class ResponsesRequest(SamplingFields):
 
     def check(self) -> None:
         """Raises ApiError for what the server does not have."""
-        for name, reason in (
-            ("background", "replies are not computed in the background"),
-            ("conversation", "conversations are not kept; use previous_response_id"),
-            ("prompt", "the server has no stored prompts; use instructions and input"),
-        ):
-            if getattr(self, name):
-                raise ApiError(400, f"{name}: is not supported; {reason}")
+        reasons = {
+            "background": "replies are not computed in the background",
+            "conversation": "conversations are not kept; use previous_response_id",
+            "prompt": "the server has no stored prompts; use instructions and input",
+        }
+        refuse_unsupported(self, reasons)
 
     def chat(self, messages: list[Message]) -> ChatRequest:
         """The same as a chat request about ``messages``."""

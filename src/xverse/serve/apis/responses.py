@@ -8,6 +8,7 @@ import copy
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from operator import itemgetter
 from typing import Annotated, Any, Literal
 
 import fastapi
@@ -26,7 +27,7 @@ from xverse.serve.apis.response_store import ResponseStore, Stored
 from xverse.serve.apis.talk import Talk, talk
 from xverse.serve.calls import CallPiece, Content
 from xverse.serve.errors import ApiError
-from xverse.serve.exchange import respond
+from xverse.serve.exchange import page, respond
 from xverse.serve.protocol import Message, ToolChoice
 from xverse.serve.replies import failed, logprob_entry, new_id, sse
 from xverse.serve.service import Service
@@ -63,12 +64,7 @@ def mount(app: FastAPI, service: Service) -> None:
         name: str, limit: Annotated[int, Query(ge=1, le=100)] = 20, order: Order = "desc", after: str = ""
     ) -> dict[str, Any]:
         items = _stored(store, name).input
-        if order == "desc":
-            items = items[::-1]
-        first = next((at + 1 for at, item in enumerate(items) if item["id"] == after), 0)
-        shown = items[first : first + limit]
-        ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {}
-        return {"object": "list", "data": shown, "has_more": first + limit < len(items), **ends}
+        return page(items[::-1] if order == "desc" else items, limit, after, itemgetter("id"), dict)
 
 
 def _stored(store: ResponseStore, name: str, param: str = "response_id") -> Stored:
