@@ -17,6 +17,11 @@ CHAT_FORMATS = ("alpaca", "baichuan2", "chatml", "intern", "llama2", "vicuna")
 TEMPLATE_HELP = f"chat format of a model whose files have none: {', '.join(CHAT_FORMATS)}"
 
 
+def flag(parser: argparse._ActionsContainer, name: str, text: str, **options: Any) -> None:
+    """Add a flag, or a positional argument, with its help."""
+    parser.add_argument(name, help=text, **options)
+
+
 def whole(low: int = 0, high: int | None = None) -> Callable[[str], int]:
     """Parser of a whole number from ``low`` to ``high`` (None: no limit)."""
     span = f"at least {low}" if high is None else f"{low} to {high}"

@@ -34,6 +34,7 @@ from xverse.config import UserError
 from xverse.device import add_device, compute_device, guard
 from xverse.log import notice
 from xverse.model import XverseConfig, named_shape
+from xverse.values import flag
 
 # For mini, by vocabulary, relative to the Trainer's tokens/s, the matmul rate and the Trainer's peak memory.
 TARGETS: dict[int, dict[str, float]] = {
@@ -46,14 +47,10 @@ SIDES = ("xverse", "transformers")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_shape(parser, "mini")
-    parser.add_argument(
-        "--vocabulary",
-        type=positive,
-        metavar="V",
-        help="entries (default: those of the shape; for mini 8,192, then 100,534)",
-    )
+    text = "entries (default: those of the shape; for mini 8,192, then 100,534)"
+    flag(parser, "--vocabulary", text, type=positive, metavar="V")
     add_batch(parser, 8, 512)
-    parser.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps of each side")
+    flag(parser, "--steps", "timed steps of each side", type=positive, default=12, metavar="N")
     add_threads(parser)
     add_device(parser)
 

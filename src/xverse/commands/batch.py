@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from xverse.commands.sampling import given_sampling
 from xverse.commands.serve import add_service_flags, service_settings
 from xverse.config import need
+from xverse.values import flag
 
 if TYPE_CHECKING:
     from xverse.serve.batch_file import Answers, BatchRequest
@@ -19,10 +20,9 @@ _REPORT_SECONDS = 10.0
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="requests, one JSON object per line, in OpenAI's format", metavar="FILE")
-    parser.add_argument(
-        "--out", help="file of the answers; those that it already has are kept", required=True, metavar="FILE"
-    )
+    flag(parser, "file", "requests, one JSON object per line, in OpenAI's format", metavar="FILE")
+    text = "file of the answers; those that it already has are kept"
+    flag(parser, "--out", text, required=True, metavar="FILE")
     add_service_flags(parser)
 
 

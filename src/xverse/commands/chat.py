@@ -10,14 +10,12 @@ from typing import Any
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
 from xverse.device import add_device, add_tensor_parallel
-from xverse.values import TEMPLATE_HELP, whole
+from xverse.values import TEMPLATE_HELP, flag, whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # absent from the namespace unless given
-    parser.add_argument(
-        "--model", default="nano", metavar="M", help="nano (the default), a model directory or a hub id"
-    )
+    flag(parser, "--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
     parser.add_argument(
         "--adapter",
         action="append",
@@ -35,11 +33,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", choices=["int8", "int4"], help="quantise the weights while loading", **unset
     )
-    parser.add_argument(
-        "--no-history",
-        action="store_true",
-        help="do not keep what is typed for later sessions ($XDG_STATE_HOME/xverse/history)",
-    )
+    text = "do not keep what is typed for later sessions ($XDG_STATE_HOME/xverse/history)"
+    flag(parser, "--no-history", text, action="store_true")
     parser.add_argument(
         "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: by size)", **unset
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
-from xverse.values import refuse_unused, whole
+from xverse.values import flag, refuse_unused, whole
 
 if TYPE_CHECKING:
     from xverse.data.feed import PretrainFeed
@@ -27,41 +27,23 @@ _OF_EXAMPLES: dict[str, Any] = {
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="prepare|show")
     prepare = actions.add_parser("prepare", help="make a tokenizer and token shards from text")
-    prepare.add_argument("recipe", metavar="RECIPE.yaml", help="recipe; docs/data.md describes its keys")
-    prepare.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that override the recipe's"
-    )
+    flag(prepare, "recipe", "recipe; docs/data.md describes its keys", metavar="RECIPE.yaml")
+    flag(prepare, "overrides", "settings that override the recipe's", nargs="*", metavar="key=value")
     show = actions.add_parser(
         "show", help="show a mixture as a tree, or a fine-tuning example coloured by its loss mask"
     )
-    show.add_argument(
-        "recipe",
-        nargs="?",
-        metavar="RECIPE|FOLDER",
-        help="a recipe or a prepared folder (a path or URL), to show its mixture",
-    )
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
-    show.add_argument("--mixture", metavar="FILE", help="mixture file that replaces the recipe's mixture")
-    show.add_argument(
-        "--dataset", metavar="D", help="fine-tuning data: a name in dataset_info.json, a file or a hub id"
-    )
-    show.add_argument(
-        "--dataset-dir", metavar="DIR", help="folder with dataset_info.json (default: %(default)s)"
-    )
-    show.add_argument(
-        "--stage", choices=["sft", "pt", "dpo"], help="how to read --dataset (default: %(default)s)"
-    )
-    show.add_argument(
-        "--cutoff-len",
-        type=whole(8, 10**9),
-        metavar="N",
-        help="maximum length of an example in tokens (default: %(default)s)",
-    )
-    show.add_argument(
-        "--identity", nargs="+", metavar="KEY=VALUE", help="values for {{placeholders}} in the data"
-    )
-    show.add_argument("--model", metavar="M", help="model whose tokenizer is used (default: %(default)s)")
-    show.add_argument("--index", type=whole(), metavar="N", help="number of the example, from 0")
+    text = "a recipe or a prepared folder (a path or URL), to show its mixture"
+    flag(show, "recipe", text, nargs="?", metavar="RECIPE|FOLDER")
+    flag(show, "overrides", "settings that override the recipe's", nargs="*", metavar="key=value")
+    flag(show, "--mixture", "mixture file that replaces the recipe's mixture", metavar="FILE")
+    flag(show, "--dataset", "fine-tuning data: a name in dataset_info.json, a file or a hub id", metavar="D")
+    flag(show, "--dataset-dir", "folder with dataset_info.json (default: %(default)s)", metavar="DIR")
+    flag(show, "--stage", "how to read --dataset (default: %(default)s)", choices=["sft", "pt", "dpo"])
+    text = "maximum length of an example in tokens (default: %(default)s)"
+    flag(show, "--cutoff-len", text, type=whole(8, 10**9), metavar="N")
+    flag(show, "--identity", "values for {{placeholders}} in the data", nargs="+", metavar="KEY=VALUE")
+    flag(show, "--model", "model whose tokenizer is used (default: %(default)s)", metavar="M")
+    flag(show, "--index", "number of the example, from 0", type=whole(), metavar="N")
     show.set_defaults(**_OF_EXAMPLES)
 
 

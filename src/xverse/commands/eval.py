@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xverse.config import UserError
 from xverse.device import add_device, add_tensor_parallel
-from xverse.values import positive, refuse_unused, whole
+from xverse.values import flag, positive, refuse_unused, whole
 
 DEFAULT_TASKS = "mmlu,ceval,agieval,gaokao-bench,gaokao-english"
 # Flags of eval run that only multiple-choice benchmarks use, with their defaults.
@@ -23,90 +23,55 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         return actions.add_parser(name, help=text, description=text, formatter_class=parser.formatter_class)
 
     run = add("run", "score a model; started again, a killed run resumes")
-    run.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
-    run.add_argument(
-        "--tasks",
-        default=DEFAULT_TASKS,
-        metavar="T,…",
-        help="tasks, also ppl, gsm8k, humaneval, skills and custom benchmarks (.yaml) (default: %(default)s)",
+    flag(run, "--model", "nano, a model directory or a hub id", default="nano", metavar="M")
+    text = "tasks, also ppl, gsm8k, humaneval, skills and custom benchmarks (.yaml) (default: %(default)s)"
+    flag(run, "--tasks", text, default=DEFAULT_TASKS, metavar="T,…")
+    text = "data directory with the benchmarks (default: where fetch puts them)"
+    flag(run, "--data-dir", text, metavar="D")
+    flag(run, "--out", "folder for answers and report", required=True, metavar="DIR")
+    text = "examples before each question, 0 to 5 (default: %(default)s)"
+    flag(run, "--shots", text, type=whole(0, 5), metavar="N")
+    flag(run, "--limit", "answer only the first N questions of each subject", type=whole(1), metavar="N")
+    text = (
+        "answer a random sample of each multiple-choice benchmark, with a standard error of POINTS "
+        "(default: 1.5)"
     )
-    run.add_argument(
-        "--data-dir", metavar="D", help="data directory with the benchmarks (default: where fetch puts them)"
+    flag(run, "--adaptive", text, type=positive(25), nargs="?", const=1.5, metavar="POINTS")
+    text = "split to answer, such as test or val (default: the benchmark's usual one)"
+    flag(run, "--split", text, metavar="S")
+    flag(run, "--quantize", "quantise the weights first", choices=["int8", "int4"])
+    text = (
+        "what runs the model (default: the engine for XVERSE and the families that it runs, "
+        "transformers for every other causal language model)"
     )
-    run.add_argument("--out", required=True, metavar="DIR", help="folder for answers and report")
-    run.add_argument(
-        "--shots",
-        type=whole(0, 5),
-        metavar="N",
-        help="examples before each question, 0 to 5 (default: %(default)s)",
-    )
-    run.add_argument(
-        "--limit", type=whole(1), metavar="N", help="answer only the first N questions of each subject"
-    )
-    run.add_argument(
-        "--adaptive",
-        type=positive(25),
-        nargs="?",
-        const=1.5,
-        metavar="POINTS",
-        help="answer a random sample of each multiple-choice benchmark, with a standard error of POINTS "
-        "(default: 1.5)",
-    )
-    run.add_argument(
-        "--split",
-        metavar="S",
-        help="split to answer, such as test or val (default: the benchmark's usual one)",
-    )
-    run.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights first")
-    run.add_argument(
-        "--backend",
-        choices=["engine", "transformers"],
-        help="what runs the model (default: the engine for XVERSE and the families that it runs, "
-        "transformers for every other causal language model)",
-    )
-    run.add_argument(
-        "--kv-dtype",
-        choices=["auto", "int8"],
-        default="auto",
-        help="type of the engine's KV cache (default: %(default)s)",
-    )
-    run.add_argument(
-        "--fix-none",
-        action="store_true",
-        help='MMLU: keep the option "None", which the official script reads as "nan"',
-    )
-    run.add_argument(
-        "--skip-malformed", action="store_true", help="skip and count malformed rows of the benchmarks"
-    )
-    run.add_argument("--texts", metavar="D", help="ppl: folder with a text file for each language")
-    run.add_argument(
-        "--allow-code",
-        action="store_true",
-        help="humaneval, skills: permit running the code that the model writes",
-    )
+    flag(run, "--backend", text, choices=["engine", "transformers"])
+    text = "type of the engine's KV cache (default: %(default)s)"
+    flag(run, "--kv-dtype", text, choices=["auto", "int8"], default="auto")
+    text = 'MMLU: keep the option "None", which the official script reads as "nan"'
+    flag(run, "--fix-none", text, action="store_true")
+    flag(run, "--skip-malformed", "skip and count malformed rows of the benchmarks", action="store_true")
+    flag(run, "--texts", "ppl: folder with a text file for each language", metavar="D")
+    text = "humaneval, skills: permit running the code that the model writes"
+    flag(run, "--allow-code", text, action="store_true")
     run.set_defaults(**_OF_CHOICES)
-    run.add_argument(
-        "--shard", metavar="I/N", help="answer only the I-th (from 0) of N parts; `eval report` joins them"
-    )
+    flag(run, "--shard", "answer only the I-th (from 0) of N parts; `eval report` joins them", metavar="I/N")
     add_device(run)
     add_tensor_parallel(run)
-    run.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: all cores)")
+    flag(run, "--threads", "CPU threads (default: all cores)", type=whole(1, 1024), metavar="N")
 
     report = add("report", "tables, plot and report.json of one or several runs, such as several precisions")
-    report.add_argument("runs", nargs="+", metavar="DIR", help="output folders of `eval run`")
-    report.add_argument("--out", metavar="DIR", help="folder for the report (default: the first run's)")
+    flag(report, "runs", "output folders of `eval run`", nargs="+", metavar="DIR")
+    flag(report, "--out", "folder for the report (default: the first run's)", metavar="DIR")
 
     compare = add(
         "compare", "compare two runs on the same questions, with the significance of the difference"
     )
-    compare.add_argument("first", metavar="FIRST", help="output folder of a run")
-    compare.add_argument("second", metavar="SECOND", help="output folder of the other run")
+    flag(compare, "first", "output folder of a run", metavar="FIRST")
+    flag(compare, "second", "output folder of the other run", metavar="SECOND")
 
     fetch = add("fetch", "download and verify the benchmarks' data")
-    fetch.add_argument(
-        "sets", nargs="*", metavar="SET", help="mmlu, ceval, agieval, gaokao-bench (default: all)"
-    )
-    fetch.add_argument("--data-dir", metavar="D", help="folder to write (default: the cache)")
+    flag(fetch, "sets", "mmlu, ceval, agieval, gaokao-bench (default: all)", nargs="*", metavar="SET")
+    flag(fetch, "--data-dir", "folder to write (default: the cache)", metavar="D")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xverse.values import positive, refuse_unused, whole
+from xverse.values import flag, positive, refuse_unused, whole
 
 if TYPE_CHECKING:
     from xverse.model.config import XverseConfig
@@ -15,62 +15,39 @@ _OF_SEARCH = {"top": 6}  # flags that --layout makes useless, with their default
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shape",
-        default="7b",
-        help="nano, mini, 7b, 13b, 13b-2, 65b, a model directory, its config.json, or YAML with the same "
-        "keys (default: 7b)",
+    text = (
+        "nano, mini, 7b, 13b, 13b-2, 65b, a model directory, its config.json, or YAML with the same "
+        "keys (default: 7b)"
     )
-    parser.add_argument(
-        "--device", required=True, help="a100, a800, h100, h200, b200, or a YAML file that describes a device"
+    flag(parser, "--shape", text, default="7b")
+    text = "a100, a800, h100, h200, b200, or a YAML file that describes a device"
+    flag(parser, "--device", text, required=True)
+    flag(parser, "--gpus", "number of devices", type=whole(1, 10**7), required=True)
+    text = "length of a sequence (default: the shape's context)"
+    flag(parser, "--seq", text, type=whole(1, 10**9), metavar="TOKENS")
+    text = "tokens of one step (default: about 4 Mi, at least one sequence per GPU)"
+    flag(parser, "--batch-tokens", text, type=whole(1, 10**15), metavar="TOKENS")
+    text = "tokens of the whole training, to compute its days (default: 2.6e12)"
+    flag(parser, "--tokens", text, type=positive(1e18), default=2.6e12)
+    text = "how many kinds of layouts to show (default: %(default)s)"
+    flag(parser, "--top", text, type=whole(1), metavar="N")
+    text = (
+        "predict this layout instead of searching: data (or shard and replicate), tensor, context, "
+        "pipeline, virtual_stages, micro_batch, checkpointing, and zero=0, 1 or 3"
     )
-    parser.add_argument("--gpus", type=whole(1, 10**7), required=True, help="number of devices")
-    parser.add_argument(
-        "--seq",
-        type=whole(1, 10**9),
-        metavar="TOKENS",
-        help="length of a sequence (default: the shape's context)",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=whole(1, 10**15),
-        metavar="TOKENS",
-        help="tokens of one step (default: about 4 Mi, at least one sequence per GPU)",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=positive(1e18),
-        default=2.6e12,
-        help="tokens of the whole training, to compute its days (default: 2.6e12)",
-    )
-    parser.add_argument(
-        "--top", type=whole(1), metavar="N", help="how many kinds of layouts to show (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--layout",
-        metavar="KEY=N,…",
-        help="predict this layout instead of searching: data (or shard and replicate), tensor, context, "
-        "pipeline, virtual_stages, micro_batch, checkpointing, and zero=0, 1 or 3",
-    )
-    parser.add_argument(
-        "--optimizer", choices=["adamw", "muon"], default="adamw", help="the optimizer (default: adamw)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument(
-        "--chart", type=Path, metavar="PNG", help="write a chart of where the time goes to this file"
-    )
+    flag(parser, "--layout", text, metavar="KEY=N,…")
+    flag(parser, "--optimizer", "the optimizer (default: adamw)", choices=["adamw", "muon"], default="adamw")
+    flag(parser, "--json", "print one JSON object instead of the table", action="store_true")
+    flag(parser, "--chart", "write a chart of where the time goes to this file", type=Path, metavar="PNG")
     parser.set_defaults(**_OF_SEARCH)
     device = parser.add_argument_group("figures of the device that replace the known ones")
-    device.add_argument("--tflops", type=positive(1e9), help="peak of dense bf16 in TFLOP/s")
-    device.add_argument("--memory-gb", type=positive(1e9), help="memory in GB")
-    device.add_argument("--memory-gbs", type=positive(1e9), help="memory bandwidth in GB/s")
-    device.add_argument(
-        "--link-gbs", type=positive(1e9), help="NVLink or PCIe bandwidth of one GPU, one direction, in GB/s"
-    )
-    device.add_argument(
-        "--network-gbits", type=positive(1e9), help="one GPU's share of the network in Gbit/s"
-    )
-    device.add_argument("--gpus-per-machine", type=whole(1, 10**6), help="number of GPUs in one machine")
+    flag(device, "--tflops", "peak of dense bf16 in TFLOP/s", type=positive(1e9))
+    flag(device, "--memory-gb", "memory in GB", type=positive(1e9))
+    flag(device, "--memory-gbs", "memory bandwidth in GB/s", type=positive(1e9))
+    text = "NVLink or PCIe bandwidth of one GPU, one direction, in GB/s"
+    flag(device, "--link-gbs", text, type=positive(1e9))
+    flag(device, "--network-gbits", "one GPU's share of the network in Gbit/s", type=positive(1e9))
+    flag(device, "--gpus-per-machine", "number of GPUs in one machine", type=whole(1, 10**6))
 
 
 def run(args: argparse.Namespace) -> int:

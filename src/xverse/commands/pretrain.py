@@ -5,22 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 
+from xverse.values import flag
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "recipe", metavar="RECIPE.yaml", help="the recipe, such as recipes/nano/pretrain.yaml"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="replace a key of the recipe, such as train.steps=100",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check the recipe for its cluster (mesh, shapes, memory, data) without training",
-    )
+    flag(parser, "recipe", "the recipe, such as recipes/nano/pretrain.yaml", metavar="RECIPE.yaml")
+    text = "replace a key of the recipe, such as train.steps=100"
+    flag(parser, "overrides", text, nargs="*", metavar="key=value")
+    text = "check the recipe for its cluster (mesh, shapes, memory, data) without training"
+    flag(parser, "--dry-run", text, action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from xverse.config import UserError
 from xverse.engine.sampling_params import CHAT, PARAMS, SamplingParams
+from xverse.values import flag
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
@@ -16,12 +17,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
         f"{purpose}. Parameters that are not given come from the model's generation_config.json, or else "
         "have the value in parentheses.",
     )
-    group.add_argument(
-        "--greedy",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="always take the most probable token: --temperature 0",
-    )
+    text = "always take the most probable token: --temperature 0"
+    flag(group, "--greedy", text, action="store_true", default=argparse.SUPPRESS)
     for name, param in PARAMS.items():
         if param.api_only:
             continue

@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -31,9 +32,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def add_service_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the model, its engine and the defaults of requests."""
 
-    def add(name: str, text: str, **options: Any) -> None:
-        parser.add_argument(name, help=text, **options)
-
+    add = functools.partial(values.flag, parser)
     add("--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
     add("--tokenizer", "directory with a tokenizer to use instead of the model's", metavar="T")
     add("--template", values.TEMPLATE_HELP, metavar="NAME")
@@ -70,9 +69,7 @@ def service_settings(args: argparse.Namespace, sampling: dict[str, Any]) -> Serv
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    def add(name: str, text: str, **options: Any) -> None:
-        parser.add_argument(name, help=text, **options)
-
+    add = functools.partial(values.flag, parser)
     host = values.host_name
     add("--host", f"address to listen on ({HOST})", type=host, metavar="H")
     add("--port", f"port to listen on ({PORT}); 0: any free", type=values.whole(0, 65535), metavar="P")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.values import positive, whole
+from xverse.values import flag, positive, whole
 
 if TYPE_CHECKING:
     from xverse.tokenizer.recipe import TokenizerRecipe
@@ -21,38 +21,27 @@ _VOCABULARY = "[NAME=]PATH: tokenizer.json or its directory, .tiktoken, sentence
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="train|repair|report")
     train = actions.add_parser("train", help="train a tokenizer of XVERSE's structure")
-    train.add_argument("--out", metavar="DIR", help="output directory; overrides the recipe's")
-    train.add_argument("--vocab-size", type=whole(1), metavar="N", help="exact number of entries")
-    train.add_argument(
-        "--limit-alphabet",
-        type=whole(1),
-        metavar="N",
-        help="maximum number of single characters (default: a third of the vocabulary)",
-    )
-    train.add_argument("--initial-characters", metavar="TEXT", help="characters that always get a token")
-    train.add_argument(
-        "--min-frequency", type=whole(1), metavar="N", help="occurrences that a merge needs (default: 2)"
-    )
-    train.add_argument("--memory-gb", type=positive(1e6), metavar="GB", help="memory limit (default: 3)")
-    train.add_argument(
-        "--threads", type=whole(1, 1024), metavar="N", help="threads (default: all usable cores)"
-    )
-    train.add_argument(
-        "files", nargs="+", metavar="FILE|RECIPE.yaml", help=f"{_FILES}; or a recipe, then key=value settings"
-    )
+    flag(train, "--out", "output directory; overrides the recipe's", metavar="DIR")
+    flag(train, "--vocab-size", "exact number of entries", type=whole(1), metavar="N")
+    text = "maximum number of single characters (default: a third of the vocabulary)"
+    flag(train, "--limit-alphabet", text, type=whole(1), metavar="N")
+    flag(train, "--initial-characters", "characters that always get a token", metavar="TEXT")
+    flag(train, "--min-frequency", "occurrences that a merge needs (default: 2)", type=whole(1), metavar="N")
+    flag(train, "--memory-gb", "memory limit (default: 3)", type=positive(1e6), metavar="GB")
+    flag(train, "--threads", "threads (default: all usable cores)", type=whole(1, 1024), metavar="N")
+    text = f"{_FILES}; or a recipe, then key=value settings"
+    flag(train, "files", text, nargs="+", metavar="FILE|RECIPE.yaml")
     repair = actions.add_parser("repair", help="repair a tokenizer.json that current libraries refuse")
-    repair.add_argument("source", metavar="IN", help="tokenizer.json or model directory to repair")
-    repair.add_argument("target", metavar="OUT", help="file or directory to write; may be IN")
+    flag(repair, "source", "tokenizer.json or model directory to repair", metavar="IN")
+    flag(repair, "target", "file or directory to write; may be IN", metavar="OUT")
     report = actions.add_parser(
         "report", help="compression, byte fallback and round trip, compared with other vocabularies"
     )
-    report.add_argument("--tokenizer", required=True, metavar="PATH", help=_VOCABULARY)
-    report.add_argument(
-        "--against", nargs="+", default=[], metavar="PATH", help="other vocabularies to compare with"
-    )
-    report.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    report.add_argument("--out", metavar="DIR", help="also write report.md, report.json and report.png there")
-    report.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
+    flag(report, "--tokenizer", _VOCABULARY, required=True, metavar="PATH")
+    flag(report, "--against", "other vocabularies to compare with", nargs="+", default=[], metavar="PATH")
+    flag(report, "--json", "print one JSON object instead of tables", action="store_true")
+    flag(report, "--out", "also write report.md, report.json and report.png there", metavar="DIR")
+    flag(report, "files", _FILES, nargs="+", metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:
