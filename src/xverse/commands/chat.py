@@ -16,28 +16,17 @@ from xverse.values import TEMPLATE_HELP, flag, whole
 def arguments(parser: argparse.ArgumentParser) -> None:
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # absent from the namespace unless given
     flag(parser, "--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        metavar="[NAME=]A",
-        help="directory with an adapter in peft's format; several with names, for /adapter",
-        **unset,
-    )
-    parser.add_argument("--template", metavar="NAME", help=TEMPLATE_HELP, **unset)
+    text = "directory with an adapter in peft's format; several with names, for /adapter"
+    flag(parser, "--adapter", text, action="append", metavar="[NAME=]A", **unset)
+    flag(parser, "--template", TEMPLATE_HELP, metavar="NAME", **unset)
     once = parser.add_mutually_exclusive_group()
-    once.add_argument("--ask", metavar="TEXT", help="print the reply to TEXT and exit; -: to stdin", **unset)
-    once.add_argument(
-        "--complete", metavar="TEXT", help="print a continuation of TEXT and exit; -: of stdin", **unset
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system prompt", **unset)
-    parser.add_argument(
-        "--quantize", choices=["int8", "int4"], help="quantise the weights while loading", **unset
-    )
+    flag(once, "--ask", "print the reply to TEXT and exit; -: to stdin", metavar="TEXT", **unset)
+    flag(once, "--complete", "print a continuation of TEXT and exit; -: of stdin", metavar="TEXT", **unset)
+    flag(parser, "--system", "system prompt", metavar="TEXT", **unset)
+    flag(parser, "--quantize", "quantise the weights while loading", choices=["int8", "int4"], **unset)
     text = "do not keep what is typed for later sessions ($XDG_STATE_HOME/xverse/history)"
     flag(parser, "--no-history", text, action="store_true")
-    parser.add_argument(
-        "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: by size)", **unset
-    )
+    flag(parser, "--threads", "CPU threads (default: by size)", type=whole(1, 1024), metavar="N", **unset)
     add_device(parser)
     add_tensor_parallel(parser)
     add_sampling_flags(parser, "How replies are generated")

@@ -9,7 +9,7 @@ import platform
 from typing import Any
 
 from xverse import __version__, hardware
-from xverse.bench.report import GPU_MATMUL, MATMUL
+from xverse.bench.report import GPU_MATMUL, MATMUL, count_threads
 from xverse.config import DISTRIBUTION, install_command
 from xverse.device import compute_device, describe, usable_gpus
 
@@ -216,9 +216,9 @@ def render(report: dict[str, Any]) -> str:
     lines += ["", f"memory read (sum over {measured['bandwidth_buffer'] / 2**20:.0f} MiB, sampled twice)"]
     for row in measured["bandwidth"]:
         first, second = row["samples"]
-        lines.append(f"  {_threads(row['threads']):<18} {first / 1e9:.1f} and {second / 1e9:.1f} GB/s")
+        lines.append(f"  {count_threads(row['threads']):<18} {first / 1e9:.1f} and {second / 1e9:.1f} GB/s")
     shape = _shape(measured["matmul_shape"])
-    lines.append(f"matmul {shape}, {_threads(measured['matmul_threads'])}")
+    lines.append(f"matmul {shape}, {count_threads(measured['matmul_threads'])}")
     lines += [f"  {name:<18} {_flops(value)}" for name, value in measured["matmul"].items()]
     for index, gpu in enumerate(report["measured"]["gpus"]):
         first, second = gpu["bandwidth_samples"]
@@ -231,10 +231,6 @@ def render(report: dict[str, Any]) -> str:
             f"  {'bfloat16':<18} {_flops(flops)} ({flops_share}), matmul {_shape(gpu['matmul_shape'])}",
         ]
     return "\n".join(lines)
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _shape(shape: list[int]) -> str:

@@ -24,13 +24,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
             continue
         default = getattr(CHAT, name)
         options: dict[str, Any] = {"action": "append"} if param.kind is str else {"type": param.kind}
-        group.add_argument(
-            param.flag,
-            default=argparse.SUPPRESS,
-            metavar=param.metavar,
-            help=param.help[0] + (f" ({default:g})" if default not in (None, ()) else ""),
-            **options,
-        )
+        text = param.help[0] + (f" ({default:g})" if default not in (None, ()) else "")
+        flag(group, param.flag, text, default=argparse.SUPPRESS, metavar=param.metavar, **options)
 
 
 def given_sampling(args: argparse.Namespace) -> dict[str, Any]:

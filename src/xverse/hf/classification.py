@@ -44,12 +44,6 @@ class XverseForSequenceClassification(GenericForSequenceClassification, XversePr
         wrapped.generation_config = GenerationConfig.from_dict(dict(generation_config))
         return wrapped
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed_tokens = value
-
     def forward(self, *args: Any, last_tokens: Tensor | None = None, **options: Any) -> Any:
         """As transformers' classes; with ``last_tokens`` int64 [n], places in a single row of texts, the
         logits [n, num_labels] are those of these tokens."""

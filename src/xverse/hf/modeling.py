@@ -83,12 +83,6 @@ class XverseModel(XversePreTrainedModel):
             layer.__class__ = XverseDecoderLayer  # same parameters, same forward
             prepare(layer.self_attn, self.config, index)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -181,18 +175,6 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
             wrapped._keys_to_ignore_on_save = ["lm_head.weight"]
         wrapped.generation_config = GenerationConfig.from_dict(dict(generation_config))
         return wrapped
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     def forward(
         self,
