@@ -9,7 +9,7 @@ import platform
 from typing import Any
 
 from xverse import __version__, hardware
-from xverse.bench.report import GPU_MATMUL, MATMUL, count_threads
+from xverse.bench.report import GPU_MATMUL, MATMUL, count_threads, using_threads
 from xverse.config import DISTRIBUTION, install_command
 from xverse.device import compute_device, describe, usable_gpus
 
@@ -132,14 +132,9 @@ def measure_cpu(threads: int) -> dict[str, Any]:
             samples[count].append(hardware.read_bandwidth(buffer, count))
     size = buffer.numel() * buffer.element_size()
     del buffer
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        flops = {
-            name: hardware.matmul_flops(getattr(torch, name), *MATMUL) for name in ("float32", "bfloat16")
-        }
-    finally:
-        torch.set_num_threads(before)
+    with using_threads(threads):
+        types = ("float32", "bfloat16")
+        flops = {name: hardware.matmul_flops(getattr(torch, name), *MATMUL) for name in types}
     return {
         "bandwidth": [{"threads": count, "samples": pair} for count, pair in samples.items()],
         "bandwidth_buffer": size,

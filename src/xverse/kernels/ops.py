@@ -252,10 +252,6 @@ def _shape_dequantize(
     return tiles.new_empty((outputs, groups * group), dtype=dtype)
 
 
-def _shape_linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 def _plain_linears(
     x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int, table_group: int = 0
 ) -> list[Tensor]:
@@ -284,7 +280,7 @@ for _name, _shapes in (
     ("quant_linear", _shape_quant_linear),
     ("quant_linears", _shape_quant_linears),
     ("dequantize", _shape_dequantize),
-    ("linear_bf16", _shape_linear_bf16),
+    ("linear_bf16", lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0]))),
     ("rms_norm", lambda x, weight, eps: torch.empty_like(x)),
     ("silu_mul", lambda gate, up: torch.empty_like(gate)),
     ("rotate_", lambda q, k, cos, sin: None),

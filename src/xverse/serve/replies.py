@@ -53,6 +53,11 @@ class Choice:
         """Whether a limit or a stop text ended the reply, perhaps within a call."""
         return self.finish_reason == "length" or self.stop_text is not None
 
+    def new_logprobs(self) -> list[TokenLogprob]:
+        """The log-probabilities that were not sent yet."""
+        new, self.sent = self.logprobs[self.sent :], len(self.logprobs)
+        return new
+
     def new_ids(self) -> list[int]:
         """The tokens that were not sent yet."""
         new, self.ids_sent = self.token_ids[self.ids_sent :], len(self.token_ids)

@@ -91,10 +91,7 @@ class ChatReply(Reply):
         ended = event.finish_reason is not None
         if ended:
             pieces += parser.end(choice.cut)
-        logprobs = None
-        if pieces or ended:
-            logprobs = self._logprobs(choice.logprobs[choice.sent :])
-            choice.sent = len(choice.logprobs)
+        logprobs = self._logprobs(choice.new_logprobs()) if pieces or ended else None
         for piece in pieces:
             yield self._delta(choice, self._piece(piece), logprobs)
             logprobs = None

@@ -200,7 +200,7 @@ class ResponseReply:
             logprobs = []
             if self._request.logprobs:
                 tokenizer = self._talk.service.tokenizer
-                logprobs = [logprob_entry(tokenizer, token) for token in self._talk.new_logprobs()]
+                logprobs = [logprob_entry(tokenizer, token) for token in self._talk.choice.new_logprobs()]
                 part["logprobs"] += logprobs
             yield self._of_part("response.output_text.delta", item, delta=piece.text, logprobs=logprobs)
             return

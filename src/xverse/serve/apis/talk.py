@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import fastapi
 
-from xverse.engine import Request, TokenLogprob
+from xverse.engine import Request
 from xverse.serve.access_log import current
 from xverse.serve.calls import CallParser, CallPiece, Content
 from xverse.serve.exchange import while_connected
@@ -58,11 +58,6 @@ class Talk:
     def usage(self) -> dict[str, Any]:
         """Token counts so far, by OpenAI's names."""
         return usage([self.choice], 1)
-
-    def new_logprobs(self) -> list[TokenLogprob]:
-        """The log-probabilities that were not taken yet."""
-        new, self.choice.sent = self.choice.logprobs[self.choice.sent :], len(self.choice.logprobs)
-        return new
 
 
 async def talk(
