@@ -219,9 +219,8 @@ def available_memory(device: torch.device | str = "cpu") -> int:
 
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     total, available = memory()
-    launched = (
-        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    )  # torchrun; DeepSpeed
+    # Of torchrun, and of DeepSpeed.
+    launched = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     return (total if available is None else available) // int(launched)
 
 

@@ -346,15 +346,12 @@ def row_text(row: object, number: int, report: ReadReport, key: str = "text") ->
 
 def _hint(row: object, number: int, key: str) -> str:
     """How to name the column of the text, if a row without it has others that may be it."""
-    others = (
-        [str(name) for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
-    )
+    fields = row.items() if isinstance(row, dict) else ()
+    others = [str(name) for name, value in fields if isinstance(value, str)]
     shown = ", ".join(name for name in others[:10] if name not in ("lang", "source"))[:200]
-    return (
-        f"line {number} has no '{key}' but {shown}: set text_key under inputs"
-        if shown and key not in others
-        else ""
-    )
+    if not shown or key in others:
+        return ""
+    return f"line {number} has no '{key}' but {shown}: set text_key under inputs"
 
 
 def _encodable(text: str) -> bool:

@@ -237,8 +237,7 @@ def open_gguf(path: str | Path) -> XverseForCausalLM:
     """
     file = GgufFile(path)
     config = file.config  # reads tensors where it has rope factors, so not on the meta device
-    with torch.device("meta"):
-        model = XverseForCausalLM(config)
+    model = XverseForCausalLM.empty(config)
     names = set(file.tensors.names)
     tied = config.tie_word_embeddings
     for module_name, module in model.named_modules():

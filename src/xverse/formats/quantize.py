@@ -52,8 +52,7 @@ class Source:
         self.config = directory.config
         if directory.scheme is not None:
             raise UserError(f"{path}: is already quantised; quantise the model it was made from")
-        with torch.device("meta"):
-            state = XverseForCausalLM(self.config).state_dict()
+        state = XverseForCausalLM.empty(self.config).state_dict()
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
         self._files = directory.tensors
         ignored = [IGNORED_SUFFIX]
@@ -236,8 +235,7 @@ def build(
     """A model built from tensors one by one; quantised weights become quantised layers. ``placed`` is called
     for each matrix."""
     config = dataclasses.replace(config, tie_word_embeddings=False)
-    with torch.device("meta"):
-        model = XverseForCausalLM(config)
+    model = XverseForCausalLM.empty(config)
     for name, tensor in tensors:
         place(model, name, tensor, dtype)
         if placed is not None and isinstance(tensor, QuantizedWeight):

@@ -38,8 +38,7 @@ def load_model(
     directory = ModelDirectory.of(source)
     device = torch.device(device)
     config = directory.config  # of a GGUF file reads tensors, so not on the meta device
-    with torch.device("meta"):
-        model = XverseForCausalLM(config)
+    model = XverseForCausalLM.empty(config)
     if directory.scheme is not None:
         _load_quantized(model, directory, directory.scheme, dtype, device, dequantize, placed)
         return model

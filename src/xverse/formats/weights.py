@@ -199,9 +199,8 @@ class TensorFiles:
         base = place.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         try:
             with file.open("rb") as opened:
-                mapped = mmap.mmap(
-                    opened.fileno(), place.end - base, offset=base, access=mmap.ACCESS_COPY
-                )  # the tensor keeps it alive
+                size = place.end - base  # the tensor keeps the mapping alive
+                mapped = mmap.mmap(opened.fileno(), size, offset=base, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             _unreadable(file, error)
         flat = torch.frombuffer(
@@ -237,9 +236,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         except RuntimeError as error:
             if "_use_new_zipfile_serialization" not in str(error):
                 raise
-            tensors = torch.load(
-                path, map_location="cpu", weights_only=True
-            )  # from before torch 1.6, cannot be mapped
+            # A file from before PyTorch 1.6, which cannot be mapped.
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # the unpickler can raise anything for an invalid file

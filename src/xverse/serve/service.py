@@ -17,11 +17,11 @@ import xverse
 from xverse.config import UserError
 from xverse.engine import Adapter, AdapterLoader, Constraint, Request, SamplingParams
 from xverse.engine.adapters import MOST_ADAPTERS, check_name
-from xverse.engine.request import MOST_ALTERNATIVES
 from xverse.serve import tools
 from xverse.serve.access_log import current
 from xverse.serve.batches import Batches
 from xverse.serve.calls import CallParser
+from xverse.serve.dialects import in_words
 from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Compiled, Grammars
 from xverse.serve.limits import MinTokens
@@ -160,12 +160,9 @@ class Service:
 
     def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """An empty prompt is the beginning of a text."""
-        ids = (
-            prompt
-            if not isinstance(prompt, str)
-            else [*self.tokenizer.prefix_ids, *self.tokenizer.encode(prompt)]
-        )
-        return ids or [self.tokenizer.bos_id]
+        if isinstance(prompt, str):
+            prompt = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(prompt)]
+        return prompt or [self.tokenizer.bos_id]
 
     def _choices(self, body: Generation, prompts: int) -> range:
         """Raises ApiError for more replies at once than the server ever accepts."""
@@ -215,9 +212,6 @@ class Service:
         prompt_logprobs: int | None = None,
         grammar: Compiled | None = None,
     ) -> Request:
-        if logprobs is not None and not 0 <= logprobs <= MOST_ALTERNATIVES:
-            name = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
-            raise ApiError(400, f"{name}: {logprobs} is out of range (0 to {MOST_ALTERNATIVES})")
         constraint: Constraint | None = None if grammar is None else self.grammars.start(grammar)
         # Others are in no reply.
         known = (token for token in body.stop_token_ids if 0 <= token < self.tokenizer.vocab_size)
@@ -259,10 +253,8 @@ class Service:
 
 def _in_the_words_of(body: Generation, error: UserError) -> ApiError:
     """The engine's error with the API's name of the field."""
-    text = str(error)
-    for name, sent in (
-        ("prompt_ids", "messages" if isinstance(body, ChatRequest) else "prompt"),
-        ("max_new_tokens", body.limit_name),
-    ):
-        text = text.replace(name, sent)
+    words = {"prompt_ids": "prompt", "max_new_tokens": body.limit_name}
+    if isinstance(body, ChatRequest):
+        words |= {"prompt_ids": "messages", "logprobs": "top_logprobs"}
+    text = in_words(words, str(error))
     return ApiError(400, text, param=text.partition(":")[0].split()[0])

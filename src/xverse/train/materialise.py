@@ -24,8 +24,7 @@ Weights = Iterable[tuple[str, Tensor]]  # whole parameters by name, one at a tim
 
 def empty_model(config: XverseConfig) -> XverseForCausalLM:
     """A model on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return XverseForCausalLM(config)
+    return XverseForCausalLM.empty(config)
 
 
 def initial_weights(config: XverseConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
