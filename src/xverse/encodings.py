@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import unicodedata
+from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from xverse.config import UserError
@@ -33,9 +34,13 @@ def check_encoding(name: str) -> str:
     """The codec's name of an encoding. Raises UserError for one that Python does not know."""
     try:
         codec = codecs.lookup(name)
-    except (LookupError, ValueError):
-        codec = None
-    if codec is None or not codec._is_text_encoding:
+        works = (
+            codec._is_text_encoding
+            and codec.incrementaldecoder(_INVALID).decode(codec.encode("a")[0], final=True) == "a"
+        )
+    except (LookupError, ValueError, TypeError):
+        works = False
+    if not works:
         raise UserError(f"unknown encoding '{name}'; for example utf-8, utf-16, gb18030, big5 or cp1251")
     return UTF8 if codec.name in (UTF8, "utf-8-sig") else codec.name
 
@@ -61,6 +66,15 @@ def detect(head: bytes) -> str:
     if 2 * sum(not _decodes(line, UTF8) for line in lines) > len(lines) and _is_chinese(lines):
         return "gb18030"
     return UTF8
+
+
+def resolve(name: str, head: bytes) -> str:
+    """The encoding ``name`` of a text that begins with ``head``, with its byte order: that of its mark, or of
+    what it decodes to, or little-endian."""
+    if name not in ("utf-16", "utf-32"):
+        return name
+    found = detect(head)
+    return found if found.startswith(name) else f"{name}-le"
 
 
 def _decodes(data: bytes, encoding: str) -> bool:
@@ -92,25 +106,21 @@ def _is_chinese(lines: list[bytes]) -> bool:
     return 2 * len(decoded) > len(lines) and 10 * common > len(ideographs) > 3
 
 
-class _Transcoder(io.RawIOBase):
-    """A stream in UTF-8 of one in another encoding; what is invalid there is invalid UTF-8 here."""
+class _Stream(io.RawIOBase):
+    """The bytes in ``chunks``, which are made of ``stream``."""
 
-    def __init__(self, stream: BinaryIO, encoding: str) -> None:
-        self.stream = stream
-        self.decoder = codecs.getincrementaldecoder(encoding)(_INVALID)
-        self.rest, self.first, self.ended = b"", True, False
+    def __init__(self, stream: BinaryIO, chunks: Iterator[bytes]) -> None:
+        self.stream, self.chunks, self.rest = stream, chunks, b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        while not self.rest and not self.ended:
-            data = self.stream.read(HEAD)
-            text = self.decoder.decode(data, final=not data)
-            self.ended = not data
-            if self.first and text:
-                text, self.first = text.removeprefix("\ufeff"), False
-            self.rest = text.encode(UTF8, "surrogatepass")
+        while not self.rest:
+            chunk = next(self.chunks, None)
+            if chunk is None:
+                return 0
+            self.rest = chunk
         count = min(len(buffer), len(self.rest))
         buffer[:count] = self.rest[:count]
         self.rest = self.rest[count:]
@@ -121,6 +131,21 @@ class _Transcoder(io.RawIOBase):
         super().close()
 
 
+def converted(stream: BinaryIO, chunks: Iterator[bytes]) -> BinaryIO:
+    """A stream of ``chunks``, which are made of ``stream``; closes ``stream`` with it."""
+    return cast(BinaryIO, io.BufferedReader(_Stream(stream, chunks), 1 << 16))
+
+
 def transcoded(stream: BinaryIO, encoding: str) -> BinaryIO:
-    """A stream in UTF-8 of a stream in ``encoding``, which it closes."""
-    return cast(BinaryIO, io.BufferedReader(_Transcoder(stream, encoding), 1 << 16))
+    """A stream in UTF-8 of one in ``encoding``, which it closes. What is invalid stays invalid."""
+    return converted(stream, _transcode(stream, encoding))
+
+
+def _transcode(stream: BinaryIO, encoding: str) -> Iterator[bytes]:
+    decoder, first, data = codecs.getincrementaldecoder(encoding)(_INVALID), True, b" "
+    while data:
+        data = stream.read(HEAD)
+        text = decoder.decode(data, final=not data)
+        if first and text:
+            text, first = text.removeprefix("\ufeff"), False
+        yield text.encode(UTF8, "surrogatepass")

@@ -45,6 +45,10 @@ def _array(path: str | Path, stream: BinaryIO, limit: int) -> Iterator[Any]:
         text = text.lstrip()
         try:
             if text[:1] == "]":
+                if text[1:].strip() or stream.read(1 << 16).strip():
+                    raise Damaged(
+                        f"{path}: invalid JSON after item {number} (text after the end of the array)"
+                    )
                 return
             start = text[1:].lstrip() if number and text[:1] == "," else text
             if not start or (number and start is text):
@@ -57,7 +61,7 @@ def _array(path: str | Path, stream: BinaryIO, limit: int) -> Iterator[Any]:
                 error.msg.startswith("Unterminated string") or error.pos > len(text) - 32
             )
             if ended or not cut or len(text) > limit:
-                why = "too long" if cut and not ended else getattr(error, "msg", "nested too deeply")
+                why = "too long" if cut and not ended else getattr(error, "msg", str(error)[:99])
                 raise Damaged(f"{path}: invalid JSON in item {number + 1} ({why})") from None
             data = stream.read(max(1 << 16, len(text)))  # doubled, so that a long item costs what it should
             ended = not data
@@ -115,8 +119,9 @@ def read_table(
     if delimiter is None:
         delimiter = "\t" if kind_of(Path(path)) == ".tsv" else ","
     rows = read_csv(path, delimiter, report, limit, encoding)
-    _, names = next(rows, (0, []))
-    if not names or not all(names) or len(set(names)) < len(names):
+    names = next((row for _, row in rows if row), [])
+    given = [name for name in names if name]  # not that of an index, which pandas writes
+    if len(set(given)) < len(given):
         raise UserError(f"{path}: the first row must name the columns, each differently (it has {names})")
     for number, row in rows:
         if len(row) == len(names):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from xverse.config import UserError, is_url, need
-from xverse.encodings import UTF8, check_encoding, detect, transcoded
+from xverse.encodings import UTF8, check_encoding, converted, detect, resolve, transcoded
 
 BOM = b"\xef\xbb\xbf"
 COMPRESSED = (".gz", ".zst")
@@ -93,13 +93,14 @@ def stem(path: str | Path) -> str:
     """A file's name without its format and compression: ``en`` of en.jsonl.gz."""
     name = Path(path).name
     for suffix in (*COMPRESSED, *TEXT_KINDS, ".json"):
-        name = name.removesuffix(suffix)
+        name = name[: -len(suffix)] if name.lower().endswith(suffix) else name
     return name
 
 
 def kind_of(path: Path) -> str:
     """The format's suffix of a name, without compression: ``.jsonl`` of en.jsonl.gz."""
-    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    suffix = path.suffix.lower()
+    return path.with_suffix("").suffix.lower() if suffix in COMPRESSED else suffix
 
 
 def find_files(names: Iterable[str | Path]) -> list[Path]:
@@ -128,24 +129,34 @@ def find_files(names: Iterable[str | Path]) -> list[Path]:
 
 
 def open_binary(path: str | Path) -> BinaryIO:
-    """Open a file or URL for reading; ``.gz`` and ``.zst`` are decompressed.
+    """Open a file or URL for reading. What is compressed, by its name or its first bytes, is decompressed.
 
     Raises UserError if that fails.
     """
-    name = str(path).partition("?")[0] if is_url(path) else str(path)
+    name = (str(path).partition("?")[0] if is_url(path) else str(path)).lower()
     try:
-        if name.endswith(".gz"):
-            return cast(BinaryIO, _Gzip(_open(path)))
-        if name.endswith(".zst"):
-            zstandard = need("zstandard", "data", str(path))
-            file = _open(path)
-            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
-            return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 20))
-        return _open(path)
+        file = _open(path)
+        head = b"" if name.endswith(COMPRESSED) else file.peek(4)[:4]  # type: ignore[attr-defined]
+        if name.endswith(".gz") or head[:3] == b"\x1f\x8b\x08":
+            return cast(BinaryIO, _Gzip(file))
+        if name.endswith(".zst") or head == b"\x28\xb5\x2f\xfd":
+            return converted(file, _unzstd(file, need("zstandard", "data", str(path))))
+        return file
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _unzstd(stream: BinaryIO, zstandard: Any) -> Iterator[bytes]:
+    frame = None
+    while data := stream.read(1 << 11):  # little, because a block of a few bytes may be 128 KB of text
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(data)
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise zstandard.ZstdError("it is cut short")
 
 
 class _Gzip(gzip.GzipFile):
@@ -180,7 +191,7 @@ def open_text(
         if head is None:  # broken from the beginning, as the report says
             yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, io.BytesIO())))
             return
-        found = given or detect(head)
+        found = resolve(given, head) if given else detect(head)
         if found == UTF8:
             yield stream
             return
@@ -330,6 +341,8 @@ def _skip(report: ReadReport | None, kind: str, path: str | Path, number: int, d
 def row_text(row: object, number: int, report: ReadReport, key: str = "text") -> str | None:
     """The text under ``key`` of a row of any format; None, counted in the report, where it has none."""
     text = row.get(key) if isinstance(row, dict) else None
+    if isinstance(text, bytes):  # of a parquet file
+        text = text.decode("utf-8", "surrogateescape")
     if text is None:
         report.skip("no_text", number)
         report.keys = report.keys or _hint(row, number, key)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from xverse.config import UserError
 from xverse.data.prepare.inputs import OPTIONS, Input, corpus_units, input_units
@@ -165,6 +166,8 @@ def test_arrays_are_read_item_by_item(tmp_path: Path) -> None:
         ('[{"text": "a"}, {"text": "' + "x" * 300_000 + '"}]', ["a"], "item 2 (too long)"),
         ("[" * 100_000, [], "item 1"),
         ("[]", [], None),
+        ('[{"text": "a"}]\n[{"text": "b"}]', ["a"], "after item 1 (text after the end"),
+        ('[{"text": "a"}, {"n": ' + "9" * 5_000 + "}]", ["a"], "item 2 (Exceeds the limit"),
         ('[1, "a", {"text": "b"}, [2]]', ["b"], None),
     ):
         path.write_text(content)
@@ -173,12 +176,93 @@ def test_arrays_are_read_item_by_item(tmp_path: Path) -> None:
         assert (why in report.broken_files[0]) if why else not report.broken_files, content[:40]
 
 
+@pytest.mark.parametrize("kind", [*TEXTS, "warc"])
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_files_without_anything_are_no_error(tmp_path: Path, kind: str, packing: str) -> None:
+    if kind == "warc" and packing == ".zst":
+        return
+    path = tmp_path / f"a.{kind}{packing}"
+    for content in (b"", b"\n\n", b"\xef\xbb\xbf"):
+        if kind == "warc" and content:
+            continue
+        path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packing](content))
+        assert read(path=str(path))[0] == []
+        assert read(path=str(path))[1].describe() == ""
+    path.write_bytes(b"")
+    found, report = read(path=str(path))
+    assert (found, report.describe()) == ([], "")
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_a_stream_that_is_cut_short_is_reported(tmp_path: Path, kind: str, compress: Any) -> None:
+    rows = [{"text": f"{number} {number**7}"} for number in range(20_000)]
+    plain = Path(make(tmp_path / "plain", kind, rows)["path"])
+    packed = tmp_path / f"{plain.name}.{'gz' if compress is gzip.compress else 'zst'}"
+    data = compress(plain.read_bytes())
+    for name in (packed, packed.with_suffix(f".{kind}")):  # also where only the first bytes say so
+        name.write_bytes(data)
+        whole, report = read(path=str(name), lines=kind == "txt", limit=10**7)
+        assert (len(whole), report.describe()) == (20_000, ""), name
+        for cut in (len(data) - 2, len(data) * 2 // 3):
+            name.write_bytes(data[:cut])
+            found, report = read(path=str(name), lines=kind == "txt", limit=10**7)
+            assert found == whole[: len(found)]
+            assert len(report.broken_files) == 1, (name, cut)
+        name.unlink()
+
+
+def test_names_in_capitals_links_and_hidden_folders(tmp_path: Path) -> None:
+    for kind in TABLES[:-1]:
+        path = Path(make(tmp_path / "x" / kind, kind, [{"text": kind}])["path"])
+        path.rename(path.with_name(path.name.upper()))
+    (tmp_path / "x" / ".git").mkdir()
+    (tmp_path / "x" / ".git" / "a.jsonl").write_text('{"text": "hidden"}')
+    (tmp_path / "x" / "self").symlink_to(tmp_path / "x")
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "linked").symlink_to(tmp_path / "x")
+    expected = sorted(TABLES[:-1])
+    for path in (tmp_path / "x", tmp_path / "y", tmp_path / "x" / "**" / "*.*"):
+        assert sorted(text for text, _ in read(path=str(path))[0]) == expected
+    assert read(path=str(tmp_path / "x" / ".git" / "*"))[0] == [("hidden", "")]
+    with pytest.raises(ValueError, match="either a path or a dataset"):
+        Input(path="")
+
+
+def test_parquet_holds_any_bytes(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    data = [b"one", b"\xff\xfe", None, "zwei ä".encode(), b"\xe4", b"three"]
+    kinds = [pyarrow.array(data, pyarrow.binary())]
+    kinds.append(pyarrow.Array.from_buffers(pyarrow.string(), len(data), kinds[0].buffers()))
+    for number, column in enumerate(kinds):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        found, report = read(path=str(tmp_path / "a.parquet"))
+        assert [text for text, _ in found] == ["one", "zwei ä", "three"], number
+        assert (report.bad_utf8, report.no_text, report.broken_files) == (2, 1, [])
+
+
+def test_named_encodings(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for given in ("utf-16", "utf-32"):  # without a mark too
+        for written in (given, f"{given}-le", *(["utf-16-be"] if given == "utf-16" else [])):
+            path.write_text('{"text": "Ein Satz, über den sich reden lässt."}\n', encoding=written)
+            found, _ = read(path=str(path), encoding=given)
+            assert found == [("Ein Satz, über den sich reden lässt.", "")], (given, written)
+    for name in ("undefined", "idna", "punycode", "rot13", "base64", "hex", "", "a b", "utf-9"):
+        with pytest.raises(UserError, match="unknown encoding"):
+            Input(path="x", encoding=name)
+
+
 def test_broken_tables(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text,lang\none,en\nshort\n"two\nlines",en\n"open')
     found, report = read(path=str(path))
     assert found == [("one", "en"), ("two\nlines", "en")]
     assert report.describe().startswith("1 lines skipped: 1 with another number of fields; line ")
+    path.write_text(",text\n0,one\n1,two\n")  # pandas' index
+    assert [text for text, _ in read(path=str(path))[0]] == ["one", "two"]
     path.write_bytes(b"text\ngood\nb\xffd\n")
     found, report = read(path=str(path))
     assert (found, report.bad_utf8) == ([("good", "")], 1)

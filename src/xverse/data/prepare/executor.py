@@ -120,14 +120,17 @@ def _cluster_executor(
             if name not in config.options:
                 raise UserError(f"executor.options: slurm needs '{name}'")
     options = {**({"job_name": f"xverse-{phase.name}"} if config.kind == "slurm" else {}), **config.options}
-    return kind(
-        pipeline=[phase.work],
-        tasks=phase.tasks,
-        workers=config.workers or -1,
-        logging_dir=phase.logs(logs),
-        depends=before,
-        **options,
-    )
+    try:
+        return kind(
+            pipeline=[phase.work],
+            tasks=phase.tasks,
+            workers=config.workers or -1,
+            logging_dir=phase.logs(logs),
+            depends=before,
+            **options,
+        )
+    except ImportError as error:
+        raise UserError(f"executor.kind: {config.kind}: {error}") from None
 
 
 class LocalExecutor(PipelineExecutor):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Input:
     encoding: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.dataset is None):
+        if bool(self.path) == bool(self.dataset):
             raise ValueError("an input needs either a path or a dataset")
         for name in ("lang", "category"):
             if getattr(self, name) is not None and not is_name(getattr(self, name)):
@@ -99,7 +100,7 @@ def is_name(text: str) -> bool:
 
 def format_of(name: str) -> str | None:
     """The format according to a file's name."""
-    name = name.partition("?")[0] if is_url(name) else name
+    name = (name.partition("?")[0] if is_url(name) else name).lower()
     return next((kind for kind, suffixes in FORMATS.items() if name.endswith(suffixes)), None)
 
 
@@ -170,17 +171,32 @@ def _listed(source: Input) -> Iterator[tuple[str, str, int]]:
         base = source.path.rstrip("/") + "/"
         for path, size in found:
             name = path.removeprefix(base)
-            if not name.rpartition("/")[2].startswith("."):
+            if not _hidden(name):
                 yield name, path, size
         return
     root = Path(source.path).expanduser()
     if root.is_file():
         yield "", str(root), root.stat().st_size
         return
-    paths: Iterable[Path] = root.rglob("*") if root.is_dir() else _matches(root)
-    for file in sorted(path for path in paths if path.is_file() and not path.name.startswith(".")):
+    paths = _below(root) if root.is_dir() else _matches(root)
+    for file in sorted(path for path in paths if path.is_file()):
         below = file.relative_to(root).as_posix() if root.is_dir() else str(file)
         yield below, str(file), file.stat().st_size
+
+
+def _hidden(name: str) -> bool:
+    """Whether a file, or a folder that it is in, is hidden, such as ``.git``."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """The files in a folder that are not hidden; follows links to folders, each folder once."""
+    seen = {os.path.realpath(root)}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        targets = {name: os.path.realpath(Path(folder, name)) for name in sorted(folders)}
+        folders[:] = [name for name, to in targets.items() if not _hidden(name) and to not in seen]
+        seen.update(targets[name] for name in folders)
+        yield from (Path(folder, name) for name in files if not _hidden(name))
 
 
 def _readable(path: str, source: Input) -> bool:
@@ -204,7 +220,10 @@ def _matches(pattern: Path) -> Iterator[Path]:
     parts = pattern.parts
     first = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
     if first < len(parts):
-        yield from Path(*parts[:first]).glob("/".join(parts[first:]))
+        base, wanted = Path(*parts[:first]), "/".join(parts[first:])
+        for path in base.glob(wanted):
+            if wanted.startswith(".") or "/." in wanted or not _hidden(path.relative_to(base).as_posix()):
+                yield path
 
 
 def _dataset_units(source: Input) -> list[Unit]:

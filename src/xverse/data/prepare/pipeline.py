@@ -42,6 +42,7 @@ from xverse.place import Place, read_list
 from xverse.remote import version
 from xverse.texts import read_json
 from xverse.tokenizer.general import load_tokenizer_of
+from xverse.tokenizer.recipe import TokenizerRecipe
 
 
 @dataclass
@@ -84,9 +85,12 @@ class PrepareRecipe:
         for name in ("valid_share", "max_bad_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 1")
-        for name in ("vocab_size", "tokenizer_sample_bytes", "valid_bytes", "max_line_bytes"):
+        for name in ("tokenizer_sample_bytes", "valid_bytes", "max_line_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive")
+        if min([self.seed, *self.tokenizer_sample_overrides.values()]) < 0:
+            raise ValueError("seed and tokenizer_sample_overrides must not be negative")
+        TokenizerRecipe(Path(), Path(), vocab_size=self.vocab_size, limit_alphabet=self.limit_alphabet)
 
     def units(self) -> list[Unit]:
         """All files of the recipe. Raises UserError if there are none."""

@@ -134,12 +134,22 @@ def _read_parquet(unit: Unit, report: ReadReport, limit: int) -> Iterator[Docume
             # One row group at a time, so that those before a broken one are not lost.
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
-                    rows = batch.to_pylist()
+                    rows = _rows(batch, key)
                     yield from _documents(enumerate(rows, number + 1), unit, report, limit)
                     number += len(rows)
     except (pyarrow.ArrowException, OSError) as error:
         why = " ".join(str(error).split())[:200]
         report.broken_files.append(f"broken parquet after row {number} ({why})")
+
+
+def _rows(batch: Any, key: str) -> list[dict[str, Any]]:
+    """The rows of a table; the text of one that is not UTF-8, which the format does not check, is no text."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        half = len(batch) // 2
+        return [*_rows(batch[:half], key), *_rows(batch[half:], key)] if half else [{key: b"\xff"}]
+    return rows
 
 
 def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:

@@ -120,6 +120,8 @@ class MakeTokenizer:
         plan = SplitPlan.load(work / "plan.json")
         files = [work / "sample" / f"{group:05d}.jsonl.zst" for group in range(self.groups)]
         sizes = dict.fromkeys(plan.sources, 0)
+        if absent := sorted(self.limits.sources.keys() - sizes):
+            notice(f"tokenizer_sample_overrides: the text has no source {', '.join(absent)}")
         for file in files:
             for row in read_cleaned(file):
                 sizes[row["name"]] += len(row["text"].encode())
