@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,3 +141,9 @@ class QuantEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scales.shape[0]}, {self.rows.shape[1] * 8 // self.bits}, bits={self.bits}"
+
+
+def weights_kind(model: Any) -> str:
+    """What the weights of a language model are: ``int4``, the fewest bits of its linears, or their dtype."""
+    bits = [module.bits for module in model.modules() if isinstance(module, QuantLinear)]
+    return f"int{min(bits)}" if bits else str(model.model.norm.weight.dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 
 import xverse
 from xverse.engine import Request
-from xverse.kernels.linear import QuantLinear
+from xverse.kernels.linear import weights_kind
 from xverse.serve.access_log import current
 from xverse.serve.apis.embeddings import MOST_INPUTS, check_dimensions, embedded
 from xverse.serve.apis.ollama_bodies import (
@@ -233,9 +233,8 @@ async def _embedded(
 
 def _details(service: Service) -> dict[str, Any]:
     model = service.runner.engine.model
-    bits = {module.bits for module in model.modules() if isinstance(module, QuantLinear)}
+    kind = weights_kind(model)
     kinds = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
     count = model.config.num_parameters()
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     return {
@@ -244,7 +243,7 @@ def _details(service: Service) -> dict[str, Any]:
         "family": "xverse",
         "families": ["xverse"],
         "parameter_size": size,
-        "quantization_level": f"INT{min(bits)}" if bits else kinds.get(dtype, dtype),
+        "quantization_level": kinds.get(kind, kind.upper()),
     }
 
 
