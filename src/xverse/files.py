@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -34,6 +35,19 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+    """Write a value as JSON, atomically. Halves of surrogate pairs, as in names of files, are escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent) + "\n"
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, is_url
-from xverse.files import alone, atomic_file, fingerprint
+from xverse.files import alone, atomic_file, fingerprint, write_json
 from xverse.log import notice
 from xverse.remote import filesystem, is_web, listing, open_url, remove, upload, version
 from xverse.texts import read_json
@@ -145,8 +145,7 @@ def fetch(
 
 
 def _record(folder: Path, made: Mapping[str, Any]) -> None:
-    with atomic_file(folder / RECORD) as file:
-        file.write_text(json.dumps(made), encoding="utf-8")
+    write_json(folder / RECORD, made)
 
 
 def read_list(url: str) -> dict[str, Any]:

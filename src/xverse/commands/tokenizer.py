@@ -214,14 +214,10 @@ def _write_report(
     values: dict[str, Any],
     reports: Sequence[VocabularyReport],
 ) -> None:
-    import json
-
-    from xverse.files import atomic_file
+    from xverse.files import atomic_file, write_json, write_text
     from xverse.tokenizer.report import markdown, plot
 
-    with atomic_file(folder / "report.md") as path:
-        path.write_text("\n".join(markdown(table) for table in tables), encoding="utf-8")
-    with atomic_file(folder / "report.json") as path:
-        path.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "report.md", "\n".join(markdown(table) for table in tables))
+    write_json(folder / "report.json", values, indent=1)
     with atomic_file(folder / "report.png") as path:
         plot(reports, path)

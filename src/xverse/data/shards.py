@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.files import atomic_file
+from xverse.files import atomic_file, write_text
 
 FORMAT = 1
 TOKEN = np.dtype("<u4")
@@ -125,8 +125,7 @@ def seal(path: Path, header: ShardHeader) -> None:
 
 def _write_header(path: Path, header: ShardHeader) -> None:
     text = json.dumps(dataclasses.asdict(header), indent=1, ensure_ascii=False) + "\n"
-    with atomic_file(path / "header.json") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path / "header.json", text)
     with atomic_file(path / "DONE") as temporary:
         temporary.write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
 

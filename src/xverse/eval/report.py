@@ -15,7 +15,7 @@ from xverse.eval import published, store
 from xverse.eval.adaptive import estimate, needed
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.statistics import Score, calibration_error, score
-from xverse.files import atomic_file, make_folder
+from xverse.files import atomic_file, make_folder, write_text
 from xverse.texts import read_object
 
 Rows = list[dict[str, Any]]
@@ -364,5 +364,4 @@ def _plain(score: Score) -> dict[str, float | int | None]:
 
 
 def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, text)

@@ -21,7 +21,7 @@ from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.generation import TaskRun, TaskSettings
 from xverse.eval.scoring import Backend, make_prompts, score_prompts
 from xverse.eval.tasks import TASKS
-from xverse.files import atomic_file
+from xverse.files import write_json, write_text
 from xverse.log import notice
 
 SHOTS = 5
@@ -211,7 +211,7 @@ def to_folder(
         "peak_memory_gb": round(hardware.peak_memory() / 1e9, 2),
     }
     if answered and shard == (0, 1):
-        store.write_json(out / "run.json", facts)
+        write_json(out / "run.json", facts, indent=2)
     return facts
 
 
@@ -236,9 +236,8 @@ def run_tasks(
             task = TaskRun(backend.engine, backend.stop_ids, data_dir, settings, report)
             outcome = choose("task", name, TASKS)(task)
         if outcome.page:
-            with atomic_file(out / f"{name}.md") as partial:
-                partial.write_text(outcome.page + "\n", encoding="utf-8")
-        store.write_json(path, asdict(outcome))
+            write_text(out / f"{name}.md", outcome.page + "\n")
+        write_json(path, asdict(outcome), indent=2)
 
 
 def described(benchmarks: Sequence[LoadedBenchmark]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from xverse.config import UserError
 from xverse.eval.scoring import Answer
-from xverse.files import atomic_file
+from xverse.files import atomic_file, write_json
 from xverse.texts import read_jsonl, read_object
 
 
@@ -30,7 +30,7 @@ def begin(out: Path, settings: dict[str, Any]) -> None:
                 f"{settings.get(name)!r}); name another --out"
             )
         return
-    write_json(path, settings)
+    write_json(path, settings, indent=2)
 
 
 def settings(out: Path) -> dict[str, Any]:
@@ -40,11 +40,6 @@ def settings(out: Path) -> dict[str, Any]:
     if not isinstance(values.get("model"), str):
         raise UserError(f"{out}: no evaluation here (no settings.json that names a model)")
     return values
-
-
-def write_json(path: Path, value: Any) -> None:
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def path_of(out: Path, task: str, subject: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from xverse import __version__
-from xverse.files import atomic_file
+from xverse.files import write_text
 from xverse.finetune.encode import Data
 from xverse.finetune.settings import Settings, to_values
 
@@ -79,5 +79,4 @@ def write_card(out: Path, settings: Settings, data: Data, metrics: dict[str, flo
     text = yaml.safe_dump(to_values(settings), sort_keys=False, allow_unicode=True)
     lines += ["## Settings", "", "```yaml", text.rstrip(), "```", ""]
     lines.append(f"xverse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
-    with atomic_file(out / "README.md") as path:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out / "README.md", "\n".join(lines) + "\n")

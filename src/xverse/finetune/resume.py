@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.files import atomic_file
+from xverse.files import write_json
 from xverse.finetune.encode import Data, Example, Prompt
 from xverse.finetune.settings import Settings, read_settings, to_values
 from xverse.formats.checkpoint import check_files
@@ -47,8 +47,7 @@ def begin_anew(settings: Settings) -> None:
 
 
 def write_state(settings: Settings, state: dict[str, Any]) -> None:
-    with atomic_file(settings.output_dir / STATE) as path:
-        path.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    write_json(settings.output_dir / STATE, state, indent=1)
 
 
 def _digest(examples: Sequence[Example]) -> str:

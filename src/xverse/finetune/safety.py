@@ -6,7 +6,6 @@ pretraining.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from xverse import hardware
 from xverse.config import UserError
-from xverse.files import atomic_file
+from xverse.files import write_json
 from xverse.log import notice
 from xverse.place import MARKS
 from xverse.train.copies import Copies
@@ -106,8 +105,7 @@ class Saver:
         problem = self._world.first(problem)
         if not problem and self._world.rank == 0:
             try:
-                with atomic_file(path / MARKS) as file:
-                    file.write_text(json.dumps({"files": marks}), encoding="utf-8")
+                write_json(path / MARKS, {"files": marks})
             except (OSError, UserError) as error:  # Trainer may have deleted the one before already
                 notice(f"WARNING: {path.name} has no fingerprints ({reason(error)})")
         return problem

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback
 from xverse.config import UserError, choose
 from xverse.data.order import random_order
 from xverse.data.packing import pack_examples
-from xverse.files import atomic_file
+from xverse.files import write_json
 from xverse.finetune.encode import Example
 from xverse.finetune.safety import Saver
 from xverse.finetune.stream import Stream
@@ -184,8 +184,7 @@ class SavedTokenizer:
         file = Path(directory) / "tokenizer_config.json"
         if self.padding_side and file.is_file():
             values = {**json.loads(file.read_text(encoding="utf-8")), "padding_side": self.padding_side}
-            with atomic_file(file) as path:
-                path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            write_json(file, values, indent=2)
 
 
 def inputs_of(batch: Batch) -> Batch:

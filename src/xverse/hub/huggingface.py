@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from huggingface_hub.utils import (
 )
 
 from xverse.config import UserError
-from xverse.files import atomic_file
+from xverse.files import write_json
 from xverse.hub.resolve import similar
 from xverse.log import notice, progress
 
@@ -248,11 +248,8 @@ def _verify(name: str, repository: Path, snapshot: Path, checksums: Mapping[str,
                 raise _mismatch(name, file, expected, digest)
         verified[file] = stamp
     if verified != known:
-        try:
-            with atomic_file(note) as temporary:
-                temporary.write_text(json.dumps(verified))
-        except (UserError, OSError):
-            pass  # the cache is read-only: verify each time
+        with suppress(UserError, OSError):  # the cache is read-only: verify each time
+            write_json(note, verified)
 
 
 def _digest(path: Path, expected: str) -> str:

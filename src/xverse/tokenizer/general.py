@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.files import atomic_file
+from xverse.files import write_text
 from xverse.texts import read_object
 from xverse.tokenizer.pieces import read_model_file
 from xverse.tokenizer.tokenizer import (
@@ -137,8 +137,7 @@ class GeneralTokenizer(Tokenizer):
         if self.template is not None and "chat_template" not in self.settings:
             files[_TEMPLATE] = self.template
         for name, text in files.items():
-            with atomic_file(directory / name) as path:
-                path.write_text(text + ("" if name == _TEMPLATE else "\n"), encoding="utf-8")
+            write_text(directory / name, text + ("" if name == _TEMPLATE else "\n"))
 
     def _special(self, name: str, vocab: Mapping[str, int]) -> int:
         stored = self.settings.get(name)

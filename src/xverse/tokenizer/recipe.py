@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from xverse.config import UserError, nearest
-from xverse.files import alone, atomic_file
+from xverse.files import alone, write_json
 from xverse.hardware import cores
 from xverse.log import notice
 from xverse.texts import ReadReport, find_files, read_json, read_texts, stem
@@ -150,8 +150,7 @@ def _train(recipe: TokenizerRecipe, files: Mapping[str, list[Path]], digest: str
         },
     }
     tokenizer.save(recipe.out)
-    with atomic_file(record) as path:
-        path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(record, report, indent=2)
     return report
 
 

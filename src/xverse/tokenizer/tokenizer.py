@@ -22,7 +22,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.files import atomic_file
+from xverse.files import atomic_file, write_json
 from xverse.tokenizer.chat_template import CHAT_TEMPLATE
 from xverse.tokenizer.encoder import SPACE, Encoder, make_encoder
 from xverse.tokenizer.repair import read_tokenizer_json, repair_json, write_tokenizer_json
@@ -195,8 +195,7 @@ class Tokenizer:
             "model_input_names": ["input_ids", "attention_mask"],
             "chat_template": CHAT_TEMPLATE,
         }
-        with atomic_file(directory / "tokenizer_config.json") as path:
-            path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "tokenizer_config.json", config, indent=2)
 
 
 class StreamDecoder:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import threading
 import warnings
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from xverse.config import UserError
-from xverse.files import atomic_file, fingerprint, sync
+from xverse.files import fingerprint, sync, write_json
 from xverse.formats.parts import SHARD, Index, Part, read_header
 from xverse.log import notice
 from xverse.train.copies import Copies
@@ -157,8 +156,7 @@ class Checkpointer:
             self._describe(temporary)
             beside = sorted(file for file in temporary.iterdir() if not file.name.startswith(SHARD))
             state["files"] |= {file.name: fingerprint(file) for file in beside}
-        with atomic_file(temporary / "state.json") as file:
-            file.write_text(json.dumps(state), encoding="utf-8")
+        write_json(temporary / "state.json", state)
         if path.exists():  # written before a rollback
             self._kept.remove(path)
         temporary.replace(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from xverse.files import atomic_file
+from xverse.files import write_text
 from xverse.hardware import device_peaks, peak_memory
 from xverse.model import XverseConfig
 from xverse.train.memory import predicted_memory
@@ -135,8 +135,7 @@ def write_report(
             lines.append(f"| step {record['step'] + 1} | {values} |")
     if (out / "loss.png").exists():
         lines += ["", "![loss](loss.png)"]
-    with atomic_file(out / "report.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out / "report.md", "\n".join(lines) + "\n")
     return out / "report.md"
 
 

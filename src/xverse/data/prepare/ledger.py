@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xverse.files import atomic_file
+from xverse.files import write_json
 from xverse.texts import ReadReport, read_json
 
 EXAMPLES = 3
@@ -79,8 +78,7 @@ class GroupRecord:
 
     def save(self, path: Path) -> None:
         values = {**vars(self), "ledger": vars(self.ledger), "units": [_short(unit) for unit in self.units]}
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        write_json(path, values)
 
     @staticmethod
     def load(path: Path) -> GroupRecord:

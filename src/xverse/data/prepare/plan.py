@@ -7,7 +7,6 @@ document these hold a few bytes in arrays, and no process reads the keys of all 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from xverse.data.prepare.duplicates import (
 )
 from xverse.data.prepare.keys import Keys
 from xverse.data.prepare.ledger import GroupRecord, unreadable
-from xverse.files import atomic_file
+from xverse.files import atomic_file, write_json
 from xverse.log import notice
 from xverse.texts import read_json
 
@@ -77,8 +76,7 @@ class Gathered:
 
     def save(self, work: Path) -> None:
         values = {**vars(self), "counts": self.counts.tolist()}
-        with atomic_file(work / "gathered.json") as temporary:
-            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        write_json(work / "gathered.json", values)
 
     @staticmethod
     def load(work: Path) -> Gathered:
@@ -221,8 +219,7 @@ class MakePlan:
         )
         for language in sorted(set(self.languages) - {source.language for source in plan.sources.values()}):
             notice(f"{language}: no document left in this language")
-        with atomic_file(self.work / "plan.json") as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(plan)), encoding="utf-8")
+        write_json(self.work / "plan.json", dataclasses.asdict(plan))
 
 
 def count_kept(

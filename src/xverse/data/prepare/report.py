@@ -19,7 +19,7 @@ from xverse.data.prepare.encode import SPLITS, load_part
 from xverse.data.prepare.ledger import GroupRecord, Ledger, Table, total, unreadable
 from xverse.data.prepare.plan import SplitPlan
 from xverse.data.shards import ShardHeader, read_header
-from xverse.files import atomic_file
+from xverse.files import atomic_file, write_json, write_text
 from xverse.tokenizer.general import load_tokenizer_of
 
 
@@ -78,16 +78,12 @@ class WriteReport:
                     bad_lines += [f"{unit.name}, line {line}: {why}\n" for line, why in done.report.bad_lines]
         report = self._report(plan, ledger, problems, skipped)
         about = _questions_about(work / "questions.npz") if self.stages.decontaminate is not None else {}
-        with atomic_file(self.out / "report.md") as temporary:
-            temporary.write_text(markdown(ledger, report, about, self.stages.any()), encoding="utf-8")
+        write_text(self.out / "report.md", markdown(ledger, report, about, self.stages.any()))
         if self.stages.any():
             with atomic_file(self.out / "report.png") as temporary:
                 plot(ledger, temporary)
-        with atomic_file(self.out / "report.json") as temporary:
-            text = json.dumps(
-                {"recipe": self.fingerprint, **dataclasses.asdict(report)}, indent=1, ensure_ascii=False
-            )
-            temporary.write_text(text + "\n", encoding="utf-8")
+        values = {"recipe": self.fingerprint, **dataclasses.asdict(report)}
+        write_json(self.out / "report.json", values, indent=1)
 
     def _report(
         self, plan: SplitPlan, ledger: Ledger, problems: dict[str, str], skipped: dict[str, int]
@@ -119,8 +115,7 @@ def _lines(path: Path) -> Iterator[list[str]]:
     lines: list[str] = []
     yield lines
     if lines:
-        with atomic_file(path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        write_text(path, "".join(lines))
 
 
 def stages_of(ledger: Ledger) -> dict[str, list[int]]:
