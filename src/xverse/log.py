@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,22 @@ def progress(**options: Any) -> Progress:
         # Outside a terminal a bar would leave an empty line.
         **{"disable": not console.is_terminal, **options},
     )
+
+
+def print_table(rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on stdout, texts in the first column and figures in the others; the first row is its
+    head."""
+    from rich.table import Table
+
+    head, *others = rows
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(head):
+        layout: dict[str, Any] = {"justify": "right", "no_wrap": True} if number else {"overflow": "fold"}
+        table.add_column(column, **layout)
+    for row in others:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 120  # otherwise a file would be wrapped at 80
+    Console(highlight=False, markup=False, emoji=False, width=width).print(table)
 
 
 class JsonlLog:

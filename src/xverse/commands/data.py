@@ -60,10 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from xverse.config import load, need
+    from xverse.log import print_table
 
     need("datatrove", "data", "data prepare", load=False)
     need("zstandard", "data", "data prepare", load=False)
@@ -79,14 +77,12 @@ def _prepare(args: argparse.Namespace) -> int:
             "submits what is missing"
         )
         return 0
-    table = Table("source", box=None, pad_edge=False)
-    for column in ("documents", "held out", "bad lines", "tokens", "bytes/token"):
-        table.add_column(column, justify="right")
+    rows = [["source", "documents", "held out", "bad lines", "tokens", "bytes/token"]]
     for row in report.sources:
         size = row.text_bytes / max(1, row.tokens + row.valid_tokens)
         figures: tuple[int, ...] = (row.documents, row.valid_documents, row.skipped_lines, row.tokens)
-        table.add_row(row.name, *(f"{figure:,}" for figure in figures), f"{size:.2f}")
-    Console(highlight=False).print(table)
+        rows.append([row.name, *[f"{figure:,}" for figure in figures], f"{size:.2f}"])
+    print_table(rows)
     total = sum(row.tokens for row in report.sources)
     held = sum(row.valid_tokens for row in report.sources)
     sources = f"{len(report.sources)} source{'s' if len(report.sources) != 1 else ''}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,23 +67,19 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_recipe(path: str, overrides: Sequence[str], flags: dict[str, Any]) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from xverse.config import load
     from xverse.files import check_writable
+    from xverse.log import print_table
     from xverse.tokenizer.recipe import TokenizerRecipe, train_recipe
 
     recipe = load(TokenizerRecipe, path, overrides, flags)
     check_writable(recipe.out)
     report = train_recipe(recipe)
-    table = Table("language", box=None, pad_edge=False)
-    for column in ("texts", "bytes", "distinct words", "weight", "single characters"):
-        table.add_column(column, justify="right")
+    rows = [("language", "texts", "bytes", "distinct words", "weight", "single characters")]
     for name, row in report["languages"].items():
-        counts = (f"{row[key]:,}" for key in ("texts", "bytes", "different_words"))
-        table.add_row(name, *counts, f"{row['weight']:.2%}", f"{row['single_characters']:.3%}")
-    Console(highlight=False, markup=False).print(table)
+        counts = [f"{row[key]:,}" for key in ("texts", "bytes", "different_words")]
+        rows.append((name, *counts, f"{row['weight']:.2%}", f"{row['single_characters']:.3%}"))
+    print_table(rows)
     _summarise(report["vocab_size"], report["hash"], report)
     print(recipe.out)
     return 0
@@ -165,10 +160,8 @@ def _repair(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     import json
 
-    from rich.console import Console
-    from rich.table import Table
-
     from xverse.files import check_writable
+    from xverse.log import print_table
     from xverse.texts import find_files
     from xverse.tokenizer import Tokenizer
     from xverse.tokenizer.report import as_json, by_file, in_detail, measure, overview
@@ -195,16 +188,9 @@ def _report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(values, ensure_ascii=False))
     else:
-        width = None if sys.stdout.isatty() else 120  # otherwise a file would be wrapped at 80
         for rows in tables:
-            table = Table(box=None, pad_edge=False)
-            for number, column in enumerate(rows[0]):
-                table.add_column(
-                    column, **({"justify": "right", "no_wrap": True} if number else {"overflow": "fold"})
-                )
-            for row in rows[1:]:
-                table.add_row(*row)
-            Console(highlight=False, markup=False, width=width).print(table, "")
+            print_table(rows)
+            print()
     return 0 if all(row.round_trip for row in reports[0].files) else 1
 
 
