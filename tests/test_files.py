@@ -13,7 +13,7 @@ import pytest
 
 from tests import forkserver
 from xverse.config import UserError
-from xverse.files import alone, atomic_directory, atomic_file, recover_directory
+from xverse.files import alone, atomic_directory, atomic_file, read_sealed, recover_directory, sealed
 
 FILES = {f"part-{i}.bin": bytes([i]) * 5000 for i in range(20)}
 
@@ -213,3 +213,22 @@ def test_one_process_has_a_lock_until_it_ends(tmp_path: Path) -> None:
     with pytest.raises(KeyError), alone(tmp_path / "other" / ".lock", "taken"):
         raise KeyError
     assert not (tmp_path / "other").exists()
+
+
+def test_a_sealed_file_shows_every_changed_byte(tmp_path: Path) -> None:
+    values = {"step": 12, "loss": 1.25, "identity": {"ä": [1e-3, None, True]}, "files": {"a": [3, "ff"]}}
+    text = sealed(values).encode()
+    file = tmp_path / "state.json"
+    for place in range(len(text)):
+        for bit in (0, 5):
+            file.write_bytes(text[:place] + bytes([text[place] ^ 1 << bit]) + text[place + 1 :])
+            try:
+                read = read_sealed(file)
+            except ValueError:
+                continue
+            # The name of the digest itself, or another blank: nothing that a run reads has changed.
+            assert {key: read[key] for key in values} == values, (place, bit)
+    file.write_bytes(text)
+    assert read_sealed(file) == values
+    file.write_text('{"step": 1}')  # of an earlier version
+    assert read_sealed(file) == {"step": 1}

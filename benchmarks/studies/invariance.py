@@ -12,10 +12,13 @@ from typing import Any
 from xverse import values
 from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.load import load_engine
+from xverse.log import notice
 
 # What is compared of a reply: its tokens, and log-probabilities of the 20 most probable ones at each position
 # of prompt and reply, which no change of a logit leaves as they are.
 Outcome = tuple[Any, ...]
+# Requests that are in company together, so that an interrupted run has compared what it reports.
+GROUP = 250
 
 
 def traffic(
@@ -100,15 +103,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.model, quantize=args.quantize, prefix_cache_bytes=0, batch_invariant=True
     ).engine
     requests = traffic(engine.tokenizer.vocab_size, args.requests, args.seed)
-    alone = run_alone(engine, requests)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     crowded = Engine(
         engine.model, engine.tokenizer, max_batch=32, max_cache_tokens=2048, prefill_chunk=256,
         speculation=Speculation(), batch_invariant=True,
     )  # fmt: skip
-    together = run_together(crowded, requests, args.seed + 1)
-    differences = sum(one != other for one, other in zip(alone, together, strict=True))
+    differences, threads = 0, torch.get_num_threads()
+    for start in range(0, len(requests), GROUP):
+        group = requests[start : start + GROUP]
+        alone = run_alone(engine, group)
+        torch.set_num_threads(args.threads or threads)
+        together = run_together(crowded, group, args.seed + 1 + start)
+        torch.set_num_threads(threads)
+        differences += sum(one != other for one, other in zip(alone, together, strict=True))
+        notice(f"{start + len(group):,} of {len(requests):,} requests compared: {differences} differences")
     stats = crowded.stats()
     seconds: dict[bool, float] = {}
     for batch_invariant in (True, False, True, False):

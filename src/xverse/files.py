@@ -17,6 +17,8 @@ from typing import IO, Any
 
 from xverse.config import UserError, refuse_url
 
+SEAL = "sha256"  # of the other values of a JSON file
+
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
@@ -159,6 +161,23 @@ def check_fingerprint(path: Path, expected: Sequence[Any]) -> None:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size}")
     if fingerprint(path)[1] != digest:
         raise ValueError(f"{path.name} has another SHA-256 than was recorded")
+
+
+def sealed(values: dict[str, Any]) -> str:
+    """``values`` as JSON, with the SHA-256 that ``read_sealed`` compares."""
+    return json.dumps({**values, SEAL: hashlib.sha256(json.dumps(values).encode()).hexdigest()})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises ValueError if it is none or has changed since ``sealed`` (files of
+    earlier versions have no digest), OSError if it is unreadable."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} holds no object")
+    seal = values.pop(SEAL, None)
+    if seal is not None and seal != hashlib.sha256(json.dumps(values).encode()).hexdigest():
+        raise ValueError(f"{path.name} has another SHA-256 than was recorded")
+    return values
 
 
 def make_folder(folder: Path, shown: Path | None = None) -> None:

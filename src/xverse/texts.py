@@ -128,6 +128,22 @@ def find_files(names: Iterable[str | Path]) -> list[Path]:
     return paths
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder that it is in, is hidden, such as ``.git``."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def files_below(root: Path) -> list[Path]:
+    """The files in a folder that are not hidden, by path; follows links to folders, each folder once."""
+    seen, found = {os.path.realpath(root)}, []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        targets = {name: os.path.realpath(Path(folder, name)) for name in sorted(folders)}
+        folders[:] = [name for name, to in targets.items() if not is_hidden(name) and to not in seen]
+        seen.update(targets[name] for name in folders)
+        found += [Path(folder, name) for name in files if not is_hidden(name)]
+    return sorted(filter(Path.is_file, found))
+
+
 def open_binary(path: str | Path) -> BinaryIO:
     """Open a file or URL for reading. What is compressed, by its name or its first bytes, is decompressed.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from xverse.cli import main
 from xverse.config import UserError, build
@@ -17,7 +18,7 @@ from xverse.data.dialogues.formats import DatasetInfo
 from xverse.finetune.dialogue import encode_within
 from xverse.finetune.encode import load_data
 from xverse.finetune.settings import DatasetUse, read_settings
-from xverse.finetune.sources import Source, find_sources, packaged, read_file, source_files
+from xverse.finetune.sources import KINDS, Source, find_sources, packaged, read_file, source_files
 from xverse.tokenizer import encode_chat, encode_dialogue
 
 
@@ -43,6 +44,41 @@ def test_names_are_entries_files_folders_and_homes(folder) -> None:
     assert home.info.hf_hub_url == "llamafactory/alpaca_gpt4_en"
     (guessed,) = find_sources(uses("turns.json"), folder)
     assert len(items(guessed)) == 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_compressed_or_not_and_in_capitals(tmp_path, kind) -> None:
+    row = {"instruction": "i", "output": "o"}
+    plain = {
+        ".json": json.dumps([row]).encode(),
+        ".jsonl": json.dumps(row).encode(),
+        ".txt": b"a line\n",
+        ".csv": b"instruction,output\ni,o\n",
+        ".tsv": b"instruction\toutput\ni\to\n",
+    }
+    names = {f"a{kind}": plain.get(kind), f"b{kind.upper()}": plain.get(kind)}
+    if kind == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        for name in names:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name)
+    else:
+        names |= {f"c{kind}.gz": gzip.compress(plain[kind]), f"d{kind}.zst": zstandard.compress(plain[kind])}
+        for name, data in names.items():
+            (tmp_path / name).write_bytes(data)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / f"a{kind}").write_bytes(b"not read")
+    (source,) = find_sources(uses(str(tmp_path)), tmp_path)
+    assert [file.name for file in source_files(source)] == sorted(names)
+    stage = "pt" if kind == ".txt" else "sft"
+    for file in source_files(source):
+        found = [item for item, _ in read_file(file, stage, Counter())]
+        assert found == [{"text": "a line"} if kind == ".txt" else row], file.name
+    (tmp_path / "a.xml").write_text("<a/>")
+    (source,) = find_sources(uses(str(tmp_path / "a.xml")), tmp_path)
+    with pytest.raises(UserError, match=r"a\.xml: unknown format; known are \.json, "):
+        items(source)
 
 
 def test_every_packaged_entry_is_well_formed() -> None:

@@ -17,7 +17,7 @@ from xverse.engine import Engine
 from xverse.engine.request import Request
 from xverse.engine.sampling_params import SamplingParams
 from xverse.formats import load_model
-from xverse.formats.quantize import load_quantizing
+from xverse.formats.quantize import load_quantizing, quick_settings
 from xverse.hf import XverseConfig as XverseHfConfig
 from xverse.model import FullCausal, Packed, XverseConfig
 from xverse.model.families import FAMILIES
@@ -54,7 +54,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, biased": ("Llama", {"tie_word_embeddings": True, "attention_bias": True}),
     "llama 3": ("Llama", {"rope_parameters": LLAMA3}),
     "yarn": ("Llama", {"rope_parameters": YARN}),
+    "yarn with scales": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}}),
+    "yarn, not rounded": ("Llama", {"rope_parameters": {**YARN, "truncate": False, "finetuned": True}}),
     "linear": ("Llama", {"rope_parameters": LINEAR}),
+    "dynamic": ("Llama", {"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}),
+    "heads of 80": ("Llama", {"head_dim": 80, "hidden_act": "swish"}),
     "wide heads": ("Llama", {"head_dim": 64}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
@@ -169,8 +173,8 @@ REFUSED = {
     "gelu": ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act"),
     "partly rotated": ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "long rope": (
-        {"model_type": "llama", "rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
-        "longrope",
+        {"model_type": "llama", "rope_scaling": {"rope_type": "longrope", "long_factor": [2.0]}},
+        "rope_type 'longrope' is not supported",
     ),
     "heads": ({"model_type": "llama", "num_key_value_heads": 4}, "not a multiple"),
 }
@@ -296,3 +300,36 @@ def test_xverse_is_unchanged() -> None:
     )
     assert "num_key_value_heads" not in config.to_json()
     assert dataclasses.replace(config, hidden_size=128, head_dim=0).head_dim == 64
+
+
+STORED = {
+    "float64": (lambda t: t | {"model.norm.weight": t["model.norm.weight"].double()}, "stored as float64"),
+    "another shape": (lambda t: t | {"model.norm.weight": torch.ones(3)}, "is 3 where config.json says 192"),
+    "none": (lambda t: {k: v for k, v in t.items() if "0.mlp.up" not in k}, "missing model.layers.0.mlp.up"),
+    "one too many": (lambda t: t | {"x": torch.ones(1)}, "unexpected x"),
+    "another head": (lambda t: t | {"lm_head.weight": torch.ones(VOCAB, 192)}, "is not the embedding"),
+    "the same head": (lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()}, ""),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_tensors_that_do_not_fit_the_configuration(case: str, stock: Any, tmp_path: Path) -> None:
+    """By both readers: of a model as it is, and of one that is quantised meanwhile."""
+    from safetensors.torch import load_file, save_file
+
+    _, directory = stock("tied, biased")
+    change, message = STORED[case]
+    save_file(change(load_file(directory / "model.safetensors")), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    for read in (load_model, lambda path: load_quantizing(path, "int8")):
+        if message:
+            with pytest.raises(UserError, match=message):
+                read(tmp_path)
+        else:
+            read(tmp_path)
+
+
+def test_layers_that_no_group_divides() -> None:
+    sizes = {**SIZES, "head_dim": None, "model_type": "llama", "hidden_size": 144}
+    with pytest.raises(UserError, match="none of 32, 64, 128 up to 128 divides the 144 inputs"):
+        quick_settings("int4", XverseConfig.from_json(sizes))

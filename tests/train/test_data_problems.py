@@ -51,6 +51,24 @@ def test_a_shard_that_changes_is_found_by_its_digest(copied: Path) -> None:
     assert "this shard can no longer be read" in watch() or "prepared again" in watch()
 
 
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin"])
+@pytest.mark.parametrize("newer", [True, False])
+def test_a_flipped_bit_of_any_file_of_a_shard_is_found(
+    copied: Path, split: str, name: str, newer: bool
+) -> None:
+    file = copied / split / "zh" / name
+    data, times = bytearray(file.read_bytes()), file.stat()
+    data[len(data) // 16 * 8] ^= 1  # of an offset: the lowest bit, so that offsets still increase
+    assert len(data) > 16
+    file.write_bytes(data)
+    if not newer:
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    feed = PretrainFeed(copied, MixtureConfig(), 48, seed=0)
+    watch = ShardWatch([*feed.train.values(), *feed.valid.values()])
+    assert watch() == f"{file}: changed since it was prepared (SHA-256 differs); prepare it again"
+
+
 def test_a_shard_that_changes_under_a_running_job_ends_it_without_a_checkpoint(
     write_recipe: Callable[..., Path], copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

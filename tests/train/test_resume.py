@@ -162,6 +162,10 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def change(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "reason"),
     [
@@ -170,6 +174,11 @@ def flip(path: Path) -> None:
         (shard, Path.unlink, "No such file"),
         (lambda path: path / "state.json", lambda path: path.write_text("{"), "Expecting"),
         (lambda path: path / "state.json", lambda path: path.write_text('{"step": 4}'), "identity"),
+        (
+            lambda path: path / "state.json",
+            lambda path: change(path, '"step": 4', '"step": 5'),
+            "has another SHA",
+        ),
     ],
 )
 def test_damaged_checkpoint_is_named_and_the_one_before_serves(

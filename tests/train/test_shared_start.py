@@ -81,7 +81,7 @@ def test_each_process_verifies_and_reads_its_share(
         assert found["verified"] == ["step-00000004", mine]
         assert found["after damage"] == "step-00000002"
         assert found["headers"] == [mine]
-        reason = "this checkpoint cannot be read (No such file or directory)"
+        reason = "this checkpoint cannot be read (state.json: No such file or directory)"
         step = out / "checkpoints" / "step-00000002"
         assert found["newest"] == f"{step}: {reason}, and no earlier one is intact; delete it to start again"
         assert found["load"] == f"{step}: {reason}"

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.files import atomic_file, write_text
+from xverse.files import atomic_file, fingerprint, write_text
 
 FORMAT = 1
 TOKEN = np.dtype("<u4")
@@ -45,6 +45,7 @@ class ShardHeader:
     tokens: int = 0
     text_bytes: int = 0
     tokens_sha256: str = ""
+    offsets_sha256: str = ""  # empty in shards of earlier versions
     format: int = FORMAT
 
 
@@ -67,7 +68,6 @@ class ShardWriter:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
         self._offsets.write(np.zeros(1, OFFSET).tobytes())
-        self._digest = hashlib.sha256()
 
     def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], text_bytes: int) -> None:
         """Append documents of ``text_bytes`` bytes of text in all.
@@ -86,7 +86,6 @@ class ShardWriter:
             self._offsets.write(offsets.tobytes())
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        self._digest.update(tokens)
         self.header.documents += len(offsets)
 
     def finish(self) -> ShardHeader:
@@ -95,8 +94,7 @@ class ShardWriter:
             self._close()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        self.header.tokens_sha256 = self._digest.hexdigest()
-        _write_header(self.path, self.header)
+        seal(self.path, self.header)
         return self.header
 
     def _close(self) -> None:
@@ -111,19 +109,16 @@ class ShardWriter:
 
 
 def seal(path: Path, header: ShardHeader) -> None:
-    """Finish a shard whose files and counts are complete: digest, header and marker.
+    """Finish a shard whose files and counts are complete: digests, header and marker.
 
     Raises UserError for a file of another size.
     """
     _check_sizes(path, header)
     for left in path.glob(".*.tmp"):  # of a killed writer
         left.unlink()
-    with (path / "tokens.bin").open("rb") as file:
-        header.tokens_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    _write_header(path, header)
-
-
-def _write_header(path: Path, header: ShardHeader) -> None:
+    header.tokens_sha256, header.offsets_sha256 = (
+        fingerprint(path / name)[1] for name in ("tokens.bin", "offsets.bin")
+    )
     text = json.dumps(dataclasses.asdict(header), indent=1, ensure_ascii=False) + "\n"
     write_text(path / "header.json", text)
     with atomic_file(path / "DONE") as temporary:

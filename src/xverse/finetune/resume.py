@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.files import write_json
+from xverse.files import read_sealed, write_json
 from xverse.finetune.encode import Data, Example, Prompt
 from xverse.finetune.settings import Settings, read_settings, to_values
 from xverse.formats.checkpoint import check_files
 from xverse.log import notice
 from xverse.place import MARKS
 from xverse.texts import read_object
-from xverse.train.keeping import LOCK, Kept, read_json
+from xverse.train.keeping import LOCK, Kept
 from xverse.train.parallel import World
 
 STATE, TRAINER, PREFIX = "finetune.json", "trainer_state.json", "checkpoint-"
@@ -116,8 +116,8 @@ def resume_point(settings: Settings, state: dict[str, Any], world: World) -> str
 
 def _read_state(path: Path) -> dict[str, Any]:
     """Trainer's state, and the fingerprints of the files; earlier versions wrote none."""
-    state: dict[str, Any] = read_json(path / TRAINER)
-    marks = read_json(path / MARKS)["files"] if (path / MARKS).exists() else {}
+    state: dict[str, Any] = read_sealed(path / TRAINER)
+    marks = read_sealed(path / MARKS)["files"] if (path / MARKS).exists() else {}
     return {"step": state["global_step"], "files": marks}
 
 

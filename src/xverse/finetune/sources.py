@@ -17,10 +17,10 @@ from xverse.finetune.settings import DatasetUse
 from xverse.hub.datasets import fetch_dataset
 from xverse.log import notice
 from xverse.records import read_records, read_table
-from xverse.texts import ReadReport, read_json, read_text_lines
+from xverse.texts import COMPRESSED, ReadReport, files_below, kind_of, read_json, read_text_lines
 
-JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-SUFFIXES = (*JSON_SUFFIXES, ".txt", ".csv", ".tsv", ".parquet")
+KINDS = (".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
+SUFFIXES = (*KINDS, *(f"{kind}{packed}" for kind in KINDS[:-1] for packed in COMPRESSED))
 INFO = "dataset_info.json"
 
 
@@ -79,7 +79,7 @@ def find_sources(uses: Sequence[DatasetUse], folder: Path) -> list[Source]:
         elif name.count("/") == 1 and not Path(name).suffix:
             sources.append(Source(use, DatasetInfo(hf_hub_url=name), None, guessed=True))
         else:
-            here = [*own, *(item.name for item in folder.glob("*") if item.name.endswith(SUFFIXES))]
+            here = [*own, *(item.name for item in folder.glob("*") if item.name.lower().endswith(SUFFIXES))]
             listing = ", ".join(sorted(here)) or "nothing"
             raise UserError(
                 f"no dataset '{name}'{nearest(name, [*here, *known])} ({folder} has {listing}; "
@@ -120,12 +120,12 @@ def source_files(source: Source) -> list[SourceFile]:
     path = source.path or fetch(source)
     if not path.is_dir():
         return [SourceFile(source, path, source.name, in_folder=False)]
-    files = sorted(item for item in path.rglob("*") if item.is_file() and item.name.endswith(SUFFIXES))
+    files = [item for item in files_below(path) if item.name.lower().endswith(SUFFIXES)]
     files = [item for item in files if item.name not in (INFO, "dataset_infos.json")]
     if source.path is None:
         files = _of_split(files, path, info, source.name)
     if not files:
-        raise UserError(f"{path}: no dataset here; known formats are {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: no dataset here; known formats are {', '.join(KINDS)}")
     local = source.path is not None
     return [SourceFile(source, item, item.name if local else source.name, in_folder=local) for item in files]
 
@@ -148,14 +148,17 @@ def read_file(file: SourceFile, stage: str, skipped: Counter[str]) -> Iterator[t
 
 
 def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
-    if file.name.endswith(JSON_SUFFIXES):
+    kind = kind_of(file)
+    if kind in (".json", ".jsonl"):
         yield from _records(file, read_records, "ill-formed lines", skipped)
-    elif file.suffix == ".txt":
+    elif kind == ".txt":
         for line in read_text_lines(file):
             if line.strip():
                 yield {"text": line}
-    elif file.suffix in (".csv", ".tsv"):
+    elif kind in (".csv", ".tsv"):
         yield from _records(file, read_table, "ill-formed rows", skipped)
+    elif kind != ".parquet":
+        raise UserError(f"{file}: unknown format; known are {', '.join(KINDS)}, by the end of the name")
     else:
         yield from _parquet_rows(file)
 

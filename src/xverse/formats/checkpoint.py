@@ -8,14 +8,13 @@ of fine-tuning is a model directory, or with FSDP holds torch.distributed.checkp
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
-from xverse.files import check_fingerprint
+from xverse.files import check_fingerprint, read_sealed
 from xverse.formats.directory import AssembledDirectory, ModelDirectory
 from xverse.formats.parts import SHARD, Index, read_header
 from xverse.formats.weights import TensorFiles, listed
@@ -56,10 +55,10 @@ def model_at(path: Path, name: str | None = None) -> ModelDirectory | None:
 
 
 def _model_of_run(run: Path, name: str | None) -> ModelDirectory | None:
+    run = run.parent if run.name == "checkpoints" else run
+    checkpoints = [*run.glob("checkpoints/step-*")] or [*run.glob("checkpoint-*")]
+    checkpoints = sorted((path for path in checkpoints if _step(path) >= 0), key=_step)
     finished = run / "model"
-    checkpoints = sorted((run / "checkpoints").glob("step-*"), key=_step)
-    checkpoints = checkpoints or sorted(run.glob("checkpoint-*"), key=_step)
-    checkpoints = [path for path in checkpoints if _step(path) >= 0]
     if (finished / "config.json").is_file() and (
         not checkpoints or _finished_step(run) >= _step(checkpoints[-1])
     ):
@@ -91,14 +90,9 @@ def _step(path: Path) -> int:
 def _finished_step(run: Path) -> float:
     """The steps of the run's finished model, which ``recipe.json`` has; infinite if it is not recorded."""
     try:
-        return int(_read(run / "recipe.json")["train"]["steps"])
+        return int(read_sealed(run / "recipe.json")["train"]["steps"])
     except _DAMAGED:
         return float("inf")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
 
 
 def check_files(path: Path) -> None:
@@ -106,13 +100,14 @@ def check_files(path: Path) -> None:
     differs. One of fine-tuning by an earlier version has none."""
     try:
         if (path / STATE).is_file():
-            marks = _read(path / STATE)["files"]
+            marks = read_sealed(path / STATE)["files"]
         else:
-            marks = _read(path / MARKS)["files"] if (path / MARKS).is_file() else {}
+            marks = read_sealed(path / MARKS)["files"] if (path / MARKS).is_file() else {}
         for name, mark in marks.items():
             check_fingerprint(path / name, mark)
     except _DAMAGED as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        lost = f"{Path(error.filename).name}: " if isinstance(error, FileNotFoundError) else ""
+        why = f"{lost}{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{path}: this checkpoint cannot be read ({why})") from None
 
 

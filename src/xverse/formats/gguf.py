@@ -237,9 +237,9 @@ def _check_scaling(scaling: RopeScaling | None) -> None:
     default = RopeScaling(rope_type=scaling.rope_type, factor=scaling.factor)
     if scaling.rope_type == "dynamic":
         raise UserError("GGUF has no dynamic rope scaling; use linear or yarn scaling, or none")
-    for name in ("attention_factor", "beta_fast", "beta_slow"):
-        if getattr(scaling, name) != getattr(default, name):
-            raise UserError(f"GGUF: rope scaling with {name} = {getattr(scaling, name)} is not supported")
+    for name, value in scaling.to_json().items():
+        if name != "original_max_position_embeddings" and value != getattr(default, name):
+            raise UserError(f"GGUF: rope scaling with {name} = {value} is not supported")
 
 
 def _kind(name: str, tensor: Tensor, kind: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from xverse.config import UserError, choose
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
-from xverse.formats.read import load_model
+from xverse.formats.read import check_tied, load_model
 from xverse.formats.schemes import Placed, set_layer
 from xverse.formats.weights import IGNORED_SUFFIX, check_tensors, misfit
 from xverse.formats.write import check_target, save_quantized
@@ -28,7 +27,7 @@ from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.quant import mixing
 from xverse.quant.parity import ParityReport
 from xverse.quant.quantizer import EMBEDDING, HEAD, Quantizer
-from xverse.quant.settings import Format, QuantSettings, input_sizes, matrices
+from xverse.quant.settings import Format, QuantSettings, fitting_group, input_sizes, matrices
 from xverse.quant.text import loading_calibration, resized
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ class Source:
             raise UserError(f"{path}: is already quantised; quantise the model it was made from")
         state = XverseForCausalLM.empty(self.config).state_dict()
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
+        check_tied(directory)
         self._files = directory.tensors
         ignored = [IGNORED_SUFFIX]
         if self.config.tie_word_embeddings:
@@ -131,7 +131,8 @@ def quick_settings(kind: str, config: XverseConfig) -> QuantSettings:
     """The settings of ``int8``, ``int4``, ``int3`` or ``int2``, with groups of 128 (3 and 2 bits: 64) or the
     largest part of it that divides the inputs of every layer. Raises UserError for any other ``kind``."""
     bits = choose("quantize", kind, {f"int{bits}": bits for bits in reversed(BITS)})
-    group = math.gcd(QuantSettings.group_size if bits >= 4 else 64, *input_sizes(config))
+    largest = QuantSettings.group_size if bits >= 4 else 64
+    group = min(fitting_group(inputs, largest) for inputs in input_sizes(config))
     return QuantSettings(bits=bits, group_size=group, embedding_bits=16)
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
 from xverse.formats.schemes import Placed, Scheme, dequantized, layer_of, load_layers, quantized_names
 from xverse.formats.weights import HEAD, IGNORED_SUFFIX, check_tensors, misfit
 from xverse.model import XverseForCausalLM
 from xverse.model.config import FLOAT32_BELOW
+
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 def load_model(
@@ -42,6 +45,7 @@ def load_model(
     if directory.scheme is not None:
         _load_quantized(model, directory, directory.scheme, dtype, device, dequantize, placed)
         return model
+    check_tied(directory)
     taken = _Taken(model)
     dtype = dtype or directory.stored_dtype
     for name, tensor in directory.read():
@@ -121,3 +125,16 @@ def _load_quantized(
         model.tie()
     if not dequantize and isinstance(model.model.embed_tokens, nn.Embedding):
         keep_in_file(model.model.embed_tokens)
+
+
+def check_tied(directory: ModelDirectory) -> None:
+    """Raise UserError if the head is tied according to config.json, but stored with other values than the
+    embedding, which transformers would not tie."""
+    files = directory.tensors
+    if not directory.config.tie_word_embeddings or HEAD not in files or _EMBEDDING not in files:
+        return
+    if not torch.equal(files.get(HEAD), files.get(_EMBEDDING)):
+        raise UserError(
+            f"{directory.path}: {HEAD} is not the embedding, though config.json ties them; "
+            'write "tie_word_embeddings": false'
+        )

@@ -90,6 +90,7 @@ _TYPES: dict[str, tuple[type, str]] = {
     "max_position_embeddings": (int, "a whole number"),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "rotary"), (Mapping, "an object")),
 }
+_ELSEWHERE = "xverse eval --backend transformers runs it if transformers does"
 # Names of the number of experts. XVERSE-MoE's is the first; others route in other ways.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -101,13 +102,13 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
     if experts is not None and (stored != "xverse" or experts != _EXPERTS[0]):
         raise UserError(
             f"{where}: model_type {stored!r} with {experts} = {values[experts]!r} is not supported: its "
-            "routed experts differ from XVERSE-MoE's; xverse eval --backend transformers runs it"
+            f"routed experts differ from XVERSE-MoE's; {_ELSEWHERE}"
         )
     if stored in FAMILIES:
         return FAMILIES[stored]
     raise UserError(
         f"{where}: model_type {stored!r} is not supported{nearest(str(stored), FAMILIES)} "
-        f"(supported: {', '.join(FAMILIES)})"
+        f"(supported: {', '.join(FAMILIES)}); {_ELSEWHERE}"
     )
 
 
@@ -125,6 +126,8 @@ def family_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         values = {**values, "model_type": "xverse"}
     family = family_of(values, where)
     fields = {**family.defaults, **values}
+    if fields.get("hidden_act") == "swish":  # another name of the same
+        fields["hidden_act"] = "silu"
     if fields.get("max_sequence_length") and "max_position_embeddings" not in values:  # Llama's first key
         fields["max_position_embeddings"] = fields["max_sequence_length"]
     for key, supported in _FIXED.items():

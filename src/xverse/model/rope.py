@@ -43,7 +43,10 @@ def rope_tables(
         return angles.cos(), angles.sin()
     scale = scaling.attention_factor
     if scale is None:
-        scale = 0.1 * math.log(scaling.factor) + 1.0
+        logarithm = 0.1 * math.log(scaling.factor)
+        scale = logarithm + 1.0
+        if scaling.mscale and scaling.mscale_all_dim:
+            scale = (scaling.mscale * logarithm + 1.0) / (scaling.mscale_all_dim * logarithm + 1.0)
     return angles.cos() * scale, angles.sin() * scale
 
 
@@ -68,8 +71,10 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
     def place(turns: float) -> float:
         return count * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
 
-    low = max(math.floor(place(scaling.beta_fast)), 0)
-    high = min(math.ceil(place(scaling.beta_slow)), 2 * count - 1)
+    low, high = place(scaling.beta_fast), place(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * count - 1)
     steps = torch.arange(count, device=frequencies.device, dtype=torch.float32)
     ramp = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)

@@ -13,9 +13,14 @@ from xverse.config import build
 KINDS: dict[str, tuple[str, ...]] = {
     "linear": (),
     "dynamic": (),
-    "yarn": ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+    "yarn": (
+        *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
     "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
+# The base is a key of the configuration too; YaRN's publishers write "finetuned", without effect.
+_NOT_OWN = ("type", "rope_type", "rope_theta", "finetuned")
 _OWN_KEYS = frozenset(key for keys in KINDS.values() for key in keys)
 
 
@@ -36,6 +41,9 @@ class RopeScaling:
     attention_factor: float | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
@@ -59,7 +67,10 @@ class RopeScaling:
     def to_json(self) -> dict[str, Any]:
         """The value of ``rope_scaling`` as transformers reads it."""
         own = ("rope_type", "factor", *KINDS[self.rope_type])
-        return {name: value for name, value in asdict(self).items() if name in own and value is not None}
+        values = {name: value for name, value in asdict(self).items() if name in own and value is not None}
+        if self.truncate:  # which older versions do not know
+            values.pop("truncate", None)
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], positions: int, where: str) -> RopeScaling | None:
@@ -71,12 +82,14 @@ class RopeScaling:
         if kind in ("None", "default"):
             return None
         kept = {key: value for key, value in values.items() if value is not None}
-        kept = {key: value for key, value in kept.items() if key not in ("type", "rope_type", "rope_theta")}
+        kept = {key: value for key, value in kept.items() if key not in _NOT_OWN}
+        if kind not in KINDS:  # refuse it, rather than its keys
+            kept = {"factor": 1.0}
         own = KINDS.get(kind, ())
         if "original_max_position_embeddings" in own:
             kept.setdefault("original_max_position_embeddings", positions)
-        if kind in KINDS:  # transformers writes some of the others for every kind, without effect
-            kept = {key: value for key, value in kept.items() if key in own or key not in _OWN_KEYS}
+        # transformers writes some of the others for every kind, without effect.
+        kept = {key: value for key, value in kept.items() if key in own or key not in _OWN_KEYS}
         return build(cls, {"rope_type": kind, **kept}, f"{where}: rope scaling")
 
     def context_length(self, positions: int) -> int:

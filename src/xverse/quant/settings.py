@@ -114,7 +114,7 @@ def fitting_group(inputs: int, largest: int) -> int:
     if not fitting:
         raise UserError(
             f"group_size: none of {', '.join(map(str, GROUP_SIZES))} up to {largest} divides the {inputs} "
-            "inputs of a layer"
+            "inputs of a layer, so that the model cannot be quantised with it"
         )
     return max(fitting)
 

@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from xverse.config import UserError
-from xverse.files import fingerprint, sync, write_json
+from xverse.files import fingerprint, read_sealed, sealed, sync, write_text
 from xverse.formats.parts import SHARD, Index, Part, read_header
 from xverse.log import notice
 from xverse.train.copies import Copies
-from xverse.train.keeping import READING, Kept, State, is_full, read_json, reason
+from xverse.train.keeping import READING, Kept, State, is_full, reason
 from xverse.train.materialise import held
 from xverse.train.parallel import ALONE, Replica, World
 
@@ -156,7 +156,7 @@ class Checkpointer:
             self._describe(temporary)
             beside = sorted(file for file in temporary.iterdir() if not file.name.startswith(SHARD))
             state["files"] |= {file.name: fingerprint(file) for file in beside}
-        write_json(temporary / "state.json", state)
+        write_text(temporary / "state.json", sealed(state))
         if path.exists():  # written before a rollback
             self._kept.remove(path)
         temporary.replace(path)
@@ -323,7 +323,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tup
 
 def _read_state(path: Path) -> State:
     """``state.json``. Raises one of READING."""
-    state: State = read_json(path / "state.json")
+    state: State = read_sealed(path / "state.json")
     if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
         raise ValueError("state.json has no step or identity")
     if not isinstance(state.get("files"), dict):

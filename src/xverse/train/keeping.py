@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -105,6 +104,8 @@ class Kept:
         damaged: list[tuple[Path, str]] = []
         for path in world.agreed(self.all()[::-1] if world.rank == 0 else []):
             state, problem = _state(path, read_state, world)
+            if not problem and self.only is None and state["step"] != self.step(path):
+                problem = f"it is of step {state['step']}"
             if not problem and not usable(path, state):
                 continue
             try:
@@ -149,11 +150,6 @@ def verify(path: Path, files: dict[str, list[Any]], world: World = ALONE) -> Non
         check_fingerprint(path / name, files[name])
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value. Raises one of READING."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def fingerprints(path: Path, world: World = ALONE) -> dict[str, list[Any]]:
     """The fingerprints of all files below a folder, by relative name, after they are on the disk. Every
     process calls it and reads its share."""
@@ -172,7 +168,12 @@ def reason(error: BaseException) -> str:
     if failures:
         error = next(iter(failures.values()))[0]
     if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
+        name = (
+            f"{Path(error.filename).name}: "
+            if isinstance(error, FileNotFoundError) and error.filename
+            else ""
+        )
+        return name + os.strerror(error.errno)
     text = " ".join(str(error).split())
     number = re.search(r"os error (\d+)", text)  # safetensors is Rust
     if number:

@@ -193,7 +193,7 @@ def _pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None, world: World) -
             evaluate=None
             if evaluate is None
             else lambda model, progress: evaluate(model, feed.tokenizer, progress),
-            data_problem=ShardWatch(feed.train.values()),
+            data_problem=ShardWatch([*feed.train.values(), *feed.valid.values()]),
             describe=lambda folder: describe_model(folder, config, feed.tokenizer, torch.float32, ends),
         ),
         identity=identity,

@@ -160,6 +160,12 @@ def test_preferences_of_both_formats() -> None:
     assert (pair.messages, pair.chosen, pair.rejected) == ([{"role": "user", "content": "q"}], "good", "bad")
     plain = to_preference({"instruction": "q", "chosen": "good", "rejected": "bad"}, info(ranking=True))
     assert plain == pair
+    first_versions = {"instruction": "q", "output": ["good", "bad"]}  # LLaMA-Factory's of 2023
+    check_columns(first_versions, info(ranking=True), "dpo", "test")
+    assert to_preference(first_versions, info(ranking=True)) == pair
+    for output in ("good", ["good"], ["a", "b", "c"]):
+        with pytest.raises(UserError, match="no column 'chosen'"):
+            check_columns({"instruction": "q", "output": output}, info(ranking=True), "rm", "test")
     with pytest.raises(UserError, match="need stage dpo"):
         check_columns(item, guess(item, "test"), "sft", "test")
     with pytest.raises(UserError, match="ranking"):
@@ -192,6 +198,8 @@ def test_placeholders_are_filled_and_the_others_reported() -> None:
         ({"file_name": "a.json", "folder": "en"}, "folder needs hf_hub_url"),
         ({"file_name": "a.json", "split": "test"}, "split needs hf_hub_url"),
         ({"hf_hub_url": "a/b", "file_sha1": "0"}, "file_sha1 needs file_name"),
+        ({"file_name": "a.json", "num_samples": 0}, "num_samples must be positive, not 0"),
+        ({"hf_hub_url": "a/b", "num_samples": -1}, "num_samples must be positive, not -1"),
     ],
 )
 def test_keys_of_an_entry_without_effect_are_refused(values: dict[str, Any], message: str) -> None:

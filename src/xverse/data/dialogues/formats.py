@@ -105,6 +105,8 @@ class DatasetInfo:
                 object.__setattr__(self, "tags", OPENAI_TAGS)
             if self.columns.messages is None:
                 object.__setattr__(self, "columns", dataclasses.replace(self.columns, messages="messages"))
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"num_samples must be positive, not {self.num_samples}")
         for key in ("script_url", "cloud_file_name", "revision"):
             if getattr(self, key):
                 raise ValueError(f"{key} is not supported; use file_name, hf_hub_url or ms_hub_url")
@@ -155,7 +157,7 @@ def guess(item: Any, where: str) -> DatasetInfo:
             None,
         ),
         prompt=next((key for key in ("instruction", "prompt", "text", "question") if key in keys), None),
-        response=next((key for key in ("output", "response", "answer") if key in keys), None),
+        response=next((key for key in ("output", "response", "answer", "completion") if key in keys), None),
         kto_tag=next(
             (key for key in ("kto_tag", "label") if keys and _truth(item.get(key)) is not None), None
         ),
@@ -185,7 +187,7 @@ def check_columns(item: Any, info: DatasetInfo, stage: str, where: str) -> None:
         needed.append(columns.prompt or "instruction")
         if stage in ("sft", "kto") and not info.ranking:
             needed.append(columns.response or "output")
-    if stage in ("dpo", "rm"):
+    if stage in ("dpo", "rm") and _both_replies(item, info) is None:
         needed += [columns.chosen or "chosen", columns.rejected or "rejected"]
     for name in needed:
         if name is not None and name not in item:
@@ -244,8 +246,8 @@ def to_preference(item: Any, info: DatasetInfo) -> Preference:
     """A prompt with its two replies. Raises Skip, with the reason, for an unusable item."""
     messages = _messages(item, info)
     replies = []
-    for name in (info.columns.chosen or "chosen", info.columns.rejected or "rejected"):
-        reply = item.get(name)
+    names = info.columns.chosen or "chosen", info.columns.rejected or "rejected"
+    for reply in _both_replies(item, info) or [item.get(name) for name in names]:
         if isinstance(reply, list) and reply:  # whole conversations that differ in their last turn
             reply = reply[-1]
         if isinstance(reply, dict):
@@ -263,6 +265,14 @@ def to_preference(item: Any, info: DatasetInfo) -> Preference:
     if margin is not None and (not isinstance(margin, (int, float)) or isinstance(margin, bool)):
         raise Skip("margin is not a number")
     return Preference(messages, replies[0], replies[1], margin or 0.0)
+
+
+def _both_replies(item: dict[str, Any], info: DatasetInfo) -> list[Any] | None:
+    """Two replies in one column, the better one first, as LLaMA-Factory's first versions had them."""
+    if info.columns.chosen or "chosen" in item:
+        return None
+    both = _listed(item.get(info.columns.response or "output"))
+    return both if isinstance(both, list) and len(both) == 2 else None
 
 
 def fill_placeholders(text: str, values: Mapping[str, str], unfilled: set[str]) -> str:

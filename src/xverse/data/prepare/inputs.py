@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 from xverse.config import UserError, choose, is_url, need
 from xverse.encodings import check_encoding
 from xverse.remote import find
-from xverse.texts import ReadReport, open_text, stem
+from xverse.texts import ReadReport, files_below, is_hidden, open_text, stem
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 FORMATS = {
@@ -171,32 +170,16 @@ def _listed(source: Input) -> Iterator[tuple[str, str, int]]:
         base = source.path.rstrip("/") + "/"
         for path, size in found:
             name = path.removeprefix(base)
-            if not _hidden(name):
+            if not is_hidden(name):
                 yield name, path, size
         return
     root = Path(source.path).expanduser()
     if root.is_file():
         yield "", str(root), root.stat().st_size
         return
-    paths = _below(root) if root.is_dir() else _matches(root)
-    for file in sorted(path for path in paths if path.is_file()):
+    for file in files_below(root) if root.is_dir() else sorted(filter(Path.is_file, _matches(root))):
         below = file.relative_to(root).as_posix() if root.is_dir() else str(file)
         yield below, str(file), file.stat().st_size
-
-
-def _hidden(name: str) -> bool:
-    """Whether a file, or a folder that it is in, is hidden, such as ``.git``."""
-    return any(part.startswith(".") for part in name.split("/"))
-
-
-def _below(root: Path) -> Iterator[Path]:
-    """The files in a folder that are not hidden; follows links to folders, each folder once."""
-    seen = {os.path.realpath(root)}
-    for folder, folders, files in os.walk(root, followlinks=True):
-        targets = {name: os.path.realpath(Path(folder, name)) for name in sorted(folders)}
-        folders[:] = [name for name, to in targets.items() if not _hidden(name) and to not in seen]
-        seen.update(targets[name] for name in folders)
-        yield from (Path(folder, name) for name in files if not _hidden(name))
 
 
 def _readable(path: str, source: Input) -> bool:
@@ -222,7 +205,7 @@ def _matches(pattern: Path) -> Iterator[Path]:
     if first < len(parts):
         base, wanted = Path(*parts[:first]), "/".join(parts[first:])
         for path in base.glob(wanted):
-            if wanted.startswith(".") or "/." in wanted or not _hidden(path.relative_to(base).as_posix()):
+            if wanted.startswith(".") or "/." in wanted or not is_hidden(path.relative_to(base).as_posix()):
                 yield path
 
 
