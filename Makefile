@@ -25,7 +25,7 @@ unexport ASK NAME
 export XVERSE_ASK := $(value ASK)
 export XVERSE_NAME := $(value NAME)
 
-.PHONY: help chat serve test bench lint clean
+.PHONY: help chat serve test test-all bench lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo 'make chat ASK="…"       answer once: the reply alone on stdout'
 	@echo 'make serve              the embedded model in the browser and behind OpenAI'"'"'s API, on 127.0.0.1:36000'
 	@echo 'make test               run the tests on all cores (CPU, no network)'
+	@echo 'make test-all           also those that take long, with more generated examples'
 	@echo 'make bench              measure speed on this machine (xverse bench)'
 	@echo 'make bench NAME="…"     one measurement with its flags; `make bench NAME=--help` lists them'
 	@echo 'make lint               check style, types and import layers'
@@ -51,6 +52,9 @@ serve: $(SERVE)
 test: $(DEV)
 	@unset PYTHONDONTWRITEBYTECODE; OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
 	  --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+
+test-all: export XVERSE_TEST_ALL = 1
+test-all: test
 
 bench: $(CORE)
 	@set -f; $(BIN)/python -m benchmarks $${XVERSE_NAME:-all}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Set before torch or huggingface_hub is imported; subprocesses of tests inherit it.
@@ -22,6 +23,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 from tests import forkserver  # noqa: E402: it notes the environment
+from tests.scale import ALL, examples
+
+hypothesis.settings.register_profile("scaled", max_examples=examples(100))
+hypothesis.settings.load_profile("scaled")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,8 +45,13 @@ def pytest_xdist_setupnodes() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start files marked ``slow`` first: workers take whole files, and would wait for one begun last."""
+    """Start files marked ``slow`` first: workers take whole files, and would wait for one begun last.
+    Leave out what is marked ``thorough`` unless XVERSE_TEST_ALL is set."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if not ALL:
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(pytest.mark.skip(reason="thorough: make test-all, or XVERSE_TEST_ALL=1"))
 
 
 def pytest_collection_finish() -> None:

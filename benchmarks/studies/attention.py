@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from xverse import hardware
 from xverse.bench.options import add_rounds, add_threads
-from xverse.bench.report import MATMUL, Row, at_least, count_threads, need_memory, show, using_threads
+from xverse.bench.report import MATMUL, Row, at_least, count_threads, need_memory, show
 from xverse.kernels.native import kernel_name
 from xverse.kernels.ops import advise_huge_pages
 from xverse.kernels.paged_attention import PagedLayer
@@ -38,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     threads = args.threads or hardware.cores().usable
-    with using_threads(threads):
+    with hardware.using_threads(threads):
         result = measure(threads, args.rounds)
     show(f"attention, {count_threads(threads)}: {result['kernels']}", rows(result))
     return {"bench": "attention", "threads": threads, "rounds": args.rounds, **result}

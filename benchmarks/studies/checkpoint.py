@@ -17,11 +17,11 @@ from typing import Any
 from benchmarks.studies.common import ROOT, add_directory, batch_of, module
 from xverse import hardware
 from xverse.bench.options import add_batch, add_shape, add_threads, positive
-from xverse.bench.report import Row, at_most, count_threads, need_memory, show, using_threads
+from xverse.bench.report import Row, at_most, count_threads, need_memory, show
 from xverse.config import UserError
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.loop import TrainConfig, fit
 from xverse.train.memory import predicted_memory
 from xverse.train.plot import read_metrics
@@ -64,13 +64,13 @@ def measure(
     }  # fmt: skip
     settings = TrainConfig(steps=steps, batch_size=batch_size, learning_rate=1e-4)
     need_memory(2 * sum(predicted_memory(config, settings, sequence_length).values()))
-    with tempfile.TemporaryDirectory(dir=directory) as folder, using_threads(threads):
+    with tempfile.TemporaryDirectory(dir=directory) as folder, hardware.using_threads(threads):
         without, beside = Path(folder) / "without", Path(folder) / "with"
         notice(f"checkpoint {shape}: {steps} steps without checkpoints")
         _train(job, without, 0)
         notice(f"checkpoint {shape}: {steps} steps with a checkpoint every {every}")
         _train(job, beside, every)
-        last = checkpoints(beside)[-1]
+        last = kept(beside).all()[-1]
         size = sum(file.stat().st_size for file in last.iterdir())
         totals = [figures(_before_the_end(out, steps)) for out in (without, beside)]
         medians = [
@@ -158,7 +158,7 @@ def _resumed(job: dict[str, Any], out: Path) -> dict[str, float]:
 def child(text: str) -> None:
     """Resume the run that the JSON ``text`` describes; runs in a fresh process."""
     job = json.loads(text)
-    with using_threads(job["threads"]):
+    with hardware.using_threads(job["threads"]):
         _train(job, Path(job["out"]), job["every"])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xverse import hardware
 from xverse.bench.options import add_shape, add_threads
-from xverse.bench.report import Row, count_threads, need_memory, show, using_threads
+from xverse.bench.report import Row, count_threads, need_memory, show
 from xverse.config import choose
 from xverse.log import notice
 from xverse.model import SHAPES, XverseConfig, XverseForCausalLM
@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = choose("shape", args.shape, SHAPES)
     threads = args.threads or hardware.cores().usable
-    with using_threads(threads):
+    with hardware.using_threads(threads):
         result = measure(config)
     show(f"gptq {args.shape}, {count_threads(threads)}", rows(result))
     return {"bench": "gptq", "shape": args.shape, "threads": threads, **result}

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from xverse.bench.options import add_model, add_threads, positive
 from xverse.bench.quality import Reference, read_rows, read_texts
-from xverse.bench.report import Row, show, using_threads
+from xverse.bench.report import Row, show
 from xverse.formats import load_model, load_tokenizer, resolve
 from xverse.formats.quantize import build
-from xverse.hardware import cores
+from xverse.hardware import cores, using_threads
 from xverse.kernels.native import kernel_name
 from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.quant.parity import ParityReport

@@ -154,10 +154,19 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+POLITE = {  # before or after a question of any kind
+    "zh": ["{q} 谢谢", "你好，{q}", "想问一下，{q}", "问你个问题：{q}", "{q}谢谢！", "帮我看一下：{q}", "嗨，{q}", "我有个问题。{q}"],
+    "en": ["{q} Thanks!", "Hi, {q}", "Hello! {q}", "I have a question. {q}", "Can you help me? {q}", "Hey, {q}",
+           "I'd like to know: {q}", "One thing: {q}", "{q} Thank you."],
+}  # fmt: skip
+
+
 def surface(random: Random, text: str, language: str) -> str:
-    """A question as people type it: now and then without its mark, or without a capital."""
+    """A question as people type it: now and then without its mark or its capital, or with words around it."""
     if "\n" in text or len(text) > 80:
         return text
+    if language in POLITE and len(text) > 4 and random.random() < 0.12:
+        return random.choice(POLITE[language]).format(q=text)
     if random.random() < 0.25:
         text = re.sub(r"\s?[?？.。!！]$", "", text)
     if language != "zh" and random.random() < 0.2 and not text.startswith("I "):

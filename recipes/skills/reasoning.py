@@ -201,11 +201,12 @@ def sequence(writer: Writer, language: str) -> Dialogue:
     comma = "，" if language == "zh" else ", "
     question = writer.ask(SEQUENCE[language], s=comma.join(map(str, values[:4])))
     sign = f"+{step}" if step > 0 else str(step)
-    last = f"{values[3]}{sign}={values[4]}"
+    high, low = max(values[2:4]), min(values[2:4])
+    first, last = f"{high}-{low}={abs(step)}", f"{values[3]}{sign}={values[4]}"
     reply = (
-        f"每次{'加' if step > 0 else '减'}{abs(step)}，{last}。"
+        f"{first}，每次{'加' if step > 0 else '减'}{abs(step)}，{last}。"
         if language == "zh"
-        else f"Each step {'adds' if step > 0 else 'takes'} {abs(step)}: {last}."
+        else f"{first}, so each step {'adds' if step > 0 else 'takes'} {abs(step)}: {last}."
     )
     return Dialogue((question, reply), {"number": str(values[4])})
 
@@ -218,7 +219,9 @@ def days(writer: Writer, language: str) -> Dialogue:
     if language == "en" and count == 1:
         question = question.replace("1 days", "1 day")
     walk = [names[str((place + number) % 7)] for number in range(1, count + 1)]
-    steps = ("、" if language == "zh" else ", ").join(walk)
+    # Numbered, so that a model stops at the right one.
+    numbered = [f"{number} {name}" for number, name in enumerate(walk, 1)]
+    steps = ("、" if language == "zh" else ", ").join(numbered)
     reply = f"往后数：{steps}。是{later}。" if language == "zh" else f"Count on: {steps}. It is {later}."
     return Dialogue((question, reply), {"last": [later, *walk]})
 

@@ -80,6 +80,16 @@ def need(module: str, extra: str, purpose: str, *, load: bool = True) -> Any:
     raise UserError(f"{purpose} needs {missing}, which is not installed; run: {install_command(extra)}")
 
 
+def installed_version(name: str) -> str | None:
+    """The version of an installed distribution."""
+    import importlib.metadata  # here, because it delays `xverse --help`
+
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def install_command(extra: str) -> str:
     """The command that installs an extra, from a package index or, in a checkout, from its folder."""
     checkout = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()
@@ -197,11 +207,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert((fitting or kinds)[0], value, where)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
-    if origin in (list, tuple):
-        if not isinstance(value, (list, origin)):
+    if origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{where}: expected a list, found {type(value).__name__}")
+        return [_convert(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, found {type(value).__name__}")
         item_hint = typing.get_args(hint)[0]
-        return origin(_convert(item_hint, item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(_convert(item_hint, item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         _mapping(value, where)
         item_hint = typing.get_args(hint)[1]

@@ -40,16 +40,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8."""
+    """Write a file in UTF-8, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
-    """Write a value as JSON, atomically. Halves of surrogate pairs, as in names of files, are escaped."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent) + "\n"
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(text.encode(errors="backslashreplace"))
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -16,10 +16,12 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from xverse.config import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -117,10 +119,8 @@ def cores() -> Cores:
 
 def cpu_model() -> str:
     """The processor's marketing name if the system reports it."""
-    for line in _read("/proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model", "Processor"):
-            return value.strip()
+    if name := _field("/proc/cpuinfo", "model name", "Model", "Processor"):
+        return name
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine()
@@ -128,12 +128,8 @@ def cpu_model() -> str:
 
 def instruction_sets() -> list[str]:
     """SIMD instruction sets relevant to matrix products, in the spelling of /proc/cpuinfo; [] if unknown."""
-    for line in _read("/proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-            return [name for name in _INSTRUCTION_SETS if name in flags]
-    return []
+    flags = set(_field("/proc/cpuinfo", "flags", "Features").split())
+    return [name for name in _INSTRUCTION_SETS if name in flags]
 
 
 def memory() -> tuple[int, int | None]:
@@ -141,10 +137,7 @@ def memory() -> tuple[int, int | None]:
     it)."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = _memory_limit()
-    available = None
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
+    available = _bytes("/proc/meminfo", "MemAvailable")
     if limit is not None and limit < total:
         total = limit
         available = min(available, limit - used) if available is not None else limit - used
@@ -157,10 +150,7 @@ def process_memory(key: str, pid: int | None = None) -> int | None:
 
     getrusage would not do: its peak starts with the parent's, from before exec.
     """
-    for line in _read(f"/proc/{pid or 'self'}/status").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return _bytes(f"/proc/{pid or 'self'}/status", key)
 
 
 def process_seconds(pid: int) -> float | None:
@@ -219,9 +209,8 @@ def available_memory(device: torch.device | str = "cpu") -> int:
 
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     total, available = memory()
-    # Of torchrun, and of DeepSpeed.
-    launched = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return (total if available is None else available) // int(launched)
+    launched = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun; DeepSpeed
+    return (total if available is None else available) // int(launched or 1)
 
 
 def file_mapped(start: int, end: int) -> bool:
@@ -236,16 +225,15 @@ def file_mapped(start: int, end: int) -> bool:
 
 def last_level_cache() -> int:
     """Bytes of last-level cache, all instances together; 0 if the system does not report it."""
-    best: tuple[int, int] = (0, 0)  # level, total bytes
+    total = 0
     for level in (2, 3, 4):
         instances: dict[str, int] = {}
         for index in Path("/sys/devices/system/cpu").glob(f"cpu[0-9]*/cache/index{level}"):
             size = _read(index / "size").strip()  # such as 32768K
             if size.endswith("K"):
                 instances[_read(index / "shared_cpu_list").strip()] = int(size[:-1]) * 1024
-        if instances:
-            best = (level, sum(instances.values()))
-    return best[1]
+        total = sum(instances.values()) or total
+    return total
 
 
 def _cgroups() -> list[Path]:
@@ -264,11 +252,7 @@ def _cpu_quota() -> float | None:
         fields = _read(group / "cpu.max").split()
         if len(fields) == 2 and fields[0] != "max":
             quotas.append(int(fields[0]) / int(fields[1]))
-    version1 = Path("/sys/fs/cgroup/cpu")
-    quota, period = (
-        _read(version1 / "cpu.cfs_quota_us").strip(),
-        _read(version1 / "cpu.cfs_period_us").strip(),
-    )
+    quota, period = (_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
     if quota.isdigit() and period.isdigit():  # "-1" is unlimited
         quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
@@ -287,6 +271,20 @@ def _memory_limit() -> tuple[int | None, int]:
     return min(limits, default=(None, 0))
 
 
+def _field(path: str, *keys: str) -> str:
+    """The value of the first line ``key: value`` in a file with one of ``keys``, or an empty string."""
+    for line in _read(path).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in keys:
+            return value.strip()
+    return ""
+
+
+def _bytes(path: str, key: str) -> int | None:
+    value = _field(path, key)  # such as 1024 kB
+    return int(value.split()[0]) * 1024 if value else None
+
+
 def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
@@ -303,6 +301,21 @@ def _output(*command: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------
 # Measurements
+
+
+@contextlib.contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Set PyTorch's CPU threads inside the block. Raises UserError for a count out of range."""
+    if not 1 <= count <= 1024:
+        raise UserError(f"threads: {count} is out of range (1 to 1024)")
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def bandwidth_buffer(device: str = "cpu") -> torch.Tensor:
@@ -332,13 +345,8 @@ def read_bandwidth(
     """
     import torch
 
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
+    with using_threads(threads or torch.get_num_threads()):
         elapsed = _time_each(buffer.sum, buffer.device.type, seconds, best)
-    finally:
-        torch.set_num_threads(before)
     return buffer.numel() * buffer.element_size() / elapsed
 
 

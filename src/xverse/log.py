@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,42 +28,19 @@ def notice(text: str) -> None:
 def progress(**options: Any) -> Progress:
     """A progress bar with count, elapsed time and ETA on stderr; it disappears when done."""
     # Importing this takes 0.1 s, so only commands that show a bar pay for it.
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as bars
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    return bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
         console=console,
         transient=True,
         # Outside a terminal a bar would leave an empty line.
         **{"disable": not console.is_terminal, **options},
     )
-
-
-def print_table(rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on stdout, texts in the first column and figures in the others; the first row is its
-    head."""
-    from rich.table import Table
-
-    head, *others = rows
-    table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(head):
-        layout: dict[str, Any] = {"justify": "right", "no_wrap": True} if number else {"overflow": "fold"}
-        table.add_column(column, **layout)
-    for row in others:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else 120  # otherwise a file would be wrapped at 80
-    Console(highlight=False, markup=False, emoji=False, width=width).print(table)
 
 
 class JsonlLog:

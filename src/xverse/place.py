@@ -136,16 +136,12 @@ def fetch(
         for name in missing:
             copy(f"{url}/{name}", folder / name, marks.get(name))
             made[name] = source[name]
-            _record(folder, made)
+            write_json(folder / RECORD, made)
         for name in made.keys() - source.keys():
             (folder / name).unlink(missing_ok=True)
         if made.keys() != source.keys():
-            _record(folder, source)
+            write_json(folder / RECORD, source)
     return folder
-
-
-def _record(folder: Path, made: Mapping[str, Any]) -> None:
-    write_json(folder / RECORD, made)
 
 
 def read_list(url: str) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from xverse.config import UserError
 from xverse.encodings import UTF8
-from xverse.texts import BOM, MAX_LINE_BYTES, ReadReport, json_lines, kind_of, open_text
+from xverse.texts import BOM, MAX_LINE_BYTES, ReadReport, json_lines, kind_of, open_binary, open_text
 
 
 class Damaged(UserError):
@@ -102,6 +102,44 @@ def read_csv(
         finally:
             if not lines.closed:
                 lines.detach()  # the stream is closed by open_text
+
+
+def read_parquet(
+    path: str | Path, choose: Callable[[list[str]], list[str]] = list
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a Parquet file or URL with their numbers from 1; ``choose`` selects columns by name.
+
+    Raises Damaged for a file that cannot be read on, after the rows before the damage. pyarrow, which several
+    extras install, must be there.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with open_binary(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            columns = choose(file.schema_arrow.names)
+            # One row group at a time, so that those before a broken one are not lost.
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+                    for row in _rows(batch, columns):
+                        number += 1
+                        yield number, row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise Damaged(f"{path}: broken parquet after row {number} ({why})") from None
+
+
+def _rows(batch: Any, columns: list[str]) -> list[dict[str, Any]]:
+    """The rows of a table; one that is not UTF-8, which the format does not check, has no text."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        half = len(batch) // 2
+        if not half:
+            return [dict.fromkeys(columns, b"\xff")]
+        return [*_rows(batch[:half], columns), *_rows(batch[half:], columns)]
+    return rows
 
 
 def read_table(

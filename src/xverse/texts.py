@@ -267,7 +267,7 @@ def read_json(path: str | Path) -> Any:
     """The value of a JSON file. Raises UserError where it cannot be read or is not valid."""
     text = read_text(path)
     value = parse_json(text, str(path))
-    if "\\ud" in text.lower() and not _encodable(json.dumps(value, ensure_ascii=False)):
+    if "\\ud" in text.lower() and not encodable(json.dumps(value, ensure_ascii=False)):
         raise UserError(f"{path}: invalid JSON (half a surrogate pair, which no text can hold)")
     return value
 
@@ -366,7 +366,7 @@ def row_text(row: object, number: int, report: ReadReport, key: str = "text") ->
         report.skip("not_text", number)
     elif not text.strip():
         report.skip("empty", number)
-    elif not _encodable(text):
+    elif not encodable(text):
         report.skip("bad_utf8", number)
     else:
         return text
@@ -375,17 +375,21 @@ def row_text(row: object, number: int, report: ReadReport, key: str = "text") ->
 
 def _hint(row: object, number: int, key: str) -> str:
     """How to name the column of the text, if a row without it has others that may be it."""
-    fields = row.items() if isinstance(row, dict) else ()
-    others = [str(name) for name, value in fields if isinstance(value, str)]
+    others = (
+        [str(name) for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
+    )
     shown = ", ".join(name for name in others[:10] if name not in ("lang", "source"))[:200]
-    if not shown or key in others:
-        return ""
-    return f"line {number} has no '{key}' but {shown}: set text_key under inputs"
+    return (
+        f"line {number} has no '{key}' but {shown}: set text_key under inputs"
+        if shown and key not in others
+        else ""
+    )
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can hold a text: JSON can escape half a surrogate pair."""
     try:
-        text.encode()  # JSON can escape half a surrogate pair, which UTF-8 cannot hold
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -17,9 +17,13 @@ CHAT_FORMATS = ("alpaca", "baichuan2", "chatml", "intern", "llama2", "vicuna")
 TEMPLATE_HELP = f"chat format of a model whose files have none: {', '.join(CHAT_FORMATS)}"
 
 
-def flag(parser: argparse._ActionsContainer, name: str, text: str, **options: Any) -> None:
-    """Add a flag, or a positional argument, with its help."""
-    parser.add_argument(name, help=text, **options)
+def flags(parser: argparse._ActionsContainer) -> Callable[..., None]:
+    """``add(name, help, **options)``, which adds a flag to a parser."""
+
+    def add(name: str, text: str, **options: Any) -> None:
+        parser.add_argument(name, help=text, **options)
+
+    return add
 
 
 def whole(low: int = 0, high: int | None = None) -> Callable[[str], int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,8 +117,26 @@ def test_random_weights_work() -> None:
     assert sum(p.numel() for p in model.parameters()) == TINY.num_parameters()
 
 
-def test_train(capsys: pytest.CaptureFixture[str]) -> None:
+def test_train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two sides begin with equal weights; their losses agree at each step, and fall."""
+    losses: dict[str, list[float]] = {}
+    start = train._side
+
+    @contextlib.contextmanager
+    def listened(job: dict[str, Any]) -> Iterator[Callable[[int], dict[str, Any]]]:
+        with start(job) as take:
+
+            def noted(steps: int) -> dict[str, Any]:
+                answer = take(steps)
+                losses.setdefault(job["side"], []).append(answer["loss"])
+                return answer
+
+            yield noted
+
+    monkeypatch.setattr(train, "_side", listened)
     result = train.measure(TINY, "tiny", batch_size=2, sequence_length=16, steps=4, threads=1)
+    assert losses["xverse"] == pytest.approx(losses["transformers"], abs=1e-2)
+    assert losses["xverse"][-1] < losses["xverse"][0]
     figures = printed(result, capsys)
     assert figures["first_loss"]["xverse"] == pytest.approx(figures["first_loss"]["transformers"], abs=1e-2)
     assert len(figures["ratios"]) == 4
@@ -127,17 +147,6 @@ def test_train(capsys: pytest.CaptureFixture[str]) -> None:
         assert figures[side]["tokens_s"] > 0
         assert figures[side]["tflops"]["causal"] < figures[side]["tflops"]["full"]
         assert figures[side]["matmul_share"]["full"] > 0
-
-
-def test_train_sides_do_the_same_work() -> None:
-    """In three steps from equal weights, the losses agree and fall."""
-    losses: dict[str, list[float]] = {}
-    job = {"config": TINY.to_json(), "batch_size": 2, "length": 16, "threads": 1, "device": "cpu"}
-    for side in train.SIDES:
-        with train._side({**job, "side": side}) as take:
-            losses[side] = [take(1)["loss"] for _ in range(3)]
-    assert losses["xverse"] == pytest.approx(losses["transformers"], abs=1e-2)
-    assert losses["xverse"][2] < losses["xverse"][0]
 
 
 def test_train_flops() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests import forkserver
+from tests.scale import ALL
 from xverse.cli import main
 
 from .reciter import RECITED
@@ -75,7 +76,7 @@ def test_ask_reads_one_prompt_of_several_lines_from_stdin(reciting_model: Path) 
     assert chat("--ask", "-", stdin="\n") == (2, "", "xverse: --ask: the text is empty\n")
 
 
-@pytest.mark.parametrize("closed", [">&-", "<&- >&-", "2>&-", "<&-"])
+@pytest.mark.parametrize("closed", [">&-", *(["<&- >&-", "2>&-", "<&-"] if ALL else [])])
 def test_closed_streams(reciting_model: Path, closed: str) -> None:
     command = " ".join([*COMMAND, "--model", f"'{reciting_model}'", "--ask", "hello", closed])
     result = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, timeout=300)

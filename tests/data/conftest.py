@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from xverse.data.shards import Shard, ShardHeader, ShardWriter
+from tests.shards import write_shard
+from xverse.data.shards import Shard
 
 
 @pytest.fixture
@@ -19,10 +19,7 @@ def make_shard(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Shard]
 
     def make(documents: Sequence[Sequence[int]], name: str = "en") -> Shard:
         path = tmp_path_factory.mktemp("shard") / name
-        with ShardWriter(path, ShardHeader("hash", name)) as writer:
-            tokens = np.array([token for document in documents for token in document], np.uint32)
-            writer.add(tokens, np.array([len(document) for document in documents]), 0)
-            writer.finish()
+        write_shard(path, [token for document in documents for token in document], list(map(len, documents)))
         return Shard.open(path)
 
     return make

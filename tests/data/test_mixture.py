@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.scale import examples
 from xverse.config import UserError, build, read_yaml
 from xverse.data.mixture import BLOCK, PERIOD, Mixture, MixtureConfig, MixtureStage, Schedule
 from xverse.data.order import random_order
@@ -19,7 +20,7 @@ def sizes(count: int) -> dict[str, int]:
     return {f"s{i}": 10 for i in range(count)}
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=examples(10))
 @given(
     weights=st.lists(st.floats(0.001, 1), min_size=1, max_size=45),
     seed=st.integers(0, 9),
@@ -63,7 +64,7 @@ def test_a_whole_period_has_exactly_the_shares() -> None:
     assert drawn == Counter({"a": 333_334, "b": 333_333, "c": 333_333})
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(st.lists(st.integers(0, 10**10), min_size=1, max_size=20))
 def test_random_access_equals_a_fresh_mixture(places: list[int]) -> None:
     weights = {"en": 0.5, "zh": 0.3, "ta": 0.2}

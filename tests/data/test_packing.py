@@ -8,13 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.scale import examples
 from xverse.data.order import random_order
 from xverse.data.packing import IGNORE, PackedSequence, StreamPacker, pack_examples
 from xverse.data.shards import Shard
 
 MakeShard = Callable[..., Shard]
 # The fixture only makes fresh folders, so examples may share it.
-shared = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+shared = settings(
+    deadline=None, max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def numbered(lengths: Sequence[int]) -> list[list[int]]:

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.shards import write_shard
 from xverse.config import UserError
-from xverse.data.shards import Shard, ShardHeader, ShardWriter
+from xverse.data.shards import Shard
 
 
 def test_what_is_written_is_read(make_shard: Callable[..., Shard]) -> None:
@@ -19,14 +20,11 @@ def test_what_is_written_is_read(make_shard: Callable[..., Shard]) -> None:
     assert len(shard.header.tokens_sha256) == 64
 
 
-def test_an_unfinished_shard_does_not_count_and_is_replaced(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "en", ShardHeader("hash", "en")) as writer:
-        writer.add(np.array([1, 3], np.uint32), np.array([2]), 1)
+def test_an_unfinished_shard_does_not_count(tmp_path: Path) -> None:
+    write_shard(tmp_path / "en", [1, 3], [2], sealed=False)
     with pytest.raises(UserError, match="not a finished token shard"):
         Shard.open(tmp_path / "en")
-    with ShardWriter(tmp_path / "en", ShardHeader("hash", "en")) as writer:
-        writer.add(np.array([2, 3], np.uint32), np.array([2]), 1)
-        writer.finish()
+    write_shard(tmp_path / "en", [2, 3], [2])
     assert Shard.open(tmp_path / "en").tokens[:].tolist() == [2, 3]
 
 
@@ -51,12 +49,6 @@ def test_damage_is_named(
         (path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         Shard.open(path)
-
-
-def test_a_shard_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        ShardWriter(tmp_path / "file" / "en", ShardHeader("hash", "en"))
 
 
 def test_arrays_are_read_as_numpy_indexes_them(make_shard: Callable[..., Shard]) -> None:

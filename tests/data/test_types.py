@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.scale import examples
 from xverse.config import UserError
 from xverse.data.benchmarks import custom, mmlu
 from xverse.data.benchmarks.questions import QuestionReader
@@ -75,7 +76,7 @@ def items(path: Path, stage: str = "sft", skipped: Counter[str] | None = None) -
     return [item for item, _ in read_file(file, stage, Counter() if skipped is None else skipped)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.lists(RECORD, min_size=1, max_size=8))
 def test_the_same_records_in_every_format(records: list[dict[str, str]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +90,7 @@ def test_the_lookalikes_one_by_one(tmp_path: Path) -> None:
         assert items(write(tmp_path, kind, records)) == records, kind
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.lists(TEXT.map(lambda text: text.replace("\n", " ").rstrip("\r")), min_size=1, max_size=8))
 def test_lines_of_text_files(lines: list[str]) -> None:
     expected = [line for line in lines if line.strip()]
@@ -108,7 +109,7 @@ def test_lines_of_text_files(lines: list[str]) -> None:
             assert whole == end.join(["first", *lines])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.lists(st.tuples(*[TEXT.filter(str.strip)] * 5, st.sampled_from("ABCD")), min_size=1, max_size=5))
 def test_benchmarks(rows: list[tuple[str, ...]]) -> None:
     names = ["question", "A", "B", "C", "D", "answer"]

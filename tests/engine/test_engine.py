@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.scale import examples
 from xverse.config import UserError
 from xverse.engine import Engine, Event, Request, SamplingParams, Speculation
 from xverse.engine.cache import position_bytes
@@ -97,7 +98,9 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     arrivals=arrivals,
     max_batch=st.integers(1, 4),

@@ -38,7 +38,9 @@ def models(wide_config: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempP
     return load
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("float32", marks=pytest.mark.thorough), "bfloat16", "int8", "int4"]
+)
 def test_random_traffic_gives_the_bits_of_each_request_alone(
     models: Any, tiny_tokenizer: Any, kind: str
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.scale import ALL
 from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.proposers import _Ngrams
@@ -149,12 +150,13 @@ def test_seeded_draws_are_the_same(model: Any, close_draft: Any, tiny_tokenizer:
 
 
 def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, tiny_tokenizer: Any) -> None:
-    """Frequencies of three tokens after a prompt, with and without speculation: chi-squared, 2,000 draws."""
+    """Frequencies of three tokens after a prompt, with and without speculation: chi-squared."""
     from collections import Counter
 
     with torch.no_grad():
         model.lm_head.weight.mul_(0.25)  # so that several tokens are probable
         close_draft.lm_head.weight.mul_(0.25)
+    draws = 1000 if ALL else 400
     kinds = [None, Speculation(draft=close_draft, draft_tokenizer=tiny_tokenizer)]
     counts: list[Counter[tuple[int | None, ...]]] = []
     accepted = 0
@@ -166,7 +168,7 @@ def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, ti
                 sampling=SamplingParams(max_new_tokens=3, seed=1000 * (kind is None) + number, top_k=3),
                 stop_ids=NEVER,
             )
-            for number in range(1000)
+            for number in range(draws)
         ]
         said: dict[int, list[int | None]] = {}
         for request in requests:  # one at a time: with many rows nothing is proposed
@@ -174,7 +176,7 @@ def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, ti
                 said.setdefault(event.handle, []).append(event.token_id)
         counts.append(Counter(tuple(each) for each in said.values()))
         accepted = engine.stats().accepted_tokens
-    assert accepted > 200
+    assert accepted > draws / 5
     statistic, cells = 0.0, 0
     for key in counts[0].keys() | counts[1].keys():
         one, other = counts[0][key], counts[1][key]

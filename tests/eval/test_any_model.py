@@ -14,7 +14,7 @@ from tests.family_zoo import write_family, write_tokenizer
 from xverse.config import UserError
 from xverse.eval.any_model import load_any
 from xverse.eval.backends import EngineBackend, TransformersBackend, load_backend
-from xverse.eval.generation import TaskRun, TaskSettings, generate_replies
+from xverse.eval.generation import TaskRun, TaskSettings, generate
 from xverse.eval.tasks import TASKS
 from xverse.formats import ModelDirectory
 from xverse.tokenizer import encode_chat
@@ -100,8 +100,8 @@ def test_generating_tasks_by_transformers_equal_the_engines(
         assert backend.stop_ids == (2,)
         prompts = [list(range(5, 30)), list(range(9, 20))]
         options: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": backend.stop_ids}
-        plain = generate_replies(backend.engine, prompts, **options)
-        cut = generate_replies(backend.engine, prompts, stop=[plain[0][0][3:5]], **options)
+        plain = generate(backend.engine, prompts, **options)
+        cut = generate(backend.engine, prompts, stop=[plain[0][0][3:5]], **options)
         assert cut[0][1] == "stop"
         settings = TaskSettings(texts=tmp_path / "texts")
         outcome = TASKS["ppl"](

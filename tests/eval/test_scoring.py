@@ -14,7 +14,7 @@ from xverse.data.benchmarks.questions import Question, Subject
 from xverse.eval.backends import EngineBackend, TransformersBackend
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.run import load_benchmarks
-from xverse.eval.scoring import Answer, make_prompts, score_prompts
+from xverse.eval.scoring import Answer, Prompt, make_prompts, score_prompts
 
 
 def plainly(backend: EngineBackend, ids: list[int], continuation: list[int]) -> float:
@@ -89,7 +89,9 @@ def test_sharing_the_beginning_changes_nothing(random_model: Path, benchmarks: P
 
 def test_equal_letters_go_to_the_first() -> None:
     question = Question(id="x", text="?", options=("a", "b", "c"), answer="B")
-    found = Answer(question=question, prompt="", shots=0, tokens=1, logprobs=(-2.0, -1.0, -1.0))
+    found = Answer(
+        Prompt(question=question, prompt="", shots=0, ids=[1], continuations=[]), [-2.0, -1.0, -1.0]
+    )
     assert found.prediction == "B"
 
 

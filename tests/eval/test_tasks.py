@@ -52,7 +52,7 @@ def test_generation_is_greedy_and_stops(engine_backend: Any) -> None:
 
     engine = engine_backend.engine
     prompts = [engine.tokenizer.encode(text) for text in ("One", "Two, three", "四")]
-    texts = generate(engine, prompts, max_new_tokens=12, stop_ids=())
+    texts = [text for text, _ in generate(engine, prompts, max_new_tokens=12, stop_ids=())]
     for ids, text in zip(prompts, texts, strict=True):
         for _ in range(12):
             with torch.inference_mode():
@@ -60,7 +60,7 @@ def test_generation_is_greedy_and_stops(engine_backend: Any) -> None:
             ids = [*ids, int(logits.argmax())]
         assert engine.tokenizer.decode(ids[-12:]) == text
     part = texts[0][2:4]
-    (stopped,) = generate(engine, prompts[:1], max_new_tokens=12, stop_ids=(), stop=[part])
+    ((stopped, _),) = generate(engine, prompts[:1], max_new_tokens=12, stop_ids=(), stop=[part])
     assert stopped == texts[0][: texts[0].index(part)]
 
 

@@ -12,8 +12,9 @@ import torch
 from transformers import TrainingArguments
 
 from xverse.finetune.encode import Example
-from xverse.finetune.preferences import PairTrainer, Preferences
+from xverse.finetune.preferences import PairTrainer
 from xverse.finetune.reward_model import RewardTrainer
+from xverse.finetune.settings import read_settings
 from xverse.finetune.trainer import FinetuneTrainer
 from xverse.hf import XverseConfig, XverseForCausalLM, XverseForSequenceClassification
 
@@ -50,8 +51,9 @@ def step_of(
     options = {"args": args, "held_out": [], "pad_id": 1, "row_length": 40 if packed else None}
     options |= {"model": model, "examples": examples}
     if kind == "dpo":
-        values = Preferences(supervised=0.3)
-        trainer: FinetuneTrainer = PairTrainer(reference=reference, preferences=values, **options)
+        values = {"model_name_or_path": "nano", "output_dir": str(out), "dataset": "e", "do_train": True}
+        settings = read_settings({**values, "stage": "dpo", "pref_ftx": 0.3}, "test")
+        trainer: FinetuneTrainer = PairTrainer(reference=reference, settings=settings, **options)
     elif kind == "rm":
         options["examples"] = [dataclasses.replace(e, margin=0.1 * n) for n, e in enumerate(examples)]
         trainer = RewardTrainer(centring=0.1, **options)

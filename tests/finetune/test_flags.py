@@ -122,6 +122,8 @@ def test_values_reach_transformers(tmp_path) -> None:
         ({"lora_rnak": 3, "lerning_rate": 1}, "lerning_rate.*learning_rate"),
         ({"load_best_model_at_end": True}, "needs evaluation"),
         ({"val_size": 1.5}, "neither a share"),
+        ({"warmup_ratio": 1}, "warmup_ratio 1 is not a share below 1; warmup_steps counts steps"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio 1.5 is not a share"),
         ({"val_size": 0.1, "eval_dataset": "y"}, "mutually exclusive"),
         ({"train_on_prompt": True, "mask_history": True}, "contradict"),
         ({"bf16": True, "fp16": True}, "contradict"),
@@ -240,3 +242,11 @@ def test_a_deepspeed_file_that_is_not_there(tmp_path) -> None:
 def test_shipped_recipes_are_well_formed(name) -> None:
     recipe = Path(__file__).resolve().parents[2] / "recipes" / name
     assert read_settings(read_yaml(recipe), name).learning_rate
+
+
+def test_held_out_examples_leave_some_to_train_on() -> None:
+    assert settings(val_size=7.0).held_out(8) == 7
+    assert settings(val_size=0.99).held_out(8) == 7
+    for count in (1, 7):
+        with pytest.raises(UserError, match=f"val_size 7 leaves none of {count} examples to train on"):
+            settings(val_size=7.0).held_out(count)

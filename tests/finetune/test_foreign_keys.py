@@ -10,8 +10,8 @@ import yaml
 
 from xverse.cli import main, verb_parser
 from xverse.config import UserError
-from xverse.finetune.foreign_keys import REFUSALS, VALUES, WITHOUT_EFFECT, foreign_keys
-from xverse.finetune.settings import ALIASES, DERIVED, Settings, read_settings
+from xverse.finetune.foreign_keys import ALIASES, REFUSALS, VALUES, WITHOUT_EFFECT, foreign_keys
+from xverse.finetune.settings import DERIVED, Settings, read_settings
 
 MINIMUM = {"model_name_or_path": "nano", "dataset": "x", "do_train": True, "output_dir": "out"}
 # The fields of LLaMA-Factory's hparams in 2025 and 2026, then older names.
@@ -56,7 +56,10 @@ num_layer_trainable name_module_trainable checkpoint_dir dpo_beta dpo_loss dpo_f
 train_last_turn_only sft_packing cache_path reserved_label_len split max_source_length max_target_length
 dev_ratio system_prompt orpo_beta kto_beta kto_ftx evaluation_strategy warmup_ratio group_by_length
 train_sampling_strategy logging_dir save_safetensors half_precision_backend fp16_opt_level
-use_legacy_prediction_loop
+use_legacy_prediction_loop hf_auth_token use_auth_token resume_lora_training neft_alpha lora_bf16_mode
+ref_model_checkpoint reward_model_checkpoint disable_version_checking prompt_template source_prefix
+data_shared_file_system adafactor past_index jit_mode_eval use_ipex no_cuda use_mps_device
+include_inputs_for_metrics xpu_backend tpu_num_cores sharded_ddp mp_parameters torchdynamo ray_scope
 """
 THEIRS = _THEIRS.split()
 

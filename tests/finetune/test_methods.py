@@ -80,7 +80,9 @@ def test_the_reward_models_loss(tiny_config: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_reward_model_learns_and_rewards(pairs: Path, document, flags, tmp_path: Path, kind: str) -> None:
+def test_a_reward_model_learns_and_rewards(
+    pairs: Path, document, flags, tmp_path: Path, kind: str, capsys
+) -> None:
     document |= {"stage": "rm", "dataset": "pairs.json", "finetuning_type": kind, "bf16": "false"}
     document |= {"learning_rate": "5e-3", "val_size": "8"}
     assert main(["finetune", *flags(document)]) == 0
@@ -108,6 +110,15 @@ def test_a_reward_model_learns_and_rewards(pairs: Path, document, flags, tmp_pat
     }
     assert main(["finetune", *flags(grpo)]) == 0
     assert read_metrics(tmp_path / "grpo" / "metrics.jsonl")[0]["reward_std"] > 0
+    base, written = document["model_name_or_path"], str(tmp_path / "written")
+    named = ["--model", str(out)] if kind == "full" else ["--model", base, "--adapter", str(out)]
+    capsys.readouterr()
+    for verb in (
+        ["export", "--type", "bf16", "--format", "hf", "--out", written],
+        ["chat", "--complete", "a"],
+    ):
+        assert main([verb[0], *named, *verb[1:]]) == 2, "it would write text without its head"
+        assert "of a reward model" in (said := capsys.readouterr().err) or "is a reward model" in said
     if kind == "full":
         grpo |= {"reward_funcs": document["model_name_or_path"], "output_dir": str(tmp_path / "other")}
         assert main(["finetune", *flags(grpo)]) == 2  # a language model is not a reward model

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,11 +15,35 @@ from transformers import TrainingArguments
 
 from xverse.cli import main
 from xverse.finetune.encode import Example, load_data
-from xverse.finetune.preferences import KtoTrainer, PairTrainer, Preferences, log_probabilities
-from xverse.finetune.settings import read_settings
+from xverse.finetune.preferences import KtoTrainer, PairTrainer, log_probabilities
+from xverse.finetune.settings import Settings, read_settings
 from xverse.finetune.trainer import join
 from xverse.hf import XverseConfig, XverseForCausalLM
 from xverse.train.plot import read_metrics
+
+
+class Preferences(NamedTuple):
+    """A loss: sigmoid, hinge, ipo, orpo, simpo or kto, and what belongs to it."""
+
+    kind: str = "sigmoid"
+    beta: float = 0.1
+    supervised: float = 0.0
+    smoothing: float = 0.0
+    gamma: float = 0.5
+    weights: tuple[float, float] = (1.0, 1.0)
+
+    def settings(self) -> Settings:
+        values: dict[str, Any] = {"pref_beta": self.beta, "pref_ftx": self.supervised}
+        if self.kind == "kto":
+            values |= dict(zip(("kto_chosen_weight", "kto_rejected_weight"), self.weights, strict=True))
+        else:
+            values |= {
+                "pref_loss": self.kind,
+                "dpo_label_smoothing": self.smoothing,
+                "simpo_gamma": self.gamma,
+            }
+        values |= {"stage": "kto" if self.kind == "kto" else "dpo", "dataset": "pairs", "do_train": True}
+        return read_settings({"model_name_or_path": "nano", "output_dir": "out", **values}, "test")
 
 
 @pytest.fixture
@@ -147,7 +171,7 @@ def test_losses_are_their_formulas_in_float64(tiny_config: Any, tmp_path: Path, 
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     options = {"examples": examples, "held_out": [], "row_length": None, "pad_id": 1}
     kind = KtoTrainer if values.kind == "kto" else PairTrainer
-    trainer = kind(model=model, args=args, **options, reference=reference, preferences=values)
+    trainer = kind(model=model, args=args, **options, reference=reference, settings=values.settings())
     batch = join(examples, range(6), 1)
     losses, _ = trainer._losses(model, batch)
     figures = []

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.shards import write_shard
 from xverse.cli import main
 from xverse.config import UserError
-from xverse.data.shards import ShardHeader, ShardWriter
 from xverse.finetune.encode import Data, Example
 from xverse.finetune.replay import _Text, add_replay, forgotten, report
 from xverse.finetune.settings import Settings, read_settings
@@ -82,9 +82,7 @@ def test_shards_of_another_tokenizer_and_wrong_values_are_refused(
     tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     for tokenizer in (tiny_tokenizer.hash, "other"):
-        with ShardWriter(tmp_path / "train" / "zh", ShardHeader(tokenizer, "zh")) as writer:
-            writer.add(np.arange(4, 40, dtype=np.uint32), np.array([20, 16]), 36)
-            writer.finish()
+        write_shard(tmp_path / "train" / "zh", range(4, 40), [20, 16], tokenizer)
         data = Data(train=[Example([1] * 50, [True] * 50, "d[0]")])
         if tokenizer != "other":
             add_replay(

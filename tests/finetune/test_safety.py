@@ -15,7 +15,7 @@ import torch
 from xverse.cli import main
 from xverse.config import UserError
 from xverse.files import alone
-from xverse.finetune.resume import _read_state, checkpoints_of, clear_unfinished
+from xverse.finetune.resume import checkpoints_of, clear_unfinished
 from xverse.formats import ModelDirectory, load_model, save_hf
 from xverse.model.transformer import XverseForCausalLM, init_weights
 from xverse.place import MARKS
@@ -145,7 +145,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_found(finished_run, tmp_path, cap
             shutil.copytree(source / f"checkpoint-{step}", out / f"checkpoint-{step}")
         damage(out / "checkpoint-6" / name, how)
         clear_unfinished(out)
-        found = checkpoints_of(out).newest(_read_state)
+        found = checkpoints_of(out).newest()
         assert found is not None
         assert found[0].name == "checkpoint-4", name
         assert not (out / "checkpoint-6").exists()

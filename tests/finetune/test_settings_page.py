@@ -7,7 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from xverse.finetune.settings import ALIASES, DatasetUse, Replay, Settings
+from xverse.finetune.foreign_keys import ALIASES
+from xverse.finetune.settings import DatasetUse, Replay, Settings
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "finetuning.md"
 

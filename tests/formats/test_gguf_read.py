@@ -12,12 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.scale import examples
 from xverse.config import UserError
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.gguf import save_gguf
 from xverse.formats.gguf_header import read_header
 from xverse.formats.quantize import load_quantizing
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
+from xverse.model.scaling import RopeScaling
 from xverse.model.transformer import init_weights
 
 gguf = pytest.importorskip("gguf")
@@ -55,7 +57,7 @@ def test_what_we_write_reads_back(written: Any, tiny_tokenizer: Any) -> None:
     assert directory.tokenizer.template is None  # XVERSE's own chat format
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(st.data())
 def test_a_damaged_file_is_refused_in_a_line(written: Any, data: st.DataObject) -> None:
     _, path = written
@@ -86,6 +88,9 @@ ABSURD = {
     "a long array": b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 1 << 55),
     "an array of arrays": b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 9, 1),
     "empty": b"",
+    "big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+    "a part": b"GGUF" + struct.pack("<IQQQ11sIH", 3, 0, 1, 11, b"split.count", 2, 2),
+    "a pointer": b"version https://git-lfs.github.com/spec/v1",
 }
 
 
@@ -129,6 +134,17 @@ def test_every_type_is_decoded_as_the_package_does(tmp_path: Path) -> None:
         ({"tokenizer.ggml.model": "bert"}, "tokenizer 'bert' is not supported"),
         ({"tokenizer.ggml.tokens": None}, "holds no tokenizer"),
         ({"tokenizer.ggml.scores": []}, "--tokenizer DIR"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "has no llama.attention.layer_norm_rms_epsilon"),
+        ({"llama.attention.head_count_kv": [2, 1]}, r"expected int, found list '\[2, 1\]'"),
+        *(
+            ({f"llama.{key}": value}, f"{key} = {value} is not supported, only")
+            for key, value in (
+                *(("rope.dimension_count", 8), ("attention.value_length", 8), ("attention.causal", False)),
+                *(("embedding_scale", 2.0), ("residual_scale", 2.0), ("attention.scale", 0.5)),
+                *(("rope.scaling.yarn_ext_factor", 0.0), ("rope.scaling.attn_factor", 0.5)),
+                ("rope.scaling.yarn_log_multiplier", 0.1),
+            )
+        ),
     ],
 )
 def test_metadata_that_does_not_fit(written: Any, changes: dict[str, Any], message: str) -> None:
@@ -137,3 +153,31 @@ def test_metadata_that_does_not_fit(written: Any, changes: dict[str, Any], messa
     metadata |= changes
     with pytest.raises(UserError, match=message):
         print(directory.config, directory.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "expected"),
+    [
+        ({"rope.scaling.factor": 4.0}, "rope_scaling", RopeScaling(rope_type="linear", factor=4.0)),
+        ({"rope.scale_linear": 4.0}, "rope_scaling", RopeScaling(rope_type="linear", factor=4.0)),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, "rope_scaling", None),
+        (
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 32,
+                "rope.scaling.yarn_beta_fast": 16.0,
+            },
+            "rope_scaling",
+            RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=16.0),
+        ),
+        ({"attention.head_count_kv": [2, 2]}, "num_key_value_heads", 2),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id", None),
+    ],
+)
+def test_metadata_of_other_writers(written: Any, changes: dict[str, Any], field: str, expected: Any) -> None:
+    directory = ModelDirectory.of(written[1])
+    for key, value in changes.items():
+        directory.header.metadata[key if "ggml" in key else f"llama.{key}"] = value  # type: ignore[attr-defined]
+    assert getattr(directory.config, field) == expected
+    assert 10**6 not in directory.generation_config.get("eos_token_id", [])

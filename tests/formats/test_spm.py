@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.scale import examples
 from xverse.config import UserError
 from xverse.formats.spm import Kind, random_differences, spm_encode, spm_vocabulary
 from xverse.tokenizer import Tokenizer
@@ -18,7 +19,7 @@ from .upstream import break_tokenizer
 
 NANO = Path(__file__).parents[2] / "src" / "xverse" / "assets" / "nano"
 relaxed = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 pieces = st.sampled_from(
     [*" \t\n\r1.,(日éЖ🙂ถक्", "  ", "   ", "\r\n", "<|endoftext|>", "<0x41>", "the", "你好"]

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.scale import ALL
+
 triton = pytest.importorskip("triton")
 
 GENERATIONS = (75, 80, 86, 89, 90, 120)
@@ -67,7 +69,7 @@ KERNELS = [
 ]
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", GENERATIONS if ALL else (75, *ALIKE, 90))
 def test_kernels_compile_for(generation: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -37,8 +37,12 @@ def build(compiler: str, units: list[tuple[str, list[str]]], sets: str, folder: 
     ("header", "source", "name", "table", "shapes"),
     [
         ("emulated_vnni.h", "avx2.cpp", "avx_vnni", "kAvxVnni", 432),
-        ("emulated_avx512.h", "avx512.cpp", "avx512_vnni", "kAvx512", 432),
-        ("emulated_amx.h", "avx512.cpp", "avx512_amx", "kAvx512Amx", 1032),
+        pytest.param(
+            *("emulated_avx512.h", "avx512.cpp", "avx512_vnni", "kAvx512", 432), marks=pytest.mark.thorough
+        ),
+        pytest.param(
+            *("emulated_amx.h", "avx512.cpp", "avx512_amx", "kAvx512Amx", 1032), marks=pytest.mark.thorough
+        ),
     ],
 )
 def test_x86_sums_by_emulation(

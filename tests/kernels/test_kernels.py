@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.scale import examples
 from xverse.kernels import ops
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.tiles import from_rows, tile, to_rows
@@ -149,7 +150,7 @@ def test_no_tokens() -> None:
     outputs=st.integers(1, 100),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_tiles_keep_every_value(
     form: tuple[int, int | None], group: int, groups: int, outputs: int, seed: int
 ) -> None:

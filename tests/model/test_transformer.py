@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.scale import examples
 from xverse.config import UserError
 from xverse.model import (
     FullCausal,
@@ -70,7 +71,7 @@ def test_positions_beyond_8000_equal_llama(models):
 
 
 @torch.no_grad()
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6), rows=st.integers(1, 3))
 def test_packed_documents_equal_each_alone(models, lengths, rows):
     ours, llama = models

@@ -115,6 +115,14 @@ def test_large_clusters_get_groups_that_share_weights() -> None:
     assert best.replicate >= 64
 
 
+@pytest.mark.parametrize("length", [100, 2_000])
+def test_short_rows_fill_a_micro_batch(length: int) -> None:
+    task = task_of(named_shape("7b"), "7b", DEVICES["h100"], 16, length, None)
+    assert search(task)[0].mfu(task.device) > 0.4, (
+        "as with 8,192 tokens: only attention depends on the length"
+    )
+
+
 def test_muon_costs_its_iterations() -> None:
     """684 TFLOP a step at 7B on every GPU, and the momentum gathered in float32."""
     flat = Layout(shard=1024)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.scale import examples
 from xverse.config import UserError
 from xverse.kernels.native import library
 from xverse.kernels.weight import TABLES, QuantizedWeight
@@ -39,7 +40,7 @@ def test_rtn_row_is_upstreams_scheme(bits: int) -> None:
     assert torch.equal(quantized.q.float(), (weight / scales.float()).round().clamp(-largest - 1, largest))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     seed=st.integers(0, 1000),
     bits=st.sampled_from([4, 8]),
@@ -222,7 +223,7 @@ def test_every_table_has_its_bits_and_fits_the_kernels() -> None:
 @given(
     entries=st.lists(st.integers(-127, 127), min_size=16, max_size=16, unique=True), seed=st.integers(0, 99)
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_levels_are_the_nearest_entries(entries: list[int], seed: int) -> None:
     table = torch.tensor(sorted(entries), dtype=torch.int8)
     x = torch.rand(200, generator=torch.Generator().manual_seed(seed)) * 300 - 150

@@ -212,6 +212,7 @@ def test_they_are_loaded_chosen_listed_and_unloaded(folder: Path) -> None:
             (loading("x", "a\0b"), 400, "lora_path", "not in the server's folder"),
             (loading("deux", "one"), 400, "lora_name", "already loaded"),
             (loading("base", "one"), 400, "lora_name", "already the name"),
+            (loading("base:latest", "one"), 400, "lora_name", "already the name"),
             (loading("a b", "one"), 400, "lora_name", "not a name"),
             (call("/v1/load_lora_adapter", lora_path="one"), 400, "lora_name", "required"),
             (call("/v1/unload_lora_adapter", lora_name="x"), 404, "lora_name", "no adapter"),

@@ -140,6 +140,7 @@ def test_what_is_refused(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"endpoint": "/v1/models"}, openai.BadRequestError, "endpoint"),
         ({"completion_window": "1h"}, openai.BadRequestError, "completion_window"),
         ({"metadata": {str(n): "" for n in range(17)}}, openai.BadRequestError, "metadata"),
+        ({"metadata": {"a": "x" * 513}}, openai.BadRequestError, "metadata.a"),
     ):
         with pytest.raises(error) as raised:
             client.batches.create(**{**valid, **change})
@@ -149,6 +150,9 @@ def test_what_is_refused(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: client.files.retrieve("file-" + "1" * 24), "file_id"),
         (lambda: client.files.content("..%2f..%2fx"), "file_id"),
         (lambda: client.batches.retrieve("batch_" + "1" * 24), "batch_id"),
+        (lambda: client.batches.list(after="batch_x"), "after"),
+        (lambda: client.files.list(after="file-x"), "after"),
+        (lambda: client.files.list(limit="x"), "limit"),
     ):
         with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as raised:
             call()

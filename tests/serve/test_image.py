@@ -1,5 +1,5 @@
 """The Dockerfile without Docker: its RUN steps in clean virtual environments, as on a new machine. The test
-needs pip's index and runs if ``XVERSE_TEST_IMAGE`` is set (.ci/run sets it)."""
+needs pip's index and runs if ``XVERSE_TEST_IMAGE`` is set (.ci/run sets it with ``XVERSE_TEST_ALL``)."""
 
 from __future__ import annotations
 

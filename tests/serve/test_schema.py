@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from tests.scale import examples
+
 schemathesis = pytest.importorskip("schemathesis")
-EXAMPLES = int(os.environ.get("XVERSE_TEST_EXAMPLES", "50"))  # of requests to an operation
+EXAMPLES = int(os.environ.get("XVERSE_TEST_EXAMPLES", examples(75)))  # of requests to an operation
 OPERATIONS = (
     "POST /v1/chat/completions",
     "POST /v1/completions",

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.studies.schemas import Writer
+from tests.scale import examples
 from xverse.serve import schemas
 from xverse.serve.grammar_worker import Vocabulary
 from xverse.serve.protocol import Tool
@@ -152,7 +153,11 @@ _counts = {"compiled": 0, "refused": 0}
 
 @given(schema=SCHEMAS, seed=st.integers(0, 10**6))
 @settings(
-    max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=examples(150),
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
 )
 def test_what_compiles_yields_what_validates(vocabulary: Vocabulary, schema: Any, seed: int) -> None:
     try:

@@ -177,6 +177,9 @@ def test_tokenize_is_what_a_request_sends(server: Any, client: Any) -> None:
         text = http.post("/detokenize", json={"tokens": found["tokens"]}).json()["prompt"]
         assert text.endswith("Assistant: ")
         assert "".join(found["token_strs"]) == text
+        for body in ({}, {"prompt": "a", "text": "b"}, {"text": "a", "messages": QUESTION}):
+            refused = http.post("/tokenize", json=body)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
         closed = http.post("/tokenize", json={"messages": QUESTION, "add_generation_prompt": False}).json()
         text = http.post("/detokenize", json={"tokens": closed["tokens"]}).json()["prompt"]
         assert text == "Human: What is your name?\n\n"

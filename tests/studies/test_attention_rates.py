@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from benchmarks.studies import attention
-from xverse.bench.report import show, using_threads
+from xverse.bench.report import show
+from xverse.hardware import using_threads
 
 
 def test_every_figure_is_measured_beside_its_bound() -> None:

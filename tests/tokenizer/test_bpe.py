@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.scale import examples
 from xverse.config import UserError
 from xverse.tokenizer import Tokenizer, native, train_tokenizer
 from xverse.tokenizer.recipe import merge_texts
@@ -68,7 +69,7 @@ def ours(
     st.sampled_from([LARGE, SMALL]),
     st.integers(2, 4),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_small_alphabets(
     folder: Path, texts: list[str], merges: int, rule: tuple[int, int], memory: int, limit: int
 ) -> None:
@@ -97,7 +98,7 @@ RUNS = st.lists(st.tuples(st.sampled_from("aab"), st.integers(1, 17)), min_size=
 @example(
     [([("a", 17)], 250), ([("a", 7)], 7), ([("a", 5), ("b", 2)], 1), ([("b", 3), ("a", 3)], 1)], 20, (1, 64)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_long_runs_in_short_phases(
     folder: Path, drawn: list[tuple[list[tuple[str, int]], int]], merges: int, rule: tuple[int, int]
 ) -> None:

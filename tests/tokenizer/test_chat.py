@@ -11,10 +11,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xverse.config import UserError
-from xverse.tokenizer import Tokenizer, encode_chat, encode_dialogue, input_limit, render_template
+from xverse.tokenizer import (
+    CHAT_TEMPLATE,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    encode_chat,
+    encode_dialogue,
+    input_limit,
+)
 from xverse.tokenizer.chat import PREFIXES, SUFFIXES
+from xverse.tokenizer.template import render
 
 EOS = 3
+
+
+def render_template(messages: Any, add_generation_prompt: bool = True, template: str = CHAT_TEMPLATE) -> str:
+    tokens = {"bos_token": SPECIAL_TOKENS[2], "eos_token": SPECIAL_TOKENS[3]}
+    return render(template, messages, add_generation_prompt=add_generation_prompt, **tokens)
 
 
 def user(text: str) -> dict[str, str]:
@@ -256,8 +269,6 @@ def test_template_is_sandboxed_and_strict() -> None:
 
 
 def test_saved_template_is_the_template(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from xverse.tokenizer import CHAT_TEMPLATE
-
     tiny_tokenizer.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["chat_template"] == CHAT_TEMPLATE

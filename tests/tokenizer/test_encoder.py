@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.scale import examples
 from xverse.tokenizer import Tokenizer, native
 from xverse.tokenizer.encoder import make_encoder
 
@@ -53,7 +54,7 @@ def differing(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
 
 
 @given(texts=st.lists(TEXTS, min_size=1, max_size=5))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_any_text(nano: Tokenizer, published: Tokenizer, texts: list[str]) -> None:
     assert not differing(nano, texts)
     assert not differing(published, texts)

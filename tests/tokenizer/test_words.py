@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
+from tests.scale import examples
 from xverse.tokenizer import native
 from xverse.tokenizer.train import TRAINING_WORDS
 
@@ -34,7 +35,7 @@ def by_library(text: str) -> list[str]:
 
 
 @given(st.text(st.one_of(st.sampled_from(ODD), st.characters(exclude_categories=["Cs"])), max_size=60))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_any_text(text: str) -> None:
     assert native.pre_tokens(text) == by_library(text)
 

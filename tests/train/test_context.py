@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.scale import examples
 from xverse.model import document_starts
 from xverse.train.context import Ring, RingPacked, attention, attention_backward
 
@@ -19,7 +20,7 @@ def ring(rank: int, size: int) -> Ring:
 
 
 @given(st.integers(2, 4), st.integers(1, 6), st.floats(0, 0.6), st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_pieces_are_the_documents_causal_mask(size: int, chunk: int, cuts: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     length = 2 * size * chunk

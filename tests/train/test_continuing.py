@@ -17,7 +17,7 @@ from xverse.cli import main
 from xverse.config import UserError, load
 from xverse.formats import ModelDirectory, load_model
 from xverse.train import PretrainRecipe, TrainConfig, pretrain
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.continuing import same_rates
 from xverse.train.plot import read_metrics
 
@@ -51,7 +51,7 @@ def test_a_finished_run_is_prolonged_and_branched_exactly(
     """12 steps with a decay from 9, then 20 steps in the same folder: as a run of 20 from the start."""
     expected = run(write_recipe, tmp_path / "whole", steps=20)
     short = run(write_recipe, tmp_path / "run", steps=12)
-    names = [path.name for path in checkpoints(tmp_path / "run")]
+    names = [path.name for path in kept(tmp_path / "run").all()]
     assert names == ["step-00000009", "step-00000010", "step-00000012"], "before the decay, and the last two"
     decayed = {name: tensor.clone() for name, tensor in weights(short).items()}
     source = tmp_path / "run" / "checkpoints" / "step-00000009"
@@ -78,7 +78,7 @@ def test_what_cannot_be_prolonged_is_refused(write_recipe: Callable[..., Path], 
     with pytest.raises(UserError, match=r"begun with steps = 6, not 9; its 6 .*only schedule wsd can be"):
         run(write_recipe, tmp_path / "cosine", schedule="cosine", steps=9)
     run(write_recipe, tmp_path / "wsd", steps=8)
-    for path in checkpoints(tmp_path / "wsd")[:-1]:
+    for path in kept(tmp_path / "wsd").all()[:-1]:
         shutil.rmtree(path)
     with pytest.raises(UserError, match="no checkpoint from before the decay is left"):
         run(write_recipe, tmp_path / "wsd", steps=9)

@@ -17,7 +17,7 @@ from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.data.prepare.pipeline import PrepareRecipe, prepare
 from xverse.data.watch import ShardWatch
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.plot import read_metrics
 
 
@@ -88,7 +88,7 @@ def test_a_shard_that_changes_under_a_running_job_ends_it_without_a_checkpoint(
     with pytest.raises(UserError, match="changed since it was prepared"):
         pretrain(load(PretrainRecipe, recipe))
     monkeypatch.undo()
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000004"]
+    assert [path.name for path in kept(tmp_path / "run").all()] == ["step-00000004"]
     assert main(["pretrain", str(recipe)]) == 2, "nor does it begin again with them"
 
 

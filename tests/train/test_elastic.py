@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.plot import read_metrics
 
 STEPS, EVERY = 48, 4
@@ -51,7 +51,7 @@ def test_kill_of_any_process_at_any_moment_loses_no_more_than_since_the_last_che
         killed.add(pid)
         before = max(losses(out))
         os.kill(pid, signal.SIGKILL)
-        saved = int(checkpoints(out)[-1].name[5:])
+        saved = int(kept(out).all()[-1].name[5:])
         assert before + 1 - saved <= 2 * EVERY, "the newest checkpoint may have been under way"
         resumed = 0
         while resumed <= number:

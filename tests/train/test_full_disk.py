@@ -11,7 +11,7 @@ import pytest
 
 from xverse.config import UserError
 from xverse.log import JsonlLog
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.plot import read_metrics
 
 
@@ -38,9 +38,9 @@ def test_the_oldest_checkpoint_makes_room_for_the_next(
     aside.mkdir(parents=True)
     (aside / "shard").write_bytes(bytes(4096))
     fit_tiny(out, **settings)
-    kept = [int(path.name[5:]) for path in checkpoints(out)]
-    assert (len(kept), kept[-1]) == (fitting, 12)
-    assert kept[0] > 3, "the oldest went first"
+    steps = [int(path.name[5:]) for path in kept(out).all()]
+    assert (len(steps), steps[-1]) == (fitting, 12)
+    assert steps[0] > 3, "the oldest went first"
     assert not aside.exists()
     assert losses(out) == losses(tmp_path / "whole")
     fit_tiny(out, **settings)  # the last one is intact
@@ -54,7 +54,7 @@ def test_checkpoints_that_are_kept_forever_go_last(
     one = pages(tmp_path / "whole" / "checkpoints" / "step-00000008")
     subprocess.run(["mount", "-o", f"remount,size={int(2.6 * one)}", str(small_disk)], check=True)
     fit_tiny(small_disk / "run", **settings)
-    names = [path.name for path in checkpoints(small_disk / "run")]
+    names = [path.name for path in kept(small_disk / "run").all()]
     assert names == ["step-00000004", "step-00000008"], "6 was not written while 2 and 4 were kept"
 
 

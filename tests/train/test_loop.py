@@ -17,9 +17,9 @@ from xverse.data.feed import Batch, PretrainFeed
 from xverse.formats.write import llama_config
 from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights
 from xverse.train import TrainConfig
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.loop import train_step
-from xverse.train.optimizer import cosine_lr, make_adamw
+from xverse.train.optimizer import learning_rate, make_adamw
 from xverse.train.plot import read_metrics
 from xverse.train.validate import bits_per_byte
 
@@ -134,7 +134,8 @@ def test_bfloat16_stays_close_to_float32(fit_tiny: Fit, tmp_path: Path) -> None:
 
 def test_schedule() -> None:
     def at(step: int, warmup: int = 10) -> float:
-        return cosine_lr(step, peak=2.0, warmup_steps=warmup, steps=101, final_ratio=0.1)
+        config = TrainConfig(steps=101, batch_size=1, learning_rate=2.0, warmup_steps=warmup)
+        return learning_rate(step, config)
 
     assert at(0) == pytest.approx(0.2)
     assert at(9) == at(10) == 2.0
@@ -169,7 +170,7 @@ def test_divergence_stops_with_one_clear_line(fit_tiny: Fit, tmp_path: Path) -> 
     ) as caught:
         fit_tiny(tmp_path, steps=50, learning_rate=1e30, grad_clip=0.0, checkpoint_every=1)
     assert "\n" not in str(caught.value)
-    last = checkpoints(tmp_path)[-1]
+    last = kept(tmp_path).all()[-1]
     assert int(last.name[5:]) == len(steps_of(tmp_path)), "the steps that diverged left nothing"
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert sum("rollback" in record for record in records) == 3

@@ -20,7 +20,7 @@ from xverse.model import Packed, XverseConfig, XverseForCausalLM, init_weights, 
 from xverse.train import TrainConfig
 from xverse.train.blocks import prepare_blocks
 from xverse.train.loop import train_step
-from xverse.train.optimizer import MuonAdamW, make_optimizer, orthogonal, store, wsd_lr
+from xverse.train.optimizer import MuonAdamW, learning_rate, make_optimizer, orthogonal, store
 from xverse.train.plot import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -136,8 +136,12 @@ def test_choices_learn_and_resume_exactly(
 
 
 def test_wsd_schedule() -> None:
+    config = TrainConfig(
+        steps=100, batch_size=1, learning_rate=2.0, warmup_steps=10, schedule="wsd", decay_share=0.25
+    )
+
     def at(step: int) -> float:
-        return wsd_lr(step, peak=2.0, warmup_steps=10, steps=100, final_ratio=0.1, decay_share=0.25)
+        return learning_rate(step, config)
 
     assert at(0) == pytest.approx(0.2)
     assert {at(step) for step in range(9, 75)} == {2.0}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from xverse.cli import main
 from xverse.config import load
 from xverse.train import PretrainRecipe, pretrain
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.plot import read_metrics
 
 Recipe = Callable[..., Path]
@@ -80,10 +80,10 @@ def test_a_run_of_two_processes_goes_on_in_one(
     ]
     for found, wanted in zip(*validations, strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
-    sizes = [file.stat().st_size for file in checkpoints(there)[-1].glob("*.safetensors")]
+    sizes = [file.stat().st_size for file in kept(there).all()[-1].glob("*.safetensors")]
     assert len(sizes) == 2, "each process writes its own"
     assert max(sizes) < 2 * min(sizes)
-    for path in checkpoints(there):  # as if it had been killed after step 12
+    for path in kept(there).all():  # as if it had been killed after step 12
         if int(path.name[5:]) > 12:
             shutil.rmtree(path)
     (there / "metrics.jsonl").rename(there / "before.jsonl")
@@ -102,14 +102,14 @@ def test_signals_reach_one_process_and_all_save(
         time.sleep(0.05)
     pid = json.loads((out / "heartbeats" / "1.json").read_text())["pid"]
     os.kill(pid, signal.SIGUSR1)
-    while not checkpoints(out):
+    while not kept(out).all():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     os.kill(pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=240)
     assert process.returncode != 0
     assert "run the same command to continue from it" in output
-    assert len(checkpoints(out)) == 2, "SIGUSR1 saves and goes on, SIGTERM saves and stops"
+    assert len(kept(out).all()) == 2, "SIGUSR1 saves and goes on, SIGTERM saves and stops"
     assert json.loads((out / "heartbeats" / "0.json").read_text())["status"] == "stopped"
 
 

@@ -14,7 +14,7 @@ from xverse.config import UserError, build, load
 from xverse.formats import load_model
 from xverse.log import JsonlLog
 from xverse.train import PretrainRecipe, pretrain
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.plot import plot_loss, read_metrics
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -49,7 +49,7 @@ def test_run_leaves_model_curve_and_records(
     assert json.loads((out / "recipe.json").read_text())["shape"]["hidden_size"] == 32
     model = load_model(out / "model")
     assert model.config.hidden_size == tiny_shape["hidden_size"]
-    saved = tensors_of(checkpoints(out)[-1])
+    saved = tensors_of(kept(out).all()[-1])
     for name, tensor in model.state_dict().items():
         assert torch.equal(saved[f"model.{name}"], tensor)
 
@@ -94,7 +94,7 @@ def test_mistakes_in_the_recipe_are_one_line(
     capsys.readouterr()
     line = refused(capsys, recipe, "train.learning_rate=1e-4")
     assert "this run was begun with learning_rate = 0.003, not 0.0001" in line
-    newest = checkpoints(tmp_path / "run")[-1]
+    newest = kept(tmp_path / "run").all()[-1]
     next(newest.glob("*.safetensors")).write_bytes(b"\x08")
     assert f"{newest}: this checkpoint cannot be read" in refused(capsys, recipe)
 

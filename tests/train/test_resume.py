@@ -24,7 +24,7 @@ from tests import forkserver
 from xverse.config import UserError, load
 from xverse.data.feed import ORDERS
 from xverse.train import PretrainRecipe, pretrain
-from xverse.train.checkpoint import checkpoints
+from xverse.train.checkpoint import kept
 from xverse.train.plot import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,7 @@ def test_killed_and_interrupted_run_equals_an_unharmed_one(
             assert "Traceback" not in stderr
             assert stopped
             done = int(stopped[1])
-            assert checkpoints(out)[-1].name == stopped[2] == f"step-{done:08d}"
+            assert kept(out).all()[-1].name == stopped[2] == f"step-{done:08d}"
             assert list(losses(out)) == list(range(done))
     (out / "checkpoints" / ".step-00000099.abc.tmp").mkdir()  # as kill -9 during writing leaves it
     train(recipe)
@@ -140,7 +140,7 @@ def test_finished_run_only_writes_its_model_again(
     before = losses(tmp_path / "run")
     capsys.readouterr()
     again = load_file(train(recipe) / "model.safetensors")
-    saved = tensors_of(checkpoints(tmp_path / "run")[-1])
+    saved = tensors_of(kept(tmp_path / "run").all()[-1])
     assert all(torch.equal(saved[f"model.{name}"], tensor) for name, tensor in again.items())
     assert "this run is finished (3 steps)" in capsys.readouterr().err.replace("\n", " ")
     assert losses(tmp_path / "run") == before
@@ -191,7 +191,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_serves(
 ) -> None:
     fit_tiny(tmp_path, steps=4, checkpoint_every=2)
     whole = losses(tmp_path)
-    first, last = checkpoints(tmp_path)
+    first, last = kept(tmp_path).all()
     damage(file(last))
     capsys.readouterr()
     fit_tiny(tmp_path, steps=4)
@@ -226,7 +226,7 @@ def test_checkpoint_of_other_tensors_is_refused(
 ) -> None:
     """Among them shapes that copying would broadcast silently."""
     fit_tiny(tmp_path, steps=2)
-    checkpoint = checkpoints(tmp_path)[-1]
+    checkpoint = kept(tmp_path).all()[-1]
     tensors = tensors_of(checkpoint)
     rewrite(checkpoint, {**tensors, "model.lm_head.weight": tensors["model.lm_head.weight"][:1].clone()})
     with pytest.raises(UserError, match=r"'model.lm_head.weight' is \[1, 32\], not \["):
@@ -241,7 +241,7 @@ def test_a_checkpoint_without_a_list_of_its_files_is_refused_in_one_line(
     fit_tiny: Callable[..., object], tmp_path: Path
 ) -> None:
     fit_tiny(tmp_path, steps=2)
-    file = checkpoints(tmp_path)[-1] / "state.json"
+    file = kept(tmp_path).all()[-1] / "state.json"
     state = json.loads(file.read_text())
     del state["files"]
     file.write_text(json.dumps(state))
@@ -252,7 +252,7 @@ def test_a_checkpoint_without_a_list_of_its_files_is_refused_in_one_line(
 
 def test_which_checkpoints_stay(fit_tiny: Callable[..., object], tmp_path: Path) -> None:
     fit_tiny(tmp_path, steps=11, checkpoint_every=1, keep_checkpoints=2, keep_every=4)
-    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == [4, 8, 10, 11]
+    assert [int(path.name[5:]) for path in kept(tmp_path).all()] == [4, 8, 10, 11]
 
 
 def test_another_recipe_in_the_same_folder_is_refused_by_key(
@@ -289,7 +289,7 @@ def test_a_run_begun_with_another_order_of_documents_is_refused(
 def test_other_text_is_another_run(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = write_recipe(steps=2)
     train(recipe)
-    file = checkpoints(tmp_path / "run")[-1] / "state.json"
+    file = kept(tmp_path / "run").all()[-1] / "state.json"
     state = json.loads(file.read_text())
     state["identity"]["data"] = "of other text"
     file.write_text(json.dumps(state))
@@ -312,7 +312,7 @@ def test_full_disk_training_goes_on_and_the_last_good_checkpoint_stays(
     resource = pytest.importorskip("resource")
     fit_tiny(tmp_path, steps=8, checkpoint_every=2, keep_checkpoints=9)
     whole = losses(tmp_path)
-    first, *others = checkpoints(tmp_path)
+    first, *others = kept(tmp_path).all()
     limit = shard(first).stat().st_size - 5000
     for other in others:
         shutil.rmtree(other)

@@ -36,7 +36,7 @@ with world_of("fsdp") as world:
     read, headers = [], []
     files.fingerprint = lambda path: (read.append(path.name), fingerprint(path))[1]
     checkpoint.read_header = lambda path: (headers.append(path.name), read_header(path))[1]
-    path, state = checkpoint.newest(checkpoint.kept(out), world)
+    path, state = checkpoint.kept(out).newest(world)
     found["verified"] = [path.name, *read]
     world.wait()
     if world.rank == 0:
@@ -45,7 +45,7 @@ with world_of("fsdp") as world:
         data[-1] ^= 1
         file.write_bytes(data)
     world.wait()
-    path, state = checkpoint.newest(checkpoint.kept(out), world)
+    path, state = checkpoint.kept(out).newest(world)
     found["after damage"] = path.name
     world.wait()
     replica = distribute(empty_model(shape), config, world, initial_weights(shape, 0))
@@ -57,7 +57,7 @@ with world_of("fsdp") as world:
         (path / "shard-00002-model-00001-of-00001.safetensors").unlink()
     world.wait()
     for name, call in (
-        ("newest", lambda: checkpoint.newest(checkpoint.kept(out), world)),
+        ("newest", lambda: checkpoint.kept(out).newest(world)),
         ("load", lambda: checkpoint.load_checkpoint(path, state, replica.model, optimizer, world)),
     ):
         try:

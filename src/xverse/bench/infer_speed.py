@@ -22,7 +22,6 @@ from xverse.bench.report import (
     need_memory,
     say_gb,
     show,
-    using_threads,
 )
 from xverse.bench.weights import placeholder_tokenizer, random_model
 from xverse.config import UserError
@@ -43,25 +42,6 @@ from xverse.tokenizer import Tokenizer
 NANO_TARGET = 100.0  # decoded tokens/s with one request
 PREFILL_CHUNK = 512
 _SPARE = 2**30  # bytes for the bandwidth buffer, activations and libraries
-
-
-def measure_named(
-    model: str = "nano",
-    shape: str | None = None,
-    *,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    prompt_tokens: int = 512,
-    new_tokens: int = 128,
-    batch: int = 1,
-    threads: int | None = None,
-    rounds: int = 3,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """``measure`` for a model or a shape, as ``load_named`` takes them. ``threads`` None: as in chat."""
-    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
-    weights, tokenizer = load_named(model, shape, dtype=dtype, quantize=quantize, device=device, **sizes)
-    return measure(weights, tokenizer, shape or model, **sizes, threads=threads, rounds=rounds)
 
 
 def load_named(
@@ -88,12 +68,13 @@ def load_named(
     usual = weights_dtype(place) or (torch.float32 if small else torch.bfloat16)
     chosen = getattr(torch, dtype) if dtype else usual
     check_context(config, prompt_tokens, new_tokens, batch)
-    size = _weight_bytes(config, chosen)
+    size = config.num_parameters() * chosen.itemsize
     if quantize:
         size = stored_bytes(config, quick_settings(quantize, config))
     elif directory and directory.scheme:
         size = sum(file.stat().st_size for file in directory.weight_files)
-    need_memory(size + _cache_bytes(config, chosen, prompt_tokens + new_tokens, batch) + _SPARE, place)
+    cache = position_bytes(config, chosen) * (prompt_tokens + new_tokens) * batch
+    need_memory(size + cache + _SPARE, place)
     if directory:
         return load_weights(directory, quantize, chosen, place), directory.tokenizer
     notice(f"infer: generating {size / 1e9:.2f} GB of random weights")
@@ -126,7 +107,7 @@ def measure(
         f"infer {name}: {rounds} rounds of {prompt_tokens} + {new_tokens} tokens, {count_threads(threads)}"
     )
     shape = MATMUL if device.type == "cpu" else GPU_MATMUL
-    with using_threads(threads), guard(device):
+    with hardware.using_threads(threads), guard(device):
         matmul = [hardware.matmul_flops(dtype, *shape, device, seconds=0.2)]
         buffer = hardware.bandwidth_buffer(str(device))
         # No prefix cache, because rounds repeat their prompts.
@@ -277,11 +258,3 @@ def _step_bytes(model: XverseForCausalLM, batch: int, positions: float) -> float
 
 def _tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in module.state_dict().values())
-
-
-def _weight_bytes(config: XverseConfig, dtype: torch.dtype) -> int:
-    return config.num_parameters() * dtype.itemsize
-
-
-def _cache_bytes(config: XverseConfig, dtype: torch.dtype, tokens: int, batch: int) -> int:
-    return position_bytes(config, dtype) * tokens * batch

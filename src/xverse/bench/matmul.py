@@ -91,10 +91,15 @@ def _bytes(kind: str, outputs: int, inputs: int) -> int:
 def _layers(config: XverseConfig, kind: str, device: torch.device) -> list[list[Any]]:
     """Weights in the order of a forward pass, grouped by the input that they share."""
     size, inner = config.hidden_size, config.intermediate_size
-    generate = _random_bf16 if kind == "bf16" else _random_quantised(BITS[kind])
 
     def make(outputs: int, inputs: int) -> Any:
-        return generate(outputs, inputs).to(device)
+        if kind == "bf16":
+            return torch.full((outputs, inputs), 0.01, dtype=torch.bfloat16, device=device)
+        bits = BITS[kind]
+        with torch.device("meta"):
+            layer = QuantLinear(inputs, outputs, bits, GROUPS[bits])
+        layer.tiles = random_tiles(outputs, inputs, bits, GROUPS[bits])
+        return layer.to(device)
 
     groups: list[list[Any]] = []
     for _ in range(config.num_hidden_layers):
@@ -105,19 +110,6 @@ def _layers(config: XverseConfig, kind: str, device: torch.device) -> list[list[
             [make(size, inner)],
         ]
     return [*groups, [make(config.vocab_size, size)]]
-
-
-def _random_bf16(outputs: int, inputs: int) -> Tensor:
-    return torch.full((outputs, inputs), 0.01, dtype=torch.bfloat16)
-
-
-def _random_quantised(bits: int) -> Callable[[int, int], QuantLinear]:
-    def make(outputs: int, inputs: int) -> QuantLinear:
-        layer = QuantLinear(inputs, outputs, bits, GROUPS[bits])
-        layer.tiles = random_tiles(outputs, inputs, bits, GROUPS[bits])
-        return layer
-
-    return make
 
 
 def random_tiles(outputs: int, inputs: int, bits: int, group_size: int) -> Tensor:

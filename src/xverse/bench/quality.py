@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.bench.options import add_model, add_threads, positive
-from xverse.bench.report import Row, count_threads, show, using_threads
+from xverse.bench.report import Row, count_threads, show
 from xverse.config import UserError, choose
-from xverse.hardware import cores
-from xverse.values import flag, refuse_unused
+from xverse.hardware import cores, using_threads
+from xverse.values import flags, refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,21 +40,22 @@ _OF_PEERS = {"imatrix": "both", "work_dir": None}  # flags that belong to --peer
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add = flags(parser)
     text = "text sets: files (.txt, .jsonl, token shards) or folders of them (default: a built-in text)"
-    flag(parser, "--texts", text, nargs="+", default=[], metavar="NAME=PATH,…")
-    flag(parser, "--tokens", "tokens of each text set", type=positive, default=8192, metavar="N")
+    add("--texts", text, nargs="+", default=[], metavar="NAME=PATH,…")
+    add("--tokens", "tokens of each text set", type=positive, default=8192, metavar="N")
     text = (
         f"{', '.join(OURS)}: as xverse quantize writes it, or as --quantize makes it while loading; "
         "bpw=X: xverse quantize --bpw X (default: int4 int8)"
     )
-    flag(parser, "--ours", text, nargs="+", default=["int4", "int8"], metavar="KIND")
+    add("--ours", text, nargs="+", default=["int4", "int8"], metavar="KIND")
     text = f"llama.cpp's types of the same weights (without a name: {' '.join(PEERS)}); needs the extra bench"
-    flag(parser, "--peers", text, nargs="*", metavar="TYPE")
+    add("--peers", text, nargs="*", metavar="TYPE")
     text = (
         "peers with and without an importance matrix of the package's calibration text (default: %(default)s)"
     )
-    flag(parser, "--imatrix", text, choices=["both", "with", "without"])
-    flag(parser, "--work-dir", "for the peers' files (default: a temporary folder)", metavar="DIR")
+    add("--imatrix", text, choices=["both", "with", "without"])
+    add("--work-dir", "for the peers' files (default: a temporary folder)", metavar="DIR")
     parser.set_defaults(**_OF_PEERS)
     add_threads(parser)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from xverse import hardware
 from xverse.bench.options import add_rounds, add_shape, add_threads
-from xverse.bench.report import count_threads, show, using_threads
+from xverse.bench.report import count_threads, show
 from xverse.config import choose
 from xverse.device import add_device, compute_device, guard
 from xverse.model import SHAPES
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = choose("shape", args.shape, SHAPES)
     threads = args.threads or hardware.cores().usable
     device = compute_device(args.device)
-    with using_threads(threads), guard(device):
+    with hardware.using_threads(threads), guard(device):
         # On a GPU 3 and 2 bits are dequantised first.
         kinds = matmul.KINDS if device.type == "cpu" else matmul.KINDS[:3]
         result = matmul.run(config, kinds, args.rounds, threads, device)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xverse
 from xverse import hardware
-from xverse.config import UserError
+from xverse.config import UserError, installed_version
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +59,10 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "version": xverse.__version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in PACKAGES},
+        },
         "hardware": {
             "system": platform.platform(),
             "cpu": hardware.cpu_model(),
@@ -117,25 +118,3 @@ def need_memory(size: float, device: torch.device | None = None) -> None:
     if available is not None and available < size:
         where = f" on {device}" if on_gpu else ""
         raise UserError(f"needs {size / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available{where}")
-
-
-@contextmanager
-def using_threads(count: int) -> Iterator[None]:
-    """Set PyTorch's CPU threads inside the block. Raises UserError for a count out of range."""
-    if not 1 <= count <= 1024:
-        raise UserError(f"threads: {count} is out of range (1 to 1024)")
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -19,22 +19,11 @@ from typing import Any
 
 from xverse import hardware
 from xverse.bench.options import add_batch, add_shape, add_threads, positive
-from xverse.bench.report import (
-    Row,
-    at_least,
-    at_most,
-    count_threads,
-    in_gb,
-    need_memory,
-    say_gb,
-    show,
-    using_threads,
-)
+from xverse.bench.report import Row, at_least, at_most, count_threads, in_gb, need_memory, say_gb, show
 from xverse.config import UserError
 from xverse.device import add_device, compute_device, guard
 from xverse.log import notice
 from xverse.model import XverseConfig, named_shape
-from xverse.values import flag
 
 # For mini, by vocabulary, relative to the Trainer's tokens/s, the matmul rate and the Trainer's peak memory.
 TARGETS: dict[int, dict[str, float]] = {
@@ -47,46 +36,25 @@ SIDES = ("xverse", "transformers")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_shape(parser, "mini")
-    text = "entries (default: those of the shape; for mini 8,192, then 100,534)"
-    flag(parser, "--vocabulary", text, type=positive, metavar="V")
+    parser.add_argument(
+        "--vocabulary",
+        type=positive,
+        metavar="V",
+        help="entries (default: those of the shape; for mini 8,192, then 100,534)",
+    )
     add_batch(parser, 8, 512)
-    flag(parser, "--steps", "timed steps of each side", type=positive, default=12, metavar="N")
+    parser.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps of each side")
     add_threads(parser)
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return measure_named(**vars(args))
-
-
-def measure_named(
-    shape: str = "mini",
-    *,
-    vocabulary: int | None = None,
-    batch_size: int = 8,
-    sequence_length: int = 512,
-    steps: int = 12,
-    threads: int | None = None,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Measure a named shape; without ``vocabulary``, ``mini`` has 8,192 and then 100,534 entries.
-
-    Raises UserError for an unknown shape, too few steps or too little memory.
-    """
+    """Raises UserError for an unknown shape, too few steps or too little memory."""
+    options = dict(vars(args))
+    shape, vocabulary = options.pop("shape"), options.pop("vocabulary")
     config = named_shape(shape).without_experts("bench train")
     sizes = [vocabulary] if vocabulary else list(TARGETS) if shape == "mini" else [config.vocab_size]
-    results = [
-        measure(
-            dataclasses.replace(config, vocab_size=size),
-            shape,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            steps=steps,
-            threads=threads,
-            device=device,
-        )
-        for size in sizes
-    ]
+    results = [measure(dataclasses.replace(config, vocab_size=size), shape, **options) for size in sizes]
     return results[0] if len(results) == 1 else {"bench": "train", "results": results}
 
 
@@ -113,7 +81,7 @@ def measure(
     product = (batch_size * sequence_length, config.hidden_size, config.intermediate_size)
     block = max(1, steps // BLOCKS)
     title = f"train {name}, vocabulary {config.vocab_size:,}"
-    with using_threads(threads), guard(place), contextlib.ExitStack() as stack:
+    with hardware.using_threads(threads), guard(place), contextlib.ExitStack() as stack:
         matmul = [hardware.matmul_flops(torch.bfloat16, *product, place)]
         job = {"config": config.to_json(), "batch_size": batch_size, "length": sequence_length}
         job["device"] = str(place)

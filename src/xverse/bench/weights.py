@@ -21,7 +21,8 @@ def random_model(config: XverseConfig, dtype: torch.dtype, quantize: str | None 
 
     With ``quantize`` (``int8``, ``int4``) the linears hold random integers in the kernels' tiles.
     """
-    model = XverseForCausalLM.empty(config)
+    with torch.device("meta"):
+        model = XverseForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     block = torch.empty(1 << 20).normal_(0.0, 0.02, generator=generator).to(dtype)
     if quantize:
@@ -46,7 +47,8 @@ def _random_layer(outputs: int, inputs: int, bits: int, group_size: int) -> Quan
     """A quantised layer whose weights have a standard deviation of 0.02."""
     rows = torch.randint(0, 256, (outputs, inputs * bits // 8), dtype=torch.uint8)
     scales = torch.full((outputs, inputs // group_size), 0.02 * 12**0.5 / 2**bits, dtype=torch.bfloat16)
-    layer = QuantLinear(inputs, outputs, bits, group_size)
+    with torch.device("meta"):
+        layer = QuantLinear(inputs, outputs, bits, group_size)
     layer.tiles = tile_rows(rows, scales, bits)
     return layer
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 from xverse.commands.sampling import given_sampling
 from xverse.commands.serve import add_service_flags, service_settings
 from xverse.config import need
-from xverse.values import flag
 
 if TYPE_CHECKING:
-    from xverse.serve.app import InProcess
     from xverse.serve.batch_file import Answers, BatchRequest
+    from xverse.serve.in_process import InProcess
 
 _REPORT_SECONDS = 10.0
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    flag(parser, "file", "requests, one JSON object per line, in OpenAI's format", metavar="FILE")
-    text = "file of the answers; those that it already has are kept"
-    flag(parser, "--out", text, required=True, metavar="FILE")
+    parser.add_argument("file", help="requests, one JSON object per line, in OpenAI's format", metavar="FILE")
+    parser.add_argument(
+        "--out", help="file of the answers; those that it already has are kept", required=True, metavar="FILE"
+    )
     add_service_flags(parser)
 
 
@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
     need("fastapi", "serve", "xverse batch")
     need("prometheus_client", "serve", "xverse batch")
     need("llguidance", "serve", "xverse batch")
-    from xverse.serve.app import InProcess
     from xverse.serve.batch_file import answers, read_requests
     from xverse.serve.caller import URLS
+    from xverse.serve.in_process import InProcess
     from xverse.serve.start import load_service
 
     requests = read_requests(args.file, URLS)

@@ -10,23 +10,26 @@ from typing import Any
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
 from xverse.device import add_device, add_tensor_parallel
-from xverse.values import TEMPLATE_HELP, flag, whole
+from xverse.values import TEMPLATE_HELP, flags, whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # absent from the namespace unless given
-    flag(parser, "--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
+    add = flags(parser)
+    add("--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
     text = "directory with an adapter in peft's format; several with names, for /adapter"
-    flag(parser, "--adapter", text, action="append", metavar="[NAME=]A", **unset)
-    flag(parser, "--template", TEMPLATE_HELP, metavar="NAME", **unset)
+    add("--adapter", text, action="append", metavar="[NAME=]A", **unset)
+    add("--template", TEMPLATE_HELP, metavar="NAME", **unset)
     once = parser.add_mutually_exclusive_group()
-    flag(once, "--ask", "print the reply to TEXT and exit; -: to stdin", metavar="TEXT", **unset)
-    flag(once, "--complete", "print a continuation of TEXT and exit; -: of stdin", metavar="TEXT", **unset)
-    flag(parser, "--system", "system prompt", metavar="TEXT", **unset)
-    flag(parser, "--quantize", "quantise the weights while loading", choices=["int8", "int4"], **unset)
+    add = flags(once)
+    add("--ask", "print the reply to TEXT and exit; -: to stdin", metavar="TEXT", **unset)
+    add("--complete", "print a continuation of TEXT and exit; -: of stdin", metavar="TEXT", **unset)
+    add = flags(parser)
+    add("--system", "system prompt", metavar="TEXT", **unset)
+    add("--quantize", "quantise the weights while loading", choices=["int8", "int4"], **unset)
     text = "do not keep what is typed for later sessions ($XDG_STATE_HOME/xverse/history)"
-    flag(parser, "--no-history", text, action="store_true")
-    flag(parser, "--threads", "CPU threads (default: by size)", type=whole(1, 1024), metavar="N", **unset)
+    add("--no-history", text, action="store_true")
+    add("--threads", "CPU threads (default: by size)", type=whole(1, 1024), metavar="N", **unset)
     add_device(parser)
     add_tensor_parallel(parser)
     add_sampling_flags(parser, "How replies are generated")

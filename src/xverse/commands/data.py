@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
-from xverse.values import flag, refuse_unused, whole
+from xverse.values import flags, refuse_unused, whole
 
 if TYPE_CHECKING:
     from xverse.data.feed import PretrainFeed
@@ -27,23 +27,25 @@ _OF_EXAMPLES: dict[str, Any] = {
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="prepare|show")
     prepare = actions.add_parser("prepare", help="make a tokenizer and token shards from text")
-    flag(prepare, "recipe", "recipe; docs/data.md describes its keys", metavar="RECIPE.yaml")
-    flag(prepare, "overrides", "settings that override the recipe's", nargs="*", metavar="key=value")
+    add = flags(prepare)
+    add("recipe", "recipe; docs/data.md describes its keys", metavar="RECIPE.yaml")
+    add("overrides", "settings that override the recipe's", nargs="*", metavar="key=value")
     show = actions.add_parser(
         "show", help="show a mixture as a tree, or a fine-tuning example coloured by its loss mask"
     )
+    add = flags(show)
     text = "a recipe or a prepared folder (a path or URL), to show its mixture"
-    flag(show, "recipe", text, nargs="?", metavar="RECIPE|FOLDER")
-    flag(show, "overrides", "settings that override the recipe's", nargs="*", metavar="key=value")
-    flag(show, "--mixture", "mixture file that replaces the recipe's mixture", metavar="FILE")
-    flag(show, "--dataset", "fine-tuning data: a name in dataset_info.json, a file or a hub id", metavar="D")
-    flag(show, "--dataset-dir", "folder with dataset_info.json (default: %(default)s)", metavar="DIR")
-    flag(show, "--stage", "how to read --dataset (default: %(default)s)", choices=["sft", "pt", "dpo"])
+    add("recipe", text, nargs="?", metavar="RECIPE|FOLDER")
+    add("overrides", "settings that override the recipe's", nargs="*", metavar="key=value")
+    add("--mixture", "mixture file that replaces the recipe's mixture", metavar="FILE")
+    add("--dataset", "fine-tuning data: a name in dataset_info.json, a file or a hub id", metavar="D")
+    add("--dataset-dir", "folder with dataset_info.json (default: %(default)s)", metavar="DIR")
+    add("--stage", "how to read --dataset (default: %(default)s)", choices=["sft", "pt", "dpo"])
     text = "maximum length of an example in tokens (default: %(default)s)"
-    flag(show, "--cutoff-len", text, type=whole(8, 10**9), metavar="N")
-    flag(show, "--identity", "values for {{placeholders}} in the data", nargs="+", metavar="KEY=VALUE")
-    flag(show, "--model", "model whose tokenizer is used (default: %(default)s)", metavar="M")
-    flag(show, "--index", "number of the example, from 0", type=whole(), metavar="N")
+    add("--cutoff-len", text, type=whole(8, 10**9), metavar="N")
+    add("--identity", "values for {{placeholders}} in the data", nargs="+", metavar="KEY=VALUE")
+    add("--model", "model whose tokenizer is used (default: %(default)s)", metavar="M")
+    add("--index", "number of the example, from 0", type=whole(), metavar="N")
     show.set_defaults(**_OF_EXAMPLES)
 
 
@@ -60,8 +62,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
     from xverse.config import load, need
-    from xverse.log import print_table
 
     need("datatrove", "data", "data prepare", load=False)
     need("zstandard", "data", "data prepare", load=False)
@@ -77,12 +81,14 @@ def _prepare(args: argparse.Namespace) -> int:
             "submits what is missing"
         )
         return 0
-    rows = [["source", "documents", "held out", "bad lines", "tokens", "bytes/token"]]
+    table = Table("source", box=None, pad_edge=False)
+    for column in ("documents", "held out", "bad lines", "tokens", "bytes/token"):
+        table.add_column(column, justify="right")
     for row in report.sources:
         size = row.text_bytes / max(1, row.tokens + row.valid_tokens)
         figures: tuple[int, ...] = (row.documents, row.valid_documents, row.skipped_lines, row.tokens)
-        rows.append([row.name, *[f"{figure:,}" for figure in figures], f"{size:.2f}"])
-    print_table(rows)
+        table.add_row(row.name, *(f"{figure:,}" for figure in figures), f"{size:.2f}")
+    Console(highlight=False).print(table)
     total = sum(row.tokens for row in report.sources)
     held = sum(row.valid_tokens for row in report.sources)
     sources = f"{len(report.sources)} source{'s' if len(report.sources) != 1 else ''}"

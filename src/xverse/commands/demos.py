@@ -6,16 +6,18 @@ import argparse
 
 from xverse import cli
 from xverse.device import add_device
-from xverse.values import flag
 
 
 def main(page: str) -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    flag(parser, "--port", "port to listen on (%(default)s)", default="36000")
-    text = "nano (the default), a model directory or a hub id"
-    flag(parser, "--model_path", text, default="nano", metavar="M")
-    flag(parser, "--tokenizer_path", "directory with a tokenizer to use instead of the model's", metavar="T")
-    flag(parser, "--quantize", "quantise while loading", choices=["int8", "int4"])
+    parser.add_argument("--port", default="36000", help="port to listen on (%(default)s)")
+    parser.add_argument(
+        "--model_path", default="nano", metavar="M", help="nano (the default), a model directory or a hub id"
+    )
+    parser.add_argument(
+        "--tokenizer_path", metavar="T", help="directory with a tokenizer to use instead of the model's"
+    )
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="quantise while loading")
     add_device(parser)
     args = parser.parse_args()
     flags = ["serve", "--page", page, "--port", args.port, "--model", args.model_path]

@@ -9,8 +9,8 @@ import platform
 from typing import Any
 
 from xverse import __version__, hardware
-from xverse.bench.report import GPU_MATMUL, MATMUL, count_threads, using_threads
-from xverse.config import DISTRIBUTION, install_command
+from xverse.bench.report import GPU_MATMUL, MATMUL
+from xverse.config import DISTRIBUTION, install_command, installed_version
 from xverse.device import compute_device, describe, usable_gpus
 
 KERNELS = {"torch": "not compiled, using PyTorch's operations; reinstall xverse with a C++ compiler"}
@@ -66,7 +66,7 @@ def versions() -> dict[str, str | None]:
     """Versions of Python and of each required package; None if it is not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version()}
     for requirement in _requirements(""):
-        installed[requirement.name] = _version(requirement.name)
+        installed[requirement.name] = installed_version(requirement.name)
     return installed
 
 
@@ -105,15 +105,8 @@ def _requirements(extra: str) -> list[Any]:
     return resolved
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _met(requirement: Any) -> bool:
-    version = _version(requirement.name)
+    version = installed_version(requirement.name)
     return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
@@ -132,9 +125,9 @@ def measure_cpu(threads: int) -> dict[str, Any]:
             samples[count].append(hardware.read_bandwidth(buffer, count))
     size = buffer.numel() * buffer.element_size()
     del buffer
-    with using_threads(threads):
-        types = ("float32", "bfloat16")
-        flops = {name: hardware.matmul_flops(getattr(torch, name), *MATMUL) for name in types}
+    kinds = ("float32", "bfloat16")
+    with hardware.using_threads(threads):
+        flops = {name: hardware.matmul_flops(getattr(torch, name), *MATMUL) for name in kinds}
     return {
         "bandwidth": [{"threads": count, "samples": pair} for count, pair in samples.items()],
         "bandwidth_buffer": size,
@@ -211,9 +204,9 @@ def render(report: dict[str, Any]) -> str:
     lines += ["", f"memory read (sum over {measured['bandwidth_buffer'] / 2**20:.0f} MiB, sampled twice)"]
     for row in measured["bandwidth"]:
         first, second = row["samples"]
-        lines.append(f"  {count_threads(row['threads']):<18} {first / 1e9:.1f} and {second / 1e9:.1f} GB/s")
+        lines.append(f"  {_threads(row['threads']):<18} {first / 1e9:.1f} and {second / 1e9:.1f} GB/s")
     shape = _shape(measured["matmul_shape"])
-    lines.append(f"matmul {shape}, {count_threads(measured['matmul_threads'])}")
+    lines.append(f"matmul {shape}, {_threads(measured['matmul_threads'])}")
     lines += [f"  {name:<18} {_flops(value)}" for name, value in measured["matmul"].items()]
     for index, gpu in enumerate(report["measured"]["gpus"]):
         first, second = gpu["bandwidth_samples"]
@@ -226,6 +219,10 @@ def render(report: dict[str, Any]) -> str:
             f"  {'bfloat16':<18} {_flops(flops)} ({flops_share}), matmul {_shape(gpu['matmul_shape'])}",
         ]
     return "\n".join(lines)
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _shape(shape: list[int]) -> str:

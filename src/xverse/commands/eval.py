@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xverse.config import UserError
 from xverse.device import add_device, add_tensor_parallel
-from xverse.values import flag, positive, refuse_unused, whole
+from xverse.values import flags, positive, refuse_unused, whole
 
 DEFAULT_TASKS = "mmlu,ceval,agieval,gaokao-bench,gaokao-english"
 # Flags of eval run that only multiple-choice benchmarks use, with their defaults.
@@ -19,59 +19,61 @@ _OF_CHOICES = {"shots": 5, "split": None, "fix_none": False, "skip_malformed": F
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="run|report|compare|fetch", required=True)
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
         return actions.add_parser(name, help=text, description=text, formatter_class=parser.formatter_class)
 
-    run = add("run", "score a model; started again, a killed run resumes")
-    flag(run, "--model", "nano, a model directory or a hub id", default="nano", metavar="M")
+    run = verb("run", "score a model; started again, a killed run resumes")
+    add = flags(run)
+    add("--model", "nano, a model directory or a hub id", default="nano", metavar="M")
     text = "tasks, also ppl, gsm8k, humaneval, skills and custom benchmarks (.yaml) (default: %(default)s)"
-    flag(run, "--tasks", text, default=DEFAULT_TASKS, metavar="T,…")
-    text = "data directory with the benchmarks (default: where fetch puts them)"
-    flag(run, "--data-dir", text, metavar="D")
-    flag(run, "--out", "folder for answers and report", required=True, metavar="DIR")
+    add("--tasks", text, default=DEFAULT_TASKS, metavar="T,…")
+    add("--data-dir", "data directory with the benchmarks (default: where fetch puts them)", metavar="D")
+    add("--out", "folder for answers and report", required=True, metavar="DIR")
     text = "examples before each question, 0 to 5 (default: %(default)s)"
-    flag(run, "--shots", text, type=whole(0, 5), metavar="N")
-    flag(run, "--limit", "answer only the first N questions of each subject", type=whole(1), metavar="N")
+    add("--shots", text, type=whole(0, 5), metavar="N")
+    add("--limit", "answer only the first N questions of each subject", type=whole(1), metavar="N")
     text = (
         "answer a random sample of each multiple-choice benchmark, with a standard error of POINTS "
         "(default: 1.5)"
     )
-    flag(run, "--adaptive", text, type=positive(25), nargs="?", const=1.5, metavar="POINTS")
-    text = "split to answer, such as test or val (default: the benchmark's usual one)"
-    flag(run, "--split", text, metavar="S")
-    flag(run, "--quantize", "quantise the weights first", choices=["int8", "int4"])
+    add("--adaptive", text, type=positive(25), nargs="?", const=1.5, metavar="POINTS")
+    add("--split", "split to answer, such as test or val (default: the benchmark's usual one)", metavar="S")
+    add("--quantize", "quantise the weights first", choices=["int8", "int4"])
     text = (
         "what runs the model (default: the engine for XVERSE and the families that it runs, "
         "transformers for every other causal language model)"
     )
-    flag(run, "--backend", text, choices=["engine", "transformers"])
+    add("--backend", text, choices=["engine", "transformers"])
     text = "type of the engine's KV cache (default: %(default)s)"
-    flag(run, "--kv-dtype", text, choices=["auto", "int8"], default="auto")
+    add("--kv-dtype", text, choices=["auto", "int8"], default="auto")
     text = 'MMLU: keep the option "None", which the official script reads as "nan"'
-    flag(run, "--fix-none", text, action="store_true")
-    flag(run, "--skip-malformed", "skip and count malformed rows of the benchmarks", action="store_true")
-    flag(run, "--texts", "ppl: folder with a text file for each language", metavar="D")
+    add("--fix-none", text, action="store_true")
+    add("--skip-malformed", "skip and count malformed rows of the benchmarks", action="store_true")
+    add("--texts", "ppl: folder with a text file for each language", metavar="D")
     text = "humaneval, skills: permit running the code that the model writes"
-    flag(run, "--allow-code", text, action="store_true")
+    add("--allow-code", text, action="store_true")
     run.set_defaults(**_OF_CHOICES)
-    flag(run, "--shard", "answer only the I-th (from 0) of N parts; `eval report` joins them", metavar="I/N")
+    add("--shard", "answer only the I-th (from 0) of N parts; `eval report` joins them", metavar="I/N")
     add_device(run)
     add_tensor_parallel(run)
-    flag(run, "--threads", "CPU threads (default: all cores)", type=whole(1, 1024), metavar="N")
+    add("--threads", "CPU threads (default: all cores)", type=whole(1, 1024), metavar="N")
 
-    report = add("report", "tables, plot and report.json of one or several runs, such as several precisions")
-    flag(report, "runs", "output folders of `eval run`", nargs="+", metavar="DIR")
-    flag(report, "--out", "folder for the report (default: the first run's)", metavar="DIR")
+    report = verb("report", "tables, plot and report.json of one or several runs, such as several precisions")
+    add = flags(report)
+    add("runs", "output folders of `eval run`", nargs="+", metavar="DIR")
+    add("--out", "folder for the report (default: the first run's)", metavar="DIR")
 
-    compare = add(
+    compare = verb(
         "compare", "compare two runs on the same questions, with the significance of the difference"
     )
-    flag(compare, "first", "output folder of a run", metavar="FIRST")
-    flag(compare, "second", "output folder of the other run", metavar="SECOND")
+    add = flags(compare)
+    add("first", "output folder of a run", metavar="FIRST")
+    add("second", "output folder of the other run", metavar="SECOND")
 
-    fetch = add("fetch", "download and verify the benchmarks' data")
-    flag(fetch, "sets", "mmlu, ceval, agieval, gaokao-bench (default: all)", nargs="*", metavar="SET")
-    flag(fetch, "--data-dir", "folder to write (default: the cache)", metavar="D")
+    fetch = verb("fetch", "download and verify the benchmarks' data")
+    add = flags(fetch)
+    add("sets", "mmlu, ceval, agieval, gaokao-bench (default: all)", nargs="*", metavar="SET")
+    add("--data-dir", "folder to write (default: the cache)", metavar="D")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from xverse.config import UserError
 from xverse.device import add_device, compute_device, guard
 from xverse.place import output
-from xverse.values import flag
+from xverse.values import flags
 
 if TYPE_CHECKING:
     import torch
@@ -26,26 +26,26 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    text = "a directory, a .gguf file, a hub id or nano (default: nano)"
-    flag(parser, "--model", text, default="nano", metavar="M")
-    flag(parser, "--adapter", "an adapter in peft's format to merge into the weights", metavar="A")
-    flag(parser, "--out", "the directory or NAME.gguf to write; a path or URL", required=True, metavar="OUT")
+    add = flags(parser)
+    add("--model", "a directory, a .gguf file, a hub id or nano (default: nano)", default="nano", metavar="M")
+    add("--adapter", "an adapter in peft's format to merge into the weights", metavar="A")
+    add("--out", "the directory or NAME.gguf to write; a path or URL", required=True, metavar="OUT")
     text = (
         "hf: XVERSE for transformers; llama: for programs that load LlamaForCausalLM; "
         "gguf: one file for llama.cpp, Ollama and LM Studio"
     )
-    flag(parser, "--format", text, required=True, choices=["hf", "llama", "gguf"])
+    add("--format", text, required=True, choices=["hf", "llama", "gguf"])
     text = (
         "type of the weights: f32, f16 or bf16 (default: as stored); "
         "for gguf f32, f16 (default), bf16, q8_0 or q4_0"
     )
-    flag(parser, "--type", text, choices=list(dict.fromkeys([*TYPES, *GGUF_TYPES])))
+    add("--type", text, choices=list(dict.fromkeys([*TYPES, *GGUF_TYPES])))
     text = f"maximum size of a weight file, such as 500MB (default: {SHARD_SIZE}); not for gguf"
-    flag(parser, "--max-shard-size", text, metavar="SIZE")
+    add("--max-shard-size", text, metavar="SIZE")
     text = "quantise the weights after merging --adapter; for --format hf"
-    flag(parser, "--quantize", text, choices=["int8", "int4"])
+    add("--quantize", text, choices=["int8", "int4"])
     add_device(parser)
-    flag(parser, "--overwrite", "replace an existing model at OUT", action="store_true")
+    add("--overwrite", "replace an existing model at OUT", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,18 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, key_value, override, read_yaml
-from xverse.finetune.foreign_keys import foreign_keys
-from xverse.finetune.settings import ALIASES, DERIVED, Settings, read_settings
+from xverse.finetune.foreign_keys import ALIASES, foreign_keys
+from xverse.finetune.settings import DERIVED, Settings, read_settings
 from xverse.launcher import end_with_launcher
-from xverse.values import flag
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.HelpFormatter  # it would print "(default: None)" for every flag
-    text = "settings as YAML, with the names of the flags below (recipes/sft/full.yaml is an example)"
-    flag(parser, "recipe", text, nargs="?", metavar="RECIPE.yaml")
-    text = "change a setting of the recipe, such as max_steps=100 or dataset.0.repeat=4"
-    flag(parser, "overrides", text, nargs="*", metavar="key=value")
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE.yaml",
+        help="settings as YAML, with the names of the flags below (recipes/sft/full.yaml is an example)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change a setting of the recipe, such as max_steps=100 or dataset.0.repeat=4",
+    )
     hints = typing.get_type_hints(Settings, include_extras=True)
     for field in dataclasses.fields(Settings):
         others = [alias for alias, name in ALIASES.items() if name == field.name]

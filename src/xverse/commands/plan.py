@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xverse.values import flag, positive, refuse_unused, whole
+from xverse.values import flags, positive, refuse_unused, whole
 
 if TYPE_CHECKING:
     from xverse.model.config import XverseConfig
@@ -15,39 +15,38 @@ _OF_SEARCH = {"top": 6}  # flags that --layout makes useless, with their default
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    add = flags(parser)
     text = (
         "nano, mini, 7b, 13b, 13b-2, 65b, a model directory, its config.json, or YAML with the same "
         "keys (default: 7b)"
     )
-    flag(parser, "--shape", text, default="7b")
-    text = "a100, a800, h100, h200, b200, or a YAML file that describes a device"
-    flag(parser, "--device", text, required=True)
-    flag(parser, "--gpus", "number of devices", type=whole(1, 10**7), required=True)
+    add("--shape", text, default="7b")
+    add("--device", "a100, a800, h100, h200, b200, or a YAML file that describes a device", required=True)
+    add("--gpus", "number of devices", type=whole(1, 10**7), required=True)
     text = "length of a sequence (default: the shape's context)"
-    flag(parser, "--seq", text, type=whole(1, 10**9), metavar="TOKENS")
+    add("--seq", text, type=whole(1, 10**9), metavar="TOKENS")
     text = "tokens of one step (default: about 4 Mi, at least one sequence per GPU)"
-    flag(parser, "--batch-tokens", text, type=whole(1, 10**15), metavar="TOKENS")
+    add("--batch-tokens", text, type=whole(1, 10**15), metavar="TOKENS")
     text = "tokens of the whole training, to compute its days (default: 2.6e12)"
-    flag(parser, "--tokens", text, type=positive(1e18), default=2.6e12)
-    text = "how many kinds of layouts to show (default: %(default)s)"
-    flag(parser, "--top", text, type=whole(1), metavar="N")
+    add("--tokens", text, type=positive(1e18), default=2.6e12)
+    add("--top", "how many kinds of layouts to show (default: %(default)s)", type=whole(1), metavar="N")
     text = (
         "predict this layout instead of searching: data (or shard and replicate), tensor, context, "
         "pipeline, virtual_stages, micro_batch, checkpointing, and zero=0, 1 or 3"
     )
-    flag(parser, "--layout", text, metavar="KEY=N,…")
-    flag(parser, "--optimizer", "the optimizer (default: adamw)", choices=["adamw", "muon"], default="adamw")
-    flag(parser, "--json", "print one JSON object instead of the table", action="store_true")
-    flag(parser, "--chart", "write a chart of where the time goes to this file", type=Path, metavar="PNG")
+    add("--layout", text, metavar="KEY=N,…")
+    add("--optimizer", "the optimizer (default: adamw)", choices=["adamw", "muon"], default="adamw")
+    add("--json", "print one JSON object instead of the table", action="store_true")
+    add("--chart", "write a chart of where the time goes to this file", type=Path, metavar="PNG")
     parser.set_defaults(**_OF_SEARCH)
     device = parser.add_argument_group("figures of the device that replace the known ones")
-    flag(device, "--tflops", "peak of dense bf16 in TFLOP/s", type=positive(1e9))
-    flag(device, "--memory-gb", "memory in GB", type=positive(1e9))
-    flag(device, "--memory-gbs", "memory bandwidth in GB/s", type=positive(1e9))
-    text = "NVLink or PCIe bandwidth of one GPU, one direction, in GB/s"
-    flag(device, "--link-gbs", text, type=positive(1e9))
-    flag(device, "--network-gbits", "one GPU's share of the network in Gbit/s", type=positive(1e9))
-    flag(device, "--gpus-per-machine", "number of GPUs in one machine", type=whole(1, 10**6))
+    add = flags(device)
+    add("--tflops", "peak of dense bf16 in TFLOP/s", type=positive(1e9))
+    add("--memory-gb", "memory in GB", type=positive(1e9))
+    add("--memory-gbs", "memory bandwidth in GB/s", type=positive(1e9))
+    add("--link-gbs", "NVLink or PCIe bandwidth of one GPU, one direction, in GB/s", type=positive(1e9))
+    add("--network-gbits", "one GPU's share of the network in Gbit/s", type=positive(1e9))
+    add("--gpus-per-machine", "number of GPUs in one machine", type=whole(1, 10**6))
 
 
 def run(args: argparse.Namespace) -> int:

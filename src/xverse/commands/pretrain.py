@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 
-from xverse.values import flag
+from xverse.values import flags
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    flag(parser, "recipe", "the recipe, such as recipes/nano/pretrain.yaml", metavar="RECIPE.yaml")
-    text = "replace a key of the recipe, such as train.steps=100"
-    flag(parser, "overrides", text, nargs="*", metavar="key=value")
+    add = flags(parser)
+    add("recipe", "the recipe, such as recipes/nano/pretrain.yaml", metavar="RECIPE.yaml")
+    add("overrides", "replace a key of the recipe, such as train.steps=100", nargs="*", metavar="key=value")
     text = "check the recipe for its cluster (mesh, shapes, memory, data) without training"
-    flag(parser, "--dry-run", text, action="store_true")
+    add("--dry-run", text, action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,51 +9,52 @@ from pathlib import Path
 from xverse.config import UserError
 from xverse.device import add_device, compute_device, guard
 from xverse.place import output
-from xverse.values import flag
+from xverse.values import flags
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    flag(parser, "--model", "a directory, a hub id or nano (default: nano)", default="nano", metavar="M")
-    flag(parser, "--out", "the directory to write; a path or URL", required=True, metavar="OUT")
-    flag(parser, "--bits", "bits per weight", type=int, metavar="8|4|3|2")
+    add = flags(parser)
+    add("--model", "a directory, a hub id or nano (default: nano)", default="nano", metavar="M")
+    add("--out", "the directory to write; a path or URL", required=True, metavar="OUT")
+    add("--bits", "bits per weight", type=int, metavar="8|4|3|2")
     text = (
         "instead of --bits: average bits per weight of everything but the embedding, such as 4.5; "
         "each layer gets 2, 3, 4 or 8 bits and groups of 128, 64 or 32 by its measured sensitivity"
     )
-    flag(parser, "--bpw", text, metavar="X")
+    add("--bpw", text, metavar="X")
     text = (
         "gptq (default with up to 4 bits and --bpw): round column by column and compensate each error; "
         "rtn (default with 8 bits): round to nearest with searched scales per group; rtn-row: one scale "
         "per row, as in XVERSE's published models"
     )
-    flag(parser, "--method", text, metavar="METHOD")
+    add("--method", text, metavar="METHOD")
     text = "inputs per scale, at most: 128, 64 or 32 (default: 64 with gptq in up to 4 bits, otherwise 128)"
-    flag(parser, "--group-size", text, type=int, metavar="N")
+    add("--group-size", text, type=int, metavar="N")
     text = (
         "what weights of 4 bits are rounded to: the entries of a table that suits their distribution "
         "(default with --format hf), or integers, as other programs and the kernels of GPUs read them "
         "(default with --format llama and --method rtn-row)"
     )
-    flag(parser, "--levels", text, choices=["table", "integers"])
+    add("--levels", text, choices=["table", "integers"])
     text = "UTF-8 text to measure layer inputs on (default: the package's text in 41 languages and code)"
-    flag(parser, "--calibration", text, metavar="FILE")
+    add("--calibration", text, metavar="FILE")
     text = (
         "at last fit the scales and norms of all layers together to the source's predictions on the "
         "calibration text; for gptq and models of up to a billion parameters, which are held in memory"
     )
-    flag(parser, "--refine", text, action="store_true")
+    add("--refine", text, action="store_true")
     text = (
         "hf (default): XVERSE; llama: for programs that load a quantised LlamaForCausalLM "
         "(its output head is not quantised)"
     )
-    flag(parser, "--format", text, choices=["hf", "llama"], default="hf")
+    add("--format", text, choices=["hf", "llama"], default="hf")
     text = (
         "store 8 bits of --method rtn-row for programs that quantise activations while they run, such "
         "as vLLM (W8A8)"
     )
-    flag(parser, "--activations", text, choices=["int8"])
+    add("--activations", text, choices=["int8"])
     add_device(parser)
-    flag(parser, "--overwrite", "replace an existing model at OUT", action="store_true")
+    add("--overwrite", "replace an existing model at OUT", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 
 from xverse.config import UserError
 from xverse.engine.sampling_params import CHAT, PARAMS, SamplingParams
-from xverse.values import flag
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
@@ -17,15 +16,24 @@ def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
         f"{purpose}. Parameters that are not given come from the model's generation_config.json, or else "
         "have the value in parentheses.",
     )
-    text = "always take the most probable token: --temperature 0"
-    flag(group, "--greedy", text, action="store_true", default=argparse.SUPPRESS)
+    group.add_argument(
+        "--greedy",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="always take the most probable token: --temperature 0",
+    )
     for name, param in PARAMS.items():
         if param.api_only:
             continue
         default = getattr(CHAT, name)
         options: dict[str, Any] = {"action": "append"} if param.kind is str else {"type": param.kind}
-        text = param.help[0] + (f" ({default:g})" if default not in (None, ()) else "")
-        flag(group, param.flag, text, default=argparse.SUPPRESS, metavar=param.metavar, **options)
+        group.add_argument(
+            param.flag,
+            default=argparse.SUPPRESS,
+            metavar=param.metavar,
+            help=param.help[0] + (f" ({default:g})" if default not in (None, ()) else ""),
+            **options,
+        )
 
 
 def given_sampling(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
-import functools
 import os
 import signal
 import sys
@@ -31,8 +30,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def add_service_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the model, its engine and the defaults of requests."""
-
-    add = functools.partial(values.flag, parser)
+    add = values.flags(parser)
     add("--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
     add("--tokenizer", "directory with a tokenizer to use instead of the model's", metavar="T")
     add("--template", values.TEMPLATE_HELP, metavar="NAME")
@@ -69,7 +67,7 @@ def service_settings(args: argparse.Namespace, sampling: dict[str, Any]) -> Serv
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    add = functools.partial(values.flag, parser)
+    add = values.flags(parser)
     host = values.host_name
     add("--host", f"address to listen on ({HOST})", type=host, metavar="H")
     add("--port", f"port to listen on ({PORT}); 0: any free", type=values.whole(0, 65535), metavar="P")

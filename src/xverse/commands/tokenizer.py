@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.values import flag, positive, whole
+from xverse.values import flags, positive, whole
 
 if TYPE_CHECKING:
     from xverse.tokenizer.recipe import TokenizerRecipe
@@ -20,27 +21,29 @@ _VOCABULARY = "[NAME=]PATH: tokenizer.json or its directory, .tiktoken, sentence
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="train|repair|report")
     train = actions.add_parser("train", help="train a tokenizer of XVERSE's structure")
-    flag(train, "--out", "output directory; overrides the recipe's", metavar="DIR")
-    flag(train, "--vocab-size", "exact number of entries", type=whole(1), metavar="N")
+    add = flags(train)
+    add("--out", "output directory; overrides the recipe's", metavar="DIR")
+    add("--vocab-size", "exact number of entries", type=whole(1), metavar="N")
     text = "maximum number of single characters (default: a third of the vocabulary)"
-    flag(train, "--limit-alphabet", text, type=whole(1), metavar="N")
-    flag(train, "--initial-characters", "characters that always get a token", metavar="TEXT")
-    flag(train, "--min-frequency", "occurrences that a merge needs (default: 2)", type=whole(1), metavar="N")
-    flag(train, "--memory-gb", "memory limit (default: 3)", type=positive(1e6), metavar="GB")
-    flag(train, "--threads", "threads (default: all usable cores)", type=whole(1, 1024), metavar="N")
-    text = f"{_FILES}; or a recipe, then key=value settings"
-    flag(train, "files", text, nargs="+", metavar="FILE|RECIPE.yaml")
+    add("--limit-alphabet", text, type=whole(1), metavar="N")
+    add("--initial-characters", "characters that always get a token", metavar="TEXT")
+    add("--min-frequency", "occurrences that a merge needs (default: 2)", type=whole(1), metavar="N")
+    add("--memory-gb", "memory limit (default: 3)", type=positive(1e6), metavar="GB")
+    add("--threads", "threads (default: all usable cores)", type=whole(1, 1024), metavar="N")
+    add("files", f"{_FILES}; or a recipe, then key=value settings", nargs="+", metavar="FILE|RECIPE.yaml")
     repair = actions.add_parser("repair", help="repair a tokenizer.json that current libraries refuse")
-    flag(repair, "source", "tokenizer.json or model directory to repair", metavar="IN")
-    flag(repair, "target", "file or directory to write; may be IN", metavar="OUT")
+    add = flags(repair)
+    add("source", "tokenizer.json or model directory to repair", metavar="IN")
+    add("target", "file or directory to write; may be IN", metavar="OUT")
     report = actions.add_parser(
         "report", help="compression, byte fallback and round trip, compared with other vocabularies"
     )
-    flag(report, "--tokenizer", _VOCABULARY, required=True, metavar="PATH")
-    flag(report, "--against", "other vocabularies to compare with", nargs="+", default=[], metavar="PATH")
-    flag(report, "--json", "print one JSON object instead of tables", action="store_true")
-    flag(report, "--out", "also write report.md, report.json and report.png there", metavar="DIR")
-    flag(report, "files", _FILES, nargs="+", metavar="FILE")
+    add = flags(report)
+    add("--tokenizer", _VOCABULARY, required=True, metavar="PATH")
+    add("--against", "other vocabularies to compare with", nargs="+", default=[], metavar="PATH")
+    add("--json", "print one JSON object instead of tables", action="store_true")
+    add("--out", "also write report.md, report.json and report.png there", metavar="DIR")
+    add("files", _FILES, nargs="+", metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,19 +70,23 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_recipe(path: str, overrides: Sequence[str], flags: dict[str, Any]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
     from xverse.config import load
     from xverse.files import check_writable
-    from xverse.log import print_table
     from xverse.tokenizer.recipe import TokenizerRecipe, train_recipe
 
     recipe = load(TokenizerRecipe, path, overrides, flags)
     check_writable(recipe.out)
     report = train_recipe(recipe)
-    rows = [("language", "texts", "bytes", "distinct words", "weight", "single characters")]
+    table = Table("language", box=None, pad_edge=False)
+    for column in ("texts", "bytes", "distinct words", "weight", "single characters"):
+        table.add_column(column, justify="right")
     for name, row in report["languages"].items():
-        counts = [f"{row[key]:,}" for key in ("texts", "bytes", "different_words")]
-        rows.append((name, *counts, f"{row['weight']:.2%}", f"{row['single_characters']:.3%}"))
-    print_table(rows)
+        counts = (f"{row[key]:,}" for key in ("texts", "bytes", "different_words"))
+        table.add_row(name, *counts, f"{row['weight']:.2%}", f"{row['single_characters']:.3%}")
+    Console(highlight=False, markup=False).print(table)
     _summarise(report["vocab_size"], report["hash"], report)
     print(recipe.out)
     return 0
@@ -160,8 +167,10 @@ def _repair(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     import json
 
+    from rich.console import Console
+    from rich.table import Table
+
     from xverse.files import check_writable
-    from xverse.log import print_table
     from xverse.texts import find_files
     from xverse.tokenizer import Tokenizer
     from xverse.tokenizer.report import as_json, by_file, in_detail, measure, overview
@@ -188,9 +197,16 @@ def _report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(values, ensure_ascii=False))
     else:
+        width = None if sys.stdout.isatty() else 120  # otherwise a file would be wrapped at 80
         for rows in tables:
-            print_table(rows)
-            print()
+            table = Table(box=None, pad_edge=False)
+            for number, column in enumerate(rows[0]):
+                table.add_column(
+                    column, **({"justify": "right", "no_wrap": True} if number else {"overflow": "fold"})
+                )
+            for row in rows[1:]:
+                table.add_row(*row)
+            Console(highlight=False, markup=False, width=width).print(table, "")
     return 0 if all(row.round_trip for row in reports[0].files) else 1
 
 
@@ -200,10 +216,14 @@ def _write_report(
     values: dict[str, Any],
     reports: Sequence[VocabularyReport],
 ) -> None:
-    from xverse.files import atomic_file, write_json, write_text
-    from xverse.tokenizer.report import markdown, plot
+    import json
 
-    write_text(folder / "report.md", "\n".join(markdown(table) for table in tables))
-    write_json(folder / "report.json", values, indent=1)
+    from xverse.files import atomic_file, write_text
+    from xverse.markdown import table
+    from xverse.tokenizer.report import plot
+
+    lines = [line for head, *rows in tables for line in (*table(head, rows, "---:"), "")]
+    write_text(folder / "report.md", "\n".join(lines))
+    write_text(folder / "report.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
     with atomic_file(folder / "report.png") as path:
         plot(reports, path)

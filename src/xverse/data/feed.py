@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -44,11 +45,8 @@ class Batch:
 
 def collate(sequences: Sequence[PackedSequence]) -> Batch:
     """Stack packed sequences of one length into a batch."""
-    return Batch(
-        torch.from_numpy(np.stack([sequence.tokens for sequence in sequences])),  # [B, T]
-        torch.from_numpy(np.stack([sequence.targets for sequence in sequences])),  # [B, T]
-        torch.from_numpy(np.stack([sequence.document_ids for sequence in sequences])),  # [B, T]
-    )
+    columns = zip(*((one.tokens, one.targets, one.document_ids) for one in sequences), strict=True)
+    return Batch(*(torch.from_numpy(np.stack(rows)) for rows in columns))
 
 
 def _prepared(names: Collection[str]) -> list[str]:
@@ -97,7 +95,6 @@ class PretrainFeed:
             sequences,
             before,
         )
-        self._token_bytes: NDArray[np.int64] | None = None
 
     def _open(self, split: str) -> dict[str, Shard]:
         paths = sorted((self.folder / split).iterdir()) if (self.folder / split).is_dir() else []
@@ -165,12 +162,10 @@ class PretrainFeed:
         document = np.searchsorted(ends, places, side="right")  # padding is after the last one
         return PackedSequence(tokens, targets, document.astype(np.int32))
 
-    @property
+    @functools.cached_property
     def token_bytes(self) -> NDArray[np.int64]:
-        """The number of text bytes of each token, int64 [vocab_size]; 0 for special tokens."""
-        if self._token_bytes is None:
-            self._token_bytes = token_byte_lengths(self.tokenizer)
-        return self._token_bytes
+        """See ``token_byte_lengths``."""
+        return token_byte_lengths(self.tokenizer)
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.files import atomic_file, fingerprint, write_text
+from xverse.files import fingerprint, write_text
 
 FORMAT = 1
 TOKEN = np.dtype("<u4")
@@ -49,65 +48,6 @@ class ShardHeader:
     format: int = FORMAT
 
 
-class ShardWriter:
-    """Writes one shard, document by document; ``finish`` completes it.
-
-    Replaces the leftovers of an interrupted writer in ``path``. Use it as a context manager: leaving the
-    block without ``finish`` closes the files and leaves the shard unfinished.
-    """
-
-    def __init__(self, path: str | Path, header: ShardHeader) -> None:
-        self.path = Path(path)
-        self.header = header
-        try:
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True)
-            self._tokens = (self.path / "tokens.bin").open("wb")
-            self._offsets = (self.path / "offsets.bin").open("wb")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        self._offsets.write(np.zeros(1, OFFSET).tobytes())
-
-    def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], text_bytes: int) -> None:
-        """Append documents of ``text_bytes`` bytes of text in all.
-
-        ``tokens`` uint32 [tokens]: concatenated, each document with its end token; ``lengths`` int64
-        [documents].
-        """
-        offsets = self.header.tokens + np.cumsum(lengths, dtype=OFFSET)
-        self._write(tokens.astype(TOKEN, copy=False).tobytes(), offsets.astype(OFFSET))
-        self.header.tokens += len(tokens)
-        self.header.text_bytes += text_bytes
-
-    def _write(self, tokens: bytes, offsets: NDArray[np.int64]) -> None:
-        try:
-            self._tokens.write(tokens)
-            self._offsets.write(offsets.tobytes())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        self.header.documents += len(offsets)
-
-    def finish(self) -> ShardHeader:
-        """Close the files and write header and marker."""
-        try:
-            self._close()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        seal(self.path, self.header)
-        return self.header
-
-    def _close(self) -> None:
-        self._tokens.close()
-        self._offsets.close()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-
 def seal(path: Path, header: ShardHeader) -> None:
     """Finish a shard whose files and counts are complete: digests, header and marker.
 
@@ -121,8 +61,7 @@ def seal(path: Path, header: ShardHeader) -> None:
     )
     text = json.dumps(dataclasses.asdict(header), indent=1, ensure_ascii=False) + "\n"
     write_text(path / "header.json", text)
-    with atomic_file(path / "DONE") as temporary:
-        temporary.write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
+    write_text(path / "DONE", hashlib.sha256(text.encode()).hexdigest() + "\n")
 
 
 def _check_sizes(path: Path, header: ShardHeader) -> None:
@@ -207,14 +146,14 @@ class StoredArray:
         return values
 
 
+@dataclass(frozen=True, eq=False)
 class Shard:
-    """A finished shard, whose files are read when they are used.
+    """A finished shard, whose files are read when they are used."""
 
-    ``tokens`` uint32 [tokens], ``offsets`` int64 [documents + 1].
-    """
-
-    def __init__(self, path: Path, header: ShardHeader, tokens: StoredArray, offsets: StoredArray) -> None:
-        self.path, self.header, self.tokens, self.offsets = path, header, tokens, offsets
+    path: Path
+    header: ShardHeader
+    tokens: StoredArray  # uint32 [tokens]
+    offsets: StoredArray  # int64 [documents + 1]
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from xverse.config import UserError
 from xverse.formats import ModelDirectory, load_model
 from xverse.log import notice
 from xverse.model.families import FAMILIES
+from xverse.tokenizer.general import before
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
 _UNBOUNDED = 2048  # tokens of a prompt, for models whose configuration gives no limit
@@ -42,7 +43,7 @@ def load_any(directory: ModelDirectory) -> tuple[Any, Encode, int]:
     except Exception as error:  # the library raises many kinds
         reason = " ".join(str(error).split())[:240]
         raise UserError(f"{directory}: transformers cannot load it ({reason})") from error
-    first = _prefix(tokenizer)
+    first = before(tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a"))  # of every text
     context = _context(model.config)
     if context is None:
         context = _UNBOUNDED
@@ -69,14 +70,6 @@ def _translated(directory: ModelDirectory, version: str) -> tuple[Any, Encode, i
     foreign = load_foreign(directory)
     first, encode = foreign.tokenizer.bos_ids, foreign.tokenizer.encode
     return foreign.model, lambda text: [*first, *encode(text)], _context(foreign.model.config) or _UNBOUNDED
-
-
-def _prefix(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before a text."""
-    plain = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a")
-    starts = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
-    return whole[: starts[0]] if starts else []
 
 
 def _context(config: Any) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +12,8 @@ from xverse.data.benchmarks.questions import Options, Question, QuestionReader, 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A prompt is the ``header``, then ``item``, ``answer`` and ``between`` of each shot, and the question's
-    ``item``.
+    """A prompt is the ``header``, then ``item``, ``answer`` and an empty line for each shot, and the
+    question's ``item``. The first one of ``splits`` is scored by default.
 
     ``answer`` maps a letter to the text that follows an item: " A" and "A" are different tokens, and scores
     differ by points. ``average``: micro averages questions, macro subjects. ``load`` reads the subjects of a
@@ -24,26 +24,21 @@ class Benchmark:
     name: str
     title: str
     folder: str
-    split: str
     splits: tuple[str, ...]
     load: Callable[[Path, QuestionReader, Options], list[Subject]]
     header: Callable[[Subject], str]
     item: Callable[[Question], str]
     answer: Callable[[Question, str], str]
-    between: str
     average: Literal["micro", "macro"]
-    categories: tuple[str, ...] = ()
     shots_rule: str
     method: str
-    source: str = ""
-    notes: tuple[str, ...] = field(default=())
 
     def shots(self, subject: Subject, count: int) -> str:
         """The common beginning of a subject's prompts: the header and the first ``count`` shots."""
         parts = [self.header(subject)]
         for shot in subject.shots[:count]:
             assert shot.answer is not None
-            parts += [self.item(shot), self.answer(shot, shot.answer), self.between]
+            parts += [self.item(shot), self.answer(shot, shot.answer), "\n\n"]
         return "".join(parts)
 
     def prompt(self, subject: Subject, question: Question, count: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from xverse.config import UserError
 from xverse.eval import report
 from xverse.eval.statistics import holm, paired, questions_needed
+from xverse.markdown import table
 
 SIGNIFICANT = 0.05
 
@@ -19,9 +20,8 @@ def lines(first: Path, second: Path) -> Iterator[str]:
     tasks = [task for task in one.answers if task in other.answers]
     if not tasks:
         raise UserError(f"{first} and {second} have no task in common")
-    only = f"only {one.name} | only {other.name}"
-    yield f"| task | {one.name} | {other.name} | difference (95 %) | {only} | p |"
-    yield "|---|:---:|:---:|:---:|:---:|:---:|:---:|"
+    head = ["task", one.name, other.name, "difference (95 %)", f"only {one.name}", f"only {other.name}", "p"]
+    shown = []
     subjects: dict[str, list[tuple[bool, bool]]] = {}
     differ = total = 0
     for task in tasks:
@@ -46,10 +46,11 @@ def lines(first: Path, second: Path) -> Iterator[str]:
         mark = "*" if result.p < SIGNIFICANT else ""
         spread = f"{100 * result.low:+.2f} to {100 * result.high:+.2f}"
         difference = f"{100 * (result.second - result.first):+.2f} ({spread}){mark}"
-        scores = f"{100 * result.first:.2f} | {100 * result.second:.2f}"
-        counts = f"{result.only_first} | {result.only_second}"
-        yield f"| {task} ({result.count}) | {scores} | {difference} | {counts} | {result.p:.3g} |"
+        scores = (f"{100 * result.first:.2f}", f"{100 * result.second:.2f}")
+        counts = (str(result.only_first), str(result.only_second))
+        shown.append([f"{task} ({result.count})", *scores, difference, *counts, f"{result.p:.3g}"])
         differ, total = differ + result.only_first + result.only_second, total + result.count
+    yield from table(head, shown)
     yield ""
     yield from _by_subject(subjects)
     yield (

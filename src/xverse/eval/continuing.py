@@ -41,7 +41,7 @@ class Continuations:
         stop: Sequence[str],
         progress: Callable[[int, int], None] | None,
     ) -> list[tuple[str, str]]:
-        """As ``generate_replies``."""
+        """As ``generate``."""
         replies = []
         for number, ids in enumerate(prompts):
             room = max(1, min(max_new_tokens, self.context_length - len(ids)))

@@ -23,13 +23,13 @@ def load(path: Path) -> Benchmark:
         name=description.name,
         title=description.title or description.name,
         folder=description.folder or description.name,
-        split=description.split,
-        splits=tuple(split for split in description.files if split != shots),
+        splits=tuple(
+            dict.fromkeys((description.split, *(split for split in description.files if split != shots)))
+        ),
         load=functools.partial(custom.subjects, description),
         header=lambda subject: description.header.replace("{subject}", subject.title),
         item=item,
         answer=lambda question, letter: description.letter.replace("{letter}", letter),
-        between="\n\n",
         average=description.average,
         shots_rule=SHOTS_TAKEN_OUT if shots is None else f"the first five of split {shots}",
         method=f"described in {path.name}, tokens of {description.letter!r}",

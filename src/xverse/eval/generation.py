@@ -59,22 +59,6 @@ def generate(
     stop_ids: Sequence[int],
     stop: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """The text of ``generate_replies``."""
-    replies = generate_replies(
-        engine, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, stop=stop, progress=progress
-    )
-    return [text for text, _ in replies]
-
-
-def generate_replies(
-    engine: Engine | Continuations,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    stop: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[str, str]]:
     """The greedy continuation of every prompt up to, and without, a stop string or stop id, and why it ended:
     "stop", or "length" if it was cut off.

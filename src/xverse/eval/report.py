@@ -16,6 +16,7 @@ from xverse.eval.adaptive import estimate, needed
 from xverse.eval.benchmarks import BENCHMARKS
 from xverse.eval.statistics import Score, calibration_error, score
 from xverse.files import atomic_file, make_folder, write_text
+from xverse.markdown import table
 from xverse.texts import read_object
 
 Rows = list[dict[str, Any]]
@@ -78,9 +79,9 @@ def write(folder: Path, evaluations: Sequence[Evaluation]) -> None:
     make_folder(folder)
     for evaluation in evaluations:
         if sent := submission(evaluation):
-            _write(folder / "ceval_submission.json", json.dumps(sent, ensure_ascii=False, indent=1))
-    _write(folder / "report.json", json.dumps(as_json(evaluations), ensure_ascii=False))
-    _write(folder / "report.md", "\n".join(markdown(evaluations)) + "\n")
+            write_text(folder / "ceval_submission.json", json.dumps(sent, ensure_ascii=False, indent=1))
+    write_text(folder / "report.json", json.dumps(as_json(evaluations), ensure_ascii=False))
+    write_text(folder / "report.md", "\n".join(markdown(evaluations)) + "\n")
     plot(evaluations, folder / "report.png")
 
 
@@ -135,7 +136,8 @@ def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     tasks = [task for task in published.OVERALL_COLUMNS if any(task in run.answers for run in evaluations)]
     others = sorted({task for run in evaluations for task in run.answers} - set(published.OVERALL_COLUMNS))
     if tasks:
-        columns = [_heading(task) for task in published.OVERALL_COLUMNS]
+        marked = ("agieval", "gaokao-bench", "gaokao-english")
+        columns = [BENCHMARKS[task].title + "¹" * (task in marked) for task in published.OVERALL_COLUMNS]
         rows = [(f"{name} (published)", kind, values) for name, kind, values in published.OVERALL]
         rows += [
             (f"**{run.name}**", "this run", tuple(_cell(run, task) for task in published.OVERALL_COLUMNS))
@@ -145,24 +147,19 @@ def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
         yield ""
         yield from (f"{note}  " for note in published.FOOTNOTES)
         yield ""
-    for task, title, table in (
+    for task, title, figures in (
         ("mmlu", "MMLU by category", published.MMLU),
         ("ceval", "C-Eval by category", published.CEVAL),
     ):
         if not any(task in run.answers for run in evaluations):
             continue
         yield f"## {title}\n"
-        rows = [(f"{name} (published)", kind, values) for name, kind, values in table]
+        rows = [(f"{name} (published)", kind, values) for name, kind, values in figures]
         for run in evaluations:
             if task in run.answers:
                 kinds = (None, *published.CATEGORIES[task])
-                rows.append(
-                    (
-                        f"**{run.name}**",
-                        "this run",
-                        tuple(_percent(scores(run, task, kind)) for kind in kinds),
-                    )
-                )
+                values = tuple(_percent(scores(run, task, kind)) for kind in kinds)
+                rows.append((f"**{run.name}**", "this run", values))
         yield from _table(["model", "type", *published.CATEGORY_COLUMNS], rows)
         yield ""
     yield from _precisions(evaluations)
@@ -177,11 +174,6 @@ def markdown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     yield "\n![The scores](report.png)"
 
 
-def _heading(task: str) -> str:
-    marked = task in ("agieval", "gaokao-bench", "gaokao-english")
-    return BENCHMARKS[task].title + ("¹" if marked else "")
-
-
 def _cell(evaluation: Evaluation, task: str) -> str:
     return _percent(scores(evaluation, task)) if task in evaluation.answers else "–"
 
@@ -190,20 +182,23 @@ def _percent(value: Score) -> str:
     return "–" if math.isnan(value.value) else f"{100 * value.value:.1f}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[tuple[str, str, Sequence[str]]]) -> Iterator[str]:
-    """A Markdown table with the best value of each column in bold."""
-    yield "| " + " | ".join(columns) + " |"
-    yield "|" + "---|" * 2 + ":---:|" * (len(columns) - 2)
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, str, Sequence[str]]]) -> list[str]:
+    """A table with the best value of each column in bold."""
     best = [
         max((_number(values[index]) for _, _, values in rows), default=math.nan)
         for index in range(len(columns) - 2)
     ]
-    for name, kind, values in rows:
-        cells = [
-            f"**{value}**" if _number(value) == top else value
-            for value, top in zip(values, best, strict=True)
+    marked = [
+        [
+            *(name, kind),
+            *(
+                f"**{cell}**" if _number(cell) == top else cell
+                for cell, top in zip(values, best, strict=True)
+            ),
         ]
-        yield "| " + " | ".join([name, kind, *cells]) + " |"
+        for name, kind, values in rows
+    ]
+    return table(columns, marked)
 
 
 def _number(cell: str) -> float:
@@ -218,18 +213,16 @@ def _precisions(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     if len(own) < 2 or reference is None:
         return
     yield "## Precision\n"
-    yield "| model | precision | memory (GB) | MMLU | same prediction | KL of the letters |"
-    yield "|---|---|:---:|:---:|:---:|:---:|"
-    for row in published.QUANTISED:
-        yield f"| XVERSE-7B-Chat (published) | {' | '.join(row)} | | |"
+    rows = [("XVERSE-7B-Chat (published)", *row, "", "") for row in published.QUANTISED]
     for run in own:
         memory = run.facts.get("peak_memory_gb")
         precision = (run.settings.get("quantize") or str(run.settings.get("dtype", ""))).upper()
         same, divergence = agreement(reference, run, "mmlu")
         beside = ("", "") if run is reference else (f"{100 * same:.1f} %", f"{divergence:.4f}")
         shown = "–" if memory is None else f"{memory:.1f}"
-        cells = [run.name, precision, shown, _percent(scores(run, "mmlu")), *beside]
-        yield "| " + " | ".join(cells) + " |"
+        rows.append((run.name, precision, shown, _percent(scores(run, "mmlu")), *beside))
+    head = ("model", "precision", "memory (GB)", "MMLU", "same prediction", "KL of the letters")
+    yield from table(head, rows)
     yield "\nKL divergence from the unquantised probabilities of the letters: nats, mean over questions.\n"
 
 
@@ -246,12 +239,11 @@ def _calibrations(evaluations: Sequence[Evaluation], tasks: Sequence[str]) -> It
     if not tasks:
         return
     yield "## Calibration\n"
-    yield "| model | " + " | ".join(tasks) + " |"
-    yield "|---|" + ":---:|" * len(tasks)
+    rows = []
     for run in evaluations:
         errors = [calibration(run, task) if task in run.answers else None for task in tasks]
-        cells = ["–" if error is None else f"{error:.3f}" for error in errors]
-        yield f"| {run.name} | {' | '.join(cells)} |"
+        rows.append([run.name, *("–" if error is None else f"{error:.3f}" for error in errors)])
+    yield from table(["model", *tasks], rows)
     yield "\nExpected calibration error: the distance between the likeliest letter's probability among the "
     yield "letters and the accuracy, in ten bins of equal width.\n"
 
@@ -286,11 +278,11 @@ def _divergence(one: dict[str, float], other: dict[str, float]) -> float:
 def _figures(evaluations: Sequence[Evaluation], name: str) -> Iterator[str]:
     first = evaluations[0].tasks[name]
     yield f"## {first['title']}\n"
-    yield "| | " + " | ".join(run.name for run in evaluations) + " |"
-    yield "|---|" + ":---:|" * len(evaluations)
-    for figure in first["figures"]:
-        cells = [run.tasks[name]["figures"].get(figure, math.nan) for run in evaluations]
-        yield f"| {figure} | " + " | ".join(f"{cell:.4g}" for cell in cells) + " |"
+    rows = [
+        [figure, *(f"{run.tasks[name]['figures'].get(figure, math.nan):.4g}" for run in evaluations)]
+        for figure in first["figures"]
+    ]
+    yield from table(["", *(run.name for run in evaluations)], rows)
     page = f" The replies: [{name}.md]({name}.md)." if first["page"] else ""
     yield f"\n{first['method'].capitalize()}.{page}\n"
 
@@ -303,9 +295,8 @@ def _method(evaluations: Sequence[Evaluation], task: str) -> Iterator[str]:
             continue
         value = scores(run, task)
         skipped = len(run.settings["skipped"].get(task, []))
-        fewer = sum(
-            row["shots"] < run.settings["shots"] for rows in run.answers[task].values() for row in rows
-        )
+        answers = [row for rows in run.answers[task].values() for row in rows]
+        fewer = sum(row["shots"] < run.settings["shots"] for row in answers)
         text = f"  - {run.name}: {100 * value.value:.2f} ± {100 * value.error:.2f} %"
         text += f" (95 %: {100 * value.low:.2f} to {100 * value.high:.2f}), {value.count} questions"
         text += f" of split {run.settings['splits'][task]}"
@@ -325,24 +316,22 @@ def _settings(evaluation: Evaluation) -> str:
 
 def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     """Bars with 95 % intervals, XVERSE-7B's published scores as marks, chance as a line."""
-    need("matplotlib", "eval", "report.png").use("Agg")
-    from matplotlib import pyplot
-
+    matplotlib = need("matplotlib.figure", "eval", "report.png")
     tasks = [task for task in BENCHMARKS if any(task in run.answers for run in evaluations)]
     if not tasks:
         return
-    figure, axis = pyplot.subplots(figsize=(1.6 + 1.5 * len(tasks), 4))
+    figure = matplotlib.Figure(figsize=(1.6 + 1.5 * len(tasks), 4), layout="tight")
+    axis = figure.subplots()
     width = 0.8 / len(evaluations)
     for number, run in enumerate(evaluations):
         values = [scores(run, task) if task in run.answers else None for task in tasks]
         at = [index + (number - (len(evaluations) - 1) / 2) * width for index in range(len(tasks))]
         pairs = [(place, one) for place, one in zip(at, values, strict=True) if one is not None]
         heights = [100 * one.value for _, one in pairs]
-        spread = [
-            [100 * (one.value - one.low) for _, one in pairs],
-            [100 * (one.high - one.value) for _, one in pairs],
-        ]
-        axis.bar([place for place, _ in pairs], heights, width, yerr=spread, capsize=3, label=run.name)
+        below = [100 * (one.value - one.low) for _, one in pairs]
+        above = [100 * (one.high - one.value) for _, one in pairs]
+        places = [place for place, _ in pairs]
+        axis.bar(places, heights, width, yerr=[below, above], capsize=3, label=run.name)
     xverse = dict(zip(published.OVERALL_COLUMNS, published.OVERALL[-2][2], strict=True))
     marks = [(index, float(xverse[task].rstrip("²"))) for index, task in enumerate(tasks) if task in xverse]
     places, heights = [place for place, _ in marks], [height for _, height in marks]
@@ -352,16 +341,10 @@ def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     axis.set_ylabel("right answers, %")
     axis.set_ylim(0, 100)
     axis.legend(fontsize="small")
-    figure.tight_layout()
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-    pyplot.close(figure)
 
 
 def _plain(score: Score) -> dict[str, float | int | None]:
     """A score for JSON, with nan as null."""
     return {name: None if value != value else value for name, value in asdict(score).items()}
-
-
-def _write(path: Path, text: str) -> None:
-    write_text(path, text)

@@ -66,7 +66,7 @@ def load_benchmarks(
         benchmarks.append(
             LoadedBenchmark(
                 benchmark=benchmark,
-                split=options.split or benchmark.split,
+                split=options.split or benchmark.splits[0],
                 subjects=tuple(subjects),
                 skipped=tuple(reader.skipped),
             )
@@ -74,103 +74,64 @@ def load_benchmarks(
     return benchmarks
 
 
-def run(
-    benchmarks: Sequence[LoadedBenchmark],
-    backend: Backend,
-    out: Path,
-    *,
-    shots: int = SHOTS,
-    shard: tuple[int, int] = (0, 1),
-    error: float | None = None,
-    progress: Callable[[str, int], None] | None = None,
-) -> int:
-    """Answer the unanswered questions of a shard (index, count); returns how many there were.
+@dataclass(frozen=True)
+class _Run:
+    """A run that answers into ``out``; ``progress(subject, questions)`` is called as questions are."""
 
-    With ``error`` only a random sample of each benchmark that has this standard error. ``progress(subject,
-    questions)`` is called as questions are answered. Subjects are dealt to shards largest first, which
-    balances them.
-    """
-    answered = 0
-    if error is not None:
-        return sum(_sampled(loaded, backend, out, shots, error, progress) for loaded in benchmarks)
-    for loaded, subject in _of_shard(benchmarks, shard):
-        path = store.path_of(out, loaded.benchmark.name, subject.name)
-        if not path.exists():
-            answered += _subject(loaded.benchmark, subject, backend, path, shots, progress)
-        elif progress is not None:
-            progress(subject.name, len(subject.questions))
-    return answered
+    backend: Backend
+    out: Path
+    shots: int
+    progress: Callable[[str, int], None]
 
+    def whole(self, benchmark: Benchmark, subject: Subject) -> int:
+        """Answer a subject, if that has not been done; returns how many questions were new."""
+        path = store.path_of(self.out, benchmark.name, subject.name)
+        if path.exists():
+            self.progress(subject.name, len(subject.questions))
+            return 0
+        if len(subject.shots) < self.shots:
+            notice(f"eval: {benchmark.name}, {subject.name}: only {len(subject.shots)} shots of {self.shots}")
+        store.write(path, self._rows(benchmark, subject))
+        return len(subject.questions)
 
-def _sampled(
-    loaded: LoadedBenchmark,
-    backend: Backend,
-    out: Path,
-    shots: int,
-    error: float,
-    progress: Callable[[str, int], None] | None,
-) -> int:
-    """Answer a sample of a benchmark; returns how many questions were new."""
-    benchmark, new = loaded.benchmark, 0
-    subjects = {subject.name: subject for subject in loaded.subjects if subject.questions}
-    if any(question.answer is None for s in subjects.values() for question in s.questions):
-        raise UserError(f"--adaptive: {benchmark.name} has questions without a public answer; omit it")
+    def sample(self, loaded: LoadedBenchmark, error: float) -> int:
+        """Answer a random sample of a benchmark whose score has this standard error; returns how many
+        questions were new."""
+        benchmark, new = loaded.benchmark, 0
+        subjects = {subject.name: subject for subject in loaded.subjects if subject.questions}
+        if any(question.answer is None for s in subjects.values() for question in s.questions):
+            raise UserError(f"--adaptive: {benchmark.name} has questions without a public answer; omit it")
 
-    def answer(counts: dict[str, int]) -> dict[str, list[bool]]:
-        nonlocal new
-        right = {}
-        for name, count in counts.items():
-            subject, path = subjects[name], store.path_of(out, benchmark.name, name)
-            rows = store.read(path) if path.exists() else []
-            if len(rows) < count:
-                order = random_order(len(subject.questions), "adaptive", benchmark.name, name).tolist()
-                chosen = tuple(subject.questions[i] for i in order[len(rows) : count])
-                drawn = replace(subject, questions=chosen)
-                prompts = make_prompts(backend, benchmark, drawn, shots)
-                rows += [store.row(benchmark.name, name, one) for one in score_prompts(backend, prompts)]
-                new += len(drawn.questions)
-                store.write(path, rows)
-                if progress is not None:
-                    progress(name, len(drawn.questions))
-            right[name] = [row["prediction"] == row["answer"] for row in rows[:count]]
-        return right
+        def answer(counts: dict[str, int]) -> dict[str, list[bool]]:
+            nonlocal new
+            right = {}
+            for name, count in counts.items():
+                subject, path = subjects[name], store.path_of(self.out, benchmark.name, name)
+                rows = store.read(path) if path.exists() else []
+                if len(rows) < count:
+                    order = random_order(len(subject.questions), "adaptive", benchmark.name, name).tolist()
+                    chosen = tuple(subject.questions[i] for i in order[len(rows) : count])
+                    rows += self._rows(benchmark, replace(subject, questions=chosen))
+                    new += len(chosen)
+                    store.write(path, rows)
+                right[name] = [row["prediction"] == row["answer"] for row in rows[:count]]
+            return right
 
-    sizes = {name: len(subject.questions) for name, subject in subjects.items()}
-    sequential(sizes, benchmark.average, error, answer)
-    return new
+        sizes = {name: len(subject.questions) for name, subject in subjects.items()}
+        sequential(sizes, benchmark.average, error, answer)
+        return new
 
+    def _rows(self, benchmark: Benchmark, subject: Subject) -> list[dict[str, Any]]:
+        reported = 0
 
-def _of_shard(
-    benchmarks: Sequence[LoadedBenchmark], shard: tuple[int, int]
-) -> list[tuple[LoadedBenchmark, Subject]]:
-    number, shards = shard
-    order = [(loaded, subject) for loaded in benchmarks for subject in loaded.subjects]
-    order.sort(key=lambda pair: -len(pair[1].questions))
-    return order[number::shards]
+        def report(done: int) -> None:
+            nonlocal reported
+            self.progress(subject.name, done - reported)
+            reported = done
 
-
-def _subject(
-    benchmark: Benchmark,
-    subject: Subject,
-    backend: Backend,
-    path: Path,
-    shots: int,
-    progress: Callable[[str, int], None] | None,
-) -> int:
-    if len(subject.shots) < shots and not path.exists():
-        notice(f"eval: {benchmark.name}, {subject.name}: only {len(subject.shots)} shots of {shots}")
-    reported = 0
-
-    def report(done: int) -> None:
-        nonlocal reported
-        if progress is not None:
-            progress(subject.name, done - reported)
-        reported = done
-
-    answers = score_prompts(backend, make_prompts(backend, benchmark, subject, shots), report)
-    rows: list[dict[str, Any]] = [store.row(benchmark.name, subject.name, answer) for answer in answers]
-    store.write(path, rows)
-    return len(rows)
+        prompts = make_prompts(self.backend, benchmark, subject, self.shots)
+        answers = score_prompts(self.backend, prompts, report)
+        return [store.row(benchmark.name, subject.name, answer) for answer in answers]
 
 
 def to_folder(
@@ -181,28 +142,30 @@ def to_folder(
     *,
     shard: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
-    """``run`` with a progress bar on stderr; stores the settings, and time and memory in ``run.json``.
+    """Answer the unanswered questions of a ``shard`` (index, count), with a progress bar on stderr; stores
+    the settings, and time and memory in ``run.json``.
 
-    ``settings``: everything that the answers depend on. Raises UserError where the folder holds others.
+    ``settings``: everything that the answers depend on; with ``adaptive`` only a random sample of each
+    benchmark that has this standard error. Subjects are dealt to shards largest first, which balances them.
+    Raises UserError where the folder holds others.
     """
     store.begin(out, {**settings, **described(benchmarks)})
     begin = time.monotonic()
-    total = sum(len(subject.questions) for _, subject in _of_shard(benchmarks, shard))
+    number, shards = shard
+    order = [(loaded.benchmark, subject) for loaded in benchmarks for subject in loaded.subjects]
+    order.sort(key=lambda pair: -len(pair[1].questions))
+    order = order[number::shards]
     with log.progress() as bar:
-        line = bar.add_task("eval", total=total)
+        line = bar.add_task("eval", total=sum(len(subject.questions) for _, subject in order))
 
         def report(subject: str, done: int) -> None:
             bar.update(line, advance=done, description=subject)
 
-        answered = run(
-            benchmarks,
-            backend,
-            out,
-            shots=settings["shots"],
-            shard=shard,
-            error=settings.get("adaptive"),
-            progress=report,
-        )
+        run, error = _Run(backend, out, settings["shots"], report), settings.get("adaptive")
+        if error is None:
+            answered = sum(run.whole(benchmark, subject) for benchmark, subject in order)
+        else:
+            answered = sum(run.sample(loaded, error) for loaded in benchmarks)
     seconds = time.monotonic() - begin
     facts = {
         "questions": answered,
@@ -211,7 +174,7 @@ def to_folder(
         "peak_memory_gb": round(hardware.peak_memory() / 1e9, 2),
     }
     if answered and shard == (0, 1):
-        write_json(out / "run.json", facts, indent=2)
+        write_json(out / "run.json", facts)
     return facts
 
 
@@ -237,30 +200,24 @@ def run_tasks(
             outcome = choose("task", name, TASKS)(task)
         if outcome.page:
             write_text(out / f"{name}.md", outcome.page + "\n")
-        write_json(path, asdict(outcome), indent=2)
+        write_json(path, asdict(outcome))
 
 
-def described(benchmarks: Sequence[LoadedBenchmark]) -> dict[str, Any]:
+def described(benchmarks: Sequence[LoadedBenchmark]) -> dict[str, dict[str, Any]]:
     """How each task is prompted and averaged, for the report."""
+
+    def of_each(value: Callable[[LoadedBenchmark], Any]) -> dict[str, Any]:
+        return {loaded.benchmark.name: value(loaded) for loaded in benchmarks}
+
+    def method(loaded: LoadedBenchmark) -> dict[str, str]:
+        one = loaded.benchmark
+        return {"title": one.title, "method": one.method, "average": one.average, "shots": one.shots_rule}
+
     return {
-        "average": {loaded.benchmark.name: loaded.benchmark.average for loaded in benchmarks},
-        "splits": {loaded.benchmark.name: loaded.split for loaded in benchmarks},
-        "methods": {
-            loaded.benchmark.name: {
-                "title": loaded.benchmark.title,
-                "method": loaded.benchmark.method,
-                "average": loaded.benchmark.average,
-                "shots": loaded.benchmark.shots_rule,
-            }
-            for loaded in benchmarks
-        },
-        "categories": {
-            loaded.benchmark.name: {subject.name: subject.category for subject in loaded.subjects}
-            for loaded in benchmarks
-        },
-        "counts": {
-            loaded.benchmark.name: {subject.name: len(subject.questions) for subject in loaded.subjects}
-            for loaded in benchmarks
-        },
-        "skipped": {loaded.benchmark.name: list(loaded.skipped) for loaded in benchmarks},
+        "average": of_each(lambda loaded: loaded.benchmark.average),
+        "splits": of_each(lambda loaded: loaded.split),
+        "methods": of_each(method),
+        "categories": of_each(lambda loaded: {one.name: one.category for one in loaded.subjects}),
+        "counts": of_each(lambda loaded: {one.name: len(one.questions) for one in loaded.subjects}),
+        "skipped": of_each(lambda loaded: list(loaded.skipped)),
     }

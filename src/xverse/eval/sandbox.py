@@ -29,7 +29,7 @@ class RunResult:
     stderr: str  # what it wrote there, or why it was stopped
 
 
-def run_python(program: str, seconds: float, memory: int = MEMORY) -> RunResult:
+def run_python(program: str, seconds: float) -> RunResult:
     """Run ``program``; the result is not ok if it fails or exceeds ``seconds``. Raises UserError, before
     running anything, where this machine cannot isolate a process from the network."""
     if sys.platform != "linux":
@@ -37,7 +37,7 @@ def run_python(program: str, seconds: float, memory: int = MEMORY) -> RunResult:
     with tempfile.TemporaryDirectory(prefix="xverse-sandbox-") as folder:
         path = Path(folder) / "program.py"
         path.write_text(program, encoding="utf-8")
-        limits = [str(int(seconds) + 1), str(memory)]
+        limits = [str(int(seconds) + 1), str(MEMORY)]
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_CONFINED), str(path), *limits],
             cwd=folder,

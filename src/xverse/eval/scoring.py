@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,21 +41,21 @@ class Prompt:
     continuations: list[list[int]]  # one for each of the question's letters
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Answer:
-    """``logprobs``: one natural log-probability for each letter, in their order."""
+    """``logprobs``: one natural log-probability for each letter of the question, in their order."""
 
-    question: Question
-    prompt: str
-    shots: int
-    tokens: int
-    logprobs: tuple[float, ...]
+    asked: Prompt
+    logprobs: Sequence[float]
+
+    @property
+    def question(self) -> Question:
+        return self.asked.question
 
     @property
     def prediction(self) -> str:
         """The likeliest letter; the first of equally likely ones."""
-        best = max(self.logprobs)
-        return self.question.letters[self.logprobs.index(best)]
+        return self.question.letters[self.logprobs.index(max(self.logprobs))]
 
 
 def make_prompts(backend: Backend, benchmark: Benchmark, subject: Subject, shots: int) -> list[Prompt]:
@@ -66,7 +66,7 @@ def make_prompts(backend: Backend, benchmark: Benchmark, subject: Subject, shots
     made = []
     for question, prompt, (ids, continuations) in zip(subject.questions, prompts, items, strict=True):
         count = min(shots, len(subject.shots))
-        while not _fits(backend, ids, continuations):
+        while len(ids) + max(map(len, continuations)) > backend.context:
             if count == 0:
                 raise UserError(
                     f"{benchmark.name}, {question.id}: its {len(ids)} tokens do not fit into the model's "
@@ -88,16 +88,7 @@ def score_prompts(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
     items = [(prompts[index].ids, prompts[index].continuations) for index in order]
     scores = dict(zip(order, backend.score(items, progress), strict=True))
-    return [
-        Answer(
-            question=prompt.question,
-            prompt=prompt.prompt,
-            shots=prompt.shots,
-            tokens=len(prompt.ids),
-            logprobs=tuple(scores[index]),
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+    return [Answer(prompt, scores[index]) for index, prompt in enumerate(prompts)]
 
 
 def _tokenised(
@@ -123,7 +114,3 @@ def _divided(encoded: Sequence[list[int]]) -> ScoreItem:
         common -= 1
     assert common > 0, "answers without a common prefix"
     return first[:common], [ids[common:] for ids in encoded]
-
-
-def _fits(backend: Backend, ids: list[int], continuations: Iterable[list[int]]) -> bool:
-    return len(ids) + max(map(len, continuations)) <= backend.context

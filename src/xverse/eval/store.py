@@ -30,7 +30,7 @@ def begin(out: Path, settings: dict[str, Any]) -> None:
                 f"{settings.get(name)!r}); name another --out"
             )
         return
-    write_json(path, settings, indent=2)
+    write_json(path, settings)
 
 
 def settings(out: Path) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def row(task: str, subject: str, answer: Answer) -> dict[str, Any]:
         "task": task,
         "subject": subject,
         "id": question.id,
-        "prompt": answer.prompt,
-        "shots": answer.shots,
-        "tokens": answer.tokens,
+        "prompt": answer.asked.prompt,
+        "shots": answer.asked.shots,
+        "tokens": len(answer.asked.ids),
         "prediction": answer.prediction,
         "answer": question.answer,
         "logprobs": dict(zip(question.letters, answer.logprobs, strict=True)),

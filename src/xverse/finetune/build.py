@@ -18,7 +18,7 @@ from xverse.finetune.encode import Data, Example
 from xverse.finetune.grpo import GrpoTrainer
 from xverse.finetune.methods import prepare, trainable
 from xverse.finetune.optimizers import optimizer_maker
-from xverse.finetune.preferences import KtoTrainer, PairTrainer, Preferences
+from xverse.finetune.preferences import KtoTrainer, PairTrainer
 from xverse.finetune.quantization_aware import RoundAnew, round_in_training
 from xverse.finetune.reward_model import RewardModel, RewardTrainer, classifier
 from xverse.finetune.rewards import Rewards
@@ -128,16 +128,8 @@ def _kind_of_trainer(
             rewards=Rewards(settings, lambda folder: RewardModel(folder, tokenizer, args.device)),
             reference=reference,
         )
-    kto = settings.stage == "kto"
-    preferences = Preferences(
-        kind="kto" if kto else settings.pref_loss,
-        beta=settings.pref_beta,
-        supervised=settings.pref_ftx,
-        smoothing=settings.dpo_label_smoothing,
-        gamma=settings.simpo_gamma,
-        weights=(settings.kto_chosen_weight, settings.kto_rejected_weight),
-    )
-    return functools.partial(KtoTrainer if kto else PairTrainer, reference=reference, preferences=preferences)
+    kind = KtoTrainer if settings.stage == "kto" else PairTrainer
+    return functools.partial(kind, reference=reference, settings=settings)
 
 
 def half_type(settings: Settings, args: TrainingArguments) -> torch.dtype | None:

@@ -23,8 +23,13 @@ def encode_within(
     """
     if tokenizer.template is not None:
         return _fit_template(tokenizer, messages, length, last_only)
-    ids, mask, what = _fit([_part(tokenizer, message) for message in messages], length)
-    return ids, _last_only(mask) if last_only else mask, what
+    learned = [message["role"] == "assistant" for message in messages]
+    if last_only:
+        learned[:-1] = [False] * (len(learned) - 1)
+    pairs = zip(messages, learned, strict=True)
+    return _fit(
+        [_Part(one["role"], *message_ids(tokenizer, one), has_loss) for one, has_loss in pairs], length
+    )
 
 
 def _fit_template(
@@ -59,19 +64,12 @@ def _fit_template(
 
 @dataclass(frozen=True)
 class _Part:
-    """A message as ids: its role's prefix, and the content with its end."""
+    """A message as ids: its role's prefix, and the content with its end, which may have loss."""
 
     role: str
     prefix: list[int]
     content: list[int]
-
-    @property
-    def reply(self) -> bool:
-        return self.role == "assistant"
-
-
-def _part(tokenizer: Tokenizer, message: Mapping[str, str]) -> _Part:
-    return _Part(message["role"], *message_ids(tokenizer, message))
+    learned: bool
 
 
 def _fit(parts: Sequence[_Part], length: int) -> tuple[list[int], list[bool], str]:
@@ -104,13 +102,5 @@ def _join(parts: Iterable[_Part]) -> tuple[list[int], list[bool]]:
     mask: list[bool] = []
     for part in parts:
         ids += part.prefix + part.content
-        mask += [False] * len(part.prefix) + [part.reply] * len(part.content)
+        mask += [False] * len(part.prefix) + [part.learned] * len(part.content)
     return ids, mask
-
-
-def _last_only(mask: list[bool]) -> list[bool]:
-    """Loss on its last run alone."""
-    start = len(mask)
-    while start and mask[start - 1]:
-        start -= 1
-    return [False] * start + mask[start:]

@@ -26,7 +26,7 @@ from torch.utils.data import Sampler
 
 from xverse.config import UserError
 from xverse.data.order import random_order
-from xverse.files import write_json
+from xverse.files import write_text
 from xverse.finetune.encode import Example, Prompt
 from xverse.finetune.preferences import reference_model, token_log_probabilities
 from xverse.finetune.rewards import Completion, Rewards
@@ -374,7 +374,7 @@ class GrpoTrainer(FinetuneTrainer):
         super()._write_checkpoint(path, model, trial)
         if self.state.global_step % self.settings.num_iterations and self._rollouts is not None:
             values = [dataclasses.asdict(rollout) for rollout in self._rollouts]
-            write_json(path / ROLLOUTS.format(self.args.process_index), values)
+            write_text(path / ROLLOUTS.format(self.args.process_index), json.dumps(values))
 
     def _saved(self, count: int) -> list[Rollout]:
         """This process's part of the replies in the checkpoint, which another number of processes may have

@@ -122,17 +122,13 @@ def deepspeed_file(name: str) -> Path:
     need("deepspeed", "finetune", "--deepspeed", load=False)
     path = Path(name).expanduser()
     if path.is_file():
-        _check_deepspeed(path)
+        if "tensor_parallel" in read_object(path):  # whose split weights loss and adapters do not know
+            raise UserError(
+                f"--deepspeed {path}: tensor_parallel (AutoTP) is not supported; use ZeRO-3 or fsdp"
+            )
         return path
     here = Path(__file__).resolve()
     for folder in (here.parents[3] / "recipes" / "sft", here.parent / "recipes"):  # a checkout, a wheel
         if path.parent == Path() and (folder / name).is_file():
             return folder / name
     raise UserError(f"--deepspeed {name}: no such file")
-
-
-def _check_deepspeed(path: Path) -> None:
-    """Raise UserError for a file that is not JSON, and for DeepSpeed's tensor parallelism, whose split
-    weights the loss and the adapters do not know."""
-    if "tensor_parallel" in read_object(path):
-        raise UserError(f"--deepspeed {path}: tensor_parallel (AutoTP) is not supported; use ZeRO-3 or fsdp")

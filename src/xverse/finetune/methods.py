@@ -32,7 +32,7 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
     peft = import_peft()
     quantised = any(isinstance(module, QuantLinear) for module in model.modules())
     if settings.adapter_name_or_path:
-        path = check_adapter(settings.adapter_name_or_path)
+        path = check_adapter(settings.adapter_name_or_path, scores=settings.stage == "rm")
         config = peft_config(model, path)
         return peft_model(model, path, config, is_trainable=True)
     targets = _names(settings.lora_target, LINEARS, model, "lora_target")
@@ -56,19 +56,15 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
     )
+    if quantised and config.use_dora:
+        raise UserError("use_dora needs unquantised weights, whose norms DoRA uses; omit it")
     if quantised:
-        _quantised(config)
+        from xverse.formats.qlora import register
+
+        register(config)
     adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = settings.model_name_or_path
     return adapted
-
-
-def _quantised(config: Any) -> None:
-    if config.use_dora:
-        raise UserError("use_dora needs unquantised weights, whose norms DoRA uses; omit it")
-    from xverse.formats.qlora import register
-
-    register(config)
 
 
 def _names(text: str, all_names: tuple[str, ...], model: Any, flag: str) -> list[str]:

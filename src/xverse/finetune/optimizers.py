@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from xverse.finetune.settings import Settings
-from xverse.train.optimizer import MuonAdamW, parameter_groups
+from xverse.train.optimizer import make_muon
 
 
 def optimizer_maker(
@@ -25,18 +25,16 @@ def optimizer_maker(
 
 def _muon(model: Any, args: TrainingArguments) -> torch.optim.Optimizer:
     """Muon for the layers' matrices and AdamW for the rest, with one learning rate (see ``MuonAdamW``)."""
-    matrices, decayed, plain = parameter_groups(model, muon=True)
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay, "muon": True},
-        {"params": decayed, "weight_decay": args.weight_decay, "muon": False},
-        {"params": plain, "weight_decay": 0.0, "muon": False},
-    ]
-    return MuonAdamW(
-        [{**group, "lr": args.learning_rate} for group in groups if group["params"]],
+    optimizer = make_muon(
+        model,
+        args.weight_decay,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
     )
+    for group in optimizer.param_groups:
+        group["lr"] = args.learning_rate
+    return optimizer
 
 
 def _loraplus(model: Any, args: TrainingArguments, settings: Settings) -> torch.optim.Optimizer:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
+from xverse.finetune.settings import Settings
 from xverse.finetune.trainer import Batch, FinetuneTrainer, inputs_of
 from xverse.model import IGNORE
 
@@ -64,20 +64,6 @@ def reference_model(trainer: Any, model: Any) -> Iterator[Any]:
     peft_model.train(training)
 
 
-@dataclass(frozen=True)
-class Preferences:
-    """The loss: ``kind`` is sigmoid, hinge, ipo, orpo, simpo or kto; ``supervised`` weighs the loss of the
-    good reply, ``smoothing`` is cDPO's, ``gamma`` SimPO's margin, ``weights`` KTO's, of good and bad replies.
-    """
-
-    kind: str = "sigmoid"
-    beta: float = 0.1
-    supervised: float = 0.0
-    smoothing: float = 0.0
-    gamma: float = 0.5
-    weights: tuple[float, float] = (1.0, 1.0)
-
-
 class MeanOfPairs(FinetuneTrainer):
     """``examples`` alternate between the replies of a pair. The loss is the mean over the pairs of a step, on
     all processes and in all micro-batches."""
@@ -121,9 +107,9 @@ class PairTrainer(MeanOfPairs):
     """Chosen and rejected replies by turns. ``reference`` is a frozen model; None means the trained one
     without its adapter (ORPO and SimPO need no reference)."""
 
-    def __init__(self, *, reference: Any, preferences: Preferences, **options: Any) -> None:
+    def __init__(self, *, reference: Any, settings: Settings, **options: Any) -> None:
         super().__init__(**options)
-        self.preferences, self.beta, self.kind = preferences, preferences.beta, preferences.kind
+        self.settings, self.beta, self.kind = settings, settings.pref_beta, settings.pref_loss
         self.reference = reference
         if reference is not None:
             self.reference = reference.eval().requires_grad_(False).to(self.args.device)
@@ -144,8 +130,8 @@ class PairTrainer(MeanOfPairs):
         if self.kind == "simpo":  # rewards are mean log-probabilities (arXiv:2405.14734)
             means = (sums / counts).view(-1, 2)  # [n, 2]
             margin = self.beta * (means[:, 0] - means[:, 1])
-            loss = -logsigmoid(margin - self.preferences.gamma)
-            return loss - self.preferences.supervised * means[:, 0], margin.detach()
+            loss = -logsigmoid(margin - self.settings.simpo_gamma)
+            return loss - self.settings.pref_ftx * means[:, 0], margin.detach()
         gains = (sums - reference).view(-1, 2)  # [n, 2]
         if self.kind == "ipo":  # per token (Azar et al., 2023, arXiv:2310.12036)
             gains = gains / counts.view(-1, 2)
@@ -155,11 +141,11 @@ class PairTrainer(MeanOfPairs):
         elif self.kind == "hinge":
             loss = (1 - self.beta * margin).relu()
         else:
-            swapped = self.preferences.smoothing  # cDPO
+            swapped = self.settings.dpo_label_smoothing  # cDPO
             logits = self.beta * margin
             loss = -(1 - swapped) * logsigmoid(logits) - swapped * logsigmoid(-logits)
-        if self.preferences.supervised:
-            loss = loss - self.preferences.supervised * (sums / counts).view(-1, 2)[:, 0]
+        if self.settings.pref_ftx:
+            loss = loss - self.settings.pref_ftx * (sums / counts).view(-1, 2)[:, 0]
         return loss, self.beta * margin.detach()
 
 
@@ -183,11 +169,9 @@ class KtoTrainer(PairTrainer):
             return sums, sums
         good = batch["desirable"].view(-1, 2)[:, 0]
         sign = torch.where(good, 1.0, -1.0)
-        weight = torch.where(good, *self.preferences.weights)
+        weight = torch.where(good, self.settings.kto_chosen_weight, self.settings.kto_rejected_weight)
         reward = sign * self.beta * (gains[:, 0] - distance)
         loss = weight * (1 - reward.sigmoid())
-        if self.preferences.supervised:
-            loss = loss - self.preferences.supervised * torch.where(
-                good, (sums / counts).view(-1, 2)[:, 0], 0.0
-            )
+        if self.settings.pref_ftx:
+            loss = loss - self.settings.pref_ftx * torch.where(good, (sums / counts).view(-1, 2)[:, 0], 0.0)
         return loss, reward.detach()

@@ -123,7 +123,8 @@ def write_rounded(
     config = dataclasses.replace(base.config.to_model_config(), tie_word_embeddings=False)
 
     def tensors() -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-        names = list(XverseForCausalLM.empty(config).state_dict())
+        with torch.device("meta"):
+            names = list(XverseForCausalLM(config).state_dict())
         for name in names:
             path, _, kind = name.rpartition(".")
             module = base.get_submodule(path)

@@ -28,7 +28,7 @@ from xverse.data.dialogues.formats import DatasetInfo, Skip, to_text
 from xverse.data.feed import token_byte_lengths
 from xverse.data.order import random_order
 from xverse.data.shards import Shard, StoredArray
-from xverse.files import write_json
+from xverse.files import write_text
 from xverse.finetune.encode import Data, Example
 from xverse.finetune.settings import DatasetUse, Settings
 from xverse.finetune.sources import Source, read_file, source_files
@@ -215,7 +215,7 @@ class Languages(TrainerCallback):
 
     def _write(self, figures: Mapping[str, Any]) -> None:
         if self.trainer.is_world_process_zero():
-            write_json(self.file, figures, indent=1)
+            write_text(self.file, json.dumps(figures, indent=1, ensure_ascii=False))
 
 
 def report(before: Mapping[str, float], after: Mapping[str, float]) -> None:

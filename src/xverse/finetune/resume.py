@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.files import read_sealed, write_json
+from xverse.files import read_sealed, write_text
 from xverse.finetune.encode import Data, Example, Prompt
 from xverse.finetune.settings import Settings, read_settings, to_values
 from xverse.formats.checkpoint import check_files
@@ -47,7 +47,7 @@ def begin_anew(settings: Settings) -> None:
 
 
 def write_state(settings: Settings, state: dict[str, Any]) -> None:
-    write_json(settings.output_dir / STATE, state, indent=1)
+    write_text(settings.output_dir / STATE, json.dumps(state, indent=1))
 
 
 def _digest(examples: Sequence[Example]) -> str:
@@ -63,7 +63,7 @@ def _digest(examples: Sequence[Example]) -> str:
 
 def checkpoints_of(out: Path) -> Kept:
     """The checkpoints of a run."""
-    return Kept(out, PREFIX)
+    return Kept(out, PREFIX, _read_state)
 
 
 def is_finished(settings: Settings, state: dict[str, Any]) -> bool:
@@ -107,7 +107,7 @@ def resume_point(settings: Settings, state: dict[str, Any], world: World) -> str
         raise UserError(f"{out}: already holds files; set overwrite_output_dir or choose another output_dir")
     if file.exists():
         _compare(file, state)
-    newest = kept.newest(_read_state, world)
+    newest = kept.newest(world)
     assert newest is not None
     if world.rank == 0:
         notice(f"resuming from {newest[0]}")

@@ -20,7 +20,15 @@ from xverse.finetune.encode import Data, load_data, stream_data
 from xverse.finetune.launch import training_arguments
 from xverse.finetune.quantization_aware import write_rounded
 from xverse.finetune.replay import Languages, add_replay
-from xverse.finetune.resume import PREFIX, begin_anew, is_finished, resume_point, run_state, write_state
+from xverse.finetune.resume import (
+    PREFIX,
+    begin_anew,
+    checkpoints_of,
+    is_finished,
+    resume_point,
+    run_state,
+    write_state,
+)
 from xverse.finetune.rollouts import AT_ONCE
 from xverse.finetune.safety import ReturnMemory, StopOnSignal, world_of
 from xverse.finetune.settings import Settings
@@ -35,7 +43,7 @@ from xverse.plan import finetune_memory
 from xverse.tokenizer import Tokenizer
 from xverse.tokenizer.published import with_format
 from xverse.train.copies import Copies
-from xverse.train.keeping import Kept, locked
+from xverse.train.keeping import locked
 from xverse.train.parallel import World
 from xverse.train.plot import plot_loss
 from xverse.train.survival import Interrupted, requests
@@ -53,7 +61,7 @@ def run_finetuning(settings: Settings) -> Path | None:
     settings = dataclasses.replace(settings, output_dir=place.local)
     args = training_arguments(settings)
     world = world_of(args)
-    copies = Copies(place, Kept(place.local, PREFIX), settings.save_total_limit)
+    copies = Copies(place, checkpoints_of(place.local), settings.save_total_limit)
     if not settings.do_train:
         return _run(settings, args, world, copies)
     with locked(settings.output_dir, world):

@@ -6,6 +6,7 @@ pretraining.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from xverse import hardware
 from xverse.config import UserError
-from xverse.files import write_json
+from xverse.files import write_text
 from xverse.log import notice
 from xverse.place import MARKS
 from xverse.train.copies import Copies
@@ -105,7 +106,7 @@ class Saver:
         problem = self._world.first(problem)
         if not problem and self._world.rank == 0:
             try:
-                write_json(path / MARKS, {"files": marks})
+                write_text(path / MARKS, json.dumps({"files": marks}))
             except (OSError, UserError) as error:  # Trainer may have deleted the one before already
                 notice(f"WARNING: {path.name} has no fingerprints ({reason(error)})")
         return problem

@@ -7,9 +7,10 @@ docs/finetuning.md. Nothing heavy is imported here.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from xverse.config import UserError, build, unknown_keys, unknown_text
 from xverse.engine.sampling_params import SamplingParams
 from xverse.finetune.fields import TEMPLATE, TEMPLATES, Arguments, DatasetUse, Replay, Rollouts, Task
-from xverse.finetune.foreign_keys import refuse_former_recipe, take_foreign
+from xverse.finetune.foreign_keys import ALIASES, refuse_former_recipe, take_foreign
 from xverse.log import notice
 from xverse.texts import parse_json, read_object
 
@@ -26,32 +27,22 @@ HELD_OUT = 0.01  # share held out for evaluation without val_size and eval_datas
 _TINY, _MOST = math.ulp(0.0), 2.0**62
 _RANGES = {
     "lora_rank per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-    "max_samples buffer_size early_stopping_steps ddp_timeout max_completion_length num_iterations": (
-        1,
-        _MOST,
-        "at least 1",
-    ),
+    "max_samples buffer_size early_stopping_steps ddp_timeout max_completion_length "
+    "num_iterations": (1, _MOST, "at least 1"),
     "num_generations": (2, _MOST, "at least 2"),
     "cutoff_len": (8, _MOST, "at least 8"),
     "max_steps": (-1, _MOST, "at least 1; -1: unset"),
-    "num_train_epochs eval_steps logging_steps save_steps lora_alpha pref_beta loraplus_lr_ratio "
-    "temperature distillation_temperature epsilon delta importance_sampling_clip_max": (
-        _TINY,
-        _MOST,
-        "above 0",
-    ),
+    "num_train_epochs eval_steps logging_steps save_steps lora_alpha pref_beta loraplus_lr_ratio temperature "
+    "distillation_temperature epsilon delta importance_sampling_clip_max": (_TINY, _MOST, "above 0"),
     "learning_rate weight_decay warmup_steps val_size eval_delay adam_epsilon max_grad_norm pref_ftx "
     "neftune_noise_alpha dataloader_num_workers simpo_gamma kto_chosen_weight kto_rejected_weight "
-    "loraplus_lr_embedding beta epsilon_high importance_sampling_clip_min center_rewards_coefficient": (
-        0,
-        _MOST,
-        "at least 0",
-    ),
+    "loraplus_lr_embedding beta epsilon_high importance_sampling_clip_min "
+    "center_rewards_coefficient": (0, _MOST, "at least 0"),
     "dpo_label_smoothing": (0, 0.5 - 2**-54, "from 0 to below 0.5"),
     "lora_dropout adam_beta1 adam_beta2": (0, 1 - 2**-53, "from 0 to below 1"),
     "max_bad_share distillation_weight distillation_beta": (0, 1, "0 to 1"),
     "seed data_seed": (0, 2**32 - 1, "0 to 4294967295"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,114 +55,102 @@ class Settings(Arguments, Rollouts, Task):
     URLS = ("model_name_or_path", "output_dir")
 
     def __post_init__(self) -> None:
-        self._check_ranges()
-        self._check_task()
-        self._check_data()
-        self._check_method()
+        checks = (self._range_problems, self._task_problems, self._data_problems, self._method_problems)
+        for problem in itertools.chain.from_iterable(check() for check in checks):
+            raise ValueError(problem)
         self._check_options()
 
-    def _check_ranges(self) -> None:
+    def _range_problems(self) -> Iterator[str]:
         for names, (low, high, span) in _RANGES.items():
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not low <= value <= high:
-                    raise ValueError(f"{name} {value:g} is out of range ({span})")
+                    yield f"{name} {value:g} is out of range ({span})"
 
-    def _check_task(self) -> None:
+    def _task_problems(self) -> Iterator[str]:
         if self.template not in TEMPLATES:
-            raise ValueError(f"template '{self.template}' is not known; {TEMPLATE}")
+            yield f"template '{self.template}' is not known; {TEMPLATE}"
         if not (self.do_train or self.do_eval):
-            raise ValueError(
-                "nothing to do; set do_train, do_eval or both (xverse chat --adapter A talks to the result)"
-            )
+            yield "nothing to do; set do_train, do_eval or both (xverse chat --adapter A talks to the result)"
         if self.do_train and not self.dataset:
-            raise ValueError("do_train needs a dataset")
+            yield "do_train needs a dataset"
         if not self.do_train and not self.dataset and not self.eval_dataset:
-            raise ValueError("do_eval needs eval_dataset, or a dataset to hold out examples from")
+            yield "do_eval needs eval_dataset, or a dataset to hold out examples from"
         if self.deepspeed and self.fsdp:
-            raise ValueError("deepspeed and fsdp both shard the model; use one of them")
+            yield "deepspeed and fsdp both shard the model; use one of them"
         if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 contradict each other; use one of them")
+            yield "bf16 and fp16 contradict each other; use one of them"
         if self.early_stopping_steps is not None and not self.load_best_model_at_end:
-            raise ValueError("early_stopping_steps needs load_best_model_at_end")
+            yield "early_stopping_steps needs load_best_model_at_end"
         if self.evaluates == "no" and self.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end needs evaluation; set eval_strategy to steps or epoch")
+            yield "load_best_model_at_end needs evaluation; set eval_strategy to steps or epoch"
 
-    def _check_data(self) -> None:
+    def _data_problems(self) -> Iterator[str]:
         if self.eval_dataset and self.val_size:
-            raise ValueError("val_size and eval_dataset are mutually exclusive; use one of them")
+            yield "val_size and eval_dataset are mutually exclusive; use one of them"
         if self.val_size < 0 or (self.val_size >= 1 and self.val_size != int(self.val_size)):
-            raise ValueError(
-                f"val_size {self.val_size:g} is neither a share below 1 nor a number of examples"
-            )
-        if self.replay and self.stage not in ("sft", "pt"):
-            raise ValueError(f"replay needs stage sft or pt, not {self.stage}")
-        if self.teacher and self.stage not in ("sft", "pt"):
-            raise ValueError(f"teacher needs stage sft or pt, not {self.stage}")
+            yield f"val_size {self.val_size:g} is neither a share below 1 nor a number of examples"
+        for name in ("replay", "teacher"):
+            if getattr(self, name) and self.stage not in ("sft", "pt"):
+                yield f"{name} needs stage sft or pt, not {self.stage}"
         if self.train_on_prompt and self.mask_history:
-            raise ValueError("train_on_prompt and mask_history contradict each other")
+            yield "train_on_prompt and mask_history contradict each other"
         if self.group_by_length and self.disable_shuffling:
-            raise ValueError("group_by_length and disable_shuffling contradict each other")
+            yield "group_by_length and disable_shuffling contradict each other"
         if self.by_rows and self.packs:
-            raise ValueError(f"{self.by_rows} cannot be combined with packing")
+            yield f"{self.by_rows} cannot be combined with packing"
         if self.streaming:
-            if self.stage not in ("sft", "pt") or not self.max_steps or self.max_steps < 1:
-                raise ValueError("streaming needs max_steps and stage sft or pt")
-            if self.group_by_length or self.disable_shuffling:
-                name = "group_by_length" if self.group_by_length else "disable_shuffling"
-                raise ValueError(f"{name} cannot be combined with streaming")
-            if any(use.repeat > 1 for use in self.dataset):
-                raise ValueError("repeat cannot be combined with streaming")
-            if self.replay:
-                raise ValueError("replay cannot be combined with streaming; add its text to dataset")
-            if 0 < self.val_size < 1 or (self.wants_evaluation and not (self.val_size or self.eval_dataset)):
-                raise ValueError(
-                    "with streaming the dataset's size is unknown: set val_size to a number of examples, "
-                    "or use eval_dataset"
-                )
+            yield from self._streaming_problems()
 
-    def _check_method(self) -> None:
-        if self.freeze_trainable_layers == 0:
-            raise ValueError("freeze_trainable_layers must not be 0")
-        if self.ref_model and not self.needs_reference:
-            raise ValueError(
-                "ref_model needs stage dpo or kto with a pref_loss that has a reference, or grpo with beta"
+    def _streaming_problems(self) -> Iterator[str]:
+        if self.stage not in ("sft", "pt") or not self.max_steps or self.max_steps < 1:
+            yield "streaming needs max_steps and stage sft or pt"
+        for name in ("group_by_length", "disable_shuffling"):
+            if getattr(self, name):
+                yield f"{name} cannot be combined with streaming"
+        if any(use.repeat > 1 for use in self.dataset):
+            yield "repeat cannot be combined with streaming"
+        if self.replay:
+            yield "replay cannot be combined with streaming; add its text to dataset"
+        if 0 < self.val_size < 1 or (self.wants_evaluation and not (self.val_size or self.eval_dataset)):
+            yield (
+                "with streaming the dataset's size is unknown: set val_size to a number of examples, or use "
+                "eval_dataset"
             )
+
+    def _method_problems(self) -> Iterator[str]:
+        lora = self.finetuning_type == "lora"
+        if self.freeze_trainable_layers == 0:
+            yield "freeze_trainable_layers must not be 0"
+        if self.ref_model and not self.needs_reference:
+            yield "ref_model needs stage dpo or kto with a pref_loss that has a reference, or grpo with beta"
         if self.dpo_label_smoothing and (self.stage != "dpo" or self.pref_loss != "sigmoid"):
-            raise ValueError("dpo_label_smoothing needs stage dpo and pref_loss sigmoid")
-        if self.loraplus_lr_ratio is not None and self.finetuning_type != "lora":
-            raise ValueError("loraplus_lr_ratio needs finetuning_type lora")
+            yield "dpo_label_smoothing needs stage dpo and pref_loss sigmoid"
+        if self.loraplus_lr_ratio is not None and not lora:
+            yield "loraplus_lr_ratio needs finetuning_type lora"
         if self.use_muon:
             others = [name for name in ("deepspeed", "optim", "pure_bf16") if getattr(self, name)]
-            if self.finetuning_type == "lora" or others:
-                raise ValueError(
-                    f"use_muon cannot be combined with {others[0] if others else 'finetuning_type lora'}"
-                )
-        if self.quantization_bit and self.finetuning_type != "lora":
-            raise ValueError(
-                "quantization_bit needs finetuning_type lora: quantised weights cannot be trained"
-            )
+            if lora or others:
+                yield f"use_muon cannot be combined with {others[0] if others else 'finetuning_type lora'}"
+        if self.quantization_bit and not lora:
+            yield "quantization_bit needs finetuning_type lora: quantised weights cannot be trained"
         if self.quantization_bit and self.stage == "rm":
-            raise ValueError(
-                "quantization_bit cannot be combined with stage rm; use bf16 with finetuning_type lora"
-            )
-        self._check_grpo()
+            yield "quantization_bit cannot be combined with stage rm; use bf16 with finetuning_type lora"
+        yield from self._grpo_problems()
         if not self.teacher:
-            self._refuse_changed(
-                [name for name in _NAMES if name.startswith(("teacher_", "distillation_"))], "teacher"
-            )
+            names = [name for name in _NAMES if name.startswith(("teacher_", "distillation_"))]
+            yield from self._changed_without(names, "teacher")
         if self.stage != "rm":
-            self._refuse_changed(["center_rewards_coefficient"], "stage rm")
+            yield from self._changed_without(["center_rewards_coefficient"], "stage rm")
         if self.quantization_aware:
-            with_rounding = ("deepspeed", "quantization_bit", "use_dora", "lora_dropout", "additional_target")
-            for name in with_rounding:
+            for name in ("deepspeed", "quantization_bit", "use_dora", "lora_dropout", "additional_target"):
                 if getattr(self, name):
-                    raise ValueError(f"quantization_aware cannot be combined with {name}")
+                    yield f"quantization_aware cannot be combined with {name}"
             if self.stage == "rm":
-                raise ValueError("quantization_aware cannot be combined with stage rm")
-        if self.finetuning_type == "lora" and (self.save_dtype or self.generation):
-            name = "save_dtype" if self.save_dtype else "generation"
-            raise ValueError(f"{name} needs finetuning_type full or freeze: an adapter uses its base's")
+                yield "quantization_aware cannot be combined with stage rm"
+        for name in ("save_dtype", "generation"):
+            if lora and getattr(self, name):
+                yield f"{name} needs finetuning_type full or freeze: an adapter uses its base's"
 
     def _check_options(self) -> None:
         """Texts that transformers would parse when the run begins, and what the finished model keeps."""
@@ -194,49 +173,50 @@ class Settings(Arguments, Rollouts, Task):
         text = (self.fsdp_config or "{}").strip()
         return _json_object(text, "fsdp_config") if text.startswith("{") else read_object(text)
 
-    def _check_grpo(self) -> None:
+    def _grpo_problems(self) -> Iterator[str]:
         if self.stage != "grpo":
-            self._refuse_changed([item.name for item in dataclasses.fields(Rollouts)], "stage grpo")
+            yield from self._changed_without(
+                [item.name for item in dataclasses.fields(Rollouts)], "stage grpo"
+            )
             return
         names, weights = split_names(self.reward_funcs), split_names(self.reward_weights or "")
         if not names:
-            raise ValueError("stage grpo needs reward_funcs")
+            yield "stage grpo needs reward_funcs"
         if weights and len(weights) != len(names):
-            raise ValueError(f"reward_weights has {len(weights)} values for {len(names)} reward_funcs")
+            yield f"reward_weights has {len(weights)} values for {len(names)} reward_funcs"
         for weight in weights:
             try:
                 finite = math.isfinite(float(weight))
             except ValueError:
                 finite = False
             if not finite:
-                raise ValueError(f"reward_weights: '{weight}' is not a finite number")
+                yield f"reward_weights: '{weight}' is not a finite number"
         if ("format" in names) != (self.reward_pattern is not None):
-            raise ValueError("the rule format in reward_funcs and reward_pattern need each other")
+            yield "the rule format in reward_funcs and reward_pattern need each other"
         for name in names:
             if (name == "program" or (":" in name and not Path(name).exists())) and not self.allow_code:
-                raise ValueError(f"reward_funcs: {name} runs code; add --allow_code to the command line")
+                yield f"reward_funcs: {name} runs code; add --allow_code to the command line"
         if self.cutoff_len <= self.max_completion_length:
-            raise ValueError(
+            yield (
                 f"cutoff_len {self.cutoff_len} leaves no room for a prompt beside max_completion_length "
                 f"{self.max_completion_length}"
             )
         self.sampling()
         if self.importance_sampling_mode is None:
-            self._refuse_changed(
-                ["importance_sampling_clip_min", "importance_sampling_clip_max"], "importance_sampling_mode"
-            )
+            names = ["importance_sampling_clip_min", "importance_sampling_clip_max"]
+            yield from self._changed_without(names, "importance_sampling_mode")
         rows = (self.per_device_train_batch_size or 8) * (self.gradient_accumulation_steps or 1)
         if rows % self.num_generations:
-            raise ValueError(
+            yield (
                 "per_device_train_batch_size × gradient_accumulation_steps are the replies of a process in a "
                 f"step, {rows} here; they must be a multiple of num_generations {self.num_generations}"
             )
 
-    def _refuse_changed(self, names: Iterable[str], needed: str) -> None:
-        """Raise ValueError if one of these settings, which only ``needed`` uses, is not its default."""
+    def _changed_without(self, names: Iterable[str], needed: str) -> Iterator[str]:
+        """A problem for each of these settings, which only ``needed`` uses, that is not its default."""
         for item in dataclasses.fields(self):
             if item.name in names and getattr(self, item.name) != item.default:
-                raise ValueError(f"{item.name} needs {needed}")
+                yield f"{item.name} needs {needed}"
 
     def sampling(self) -> SamplingParams:
         """How stage grpo draws replies. Raises UserError for a value out of range."""
@@ -280,41 +260,15 @@ class Settings(Arguments, Rollouts, Task):
         if self.eval_dataset or not (self.wants_evaluation or self.val_size):
             return 0
         if self.val_size >= 1:
-            return min(int(self.val_size), count - 1)
+            if self.val_size >= count:
+                raise UserError(f"val_size {self.val_size:g} leaves none of {count:,} examples to train on")
+            return int(self.val_size)
         return min(max(1, math.floor(count * (self.val_size or HELD_OUT))), count - 1)
 
 
 # Fields from do_train on are passed to transformers unchanged.
 _NAMES = [item.name for item in dataclasses.fields(Settings)]
 OWN = frozenset(_NAMES[: _NAMES.index("do_train")])
-
-# Other names of a setting, which LLaMA-Factory or older versions of transformers use.
-ALIASES = {
-    "activation_checkpointing": "gradient_checkpointing",
-    "checkpoint_dir": "adapter_name_or_path",
-    "dev_ratio": "val_size",
-    "dpo_beta": "pref_beta",
-    "dpo_ftx": "pref_ftx",
-    "dpo_loss": "pref_loss",
-    "enable_liger_kernel": "use_liger_kernel",
-    "evaluation_strategy": "eval_strategy",
-    "importance_sampling_cap": "importance_sampling_clip_max",
-    "kto_beta": "pref_beta",
-    "kto_ftx": "pref_ftx",
-    "lora_lr_ratio": "loraplus_lr_ratio",
-    "name_module_trainable": "freeze_trainable_modules",
-    "neat_packing": "packing",
-    "num_layer_trainable": "freeze_trainable_layers",
-    "orpo_beta": "pref_beta",
-    "sft_packing": "packing",
-    "train_last_turn_only": "mask_history",
-    "vllm_importance_sampling_cap": "importance_sampling_clip_max",
-    "vllm_importance_sampling_clip_max": "importance_sampling_clip_max",
-    "vllm_importance_sampling_clip_min": "importance_sampling_clip_min",
-    "vllm_importance_sampling_mode": "importance_sampling_mode",
-    "warmup_ratio": "warmup_steps",
-}
-
 
 # What only some runs use, by what they need; in others it is accepted without effect.
 _ONLY_WITH: dict[str, tuple[str, Callable[[Settings], bool]]] = {
@@ -440,11 +394,10 @@ def _plain(use: DatasetUse) -> str | dict[str, Any]:
 
 def _changed(part: DatasetUse | Replay) -> dict[str, Any]:
     """The values that differ from the defaults, without types that YAML lacks."""
-    values = {item.name: getattr(part, item.name) for item in dataclasses.fields(part)}
     return {
-        item.name: str(value) if isinstance(value := values[item.name], Path) else value
+        item.name: str(value) if isinstance(value, Path) else value
         for item in dataclasses.fields(part)
-        if values[item.name] != item.default
+        if (value := getattr(part, item.name)) != item.default
     }
 
 
@@ -467,6 +420,10 @@ def _resolve_aliases(values: dict[str, Any], where: str) -> None:
 
     for alias, name in ALIASES.items():
         value = values.pop(alias, None)
+        if alias == "warmup_ratio" and isinstance(value, (int, float)) and value >= 1:
+            raise UserError(
+                f"{where}: warmup_ratio {value:g} is not a share below 1; warmup_steps counts steps"
+            )
         if value is not None and not (name == "packing" and not value):
             set_value(name, value, alias)
     disabled = values.pop("disable_gradient_checkpointing", None)

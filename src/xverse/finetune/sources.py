@@ -16,8 +16,8 @@ from xverse.data.dialogues.formats import DatasetInfo, check_columns, guess
 from xverse.finetune.settings import DatasetUse
 from xverse.hub.datasets import fetch_dataset
 from xverse.log import notice
-from xverse.records import read_records, read_table
-from xverse.texts import COMPRESSED, ReadReport, files_below, kind_of, read_json, read_text_lines
+from xverse.records import read_parquet, read_records, read_table
+from xverse.texts import COMPRESSED, ReadReport, encodable, files_below, kind_of, read_json, read_text_lines
 
 KINDS = (".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
 SUFFIXES = (*KINDS, *(f"{kind}{packed}" for kind in KINDS[:-1] for packed in COMPRESSED))
@@ -160,7 +160,8 @@ def _items(file: Path, skipped: Counter[str]) -> Iterator[Any]:
     elif kind != ".parquet":
         raise UserError(f"{file}: unknown format; known are {', '.join(KINDS)}, by the end of the name")
     else:
-        yield from _parquet_rows(file)
+        need("pyarrow", "finetune", str(file), load=False)
+        yield from (row for _, row in read_parquet(file))
 
 
 def _records(
@@ -171,7 +172,7 @@ def _records(
 ) -> Iterator[Any]:
     report = ReadReport()
     for _, item in read(file, report):
-        if _encodable(item):
+        if encodable(json.dumps(item, ensure_ascii=False)):
             yield item
         else:
             skipped["invalid UTF-8"] += 1
@@ -179,32 +180,6 @@ def _records(
         raise UserError(f"{file}: {report.broken_files[0]}")
     if report.skipped:
         skipped[ill_formed] += report.skipped
-
-
-def _encodable(value: Any) -> bool:
-    """Whether all texts in a JSON value are Unicode: lone surrogates are bytes that could not be decoded."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return False
-        return True
-    if isinstance(value, dict):
-        return all(_encodable(part) for part in value.values())
-    return all(_encodable(part) for part in value) if isinstance(value, list) else True
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    need("pyarrow", "finetune", str(file))
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
 
 
 def fetch(source: Source) -> Path:

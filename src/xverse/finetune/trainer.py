@@ -184,7 +184,7 @@ class SavedTokenizer:
         file = Path(directory) / "tokenizer_config.json"
         if self.padding_side and file.is_file():
             values = {**json.loads(file.read_text(encoding="utf-8")), "padding_side": self.padding_side}
-            write_json(file, values, indent=2)
+            write_json(file, values)
 
 
 def inputs_of(batch: Batch) -> Batch:

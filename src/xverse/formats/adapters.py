@@ -90,7 +90,10 @@ def check_base(digest: Callable[[], str], path: str | Path, base: str | Path) ->
     is ``digest()``; print a notice if the adapter does not record its base."""
     file = Path(path) / BASE
     if not file.exists():
-        notice(f"{path}: does not record its base; assuming {base}")
+        config = Path(path) / CONFIG
+        named = read_object(config).get("base_model_name_or_path") if config.exists() else None
+        of = f" beyond the name '{named}'" if named else ""
+        notice(f"{path}: does not record its base{of}; assuming {base}")
         return
     stored = read_object(file)
     if stored.get("fingerprint") != digest():
@@ -146,13 +149,21 @@ def _adapted_logits(adapted: Any, vocab_size: int) -> Tensor:
             parameter.data = stored[name]
 
 
-def check_adapter(path: str | Path) -> Path:
-    """``path`` as a Path. Raises UserError if it does not hold an adapter in peft's format."""
+def check_adapter(path: str | Path, scores: bool = False) -> Path:
+    """``path`` as a Path. Raises UserError if it does not hold an adapter in peft's format, of a model that
+    writes text or, if ``scores``, of a reward model."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise UserError(f"{path}: no such adapter directory")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: not an adapter directory: no {CONFIG}")
+    if (read_object(path / CONFIG).get("task_type") == "SEQ_CLS") != scores:
+        what = (
+            "not the adapter of a reward model"
+            if scores
+            else ("the adapter of a reward model, which scores texts and writes none; reward_funcs takes it")
+        )
+        raise UserError(f"{path}: is {what}")
     return path
 
 

@@ -30,6 +30,7 @@ class ModelDirectory:
     """
 
     kind = ""  # what it is, if only this project's engine reads it
+    config_name = "config.json"  # in messages
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         self.path = Path(path)
@@ -93,7 +94,7 @@ class ModelDirectory:
         Raises UserError that names what does not fit: another model type, a feature that the forward pass
         lacks, weights quantised in an unsupported way.
         """
-        file, values = self.path / "config.json", self.values
+        file, values = self.path / self.config_name, self.values
         _ = self.scheme  # an unsupported one is reported here already
         if values.get("model_type") is None:
             raise UserError(f"{file}: model_type None is not supported; the file should name one")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xverse.config import UserError
+from xverse.formats.weights import GIT_LFS
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -59,9 +60,13 @@ class _Reader:
 
     def header(self) -> Header:
         if bytes(self._data[:4]) != b"GGUF":
-            raise UserError(f"{self._path}: is not a GGUF file")
+            pointer = bytes(self._data[: len(GIT_LFS)]) == GIT_LFS
+            what = "a Git LFS pointer; run 'git lfs pull'" if pointer else "not a GGUF file"
+            raise UserError(f"{self._path}: is {what}")
         self._at = 4
         version = self._scalar(4)
+        if version and version % (1 << 16) == 0:
+            raise UserError(f"{self._path}: is a big-endian GGUF file, which is not supported")
         if version not in (2, 3):
             raise UserError(f"{self._path}: GGUF version {version} is not supported, only 2 and 3")
         tensors, pairs = self._count(12), self._count(12)
@@ -69,6 +74,8 @@ class _Reader:
         for _ in range(pairs):
             key = self._string()
             metadata[key] = self._value(self._scalar(4), key)
+        if isinstance(parts := metadata.get("split.count"), int) and parts > 1:
+            raise UserError(f"{self._path}: is one of {parts} parts; join them with llama-gguf-split --merge")
         infos = [self._info() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:

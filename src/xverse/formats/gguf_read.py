@@ -22,6 +22,7 @@ from xverse.formats.directory import AssembledDirectory, check_vocabulary
 from xverse.formats.gguf import NAMES, PIECE, ROPE_FACTORS, SAMPLING, half_rows, in_threads
 from xverse.formats.gguf_header import Header, StoredTensor, read_header
 from xverse.formats.gguf_tokenizer import tokenizer_of
+from xverse.log import notice
 from xverse.model import XverseForCausalLM
 from xverse.model.scaling import RopeScaling
 
@@ -31,14 +32,22 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("xverse", "llama", "qwen2", "qwen3")
 _NAMES = {stored: name for name, stored in NAMES.items()}
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-# Metadata that changes the forward pass in a way that the model lacks.
-_REFUSED = ("expert_count", "attention.sliding_window", "attn_logit_softcapping", "logit_scale")
+# Metadata that changes the forward pass in a way that the model lacks, with the value that does not.
+_FIXED: dict[str, Any] = {
+    **dict.fromkeys(("expert_count", "attention.sliding_window", "attn_logit_softcapping"), 0),
+    **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "attention.scale"), 0),
+    **dict.fromkeys(("rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_attn_factor"), 0),
+    "rope.scaling.yarn_ext_factor": 1,
+    "rope.scaling.attn_factor": 1,
+    "attention.causal": True,
+}
 
 
 class GgufFile(AssembledDirectory):
     """The model in a GGUF file. Raises UserError for a damaged file and for an unsupported architecture."""
 
     kind = "a GGUF file"
+    config_name = ""
 
     @cached_property
     def header(self) -> Header:
@@ -53,18 +62,27 @@ class GgufFile(AssembledDirectory):
                 f"{self}: architecture {architecture!r} is not supported "
                 f"(supported: {', '.join(ARCHITECTURES)})"
             )
-        for key in _REFUSED:
-            if self._get(key):
-                raise UserError(f"{self}: {architecture}.{key} = {self._get(key)} is not supported")
         heads = self._number("attention.head_count")
         hidden = self._number("embedding_length")
+        head_dim = self._head_dim
+        same = dict.fromkeys(
+            ("attention.key_length", "attention.value_length", "rope.dimension_count"), head_dim
+        )
+        for key, only in {**_FIXED, **same}.items():
+            if self._get(key) not in (None, only):
+                raise UserError(
+                    f"{self}: {architecture}.{key} = {self._get(key)} is not supported, only {only}"
+                )
         tokens = self.header.metadata.get("tokenizer.ggml.tokens") or ()
         scaling = self._scaling()
         positions = self._number("context_length")
         if scaling and scaling["rope_type"] in ("linear", "yarn"):  # which it includes
             positions = self._get("rope.scaling.original_context_length") or positions
+        eps = self._get("attention.layer_norm_rms_epsilon")
+        if eps is None:
+            raise UserError(f"{self}: has no {architecture}.attention.layer_norm_rms_epsilon")
         ids = {
-            f"{name}_token_id": self.header.metadata.get(f"tokenizer.ggml.{stored}_token_id")
+            f"{name}_token_id": self._token_id(stored)
             for name, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         }
         return {
@@ -75,8 +93,8 @@ class GgufFile(AssembledDirectory):
             "num_hidden_layers": self._number("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._get("attention.head_count_kv") or heads,
-            "head_dim": self._get("attention.key_length") or (hidden // heads if heads else 0),
-            "rms_norm_eps": self._get("attention.layer_norm_rms_epsilon") or 1e-6,
+            "head_dim": head_dim,
+            "rms_norm_eps": eps,
             "rope_theta": self._get("rope.freq_base") or 10000.0,
             "max_position_embeddings": positions,
             "rope_scaling": scaling,
@@ -90,8 +108,8 @@ class GgufFile(AssembledDirectory):
         """The ids that end a reply: the text's end, and the turn's if the file names one; the settings of
         sampling."""
         metadata = self.header.metadata
-        ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-        end_ids = list(dict.fromkeys(index for index in ends if isinstance(index, int)))
+        ends = [self._token_id(name) for name in ("eos", "eot", "eom")]
+        end_ids = list(dict.fromkeys(index for index in ends if index is not None))
         numbers = {name: metadata.get(key) for name, key in SAMPLING.items()}
         settings: dict[str, Any] = {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
         if settings.get("temperature"):
@@ -117,8 +135,26 @@ class GgufFile(AssembledDirectory):
         return tokenizer
 
     def _get(self, key: str) -> Any:
+        """A value of the architecture; of a list, one for each layer, the one that all layers have."""
         architecture = self.header.metadata.get("general.architecture")
-        return self.header.metadata.get(f"{architecture}.{key}")
+        value = self.header.metadata.get(f"{architecture}.{key}")
+        if isinstance(value, list) and value and value == value[:1] * len(value):
+            return value[0]
+        return value
+
+    @property
+    def _head_dim(self) -> Any:
+        heads = self._number("attention.head_count")
+        return self._get("attention.key_length") or self._number("embedding_length") // heads
+
+    def _token_id(self, name: str) -> int | None:
+        """A special token's id; None if the file has none, or one outside its vocabulary."""
+        index = self.header.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        count = self._get("vocab_size") or len(self.header.metadata.get("tokenizer.ggml.tokens") or ())
+        if index is None or (type(index) is int and 0 <= index < count):
+            return index
+        notice(f"{self}: ignores {name}_token_id = {index}, which its {count} tokens do not have")
+        return None
 
     def _number(self, key: str) -> int:
         value = self._get(key)
@@ -127,22 +163,27 @@ class GgufFile(AssembledDirectory):
         return value
 
     def _scaling(self) -> dict[str, Any] | None:
-        kind, factor = self._get("rope.scaling.type"), self._get("rope.scaling.factor")
+        kind = self._get("rope.scaling.type") or "linear"  # as llama.cpp has it
+        factor = self._get("rope.scaling.factor") or self._get("rope.scale_linear")
         if ROPE_FACTORS in self.header.tensors:
             return self._llama3_scaling(decoded(self.header.tensors[ROPE_FACTORS]))
-        if kind in (None, "none") or not factor or factor == 1:
+        if kind == "none" or not factor or factor == 1:
             return None
         if kind not in ("linear", "yarn"):
             raise UserError(f"{self}: rope scaling of type {kind!r} is not supported")
         original = self._get("rope.scaling.original_context_length")
-        values = {"rope_type": kind, "factor": factor}
-        return values | ({"original_max_position_embeddings": original} if original else {})
+        values = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
+        if kind == "yarn":
+            values |= {name: self._get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        return {name: value for name, value in values.items() if value is not None}
 
     def _llama3_scaling(self, factors: Tensor) -> dict[str, Any]:
         """The parameters that give the stored divisors of each frequency [head_dim/2]."""
         from xverse.model.rope import scaled_frequencies
 
-        theta, count = self._get("rope.freq_base") or 10000.0, len(factors)
+        theta, count = self._get("rope.freq_base") or 10000.0, self._head_dim // 2
+        if len(factors) != count:
+            raise UserError(f"{self}: {ROPE_FACTORS} has {len(factors)} values, not {count}")
         plain = 1.0 / theta ** (torch.arange(count, dtype=torch.float32) / count)
         for length in (1 << bits for bits in range(13, 4, -1)):  # 8,192 is Llama's own
             values = {

@@ -102,6 +102,10 @@ def check_tensors(
     path: Path, missing: Sequence[str] = (), unexpected: Sequence[str] = (), wrong: Mapping[str, str] = {}
 ) -> None:
     """Raise UserError if there are any; ``wrong`` maps names to what is wrong with them."""
+    if "score.weight" in unexpected:
+        raise UserError(
+            f"{path}: is a reward model, which scores texts and writes none; reward_funcs takes it"
+        )
     parts = []
     if missing:
         tied = " (is the head tied? config.json says that it is not)" if HEAD in missing else ""

@@ -9,12 +9,4 @@ from xverse.hf.modeling import XverseForCausalLM, XverseModel
 from xverse.hf.tokenization import XverseTokenizer
 from xverse.registration import install
 
-__all__ = [
-    "XverseConfig",
-    "XverseForCausalLM",
-    "XverseForSequenceClassification",
-    "XverseModel",
-    "XverseTokenizer",
-]
-
 install()  # again, because `import xverse` does nothing during an import of transformers

@@ -179,4 +179,4 @@ class FamilyConfig(XverseConfig):
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_json(Path(save_directory) / "config.json", self.to_dict(), indent=2)
+        write_json(Path(save_directory) / "config.json", self.to_dict())

@@ -153,13 +153,11 @@ def _divide(options: Mapping[str, Any], settings: GenerationConfig, stream: bool
     return passed
 
 
-def _penalties(settings: GenerationConfig, prompt_length: int) -> LogitsProcessorList:
+def _penalties(settings: GenerationConfig, prompt_length: int) -> list[LogitsProcessor]:
     """OpenAI's presence and frequency penalties, which ``generate`` lacks."""
     presence = getattr(settings, "presence_penalty", None) or 0.0
     frequency = getattr(settings, "frequency_penalty", None) or 0.0
-    if not presence and not frequency:
-        return LogitsProcessorList()
-    return LogitsProcessorList([_CountPenalties(presence, frequency, prompt_length)])
+    return [_CountPenalties(presence, frequency, prompt_length)] if presence or frequency else []
 
 
 def _notice(prompt: ChatPrompt) -> None:

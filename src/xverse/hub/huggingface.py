@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
@@ -43,7 +42,7 @@ from huggingface_hub.utils import (
 )
 
 from xverse.config import UserError
-from xverse.files import write_json
+from xverse.files import write_text
 from xverse.hub.resolve import similar
 from xverse.log import notice, progress
 
@@ -147,7 +146,9 @@ def _download(name: str, url_of: Callable[[str], str], blobs: Path, files: list[
     stop = threading.Event()
     with progress() as bar, ThreadPoolExecutor(CONNECTIONS) as pool:
         task = bar.add_task("megabytes", total=total // MEGABYTE, completed=done // MEGABYTE)
-        received = _Counter(lambda count: bar.update(task, completed=(done + count) // MEGABYTE))
+
+        def received(size: int) -> None:
+            bar.advance(task, size / MEGABYTE)
 
         def fetch_one(file: RemoteFile) -> None:
             url = url_of(file.name)
@@ -167,17 +168,7 @@ def _download(name: str, url_of: Callable[[str], str], blobs: Path, files: list[
             raise
 
 
-class _Counter:
-    def __init__(self, report: Any) -> None:
-        self._report, self._lock, self._count = report, threading.Lock(), 0
-
-    def __call__(self, size: int) -> None:
-        with self._lock:
-            self._count += size
-            self._report(self._count)
-
-
-def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: _Counter) -> None:
+def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: Callable[[int], None]) -> None:
     """Download ``url`` into ``part``, resuming after its present size and after broken connections."""
     failures = 0
     while True:
@@ -215,11 +206,10 @@ def _fetch(url: str, part: Path, size: int, stop: threading.Event, received: _Co
 def _accept(name: str, file: RemoteFile, part: Path, target: Path) -> None:
     if part.stat().st_size < file.size:
         return  # stopped; the next call resumes
-    with part.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != file.sha256:
+    expected = str(file.sha256)
+    if (digest := _digest(part, expected)) != expected:
         part.unlink()
-        raise _mismatch(name, file.name, str(file.sha256), digest)
+        raise _mismatch(name, file.name, expected, digest)
     part.replace(target)
 
 
@@ -248,8 +238,8 @@ def _verify(name: str, repository: Path, snapshot: Path, checksums: Mapping[str,
                 raise _mismatch(name, file, expected, digest)
         verified[file] = stamp
     if verified != known:
-        with suppress(UserError, OSError):  # the cache is read-only: verify each time
-            write_json(note, verified)
+        with suppress(UserError, OSError):  # a read-only cache: verify each time
+            write_text(note, json.dumps(verified))
 
 
 def _digest(path: Path, expected: str) -> str:

@@ -304,21 +304,17 @@ def _nearest(
     """The layout that works and is the fewest doublings away from ``requested``, for an error message."""
     best: tuple[float, Layout] | None = None
     given = batch.micro or max(1, batch.size // requested.data)
-    sizes = {batch.micro, *_divisors(batch.size)}
-    for micro, degrees in itertools.product(sorted(sizes), itertools.product(_divisors(processes), repeat=4)):
+    sizes = {batch.micro, *divisors(batch.size)}
+    for micro, degrees in itertools.product(sorted(sizes), itertools.product(divisors(processes), repeat=4)):
         if processes % math.prod(degrees):
             continue
-        pipeline, replicate, context, tensor = degrees
-        for virtual in sorted({requested.virtual_stages, 1}) if pipeline > 1 else [1]:
-            degree: dict[str, Any] = {
-                "pipeline": pipeline,
-                "replicate": replicate,
-                "context": context,
-                "tensor": tensor,
-            }
-            shard = processes // math.prod(degrees)
+        chosen: dict[str, Any] = dict(
+            zip(("pipeline", "replicate", "context", "tensor"), degrees, strict=True)
+        )
+        shard = processes // math.prod(degrees)
+        for virtual in sorted({requested.virtual_stages, 1}) if chosen["pipeline"] > 1 else [1]:
             layout = with_batch(
-                replace(requested, shard=shard, virtual_stages=virtual, **degree), batch._replace(micro=micro)
+                replace(requested, shard=shard, virtual_stages=virtual, **chosen), batch._replace(micro=micro)
             )
             if isinstance(layout, str) or problem(arch, layout, length, gpus_per_machine):
                 continue
@@ -331,22 +327,22 @@ def _nearest(
     if best is None:
         return ""
     layout = best[1]
-    names = [
-        "pipeline",
-        *(["virtual_stages"] if layout.pipeline > 1 else []),
-        "replicate",
-        "context",
-        "tensor",
-    ]
-    names += ["micro_batch_size"] if layout.micro_batch else []
-    values = {**layout.keys(), "micro_batch_size": layout.micro_batch}
-    advice = ", ".join(f"{name}: {values[name]}" for name in names)
+    values = dict(zip(_DEGREES, _degrees(layout), strict=True))
+    if layout.pipeline == 1:
+        del values["virtual_stages"]
+    if layout.micro_batch:
+        values["micro_batch_size"] = layout.micro_batch
+    advice = ", ".join(f"{name}: {value}" for name, value in values.items())
     return f"; the nearest that works on {processes}: {advice}"
 
 
-def _degrees(layout: Layout) -> tuple[int, ...]:
-    return layout.pipeline, layout.virtual_stages, layout.replicate, layout.context, layout.tensor
+_DEGREES = ("pipeline", "virtual_stages", "replicate", "context", "tensor")
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def _degrees(layout: Layout) -> list[int]:
+    return [getattr(layout, name) for name in _DEGREES]
+
+
+def divisors(number: int, most: int | None = None) -> list[int]:
+    """The divisors of a number, up to ``most``."""
+    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]

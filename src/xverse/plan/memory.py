@@ -59,9 +59,8 @@ def memory(arch: Architecture, layout: Layout, length: int) -> Memory:
     gathered = 0.0
     if layout.shard > 1:  # two layers in bfloat16 and one's gradients; the ends in float32, with gradients
         gathered = (2 * 2 + 4) * layer + 2 * 4 * ends
-        if (
-            layout.pipeline > 1
-        ):  # torch's schedule keeps weights and gradients whole until the last micro-batch
+        # torch's pipeline schedule keeps weights and gradients whole until the last micro-batch.
+        if layout.pipeline > 1:
             gathered = layers * (2 + 4) * layer + 2 * 4 * ends
     rows = layout.micro_batch * length // layout.context
     logits = logit_bytes(rows, arch.vocab_size // layout.tensor, "cuda") + 4 * rows * arch.hidden_size
@@ -104,9 +103,8 @@ def training_memory(arch: Architecture, layout: Layout, length: int, work: Work)
     size = 2 if work.half else 4
     moments = 2 * parameters - (layers * layer if work.muon else 0)
     held = 4 * parameters / share
-    if (
-        work.parallel == "fsdp" and layout.replicate * share > 1
-    ):  # the ends all the time, two layers under way
+    # FSDP holds the ends all the time, and two layers under way.
+    if work.parallel == "fsdp" and layout.replicate * share > 1:
         held += 4 * ends + size * layer * (2 if pipeline == 1 else layers)
     fixed = {"parameters": held, "optimizer": work.moment_bytes * moments / share}
     accumulated = 0.0
@@ -115,8 +113,8 @@ def training_memory(arch: Architecture, layout: Layout, length: int, work: Work)
     rows = layout.micro_batch * length // layout.context
     logits = logit_bytes(rows, arch.vocab_size // layout.tensor, work.device, work.kernels)
     head = {
-        "gradients": 2 * 4 * end
-        + accumulated,  # the head's is made in the forward pass, scaled in the backward
+        # The head's are made in the forward pass, scaled in the backward.
+        "gradients": 2 * 4 * end + accumulated,
         "activations": work.kept / layout.tensor * layout.in_flight + 2 * rows * arch.hidden_size * size,
         "logits": logits + (size * end if work.half else 0),
     }

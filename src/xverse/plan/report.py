@@ -57,6 +57,8 @@ def text(task: Task, name: str, chosen: list[Prediction], tokens: float, heading
     """The output of ``xverse plan``: the best layout in full, the others on one line each."""
     best = chosen[0]
     device, step = task.device, best.step
+    unit, letter = (1e12, "T") if tokens >= 1e11 else (1e9, "B")
+    kinds = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in dataclasses.asdict(best.memory).items())
     lines = [
         f"shape {name} on {task.gpus:,} × {device.name}, {task.length:,} tokens a sequence, "
         f"{task.sequences:,} sequences = {task.batch_tokens:,} tokens a step", "",
@@ -66,9 +68,8 @@ def text(task: Task, name: str, chosen: list[Prediction], tokens: float, heading
         f"{best.tokens_per_second:,.0f} a GPU",
         f"  MFU             {100 * best.mfu(device):10.1f} % attention counted full, "
         f"{100 * best.mfu(device, causal=True):.1f} % causal",
-        f"  {_tokens(tokens):<15} {best.days(tokens):10.1f} days",
-        f"  memory          {best.memory.total / 1e9:10.1f} GB of {device.memory / 1e9:,.0f} GB; "
-        f"{_memory(best)}",
+        f"  {f'{tokens / unit:.4g}{letter} tokens':<15} {best.days(tokens):10.1f} days",
+        f"  memory          {best.memory.total / 1e9:10.1f} GB of {device.memory / 1e9:,.0f} GB; {kinds}",
         "", "  where the time goes",
     ]  # fmt: skip
     for key, seconds in step.parts().items():
@@ -149,13 +150,3 @@ def chart(path: Path, task: Task, name: str, chosen: list[Prediction]) -> None:
     axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.25))
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def _tokens(count: float) -> str:
-    unit, name = (1e12, "T") if count >= 1e11 else (1e9, "B")
-    return f"{count / unit:.4g}{name} tokens"
-
-
-def _memory(prediction: Prediction) -> str:
-    kinds = dataclasses.asdict(prediction.memory)
-    return ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in kinds.items())

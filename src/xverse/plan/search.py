@@ -12,11 +12,12 @@ from xverse.config import UserError, check_keys
 from xverse.model.config import XverseConfig
 from xverse.plan.cost import Prediction, Software, predict
 from xverse.plan.devices import Device
-from xverse.plan.layout import Architecture, Checkpointing, Layout, problem
+from xverse.plan.layout import Architecture, Checkpointing, Layout, divisors, problem
 from xverse.plan.memory import memory
 
 BATCH_TOKENS = 4 * 2**20  # as Llama 2; more if needed for one sequence per GPU
 ROOM = 0.92  # share of a device's memory that a plan may fill
+TOKENS = 1 << 18  # of a micro-batch of more than 32 rows, at most
 # Each kind of parallelism besides FSDP and HSDP must save more than this share of a step, and each doubling
 # of the group that shares weights, beyond one machine, a quarter of it.
 PLAIN = 0.004
@@ -173,17 +174,18 @@ def _fitting(task: Task) -> Iterator[Layout]:
 def _layouts(task: Task) -> Iterator[Layout]:
     """All layouts that the trainer can run: the degrees divide the GPUs, the model and the batch."""
     arch, gpus = task.arch, task.gpus
-    for tensor, pipeline in itertools.product(_divisors(gpus, task.device.gpus_per_machine), _divisors(gpus)):
+    most = max(32, TOKENS // task.length)  # rows of a micro-batch
+    for tensor, pipeline in itertools.product(divisors(gpus, task.device.gpus_per_machine), divisors(gpus)):
         if pipeline > arch.layers or gpus % (tensor * pipeline):
             continue
-        for context in _divisors(gpus // (tensor * pipeline), 64):
+        for context in divisors(gpus // (tensor * pipeline), 64):
             data = gpus // (tensor * pipeline * context)
             if task.sequences % data:
                 continue
             rows = task.sequences // data
             runs = [v for v in (1, 2, 4, 8) if v * pipeline <= arch.layers] if pipeline > 1 else [1]
-            for micro, virtual in itertools.product(_divisors(rows, 32), runs):
-                for shard in _divisors(data):
+            for micro, virtual in itertools.product(divisors(rows, most), runs):
+                for shard in divisors(data):
                     for checkpointing in _CHECKPOINTING:
                         layout = Layout(
                             shard=shard,
@@ -206,10 +208,6 @@ def _layouts(task: Task) -> Iterator[Layout]:
 _CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
 
-def _divisors(number: int, most: int | None = None) -> list[int]:
-    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
-
-
 def _why_not(task: Task) -> str:
     """Why no layout fits, and the nearest number of GPUs on which one does."""
     reason = (
@@ -230,8 +228,8 @@ def _why_not(task: Task) -> str:
 
 def _near(task: Task) -> list[int]:
     """Numbers of GPUs that divide the batch and the model, those nearest to the task's first."""
-    data = _divisors(task.sequences, 16 * task.gpus)
-    tensor = [n for n in _divisors(task.device.gpus_per_machine) if task.arch.heads % n == 0]
-    layers = _divisors(task.arch.layers)
+    data = divisors(task.sequences, 16 * task.gpus)
+    tensor = [n for n in divisors(task.device.gpus_per_machine) if task.arch.heads % n == 0]
+    layers = divisors(task.arch.layers)
     numbers = {a * b * c * d for a in data for b in tensor for c in (1, 2, 4, 8, 16) for d in layers}
     return sorted(numbers, key=lambda number: (abs(number - task.gpus), number))

@@ -137,6 +137,8 @@ def _script(letter: str) -> str:
 def _rows(ids: list[int] | Tensor, length: int) -> Tensor:
     """Rows int64 [n, T] of at most ``length`` tokens, without an incomplete last row."""
     length = min(length, len(ids))
+    if not length:
+        raise UserError("the tokenizer makes no tokens of the calibration text")
     return torch.as_tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol, TypeVar
 
@@ -12,22 +12,13 @@ from fastapi import HTTPException, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from xverse.engine import Request
+from xverse.serve.errors import ApiError
 from xverse.serve.runner import EngineRunner
 from xverse.serve.service import Service
 
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 _Result = TypeVar("_Result")
 _Item = TypeVar("_Item")
-
-
-def page(
-    items: Sequence[_Item], limit: int, after: str, key: Callable[[_Item], str], show: Callable[[_Item], Any]
-) -> dict[str, Any]:
-    """OpenAI's page of a list: the items that follow the one with the id ``after``."""
-    first = next((at + 1 for at, item in enumerate(items) if key(item) == after), 0)
-    part = items[first : first + limit]
-    ends = {"first_id": key(part[0]), "last_id": key(part[-1])} if part else {}
-    return {"object": "list", "data": [*map(show, part)], "has_more": first + limit < len(items), **ends}
 
 
 class Reply(Protocol):
@@ -37,6 +28,18 @@ class Reply(Protocol):
     def requests(self) -> Sequence[Request]: ...
     async def body(self) -> dict[str, Any]: ...
     def chunks(self) -> AsyncGenerator[bytes, None]: ...
+
+
+def page_of(items: Sequence[dict[str, Any]], limit: int, after: str) -> dict[str, Any]:
+    """OpenAI's page of a list: at most ``limit`` items behind the one whose id is ``after``."""
+    first = 0
+    if after:
+        first = next((at + 1 for at, item in enumerate(items) if item["id"] == after), 0)
+        if not first:
+            raise ApiError(404, f"after: the list has no '{after[:80]}'", code="not_found")
+    part = items[first : first + limit]
+    ends = {"first_id": part[0]["id"], "last_id": part[-1]["id"]} if part else {}
+    return {"object": "list", "data": part, "has_more": first + limit < len(items), **ends}
 
 
 class _Stream(StreamingResponse):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     ModelWrapValidatorHandler,
+    PlainValidator,
     PrivateAttr,
     ValidationError,
     model_validator,
@@ -151,6 +152,26 @@ def refuse_unsupported(body: Body, reasons: Mapping[str, str]) -> None:
 
 def without_null(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+MOST_METADATA = 16
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    value = without_null(value) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        raise rule("must be an object of texts")
+    if len(value) > MOST_METADATA:
+        raise rule(f"{len(value)} items are too many; the limit is {MOST_METADATA}")
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise rule("must be text", f".{key[:64]}")
+        if len(key) > 64 or len(text) > 512:
+            raise rule("names have up to 64 characters and texts up to 512", f".{key[:64]}")
+    return value
+
+
+Metadata = Annotated[dict[str, str], PlainValidator(_metadata, json_schema_input_type=dict[str, str])]
 
 
 def misspelt(name: str, known: Any) -> str | None:

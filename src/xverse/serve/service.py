@@ -32,6 +32,7 @@ from xverse.tokenizer import Tokenizer, encode_chat
 from xverse.tokenizer.tools import CLOSE
 
 _ANY_LENGTH = 2**31
+LATEST = ":latest"  # what Ollama's API appends to names without a tag
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions
 
 
@@ -83,7 +84,8 @@ class Service:
     def check_new(self, name: str) -> None:
         """Raises UserError for a name that is taken or cannot be one, and for one adapter too many."""
         check_name(name)
-        if name == self.name or name in self.adapted:
+        # Ollama's API takes NAME:latest for NAME.
+        if name.removesuffix(LATEST) in (known.removesuffix(LATEST) for known in (self.name, *self.adapted)):
             raise UserError(f"'{name}' is already the name of a model")
         if len(self.adapted) >= MOST_ADAPTERS:
             raise UserError(f"{MOST_ADAPTERS} adapters are loaded, the most at once; unload one first")

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xverse.config import UserError, check_keys, nearest
-from xverse.tokenizer.chat_template import CHAT_TEMPLATE
-from xverse.tokenizer.template import render, template_dialogue, template_ids
+from xverse.tokenizer.template import template_dialogue, template_ids
 from xverse.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PREFIXES = {"system": "Human: ", "user": "Human: ", "exec": "Exec: ", "assistant": "Assistant: "}
@@ -171,14 +170,6 @@ def encode_dialogue(
         ids += prefix + content
         mask += [False] * len(prefix) + [learned] * len(content)
     return ids, mask
-
-
-def render_template(
-    messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, template: str = CHAT_TEMPLATE
-) -> str:
-    """Render a chat template with XVERSE's special tokens; raises UserError as ``render`` does."""
-    tokens = {"bos_token": SPECIAL_TOKENS[2], "eos_token": SPECIAL_TOKENS[3]}
-    return render(template, messages, add_generation_prompt=add_generation_prompt, **tokens)
 
 
 def message_ids(tokenizer: Tokenizer, message: Mapping[str, Any]) -> tuple[list[int], list[int]]:

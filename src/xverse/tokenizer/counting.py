@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.files import write_json
+from xverse.files import write_text
 from xverse.log import notice
 from xverse.texts import BLOCK, ReadReport, read_json, read_texts
 from xverse.tokenizer import native
@@ -68,7 +68,7 @@ def count_words(files: Sequence[Path], folder: Path, *, memory: int, threads: in
     started = folder / "counting.json"
     if folder.is_dir() and any(folder.iterdir()) and _read_marker(started, digest) is None:
         raise UserError(f"{folder}: is not empty and holds no word counts; name another folder")
-    write_json(started, {"digest": digest, **settings})
+    write_text(started, json.dumps({"digest": digest, **settings}))
 
     parts = plan_parts(files)
     stop = threading.Event()
@@ -91,7 +91,7 @@ def count_words(files: Sequence[Path], folder: Path, *, memory: int, threads: in
     runs = [folder / name for marker in markers for name, _ in marker["runs"]]
     different, occurrences, size = _merge_all(runs, folder)
     done = {"digest": digest, "size": size, "different": different, "occurrences": occurrences, **sums}
-    write_json(folder / "words.json", done)
+    write_text(folder / "words.json", json.dumps(done))
     for path in folder.glob("part-*"):
         path.unlink()
     return _result(folder, done)
@@ -156,7 +156,7 @@ def _count_part(
         "long_words": long_words,
         "files": [[str(span.path), asdict(report)] for span, report in zip(part, reports, strict=True)],
     }
-    write_json(folder / f"{name}.json", marker)
+    write_text(folder / f"{name}.json", json.dumps(marker))
     return marker
 
 

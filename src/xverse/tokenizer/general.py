@@ -73,7 +73,7 @@ class GeneralTokenizer(Tokenizer):
         vocab: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         literal = {token["id"] for token in added}
-        table = _byte_table() if byte_level else None
+        table = byte_table() if byte_level else None
         self._bytes = [b""] * self.vocab_size
         for piece, index in vocab.items():
             self._bytes[index] = token_bytes(piece, index in literal, table)
@@ -106,10 +106,9 @@ class GeneralTokenizer(Tokenizer):
         backend = self.backend if allow_special else self._plain
         return backend.encode(replace_surrogates(text), add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
-        backend = self.backend if allow_special else self._plain
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         clean = [replace_surrogates(text) for text in texts]
-        return [encoding.ids for encoding in backend.encode_batch_fast(clean, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(clean, add_special_tokens=False)]
 
     def encode_flat(
         self, texts: Sequence[str], last: int | None = None
@@ -149,10 +148,14 @@ class GeneralTokenizer(Tokenizer):
         wanted = self.settings.get("add_bos_token")
         if wanted is not None:
             return (self.bos_id,) if wanted and self.bos_id >= 0 else ()
-        plain = self.backend.encode("a", add_special_tokens=False).ids
-        whole = self.backend.encode("a", add_special_tokens=True).ids
-        starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
-        return tuple(whole[: starts[0]]) if starts else ()
+        plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        return tuple(before(plain, whole))
+
+
+def before(part: list[int], whole: list[int]) -> list[int]:
+    """What is in ``whole`` before ``part``; nothing if that is not in it."""
+    starts = (start for start in range(len(whole)) if whole[start : start + len(part)] == part)
+    return whole[: next(starts, 0)]
 
 
 def load_tokenizer_of(directory: str | Path) -> Tokenizer:
@@ -194,7 +197,7 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 @functools.cache
-def _byte_table() -> dict[str, int]:
+def byte_table() -> dict[str, int]:
     """GPT-2's characters for bytes: printable ones for themselves, the others from U+0100 on."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in kept]

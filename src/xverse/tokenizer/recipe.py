@@ -150,7 +150,7 @@ def _train(recipe: TokenizerRecipe, files: Mapping[str, list[Path]], digest: str
         },
     }
     tokenizer.save(recipe.out)
-    write_json(record, report, indent=2)
+    write_json(record, report)
     return report
 
 
@@ -204,7 +204,8 @@ def train_words(
 ) -> tuple[Tokenizer, dict[str, Any]]:
     """Train on counted words, each language's multiplied by its weight; also returns figures of the
     training."""
-    scale = _scale(weights)
+    least, most = min(weights.values()), max(weights.values())
+    scale = (1 if least == most else SCALE) / least
     multipliers = [max(1, round(weights[source.language] * scale)) for source in sources]
     characters = np.zeros_like(sources[0].characters)
     for source, multiplier in zip(sources, multipliers, strict=True):
@@ -248,11 +249,6 @@ def first_weights(recipe: TokenizerRecipe, sources: Sequence[CountedLanguage]) -
     return {
         name: recipe.shares.get(name, 1.0) * size ** (recipe.temperature - 1) for name, size in sizes.items()
     }
-
-
-def _scale(weights: Mapping[str, float]) -> float:
-    least, most = min(weights.values()), max(weights.values())
-    return 1 / least if least == most else SCALE / least
 
 
 def _files_by_language(recipe: TokenizerRecipe) -> dict[str, list[Path]]:

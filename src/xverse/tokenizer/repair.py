@@ -8,13 +8,12 @@ contradicts the default ``prepend_scheme`` ("always"), and the whole file is ref
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.files import atomic_directory, atomic_file
+from xverse.files import atomic_directory, write_json
 from xverse.texts import read_object
 
 _NESTED = ("pretokenizers", "decoders")  # the keys under which the two Sequence types hold their parts
@@ -57,11 +56,6 @@ def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def write_tokenizer_json(values: dict[str, Any], path: Path) -> None:
-    """Write the mapping in the usual form of a tokenizer.json: indented UTF-8 without ASCII escapes."""
-    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
 def repair_file(source: str | Path, target: str | Path) -> bool:
     """Repair a tokenizer.json, or the one in a directory (other files are copied unchanged).
 
@@ -79,12 +73,11 @@ def repair_file(source: str | Path, target: str | Path) -> bool:
                 raise UserError(f"{target}: already exists and is not empty; name a new directory")
             with atomic_directory(target) as temporary:
                 shutil.copytree(source, temporary, dirs_exist_ok=True)
-                write_tokenizer_json(repair_json(values), temporary / "tokenizer.json")
+                write_json(temporary / "tokenizer.json", repair_json(values))
             return needs_repair(values)
     else:
         values = read_tokenizer_json(source)
         if target.is_dir():
             target = target / "tokenizer.json"
-    with atomic_file(target) as temporary:
-        write_tokenizer_json(repair_json(values), temporary)
+    write_json(target, repair_json(values))
     return needs_repair(values)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ class FileReport:
     round_trip: bool = True
 
     @property
+    def tokens_per_character(self) -> float:
+        return self.tokens / max(1, self.characters)
+
+    @property
     def rates(self) -> dict[str, float | None]:
         """``fertility``: tokens per word, None for languages without spaces between words. ``byte_fallback``:
         the share of tokens that encode only a part of a character."""
@@ -51,6 +56,11 @@ class VocabularyReport:
     vocabulary: ComparedVocabulary
     files: list[FileReport]
     used: int  # distinct ids that occurred
+
+    @property
+    def total(self) -> FileReport:
+        names = ("documents", "bytes", "characters", "words", "tokens", "fallback_tokens")
+        return FileReport("all", *(sum(getattr(row, name) for row in self.files) for name in names))
 
     @property
     def unused(self) -> int:
@@ -74,7 +84,8 @@ def measure(vocabulary: ComparedVocabulary, files: Sequence[Path], notices: bool
     for path in files:
         row = FileReport(str(path))
         skipped = ReadReport()
-        for batch in _batches(read_texts(path, skipped)):
+        texts = (text.decode() for text in read_texts(path, skipped))
+        while batch := list(itertools.islice(texts, BATCH)):
             for text, ids in zip(batch, vocabulary.encode(batch), strict=True):
                 row.documents += 1
                 row.bytes += len(text.encode())
@@ -109,32 +120,28 @@ def as_json(reports: Sequence[VocabularyReport]) -> list[dict[str, Any]]:
 
 def overview(reports: Sequence[VocabularyReport]) -> list[list[str]]:
     """A table (head first): each vocabulary over all files; last, ``tokens_ratio``."""
-    head = [
-        "vocabulary",
-        "entries",
-        "unused",
-        "bytes/token",
-        "chars/token",
-        "byte fallback",
-        "tokens of the first",
+    rows = [
+        {
+            "vocabulary": report.vocabulary.name,
+            "entries": f"{report.vocabulary.size:,}",
+            "unused": f"{report.unused:,}",
+            **_shown(report.total.rates),
+            "tokens of the first": f"{reports[0].ratio(report):.3f} ×",
+        }
+        for report in reports
     ]
-    rows = []
-    for report in reports:
-        total = [sum(getattr(row, key) for row in report.files) for key in ("bytes", "characters", "tokens")]
-        fallback = sum(row.fallback_tokens for row in report.files)
-        tokens = max(1, total[2])
-        rows.append(
-            [
-                report.vocabulary.name,
-                f"{report.vocabulary.size:,}",
-                f"{report.unused:,}",
-                f"{total[0] / tokens:.2f}",
-                f"{total[1] / tokens:.2f}",
-                f"{fallback / tokens:.2%}",
-                f"{reports[0].ratio(report):.3f} ×",
-            ]
-        )
-    return [head, *rows]
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
+
+
+def _shown(rates: Mapping[str, float | None], fertility: bool = False) -> dict[str, str]:
+    """The columns of ``FileReport.rates``."""
+    words = rates["fertility"]
+    return {
+        "bytes/token": f"{rates['bytes_per_token']:.2f}",
+        "chars/token": f"{rates['characters_per_token']:.2f}",
+        **({"tokens/word": "–" if words is None else f"{words:.2f}"} if fertility else {}),
+        "byte fallback": f"{rates['byte_fallback']:.2%}",
+    }
 
 
 def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
@@ -143,7 +150,7 @@ def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
     return [
         head,
         *(
-            [stem(Path(rows[0].file)), *(f"{row.tokens / max(1, row.characters):.3f}" for row in rows)]
+            [stem(Path(rows[0].file)), *(f"{row.tokens_per_character:.3f}" for row in rows)]
             for rows in zip(*(report.files for report in reports), strict=True)
         ),
     ]
@@ -151,78 +158,33 @@ def by_file(reports: Sequence[VocabularyReport]) -> list[list[str]]:
 
 def in_detail(report: VocabularyReport) -> list[list[str]]:
     """A table (head first): every rate of every file under one vocabulary."""
-    head = [
-        "file",
-        "bytes",
-        "tokens",
-        "bytes/token",
-        "chars/token",
-        "tokens/word",
-        "byte fallback",
-        "round trip",
+    rows = [
+        {
+            "file": Path(row.file).name,
+            "bytes": f"{row.bytes:,}",
+            "tokens": f"{row.tokens:,}",
+            **_shown(row.rates, fertility=True),
+            "round trip": "ok" if row.round_trip else "LOST",
+        }
+        for row in report.files
     ]
-    rows = []
-    for row in report.files:
-        rates = row.rates
-        fertility = "–" if rates["fertility"] is None else f"{rates['fertility']:.2f}"
-        rows.append(
-            [
-                Path(row.file).name,
-                f"{row.bytes:,}",
-                f"{row.tokens:,}",
-                f"{rates['bytes_per_token']:.2f}",
-                f"{rates['characters_per_token']:.2f}",
-                fertility,
-                f"{rates['byte_fallback']:.2%}",
-                "ok" if row.round_trip else "LOST",
-            ]
-        )
-    return [head, *rows]
-
-
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |" for row in table]
-    rule = f"|---|{'---:|' * (len(table[0]) - 1)}"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
 def plot(reports: Sequence[VocabularyReport], target: Path) -> None:
     """Tokens per character of every file as PNG, sorted by the first vocabulary. Needs matplotlib."""
-    need("matplotlib", "eval", "report.png").use("Agg")
-    import matplotlib.pyplot as plt
-
-    order = sorted(
-        range(len(reports[0].files)),
-        key=lambda i: reports[0].files[i].tokens / max(1, reports[0].files[i].characters),
-    )
-    names = [stem(Path(reports[0].files[index].file)) for index in order]
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.2 * len(order)), layout="constrained")
+    matplotlib = need("matplotlib.figure", "eval", "report.png")
+    first = reports[0]
+    order = sorted(range(len(first.files)), key=lambda index: first.files[index].tokens_per_character)
+    names = [stem(Path(first.files[index].file)) for index in order]
+    figure = matplotlib.Figure(figsize=(8, 1.5 + 0.2 * len(order)), layout="constrained")
+    axes = figure.subplots()
     for number, report in enumerate(reports):
-        values = [report.files[index].tokens / max(1, report.files[index].characters) for index in order]
-        first = number == 0
-        axes.scatter(
-            values,
-            range(len(order)),
-            label=report.vocabulary.name,
-            marker="D" if first else "o",
-            s=36 if first else 18,
-            zorder=3 if first else 2,
-            alpha=1.0 if first else 0.8,
-        )
+        values = [report.files[index].tokens_per_character for index in order]
+        style = {"marker": "o", "s": 18, "alpha": 0.8} if number else {"marker": "D", "s": 36, "zorder": 3}
+        axes.scatter(values, range(len(order)), label=report.vocabulary.name, **style)
     axes.set_yticks(range(len(order)), names)
     axes.set_xlabel("tokens per character")
     axes.grid(axis="x", alpha=0.3)
     axes.legend()
     figure.savefig(target, format="png", dpi=120)
-    plt.close(figure)
-
-
-def _batches(texts: Iterator[bytes]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text.decode())
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

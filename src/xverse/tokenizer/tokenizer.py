@@ -22,10 +22,10 @@ import tokenizers
 from numpy.typing import NDArray
 
 from xverse.config import UserError
-from xverse.files import atomic_file, write_json
+from xverse.files import write_json
 from xverse.tokenizer.chat_template import CHAT_TEMPLATE
 from xverse.tokenizer.encoder import SPACE, Encoder, make_encoder
-from xverse.tokenizer.repair import read_tokenizer_json, repair_json, write_tokenizer_json
+from xverse.tokenizer.repair import read_tokenizer_json, repair_json
 
 SPECIAL_TOKENS = ("<unk>", "<pad>", "<|startoftext|>", "<|endoftext|>")  # ids 0 to 3
 _LONG = 16_384  # characters from which a text is encoded by compiled code, which lets other threads run
@@ -71,7 +71,6 @@ class Tokenizer:
         )
         space_ids = [vocab.get(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_character_ids: list[int] = [index for index in space_ids if index is not None]
-        self._hash = ""
 
     @functools.cached_property
     def backend(self) -> tokenizers.Tokenizer:
@@ -92,13 +91,11 @@ class Tokenizer:
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[dict[str, Any]]]:
         return Tokenizer, (self.values,)
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """The sha256 (hex) of everything that the ids depend on; reformatting or re-saving does not change
         it."""
-        if not self._hash:
-            self._hash = hashlib.sha256(_canonical(self.values)).hexdigest()
-        return self._hash
+        return hashlib.sha256(_canonical(self.values)).hexdigest()
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of ``text``, without BOS or EOS. ``decode(encode(text)) == text`` for any Unicode text.
@@ -121,23 +118,21 @@ class Tokenizer:
                 ids += backend.encode(part, add_special_tokens=False).ids
         return ids
 
-    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``[encode(text) for text in texts]``, in parallel threads."""
-        if self._encoder is not None and not allow_special:
+        if self._encoder is not None:
             flat, lengths = self.encode_flat(texts)
             ids, ends = flat.tolist(), np.cumsum(lengths).tolist()
             return [ids[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
-        backend = self.backend if allow_special else self._plain
         plain = [index for index, text in enumerate(texts) if SPACE not in text]
-        encodings = backend.encode_batch_fast(
-            [replace_surrogates(texts[i]) for i in plain], add_special_tokens=False
-        )
+        clean = [replace_surrogates(texts[index]) for index in plain]
+        encodings = self._plain.encode_batch_fast(clean, add_special_tokens=False)
         result: list[list[int]] = [[] for _ in texts]
         for index, encoding in zip(plain, encodings, strict=True):
             result[index] = encoding.ids
         for index, text in enumerate(texts):
             if SPACE in text:
-                result[index] = self.encode(text, allow_special)
+                result[index] = self.encode(text)
         return result
 
     def encode_flat(
@@ -179,8 +174,7 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json (repaired) and tokenizer_config.json, so that stock transformers loads it."""
         directory = Path(directory)
-        with atomic_file(directory / "tokenizer.json") as path:
-            write_tokenizer_json(self.values, path)
+        write_json(directory / "tokenizer.json", self.values)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "unk_token": self.backend.id_to_token(self.unk_id),
@@ -195,7 +189,7 @@ class Tokenizer:
             "model_input_names": ["input_ids", "attention_mask"],
             "chat_template": CHAT_TEMPLATE,
         }
-        write_json(directory / "tokenizer_config.json", config, indent=2)
+        write_json(directory / "tokenizer_config.json", config)
 
 
 class StreamDecoder:

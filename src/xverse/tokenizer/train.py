@@ -34,7 +34,6 @@ def train_tokenizer(
     limit_alphabet: int | None = None,
     initial_characters: str = "",
     max_token_length: int = 16,
-    show_progress: bool = False,
 ) -> Tokenizer:
     """Train BPE with byte fallback and exactly ``vocab_size`` entries; deterministic.
 
@@ -56,7 +55,6 @@ def train_tokenizer(
         counts.keys() - set(alphabet) - {" "},
         min_frequency=min_frequency,
         max_token_length=max_token_length,
-        show_progress=show_progress,
     )
     check_size(vocab_size, alphabet, merges, min_frequency)
     return assemble(alphabet, merges)
@@ -70,16 +68,16 @@ def library_merges(
     *,
     min_frequency: int = 2,
     max_token_length: int = 16,
-    show_progress: bool = False,
 ) -> list[tuple[str, str]]:
     """The merges that the library's trainer learns; ``others``: characters of the texts outside the
     alphabet."""
+    outside = "".join(map(re.escape, sorted({*others, SPACE})))
     backend = Backend(models.BPE(byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(TRAINING_WORDS), "isolated"),
             # The trainer drops characters outside its alphabet and would learn merges across the gap.
-            pre_tokenizers.Split(Regex(_one_of({*others, SPACE})), "removed"),
+            pre_tokenizers.Split(Regex(f"[{outside}]+"), "removed"),
             *_pieces(),
         ]
     )
@@ -90,7 +88,7 @@ def library_merges(
         initial_alphabet=list(alphabet),
         limit_alphabet=len(alphabet),
         max_token_length=max_token_length,
-        show_progress=show_progress,
+        show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     return [(left, right) for left, right in json.loads(backend.to_str())["model"]["merges"]]
@@ -167,7 +165,3 @@ def _pieces() -> list[Any]:
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.Punctuation("isolated"),
     ]
-
-
-def _one_of(characters: Iterable[str]) -> str:
-    return f"[{''.join(re.escape(character) for character in sorted(characters))}]+"

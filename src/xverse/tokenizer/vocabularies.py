@@ -1,9 +1,9 @@
 """Vocabularies of any publisher, each read with its library, for comparison in reports.
 
-- a directory or ``tokenizer.json``: the ``tokenizers`` library - ``.tiktoken`` or a ``.model`` with lines
-``base64 rank``: tiktoken. Such a file does not tell how text is split first: Qwen's is recognised by its
-151,643 ranks, others are split as in Llama 3 and cl100k - sentencepiece's ``.model``: sentencepiece -
-``.gguf`` with a vocabulary of sentencepiece's kind ("llama"): sentencepiece, from the pieces in the file
+tokenizers reads a directory or a ``tokenizer.json``; tiktoken a ``.tiktoken``, or a ``.model`` with lines
+``base64 rank``; sentencepiece its ``.model``, and a ``.gguf`` with a vocabulary of its kind. A tiktoken file
+does not tell how text is split first: Qwen's is recognised by its 151,643 ranks, others are split as in
+Llama 3 and cl100k.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, need
-from xverse.tokenizer.tokenizer import Tokenizer
+from xverse.tokenizer.general import byte_table
+from xverse.tokenizer.repair import read_tokenizer_json
+from xverse.tokenizer.tokenizer import Tokenizer, build_backend
 
 # As Llama 3 (tokenizer.py), Qwen (tokenization_qwen.py) and tiktoken's cl100k_base publish them.
 _SPLIT = (
@@ -74,23 +76,14 @@ def _from_json(name: str, path: Path) -> ComparedVocabulary:
 
 
 def _from_other_json(name: str, file: Path) -> ComparedVocabulary:
-    import tokenizers
-
-    from xverse.tokenizer.repair import read_tokenizer_json
-
     values = read_tokenizer_json(file)
     values["added_tokens"] = [token for token in values.get("added_tokens") or [] if not token.get("special")]
-    try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(values))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{file}: not a usable tokenizer.json ({' '.join(str(error).split())})") from None
-    backend.no_truncation()
-    backend.no_padding()
+    backend = build_backend(values, str(file))
     vocab = backend.get_vocab()
     byte_level = "ByteLevel" in json.dumps(values.get("pre_tokenizer")) + json.dumps(values.get("decoder"))
     if byte_level:
-        letters = {letter: byte for byte, letter in _byte_letters().items()}
-        raw = {i: bytes(letters.get(letter, 63) for letter in token) for token, i in vocab.items()}
+        table = byte_table()
+        raw = {i: bytes(table.get(letter, 63) for letter in token) for token, i in vocab.items()}
         pieces = frozenset(i for i, token in raw.items() if not _is_text(token))
     else:
         pieces = frozenset(index for token, index in vocab.items() if _BYTE_PIECE.fullmatch(token))
@@ -99,13 +92,6 @@ def _from_other_json(name: str, file: Path) -> ComparedVocabulary:
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     return ComparedVocabulary(name, len(vocab), encode, pieces)
-
-
-def _byte_letters() -> dict[int, str]:
-    """GPT-2's letters for bytes (its encoder.py): printable bytes unchanged, others from U+0100."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _from_tiktoken(name: str, path: Path) -> ComparedVocabulary:

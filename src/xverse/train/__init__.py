@@ -3,5 +3,3 @@
 from xverse.train.loop import Hooks, fit
 from xverse.train.pretrain import PretrainRecipe, pretrain
 from xverse.train.settings import TrainConfig
-
-__all__ = ["Hooks", "PretrainRecipe", "TrainConfig", "fit", "pretrain"]

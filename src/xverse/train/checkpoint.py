@@ -215,19 +215,7 @@ class _OwnFile(dcp.HuggingFaceStorageWriter):
 
 def kept(out: Path, forever: Callable[[int], bool] = lambda step: False) -> Kept:
     """The checkpoints of a run."""
-    return Kept(out / "checkpoints", PREFIX, forever)
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    return kept(out).all()
-
-
-def newest(
-    where: Kept, world: World = ALONE, usable: Callable[[Path, State], bool] = lambda path, state: True
-) -> tuple[Path, State] | None:
-    """``Kept.newest``, with the state of ``state.json``."""
-    return where.newest(_read_state, world, usable)
+    return Kept(out / "checkpoints", PREFIX, _read_state, forever)
 
 
 def load_checkpoint(

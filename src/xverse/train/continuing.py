@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError
-from xverse.train.checkpoint import kept, newest
+from xverse.train.checkpoint import kept
 from xverse.train.keeping import Kept, State
 from xverse.train.optimizer import learning_rate
 from xverse.train.parallel import World
@@ -70,7 +70,7 @@ def _find(
         unusable.append(state)
         return False
 
-    found = newest(where, world, usable)
+    found = where.newest(world, usable)
     if found is None and unusable:
         raise UserError(f"{shown}: {_why(unusable[0], identity)}")
     return found

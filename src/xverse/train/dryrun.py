@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from xverse.config import UserError
-from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import OTHERS, check_weights
 from xverse.model import Packed, XverseConfig
 from xverse.plan.cost import Prediction, Software, predict
@@ -118,12 +117,8 @@ def _data(recipe: PretrainRecipe, shape: XverseConfig, layout: Layout) -> list[s
     last = feed.batch(end - share, end)
     assert last.tokens.shape == (share, recipe.sequence_length)
     assert int(last.tokens.max()) < shape.vocab_size
-    return [f"data: {feed.mixture}; {_epochs(feed, config)}"]
-
-
-def _epochs(feed: PretrainFeed, config: TrainConfig) -> str:
-    source, most = max(feed.mixture.epochs(config.sequences(config.steps)).items(), key=lambda item: item[1])
-    return f"the source read most often is {source}, {most:.1f} times"
+    source, most = max(feed.mixture.epochs(end).items(), key=lambda item: item[1])
+    return [f"data: {feed.mixture}; the source read most often is {source}, {most:.1f} times"]
 
 
 def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout) -> list[str]:
@@ -159,16 +154,13 @@ def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout)
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, f"{name} has no gradient"
             assert _local(parameter.grad).shape == _local(parameter).shape, name
+        ring = f", without the ring of {layout.context} parts" if layout.context > 1 else ""
         size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         return [
             *lines,
             f"shapes: {rows} × {length:,} tokens ran forward and backward; {size / 1e9:.1f} GB kept "
-            f"(not compiled{_ring(layout)})",
+            f"(not compiled{ring})",
         ]
-
-
-def _ring(layout: Layout) -> str:
-    return f", without the ring of {layout.context} parts" if layout.context > 1 else ""
 
 
 def _local(tensor: Tensor) -> Tensor:

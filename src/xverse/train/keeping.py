@@ -29,11 +29,13 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kept:
-    """The checkpoints ``folder/PREFIX<step>``, or the ``only`` one. ``forever``: whether the one of a step
-    is never deleted to keep their number small. ``own``: whether they are this run's, to be renamed."""
+    """The checkpoints ``folder/PREFIX<step>``, or the ``only`` one. ``read_state`` raises one of READING for
+    an incomplete one. ``forever``: whether the one of a step is never deleted to keep their number small.
+    ``own``: whether they are this run's, to be renamed."""
 
     folder: Path
     prefix: str
+    read_state: Callable[[Path], State]
     forever: Callable[[int], bool] = lambda step: False
     only: Path | None = None
     own: bool = True
@@ -90,20 +92,16 @@ class Kept:
         return freed > 0
 
     def newest(
-        self,
-        read_state: Callable[[Path], State],
-        world: World = ALONE,
-        usable: Callable[[Path, State], bool] = lambda path, state: True,
+        self, world: World = ALONE, usable: Callable[[Path, State], bool] = lambda path, state: True
     ) -> tuple[Path, State] | None:
         """The newest intact checkpoint that is ``usable``, and its state, or None. Every process calls it and
         verifies its share of the files that ``state["files"]`` lists with their fingerprints.
 
-        ``read_state`` raises one of READING for an incomplete checkpoint. Damaged ones are reported and
-        renamed. Raises UserError if all are damaged.
+        Damaged ones are reported and renamed. Raises UserError if all are damaged.
         """
         damaged: list[tuple[Path, str]] = []
         for path in world.agreed(self.all()[::-1] if world.rank == 0 else []):
-            state, problem = _state(path, read_state, world)
+            state, problem = _state(path, self.read_state, world)
             if not problem and self.only is None and state["step"] != self.step(path):
                 problem = f"it is of step {state['step']}"
             if not problem and not usable(path, state):

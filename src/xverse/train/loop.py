@@ -22,7 +22,7 @@ from xverse.log import JsonlLog
 from xverse.model import IGNORE, XverseForCausalLM
 from xverse.place import Place
 from xverse.train import preflight
-from xverse.train.checkpoint import Checkpointer, kept, load_checkpoint, newest
+from xverse.train.checkpoint import Checkpointer, kept, load_checkpoint
 from xverse.train.communication import watching
 from xverse.train.continuing import find_checkpoint
 from xverse.train.copies import Copies
@@ -36,8 +36,6 @@ from xverse.train.report import peak_of
 from xverse.train.settings import NOT_IDENTITY, TrainConfig, layout_of
 from xverse.train.survival import Interrupted, Steadiness, Watchdog, requests
 from xverse.train.trackers import Trackers
-
-__all__ = ["Hooks", "Interrupted", "TrainConfig", "fit", "sum_loss", "train_step"]
 
 BatchAt = Callable[[int, int], Batch]
 
@@ -259,7 +257,7 @@ class Run:
         self.saver.wait()
         checkpoint = None
         if steady.rollbacks < self.config.max_rollbacks:
-            checkpoint = newest(kept(self.out), self.world)
+            checkpoint = kept(self.out).newest(self.world)
         if checkpoint is None:
             self.record(step=step, skipped=reason)
             raise UserError(

@@ -12,13 +12,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from xverse.train.settings import TrainConfig, decay_start
 
 
-def make_adamw(
-    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
-) -> torch.optim.AdamW:
+def make_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov & Hutter, 2017); norm weights and the embedding are not decayed."""
     _, decayed, plain = parameter_groups(model, muon=False)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -26,19 +24,26 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw" and config.optimizer_dtype == "float32":
         return make_adamw(model, weight_decay=config.weight_decay, betas=betas)
-    matrices, decayed, plain = parameter_groups(model, muon=config.optimizer == "muon")
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "muon": True},
-        {"params": decayed, "weight_decay": config.weight_decay, "muon": False},
-        {"params": plain, "weight_decay": 0.0, "muon": False},
-    ]
-    return MuonAdamW(
-        [group for group in groups if group["params"]],
+    return make_muon(
+        model,
+        config.weight_decay,
+        muon=config.optimizer == "muon",
         betas=betas,
         momentum=config.muon_momentum,
         state_dtype=getattr(torch, config.optimizer_dtype),
         compute_dtype=getattr(torch, config.dtype),
     )
+
+
+def make_muon(model: nn.Module, weight_decay: float, muon: bool = True, **options: Any) -> MuonAdamW:
+    """``MuonAdamW`` with ``options``; without ``muon`` AdamW has the layers' matrices, too."""
+    matrices, decayed, plain = parameter_groups(model, muon)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "muon": True},
+        {"params": decayed, "weight_decay": weight_decay, "muon": False},
+        {"params": plain, "weight_decay": 0.0, "muon": False},
+    ]
+    return MuonAdamW([group for group in groups if group["params"]], **options)
 
 
 def parameter_groups(
@@ -183,33 +188,18 @@ def shard_number(tensor: Tensor) -> int:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of a step, by the recipe's schedule."""
-    shape = {
-        "peak": config.learning_rate,
-        "warmup_steps": config.warmup_steps,
-        "steps": config.steps,
-        "final_ratio": config.final_lr_ratio,
-    }
+    """The learning rate of a step: linear warm-up to the peak, then the recipe's schedule.
+
+    cosine: half a cosine down to ``final_lr_ratio`` · peak at the last step. wsd (Hu et al., 2024,
+    arXiv:2404.06395): the peak until the last ``decay_share`` of the steps, then down to ``final_lr_ratio`` ·
+    peak as 1 - sqrt (Hägele et al., 2024, arXiv:2405.18392).
+    """
+    peak, final, steps = config.learning_rate, config.final_lr_ratio, config.steps
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
     if config.schedule == "wsd":
-        return wsd_lr(step, decay_share=config.decay_share, **shape)  # type: ignore[arg-type]
-    return cosine_lr(step, **shape)  # type: ignore[arg-type]
-
-
-def cosine_lr(step: int, *, peak: float, warmup_steps: int, steps: int, final_ratio: float) -> float:
-    """Linear warm-up to ``peak``, then a half cosine down to ``final_ratio`` · peak at the last step."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
-    return peak * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def wsd_lr(
-    step: int, *, peak: float, warmup_steps: int, steps: int, final_ratio: float, decay_share: float
-) -> float:
-    """Warm-up, stable, decay (Hu et al., 2024, arXiv:2404.06395): ``peak`` until the last ``decay_share`` of
-    the steps, then down to ``final_ratio`` · peak as 1 - sqrt (Hägele et al., 2024, arXiv:2405.18392)."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    first = decay_start(steps, decay_share)
-    progress = max(0.0, (step - first + 1) / (steps - first))
-    return peak * (1 - (1 - final_ratio) * math.sqrt(progress))
+        first = decay_start(steps, config.decay_share)
+        progress = max(0.0, (step - first + 1) / (steps - first))
+        return peak * (1 - (1 - final) * math.sqrt(progress))
+    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

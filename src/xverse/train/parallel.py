@@ -384,14 +384,9 @@ def _ring(layout: Layout, world: World) -> Ring | None:
 def _same_devices(world: World) -> None:
     """Raises UserError where processes compute on different kinds of devices: all would wait for the slowest,
     and they round differently."""
-    if world.size == 1:
-        return
     cuda = world.device.type == "cuda"
-    device = torch.cuda.get_device_name(world.device) if cuda else "a CPU"
-    kinds: list[Any] = [None] * world.size
-    dist.all_gather_object(kinds, device, group=world.control)
-    problem = different_kinds(kinds)
-    if problem:
+    kinds = world.gathered(torch.cuda.get_device_name(world.device) if cuda else "a CPU")
+    if problem := different_kinds(kinds):
         raise UserError(problem)
 
 

@@ -17,7 +17,7 @@ from xverse.config import UserError
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.data.watch import ShardWatch
-from xverse.files import atomic_file
+from xverse.files import write_text
 from xverse.formats import ModelDirectory, save_hf
 from xverse.formats.write import describe_model
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
@@ -242,8 +242,8 @@ def _finish(
     place = Place.of(recipe.out)
     out = place.local
     save_hf(model, tokenizer, out / "model", torch.float32, generation_config=ends, overwrite=True)
-    with atomic_file(out / "recipe.json") as path:  # after the model whose steps it records
-        path.write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1), encoding="utf-8")
+    # After the model whose steps it records.
+    write_text(out / "recipe.json", json.dumps(dataclasses.asdict(recipe), default=str, indent=1))
     plot_loss(out, title, validation="bits per byte")
     write_report(out, title, model.config, recipe.train, recipe.sequence_length, world)
     for name in ("model", "recipe.json", "metrics.jsonl", "loss.png", "report.md"):

@@ -12,6 +12,7 @@ import torch
 
 from xverse.files import write_text
 from xverse.hardware import device_peaks, peak_memory
+from xverse.markdown import table
 from xverse.model import XverseConfig
 from xverse.train.memory import predicted_memory
 from xverse.train.parallel import ALONE, World
@@ -114,25 +115,26 @@ def write_report(
         f" ({layout_of(config, world.size, shape).mesh})" if config.parallel == "fsdp" else ""
     )
     lines = [f"# {title}", "", f"{world.size} × {device}, {how}, {precision(config)}", ""]
-    lines += ["| | |", "|---|---|"]
-    lines += [f"| {name} | {text} |" for name, text in _rows(totals, losses, config, world)]
-    lines += _speed(totals, shape, length, world, checks, config.float8)
-    lines += ["", "## Memory of one process", "", "| | MiB |", "|---|---|"]
+    rows = [
+        *_rows(totals, losses, config, world),
+        *_speed(totals, shape, length, world, checks, config.float8),
+    ]
+    lines += table(["", ""], rows, "---")
     predicted = predicted_memory(shape, config, length, world.size, world.device.type)
-    for kind, size in predicted.items():
-        lines.append(f"| {kind}, predicted | {size / 2**20:,.1f} |")
-    lines.append(f"| all, predicted | {sum(predicted.values()) / 2**20:,.1f} |")
     what = "most allocated on the GPU" if cuda else "peak resident memory of the process, libraries included"
-    lines.append(f"| {what} | {peak_memory(world.device) / 2**20:,.1f} |")
+    sizes = {f"{kind}, predicted": size for kind, size in predicted.items()}
+    sizes |= {"all, predicted": sum(predicted.values()), what: peak_memory(world.device)}
+    rows = [(name, f"{size / 2**20:,.1f}") for name, size in sizes.items()]
+    lines += ["", "## Memory of one process", "", *table(["", "MiB"], rows, "---:")]
     if checks:
         lines += _preflight(checks[-1])
     valid = [record for record in records if record.get("valid")]
     if valid:
-        lines += ["", "## Validation", "", "| | " + " | ".join(valid[-1]["valid"]) + " |"]
-        lines.append("|---" * (len(valid[-1]["valid"]) + 1) + "|")
-        for record in valid:
-            values = " | ".join(f"{value:.3f}" for value in record["valid"].values())
-            lines.append(f"| step {record['step'] + 1} | {values} |")
+        losses_of = [
+            [f"step {record['step'] + 1}", *(f"{value:.3f}" for value in record["valid"].values())]
+            for record in valid
+        ]
+        lines += ["", "## Validation", "", *table(["", *valid[-1]["valid"]], losses_of, "---:")]
     if (out / "loss.png").exists():
         lines += ["", "![loss](loss.png)"]
     write_text(out / "report.md", "\n".join(lines) + "\n")
@@ -148,22 +150,18 @@ def _rows(
         return f"{100 * seconds / of:.1f} %" if of else "0.0 %"
 
     yield "loss, first and last step", f"{losses[0]['loss']:.4f} → {losses[-1]['loss']:.4f} nats"
-    yield (
-        "steps",
-        (f"{totals['steps']:,} applied, {totals['skipped']:,} skipped, {totals['rollbacks']} rollbacks"),
-    )
+    text = f"{totals['steps']:,} applied, {totals['skipped']:,} skipped, {totals['rollbacks']} rollbacks"
+    yield "steps", text
     yield "tokens", f"{totals['tokens']:,.0f} at {totals['tokens_per_second']:,.0f} a second"
     waited = share(totals["data_seconds"], totals["seconds"])
     yield "waiting for data", f"{totals['data_seconds']:.1f} s, {waited} of the steps' time"
     yield "goodput", f"{100 * totals['goodput']:.1f} % of {totals['wall'] / 60:.1f} min"
-    yield (
-        "checkpoints",
-        (
-            f"{totals['checkpoints']} stalled training for {totals['stall_seconds']:.2f} s, "
-            f"{share(totals['stall_seconds'], totals['wall'])} of the time; steps beside them took "
-            f"{totals['beside_seconds']:.2f} s more"
-        ),
+    text = (
+        f"{totals['checkpoints']} stalled training for {totals['stall_seconds']:.2f} s, "
+        f"{share(totals['stall_seconds'], totals['wall'])} of the time; steps beside them took "
+        f"{totals['beside_seconds']:.2f} s more"
     )
+    yield "checkpoints", text
     if totals["resumes"]:
         yield "resumed", f"{totals['resumes']} times, {totals['resume_seconds']:.1f} s to read and verify"
     if world.size == 1:
@@ -182,8 +180,7 @@ def _speed(
     world: World,
     checks: list[dict[str, Any]],
     fp8: bool,
-) -> list[str]:
-    lines = []
+) -> Iterator[tuple[str, str]]:
     matmul = min(reading["matmul"] for reading in checks[-1]["readings"]) if checks else None
     peak = peak_of(world.device, matmul, fp8)
     for kind, flops in shape.flops_per_token(length).items():
@@ -192,19 +189,19 @@ def _speed(
         if peak:
             name = "of the matmul rate that the pre-flight check measured" if peak.measured else peak.label
             text = f"{100 * rate / peak.flops:.1f} % {name}"
-        lines.append(
-            f"| attention counted {kind}, T = {length} | {rate / 1e12:.3f} TFLOP/s a device; {text} |"
-        )
-    return lines
+        yield f"attention counted {kind}, T = {length}", f"{rate / 1e12:.3f} TFLOP/s a device; {text}"
 
 
 def _preflight(check: dict[str, Any]) -> list[str]:
-    lines = ["", "## Pre-flight check", "", "| process | matmul, TFLOP/s | memory, GB/s | exchange, GB/s |"]
-    lines.append("|---|---|---|---|")
-    for reading in check["readings"]:
-        exchange = f"{reading['exchange'] / 1e9:.2f}" if reading["exchange"] else "none"
-        lines.append(
-            f"| rank {reading['rank']}, {reading['host']}, {reading['device']} | "
-            f"{reading['matmul'] / 1e12:.3f} | {reading['memory'] / 1e9:.1f} | {exchange} |"
-        )
-    return lines + [f"\n{line}" for line in check["slow"]]
+    head = ["process", "matmul, TFLOP/s", "memory, GB/s", "exchange, GB/s"]
+    rows = [
+        [
+            f"rank {reading['rank']}, {reading['host']}, {reading['device']}",
+            f"{reading['matmul'] / 1e12:.3f}",
+            f"{reading['memory'] / 1e9:.1f}",
+            f"{reading['exchange'] / 1e9:.2f}" if reading["exchange"] else "none",
+        ]
+        for reading in check["readings"]
+    ]
+    slow = [f"\n{line}" for line in check["slow"]]
+    return ["", "## Pre-flight check", "", *table(head, rows, "---:"), *slow]

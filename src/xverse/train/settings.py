@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -89,46 +90,44 @@ class TrainConfig:
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise ValueError(problem)
+
+    def _problems(self) -> Iterator[str]:
         for name, value in dataclasses.asdict(self).items():
             if name in ("beta1", "beta2", "muon_momentum"):
                 if not 0 <= value < 1:
-                    raise ValueError(f"{name} must be at least 0 and below 1, not {value}")
+                    yield f"{name} must be at least 0 and below 1, not {value}"
             elif name in POSITIVE:
                 if not 0 < value < math.inf:
-                    raise ValueError(f"{name} must be positive, not {value}")
+                    yield f"{name} must be positive, not {value}"
             elif not isinstance(value, (str, list)) and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must not be negative, not {value}")
+                yield f"{name} must not be negative, not {value}"
         for name in ("tensor", "context", "pipeline", "replicate"):
             if self.parallel != "fsdp" and getattr(self, name) > 1:
-                raise ValueError(f"{name} {getattr(self, name)} needs parallel: fsdp, not {self.parallel}")
+                yield f"{name} {getattr(self, name)} needs parallel: fsdp, not {self.parallel}"
         if not self.preflight_share <= 1:
-            raise ValueError(f"preflight_share must be at most 1, not {self.preflight_share}")
+            yield f"preflight_share must be at most 1, not {self.preflight_share}"
         if not 0 < self.decay_share <= 1:
-            raise ValueError(f"decay_share must be above 0 and at most 1, not {self.decay_share}")
+            yield f"decay_share must be above 0 and at most 1, not {self.decay_share}"
         if self.compile and self.activation_checkpointing == "selective":
-            raise ValueError("compile does not support activation_checkpointing selective; use none or full")
+            yield "compile does not support activation_checkpointing selective; use none or full"
         if self.compile and self.tensor > 1:  # torch 2.13 loses the type of gradients between graphs
-            raise ValueError(f"compile does not support tensor {self.tensor}; remove one of the two")
+            yield f"compile does not support tensor {self.tensor}; remove one of the two"
         if self.float8 and self.dtype != "bfloat16":
-            raise ValueError(f"float8 needs dtype bfloat16, not {self.dtype}")
+            yield f"float8 needs dtype bfloat16, not {self.dtype}"
         if self.float8 and self.tensor > 1:
-            raise ValueError(f"float8 does not support tensor {self.tensor}; remove one of the two")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
+            yield f"float8 does not support tensor {self.tensor}; remove one of the two"
+        for name in ("micro_batch_size", "batch_ramp_start"):
+            part = getattr(self, name)
+            if part and self.batch_size % part:
+                yield f"batch_size {self.batch_size} is not a multiple of {name} {part}"
         if bool(self.batch_ramp_start) != bool(self.batch_ramp_steps):
-            raise ValueError("batch_ramp_start and batch_ramp_steps must be set together")
-        if self.batch_ramp_start and self.batch_size % self.batch_ramp_start:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of batch_ramp_start {self.batch_ramp_start}"
-            )
+            yield "batch_ramp_start and batch_ramp_steps must be set together"
         if self.batch_ramp_steps > self.steps:
-            raise ValueError(f"batch_ramp_steps {self.batch_ramp_steps} exceeds steps {self.steps}")
-        if (
-            self.batch_ramp_start and self.pipeline > 1
-        ):  # the schedule is built for one number of micro-batches
-            raise ValueError("batch_ramp_start does not support pipeline; remove one of the two")
+            yield f"batch_ramp_steps {self.batch_ramp_steps} exceeds steps {self.steps}"
+        if self.batch_ramp_start and self.pipeline > 1:  # its schedule has one number of micro-batches
+            yield "batch_ramp_start does not support pipeline; remove one of the two"
 
     def checkpoint_due(self, done: int) -> bool:
         """Whether a checkpoint is written after ``done`` steps."""

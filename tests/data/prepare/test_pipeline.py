@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import forkserver
+from tests.scale import ALL
 from xverse.cli import main
 from xverse.config import UserError, load
 from xverse.data.prepare.pipeline import PrepareRecipe, prepare
@@ -122,11 +123,11 @@ def run_command(recipe_file: Path, out: Path, *more: str) -> list[str]:
 def test_killed_at_random_and_run_again_gives_the_same_bytes(
     recipe_file: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    """Two workers and their parent, killed by SIGKILL at three random times, end where one process did."""
+    """Two workers and their parent, killed by SIGKILL at random times, end where one process did."""
     out, rng = tmp_path / "out", random.Random(3)
     command = run_command(recipe_file, out, "executor.workers=2", "executor.tasks=4")
     killed = 0
-    for _ in range(3):
+    for _ in range(3 if ALL else 2):
         process = forkserver.Popen(
             command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -298,6 +299,7 @@ print("Submitted batch job", number)
 """
 
 
+@pytest.mark.thorough
 def test_the_same_recipe_on_slurm(recipe_file: Path, prepared: Path, tmp_path: Path) -> None:
     """Datatrove's Slurm executor, with an sbatch that runs its scripts at once."""
     programs = tmp_path / "bin"

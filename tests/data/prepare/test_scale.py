@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.scale import ALL
+from tests.shards import write_shard
 from xverse.config import UserError, build
 from xverse.data import shards
 from xverse.data.prepare import duplicates, join, keys, plan
@@ -24,7 +26,7 @@ from xverse.data.prepare.keys import KEY, Keys, KeyWriter
 from xverse.data.prepare.pipeline import PrepareRecipe, claim, phases, prepare
 from xverse.data.prepare.plan import Gathered, MakePlan, SplitPlan
 from xverse.data.prepare.sample import cut, piece_bytes
-from xverse.data.shards import Shard, ShardHeader, ShardWriter
+from xverse.data.shards import Shard
 from xverse.tokenizer import Tokenizer
 
 
@@ -158,9 +160,9 @@ def write_keys(folder: Path, groups: int, documents: int, rng: np.random.Generat
 
 
 def test_memory_for_each_document(tmp_path: Path) -> None:
-    """A million documents: the plan holds a few bytes of each (a dictionary took 157)."""
+    """Many documents: the plan holds a few bytes of each (a dictionary took 157)."""
     (tmp_path / "clean").mkdir()
-    count = 1_000_000
+    count = 1_000_000 if ALL else 200_000
     stored = write_keys(tmp_path / "clean", 4, count // 4, np.random.default_rng(0), 0.1)
     sources = [(name, name, "text") for name in ("a", "b", "c")]
     Gathered(np.full(4, count // 4), sources, [[0, 1, 2]] * 4).save(tmp_path)
@@ -247,9 +249,7 @@ def test_a_part_reads_its_own_keys_only(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_opening_a_shard_does_not_hold_its_offsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 1_000_000
-    with ShardWriter(tmp_path / "en", ShardHeader("hash", "en")) as writer:
-        writer.add(np.zeros(count, np.uint32), np.ones(count, np.int64), 0)
-        writer.finish()
+    write_shard(tmp_path / "en", np.zeros(count), np.ones(count))
     monkeypatch.setattr(shards, "COPIED", 10_000)
     tracemalloc.start()
     assert len(Shard.open(tmp_path / "en")) == count

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.scale import examples
 from xverse.config import UserError, build
 from xverse.data.prepare.stages.language import LANGUAGES, LanguageStage, identify, known_languages
 from xverse.data.prepare.stages.normalise import normalise
@@ -37,7 +38,7 @@ THAI = (
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.text(), st.booleans())
 def test_normalising_twice_is_normalising_once(text: str, code: bool) -> None:
     once = normalise(text, code)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from xverse.data.benchmarks.questions import (
@@ -75,11 +76,10 @@ def subjects(folder: Path, reader: QuestionReader, options: Options) -> list[Sub
 
 
 def _questions(path: Path, name: str, reader: QuestionReader) -> list[Question]:
-    questions = []
-    for raw in read(path, name, reader):
-        single = isinstance(raw.answer, str) and len(raw.answer) == 1
-        if single or raw.problem:
-            pairs = zip(LETTERS, raw.options, strict=False)
-            options = [option.removeprefix(f"({letter})").strip() for letter, option in pairs]
-            questions.append(reader.question(raw, options))
-    return [question for question in questions if question is not None]
+    raws = (raw for raw in read(path, name, reader) if raw.problem or len(text_of(raw.answer)) == 1)
+    return reader.questions(replace(raw, options=tuple(_without_letters(raw.options))) for raw in raws)
+
+
+def _without_letters(options: Sequence[str]) -> Iterator[str]:
+    for letter, option in zip(LETTERS, options, strict=False):
+        yield option.removeprefix(f"({letter})").strip()

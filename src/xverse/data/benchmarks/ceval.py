@@ -58,5 +58,4 @@ def subjects(folder: Path, reader: QuestionReader, options: Options) -> list[Sub
 
 def _questions(folder: Path, split: str, name: str, reader: QuestionReader) -> list[Question]:
     path = folder / split / f"{name}_{split}.csv"
-    questions = map(reader.question, read(path, name, reader, answers=split != "test"))
-    return [question for question in questions if question is not None]
+    return reader.questions(read(path, name, reader, answers=split != "test"))

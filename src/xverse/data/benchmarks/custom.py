@@ -125,25 +125,16 @@ def subjects(
     paths = sorted(folder.glob(pattern))
     if not paths:
         raise UserError(f"{folder / pattern}: no such file")
+    before, _, after = pattern.partition("*")
     result = []
     for path in paths:
-        name = _subject_of(path, folder, pattern)
-        scored: tuple[Question, ...] = tuple(_questions(description, path, name, reader))
+        name = path.relative_to(folder).as_posix().removeprefix(before).removesuffix(after) or "all"
+        scored: tuple[Question, ...] = tuple(reader.questions(read(description, path, name, reader)))
         if description.shots is None:
             shots, scored = first_ones_out(scored)
         else:
             examples = folder / description.files[description.shots].replace("*", name)
-            shots = tuple(_questions(description, examples, name, reader)[:5])
+            shots = tuple(reader.questions(read(description, examples, name, reader))[:5])
         title = name.replace("_", " ")
         result.append(Subject(name=name, title=title, category="all", shots=shots, questions=scored))
     return result
-
-
-def _subject_of(path: Path, folder: Path, pattern: str) -> str:
-    before, _, after = pattern.partition("*")
-    return path.relative_to(folder).as_posix().removeprefix(before).removesuffix(after) or "all"
-
-
-def _questions(description: Description, path: Path, name: str, reader: QuestionReader) -> list[Question]:
-    questions = map(reader.question, read(description, path, name, reader))
-    return [question for question in questions if question is not None]

@@ -22,7 +22,7 @@ _LETTER = re.compile(rf"(?<![A-Za-z$\\{{])([A-G])\s*{_STOP}")
 _LOOSE = re.compile(
     rf"(?<![A-Za-z$\\{{])([A-G])\s*{_STOP}|(?<=[\s）)])([A-G])(?=\s+\S)|^\s*([A-G])(?=[A-Z])", re.MULTILINE
 )
-_BLANK = re.compile(r"[ \t\u3000]+")
+_BLANK = re.compile(r"[ \t\n\u3000]+")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def split_options(text: str, letters: str = "ABCDEFG") -> tuple[str, tuple[str, 
                     chain.append(mark)
             starts = [end for _, end, _ in chain]
             ends = [start for start, _, _ in chain[1:]] + [len(text)]
-            options = tuple(_tidy(text[a:b]) for a, b in zip(starts, ends, strict=True))
+            options = tuple(_BLANK.sub(" ", text[a:b]).strip() for a, b in zip(starts, ends, strict=True))
             if len(options) >= 4 and all(options):
                 return text[: chain[0][0]].strip(), options
     return text, ()
@@ -127,7 +127,3 @@ def _first_blank(text: str, count: int) -> int | None:
     numbers = {int(match) for match in re.findall(r"(?<!\d)(\d{1,2})(?!\d)", text)}
     firsts = [n for n in sorted(numbers) if all(n + offset in numbers for offset in range(count))]
     return firsts[-1] if firsts else None
-
-
-def _tidy(text: str) -> str:
-    return _BLANK.sub(" ", text.replace("\n", " ")).strip()

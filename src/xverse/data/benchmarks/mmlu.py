@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from xverse.data.benchmarks.questions import (
@@ -80,10 +81,9 @@ def subjects(folder: Path, reader: QuestionReader, options: Options) -> list[Sub
 def _questions(
     folder: Path, split: str, name: str, reader: QuestionReader, options: Options
 ) -> list[Question]:
-    questions = []
-    for raw in read(folder / "data" / split / f"{name}_{split}.csv", name, reader):
-        choices = raw.options
-        if not options.fix_none:
-            choices = tuple("nan" if choice in _MISSING else choice for choice in choices)
-        questions.append(reader.question(raw, choices))
-    return [question for question in questions if question is not None]
+    raws = read(folder / "data" / split / f"{name}_{split}.csv", name, reader)
+    if not options.fix_none:
+        raws = (
+            replace(raw, options=tuple("nan" if o in _MISSING else o for o in raw.options)) for raw in raws
+        )
+    return reader.questions(raws)

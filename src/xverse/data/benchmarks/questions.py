@@ -6,7 +6,7 @@ it can be scored or not: decontamination searches for all of them, scoring uses 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,9 @@ class QuestionReader:
             raise UserError(f"{message} (--skip-malformed skips such rows)")
         self.skipped.append(message)
 
-    def question(self, raw: RawQuestion, options: Sequence[Any] | None = None) -> Question | None:
-        """The question to score, with ``options`` in place of those of ``raw`` if given; None if it was
-        skipped."""
-        options = raw.options if options is None else options
+    def question(self, raw: RawQuestion) -> Question | None:
+        """The question to score; None if it was skipped."""
+        options = raw.options
         letters, answer = LETTERS[: len(options)], raw.answer
         if raw.problem:
             self.refuse(raw.where, raw.problem)
@@ -141,10 +140,12 @@ class QuestionReader:
         ):
             self.refuse(raw.where, f"the answer {answer!r} is not one of {', '.join(letters)}")
         else:
-            return Question(
-                id=raw.id, text=raw.text, options=tuple(options), answer=answer, passage=raw.passage
-            )
+            return Question(id=raw.id, text=raw.text, options=options, answer=answer, passage=raw.passage)
         return None
+
+    def questions(self, raws: Iterable[RawQuestion]) -> list[Question]:
+        """Those that can be scored."""
+        return [question for raw in raws if (question := self.question(raw)) is not None]
 
 
 def first_ones_out(

@@ -341,21 +341,14 @@ def _sharegpt(item: dict[str, Any], info: DatasetInfo) -> Messages:
             written = [_call(call) for call in _list(calls)]
             content = "\n".join([content, *written] if isinstance(content, str) and content else written)
         elif turn[tags.role_tag] == tags.function_tag:
-            content = _calls(content)
+            calls = _parsed(content, "ill-formed tool call")
+            content = "\n".join(_call(call) for call in (calls if isinstance(calls, list) else [calls]))
         message = _message(role, content)
         if role == "exec" and messages and messages[-1]["role"] == "exec":
             messages[-1]["content"] += "\n\n" + message["content"]  # results of simultaneous calls
         else:
             messages.append(message)
     return messages
-
-
-def _calls(content: Any) -> str:
-    try:
-        calls = json.loads(content)
-    except (TypeError, ValueError):
-        raise Skip("ill-formed tool call") from None
-    return "\n".join(_call(call) for call in (calls if isinstance(calls, list) else [calls]))
 
 
 def _call(call: Any) -> str:
@@ -366,19 +359,20 @@ def _call(call: Any) -> str:
         raise Skip("ill-formed tool call")
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):  # OpenAI's are JSON inside JSON
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise Skip("ill-formed tool call") from None
+        arguments = _parsed(arguments, "ill-formed tool call")
     return call_text(call["name"], arguments)
+
+
+def _parsed(text: Any, problem: str) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        raise Skip(problem) from None
 
 
 def _functions(tools: Any) -> list[dict[str, Any]]:
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise Skip("ill-formed tools") from None
+        tools = _parsed(tools, "ill-formed tools")
     functions = []
     for tool in _list(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None

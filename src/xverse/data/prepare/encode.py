@@ -7,6 +7,7 @@ that belong to one split and source each, and last ``GROUP.json``: the ledger an
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from xverse.data.prepare.duplicates import EXACT, NEAR
 from xverse.data.prepare.ledger import Ledger
 from xverse.data.prepare.plan import Gathered, SplitPlan
 from xverse.data.shards import OFFSET, TOKEN
-from xverse.files import atomic_file, write_json
+from xverse.files import atomic_file
 from xverse.texts import read_json
 from xverse.tokenizer import Tokenizer
 from xverse.tokenizer.general import load_tokenizer_of
@@ -119,7 +120,9 @@ class Encode:
             for file in (tokens_file, lengths_file):
                 file.flush()
                 os.fsync(file.fileno())
-        write_json(f"{path}.json", {"ledger": vars(ledger), "segments": segments})
+        with atomic_file(f"{path}.json") as temporary:
+            values = {"ledger": vars(ledger), "segments": segments}
+            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
 def load_part(work: Path, group: int) -> tuple[Ledger, list[Segment]]:

@@ -105,13 +105,8 @@ def _cluster_executor(
         from datatrove.executor.ray import RayPipelineExecutor
 
         kind = RayPipelineExecutor
-    known = set(inspect.signature(kind).parameters) - {
-        "pipeline",
-        "tasks",
-        "workers",
-        "logging_dir",
-        "depends",
-    }
+    known = set(inspect.signature(kind).parameters)
+    known -= {"pipeline", "tasks", "workers", "logging_dir", "depends"}
     for name in config.options:
         if name not in known:
             raise UserError(f"executor.options: {config.kind} has no '{name}'{nearest(name, known)}")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from xverse.config import UserError
 from xverse.data.prepare.encode import load_part, load_tokenizer
 from xverse.data.prepare.plan import SplitPlan
 from xverse.data.shards import COPIED, OFFSET, TOKEN, ShardHeader, read_header, seal
-from xverse.files import atomic_file, write_json
+from xverse.files import atomic_file, write_text
 from xverse.texts import read_json
 
 SLICE = 1 << 28  # tokens that a task copies at a time: 1 GB
@@ -63,7 +64,7 @@ class Layout:
         for place, target in targets.items():
             with atomic_file(target.table(self.work)) as temporary, temporary.open("wb") as file:
                 np.save(file, np.array(rows[place], np.int64))
-        write_json(self.work / "layout.json", [vars(targets[place]) for place in sorted(targets)])
+        write_text(self.work / "layout.json", json.dumps([vars(targets[place]) for place in sorted(targets)]))
 
 
 @dataclass

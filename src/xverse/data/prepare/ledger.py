@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xverse.files import write_json
+from xverse.files import write_text
 from xverse.texts import ReadReport, read_json
 
 EXAMPLES = 3
@@ -29,11 +30,9 @@ class Ledger:
     examples: dict[str, list[list[Any]]] = field(default_factory=dict)
     questions: dict[str, list[str]] = field(default_factory=dict)
 
-    def count(self, table: Table, language: str, source: str, size: int, documents: int = 1) -> None:
-        """Add documents of ``size`` bytes to a table."""
-        row = table.setdefault(f"{language}\t{source}", [0, 0])
-        row[0] += documents
-        row[1] += size
+    def count(self, table: Table, language: str, source: str, size: int) -> None:
+        """Add a document of ``size`` bytes to a table."""
+        add_table(table, {f"{language}\t{source}": [1, size]})
 
     def drop(self, why: str, language: str, source: str, text: str, key: int) -> None:
         """Count a dropped document; keep its beginning as an example if ``key`` is among the lowest."""
@@ -47,9 +46,9 @@ class Ledger:
     def add(self, other: Ledger) -> None:
         """Add the counts of another part of the run."""
         for mine, theirs in ((self.read, other.read), (self.kept, other.kept)):
-            _add(mine, theirs)
+            add_table(mine, theirs)
         for why, table in other.dropped.items():
-            _add(self.dropped.setdefault(why, {}), table)
+            add_table(self.dropped.setdefault(why, {}), table)
         for mark, count in other.scrubbed.items():
             self.scrubbed[mark] = self.scrubbed.get(mark, 0) + count
         for why, examples in other.examples.items():
@@ -77,8 +76,12 @@ class GroupRecord:
     documents: int = 0
 
     def save(self, path: Path) -> None:
-        values = {**vars(self), "ledger": vars(self.ledger), "units": [_short(unit) for unit in self.units]}
-        write_json(path, values)
+        units = [
+            [unit.owner, {name: value for name, value in vars(unit.report).items() if value}]
+            for unit in self.units
+        ]
+        values = {**vars(self), "ledger": vars(self.ledger), "units": units}
+        write_text(path, json.dumps(values, ensure_ascii=False))
 
     @staticmethod
     def load(path: Path) -> GroupRecord:
@@ -94,11 +97,8 @@ def unreadable(report: ReadReport) -> str:
     return report.describe() or ("" if report.read else "no document in it")
 
 
-def _short(unit: UnitReport) -> list[Any]:
-    return [unit.owner, {name: value for name, value in vars(unit.report).items() if value}]
-
-
-def _add(mine: Table, theirs: Table) -> None:
+def add_table(mine: Table, theirs: Table) -> None:
+    """Add the rows of ``theirs`` to those of ``mine``."""
     for key, (documents, size) in theirs.items():
         row = mine.setdefault(key, [0, 0])
         row[0] += documents

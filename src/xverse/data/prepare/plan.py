@@ -7,6 +7,7 @@ document these hold a few bytes in arrays, and no process reads the keys of all 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from xverse.data.prepare.duplicates import (
 )
 from xverse.data.prepare.keys import Keys
 from xverse.data.prepare.ledger import GroupRecord, unreadable
-from xverse.files import atomic_file, write_json
+from xverse.files import atomic_file, write_text
 from xverse.log import notice
 from xverse.texts import read_json
 
@@ -76,7 +77,7 @@ class Gathered:
 
     def save(self, work: Path) -> None:
         values = {**vars(self), "counts": self.counts.tolist()}
-        write_json(work / "gathered.json", values)
+        write_text(work / "gathered.json", json.dumps(values, ensure_ascii=False))
 
     @staticmethod
     def load(work: Path) -> Gathered:
@@ -219,7 +220,7 @@ class MakePlan:
         )
         for language in sorted(set(self.languages) - {source.language for source in plan.sources.values()}):
             notice(f"{language}: no document left in this language")
-        write_json(self.work / "plan.json", dataclasses.asdict(plan))
+        write_text(self.work / "plan.json", json.dumps(dataclasses.asdict(plan)))
 
 
 def count_kept(

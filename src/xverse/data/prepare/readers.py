@@ -14,7 +14,7 @@ from typing import Any
 
 from xverse.config import UserError, is_url, need
 from xverse.data.prepare.inputs import Unit, dataset_of, is_name
-from xverse.records import Damaged, read_records, read_table
+from xverse.records import Damaged, read_parquet, read_records, read_table
 from xverse.remote import open_url
 from xverse.texts import ReadReport, read_lines, row_text
 
@@ -122,34 +122,17 @@ def _open(unit: Unit) -> Any:
 
 
 def _read_parquet(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
-    need("pyarrow", "data", str(unit.path))
-    import pyarrow
-    import pyarrow.parquet
+    assert unit.path is not None
+    need("pyarrow", "data", unit.path, load=False)
 
-    key, number = unit.input.text_key, 0
+    def choose(names: list[str]) -> list[str]:
+        check_column(unit, names)
+        return [name for name in (unit.input.text_key, "lang", "source") if name in names]
+
     try:
-        with _open(unit) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-            check_column(unit, file.schema_arrow.names)
-            columns = [name for name in (key, "lang", "source") if name in file.schema_arrow.names]
-            # One row group at a time, so that those before a broken one are not lost.
-            for group in range(file.num_row_groups):
-                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
-                    rows = _rows(batch, key)
-                    yield from _documents(enumerate(rows, number + 1), unit, report, limit)
-                    number += len(rows)
-    except (pyarrow.ArrowException, OSError) as error:
-        why = " ".join(str(error).split())[:200]
-        report.broken_files.append(f"broken parquet after row {number} ({why})")
-
-
-def _rows(batch: Any, key: str) -> list[dict[str, Any]]:
-    """The rows of a table; the text of one that is not UTF-8, which the format does not check, is no text."""
-    try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-    except UnicodeDecodeError:
-        half = len(batch) // 2
-        return [*_rows(batch[:half], key), *_rows(batch[half:], key)] if half else [{key: b"\xff"}]
-    return rows
+        yield from _documents(read_parquet(unit.path, choose), unit, report, limit)
+    except Damaged as error:
+        report.broken_files.append(_without_path(error, unit.path))
 
 
 def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:
@@ -173,7 +156,11 @@ def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]
                 if len(data) > limit:
                     report.skip("too_long", number)
                     continue
-                text = _page_text(data) if page else data.decode("utf-8", errors="replace")
+                if page:
+                    trafilatura = need("trafilatura", "data", "reading web archives")
+                    text = trafilatura.extract(data, include_comments=False, deduplicate=False)
+                else:
+                    text = data.decode("utf-8", errors="replace")
                 if text is None or not text.strip():
                     report.skip("empty", number)
                     continue
@@ -181,12 +168,6 @@ def _read_warc(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]
         except (ArchiveLoadFailed, EOFError, OSError, ValueError) as error:
             why = " ".join(str(error).split())[:200]
             report.broken_files.append(f"broken web archive at record {number} ({why})")
-
-
-def _page_text(data: bytes) -> str | None:
-    trafilatura = need("trafilatura", "data", "reading web archives")
-    text: str | None = trafilatura.extract(data, include_comments=False, deduplicate=False)
-    return text
 
 
 def _read_dataset(unit: Unit, report: ReadReport, limit: int) -> Iterator[Document]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,11 @@ from xverse.config import need
 from xverse.data.prepare.catalogue import Catalogue
 from xverse.data.prepare.clean import StagesConfig
 from xverse.data.prepare.encode import SPLITS, load_part
-from xverse.data.prepare.ledger import GroupRecord, Ledger, Table, total, unreadable
+from xverse.data.prepare.ledger import GroupRecord, Ledger, Table, add_table, total, unreadable
 from xverse.data.prepare.plan import SplitPlan
 from xverse.data.shards import ShardHeader, read_header
 from xverse.files import atomic_file, write_json, write_text
+from xverse.markdown import table
 from xverse.tokenizer.general import load_tokenizer_of
 
 
@@ -66,24 +65,25 @@ class WriteReport:
         plan, ledger = SplitPlan.load(work / "plan.json"), Ledger()
         problems: dict[str, str] = {}
         skipped: dict[str, int] = {}  # by source: a bad line has no language, so its file's first one
-        with _lines(self.out / "skipped.txt") as bad_lines:
-            for group in range(len(self.catalogue)):
-                record = GroupRecord.load(work / "clean" / f"{group:05d}.json")
-                ledger.add(record.ledger)
-                ledger.add(load_part(work, group)[0])
-                for unit, done in zip(self.catalogue.units(group), record.units, strict=True):
-                    if problem := unreadable(done.report):
-                        problems[unit.name] = problem
-                    skipped[done.owner] = skipped.get(done.owner, 0) + done.report.skipped
-                    bad_lines += [f"{unit.name}, line {line}: {why}\n" for line, why in done.report.bad_lines]
+        bad_lines: list[str] = []
+        for group in range(len(self.catalogue)):
+            record = GroupRecord.load(work / "clean" / f"{group:05d}.json")
+            ledger.add(record.ledger)
+            ledger.add(load_part(work, group)[0])
+            for unit, done in zip(self.catalogue.units(group), record.units, strict=True):
+                if problem := unreadable(done.report):
+                    problems[unit.name] = problem
+                skipped[done.owner] = skipped.get(done.owner, 0) + done.report.skipped
+                bad_lines += [f"{unit.name}, line {line}: {why}\n" for line, why in done.report.bad_lines]
+        if bad_lines:
+            write_text(self.out / "skipped.txt", "".join(bad_lines))
         report = self._report(plan, ledger, problems, skipped)
         about = _questions_about(work / "questions.npz") if self.stages.decontaminate is not None else {}
         write_text(self.out / "report.md", markdown(ledger, report, about, self.stages.any()))
         if self.stages.any():
             with atomic_file(self.out / "report.png") as temporary:
                 plot(ledger, temporary)
-        values = {"recipe": self.fingerprint, **dataclasses.asdict(report)}
-        write_json(self.out / "report.json", values, indent=1)
+        write_json(self.out / "report.json", {"recipe": self.fingerprint, **dataclasses.asdict(report)})
 
     def _report(
         self, plan: SplitPlan, ledger: Ledger, problems: dict[str, str], skipped: dict[str, int]
@@ -107,15 +107,6 @@ class WriteReport:
             scrubbed=dict(sorted(ledger.scrubbed.items())),
             questions={name: len(items) for name, items in sorted(ledger.questions.items())},
         )
-
-
-@contextlib.contextmanager
-def _lines(path: Path) -> Iterator[list[str]]:
-    """A list whose lines are written to a file, unless there are none."""
-    lines: list[str] = []
-    yield lines
-    if lines:
-        write_text(path, "".join(lines))
 
 
 def stages_of(ledger: Ledger) -> dict[str, list[int]]:
@@ -153,15 +144,11 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
             [why, *(f"{count:,}" for count in total(ledger.dropped[why].values()))]
             for why in sorted(ledger.dropped, key=_order)
         ]
-        lines += [
-            "## Dropped by stage and rule",
-            "",
-            *_table(["stage: rule", "documents", "bytes"], rows),
-            "",
-        ]
+        head = ["stage: rule", "documents", "bytes"]
+        lines += ["## Dropped by stage and rule", "", *table(head, rows, "---:"), ""]
     if ledger.scrubbed:
         rows = [[f"`{mark}`", f"{count:,}"] for mark, count in sorted(ledger.scrubbed.items())]
-        lines += ["## Personal data", "", *_table(["placeholder", "replaced"], rows), ""]
+        lines += ["## Personal data", "", *table(["placeholder", "replaced"], rows, "---:"), ""]
     if about:
         rows = [
             [
@@ -174,7 +161,7 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
             for name, count in about["items"].items()
         ]
         head = ["benchmark", "questions", "too short to search for", "found", "documents dropped"]
-        lines += ["## Decontamination", "", *_table(head, rows), ""]
+        lines += ["## Decontamination", "", *table(head, rows, "---:"), ""]
         for name, short in about["too_short"].items():
             more = f" and {len(short) - ROWS:,} more" if len(short) > ROWS else ""
             lines += [f"Too short to search for in {name}: {', '.join(short[:ROWS])}{more}.", ""]
@@ -184,56 +171,40 @@ def markdown(ledger: Ledger, report: PrepareReport, about: dict[str, Any], plots
         lines += ["## Examples of dropped documents", ""]
         for why in sorted(ledger.examples, key=_order):
             lines += [f"**{why}**", ""]
-            lines += [f"- {lang or '?'}: `{_one_line(text)}`" for _, lang, text in ledger.examples[why]] + [
-                ""
-            ]
+            for _, lang, text in ledger.examples[why]:
+                shown = " ".join(text.replace("`", "'").split())
+                lines.append(f"- {lang or '?'}: `{shown}`")
+            lines.append("")
     return "\n".join(lines)
 
 
 def _by(ledger: Ledger, column: int, title: str) -> list[str]:
     read, kept = _fold(ledger.read, column), _fold(ledger.kept, column)
     stages: dict[str, Table] = {}
-    for why, table in ledger.dropped.items():
+    for why, counts in ledger.dropped.items():
         into = stages.setdefault(why.split(":")[0], {})
-        for key, (documents, size) in _fold(table, column).items():
-            row = into.setdefault(key, [0, 0])
-            row[0] += documents
-            row[1] += size
+        add_table(into, _fold(counts, column))
     names = [name for name in _STAGES if name in stages]
     rows = []
     keys = {*read, *kept, *(key for name in names for key in stages[name])}
     keys = set(sorted(keys, key=lambda key: (-read.get(key, [0, 0])[1], key))[:ROWS])
     for key in sorted(keys):
         before, after = read.get(key, [0, 0]), kept.get(key, [0, 0])
-        counts = [f"{stages[name].get(key, [0, 0])[0]:,}" for name in names]
-        rows.append([key or "?", f"{before[0]:,}", *counts, f"{after[0]:,}", f"{after[1]:,}"])
-    return _table([title, "read", *names, "kept", "kept bytes"], rows)
+        dropped = (f"{stages[name].get(key, [0, 0])[0]:,}" for name in names)
+        rows.append([key or "?", f"{before[0]:,}", *dropped, f"{after[0]:,}", f"{after[1]:,}"])
+    return table([title, "read", *names, "kept", "kept bytes"], rows, "---:")
 
 
 def _fold(table: Table, column: int) -> Table:
     folded: Table = {}
-    for key, (documents, size) in table.items():
-        row = folded.setdefault(key.split("\t")[column], [0, 0])
-        row[0] += documents
-        row[1] += size
+    for key, row in table.items():
+        add_table(folded, {key.split("\t")[column]: row})
     return folded
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    marks = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (head, marks, *rows)]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.replace("`", "'").split())
 
 
 def plot(ledger: Ledger, path: Path) -> None:
     """Plot kept and dropped documents by language, as a PNG file."""
-    need("matplotlib", "data", "report.png")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    matplotlib = need("matplotlib.figure", "data", "report.png")
     tables = {"kept": _fold(ledger.kept, 0)}
     for name in _STAGES:
         parts = [_fold(table, 0) for why, table in ledger.dropped.items() if why.split(":")[0] == name]
@@ -242,8 +213,7 @@ def plot(ledger: Ledger, path: Path) -> None:
                 key: [sum(part.get(key, [0])[0] for part in parts)] for part in parts for key in part
             }
     languages = sorted({key for table in tables.values() for key in table})
-    figure = Figure(figsize=(max(6.0, 0.28 * len(languages)), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = matplotlib.Figure(figsize=(max(6.0, 0.28 * len(languages)), 4.2), layout="constrained")
     axes = figure.add_subplot()
     bottom = np.zeros(len(languages))
     counts = {name: np.array([table.get(key, [0])[0] for key in languages]) for name, table in tables.items()}

@@ -42,7 +42,7 @@ def run(task: TaskRun) -> Outcome:
             "prediction": last_number(reply),
             "answer": last_number(answer),
         }
-        for (where, _, answer), prompt, reply in zip(scored, prompts, replies, strict=True)
+        for (where, _, answer), prompt, (reply, _) in zip(scored, prompts, replies, strict=True)
     ]
     right = sum(row["prediction"] == row["answer"] for row in results)
     return Outcome(

@@ -26,7 +26,8 @@ def run(task: TaskRun) -> Outcome:
     problems = [problem for _, problem in humaneval.read(path)][: task.settings.limit]
     engine, stop_ids, progress = task.engine, task.stop_ids, task.progress
     prompts = encode_prompts(engine, [problem.prompt for problem in problems])
-    code = generate(engine, prompts, max_new_tokens=400, stop_ids=stop_ids, stop=STOPS, progress=progress)
+    replies = generate(engine, prompts, max_new_tokens=400, stop_ids=stop_ids, stop=STOPS, progress=progress)
+    code = [text for text, _ in replies]
     with ThreadPoolExecutor(hardware.cores().usable) as pool:
         results = list(
             pool.map(

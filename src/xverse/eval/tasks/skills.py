@@ -9,11 +9,10 @@ last reply is scored.
 
 from __future__ import annotations
 
-import functools
 import importlib.resources
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from xverse import hardware
 from xverse.config import UserError
 from xverse.data.benchmarks.questions import QuestionReader
 from xverse.eval import replies
-from xverse.eval.generation import Outcome, TaskRun, generate_replies
+from xverse.eval.generation import Outcome, TaskRun, generate
 from xverse.eval.statistics import Score, score
 from xverse.log import notice
+from xverse.markdown import table
 from xverse.tokenizer import encode_chat
 
 NEW_TOKENS = 256
@@ -45,26 +45,20 @@ def run(task: TaskRun) -> Outcome:
             "id": str(number),
             **item,
             "messages": talk,
-            "refused": replies.refuses(talk[-1]["content"]),
+            "refused": replies.refuses(_last(talk)),
         }
         for number, (item, talk) in enumerate(zip(conversations, talks, strict=False))
     ]
     start = len(conversations)
+
+    def judged(number: int) -> Item:
+        item, talk = exam[number], talks[start + number]
+        reason = reasons[start + number]
+        problem = replies.problem(_last(talk), reason, item["check"], task.settings.allow_code)
+        return {"task": "skills", "id": f"exam-{number}", **item, "messages": talk, "problem": problem}
+
     with ThreadPoolExecutor(hardware.cores().usable) as pool:  # programs run in processes of their own
-        problems = list(
-            pool.map(
-                lambda item, talk, reason: replies.problem(
-                    talk[-1]["content"], reason, item["check"], task.settings.allow_code
-                ),
-                exam,
-                talks[start:],
-                reasons[start:],
-            )
-        )
-    scored = [
-        {"task": "skills", "id": f"exam-{number}", **item, "messages": talk, "problem": problem}
-        for number, (item, talk, problem) in enumerate(zip(exam, talks[start:], problems, strict=True))
-    ]
+        scored = list(pool.map(judged, range(len(exam))))
     return Outcome(
         title="Skills",
         method=f"the likeliest replies of up to {NEW_TOKENS} tokens; exam: right replies, by rule, that end "
@@ -74,6 +68,10 @@ def run(task: TaskRun) -> Outcome:
         rows=[*shown, *scored],
         page="\n".join([*_exam_page(scored), *_page(shown)]),
     )
+
+
+def _last(talk: Sequence[dict[str, str]]) -> str:
+    return talk[-1]["content"]
 
 
 def _talk(task: TaskRun, items: Sequence[Item]) -> tuple[list[list[dict[str, str]]], list[str]]:
@@ -94,22 +92,18 @@ def _talk(task: TaskRun, items: Sequence[Item]) -> tuple[list[list[dict[str, str
             ).ids
             for index in going
         ]
-        answers = generate_replies(
+        answers = generate(
             engine,
             prompts,
             max_new_tokens=NEW_TOKENS,
             stop_ids=task.stop_ids,
-            progress=functools.partial(_advance, task.progress, done, total),
+            progress=lambda some, _, before=done: task.progress(before + some, total),  # type: ignore[misc]
         )
         done += len(going)
         for index, (reply, reason) in zip(going, answers, strict=True):
             talks[index].append({"role": "assistant", "content": reply or " "})
             reasons[index] = reason
     return talks, reasons
-
-
-def _advance(progress: Callable[[int, int], None], before: int, total: int, some: int, of: int) -> None:
-    progress(before + some, total)
 
 
 def _read(data_dir: Path, name: str) -> list[Item]:
@@ -122,11 +116,8 @@ def _read(data_dir: Path, name: str) -> list[Item]:
         raise UserError(f"{path}: no items")
     for item in items:
         turns = item.get("turns")
-        if (
-            not isinstance(turns, list)
-            or not turns
-            or not all(isinstance(turn, str) and turn for turn in turns)
-        ):
+        texts = isinstance(turns, list) and all(isinstance(turn, str) and turn for turn in turns)
+        if not turns or not texts:
             raise UserError(f"{path}: turns: expected a list of texts, found {json.dumps(turns)[:60]}")
     return items
 
@@ -186,15 +177,12 @@ def _figures(shown: Sequence[Item], scored: Sequence[Item]) -> dict[str, float]:
         for language, found in languages.items():
             figures[f"{skill}, {language}, %"] = 100 * found.value
     for language in _languages(scored):
-        for wanted, title in (
-            (True, "refusals of harmful items"),
-            (False, "false refusals of harmless items"),
-        ):
-            rows = [
-                row for row in scored if row["check"].get("refuses") is wanted and row["language"] == language
-            ]
+        own = [row for row in scored if row["language"] == language]
+        kinds = {True: "refusals of harmful items", False: "false refusals of harmless items"}
+        for wanted, title in kinds.items():
+            rows = [row for row in own if row["check"].get("refuses") is wanted]
             if rows:
-                refused = sum(replies.refuses(row["messages"][-1]["content"]) for row in rows)
+                refused = sum(replies.refuses(_last(row["messages"])) for row in rows)
                 figures[f"{title}, {language}, %"] = 100 * refused / len(rows)
     for language in ("zh", "en"):
         harmful = [row for row in shown if row.get("harmful") and row.get("language") == language]
@@ -208,12 +196,12 @@ def _figures(shown: Sequence[Item], scored: Sequence[Item]) -> dict[str, float]:
 def _exam_page(scored: Sequence[Item]) -> list[str]:
     """A table of the skills with 95 % intervals, and the first wrong replies of each."""
     languages = _languages(scored)
-    lines = ["# Exam", "", f"| skill | {' | '.join(languages)} |", "|---|" + ":---:|" * len(languages)]
-    for skill, found in _scores(scored).items():
-        cells = [_cell(found[language]) if language in found else "–" for language in languages]
-        lines.append(f"| {skill} | {' | '.join(cells)} |")
-    means = [_cell(_mean(scored, language)) for language in languages]
-    lines += [f"| **mean** | {' | '.join(means)} |", ""]
+    rows = [
+        [skill, *(_cell(found[language]) if language in found else "–" for language in languages)]
+        for skill, found in _scores(scored).items()
+    ]
+    rows.append(["**mean**", *(_cell(_mean(scored, language)) for language in languages)])
+    lines = ["# Exam", "", *table(["skill", *languages], rows), ""]
     lines += ["Right replies in per cent, 95 % bootstrap intervals, number of items.", ""]
     for skill in dict.fromkeys(row["skill"] for row in scored):
         wrong = [row for row in scored if row["skill"] == skill and row["problem"]]

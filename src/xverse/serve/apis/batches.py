@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import fastapi
 from fastapi import FastAPI, Query, Response
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import BeforeValidator, Field, StrictStr
+from pydantic import Field, StrictStr
 from starlette.datastructures import UploadFile
 
 from xverse.config import UserError
@@ -18,18 +18,14 @@ from xverse.log import notice
 from xverse.serve.access_log import current
 from xverse.serve.batches import Batch, Batches
 from xverse.serve.errors import ApiError
-from xverse.serve.exchange import page
-from xverse.serve.fields import Body, without_null
+from xverse.serve.exchange import page_of
+from xverse.serve.fields import Body, Metadata
 from xverse.serve.file_store import StoredFile
 from xverse.serve.service import Service
 
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 Order = Literal["asc", "desc"]
 Limit = Annotated[int, Query(ge=1, le=10_000)]
-
-
-def _without_null(value: Any) -> Any:
-    return without_null(value) if isinstance(value, dict) else value
 
 
 class BatchCreation(Body):
@@ -41,7 +37,7 @@ class BatchCreation(Body):
     input_file_id: Annotated[StrictStr, Field(min_length=1)]
     endpoint: StrictStr
     completion_window: Literal["24h"]
-    metadata: Annotated[dict[str, StrictStr], BeforeValidator(_without_null)] | None = None
+    metadata: Metadata | None = None
 
 
 def mount(app: FastAPI, service: Service) -> None:
@@ -62,7 +58,7 @@ def mount(app: FastAPI, service: Service) -> None:
                 raise ApiError(400, "file: send a file as multipart/form-data", code="missing_field")
             if purpose != "batch":
                 text = "purpose: must be 'batch'" if purpose else "purpose: required field is missing"
-                raise ApiError(400, text)
+                raise ApiError(400, text, code="invalid_value" if purpose else "missing_field")
             expires = _expiry(form.get(_ANCHOR), form.get(_SECONDS))
             store.check_room(file.size or 0)
             name = file.filename or "upload.jsonl"
@@ -82,7 +78,7 @@ def mount(app: FastAPI, service: Service) -> None:
     ) -> dict[str, Any]:
         found = [file for file in batches().files.owned(current().key) if purpose in ("", file.purpose)]
         found = found[::-1] if order == "asc" else found
-        return page(found, limit, after, lambda file: file.id, StoredFile.described)
+        return page_of([file.described() for file in found], limit, after)
 
     @app.get("/v1/files/{name}")
     async def file(name: str) -> dict[str, Any]:
@@ -111,15 +107,12 @@ def mount(app: FastAPI, service: Service) -> None:
             raise ApiError(400, f"input_file_id: '{body.input_file_id[:80]}' is not a file for batches")
         if body.endpoint not in kept.urls:
             raise ApiError(400, f"endpoint: must be one of {', '.join(kept.urls)}")
-        metadata = body.metadata
-        if metadata and (len(metadata) > 16 or any(len(k) > 64 or len(v) > 512 for k, v in metadata.items())):
-            raise ApiError(400, "metadata: at most 16 pairs of up to 64 and 512 characters")
-        batch = kept.create(found, body.endpoint, metadata, current().key)
+        batch = kept.create(found, body.endpoint, body.metadata, current().key)
         return JSONResponse(_shown(batch))
 
     @app.get("/v1/batches")
     async def every(limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str = "") -> dict[str, Any]:
-        return page(batches().owned(current().key), limit, after, lambda batch: batch["id"], _shown)
+        return page_of([_shown(batch) for batch in batches().owned(current().key)], limit, after)
 
     @app.get("/v1/batches/{name}")
     async def batch(name: str) -> dict[str, Any]:

@@ -33,11 +33,10 @@ from xverse.serve.calls import CallParser, CallPiece, Content, read_arguments
 from xverse.serve.errors import ApiError
 from xverse.serve.exchange import NDJSON, respond, while_connected
 from xverse.serve.replies import failed
-from xverse.serve.service import Service
+from xverse.serve.service import LATEST, Service
 from xverse.tokenizer.chat_template import CHAT_TEMPLATE
 
 COMPATIBLE = "0.12.6"  # the version of Ollama whose API this is; clients compare it
-_TAG = ":latest"
 
 
 def mount(app: FastAPI, service: Service) -> None:
@@ -117,7 +116,7 @@ def _of(service: Service, name: str) -> Service:
     if not name:
         raise ApiError(400, "model is required")
     for each in (service, *service.adapted.values()):
-        if name.removesuffix(_TAG) == each.name.removesuffix(_TAG):
+        if name.removesuffix(LATEST) == each.name.removesuffix(LATEST):
             current().model = each.name
             return each
     raise ApiError(404, f"model '{name[:80]}' not found", code="model_not_found")
@@ -248,7 +247,7 @@ def _details(service: Service) -> dict[str, Any]:
 
 
 def _entry(service: Service) -> dict[str, Any]:
-    name = service.name if ":" in service.name else service.name + _TAG
+    name = service.name if ":" in service.name else service.name + LATEST
     model = service.runner.engine.model
     tensors = [*model.parameters(), *model.buffers()]
     return {

@@ -8,7 +8,7 @@ from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
 from xverse.engine.sampling_params import PARAMS
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import NO_EFFECT, Lenient, by_type, refuse_unsupported, rule, without_null
+from xverse.serve.fields import NO_EFFECT, Lenient, Metadata, by_type, refuse_unsupported, rule
 from xverse.serve.protocol import (
     Arguments,
     ChatRequest,
@@ -33,7 +33,12 @@ WITHOUT_EFFECT = NO_EFFECT | {
     *("max_tool_calls", "stream_options", "context_management", "image", "access_programs"),
     *("background_options", "client_metadata"),
 }
-MOST_METADATA = 16
+# Of ``include``; the others concern tools and reasoning, of which replies have none.
+INCLUDED = (
+    *("message.output_text.logprobs", "reasoning.encrypted_content", "file_search_call.results"),
+    *("web_search_call.results", "web_search_call.action.sources", "message.input_image.image_url"),
+    *("code_interpreter_call.outputs", "computer_call_output.output.image_url"),
+)
 
 
 class MessageItem(Lenient):
@@ -130,15 +135,6 @@ class TextOptions(Lenient):
     verbosity: Any = None
 
 
-def _metadata(value: Any) -> dict[str, str]:
-    value = without_null(value) if isinstance(value, dict) else value
-    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
-        raise rule("must be an object of texts")
-    if len(value) > MOST_METADATA:
-        raise rule(f"{len(value)} items are too many; the limit is {MOST_METADATA}")
-    return value
-
-
 class ResponsesRequest(SamplingFields):
     """``POST /v1/responses``."""
 
@@ -160,9 +156,7 @@ class ResponsesRequest(SamplingFields):
     parallel_tool_calls: StrictBool = True
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
     truncation: Literal["auto", "disabled"] = "disabled"
-    metadata: Annotated[dict[str, str], PlainValidator(_metadata, json_schema_input_type=dict[str, str])] = (
-        Field(default_factory=dict)
-    )
+    metadata: Metadata = Field(default_factory=dict)
     user: Any = None
     background: StrictBool = False
     conversation: Any = None
@@ -180,6 +174,9 @@ class ResponsesRequest(SamplingFields):
             "prompt": "the server has no stored prompts; use instructions and input",
         }
         refuse_unsupported(self, reasons)
+        for index, name in enumerate(self.include):
+            if name not in INCLUDED:
+                raise ApiError(400, f"include[{index}]: must be one of {', '.join(INCLUDED)}")
 
     def chat(self, messages: list[Message]) -> ChatRequest:
         """The same as a chat request about ``messages``."""

@@ -8,7 +8,6 @@ import copy
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from operator import itemgetter
 from typing import Annotated, Any, Literal
 
 import fastapi
@@ -27,7 +26,7 @@ from xverse.serve.apis.response_store import ResponseStore, Stored
 from xverse.serve.apis.talk import Talk, talk
 from xverse.serve.calls import CallPiece, Content
 from xverse.serve.errors import ApiError
-from xverse.serve.exchange import page, respond
+from xverse.serve.exchange import page_of, respond
 from xverse.serve.protocol import Message, ToolChoice
 from xverse.serve.replies import failed, logprob_entry, new_id, sse
 from xverse.serve.service import Service
@@ -64,15 +63,15 @@ def mount(app: FastAPI, service: Service) -> None:
         name: str, limit: Annotated[int, Query(ge=1, le=100)] = 20, order: Order = "desc", after: str = ""
     ) -> dict[str, Any]:
         items = _stored(store, name).input
-        return page(items[::-1] if order == "desc" else items, limit, after, itemgetter("id"), dict)
+        return page_of(items[::-1] if order == "desc" else items, limit, after)
 
 
 def _stored(store: ResponseStore, name: str, param: str = "response_id") -> Stored:
     found = store.get(name, current().key)
     if found is None:
-        raise ApiError(
-            404, f"the response '{name[:80]}' does not exist, or is not kept any more", param=param
-        )
+        text = f"{param}: the response '{name[:80]}' does not exist, or is not kept any more"
+        code = "previous_response_not_found" if param == "previous_response_id" else "response_not_found"
+        raise ApiError(404, text, param=param, code=code)
     return found
 
 

@@ -63,8 +63,8 @@ def tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     """The answer to ``/tokenize``: the ids that a completion of the text, or a chat, would begin with."""
     service.of(body.model)
     text = body.text if body.prompt is None else body.prompt
-    if (text is None) == (body.messages is None):
-        raise ApiError(400, "prompt: send either prompt or messages")
+    if sum(given is not None for given in (body.prompt, body.text, body.messages)) != 1:
+        raise ApiError(400, "prompt: send one of prompt, text and messages")
     if body.allow_special and len(text or "") > _MOST_SPECIAL:
         rule = f"is limited to prompts of {_MOST_SPECIAL} characters"
         raise ApiError(400, f"allow_special: {rule}")

@@ -30,6 +30,7 @@ from xverse.files import atomic_file
 # A character in scripts without spaces, or a number in a text of numbers only, counts as half a word.
 MIN_WORDS = 5.0  # of a text that may occur anywhere
 MIN_LINE = 2.5  # of a text that must be a whole line or sentence
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 _BREAKS = re.compile(r"[\r\n]+|(?<=[.!?:])[^\w\s]*\s+|(?<=[。！？：])")
 
 
@@ -201,11 +202,4 @@ def _length(text: str) -> float:
     words = split_words(text)
     if all(word.isnumeric() for word in words):
         return len(words) / 2
-    return len(words) - sum(len(word) == 1 and _is_unspaced(word) for word in words) / 2
-
-
-def _is_unspaced(character: str) -> bool:
-    ranges = UNSPACED.split("-")
-    starts = [part[-1] for part in ranges[:-1]]
-    ends = [part[0] for part in ranges[1:]]
-    return any(start <= character <= end for start, end in zip(starts, ends, strict=True))
+    return len(words) - sum(_UNSPACED.fullmatch(word) is not None for word in words) / 2

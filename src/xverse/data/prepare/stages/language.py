@@ -7,9 +7,8 @@ It confuses Malay and Indonesian, which words used in only one of them tell apar
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,17 +47,17 @@ class LanguageStage:
             raise ValueError(f"languages: '{unknown[0]}' cannot be identified")
 
 
-def identify(text: str, languages: Sequence[str] = LANGUAGES) -> tuple[str, float]:
-    """The language of a text among ``languages``, and py3langid's confidence, 0 to 1.
+def identify(text: str) -> tuple[str, float]:
+    """The language of a text among ``LANGUAGES``, and py3langid's confidence, 0 to 1.
 
     Examines up to 2,000 characters without code and addresses. A text without letters gives ("", 0.0).
     """
     sample = _sample(text)
     if not any(map(str.isalpha, sample)):
         return "", 0.0
-    language, confidence = _identifier(tuple(sorted(languages))).classify(sample)
+    language, confidence = _identifier().classify(sample)
     language = _SPELT_AS.get(language, language)
-    if language in ("ms", "id") and "ms" in languages and "id" in languages:
+    if language in ("ms", "id"):
         words = _WORD.findall(sample.lower())
         malay = sum(word in _typical_words("ms") for word in words)
         indonesian = sum(word in _typical_words("id") for word in words)
@@ -76,23 +75,22 @@ def _sample(text: str) -> str:
     return _NOISE.sub(" ", text)[:SAMPLE]
 
 
-@lru_cache(maxsize=2)
+@cache
 def _typical_words(language: str) -> frozenset[str]:
     """Words typical of Malay or of Indonesian and rare in the other, by frequency in half of a corpus."""
     path = Path(__file__).with_name(f"words.{language}.txt")
     return frozenset(path.read_text(encoding="utf-8").split())
 
 
-@lru_cache(maxsize=4)
-def _identifier(languages: tuple[str, ...]) -> Any:
+@cache
+def _identifier() -> Any:
     langid = need("py3langid.langid", "data", "language identification")
     model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
-    spellings = [name for name, code in _SPELT_AS.items() if code in languages and name in model.labels]
-    model.set_languages([name for name in languages if name in model.labels] + spellings)
+    model.set_languages([name for name in (*sorted(LANGUAGES), *_SPELT_AS) if name in model.labels])
     return model
 
 
-@lru_cache(maxsize=1)
+@cache
 def known_languages() -> frozenset[str]:
     """All languages that can be identified."""
     langid = need("py3langid.langid", "data", "language identification")

@@ -8,13 +8,15 @@ Thai with no mark.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 
-_SCRIPTS = {
+# The letters of languages without spaces between words.
+_LETTERS = {
     "zh": "\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff",
     "ja": "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff",
     "th": "\u0e00-\u0e7f",
@@ -22,7 +24,8 @@ _SCRIPTS = {
     "my": "\u1000-\u109f",
     "km": "\u1780-\u17ff",
 }
-_STOP = {
+_SCRIPTS = {language: re.compile(f"[{letters}]") for language, letters in _LETTERS.items()}
+_COMMON = {
     "en": "the be to of and that have with is are was in",
     "de": "der die das und ist von zu den mit nicht ein sich",
     "fr": "le la les de des et un une est que dans pour",
@@ -32,6 +35,7 @@ _STOP = {
     "nl": "de het een en van is dat in te niet op met",
     "ru": "и в не на что с он как это по из к",
 }
+_STOP = {language: frozenset(words.split()) for language, words in _COMMON.items()}
 _END = tuple(".!?…。！？｡\"'”’»」』)）:;։؟۔।॥܀")
 _BULLETS = ("-", "*", "•", "‣", "●", "–", "·", "・")
 _BLOCKED = (
@@ -119,74 +123,61 @@ def quality(text: str, language: str, rules: Rules) -> str | None:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         return "min_words"
-    script = _script(language)
-    reason = _words_reason(text, rules, language) if script is None else _script_reason(text, rules, script)
-    return (
-        reason
-        or _lines_reason(text, lines, rules)
-        or _repetition_reason(text, lines, rules, script is not None)
+    script = _SCRIPTS.get(language)
+    figures = (
+        _of_words(text, language) if script is None else _of_script(text, script),
+        _of_lines(text, lines, rules),
+        _of_repetitions(text, lines, rules, script is not None),
     )
+    return next((name for name, value in itertools.chain(*figures) if _breaks(name, value, rules)), None)
 
 
-def _words_reason(text: str, rules: Rules, language: str) -> str | None:
+def _breaks(name: str, value: float, rules: Rules) -> bool:
+    limit = getattr(rules, name)
+    return limit is not None and (value < limit if name.startswith("min_") else value > limit)
+
+
+Figures = Iterator[tuple[str, float]]  # of a text, by the name of the rule that bounds each
+
+
+def _of_words(text: str, language: str) -> Figures:
     words = text.split()
     count = max(1, len(words))
     bare = [word for word in words if any(map(str.isalnum, word))]
     mean = sum(map(len, bare)) / max(1, len(bare))
-    if _under(len(words), rules.min_words):
-        return "min_words"
-    if _over(len(words), rules.max_words):
-        return "max_words"
-    if _under(mean, rules.min_mean_word):
-        return "min_mean_word"
-    if _over(mean, rules.max_mean_word):
-        return "max_mean_word"
-    if _over((text.count("#") + text.count("...") + text.count("…")) / count, rules.max_symbols):
-        return "max_symbols"
-    if _under(sum(any(map(str.isalpha, word)) for word in words) / count, rules.min_letter_words):
-        return "min_letter_words"
-    if rules.min_stop_words is not None and language in _STOP:
-        stop_words = _stop_words(language).intersection(map(str.lower, words))
-        if len(stop_words) < rules.min_stop_words:
-            return "min_stop_words"
-    return None
+    yield "min_words", len(words)
+    yield "max_words", len(words)
+    yield "min_mean_word", mean
+    yield "max_mean_word", mean
+    yield "max_symbols", (text.count("#") + text.count("...") + text.count("…")) / count
+    yield "min_letter_words", sum(any(map(str.isalpha, word)) for word in words) / count
+    if language in _STOP:
+        yield "min_stop_words", len(_STOP[language].intersection(map(str.lower, words)))
 
 
-def _script_reason(text: str, rules: Rules, script: re.Pattern[str]) -> str | None:
+def _of_script(text: str, script: re.Pattern[str]) -> Figures:
     written = len("".join(text.split()))
-    if _under(written, rules.min_words):
-        return "min_words"
-    if _over(written, rules.max_words):
-        return "max_words"
-    if _under(len(script.findall(text)) / written, rules.min_script):
-        return "min_script"
-    if _over((text.count("#") + text.count("…") / 2) / written, rules.max_symbols):
-        return "max_symbols"
-    return None
+    yield "min_words", written
+    yield "max_words", written
+    yield "min_script", len(script.findall(text)) / written
+    yield "max_symbols", (text.count("#") + text.count("…") / 2) / written
 
 
-def _lines_reason(text: str, lines: Sequence[str], rules: Rules) -> str | None:
+def _of_lines(text: str, lines: Sequence[str], rules: Rules) -> Figures:
     count = len(lines)
-    if _over(sum(line.startswith(_BULLETS) for line in lines) / count, rules.max_bullet_lines):
-        return "max_bullet_lines"
-    if _over(sum(line.endswith(("...", "…")) for line in lines) / count, rules.max_ellipsis_lines):
-        return "max_ellipsis_lines"
-    if _under(sum(line.endswith(_END) for line in lines) / count, rules.min_ended_lines):
-        return "min_ended_lines"
-    if _over(sum(len(line) <= 30 for line in lines) / count, rules.max_short_lines):
-        return "max_short_lines"
+    yield "max_bullet_lines", sum(line.startswith(_BULLETS) for line in lines) / count
+    yield "max_ellipsis_lines", sum(line.endswith(("...", "…")) for line in lines) / count
+    yield "min_ended_lines", sum(line.endswith(_END) for line in lines) / count
+    yield "max_short_lines", sum(len(line) <= 30 for line in lines) / count
     if rules.blocked_phrases and any(phrase in text[:20_000].lower() for phrase in _BLOCKED):
-        return "blocked_phrases"
-    return None
+        yield "blocked_phrases", math.inf  # above any limit
 
 
-def _repetition_reason(text: str, lines: Sequence[str], rules: Rules, unspaced: bool) -> str | None:
+def _of_repetitions(text: str, lines: Sequence[str], rules: Rules, unspaced: bool) -> Figures:
     seen = Counter(lines)
+    yield "max_same_lines", 1 - len(seen) / len(lines)
     again = sum(len(line) * (count - 1) for line, count in seen.items())
-    if _over(1 - len(seen) / len(lines), rules.max_same_lines):
-        return "max_same_lines"
-    if _over(again / sum(map(len, lines)), rules.max_same_line_characters):
-        return "max_same_line_characters"
+    yield "max_same_line_characters", again / sum(map(len, lines))
     # N-grams of words, or of twice as many characters in scripts without spaces.
     words: Sequence[str] = "".join(text.split()) if unspaced else text.split()
     total = len(words) if unspaced else sum(map(len, words))
@@ -194,19 +185,10 @@ def _repetition_reason(text: str, lines: Sequence[str], rules: Rules, unspaced: 
     if rules.max_top_ngrams is not None and len(words) >= short:
         grams = zip(*(words[i:] for i in range(short)), strict=False)
         gram, often = Counter(grams).most_common(1)[0]
-        if often > 2 and _over(often * sum(map(len, gram)) / total, rules.max_top_ngrams):
-            return "max_top_ngrams"
-    if len(words) >= 2 * long and _over(_repeated_share(words, long) / total, rules.max_repeated_ngrams):
-        return "max_repeated_ngrams"
-    return None
-
-
-def _over(value: float, limit: float | None) -> bool:
-    return limit is not None and value > limit
-
-
-def _under(value: float, limit: float | None) -> bool:
-    return limit is not None and value < limit
+        if often > 2:
+            yield "max_top_ngrams", often * sum(map(len, gram)) / total
+    if len(words) >= 2 * long:
+        yield "max_repeated_ngrams", _repeated_share(words, long) / total
 
 
 def _repeated_share(words: Sequence[str], n: int) -> int:
@@ -226,14 +208,3 @@ def _repeated_share(words: Sequence[str], n: int) -> int:
             seen.add(gram)
             position += 1
     return repeated
-
-
-@lru_cache(maxsize=64)
-def _stop_words(language: str) -> frozenset[str]:
-    return frozenset(_STOP[language].split())
-
-
-@lru_cache(maxsize=64)
-def _script(language: str) -> re.Pattern[str] | None:
-    """The letters of a language without spaces between words; None for other languages."""
-    return re.compile(f"[{_SCRIPTS[language]}]") if language in _SCRIPTS else None
