@@ -13,7 +13,7 @@ from xverse.config import need
 
 if TYPE_CHECKING:
     from xverse.serve.batch_file import Answers, BatchRequest
-    from xverse.serve.in_process import InProcess
+    from xverse.serve.app import InProcess
 
 _REPORT_SECONDS = 10.0
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     need("llguidance", "serve", "xverse batch")
     from xverse.serve.batch_file import answers, read_requests
     from xverse.serve.caller import URLS
-    from xverse.serve.in_process import InProcess
+    from xverse.serve.app import InProcess
     from xverse.serve.start import load_service
 
     requests = read_requests(args.file, URLS)
