@@ -20,6 +20,8 @@ ATTEMPTS = 5  # to read on after an error of the network
 PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
 BLOCK = 8 << 20  # bytes read ahead
 KNOWN = ("s3", "oss", "gs", "hdfs", "http", "https", "hf", "file")
+_CLIENTS = {"s3": "s3fs", "s3a": "s3fs", "oss": "ossfs", "gs": "gcsfs", "gcs": "gcsfs", "hdfs": "pyarrow"}
+_CLIENTS |= {"http": "aiohttp", "https": "aiohttp"}  # packages that fsspec does not bring along
 STORES = ("s3", "s3a", "oss", "gs", "gcs", "hf", "memory")  # a file appears when it is complete; no folders
 
 
@@ -30,27 +32,14 @@ def filesystem(url: str) -> tuple[Any, str]:
     protocol = url.partition("://")[0].lower()
     if protocol not in fsspec.available_protocols():
         raise UserError(f"{url}: unknown protocol '{protocol}'; known are {', '.join(KNOWN)}")
-    _need_client(protocol)
+    if protocol in _CLIENTS:
+        need(_CLIENTS[protocol], "data" if protocol == "hdfs" else "remote", f"{protocol}://", load=False)
     try:
         with _errors(url):
             found: tuple[Any, str] = fsspec.core.url_to_fs(url)
             return found
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: {' '.join(str(error).split())[:300]}") from None
-
-
-def _need_client(protocol: str) -> None:
-    """Raise UserError if the package of a protocol that fsspec does not bring along is missing."""
-    if protocol in ("s3", "s3a"):
-        need("s3fs", "remote", f"{protocol}://", load=False)
-    elif protocol == "oss":
-        need("ossfs", "remote", f"{protocol}://", load=False)
-    elif protocol in ("gs", "gcs"):
-        need("gcsfs", "remote", f"{protocol}://", load=False)
-    elif protocol == "hdfs":
-        need("pyarrow", "data", f"{protocol}://", load=False)
-    elif protocol in ("http", "https"):
-        need("aiohttp", "remote", f"{protocol}://", load=False)
 
 
 def find(url: str) -> list[tuple[str, int]]:

@@ -258,7 +258,11 @@ def from_generation_config(values: Mapping[str, Any], defaults: SamplingParams) 
     given = {known[key]: value for key, value in values.items() if key in known and value is not None}
     if values.get("do_sample") is False:
         given["temperature"] = 0.0
-    return defaults.changed(given, "generation_config.json")
+    where = "generation_config.json"
+    try:
+        return defaults.changed(given, where)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
 
 
 def unsupported_keys(values: Mapping[str, Any]) -> list[str]:

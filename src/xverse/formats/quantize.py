@@ -206,7 +206,8 @@ def mixed_formats(
     shapes = [*matrices(config), (mixing.HEAD, config.vocab_size, config.hidden_size)]
     weights = sum(outputs * inputs for _, outputs, inputs in shapes)
     small = config.num_parameters() < 10**9
-    model = load_model(directory, torch.float32 if small else None, device)
+    run = Quantizer(config, source.read, settings, calibration=calibration)
+    model = run.whole_source() if small else load_model(directory, None, device)
     norms = [value for value in model.parameters() if value.dim() == 1]
     plain = sum(value.numel() * directory.stored_dtype.itemsize for value in norms)
     counted = weights + sum(value.numel() for value in norms)

@@ -99,7 +99,7 @@ def _load_quantized(
     taken = _Taken(model)
     chosen = quantized_names(files, scheme)
     prefixes = tuple(f"{name}." for name in chosen)
-    others = [name for name in files.names if not name.startswith(prefixes)]
+    others = [name for name in files.names if name.endswith(".bias") or not name.startswith(prefixes)]
     if dtype is None:
         norms = [name for name in others if len(taken.expected.get(name, ())) == 1]
         exact = dequantize and model.config.num_parameters() < FLOAT32_BELOW

@@ -98,7 +98,9 @@ def fused_step(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> FusedSt
                     return None
             elif type(module) is BF16Linear:
                 most_tokens = BF16_TOKENS
-            elif type(module) is not QuantLinear or module.order is not None:  # such as one with an adapter
+            elif (  # such as one with an adapter
+                type(module) is not QuantLinear or module.order is not None or module.mean is not None
+            ):
                 return None
     return FusedStep(model, cache, most_tokens)
 
