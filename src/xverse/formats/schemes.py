@@ -114,8 +114,7 @@ def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) ->
     group = inputs // stored.scales.shape[1]
     repeat = group // kernel_group_size(group)
     scales = stored.scales.repeat_interleave(repeat, dim=1) if repeat > 1 else stored.scales
-    with torch.device("meta"):
-        module = QuantLinear(inputs, stored.scales.shape[0], stored.bits, group, stored.table is not None)
+    module = QuantLinear(inputs, stored.scales.shape[0], stored.bits, group, stored.table is not None)
     module.tiles = tile_rows(stored.rows, scales, stored.bits, stored.table)
     module.order, module.mean = stored.order, stored.mean
     return module

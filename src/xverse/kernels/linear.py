@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from xverse.kernels.weight import QuantizedWeight
 
 class QuantLinear(nn.Module):
     """``x`` [..., in_features] → [..., out_features] with a weight of 2 to 4 or 8 bits, and a ``bias`` or
-    None.
+    None. ``tiles`` are to be assigned.
 
     ``tiles`` is the weight in the kernels' layout (``tiles.py``), on the CPU and on GPUs; ``table``: with a
     table, as all weights of 2 and 3 bits, whose kernel group is ``table_group`` (otherwise 0). With ``order``
@@ -37,7 +38,7 @@ class QuantLinear(nn.Module):
         kernel_group = kernel_group_size(group_size)
         self.table_group = kernel_group if table or bits < 4 else 0
         shape = tile_shape(out_features, in_features, bits, kernel_group, table)
-        self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8))
+        self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8, device="meta"))
         self.register_buffer("order", None)
         self.register_buffer("mean", None)
         self.register_parameter("bias", None)
@@ -45,8 +46,7 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> QuantLinear:
         outputs, inputs = weight.q.shape
-        with torch.device("meta"):
-            module = cls(inputs, outputs, weight.bits, weight.group_size, weight.table is not None)
+        module = cls(inputs, outputs, weight.bits, weight.group_size, weight.table is not None)
         module.tiles, module.mean = tile(weight), weight.mean
         module.bias = bias
         return module
@@ -147,3 +147,9 @@ class QuantEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scales.shape[0]}, {self.rows.shape[1] * 8 // self.bits}, bits={self.bits}"
+
+
+def weights_kind(model: Any) -> str:
+    """What the weights of a language model are: ``int4``, the fewest bits of its linears, or their dtype."""
+    bits = [module.bits for module in model.modules() if isinstance(module, QuantLinear)]
+    return f"int{min(bits)}" if bits else str(model.model.norm.weight.dtype).removeprefix("torch.")

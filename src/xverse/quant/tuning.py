@@ -121,8 +121,7 @@ def whole_model(
 ) -> XverseForCausalLM:
     """A model in float32 from all its tensors, with a ``layer`` for each quantised linear; a quantised
     embedding is dequantised."""
-    with torch.device("meta"):
-        model = XverseForCausalLM(dataclasses.replace(config, tie_word_embeddings=False))
+    model = XverseForCausalLM.empty(dataclasses.replace(config, tie_word_embeddings=False))
     for name, tensor in sorted(
         tensors.items(), key=lambda item: not item[0].endswith(".bias")
     ):  # biases first
