@@ -2,7 +2,7 @@
 
 An RMS norm without a weight commutes with an orthogonal matrix. Its weight moves into the matrices behind it,
 and all that reads or writes the stream is multiplied by one matrix, which mixes all channels equally (QuaRot:
-Ashkboos et al., 2024). No channel stands out afterwards, and weights are nearly normally distributed.
+Ashkboos et al., 2024). No channel is an outlier afterwards, and weights are nearly normally distributed.
 """
 
 from __future__ import annotations

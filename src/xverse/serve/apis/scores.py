@@ -125,7 +125,7 @@ def _given(body: ScoreRequest, name: str, other: str) -> list[str]:
     found = [value for value in (getattr(body, name), getattr(body, other)) if value is not None]
     if len(found) != 1:
         text = f"{name}: required field is missing" if not found else f"{name} and {other} are the same field"
-        raise ApiError(400, text, code=None if found else "missing_field")
+        raise ApiError(400, text, param=name, code=None if found else "missing_field")
     return list(found[0])
 
 
