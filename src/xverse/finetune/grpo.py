@@ -382,11 +382,12 @@ class GrpoTrainer(FinetuneTrainer):
         figures = {**self._last, "clip_ratio": clipped}
         if self.settings.beta:
             figures["kl"] = kl
-        figures |= {
-            "logprob_difference": difference,
-            "logprob_difference_max": largest,
-            "sampling_ratio": ratio,
-        }
+        if tokens:
+            figures |= {
+                "logprob_difference": difference,
+                "logprob_difference_max": largest,
+                "sampling_ratio": ratio,
+            }
         if seconds:
             figures["rollout_tokens_per_second"] = generated * self.args.world_size / seconds
         self._sums, self._largest, self._steps = dict.fromkeys(_SUMS, 0.0), 0.0, []

@@ -101,13 +101,8 @@ def _alone() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    values = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if "RANK" not in os.environ:
         os.environ.update(values)
 

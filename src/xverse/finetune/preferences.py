@@ -23,15 +23,15 @@ from xverse.model import IGNORE
 
 
 def logits_with_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tokens with loss in a row of ``join``: the logits that predict them [K, V], the places of these
-    logits in the row and the tokens themselves, int64 [K] each."""
+    """Of the tokens with loss in a row of ``row_of``: the logits that predict them [K, V], the places of
+    these logits in the row and the tokens themselves, int64 [K] each."""
     targets = batch["labels"][0, 1:]  # [T-1]; an example's first token has no label
     kept = torch.nonzero_static(targets != IGNORE, size=batch["num_targets"]).flatten()  # [K]
     return model(**inputs_of(batch), logits_to_keep=kept).logits[0], kept, targets[kept]
 
 
 def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The summed log-probability and the number of tokens with loss of each example in a row of ``join``,
+    """The summed log-probability and the number of tokens with loss of each example in a row of ``row_of``,
     float32 [n] each."""
     logits, kept, targets = logits_with_loss(model, batch)
     tokens = -cross_entropy(logits.float(), targets, reduction="none")  # [K]
