@@ -104,6 +104,7 @@ class _Server(ThreadingHTTPServer):
     folder: Path
     cuts = 0  # answers that still break off in the middle
     ranges = True
+    status = 404  # of what is not there
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -115,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self, body: bool = True) -> None:
         path = self.server.folder / self.path.partition("?")[0].lstrip("/")
         if not path.is_file():
-            self.send_error(404)
+            self.send_error(self.server.status)
             return
         data, total = path.read_bytes(), path.stat().st_size
         wanted = self.headers.get("Range") if self.server.ranges else None
@@ -169,6 +170,25 @@ def test_a_web_server_that_breaks_off(
     server.cuts = 0
     if ranges:
         check(base, files)
+
+
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [(404, "no such file"), (403, "no permission"), (401, "no permission"), (500, "500"), (503, "503")],
+)
+def test_a_failing_web_server_is_not_a_missing_file(
+    server: _Server, monkeypatch: pytest.MonkeyPatch, status: int, why: str
+) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(server, "status", status)
+    with pytest.raises(UserError, match=rf"nothing\.jsonl: .*{why}"):
+        texts(path=f"http://127.0.0.1:{server.server_port}/nothing.jsonl")
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1/a\.jsonl: cannot be read \(.*connect"):
+        texts(path="http://127.0.0.1:1/a.jsonl")
+
+
+def test_protocols_in_capitals(memory: str) -> None:
+    assert texts(path=f"{memory}/a.jsonl".replace("memory", "MEMORY")) == [row["text"] for row in ROWS]
 
 
 def test_an_object_store(files: Path) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor
 from xverse.bench.infer_speed import default_threads, load_named
 from xverse.bench.options import add_model, add_quantize, add_shape, add_threads
 from xverse.bench.report import Row, at_least, at_most, count_threads, show
-from xverse.bench.weights import weights_kind
 from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.sampling_params import CHAT
 from xverse.formats import load_model, load_tokenizer, resolve
 from xverse.hardware import using_threads
+from xverse.kernels.linear import weights_kind
 from xverse.log import notice
 from xverse.model import XverseForCausalLM
 from xverse.quant.text import parity_tokens

@@ -103,12 +103,12 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_args()
     records = [record for name in LANGUAGES for record in language(args.corpus, name)] + code()
-    # In rounds over the languages, so that every part of the file has all of them.
+    # In rounds over the languages, of which the first has all of them.
     places: dict[str, int] = {}
     order = []
     total = {name: sum(record["lang"] == name for record in records) for name in (*LANGUAGES, "code")}
     for record in records:
-        place = places[record["lang"]] = places.get(record["lang"], 0) + 1
+        place = places[record["lang"]] = places.get(record["lang"], -1) + 1
         order.append((place / total[record["lang"]], record["lang"]))
     records = [record for _, record in sorted(zip(order, records, strict=True), key=lambda item: item[0])]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

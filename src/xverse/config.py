@@ -207,15 +207,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert((fitting or kinds)[0], value, where)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
-    if origin is list:
-        if not isinstance(value, list):
-            raise UserError(f"{where}: expected a list, found {type(value).__name__}")
-        return [_convert(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is tuple:
+    if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, found {type(value).__name__}")
         item_hint = typing.get_args(hint)[0]
-        return tuple(_convert(item_hint, item, f"{where}[{i}]") for i, item in enumerate(value))
+        return origin(_convert(item_hint, item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         _mapping(value, where)
         item_hint = typing.get_args(hint)[1]

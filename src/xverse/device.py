@@ -91,7 +91,8 @@ def describe(device: torch.device, name: str = "auto") -> str:
         import torch
 
         title = _query(torch.cuda.get_device_name, device) or "CUDA GPU"
-        capability, total = _capability(device.index or 0), _query(_total_memory, device)
+        capability = _capability(device.index or 0)
+        total = _query(lambda: torch.cuda.get_device_properties(device).total_memory)
         facts = [title]
         facts += [f"{total / 2**30:.0f} GiB"] if total else []
         facts += [f"compute capability {capability[0]}.{capability[1]}"] if capability else []
@@ -243,12 +244,6 @@ def _capability(index: int) -> tuple[int, int] | None:
     import torch
 
     return _query(torch.cuda.get_device_capability, index)
-
-
-def _total_memory(device: torch.device) -> int:
-    import torch
-
-    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _query(ask: Callable[..., Any], *arguments: Any) -> Any:

@@ -45,13 +45,7 @@ def register() -> None:
 
 
 def _register() -> None:
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    import transformers as hf
     from transformers.models.auto import tokenization_auto
 
     from xverse.hf.classification import XverseForSequenceClassification
@@ -61,11 +55,13 @@ def _register() -> None:
     from xverse.hf.tokenization import XverseTokenizer
 
     register_quantizer()
-    AutoConfig.register(XverseConfig.model_type, XverseConfig, exist_ok=True)
-    AutoModel.register(XverseConfig, XverseModel, exist_ok=True)
-    AutoModelForCausalLM.register(XverseConfig, XverseForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(XverseConfig, XverseForSequenceClassification, exist_ok=True)
-    AutoTokenizer.register(XverseConfig, tokenizer_class=XverseTokenizer, exist_ok=True)
+    hf.AutoConfig.register(XverseConfig.model_type, XverseConfig, exist_ok=True)
+    hf.AutoModel.register(XverseConfig, XverseModel, exist_ok=True)
+    hf.AutoModelForCausalLM.register(XverseConfig, XverseForCausalLM, exist_ok=True)
+    hf.AutoModelForSequenceClassification.register(
+        XverseConfig, XverseForSequenceClassification, exist_ok=True
+    )
+    hf.AutoTokenizer.register(XverseConfig, tokenizer_class=XverseTokenizer, exist_ok=True)
     # Upstream's tokenizer_config.json names PreTrainedTokenizerFast, which takes precedence over a registered
     # class, except for model types in this table of published classes that do not load.
     tokenization_auto.TOKENIZER_MAPPING_NAMES[XverseConfig.model_type] = XverseTokenizer.__name__

@@ -20,6 +20,8 @@ ATTEMPTS = 5  # to read on after an error of the network
 PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
 BLOCK = 8 << 20  # bytes read ahead
 KNOWN = ("s3", "oss", "gs", "hdfs", "http", "https", "hf", "file")
+_CLIENTS = {"s3": "s3fs", "s3a": "s3fs", "oss": "ossfs", "gs": "gcsfs", "gcs": "gcsfs", "hdfs": "pyarrow"}
+_CLIENTS |= {"http": "aiohttp", "https": "aiohttp"}  # packages that fsspec does not bring along
 STORES = ("s3", "s3a", "oss", "gs", "gcs", "hf", "memory")  # a file appears when it is complete; no folders
 
 
@@ -27,30 +29,18 @@ def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it. Raises UserError for an unknown protocol."""
     import fsspec
 
-    protocol = url.partition("://")[0].lower()
+    scheme, _, place = url.partition("://")
+    protocol = scheme.lower()
     if protocol not in fsspec.available_protocols():
         raise UserError(f"{url}: unknown protocol '{protocol}'; known are {', '.join(KNOWN)}")
-    _need_client(protocol)
+    if protocol in _CLIENTS:
+        need(_CLIENTS[protocol], "data" if protocol == "hdfs" else "remote", f"{protocol}://", load=False)
     try:
         with _errors(url):
-            found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+            found: tuple[Any, str] = fsspec.core.url_to_fs(f"{protocol}://{place}")
             return found
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: {' '.join(str(error).split())[:300]}") from None
-
-
-def _need_client(protocol: str) -> None:
-    """Raise UserError if the package of a protocol that fsspec does not bring along is missing."""
-    if protocol in ("s3", "s3a"):
-        need("s3fs", "remote", f"{protocol}://", load=False)
-    elif protocol == "oss":
-        need("ossfs", "remote", f"{protocol}://", load=False)
-    elif protocol in ("gs", "gcs"):
-        need("gcsfs", "remote", f"{protocol}://", load=False)
-    elif protocol == "hdfs":
-        need("pyarrow", "data", f"{protocol}://", load=False)
-    elif protocol in ("http", "https"):
-        need("aiohttp", "remote", f"{protocol}://", load=False)
 
 
 def find(url: str) -> list[tuple[str, int]]:
@@ -74,7 +64,7 @@ def version(url: str) -> list[str] | None:
     fs, path = filesystem(url)
     with _errors(url):
         try:
-            return _marks(_retried(lambda: fs.info(path)))
+            return _marks(_retried(lambda: _info(fs, path)))
         except FileNotFoundError:
             return None
 
@@ -84,12 +74,23 @@ def is_web(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
 
 
+def _info(fs: Any, path: str) -> Any:
+    """fsspec's description of a file, whose file system of the web reports any failure as a missing file."""
+    try:
+        return fs.info(path)
+    except FileNotFoundError as error:
+        cause, status = error.__cause__, getattr(error.__cause__, "status", 0)
+        if cause is None or status in (404, 410):
+            raise
+        raise (PermissionError if status in (401, 403) else ConnectionError)(str(cause)) from None
+
+
 def _listed(url: str) -> dict[str, dict[str, Any]]:
     """The files of a file's, a folder's or a pattern's URL, with fsspec's description of each."""
     fs, path = filesystem(url)
     with _errors(url):
         if is_web(url):  # ? begins a query
-            return {url: _retried(lambda: fs.info(path))}
+            return {url: _retried(lambda: _info(fs, path))}
         fs.invalidate_cache()  # other processes write there as well
         pattern = set(path) & set("*?[")
         found = _retried(lambda: (fs.glob if pattern else fs.find)(path, detail=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -122,6 +123,29 @@ def test_requests_that_come_together_compute_their_beginning_once(
             got[event.handle].append(event.token_id)
     assert list(got.values()) == [naive(model, prompt, 3) for prompt in prompts]
     assert engine.stats().reused_tokens == 5 * 96
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_equal_prompts_that_come_together_are_computed_once(
+    model: Any, tiny_tokenizer: Any, naive: Any, kv_dtype: str
+) -> None:
+    """Also the last block, which is only partly filled, and of prompts shorter than a block."""
+    half = model if kv_dtype == "auto" else copy.deepcopy(model).bfloat16()
+    engine = Engine(half, tiny_tokenizer, prefill_chunk=64, kv_dtype=kv_dtype, max_batch=20)
+    texts = [[(13 * n) % 200 + length for n in range(length)] for length in (1, 20, 32, 33, 50)]
+    asked = [text for text in texts for _ in range(4)]
+    sampling = SamplingParams.greedy(12)
+    requests = [Request(prompt_ids=text, sampling=sampling, stop_ids=NEVER) for text in asked]
+    handles = [engine.submit(request) for request in requests]
+    got: dict[int, list[int | None]] = {handle: [] for handle in handles}
+    while engine.busy:
+        for event in engine.step():
+            got[event.handle].append(event.token_id)
+    alone = Engine(half, tiny_tokenizer, prefix_cache_bytes=0, kv_dtype=kv_dtype)
+    expected = [ask(alone, text, 12) for text in texts for _ in range(4)]
+    assert list(got.values()) == expected
+    assert kv_dtype == "int8" or expected == [naive(model, text, 12) for text in asked]
+    assert engine.stats().reused_tokens == sum(3 * (len(text) - 1) for text in texts)
 
 
 def test_it_is_bounded_and_can_be_off(model: Any, tiny_tokenizer: Any) -> None:

@@ -20,20 +20,19 @@ from xverse.engine.request import Request
 from xverse.finetune.methods import prepare
 from xverse.finetune.settings import read_settings
 from xverse.formats import ModelDirectory, load_model, load_tokenizer, save_hf
-from xverse.formats.adapters import (
-    apply_adapter,
-    differences,
-    fingerprint,
-    merge_adapter,
-    merge_and_logits,
-    write_base,
-)
+from xverse.formats.adapters import apply_adapter, differences, fingerprint, merge_and_logits, write_base
 from xverse.formats.compare import fixed_tokens, logits
 from xverse.formats.quantize import load_quantizing
 from xverse.kernels.linear import QuantLinear
 from xverse.model.transformer import XverseForCausalLM, init_weights
 
 peft = pytest.importorskip("peft")
+
+
+def merge_adapter(model: XverseForCausalLM, *where: Path) -> tuple[XverseForCausalLM, float, float]:
+    """The merged model, and the difference of its logits from the unmerged adapter's."""
+    after, before = merge_and_logits(model, *where)
+    return after, *differences(before, logits(after, fixed_tokens(model.config.vocab_size)))
 
 
 @pytest.fixture(params=["lora", "dora", "rslora"])
@@ -140,8 +139,8 @@ def test_an_adapter_is_gone_on_with(base, document, flags, tmp_path) -> None:
     path = made(base, tmp_path / "adapter")
     document |= {"finetuning_type": "lora", "adapter_name_or_path": str(path), "learning_rate": "0"}
     assert main(["finetune", *flags(document)]) == 0
-    first, _, _ = merge_adapter(load_model(base), path)
-    second, _, _ = merge_adapter(load_model(base), tmp_path / "out", base)
+    first = merge_adapter(load_model(base), path)[0]
+    second = merge_adapter(load_model(base), tmp_path / "out", base)[0]
     tokens = fixed_tokens(first.config.vocab_size)
     torch.testing.assert_close(logits(first, tokens), logits(second, tokens), rtol=1e-2, atol=1e-2)
 
@@ -190,7 +189,7 @@ def test_beside_quantised_weights_an_adapter_keeps_its_precision(wide, tmp_path,
     tokens = fixed_tokens(load_model(wide).config.vocab_size)
     engine = load_engine(str(source), adapter=str(path), **extra).engine
     quantised = load_quantizing(wide, "int4", torch.float32, balance=False)
-    merged, _, _ = merge_adapter(load_quantized_plain(source, stored), path)
+    merged = merge_adapter(load_quantized_plain(source, stored), path)[0]
     found = prompt_logprobs(engine, tokens)
     without, whole = (
         logits(model, tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -15,7 +16,7 @@ from transformers import TrainingArguments
 from xverse.cli import main
 from xverse.engine.sampling_params import SamplingParams
 from xverse.finetune.encode import Example, Prompt
-from xverse.finetune.grpo import Groups, GrpoTrainer, Rollout, advantages
+from xverse.finetune.grpo import Groups, GrpoTrainer, Rollout, advantages, row_of
 from xverse.finetune.rewards import Completion, Rewards, rules, rules_of
 from xverse.finetune.rollouts import Generator, plain_model
 from xverse.finetune.settings import Settings, read_settings
@@ -132,21 +133,26 @@ def test_loss_and_gradient_are_their_formulas(tiny_config, tiny_tokenizer, tmp_p
         for parameter in reference.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
     trainer = trainer_of(settings, model, tiny_tokenizer, tmp_path, reference)
-    rollouts = []
+    rollouts, made = [], []
+    prompts = torch.randint(4, tiny_config.vocab_size, (2, 3), generator=draw).tolist()
     for place, count in enumerate((3, 7, 1, 5)):
-        ids = torch.randint(4, tiny_config.vocab_size, (3 + count,), generator=draw).tolist()
+        reply = torch.randint(4, tiny_config.vocab_size, (count,), generator=draw).tolist()
+        ids = prompts[place // 2] + reply
         example = Example(ids, [False] * 3 + [True] * count, "x[0]")
         noise = (0.05 * torch.randn(2, count, generator=draw) - 6.5).tolist()
-        rollouts.append(Rollout(example, noise[0], (-1.0) ** place * (0.5 + place), old=noise[1]))
+        advantage = (1.5, -0.5, 2.5, 0.0)[place]  # the last one has a gradient only through the reference
+        rollouts.append(Rollout(example, noise[0], advantage, old=noise[1]))
         figures = (sum((3, 7, 1, 5)), 4)
         completion = Completion(ids[3:], "", noise[0], True)
         prompt = Prompt(ids[:3], [False] * 3, "x[0]")
-        rollouts[-1].weight = trainer._rollout(prompt, completion, 0.0, *figures).weight
+        made.append(trainer._rollout(prompt, completion, advantage, *figures))
+        made[-1].old, rollouts[-1].weight = noise[1], made[-1].weight
+    assert [rollout.counted for rollout in made] == [3, 7, 1, 5 if settings.beta else 0]
     trainer.current_gradient_accumulation_steps = 2
     batches = [[0, 1], [2, 3]]
     found = 0.0
     for batch in batches:
-        row = trainer._row([rollouts[i] for i in batch])
+        row = trainer._row([made[i] for i in batch])
         loss = trainer.batch_loss(model, row) / 2
         loss.backward()
         found += loss.item()
@@ -162,11 +168,43 @@ def test_loss_and_gradient_are_their_formulas(tiny_config, tiny_tokenizer, tmp_p
     assert filler.item() == 0.0
 
 
+@pytest.mark.parametrize("heads", [4, 2])
+def test_a_prompt_is_computed_once_for_its_replies(tiny_config, tiny_tokenizer, tmp_path, heads) -> None:
+    """Replies of any lengths, one without loss, groups that are parted: the same log-probabilities and
+    gradients as with a prompt of its own for each reply."""
+    config = dataclasses.replace(tiny_config, num_key_value_heads=heads)
+    trainer = trainer_of(settings_of(), hf_model(config), tiny_tokenizer, tmp_path)
+    draw = torch.Generator().manual_seed(3)
+    rollouts, prompts = [], [[5], [6, 7, 8, 9, 10, 11], [12, 13]]
+    for number, counts in ((1, (4, 1, 9)), (0, (1,)), (2, (2, 0, 3)), (1, (5, 5))):
+        for count in counts:
+            reply = torch.randint(4, config.vocab_size, (count or 3,), generator=draw).tolist()
+            mask = [False] * len(prompts[number]) + [count > 0] * len(reply)
+            rollouts.append(Rollout(Example(prompts[number] + reply, mask, "x[0]")))
+    found = []
+    for rows in ([rollouts], [[rollout] for rollout in rollouts]):
+        model, logprobs = hf_model(config), []
+        parts = [row_of(row, 1) for row in rows]
+        for part in parts:
+            logprobs.append(trainer._log_probabilities(model, part))
+        joined = torch.cat(logprobs)
+        (joined * torch.linspace(-1, 1, len(joined))).sum().backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        found.append((joined, gradients, torch.cat([part["targets"] for part in parts])))
+        if len(rows) == 1:
+            replies = sum(max(0, rollout.counted - 1) for rollout in rollouts)
+            assert parts[0]["input_ids"].shape == (1, replies + 6 + 1 + 2 + 6)
+            assert parts[0]["reply"].tolist()[-1] == len(rollouts) - 2
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_the_engine_draws_from_the_trainers_probabilities(tiny_config, tiny_tokenizer, tmp_path) -> None:
     """In float32, at another temperature than 1, and the weights are the trainer's own, not copies."""
     settings = settings_of(temperature=0.8, reward_funcs="brevity")
     model = hf_model(tiny_config)
     trainer = trainer_of(settings, model, tiny_tokenizer, tmp_path)
+    trainer.rewards._scores = [lambda _, replies: [float(place) for place in range(len(replies))]]
     shared = plain_model(model)
     assert all(
         one.data_ptr() == other.data_ptr()

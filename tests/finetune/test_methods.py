@@ -19,7 +19,7 @@ from xverse.finetune.encode import Example
 from xverse.finetune.quantization_aware import Rounded, round_in_training
 from xverse.finetune.reward_model import RewardTrainer
 from xverse.finetune.settings import read_settings
-from xverse.finetune.trainer import join
+from xverse.finetune.trainer import row_of
 from xverse.formats import load_model, save_hf
 from xverse.hf import XverseConfig, XverseForCausalLM, XverseForSequenceClassification
 from xverse.kernels.linear import QuantLinear
@@ -68,14 +68,14 @@ def test_the_reward_models_loss(tiny_config: Any, tmp_path: Path) -> None:
     model = XverseForSequenceClassification(config).eval()
     examples = examples_of(tiny_config.vocab_size, (9, 12, 6, 15), margins=True)
     trainer = RewardTrainer(model=model, centring=0.05, **options_of(examples, tmp_path))
-    losses, margin = trainer._losses(model, join(examples, range(4), 1))
+    losses, margin = trainer._losses(model, row_of(examples[:4], 1))
     scores = [model(input_ids=torch.tensor([e.ids])).logits[0, 0] for e in examples]  # transformers' pooling
     for pair in range(2):
         chosen, rejected = scores[2 * pair : 2 * pair + 2]
         assert margin[pair].item() == pytest.approx((chosen - rejected).item(), abs=1e-6)
         expected = -logsigmoid(chosen - rejected - 0.3 * pair) + 0.05 * (chosen + rejected) ** 2
         assert losses[pair].item() == pytest.approx(expected.item(), abs=1e-6)
-    filler, _ = trainer._losses(model, join(examples, [], 1))
+    filler, _ = trainer._losses(model, row_of([], 1))
     assert filler.sum().item() == 0.0
 
 
@@ -150,7 +150,7 @@ def test_distillation_is_its_formula(tiny_config: Any, tmp_path: Path, beta: flo
     trainer = DistillationTrainer(
         model=model, teacher=teacher, settings=settings, **options_of(examples, tmp_path)
     )
-    batch = join(examples, range(3), 1)
+    batch = row_of(examples[:3], 1)
     found = trainer.batch_loss(model, batch, num_items_in_batch=batch["num_targets"])
     found.backward()
     gradient = model.lm_head.weight.grad.clone()
@@ -166,7 +166,7 @@ def test_distillation_is_its_formula(tiny_config: Any, tmp_path: Path, beta: flo
     (total / batch["num_targets"]).backward()
     assert found.item() == pytest.approx(total.item() / batch["num_targets"], abs=1e-6)
     torch.testing.assert_close(gradient.double(), exact.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
-    filler = trainer.batch_loss(model.float(), join(examples, [], 1), num_items_in_batch=7)
+    filler = trainer.batch_loss(model.float(), row_of([], 1), num_items_in_batch=7)
     assert filler.item() == 0.0
     same = torch.randn(4, 9).log_softmax(-1)
     assert divergence(same, same, beta).abs().max() < 1e-6

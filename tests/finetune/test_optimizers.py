@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import OptimizerNames
 
+from xverse.config import UserError
 from xverse.finetune.encode import Example
+from xverse.finetune.launch import training_arguments
 from xverse.finetune.methods import prepare
 from xverse.finetune.optimizers import optimizer_maker
 from xverse.finetune.settings import Settings, read_settings
@@ -77,3 +81,30 @@ def test_unshuffled_examples_keep_their_order() -> None:
     examples = [Example([4] * 10, [True] * 10, f"e[{i}]") for i in range(6)]
     rows = Rows(examples, 20, seed=3, shuffled=False)
     assert sorted(number for row in rows.rows for number in row) == list(range(6))
+
+
+def problem(**values: Any) -> str:
+    """What is wrong with settings, in one line; empty if nothing is."""
+    try:
+        training_arguments(settings_of(**values))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", [item.value for item in OptimizerNames])
+def test_an_optimizer_can_be_made_or_its_package_is_named(name: str, tmp_path: Path) -> None:
+    if text := problem(optim=name):
+        assert "\n" not in text
+        assert any(word in text for word in ("install", "failed to import")), text
+    else:
+        model = torch.nn.Linear(4, 4)
+        args = TrainingArguments(output_dir=str(tmp_path), optim=name, use_cpu=True, report_to="none")
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        assert kind(model.parameters(), **options)
+
+
+@pytest.mark.parametrize("name", INTEGRATION_TO_CALLBACK)
+def test_a_tracker_is_there_or_its_package_is_named(name: str) -> None:
+    text = problem(report_to=name)
+    assert not text or (text.startswith(f"report_to {name}") and "\n" not in text)

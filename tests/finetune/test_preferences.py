@@ -17,7 +17,7 @@ from xverse.cli import main
 from xverse.finetune.encode import Example, load_data
 from xverse.finetune.preferences import KtoTrainer, PairTrainer, log_probabilities
 from xverse.finetune.settings import Settings, read_settings
-from xverse.finetune.trainer import join
+from xverse.finetune.trainer import row_of
 from xverse.hf import XverseConfig, XverseForCausalLM
 from xverse.train.plot import read_metrics
 
@@ -68,7 +68,7 @@ def test_log_probabilities_are_those_of_each_example_alone(tiny_config: Any) -> 
     for length in (9, 5, 12):
         ids = torch.randint(4, tiny_config.vocab_size, (length,), generator=draw).tolist()
         examples.append(Example(ids, [i > 3 for i in range(length)], "x"))
-    sums, counts = log_probabilities(model, join(examples, [0, 1, 2], 1))
+    sums, counts = log_probabilities(model, row_of(examples[:3], 1))
     for place, example in enumerate(examples):
         ids = torch.tensor([example.ids])
         by_token = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
@@ -172,7 +172,7 @@ def test_losses_are_their_formulas_in_float64(tiny_config: Any, tmp_path: Path, 
     options = {"examples": examples, "held_out": [], "row_length": None, "pad_id": 1}
     kind = KtoTrainer if values.kind == "kto" else PairTrainer
     trainer = kind(model=model, args=args, **options, reference=reference, settings=values.settings())
-    batch = join(examples, range(6), 1)
+    batch = row_of(examples[:6], 1)
     losses, _ = trainer._losses(model, batch)
     figures = []
     for example in examples:
@@ -189,7 +189,7 @@ def test_losses_are_their_formulas_in_float64(tiny_config: Any, tmp_path: Path, 
     expected = reference_losses(values, figures[::2], figures[1::2], good)
     assert losses.tolist() == pytest.approx(expected, abs=2e-5)
     losses.mean().backward()
-    filler, _ = trainer._losses(model, join(examples, [], 1))
+    filler, _ = trainer._losses(model, row_of([], 1))
     assert filler.sum().item() == 0.0
 
 

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from xverse.config import UserError
 from xverse.finetune.encode import Example, load_data
 from xverse.finetune.settings import read_settings
-from xverse.finetune.trainer import FILLER, FinetuneTrainer, Order, Rows, join
+from xverse.finetune.trainer import FILLER, FinetuneTrainer, Order, Rows, row_of
 from xverse.hf import XverseConfig, XverseForCausalLM
 from xverse.model import IGNORE
 
@@ -69,15 +69,15 @@ def loss_and_gradient(model: Any, batches: list[dict[str, Tensor]]) -> tuple[flo
 
 
 def test_no_padding_any_padding_and_packing_have_one_loss(model, examples) -> None:
-    whole = loss_and_gradient(model, [join(examples, range(len(examples)), 1)])
-    alone = loss_and_gradient(model, [join(examples, [i], 1) for i in range(len(examples))])
+    whole = loss_and_gradient(model, [row_of(examples, 1)])
+    alone = loss_and_gradient(model, [row_of([examples[i]], 1) for i in range(len(examples))])
     right = loss_and_gradient(model, [padded(examples, "right")])
     left = loss_and_gradient(model, [padded(examples, "left")])
     rows = Rows(examples, 64, seed=0)
     assert len(rows) < 0.6 * len(examples)
     assert max(rows.lengths()) <= 64
-    packed = loss_and_gradient(model, [join(examples, row, 1) for row in rows.rows])
-    filled = loss_and_gradient(model, [join(examples, range(len(examples)), 1), join(examples, [], 1)])
+    packed = loss_and_gradient(model, [row_of([examples[i] for i in row], 1) for row in rows.rows])
+    filled = loss_and_gradient(model, [row_of(examples, 1), row_of([], 1)])
     for other in (alone, right, left, packed, filled):
         assert other[0] == pytest.approx(whole[0], abs=1e-5)
         torch.testing.assert_close(other[1], whole[1], rtol=1e-4, atol=1e-6)
@@ -85,8 +85,8 @@ def test_no_padding_any_padding_and_packing_have_one_loss(model, examples) -> No
 
 def test_a_packed_example_does_not_see_its_neighbour(model, examples) -> None:
     model.eval()
-    first = join(examples, [0, 1], 1)
-    second = join(examples, [2, 1], 1)
+    first = row_of(examples[:2], 1)
+    second = row_of([examples[2], examples[1]], 1)
     out = []
     for batch in (first, second):
         logits = model(
@@ -133,8 +133,8 @@ def test_packed_documents_of_continued_pretraining_stay_apart(model, tiny_tokeni
     documents = load_data(found, tiny_tokenizer, 64).train
     rows = Rows(documents, 64, seed=0)
     assert len(rows) < len(documents)
-    packed = loss_and_gradient(model, [join(documents, row, 1) for row in rows.rows])
-    alone = loss_and_gradient(model, [join(documents, [i], 1) for i in range(len(documents))])
+    packed = loss_and_gradient(model, [row_of([documents[i] for i in row], 1) for row in rows.rows])
+    alone = loss_and_gradient(model, [row_of([documents[i]], 1) for i in range(len(documents))])
     assert packed[0] == pytest.approx(alone[0], abs=1e-5)
     torch.testing.assert_close(packed[1], alone[1], rtol=1e-4, atol=1e-6)
 

@@ -125,7 +125,7 @@ def test_saved_by_transformers_reads_back(model: Any, tiny_tokenizer: Any, tmp_p
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type 'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "rope scaling: missing key 'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor 0.5 is out of range"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "unknown key 'mscale'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "scale": 1.0}}, "unknown key 'scale'"),
         ({"model_type": "xverse", "tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"head_dim": 31}, "heads of an even size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from xverse.quant.quantizer import Quantizer
 from xverse.quant.settings import QuantSettings
 
 NAME = "model.layers.1.mlp.up_proj"
-TABLE = f"{NAME}.weight_table"
+TABLE, MEAN = f"{NAME}.weight_table", f"{NAME}.weight_mean"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,11 @@ def tensors(model: Any, bits: int) -> dict[str, Tensor | QuantizedWeight]:
     def read(prefix: str) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
-    return dict(Quantizer(model.config, read, settings).tensors())
+    result = dict(Quantizer(model.config, read, settings).tensors())
+    weight = result[f"{NAME}.weight"]
+    assert isinstance(weight, QuantizedWeight)
+    mean = torch.randn(weight.q.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16() / 16
+    return result | {f"{NAME}.weight": dataclasses.replace(weight, mean=mean)}
 
 
 @pytest.fixture
@@ -68,6 +73,15 @@ def test_reads_what_was_written(wide: Any, tiny_tokenizer: Any, tmp_path: Path, 
         assert (again.table is None) == (table is None)
         if again.table is not None and table is not None:
             assert torch.equal(again.table, table)
+        assert (again.mean is None) == (weight.mean is None) == (name != f"{NAME}.weight")
+        if again.mean is not None and weight.mean is not None:
+            assert torch.equal(again.mean, weight.mean)
+            x = torch.randn(3, found.in_features, generator=torch.Generator().manual_seed(0))
+            common = found(x) - (x @ weight.mean.float())[:, None]
+            without = QuantLinear.from_weight(dataclasses.replace(weight, mean=None))
+            torch.testing.assert_close(common, without(x))
+            gradient = x.clone().requires_grad_()
+            torch.testing.assert_close(found(gradient), x @ weight.dequantize().T)
         assert torch.equal(plain.get_parameter(name), weight.dequantize())
     tokens = fixed_tokens(wide.config.vocab_size)
     reference = logits(plain, tokens)
@@ -86,22 +100,25 @@ def test_transformers_reads_and_writes_tables(wide: Any, written: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("name", "change", "part"),
     [
-        (lambda table: None, "weight_table is missing"),
-        (lambda table: table.int(), "weight_table is int32 [16], not int8 [16]"),
-        (lambda table: table[:8].clone(), "weight_table is int8 [8], not int8 [16]"),
-        (lambda table: table.flip(0), "weight_table is not in ascending order"),
-        (lambda table: table.clamp(-50, 50), "weight_table is not in ascending order"),
+        (TABLE, lambda table: None, "weight_table is missing"),
+        (TABLE, lambda table: table.int(), "weight_table is int32 [16], not int8 [16]"),
+        (TABLE, lambda table: table[:8].clone(), "weight_table is int8 [8], not int8 [16]"),
+        (TABLE, lambda table: table.flip(0), "weight_table is not in ascending order"),
+        (TABLE, lambda table: table.clamp(-50, 50), "weight_table is not in ascending order"),
+        (MEAN, lambda mean: mean.int(), "weight_mean is int32 [128], not floats [128]"),
+        (MEAN, lambda mean: mean[:64].clone(), "weight_mean is bfloat16 [64], not floats [128]"),
+        (MEAN, lambda mean: mean / 0, "weight_mean holds NaN or infinity"),
     ],
 )
 def test_damaged_tables_are_named(
-    written: Path, change: Callable[[Tensor], Tensor | None], part: str
+    written: Path, name: str, change: Callable[[Tensor], Tensor | None], part: str
 ) -> None:
     state = load_file(written / "model.safetensors")
-    changed = change(state.pop(TABLE))
+    changed = change(state.pop(name))
     if changed is not None:
-        state[TABLE] = changed
+        state[name] = changed
     save_file(state, written / "model.safetensors", {"format": "pt"})
     for dequantize in (False, True):
         with pytest.raises(UserError) as caught:

@@ -136,8 +136,7 @@ def test_packed_documents_are_one_call() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_qlora_dequantises_in_one_launch(bits: int) -> None:
-    with torch.device("cuda"):
-        layer = QuantLinear(4096, 11008, bits, 128)
+    layer = QuantLinear(4096, 11008, bits, 128).to_empty(device="cuda")
     x = torch.empty(1, 4096, 4096, dtype=torch.bfloat16, device="cuda")
     with Counter() as counter:
         y = ops.dequantized_linear(x, layer.tiles, 11008, bits)

@@ -12,16 +12,18 @@ import pytest
 import torch
 import transformers
 
+from tests.family_zoo import write_family, write_tokenizer
 from xverse.config import UserError
 from xverse.engine import Engine
 from xverse.engine.request import Request
-from xverse.engine.sampling_params import SamplingParams
-from xverse.formats import load_model
-from xverse.formats.quantize import load_quantizing, quick_settings
+from xverse.engine.sampling_params import SamplingParams, from_generation_config
+from xverse.formats import ModelDirectory, load_model
+from xverse.formats.quantize import load_quantizing, quantize_directory, quick_settings
 from xverse.hf import XverseConfig as XverseHfConfig
 from xverse.model import FullCausal, Packed, XverseConfig
 from xverse.model.families import FAMILIES
-from xverse.tokenizer.template import render
+from xverse.tokenizer.general import load_tokenizer_of
+from xverse.tokenizer.template import render, template_ids
 
 VOCAB = 320
 SIZES = {
@@ -333,3 +335,46 @@ def test_layers_that_no_group_divides() -> None:
     sizes = {**SIZES, "head_dim": None, "model_type": "llama", "hidden_size": 144}
     with pytest.raises(UserError, match="none of 32, 64, 128 up to 128 divides the 144 inputs"):
         quick_settings("int4", XverseConfig.from_json(sizes))
+
+
+@pytest.mark.parametrize("case", ["biased", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_written_quantised_and_read_again(case: str, tiny_texts: list[str], tmp_path: Path) -> None:
+    """Biases and the norms of queries and keys are stored beside the packed weights."""
+    family, changes = {"biased": ("Llama", {"attention_bias": True})}.get(case, CASES.get(case, ("", {})))
+    theirs = write_family(tmp_path / "m", tiny_texts, family, **changes)
+    source = ModelDirectory.of(tmp_path / "m")
+    quantize_directory(source, tmp_path / "q", source.tokenizer, quick_settings("int8", source.config))
+    tokens = torch.randint(source.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1))
+    expected = theirs(tokens).logits
+    for dequantize in (False, True):
+        logits = load_model(tmp_path / "q", dequantize=dequantize)(tokens, FullCausal(1, 64))
+        assert (logits - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (5, "chat_template must be a text"),
+        ([{"name": "tool_use", "template": "x"}], "chat_template must be a text"),
+        ([{"name": "default", "template": 5}], "chat_template must be a text"),
+        ("", "writes nothing"),
+        ("{% for %}", "chat template: Expected an expression"),
+        ([{"name": "default", "template": "{{ messages[0].content }}"}], ""),
+    ],
+)
+def test_chat_templates_as_stored(stored: Any, message: str, tmp_path: Path, tiny_texts: list[str]) -> None:
+    write_tokenizer(tmp_path, tiny_texts, stored)
+    messages = [{"role": "user", "content": "hello"}]
+    if not message:
+        tokenizer = load_tokenizer_of(tmp_path)
+        assert template_ids(tokenizer, messages) == tokenizer.encode("hello")
+        return
+    with pytest.raises(UserError, match=message):
+        template_ids(load_tokenizer_of(tmp_path), messages)
+
+
+def test_a_wrong_value_of_generation_config_names_the_file() -> None:
+    for values in ({"top_k": -1}, {"top_p": 2}, {"temperature": "x"}, {"repetition_penalty": 0}):
+        with pytest.raises(UserError, match=r"^generation_config\.json: (?!generation)"):
+            from_generation_config(values, SamplingParams())

@@ -123,6 +123,8 @@ def test_the_package_has_calibration_text_of_all_languages(tiny_tokenizer: Any) 
         json.loads(line) for line in gzip.decompress((folder / "text.jsonl.gz").read_bytes()).splitlines()
     ]
     assert len({record["lang"] for record in records} - {"code"}) == 41
+    few = {record["lang"] for record in records[: text.LARGE_CALIBRATION_TOKENS // text._LENGTH]}
+    assert few == {record["lang"] for record in records}  # that large models are calibrated on
     licences = (folder / "LICENSE.md").read_text(encoding="utf-8")
     assert all(f"`{record['source']}`" in licences or record["lang"] == "code" for record in records)
     longest = max(len(record["text"]) for record in records if record["lang"] != "code")
@@ -136,7 +138,21 @@ def test_the_packages_text_is_shorter_for_large_models(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "CALIBRATION_TOKENS", 16_384)
+    monkeypatch.setattr(text, "_calibration_texts", lambda: ["short", *[ENGLISH] * 40, ENGLISH[1000:]])
+    assert text.default_calibration(tiny_tokenizer, 10**6).shape == (128, 128)
+    assert text.default_calibration(tiny_tokenizer, 7 * 10**9).shape == (64, 128)
+
+
+def test_every_packaged_text_contributes_before_any_contributes_twice(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [ENGLISH, ENGLISH[1000:]]
+    monkeypatch.setattr(text, "_calibration_texts", lambda: texts)
+    ids = [tiny_tokenizer.encode(each) for each in texts]
+    rows = text.default_calibration(tiny_tokenizer, 10**6).tolist()
+    assert rows[:3] == [ids[0][:128], ids[1][:128], ids[0][128:256]]
+
+
+def test_the_text_for_loading_is_short(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "_calibration_texts", lambda: [ENGLISH] * 40)
-    assert text.default_calibration(tiny_tokenizer, 10**6).shape == (32, 512)
-    assert text.default_calibration(tiny_tokenizer, 7 * 10**9).shape == (16, 512)
     assert text.loading_calibration(tiny_tokenizer).shape == (4, 128)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xverse.kernels.weight import QuantizedWeight, table_of
 from xverse.quant.gptq import HessianFactor, gptq
-from xverse.quant.head import round_head
+from xverse.quant.head import common_row, round_head
 
 FORM = (4, 32)
 
@@ -47,6 +47,15 @@ def test_likely_tokens_lose_less_than_with_one_hessian() -> None:
     assert (by_context.dequantize() - head).norm() < 0.2 * head.norm()  # every row at its place
     assert loss(by_context.dequantize()) < 0.95 * loss(plain.dequantize())
     assert torch.equal(by_context.q, round_head(head, x, round_rows).q)
+
+
+def test_the_common_row_is_that_of_likely_tokens() -> None:
+    head, x = _languages(1000)
+    common = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    p = (x @ head.T).softmax(-1).mean(0)
+    torch.testing.assert_close(common_row(head, x), p @ head)
+    torch.testing.assert_close(common_row(head + common, x), p @ head + common)
+    assert not torch.allclose(p @ head, head.mean(0), atol=1e-3)
 
 
 def test_few_tokens_and_unlikely_rows() -> None:

@@ -70,7 +70,8 @@ def test_the_report_is_that_of_the_refined_model(
     run = _quantized(source, settings, calibration=_rows(source, 1, 8), sample=sample)
     tensors = dict(run.tensors())
     expected = compare(source, whole_model(source.config, tensors), sample).report()
-    assert run.report.kl == pytest.approx(expected.kl)
+    # The report's source is rotated, in float32.
+    assert run.report.kl == pytest.approx(expected.kl, rel=1e-4)
     assert len(run.report.layer_errors) == source.config.num_hidden_layers
     assert run.report.bytes_quantized < run.report.bytes_source
 

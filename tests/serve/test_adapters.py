@@ -15,7 +15,7 @@ from xverse.config import UserError
 from xverse.engine.load import load_engine
 from xverse.formats import load_model, save_hf
 from xverse.model.transformer import XverseForCausalLM, init_weights
-from xverse.serve.in_process import InProcess
+from xverse.serve.app import InProcess
 from xverse.serve.start import ServiceSettings, load_service
 
 peft = pytest.importorskip("peft")

@@ -66,7 +66,7 @@ def test_no_answer_is_lost_or_doubled_by_kill_9(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_answered_as_by_the_server(server: Any, new_service: Any, tmp_path: Path) -> None:
-    from xverse.serve.in_process import InProcess
+    from xverse.serve.app import InProcess
 
     question = [{"role": "user", "content": "What is your name?"}]
     bodies: list[tuple[str, dict[str, Any]]] = [

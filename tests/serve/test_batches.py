@@ -20,9 +20,9 @@ from xverse.config import UserError
 from xverse.formats import save_hf
 from xverse.model.transformer import XverseForCausalLM, init_weights
 from xverse.serve import file_store
+from xverse.serve.app import InProcess
 from xverse.serve.batches import Batches
 from xverse.serve.caller import URLS
-from xverse.serve.in_process import InProcess
 from xverse.serve.start import ServiceSettings, load_service
 
 

@@ -139,14 +139,14 @@ def test_errors_are_in_the_language_of_the_page_and_end_with_a_retry(launch: Any
     visitor = visit(server, locale="zh-CN")
     page = visitor.page
     runner = server.service.runner
-    runner._open += 1000
+    runner.open += 1000
     visitor.say("你是谁？")
     error = page.locator(".note.error")
     sync_api.expect(error).to_contain_text("服务器繁忙")
     page.locator("#language").click()
     sync_api.expect(error).to_contain_text("The server is busy")
     page.locator("#language").click()
-    runner._open -= 1000
+    runner.open -= 1000
     page.context.set_offline(True)
     page.get_by_role("button", name="重试").click()
     sync_api.expect(error).to_contain_text("无法连接服务器")

@@ -10,8 +10,8 @@ import pytest
 from fastapi.routing import APIRoute
 
 from xverse.serve.access_log import PROBES
+from xverse.serve.app import InProcess
 from xverse.serve.caller import URLS
-from xverse.serve.in_process import InProcess
 
 QUESTION = [{"role": "user", "content": "What is your name?"}]
 # A body that each route takes, with a name of its fields and a value that is wrong for it. The walk below

@@ -12,6 +12,7 @@ import pytest
 
 from xverse.config import UserError
 from xverse.train.plot import read_metrics
+from xverse.train.trackers import WandB, tracker_errors
 
 
 def test_tensorboard_has_the_figures_also_after_a_resume(
@@ -78,3 +79,19 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     fit_tiny(tmp_path, steps=3, trackers=["tensorboard"])
     assert "WARNING: tensorboard failed and gets no more figures: No space left" in capsys.readouterr().err
     assert len([r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]) == 3
+
+
+def test_a_missing_login_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": tmp_path, "NETRC": tmp_path / "netrc", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=r"trackers: wandb: .*WANDB_MODE=offline") as raised:
+        WandB(tmp_path, 0, {})
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="report_to: No API key"), tracker_errors("report_to"):
+        raise wandb.errors.UsageError("No API key\nconfigured.")
+    with pytest.raises(ValueError, match="another"), tracker_errors("report_to"):
+        raise ValueError("another")

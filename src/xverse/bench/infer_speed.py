@@ -23,7 +23,7 @@ from xverse.bench.report import (
     say_gb,
     show,
 )
-from xverse.bench.weights import placeholder_tokenizer, random_model, weights_kind
+from xverse.bench.weights import placeholder_tokenizer, random_model
 from xverse.config import UserError
 from xverse.device import compute_device, guard, weights_dtype
 from xverse.engine import Engine, Request, SamplingParams
@@ -32,6 +32,7 @@ from xverse.engine.load import ONE_THREAD_BELOW, load_weights
 from xverse.formats import ModelDirectory
 from xverse.formats.quantize import quick_settings, stored_bytes
 from xverse.hardware import resident_memory
+from xverse.kernels.linear import weights_kind
 from xverse.log import notice
 from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.model.config import FLOAT32_BELOW

@@ -36,12 +36,8 @@ SIDES = ("xverse", "transformers")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_shape(parser, "mini")
-    parser.add_argument(
-        "--vocabulary",
-        type=positive,
-        metavar="V",
-        help="entries (default: those of the shape; for mini 8,192, then 100,534)",
-    )
+    text = "entries (default: those of the shape; for mini 8,192, then 100,534)"
+    parser.add_argument("--vocabulary", type=positive, metavar="V", help=text)
     add_batch(parser, 8, 512)
     parser.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps of each side")
     add_threads(parser)

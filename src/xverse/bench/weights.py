@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 
@@ -69,9 +68,3 @@ def placeholder_tokenizer(size: int) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     return Tokenizer(json.loads(backend.to_str()))
-
-
-def weights_kind(model: XverseForCausalLM) -> str:
-    """``int4``, ``int8`` or the dtype of the layers' weights."""
-    layer: Any = model.get_submodule("model.layers.0.self_attn.q_proj")
-    return f"int{layer.bits}" if isinstance(layer, QuantLinear) else str(layer.weight.dtype).split(".")[-1]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xverse.config import UserError, check_keys
-from xverse.files import atomic_file
+from xverse.files import write_text
 from xverse.texts import read_json
 from xverse.tokenizer.chat import check_messages
 
@@ -30,8 +30,7 @@ def save_conversation(messages: list[Message], path: str | Path) -> None:
         _check_target(path)
     except OSError as error:  # a name that is too long
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def load_conversation(path: str | Path) -> list[Message]:

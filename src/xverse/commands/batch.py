@@ -12,8 +12,8 @@ from xverse.commands.serve import add_service_flags, service_settings
 from xverse.config import need
 
 if TYPE_CHECKING:
+    from xverse.serve.app import InProcess
     from xverse.serve.batch_file import Answers, BatchRequest
-    from xverse.serve.in_process import InProcess
 
 _REPORT_SECONDS = 10.0
 
@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
     need("fastapi", "serve", "xverse batch")
     need("prometheus_client", "serve", "xverse batch")
     need("llguidance", "serve", "xverse batch")
+    from xverse.serve.app import InProcess
     from xverse.serve.batch_file import answers, read_requests
     from xverse.serve.caller import URLS
-    from xverse.serve.in_process import InProcess
     from xverse.serve.start import load_service
 
     requests = read_requests(args.file, URLS)

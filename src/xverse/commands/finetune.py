@@ -13,22 +13,16 @@ from xverse.config import UserError, key_value, override, read_yaml
 from xverse.finetune.foreign_keys import ALIASES, foreign_keys
 from xverse.finetune.settings import DERIVED, Settings, read_settings
 from xverse.launcher import end_with_launcher
+from xverse.values import flags
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.HelpFormatter  # it would print "(default: None)" for every flag
-    parser.add_argument(
-        "recipe",
-        nargs="?",
-        metavar="RECIPE.yaml",
-        help="settings as YAML, with the names of the flags below (recipes/sft/full.yaml is an example)",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="change a setting of the recipe, such as max_steps=100 or dataset.0.repeat=4",
-    )
+    add = flags(parser)
+    text = "settings as YAML, with the names of the flags below (recipes/sft/full.yaml is an example)"
+    add("recipe", text, nargs="?", metavar="RECIPE.yaml")
+    text = "change a setting of the recipe, such as max_steps=100 or dataset.0.repeat=4"
+    add("overrides", text, nargs="*", metavar="key=value")
     hints = typing.get_type_hints(Settings, include_extras=True)
     for field in dataclasses.fields(Settings):
         others = [alias for alias, name in ALIASES.items() if name == field.name]
@@ -46,15 +40,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*names, **options, help=text.replace("%", "%%"))
         for alias in others:
             parser.add_argument(f"--{alias}", **options, help=f"another name of --{field.name}")
+    hidden: dict[str, Any] = {"nargs": "?", "const": True, "default": argparse.SUPPRESS}
     for name in (*DERIVED, *foreign_keys()):
-        parser.add_argument(
-            f"--{name}",
-            nargs="?",
-            const=True,
-            type=lambda text: key_value(f"value={text}")[1],
-            default=argparse.SUPPRESS,
-            help=argparse.SUPPRESS,
-        )
+        add(f"--{name}", argparse.SUPPRESS, type=lambda text: key_value(f"value={text}")[1], **hidden)
 
 
 def _options(hint: Any) -> dict[str, Any]:

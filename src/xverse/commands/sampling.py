@@ -16,12 +16,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
         f"{purpose}. Parameters that are not given come from the model's generation_config.json, or else "
         "have the value in parentheses.",
     )
-    group.add_argument(
-        "--greedy",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="always take the most probable token: --temperature 0",
-    )
+    text = "always take the most probable token: --temperature 0"
+    group.add_argument("--greedy", action="store_true", default=argparse.SUPPRESS, help=text)
     for name, param in PARAMS.items():
         if param.api_only:
             continue

@@ -95,6 +95,7 @@ class PagedCache:
         self.tables = torch.zeros(sequences, width, dtype=torch.int32, device=device)
         self.free_rows = list(range(sequences - 1, -1, -1))
         advise_huge_pages(data)
+        self._data = [data] if scales is None else [data, scales]
         self.layers = [
             PagedLayer(
                 data[:, layer, 0],
@@ -104,6 +105,11 @@ class PagedCache:
             )
             for layer in range(config.num_hidden_layers)
         ]
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a block."""
+        for data in self._data:
+            data[target].copy_(data[source])
 
 
 def position_bytes(config: XverseConfig, dtype: torch.dtype, kv_dtype: str = "auto") -> int:

@@ -120,8 +120,9 @@ class Engine:
         block_bytes = token_bytes * self._cache.block_size
         self._prefixes = PrefixCache(self._cache.pool, prefix_cache_bytes // block_bytes)
         self._scheduler = Scheduler(
-            self._cache, self._prefixes, max_batch=max_batch, prefill_chunk=self.prefill_chunk
-        )
+            self._cache, self._prefixes, max_batch=max_batch, prefill_chunk=self.prefill_chunk,
+            copies=ranks is None,
+        )  # fmt: skip
         self._speculator = None if speculation is None else self._make_speculator(speculation, token_bytes)
         self._undelivered: list[Event] = []
         self._next_handle = 0

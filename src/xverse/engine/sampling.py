@@ -17,11 +17,13 @@ from operator import attrgetter
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from xverse.engine.sampling_params import NEUTRAL, PARAMS, SamplingParams
 
 _GREEDY_BELOW = 1e-5  # dividing by a smaller temperature would overflow
 _TIES = 16  # candidates beyond top-k, for ties with the last one
+_BLOCK = 256  # weights that are summed together
 _NUCLEUS = 1024  # candidates in which top-p is searched first
 
 Key = tuple[float, ...]
@@ -167,10 +169,16 @@ def redraw(logits: Tensor, sampling: SamplingParams, die: float) -> int:
 def _drawn(scores: Tensor, ids: Tensor | None, dice: Tensor) -> Tensor:
     """``scores`` [G, K] of candidates ``ids`` [G, K] (None: the vocabulary) and ``dice`` float64 [G] → tokens
     int64 [G]."""
-    weights = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # [G, K]
+    # Sums of blocks, then those within the block of each row: cumulative sums of all are slow.
+    blocks = pad(scores.softmax(dim=-1), (0, -scores.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    ends = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # [G, blocks]
     # A point in (0, 1] of the sum, so that a token of weight 0 is never drawn.
-    point = (1 - dice)[:, None] * weights[:, -1:]
-    indices = (weights < point).sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)  # [G, 1]
+    point = (1 - dice)[:, None] * ends[:, -1:]
+    block = (ends < point).sum(dim=-1, keepdim=True).clamp(max=ends.shape[-1] - 1)  # [G, 1]
+    inside = blocks.take_along_dim(block[..., None], dim=1)[:, 0].cumsum(dim=-1, dtype=torch.float64)
+    inside = inside + pad(ends, (1, 0)).gather(-1, block)  # [G, _BLOCK]
+    indices = (inside < torch.minimum(point, inside[:, -1:])).sum(dim=-1, keepdim=True)
+    indices = (indices + block * _BLOCK).clamp(max=scores.shape[-1] - 1)  # NaN
     tokens = (indices if ids is None else ids.gather(-1, indices))[:, 0]
     return torch.where(scores.amax(dim=-1) > -torch.inf, tokens, FORBIDDEN)
 

@@ -63,8 +63,11 @@ class Param:
             raise UserError(f"{name}: {value!r} is not a whole number")
 
 
-def _param(default: Any, kind: type, label: tuple[str, str], help: tuple[str, str], **more: Any) -> Any:
-    metadata = {"param": Param(kind=kind, label=label, help=help, **more)}
+def _param(
+    default: Any, label: tuple[str, str], help: tuple[str, str], kind: type | None = None, **more: Any
+) -> Any:
+    """A field; ``kind`` is that of its default unless given."""
+    metadata = {"param": Param(kind=kind or type(default), label=label, help=help, **more)}
     if kind is dict:
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -82,7 +85,6 @@ class SamplingParams:
 
     temperature: float = _param(
         1.0,
-        float,
         ("Temperature", "温度"),
         ("divides the logits; 0 always takes the most probable token", "越低越稳定；0：总是取最可能的词元"),
         high=100,
@@ -91,7 +93,6 @@ class SamplingParams:
     )
     top_k: int = _param(
         0,
-        int,
         ("Top k", "Top k"),
         ("draw from the K most probable tokens only; 0: off", "只在最可能的 K 个词元中抽取；0：不限"),
         metavar="K",
@@ -99,7 +100,6 @@ class SamplingParams:
     )
     top_p: float = _param(
         1.0,
-        float,
         ("Top p", "Top p"),
         (
             "draw from the most probable tokens that together reach probability P; 1: off",
@@ -112,7 +112,6 @@ class SamplingParams:
     )
     min_p: float = _param(
         0.0,
-        float,
         ("Min p", "Min p"),
         (
             "exclude tokens less probable than P times the most probable one; 0: off",
@@ -124,7 +123,6 @@ class SamplingParams:
     )
     repetition_penalty: float = _param(
         1.0,
-        float,
         ("Repetition penalty", "重复惩罚"),
         (
             "makes tokens that the prompt or the reply contains less likely; 1: off",
@@ -137,7 +135,6 @@ class SamplingParams:
     )
     presence_penalty: float = _param(
         0.0,
-        float,
         ("Presence penalty", "存在惩罚"),
         (
             "subtracted from the logits of tokens that the reply contains; 0: off",
@@ -150,7 +147,6 @@ class SamplingParams:
     )
     frequency_penalty: float = _param(
         0.0,
-        float,
         ("Frequency penalty", "频率惩罚"),
         (
             "subtracted from a token's logit for each time the reply contains it; 0: off",
@@ -163,14 +159,13 @@ class SamplingParams:
     )
     seed: int | None = _param(
         None,
-        int,
         ("Seed", "随机种子"),
         ("makes replies reproducible; random if not set", "设定后回复可以重现；留空则随机"),
         high=2**62,
+        kind=int,
     )
     max_new_tokens: int = _param(
         2048,
-        int,
         ("Maximum tokens", "最大词元数"),
         ("end the reply after N tokens", "回复的最大长度"),
         low=1,
@@ -179,20 +174,20 @@ class SamplingParams:
     )
     stop: tuple[str, ...] = _param(
         (),
-        str,
         ("Stop texts", "停止文本"),
         ("end the reply before TEXT; may be given several times", "回复在其中任一文本之前结束，每行一个"),
         metavar="TEXT",
         stored="stop_strings",
+        kind=str,
     )
     logit_bias: Mapping[int, float] = _param(
         None,
-        dict,
         ("Logit bias", "词元偏置"),
         ("added to the logits of single tokens, by token id", "按词元编号加到其分数上的值"),
         low=-100,
         high=100,
         api_only=True,
+        kind=dict,
     )
 
     def __post_init__(self) -> None:
@@ -263,7 +258,11 @@ def from_generation_config(values: Mapping[str, Any], defaults: SamplingParams) 
     given = {known[key]: value for key, value in values.items() if key in known and value is not None}
     if values.get("do_sample") is False:
         given["temperature"] = 0.0
-    return defaults.changed(given, "generation_config.json")
+    where = "generation_config.json"
+    try:
+        return defaults.changed(given, where)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
 
 
 def unsupported_keys(values: Mapping[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ class Scheduler:
     """``running`` and ``waiting`` sequences, in order of arrival."""
 
     def __init__(
-        self, cache: PagedCache, prefixes: PrefixCache, *, max_batch: int, prefill_chunk: int
+        self, cache: PagedCache, prefixes: PrefixCache, *, max_batch: int, prefill_chunk: int, copies: bool
     ) -> None:
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
@@ -46,6 +46,9 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         # Blocks that a running sequence is about to compute; others wait for them.
         self._coming: dict[bytes, Sequence] = {}
+        # Running sequences by their prompt, whose last, partly filled block is copied for others with it.
+        self._leaders: dict[bytes, Sequence] = {}
+        self._copies = copies and prefixes.blocks_at_most > 0
 
     def schedule(self) -> list[Work]:
         """The work of the next step, with its blocks reserved. Empty if there are no sequences."""
@@ -117,15 +120,24 @@ class Scheduler:
             cached = self._prefixes.find(digests)
             if len(cached) < len(digests) and digests[len(cached)] in self._coming:
                 continue
+            prompt = sequence.whole_digest() if self._copies else None
+            leader = None if prompt is None else self._leaders.get(prompt)
+            if leader is not None and leader.computed < len(sequence.tokens) - 1:
+                continue
             cache = SequenceCache(self._cache, sequence.most_tokens)
             cache.share(cached)
             if not self._room(cache.missing(len(sequence.tokens)) + len(self.running)):
                 cache.release()
                 return None
+            sequence.cache = cache
+            if leader is not None and leader.cache is not None and len(cached) == len(digests):
+                self._copy_last(leader.cache, sequence)
+            if prompt is not None:
+                self._leaders[prompt] = sequence
             self.reused_tokens += cache.length
             if len(sequence.tokens) == sequence.prompt_tokens:  # not resumed after preemption
                 sequence.reused = cache.length
-            sequence.cache, sequence.registered = cache, len(cached)
+            sequence.registered = len(cached)
             self._prefixes.touch(digests[: len(cached)])
             if self._prefixes.blocks_at_most:
                 for digest in digests[len(cached) :]:
@@ -135,6 +147,14 @@ class Scheduler:
             self.running.sort(key=lambda running: running.handle)
             return sequence
         return None
+
+    def _copy_last(self, leader: SequenceCache, sequence: Sequence) -> None:
+        """Take what ``leader`` has computed of the prompt's last block, up to the token before the last."""
+        cache, length = sequence.cache, len(sequence.tokens) - 1
+        assert cache is not None
+        if length > cache.length and self._reserve(sequence, length):
+            self._cache.copy(leader.blocks[len(cache.blocks) - 1], cache.blocks[-1])
+            cache.length = length
 
     def _room(self, blocks: int) -> bool:
         free = self._cache.pool.free
@@ -163,6 +183,7 @@ class Scheduler:
         assert sequence.cache is not None
         for digest in sequence.digests[sequence.registered :]:
             self._arrived(sequence, digest)
+        self._leaders = {key: leader for key, leader in self._leaders.items() if leader is not sequence}
         self._prefixes.touch(sequence.digests[: sequence.registered])
         sequence.cache.release()
         sequence.cache, sequence.registered = None, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -90,6 +91,13 @@ class Sequence:
         """Digests of all full blocks of the tokens."""
         extend_digests(self.digests, self.tokens, self.salt, self.block_size)
         return self.digests
+
+    def whole_digest(self) -> bytes | None:
+        """The digest of the whole prompt; None if a token follows it or its log-probabilities are needed."""
+        if self.scoring or len(self.tokens) > self.prompt_tokens:
+            return None
+        before = (self.full_digests() or [self.salt])[-1]
+        return before + array("q", self.tokens[len(self.digests) * self.block_size :]).tobytes()
 
     def reusable(self) -> list[bytes]:
         """Digests of the blocks that may come from the prefix cache: all before the first token whose logits

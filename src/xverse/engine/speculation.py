@@ -108,7 +108,8 @@ class Speculator:
             count = 0
             if not sequence.scoring and not item.forced:
                 cache = self._position_bytes * len(sequence.tokens)
-                cost = self.proposer.cost + row_cost(cache / (cache + self._weight_bytes))
+                share = cache / (cache + self._weight_bytes)  # of the bytes that a step reads
+                cost = self.proposer.cost + _ROW_COST + _ROW_READS * share
                 most = min(self._most, room, left)
                 count = best_count(sequence.acceptance, cost, most, self._second_row)
             if count > 0:
@@ -144,11 +145,6 @@ def propose_forced(work: list[Work], scheduler: Scheduler, most: int) -> None:
                 scheduler.propose(item, forced)
         item.forced = bool(item.proposed)
         most -= len(item.proposed)
-
-
-def row_cost(cache_share: float) -> float:
-    """The cost of one more row; ``cache_share`` is the cache's share of the bytes that a step reads."""
-    return _ROW_COST + _ROW_READS * cache_share
 
 
 def best_count(acceptance: float, cost: float, most: int, second_row: float = 0.0) -> int:

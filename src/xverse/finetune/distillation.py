@@ -59,7 +59,7 @@ class DistillationTrainer(FinetuneTrainer):
         return {"loss": sums[0] / max(1.0, sums[1])}
 
     def _sum(self, model: Any, batch: Batch) -> Tensor:
-        """The loss summed over the tokens with loss of a row of ``join``."""
+        """The loss summed over the tokens with loss of a row of ``row_of``."""
         logits, kept, targets = logits_with_loss(model, batch)
         with torch.no_grad():
             ends, longest = batch["cu_seq_lens_q"], batch["max_length_q"]

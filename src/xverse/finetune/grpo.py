@@ -3,9 +3,9 @@ trl's GRPOConfig names: DAPO (arXiv:2503.14476), Dr. GRPO (arXiv:2503.20783), GS
 CISPO (arXiv:2506.13585).
 
 Each optimizer step generates a group of replies to each of its prompts (``rollouts.py``), rewards them
-(``rewards.py``) and trains on them without padding. Replies and their order depend on the seed, the step and
-the prompt; sums over tokens are divided by figures of the whole step, so neither accumulation nor the number
-of processes changes the loss. Every process generates whole groups.
+(``rewards.py``) and trains on them and their prompt once, without padding. Replies and their order depend on
+the seed, the step and the prompt; sums over tokens are divided by figures of the whole step, so neither
+accumulation nor the number of processes changes the loss. Every process generates whole groups.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 
 from xverse.config import UserError
 from xverse.data.order import random_order
 from xverse.files import write_text
 from xverse.finetune.encode import Example, Prompt
-from xverse.finetune.preferences import reference_model, token_log_probabilities
+from xverse.finetune.preferences import reference_model
 from xverse.finetune.rewards import Completion, Rewards
 from xverse.finetune.rollouts import Generator, seed_of
 from xverse.finetune.settings import Settings
-from xverse.finetune.trainer import FILLER, Batch, FinetuneTrainer, Rows, order_seed, row_of
+from xverse.finetune.trainer import FILLER, Batch, FinetuneTrainer, Rows, inputs_of, order_seed
 
 ROLLOUTS = "rollouts-{}.json"  # of each process, in checkpoints between two steps on the same replies
 _SUMS = ("tokens", "clipped", "kl", "difference", "ratio")
@@ -135,6 +136,51 @@ def policy_losses(
     return -torch.minimum(ratio * advantage, bounded * advantage), clipped
 
 
+def row_of(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
+    """``rollouts`` with loss in one row, the prompt of neighbours once (see ``Continued``), no last tokens,
+    which predict nothing. Beside what a model takes (``inputs_of``), int64 [K] each: ``kept``, the places
+    whose logits predict the tokens with loss, these ``targets``, and the ``reply`` of each."""
+    sequences: list[tuple[list[int], range]] = []  # tokens, and the place of what they continue
+    kept: list[int] = []
+    targets: list[int] = []
+    reply: list[int] = []
+    at, before, prompt = 0, range(0), [-1]
+    for number, rollout in enumerate(rollout for rollout in rollouts if rollout.counted):
+        count, ids = rollout.counted, rollout.example.ids
+        if ids[:-count] != prompt:
+            prompt = ids[:-count]
+            sequences.append((prompt, range(0)))
+            before = range(at, at := at + len(prompt))
+        kept += [before[-1], *range(at, at := at + count - 1)]
+        targets += ids[-count:]
+        reply += [number] * count
+        if count > 1:
+            sequences.append((ids[-count:-1], before))
+    sequences = sequences or [([pad_id] * 2, range(0))]
+    ends = [0, *itertools.accumulate(len(ids) for ids, _ in sequences)]
+    seen = [len(before) + len(ids) for ids, before in sequences]
+    lists = {
+        "input_ids": [[token for ids, _ in sequences for token in ids]],
+        "position_ids": [[len(before) + i for ids, before in sequences for i in range(len(ids))]],
+        "key_places": [
+            place
+            for start, (ids, before) in zip(ends[:-1], sequences, strict=True)
+            for place in (*before, *range(start, start + len(ids)))
+        ],
+        "kept": kept,
+        "targets": targets,
+        "reply": reply,
+    }
+    return {
+        **{name: torch.tensor(values, dtype=torch.long) for name, values in lists.items()},
+        "cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, *itertools.accumulate(seen)], dtype=torch.int32),
+        "max_length_q": max(len(ids) for ids, _ in sequences),
+        "max_length_k": max(seen),
+        "names": ", ".join([rollout.example.name for rollout in rollouts][:8]),
+    }
+
+
 class GrpoTrainer(FinetuneTrainer):
     """``examples`` and ``held_out`` are prompts. ``reference`` is a frozen model; None means the trained one
     without its adapter, if ``beta`` needs one."""
@@ -195,10 +241,7 @@ class GrpoTrainer(FinetuneTrainer):
         return [self._row(rollouts[at : at + size]) for at in range(0, len(rollouts), size)], None
 
     def _row(self, rollouts: list[Rollout]) -> Batch:
-        return {
-            **row_of([rollout.example for rollout in rollouts if rollout.example.ids], self.pad_id),
-            "rollouts": rollouts,
-        }
+        return {**row_of(rollouts, self.pad_id), "rollouts": rollouts}
 
     def _generate(self, prompts: Sequence[Prompt | None]) -> list[Rollout]:
         """The rewarded replies to ``prompts``, each repeated for every reply; None: a filler."""
@@ -238,13 +281,15 @@ class GrpoTrainer(FinetuneTrainer):
         """``tokens`` with loss and ``replies`` of the whole step."""
         count = len(completion.ids)
         learnt = completion.finished or not self.settings.mask_truncated_completions
+        # Without an advantage, as in a group of equal rewards, only a reference gives a gradient.
+        trained = learnt and bool(advantage or self.settings.beta)
         divisor = {
             "grpo": replies * count,
             "dr_grpo": replies * self.settings.max_completion_length,
-            "bnpo": 0,  # of the micro-batch: see _by_token
+            "bnpo": 0,  # of the micro-batch: see batch_loss
         }.get(self.settings.loss_type, tokens)
         return Rollout(
-            Example(prompt.ids + completion.ids, prompt.mask + [learnt] * count, prompt.name),
+            Example(prompt.ids + completion.ids, prompt.mask + [trained] * count, prompt.name),
             completion.logprobs if learnt else [],
             advantage,
             1 / divisor if divisor else 0.0,
@@ -267,15 +312,11 @@ class GrpoTrainer(FinetuneTrainer):
 
     def batch_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         rollouts = [rollout for rollout in inputs["rollouts"] if rollout.counted]
-        logprobs, example = token_log_probabilities(
-            model, inputs, self.settings.temperature, self.generator.tokenizer.vocab_size
-        )
+        logprobs, example = self._log_probabilities(model, inputs), inputs["reply"]
         reference = None
         if self.settings.beta:
             with torch.no_grad(), reference_model(self, model) as frozen:
-                reference, _ = token_log_probabilities(
-                    frozen, inputs, self.settings.temperature, self.generator.tokenizer.vocab_size
-                )
+                reference = self._log_probabilities(frozen, inputs)
         if not rollouts:
             return logprobs.sum()
         for rollout, values in zip(
@@ -283,9 +324,15 @@ class GrpoTrainer(FinetuneTrainer):
         ):
             if rollout.old is None:
                 rollout.old = values.tolist()
+        batches = self.current_gradient_accumulation_steps * self.args.world_size
+        in_row = sum(len(rollout.logprobs) for rollout in inputs["rollouts"]) * batches
+        columns = [
+            (r.old or [], r.logprobs, [r.advantage] * r.counted, [r.weight or 1 / in_row] * r.counted)
+            for r in rollouts
+        ]
         old, sampled, advantage, weight = (
-            torch.tensor(list(values), dtype=torch.float32, device=logprobs.device)
-            for values in zip(*self._by_token(rollouts), strict=True)
+            torch.tensor([*itertools.chain(*column)], dtype=torch.float32, device=logprobs.device)
+            for column in zip(*columns, strict=True)
         )
         losses, clipped = policy_losses(logprobs, old, advantage, example, self.settings)
         difference = old - sampled
@@ -298,17 +345,16 @@ class GrpoTrainer(FinetuneTrainer):
             losses = losses + self.settings.beta * kl
         self._count(clipped, kl.detach(), difference)
         # Trainer divides by the accumulated micro-batches, and processes average their gradients.
-        return (weight * losses).sum() * self.current_gradient_accumulation_steps * self.args.world_size
+        return (weight * losses).sum() * batches
 
-    def _by_token(self, rollouts: list[Rollout]) -> Iterator[tuple[float, float, float, float]]:
-        """(old log-probability, the one when it was drawn, advantage, weight) of each token with loss."""
-        batches = self.current_gradient_accumulation_steps * self.args.world_size
-        in_row = sum(rollout.counted for rollout in rollouts) * batches
-        for rollout in rollouts:
-            weight = 1 / in_row if self.settings.loss_type == "bnpo" else rollout.weight
-            assert rollout.old is not None
-            for old, sampled in zip(rollout.old, rollout.logprobs, strict=True):
-                yield old, sampled, rollout.advantage, weight
+    def _log_probabilities(self, model: Any, row: Batch) -> Tensor:
+        """The log-probability of each token with loss in a row of ``row_of``, float32 [K], of logits divided
+        by the temperature."""
+        logits = model(**inputs_of(row), logits_to_keep=row["kept"]).logits[0]
+        scaled = logits[:, : self.generator.tokenizer.vocab_size].float()  # [K, V]
+        if self.settings.temperature != 1:
+            scaled = scaled / self.settings.temperature
+        return -cross_entropy(scaled, row["targets"], reduction="none")
 
     def _count(self, clipped: Tensor, kl: Tensor, difference: Tensor) -> None:
         apart = difference.abs()
@@ -336,11 +382,12 @@ class GrpoTrainer(FinetuneTrainer):
         figures = {**self._last, "clip_ratio": clipped}
         if self.settings.beta:
             figures["kl"] = kl
-        figures |= {
-            "logprob_difference": difference,
-            "logprob_difference_max": largest,
-            "sampling_ratio": ratio,
-        }
+        if tokens:
+            figures |= {
+                "logprob_difference": difference,
+                "logprob_difference_max": largest,
+                "sampling_ratio": ratio,
+            }
         if seconds:
             figures["rollout_tokens_per_second"] = generated * self.args.world_size / seconds
         self._sums, self._largest, self._steps = dict.fromkeys(_SUMS, 0.0), 0.0, []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from xverse.config import UserError, choose, need
@@ -56,6 +57,8 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
         args = TrainingArguments(**values)
+        model: Any = torch.nn.Linear(1, 1)
+        Trainer.get_optimizer_cls_and_kwargs(args, model)  # whose packages may be missing
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"finetune: {text.replace('--', '')}") from None
@@ -71,10 +74,14 @@ def _trackers(text: str) -> list[str]:
     """The trackers of ``report_to``. Raises UserError for an unknown one and a missing package."""
     known = {name: name for name in ("none", "all", *INTEGRATION_TO_CALLBACK)}
     names = [choose("tracker in report_to", name, known) for name in split_names(text)]
-    if "tensorboard" in names:
-        need("tensorboard", "track", "report_to tensorboard", load=False)
-    if "wandb" in names:
-        need("wandb", "track", "report_to wandb", load=False)
+    for name in names:
+        if name in ("tensorboard", "wandb"):
+            need(name, "track", f"report_to {name}", load=False)
+        elif name in INTEGRATION_TO_CALLBACK:
+            try:
+                INTEGRATION_TO_CALLBACK[name]()
+            except Exception as error:  # each has its own
+                raise UserError(f"report_to {name}: {' '.join(str(error).split())[:200]}") from None
     return names
 
 
@@ -94,13 +101,8 @@ def _alone() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    values = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if "RANK" not in os.environ:
         os.environ.update(values)
 

@@ -23,28 +23,19 @@ from xverse.model import IGNORE
 
 
 def logits_with_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tokens with loss in a row of ``join``: the logits that predict them [K, V], the places of these
-    logits in the row and the tokens themselves, int64 [K] each."""
+    """Of the tokens with loss in a row of ``row_of``: the logits that predict them [K, V], the places of
+    these logits in the row and the tokens themselves, int64 [K] each."""
     targets = batch["labels"][0, 1:]  # [T-1]; an example's first token has no label
     kept = torch.nonzero_static(targets != IGNORE, size=batch["num_targets"]).flatten()  # [K]
     return model(**inputs_of(batch), logits_to_keep=kept).logits[0], kept, targets[kept]
 
 
-def token_log_probabilities(
-    model: Any, batch: Batch, temperature: float = 1.0, vocabulary: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The log-probability of each token with loss in a row of ``join``, float32 [K], and the index of its
-    example, int64 [K]; of logits divided by ``temperature``, of the first ``vocabulary`` tokens alone."""
-    logits, kept, targets = logits_with_loss(model, batch)
-    example = (batch["position_ids"][0] == 0).cumsum(0)[kept + 1] - 1  # [K]
-    scaled = logits[:, :vocabulary].float() / temperature  # [K, V]
-    return -cross_entropy(scaled, targets, reduction="none"), example
-
-
 def log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The summed log-probability and the number of tokens with loss of each example in a row of ``join``,
+    """The summed log-probability and the number of tokens with loss of each example in a row of ``row_of``,
     float32 [n] each."""
-    tokens, example = token_log_probabilities(model, batch)
+    logits, kept, targets = logits_with_loss(model, batch)
+    tokens = -cross_entropy(logits.float(), targets, reduction="none")  # [K]
+    example = (batch["position_ids"][0] == 0).cumsum(0)[kept + 1] - 1  # [K]
     zeros = tokens.new_zeros(len(batch["cu_seq_lens_q"]) - 1)
     sums = zeros.index_add(0, example, tokens)
     return sums, zeros.index_add(0, example, torch.ones_like(tokens))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Columns = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Completion:
     """A reply: its ``text`` without the end, its ``ids`` with it, their log-probabilities when they were
     drawn, and whether it ended by itself."""

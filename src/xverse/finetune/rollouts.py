@@ -120,8 +120,9 @@ class Generator:
             return self._run(model, prompts, seeds)
         finally:
             trained.train(was_training)  # the engine puts shared modules into evaluation mode
-            del model
-            gc.collect()
+            if next(model.parameters()).device.type != "cpu":  # recorded steps refer to themselves
+                del model
+                gc.collect()
 
     def _engine(self, model: XverseForCausalLM, count: int) -> Engine:
         """An engine whose cache is gone, and with it what former weights computed, after this generation."""
@@ -139,7 +140,7 @@ class Generator:
         self, model: XverseForCausalLM, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
     ) -> list[Completion]:
         engine = self._engine(model, len(prompts))
-        handles = []
+        replies: dict[int, Completion] = {}
         for ids, seed in zip(prompts, seeds, strict=True):
             request = Request(
                 prompt_ids=list(ids),
@@ -148,23 +149,16 @@ class Generator:
                 logprobs=0,
                 tempered=True,
             )
-            handles.append(engine.submit(request))
-        ids_of: dict[int, list[int]] = {handle: [] for handle in handles}
-        logprobs: dict[int, list[float]] = {handle: [] for handle in handles}
-        texts = dict.fromkeys(handles, "")
-        finished = dict.fromkeys(handles, False)
+            replies[engine.submit(request)] = Completion([], "", [], False)
         while engine.busy:
             for event in engine.step():
                 if event.error is not None:
                     raise UserError(f"grpo: a reply failed: {event.error}")
+                reply = replies[event.handle]
                 if event.token_id is not None:
                     assert event.logprob is not None
-                    ids_of[event.handle].append(event.token_id)
-                    logprobs[event.handle].append(event.logprob.logprob)
-                texts[event.handle] += event.text
-                if event.finish_reason is not None:
-                    finished[event.handle] = event.finish_reason == "stop"
-        return [
-            Completion(ids_of[handle], texts[handle], logprobs[handle], finished[handle])
-            for handle in handles
-        ]
+                    reply.ids.append(event.token_id)
+                    reply.logprobs.append(event.logprob.logprob)
+                reply.text += event.text
+                reply.finished = event.finish_reason == "stop"
+        return list(replies.values())

@@ -47,6 +47,7 @@ from xverse.train.keeping import locked
 from xverse.train.parallel import World
 from xverse.train.plot import plot_loss
 from xverse.train.survival import Interrupted, requests
+from xverse.train.trackers import tracker_errors
 from xverse.values import CHAT_FORMATS
 
 
@@ -236,7 +237,8 @@ def _train(trainer: FinetuneTrainer, checkpoint: str | None, predicted: int) -> 
         trainer.add_callback(StopOnSignal(signals))
         if device.type == "cpu":
             trainer.add_callback(ReturnMemory(predicted))
-        metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        with tracker_errors("report_to"):
+            metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     step = trainer.state.global_step
     if signals.stop and step < trainer.state.max_steps:
         if trainer.is_world_process_zero():

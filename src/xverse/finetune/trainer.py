@@ -128,11 +128,6 @@ def widest(rows: Rows, batch: int, processes: int, seed: int, grouped: bool) -> 
     return max(sizes)
 
 
-def join(examples: Sequence[Example], numbers: Sequence[int], pad_id: int) -> Batch:
-    """One row of the examples with these indices, see ``row_of``."""
-    return row_of([examples[number] for number in numbers], pad_id)
-
-
 def row_of(examples: Sequence[Example], pad_id: int) -> Batch:
     """All ``examples`` in one row: input_ids, labels and position_ids int64 [1, T], and what would be read
     back from a GPU otherwise: ``cu_seq_lens_q`` int32 [n + 1] and ``max_length_q``, ``num_targets``, and
@@ -189,8 +184,8 @@ class SavedTokenizer:
 
 def inputs_of(batch: Batch) -> Batch:
     """What a model takes of a row of ``row_of``."""
-    names = ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")
-    return {**{name: batch[name] for name in names}, "use_cache": False}
+    names = "input_ids position_ids cu_seq_lens_q max_length_q cu_seq_lens_k max_length_k key_places"
+    return {**{name: batch[name] for name in names.split() if name in batch}, "use_cache": False}
 
 
 class FinetuneTrainer(Trainer):
@@ -364,8 +359,8 @@ class FinetuneTrainer(Trainer):
         was_training = model.training
         model.eval()
         sums = torch.zeros(len(datasets), 4, dtype=torch.float64)
-        for number, indices in batches[rank::world]:
-            batch = join(rows.examples, indices, self.pad_id)
+        for number, part in batches[rank::world]:
+            batch = self._collate(part)
             del batch["names"]
             batch = self._prepare_inputs(batch)
             values = self.held_out_sums(model, batch)
@@ -373,15 +368,16 @@ class FinetuneTrainer(Trainer):
         model.train(was_training)
         return datasets, self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").cpu()
 
-    def _batches_by_dataset(self, rows: Rows, datasets: list[str]) -> Iterator[tuple[int, list[int]]]:
-        """Batches of example indices, each of one dataset, with that dataset's number."""
-        length = rows.length
+    def _batches_by_dataset(
+        self, rows: Rows, datasets: list[str]
+    ) -> Iterator[tuple[int, list[list[Example]]]]:
+        """Batches of rows, each of one dataset, with that dataset's number."""
         size = self.args.per_device_eval_batch_size
         for number, name in enumerate(datasets):
-            own = [i for i, example in enumerate(rows.examples) if example.dataset == name]
-            part = Rows([rows.examples[i] for i in own], length, rows.seed, self.group)
+            own = [example for example in rows.examples if example.dataset == name]
+            part = Rows(own, rows.length, rows.seed, self.group)
             for start in range(0, len(part), size):
-                yield number, [own[i] for row in part.rows[start : start + size] for i in row]
+                yield number, [part[row] for row in range(start, min(start + size, len(part)))]
 
 
 class Record(TrainerCallback):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from xverse.config import UserError, need
 from xverse.formats.compare import fixed_tokens
-from xverse.formats.compare import logits as logits_of
 from xverse.kernels.linear import QuantLinear
 from xverse.log import notice
 from xverse.model import FullCausal, XverseForCausalLM
@@ -101,27 +100,18 @@ def check_base(digest: Callable[[], str], path: str | Path, base: str | Path) ->
         raise UserError(f"{path}: this adapter was trained on {stored.get('base')}, not on {base}")
 
 
-def merge_adapter(
-    model: XverseForCausalLM, path: str | Path, base: str | Path | None = None
-) -> tuple[XverseForCausalLM, float, float]:
-    """``model`` with the adapter merged into its weights, in their dtype; with max |Δlogit| and the mean KL
-    divergence in nats against the unmerged adapter, over ``fixed_tokens`` in float32.
+def merged(model: XverseForCausalLM, path: str | Path, base: str | Path | None = None) -> XverseForCausalLM:
+    """``model`` with the adapter merged into its weights, in their dtype.
 
     Weights may be mapped from a file; those that change are copied first. Raises as ``apply_adapter`` does.
     """
-    merged, before = merge_and_logits(model, path, base)
-    return merged, *differences(before, logits_of(merged, fixed_tokens(model.config.vocab_size)))
-
-
-def merged(model: XverseForCausalLM, path: str | Path, base: str | Path | None = None) -> XverseForCausalLM:
-    """As ``merge_adapter``, without measuring the difference."""
     return _merge(apply_adapter(model, path, base))
 
 
 def merge_and_logits(
     model: XverseForCausalLM, path: str | Path, base: str | Path | None = None
 ) -> tuple[XverseForCausalLM, Tensor]:
-    """As ``merge_adapter``, with the logits float32 [B, T, V] of the unmerged adapter."""
+    """As ``merged``, with the logits float32 [B, T, V] of the unmerged adapter for ``fixed_tokens``."""
     adapted = apply_adapter(model, path, base)
     before = _adapted_logits(adapted, model.config.vocab_size)  # [B, T, V]
     return _merge(adapted), before
@@ -138,7 +128,9 @@ def _merge(adapted: Any) -> XverseForCausalLM:
 
 def differences(before: Tensor, after: Tensor) -> tuple[float, float]:
     """max |Δlogit|, and the mean KL(before ‖ after) over tokens in nats, of logits [B, T, V]."""
-    return (before - after).abs().max().item(), _divergence(before, after)
+    log_p, log_q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    return (before - after).abs().max().item(), divergence
 
 
 @torch.no_grad()
@@ -155,12 +147,6 @@ def _adapted_logits(adapted: Any, vocab_size: int) -> Tensor:
     finally:
         for name, parameter in adapted.named_parameters():
             parameter.data = stored[name]
-
-
-def _divergence(before: Tensor, after: Tensor) -> float:
-    """Mean KL(before ‖ after) over tokens, in nats."""
-    log_p, log_q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
 def check_adapter(path: str | Path, scores: bool = False) -> Path:

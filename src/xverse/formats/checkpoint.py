@@ -9,14 +9,13 @@ of fine-tuning is a model directory, or with FSDP holds torch.distributed.checkp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
 from xverse.files import check_fingerprint, read_sealed
-from xverse.formats.directory import ModelDirectory
+from xverse.formats.directory import AssembledDirectory, ModelDirectory
 from xverse.formats.parts import SHARD, Index, read_header
 from xverse.formats.weights import TensorFiles, listed
 from xverse.log import notice
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from xverse.formats.schemes import Scheme
 
 FSDP = "pytorch_model_fsdp_0"  # accelerate's folder of a sharded model
 MODEL = "model."  # begins the names of the parameters
@@ -113,26 +111,18 @@ def check_files(path: Path) -> None:
         raise UserError(f"{path}: this checkpoint cannot be read ({why})") from None
 
 
-class _Assembled(ModelDirectory):
-    """A directory whose tensors are put together from parts; they are never quantised."""
-
-    @cached_property
-    def scheme(self) -> Scheme | None:
-        return None
-
+class _Assembled(AssembledDirectory):
     @property
     def stored_dtype(self) -> torch.dtype:
         tensors: Any = self.tensors  # the subclasses' have a dtype
         dtype: torch.dtype = tensors.dtype
         return dtype
 
-    def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
-        for name in self.tensors.names:
-            yield name, self.tensors.get(name)
-
 
 class TrainingCheckpoint(_Assembled):
     """A checkpoint of pretraining."""
+
+    kind = "a training checkpoint"
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -150,10 +140,6 @@ class TrainingCheckpoint(_Assembled):
     @cached_property
     def tensors(self) -> PartTensors:  # type: ignore[override]  # the same interface
         return PartTensors(self.weight_files)
-
-    @property
-    def plain_path(self) -> Path:
-        raise self._not_plain("a training checkpoint")
 
 
 class PartTensors:
@@ -193,6 +179,8 @@ class PartTensors:
 class ShardedModel(_Assembled):
     """A fine-tuning checkpoint under FSDP: its weights are files of torch.distributed.checkpoint."""
 
+    kind = "an FSDP checkpoint"
+
     @cached_property
     def weight_files(self) -> list[Path]:
         return sorted((self.path / FSDP).glob("*.distcp"))
@@ -200,10 +188,6 @@ class ShardedModel(_Assembled):
     @cached_property
     def tensors(self) -> DistributedTensors:  # type: ignore[override]  # the same interface
         return DistributedTensors(self.path / FSDP)
-
-    @property
-    def plain_path(self) -> Path:
-        raise self._not_plain("an FSDP checkpoint")
 
 
 class DistributedTensors:

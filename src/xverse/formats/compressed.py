@@ -6,7 +6,8 @@ by 2^(b-1), the lowest input in the lowest bits), ``weight_scale`` [N, K/group] 
 ``kernels.tiles.to_rows``, so reading and writing only move bytes.
 
 That format has integers only. Weights that are indices into a table are stored in the same way, with
-``weight_table`` int8 [2^b] beside them, under this project's own ``quant_method`` and the type ``table``.
+``weight_table`` int8 [2^b] beside them, under this project's own ``quant_method`` and the type ``table``;
+``weight_mean`` bfloat16 [K], if there is one, is added to every row.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ACTIVATIONS = {  # quantised for each token while the model runs
     "dynamic": True,
 }
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
-_TABLE = "weight_table"
+_TABLE, _MEAN = "weight_table", "weight_mean"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -44,7 +45,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 @dataclass(frozen=True)
 class StoredRows:
     """A quantised matrix for the loader: ``rows`` uint8 [N, K · bits / 8] as ``kernels.tiles.to_rows`` writes
-    them, ``scales`` bfloat16 [N, K/group], ``table`` int8 [2^bits] or None as in ``QuantizedWeight``. With
+    them, ``scales`` bfloat16 [N, K/group], ``table`` and ``mean`` as in ``QuantizedWeight``. With
     ``order`` int64 [K] the inputs are permuted: column k belongs to input ``order[k]``.
     """
 
@@ -53,6 +54,7 @@ class StoredRows:
     bits: int
     order: Tensor | None = None
     table: Tensor | None = None
+    mean: Tensor | None = None
 
 
 class Kind(NamedTuple):
@@ -106,7 +108,13 @@ class CompressedScheme:
             raise UserError(f"{name}.weight_scale has {scale.shape[1]} groups, not {offered}")
         check_kernel_group(name, inputs // scale.shape[1])
         scales = checked_scales(f"{name}.weight_scale", scale)
-        return StoredRows(packed.view(torch.uint8), scales, bits, table=table)
+        mean = None
+        if table is not None and f"{name}.{_MEAN}" in files:
+            mean = files.get(f"{name}.{_MEAN}")
+            if mean.dtype not in _FLOATS or mean.shape != (inputs,):
+                raise UserError(f"{name}.{_MEAN} is {_describe(mean)}, not floats [{inputs}]")
+            mean = checked_scales(f"{name}.{_MEAN}", mean).clone()  # not the mapped file
+        return StoredRows(packed.view(torch.uint8), scales, bits, table=table, mean=mean)
 
     def _table(self, files: TensorFiles, name: str, bits: int) -> Tensor | None:
         """The matrix's table. Raises UserError unless it is as the kinds of its ``bits`` declare."""
@@ -167,8 +175,8 @@ def pack(weight: QuantizedWeight, plain: bool = False) -> dict[str, Tensor]:
     """The tensors of a matrix, by suffix; ``plain``: as ``PlainScheme`` reads them."""
     if plain:
         return {"weight": weight.q.contiguous(), "weight_scale": weight.scales.contiguous()}
-    table = {} if weight.table is None else {_TABLE: weight.table}
-    return table | {
+    others = {_TABLE: weight.table, _MEAN: weight.mean}
+    return {suffix: part for suffix, part in others.items() if part is not None} | {
         "weight_packed": to_rows(weight).contiguous().view(torch.int32),
         "weight_scale": weight.scales.contiguous(),
         "weight_shape": torch.tensor(weight.q.shape),

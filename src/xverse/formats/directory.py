@@ -29,6 +29,7 @@ class ModelDirectory:
     ``nano``, a hub id or the path.
     """
 
+    kind = ""  # what it is, if only this project's engine reads it
     config_name = "config.json"  # in messages
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
@@ -63,13 +64,12 @@ class ModelDirectory:
     def plain_path(self) -> Path:
         """The path, for libraries that read model directories. Raises UserError for a GGUF file and a
         checkpoint."""
+        if self.kind:
+            raise UserError(
+                f"{self.name}: is {self.kind}, which only this project's engine reads; write a model "
+                f"directory first: xverse export --model {self.name} --format hf --out DIR"
+            )
         return self.path
-
-    def _not_plain(self, what: str) -> UserError:
-        return UserError(
-            f"{self.name}: is {what}, which only this project's engine reads; write a model directory first: "
-            f"xverse export --model {self.name} --format hf --out DIR"
-        )
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -126,15 +126,15 @@ class ModelDirectory:
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the weights, taken to be that of the first."""
         for file in self.weight_files[:1]:
-            for name, tensor in read_tensors(file, hold=True):
+            for name, tensor in read_tensors(file):
                 if not name.endswith(IGNORED_SUFFIX):
                     return tensor.dtype
         raise UserError(f"{self.weight_files[0]}: holds no tensors")
 
-    def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
-        """All stored tensors under the model's names; see ``read_tensors`` for ``hold``."""
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """All stored tensors under the model's names."""
         for file in self.weight_files:
-            for name, tensor in read_tensors(file, hold=hold):
+            for name, tensor in read_tensors(file):
                 if self._packing is None:
                     yield name, tensor
                 else:
@@ -183,6 +183,18 @@ class ModelDirectory:
                 )
             tokenizer = Tokenizer.load(self.path)
         return tokenizer
+
+
+class AssembledDirectory(ModelDirectory):
+    """One whose ``tensors`` are put together from what is stored; they are never quantised."""
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        return None
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.tensors.names:
+            yield name, self.tensors.get(name)
 
 
 def check_directory(path: str | Path) -> Path:

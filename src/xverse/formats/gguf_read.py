@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from xverse.config import UserError
-from xverse.formats.directory import ModelDirectory, check_vocabulary
+from xverse.formats.directory import AssembledDirectory, check_vocabulary
 from xverse.formats.gguf import NAMES, PIECE, ROPE_FACTORS, SAMPLING, half_rows, in_threads
 from xverse.formats.gguf_header import Header, StoredTensor, read_header
 from xverse.formats.gguf_tokenizer import tokenizer_of
@@ -27,7 +27,6 @@ from xverse.model import XverseForCausalLM
 from xverse.model.scaling import RopeScaling
 
 if TYPE_CHECKING:
-    from xverse.formats.schemes import Scheme
     from xverse.tokenizer import Tokenizer
 
 ARCHITECTURES = ("xverse", "llama", "qwen2", "qwen3")
@@ -44,9 +43,10 @@ _FIXED: dict[str, Any] = {
 }
 
 
-class GgufFile(ModelDirectory):
+class GgufFile(AssembledDirectory):
     """The model in a GGUF file. Raises UserError for a damaged file and for an unsupported architecture."""
 
+    kind = "a GGUF file"
     config_name = ""
 
     @cached_property
@@ -104,10 +104,6 @@ class GgufFile(ModelDirectory):
         }
 
     @cached_property
-    def scheme(self) -> Scheme | None:
-        return None
-
-    @cached_property
     def generation_config(self) -> dict[str, Any]:
         """The ids that end a reply: the text's end, and the turn's if the file names one; the settings of
         sampling."""
@@ -125,16 +121,8 @@ class GgufFile(ModelDirectory):
         return [self.path]
 
     @property
-    def plain_path(self) -> Path:
-        raise self._not_plain("a GGUF file")
-
-    @property
     def stored_dtype(self) -> torch.dtype:
         return torch.float32
-
-    def read(self, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
-        for name in self.tensors.names:
-            yield name, self.tensors.get(name)
 
     @cached_property
     def tensors(self) -> GgufTensors:  # type: ignore[override]  # the same interface
@@ -290,8 +278,7 @@ def open_gguf(path: str | Path) -> XverseForCausalLM:
     """
     file = GgufFile(path)
     config = file.config  # reads tensors where it has rope factors, so not on the meta device
-    with torch.device("meta"):
-        model = XverseForCausalLM(config)
+    model = XverseForCausalLM.empty(config)
     names = set(file.tensors.names)
     tied = config.tie_word_embeddings
     for module_name, module in model.named_modules():

@@ -113,14 +113,8 @@ def add_tokenizer(
     writer.add_tokenizer_pre("default")
     writer.add_token_scores(vocabulary.scores)
     writer.add_unk_token_id(0)
-    for add, index in (
-        (writer.add_pad_token_id, config.pad_token_id),
-        (writer.add_bos_token_id, config.bos_token_id),
-        (writer.add_eos_token_id, config.eos_token_id),
-        (writer.add_eot_token_id, config.eos_token_id),
-    ):
-        if index is not None:
-            add(index)
+    eos = config.eos_token_id
+    _add_ids(writer, pad=config.pad_token_id, bos=config.bos_token_id, eos=eos, eot=eos)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
@@ -154,20 +148,19 @@ def _add_general(
     ends = [index for index in (stored if isinstance(stored, list) else [stored]) if isinstance(index, int)]
     eos = tokenizer.eos_id if tokenizer.eos_id >= 0 else next(iter(ends), config.eos_token_id)
     others = [index for index in dict.fromkeys([*ends, *tokenizer.stop_ids]) if index != eos]
-    for add, index in (
-        (writer.add_unk_token_id, tokenizer.unk_id),
-        (writer.add_pad_token_id, tokenizer.pad_id),
-        (writer.add_bos_token_id, tokenizer.bos_id),
-        (writer.add_eos_token_id, eos),
-        (writer.add_eot_token_id, others[0] if others else None),
-        (writer.add_eom_token_id, others[1] if others[1:] else None),
-    ):
-        if index is not None and index >= 0:
-            add(index)
+    _add_ids(writer, unk=tokenizer.unk_id, pad=tokenizer.pad_id, bos=tokenizer.bos_id, eos=eos)
+    _add_ids(writer, **dict(zip(("eot", "eom"), others, strict=False)))
     writer.add_add_bos_token(bool(tokenizer.prefix_ids))
     writer.add_add_eos_token(False)
     if tokenizer.template is not None:
         writer.add_chat_template(tokenizer.template)
+
+
+def _add_ids(writer: gguf.GGUFWriter, **ids: int | None) -> None:
+    """Add the ids of special tokens by their names in GGUF, except those that do not exist."""
+    for name, index in ids.items():
+        if index is not None and index >= 0:
+            getattr(writer, f"add_{name}_token_id")(index)
 
 
 def has_space_prefix(tokenizer: GeneralTokenizer) -> bool:

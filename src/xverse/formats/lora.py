@@ -47,7 +47,7 @@ def read_lora(path: Path, model: nn.Module, most_rank: int) -> tuple[bytes, dict
     halves: dict[str, dict[str, Tensor]] = {}
     if not (path / WEIGHTS).is_file():
         raise UserError(f"{path}: has no {WEIGHTS}")
-    for name, tensor in read_tensors(path / WEIGHTS, hold=False):
+    for name, tensor in read_tensors(path / WEIGHTS):
         match = _NAME.fullmatch(name)
         if match is None:
             raise UserError(

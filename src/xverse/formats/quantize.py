@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from xverse.config import UserError, choose
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.mapped import keep_in_file
-from xverse.formats.read import check_tensors, check_tied, load_model, misfit
+from xverse.formats.read import check_tied, load_model
 from xverse.formats.schemes import Placed, set_layer
-from xverse.formats.weights import IGNORED_SUFFIX
+from xverse.formats.weights import IGNORED_SUFFIX, check_tensors, misfit
 from xverse.formats.write import check_target, save_quantized
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import BITS, QuantizedWeight
@@ -51,8 +51,7 @@ class Source:
         self.config = directory.config
         if directory.scheme is not None:
             raise UserError(f"{path}: is already quantised; quantise the model it was made from")
-        with torch.device("meta"):
-            state = XverseForCausalLM(self.config).state_dict()
+        state = XverseForCausalLM.empty(self.config).state_dict()
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
         check_tied(directory)
         self._files = directory.tensors
@@ -62,7 +61,7 @@ class Source:
             ignored.append(HEAD)
         names = [name for name in self._files.names if not name.endswith(tuple(ignored))]
         missing = [name for name in self._shapes if name not in self._files]
-        check_tensors(path, missing, [name for name in names if name not in self._shapes], {})
+        check_tensors(path, missing, [name for name in names if name not in self._shapes])
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names start with ``prefix``, for ``Quantizer``."""
@@ -70,11 +69,10 @@ class Source:
         for name in self._shapes:
             if name.startswith(prefix):
                 tensor = self._files.get(name).to(self._device)
-                if problem := misfit(tensor, self._shapes[name]):
-                    check_tensors(self.path, [], [], {name: problem})
-                if not tensor.sum(
-                    dtype=torch.float32
-                ).isfinite():  # the sum of any NaN or infinity is not finite
+                if what := misfit(tensor, self._shapes[name]):
+                    check_tensors(self.path, wrong={name: what})
+                # The sum of any NaN or infinity is not finite.
+                if not tensor.sum(dtype=torch.float32).isfinite():
                     raise UserError(f"{self.path}: {name} holds NaN or infinity; it cannot be quantised")
                 tensors[name] = tensor
         return tensors
@@ -208,7 +206,8 @@ def mixed_formats(
     shapes = [*matrices(config), (mixing.HEAD, config.vocab_size, config.hidden_size)]
     weights = sum(outputs * inputs for _, outputs, inputs in shapes)
     small = config.num_parameters() < 10**9
-    model = load_model(directory, torch.float32 if small else None, device)
+    run = Quantizer(config, source.read, settings, calibration=calibration)
+    model = run.whole_source() if small else load_model(directory, None, device)
     norms = [value for value in model.parameters() if value.dim() == 1]
     plain = sum(value.numel() * directory.stored_dtype.itemsize for value in norms)
     counted = weights + sum(value.numel() for value in norms)
@@ -238,8 +237,7 @@ def build(
     """A model built from tensors one by one; quantised weights become quantised layers. ``placed`` is called
     for each matrix."""
     config = dataclasses.replace(config, tie_word_embeddings=False)
-    with torch.device("meta"):
-        model = XverseForCausalLM(config)
+    model = XverseForCausalLM.empty(config)
     for name, tensor in tensors:
         place(model, name, tensor, dtype)
         if placed is not None and isinstance(tensor, QuantizedWeight):

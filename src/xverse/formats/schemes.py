@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -97,7 +98,10 @@ def load_layers(
         layer = layer_of(model, name, where)
         shape = (layer.weight.shape[0], layer.weight.shape[1])
         stored = read_stored(files, scheme, name, shape, where)
-        set_layer(model, name, quantized_layer(stored, layer, dtype).to(device))
+        module = quantized_layer(stored, layer, dtype).to(device)
+        if getattr(layer, "bias", None) is not None:
+            module.bias = layer.bias  # still without data; it is read with the other tensors
+        set_layer(model, name, module)
         if placed is not None:
             placed(model, name)
 
@@ -110,12 +114,9 @@ def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) ->
     group = inputs // stored.scales.shape[1]
     repeat = group // kernel_group_size(group)
     scales = stored.scales.repeat_interleave(repeat, dim=1) if repeat > 1 else stored.scales
-    with torch.device("meta"):
-        module = QuantLinear(inputs, stored.scales.shape[0], stored.bits, group, stored.table is not None)
+    module = QuantLinear(inputs, stored.scales.shape[0], stored.bits, group, stored.table is not None)
     module.tiles = tile_rows(stored.rows, scales, stored.bits, stored.table)
-    if stored.order is not None:
-        module.order = stored.order
-    module.bias = getattr(layer, "bias", None)
+    module.order, module.mean = stored.order, stored.mean
     return module
 
 
@@ -124,7 +125,8 @@ def dequantized(
 ) -> Tensor:
     """The dequantised weight [N, K] of a module, in ``dtype``."""
     stored = read_stored(files, scheme, name, shape, where)
-    weight = from_rows(stored.rows, stored.scales, stored.bits, stored.table).dequantize().to(dtype)
+    integers = from_rows(stored.rows, stored.scales, stored.bits, stored.table)
+    weight = replace(integers, mean=stored.mean).dequantize().to(dtype)
     return weight if stored.order is None else torch.empty_like(weight).index_copy_(1, stored.order, weight)
 
 
@@ -170,7 +172,7 @@ def write_quantized(
     Returns the keys ``quantization_config`` and ``torch_dtype`` for config.json. Tensors that are not
     quantised keep their dtype.
     """
-    tensors_at_most = 4 * len([*matrices(config)]) + 7 * config.num_hidden_layers + 13
+    tensors_at_most = 4 * len([*matrices(config)]) + 7 * config.num_hidden_layers + 14
     writer = SafetensorsWriter(directory, tensors_at_most, max_shard_bytes)
     kinds: dict[str, Written] = {}
     plain: list[str] = []

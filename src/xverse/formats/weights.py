@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -88,6 +88,36 @@ def _indexed(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def misfit(tensor: Tensor, shape: Sequence[int]) -> str:
+    """How a stored tensor differs from the one of ``shape`` that the model needs; empty if it fits."""
+    if tuple(tensor.shape) != tuple(shape):
+        stored, needed = ("×".join(map(str, sizes)) for sizes in (tensor.shape, shape))
+        return f"is {stored} where config.json says {needed}"
+    if dtype_name(tensor.dtype) not in DTYPES:
+        return f"is stored as {dtype_name(tensor.dtype)}, not as one of {', '.join(DTYPES)}"
+    return ""
+
+
+def check_tensors(
+    path: Path, missing: Sequence[str] = (), unexpected: Sequence[str] = (), wrong: Mapping[str, str] = {}
+) -> None:
+    """Raise UserError if there are any; ``wrong`` maps names to what is wrong with them."""
+    if "score.weight" in unexpected:
+        raise UserError(
+            f"{path}: is a reward model, which scores texts and writes none; reward_funcs takes it"
+        )
+    parts = []
+    if missing:
+        tied = " (is the head tied? config.json says that it is not)" if HEAD in missing else ""
+        parts.append(f"missing {listed(missing)}{tied}")
+    if unexpected:
+        parts.append(f"unexpected {listed(unexpected)}")
+    if wrong:
+        parts.append(listed(f"{name} {what}" for name, what in wrong.items()))
+    if parts:
+        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(parts)}")
+
+
 def listed(names: Iterable[str], limit: int = 4) -> str:
     """``a, b, c, d and 7 more``."""
     names = list(names)
@@ -95,18 +125,11 @@ def listed(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def read_tensors(path: Path, *, hold: bool) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the tensors of one weight file, on the CPU in their stored dtype, without copying.
-
-    Their storage is the memory-mapped file. With ``hold`` all share one mapping, for a model that keeps them.
-    Without it each safetensors tensor has its own mapping, released with the tensor, so that converting a
-    large file does not keep all of it resident. Raises UserError for a truncated file, another format, and a
-    pickle that holds more than tensors.
-    """
-    if path.suffix == ".safetensors":
-        yield from _read_safetensors(path, hold)
-    else:
-        yield from _read_pickle(path)
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the tensors of one weight file, on the CPU in their stored dtype, as ``TensorFiles``."""
+    files = TensorFiles([path])
+    for name in files.names:
+        yield name, files.get(name)
 
 
 @dataclass(frozen=True)
@@ -143,11 +166,11 @@ def _read_places(file: Path) -> dict[str, _Place]:
 
 
 class TensorFiles:
-    """The tensors of a model directory by name, each on its own mapping, released with the tensor.
+    """The tensors of weight files by name, each on its own mapping, released with the tensor.
 
     A model of any size can be read in any order with one tensor resident at a time. Of ``.bin`` shards the
-    last one used stays mapped. Raises UserError as ``weight_files`` and ``read_tensors`` do, and for a name
-    that two files hold.
+    last one used stays mapped. Raises UserError for a truncated file, another format, a pickle that holds
+    more than tensors, and a name that two files hold.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -180,9 +203,8 @@ class TensorFiles:
         base = place.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         try:
             with file.open("rb") as opened:
-                mapped = mmap.mmap(
-                    opened.fileno(), place.end - base, offset=base, access=mmap.ACCESS_COPY
-                )  # the tensor keeps it alive
+                size = place.end - base  # the tensor keeps the mapping alive
+                mapped = mmap.mmap(opened.fileno(), size, offset=base, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             _unreadable(file, error)
         flat = torch.frombuffer(
@@ -207,35 +229,19 @@ class TensorFiles:
 
     def _unpickled(self, file: Path) -> dict[str, Tensor]:
         if self._pickle is None or self._pickle[0] != file:
-            self._pickle = (file, dict(_read_pickle(file)))
+            self._pickle = (file, _read_pickle(file))
         return self._pickle[1]
 
 
-def _read_safetensors(path: Path, hold: bool) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if hold:
-                for name in names:
-                    yield name, file.get_tensor(name)
-                return
-        for name in names:
-            with safe_open(path, framework="pt") as file:
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        _unreadable(path, error)
-
-
-def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "_use_new_zipfile_serialization" not in str(error):
                 raise
-            tensors = torch.load(
-                path, map_location="cpu", weights_only=True
-            )  # from before torch 1.6, cannot be mapped
+            # A file from before PyTorch 1.6, which cannot be mapped.
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # the unpickler can raise anything for an invalid file
@@ -244,11 +250,10 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
         _unreadable(path, error)
     if not isinstance(tensors, dict):
         raise UserError(f"{path}: expected a mapping of names to tensors, found {type(tensors).__name__}")
-    for name in list(tensors):
-        tensor = tensors.pop(name)
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path}: '{name}' is not a tensor but {type(tensor).__name__}")
-        yield name, tensor
+    return tensors
 
 
 def _unreadable(path: Path, error: Exception) -> NoReturn:

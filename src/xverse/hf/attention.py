@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from xverse.kernels.training import KernelPacked
-from xverse.model.attention import AttentionContext, Packed, attention
+from xverse.model.attention import AttentionContext, Continued, Packed, attention
 
 # Names that differ between versions of transformers 5.
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
@@ -115,7 +115,8 @@ def attention_context(
     """The context of one forward call. Positions that restart, without mask or cache, are packed documents
     (from padding-free collators), each of which attends only to itself. With SDPA they are computed one by
     one, which costs less than a mask; ``cu_seq_lens_q`` int32 [n + 1], where they begin and end in a single
-    row, and ``max_length_q`` save finding them, and so waiting for a GPU. ``is_causal`` False, in the options
+    row, and ``max_length_q`` save finding them, and so waiting for a GPU. With ``key_places`` some continue
+    others, see ``Continued``. ``is_causal`` False, in the options
     or in ``config``, lets tokens attend to later ones, too."""
     causal = options.get("is_causal", getattr(config, "is_causal", None))
     if causal is not None:  # create_causal_mask reads it from the configuration
@@ -123,6 +124,10 @@ def attention_context(
         config.is_causal = causal
         options = {**options, "is_causal": causal}
     batch, length = x.shape[:2]
+    if position_ids is not None and "key_places" in options:
+        ends = (options[name].to(x.device) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "key_places"))
+        longest = options["max_length_q"], options["max_length_k"]
+        return Continued(position_ids.to(x.device), *ends, longest)
     plain = attention_mask is None and cache is None and causal is None and length > 1
     by_kernel = config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
     if position_ids is not None and plain and by_kernel:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from xverse.files import atomic_file
+from xverse.files import write_json
 from xverse.formats.compressed import METHOD, TABLE_METHOD
 from xverse.formats.shim import AUTO_MAP, CLASSIFIER_MAP, SHIM_FILES
 from xverse.model.config import XverseConfig as ModelConfig
@@ -180,6 +179,4 @@ class FamilyConfig(XverseConfig):
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        with atomic_file(Path(save_directory) / "config.json") as path:
-            path.write_text(text, encoding="utf-8")
+        write_json(Path(save_directory) / "config.json", self.to_dict())

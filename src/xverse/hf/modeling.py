@@ -32,6 +32,7 @@ _CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_valu
 _OPTIONS = frozenset(TransformersKwargs.__annotations__) | {
     *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),
     *("tokenizer", "assistant_tokenizer"),
+    "key_places",  # see attention_context
 }
 
 

@@ -136,11 +136,14 @@ def quantize(model: Any, settings: QuantSettings, calibration: Tensor | None) ->
     if any(parameter.device.type == "meta" for parameter in parameters.values()):
         raise UserError("a model with offloaded weights cannot be quantised")
     names = list(parameters)
+    # A tied head is read after the embedding has been replaced.
+    embedding = f"{EMBEDDING}.weight"
+    kept = {embedding: parameters[embedding].clone()} if model.config.tie_word_embeddings else {}
     del parameters
 
     def read(prefix: str) -> dict[str, Tensor]:
         chosen = [name for name in names if name.startswith(prefix)]
-        return {name: model.get_parameter(name).detach().cpu() for name in chosen}
+        return {name: kept.get(name, model.get_parameter(name)).detach().cpu() for name in chosen}
 
     run = Quantizer(model.config.to_model_config(), read, settings, calibration=calibration)
     for name, tensor in _placed(model, run):

@@ -40,11 +40,9 @@ def product_name() -> str:
     """How xverse multiplies bfloat16 matrices on this CPU."""
     if has_fast_products():
         return "PyTorch's"
-    return (
-        "PyTorch's, slow here"
-        if _unwanted()
-        else "by conversion to float32, for want of fast ones in PyTorch"
-    )
+    if _unwanted():
+        return "PyTorch's, slow here"
+    return "by conversion to float32, for want of fast ones in PyTorch"
 
 
 def _unwanted() -> bool:

@@ -8,6 +8,7 @@ dequantised once and multiplied by cuBLAS. Without Triton the operations run as 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -59,20 +60,6 @@ def dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype, table
     return linear.dequantize(tiles.contiguous(), outputs, bits, dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``ops.rms_norm``."""
-    from xverse.kernels.gpu import layers
-
-    return layers.rms_norm(x, weight, eps)
-
-
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """``ops.silu_mul``."""
-    from xverse.kernels.gpu import layers
-
-    return layers.silu_mul(gate, up)
-
-
 def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """``ops.rotate_``."""
     from xverse.kernels.gpu import layers
@@ -83,28 +70,25 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         ops.rotate_plainly(q, k, cos, sin)
 
 
-def paged_append(
-    k: Tensor, v: Tensor, keys: Tensor, values: Tensor,
-    key_scales: Tensor | None, value_scales: Tensor | None, slots: Tensor,
-) -> None:  # fmt: skip
-    """``PagedLayer.append``."""
-    from xverse.kernels.gpu import attention
+def _forwarded(module: str, name: str) -> Callable[..., Any]:
+    """A function of ``gpu/``, imported when it is first called."""
 
-    attention.append(k, v, keys, values, key_scales, value_scales, slots)
+    def forward(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"xverse.kernels.gpu.{module}"), name)(*arguments)
 
-
-def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor,
-    key_scales: Tensor | None, value_scales: Tensor | None, table: Tensor, lengths: Tensor,
-) -> Tensor:  # fmt: skip
-    """``PagedLayer.attend``."""
-    from xverse.kernels.gpu import attention
-
-    return attention.attend(q, keys, values, key_scales, value_scales, table, lengths)
+    return forward
 
 
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "quant_linear": quant_linear,
+    "quant_linears": quant_linears,
+    "dequantize": dequantize,
+    "rms_norm": _forwarded("layers", "rms_norm"),
+    "silu_mul": _forwarded("layers", "silu_mul"),
+    "rotate_": rotate_,
+    "paged_append": _forwarded("attention", "append"),
+    "paged_attention": _forwarded("attention", "attend"),
+}
 if has_triton():
-    for _operation in (
-        quant_linear, quant_linears, dequantize, rms_norm, silu_mul, rotate_, paged_append, paged_attention
-    ):  # fmt: skip
-        OPERATIONS.impl(_operation.__name__, _on_its_device(_operation), "CUDA")
+    for _name, _function in _FUNCTIONS.items():
+        OPERATIONS.impl(_name, _on_its_device(_function), "CUDA")

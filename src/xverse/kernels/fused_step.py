@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from xverse.kernels.inference import BF16Linear, InvariantLinear
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.lora import bounds_of, pointers
-from xverse.kernels.native import TYPES, Layer, Lora, Weight, library
+from xverse.kernels.native import TYPES, Layer, Lora, Weight, call, library
 from xverse.kernels.ops import BF16_TOKENS
 from xverse.kernels.paged_attention import PagedLayer
 from xverse.kernels.tiles import tile_format, tile_groups
@@ -66,19 +66,16 @@ class FusedStep:
 
     def __call__(self, tokens: Tensor, context: SingleQueries, adapters: Sequence[Adapted] = ()) -> Tensor:
         """``tokens`` int64 [N] → normed hidden states [N, D]."""
-        kernels = library()
-        assert kernels is not None
         assert len(tokens) <= self.most_tokens
         x = self._model.embed_tokens(tokens)  # [N, D], a new tensor
         cos, sin = self._model.rope(context, x.dtype)  # [1, 1, N, head_dim]
         hidden, intermediate = self._sizes
         buffer = x.new_empty(len(x) * self._room)
-        kernels.xv_fused_step(
-            self._layers, len(self._layers), x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            context.slots.data_ptr(), context.table.data_ptr(), context.lengths.data_ptr(), buffer.data_ptr(),
-            TYPES[x.dtype], self._norm_type, len(x), hidden, intermediate, self._heads,
-            context.table.stride(0), self._eps, pointers([table for table, _ in adapters]), len(adapters),
-            bounds_of([segment for _, segment in adapters]) if adapters else None, torch.get_num_threads(),
+        call(
+            "xv_fused_step", self._layers, len(self._layers), x, cos, sin, context.slots, context.table,
+            context.lengths, buffer, TYPES[x.dtype], self._norm_type, len(x), hidden, intermediate,
+            self._heads, context.table.stride(0), self._eps, pointers([table for table, _ in adapters]),
+            len(adapters), bounds_of([segment for _, segment in adapters]) if adapters else None,
         )  # fmt: skip
         return self._model.norm(x)
 
@@ -101,7 +98,9 @@ def fused_step(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> FusedSt
                     return None
             elif type(module) is BF16Linear:
                 most_tokens = BF16_TOKENS
-            elif type(module) is not QuantLinear or module.order is not None:  # such as one with an adapter
+            elif (  # such as one with an adapter
+                type(module) is not QuantLinear or module.order is not None or module.mean is not None
+            ):
                 return None
     return FusedStep(model, cache, most_tokens)
 

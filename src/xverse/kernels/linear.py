@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,17 @@ from xverse.kernels.weight import QuantizedWeight
 
 class QuantLinear(nn.Module):
     """``x`` [..., in_features] → [..., out_features] with a weight of 2 to 4 or 8 bits, and a ``bias`` or
-    None.
+    None. ``tiles`` are to be assigned.
 
     ``tiles`` is the weight in the kernels' layout (``tiles.py``), on the CPU and on GPUs; ``table``: with a
     table, as all weights of 2 and 3 bits, whose kernel group is ``table_group`` (otherwise 0). With ``order``
     int64 [in_features] the weight's columns are permuted, as by GPTQ's activation order: column k belongs to
-    input ``order[k]``.
+    input ``order[k]``. ``mean`` bfloat16 [in_features] is added to every row of the weight, or None.
     """
 
     tiles: Tensor
     order: Tensor | None
+    mean: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -36,16 +38,16 @@ class QuantLinear(nn.Module):
         kernel_group = kernel_group_size(group_size)
         self.table_group = kernel_group if table or bits < 4 else 0
         shape = tile_shape(out_features, in_features, bits, kernel_group, table)
-        self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8))
+        self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8, device="meta"))
         self.register_buffer("order", None)
+        self.register_buffer("mean", None)
         self.register_parameter("bias", None)
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> QuantLinear:
         outputs, inputs = weight.q.shape
-        with torch.device("meta"):
-            module = cls(inputs, outputs, weight.bits, weight.group_size, weight.table is not None)
-        module.tiles = tile(weight)
+        module = cls(inputs, outputs, weight.bits, weight.group_size, weight.table is not None)
+        module.tiles, module.mean = tile(weight), weight.mean
         module.bias = bias
         return module
 
@@ -61,21 +63,23 @@ class QuantLinear(nn.Module):
         """
         weight = untile(self.tiles, self.out_features, self.bits, self.table_group)
         step = weight.scales.shape[1] * self.group_size // self.in_features
-        return QuantizedWeight(weight.q, weight.scales[:, ::step].contiguous(), self.bits, weight.table)
+        scales = weight.scales[:, ::step].contiguous()
+        return QuantizedWeight(weight.q, scales, self.bits, weight.table, self.mean)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out_features, in_features] as ``dtype``, with the columns of ``to_weight``."""
         if self.tiles.device.type != "cpu":
-            return torch.ops.xverse.dequantize(
+            weight = torch.ops.xverse.dequantize(
                 self.tiles, self.out_features, self.bits, dtype, self.table_group
             )
+            return weight if self.mean is None else weight + self.mean.to(dtype)
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
         start = 0
         parts = ops.dequantized_parts(self.tiles, self.out_features, self.bits, dtype, self.table_group)
         for part in parts:
             weight[start : start + len(part)] = part
             start += len(part)
-        return weight
+        return weight if self.mean is None else weight.add_(self.mean)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.order is not None:
@@ -85,6 +89,8 @@ class QuantLinear(nn.Module):
         else:
             run = ops.quant_linear if ops.is_eager_cpu(x) else torch.ops.xverse.quant_linear
             y = run(x, self.tiles, self.out_features, self.bits, self.table_group)
+        if self.mean is not None:  # not a product, whose bits would depend on the number of rows
+            y = y + (x.float() * self.mean).sum(dim=-1, keepdim=True).to(y.dtype)
         return y if self.bias is None else y + self.bias
 
     @staticmethod
@@ -92,8 +98,8 @@ class QuantLinear(nn.Module):
         """``[layer(x) for layer in layers]``; quantises the input once if the layers have the same format."""
         first = layers[0]
         same_format = all(
-            (layer.bits, layer.group_size, layer.table_group, layer.order)
-            == (first.bits, first.group_size, first.table_group, None)
+            (layer.bits, layer.group_size, layer.table_group, layer.order, layer.mean)
+            == (first.bits, first.group_size, first.table_group, None, None)
             and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
             for layer in layers
         )
@@ -141,3 +147,9 @@ class QuantEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scales.shape[0]}, {self.rows.shape[1] * 8 // self.bits}, bits={self.bits}"
+
+
+def weights_kind(model: Any) -> str:
+    """What the weights of a language model are: ``int4``, the fewest bits of its linears, or their dtype."""
+    bits = [module.bits for module in model.modules() if isinstance(module, QuantLinear)]
+    return f"int{min(bits)}" if bits else str(model.model.norm.weight.dtype).removeprefix("torch.")

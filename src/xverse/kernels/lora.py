@@ -6,10 +6,9 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from xverse.kernels.native import TYPES, Lora, library
+from xverse.kernels.native import TYPES, Lora, call, library
 
 Factors = tuple[Tensor, Tensor]  # a [rank, K] and b [rank, N], the transpose of peft's B times its scale
 
@@ -38,17 +37,16 @@ def add_lora_(
 ) -> None:
     """Add to a linear layer's output ``y`` [N, out] of ``x`` [N, K] what ``adapters`` give, each for the
     tokens of its segment; the segments are adjacent. The bits of a token depend on that token alone."""
-    kernels = library() if x.device.type == "cpu" and x.dtype in TYPES else None
-    if kernels is None or not y.is_contiguous():
+    usable = x.device.type == "cpu" and x.dtype in TYPES and y.is_contiguous()
+    if not usable or library() is None:
         for factors, (begin, end) in zip(adapters, segments, strict=True):
             if factors is not None:
                 a, b = factors
                 y[begin:end] += (x[begin:end] @ a.T) @ b
         return
-    x = x.contiguous()
     structs = [struct(factors) for factors in adapters]
-    kernels.xv_lora(
-        x.data_ptr(), (ctypes.c_void_p * 1)(y.data_ptr()), (ctypes.c_int64 * 1)(y.shape[1]), 1,
-        pointers(structs), len(structs), bounds_of(segments), TYPES[x.dtype], x.shape[1],
-        torch.get_num_threads(),
+    outputs, sizes = (ctypes.c_void_p * 1)(y.data_ptr()), (ctypes.c_int64 * 1)(y.shape[1])
+    call(
+        "xv_lora", x.contiguous(), outputs, sizes, 1, pointers(structs), len(structs), bounds_of(segments),
+        TYPES[x.dtype], x.shape[1],
     )  # fmt: skip

@@ -11,8 +11,10 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from xverse.config import UserError
 from xverse.log import notice
@@ -109,6 +111,12 @@ def library() -> ctypes.CDLL | None:
     Raises UserError if ``XVERSE_KERNELS`` names an instruction set that this machine does not run.
     """
     return _load()[0]
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a kernel with the addresses of tensors, and last PyTorch's number of threads."""
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    getattr(library(), name)(*values, torch.get_num_threads())
 
 
 def kernel_name() -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from xverse.kernels.native import TYPES, library
+from xverse.kernels.native import TYPES, call, library
 from xverse.kernels.tiles import TILE_ROWS, tile_format, tile_groups, untile
 from xverse.model.rope import rotate
 
@@ -62,21 +62,19 @@ def quant_linears(
     x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int, table_group: int = 0
 ) -> list[Tensor]:
     """``quant_linear`` of one input and several weights of the same format and group size."""
-    kernels = library()
-    if kernels is None or x.dtype not in TYPES:
+    if library() is None or x.dtype not in TYPES:
         return _plain_linears(x, tiles, outputs, bits, table_group)
     inputs, count = x.shape[-1], len(tiles)
     x = x.contiguous()
     y = [x.new_empty((*x.shape[:-1], size)) for size in outputs]
     if x.numel():
         pointers = ctypes.c_void_p * count
-        kernels.xv_quant_linear(
-            x.data_ptr(),
-            pointers(*[weight.data_ptr() for weight in tiles]),
-            pointers(*[output.data_ptr() for output in y]),
-            (ctypes.c_int64 * count)(*outputs),
-            count, TYPES[x.dtype], x.numel() // inputs, inputs, tile_format(bits, table_group),
-            tile_groups(tiles[0], bits, table_group)[1], torch.get_num_threads(),
+        weights = pointers(*[weight.data_ptr() for weight in tiles])
+        results = pointers(*[output.data_ptr() for output in y])
+        form, group = tile_format(bits, table_group), tile_groups(tiles[0], bits, table_group)[1]
+        call(
+            "xv_quant_linear", x, weights, results, (ctypes.c_int64 * count)(*outputs), count, TYPES[x.dtype],
+            x.numel() // inputs, inputs, form, group,
         )  # fmt: skip
     return y
 
@@ -95,7 +93,6 @@ def dequantized_parts(
 ) -> Iterator[Tensor]:
     """The rows of a weight in order, as parts [rows, inputs] of ``dtype``; each part may overwrite the one
     before."""
-    kernels = library()
     groups, group = tile_groups(tiles, bits, table_group)
     inputs = groups * group
     buffer: Tensor | None = None
@@ -104,15 +101,13 @@ def dequantized_parts(
     for part in tiles.split(at_once // TILE_ROWS):
         rows = min(len(part) * TILE_ROWS, outputs - done)
         done += rows
-        if kernels is None or dtype not in TYPES or not is_eager_cpu(part):
+        if library() is None or dtype not in TYPES or not is_eager_cpu(part):
             yield torch.ops.xverse.dequantize(part, rows, bits, dtype, table_group)
             continue
         if buffer is None:
             buffer = torch.empty(rows, inputs, dtype=dtype)
-        kernels.xv_dequantize(
-            part.data_ptr(), buffer.data_ptr(), TYPES[dtype], rows, inputs, tile_format(bits, table_group),
-            group, torch.get_num_threads(),
-        )  # fmt: skip
+        form = tile_format(bits, table_group)
+        call("xv_dequantize", part, buffer, TYPES[dtype], rows, inputs, form, group)
         yield buffer[:rows]
 
 
@@ -147,76 +142,59 @@ def dequantize(tiles: Tensor, outputs: int, bits: int, dtype: torch.dtype, table
 def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` bfloat16 [..., K] times the transpose of ``weight`` bfloat16 [N, K] → [..., N]; faster than
     PyTorch's matmul for up to 8 tokens."""
-    kernels = library()
-    inputs = x.shape[-1]
-    tokens = x.numel() // inputs
-    if kernels is None or not 0 < tokens <= BF16_TOKENS or not weight.is_contiguous():
+    tokens = x.numel() // x.shape[-1]
+    if library() is None or not 0 < tokens <= BF16_TOKENS or not weight.is_contiguous():
         return linear(x, weight)
-    return _linear(kernels, x, weight)
+    return _linear(x, weight)
 
 
 def invariant_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` [..., K] times the transpose of ``weight`` [N, K] → [..., N], both float32 or both bfloat16, in
     our kernels whatever the number of tokens: the bits of a token depend on that token alone. PyTorch's
     products divide their sums by the number of tokens and of threads."""
-    kernels = library()
     usable = x.dtype in TYPES and x.dtype == weight.dtype and weight.is_contiguous() and x.numel()
-    return _linear(kernels, x, weight) if kernels is not None and usable else linear(x, weight)
+    return _linear(x, weight) if library() is not None and usable else linear(x, weight)
 
 
-def _linear(kernels: ctypes.CDLL, x: Tensor, weight: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], outputs))
-    kernels.xv_linear(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), TYPES[x.dtype], x.numel() // inputs, outputs, inputs,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    call("xv_linear", x, weight, y, TYPES[x.dtype], x.numel() // inputs, outputs, inputs)
     return y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of ``x`` [..., D] times ``weight`` [D] → x's shape and dtype; float32 inside, rounded once."""
-    kernels = library()
-    if kernels is None or x.dtype not in TYPES or weight.dtype not in TYPES:
+    if library() is None or x.dtype not in TYPES or weight.dtype not in TYPES:
         return _plain_norm(x, weight, eps)
     x = x.contiguous()
     y = torch.empty_like(x)
     size = x.shape[-1]
-    kernels.xv_rms_norm(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), TYPES[x.dtype], TYPES[weight.dtype],
-        x.numel() // size, size, eps, torch.get_num_threads(),
-    )  # fmt: skip
+    call("xv_rms_norm", x, weight, y, TYPES[x.dtype], TYPES[weight.dtype], x.numel() // size, size, eps)
     return y
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` of two tensors [...] of one dtype; float32 inside, rounded once."""
-    kernels = library()
-    if kernels is None or gate.dtype not in TYPES:
+    if library() is None or gate.dtype not in TYPES:
         return torch.nn.functional.silu(gate) * up
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    kernels.xv_silu_mul(
-        gate.data_ptr(), up.data_ptr(), y.data_ptr(), TYPES[gate.dtype], y.numel(), torch.get_num_threads()
-    )
+    call("xv_silu_mul", gate, up, y, TYPES[gate.dtype], y.numel())
     return y
 
 
 def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotary embedding of queries [B, T, H, head_dim] and keys [B, T, KV, head_dim], in place, by tables
     [B, 1, T, head_dim]; all of one dtype."""
-    kernels = library()
-    if kernels is None or q.dtype not in TYPES or not (q.is_contiguous() and k.is_contiguous()):
+    if library() is None or q.dtype not in TYPES or not (q.is_contiguous() and k.is_contiguous()):
         rotate_plainly(q, k, cos, sin)
         return
     batch, length, heads, head_dim = q.shape
     shape = (batch, 1, length, head_dim)
     cos, sin = cos.expand(shape).contiguous(), sin.expand(shape).contiguous()
-    kernels.xv_rotate(
-        q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), TYPES[q.dtype], batch * length, heads,
-        k.shape[2], head_dim, torch.get_num_threads(),
-    )  # fmt: skip
+    call("xv_rotate", q, k, cos, sin, TYPES[q.dtype], batch * length, heads, k.shape[2], head_dim)
 
 
 def rotate_plainly(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -252,10 +230,6 @@ def _shape_dequantize(
     return tiles.new_empty((outputs, groups * group), dtype=dtype)
 
 
-def _shape_linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 def _plain_linears(
     x: Tensor, tiles: list[Tensor], outputs: list[int], bits: int, table_group: int = 0
 ) -> list[Tensor]:
@@ -284,7 +258,7 @@ for _name, _shapes in (
     ("quant_linear", _shape_quant_linear),
     ("quant_linears", _shape_quant_linears),
     ("dequantize", _shape_dequantize),
-    ("linear_bf16", _shape_linear_bf16),
+    ("linear_bf16", lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0]))),
     ("rms_norm", lambda x, weight, eps: torch.empty_like(x)),
     ("silu_mul", lambda gate, up: torch.empty_like(gate)),
     ("rotate_", lambda q, k, cos, sin: None),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import xverse.kernels.cuda  # noqa: F401  (registers the operations on CUDA)
 from xverse.gpu import VARLEN_PAGE, has_varlen
-from xverse.kernels.native import CACHE_TYPES, TYPES, Cache, library
+from xverse.kernels.native import CACHE_TYPES, TYPES, Cache, call, library
 from xverse.kernels.ops import OPERATIONS
 from xverse.model.attention import attention, causal_varlen
 
@@ -79,31 +79,25 @@ class PagedLayer:
     def _fits(self) -> bool:
         return head_fits(self.head_dim) and self.block_size % 16 == 0
 
-    def _native(self, *rows: Tensor) -> ctypes.CDLL | None:
-        """The kernels, or None unless they support ``rows`` [T, heads, head_dim] with this cache."""
-        kernels = library()
-        if kernels is None or self._struct is None:
-            return None
-        for row in rows:
-            if row.dtype not in TYPES or row.stride(2) != 1:
-                return None
-            if row.dtype != self.keys.dtype == torch.bfloat16:
-                return None
-        return kernels
+    def _native(self, *rows: Tensor) -> bool:
+        """Whether the kernels support ``rows`` [T, heads, head_dim] with this cache."""
+        if library() is None or self._struct is None:
+            return False
+        exact = self.keys.dtype == torch.bfloat16
+        return all(
+            row.dtype in TYPES and row.stride(2) == 1 and (not exact or row.dtype == torch.bfloat16)
+            for row in rows
+        )
 
     def append(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Store ``k`` and ``v`` [T, KV, head_dim] at ``slots`` int64 [T]: block * block_size + offset."""
-        kernels = self._native(k, v)
         if k.device.type == "cuda":
             torch.ops.xverse.paged_append(k, v, *self._pages(), slots)
-            return None
-        if kernels is None or k.dtype != v.dtype:
-            return self._append_torch(k, v, slots)
-        kernels.xv_paged_append(
-            self._struct, k.data_ptr(), v.data_ptr(), slots.data_ptr(), TYPES[k.dtype],
-            len(slots), k.stride(0), k.stride(1), v.stride(0), v.stride(1), torch.get_num_threads(),
-        )  # fmt: skip
-        return None
+        elif k.dtype != v.dtype or not self._native(k, v):
+            self._append_torch(k, v, slots)
+        else:
+            strides = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
+            call("xv_paged_append", self._struct, k, v, slots, TYPES[k.dtype], len(slots), *strides)
 
     def attend(self, q: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
         """Independent queries: ``q`` [B, H, head_dim] → attention output of the same shape and dtype.
@@ -121,14 +115,12 @@ class PagedLayer:
             return self.extend(q, starts, table, lengths, 1)
         if q.device.type == "cuda":
             return torch.ops.xverse.paged_attention(q, *self._pages(), table, lengths)
-        kernels = self._native(q)
-        if kernels is None:
+        if not self._native(q):
             return self._attend_torch(q, table, lengths)
         out = q.new_empty(q.shape)  # [B, H, head_dim]
-        kernels.xv_paged_attention(
-            self._struct, q.data_ptr(), table.data_ptr(), lengths.data_ptr(), out.data_ptr(),
-            TYPES[q.dtype], len(q), table.stride(0), q.stride(0), q.stride(1), q.shape[1] // self.heads,
-            torch.get_num_threads(),
+        call(
+            "xv_paged_attention", self._struct, q, table, lengths, out, TYPES[q.dtype], len(q),
+            table.stride(0), q.stride(0), q.stride(1), q.shape[1] // self.heads,
         )  # fmt: skip
         return out
 
@@ -153,14 +145,11 @@ class PagedLayer:
             ends = torch.arange(0, len(q) + 1, len(q), dtype=torch.int32, device=q.device)
             length = torch.full((1,), start + len(q), dtype=torch.int32, device=q.device)
             return self.extend(q, ends, table[None], length, len(q))
-        kernels = self._native(q)
-        if kernels is None or q.dtype != torch.bfloat16 or self.keys.dtype == torch.float32:
+        if q.dtype != torch.bfloat16 or self.keys.dtype == torch.float32 or not self._native(q):
             return self._prefill_torch(q, table, start)
         out = q.new_empty(q.shape)  # [T, H, head_dim]
-        kernels.xv_paged_prefill(
-            self._struct, q.data_ptr(), table.data_ptr(), out.data_ptr(),
-            start, len(q), q.stride(0), q.stride(1), q.shape[1] // self.heads, torch.get_num_threads(),
-        )  # fmt: skip
+        group = q.shape[1] // self.heads
+        call("xv_paged_prefill", self._struct, q, table, out, start, len(q), q.stride(0), q.stride(1), group)
         return out
 
     def _pages(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

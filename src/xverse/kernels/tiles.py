@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xverse.kernels.native import TABLE_FORMAT, library
+from xverse.kernels.native import TABLE_FORMAT, call, library
 from xverse.kernels.weight import GROUP_SIZES, QuantizedWeight
 
 TILE_ROWS = 32
@@ -105,18 +105,11 @@ def tile_rows(rows: Tensor, scales: Tensor, bits: int, table: Tensor | None = No
     if bits < 4 and table is None:
         table = _uniform_table(bits, rows.device)
     shape = tile_shape(outputs, inputs, bits, group, table is not None)
-    kernels = library()
-    if kernels is not None and rows.device.type == "cpu":
+    if library() is not None and rows.device.type == "cpu":
         tiles = torch.empty(shape, dtype=torch.uint8)
-        rows, scales = rows.contiguous(), scales.contiguous()
-        table = None if table is None else table.contiguous()
-        form, entries = bits, None
-        if table is not None:
-            form, entries = tile_format(bits, group), table.data_ptr()
-        kernels.xv_tile(
-            rows.data_ptr(), scales.data_ptr(), entries, tiles.data_ptr(), outputs, inputs, form, group,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        entries = None if table is None else table.contiguous()
+        form = tile_format(bits, 0 if table is None else group)
+        call("xv_tile", rows.contiguous(), scales.contiguous(), entries, tiles, outputs, inputs, form, group)
         return tiles
     if len(rows) > _ROWS_AT_ONCE:
         parts = zip(rows.split(_ROWS_AT_ONCE), scales.split(_ROWS_AT_ONCE), strict=True)

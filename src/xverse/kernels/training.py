@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from xverse.kernels.native import TYPES, library
+from xverse.kernels.native import TYPES, call, library
 from xverse.kernels.ops import OPERATIONS, is_eager_cpu, silu_mul
 from xverse.model import Packed, linear_cross_entropy
 from xverse.model.attention import AttentionContext, grouped
@@ -401,10 +401,6 @@ def _accumulate(total: Tensor, value: Tensor) -> None:
 
 
 def _call(name: str, *arguments: Tensor | float | None) -> None:
-    """Call a kernel, passing the addresses of tensors; nothing to compute if one is a fake tensor."""
-    if any(isinstance(argument, FakeTensor) for argument in arguments):
-        return
-    kernels = library()
-    assert kernels is not None
-    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    getattr(kernels, name)(*values, torch.get_num_threads())
+    """Call a kernel; nothing to compute if one of the tensors is a fake one."""
+    if not any(isinstance(argument, FakeTensor) for argument in arguments):
+        call(name, *arguments)

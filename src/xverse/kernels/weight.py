@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,13 +27,15 @@ class QuantizedWeight:
 
     ``q`` is int8 [N, K] from -2^(bits-1) to 2^(bits-1) - 1 (symmetric: no zero point), ``scales`` bfloat16
     [N, K/group_size]. A scale per row is a group of all K inputs. The values are ``q`` itself or, with up to
-    4 bits and a ``table`` int8 [2^bits] in ascending order, ``table[q + 2^(bits-1)]``.
+    4 bits and a ``table`` int8 [2^bits] in ascending order, ``table[q + 2^(bits-1)]``. ``mean`` bfloat16 [K]
+    is added to every row.
     """
 
     q: Tensor
     scales: Tensor
     bits: int
     table: Tensor | None = None
+    mean: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.bits in BITS
@@ -45,6 +47,9 @@ class QuantizedWeight:
             assert self.bits <= 4
             assert self.table.dtype == torch.int8
             assert self.table.shape == (1 << self.bits,)
+        if self.mean is not None:
+            assert self.mean.dtype == torch.bfloat16
+            assert self.mean.shape == self.q.shape[1:]
 
     @property
     def group_size(self) -> int:
@@ -52,9 +57,9 @@ class QuantizedWeight:
 
     @property
     def stored_bytes(self) -> int:
-        """The size of integers, scales and table."""
-        table = 0 if self.table is None else len(self.table)
-        return self.q.numel() * self.bits // 8 + self.scales.numel() * self.scales.itemsize + table
+        """The size of integers, scales, table and mean."""
+        others = sum(part.nbytes for part in (self.scales, self.table, self.mean) if part is not None)
+        return self.q.numel() * self.bits // 8 + others
 
     @property
     def values(self) -> Tensor:
@@ -64,18 +69,19 @@ class QuantizedWeight:
         return self.table[self.q.int() + (1 << (self.bits - 1))]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``value · scale``, [N, K] of ``dtype``."""
+        """``value · scale + mean``, [N, K] of ``dtype``."""
         grouped = self.values.view(*self.scales.shape, self.group_size).to(dtype)  # [N, G, group]
-        return (grouped * self.scales.to(dtype)[..., None]).view(self.q.shape)
+        plain = (grouped * self.scales.to(dtype)[..., None]).view(self.q.shape)
+        return plain if self.mean is None else plain + self.mean.to(dtype)
 
     def cpu(self) -> QuantizedWeight:
-        table = None if self.table is None else self.table.cpu()
-        return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits, table)
+        table, mean = (None if part is None else part.cpu() for part in (self.table, self.mean))
+        return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits, table, mean)
 
     def outputs(self, rows: range) -> QuantizedWeight:
         """The weight of the outputs ``rows``."""
         own = slice(rows.start, rows.stop)
-        return QuantizedWeight(self.q[own], self.scales[own], self.bits, self.table)
+        return replace(self, q=self.q[own], scales=self.scales[own])
 
     def inputs(self, columns: range) -> QuantizedWeight:
         """The weight of the inputs ``columns``, which are whole groups."""
@@ -83,13 +89,14 @@ class QuantizedWeight:
         assert columns.start % group == columns.stop % group == 0
         scales = self.scales[:, columns.start // group : columns.stop // group]
         own = self.q[:, columns.start : columns.stop].contiguous()
-        return QuantizedWeight(own, scales, self.bits, self.table)
+        mean = None if self.mean is None else self.mean[columns.start : columns.stop]
+        return replace(self, q=own, scales=scales, mean=mean)
 
     def regrouped(self, group_size: int) -> QuantizedWeight:
         """The same weight with its scales repeated for smaller groups of ``group_size`` inputs."""
         assert self.group_size % group_size == 0
         scales = self.scales.repeat_interleave(self.group_size // group_size, dim=1)
-        return QuantizedWeight(self.q, scales, self.bits, self.table)
+        return replace(self, scales=scales)
 
 
 def table_of(bits: int) -> Tensor | None:

@@ -126,6 +126,40 @@ class Packed:
         return mixed.reshape(heads, batch, length, head_dim).transpose(0, 1)
 
 
+class Continued:
+    """Sequences in one row [1, T], one after another, of which some continue others: replies to a prompt,
+    which is computed once.
+
+    Sequence i has the tokens from ``q_ends[i]`` to ``q_ends[i + 1]``, int32 [n + 1] from 0; it sees the
+    ``places[k_ends[i]:k_ends[i + 1]]`` of the row, int64 [K], the last of which are its own. ``longest``: the
+    most tokens of a sequence, and the most that one sees.
+    """
+
+    def __init__(
+        self, positions: Tensor, q_ends: Tensor, k_ends: Tensor, places: Tensor, longest: tuple[int, int]
+    ) -> None:
+        self.positions, self._places, self._longest = positions, places, longest
+        self._q_ends, self._k_ends = q_ends, k_ends
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k.index_select(2, self._places), v.index_select(2, self._places)  # [1, KV, K, head_dim]
+        if has_varlen(q.device, q.dtype, q.shape[3]):
+            rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+            mixed = causal_varlen(rows[0], rows[1], rows[2], self._q_ends, self._k_ends, *self._longest)
+            return mixed.transpose(0, 1)[None]
+        queries = q.split(self._q_ends.diff().tolist(), dim=2)
+        keys, values = (x.split(self._k_ends.diff().tolist(), dim=2) for x in (k, v))
+        return torch.cat([_continue(*part) for part in zip(queries, keys, values, strict=True)], dim=2)
+
+
+def _continue(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of ``q`` [1, H, L, head_dim], of the last tokens of ``k`` and ``v`` [1, KV, S, head_dim]."""
+    length, seen = q.shape[2], k.shape[2]
+    if length == seen:
+        return attention(q, k, v, causal=True)
+    return attention(q, k, v, torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length))
+
+
 def document_starts(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     """From ``document_ids`` int [B, T]: which tokens start a document, bool [B, T], and each token's position
     in its document, int64 [B, T]."""

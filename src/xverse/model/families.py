@@ -30,35 +30,28 @@ class Family:
 
 _CAST_FIRST = {"norm_in_float32": False}
 
+
+def _ids(pad: int | None, bos: int | None, eos: int | None) -> dict[str, int | None]:
+    return {"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos}
+
+
 FAMILIES: dict[str, Family] = {
     "xverse": Family("XverseForCausalLM"),
-    "llama": Family(
-        "LlamaForCausalLM",
-        {"max_position_embeddings": 2048, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
-        _CAST_FIRST,
-    ),
+    "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048, **_ids(None, 1, 2)}, _CAST_FIRST),
     "mistral": Family(
         "MistralForCausalLM",
         {
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
-            "pad_token_id": None,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
             "sliding_window": 4096,
+            **_ids(None, 1, 2),
         },
         _CAST_FIRST,
         constants={"sliding_window": None},
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        {
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32768,
-            "pad_token_id": None,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
+        {"num_key_value_heads": 32, "max_position_embeddings": 32768, **_ids(None, None, None)},
         {**_CAST_FIRST, "attention_bias": True},
         bias_key="",
     ),
@@ -68,32 +61,18 @@ FAMILIES: dict[str, Family] = {
             "num_key_value_heads": 32,
             "head_dim": 128,
             "max_position_embeddings": 32768,
-            "pad_token_id": None,
-            "bos_token_id": None,
-            "eos_token_id": None,
+            **_ids(None, None, None),
         },
         {**_CAST_FIRST, "qk_norm": True},
     ),
     "internlm": Family(
         "LlamaForCausalLM",
-        {
-            "bias": True,
-            "max_position_embeddings": 2048,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
+        {"bias": True, "max_position_embeddings": 2048, **_ids(0, 1, 2)},
         _CAST_FIRST,
         bias_key="bias",
         written="llama",
     ),
-    "baichuan": Family(
-        "LlamaForCausalLM",
-        {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-        _CAST_FIRST,
-        bias_key="",
-        written="llama",
-    ),
+    "baichuan": Family("LlamaForCausalLM", _ids(0, 1, 2), _CAST_FIRST, bias_key="", written="llama"),
 }
 
 # Keys whose other values change the forward pass.

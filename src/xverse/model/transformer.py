@@ -137,6 +137,12 @@ class XverseForCausalLM(nn.Module):
         self.lm_head = make_linear(config.hidden_size, config.vocab_size)
         self.tie()
 
+    @classmethod
+    def empty(cls, config: XverseConfig) -> XverseForCausalLM:
+        """A model on the meta device, for parameters that are assigned."""
+        with torch.device("meta"):
+            return cls(config)
+
     def tie(self) -> None:
         """Make the head share the embedding's weight if the configuration ties them; again after the
         embedding's weight has been replaced."""

@@ -44,13 +44,8 @@ _PASSES: dict[Passes, tuple[float, float]] = {
     "gelu": (20, 4),
     "megatron": (34, 4),
 }
-_LOGIT_BYTES = {
-    "compiled": 14,
-    "eager": 34,
-    "fused norms": 34,
-    "gelu": 34,
-    "megatron": 22,
-}  # forward and backward, each logit, where all of them exist at once
+# Forward and backward, each logit, where all of them exist at once.
+_LOGIT_BYTES = {"compiled": 14, "eager": 34, "fused norms": 34, "gelu": 34, "megatron": 22}
 # Bytes that FSDP copies for each parameter and micro-batch: twice out of the gathered buffer (read and
 # written, 2 bytes each), and gradients once from bfloat16 into the float32 buffer that is reduced.
 _COPIED_BYTES = 2 * 4 + 6

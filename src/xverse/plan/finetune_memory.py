@@ -238,14 +238,8 @@ def _smaller(settings: Settings, load: Load) -> list[tuple[str, Settings, Load]]
     if not settings.bf16 and not settings.fp16:
         change("bf16 true", load, bf16=True)
     if settings.finetuning_type != "lora":
-        change(
-            "finetuning_type lora",
-            load,
-            finetuning_type="lora",
-            deepspeed=None,
-            save_dtype=None,
-            generation={},
-        )
+        whole_only: dict[str, object] = {"deepspeed": None, "save_dtype": None, "generation": {}}
+        change("finetuning_type lora", load, finetuning_type="lora", **whole_only)
     if not settings.quantization_bit and not load.stored_bytes:
         change("quantization_bit 4", load, quantization_bit=4)
     return smaller

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xverse.kernels.native import library
+from xverse.kernels.native import call, library
 from xverse.kernels.weight import QuantizedWeight
 from xverse.quant.methods import Levels, rtn
 
@@ -156,14 +156,11 @@ def _round_block(
     levels: Levels,
 ) -> None:
     """Writes ``q`` and ``errors`` [N, block], which are views like ``weight``; overwrites ``shift``."""
-    kernels = library()
     count = weight.shape[1]
-    if kernels is not None and weight.device.type == "cpu":
-        feedback, groups = feedback.contiguous(), group_of.int()
-        kernels.xv_round_columns(
-            weight.data_ptr(), shift.data_ptr(), feedback.data_ptr(), scales.data_ptr(), groups.data_ptr(),
-            q.data_ptr(), errors.data_ptr(), len(weight), weight.stride(0), scales.shape[1], count,
-            levels.bits, levels.pointer, torch.get_num_threads(),
+    if library() is not None and weight.device.type == "cpu":
+        call(
+            "xv_round_columns", weight, shift, feedback.contiguous(), scales, group_of.int(), q, errors,
+            len(weight), weight.stride(0), scales.shape[1], count, levels.bits, levels.table,
         )  # fmt: skip
         return
     for k in range(count):

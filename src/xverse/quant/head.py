@@ -2,7 +2,8 @@
 
 To second order an error e of the logits costs half the variance of e under the predicted probabilities p: the
 logit of a token matters where p (1 - p) is large. Rows of tokens that are likely in similar contexts are
-rounded together, by the Hessian of the inputs with these weights.
+rounded together, by the Hessian of the inputs with these weights. What is common to all rows changes no
+probability; it is stored apart, so that what is rounded is smaller.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from xverse.kernels.weight import QuantizedWeight
 from xverse.quant.gptq import HessianFactor
 from xverse.quant.parity import rows_at_once
 
-_TOKENS = 8192  # of calibration at most
+_TOKENS, _MEAN_TOKENS = 8192, 2048  # of calibration at most
 _CLUSTERS, _ROWS = 64, 128  # at most; rows of each on average at least
 _ROUNDS = 8  # of k-means
 _SHARE = 4.0  # times D: the tokens that the Hessian of all contexts counts for in each cluster's
@@ -27,8 +28,7 @@ def round_head(head: Tensor, inputs: Tensor, round_rows: Callable[..., Quantized
     """``head`` float32 [V, D] by ``round_rows(rows, inputs=factor)``, for ``inputs`` float32 [T, D]."""
     vocabulary, size = head.shape
     hessian = inputs.T @ inputs / len(inputs)
-    chosen = torch.linspace(0, len(inputs) - 1, min(len(inputs), _TOKENS), device=inputs.device)
-    inputs = inputs[chosen.long()]
+    inputs = _some(inputs, _TOKENS)
     parts = inputs.split(rows_at_once(vocabulary))
 
     def weights(x: Tensor) -> Tensor:
@@ -58,6 +58,21 @@ def round_head(head: Tensor, inputs: Tensor, round_rows: Callable[..., Quantized
     place = torch.cat(order).argsort()
     q, scales = (torch.cat(parts)[place] for parts in zip(*((r.q, r.scales) for r in results), strict=True))
     return QuantizedWeight(q, scales, results[0].bits, results[0].table)
+
+
+def common_row(head: Tensor, inputs: Tensor) -> Tensor:
+    """The mean [D] of the rows of ``head`` [V, D], float32, by the probabilities of their tokens after
+    ``inputs`` float32 [T, D]."""
+    head, inputs = head.float(), _some(inputs, _MEAN_TOKENS)
+    likely = torch.zeros(len(head), device=head.device)
+    for x in inputs.split(rows_at_once(len(head))):
+        likely += (x @ head.T).softmax(-1).sum(dim=0)
+    return likely @ head / len(inputs)
+
+
+def _some(inputs: Tensor, most: int) -> Tensor:
+    chosen = torch.linspace(0, len(inputs) - 1, min(len(inputs), most), device=inputs.device)
+    return inputs[chosen.long()]
 
 
 def _cluster(points: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xverse.kernels.native import library
+from xverse.kernels.native import call, library
 from xverse.kernels.weight import QuantizedWeight, check_bits, check_group_size
 
 _ROWS_AT_ONCE = 1 << 22  # weights for which PyTorch's search holds copies at a time
@@ -51,11 +51,6 @@ class Levels:
         """The levels float32 of signed indices int8."""
         return (index if self.table is None else self.table[index.int() + self.half]).float()
 
-    @property
-    def pointer(self) -> int:
-        """The table for the kernels, null without."""
-        return 0 if self.table is None else self.table.data_ptr()
-
     def _place(self, x: Tensor) -> Tensor:
         assert self._middles is not None
         return torch.bucketize(x.nan_to_num(-torch.inf), self._middles, right=True)
@@ -85,14 +80,11 @@ def rtn(
     importance = importance.to(device=weight.device, dtype=torch.float32).contiguous()
     levels = Levels(bits, None if table is None else table.to(weight.device))
     divisors = search_grid(bits, table)
-    kernels = library()
-    if kernels is not None and weight.device.type == "cpu":
+    if library() is not None and weight.device.type == "cpu":
         q = torch.empty(weight.shape, dtype=torch.int8)
         scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, dtype=torch.bfloat16)
-        kernels.xv_round(
-            weight.data_ptr(), importance.data_ptr(), q.data_ptr(), scales.data_ptr(), *weight.shape, bits,
-            levels.pointer, group_size, divisors.data_ptr(), len(divisors), torch.get_num_threads(),
-        )  # fmt: skip
+        search = group_size, divisors, len(divisors)
+        call("xv_round", weight, importance, q, scales, *weight.shape, bits, levels.table, *search)
         return QuantizedWeight(q, scales, bits, levels.table)
     rows = max(1, _ROWS_AT_ONCE // weight.shape[1])
     parts = [_search(part, levels, group_size, importance, divisors) for part in weight.split(rows)]

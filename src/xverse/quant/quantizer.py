@@ -20,7 +20,7 @@ from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
 from xverse.quant.gptq import Hessian, HessianFactor, gptq
-from xverse.quant.head import round_head
+from xverse.quant.head import common_row, round_head
 from xverse.quant.layerwise import (
     OUTPUT,
     QKV,
@@ -35,6 +35,7 @@ from xverse.quant.layerwise import (
 from xverse.quant.methods import rtn, rtn_row
 from xverse.quant.mixing import measure
 from xverse.quant.parity import LogitFigures, ParityReport, compare, next_tokens, relative_error, rows_at_once
+from xverse.quant.rotate import rotated, rotated_layer
 from xverse.quant.settings import Format, QuantSettings, fitting_group, input_sizes
 from xverse.quant.text import resized
 from xverse.quant.tuning import refine, whole_model
@@ -88,7 +89,9 @@ class Quantizer:
         if settings.method == "rtn" and calibration is None:
             self.calibration = random_tokens(config.vocab_size)
         small = config.num_parameters() <= WHOLE_PARAMETERS
-        self.refines, self.uses_whole = settings.refine and small, settings.method == "gptq" and small
+        gptq = settings.method == "gptq"
+        self.refines, self.uses_whole = settings.refine and small, gptq and small
+        self.rotates = gptq and settings.balance and not config.num_experts  # routers would be rounded
         self._gradients: dict[str, Tensor] = {}  # of log p by the outputs of linears: mean outer products
         self.sample = sample if sample is not None and sample.numel() else None
         self.progress = progress or (lambda _: None)
@@ -112,7 +115,7 @@ class Quantizer:
             yield from self._layer_by_layer()
             return
         tensors: Mapping[str, Quantized] = dict(self._layer_by_layer())
-        source = self._source()
+        source = self.whole_source()
         assert self.calibration is not None
         rows = self.calibration.to(source.lm_head.weight.device)
         tensors = refine(tensors, source, rows, self.progress)
@@ -129,23 +132,36 @@ class Quantizer:
 
     def _output_gradients(self) -> dict[str, Tensor]:
         assert self.calibration is not None
-        source = self._source()
+        source = self.whole_source()
         rows = resized(self.calibration, _GRADIENT_TOKENS, _GRADIENT_LENGTH).to(source.lm_head.weight.device)
         return {name: found.gradients for name, found in measure(source, rows, outer=True).items()}
 
-    def _source(self) -> XverseForCausalLM:
-        """The whole source in float32."""
+    def whole_source(self) -> XverseForCausalLM:
+        """The whole source in float32, in the basis that is rounded."""
         prefixes = [EMBEDDING, *(f"model.layers.{i}." for i in range(self.config.num_hidden_layers)), NORM]
         if not self.config.tie_word_embeddings:
             prefixes.append(HEAD)
-        tensors: dict[str, Quantized] = {}
+        tensors: dict[str, Tensor] = {}
         for prefix in prefixes:
             self._reading = self.read(prefix.removesuffix("weight"))
             self._check_finite(prefix, *self._reading.values())
-            tensors |= self._reading
+            tensors |= self._rotated_layer(self._reading)
         self._reading = {}
-        tensors.setdefault(HEAD, tensors[EMBEDDING])
+        head, norm = self._rotated_head(tensors.get(HEAD, tensors[EMBEDDING]), tensors[NORM])
+        tensors |= {HEAD: head, NORM: norm, EMBEDDING: self._rotated(tensors[EMBEDDING])}
         return whole_model(self.config, tensors)
+
+    def _rotated(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
+        """[N, D] in the basis of the run's residual stream."""
+        if not self.rotates:
+            return x
+        return torch.cat([rotated(part, norm) for part in x.split(_ROWS_AT_ONCE)])
+
+    def _rotated_layer(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return rotated_layer(tensors) if self.rotates else tensors
+
+    def _rotated_head(self, head: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        return (self._rotated(head, norm), torch.ones_like(norm)) if self.rotates else (head, norm)
 
     @torch.no_grad()
     def _layer_by_layer(self) -> Iterator[tuple[str, Quantized]]:
@@ -153,9 +169,10 @@ class Quantizer:
         source, quantized, calibration = None, None, None
         self.progress("embedding")
         embedding = self._read(EMBEDDING)[EMBEDDING]
-        stored = self._embedding(embedding)
+        stored = self._embedding(self._rotated(embedding).to(embedding.dtype))
         if self.sample is not None:
-            source = _look_up(embedding, self.sample)  # [n, T, D]
+            source = self._rotated(_look_up(embedding, self.sample).flatten(0, 1))  # [n·T, D]
+            source = source.view(*self.sample.shape, -1)
             quantized = _look_up(stored, self.sample)
         if self.calibration is not None:
             calibration = _look_up(stored, self.calibration)
@@ -166,7 +183,7 @@ class Quantizer:
         for number in range(self.config.num_hidden_layers):
             self.progress(f"layer {number + 1} of {self.config.num_hidden_layers}")
             prefix = f"model.layers.{number}."
-            layer = make_layer(self.config, number, self._read(prefix))
+            layer = make_layer(self.config, number, self._rotated_layer(self._read(prefix)))
             if source is not None:
                 source = forward(layer, self.config, source)
             tensors = self._quantize_layer(layer, prefix, calibration)
@@ -181,7 +198,7 @@ class Quantizer:
         self.progress("head")
         norm = self._read(NORM)[NORM]
         source_of_head = EMBEDDING if self.config.tie_word_embeddings else HEAD
-        head = self._read(source_of_head)[source_of_head]
+        head, norm = self._rotated_head(self._read(source_of_head)[source_of_head], norm)
         new_norm, new_head = self._head(norm, head, calibration)
         figures = LogitFigures()
         if source is not None and quantized is not None:
@@ -292,28 +309,33 @@ class Quantizer:
     def _head(self, norm: Tensor, head: Tensor, calibration: Tensor | None) -> tuple[Tensor, Quantized]:
         """The final norm's weight [D] and the head [V, D], quantised."""
         bits = self.settings.resolved_head_bits
-        stored: Quantized = head
+        stored: Quantized = head.to(next(iter(self._reading.values())).dtype)
         if bits != 16:
             form = self.settings.format_of(_module(HEAD), head.shape[1], bits)
             inputs: Inputs = None
             factors = torch.ones(head.shape[1], device=head.device)
+            mean = torch.zeros_like(factors)
             if calibration is not None:
                 x = make_norm(norm, self.config)(calibration.flatten(0, 1))  # [n·T, D]
                 hessian = Hessian(head.shape[1], head.device)
                 hessian.add(x)
                 self._check_finite(NORM, hessian.mean)
                 rms = hessian.mean.diagonal().sqrt()
+                if self.settings.method == "gptq" and self.settings.table_of(form[0]) is not None:
+                    mean = common_row(head, x)
                 if self.settings.balance:
-                    norm, factors, rms = split_norm(norm, [head], rms)
+                    norm, factors, rms = split_norm(norm, [head - mean], rms)
                 inputs = _importance(rms)
                 if self.settings.method == "gptq":
                     inputs = HessianFactor(hessian.mean / factors[:, None] / factors)
             if calibration is not None and self.uses_whole:
                 rounded = functools.partial(self._round, form=form)
-                stored = round_head(head.float() * factors, x / factors, rounded)
+                weight = round_head((head - mean) * factors, x / factors, rounded)
             else:
-                parts = [self._round(x.float() * factors, form, inputs) for x in head.split(_ROWS_AT_ONCE)]
-                stored = _concatenate(parts)
+                parts = [self._round((x - mean) * factors, form, inputs) for x in head.split(_ROWS_AT_ONCE)]
+                weight = _concatenate(parts)
+            common = (mean * factors).bfloat16() if mean.any() else None
+            stored = dataclasses.replace(weight, mean=common)
         self._count(NORM, norm)
         self._count(HEAD, stored)
         return norm, stored

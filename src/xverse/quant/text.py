@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import itertools
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,8 @@ from xverse.tokenizer import Tokenizer
 CALIBRATION_TOKENS = 65_536
 CALIBRATION_LENGTH = 512
 LARGE_CALIBRATION_TOKENS = 8192  # of the package's text, for models of more than a billion parameters
-_LOADING_TOKENS, _LOADING_LENGTH = 512, 128  # while loading: enough for the magnitude of each channel
+_LENGTH = 128  # of rows of the package's text: many short rows know more languages than a few long ones
+_LOADING_TOKENS = 512  # while loading: enough for the magnitude of each channel
 _LOADING_CHARACTERS = 300  # of each text
 _READ = 4 * CALIBRATION_TOKENS  # characters of a long file that are encoded, spread evenly
 _SMALLEST = 256  # tokens; fewer are not representative of a layer's inputs
@@ -58,13 +60,14 @@ def calibration_tokens(tokenizer: Tokenizer, file: str | Path) -> Tensor:
 
 
 def default_calibration(tokenizer: Tokenizer, parameters: int) -> Tensor:
-    """Rows int64 [n, 512] of the package's calibration text in 41 languages and code: at most 65,536 tokens,
-    for a model of more than a billion ``parameters`` 8,192."""
-    ids: list[int] = []
-    for text in _calibration_texts():
-        ids += tokenizer.encode(text)
-    large = parameters > 10**9
-    return _evenly(_rows(ids, CALIBRATION_LENGTH), LARGE_CALIBRATION_TOKENS if large else CALIBRATION_TOKENS)
+    """Rows int64 [n, 128] of the package's calibration text in 41 languages and code: at most 65,536 tokens,
+    for a model of more than a billion ``parameters`` 8,192. The texts take turns: the first rows of all,
+    in which every language occurs, come before the second."""
+    texts = [_rows(tokenizer.encode(text), _LENGTH) for text in _calibration_texts()]
+    turns = itertools.zip_longest(*(text for text in texts if text.shape[1] == _LENGTH))
+    rows = torch.stack([row for turn in turns for row in turn if row is not None])
+    tokens = LARGE_CALIBRATION_TOKENS if parameters > 10**9 else CALIBRATION_TOKENS
+    return rows[: tokens // _LENGTH]
 
 
 def loading_calibration(tokenizer: Tokenizer) -> Tensor:
@@ -72,7 +75,7 @@ def loading_calibration(tokenizer: Tokenizer) -> Tensor:
     ids: list[int] = []
     for text in _calibration_texts():
         ids += tokenizer.encode(text[:_LOADING_CHARACTERS])
-    return _evenly(_rows(ids, _LOADING_LENGTH), _LOADING_TOKENS)
+    return _evenly(_rows(ids, _LENGTH), _LOADING_TOKENS)
 
 
 def _calibration_texts() -> list[str]:

@@ -58,6 +58,8 @@ class _Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.q, self.scales * (1 + self.change))
+        if self.weight.mean is not None:
+            y = y + (x @ self.weight.mean.float())[..., None]
         return y if self.bias is None else y + self.bias
 
     def result(self) -> QuantizedWeight:
@@ -119,8 +121,7 @@ def whole_model(
 ) -> XverseForCausalLM:
     """A model in float32 from all its tensors, with a ``layer`` for each quantised linear; a quantised
     embedding is dequantised."""
-    with torch.device("meta"):
-        model = XverseForCausalLM(dataclasses.replace(config, tie_word_embeddings=False))
+    model = XverseForCausalLM.empty(dataclasses.replace(config, tie_word_embeddings=False))
     for name, tensor in sorted(
         tensors.items(), key=lambda item: not item[0].endswith(".bias")
     ):  # biases first

@@ -14,8 +14,9 @@ import json
 import re
 import sys
 import time
+import urllib.parse
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,7 @@ LONG_SECONDS = 30.0  # a request that takes longer is also logged while it runs
 PROBES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 _CLIENT_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _ASSETS = ("text/css", "text/javascript", "application/javascript", "font/", "image/")
+_MOST_NAMED = 32  # ignored fields in the header
 _CLOSED = 499  # nginx's status for a client that left before the response was complete
 
 
@@ -139,6 +141,8 @@ class _Exchange:
             if message["type"] == "http.response.start":
                 self._status = message["status"]
                 headers = [*message.get("headers", []), (b"x-request-id", self._record.id.encode())]
+                if self._record.ignored:
+                    headers.append((b"x-ignored-fields", _listed(self._record.ignored)))
                 types = (value for name, value in headers if name.lower() == b"content-type")
                 self._type = next(types, b"").decode("latin-1")
                 message = {**message, "headers": headers}
@@ -195,6 +199,12 @@ class _Exchange:
         if self._keep and state != "running":
             line["request"], line["response"] = _readable(self._request), _readable(self._response)
         return line
+
+
+def _listed(names: Sequence[str]) -> bytes:
+    """The first ``_MOST_NAMED`` names as the value of a header."""
+    quoted = [urllib.parse.quote(name[:64], errors="replace") or '""' for name in names]
+    return ", ".join([*quoted[:_MOST_NAMED], *(["..."] if len(quoted) > _MOST_NAMED else [])]).encode()
 
 
 def _is_api(path: str) -> bool:

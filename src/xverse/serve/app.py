@@ -87,3 +87,16 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
     if page is not None:
         mount(app, service, first=page)
     return app
+
+
+class InProcess(Caller):
+    """The application of a service in this process, without a server. ``call`` it within ``running``."""
+
+    def __init__(self, service: Service) -> None:
+        self._api = create_app(service)
+        super().__init__(self._api, service.metrics)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with self._api.router.lifespan_context(self._api):
+            yield

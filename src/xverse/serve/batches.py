@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from xverse.config import UserError
-from xverse.files import alone
+from xverse.files import alone, write_json
 from xverse.log import notice
 from xverse.serve.batch_file import Answer, Answers, BatchRequest, answer_all, answers, read_requests
-from xverse.serve.file_store import FileStore, StoredFile, written
+from xverse.serve.file_store import FileStore, StoredFile
 
 MOST_BATCHES, MOST_OPEN, MOST_REQUESTS = 1000, 100, 50_000
 SECONDS = 24 * 3600  # a batch expires after OpenAI's completion window
@@ -284,7 +284,7 @@ class Batches:
         return self._folder / f"{batch['id']}.answers"
 
     def _save(self, batch: Batch) -> None:
-        written(self._path(batch), batch)
+        write_json(self._path(batch), batch)
 
 
 def _error(message: str, line: int | None) -> dict[str, Any]:

@@ -39,6 +39,14 @@ def collected(pieces: Iterable[Content | CallPiece]) -> tuple[str, list[dict[str
     return content, calls
 
 
+def read_arguments(arguments: str) -> Any:
+    """The value of a call's arguments; None if they are incomplete, as of a reply that was cut off."""
+    try:
+        return json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return None
+
+
 class CallParser:
     """Push the pieces of a reply; ``end`` ends it. The pieces that both return are final.
 

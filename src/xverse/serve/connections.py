@@ -95,17 +95,14 @@ class Connection(H11Protocol):
 
     def _await_head(self) -> None:
         self._waiting.connections[self] = None
-        self._deadline = self.loop.call_later(HEAD_SECONDS, self._too_slow)
+        text = f"the head of the request did not arrive within {HEAD_SECONDS:g} s"
+        self._deadline = self.loop.call_later(HEAD_SECONDS, self._refuse, 408, text, "request_timeout")
 
     def _forget(self) -> None:
         self._waiting.connections.pop(self, None)
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-
-    def _too_slow(self) -> None:
-        text = f"the head of the request did not arrive within {HEAD_SECONDS:g} s"
-        self._refuse(408, text, "request_timeout")
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answer without the application, and close."""

@@ -17,17 +17,35 @@ from xverse.serve.access_log import current
 from xverse.serve.dialects import in_words, kind_of, shaped
 from xverse.serve.runner import Busy, Draining
 
+_FIELD = re.compile(r"[\w.\[\]]+(?=: )")
 _MOST = 1000  # characters of a message, which may repeat what the client has sent
 
 
 class ApiError(Exception):
-    """Answered with HTTP ``status``; ``param`` names the offending field."""
+    """Answered with HTTP ``status``; ``param`` is the offending field, by default the one before the
+    message's colon."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        field = _FIELD.match(message) if status < 500 else None
+        self.status, self.code = status, code
+        self.param = param or (field[0] if field else None)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What clients get for an error."""
+    match error:
+        case ApiError():
+            return error
+        case Busy():
+            return ApiError(429, str(error), code="queue_full")
+        case Draining():
+            return ApiError(503, str(error), code="shutting_down")
+        case UserError():
+            return ApiError(400, str(error))
+    return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
 
 
 def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -49,31 +67,12 @@ def answer(
     return JSONResponse(body(status, message, param, code), status_code=status, headers=headers)
 
 
-def of_user_error(error: UserError) -> ApiError:
-    """The field is taken from the beginning of the message."""
-    text = str(error)
-    field, colon, _ = text.partition(":")
-    return ApiError(400, text, param=field if colon and field.isidentifier() else None)
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}, 503: {"Retry-After": "10"}}
 
 
-async def on_api_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "10"}}.get(error.status)
-    return answer(error.status, str(error), error.param, error.code, headers)
-
-
-async def on_user_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, UserError)
-    return await on_api_error(request, of_user_error(error))
-
-
-async def on_busy(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, Busy)
-    return answer(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
-
-
-async def on_draining(request: Request, error: Exception) -> JSONResponse:
-    return answer(503, str(error), code="shutting_down", headers={"Retry-After": "10"})
+async def on_error(request: Request, error: Exception) -> JSONResponse:
+    known = as_api_error(error)
+    return answer(known.status, str(known), known.param, known.code, _HEADERS.get(known.status))
 
 
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:
@@ -85,7 +84,7 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     if isinstance(first.get("input"), bytes):
         text = "send the body as JSON with the header Content-Type: application/json"
         return answer(415, text, code="unsupported_content_type")
-    return await on_api_error(request, of_validation(first))
+    return await on_error(request, of_validation(first))
 
 
 def of_validation(error: Mapping[str, Any]) -> ApiError:
@@ -162,16 +161,8 @@ def exists(request: Request, path: str) -> bool:
     return any(route.include_in_schema and route.path_regex.fullmatch(path) for route in routes)
 
 
-async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
-    return answer(500, f"the server failed: {type(error).__name__}", code="internal_error")
-
-
 HANDLERS = {
-    Exception: on_unexpected,
-    ApiError: on_api_error,
-    UserError: on_user_error,
-    Busy: on_busy,
-    Draining: on_draining,
+    **dict.fromkeys((Exception, ApiError, UserError, Busy, Draining), on_error),
     RequestValidationError: on_invalid,
     HTTPException: on_http,
 }

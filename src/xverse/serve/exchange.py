@@ -18,6 +18,7 @@ from xverse.serve.service import Service
 
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 _Result = TypeVar("_Result")
+_Item = TypeVar("_Item")
 
 
 class Reply(Protocol):
@@ -35,7 +36,7 @@ def page_of(items: Sequence[dict[str, Any]], limit: int, after: str) -> dict[str
     if after:
         first = next((at + 1 for at, item in enumerate(items) if item["id"] == after), 0)
         if not first:
-            raise ApiError(404, f"after: the list has no '{after[:80]}'", param="after", code="not_found")
+            raise ApiError(404, f"after: the list has no '{after[:80]}'", code="not_found")
     part = items[first : first + limit]
     ends = {"first_id": part[0]["id"], "last_id": part[-1]["id"]} if part else {}
     return {"object": "list", "data": part, "has_more": first + limit < len(items), **ends}
@@ -60,15 +61,16 @@ async def respond(
     request: fastapi.Request,
     reply: Reply,
     stream: bool | None,
-    headers: Mapping[str, str],
+    *,
     kind: str = SSE,
+    headers: Mapping[str, str] | None = None,
 ) -> Response:
     """The response of a reply, as a stream or as JSON. Raises Busy or Draining, for a stream too."""
     runner, requests = service.runner, reply.requests
     if stream:
-        return _Stream(runner, reply, headers, kind)
+        return _Stream(runner, reply, headers or {}, kind)
     with runner.admitted(requests, min(len(requests), runner.engine.max_batch)):
-        return JSONResponse(await while_connected(request, reply.body()), headers=dict(headers))
+        return JSONResponse(await while_connected(request, reply.body()), headers=dict(headers or {}))
 
 
 async def while_connected(request: fastapi.Request, work: Awaitable[_Result]) -> _Result:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
@@ -24,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError, of_validation
 
 # Fields that cannot change a reply of this server, by the reason; docs/api.md lists them.
@@ -106,11 +106,9 @@ def by_type(
     return found
 
 
-_MOST_NAMED = 32  # fields in the header
-
-
 class Body(Lenient):
-    """A whole body. ``ignored`` holds the names of the unknown fields at its top."""
+    """A whole body. ``ignored`` holds the names of the unknown fields at its top, which the response's
+    header and the access log report."""
 
     without_effect: ClassVar[frozenset[str]] = NO_EFFECT
     token_ids: ClassVar[tuple[str, ...]] = ("prompt", "tokens")  # fields that may be long lists of them
@@ -119,14 +117,6 @@ class Body(Lenient):
     @property
     def ignored(self) -> tuple[str, ...]:
         return self._ignored
-
-    def headers(self) -> dict[str, str]:
-        """The header of the response that reports ignored fields."""
-        if not self.ignored:
-            return {}
-        names = [urllib.parse.quote(name[:64], errors="replace") or '""' for name in self.ignored]
-        most = _MOST_NAMED
-        return {"X-Ignored-Fields": ", ".join([*names[:most], *(["..."] if len(names) > most else [])])}
 
     @model_validator(mode="wrap")
     @classmethod
@@ -148,7 +138,16 @@ class Body(Lenient):
                 raise ApiError(400, text, param=name, code="unknown_field")
         body = handler(values)
         body._ignored = tuple(unknown)
+        if body.ignored:
+            current().ignored = body.ignored
         return body
+
+
+def refuse_unsupported(body: Body, reasons: Mapping[str, str]) -> None:
+    """Raises ApiError for the first field in ``reasons`` that the client sets."""
+    for name, reason in reasons.items():
+        if getattr(body, name):
+            raise ApiError(400, f"{name}: is not supported; {reason}")
 
 
 def without_null(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,17 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from xverse.config import UserError
-from xverse.files import atomic_file
+from xverse.files import atomic_file, write_json
 from xverse.log import notice
 
 MOST_FILES, MOST_BYTES, MOST_TOTAL = 1000, 100_000_000, 4_000_000_000
 _ID = re.compile(r"file-[0-9a-f]{24}")
-
-
-def written(path: Path, value: Any) -> None:
-    """Write a value as JSON, atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ class FileStore:
                 shutil.copyfileobj(contents, to)
         size, now = path.stat().st_size, int(time.time())
         file = StoredFile(name, size, now, filename, purpose, owner, expires_at)
-        written(self._folder / f"{name}.json", asdict(file))
+        write_json(self._folder / f"{name}.json", asdict(file))
         self._files[name] = file
         return file
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import pickle
@@ -76,7 +77,7 @@ class Grammars:
     async def of(self, body: Generation) -> Compiled | None:
         """The grammar of a reply, or None if it is not constrained. Raises ApiError for a schema that is too
         large, is not supported or does not compile within the limits. Cancelling ends the compilation."""
-        if body.structure() is None and not (isinstance(body, ChatRequest) and tools.must_call(body)):
+        if body.structure() is None and not (isinstance(body, ChatRequest) and body.must_call):
             return None
         source = await asyncio.to_thread(source_of, body)
         return None if source is None else await self.compiled(source)
@@ -136,20 +137,19 @@ class Grammars:
 def source_of(body: Generation) -> Source | None:
     """The grammar that a request asks for. Raises ApiError."""
     structure = body.structure()
-    is_json = True
-    if isinstance(body, ChatRequest) and tools.must_call(body):
-        param, offered = "tools", tools.offered_tools(body)
-        make: Callable[[], str] = lambda: schemas.call_grammar(offered)  # noqa: E731
+    make: Callable[[], str]
+    if isinstance(body, ChatRequest) and body.must_call:
+        param, is_json = "tools", True
+        make = functools.partial(schemas.call_grammar, tools.offered_tools(body))
     elif structure is None:
         return None
     else:
-        param, wanted = structure.param, structure
-        is_json = structure.kind in ("json_schema", "json_object")
-        make = lambda: schemas.of_structure(wanted)  # noqa: E731
+        param, is_json = structure.param, structure.kind in ("json_schema", "json_object")
+        make = functools.partial(schemas.of_structure, structure)
     try:
         return Source(make(), param, is_json)
     except schemas.TooLarge as error:
-        raise ApiError(400, f"{param}: {error}", param=param, code="schema_too_large") from None
+        raise ApiError(400, f"{param}: {error}", code="schema_too_large") from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise _unsupported(param, is_json, reason) from None
@@ -157,7 +157,7 @@ def source_of(body: Generation) -> Source | None:
 
 def _unsupported(param: str, is_json: bool, reason: str) -> ApiError:
     kind = "schema" if is_json else "grammar"
-    return ApiError(400, f"{param}: the {kind} is not supported: {reason}", param=param, code="bad_schema")
+    return ApiError(400, f"{param}: the {kind} is not supported: {reason}", code="bad_schema")
 
 
 class _Shared:

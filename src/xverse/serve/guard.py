@@ -113,11 +113,8 @@ class Guard:
                 current().key = fingerprint(key_sent)
             else:
                 text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-                kind = (
-                    "Bearer"
-                    if scope["path"].startswith(("/v1/", "/api/"))
-                    else 'Basic realm="API key as password"'
-                )
+                is_api = scope["path"].startswith(("/v1/", "/api/"))
+                kind = "Bearer" if is_api else 'Basic realm="API key as password"'
                 return errors.answer(401, text, code="invalid_api_key", headers={"WWW-Authenticate": kind})
         length, most = headers.get(b"content-length", b"0"), self._most(scope)
         if length.isdigit() and int(length) > most:

@@ -148,9 +148,7 @@ class _Engine:
             ("xverse_cache_prefix_blocks", "Blocks held by the prefix cache", stats.cached_blocks),
             ("xverse_ready", "Whether the server is ready", int(self._runner.ready())),
         ):
-            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
-            gauge.add_metric([self._model], value)
-            yield gauge
+            yield self._of_model(GaugeMetricFamily(name, text, labels=["model_name"]), value)
         for name, text, value in (
             ("vllm:generation_tokens", "Generated tokens", self._runner.tokens),
             ("vllm:num_preemptions", "Preempted requests", stats.preemptions),
@@ -158,6 +156,8 @@ class _Engine:
             ("vllm:spec_decode_num_accepted_tokens", "Accepted proposed tokens", stats.accepted_tokens),
             ("xverse_engine_failures", "Exceptions in engine steps", self._runner.failures),
         ):
-            counter = CounterMetricFamily(name, text, labels=["model_name"])
-            counter.add_metric([self._model], value)
-            yield counter
+            yield self._of_model(CounterMetricFamily(name, text, labels=["model_name"]), value)
+
+    def _of_model(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
+        family.add_metric([self._model], value)
+        return family

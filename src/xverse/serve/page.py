@@ -94,7 +94,7 @@ def fitting(service: Service, body: FitRequest) -> dict[str, int]:
     system = [messages.pop(0)] if messages[0].role == "system" else []
     starts = [index for index, message in enumerate(messages) if message.role == "user"]
     if not starts:
-        raise ApiError(400, "messages: no message to answer", param="messages")
+        raise ApiError(400, "messages: no message to answer")
     starts[0] = 0  # a greeting belongs to the first turn
     counts = [len(ids) for ids in service.tokenizer.encode_batch([each.content for each in messages])]
     limit = min(body.max_tokens or service.sampling.max_new_tokens, service.context - 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -20,7 +21,7 @@ from pydantic import (
 
 from xverse.engine.sampling_params import MOST_BIASES, MOST_STOPS, PARAMS, Param
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import Body, Lenient, rule, without_null
+from xverse.serve.fields import Body, Lenient, by_type, rule, without_null
 
 MOST_CHOICES = 16
 MOST_TOOLS = 128
@@ -134,8 +135,22 @@ class Message(Lenient):
         return former + [call.function for call in self.tool_calls]
 
 
+ToolName = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+def tools_of(kind: str, model: type[Lenient]) -> PlainValidator:
+    """Reads a list of tools, which are all of one type."""
+
+    def read(value: Any) -> list[Any]:
+        if isinstance(value, list) and len(value) > MOST_TOOLS:
+            raise rule(f"{len(value)} items are too many; the limit is {MOST_TOOLS}")
+        return by_type(value, {kind: model}, lambda tool: tool.get("type") or kind, "tools")
+
+    return PlainValidator(read, json_schema_input_type=list[dict[str, Any]])
+
+
 class Function(Lenient):
-    name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: ToolName
     description: StrictStr = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
 
@@ -336,22 +351,23 @@ class Generation(SamplingFields):
 
     def structure(self) -> Structure | None:
         """What the reply must be, if anything. Raises ApiError if several fields ask for it."""
-        found = [*_of_format(self.response_format), *_of_outputs(self.structured_outputs)]
-        for name, kind in _GUIDED.items():
-            value = getattr(self, name)
-            if value is not None:
-                found.append(Structure(kind, value, name))
+        outputs = self.structured_outputs.model_dump(by_alias=True)
+        guided = {name: getattr(self, f"guided_{name}", None) for name in _KINDS}
+        found = _of_format(self.response_format)
+        found += _given(outputs, "structured_outputs.") + _given(guided, "guided_")
         if len(found) > 1:
             names = " and ".join(each.param for each in found)
             raise ApiError(400, f"{names} are mutually exclusive", param=found[1].param)
         return found[0] if found else None
 
 
-_GUIDED: dict[str, Literal["json_schema", "regex", "grammar", "choice"]] = {
-    "guided_json": "json_schema",
-    "guided_regex": "regex",
-    "guided_grammar": "grammar",
-    "guided_choice": "choice",
+# The kinds of structures by vLLM's names.
+_KINDS: dict[str, Literal["json_schema", "json_object", "regex", "grammar", "choice"]] = {
+    "json": "json_schema",
+    "regex": "regex",
+    "grammar": "grammar",
+    "choice": "choice",
+    "json_object": "json_object",
 }
 
 
@@ -363,23 +379,18 @@ def _of_format(form: ResponseFormat) -> list[Structure]:
         return [Structure("json_schema" if form.schema_ else "json_object", form.schema_, param)]
     value = getattr(form, form.type)
     if value is None:
-        text = f"{param}.{form.type}: required field is missing"
-        raise ApiError(400, text, param=f"{param}.{form.type}", code="missing_field")
+        raise ApiError(400, f"{param}.{form.type}: required field is missing", code="missing_field")
     if form.type == "json_schema":
         return [Structure("json_schema", value.schema_, param)]
     return [Structure(form.type, value, param)]
 
 
-def _of_outputs(outputs: StructuredOutputs) -> list[Structure]:
-    given = [
-        Structure("json_schema", outputs.json_, "json"),
-        Structure("regex", outputs.regex, "regex"),
-        Structure("grammar", outputs.grammar, "grammar"),
-        Structure("choice", outputs.choice, "choice"),
-        Structure("json_object", outputs.json_object or None, "json_object"),
+def _given(values: Mapping[str, Any], prefix: str) -> list[Structure]:
+    """The structures among ``values``, whose fields have the ``prefix``."""
+    given = ((name, kind, values[name]) for name, kind in _KINDS.items())
+    return [
+        Structure(kind, value, prefix + name) for name, kind, value in given if value not in (None, False)
     ]
-    where = "structured_outputs"
-    return [replace(each, param=f"{where}.{each.param}") for each in given if each.value is not None]
 
 
 class ChatRequest(Generation):
@@ -408,6 +419,10 @@ class ChatRequest(Generation):
 
     def choice(self) -> ToolChoice:
         return self.tool_choice or self.function_call or ToolChoice("auto")
+
+    @property
+    def must_call(self) -> bool:
+        return self.choice().mode == "required"
 
 
 def texts_or_ids(value: Any, most: int, kind: str) -> list[str | list[int]]:

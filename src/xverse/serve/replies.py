@@ -53,6 +53,11 @@ class Choice:
         """Whether a limit or a stop text ended the reply, perhaps within a call."""
         return self.finish_reason == "length" or self.stop_text is not None
 
+    def new_logprobs(self) -> list[TokenLogprob]:
+        """The log-probabilities that were not sent yet."""
+        new, self.sent = self.logprobs[self.sent :], len(self.logprobs)
+        return new
+
     def new_ids(self) -> list[int]:
         """The tokens that were not sent yet."""
         new, self.ids_sent = self.token_ids[self.ids_sent :], len(self.token_ids)
@@ -103,7 +108,7 @@ async def events(service: Service, choice: Choice, begin: float | None = None) -
                     failed = getattr(getattr(constraint, "inner", constraint), "failed", "")
                     if failed:
                         text = f"response_format: the schema is not supported: {failed}"
-                        raise ApiError(400, text, param="response_format", code="bad_schema")
+                        raise ApiError(400, text, code="bad_schema")
                     raise ApiError(500, event.error, code="generation_failed")
                 choice.finish_reason, choice.stop_text = event.finish_reason, event.stop_text
                 yield event
@@ -232,35 +237,30 @@ class Reply:
         try:
             for choice in choices:
                 if (opening := self._opening(choice)) is not None:
-                    yield data({**head, "choices": [opening], **self._usage_now(choices)})
+                    yield sse({**head, "choices": [opening], **self._usage_now(choices)})
                     head = self._head
             async with aclosing(merged(self._service, choices)) as stream:
                 async for choice, event in stream:
                     for one in self._chunks(choice, event):
                         if self._ids:
                             one["token_ids"] = choice.new_ids()
-                        yield data({**head, "choices": [one], **self._usage_now(choices)})
+                        yield sse({**head, "choices": [one], **self._usage_now(choices)})
                         head = self._head
             if self._options.include_usage:
-                yield data({**self._head, "choices": [], "usage": usage(choices, self._prompts)})
+                yield sse({**self._head, "choices": [], "usage": usage(choices, self._prompts)})
         except Exception as error:
-            yield data(failed(error))
+            yield sse(failed(error))
             return
         yield b"data: [DONE]\n\n"
 
 
-def data(value: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+def sse(value: dict[str, Any], event: str = "") -> bytes:
+    """A server-sent event."""
+    head = f"event: {event}\n" if event else ""
+    return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
 
 
 def failed(error: Exception) -> dict[str, Any]:
     """The body of an error that ends a stream after its status line was sent."""
-    if isinstance(error, ApiError):
-        return errors.body(error.status, str(error), error.param, error.code)
-    if isinstance(error, Busy):
-        return errors.body(429, str(error), None, "queue_full")
-    if isinstance(error, Draining):
-        return errors.body(503, str(error), None, "shutting_down")
-    if isinstance(error, UserError):
-        return errors.body(400, str(error))
-    return errors.body(500, f"{type(error).__name__}: {error}")
+    known = errors.as_api_error(error)
+    return errors.body(known.status, str(known), known.param, known.code)

@@ -27,11 +27,7 @@ _STUCK = 60.0  # seconds of a single step after which the engine counts as stuck
 
 
 class Busy(Exception):
-    """Too many requests are waiting; the client should retry after ``retry_after`` seconds."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__("too many requests are waiting")
-        self.retry_after = retry_after
+    """Too many requests are waiting."""
 
 
 class Draining(Exception):
@@ -58,9 +54,9 @@ class EngineRunner:
         self.failures = 0  # exceptions in a step
         self.dead: str | None = None  # why the thread ended, if it died
         self.draining = False
-        self._max_open = engine.max_batch + max_waiting
+        self.most = engine.max_batch + max_waiting  # requests that may wait or run
         self.on_death: Callable[[], None] | None = None
-        self._open = 0
+        self.open = 0  # requests that are admitted and have not ended
         self.uses: Counter[Adapter | None] = Counter()  # admitted requests by their adapter
         self._commands: queue.SimpleQueue[tuple[str, _Ticket | None]] = queue.SimpleQueue()
         self._tickets: dict[int, _Ticket] = {}
@@ -85,15 +81,15 @@ class EngineRunner:
         """
         if self.draining or self.dead:
             raise Draining("the server is shutting down")
-        if self._open + at_once > self._max_open:
-            raise Busy(retry_after=5)
-        self._open += at_once
+        if self.open + at_once > self.most:
+            raise Busy("too many requests are waiting")
+        self.open += at_once
         adapters = Counter(request.adapter for request in requests)
         self.uses += adapters
         try:
             yield
         finally:
-            self._open -= at_once
+            self.open -= at_once
             self.uses -= adapters  # without entries of 0: they would keep adapters in memory
 
     async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
@@ -118,16 +114,6 @@ class EngineRunner:
             if not ended:
                 self._commands.put(("cancel", ticket))
 
-    @property
-    def most(self) -> int:
-        """The most requests that may wait or run."""
-        return self._max_open
-
-    @property
-    def open(self) -> int:
-        """The number of requests that are admitted and have not ended."""
-        return self._open
-
     def alive(self) -> bool:
         return self._thread.is_alive() and self.dead is None
 
@@ -140,7 +126,7 @@ class EngineRunner:
         """Accept no more requests and wait for the open ones, at most ``timeout`` seconds."""
         self.draining = True
         end = time.monotonic() + timeout
-        while self._open and time.monotonic() < end and self.alive():
+        while self.open and time.monotonic() < end and self.alive():
             await asyncio.sleep(0.02)
         self._commands.put(("stop", None))
 

@@ -10,77 +10,26 @@ from typing import Any
 
 Part = dict[str, Any] | bool
 
+_COUNTS = ("minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength")
+_NUMBERS = ("minimum", "maximum", "multipleOf")
+_EXCLUSIVE = ("exclusiveMinimum", "exclusiveMaximum")
+_ALTERNATIVES = ("allOf", "anyOf", "oneOf")
+_ITEMS = ("items", "prefixItems", "additionalItems")
+_OBJECTS = ("properties", "patternProperties", "additionalProperties", "unevaluatedProperties")
 # Keywords that are enforced as they are.
-KEPT = frozenset(
-    (
-        "type",
-        "enum",
-        "const",
-        "required",
-        "minProperties",
-        "maxProperties",
-        "minItems",
-        "maxItems",
-        "minLength",
-        "maxLength",
-        "pattern",
-        "minimum",
-        "maximum",
-        "exclusiveMinimum",
-        "exclusiveMaximum",
-        "multipleOf",
-    )
-)
+KEPT = frozenset(("type", "enum", "const", "required", "pattern", *_COUNTS, *_NUMBERS, *_EXCLUSIVE))
 # Keywords that would have an effect which cannot be enforced.
 REFUSED = frozenset(
     (
-        "contains",
-        "not",
-        "if",
-        "dependentSchemas",
-        "dependentRequired",
-        "dependencies",
-        "unevaluatedItems",
-        "$dynamicRef",
-        "$recursiveRef",
+        *("contains", "not", "if", "dependentSchemas", "dependentRequired", "dependencies"),
+        *("unevaluatedItems", "$dynamicRef", "$recursiveRef"),
     )
 )
 # Keywords that say which members an object or a list has.
 MEMBERS = frozenset(
-    (
-        "items",
-        "prefixItems",
-        "additionalItems",
-        "properties",
-        "patternProperties",
-        "additionalProperties",
-        "unevaluatedProperties",
-        "propertyNames",
-        "required",
-        "minProperties",
-        "maxProperties",
-        "enum",
-        "const",
-    )
+    (*_ITEMS, *_OBJECTS, "propertyNames", "required", "minProperties", "maxProperties", "enum", "const")
 )
-_HANDLED = frozenset(
-    (
-        "$ref",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "properties",
-        "patternProperties",
-        "additionalProperties",
-        "unevaluatedProperties",
-        "propertyNames",
-        "items",
-        "prefixItems",
-        "additionalItems",
-        "uniqueItems",
-        "format",
-    )
-)
+_HANDLED = frozenset(("$ref", *_ALTERNATIVES, *_OBJECTS, "propertyNames", *_ITEMS, "uniqueItems", "format"))
 _BASIC = ("string", "number", "boolean", "null", "array", "object")
 _RANGES = (
     ("number", "minimum", "maximum"),
@@ -88,14 +37,12 @@ _RANGES = (
     ("array", "minItems", "maxItems"),
     ("object", "minProperties", "maxProperties"),
 )
-_COUNTS = "minProperties maxProperties minItems maxItems minLength maxLength"
-_NUMBERS = "minimum maximum multipleOf"
 _SHAPES = {
     **dict.fromkeys(("properties", "patternProperties"), "an object"),
-    **dict.fromkeys(("allOf", "anyOf", "oneOf", "enum"), "a list with members"),
+    **dict.fromkeys((*_ALTERNATIVES, "enum"), "a list with members"),
     **dict.fromkeys(("$ref", "pattern"), "text"),
-    **dict.fromkeys((*_COUNTS.split(), *_NUMBERS.split()), "a number"),
-    **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), "a number or, in draft 4, a truth value"),
+    **dict.fromkeys((*_COUNTS, *_NUMBERS), "a number"),
+    **dict.fromkeys(_EXCLUSIVE, "a number or, in draft 4, a truth value"),
     "required": "a list of names",
     "type": "the name of a type",
 }
@@ -116,7 +63,7 @@ def keys(part: dict[str, Any]) -> set[str]:
 def combined(part: dict[str, Any]) -> list[tuple[str, Sequence[Any]]]:
     """The parts that describe the same value as ``part``, each a keyword and its alternatives."""
     groups: list[tuple[str, Sequence[Any]]] = []
-    for key in ("allOf", "anyOf", "oneOf"):
+    for key in _ALTERNATIVES:
         if key in part:
             items = part[key]
             groups += [(key, [item]) for item in items] if key == "allOf" else [(key, items)]
@@ -236,7 +183,7 @@ class Document:
             self.check(each)
             if isinstance(each, dict) and id(each) not in found:
                 found[id(each)] = each
-                for key in ("allOf", "anyOf", "oneOf"):
+                for key in _ALTERNATIVES:
                     rest += each.get(key, ())
                 if "$ref" in each:
                     rest.append(self.target(each["$ref"]))

@@ -17,11 +17,11 @@ import xverse
 from xverse.config import UserError
 from xverse.engine import Adapter, AdapterLoader, Constraint, Request, SamplingParams
 from xverse.engine.adapters import MOST_ADAPTERS, check_name
-from xverse.engine.request import MOST_ALTERNATIVES
 from xverse.serve import tools
 from xverse.serve.access_log import current
 from xverse.serve.batches import Batches
 from xverse.serve.calls import CallParser
+from xverse.serve.dialects import in_words
 from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Compiled, Grammars
 from xverse.serve.limits import MinTokens
@@ -78,7 +78,7 @@ class Service:
         if found is None:
             names = ", ".join(f"'{each}'" for each in (self.name, *sorted(self.adapted)))
             text = f"model: '{name[:80]}' does not exist; this server has {names}"
-            raise ApiError(404, text, param="model", code="model_not_found")
+            raise ApiError(404, text, code="model_not_found")
         return found
 
     def check_new(self, name: str) -> None:
@@ -97,16 +97,11 @@ class Service:
         mine = dataclasses.replace(self, name=name, adapter=adapter, parent=self.name, created=now)
         self.adapted[name] = mine
 
-    async def grammar(self, body: Generation) -> Compiled | None:
-        """The grammar of the replies, for ``chat`` and ``complete``. Cancelling ends its compilation."""
-        current().ignored = body.ignored
-        return await self.grammars.of(body)
-
     def chat(self, body: ChatRequest, grammar: Compiled | None = None, clamp: bool = False) -> list[Request]:
         """One engine request for each of the ``n`` choices. ``clamp``: a limit of tokens that exceeds the
         room in the context is lowered to it, where that is the API's rule."""
         if body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
+            raise ApiError(400, "top_logprobs: needs logprobs to be true")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self._check_continuation(body)
         offered = tools.offered_tools(body)
@@ -125,7 +120,7 @@ class Service:
         last = body.messages[-1].role
         if body.continue_final_message and last == "assistant" and self.tokenizer.template is not None:
             text = "continue_final_message: the chat template of this model cannot continue a message"
-            raise ApiError(400, text, param="continue_final_message")
+            raise ApiError(400, text)
 
     def chat_ids(self, messages: list[Message], offered: list[Tool], continue_last: bool) -> list[int]:
         """The ids of a conversation, whatever its length."""
@@ -144,7 +139,7 @@ class Service:
     def complete(self, body: CompletionRequest, grammar: Compiled | None = None) -> list[Request]:
         """``n`` engine requests for each prompt, in order."""
         if body.best_of not in (None, 1, body.n):
-            raise ApiError(400, "best_of: must be equal to n", param="best_of")
+            raise ApiError(400, "best_of: must be equal to n")
         prompts = [self.prompt_ids(prompt) for prompt in body.prompt]
         choices = self._choices(body, len(prompts))
         limit = body.sampling().get("max_new_tokens", COMPLETION_TOKENS)
@@ -167,19 +162,15 @@ class Service:
 
     def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """An empty prompt is the beginning of a text."""
-        ids = (
-            prompt
-            if not isinstance(prompt, str)
-            else [*self.tokenizer.prefix_ids, *self.tokenizer.encode(prompt)]
-        )
-        return ids or [self.tokenizer.bos_id]
+        if isinstance(prompt, str):
+            prompt = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(prompt)]
+        return prompt or [self.tokenizer.bos_id]
 
     def _choices(self, body: Generation, prompts: int) -> range:
         """Raises ApiError for more replies at once than the server ever accepts."""
         count = prompts * (body.n or 1)
         if count > self.runner.most:
-            text = f"n: {count} replies at once are too many; the limit is {self.runner.most}"
-            raise ApiError(400, text, param="n")
+            raise ApiError(400, f"n: {count} replies at once are too many; the limit is {self.runner.most}")
         return range(body.n or 1)
 
     def _room(
@@ -195,7 +186,7 @@ class Service:
         left = self.context - prompt
         if limit is not None and limit < least:
             name = body.limit_name
-            raise ApiError(400, f"{name}: {limit} is out of range (at least {least})", param=name)
+            raise ApiError(400, f"{name}: {limit} is out of range (at least {least})")
         if left < least:
             text = f"{field_name}: {prompt} tokens exceed the context of {self.context}"
             if left == 0:
@@ -203,13 +194,13 @@ class Service:
             if offered:
                 described = len(self.tokenizer.encode(tools.tools_text(list(offered))))
                 text += f"; {described} of them describe tools"
-            raise ApiError(400, text, param=field_name, code="context_length_exceeded")
+            raise ApiError(400, text, code="context_length_exceeded")
         if limit is not None and left < limit:
             text = (
                 f"{body.limit_name}: {limit} is too large; {field_name} has {prompt} tokens and the context "
                 f"{self.context}, which leaves {left}"
             )
-            raise ApiError(400, text, param=body.limit_name, code="context_length_exceeded")
+            raise ApiError(400, text, code="context_length_exceeded")
         return min(self.sampling.max_new_tokens, left) if limit is None else limit
 
     def _request(
@@ -223,10 +214,6 @@ class Service:
         prompt_logprobs: int | None = None,
         grammar: Compiled | None = None,
     ) -> Request:
-        if logprobs is not None and not 0 <= logprobs <= MOST_ALTERNATIVES:
-            name = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
-            text = f"{name}: {logprobs} is out of range (0 to {MOST_ALTERNATIVES})"
-            raise ApiError(400, text, param=name)
         constraint: Constraint | None = None if grammar is None else self.grammars.start(grammar)
         # Others are in no reply.
         known = (token for token in body.stop_token_ids if 0 <= token < self.tokenizer.vocab_size)
@@ -268,10 +255,8 @@ class Service:
 
 def _in_the_words_of(body: Generation, error: UserError) -> ApiError:
     """The engine's error with the API's name of the field."""
-    text = str(error)
-    for name, sent in (
-        ("prompt_ids", "messages" if isinstance(body, ChatRequest) else "prompt"),
-        ("max_new_tokens", body.limit_name),
-    ):
-        text = text.replace(name, sent)
+    words = {"prompt_ids": "prompt", "max_new_tokens": body.limit_name}
+    if isinstance(body, ChatRequest):
+        words |= {"prompt_ids": "messages", "logprobs": "top_logprobs"}
+    text = in_words(words, str(error))
     return ApiError(400, text, param=text.partition(":")[0].split()[0])

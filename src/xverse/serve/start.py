@@ -18,7 +18,7 @@ from xverse.engine.cache import position_bytes
 from xverse.engine.engine import PREFIX_CACHE_BYTES
 from xverse.engine.load import load_engine
 from xverse.hardware import process_memory
-from xverse.kernels.linear import QuantLinear
+from xverse.kernels.linear import weights_kind
 from xverse.serve.batches import Batches
 from xverse.serve.caller import URLS
 from xverse.serve.grammar import Grammars
@@ -109,8 +109,6 @@ def describe(service: Service, settings: ServiceSettings) -> list[str]:
     engine = service.runner.engine
     weight = engine.model.model.norm.weight
     dtype, config = str(weight.dtype).removeprefix("torch."), engine.model.config
-    bits = {module.bits for module in engine.model.modules() if isinstance(module, QuantLinear)}
-    weights = f"int{min(bits)} weights" if bits else f"{dtype} weights"
     threads = torch.get_num_threads()
     cpu = "1 CPU thread" if threads == 1 else f"{threads} CPU threads"
     where = cpu if weight.device.type == "cpu" else str(weight.device)
@@ -120,7 +118,7 @@ def describe(service: Service, settings: ServiceSettings) -> list[str]:
     size = f"{config.num_parameters() / 1e6:,.0f} million parameters"
     lines = [
         device.describe(engine.device, settings.device),
-        f"model: {service.name}, {size}, {weights}, {where}",
+        f"model: {service.name}, {size}, {weights_kind(engine.model)} weights, {where}",
         f"context: {service.context:,} tokens; {settings.max_batch} requests run at once",
         f"key-value cache: {engine.max_cache_tokens:,} tokens, {_size(cache)}, {stored}; "
         f"at most {_size(prefixes)} of it keep the beginnings of earlier prompts",

@@ -41,21 +41,17 @@ def offered_tools(body: ChatRequest) -> list[Tool]:
     names = [tool.function.name for tool in tools]
     field = "function_call" if body.tool_choice is None and body.function_call is not None else "tool_choice"
     if len(set(names)) < len(names):
-        raise ApiError(400, "tools: two tools have the same name", param="tools")
+        raise ApiError(400, "tools: two tools have the same name")
     if choice.mode == "none":
         return []
     for name in choice.names or ():
         if name not in names:
             text = f"{field}: '{name}' is not one of the tools ({', '.join(names) or 'there are none'})"
-            raise ApiError(400, text, param=field)
+            raise ApiError(400, text)
     offered = [tool for tool in tools if choice.names is None or tool.function.name in choice.names]
     if choice.mode == "required" and not offered:
-        raise ApiError(400, f"{field}: there are no tools to call", param=field)
+        raise ApiError(400, f"{field}: there are no tools to call")
     return offered
-
-
-def must_call(body: ChatRequest) -> bool:
-    return body.choice().mode == "required"
 
 
 def _text(message: Message) -> str:

@@ -193,9 +193,7 @@ def _rounds(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tupl
         prefix, content = message_ids(tokenizer, message)
         if role == "system" and not rounds:
             system += prefix + content
-        elif role == "assistant" and rounds:
-            rounds[-1] += prefix + content
-        elif answered:
+        elif answered and (role != "assistant" or not rounds):
             rounds.append(prefix + content)
         else:
             rounds[-1] += prefix + content

@@ -9,16 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from xverse.config import UserError
 from xverse.files import write_text
-from xverse.texts import read_object
+from xverse.texts import read_object, read_text
 from xverse.tokenizer.pieces import read_model_file
 from xverse.tokenizer.tokenizer import (
     SPACE,
@@ -42,6 +39,8 @@ class GeneralTokenizer(Tokenizer):
     ``prefix_ids`` begin every text that is not a conversation, such as ``<s>``; ``template`` is the chat
     template or None. ``bos_id``, ``eos_id``, ``pad_id`` and ``unk_id`` are -1 where there is none.
     """
+
+    _encoder = None  # compiled code knows XVERSE's structure only
 
     def __init__(
         self, values: dict[str, Any], settings: Mapping[str, Any], template: str | None, where: str
@@ -105,18 +104,6 @@ class GeneralTokenizer(Tokenizer):
         ``allow_special``."""
         backend = self.backend if allow_special else self._plain
         return backend.encode(replace_surrogates(text), add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        clean = [replace_surrogates(text) for text in texts]
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(clean, add_special_tokens=False)]
-
-    def encode_flat(
-        self, texts: Sequence[str], last: int | None = None
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        ends = None if last is None else [last]  # of whole documents
-        rows = [ids if ends is None else [*self.prefix_ids, *ids, *ends] for ids in self.encode_batch(texts)]
-        lengths = np.array([len(ids) for ids in rows], np.int64)
-        return np.array([token for ids in rows for token in ids], np.uint32), lengths
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ``ids``, without the space that sentencepiece puts before a text."""
@@ -188,12 +175,15 @@ def load_tokenizer_of(directory: str | Path) -> Tokenizer:
 def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     file = directory / _TEMPLATE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     stored = settings.get("chat_template")
     if isinstance(stored, list):  # several by name
         named = {item.get("name"): item.get("template") for item in stored if isinstance(item, Mapping)}
-        stored = named.get("default")
-    return stored if isinstance(stored, str) else None
+        stored = named.get("default", named)
+    if stored is not None and not isinstance(stored, str):
+        file = directory / "tokenizer_config.json"
+        raise UserError(f"{file}: chat_template must be a text, or several of which one is the default")
+    return stored
 
 
 @functools.cache

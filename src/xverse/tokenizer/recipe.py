@@ -34,10 +34,8 @@ from xverse.tokenizer.train import FIXED, assemble, check_room, check_size, choo
 
 INTERPRETER = 100 << 20  # bytes
 SCALE = 1000  # the smallest weight as an integer, because counts are integers
-SAMPLE, SAMPLE_REACH = (
-    400_000,
-    64_000_000,
-)  # bytes of a language's texts that a round samples, from the first so many
+SAMPLE = 400_000  # bytes of a language's texts that a round samples
+SAMPLE_REACH = 64_000_000  # from the first so many
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,8 @@ class TokenizerRecipe:
     rounds: int = 0
     limit_alphabet: int | None = None  # maximum number of single characters; None: a third of the vocabulary
     character_coverage: float = 0.0  # of each language's characters, always single
-    characters: list[str] = field(
-        default_factory=list
-    )  # always single: assigned code points of ranges such as "4E00-9FFF"
+    # Always single: assigned code points of ranges such as "4E00-9FFF".
+    characters: list[str] = field(default_factory=list)
     initial_characters: str = ""
     min_frequency: int = 2
     max_token_length: int = 16

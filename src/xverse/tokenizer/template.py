@@ -141,7 +141,10 @@ def template_ids(
     """The ids of a conversation in the tokenizer's template. Special tokens are those of the template; what a
     message spells like one stays text. Raises UserError as ``render`` does."""
     conversation = _Conversation(tokenizer, messages)
-    return conversation.encode(conversation.text(len(messages), add_generation_prompt))[0]
+    ids = conversation.encode(conversation.text(len(messages), add_generation_prompt))[0]
+    if not ids:
+        raise UserError("chat template: writes nothing about this conversation")
+    return ids
 
 
 def template_dialogue(

@@ -145,12 +145,11 @@ class Tokenizer:
         """
         if self._encoder is not None:
             return self._encoder.encode([replace_surrogates(text).encode() for text in texts], last)
-        encoded = self.encode_batch(texts)
-        if last is not None:
-            for ids in encoded:
-                ids.append(last)
-        lengths = np.array([len(ids) for ids in encoded], np.int64)
-        return np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(lengths.sum())), lengths
+        rows = self.encode_batch(texts)
+        if last is not None:  # whole documents
+            rows = [[*self.prefix_ids, *ids, last] for ids in rows]
+        lengths = np.array([len(ids) for ids in rows], np.int64)
+        return np.fromiter(itertools.chain.from_iterable(rows), np.uint32, int(lengths.sum())), lengths
 
     @functools.cached_property
     def _encoder(self) -> Encoder | None:

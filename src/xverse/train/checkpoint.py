@@ -91,9 +91,9 @@ class Checkpointer:
             no_dist=True,
         )
         values = {"step": step, "processes": self._world.size, **state}
-        self._thread = threading.Thread(
-            target=self._finish, args=(written.result, temporary, path, values, last), daemon=True
-        )  # a daemon, so that this process can exit if another has died
+        arguments = (written.result, temporary, path, values, last)
+        # A daemon, so that this process can exit if another has died.
+        self._thread = threading.Thread(target=self._finish, args=arguments, daemon=True)
         self._thread.start()
         return path
 

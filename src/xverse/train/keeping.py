@@ -166,12 +166,8 @@ def reason(error: BaseException) -> str:
     if failures:
         error = next(iter(failures.values()))[0]
     if isinstance(error, OSError) and error.errno:
-        name = (
-            f"{Path(error.filename).name}: "
-            if isinstance(error, FileNotFoundError) and error.filename
-            else ""
-        )
-        return name + os.strerror(error.errno)
+        missing = isinstance(error, FileNotFoundError) and error.filename
+        return (f"{Path(error.filename).name}: " if missing else "") + os.strerror(error.errno)
     text = " ".join(str(error).split())
     number = re.search(r"os error (\d+)", text)  # safetensors is Rust
     if number:

@@ -60,13 +60,10 @@ def kept_bytes(
 ) -> tuple[int, int]:
     """Bytes of activations and of weights in the compute dtype that are kept for the backward pass of
     ``rows`` × ``length`` tokens: for all layers, and for one."""
-    kept: dict[str, Any] = {
-        "dtype": config.dtype,
-        "activation_checkpointing": config.activation_checkpointing,
-    }
+    names = ["dtype", "activation_checkpointing"]
     if config.parallel == "fsdp":
-        kept |= {"parallel": "fsdp", "tensor": config.tensor}
-    chosen = tuple(kept.items())
+        names += ["parallel", "tensor"]
+    chosen = tuple((name, getattr(config, name)) for name in names)
     one, two = (_kept(shape, chosen, rows, length, layers, device) for layers in (1, 2))
     return one + (shape.num_hidden_layers - 1) * (two - one), two - one
 
@@ -83,9 +80,8 @@ def _kept(
             context = FullCausal(rows, length, device)
         with torch.device(device):
             model = XverseForCausalLM(shape)
-        if (
-            config.parallel == "fsdp" and config.dtype == "bfloat16"
-        ):  # FSDP gathers bfloat16, so nothing is cast
+        # FSDP gathers bfloat16, so nothing is cast.
+        if config.parallel == "fsdp" and config.dtype == "bfloat16":
             for module in model.model.layers.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, name, torch.nn.Parameter(parameter.to(torch.bfloat16)))

@@ -157,13 +157,8 @@ def world_of(parallel: Parallel) -> Iterator[World]:
     patience = datetime.timedelta(hours=4)
     store, rank, size = fresh_store(patience)
     dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
-    yield World(
-        dist.get_rank(),
-        size,
-        device,
-        dist.new_group(backend="gloo", timeout=patience),
-        dist.new_group(backend="gloo", timeout=patience),
-    )
+    control, saving = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
+    yield World(dist.get_rank(), size, device, control, saving)
     dist.destroy_process_group()  # not after an error: it might wait for a dead process
 
 
@@ -272,9 +267,8 @@ class Replica:
             copies.append(self.world.size // self.layout.pipeline // parts(parameter))
             if isinstance(parameter, DTensor):
                 assert isinstance(gradient, DTensor)
-                if (
-                    gradient.placements != parameter.placements
-                ):  # of norm weights: partial sums over this process's tokens
+                # Those of norm weights are partial sums over this process's tokens.
+                if gradient.placements != parameter.placements:
                     gradient = gradient.redistribute(placements=parameter.placements)
                     parameter.grad = gradient
                 gradient = gradient.to_local()

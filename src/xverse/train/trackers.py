@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from xverse.config import need
+from xverse.config import UserError, need
 from xverse.log import notice
 
 
@@ -35,6 +36,18 @@ class TensorBoard:
         self._writer.close()
 
 
+@contextlib.contextmanager
+def tracker_errors(what: str) -> Iterator[None]:
+    """Raise UserError, in one line, for an error of W&B, such as a missing login."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "wandb":
+            raise
+        text = " ".join(str(error).split())
+        raise UserError(f"{what}: {text} (WANDB_MODE=offline writes files only)") from None
+
+
 class WandB:
     """One Weights & Biases run for each run folder, also after restarts, with its files in ``out/wandb``.
 
@@ -46,10 +59,11 @@ class WandB:
         file = out / "wandb-run"
         if not file.exists():
             file.write_text(uuid.uuid4().hex, encoding="utf-8")
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "xverse"), dir=str(out), name=out.resolve().name,
-            id=file.read_text(encoding="utf-8").strip(), resume="allow", config=dict(settings),
-        )  # fmt: skip
+        with tracker_errors("trackers: wandb"):
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "xverse"), dir=str(out), name=out.resolve().name,
+                id=file.read_text(encoding="utf-8").strip(), resume="allow", config=dict(settings),
+            )  # fmt: skip
         self._run.define_metric("*", step_metric="step")  # W&B's counter never decreases, a run's step may
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

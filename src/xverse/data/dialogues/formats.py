@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from xverse.config import UserError
-from xverse.texts import describe_type
+from xverse.texts import describe_type, encodable
 from xverse.tokenizer.chat import check_messages
 from xverse.tokenizer.tools import call_text, offer_text
 
@@ -144,20 +144,18 @@ def guess(item: Any, where: str) -> DatasetInfo:
     """
     keys = list(item) if isinstance(item, dict) else []
     ranking = "chosen" in keys and "rejected" in keys
+    turns_in_prompt = "prompt" in keys and isinstance(_listed(item["prompt"]), list)
+
+    def first(*names: str) -> str | None:
+        return next((name for name in names if name in keys), None)
+
     columns = Columns(
-        system="system" if "system" in keys else None,
-        tools="tools" if "tools" in keys else None,
-        history="history" if "history" in keys else None,
-        messages=next(
-            (
-                key
-                for key in ("messages", "conversations", "prompt")
-                if key in keys and (key != "prompt" or isinstance(_listed(item[key]), list))
-            ),
-            None,
-        ),
-        prompt=next((key for key in ("instruction", "prompt", "text", "question") if key in keys), None),
-        response=next((key for key in ("output", "response", "answer", "completion") if key in keys), None),
+        system=first("system"),
+        tools=first("tools"),
+        history=first("history"),
+        messages=first("messages", "conversations", *(["prompt"] if turns_in_prompt else [])),
+        prompt=first("instruction", "prompt", "text", "question"),
+        response=first("output", "response", "answer", "completion"),
         kto_tag=next(
             (key for key in ("kto_tag", "label") if keys and _truth(item.get(key)) is not None), None
         ),
@@ -391,10 +389,8 @@ def _message(role: str, content: Any) -> dict[str, str]:
     content = _text(role, content)
     if not content.strip():
         raise Skip("empty text")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Skip("invalid Unicode") from None
+    if not encodable(content):
+        raise Skip("invalid Unicode")
     return {"role": role, "content": content}
 
 

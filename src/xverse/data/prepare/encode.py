@@ -22,7 +22,7 @@ from xverse.data.prepare.duplicates import EXACT, NEAR
 from xverse.data.prepare.ledger import Ledger
 from xverse.data.prepare.plan import Gathered, SplitPlan
 from xverse.data.shards import OFFSET, TOKEN
-from xverse.files import atomic_file
+from xverse.files import atomic_file, write_text
 from xverse.texts import read_json
 from xverse.tokenizer import Tokenizer
 from xverse.tokenizer.general import load_tokenizer_of
@@ -120,9 +120,8 @@ class Encode:
             for file in (tokens_file, lengths_file):
                 file.flush()
                 os.fsync(file.fileno())
-        with atomic_file(f"{path}.json") as temporary:
-            values = {"ledger": vars(ledger), "segments": segments}
-            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        values = {"ledger": vars(ledger), "segments": segments}
+        write_text(f"{path}.json", json.dumps(values, ensure_ascii=False))
 
 
 def load_part(work: Path, group: int) -> tuple[Ledger, list[Segment]]:

@@ -36,7 +36,7 @@ from xverse.data.prepare.plan import FindCopies, Gather, MakePlan
 from xverse.data.prepare.report import PreparedSource, PrepareReport, WriteReport
 from xverse.data.prepare.sample import MakeTokenizer, Sample, SampleLimits
 from xverse.data.shards import read_header
-from xverse.files import alone, atomic_file
+from xverse.files import alone, write_json
 from xverse.log import notice
 from xverse.place import Place, read_list
 from xverse.remote import version
@@ -188,9 +188,7 @@ def claim(recipe: PrepareRecipe, units: list[Unit]) -> str:
             raise UserError(
                 f"{recipe.out}: not empty and not made by xverse data prepare; choose another out"
             )
-        with atomic_file(file) as temporary:
-            text = json.dumps({"fingerprint": fingerprint, **settings}, indent=1, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(file, {"fingerprint": fingerprint, **settings})
         return fingerprint
     try:
         made_by = read_json(file)

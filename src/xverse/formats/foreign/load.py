@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,7 @@ from xverse.config import UserError
 from xverse.formats.directory import ModelDirectory
 from xverse.formats.foreign.families import Family, Settings, detect
 from xverse.formats.foreign.text import ForeignTokenizer, load_foreign_tokenizer
-from xverse.formats.weights import DTYPES, dtype_name, listed, read_tensors
-
-_HEAD = "lm_head.weight"
+from xverse.formats.weights import HEAD, check_tensors, misfit, read_tensors
 
 
 @dataclass(frozen=True)
@@ -66,17 +63,17 @@ def _read(
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tied = bool(model.config.tie_word_embeddings)
     if tied:
-        del shapes[_HEAD]
+        del shapes[HEAD]
     parts: dict[str, list[str]] = {}  # published name → the model's names, as consecutive rows
     for name in shapes:
         parts.setdefault(family.published(name), []).append(name)
-    head = family.published(_HEAD)
+    head = family.published(HEAD)
     seen: set[str] = set()
     unexpected: list[str] = []
     wrong: dict[str, str] = {}
     state: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in read_tensors(file, hold=True):
+        for name, tensor in read_tensors(file):
             if name.endswith("inv_freq") or (tied and name == head):
                 continue  # computed at run time; a tied head repeats the embedding
             if name not in parts:
@@ -85,30 +82,14 @@ def _read(
             seen.add(name)
             rows = [shapes[part][0] for part in parts[name]]
             expected = (sum(rows), *shapes[parts[name][0]][1:])
-            if tuple(tensor.shape) != expected:
-                wrong[name] = f"is {_shape(tensor.shape)} where config.json says {_shape(expected)}"
-                continue
-            if dtype_name(tensor.dtype) not in DTYPES:
-                wrong[name] = f"is stored as {dtype_name(tensor.dtype)}, not as one of {', '.join(DTYPES)}"
+            if what := misfit(tensor, expected):
+                wrong[name] = what
                 continue
             dtype = dtype or tensor.dtype
             tensor = tensor.to(dtype)
             state |= dict(zip(parts[name], tensor.split(rows), strict=True))
-    missing = [name for name in parts if name not in seen]
-    _check(path, missing, unexpected, wrong)
+    check_tensors(path, [name for name in parts if name not in seen], unexpected, wrong)
     return state
-
-
-def _check(path: Path, missing: list[str], unexpected: list[str], wrong: Mapping[str, str]) -> None:
-    problems = []
-    if missing:
-        problems.append(f"missing {listed(missing)}")
-    if unexpected:
-        problems.append(f"unexpected {listed(unexpected)}")
-    if wrong:
-        problems.append(listed(f"{name} {what}" for name, what in wrong.items()))
-    if problems:
-        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}")
 
 
 def _assign(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
@@ -123,7 +104,3 @@ def _assign(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
             model.set_submodule(name, fresh)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     model.requires_grad_(False)
-
-
-def _shape(sizes: tuple[int, ...]) -> str:
-    return "×".join(map(str, sizes))

@@ -11,7 +11,6 @@ from fastapi.responses import PlainTextResponse
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from xverse.config import UserError
-from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError
 from xverse.serve.fields import Body
 from xverse.serve.service import Service
@@ -38,11 +37,9 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/load_lora_adapter")
     async def load(body: LoadRequest) -> Response:
-        current().ignored = body.ignored
         name = body.lora_name
         if body.base_model_name not in (None, service.name):
-            text = f"base_model_name: '{body.base_model_name[:80]}' is not this server's model"
-            raise ApiError(400, text, param="base_model_name")
+            raise ApiError(400, f"base_model_name: '{body.base_model_name[:80]}' is not this server's model")
         path = _path(service, body.lora_path)
         async with lock:
             before = service.adapted.get(name)
@@ -50,10 +47,10 @@ def mount(app: FastAPI, service: Service) -> None:
                 try:
                     service.check_new(name)
                 except UserError as error:
-                    raise ApiError(400, f"lora_name: {error}", param="lora_name") from None
+                    raise ApiError(400, f"lora_name: {error}") from None
             elif not body.load_inplace:
                 text = f"lora_name: '{name}' is already loaded; load_inplace replaces it"
-                raise ApiError(400, text, param="lora_name", code="adapter_exists")
+                raise ApiError(400, text, code="adapter_exists")
             else:
                 _check_unused(service, before)
             assert service.read_adapter is not None
@@ -61,34 +58,29 @@ def mount(app: FastAPI, service: Service) -> None:
                 adapter = await asyncio.to_thread(service.read_adapter, path)
             except UserError as error:
                 text = f"lora_path: {str(error).replace(str(path), body.lora_path)}"
-                raise ApiError(400, text, param="lora_path", code="bad_adapter") from None
+                raise ApiError(400, text, code="bad_adapter") from None
             service.adapted.pop(name, None)
             service.adopt(name, adapter)
-        return _done(f"Success: LoRA adapter '{name}' added successfully.", body)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(body: UnloadRequest) -> Response:
-        current().ignored = body.ignored
         _folder(service)
         async with lock:
             found = service.adapted.get(body.lora_name)
             if found is None:
                 text = f"lora_name: no adapter is called '{body.lora_name[:80]}'"
-                raise ApiError(404, text, param="lora_name", code="adapter_not_found")
+                raise ApiError(404, text, code="adapter_not_found")
             _check_unused(service, found)
             del service.adapted[body.lora_name]
-        return _done(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", body)
-
-
-def _done(text: str, body: Body) -> Response:
-    return PlainTextResponse(text, headers=body.headers())
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 def _check_unused(service: Service, adapted: Service) -> None:
     if count := service.runner.uses[adapted.adapter]:
         replies = "1 request" if count == 1 else f"{count} requests"
         text = f"lora_name: '{adapted.name}' is in use by {replies}; try again when they have ended"
-        raise ApiError(409, text, param="lora_name", code="adapter_in_use")
+        raise ApiError(409, text, code="adapter_in_use")
 
 
 def _folder(service: Service) -> Path:
@@ -109,8 +101,7 @@ def _path(service: Service, given: str) -> Path:
         inside = False
     if not inside:
         text = f"lora_path: '{given[:200]}' is not in the server's folder of adapters"
-        raise ApiError(400, text, param="lora_path", code="path_not_allowed")
+        raise ApiError(400, text, code="path_not_allowed")
     if not exists:
-        text = f"lora_path: '{given[:200]}' does not exist"
-        raise ApiError(404, text, param="lora_path", code="adapter_not_found")
+        raise ApiError(404, f"lora_path: '{given[:200]}' does not exist", code="adapter_not_found")
     return path

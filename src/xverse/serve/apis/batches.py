@@ -55,13 +55,10 @@ def mount(app: FastAPI, service: Service) -> None:
             known = ("file", "purpose", _ANCHOR, _SECONDS)
             current().ignored = tuple(name for name in form if name not in known)
             if not isinstance(file, UploadFile):
-                raise ApiError(
-                    400, "file: send a file as multipart/form-data", param="file", code="missing_field"
-                )
+                raise ApiError(400, "file: send a file as multipart/form-data", code="missing_field")
             if purpose != "batch":
                 text = "purpose: must be 'batch'" if purpose else "purpose: required field is missing"
-                code = "invalid_value" if purpose else "missing_field"
-                raise ApiError(400, text, param="purpose", code=code)
+                raise ApiError(400, text, code="invalid_value" if purpose else "missing_field")
             expires = _expiry(form.get(_ANCHOR), form.get(_SECONDS))
             store.check_room(file.size or 0)
             name = file.filename or "upload.jsonl"
@@ -70,8 +67,9 @@ def mount(app: FastAPI, service: Service) -> None:
                 added = await asyncio.to_thread(lambda: store.add(*arguments, expires_at=expires))
             except UserError as error:  # such as a full disk
                 notice(f"serve: {error}")
-                text = "file: the server could not store it"
-                raise ApiError(507, text, param="file", code="storage_failed") from None
+                raise ApiError(
+                    507, "file: the server could not store it", param="file", code="storage_failed"
+                ) from None
         return JSONResponse(added.described())
 
     @app.get("/v1/files")
@@ -103,17 +101,14 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/batches")
     async def create(body: BatchCreation) -> Response:
-        current().ignored = body.ignored
         kept = batches()
         found = kept.files.get(body.input_file_id, current().key)
         if found is None or found.purpose != "batch":
-            text = f"input_file_id: '{body.input_file_id[:80]}' is not a file for batches"
-            raise ApiError(400, text, param="input_file_id")
+            raise ApiError(400, f"input_file_id: '{body.input_file_id[:80]}' is not a file for batches")
         if body.endpoint not in kept.urls:
-            text = f"endpoint: must be one of {', '.join(kept.urls)}"
-            raise ApiError(400, text, param="endpoint")
+            raise ApiError(400, f"endpoint: must be one of {', '.join(kept.urls)}")
         batch = kept.create(found, body.endpoint, body.metadata, current().key)
-        return JSONResponse(_shown(batch), headers=body.headers())
+        return JSONResponse(_shown(batch))
 
     @app.get("/v1/batches")
     async def every(limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str = "") -> dict[str, Any]:
@@ -163,5 +158,5 @@ def _expiry(anchor: Any, seconds: Any) -> int | None:
         or not 3600 <= int(seconds) <= 2592000
     ):
         text = "expires_after: must have the anchor 'created_at' and seconds from 3600 to 2592000"
-        raise ApiError(400, text, param="expires_after")
+        raise ApiError(400, text)
     return int(time.time()) + int(seconds)

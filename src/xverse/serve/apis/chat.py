@@ -22,10 +22,10 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: fastapi.Request) -> Response:
         chosen = service.of(body.model)
-        grammar = await while_connected(request, chosen.grammar(body))
+        grammar = await while_connected(request, chosen.grammars.of(body))
         # In a thread, because tokenising a long text would block other requests.
         reply = ChatReply(chosen, body, await asyncio.to_thread(chosen.chat, body, grammar))
-        return await respond(service, request, reply, body.stream, body.headers())
+        return await respond(service, request, reply, body.stream)
 
 
 class ChatReply(Reply):
@@ -91,10 +91,7 @@ class ChatReply(Reply):
         ended = event.finish_reason is not None
         if ended:
             pieces += parser.end(choice.cut)
-        logprobs = None
-        if pieces or ended:
-            logprobs = self._logprobs(choice.logprobs[choice.sent :])
-            choice.sent = len(choice.logprobs)
+        logprobs = self._logprobs(choice.new_logprobs()) if pieces or ended else None
         for piece in pieces:
             yield self._delta(choice, self._piece(piece), logprobs)
             logprobs = None

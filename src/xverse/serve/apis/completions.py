@@ -21,9 +21,9 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: fastapi.Request) -> Response:
         chosen = service.of(body.model)
-        grammar = await while_connected(request, chosen.grammar(body))
+        grammar = await while_connected(request, chosen.grammars.of(body))
         reply = CompletionReply(chosen, body, await asyncio.to_thread(chosen.complete, body, grammar))
-        return await respond(service, request, reply, body.stream, body.headers())
+        return await respond(service, request, reply, body.stream)
 
 
 class CompletionReply(Reply):

@@ -16,7 +16,6 @@ from pydantic import PlainValidator, StrictInt, StrictStr
 from xverse.config import UserError
 from xverse.engine import Request
 from xverse.engine.request import Pooling
-from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError
 from xverse.serve.exchange import while_connected
 from xverse.serve.fields import Body, rule
@@ -58,7 +57,6 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: fastapi.Request) -> Response:
         chosen = service.of(body.model)
-        current().ignored = body.ignored
         check_dimensions(chosen, body.dimensions)
         prompts = await asyncio.to_thread(lambda: [chosen.prompt_ids(one) for one in body.input])
         choices = await while_connected(request, embedded(chosen, prompts, body.pooling))
@@ -72,7 +70,7 @@ def mount(app: FastAPI, service: Service) -> None:
             "model": chosen.name,
             "usage": {"prompt_tokens": counts["prompt_tokens"], "total_tokens": counts["total_tokens"]},
         }
-        return JSONResponse(answer, headers=body.headers())
+        return JSONResponse(answer)
 
 
 def check_dimensions(service: Service, dimensions: int | None) -> None:
@@ -80,7 +78,7 @@ def check_dimensions(service: Service, dimensions: int | None) -> None:
     size = service.runner.engine.model.config.hidden_size
     if dimensions is not None and dimensions != size:
         text = f"dimensions: the embeddings of '{service.name}' have {size} and cannot be shortened"
-        raise ApiError(400, text, param="dimensions")
+        raise ApiError(400, text)
 
 
 async def embedded(
@@ -90,7 +88,7 @@ async def embedded(
     too many tokens in all."""
     total = sum(map(len, prompts))
     if total > MOST_TOKENS:
-        raise ApiError(400, f"input: {total} tokens are too many; the limit is {MOST_TOKENS}", param="input")
+        raise ApiError(400, f"input: {total} tokens are too many; the limit is {MOST_TOKENS}")
     requests = [
         Request(prompt_ids=ids, pooling=pooling, adapter=service.adapter, generate=False) for ids in prompts
     ]
@@ -105,11 +103,11 @@ async def prompted(service: Service, requests: Sequence[Request], field: str) ->
         if tokens > most:
             what = "context" if most == service.context else "key-value cache"
             text = f"{at}: {tokens} tokens exceed the {what} of {most}"
-            raise ApiError(400, text, param=at, code="context_length_exceeded")
+            raise ApiError(400, text, code="context_length_exceeded")
         try:
             service.runner.engine.check(request)
         except UserError as error:
-            raise ApiError(400, f"{at}: {str(error).removeprefix('prompt_ids: ')}", param=at) from None
+            raise ApiError(400, f"{at}: {str(error).removeprefix('prompt_ids: ')}") from None
     choices = begun(requests, len(requests))
     with service.runner.admitted(requests, min(len(requests), service.runner.engine.max_batch)):
         await whole(service, choices)

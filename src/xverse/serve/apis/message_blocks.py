@@ -11,7 +11,6 @@ from xverse.engine.sampling_params import MOST_STOPS
 from xverse.serve.errors import ApiError
 from xverse.serve.fields import Body, Lenient, by_type, rule
 from xverse.serve.protocol import (
-    MOST_TOOLS,
     ChatRequest,
     Function,
     FunctionCall,
@@ -22,7 +21,9 @@ from xverse.serve.protocol import (
     Tool,
     ToolCall,
     ToolChoice,
+    ToolName,
     Whole,
+    tools_of,
 )
 
 # Fields that cannot change a reply here; docs/api.md lists them.
@@ -93,15 +94,9 @@ class Turn(Lenient):
 
 class MessageTool(Lenient):
     type: Literal["custom"] = "custom"
-    name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: ToolName
     description: StrictStr = ""
     input_schema: dict[str, Any]
-
-
-def _tools(value: Any) -> list[MessageTool]:
-    if isinstance(value, list) and len(value) > MOST_TOOLS:
-        raise rule(f"{len(value)} items are too many; the limit is {MOST_TOOLS}")
-    return by_type(value, {"custom": MessageTool}, lambda tool: tool.get("type") or "custom", "tools")
 
 
 class Choice(Lenient):
@@ -138,9 +133,7 @@ class CountRequest(Body):
     model: StrictStr
     messages: Annotated[list[Turn], Field(fail_fast=True, min_length=1)]
     system: Text = ""
-    tools: Annotated[
-        list[MessageTool], PlainValidator(_tools, json_schema_input_type=list[dict[str, Any]])
-    ] = Field(default_factory=list)
+    tools: Annotated[list[MessageTool], tools_of("custom", MessageTool)] = Field(default_factory=list)
     tool_choice: Choice | None = None
     output_config: OutputConfig = Field(default_factory=OutputConfig)
     output_format: OutputFormat | None = None

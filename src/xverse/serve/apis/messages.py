@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -15,9 +14,9 @@ from fastapi.responses import JSONResponse
 from xverse.serve.access_log import current
 from xverse.serve.apis.message_blocks import WORDS, CountRequest, MessagesRequest
 from xverse.serve.apis.talk import Talk, talk
-from xverse.serve.calls import CallPiece, Content, collected
+from xverse.serve.calls import CallPiece, Content, collected, read_arguments
 from xverse.serve.exchange import respond
-from xverse.serve.replies import failed, new_id
+from xverse.serve.replies import failed, new_id, sse
 from xverse.serve.service import Service
 from xverse.serve.tools import offered_tools
 
@@ -27,9 +26,9 @@ def mount(app: FastAPI, service: Service) -> None:
     async def messages(body: MessagesRequest, request: fastapi.Request) -> Response:
         _check(body, request)
         chosen = service.of(body.model)
-        reply = MessageReply(await talk(chosen, request, body, body.request(), WORDS, clamp=True))
-        headers = {**body.headers(), "request-id": current().id}
-        return await respond(service, request, reply, body.stream, headers)
+        reply = MessageReply(await talk(chosen, request, body.request(), WORDS, clamp=True))
+        headers = {"request-id": current().id}
+        return await respond(service, request, reply, body.stream, headers=headers)
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountRequest, request: fastapi.Request) -> Response:
@@ -39,11 +38,10 @@ def mount(app: FastAPI, service: Service) -> None:
         ids = await asyncio.to_thread(
             service.chat_ids, chat.messages, offered_tools(chat), chat.continue_final_message
         )
-        return JSONResponse({"input_tokens": len(ids)}, headers=body.headers())
+        return JSONResponse({"input_tokens": len(ids)})
 
 
 def _check(body: CountRequest, request: fastapi.Request) -> None:
-    current().ignored = body.ignored
     body.check(request.headers.get("anthropic-version"), "anthropic-beta" in request.headers)
 
 
@@ -62,7 +60,8 @@ class MessageReply:
         content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not calls else []
         for call in calls:
             block = {"type": "tool_use", "id": new_id("toolu"), "name": call["name"]}
-            content.append({**block, "input": _object(call["arguments"])})
+            arguments = read_arguments(call["arguments"])
+            content.append({**block, "input": arguments if isinstance(arguments, dict) else {}})
         return {**self._head, "content": content, **self._stop(), "usage": self._usage()}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -132,14 +131,4 @@ class MessageReply:
 
 
 def _data(kind: str, **fields: Any) -> bytes:
-    event = {"type": kind, **fields}
-    return f"event: {kind}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
-
-
-def _object(arguments: str) -> dict[str, Any]:
-    """The arguments of a call. A reply that was cut off may have incomplete ones, which are none."""
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return sse({"type": kind, **fields}, kind)

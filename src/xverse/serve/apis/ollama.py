@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 
 import xverse
 from xverse.engine import Request
-from xverse.kernels.linear import QuantLinear
+from xverse.kernels.linear import weights_kind
 from xverse.serve.access_log import current
 from xverse.serve.apis.embeddings import MOST_INPUTS, check_dimensions, embedded
 from xverse.serve.apis.ollama_bodies import (
@@ -29,7 +29,7 @@ from xverse.serve.apis.ollama_bodies import (
     use_words,
 )
 from xverse.serve.apis.talk import Talk, talk
-from xverse.serve.calls import CallParser, CallPiece, Content
+from xverse.serve.calls import CallParser, CallPiece, Content, read_arguments
 from xverse.serve.errors import ApiError
 from xverse.serve.exchange import NDJSON, respond, while_connected
 from xverse.serve.replies import failed
@@ -46,8 +46,8 @@ def mount(app: FastAPI, service: Service) -> None:
         body.check()
         if not body.messages:
             return _loaded(body, chosen, {"message": {"role": "assistant", "content": ""}})
-        reply = _Reply(body.model, await talk(chosen, request, body, body.chat(), use_words(), clamp=True))
-        return await respond(service, request, reply, body.stream, body.headers(), NDJSON)
+        reply = _Reply(body.model, await talk(chosen, request, body.chat(), use_words(), clamp=True))
+        return await respond(service, request, reply, body.stream, kind=NDJSON)
 
     @app.post("/api/generate")
     async def generate(body: OllamaGenerateRequest, request: fastapi.Request) -> Response:
@@ -59,28 +59,24 @@ def mount(app: FastAPI, service: Service) -> None:
         if body.raw:
             begun = await _raw(chosen, request, body)
         else:
-            begun = await talk(chosen, request, body, body.chat(), words, clamp=True)
+            begun = await talk(chosen, request, body.chat(), words, clamp=True)
         reply = _Reply(body.model, begun, plain=True)
-        return await respond(service, request, reply, body.stream, body.headers(), NDJSON)
+        return await respond(service, request, reply, body.stream, kind=NDJSON)
 
     @app.post("/api/embed")
     async def embed(body: OllamaEmbedRequest, request: fastapi.Request) -> Response:
         begin = time.monotonic()
         chosen = _of(service, body.model)
-        current().ignored = body.ignored
         check_dimensions(chosen, body.dimensions)
         vectors, tokens = await _embedded(chosen, request, body.input, body.truncate)
         answer = {"model": body.model, "embeddings": vectors, "prompt_eval_count": tokens}
-        return JSONResponse(
-            {**answer, "total_duration": _since(begin), "load_duration": 0}, headers=body.headers()
-        )
+        return JSONResponse({**answer, "total_duration": _since(begin), "load_duration": 0})
 
     @app.post("/api/embeddings")
     async def embeddings(body: OllamaEmbeddingsRequest, request: fastapi.Request) -> Response:
         chosen = _of(service, body.model)
-        current().ignored = body.ignored
         vectors, _ = await _embedded(chosen, request, [body.prompt] if body.prompt else [], True)
-        return JSONResponse({"embedding": vectors[0] if vectors else []}, headers=body.headers())
+        return JSONResponse({"embedding": vectors[0] if vectors else []})
 
     @app.get("/api/tags")
     async def tags() -> dict[str, Any]:
@@ -99,7 +95,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/show")
     async def show(body: OllamaShowRequest) -> Response:
-        return JSONResponse(_shown(_of(service, body.model or body.name)), headers=body.headers())
+        return JSONResponse(_shown(_of(service, body.model or body.name)))
 
     @app.api_route("/api/version", methods=["GET", "HEAD"])
     async def version() -> dict[str, str]:
@@ -128,10 +124,9 @@ def _of(service: Service, name: str) -> Service:
 
 async def _raw(service: Service, request: fastapi.Request, body: OllamaGenerateRequest) -> Talk:
     """The continuation of the prompt as it is."""
-    current().ignored = body.ignored
     ids = await asyncio.to_thread(service.prompt_ids, body.prompt)
     completion = body.completion(max(service.context - len(ids), 1))
-    grammar = await while_connected(request, service.grammar(completion))
+    grammar = await while_connected(request, service.grammars.of(completion))
     (only,) = await asyncio.to_thread(service.complete, completion, grammar)
     return Talk(service, only, CallParser(()))
 
@@ -204,11 +199,7 @@ class _Reply:
     def _complete(self) -> Iterator[dict[str, Any]]:
         """The call that has grown, unless it was cut off."""
         call, self._call = self._call, None
-        if call is not None:
-            try:
-                arguments = json.loads(call["arguments"] or "{}")
-            except (ValueError, RecursionError):
-                return
+        if call is not None and (arguments := read_arguments(call["arguments"])) is not None:
             yield self._said("", [{"function": {"name": call["name"], "arguments": arguments}}])
 
     def _said(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
@@ -241,9 +232,8 @@ async def _embedded(
 
 def _details(service: Service) -> dict[str, Any]:
     model = service.runner.engine.model
-    bits = {module.bits for module in model.modules() if isinstance(module, QuantLinear)}
+    kind = weights_kind(model)
     kinds = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
     count = model.config.num_parameters()
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     return {
@@ -252,7 +242,7 @@ def _details(service: Service) -> dict[str, Any]:
         "family": "xverse",
         "families": ["xverse"],
         "parameter_size": size,
-        "quantization_level": f"INT{min(bits)}" if bits else kinds.get(dtype, dtype),
+        "quantization_level": kinds.get(kind, kind.upper()),
     }
 
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, StrictB
 
 from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import NO_EFFECT, Body, Lenient, rule
+from xverse.serve.fields import NO_EFFECT, Body, Lenient, refuse_unsupported, rule
 from xverse.serve.protocol import (
     MOST_TOOLS,
     ChatRequest,
@@ -60,10 +60,6 @@ class Options(Lenient):
         values["repetition_penalty"] = values.pop("repeat_penalty")
         return values
 
-    def unknown(self) -> list[str]:
-        extra = self.model_extra or {}
-        return [f"options.{name}" for name in extra if name not in OPTIONS_WITHOUT_EFFECT]
-
 
 def _format(value: Any) -> ResponseFormat:
     if value == "":
@@ -102,7 +98,9 @@ class _Request(Body):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return (*super().ignored, *self.options.unknown())
+        extra = self.options.model_extra or {}
+        options = (f"options.{name}" for name in extra if name not in OPTIONS_WITHOUT_EFFECT)
+        return (*super().ignored, *options)
 
 
 class _Generation(_Request):
@@ -141,13 +139,12 @@ class OllamaGenerateRequest(_Generation):
 
     def check(self) -> None:
         super().check()
-        for name, reason in (
-            ("suffix", "the model cannot insert text"),
-            ("template", "the model has one format of conversations; raw: true uses none"),
-            ("context", "send the conversation to /api/chat"),
-        ):
-            if getattr(self, name):
-                raise ApiError(400, f"{name}: is not supported; {reason}", param=name)
+        reasons = {
+            "suffix": "the model cannot insert text",
+            "template": "the model has one format of conversations; raw: true uses none",
+            "context": "send the conversation to /api/chat",
+        }
+        refuse_unsupported(self, reasons)
 
     def chat(self) -> ChatRequest:
         system = [Message(role="system", content=self.system)] if self.system else []

@@ -8,9 +8,8 @@ from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
 from xverse.engine.sampling_params import PARAMS
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import NO_EFFECT, Lenient, Metadata, by_type, rule
+from xverse.serve.fields import NO_EFFECT, Lenient, Metadata, by_type, refuse_unsupported, rule
 from xverse.serve.protocol import (
-    MOST_TOOLS,
     Arguments,
     ChatRequest,
     Chosen,
@@ -23,7 +22,9 @@ from xverse.serve.protocol import (
     Text,
     Tool,
     ToolCall,
+    ToolName,
     Whole,
+    tools_of,
 )
 from xverse.serve.replies import new_id
 
@@ -115,16 +116,10 @@ class FunctionTool(Lenient):
     """A tool; the Responses API has the function's fields beside the type."""
 
     type: Literal["function"] = "function"
-    name: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: ToolName
     description: StrictStr = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
     strict: Any = None
-
-
-def _tools(value: Any) -> list[FunctionTool]:
-    if isinstance(value, list) and len(value) > MOST_TOOLS:
-        raise rule(f"{len(value)} items are too many; the limit is {MOST_TOOLS}")
-    return by_type(value, {"function": FunctionTool}, lambda tool: tool.get("type") or "function", "tools")
 
 
 class TextFormat(Lenient):
@@ -156,9 +151,7 @@ class ResponsesRequest(SamplingFields):
     stream: StrictBool = False
     include: list[StrictStr] = Field(default_factory=list)
     text: TextOptions = Field(default_factory=TextOptions)
-    tools: Annotated[
-        list[FunctionTool], PlainValidator(_tools, json_schema_input_type=list[dict[str, Any]])
-    ] = Field(default_factory=list)
+    tools: Annotated[list[FunctionTool], tools_of("function", FunctionTool)] = Field(default_factory=list)
     tool_choice: Chosen | None = None
     parallel_tool_calls: StrictBool = True
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
@@ -175,17 +168,15 @@ class ResponsesRequest(SamplingFields):
 
     def check(self) -> None:
         """Raises ApiError for what the server does not have."""
-        for name, reason in (
-            ("background", "replies are not computed in the background"),
-            ("conversation", "conversations are not kept; use previous_response_id"),
-            ("prompt", "the server has no stored prompts; use instructions and input"),
-        ):
-            if getattr(self, name):
-                raise ApiError(400, f"{name}: is not supported; {reason}", param=name)
+        reasons = {
+            "background": "replies are not computed in the background",
+            "conversation": "conversations are not kept; use previous_response_id",
+            "prompt": "the server has no stored prompts; use instructions and input",
+        }
+        refuse_unsupported(self, reasons)
         for index, name in enumerate(self.include):
             if name not in INCLUDED:
-                text = f"must be one of {', '.join(INCLUDED)}"
-                raise ApiError(400, f"include[{index}]: {text}", param=f"include[{index}]")
+                raise ApiError(400, f"include[{index}]: must be one of {', '.join(INCLUDED)}")
 
     def chat(self, messages: list[Message]) -> ChatRequest:
         """The same as a chat request about ``messages``."""
@@ -194,7 +185,7 @@ class ResponsesRequest(SamplingFields):
         if form.type == "json_schema":
             if form.schema_ is None:
                 where = "text.format.schema"
-                raise ApiError(400, f"{where}: required field is missing", param=where, code="missing_field")
+                raise ApiError(400, f"{where}: required field is missing", code="missing_field")
             schema = JsonSchema(schema=form.schema_)
         sampling = {param.http: getattr(self, param.http) for param in PARAMS.values()}
         if self.max_output_tokens is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import bisect
 import copy
-import json
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -29,7 +28,7 @@ from xverse.serve.calls import CallPiece, Content
 from xverse.serve.errors import ApiError
 from xverse.serve.exchange import page_of, respond
 from xverse.serve.protocol import Message, ToolChoice
-from xverse.serve.replies import failed, logprob_entry, new_id
+from xverse.serve.replies import failed, logprob_entry, new_id, sse
 from xverse.serve.service import Service
 from xverse.serve.tools import offered_tools
 
@@ -42,7 +41,7 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses")
     async def responses(body: ResponsesRequest, request: fastapi.Request) -> Response:
         reply = await _begin(service, store, body, request)
-        return await respond(service, request, reply, body.stream, body.headers())
+        return await respond(service, request, reply, body.stream)
 
     @app.get("/v1/responses/{name}")
     async def retrieve(name: str) -> dict[str, Any]:
@@ -64,9 +63,7 @@ def mount(app: FastAPI, service: Service) -> None:
         name: str, limit: Annotated[int, Query(ge=1, le=100)] = 20, order: Order = "desc", after: str = ""
     ) -> dict[str, Any]:
         items = _stored(store, name).input
-        if order == "desc":
-            items = items[::-1]
-        return page_of(items, limit, after)
+        return page_of(items[::-1] if order == "desc" else items, limit, after)
 
 
 def _stored(store: ResponseStore, name: str, param: str = "response_id") -> Stored:
@@ -90,7 +87,7 @@ async def _begin(
     messages = messages_of(body.instructions, [*map(read_stored, earlier), *items])
     if body.truncation == "auto":
         messages = await asyncio.to_thread(_fitting, service, body, messages)
-    begun = await talk(service, request, body, body.chat(messages), WORDS)
+    begun = await talk(service, request, body.chat(messages), WORDS)
     return ResponseReply(body, begun, store, earlier, [item.stored() for item in items])
 
 
@@ -101,7 +98,7 @@ def _resolved(store: ResponseStore, item: Item, index: int) -> Any:
     found = store.item(item.id, current().key)
     if found is None:
         text = f"input[{index}].id: the item '{item.id[:80]}' does not exist, or is not kept any more"
-        raise ApiError(404, text, param=f"input[{index}].id")
+        raise ApiError(404, text)
     return read_stored(found)
 
 
@@ -151,12 +148,13 @@ class ResponseReply:
         try:
             async with aclosing(self._all()) as events:
                 async for event in events:
-                    yield _data(event)
+                    yield sse(event, event["type"])
         except Exception as error:
             wrong = failed(error)["error"]
             code = wrong["code"] if wrong["code"] in _ERROR_CODES else "server_error"
             reason = {"code": code, "message": wrong["message"]}
-            yield _data(self._event("response.failed", response=self._response("failed", error=reason)))
+            event = self._event("response.failed", response=self._response("failed", error=reason))
+            yield sse(event, event["type"])
 
     async def _all(self) -> AsyncGenerator[dict[str, Any], None]:
         """The events; the last one has the whole response."""
@@ -201,7 +199,7 @@ class ResponseReply:
             logprobs = []
             if self._request.logprobs:
                 tokenizer = self._talk.service.tokenizer
-                logprobs = [logprob_entry(tokenizer, token) for token in self._talk.new_logprobs()]
+                logprobs = [logprob_entry(tokenizer, token) for token in self._talk.choice.new_logprobs()]
                 part["logprobs"] += logprobs
             yield self._of_part("response.output_text.delta", item, delta=piece.text, logprobs=logprobs)
             return
@@ -297,10 +295,6 @@ class ResponseReply:
 
 
 _ERROR_CODES = ("server_error", "rate_limit_exceeded", "invalid_prompt")  # those of the API
-
-
-def _data(event: dict[str, Any]) -> bytes:
-    return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
 
 
 def _choice(choice: ToolChoice | None) -> Any:

@@ -18,7 +18,6 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
 from xverse.engine import Request
-from xverse.serve.access_log import current
 from xverse.serve.apis.embeddings import MOST_INPUTS, MOST_TOKENS, prompted
 from xverse.serve.errors import ApiError
 from xverse.serve.exchange import while_connected
@@ -79,15 +78,13 @@ def mount(app: FastAPI, service: Service) -> None:
     @app.post("/v1/score")
     async def score(body: ScoreRequest, request: fastapi.Request) -> Response:
         chosen = service.of(body.model)
-        current().ignored = body.ignored
         queries = _given(body, "text_1", "queries")
         documents = _given(body, "text_2", "documents")
         if len(queries) == 1:
             queries *= len(documents)
         if len(queries) != len(documents):
             counts = f"{len(queries)} texts do not pair with {len(documents)} of text_2"
-            text = f"text_1: {counts}; send one, or as many"
-            raise ApiError(400, text, param="text_1")
+            raise ApiError(400, f"text_1: {counts}; send one, or as many")
         work = _likelihoods(chosen, queries, documents, "text_2")
         scores, used = await while_connected(request, work)
         answer = {
@@ -98,14 +95,13 @@ def mount(app: FastAPI, service: Service) -> None:
             "data": [{"index": at, "object": "score", "score": value} for at, value in enumerate(scores)],
             "usage": {**used, "completion_tokens": 0},
         }
-        return JSONResponse(answer, headers=body.headers())
+        return JSONResponse(answer)
 
     @app.post("/rerank")
     @app.post("/v1/rerank")
     @app.post("/v2/rerank")
     async def rerank(body: RerankRequest, request: fastapi.Request) -> Response:
         chosen = service.of(body.model)
-        current().ignored = body.ignored
         queries = [body.query] * len(body.documents)
         work = _likelihoods(chosen, queries, body.documents, "documents", body.max_tokens_per_doc)
         scores, counts = await while_connected(request, work)
@@ -122,7 +118,7 @@ def mount(app: FastAPI, service: Service) -> None:
             for index in order
         ]
         answer = {"id": new_id("rerank"), "model": chosen.name, "usage": counts, "results": results}
-        return JSONResponse(answer, headers=body.headers())
+        return JSONResponse(answer)
 
 
 def _given(body: ScoreRequest, name: str, other: str) -> list[str]:
@@ -161,7 +157,7 @@ def _requests(
         total += len(ids)
         if total > MOST_TOKENS:  # here, because a long query is encoded with each of the documents
             text = f"{field}: more than {MOST_TOKENS} tokens, together with the queries, are too many"
-            raise ApiError(400, text, param=field)
+            raise ApiError(400, text)
         requests.append(
             Request(
                 prompt_ids=ids,

@@ -13,11 +13,10 @@ from typing import Any, Literal
 
 import fastapi
 
-from xverse.engine import Request, TokenLogprob
+from xverse.engine import Request
 from xverse.serve.access_log import current
 from xverse.serve.calls import CallParser, CallPiece, Content
 from xverse.serve.exchange import while_connected
-from xverse.serve.fields import Body
 from xverse.serve.protocol import ChatRequest
 from xverse.serve.replies import begun, events, usage
 from xverse.serve.service import Service
@@ -60,25 +59,17 @@ class Talk:
         """Token counts so far, by OpenAI's names."""
         return usage([self.choice], 1)
 
-    def new_logprobs(self) -> list[TokenLogprob]:
-        """The log-probabilities that were not taken yet."""
-        new, self.choice.sent = self.choice.logprobs[self.choice.sent :], len(self.choice.logprobs)
-        return new
-
 
 async def talk(
     service: Service,
     request: fastapi.Request,
-    body: Body,
     chat: ChatRequest,
     words: Mapping[str, str],
     clamp: bool = False,
 ) -> Talk:
-    """Begin a reply. ``body`` is the API's own request and ``chat`` the same as a chat request; ``words`` has
-    the former's names for the latter's fields; ``clamp`` as in ``Service.chat``. Raises ApiError."""
-    record = current()
-    record.words = words
-    grammar = await while_connected(request, service.grammar(chat))
-    record.ignored = body.ignored
+    """Begin a reply to ``chat``, for which the API's own request stands; ``words`` has its names for the
+    fields of a chat request; ``clamp`` as in ``Service.chat``. Raises ApiError."""
+    current().words = words
+    grammar = await while_connected(request, service.grammars.of(chat))
     (only,) = await asyncio.to_thread(service.chat, chat, grammar, clamp)
     return Talk(service, only, service.call_parser(chat))

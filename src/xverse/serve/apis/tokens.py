@@ -11,7 +11,6 @@ from pydantic import Field, StrictBool, StrictStr
 
 from xverse.config import UserError
 from xverse.serve import tools
-from xverse.serve.access_log import current
 from xverse.serve.apis.embeddings import MOST_TOKENS
 from xverse.serve.errors import ApiError
 from xverse.serve.fields import Body
@@ -48,18 +47,16 @@ class DetokenizeRequest(Body):
 def mount(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Response:
-        current().ignored = body.ignored
-        return JSONResponse(await asyncio.to_thread(tokenized, service, body), headers=body.headers())
+        return JSONResponse(await asyncio.to_thread(tokenized, service, body))
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
         service.of(body.model)
-        current().ignored = body.ignored
         try:
             text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, False)
         except UserError as error:
-            raise ApiError(400, f"tokens: {error}", param="tokens") from None
-        return JSONResponse({"text": text, "prompt": text}, headers=body.headers())  # vLLM's name is prompt
+            raise ApiError(400, f"tokens: {error}") from None
+        return JSONResponse({"text": text, "prompt": text})  # vLLM's name is prompt
 
 
 def tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
@@ -67,10 +64,10 @@ def tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     service.of(body.model)
     text = body.text if body.prompt is None else body.prompt
     if sum(given is not None for given in (body.prompt, body.text, body.messages)) != 1:
-        raise ApiError(400, "prompt: send one of prompt, text and messages", param="prompt")
+        raise ApiError(400, "prompt: send one of prompt, text and messages")
     if body.allow_special and len(text or "") > _MOST_SPECIAL:
         rule = f"is limited to prompts of {_MOST_SPECIAL} characters"
-        raise ApiError(400, f"allow_special: {rule}", param="allow_special")
+        raise ApiError(400, f"allow_special: {rule}")
     if body.messages is not None:
         ids = _conversation(service, body, body.messages)
     else:
@@ -78,8 +75,7 @@ def tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
         if body.add_special_tokens:
             ids = [*service.tokenizer.prefix_ids, *ids]
     if len(ids) > MOST_TOKENS:  # an answer that took seconds to write
-        text = f"prompt: {len(ids)} tokens are too many; the limit is {MOST_TOKENS}"
-        raise ApiError(400, text, param="prompt")
+        raise ApiError(400, f"prompt: {len(ids)} tokens are too many; the limit is {MOST_TOKENS}")
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.context, "tokens": ids}
     strings = None
     if body.return_token_strs:
