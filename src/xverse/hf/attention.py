@@ -116,8 +116,8 @@ def attention_context(
     (from padding-free collators), each of which attends only to itself. With SDPA they are computed one by
     one, which costs less than a mask; ``cu_seq_lens_q`` int32 [n + 1], where they begin and end in a single
     row, and ``max_length_q`` save finding them, and so waiting for a GPU. With ``key_places`` some continue
-    others, see ``Continued``. ``is_causal`` False, in the options
-    or in ``config``, lets tokens attend to later ones, too."""
+    others, see ``Continued``. ``is_causal`` False, in the options or in ``config``, lets tokens attend to
+    later ones, too."""
     causal = options.get("is_causal", getattr(config, "is_causal", None))
     if causal is not None:  # create_causal_mask reads it from the configuration
         config = copy.copy(config)
@@ -125,9 +125,11 @@ def attention_context(
         options = {**options, "is_causal": causal}
     batch, length = x.shape[:2]
     if position_ids is not None and "key_places" in options:
-        ends = (options[name].to(x.device) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "key_places"))
-        longest = options["max_length_q"], options["max_length_k"]
-        return Continued(position_ids.to(x.device), *ends, longest)
+        q_ends, k_ends, places = (
+            options[name].to(x.device) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "key_places")
+        )
+        most = options["max_length_q"], options["max_length_k"]
+        return Continued(position_ids.to(x.device), q_ends, k_ends, places, most)
     plain = attention_mask is None and cache is None and causal is None and length > 1
     by_kernel = config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
     if position_ids is not None and plain and by_kernel:
