@@ -1,8 +1,4 @@
-"""Translating everyday phrases among seven languages, and naming the language of a sentence.
-
-What is kept for the exam is a phrase, a language and the direction. Training has the same phrase in the other
-direction: nobody can infer a word that was never shown.
-"""
+"""Translating everyday phrases among seven languages, and naming the language of a sentence."""
 
 from __future__ import annotations
 
@@ -121,7 +117,7 @@ UNCLEAR = {
 def translate(writer: Writer, language: str) -> Dialogue:
     """From the question's language into one of the other six."""
     source = ORDER.index(language)
-    _, row, target = writer.filler(lambda: ("into", writer.one(PHRASES)[0], writer.one(ORDER)))
+    row, target = writer.filler(lambda: (writer.one(PHRASES)[0], writer.one(ORDER)))
     phrases = next(one for one in PHRASES if one[0] == row)
     if target == language:
         return meaning(writer, language)
@@ -138,8 +134,8 @@ def translate(writer: Writer, language: str) -> Dialogue:
 
 def meaning(writer: Writer, language: str) -> Dialogue:
     """From one of the other languages into the question's."""
-    _, first, other = writer.filler(
-        lambda: ("from", writer.one(PHRASES)[0], writer.one(ORDER[1:] if language == "zh" else ORDER))
+    first, other = writer.filler(
+        lambda: (writer.one(PHRASES)[0], writer.one(ORDER[1:] if language == "zh" else ORDER))
     )
     phrases = next(one for one in PHRASES if one[0] == first)
     foreign, own = phrases[ORDER.index(other)], phrases[ORDER.index(language)]
@@ -152,7 +148,7 @@ def meaning(writer: Writer, language: str) -> Dialogue:
 
 def which(writer: Writer, language: str) -> Dialogue:
     while True:
-        _, first, other = writer.filler(lambda: ("which", writer.one(PHRASES)[0], writer.one(ORDER)))
+        first, other = writer.filler(lambda: (writer.one(PHRASES)[0], writer.one(ORDER)))
         text = next(one for one in PHRASES if one[0] == first)[ORDER.index(other)]
         if text not in UNCLEAR:
             break
