@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,12 @@ def test_metadata_of_other_writers(written: Any, changes: dict[str, Any], field:
         directory.header.metadata[key if "ggml" in key else f"llama.{key}"] = value  # type: ignore[attr-defined]
     assert getattr(directory.config, field) == expected
     assert 10**6 not in directory.generation_config.get("eos_token_id", [])
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts"])
+def test_modules_without_end_are_refused_before_they_are_made(tiny_config: Any, key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} must be at most 4096, not 2147483648"):
+        dataclasses.replace(tiny_config, **{key: 2**31})
+    if key == "num_hidden_layers":
+        with pytest.raises(UserError, match=f"{key} must be at most 4096"):
+            XverseConfig.from_json(tiny_config.to_json() | {key: 2**31})

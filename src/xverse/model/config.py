@@ -14,7 +14,7 @@ from xverse.model.scaling import RopeScaling
 
 # Parameters. On a CPU smaller models run in float32, which any CPU is fast at; larger ones may not fit.
 FLOAT32_BELOW = 1_000_000_000
-
+_MOST_MODULES = 4096  # layers, or experts of a layer
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Fields that XVERSE does not have; ``to_json`` writes them under the family's own keys, or not at all.
@@ -66,6 +66,9 @@ class XverseConfig:
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("num_hidden_layers", "num_experts"):  # a damaged number would make modules without end
+            if getattr(self, name) > _MOST_MODULES:
+                raise ValueError(f"{name} must be at most {_MOST_MODULES}, not {getattr(self, name)}")
         for name in ("rms_norm_eps", "rope_theta", "max_position_embeddings"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name):g}")
