@@ -27,7 +27,7 @@ def source(wide_config: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(autouse=True)
 def short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xverse.quant.text.CALIBRATION_TOKENS", 1024)
+    monkeypatch.setattr("xverse.quant.text.CALIBRATION_TOKENS", 2048)
     monkeypatch.setattr("xverse.quant.tuning.STEPS", 2)
 
 

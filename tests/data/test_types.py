@@ -174,7 +174,7 @@ def test_rows_of_another_length_are_counted(tmp_path: Path) -> None:
     skipped: Counter[str] = Counter()
     assert [item["instruction"] for item in items(path, skipped=skipped)] == ["hi", "so"]
     assert skipped == {"ill-formed rows": 2}
-    for header in ("a,a\n", ",b\n", ""):
+    for header in ("a,a\n", "a,b,,a\n"):
         path.write_text(header, encoding="utf-8")
         with pytest.raises(UserError, match="must name the columns"):
             items(path)

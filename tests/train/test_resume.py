@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tests import forkserver
 from xverse.config import UserError, load
 from xverse.data.feed import ORDERS
+from xverse.files import read_sealed, sealed
 from xverse.train import PretrainRecipe, pretrain
 from xverse.train.checkpoint import kept
 from xverse.train.plot import read_metrics
@@ -215,10 +216,10 @@ def rewrite(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
     file = shard(checkpoint)
     offsets = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in tensors.items()}
     save_file(tensors, file, metadata={"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)})
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = read_sealed(checkpoint / "state.json")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     state["files"] = {file.name: [file.stat().st_size, digest]}
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "state.json").write_text(sealed(state))
 
 
 def test_checkpoint_of_other_tensors_is_refused(
@@ -242,9 +243,9 @@ def test_a_checkpoint_without_a_list_of_its_files_is_refused_in_one_line(
 ) -> None:
     fit_tiny(tmp_path, steps=2)
     file = kept(tmp_path).all()[-1] / "state.json"
-    state = json.loads(file.read_text())
+    state = read_sealed(file)
     del state["files"]
-    file.write_text(json.dumps(state))
+    file.write_text(sealed(state))
     with pytest.raises(UserError, match=r"cannot be read \(state.json does not list the files\)") as caught:
         fit_tiny(tmp_path, steps=2)
     assert "\n" not in str(caught.value)
@@ -290,9 +291,9 @@ def test_other_text_is_another_run(write_recipe: Callable[..., Path], tmp_path: 
     recipe = write_recipe(steps=2)
     train(recipe)
     file = kept(tmp_path / "run").all()[-1] / "state.json"
-    state = json.loads(file.read_text())
+    state = read_sealed(file)
     state["identity"]["data"] = "of other text"
-    file.write_text(json.dumps(state))
+    file.write_text(sealed(state))
     with pytest.raises(UserError, match="begun with data = of other text"):
         train(recipe)
 
