@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from xverse import config
+from xverse import config, remote
 from xverse.config import UserError, install_command, need
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,8 @@ def uses() -> Iterator[tuple[str, str, str]]:
     for path in sorted((ROOT / "src" / "xverse").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "need":
+                if ast.unparse(node.args[0]) == "_CLIENTS[protocol]":
+                    continue  # tested below
                 module, extra = (ast.literal_eval(argument) for argument in node.args[:2])
                 yield f"{path.relative_to(ROOT)}:{node.lineno}", module, extra
 
@@ -48,6 +50,11 @@ def test_every_use_names_an_extra_that_installs_the_package() -> None:
         assert extra in EXTRAS, place
         name = module.partition(".")[0]
         assert DISTRIBUTIONS.get(name, name.replace("_", "-")) in packages(extra), place
+
+
+def test_packages_of_remote_stores() -> None:
+    for protocol, package in remote._CLIENTS.items():
+        assert package in packages("data" if protocol == "hdfs" else "remote"), protocol
 
 
 def test_messages_about_missing_packages_are_written_once() -> None:

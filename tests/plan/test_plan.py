@@ -117,7 +117,7 @@ def test_large_clusters_get_groups_that_share_weights() -> None:
 
 @pytest.mark.parametrize("length", [100, 2_000])
 def test_short_rows_fill_a_micro_batch(length: int) -> None:
-    task = task_of(named_shape("7b"), "7b", DEVICES["h100"], 16, length, None)
+    task = task_of(named_shape("7b"), "7b", DEVICES["h100"], 64, length, None)
     assert search(task)[0].mfu(task.device) > 0.4, (
         "as with 8,192 tokens: only attention depends on the length"
     )

@@ -75,8 +75,10 @@ def _trackers(text: str) -> list[str]:
     known = {name: name for name in ("none", "all", *INTEGRATION_TO_CALLBACK)}
     names = [choose("tracker in report_to", name, known) for name in split_names(text)]
     for name in names:
-        if name in ("tensorboard", "wandb"):
-            need(name, "track", f"report_to {name}", load=False)
+        if name == "tensorboard":
+            need("tensorboard", "track", "report_to tensorboard", load=False)
+        elif name == "wandb":
+            need("wandb", "track", "report_to wandb", load=False)
         elif name in INTEGRATION_TO_CALLBACK:
             try:
                 INTEGRATION_TO_CALLBACK[name]()

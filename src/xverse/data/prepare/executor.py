@@ -124,7 +124,7 @@ def _cluster_executor(
             depends=before,
             **options,
         )
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise UserError(f"executor.kind: {config.kind}: {error}") from None
 
 
