@@ -348,8 +348,16 @@ def test_metrics(launch: Any) -> None:
         for streamed in (True, False):
             busy = client.post(CHAT, json={"messages": QUESTION, "stream": streamed})
             assert busy.status_code == 429
-        server.until(lambda: 'num_requests_running{model_name="nano"} 8' in client.get("/metrics").text)
-        during = samples(client.get("/metrics").text)
+        during: dict[str, Any] = {}
+
+        def all_are_there() -> bool:
+            during.update(samples(client.get("/metrics").text))
+            counts = (
+                during[f"vllm:num_requests_{state}"]["model_name=nano"] for state in ("running", "waiting")
+            )
+            return tuple(counts) == (8, 1)
+
+        server.until(all_are_there)
         for stream in streams:
             stream.__exit__(None, None, None)
         server.until(server.idle)
