@@ -25,9 +25,8 @@ pytestmark = pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     file = Path(__file__).with_name("interpreted_gpu_kernels.py")
     command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    run = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     assert run.stdout.startswith("........."), run.stdout[-500:]  # one for each test
 
