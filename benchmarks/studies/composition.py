@@ -35,9 +35,10 @@ from xverse.finetune.run import run_finetuning
 from xverse.finetune.settings import read_settings
 from xverse.formats import save_hf
 from xverse.log import notice
+from xverse.model import XverseForCausalLM
 from xverse.tokenizer import train_tokenizer
 from xverse.train import TrainConfig, fit
-from xverse.train.materialise import empty_model, initial_weights
+from xverse.train.materialise import initial_weights
 from xverse.train.parallel import ALONE, World, world_of
 from xverse.train.plot import read_metrics
 
@@ -265,7 +266,7 @@ def _pretrain(processes: int, case: Case, phase: dict[str, Any], out: Path, last
         if world.size == 1:
             model, weights = tiny_model(shape), None
         else:
-            model, weights = empty_model(shape), initial_weights(shape, seed=0)
+            model, weights = XverseForCausalLM.empty(shape), initial_weights(shape, seed=0)
         try:
             fit(model, batch_at, config, out, world=world, weights=weights)
         except Stop:

@@ -16,11 +16,11 @@ from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
 from xverse.device import compute_device
 from xverse.log import notice
-from xverse.model import XverseConfig, named_shape
+from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.train import TrainConfig
 from xverse.train.float8 import check_float8
 from xverse.train.loop import train_step
-from xverse.train.materialise import empty_model, initial_weights
+from xverse.train.materialise import initial_weights
 from xverse.train.optimizer import learning_rate, make_optimizer
 from xverse.train.parallel import World, distribute
 from xverse.train.report import peak_of
@@ -106,7 +106,7 @@ def compare(
 def _curve(
     shape: XverseConfig, config: TrainConfig, feed: PretrainFeed, device: torch.device
 ) -> dict[str, Any]:
-    model = empty_model(shape)
+    model = XverseForCausalLM.empty(shape)
     replica = distribute(model, config, World(device=device), initial_weights(shape, seed=0))
     optimizer = make_optimizer(model, config)
     losses, seconds = [], []

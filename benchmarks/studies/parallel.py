@@ -23,9 +23,9 @@ from xverse.bench.train_worker import random_batch
 from xverse.config import UserError
 from xverse.hardware import process_memory
 from xverse.log import notice
-from xverse.model import XverseConfig, named_shape
+from xverse.model import XverseConfig, XverseForCausalLM, named_shape
 from xverse.train.loop import TrainConfig, train_step
-from xverse.train.materialise import empty_model, initial_weights
+from xverse.train.materialise import initial_weights
 from xverse.train.optimizer import make_optimizer
 from xverse.train.parallel import distribute, world_of
 from xverse.train.settings import layout_of
@@ -136,7 +136,7 @@ def child(job: str) -> None:
         before = process_memory("VmRSS")
         if before is None:
             raise UserError("this study reads /proc/self/status, which only Linux has")
-        replica = distribute(empty_model(config), train, world, initial_weights(config, seed=0))
+        replica = distribute(XverseForCausalLM.empty(config), train, world, initial_weights(config, seed=0))
         optimizer = make_optimizer(replica.model, train)
         start, stop = replica.rows(train.batch_size)
         batch = random_batch(config, train.batch_size, length)

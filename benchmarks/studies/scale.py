@@ -34,10 +34,9 @@ from xverse.data.packing import StreamPacker
 from xverse.data.shards import Shard, ShardHeader
 from xverse.formats.parts import Index, read_header
 from xverse.log import notice
-from xverse.model import named_shape
+from xverse.model import XverseForCausalLM, named_shape
 from xverse.train.checkpoint import OwnPlan
 from xverse.train.dryrun import fake_world
-from xverse.train.materialise import empty_model
 from xverse.train.parallel import World, add_up, distribute
 from xverse.train.settings import TrainConfig
 from xverse.train.survival import Watchdog
@@ -108,7 +107,7 @@ def sharded_tensors(shape: str, count: int, rank: int = 0) -> Iterator[dict[str,
     """The shards of a model and of AdamW's state that ``rank`` of ``count`` holds under FSDP, without memory.
     Inside the block this process acts as that rank."""
     with fake_world(count, rank) as world:
-        model = empty_model(named_shape(shape))
+        model = XverseForCausalLM.empty(named_shape(shape))
         config = TrainConfig(steps=1, batch_size=count, learning_rate=1e-4, parallel="fsdp")
         distribute(model, config, world)
         tensors: dict[str, Any] = {}

@@ -31,7 +31,7 @@ from xverse.data.feed import Batch
 from xverse.model import IGNORE, XverseConfig, XverseForCausalLM, init_weights
 from xverse.train import Hooks, TrainConfig, fit
 from xverse.train.checkpoint import _tensors, load_checkpoint
-from xverse.train.materialise import empty_model, initial_weights
+from xverse.train.materialise import initial_weights
 from xverse.train.optimizer import make_optimizer
 from xverse.train.parallel import ALONE, Replica, World, distribute, whole, world_of
 from xverse.train.validate import bits_per_byte
@@ -120,7 +120,7 @@ def train(job: dict[str, Any], world: World = ALONE) -> None:
     """Run a job, and write the whole model that came out to ``OUT/model.safetensors``."""
     config = TrainConfig(**{**BASE, **job["train"]})
     alone, shape = world.size == 1, SHAPES[job.get("shape", "xverse")]
-    model = tiny_model(shape) if alone else empty_model(shape)
+    model = tiny_model(shape) if alone else XverseForCausalLM.empty(shape)
 
     def batch_at(first: int, stop: int) -> Batch:
         if "stop" in job and first >= config.sequences(job["stop"]):
@@ -152,7 +152,7 @@ def load(job: dict[str, Any], world: World) -> None:
     """Begin under a layout, and read checkpoints: every process must get its part of what one process has,
     exactly."""
     config = TrainConfig(**{**BASE, **job["train"]})
-    replica = distribute(empty_model(SHAPE), config, world, initial_weights(SHAPE, seed=0))
+    replica = distribute(XverseForCausalLM.empty(SHAPE), config, world, initial_weights(SHAPE, seed=0))
     initial = tiny_model().state_dict()
     for name, parameter in replica.model.named_parameters():
         same_part(parameter.detach(), initial[name], name)

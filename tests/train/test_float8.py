@@ -16,11 +16,11 @@ from benchmarks.studies.float8 import compare
 from xverse.cli import main
 from xverse.config import UserError
 from xverse.data.feed import Batch, PretrainFeed
-from xverse.model import XverseConfig
+from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.train import TrainConfig
 from xverse.train.float8 import check_float8
 from xverse.train.loop import train_step
-from xverse.train.materialise import empty_model, initial_weights
+from xverse.train.materialise import initial_weights
 from xverse.train.parallel import World, distribute
 from xverse.train.report import Peak, peak_of, precision
 
@@ -28,17 +28,17 @@ PROGRAM = """
 from pathlib import Path
 from xverse.data.feed import PretrainFeed
 from xverse.data.mixture import MixtureConfig
-from xverse.model import XverseConfig
+from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.train import TrainConfig
 from xverse.train.loop import train_step
-from xverse.train.materialise import empty_model, initial_weights
+from xverse.train.materialise import initial_weights
 from xverse.train.parallel import distribute, world_of
 
 config = TrainConfig(steps=1, batch_size=8, learning_rate=1e-3, float8=True, parallel="fsdp", **{degrees!r})
 shape = XverseConfig(**{shape!r})
 feed = PretrainFeed({data!r}, MixtureConfig(), 48, seed=0)
 with world_of("fsdp") as world:
-    replica = distribute(empty_model(shape), config, world, initial_weights(shape, 0))
+    replica = distribute(XverseForCausalLM.empty(shape), config, world, initial_weights(shape, 0))
     batch = feed.batch(*replica.rows(8))
     loss, norm = train_step(replica, batch, config, float((feed.batch(0, 8).targets >= 0).sum()))
     (loss,) = world.sum(loss)
@@ -128,7 +128,7 @@ def test_two_processes_compute_what_one_does(
     torchrun: Callable[..., Any],
 ) -> None:
     shape = XverseConfig(**tiny_shape)
-    replica = distribute(empty_model(shape), config(), World(), initial_weights(shape, seed=0))
+    replica = distribute(XverseForCausalLM.empty(shape), config(), World(), initial_weights(shape, seed=0))
     wanted = train_step(replica, feed.batch(0, 8), config())
     out = str(tmp_path / "losses")
     text = PROGRAM.format(degrees=degrees, shape=tiny_shape, data=str(prepared), out=out)
@@ -150,7 +150,7 @@ def test_the_benchmark_needs_a_gpu(capsys: pytest.CaptureFixture[str], prepared:
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_all_matrices_of_layers_and_nothing_else(tiny_shape: dict[str, int], checkpointing: Any) -> None:
     shape = XverseConfig(**tiny_shape)
-    model = empty_model(shape)
+    model = XverseForCausalLM.empty(shape)
     names = list(model.state_dict())
     distribute(model, config(activation_checkpointing=checkpointing), World(), initial_weights(shape, seed=0))
     converted = {name for name, part in model.named_modules() if type(part).__name__ == "Float8Linear"}

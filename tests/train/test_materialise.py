@@ -16,7 +16,7 @@ from xverse.formats import load_model, save_hf
 from xverse.model import XverseConfig, XverseForCausalLM, init_weights, named_shape
 from xverse.tokenizer import Tokenizer
 from xverse.train import TrainConfig, fit
-from xverse.train.materialise import empty_model, initial_weights, stored_model
+from xverse.train.materialise import initial_weights, stored_model
 from xverse.train.parallel import ALONE, distribute
 
 CONFIG: dict[str, Any] = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "dtype": "float32"}
@@ -27,9 +27,9 @@ import json
 import sys
 from pathlib import Path
 from xverse.hardware import process_memory
-from xverse.model import named_shape
+from xverse.model import XverseForCausalLM, named_shape
 from xverse.train import TrainConfig
-from xverse.train.materialise import empty_model, initial_weights, stored_model
+from xverse.train.materialise import initial_weights, stored_model
 from xverse.train.parallel import distribute, whole, world_of
 
 config = TrainConfig(**{config!r}, parallel="fsdp")
@@ -39,7 +39,7 @@ with world_of("fsdp") as world:
     for name in ("libraries", "made", "read"):  # the first one brings libraries in
         if name != "read":
             shape = named_shape("mini" if name == "made" else "nano")
-            model, weights = empty_model(shape), initial_weights(shape, 0)
+            model, weights = XverseForCausalLM.empty(shape), initial_weights(shape, 0)
         else:
             model, weights = stored_model(Path({source!r}))
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -85,7 +85,7 @@ def test_weights_in_turn_are_those_of_the_whole(tiny_shape: dict[str, int]) -> N
     shape = XverseConfig(**tiny_shape)
     expected = XverseForCausalLM(shape)
     init_weights(expected, seed=3)
-    model = empty_model(shape)
+    model = XverseForCausalLM.empty(shape)
     distribute(model, TrainConfig(**CONFIG), ALONE, initial_weights(shape, seed=3))
     assert not expected.model.embed_tokens.weight[shape.pad_token_id].any()
     found = dict(model.named_parameters())
@@ -105,7 +105,7 @@ def test_a_run_that_goes_on_makes_no_weights(
         raise AssertionError("weights were made")
         yield
 
-    first, again = empty_model(shape), empty_model(shape)
+    first, again = XverseForCausalLM.empty(shape), XverseForCausalLM.empty(shape)
     fit(first, feed.batch, config, tmp_path, weights=initial_weights(shape, seed=0))
     fit(again, feed.batch, config, tmp_path, weights=asked())
     for name, parameter in first.named_parameters():

@@ -21,8 +21,7 @@ def random_model(config: XverseConfig, dtype: torch.dtype, quantize: str | None 
 
     With ``quantize`` (``int8``, ``int4``) the linears hold random integers in the kernels' tiles.
     """
-    with torch.device("meta"):
-        model = XverseForCausalLM(config)
+    model = XverseForCausalLM.empty(config)
     generator = torch.Generator().manual_seed(0)
     block = torch.empty(1 << 20).normal_(0.0, 0.02, generator=generator).to(dtype)
     if quantize:

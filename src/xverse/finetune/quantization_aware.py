@@ -123,9 +123,7 @@ def write_rounded(
     config = dataclasses.replace(base.config.to_model_config(), tie_word_embeddings=False)
 
     def tensors() -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-        with torch.device("meta"):
-            names = list(XverseForCausalLM(config).state_dict())
-        for name in names:
+        for name in XverseForCausalLM.empty(config).state_dict():
             path, _, kind = name.rpartition(".")
             module = base.get_submodule(path)
             if isinstance(module, Rounded) and kind == "weight":

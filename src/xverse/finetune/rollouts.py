@@ -41,8 +41,7 @@ def plain_model(trained: Any, dtype: torch.dtype | None = None) -> XverseForCaus
     Plain weights of that type are shared. Quantised layers and DoRA's are shared modules, adapters included.
     """
     base = trained.get_base_model() if hasattr(trained, "peft_config") else trained
-    with torch.device("meta"):
-        model = XverseForCausalLM(base.config.to_model_config())
+    model = XverseForCausalLM.empty(base.config.to_model_config())
     for name, module in list(model.named_modules()):
         if not module._parameters:
             continue

@@ -23,14 +23,13 @@ from torch.distributed.tensor import DTensor
 
 from xverse.config import UserError
 from xverse.data.mixture import OTHERS, check_weights
-from xverse.model import Packed, XverseConfig
+from xverse.model import Packed, XverseConfig, XverseForCausalLM
 from xverse.plan.cost import Prediction, Software, predict
 from xverse.plan.devices import find_device
 from xverse.plan.layout import Layout
 from xverse.plan.report import text
 from xverse.plan.search import Task
 from xverse.train.float8 import check_float8
-from xverse.train.materialise import empty_model
 from xverse.train.parallel import World, distribute
 from xverse.train.pretrain import PretrainRecipe, checked_feed, checked_shape
 from xverse.train.settings import TrainConfig, layout_of
@@ -126,7 +125,7 @@ def _model(shape: XverseConfig, config: TrainConfig, task: Task, layout: Layout)
     rows, length = layout.micro_batch, task.length // layout.context
     context = Packed(torch.zeros(rows, length, dtype=torch.int32))  # one document a row
     with fake_world(task.gpus) as world, contextlib.ExitStack() as stack:
-        model = empty_model(shape)
+        model = XverseForCausalLM.empty(shape)
         eager = dataclasses.replace(config, compile=False, float8=False)
         distribute(model, eager, world)
         held = sum(_local(parameter).numel() for parameter in model.parameters())

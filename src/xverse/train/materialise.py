@@ -22,16 +22,10 @@ from xverse.model import XverseConfig, XverseForCausalLM, init_parameter
 Weights = Iterable[tuple[str, Tensor]]  # whole parameters by name, one at a time
 
 
-def empty_model(config: XverseConfig) -> XverseForCausalLM:
-    """A model on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return XverseForCausalLM(config)
-
-
 def initial_weights(config: XverseConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """The values of ``init_weights`` on the CPU, float32, one parameter at a time."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in empty_model(config).named_parameters():
+    for name, parameter in XverseForCausalLM.empty(config).named_parameters():
         yield name, init_parameter(torch.empty(parameter.shape), name, config, generator)
 
 
@@ -44,7 +38,7 @@ def stored_model(source: str | Path | ModelDirectory) -> tuple[XverseForCausalLM
             f"{directory}: its weights are quantised; train the model that they were quantised from"
         )
     model = load_model(directory)
-    return empty_model(model.config), _given_back(model)
+    return XverseForCausalLM.empty(model.config), _given_back(model)
 
 
 def _given_back(model: XverseForCausalLM) -> Iterator[tuple[str, Tensor]]:

@@ -34,7 +34,7 @@ from xverse.plan.layout import Layout
 from xverse.train.blocks import context_maker, prepare_blocks
 from xverse.train.context import Ring
 from xverse.train.float8 import convert_layers
-from xverse.train.materialise import Weights, empty_model, materialise
+from xverse.train.materialise import Weights, materialise
 from xverse.train.pipeline import Pipeline, Stage, keep_stages
 from xverse.train.rendezvous import fresh_store
 from xverse.train.settings import TrainConfig, layout_of
@@ -427,7 +427,7 @@ def whole(
     """``model`` itself if it is not sharded and need not be ``copied``, otherwise a copy with all tensors on
     the ``device`` of process 0, as ``dtype``, and on the meta device in the others. Every process calls
     it."""
-    result = empty_model(copy.deepcopy(model.config))
+    result = XverseForCausalLM.empty(copy.deepcopy(model.config))
     parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head is in both
     sharded = parameters.keys() != result.state_dict().keys() or any(
         isinstance(p, DTensor) for p in parameters.values()

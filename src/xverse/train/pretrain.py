@@ -26,7 +26,7 @@ from xverse.place import Place
 from xverse.tokenizer import Tokenizer
 from xverse.train.float8 import check_float8
 from xverse.train.loop import Hooks, TrainConfig, fit
-from xverse.train.materialise import Weights, empty_model, initial_weights, stored_model
+from xverse.train.materialise import Weights, initial_weights, stored_model
 from xverse.train.memory import announce
 from xverse.train.parallel import Replica, World, whole, world_of
 from xverse.train.plot import plot_loss
@@ -214,7 +214,7 @@ def _initial(
     """The initial model, without memory, and its weights. Raises UserError for a ``model`` whose shape
     differs from the recipe's or whose tokenizer differs from the data's."""
     if recipe.model is None:
-        return empty_model(config), initial_weights(config, recipe.seed)
+        return XverseForCausalLM.empty(config), initial_weights(config, recipe.seed)
     source = ModelDirectory.named(recipe.model)
     model, weights = stored_model(source)
     for key in (*SIZES, *sorted(FAMILY_FIELDS)):
