@@ -8,6 +8,7 @@ import torch
 
 from xverse.config import UserError
 from xverse.engine import Request, SamplingParams
+from xverse.engine import sampling as sampling_module
 from xverse.engine.sampling import (
     UNDECIDED,
     Adjustment,
@@ -243,3 +244,19 @@ def test_sampling_values_out_of_range_are_named(field: str, value: Any) -> None:
 def test_request_values_out_of_range_are_named(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=field):
         Request(**{"prompt_ids": [5], field: value})
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 700, 1024])
+def test_sums_by_blocks_draw_the_same(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at the ends of blocks, with weights of 0 and at both ends of the dice."""
+    generator = torch.Generator().manual_seed(count)
+    scores = torch.randn(200, count, generator=generator) * 4
+    scores[torch.rand(scores.shape, generator=generator) < 0.3] = -math.inf
+    scores[:, -1] = scores[:, -1].clamp(min=-9)
+    dice = torch.rand(200, dtype=torch.float64, generator=generator)
+    dice[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    whole = sampling_module._drawn(scores, None, dice)
+    monkeypatch.setattr(sampling_module, "_FEW", 0)
+    blocks = sampling_module._drawn(scores, None, dice)
+    assert (whole != blocks).sum() <= 1  # rounding may decide a draw between two
+    assert (scores.gather(-1, blocks[:, None]) > -math.inf).all()

@@ -23,7 +23,7 @@ from xverse.engine.sampling_params import NEUTRAL, PARAMS, SamplingParams
 
 _GREEDY_BELOW = 1e-5  # dividing by a smaller temperature would overflow
 _TIES = 16  # candidates beyond top-k, for ties with the last one
-_BLOCK = 256  # weights that are summed together
+_FEW, _BLOCK = 16_384, 256  # weights in one cumulative sum; of more than that, those summed together first
 _NUCLEUS = 1024  # candidates in which top-p is searched first
 
 Key = tuple[float, ...]
@@ -169,18 +169,27 @@ def redraw(logits: Tensor, sampling: SamplingParams, die: float) -> int:
 def _drawn(scores: Tensor, ids: Tensor | None, dice: Tensor) -> Tensor:
     """``scores`` [G, K] of candidates ``ids`` [G, K] (None: the vocabulary) and ``dice`` float64 [G] → tokens
     int64 [G]."""
-    # Sums of blocks, then those within the block of each row: cumulative sums of all are slow.
-    blocks = pad(scores.softmax(dim=-1), (0, -scores.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    ends = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # [G, blocks]
-    # A point in (0, 1] of the sum, so that a token of weight 0 is never drawn.
-    point = (1 - dice)[:, None] * ends[:, -1:]
-    block = (ends < point).sum(dim=-1, keepdim=True).clamp(max=ends.shape[-1] - 1)  # [G, 1]
-    inside = blocks.take_along_dim(block[..., None], dim=1)[:, 0].cumsum(dim=-1, dtype=torch.float64)
-    inside = inside + pad(ends, (1, 0)).gather(-1, block)  # [G, _BLOCK]
-    indices = (inside < torch.minimum(point, inside[:, -1:])).sum(dim=-1, keepdim=True)
-    indices = (indices + block * _BLOCK).clamp(max=scores.shape[-1] - 1)  # NaN
+    weights = scores.softmax(dim=-1)  # [G, K]
+    if weights.shape[-1] <= _FEW:  # decided by K alone, so that a row's draw is the same in any batch
+        indices = _first_reaching(weights.cumsum(dim=-1, dtype=torch.float64), 1 - dice[:, None])
+    else:  # sums of blocks, then those within the block of each row, because cumulative sums of all are slow
+        blocks = pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+        ends = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # [G, blocks]
+        block = _first_reaching(ends, 1 - dice[:, None])
+        inside = blocks.take_along_dim(block[..., None], dim=1)[:, 0].cumsum(dim=-1, dtype=torch.float64)
+        inside += pad(ends, (1, 0)).gather(-1, block)  # [G, _BLOCK]
+        point = torch.minimum((1 - dice[:, None]) * ends[:, -1:], inside[:, -1:])
+        indices = (inside < point).sum(dim=-1, keepdim=True) + block * _BLOCK
+        indices = indices.clamp(max=scores.shape[-1] - 1)  # NaN
     tokens = (indices if ids is None else ids.gather(-1, indices))[:, 0]
     return torch.where(scores.amax(dim=-1) > -torch.inf, tokens, FORBIDDEN)
+
+
+def _first_reaching(sums: Tensor, share: Tensor) -> Tensor:
+    """The place int64 [G, 1] of the first of the cumulative ``sums`` [G, N] that reaches a ``share`` [G, 1]
+    of the last; the shares are in (0, 1], so that nothing of weight 0 is chosen."""
+    places = (sums < share * sums[:, -1:]).sum(dim=-1, keepdim=True)
+    return places.clamp(max=sums.shape[-1] - 1)
 
 
 def greedy(logits: Tensor) -> Tensor:
