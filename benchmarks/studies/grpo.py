@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.studies.common import ROOT, module
-from xverse import hardware
+from xverse import hardware, values
 from xverse.bench.options import add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, count_threads, show
 from xverse.config import UserError, need
@@ -44,7 +44,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--new-tokens", type=positive, default=256, metavar="N", help="most tokens of a reply"
     )
     parser.add_argument("--steps", type=positive, default=3, metavar="N", help="steps of each run")
-    parser.add_argument("--learning-rate", type=float, default=1e-5, metavar="X", help="a constant one")
+    parser.add_argument(
+        "--learning-rate", type=values.positive(1), default=1e-5, metavar="X", help="a constant one"
+    )
     add_rounds(parser, 3)
     add_threads(parser)
 
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.steps < 2:
         raise UserError("steps: use at least 2; the first one warms up")
+    if args.shape is None:
+        values.refuse_unused(args, "--shape", prompt_words=48)
     need("trl", "bench", "python -m benchmarks grpo", load=False)
     threads = args.threads or hardware.cores().usable
     tokenizer = load_tokenizer(resolve("nano"))
