@@ -20,7 +20,7 @@ from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
 from xverse.quant.gptq import Hessian, HessianFactor, gptq
-from xverse.quant.head import common_row, round_head
+from xverse.quant.head import round_head, row_centres
 from xverse.quant.layerwise import (
     OUTPUT,
     QKV,
@@ -314,7 +314,17 @@ class Quantizer:
             form = self.settings.format_of(_module(HEAD), head.shape[1], bits)
             inputs: Inputs = None
             factors = torch.ones(head.shape[1], device=head.device)
-            mean = torch.zeros_like(factors)
+            centres: Tensor | None = None
+            nearest: Tensor | None = None
+
+            def rest(rows: slice = slice(None)) -> Tensor:
+                part = head[rows].float() * factors
+                return (
+                    part
+                    if centres is None or nearest is None
+                    else part - centres.float()[nearest[rows].long()]
+                )
+
             if calibration is not None:
                 x = make_norm(norm, self.config)(calibration.flatten(0, 1))  # [n·T, D]
                 hessian = Hessian(head.shape[1], head.device)
@@ -322,20 +332,22 @@ class Quantizer:
                 self._check_finite(NORM, hessian.mean)
                 rms = hessian.mean.diagonal().sqrt()
                 if self.settings.method == "gptq" and self.settings.table_of(form[0]) is not None:
-                    mean = common_row(head, x)
+                    centres, nearest = row_centres(head, x)
                 if self.settings.balance:
-                    norm, factors, rms = split_norm(norm, [head - mean], rms)
+                    norm, factors, rms = split_norm(norm, [head if centres is None else rest()], rms)
                 inputs = _importance(rms)
                 if self.settings.method == "gptq":
                     inputs = HessianFactor(hessian.mean / factors[:, None] / factors)
+            if centres is not None and nearest is not None:
+                centres, nearest = (centres * factors).bfloat16(), nearest.to(torch.uint8)
             if calibration is not None and self.uses_whole:
                 rounded = functools.partial(self._round, form=form)
-                weight = round_head((head - mean) * factors, x / factors, rounded)
+                weight = round_head(head * factors, rest(), x / factors, rounded)
             else:
-                parts = [self._round((x - mean) * factors, form, inputs) for x in head.split(_ROWS_AT_ONCE)]
+                starts = range(0, len(head), _ROWS_AT_ONCE)
+                parts = [self._round(rest(slice(at, at + _ROWS_AT_ONCE)), form, inputs) for at in starts]
                 weight = _concatenate(parts)
-            common = (mean * factors).bfloat16() if mean.any() else None
-            stored = dataclasses.replace(weight, mean=common)
+            stored = dataclasses.replace(weight, centres=centres, nearest=nearest)
         self._count(NORM, norm)
         self._count(HEAD, stored)
         return norm, stored
