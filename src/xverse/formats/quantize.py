@@ -223,7 +223,8 @@ def mixed_formats(
             centres, nearest = row_centres(head, hidden)
         matrices_by_name[mixing.HEAD] = head - centres[nearest]
         plain += 2 * centres.numel() + len(nearest)
-    units = mixing.measure_units(config, mixing.measure(model, rows), matrices_by_name, settings)
+    found = mixing.measure(model, rows, feedback=small and settings.method == "gptq")
+    units = mixing.measure_units(config, found, matrices_by_name, settings)
     return mixing.choose_formats(units, bits, counted, plain)
 
 

@@ -4,8 +4,9 @@ What rounding a matrix costs the model is measured, to second order: KL ≈ ½ E
 matrix's outputs, where g is the gradient of log p(y) by these outputs for a token y drawn from the model
 itself (the Fisher information). With errors that are independent between weights this is ½ Σ g_n² x_k² e_nk²:
 the mean squares of gradients and inputs come from one forward and backward pass over calibration text, the
-rounding errors e from rounding some rows of the matrix in every format. Formats are then exchanged for larger
-ones in the order of KL saved per byte.
+rounding errors e from rounding some rows of the matrix in every format. GPTQ's feedback leaves a share of
+them, which depends on the inputs alone. Formats are then exchanged for larger ones in the order of KL saved
+per byte.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from xverse.config import UserError
 from xverse.kernels.weight import GROUP_SIZES
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
 from xverse.quant.equalize import column_rms, equal_factors
+from xverse.quant.gptq import HessianFactor
 from xverse.quant.methods import rtn
 from xverse.quant.settings import Format, QuantSettings, matrices
 
@@ -31,6 +33,7 @@ _ROWS = 128  # of each matrix that are rounded to measure the error
 _TOKENS_AT_ONCE = 1024
 # Matrices whose gradients' outer products are not measured: the largest, which gain nothing from them.
 _LEFT_OUT = (HEAD, "gate_proj", "up_proj")
+_SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 _TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -51,26 +54,32 @@ def parse_bits(text: str) -> float:
 @dataclass(frozen=True)
 class Sensitivity:
     """Mean squares of a matrix's inputs [K] and of the gradients of log p by its outputs [N], float32; if
-    asked for, instead of the latter the mean of their outer products [N, N]."""
+    asked for, instead of the latter the mean of their outer products [N, N]. ``left``: the share of rounding
+    errors that feedback between columns leaves."""
 
     inputs: Tensor
     gradients: Tensor
+    left: float = 1.0
 
 
-def measure(model: XverseForCausalLM, rows: Tensor, outer: bool = False) -> dict[str, Sensitivity]:
+def measure(
+    model: XverseForCausalLM, rows: Tensor, outer: bool = False, feedback: bool = False
+) -> dict[str, Sensitivity]:
     """The sensitivity of every linear of an unquantised model, by name, on ``rows`` int64 [n, T]; with
-    ``outer`` of the attention's and the last of each network. Experts that no token activates have none."""
+    ``outer`` of the attention's and the last of each network, with ``feedback`` what GPTQ leaves. Experts
+    that no token activates have none."""
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
 
     def add(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
         x = x.detach().flatten(0, -2).float()
-        total = x.T @ x if outer and sums is gradients else x.square().sum(dim=0)
+        total = x.T @ x if (outer if sums is gradients else feedback) else x.square().sum(dim=0)
         sums[name] = sums[name].add_(total) if name in sums else total
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            add(inputs, name, arguments[0])
+            if _source(name) == name:
+                add(inputs, name, arguments[0])
             output.register_hook(lambda gradient: add(gradients, name, gradient))
 
         return hook
@@ -98,11 +107,25 @@ def measure(model: XverseForCausalLM, rows: Tensor, outer: bool = False) -> dict
         for handle in (*hooks, embedding):
             handle.remove()
     count = rows.numel()
+    squares = {name: total.diagonal() if feedback else total for name, total in inputs.items()}
+    left = {name: _left(total) if feedback else 1.0 for name, total in inputs.items()}
     return {
-        name: Sensitivity(inputs[name].div_(count), gradients[name].div_(count))
+        name: Sensitivity(squares[_source(name)] / count, gradients[name].div_(count), left[_source(name)])
         for name, _ in linears
         if name in gradients
     }
+
+
+def _source(name: str) -> str:
+    """The linear of the same inputs whose inputs are measured."""
+    parent, _, child = name.rpartition(".")
+    return f"{parent}.{_SAME_INPUTS[child]}" if child in _SAME_INPUTS else name
+
+
+def _left(total: Tensor) -> float:
+    """The mean share of a column's error that feedback leaves, from the inputs' outer products [K, K]."""
+    factors = total.diagonal().clamp(min=1e-30).rsqrt()
+    return HessianFactor(total * factors * factors[:, None]).importance.mean().item()
 
 
 def candidates(inputs: int, table: bool = True) -> list[Format]:
@@ -123,7 +146,8 @@ def rounding_cost(
     factors = equal_factors(sensitivity.inputs.sqrt(), column_rms([part]))
     part, squares = part * factors, sensitivity.inputs / factors.square()
     error = (part - rtn(part, *form, squares, table).dequantize()).square() @ squares  # [rows]
-    return 0.5 * (error @ sensitivity.gradients[chosen]).item() * len(weight) / len(chosen)
+    cost = 0.5 * (error @ sensitivity.gradients[chosen]).item() * len(weight) / len(chosen)
+    return cost * sensitivity.left
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xverse.config import UserError
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
-from xverse.kernels.weight import QuantizedWeight
+from xverse.kernels.weight import QuantizedWeight, add_centres
 from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
@@ -314,16 +314,14 @@ class Quantizer:
             form = self.settings.format_of(_module(HEAD), head.shape[1], bits)
             inputs: Inputs = None
             factors = torch.ones(head.shape[1], device=head.device)
-            centres: Tensor | None = None
-            nearest: Tensor | None = None
+            centres, nearest = None, None
+            parts = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, len(head), _ROWS_AT_ONCE)]
 
             def rest(rows: slice = slice(None)) -> Tensor:
                 part = head[rows].float() * factors
-                return (
-                    part
-                    if centres is None or nearest is None
-                    else part - centres.float()[nearest[rows].long()]
-                )
+                if centres is None or nearest is None:
+                    return part
+                return add_centres(part, -centres, nearest[rows])
 
             if calibration is not None:
                 x = make_norm(norm, self.config)(calibration.flatten(0, 1))  # [n·T, D]
@@ -334,7 +332,8 @@ class Quantizer:
                 if self.settings.method == "gptq" and self.settings.table_of(form[0]) is not None:
                     centres, nearest = row_centres(head, x)
                 if self.settings.balance:
-                    norm, factors, rms = split_norm(norm, [head if centres is None else rest()], rms)
+                    weights = [head] if centres is None else [rest(rows) for rows in parts]
+                    norm, factors, rms = split_norm(norm, weights, rms)
                 inputs = _importance(rms)
                 if self.settings.method == "gptq":
                     inputs = HessianFactor(hessian.mean / factors[:, None] / factors)
@@ -344,9 +343,7 @@ class Quantizer:
                 rounded = functools.partial(self._round, form=form)
                 weight = round_head(head * factors, rest(), x / factors, rounded)
             else:
-                starts = range(0, len(head), _ROWS_AT_ONCE)
-                parts = [self._round(rest(slice(at, at + _ROWS_AT_ONCE)), form, inputs) for at in starts]
-                weight = _concatenate(parts)
+                weight = _concatenate([self._round(rest(rows), form, inputs) for rows in parts])
             stored = dataclasses.replace(weight, centres=centres, nearest=nearest)
         self._count(NORM, norm)
         self._count(HEAD, stored)
