@@ -24,7 +24,7 @@ from xverse.quant.mixing import (
 from xverse.quant.settings import QuantSettings
 
 
-@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-4", "0", "4,5"])
+@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-4", "0", "4,5", "1.99", "8.6", "99"])
 def test_what_is_not_a_number_of_bits(text: str) -> None:
     with pytest.raises(UserError, match=r"expected bits per weight, such as 4\.5"):
         parse_bits(text)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from xverse.config import UserError
-from xverse.kernels.weight import GROUP_SIZES
+from xverse.kernels.weight import BITS, GROUP_SIZES
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
 from xverse.quant.equalize import column_rms, equal_factors
 from xverse.quant.gptq import HessianFactor
@@ -41,13 +41,13 @@ _TOGETHER = (
 
 
 def parse_bits(text: str) -> float:
-    """The value of ``--bpw``. Raises UserError for anything but a positive number."""
+    """The value of ``--bpw``. Raises UserError for what no format reaches."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise UserError(f"--bpw {text}: expected bits per weight, such as 4.5")
+    if not min(BITS) <= value <= max(BITS) + 0.55:  # with scales in groups of 32 and tensors not rounded
+        raise UserError(f"--bpw {text}: expected bits per weight, such as 4.5, from 2 to 8.5")
     return value
 
 
