@@ -49,7 +49,7 @@ STUDIES = {
     "load": ("studies.load", "peak memory while loading a model, beside the size of its weights"),
     "parallel": ("studies.parallel", "peak memory of each process under each layout of two processes"),
     "plan": ("studies.plan", "the planner's cost model beside published measurements, and its fit"),
-    "quality": ("studies.quality", "what quantising costs in quality: every method beside upstream's"),
+    "quality-methods": ("studies.quality", "what every method of quantising costs, beside upstream's"),
     "scale": ("studies.scale", "what a run of up to 1,024 processes costs its process 0, by simulation"),
     "schemas": ("studies.schemas", "public JSON schemas: how many compile, whether replies satisfy them"),
     "soak": ("studies.soak", "the server under mixed load and attacks: memory, blocks, errors, gaps"),

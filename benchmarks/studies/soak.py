@@ -18,12 +18,13 @@ from typing import Any
 
 from benchmarks.studies import attackers
 from xverse.bench.client import get, post, serving
-from xverse.bench.options import add_model, add_quantize, add_threads, positive
+from xverse.bench.options import add_quantize, add_threads, positive
 from xverse.bench.report import Row, at_most, in_gb, show
 from xverse.config import UserError
 from xverse.formats import resolve
 from xverse.hardware import process_memory
 from xverse.log import notice
+from xverse.values import add_model
 
 FLAT_TARGET = 0.02  # deviation from the median
 GAP_TARGET = 0.5  # seconds between two pieces of a stream, 99th percentile

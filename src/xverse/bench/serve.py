@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from xverse import hardware
 from xverse.bench.client import Stream, chat, completion, serving, together
-from xverse.bench.options import add_model, add_quantize, add_rounds, add_threads, positive
+from xverse.bench.options import add_quantize, add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, show
 from xverse.config import UserError
 from xverse.device import add_device
 from xverse.log import notice
+from xverse.values import add_model
 
 if TYPE_CHECKING:
     from xverse.engine import Engine

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from xverse.values import CHAT_FORMATS
+from xverse.values import CHAT_FORMATS, MODEL_HELP
 
 Moment = Literal["no", "steps", "epoch"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -57,7 +57,7 @@ class Task:
     """The model, the method, the data and the folder of a run."""
 
     # the model and the method
-    model_name_or_path: Annotated[str, "base model: a directory, a hub id or nano"]
+    model_name_or_path: Annotated[str, f"base model: {MODEL_HELP}"]
     adapter_name_or_path: Annotated[str | None, "adapter to continue training"] = None
     stage: Annotated[
         Literal["sft", "pt", "dpo", "kto", "rm", "grpo"],
