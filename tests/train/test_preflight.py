@@ -50,7 +50,7 @@ def test_a_slow_process_is_named_and_ends_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rank 1 of three does the work of each measurement 24 times (other tests slow the others down, too); torchrun reports its exit code."""
+    """Rank 1 of three does the work of each measurement 24 times; torchrun reports its exit code."""
     recipe = write_recipe(
         steps=2, batch_size=6, parallel="ddp", preflight="stop", preflight_share=0.4, dtype="float32"
     )
