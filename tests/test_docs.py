@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,6 +13,13 @@ import pytest
 from benchmarks.__main__ import STUDIES
 from xverse.cli import VERBS, verb_parser
 from xverse.commands.bench import BENCHMARKS
+from xverse.data.mixture import MixtureConfig
+from xverse.data.prepare.executor import ExecutorConfig
+from xverse.data.prepare.inputs import Input
+from xverse.data.prepare.pipeline import PrepareRecipe, StagesConfig
+from xverse.tokenizer.recipe import TokenizerRecipe
+from xverse.train import PretrainRecipe
+from xverse.train.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "xverse"
@@ -96,6 +104,21 @@ def test_commands_in_sentences_have_a_verb_and_flags_that_exist(page: Path) -> N
             below = PARSERS[match[2]].below() if match[1] == "xverse" else {}
             if words and below:  # an action, or a value in its place
                 assert words[0] in below, f"{page.name}: {span}: an action is missing"
+
+
+@pytest.mark.parametrize(
+    ("page", "recipe"),
+    [
+        *(("data", recipe) for recipe in (PrepareRecipe, StagesConfig, ExecutorConfig, Input, MixtureConfig)),
+        *(("training", recipe) for recipe in (PretrainRecipe, TrainConfig)),
+        ("tokenizer", TokenizerRecipe),
+    ],
+)
+def test_every_key_of_a_recipe_is_described(page: str, recipe: type) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    code = " ".join((*re.findall(r"```yaml\n(.*?)```", text, re.DOTALL), *re.findall(r"`([^`\n]+)`", text)))
+    for field in dataclasses.fields(recipe):
+        assert re.search(rf"\b{field.name}\b", code), f"docs/{page}.md omits {field.name}"
 
 
 def test_every_measurement_has_a_name_of_its_own_and_a_row() -> None:
