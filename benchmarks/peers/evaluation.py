@@ -1,4 +1,4 @@
-"""MMLU, 5-shot: our scoring beside lm-evaluation-harness's transformers backend, in one run.
+"""MMLU, 5-shot: our scoring compared with lm-evaluation-harness's transformers backend, in one run.
 
 Both use the same weights, prompts and dtype.
 """

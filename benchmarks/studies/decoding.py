@@ -106,7 +106,7 @@ def texts(vocab_size: int) -> tuple[list[int], dict[str, list[int]]]:
 def speculation(
     model: XverseForCausalLM, tokenizer: Tokenizer, name: str, *, threads: int, rounds: int = 3
 ) -> dict[str, Any]:
-    """Decoding speed with prompt lookup beside plain decoding, with forced replies."""
+    """Decoding speed with prompt lookup compared with plain decoding, with forced replies."""
     prompt, replies = texts(tokenizer.vocab_size)
     size = len(prompt) + _TARGET + 64
     lengths = f"{len(prompt)} + {_TARGET} tokens"

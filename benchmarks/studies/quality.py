@@ -1,4 +1,4 @@
-"""The quality of quantised models: every method beside upstream's, with and without outlier channels.
+"""The quality of quantised models: every method compared with upstream's, with and without outlier channels.
 
 Quantised models run as in production, with int8 activations and this machine's kernels. Methods are judged
 by their rise in perplexity as a share of that of upstream's method (``rtn-row``). Outlier channels are added

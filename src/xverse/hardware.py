@@ -1,6 +1,6 @@
 """This machine's cores, memory, instruction sets, GPUs and measured bounds; the only reader of /proc.
 
-Every speed figure is printed beside its bound, and the bounds come from here. Functions that need torch
+Every speed figure is printed next to its bound, and the bounds come from here. Functions that need torch
 import it themselves, so that importing this module is fast.
 """
 

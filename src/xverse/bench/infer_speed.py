@@ -1,4 +1,4 @@
-"""Prefill and decode speed through the engine, beside the measured memory bandwidth and matmul rate."""
+"""Prefill and decode speed through the engine, against the measured memory bandwidth and matmul rate."""
 
 from __future__ import annotations
 

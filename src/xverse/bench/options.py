@@ -10,7 +10,7 @@ positive = whole(1, 10**12)
 
 
 def add_shape(parser: argparse._ActionsContainer, default: str | None = None) -> None:
-    """Without ``default`` beside ``--model``, which it replaces."""
+    """Without ``default`` together with ``--model``, which it replaces."""
     text = "a named shape" if default else "a named shape with random weights, such as 7b"
     parser.add_argument("--shape", default=default, metavar="S", help=text)
 

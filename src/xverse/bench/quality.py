@@ -139,7 +139,7 @@ class Result:
 
 
 class Study:
-    """A model in float32 and its logits on texts, beside which quantised ones are read."""
+    """A model in float32 and its logits on texts, the reference of the quantised ones."""
 
     def __init__(self, directory: ModelDirectory, texts: dict[str, Tensor]) -> None:
         import torch

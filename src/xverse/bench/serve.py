@@ -1,4 +1,4 @@
-"""``xverse bench serve``: the server under load, beside the engine alone on similar prompts."""
+"""``xverse bench serve``: the server under load, compared with the engine alone on similar prompts."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _rows(result: dict[str, Any], small: bool) -> Iterator[Row]:
     yield Row("all streams together", f"{result['total_tok_s']:.1f} tok/s", bound)
     if "peer_ratio" in result:
         text = f"{result['peer_ratio']:.2f} × the peer ({result['peer_tok_s']:.1f} tok/s)"
-        yield Row("beside the peer", text, at_least(PEER_TARGET, result["peer_ratio"], "×"))
+        yield Row("compared with the peer", text, at_least(PEER_TARGET, result["peer_ratio"], "×"))
     slowest = result["slowest_of_median"]
     bound = at_least(SLOWEST_TARGET, slowest, "of the median")
     yield Row("slowest stream", f"{slowest:.2f} of the median", bound)

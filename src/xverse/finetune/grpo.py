@@ -138,7 +138,7 @@ def policy_losses(
 
 def row_of(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
     """``rollouts`` with loss in one row, the prompt of neighbours once (see ``Continued``), no last tokens,
-    which predict nothing. Beside what a model takes (``inputs_of``), int64 [K] each: ``kept``, the places
+    which predict nothing. Besides what a model takes (``inputs_of``), int64 [K] each: ``kept``, the places
     whose logits predict the tokens with loss, these ``targets``, and the ``reply`` of each."""
     sequences: list[tuple[list[int], range]] = []  # tokens, and the place of what they continue
     kept: list[int] = []

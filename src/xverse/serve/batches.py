@@ -1,4 +1,4 @@
-"""The batches of ``/v1/batches``, one after the other beside other requests, through the server's own routes.
+"""The batches of ``/v1/batches``, one after the other, through the routes that other requests use.
 
 A batch's state is a file that is replaced atomically; its answers are appended as ``batch_file.py`` does it.
 After a crash the next server continues where they end, and what it writes twice has the same name.

@@ -195,7 +195,7 @@ class _Rewriter:
         if part.get("propertyNames", True) is not True:
             self._property_names(part, result)
         if part.get("minProperties", 0) > 1 and "patternProperties" in result:
-            raise Unsupported("'minProperties' is not supported beside patterns of names")
+            raise Unsupported("'minProperties' is not supported together with patterns of names")
 
     def _property_names(self, part: dict[str, Any], result: dict[str, Any]) -> None:
         """Names from a list become properties, names of a pattern a pattern of properties."""

@@ -1,6 +1,6 @@
 """What a chat model can do: example conversations to read, and an exam of ten skills, scored by rule.
 
-The conversations are those of XVERSE-7B's README, with harmful requests beside them. ``skills.jsonl`` and
+The conversations are those of XVERSE-7B's README and harmful requests. ``skills.jsonl`` and
 ``exam.jsonl`` in the folder ``skills`` of the data directory replace the packaged ones:
 {"skill", "turns": [text, …]} or {"harmful": true, "language", "turns"}, and {"skill", "language", "turns",
 "check"} with the checks of ``xverse.eval.replies``. Turns are the user's; the model answers each, and the
