@@ -72,7 +72,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--leaving", type=float, default=0.3, metavar="P", help="share of requests hung up on"
     )
     text = "clients that send expensive schemas, halves of requests and wrong bodies, each"
-    parser.add_argument("--attack", type=int, default=2, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--attack", type=int, default=2, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the clients' choices")
     add_threads(parser, "as xverse chat")
 

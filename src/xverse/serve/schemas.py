@@ -200,19 +200,19 @@ class _Rewriter:
     def _property_names(self, part: dict[str, Any], result: dict[str, Any]) -> None:
         """Names from a list become properties, names of a pattern a pattern of properties."""
         names = self._document.resolved(part["propertyNames"])
-        said = keys(names) - {"type"}
+        given = keys(names) - {"type"}
         others = result.pop("additionalProperties", True)
         if {"properties", "patternProperties"} & result.keys():
-            said = {"properties"}
-        if said in ({"enum"}, {"const"}):
+            given = {"properties"}
+        if given in ({"enum"}, {"const"}):
             allowed = names.get("enum", [names.get("const")])
             result["properties"] = {name: others for name in allowed if isinstance(name, str)}
-        elif said == {"pattern"}:
+        elif given == {"pattern"}:
             result["patternProperties"] = {names["pattern"]: others}
-        elif said:
+        elif given:
             text = "'propertyNames' is supported only with an enum or a pattern, and without 'properties'"
             raise Unsupported(text)
-        result["additionalProperties"] = False if said else others
+        result["additionalProperties"] = False if given else others
 
     def _in_place(
         self, part: dict[str, Any], result: dict[str, Any], outside: frozenset[str] | None, alone: bool

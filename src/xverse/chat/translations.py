@@ -20,7 +20,7 @@ _COMMANDS = [
 ]
 COMMANDS = tuple(name for name, *_ in _COMMANDS)
 
-_WORDS = {
+_TEXTS = {
     "keys": (
         "Ctrl-C stops a reply, Alt-Enter starts a new line, // at the start of a line sends a slash.",
         "Ctrl-C 停止回复，Alt-Enter 换行，以 // 开头的行会发送一个斜杠。",
@@ -66,11 +66,11 @@ def language() -> str:
     return "en"
 
 
-def words(key: str, **values: object) -> str:
-    return _WORDS[key][language() == "zh"].format(**values)
+def translated(key: str, **values: object) -> str:
+    return _TEXTS[key][language() == "zh"].format(**values)
 
 
 def help_text() -> str:
     chinese = language() == "zh"
     lines = [f"{name + ' ' + arguments:23}{zh if chinese else en}" for name, arguments, en, zh in _COMMANDS]
-    return "\n".join([*lines, words("keys")])
+    return "\n".join([*lines, translated("keys")])
