@@ -1,6 +1,6 @@
 """The segments of all groups become one token shard for each source and split.
 
-``PlaceSegments`` decides where each segment goes, ``Join`` copies them, several tasks into one large file, and
+``PlaceSegments`` decides where each segment goes, ``Join`` copies them, several tasks into a large file, and
 ``Seal`` adds digest, header and marker. So the bytes of a shard do not depend on the tasks.
 """
 
