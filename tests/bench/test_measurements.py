@@ -119,6 +119,7 @@ def test_random_weights_work() -> None:
     assert sum(p.numel() for p in model.parameters()) == TINY.num_parameters()
 
 
+@pytest.mark.thorough
 def test_train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The two sides begin with equal weights; their losses agree at each step, and fall."""
     losses: dict[str, list[float]] = {}

@@ -234,6 +234,7 @@ def test_chat_template(harness: Any, theirs: Any) -> None:
     assert harness.tok_encode(text) == theirs.tok_encode(text)
 
 
+@pytest.mark.thorough
 def test_our_prompts_as_a_task_there(
     harness: Any, engine_backend: Any, benchmarks: Path, tmp_path: Path
 ) -> None:
