@@ -46,7 +46,7 @@ def main() -> None:
         signal.signal(ignored, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     with os.fdopen(int(sys.argv[2]), "rb") as file:
-        vocabulary = GrammarVocabulary(*pickle.load(file))
+        vocabulary = Vocabulary(*pickle.load(file))
     children: dict[int, int] = {}
     while True:
         command, sockets, _, _ = socket.recv_fds(control, COMMAND.size, 1)
@@ -69,7 +69,7 @@ def main() -> None:
         os.kill(child, signal.SIGKILL)
 
 
-class GrammarVocabulary:
+class Vocabulary:
     """A tokenizer as llguidance and as ``json_bounds`` read it."""
 
     def __init__(self, tokenizer: Any, stop_ids: tuple[int, ...]) -> None:
@@ -95,7 +95,7 @@ class _TokenizerAdapter:
         return ids
 
 
-def _serve(connection: socket.socket, vocabulary: GrammarVocabulary) -> None:
+def _serve(connection: socket.socket, vocabulary: Vocabulary) -> None:
     """Compile the grammar that arrives, then answer steps. Never returns."""
     with contextlib.suppress(BaseException):
         # Rust reports a failed allocation here; the server reports it to the client.
@@ -104,7 +104,7 @@ def _serve(connection: socket.socket, vocabulary: GrammarVocabulary) -> None:
     os._exit(0)
 
 
-def _answer(connection: socket.socket, vocabulary: GrammarVocabulary) -> None:
+def _answer(connection: socket.socket, vocabulary: Vocabulary) -> None:
     _limit_memory()
     before = peak_memory()
     (length,) = LENGTH.unpack(receive(connection, LENGTH.size))
