@@ -17,11 +17,11 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import llguidance
 
+from xverse.hardware import peak_memory, process_memory
 from xverse.serve import json_bounds
 
 COMPILE_SECONDS = 3.0  # of processor time
@@ -106,7 +106,7 @@ def _serve(connection: socket.socket, vocabulary: Vocabulary) -> None:
 
 def _answer(connection: socket.socket, vocabulary: Vocabulary) -> None:
     _limit_memory()
-    before = _peak_memory()
+    before = peak_memory()
     (length,) = LENGTH.unpack(receive(connection, LENGTH.size))
     grammar = receive(connection, length)
     is_json, grammar = grammar[:1] == JSON, grammar[1:]
@@ -116,7 +116,7 @@ def _answer(connection: socket.socket, vocabulary: Vocabulary) -> None:
         if not compiled.is_error():
             compiled.deep_copy().compute_bitmask()
     reason = compiled.get_error() if compiled.is_error() else ""
-    text = f"{_peak_memory() - before} {' '.join(reason.split())[:300]}".encode()
+    text = f"{peak_memory() - before} {' '.join(reason.split())[:300]}".encode()
     connection.sendall(LENGTH.pack(len(text)) + text)
     if reason:
         return
@@ -176,14 +176,8 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):  # macOS has no such limit
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    if size := process_memory("VmSize"):  # None on macOS, which has no such limit either
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-
-
-def _peak_memory() -> int:
-    """Bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def receive(connection: socket.socket, size: int) -> bytes:
