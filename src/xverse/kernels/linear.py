@@ -42,9 +42,8 @@ class QuantLinear(nn.Module):
         self.table_group = kernel_group if table or bits < 4 else 0
         shape = tile_shape(out_features, in_features, bits, kernel_group, table)
         self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8, device="meta"))
-        self.register_buffer("order", None)
-        self.register_buffer("centres", None)
-        self.register_buffer("nearest", None)
+        for name in ("order", "centres", "nearest"):
+            self.register_buffer(name, None)
         self.register_parameter("bias", None)
 
     @classmethod

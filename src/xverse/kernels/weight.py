@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +50,7 @@ class QuantizedWeight:
             assert self.table.dtype == torch.int8
             assert self.table.shape == (1 << self.bits,)
         if self.centres is not None and self.nearest is not None:
-            assert self.centres.dtype == torch.bfloat16
-            assert self.centres.shape[1:] == self.q.shape[1:]
-            assert (self.nearest.dtype, self.nearest.shape) == (torch.uint8, self.q.shape[:1])
+            assert (self.centres.dtype, self.nearest.dtype) == (torch.bfloat16, torch.uint8)
 
     @property
     def group_size(self) -> int:
@@ -60,8 +59,7 @@ class QuantizedWeight:
     @property
     def stored_bytes(self) -> int:
         """The size of integers, scales, table and centres."""
-        parts = (self.scales, self.table, self.centres, self.nearest)
-        others = sum(part.nbytes for part in parts if part is not None)
+        others = sum(part.nbytes for name, part in self._tensors().items() if name != "q")
         return self.q.numel() * self.bits // 8 + others
 
     @property
@@ -78,9 +76,10 @@ class QuantizedWeight:
         return add_centres(plain, self.centres, self.nearest)
 
     def cpu(self) -> QuantizedWeight:
-        parts = (self.table, self.centres, self.nearest)
-        others = (None if part is None else part.cpu() for part in parts)
-        return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits, *others)
+        return replace(self, **{name: part.cpu() for name, part in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
 
     def outputs(self, rows: range) -> QuantizedWeight:
         """The weight of the outputs ``rows``."""

@@ -35,19 +35,14 @@ def round_head(
     hessian = inputs.T @ inputs / len(inputs)
     inputs = _some(inputs, _TOKENS)
     parts = inputs.split(rows_at_once(vocabulary))
-
-    def weights(x: Tensor) -> Tensor:
-        p = (x @ head.T).softmax(-1)
-        return p * (1 - p)  # [t, V]
-
     contexts = torch.zeros_like(head)
     for x in parts:
-        contexts.addmm_(weights(x).T, x)
+        contexts.addmm_(_variances(head, x).T, x)
     count = max(1, min(_CLUSTERS, vocabulary // _ROWS))
     lengths = contexts.norm(dim=1).clamp(min=1e-30)
-    cluster, _ = _cluster(contexts / lengths[:, None], count, lengths.sqrt())
+    _, cluster = _cluster(contexts / lengths[:, None], count, lengths.sqrt())
     members = one_hot(cluster, count).float()  # [V, C]
-    likely = torch.cat([weights(x) @ members for x in parts])  # [T, C]
+    likely = torch.cat([_variances(head, x) @ members for x in parts])  # [T, C]
     order, results = [], []
     for rows, weight in zip(members.T.bool(), likely.T, strict=True):
         if not rows.any():
@@ -72,11 +67,13 @@ def row_centres(head: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     head, inputs = head.float(), _some(inputs, _LARGE_TOKENS)
     mass = torch.full((len(head),), 1e-20, device=head.device)
     for x in inputs.split(rows_at_once(len(head))):
-        p = (x @ head.T).softmax(-1)
-        mass += (p * (1 - p)).sum(dim=0)
-    count = max(1, min(_CENTRES, len(head) // _CENTRE_ROWS))
-    nearest, centres = _cluster(head, count, mass.sqrt())
-    return centres, nearest
+        mass += _variances(head, x).sum(dim=0)
+    return _cluster(head, max(1, min(_CENTRES, len(head) // _CENTRE_ROWS)), mass.sqrt())
+
+
+def _variances(head: Tensor, x: Tensor) -> Tensor:
+    p = (x @ head.T).softmax(-1)
+    return p * (1 - p)  # [t, V]
 
 
 def _some(inputs: Tensor, most: int) -> Tensor:
@@ -85,7 +82,7 @@ def _some(inputs: Tensor, most: int) -> Tensor:
 
 
 def _cluster(points: Tensor, count: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The cluster int64 [V] of each of ``points`` [V, D] and the centres [C, D], by k-means++ with
+    """Centres [C, D] of ``points`` [V, D] and the index of the nearest one int64 [V], by k-means++ with
     ``weights`` float32 [V]."""
     generator = torch.Generator(device=points.device).manual_seed(0)
     weights, heaviest = weights.topk(min(_POINTS, len(points)))
@@ -106,4 +103,4 @@ def _cluster(points: Tensor, count: int, weights: Tensor) -> tuple[Tensor, Tenso
         total = torch.zeros_like(weights[:count]).index_add_(0, cluster, weights)
         sums = torch.zeros_like(centres).index_add_(0, cluster, some * weights[:, None])
         centres = torch.where(total[:, None] > 0, sums / total[:, None], centres)
-    return nearest(points), centres
+    return centres, nearest(points)

@@ -33,7 +33,6 @@ _ROWS = 128  # of each matrix that are rounded to measure the error
 _TOKENS_AT_ONCE = 1024
 # Matrices whose gradients' outer products are not measured: the largest, which gain nothing from them.
 _LEFT_OUT = (HEAD, "gate_proj", "up_proj")
-_SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 _TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -70,6 +69,7 @@ def measure(
     that no token activates have none."""
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
+    left: dict[str, float] = {}
 
     def add(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
         x = x.detach().flatten(0, -2).float()
@@ -78,8 +78,7 @@ def measure(
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            if _source(name) == name:
-                add(inputs, name, arguments[0])
+            add(inputs, name, arguments[0])
             output.register_hook(lambda gradient: add(gradients, name, gradient))
 
         return hook
@@ -107,19 +106,14 @@ def measure(
         for handle in (*hooks, embedding):
             handle.remove()
     count = rows.numel()
-    squares = {name: total.diagonal() if feedback else total for name, total in inputs.items()}
-    left = {name: _left(total) if feedback else 1.0 for name, total in inputs.items()}
+    for name in inputs if feedback else ():
+        left[name] = _left(inputs[name])
+        inputs[name] = inputs[name].diagonal().clone()
     return {
-        name: Sensitivity(squares[_source(name)] / count, gradients[name].div_(count), left[_source(name)])
+        name: Sensitivity(inputs[name].div_(count), gradients[name].div_(count), left.get(name, 1.0))
         for name, _ in linears
         if name in gradients
     }
-
-
-def _source(name: str) -> str:
-    """The linear of the same inputs whose inputs are measured."""
-    parent, _, child = name.rpartition(".")
-    return f"{parent}.{_SAME_INPUTS[child]}" if child in _SAME_INPUTS else name
 
 
 def _left(total: Tensor) -> float:

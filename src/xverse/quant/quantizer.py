@@ -314,14 +314,12 @@ class Quantizer:
             form = self.settings.format_of(_module(HEAD), head.shape[1], bits)
             inputs: Inputs = None
             factors = torch.ones(head.shape[1], device=head.device)
-            centres, nearest = None, None
+            apart: tuple[Tensor, Tensor] | None = None  # centres of the rows, each row's nearest
             parts = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, len(head), _ROWS_AT_ONCE)]
 
             def rest(rows: slice = slice(None)) -> Tensor:
                 part = head[rows].float() * factors
-                if centres is None or nearest is None:
-                    return part
-                return add_centres(part, -centres, nearest[rows])
+                return part if apart is None else add_centres(part, -apart[0], apart[1][rows])
 
             if calibration is not None:
                 x = make_norm(norm, self.config)(calibration.flatten(0, 1))  # [n·T, D]
@@ -330,20 +328,21 @@ class Quantizer:
                 self._check_finite(NORM, hessian.mean)
                 rms = hessian.mean.diagonal().sqrt()
                 if self.settings.method == "gptq" and self.settings.table_of(form[0]) is not None:
-                    centres, nearest = row_centres(head, x)
+                    apart = row_centres(head, x)
                 if self.settings.balance:
-                    weights = [head] if centres is None else [rest(rows) for rows in parts]
+                    weights = [head] if apart is None else [rest(rows) for rows in parts]
                     norm, factors, rms = split_norm(norm, weights, rms)
                 inputs = _importance(rms)
                 if self.settings.method == "gptq":
                     inputs = HessianFactor(hessian.mean / factors[:, None] / factors)
-            if centres is not None and nearest is not None:
-                centres, nearest = (centres * factors).bfloat16(), nearest.to(torch.uint8)
+            if apart is not None:
+                apart = (apart[0] * factors).bfloat16(), apart[1].to(torch.uint8)
             if calibration is not None and self.uses_whole:
                 rounded = functools.partial(self._round, form=form)
                 weight = round_head(head * factors, rest(), x / factors, rounded)
             else:
                 weight = _concatenate([self._round(rest(rows), form, inputs) for rows in parts])
+            centres, nearest = apart or (None, None)
             stored = dataclasses.replace(weight, centres=centres, nearest=nearest)
         self._count(NORM, norm)
         self._count(HEAD, stored)
