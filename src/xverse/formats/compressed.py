@@ -114,9 +114,7 @@ class CompressedScheme:
         centres = self._centres(files, name, shape) if table is not None else (None, None)
         return StoredRows(packed.view(torch.uint8), scales, bits, None, table, *centres)
 
-    def _centres(
-        self, files: TensorFiles, name: str, shape: tuple[int, int]
-    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def _centres(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> tuple[Tensor | None, ...]:
         outputs, inputs = shape
         names = f"{name}.{_CENTRES}", f"{name}.{_NEAREST}"
         missing = [part for part in names if part not in files]

@@ -165,14 +165,12 @@ def measure_units(
     for shapes in _units(config):
         formats = tuple(candidates(shapes[0][2], settings.table))
         sizes, costs = [], []
-        for bits, group in formats:
-            sizes.append(sum(outputs * inputs * (bits / 8 + 2 / group) for _, outputs, inputs in shapes))
-            costs.append(
-                sum(
-                    rounding_cost(weights[name], (bits, group), sensitivities[name], settings.table_of(bits))
-                    for name, _, _ in shapes
-                )
-            )
+        for form in formats:
+            bits, table = form[0] + 16 / form[1], settings.table_of(form[0])
+            apart = 0 if table is None else len(table)
+            sizes.append(sum(outputs * inputs * bits / 8 + apart for _, outputs, inputs in shapes))
+            found = (rounding_cost(weights[name], form, sensitivities[name], table) for name, _, _ in shapes)
+            costs.append(sum(found))
         units.append(Unit(tuple(name for name, _, _ in shapes), formats, tuple(sizes), tuple(costs)))
     return units
 
