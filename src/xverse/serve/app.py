@@ -24,6 +24,7 @@ from xverse.serve.apis import (
     tokens,
 )
 from xverse.serve.caller import Caller
+from xverse.serve.json_body import Route
 from xverse.serve.page import mount
 from xverse.serve.service import Service
 
@@ -55,6 +56,7 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
         redoc_url=None,
         root_path=root,
     )
+    app.router.route_class = Route
     for kind, handler in errors.HANDLERS.items():
         app.add_exception_handler(kind, handler)
 

@@ -30,8 +30,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         field = _FIELD.match(message) if status < 500 else None
-        self.status, self.code = status, code
-        self.param = param or (field[0] if field else None)
+        self.status, self.param = status, param or (field[0] if field else None)
+        self.code = code or ("invalid_value" if status == 400 and self.param else None)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -94,9 +94,13 @@ def of_validation(error: Mapping[str, Any]) -> ApiError:
     for part in parts[1:] if parts[:1] in (("body",), ("query",)) and parts[1:] else parts:
         if part != "body" and part != "[key]":
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    path += ctx.get("at", "")
-    code = "missing_field" if error["type"] == "missing" else "invalid_value"
-    return ApiError(400, f"{path or 'the body'}: {_rule(error, ctx)}", param=path or None, code=code)
+    path = (path + ctx.get("at", "")).removeprefix(".")
+    text = _rule(error, ctx)
+    if not path and error["type"] == "missing":
+        text = "is empty; send a JSON object"
+    return ApiError(
+        400, f"{path or 'the body'}: {text}", param=path or None, code=_BY_RULE.get(text.partition(";")[0])
+    )
 
 
 def _rule(error: Mapping[str, Any], ctx: Mapping[str, Any]) -> str:
@@ -114,6 +118,7 @@ def _rule(error: Mapping[str, Any], ctx: Mapping[str, Any]) -> str:
     return "the value is not valid"
 
 
+_BY_RULE = {"required field is missing": "missing_field", "unknown field": "unknown_field"}
 # By the last part of pydantic's error types.
 _RULES = {
     "missing": "required field is missing",
@@ -152,6 +157,8 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
         text = f"{path} does not accept {request.method}"
     elif status == 400 and isinstance(error.__cause__, ValueError | RecursionError):  # of reading the body
         code, text = "invalid_json", "the body is nested too deeply, or has a number of too many digits"
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            text = "the body is not valid JSON: it is not encoded in UTF-8"
     return answer(status, text, code=code, headers=dict(error.headers or {}))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
@@ -76,14 +76,49 @@ class Lenient(BaseModel):
     def _without_null(cls, values: Any) -> Any:
         return without_null(values) if isinstance(values, dict) else values
 
+    @classmethod
+    def names(cls) -> set[str]:
+        """Of the fields, as clients write them."""
+        return {field.alias or name for name, field in cls.model_fields.items()}
+
+
+class Options(Lenient):
+    """A part that describes what the client wants: unknown names are treated as at the top of a body, because
+    an option that is ignored changes the reply. ``strict``: each is refused."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    strict_names: ClassVar[bool] = False
+    _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _known(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(values, dict):
+            return handler(values)
+        unknown = unknown_names(values, cls)
+        if len(unknown) > MOST_UNKNOWN:
+            raise rule(f"{len(unknown)} unknown fields are too many; the limit is {MOST_UNKNOWN}")
+        for name in unknown:
+            meant = _meant(name, cls)
+            if meant or cls.strict_names:
+                raise rule("unknown field" + (f"; did you mean '{meant}'?" if meant else ""), f".{name[:64]}")
+        part = handler(values)
+        part._ignored = tuple(unknown)
+        return part
+
 
 def by_type(
-    value: Any, kinds: Mapping[str, type[Lenient] | None], kind_of: Callable[[dict[str, Any]], str], what: str
+    value: Any,
+    kinds: Mapping[str, type[Lenient] | None],
+    kind_of: Callable[[dict[str, Any]], str],
+    what: str,
+    otherwise: str = "",
 ) -> list[Any]:
     """A list of objects, each read as the model in ``kinds`` for its type; those of type None are left out.
-    Raises the error of the first wrong one, with its index. ``what`` names the objects."""
+    Raises the error of the first wrong one, with its index. ``what`` names the objects, ``otherwise`` what
+    may be in place of the list."""
     if not isinstance(value, list):
-        raise rule(f"must be a list of {what}")
+        raise rule(f"must be {otherwise}a list of {what}")
     found: list[Any] = []
     for index, item in enumerate(value):
         if not isinstance(item, dict):
@@ -124,23 +159,36 @@ class Body(Lenient):
         if not isinstance(values, dict):
             return handler(values)
         _check_items(values, cls.token_ids)
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = [
-            name
-            for name, value in values.items()
-            if value is not None and name not in known and name not in cls.without_effect
-        ]
+        unknown = unknown_names(values, cls)
         if len(unknown) > MOST_UNKNOWN:
             raise ApiError(400, f"the body has {len(unknown)} unknown fields; the limit is {MOST_UNKNOWN}")
         for name in unknown:
-            if name not in ELSEWHERE and (meant := misspelt(name, known)):
+            if meant := _meant(name, cls):
                 text = f"{name}: unknown field; did you mean '{meant}'?"
                 raise ApiError(400, text, param=name, code="unknown_field")
         body = handler(values)
-        body._ignored = tuple(unknown)
+        body._ignored = (*unknown, *_ignored_inside(body))
         if body.ignored:
             current().ignored = body.ignored
         return body
+
+
+def unknown_names(values: dict[str, Any], part: type[Options] | type[Body]) -> list[str]:
+    known = part.names() | part.without_effect
+    return [name for name, value in values.items() if value is not None and name not in known]
+
+
+def _meant(name: str, part: type[Lenient]) -> str | None:
+    return None if name in ELSEWHERE else misspelt(name, part.names())
+
+
+def _ignored_inside(part: Lenient) -> Iterator[str]:
+    """The paths of the unknown fields of options."""
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if isinstance(value, Options):
+            for inside in (*value._ignored, *_ignored_inside(value)):
+                yield f"{field.alias or name}.{inside}"
 
 
 def refuse_unsupported(body: Body, reasons: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -21,7 +21,7 @@ from pydantic import (
 
 from xverse.engine.sampling_params import MOST_BIASES, MOST_STOPS, PARAMS, Param
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import Body, Lenient, by_type, rule, without_null
+from xverse.serve.fields import Body, Lenient, Options, by_type, rule, without_null
 
 MOST_CHOICES = 16
 MOST_TOOLS = 128
@@ -39,7 +39,9 @@ Whole = Annotated[StrictInt, BeforeValidator(_whole, json_schema_input_type=int)
 TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
 
 
-class StreamOptions(Lenient):
+class StreamOptions(Options):
+    without_effect: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
+
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = False
 
@@ -149,7 +151,15 @@ def tools_of(kind: str, model: type[Lenient]) -> PlainValidator:
     return PlainValidator(read, json_schema_input_type=list[dict[str, Any]])
 
 
-class Function(Lenient):
+# Fields of tools elsewhere.
+OF_TOOLS = frozenset(
+    ("strict", "output_schema", "input_examples", "defer_loading", "allowed_callers", "cache_control")
+)
+
+
+class Function(Options):
+    without_effect: ClassVar[frozenset[str]] = OF_TOOLS
+
     name: ToolName
     description: StrictStr = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -210,10 +220,10 @@ def _name(value: Any, at: str) -> str:
     return name
 
 
-class JsonSchema(Lenient):
-    """Its name, description and ``strict`` have no effect."""
+class JsonSchema(Options):
+    without_effect: ClassVar[frozenset[str]] = frozenset(("name", "description", "strict"))
 
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    schema_: dict[str, Any] = Field(alias="schema")
 
 
 def _read_schema(value: Any) -> Any:
@@ -232,7 +242,7 @@ Schema = Annotated[
 Choices = Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=1000)]
 
 
-class ResponseFormat(Lenient):
+class ResponseFormat(Options):
     """OpenAI's formats; ``regex`` and ``grammar`` constrain the reply as vLLM's ``structured_outputs``."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = "text"
@@ -241,9 +251,40 @@ class ResponseFormat(Lenient):
     regex: StrictStr | None = None
     grammar: StrictStr | None = None
 
+    @model_validator(mode="after")
+    def _of_its_type(self) -> ResponseFormat:
+        """What is given belongs to the type, so that no schema is ignored; without a type it is the type."""
+        for name, kind in _TYPE_OF.items():
+            if getattr(self, name) is not None:
+                if "type" not in self.model_fields_set:
+                    self.type = kind
+                if self.type != kind:
+                    raise rule(f"needs the type '{kind}', not '{self.type}'", f".{name.rstrip('_')}")
+        return self
 
-class StructuredOutputs(Lenient):
+
+# The type of a response format that has each of its fields.
+_TYPE_OF: dict[str, Literal["json_object", "json_schema", "regex", "grammar"]] = {
+    "json_schema": "json_schema",
+    "schema_": "json_object",
+    "regex": "regex",
+    "grammar": "grammar",
+}
+
+
+class StructuredOutputs(Options):
     """vLLM's: at most one of these."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        (
+            "whitespace_pattern",
+            "disable_any_whitespace",
+            "disable_fallback",
+            "disable_additional_properties",
+            "backend",
+        )
+    )
+    strict_names: ClassVar[bool] = True
 
     json_: Schema | None = Field(default=None, alias="json")
     regex: StrictStr | None = None
@@ -262,11 +303,13 @@ class Structure:
     param: str
 
 
-def _texts(value: Any) -> Any:
+def texts_of(value: Any) -> Any:
     """One text or a list; empty ones, as empty text boxes send them, stop nothing."""
     if isinstance(value, str):
         value = [value]
-    return [text for text in value if text != ""] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        raise rule("must be text or a list of texts")
+    return [text for text in value if text != ""]
 
 
 def _biases(value: Any) -> Any:
@@ -285,7 +328,7 @@ def _sampling_field(param: Param) -> tuple[Any, Any]:
     kinds: dict[type, Any] = {
         float: Number,
         int: Whole,
-        str: Annotated[stops, BeforeValidator(_texts, json_schema_input_type=StrictStr | stops)],
+        str: Annotated[stops, BeforeValidator(texts_of, json_schema_input_type=StrictStr | stops)],
         dict: Annotated[
             dict[str, Number], BeforeValidator(_biases, json_schema_input_type=dict[str, Number])
         ],

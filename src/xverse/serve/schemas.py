@@ -82,7 +82,10 @@ def call_grammar(tools: Sequence[Tool]) -> str:
     keep their meaning. Raises as ``grammar``."""
     rules, size = [], 0
     for number, tool in enumerate(tools):
-        schema, size = _prepared(_arguments(tool.function.parameters), size)
+        try:
+            schema, size = _prepared(_arguments(tool.function.parameters), size)
+        except ValueError as error:
+            raise type(error)(f"tool '{tool.function.name}': {error}") from None
         head = json.dumps(f'{{"name": {json.dumps(tool.function.name)}, "arguments": ')
         rules.append(f'call{number}: {head} %json {json.dumps(schema)} "}}"\n')
     calls = " | ".join(f"call{number}" for number in range(len(tools)))
