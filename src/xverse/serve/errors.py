@@ -148,24 +148,32 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
     """Also errors of routing: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     path, status, text = request.url.path, error.status_code, str(error.detail)
-    code = _CODES.get(status)
+    code, headers = _CODES.get(status), dict(error.headers or {})
     if status == 404:
         text = f"{path} does not exist"
-        if not path.startswith("/v1/") and exists(request, f"/v1{path}"):
-            text += f"; use /v1{path} (the base URL of clients ends in /v1)"
+        plain = re.sub("/+", "/", path).rstrip("/").lower()
+        for meant in (plain, f"/v1{plain}", plain.replace("/v1/v1/", "/v1/")):
+            if meant != path and methods(request, meant):
+                text += f"; use {meant}" + (
+                    " (the base URL of clients ends in /v1)" if "/v1" in meant else ""
+                )
+                break
     elif status == 405:
-        text = f"{path} does not accept {request.method}"
+        allowed = methods(request, path)
+        text = f"{path} does not accept {request.method}, only {', '.join(allowed)}"
+        headers["Allow"] = ", ".join(allowed)
     elif status == 400 and isinstance(error.__cause__, ValueError | RecursionError):  # of reading the body
         code, text = "invalid_json", "the body is nested too deeply, or has a number of too many digits"
         if isinstance(error.__cause__, UnicodeDecodeError):
             text = "the body is not valid JSON: it is not encoded in UTF-8"
-    return answer(status, text, code=code, headers=dict(error.headers or {}))
+    return answer(status, text, code=code, headers=headers)
 
 
-def exists(request: Request, path: str) -> bool:
-    """Whether some method of the API is at ``path``."""
-    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
-    return any(route.include_in_schema and route.path_regex.fullmatch(path) for route in routes)
+def methods(request: Request, path: str) -> list[str]:
+    """The methods of the routes at ``path``; none: it does not exist. Those of unknown paths do not count."""
+    routes = [each for each in request.app.routes if isinstance(each, APIRoute) and each.name != "unknown"]
+    found = {method for each in routes if each.path_regex.fullmatch(path) for method in each.methods or ()}
+    return sorted({*found, *(("HEAD",) if "GET" in found else ())})
 
 
 HANDLERS = {
