@@ -28,7 +28,8 @@ from torch import Tensor
 from xverse.serve import grammar_worker as worker
 from xverse.serve import schemas, tools
 from xverse.serve.errors import ApiError
-from xverse.serve.protocol import ChatRequest, Generation, Structure
+from xverse.serve.protocol import ChatRequest, Generation
+from xverse.serve.structures import Structure
 from xverse.tokenizer import Tokenizer
 
 COMPILING = 4  # grammars at once; the system gives the engine's thread priority

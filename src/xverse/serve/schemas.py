@@ -14,7 +14,7 @@ from typing import Any
 import llguidance
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
-from xverse.serve.protocol import Structure, Tool
+from xverse.serve.protocol import Tool
 from xverse.serve.schema_parts import (
     ALL,
     ITEMS,
@@ -27,6 +27,7 @@ from xverse.serve.schema_parts import (
     combined,
     keys,
 )
+from xverse.serve.structures import Structure
 from xverse.tokenizer.tools import CLOSE, OPEN
 
 MOST_BYTES = 64 * 1024  # of a request's schemas

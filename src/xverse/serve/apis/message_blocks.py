@@ -15,10 +15,8 @@ from xverse.serve.protocol import (
     ChatRequest,
     Function,
     FunctionCall,
-    JsonSchema,
     Message,
     Number,
-    ResponseFormat,
     Tool,
     ToolCall,
     ToolChoice,
@@ -26,6 +24,7 @@ from xverse.serve.protocol import (
     Whole,
     tools_of,
 )
+from xverse.serve.structures import JsonSchema, ResponseFormat
 
 # Fields that cannot change a reply here; docs/api.md lists them.
 WITHOUT_EFFECT = frozenset(

@@ -13,14 +13,13 @@ from xverse.serve.protocol import (
     MOST_TOOLS,
     ChatRequest,
     CompletionRequest,
-    JsonSchema,
     Message,
     Number,
-    ResponseFormat,
     Tool,
     Whole,
     texts_of,
 )
+from xverse.serve.structures import JsonSchema, ResponseFormat
 
 # Options of Ollama's runner that cannot change a reply here; docs/api.md lists them.
 OPTIONS_WITHOUT_EFFECT = frozenset(

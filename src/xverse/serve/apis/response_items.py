@@ -16,9 +16,7 @@ from xverse.serve.protocol import (
     Chosen,
     Function,
     FunctionCall,
-    JsonSchema,
     Message,
-    ResponseFormat,
     SamplingFields,
     Text,
     Tool,
@@ -28,6 +26,7 @@ from xverse.serve.protocol import (
     tools_of,
 )
 from xverse.serve.replies import new_id
+from xverse.serve.structures import JsonSchema, ResponseFormat
 
 # Fields that cannot change a reply here; docs/api.md lists them.
 WITHOUT_EFFECT = NO_EFFECT | {
