@@ -86,12 +86,14 @@ $(BIN)/python:
 # index may have the same wheel.
 $(CORE): pyproject.toml hatch_build.py $(wildcard csrc/*) | $(BIN)/python
 	@set -e; \
+	$(BIN)/python hatch_build.py >/dev/null 2>&1 & \
 	torch=$$($(BIN)/python -P src/xverse/nvidia.py); \
 	echo "make: pip install $$torch" >&2; \
 	eval "$(PIP) install --retries 1 --timeout 15 $$torch" >&2 || { \
 	  echo "make: PyTorch could not be installed; set TORCH_INDEX to an index that has it" \
 	    "(now '$(strip $(TORCH_INDEX))')" >&2; exit 1; }; \
 	echo "make: installing xverse" >&2; \
+	wait; \
 	$(PIP) install --quiet -e . >&2
 	@touch $@
 

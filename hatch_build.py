@@ -173,6 +173,16 @@ def compile_all(folder: Path = ROOT) -> str | None:
     return next((problem for problem in problems if problem is not None), None)
 
 
+def compiled() -> bool:
+    """Whether the checkout's libraries are newer than all that they are made of."""
+    sources = [Path(__file__), *(ROOT / "csrc").iterdir()]
+    libraries = [ROOT / library for library in LIBRARIES]
+    if not all(library.is_file() for library in libraries):
+        return False
+    newest = max(source.stat().st_mtime_ns for source in sources)
+    return all(library.stat().st_mtime_ns > newest for library in libraries)
+
+
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 except ImportError:  # run as a script, without hatchling
@@ -188,7 +198,9 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
         # A wheel may be for another platform: the checkout keeps its own libraries.
         self.folder = None if version == "editable" else tempfile.TemporaryDirectory()
         folder = Path(self.folder.name) if self.folder else ROOT
-        problem = compile_all(folder)
+        # make compiles while pip downloads, and installs extras later; CXX may name another compiler.
+        current = version == "editable" and "CXX" not in os.environ and compiled()
+        problem = None if current else compile_all(folder)
         if problem is not None:
             if version == "editable":
                 for library in LIBRARIES:  # those of an earlier version would not match

@@ -96,6 +96,26 @@ def test_a_compiler_for_another_processor_is_named(
     assert not list(tmp_path.iterdir())
 
 
+def test_libraries_are_compiled_again_only_after_a_change(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    source = tmp_path / "csrc" / "api.cpp"
+    source.parent.mkdir()
+    source.touch()
+    assert not build.compiled()
+    later = build.Path(build.__file__).stat().st_mtime + 10
+    for library in build.LIBRARIES:
+        assert not build.compiled()
+        (tmp_path / library).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / library).touch()
+        os.utime(tmp_path / library, (later, later))
+    os.utime(source, (later - 1, later - 1))
+    assert build.compiled()
+    os.utime(source, (later + 1, later + 1))
+    assert not build.compiled()
+
+
 def test_the_workflow_builds_what_the_readme_promises() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())
     runners = {

@@ -102,11 +102,3 @@ def test_both_languages_hold_the_same_blocks() -> None:
 
     assert essence("README.md") == essence("README_zh.md")
     assert len(blocks("README.md")) >= 8
-
-
-@pytest.mark.parametrize("name", ["README.md", "README_zh.md", "README_EN.md", "docs/architecture.md"])
-def test_links_within_the_checkout_lead_somewhere(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
-        if "://" not in target and not target.startswith("mailto:"):
-            assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}, which does not exist"

@@ -86,12 +86,15 @@ def test_the_tokenizer_splits_as_published(file: Path) -> None:
     assert prompt.ids.count(tokenizer.eos_id) == 2  # the system message's and the user's
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    "quantize", [*(pytest.param(kind, marks=pytest.mark.thorough) for kind in (None, "int8")), "int4"]
+)
 def test_it_answers(file: Path, quantize: str | None) -> None:
     first = replies(file, quantize=quantize)[0]
     assert "Paris" in first
 
 
+@pytest.mark.thorough
 def test_it_goes_to_a_directory_and_back(file: Path, tmp_path: Path) -> None:
     """GGUF → transformers' layout → GGUF: the same tensors, tokens and template."""
     directory, again = tmp_path / "smollm2", tmp_path / "again.gguf"
@@ -109,6 +112,7 @@ def test_it_goes_to_a_directory_and_back(file: Path, tmp_path: Path) -> None:
     assert first.config == second.config
 
 
+@pytest.mark.thorough
 def test_lora_on_a_few_instructions_lowers_the_held_out_loss(file: Path, tmp_path: Path) -> None:
     rows = [
         {"instruction": f"Say the number {n} in pirate.", "output": f"Arr, {n} doubloons, matey!"}

@@ -107,7 +107,7 @@ def head(bench: Bench) -> None:
 
 
 def packed(bench: Bench) -> None:
-    """Documents of a row in one call beside one call each."""
+    """Documents of a row in one call compared with one call each."""
     from xverse.model import Packed, attention
 
     heads, size, tokens = (2, 64, 256) if bench.tiny else (32, 128, 8192)
@@ -127,7 +127,7 @@ def packed(bench: Bench) -> None:
 
 
 def layers(bench: Bench) -> None:
-    """Products with quantised weights beside bfloat16, by tokens; bytes a second of the weight."""
+    """Products with quantised weights compared with bfloat16, by tokens; bytes a second of the weight."""
     from xverse.bench.weights import _random_layer
     from xverse.kernels import ops
 

@@ -78,7 +78,7 @@ def _shape(bench: Bench, layers: int) -> Any:
 
 
 def engine(bench: Bench) -> None:
-    """Decoding and prefill of the 7B shape by weights, cache and batch, beside the memory rate."""
+    """Decoding and prefill of the 7B shape by weights, cache and batch, compared with the memory rate."""
     from xverse.bench.weights import placeholder_tokenizer, random_model
     from xverse.engine import Engine, Request, SamplingParams
     from xverse.hardware import bandwidth_buffer, read_bandwidth
@@ -132,7 +132,7 @@ def engine(bench: Bench) -> None:
 
 
 def train(bench: Bench) -> None:
-    """A training step of the 7B's layers in rows of 8,192 tokens, beside the peak of the device."""
+    """A training step of the 7B's layers in rows of 8,192 tokens, compared with the peak of the device."""
     from xverse.data.feed import Batch
     from xverse.model import XverseForCausalLM
     from xverse.train.loop import TrainConfig, train_step

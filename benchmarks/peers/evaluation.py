@@ -1,4 +1,4 @@
-"""MMLU, 5-shot: our scoring beside lm-evaluation-harness's transformers backend, in one run.
+"""MMLU, 5-shot: our scoring compared with lm-evaluation-harness's transformers backend, in one run.
 
 Both use the same weights, prompts and dtype.
 """
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "bench": "evaluation",
         "model": args.model,
         "questions": len(results),
-        "tokens_per_prompt": round(statistics.mean(len(answer.asked.ids) for answer in results)),
+        "tokens_per_prompt": round(statistics.mean(len(answer.prompt.ids) for answer in results)),
         "threads": threads,
         "batch_size": args.batch_size,
         "questions_per_second": {name: [round(rate, 2) for rate in values] for name, values in rates.items()},

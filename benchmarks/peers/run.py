@@ -1,4 +1,4 @@
-"""Our engine beside llama.cpp and transformers, on the same random weights, in one run.
+"""Our engine compared with llama.cpp and transformers, on the same random weights, in one run.
 
 Each engine has its own process. They take turns, so that one computes at a time, and the memory's read
 bandwidth is sampled before and after every timed piece.
@@ -34,7 +34,7 @@ BATCH, BATCH_CONTEXT = 8, 64
 
 @dataclass(frozen=True)
 class Part:
-    """Our weights beside those of peers; each round times all pieces of a part."""
+    """Our weights compared with those of peers; each round times all pieces of a part."""
 
     ours: str
     peers: tuple[tuple[str, str], ...]  # engine, weights

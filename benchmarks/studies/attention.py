@@ -1,4 +1,4 @@
-"""Attention over a paged cache beside its bounds.
+"""Attention over a paged cache compared with its bounds.
 
 Decode is compared with the memory's read rate, prefill with PyTorch's attention and a plain matrix product.
 """

@@ -1,6 +1,6 @@
 """The cost of preparing text, and the quality of its stages.
 
-Parts: ``encode`` (shards written, beside the ``tokenizers`` library on the same texts), ``pipeline`` (every
+Parts: ``encode`` (shards written, against the ``tokenizers`` library on the same texts), ``pipeline`` (every
 stage over a corpus), ``duplicates`` (planted copies), ``language`` (held-out lines), ``questions`` (planted
 benchmark questions).
 """

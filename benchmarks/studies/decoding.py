@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xverse.bench.infer_speed import default_threads, load_named
-from xverse.bench.options import add_model, add_quantize, add_shape, add_threads
+from xverse.bench.options import add_quantize, add_shape, add_threads
 from xverse.bench.report import Row, at_least, at_most, count_threads, show
 from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams, Speculation
@@ -26,6 +26,7 @@ from xverse.log import notice
 from xverse.model import XverseForCausalLM
 from xverse.quant.text import parity_tokens
 from xverse.tokenizer import Tokenizer
+from xverse.values import add_model
 
 QUOTING_TARGET, OTHER_TARGET = 2.5, 0.95  # × plain decoding
 OVERHEAD_TARGET = 0.10
@@ -105,7 +106,7 @@ def texts(vocab_size: int) -> tuple[list[int], dict[str, list[int]]]:
 def speculation(
     model: XverseForCausalLM, tokenizer: Tokenizer, name: str, *, threads: int, rounds: int = 3
 ) -> dict[str, Any]:
-    """Decoding speed with prompt lookup beside plain decoding, with forced replies."""
+    """Decoding speed with prompt lookup compared with plain decoding, with forced replies."""
     prompt, replies = texts(tokenizer.vocab_size)
     size = len(prompt) + _TARGET + 64
     lengths = f"{len(prompt)} + {_TARGET} tokens"

@@ -1,4 +1,4 @@
-"""Fine-tuning: speed and memory beside transformers' and trl's trainers, and the memory of QLoRA.
+"""Fine-tuning: speed and memory compared with transformers' and trl's trainers, and the memory of QLoRA.
 
 ``--part peers``: contenders take turns, each in its own process, over several rounds; figures are medians.
 ``--part memory``: steps of QLoRA on random weights of a shape.
@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--part",
         choices=["peers", "memory"],
         default="peers",
-        help="peers: speed beside other trainers; memory: QLoRA on random INT4 weights",
+        help="peers: speed compared with other trainers; memory: QLoRA on random INT4 weights",
     )
     parser.add_argument("--data", metavar="FILE", help="a file of instructions such as alpaca's (peers)")
     parser.add_argument("--shape", metavar="S", help="a named shape (default: mini for peers, 7b for memory)")

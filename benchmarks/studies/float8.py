@@ -1,4 +1,4 @@
-"""Pretraining with the layers' matrices in FP8 beside bfloat16: loss curves over the same data, and speed."""
+"""Pretraining with the layers' matrices in FP8 against bfloat16: loss curves on the same data, and speed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def measure(
         rows.append(Row(f"{name}, loss at the end, nats", f"{figures['end']:.4f}"))
     rows.append(Row("FP8's loss above bfloat16's, at the end", f"{100 * result['end_above']:+.2f} %"))
     rows.append(Row("largest difference at any step", f"{100 * result['furthest']:.2f} %"))
-    show(f"FP8 beside bfloat16: {shape}, {steps} steps of {batch_size} × {sequence_length}", rows)
+    show(f"FP8 compared with bfloat16: {shape}, {steps} steps of {batch_size} × {sequence_length}", rows)
     return {"bench": "float8", "shape": shape, "device": torch.cuda.get_device_name(device), **result}
 
 

@@ -1,4 +1,4 @@
-"""GRPO beside trl's GRPOTrainer: steps of equal weights on equal prompts, each side in its own process.
+"""GRPO against trl's GRPOTrainer: steps of equal weights on equal prompts, each side in its own process.
 
 By default the embedded chat model answers sums, and the right number is the reward; with ``--shape`` weights
 are random, nearly every reply has ``--new-tokens``, and the reward is the share of even token ids. A step is

@@ -1,4 +1,4 @@
-"""Random traffic in company and each request alone, compared bit by bit; and what batch invariance costs."""
+"""Random traffic together and each request alone, compared bit by bit; and what batch invariance costs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xverse import values
+from xverse.bench.options import add_quantize, add_threads
 from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.load import load_engine
 from xverse.log import notice
@@ -17,7 +18,7 @@ from xverse.log import notice
 # What is compared of a reply: its tokens, and log-probabilities of the 20 most probable ones at each position
 # of prompt and reply, which no change of a logit leaves as they are.
 Outcome = tuple[Any, ...]
-# Requests that are in company together, so that an interrupted run has compared what it reports.
+# Requests that run at the same time, so that an interrupted run has compared what it reports.
 GROUP = 250
 
 
@@ -86,13 +87,12 @@ def run_together(engine: Engine, requests: Sequence[Request], seed: int) -> list
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", default="nano", help="nano (the default), a model directory or a hub id", metavar="M"
-    )
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights while loading")
-    parser.add_argument("--requests", type=values.whole(1), default=2000, metavar="N", help="(%(default)s)")
-    parser.add_argument("--threads", type=values.whole(1, 1024), metavar="N", help="CPU threads in company")
-    parser.add_argument("--seed", type=values.whole(), default=0, metavar="N", help="(%(default)s)")
+    values.add_model(parser)
+    add_quantize(parser)
+    add = values.flags(parser)
+    add("--requests", "requests to compare", type=values.whole(1), default=2000, metavar="N")
+    add("--seed", "seed of the traffic", type=values.whole(), default=0, metavar="N")
+    add_threads(parser, "as xverse chat")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The CPU kernels of every instruction set that this machine runs, beside each other: the engine on decoder
+"""The CPU kernels of every instruction set that this machine runs, against each other: the engine on decoder
 layers of a shape's width, with random weights."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory while loading: peak resident set above the baseline of the process, beside the size of the weights.
+"""Memory while loading: peak resident set above the baseline of the process, against the size of the weights.
 
 Generates random bfloat16 weights of a named shape in a temporary directory, loads them in a fresh process,
 reads all parameters, and reports VmHWM − baseline for safetensors and for ``.bin``. Linux only.

@@ -1,4 +1,4 @@
-"""Peak memory of each process under each layout of two, beside that of a single process.
+"""Peak memory of each process under each layout of two, compared with that of a single process.
 
 Every process is a fresh one, and what counts is its peak resident set above what it has before the model is
 made (interpreter, torch, process group). The C library gives freed tensors back at once

@@ -1,4 +1,4 @@
-"""The quality of quantised models: every method beside upstream's, with and without outlier channels.
+"""The quality of quantised models: every method compared with upstream's, with and without outlier channels.
 
 Quantised models run as in production, with int8 activations and this machine's kernels. Methods are judged
 by their rise in perplexity as a share of that of upstream's method (``rtn-row``). Outlier channels are added
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xverse.bench.options import add_model, add_threads, positive
+from xverse.bench.options import add_threads, positive
 from xverse.bench.quality import Reference, read_rows, read_texts
 from xverse.bench.report import Row, show
 from xverse.formats import load_model, load_tokenizer, resolve
@@ -29,6 +29,7 @@ from xverse.quant.parity import ParityReport
 from xverse.quant.quantizer import HEAD, NORM, Quantizer
 from xverse.quant.settings import Method, QuantSettings
 from xverse.quant.text import parity_tokens
+from xverse.values import add_model
 
 LENGTH = 256  # tokens per row, as in the training of mini and nano
 SEED, SHARE, FACTORS = 0, 1 / 64, (8.0, 64.0)  # of outlier channels: seed, share of all channels, range of s

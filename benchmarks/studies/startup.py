@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xverse.bench.options import add_model, positive
+from xverse.bench.options import positive
 from xverse.bench.report import Row, at_most, show
 from xverse.config import UserError
 from xverse.formats import resolve
 from xverse.log import notice
+from xverse.values import add_model
 
 HELP_TARGET = 0.3  # seconds, median
 CHAT_TARGET = 5.0  # seconds, median

@@ -1,4 +1,4 @@
-"""A training run under torchrun whose processes are killed at random, beside an undisturbed run."""
+"""A training run under torchrun whose processes are killed at random, compared with an undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a tokenizer: time and memory on text of any size, beside the ``tokenizers`` library's trainer.
+"""Training a tokenizer: time and memory on text of any size, against the ``tokenizers`` library's trainer.
 
 The library trains on a prefix of the same text, before and after ours, and the results must be equal. It then
 trains on the largest prefix that fits into the memory that ours took for the whole text. Every training has

@@ -23,16 +23,16 @@ from xverse.values import short
 VERBS = {
     "chat": "talk to a model in the terminal, or answer once with --ask",
     "serve": "serve a model over HTTP with OpenAI's, Anthropic's and Ollama's APIs",
-    "batch": "answer a file of requests; survives crashes",
+    "batch": "answer a file of requests; after a crash, continue where it ended",
     "quantize": "quantise a model to 8, 4, 3 or 2 bits",
     "export": "write a model as a Hugging Face or Llama directory or GGUF file; merge adapters",
     "tokenizer": "train, repair or report on a tokenizer",
     "data": "prepare token shards from text, or show the data of a recipe",
     "plan": "find the best GPU layout for a pretraining run and predict its cost",
     "pretrain": "train a model from a recipe",
-    "finetune": "fine-tune a model on instructions",
+    "finetune": "fine-tune a model on dialogues, preferences, rewards or text",
     "eval": "score a model on MMLU, C-Eval, AGIEval, GAOKAO and more; report and compare",
-    "bench": "measure speed on this machine",
+    "bench": "measure speed, memory and the cost of quantisation on this machine",
     "doctor": "report the device, libraries, measured bandwidth and FLOPS",
     "completion": "print a shell completion script",
 }
@@ -47,7 +47,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Appends a flag's default to its help, unless there is none or the text names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, ()) or action.default == [] or "default" in (action.help or ""):
+        empty = action.default is None or action.default is False or action.default in ((), [])
+        if empty or action.required or "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -172,7 +173,7 @@ def _dispatch(arguments: list[str]) -> int:
     width = max(map(len, VERBS))
     parser = Parser(
         prog="xverse",
-        description="XVERSE-7B as open software.",
+        description="Run, serve, quantise, train, fine-tune and evaluate XVERSE-7B and related models.",
         usage="xverse VERB [options]   (xverse VERB --help for the options of a verb)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="verbs:\n" + "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()),

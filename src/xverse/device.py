@@ -29,7 +29,7 @@ def add_device(parser: argparse._ActionsContainer) -> None:
 
 def add_tensor_parallel(parser: argparse._ActionsContainer) -> None:
     """The flag ``--tensor-parallel``."""
-    text = "divide the model over N GPUs, or over N processes with --device cpu (%(default)s)"
+    text = "divide the model over N GPUs, or over N processes with --device cpu"
     parser.add_argument("--tensor-parallel", type=whole(1, 64), default=1, metavar="N", help=text)
 
 

@@ -1,6 +1,6 @@
 """This machine's cores, memory, instruction sets, GPUs and measured bounds; the only reader of /proc.
 
-Every speed figure is printed beside its bound, and the bounds come from here. Functions that need torch
+Every speed figure is printed next to its bound, and the bounds come from here. Functions that need torch
 import it themselves, so that importing this module is fast.
 """
 
@@ -145,8 +145,8 @@ def memory() -> tuple[int, int | None]:
 
 
 def process_memory(key: str, pid: int | None = None) -> int | None:
-    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of a process, by default this one; None without /proc or
-    once the process has ended.
+    """Bytes of ``VmRSS`` (now), ``VmHWM`` (peak) or ``VmSize`` (address space) of a process, by default this
+    one; None without /proc or once the process has ended.
 
     getrusage would not do: its peak starts with the parent's, from before exec.
     """

@@ -37,7 +37,7 @@ def _importing() -> bool:
 
 
 def register() -> None:
-    """Register our classes with transformers. An incompatible transformers causes a warning only."""
+    """Register the Auto classes with transformers. An incompatible transformers causes a warning only."""
     try:
         _register()
     except Exception as error:  # this runs during the user's `import transformers`, which must not fail
@@ -94,7 +94,7 @@ def _drop_tokenizer_code(tokenization_auto: Any, model_type: str) -> None:
 
 
 class _AfterImport:
-    """A finder that lets transformers load as usual and then registers our classes, once."""
+    """A finder that lets transformers load as usual and then registers this package's classes, once."""
 
     is_xverse_hook = True
 

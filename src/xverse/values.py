@@ -15,15 +15,33 @@ _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)", re.IGNORECASE)
 # LLaMA-Factory's names of the chat formats in ``tokenizer/published.py``.
 CHAT_FORMATS = ("alpaca", "baichuan2", "chatml", "intern", "llama2", "vicuna")
 TEMPLATE_HELP = f"chat format of a model whose files have none: {', '.join(CHAT_FORMATS)}"
+MODEL_HELP = "nano, a directory, a .gguf file, a run or checkpoint of training, a hub id or a URL"
 
 
 def flags(parser: argparse._ActionsContainer) -> Callable[..., None]:
     """``add(name, help, **options)``, which adds a flag to a parser."""
 
     def add(name: str, text: str, **options: Any) -> None:
+        if options.get("nargs") == "*" and not name.startswith("-"):
+            options["default"] = []  # without a default, argparse lists it among those required
         parser.add_argument(name, help=text, **options)
 
     return add
+
+
+def add_model(parser: argparse._ActionsContainer) -> None:
+    """The flag ``--model``."""
+    parser.add_argument("--model", default="nano", metavar="M", help=MODEL_HELP)
+
+
+def add_actions(parser: argparse.ArgumentParser, **texts: str) -> list[Any]:
+    """The parsers of a verb's actions, such as train below tokenizer, each described by its text."""
+    below = parser.add_subparsers(dest="action", required=True, metavar="|".join(texts))
+    form = parser.formatter_class
+    return [
+        below.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=form)
+        for name, text in texts.items()
+    ]
 
 
 def whole(low: int = 0, high: int | None = None) -> Callable[[str], int]:

@@ -95,13 +95,15 @@ def test_infer_of_quantised_weights(kind: str, capsys: pytest.CaptureFixture[str
 
 
 def test_infer_counts_what_a_step_reads() -> None:
-    """All weights, of the embedding one row per request, and the keys and values."""
-    with torch.device("meta"):
-        model = XverseForCausalLM(TINY).bfloat16()
-    table = TINY.vocab_size * TINY.hidden_size
-    weights = 2 * (TINY.num_parameters() - table + 2 * TINY.hidden_size)
-    kv = 2 * 2 * TINY.num_hidden_layers * TINY.hidden_size  # keys and values, 2 bytes each
-    assert infer_speed._step_bytes(model, batch=2, positions=10) == weights + 10 * kv
+    """All weights, of the embedding one row per request, and the keys and values of all key-value heads."""
+    for heads in (2, 1):
+        config = replace(TINY, num_key_value_heads=heads)
+        with torch.device("meta"):
+            model = XverseForCausalLM(config).bfloat16()
+        table = TINY.vocab_size * TINY.hidden_size
+        weights = 2 * (config.num_parameters() - table + 2 * TINY.hidden_size)
+        kv = 2 * 2 * TINY.num_hidden_layers * heads * 16  # keys and values, 2 bytes each
+        assert infer_speed._step_bytes(model, batch=2, positions=10) == weights + 10 * kv
 
 
 def test_infer_context() -> None:
@@ -117,6 +119,7 @@ def test_random_weights_work() -> None:
     assert sum(p.numel() for p in model.parameters()) == TINY.num_parameters()
 
 
+@pytest.mark.thorough
 def test_train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The two sides begin with equal weights; their losses agree at each step, and fall."""
     losses: dict[str, list[float]] = {}

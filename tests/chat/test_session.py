@@ -114,12 +114,12 @@ def test_a_file_goes_with_the_next_message(session: Session, notices: list[str],
 def test_help_lists_each_command(
     session: Session, notices: list[str], monkeypatch: pytest.MonkeyPatch, locale: str, word: str
 ) -> None:
-    from xverse.chat.words import COMMANDS, words
+    from xverse.chat.translations import COMMANDS, translated
 
     monkeypatch.setenv("LC_ALL", locale)
     converse(session, "/help")
     assert all(any(line.startswith(name) for line in notices[-1].splitlines()) for name in COMMANDS)
-    assert word in notices[-1] + words("welcome")
+    assert word in notices[-1] + translated("welcome")
     for command in COMMANDS:  # and each is one that the terminal knows
         converse(session, f"{command} ?" if command != "/exit" else command)
         assert "unknown command" not in notices[-1]

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.scale import ALL
 from xverse.config import UserError
 from xverse.engine import Engine, Request, SamplingParams, Speculation
 from xverse.engine.proposers import _Ngrams
@@ -149,6 +148,7 @@ def test_seeded_draws_are_the_same(model: Any, close_draft: Any, tiny_tokenizer:
         assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.thorough
 def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, tiny_tokenizer: Any) -> None:
     """Frequencies of three tokens after a prompt, with and without speculation: chi-squared."""
     from collections import Counter
@@ -156,7 +156,7 @@ def test_the_distribution_of_draws_is_preserved(model: Any, close_draft: Any, ti
     with torch.no_grad():
         model.lm_head.weight.mul_(0.25)  # so that several tokens are probable
         close_draft.lm_head.weight.mul_(0.25)
-    draws = 1000 if ALL else 400
+    draws = 1000
     kinds = [None, Speculation(draft=close_draft, draft_tokenizer=tiny_tokenizer)]
     counts: list[Counter[tuple[int | None, ...]]] = []
     accepted = 0

@@ -234,6 +234,7 @@ def test_chat_template(harness: Any, theirs: Any) -> None:
     assert harness.tok_encode(text) == theirs.tok_encode(text)
 
 
+@pytest.mark.thorough
 def test_our_prompts_as_a_task_there(
     harness: Any, engine_backend: Any, benchmarks: Path, tmp_path: Path
 ) -> None:
@@ -243,7 +244,7 @@ def test_our_prompts_as_a_task_there(
     for subject in mmlu.subjects[: 6 if ALL else 2]:
         for each in score_prompts(engine_backend, make_prompts(engine_backend, mmlu.benchmark, subject, 5)):
             ours.append(each.prediction == each.question.answer)
-            rows.append({"prompt": each.asked.prompt, "gold": "ABCD".index(each.question.answer or "A")})
+            rows.append({"prompt": each.prompt.prompt, "gold": "ABCD".index(each.question.answer or "A")})
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {

@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def document(base: Path, folder: Path, tmp_path: Path) -> dict[str, str]:
-    """The source document's command, but for model, data and how often something is done."""
+    """The command of XVERSE-7B's README, but for model, data and how often something is done."""
     return {
         "stage": "sft",
         "model_name_or_path": str(base),

@@ -1,4 +1,4 @@
-"""``xverse finetune`` with the source document's flags, in one process: trains, resumes, saves, refuses."""
+"""``xverse finetune`` with the flags of XVERSE-7B's README, in one process: train, resume, save, refuse."""
 
 from __future__ import annotations
 

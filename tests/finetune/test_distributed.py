@@ -128,6 +128,7 @@ def check_qat(one: Path, two: Path) -> None:
         assert torch.equal(module.dequantize(torch.float32), expected), name
 
 
+@pytest.mark.thorough
 def test_accelerate_with_fsdp_and_without(
     document, flags, tmp_path, wide_config, tiny_tokenizer, monkeypatch
 ) -> None:

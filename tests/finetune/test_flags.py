@@ -1,4 +1,4 @@
-"""The flags: every one of the source document, LLaMA-Factory's meanings, refusals by name."""
+"""The flags: every one of XVERSE-7B's README, LLaMA-Factory's meanings, refusals by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xverse.finetune.launch import deepspeed_file, training_arguments
 from xverse.finetune.resume import _compare, run_state
 from xverse.finetune.settings import _ONLY_WITH, OWN, Settings, read_settings, training_values
 
-# The source document's, word for word.
+# The command of XVERSE-7B's README, word for word.
 COMMAND = r"""
     --stage sft \
     --model_name_or_path model_path \

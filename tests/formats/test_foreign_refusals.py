@@ -99,7 +99,7 @@ def test_tensors_that_do_not_fit_are_named_as_published(name: str, make: Callabl
     changed |= {odd: torch.zeros(rows + 1, columns), "stranger.weight": torch.zeros(1)}
     text = refusal(make(name, tensors=changed))
     assert f"missing {gone}; unexpected stranger.weight; " in text
-    assert f"{odd} is {rows + 1}×{columns} where config.json says {rows}×{columns}" in text
+    assert f"{odd} is {rows + 1}×{columns} where the settings say {rows}×{columns}" in text
 
 
 def test_a_matrix_of_integers(make: Callable[..., Path]) -> None:

@@ -229,7 +229,7 @@ def test_missing_unexpected_and_misshaped_tensors_in_one_line(written: Path) -> 
         lambda: load_model(written),
         "missing model.layers.1.mlp.up_proj.weight",
         "unexpected model.layers.0.self_attn.q_proj.bias",
-        "model.norm.weight is 32 where config.json says 64",
+        "model.norm.weight is 32 where the settings say 64",
         "model.layers.0.mlp.up_proj.weight is stored as int8",
     )
 
@@ -245,7 +245,7 @@ def test_absent_head(written: Path) -> None:
         ({"vocab_size": 999}, "embed_tokens.weight is"),
         ({"num_hidden_layers": 1}, "unexpected model.layers.1."),
         ({"num_hidden_layers": 3}, "missing model.layers.2."),
-        ({"intermediate_size": 256}, "config.json says 256×64"),
+        ({"intermediate_size": 256}, "the settings say 256×64"),
     ],
 )
 def test_config_that_contradicts_its_tensors(published: Path, changes: dict[str, int], part: str) -> None:

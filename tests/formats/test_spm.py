@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.scale import examples
 from xverse.config import UserError
-from xverse.formats.spm import Kind, random_differences, spm_encode, spm_vocabulary
+from xverse.formats.spm import TokenType, random_differences, spm_encode, spm_vocabulary
 from xverse.tokenizer import Tokenizer
 
 from .upstream import break_tokenizer
@@ -72,9 +72,15 @@ def test_what_gguf_cannot_express() -> None:
 def test_kinds_and_scores(tiny_tokenizer: Tokenizer) -> None:
     size = tiny_tokenizer.vocab_size + 2
     vocabulary = spm_vocabulary(tiny_tokenizer, size)
-    assert vocabulary.kinds[:5] == [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL, Kind.CONTROL, Kind.BYTE]
-    assert vocabulary.kinds[259:261] == [Kind.BYTE, Kind.NORMAL]
-    assert vocabulary.kinds[-2:] == [Kind.UNUSED, Kind.UNUSED]
+    assert vocabulary.kinds[:5] == [
+        TokenType.UNKNOWN,
+        TokenType.CONTROL,
+        TokenType.CONTROL,
+        TokenType.CONTROL,
+        TokenType.BYTE,
+    ]
+    assert vocabulary.kinds[259:261] == [TokenType.BYTE, TokenType.NORMAL]
+    assert vocabulary.kinds[-2:] == [TokenType.UNUSED, TokenType.UNUSED]
     assert len(vocabulary.tokens) == len(set(vocabulary.tokens)) == size
     merges = tiny_tokenizer.values["model"]["merges"]
     score = dict(zip(vocabulary.tokens, vocabulary.scores, strict=True))
@@ -100,7 +106,7 @@ def test_tokens_that_no_text_leads_to_are_hidden(published: Tokenizer) -> None:
     merges += [[a, b], [b, c], [a, b + c]]
     late = Tokenizer(values)
     vocabulary = spm_vocabulary(late, late.vocab_size)
-    assert vocabulary.kinds[size + 2] is Kind.UNUSED
+    assert vocabulary.kinds[size + 2] is TokenType.UNUSED
     for text in (a + b, b + c, a + b + c, f"{b}{a}{b}{c}{c} "):
         assert spm_encode(vocabulary, text) == late.encode(text)
 
@@ -111,7 +117,7 @@ def test_nul_has_a_token(tiny_tokenizer: Tokenizer) -> None:
     tokenizer = Tokenizer(values)
     vocabulary = spm_vocabulary(tokenizer, tokenizer.vocab_size)
     assert vocabulary.tokens[index] == "<0x00>"
-    assert vocabulary.kinds[index] is Kind.BYTE
+    assert vocabulary.kinds[index] is TokenType.BYTE
     assert spm_encode(vocabulary, "a\0") == tokenizer.encode("a\0")
 
 

@@ -1,4 +1,4 @@
-"""The source document's snippet on xverse's and on published directories; no foreign code runs."""
+"""The snippet of XVERSE-7B's README on xverse's and on published directories; no foreign code runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-# Verbatim from the source document, prompts taken off; only the path differs.
+# Verbatim from XVERSE-7B's README, prompts taken off; only the path differs.
 SNIPPET = """\
 import torch
 from transformers import AutoTokenizer, AutoModelForCausalLM

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.scale import ALL
 from xverse.kernels.gpu import attention, layers, linear
 from xverse.kernels.paged_attention import PagedLayer
 from xverse.kernels.tiles import tile
@@ -14,7 +15,7 @@ from xverse.quant.methods import rtn
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("group_size", [32, 128] if ALL else [32])
 def test_weights_and_products(bits: int, group_size: int) -> None:
     outputs = 45
     generator = torch.Generator().manual_seed(bits)
@@ -45,7 +46,7 @@ def cache(kind: str, head_dim: int) -> PagedLayer:
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
-@pytest.mark.parametrize("head_dim", [32, 80])
+@pytest.mark.parametrize("head_dim", [32, 80] if ALL else [80])
 def test_paged_cache(kind: str, head_dim: int) -> None:
     generator = torch.Generator().manual_seed(head_dim)
     ours, expected = cache(kind, head_dim), cache(kind, head_dim)

@@ -28,7 +28,7 @@ def test_kernels_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-    assert run.stdout.startswith("........."), run.stdout[-500:]  # one for each test
+    assert run.stdout.startswith("......"), run.stdout[-500:]  # one for each test
 
 
 BF16, I32, I64, F32, I8 = "*bf16", "i32", "*i64", "*fp32", "*i8"

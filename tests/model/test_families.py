@@ -306,7 +306,7 @@ def test_xverse_is_unchanged() -> None:
 
 STORED = {
     "float64": (lambda t: t | {"model.norm.weight": t["model.norm.weight"].double()}, "stored as float64"),
-    "another shape": (lambda t: t | {"model.norm.weight": torch.ones(3)}, "is 3 where config.json says 192"),
+    "another shape": (lambda t: t | {"model.norm.weight": torch.ones(3)}, "is 3 where the settings say 192"),
     "none": (lambda t: {k: v for k, v in t.items() if "0.mlp.up" not in k}, "missing model.layers.0.mlp.up"),
     "one too many": (lambda t: t | {"x": torch.ones(1)}, "unexpected x"),
     "another head": (lambda t: t | {"lm_head.weight": torch.ones(VOCAB, 192)}, "is not the embedding"),

@@ -54,7 +54,7 @@ def words(large: Path, out: Path, **flags: str) -> list[str]:
     "flags",
     [
         {"finetuning_type": "full", "bf16": "true", "gradient_accumulation_steps": "2"},
-        {"finetuning_type": "lora"},
+        pytest.param({"finetuning_type": "lora"}, marks=pytest.mark.thorough),
         {
             "finetuning_type": "lora",
             "bf16": "true",

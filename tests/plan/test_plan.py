@@ -41,6 +41,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return output.err
 
 
+@pytest.mark.thorough
 def test_sources_that_the_fit_has_not_seen_are_foretold() -> None:
     known = read_measurements()
     unseen = leave_one_out(known)
@@ -108,6 +109,7 @@ def test_rings_have_latency_by_rank_and_trees_by_doubling() -> None:
     assert collective("total", 1e9, 64) == pytest.approx(collective("ring", 1e9, 64) * 2, rel=0.1)
 
 
+@pytest.mark.thorough
 def test_large_clusters_get_groups_that_share_weights() -> None:
     task = task_of(named_shape("7b"), "7b", DEVICES["h100"], 16384, None, None)
     best = search(task)[0].layout

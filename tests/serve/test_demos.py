@@ -1,4 +1,4 @@
-"""The demos with the source document's flags, in separate processes."""
+"""The demos with the flags of XVERSE-7B's README, in separate processes."""
 
 from __future__ import annotations
 

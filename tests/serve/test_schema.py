@@ -64,7 +64,7 @@ def test_no_request_to_another_api_makes_it_fail(server: Any, api: dict[str, Any
         method, path = name.split()
         takes_body = "requestBody" in paths[path][method.lower()]
         for mode in ("POSITIVE", "NEGATIVE") if takes_body else ("POSITIVE",):
-            statuses(api[name], name, mode, 12)
+            statuses(api[name], name, mode, examples(12))
 
 
 # The length of the reply is not tested here.

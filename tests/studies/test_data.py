@@ -11,6 +11,7 @@ from xverse.config import UserError
 from xverse.tokenizer import Tokenizer
 
 
+@pytest.mark.thorough
 def test_shards_are_measured_beside_the_library(
     tmp_path: Path, tiny_texts: list[str], tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

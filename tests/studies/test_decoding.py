@@ -37,6 +37,7 @@ def test_the_texts_quote_and_do_not() -> None:
     assert " ".join(map(str, replies["other"][:6])) not in joined
 
 
+@pytest.mark.thorough
 def test_real_replies_are_the_same(tiny_model: Any, tiny_tokenizer: Any) -> None:
     draft = XverseForCausalLM(tiny_model.config)
     init_weights(draft, seed=3)
@@ -53,6 +54,7 @@ def test_the_share_outside_the_model(tiny_model: Any, tiny_tokenizer: Any) -> No
         assert 0 < figures[kind]["outside_share"] < 1
 
 
+@pytest.mark.thorough
 def test_parts_on_the_command_line(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Any) -> None:
     save_hf(tiny_model, tiny_tokenizer, tmp_path / "model")
     path = str(tmp_path / "model")

@@ -12,6 +12,7 @@ from benchmarks.studies.common import check_space
 from xverse.config import UserError
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_load(tmp_path: Path) -> None:
     figures = load.measure("nano", tmp_path)

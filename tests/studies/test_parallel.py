@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.studies.parallel import measure
 from xverse.model import XverseConfig
 
 
+@pytest.mark.thorough
 def test_peak_of_each_process() -> None:
     config = XverseConfig(
         vocab_size=8192, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4

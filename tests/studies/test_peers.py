@@ -19,6 +19,7 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return forkserver.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("part", "rival"), [("bf16", "transformers bf16"), ("int8", "llama.cpp Q8_0")])
 def test_both_sides_are_timed_and_agree(tmp_path: Path, part: str, rival: str) -> None:
     if rival.startswith("llama.cpp"):

@@ -18,6 +18,7 @@ def measured(capsys: Any, *flags: str) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.thorough
 def test_soak(capsys: Any) -> None:
     figures = measured(capsys, "soak", "--minutes", "0.15", "--clients", "4", "--leaving", "0.5")
     assert figures["failed"] == []

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests import forkserver
+from tests.pre_tokens import pre_tokens
 from xverse import texts
 from xverse.config import UserError
 from xverse.tokenizer import counting, native
@@ -73,7 +74,7 @@ def expected(files: list[Path]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for path in files:
         for text in texts.read_texts(path, texts.ReadReport()):
-            counts.update(native.pre_tokens(text.decode()))
+            counts.update(pre_tokens(text.decode()))
     return counts
 
 
@@ -109,7 +110,7 @@ def test_a_small_table_spills_and_merges(tmp_path: Path) -> None:
     assert runs > 1
     native.merge_words([tmp_path / f"run.{index}" for index in range(runs)], tmp_path / "all")
     assert read_counts(tmp_path / "all") == sum(
-        (Counter(native.pre_tokens(text[begin:].decode())) for begin in range(3)), Counter()
+        (Counter(pre_tokens(text[begin:].decode())) for begin in range(3)), Counter()
     )
 
 

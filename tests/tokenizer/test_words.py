@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
+from tests.pre_tokens import pre_tokens
 from tests.scale import examples
 from xverse.tokenizer import native
 from xverse.tokenizer.train import TRAINING_WORDS
@@ -37,7 +38,7 @@ def by_library(text: str) -> list[str]:
 @given(st.text(st.one_of(st.sampled_from(ODD), st.characters(exclude_categories=["Cs"])), max_size=60))
 @settings(max_examples=examples(500), deadline=None)
 def test_any_text(text: str) -> None:
-    assert native.pre_tokens(text) == by_library(text)
+    assert pre_tokens(text) == by_library(text)
 
 
 def test_every_code_point_stands_alone_as_in_the_library() -> None:
@@ -63,7 +64,7 @@ def test_every_code_point_stands_alone_as_in_the_library() -> None:
                 ranges.append([points[index]] * 2)
         white = str.maketrans(" \t\r\n", "bbbb")
         expected = [word for word, _ in alone.pre_tokenize_str(text.translate(white))]
-        assert native.pre_tokens(text.translate(white)) == expected, ranges
+        assert pre_tokens(text.translate(white)) == expected, ranges
 
 
 @pytest.mark.data
@@ -74,4 +75,4 @@ def test_real_texts_of_every_language(test_data: Path) -> None:
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             for line in islice(stream, 0, 200, 50):
                 text = json.loads(line)["text"]
-                assert native.pre_tokens(text) == by_library(text), path
+                assert pre_tokens(text) == by_library(text), path

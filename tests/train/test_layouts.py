@@ -41,12 +41,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP × FSDP": (4, {"pipeline": 2, "micro_batch_size": 2}),
 }
 if not ALL:  # the others combine these
-    for each in ("DDP", "CP × FSDP", "TP × FSDP", "PP × FSDP"):
+    for each in ("DDP", "CP × FSDP", "TP × FSDP", "PP × FSDP", "TP × CP"):
         del LAYOUTS[each]
 
 
 # (shape, layout) of two processes, with shapes of XVERSE's relatives
-FAMILY_LAYOUTS = [("tied", "FSDP"), ("tied", "TP"), ("tied", "CP"), ("family", "PP")]
+FAMILY_LAYOUTS = [("tied", "FSDP"), ("tied", "TP"), ("tied", "CP"), ("family", "PP")][0 if ALL else 2 :]
 
 
 def job(name: str, out: Path, **more: Any) -> dict[str, Any]:

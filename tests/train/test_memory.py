@@ -66,7 +66,15 @@ def settings(**values: Any) -> dict[str, Any]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    "values", [{}, {"dtype": "float32", "activation_checkpointing": "full", "optimizer": "muon"}], ids=str
+    "values",
+    [
+        {},
+        pytest.param(
+            {"dtype": "float32", "activation_checkpointing": "full", "optimizer": "muon"},
+            marks=pytest.mark.thorough,
+        ),
+    ],
+    ids=str,
 )
 def test_the_prediction_is_near_what_a_process_takes(values: dict[str, Any]) -> None:
     job = {"shape": SHAPE, "settings": settings(**values), "batch": BATCH, "length": LENGTH}

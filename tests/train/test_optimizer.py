@@ -209,6 +209,7 @@ def test_recomputing_changes_no_gradient_and_keeps_less(
     assert kept["full"] < kept["selective"] < 0.85 * kept["none"], kept
 
 
+@pytest.mark.thorough
 def test_compiled_layers_compute_the_same(feed: PretrainFeed, tiny_shape: dict[str, int]) -> None:
     results = []
     for compiled in (False, True):

@@ -22,7 +22,7 @@ from xverse import cli, hardware
 time_each = hardware._time_each
 
 def repeated(action, *arguments):
-    return time_each(lambda: [action() for _ in range(8)], *arguments)
+    return time_each(lambda: [action() for _ in range(24)], *arguments)
 
 if os.environ["RANK"] == "1":
     hardware._time_each = repeated
@@ -50,7 +50,7 @@ def test_a_slow_process_is_named_and_ends_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rank 1 of three does the work of each measurement eight times; torchrun reports its exit code."""
+    """Rank 1 of three does the work of each measurement 24 times; torchrun reports its exit code."""
     recipe = write_recipe(
         steps=2, batch_size=6, parallel="ddp", preflight="stop", preflight_share=0.4, dtype="float32"
     )
@@ -89,7 +89,7 @@ def test_repeated_work_is_measured_as_slower(monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(
             hardware,
             "_time_each",
-            lambda action, *rest: time_each(lambda: [action() for _ in range(6)], *rest),
+            lambda action, *rest: time_each(lambda: [action() for _ in range(12)], *rest),
         )
         (loaded,), _ = measure(ALONE, "float32")
     (free,), _ = measure(ALONE, "float32")

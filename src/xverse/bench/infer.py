@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from xverse.bench.options import add_model, add_quantize, add_rounds, add_shape, add_threads, positive
+from xverse.bench.options import add_quantize, add_rounds, add_shape, add_threads, positive
 from xverse.device import add_device
+from xverse.values import add_model
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

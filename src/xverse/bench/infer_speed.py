@@ -1,4 +1,4 @@
-"""Prefill and decode speed through the engine, beside the measured memory bandwidth and matmul rate."""
+"""Prefill and decode speed through the engine, against the measured memory bandwidth and matmul rate."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def _step_bytes(model: XverseForCausalLM, batch: int, positions: float) -> float
         unused = (1 - model.config.moe_top_k / model.config.num_experts) ** batch
         experts = [m.experts for m in model.modules() if isinstance(m, RoutedMLP)]
         weights -= int(unused * sum(map(_tensor_bytes, experts)))
-    kv = 2 * model.config.num_hidden_layers * model.config.hidden_size * item
+    kv = 2 * model.config.num_hidden_layers * model.config.kv_size * item
     return weights + batch * model.config.hidden_size * item + kv * positions
 
 

@@ -1,5 +1,5 @@
 """Part of ``xverse bench quant``: the matrix products of a whole model, layer by layer. Bytes per second with
-one row, beside the memory's read rate; operations per second with several rows."""
+one row, compared with the memory's read rate; operations per second with several rows."""
 
 from __future__ import annotations
 

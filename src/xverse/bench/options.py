@@ -9,12 +9,8 @@ from xverse.values import whole
 positive = whole(1, 10**12)
 
 
-def add_model(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--model", default="nano", metavar="M", help="nano, a model directory or a hub id")
-
-
 def add_shape(parser: argparse._ActionsContainer, default: str | None = None) -> None:
-    """Without ``default`` beside ``--model``, which it replaces."""
+    """Without ``default`` together with ``--model``, which it replaces."""
     text = "a named shape" if default else "a named shape with random weights, such as 7b"
     parser.add_argument("--shape", default=default, metavar="S", help=text)
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.bench.options import add_model, add_threads, positive
+from xverse.bench.options import add_threads, positive
 from xverse.bench.report import Row, count_threads, show
 from xverse.config import UserError, choose
 from xverse.hardware import cores, using_threads
-from xverse.values import flags, refuse_unused
+from xverse.values import add_model, flags, refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +139,7 @@ class Result:
 
 
 class Study:
-    """A model in float32 and its logits on texts, beside which quantised ones are read."""
+    """A model in float32 and its logits on texts, the reference of the quantised ones."""
 
     def __init__(self, directory: ModelDirectory, texts: dict[str, Tensor]) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""``xverse bench quant``: matrix products of all layers in bfloat16 and in 8, 4, 3 and 2 bits, beside their
+"""``xverse bench quant``: matrix products of all layers in bfloat16 and in 8, 4, 3 and 2 bits, against their
 bounds."""
 
 from __future__ import annotations

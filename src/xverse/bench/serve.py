@@ -1,4 +1,4 @@
-"""``xverse bench serve``: the server under load, beside the engine alone on similar prompts."""
+"""``xverse bench serve``: the server under load, compared with the engine alone on similar prompts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from xverse import hardware
 from xverse.bench.client import Stream, chat, completion, serving, together
-from xverse.bench.options import add_model, add_quantize, add_rounds, add_threads, positive
+from xverse.bench.options import add_quantize, add_rounds, add_threads, positive
 from xverse.bench.report import Row, at_least, at_most, show
 from xverse.config import UserError
 from xverse.device import add_device
 from xverse.log import notice
+from xverse.values import add_model
 
 if TYPE_CHECKING:
     from xverse.engine import Engine
@@ -160,7 +161,7 @@ def _rows(result: dict[str, Any], small: bool) -> Iterator[Row]:
     yield Row("all streams together", f"{result['total_tok_s']:.1f} tok/s", bound)
     if "peer_ratio" in result:
         text = f"{result['peer_ratio']:.2f} × the peer ({result['peer_tok_s']:.1f} tok/s)"
-        yield Row("beside the peer", text, at_least(PEER_TARGET, result["peer_ratio"], "×"))
+        yield Row("compared with the peer", text, at_least(PEER_TARGET, result["peer_ratio"], "×"))
     slowest = result["slowest_of_median"]
     bound = at_least(SLOWEST_TARGET, slowest, "of the median")
     yield Row("slowest stream", f"{slowest:.2f} of the median", bound)

@@ -1,7 +1,7 @@
-"""``xverse bench train``: pretraining speed and memory beside transformers' Llama under its Trainer.
+"""``xverse bench train``: pretraining speed and memory compared with transformers' Llama under its Trainer.
 
 Both sides use the same shape, weights, batch, precision (bf16 autocast over float32 parameters) and optimizer
-(fused AdamW, clipped gradients); ours runs the training step of ``train/``. Each side has its own process;
+(fused AdamW, clipped gradients); xverse runs the training step of ``train/``. Each side has its own process;
 they alternate, so that changes in the machine's speed affect both. The ratio is the median over pairs.
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xverse.chat.words import COMMANDS, words
+from xverse.chat.translations import COMMANDS, translated
 from xverse.log import notice
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _kept(path: Path) -> History:
             try:
                 super().store_string(string)
             except OSError as error:
-                notice(words("no history", reason=f"{path} ({error.strerror})"))
+                notice(translated("no history", reason=f"{path} ({error.strerror})"))
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -65,6 +65,6 @@ def _kept(path: Path) -> History:
             recent = path.read_bytes()[-_MOST_BYTES // 2 :]
             path.write_bytes(recent[recent.find(b"\n# ") + 1 :])  # entries begin with a comment
     except OSError as error:
-        notice(words("no history", reason=f"{path} ({error.strerror})"))
+        notice(translated("no history", reason=f"{path} ({error.strerror})"))
         return InMemoryHistory()
     return Kept(str(path))

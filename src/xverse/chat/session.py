@@ -98,7 +98,7 @@ class Session:
         )
         most = limit * 7 // 8
         if count > most:
-            raise UserError(f"{count} tokens are too many; beside a question there is room for {most}")
+            raise UserError(f"{count} tokens are too many; a question leaves room for {most}")
         return count
 
     def _answer(self, question: Message) -> Generator[str, None, None]:

@@ -15,7 +15,7 @@ from xverse.chat.colour import Markdown, colours
 from xverse.chat.prompt import prompter
 from xverse.chat.saved import load_conversation, save_conversation
 from xverse.chat.session import Session
-from xverse.chat.words import COMMANDS, help_text, words
+from xverse.chat.translations import COMMANDS, help_text, translated
 from xverse.config import UserError, key_value, nearest
 from xverse.engine.sampling_params import PARAMS
 from xverse.log import notice
@@ -45,8 +45,8 @@ class Terminal:
         if self.interactive:
             config = self.session.engine.model.config
             size = f"{config.num_parameters() / 1e6:,.1f} M"
-            notice(words("model", name=self._name, parameters=size, context=config.context_length))
-            notice(words("welcome"))
+            notice(translated("model", name=self._name, parameters=size, context=config.context_length))
+            notice(translated("welcome"))
         code = 0
         while True:
             try:
@@ -56,7 +56,7 @@ class Terminal:
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                notice(words("leave"))
+                notice(translated("leave"))
                 continue
             try:
                 if line.strip() == "/exit":
@@ -68,7 +68,7 @@ class Terminal:
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                notice(words("stopped"))
+                notice(translated("stopped"))
 
     def _turn(self, line: str) -> None:
         if not line.strip():
@@ -86,7 +86,7 @@ class Terminal:
         show(pieces, self.stdout)
         speed = self.session.speed
         if self.interactive:
-            notice(words("speed", count=speed.tokens, first=speed.first, rate=speed.rate))
+            notice(translated("speed", count=speed.tokens, first=speed.first, rate=speed.rate))
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -102,23 +102,23 @@ class Terminal:
             self._attach(_file(name, rest))
         elif name == "/retry":
             if session.sampling.seed is not None or not session.sampling.temperature:
-                notice(words("same"))
+                notice(translated("same"))
             self._show(session.retry())
         elif name == "/undo":
-            notice(words("undone", text=_shortened(session.undo()["content"])))
+            notice(translated("undone", text=_shortened(session.undo()["content"])))
         elif name == "/reset":
             session.reset()
             self._attached.clear()
-            notice(words("cleared"))
+            notice(translated("cleared"))
         elif name == "/system":
             session.system = rest
-            notice(words("system set" if rest else "system removed"))
+            notice(translated("system set" if rest else "system removed"))
         elif name == "/save":
             save_conversation(session.messages, _file(name, rest))
-            notice(words("saved", count=len(session.messages), file=rest))
+            notice(translated("saved", count=len(session.messages), file=rest))
         elif name == "/load":
             session.messages = load_conversation(_file(name, rest))
-            notice(words("loaded", count=len(session.messages), file=rest))
+            notice(translated("loaded", count=len(session.messages), file=rest))
         elif name == "/adapter":
             self._adapter(rest)
         else:
@@ -132,7 +132,7 @@ class Terminal:
         if name:
             session.adapter = None if name == "none" else name
         names = ", ".join(session.adapters) or "none"
-        notice(words("adapters", names=names, used=session.adapter or "none"))
+        notice(translated("adapters", names=names, used=session.adapter or "none"))
 
     def _attach(self, file: str) -> None:
         path = Path(file).expanduser()
@@ -146,7 +146,7 @@ class Terminal:
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         self._attached.append(text)
-        notice(words("attached", file=file, count=count))
+        notice(translated("attached", file=file, count=count))
 
     def _params(self, rest: str) -> None:
         values = dict(key_value(item) for item in rest.split())

@@ -12,11 +12,11 @@ from xverse.config import UserError
 
 # Each is a module of xverse.bench with arguments(parser) and run(args) -> figures.
 BENCHMARKS = {
-    "infer": "prefill and decode speed beside the measured memory bandwidth",
-    "serve": "the server under load, beside the engine alone",
-    "train": "pretraining speed and memory beside transformers' Trainer",
-    "quant": "INT4, INT8 and bfloat16 kernels beside their bounds",
-    "quality": "what quantising costs a model, beside llama.cpp's types",
+    "infer": "prefill and decode speed compared with the measured memory bandwidth",
+    "serve": "the server under load, compared with the engine alone",
+    "train": "pretraining speed and memory compared with transformers' Trainer",
+    "quant": "INT4, INT8 and bfloat16 kernels compared with their bounds",
+    "quality": "what quantising costs a model, compared with llama.cpp's types",
 }
 ALL = ("infer", "train", "quant")  # without a name: those that need no extra
 

@@ -10,26 +10,28 @@ from typing import Any
 from xverse.commands.sampling import add_sampling_flags, given_sampling
 from xverse.config import UserError
 from xverse.device import add_device, add_tensor_parallel
-from xverse.values import TEMPLATE_HELP, flags, whole
+from xverse.values import TEMPLATE_HELP, add_model, flags, whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # absent from the namespace unless given
     add = flags(parser)
-    add("--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
+    add_model(parser)
     text = "directory with an adapter in peft's format; several with names, for /adapter"
     add("--adapter", text, action="append", metavar="[NAME=]A", **unset)
     add("--template", TEMPLATE_HELP, metavar="NAME", **unset)
     once = parser.add_mutually_exclusive_group()
     add = flags(once)
-    add("--ask", "print the reply to TEXT and exit; -: to stdin", metavar="TEXT", **unset)
-    add("--complete", "print a continuation of TEXT and exit; -: of stdin", metavar="TEXT", **unset)
+    add("--ask", "print the reply to TEXT and exit; -: read TEXT from stdin", metavar="TEXT", **unset)
+    text = "print a continuation of TEXT and exit; -: read TEXT from stdin"
+    add("--complete", text, metavar="TEXT", **unset)
     add = flags(parser)
     add("--system", "system prompt", metavar="TEXT", **unset)
     add("--quantize", "quantise the weights while loading", choices=["int8", "int4"], **unset)
     text = "do not keep what is typed for later sessions ($XDG_STATE_HOME/xverse/history)"
     add("--no-history", text, action="store_true")
-    add("--threads", "CPU threads (default: by size)", type=whole(1, 1024), metavar="N", **unset)
+    text = "CPU threads (default: chosen by the model's size)"
+    add("--threads", text, type=whole(1, 1024), metavar="N", **unset)
     add_device(parser)
     add_tensor_parallel(parser)
     add_sampling_flags(parser, "How replies are generated")

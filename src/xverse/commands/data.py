@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
-from xverse.values import flags, refuse_unused, whole
+from xverse.values import add_actions, flags, refuse_unused, whole
 
 if TYPE_CHECKING:
     from xverse.data.feed import PretrainFeed
@@ -25,26 +25,25 @@ _OF_EXAMPLES: dict[str, Any] = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="prepare|show")
-    prepare = actions.add_parser("prepare", help="make a tokenizer and token shards from text")
+    prepare, show = add_actions(
+        parser,
+        prepare="make a tokenizer and token shards from text",
+        show="show a mixture as a tree, or a fine-tuning example coloured by its loss mask",
+    )
     add = flags(prepare)
     add("recipe", "recipe; docs/data.md describes its keys", metavar="RECIPE.yaml")
     add("overrides", "settings that override the recipe's", nargs="*", metavar="key=value")
-    show = actions.add_parser(
-        "show", help="show a mixture as a tree, or a fine-tuning example coloured by its loss mask"
-    )
     add = flags(show)
     text = "a recipe or a prepared folder (a path or URL), to show its mixture"
     add("recipe", text, nargs="?", metavar="RECIPE|FOLDER")
     add("overrides", "settings that override the recipe's", nargs="*", metavar="key=value")
     add("--mixture", "mixture file that replaces the recipe's mixture", metavar="FILE")
     add("--dataset", "fine-tuning data: a name in dataset_info.json, a file or a hub id", metavar="D")
-    add("--dataset-dir", "folder with dataset_info.json (default: %(default)s)", metavar="DIR")
-    add("--stage", "how to read --dataset (default: %(default)s)", choices=["sft", "pt", "dpo"])
-    text = "maximum length of an example in tokens (default: %(default)s)"
-    add("--cutoff-len", text, type=whole(8, 10**9), metavar="N")
+    add("--dataset-dir", "folder with dataset_info.json", metavar="DIR")
+    add("--stage", "how to read --dataset", choices=["sft", "pt", "dpo"])
+    add("--cutoff-len", "maximum length of an example in tokens", type=whole(8, 10**9), metavar="N")
     add("--identity", "values for {{placeholders}} in the data", nargs="+", metavar="KEY=VALUE")
-    add("--model", "model whose tokenizer is used (default: %(default)s)", metavar="M")
+    add("--model", "model whose tokenizer is used", metavar="M")
     add("--index", "number of the example, from 0", type=whole(), metavar="N")
     show.set_defaults(**_OF_EXAMPLES)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xverse.config import UserError
 from xverse.device import add_device, add_tensor_parallel
-from xverse.values import flags, positive, refuse_unused, whole
+from xverse.values import add_actions, add_model, flags, positive, refuse_unused, whole
 
 DEFAULT_TASKS = "mmlu,ceval,agieval,gaokao-bench,gaokao-english"
 # Flags of eval run that only multiple-choice benchmarks use, with their defaults.
@@ -17,14 +17,15 @@ _OF_CHOICES = {"shots": 5, "split": None, "fix_none": False, "skip_malformed": F
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="run|report|compare|fetch", required=True)
-
-    def verb(name: str, text: str) -> argparse.ArgumentParser:
-        return actions.add_parser(name, help=text, description=text, formatter_class=parser.formatter_class)
-
-    run = verb("run", "score a model; started again, a killed run resumes")
+    run, report, compare, fetch = add_actions(
+        parser,
+        run="score a model; started again, a killed run resumes",
+        report="write tables, plot and report.json of one or several runs, such as several precisions",
+        compare="compare two runs on the same questions, with the significance of the difference",
+        fetch="download and verify the benchmarks' data",
+    )
     add = flags(run)
-    add("--model", "nano, a model directory or a hub id", default="nano", metavar="M")
+    add_model(run)
     text = "tasks, also ppl, gsm8k, humaneval, skills and custom benchmarks (.yaml) (default: %(default)s)"
     add("--tasks", text, default=DEFAULT_TASKS, metavar="T,…")
     add("--data-dir", "data directory with the benchmarks (default: where fetch puts them)", metavar="D")
@@ -58,19 +59,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_tensor_parallel(run)
     add("--threads", "CPU threads (default: all cores)", type=whole(1, 1024), metavar="N")
 
-    report = verb("report", "tables, plot and report.json of one or several runs, such as several precisions")
     add = flags(report)
     add("runs", "output folders of `eval run`", nargs="+", metavar="DIR")
     add("--out", "folder for the report (default: the first run's)", metavar="DIR")
 
-    compare = verb(
-        "compare", "compare two runs on the same questions, with the significance of the difference"
-    )
     add = flags(compare)
     add("first", "output folder of a run", metavar="FIRST")
     add("second", "output folder of the other run", metavar="SECOND")
 
-    fetch = verb("fetch", "download and verify the benchmarks' data")
     add = flags(fetch)
     add("sets", "mmlu, ceval, agieval, gaokao-bench (default: all)", nargs="*", metavar="SET")
     add("--data-dir", "folder to write (default: the cache)", metavar="D")

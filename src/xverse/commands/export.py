@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from xverse.config import UserError
 from xverse.device import add_device, compute_device, guard
 from xverse.place import output
-from xverse.values import flags
+from xverse.values import add_model, flags
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = flags(parser)
-    add("--model", "a directory, a .gguf file, a hub id or nano (default: nano)", default="nano", metavar="M")
+    add_model(parser)
     add("--adapter", "an adapter in peft's format to merge into the weights", metavar="A")
     add("--out", "the directory or NAME.gguf to write; a path or URL", required=True, metavar="OUT")
     text = (

@@ -27,7 +27,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Settings):
         others = [alias for alias, name in ALIASES.items() if name == field.name]
         hint, text = typing.get_args(hints[field.name])
-        if isinstance(field.default, (int, float, str)) and field.default not in (False, ""):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            text += " (required)"
+        elif isinstance(field.default, (int, float, str, Path)) and field.default not in (False, ""):
             text += f" (default: {field.default})"
         if others:
             text += f"; also --{', --'.join(others)}"

@@ -16,37 +16,36 @@ _OF_SEARCH = {"top": 6}  # flags that --layout makes useless, with their default
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = flags(parser)
-    text = (
-        "nano, mini, 7b, 13b, 13b-2, 65b, a model directory, its config.json, or YAML with the same "
-        "keys (default: 7b)"
-    )
-    add("--shape", text, default="7b")
-    add("--device", "a100, a800, h100, h200, b200, or a YAML file that describes a device", required=True)
-    add("--gpus", "number of devices", type=whole(1, 10**7), required=True)
+    text = "nano, mini, 7b, 13b, 13b-2, 65b, a model directory, its config.json, or YAML with the same keys"
+    add("--shape", text, default="7b", metavar="S")
+    text = "a100, a800, h100, h200, b200, or a YAML file that describes a device"
+    add("--device", text, required=True, metavar="D")
+    add("--gpus", "number of devices", type=whole(1, 10**7), required=True, metavar="N")
     text = "length of a sequence (default: the shape's context)"
     add("--seq", text, type=whole(1, 10**9), metavar="TOKENS")
     text = "tokens of one step (default: about 4 Mi, at least one sequence per GPU)"
     add("--batch-tokens", text, type=whole(1, 10**15), metavar="TOKENS")
     text = "tokens of the whole training, to compute its days (default: 2.6e12)"
-    add("--tokens", text, type=positive(1e18), default=2.6e12)
-    add("--top", "how many kinds of layouts to show (default: %(default)s)", type=whole(1), metavar="N")
+    add("--tokens", text, type=positive(1e18), default=2.6e12, metavar="TOKENS")
+    add("--top", "how many kinds of layouts to show", type=whole(1), metavar="N")
     text = (
         "predict this layout instead of searching: data (or shard and replicate), tensor, context, "
         "pipeline, virtual_stages, micro_batch, checkpointing, and zero=0, 1 or 3"
     )
     add("--layout", text, metavar="KEY=N,…")
-    add("--optimizer", "the optimizer (default: adamw)", choices=["adamw", "muon"], default="adamw")
+    add("--optimizer", "the optimizer", choices=["adamw", "muon"], default="adamw")
     add("--json", "print one JSON object instead of the table", action="store_true")
     add("--chart", "write a chart of where the time goes to this file", type=Path, metavar="PNG")
     parser.set_defaults(**_OF_SEARCH)
     device = parser.add_argument_group("figures of the device that replace the known ones")
     add = flags(device)
-    add("--tflops", "peak of dense bf16 in TFLOP/s", type=positive(1e9))
-    add("--memory-gb", "memory in GB", type=positive(1e9))
-    add("--memory-gbs", "memory bandwidth in GB/s", type=positive(1e9))
-    add("--link-gbs", "NVLink or PCIe bandwidth of one GPU, one direction, in GB/s", type=positive(1e9))
-    add("--network-gbits", "one GPU's share of the network in Gbit/s", type=positive(1e9))
-    add("--gpus-per-machine", "number of GPUs in one machine", type=whole(1, 10**6))
+    add("--tflops", "peak of dense bf16 in TFLOP/s", type=positive(1e9), metavar="N")
+    add("--memory-gb", "memory in GB", type=positive(1e9), metavar="N")
+    add("--memory-gbs", "memory bandwidth in GB/s", type=positive(1e9), metavar="N")
+    text = "NVLink or PCIe bandwidth of one GPU, one direction, in GB/s"
+    add("--link-gbs", text, type=positive(1e9), metavar="N")
+    add("--network-gbits", "one GPU's share of the network in Gbit/s", type=positive(1e9), metavar="N")
+    add("--gpus-per-machine", "number of GPUs in one machine", type=whole(1, 10**6), metavar="N")
 
 
 def run(args: argparse.Namespace) -> int:

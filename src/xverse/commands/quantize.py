@@ -9,14 +9,14 @@ from pathlib import Path
 from xverse.config import UserError
 from xverse.device import add_device, compute_device, guard
 from xverse.place import output
-from xverse.values import flags
+from xverse.values import add_model, flags
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = flags(parser)
-    add("--model", "a directory, a hub id or nano (default: nano)", default="nano", metavar="M")
+    add_model(parser)
     add("--out", "the directory to write; a path or URL", required=True, metavar="OUT")
-    add("--bits", "bits per weight", type=int, metavar="8|4|3|2")
+    add("--bits", "bits per weight; or give --bpw", type=int, metavar="8|4|3|2")
     text = (
         "instead of --bits: average bits per weight of everything but the embedding, such as 4.5; "
         "each layer gets 2, 3, 4 or 8 bits and groups of 128, 64 or 32 by its measured sensitivity"

@@ -40,13 +40,12 @@ def _number(param: Param) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             value = param.kind(text)
-        except ValueError:
-            kind = "whole number" if param.kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{short(text)} is not a {kind}") from None
-        try:
             param.check("", value)
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
+        except ValueError:
+            kind = "whole number" if param.kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{short(text)} is not a {kind}") from None
         return value
 
     return parse

@@ -31,7 +31,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def add_service_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the model, its engine and the defaults of requests."""
     add = values.flags(parser)
-    add("--model", "nano (the default), a model directory or a hub id", default="nano", metavar="M")
+    values.add_model(parser)
     add("--tokenizer", "directory with a tokenizer to use instead of the model's", metavar="T")
     add("--template", values.TEMPLATE_HELP, metavar="NAME")
     text = "directory with an adapter in peft's format; several with names, which requests send as model"
@@ -39,18 +39,18 @@ def add_service_flags(parser: argparse.ArgumentParser) -> None:
     text = "highest rank of an adapter with a name (default: 64)"
     add("--max-lora-rank", text, type=values.whole(1, 1024), default=argparse.SUPPRESS, metavar="N")
     add("--quantize", "quantise the weights while loading", choices=["int8", "int4"])
-    add("--max-batch", "requests that run at once (%(default)s)", type=_count, default=64, metavar="N")
-    add("--max-waiting", "requests that may wait (%(default)s)", type=_count, default=256, metavar="N")
+    add("--max-batch", "requests that run at once", type=_count, default=64, metavar="N")
+    add("--max-waiting", "requests that may wait", type=_count, default=256, metavar="N")
     text = "capacity of the key-value cache in tokens (default: by the free memory)"
     add("--max-cache-tokens", text, type=values.whole(32), metavar="N")
-    text = "part of the cache in MiB that keeps the beginnings of earlier prompts (%(default)s); 0: none"
+    text = "part of the cache in MiB that keeps the beginnings of earlier prompts; 0: none"
     add("--prefix-cache-mb", text, type=values.whole(0, 1 << 24), default=2048, metavar="MB")
     text = "data type of the key-value cache; auto: the model's"
     add("--kv-dtype", text, choices=["auto", "int8"], default="auto")
     add("--speculate", "speculative decoding: propose tokens by n-gram lookup", action="store_true")
     text = "the same bits whatever else the server computes, on a CPU (default: where it costs little)"
     add("--batch-invariant", text, action=argparse.BooleanOptionalAction, default=None)
-    text = "time limit of a reply in seconds (%(default)g)"
+    text = "time limit of a reply in seconds (default: %(default)g)"
     add("--timeout", text, type=values.positive(1e7), default=600.0, metavar="S")
     text = "CPU threads (default: chosen by the model's size)"
     add("--threads", text, type=values.whole(1, 1024), metavar="N")
@@ -69,14 +69,15 @@ def service_settings(args: argparse.Namespace, sampling: dict[str, Any]) -> Serv
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = values.flags(parser)
     host = values.host_name
-    add("--host", f"address to listen on ({HOST})", type=host, metavar="H")
-    add("--port", f"port to listen on ({PORT}); 0: any free", type=values.whole(0, 65535), metavar="P")
+    add("--host", f"address to listen on (default: {HOST})", type=host, metavar="H")
+    text = f"port to listen on (default: {PORT}); 0: any free one"
+    add("--port", text, type=values.whole(0, 65535), metavar="P")
     add("--uds", "Unix socket to listen on instead of --host and --port", metavar="PATH")
     add("--tls-cert", "certificate chain in PEM; with --tls-key the server speaks HTTPS", metavar="F")
     add("--tls-key", "private key in PEM, unencrypted", metavar="F")
     text = "path that the server is reached under behind a proxy, such as /xv"
     add("--root-path", text, type=values.sub_path, metavar="PATH")
-    text = "address or network of a proxy whose X-Forwarded-For is believed (127.0.0.1 and ::1)"
+    text = "address or network of a proxy whose X-Forwarded-For is believed (default: 127.0.0.1 and ::1)"
     add("--trusted-proxy", text, type=values.network, action="append", metavar="A")
     add("--name", "name of the model in the API (default: that of its directory)", metavar="NAME")
     text = "folder from which adapters may be loaded at run time, by /v1/load_lora_adapter"
@@ -88,9 +89,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--allowed-host", text, type=values.allowed_host, action="append", metavar="H")
     text = "origin of web pages that may use the API, such as https://HOST"
     add("--allowed-origin", text, type=_origin, action="append", metavar="O")
-    text = "tab that the web page opens with (chat); none: no web page"
+    text = "tab that the web page opens with; none: no web page"
     add("--page", text, choices=["chat", "generation", "none"], default="chat")
-    text = "size limit of a request body in MB (%(default)g)"
+    text = "size limit of a request body in MB (default: %(default)g)"
     add("--max-body-mb", text, type=values.positive(1000), default=4.0, metavar="MB")
     log = parser.add_mutually_exclusive_group()
     log.add_argument("--no-access-log", help="write no log line per request to stderr", action="store_true")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xverse.values import flags, positive, whole
+from xverse.values import add_actions, flags, positive, whole
 
 if TYPE_CHECKING:
     from xverse.tokenizer.recipe import TokenizerRecipe
@@ -19,8 +19,12 @@ _VOCABULARY = "[NAME=]PATH: tokenizer.json or its directory, .tiktoken, sentence
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="train|repair|report")
-    train = actions.add_parser("train", help="train a tokenizer of XVERSE's structure")
+    train, repair, report = add_actions(
+        parser,
+        train="train a tokenizer of XVERSE's structure",
+        repair="repair a tokenizer.json that current libraries refuse",
+        report="report compression, byte fallback and round trip, compared with other vocabularies",
+    )
     add = flags(train)
     add("--out", "output directory; overrides the recipe's", metavar="DIR")
     add("--vocab-size", "exact number of entries", type=whole(1), metavar="N")
@@ -31,13 +35,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory-gb", "memory limit (default: 3)", type=positive(1e6), metavar="GB")
     add("--threads", "threads (default: all usable cores)", type=whole(1, 1024), metavar="N")
     add("files", f"{_FILES}; or a recipe, then key=value settings", nargs="+", metavar="FILE|RECIPE.yaml")
-    repair = actions.add_parser("repair", help="repair a tokenizer.json that current libraries refuse")
     add = flags(repair)
     add("source", "tokenizer.json or model directory to repair", metavar="IN")
     add("target", "file or directory to write; may be IN", metavar="OUT")
-    report = actions.add_parser(
-        "report", help="compression, byte fallback and round trip, compared with other vocabularies"
-    )
     add = flags(report)
     add("--tokenizer", _VOCABULARY, required=True, metavar="PATH")
     add("--against", "other vocabularies to compare with", nargs="+", default=[], metavar="PATH")

@@ -46,7 +46,7 @@ CPU_CHUNK, GPU_CHUNK = 512, 2048  # tokens of a prompt in a step
 class Engine:
     """Generates for many requests over one model. Not thread-safe: one thread submits and steps.
 
-    On a CPU the model's layers are switched to our kernels (``kernels/inference.py``).
+    On a CPU the model's layers are switched to the CPU kernels (``kernels/inference.py``).
 
     At most ``max_batch`` requests run at once; further ones wait. The cache holds ``max_cache_tokens`` in
     total (None: as many as fit, see ``capacity``); when it is full, requests are preempted and resume later.

@@ -12,10 +12,10 @@ from xverse.model.transformer import XverseForCausalLM
 
 
 def invariance(model: XverseForCausalLM, wanted: bool | None) -> bool:
-    """Whether an engine computes the same bits in any company (see ``Engine``). It does by default where that
+    """Whether an engine is batch-invariant (see ``Engine``). By default it is where that
     costs little: with quantised weights, whose products are sums of integers, and where PyTorch has no matrix
-    instructions that would be faster than our products. Raises UserError if it is ``wanted`` where kernels
-    are missing."""
+    instructions that would be faster than the kernels. Raises UserError if it is ``wanted`` where the kernels
+    cannot provide it."""
     weight = model.model.norm.weight
     kernels = weight.device.type == "cpu" and weight.dtype in TYPES and library() is not None
     # The experts of one row are added in another order than those of several.

@@ -79,14 +79,14 @@ def capacity(
     blocks = min(free // (token_bytes * size), -(-most // size) + max_batch)
     if blocks * size < _LEAST:
         raise UserError(
-            f"{device}: no memory is left for the key-value cache beside the weights and a step; use "
+            f"{device}: no memory is left for the key-value cache after the weights and a step; use "
             "--quantize int8 or int4, --kv-dtype int8 or a smaller --max-batch"
         )
     spare = min(max_batch, max(0, blocks - -(-context // size)))
     tokens = (blocks - spare) * size
     if tokens < context:
         notice(
-            f"{device}: the key-value cache holds {tokens} tokens beside the weights; texts are limited to "
+            f"{device}: the key-value cache holds {tokens} tokens in the memory left; texts are limited to "
             f"them instead of {context}; --quantize and --kv-dtype int8 make room"
         )
     return Capacity(tokens, blocks, size)
@@ -95,7 +95,7 @@ def capacity(
 def step_bytes(
     model: XverseForCausalLM, make_cache: Callable[..., PagedCache], prefill_chunk: int, max_batch: int
 ) -> int:
-    """Bytes that steps take beside weights and cache on a CUDA device, measured: the most of a chunk of a
+    """Bytes that steps take besides weights and cache on a CUDA device, measured: the most of a chunk of a
     prompt, and what recorded graphs hold. 0 on other devices."""
     if model.model.norm.weight.device.type != "cuda":
         return 0

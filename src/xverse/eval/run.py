@@ -24,8 +24,6 @@ from xverse.eval.tasks import TASKS
 from xverse.files import write_json, write_text
 from xverse.log import notice
 
-SHOTS = 5
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedBenchmark:

@@ -45,12 +45,12 @@ class Prompt:
 class Answer:
     """``logprobs``: one natural log-probability for each letter of the question, in their order."""
 
-    asked: Prompt
+    prompt: Prompt
     logprobs: Sequence[float]
 
     @property
     def question(self) -> Question:
-        return self.asked.question
+        return self.prompt.question
 
     @property
     def prediction(self) -> str:

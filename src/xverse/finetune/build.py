@@ -26,7 +26,7 @@ from xverse.finetune.rollouts import Generator
 from xverse.finetune.safety import StopEarly
 from xverse.finetune.settings import Settings
 from xverse.finetune.stream import Stream
-from xverse.finetune.trainer import FinetuneTrainer, Record, SavedTokenizer, order_seed
+from xverse.finetune.trainer import FinetuneTrainer, MetricsCallback, SavedTokenizer, order_seed
 from xverse.formats import ModelDirectory, load_model
 from xverse.formats.quantize import load_quantizing, quick_settings
 from xverse.hf import XverseForCausalLM
@@ -92,7 +92,7 @@ def make_trainer(
         stream=stream,
         pad_id=max(0, tokenizer.pad_id),  # of rows without loss, where any id will do
         processing_class=processing,
-        callbacks=[Record(settings.output_dir / "metrics.jsonl")],
+        callbacks=[MetricsCallback(settings.output_dir / "metrics.jsonl")],
     )
     trainer.remove_callback(ProgressCallback)  # stdout is for results
     trainer.remove_callback(PrinterCallback)

@@ -75,7 +75,7 @@ class DistillationTrainer(FinetuneTrainer):
         return total
 
     def _part(self, logits: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The summed loss of logits [C, V] beside the teacher's hidden states [C, D]."""
+        """The summed loss of logits [C, V] against the teacher's hidden states [C, D]."""
         weight, temperature = self.settings.distillation_weight, self.settings.distillation_temperature
         with torch.no_grad():
             teacher = self.teacher.lm_head(hidden).float().div(temperature).log_softmax(-1)  # [C, V]

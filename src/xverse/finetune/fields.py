@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from xverse.values import CHAT_FORMATS
+from xverse.values import CHAT_FORMATS, MODEL_HELP
 
 Moment = Literal["no", "steps", "epoch"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -24,7 +24,7 @@ class DatasetUse:
 
     name: Annotated[str, "name in dataset_info.json, file, folder or hub id"]
     repeat: Annotated[int, "how often each training example occurs in an epoch"] = 1
-    num_samples: Annotated[int | None, "most examples of each file, drawn at random by seed"] = None
+    num_samples: Annotated[int | None, "at most this many examples of each file, drawn by seed"] = None
     max_reply_tokens: Annotated[int | None, "drop dialogues with longer replies, on average"] = None
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Task:
     """The model, the method, the data and the folder of a run."""
 
     # the model and the method
-    model_name_or_path: Annotated[str, "base model: a directory, a hub id or nano"]
+    model_name_or_path: Annotated[str, f"base model: {MODEL_HELP}"]
     adapter_name_or_path: Annotated[str | None, "adapter to continue training"] = None
     stage: Annotated[
         Literal["sft", "pt", "dpo", "kto", "rm", "grpo"],
@@ -108,7 +108,7 @@ class Task:
     )
     teacher_quantization_bit: Annotated[Literal[4, 8] | None, "quantise the teacher while loading it"] = None
     distillation_weight: Annotated[
-        float, "with teacher: share of its part in the loss; the rest is sft's"
+        float, "with teacher: weight of the divergence in the loss; the rest is the weight of cross-entropy"
     ] = 1.0
     distillation_beta: Annotated[
         float, "with teacher: 0 is forward KL, 1 reverse KL, between them generalised Jensen-Shannon"
@@ -172,10 +172,10 @@ class Rollouts:
         bool, "command line only: run programs in replies (in a sandbox) and module:function"
     ] = False
     num_generations: Annotated[int, "with grpo: replies to each prompt"] = 8
-    max_completion_length: Annotated[int, "with grpo: most tokens of a reply"] = 512
+    max_completion_length: Annotated[int, "with grpo: largest number of tokens of a reply"] = 512
     temperature: Annotated[float, "with grpo: divides the logits, in generation and in the loss"] = 1.0
-    top_p: Annotated[float, "with grpo: draw from the most probable tokens that reach this probability"] = 1.0
-    top_k: Annotated[int, "with grpo: draw from so many most probable tokens; 0: all"] = 0
+    top_p: Annotated[float, "with grpo: draw from the most probable tokens that reach this sum"] = 1.0
+    top_k: Annotated[int, "with grpo: draw from this number of most probable tokens; 0: all"] = 0
     min_p: Annotated[float, "with grpo: omit tokens below this share of the highest probability"] = 0.0
     repetition_penalty: Annotated[float, "with grpo: penalty of repeated tokens in generation; 1: off"] = 1.0
     beta: Annotated[float, "with grpo: weight of the KL divergence from the reference; 0: no reference"] = 0.0

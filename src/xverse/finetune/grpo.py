@@ -138,7 +138,7 @@ def policy_losses(
 
 def row_of(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
     """``rollouts`` with loss in one row, the prompt of neighbours once (see ``Continued``), no last tokens,
-    which predict nothing. Beside what a model takes (``inputs_of``), int64 [K] each: ``kept``, the places
+    which predict nothing. Besides what a model takes (``inputs_of``), int64 [K] each: ``kept``, the places
     whose logits predict the tokens with loss, these ``targets``, and the ``reply`` of each."""
     sequences: list[tuple[list[int], range]] = []  # tokens, and the place of what they continue
     kept: list[int] = []
@@ -246,18 +246,18 @@ class GrpoTrainer(FinetuneTrainer):
     def _generate(self, prompts: Sequence[Prompt | None]) -> list[Rollout]:
         """The rewarded replies to ``prompts``, each repeated for every reply; None: a filler."""
         size = self.settings.num_generations
-        asked = [prompt for prompt in prompts if prompt is not None]
+        real = [prompt for prompt in prompts if prompt is not None]
         round_number = self.state.global_step // self.settings.num_iterations
         seeds = [
             seed_of(self.args.seed, "grpo", round_number, prompt.name, number, place % size)
-            for place, (prompt, number) in enumerate(_numbered(asked, size))
+            for place, (prompt, number) in enumerate(_numbered(real, size))
         ]
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        completions = self.generator(model, [prompt.ids for prompt in asked], seeds)
+        completions = self.generator(model, [prompt.ids for prompt in real], seeds)
         self._seconds += time.perf_counter() - started
         self._generated += sum(len(completion.ids) for completion in completions)
-        rows = self.rewards(asked, completions)
+        rows = self.rewards(real, completions)
         totals = [self.rewards.total(row) for row in rows]
         everywhere = self.world.gathered((totals, [(len(c.ids), c.finished) for c in completions], rows))
         all_totals = torch.tensor([x for part in everywhere for x in part[0]], dtype=torch.float64)
@@ -271,7 +271,7 @@ class GrpoTrainer(FinetuneTrainer):
         kept = [count if finished or not masked else 0 for count, finished in lengths]
         made = iter(
             self._rollout(prompt, completion, advantage, sum(kept), len(kept))
-            for prompt, completion, advantage in zip(asked, completions, own, strict=True)
+            for prompt, completion, advantage in zip(real, completions, own, strict=True)
         )
         return [Rollout(Example([], [], "")) if prompt is None else next(made) for prompt in prompts]
 

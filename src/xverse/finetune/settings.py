@@ -198,7 +198,7 @@ class Settings(Arguments, Rollouts, Task):
                 yield f"reward_funcs: {name} runs code; add --allow_code to the command line"
         if self.cutoff_len <= self.max_completion_length:
             yield (
-                f"cutoff_len {self.cutoff_len} leaves no room for a prompt beside max_completion_length "
+                f"cutoff_len {self.cutoff_len} leaves no room for a prompt next to max_completion_length "
                 f"{self.max_completion_length}"
             )
         self.sampling()

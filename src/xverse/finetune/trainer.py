@@ -380,7 +380,7 @@ class FinetuneTrainer(Trainer):
                 yield number, [part[row] for row in range(start, min(start + size, len(part)))]
 
 
-class Record(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Writes what Trainer logs to ``metrics.jsonl``, as ``plot_loss`` reads it, and to the console."""
 
     def __init__(self, path: Path) -> None:

@@ -23,7 +23,7 @@ def fixed_tokens(vocab_size: int) -> Tensor:
 
 @torch.no_grad()
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits, float32 [B, T, V], of our or a transformers model for ``tokens`` int64 [B, T], in float32.
+    """Logits, float32 [B, T, V], of any causal model for ``tokens`` int64 [B, T], computed in float32.
 
     16-bit weights are widened one module at a time, so that a 7B model needs no float32 copy.
     """
@@ -44,7 +44,7 @@ def difference(expected: Tensor, model: nn.Module) -> float:
 
 
 def parity(model_a: nn.Module, model_b: nn.Module) -> float:
-    """max |Δlogit| between two models with the same vocabulary, ours or transformers'."""
+    """max |Δlogit| between two models with the same vocabulary, this package's or transformers'."""
     config: Any = model_a.config
     tokens = fixed_tokens(config.vocab_size)
     return (logits(model_a, tokens) - logits(model_b, tokens)).abs().max().item()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xverse.config import UserError
 from xverse.formats.gguf_tokenizer import split_name
-from xverse.formats.spm import Kind, Vocabulary, spm_vocabulary
+from xverse.formats.spm import TokenType, Vocabulary, spm_vocabulary
 from xverse.model import XverseConfig
 from xverse.tokenizer import CHAT_TEMPLATE
 from xverse.tokenizer.general import GeneralTokenizer
@@ -42,15 +42,15 @@ def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
     texts = dict(enumerate(piece for piece, _ in pieces)) if unigram else {i: t for t, i in pieces.items()}
     texts |= {index: token["content"] for index, token in added.items()}
     tokens = [texts.get(index, f"[PAD{index}]") for index in range(size)]
-    kinds = [Kind.NORMAL if index in texts else Kind.UNUSED for index in range(size)]
+    kinds = [TokenType.NORMAL if index in texts else TokenType.UNUSED for index in range(size)]
     for index, text in enumerate(tokens):
         if index in added:
-            kinds[index] = Kind.CONTROL if added[index].get("special") else Kind.USER_DEFINED
+            kinds[index] = TokenType.CONTROL if added[index].get("special") else TokenType.USER_DEFINED
         elif model.get("byte_fallback") and _BYTE_PIECE.fullmatch(text):
-            kinds[index] = Kind.BYTE
+            kinds[index] = TokenType.BYTE
     unknown = model.get("unk_id") if unigram else tokenizer.unk_id
     if not is_byte_level(tokenizer) and unknown is not None and unknown >= 0:
-        kinds[unknown] = Kind.UNKNOWN
+        kinds[unknown] = TokenType.UNKNOWN
     if unigram:
         scores = [score for _, score in pieces] + [0.0] * (size - len(pieces))
     else:
@@ -75,14 +75,14 @@ def _normalization(tokenizer: GeneralTokenizer) -> tuple[bytes, bool]:
     return charsmap, squeezed
 
 
-def _scores(model: Mapping[str, Any], tokens: list[str], kinds: list[Kind]) -> list[float]:
+def _scores(model: Mapping[str, Any], tokens: list[str], kinds: list[TokenType]) -> list[float]:
     """Minus the rank of the first merge that makes a token, by which sentencepiece merges it at the same
     time; tokens that no merge makes come last."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
     last = len(ranks) + len(model["merges"])
-    scored = (Kind.NORMAL, Kind.USER_DEFINED)
+    scored = (TokenType.NORMAL, TokenType.USER_DEFINED)
     return [
         -float(ranks.get(token, last)) if kind in scored else 0.0
         for token, kind in zip(tokens, kinds, strict=True)

@@ -33,7 +33,7 @@ from xverse.tokenizer import Tokenizer
 from xverse.tokenizer.tokenizer import SPACE
 
 
-class Kind(IntEnum):
+class TokenType(IntEnum):
     """``tokenizer.ggml.token_type``."""
 
     NORMAL = 1
@@ -50,7 +50,7 @@ class Vocabulary:
 
     tokens: list[str]
     scores: list[float]
-    kinds: list[Kind]
+    kinds: list[TokenType]
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -76,24 +76,24 @@ def spm_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     for index in range(size):
         text = texts.get(index)
         if text is None:
-            text, kind = f"[UNUSED_{index}]", Kind.UNUSED
+            text, kind = f"[UNUSED_{index}]", TokenType.UNUSED
         elif index == tokenizer.unk_id:
-            kind = Kind.UNKNOWN
+            kind = TokenType.UNKNOWN
         elif index in special:
-            kind = Kind.CONTROL
+            kind = TokenType.CONTROL
         elif index in added:
-            kind = Kind.USER_DEFINED
+            kind = TokenType.USER_DEFINED
         elif index in tokenizer.byte_ids:
-            text, kind = text.upper().replace("X", "x"), Kind.BYTE
+            text, kind = text.upper().replace("X", "x"), TokenType.BYTE
         else:
-            kind = Kind.NORMAL
+            kind = TokenType.NORMAL
         tokens.append(text)
         kinds.append(kind)
     scores = [0.0] * size
     ranks = _ranks(model)
     reached = _reached(tokenizer, tokens, kinds)
     for index, text in enumerate(tokens):
-        if kinds[index] is Kind.NORMAL and len(text) > 1:
+        if kinds[index] is TokenType.NORMAL and len(text) > 1:
             rank = _last_rank(text, ranks) if index in reached else None
             if rank is None:
                 reached.discard(index)
@@ -144,7 +144,7 @@ def spm_encode(vocabulary: Vocabulary, text: str) -> list[int]:
 def random_differences(tokenizer: Tokenizer, vocabulary: Vocabulary, texts: int = 2000) -> int:
     """For how many of ``texts`` random texts of eight tokens llama.cpp's ids differ from ``tokenizer``'s."""
     chosen = random.Random(0)
-    ordinary = [index for index, kind in enumerate(vocabulary.kinds) if kind is Kind.NORMAL]
+    ordinary = [index for index, kind in enumerate(vocabulary.kinds) if kind is TokenType.NORMAL]
     first = tokenizer.backend.encode("a", add_special_tokens=False).tokens[0]
     space = " " if first.startswith(SPACE) else ""  # that precedes a text
     different = 0
@@ -175,14 +175,14 @@ def _last_rank(text: str, ranks: dict[tuple[str, str], int]) -> int | None:
     return last
 
 
-def _reached(tokenizer: Tokenizer, tokens: list[str], kinds: list[Kind]) -> set[int]:
+def _reached(tokenizer: Tokenizer, tokens: list[str], kinds: list[TokenType]) -> set[int]:
     """Ids of the normal tokens whose text the whole tokenizer encodes as just that token."""
-    normal = [index for index, kind in enumerate(kinds) if kind is Kind.NORMAL]
+    normal = [index for index, kind in enumerate(kinds) if kind is TokenType.NORMAL]
     encoded = tokenizer.encode_batch([tokens[index].replace(SPACE, " ") for index in normal])
     return {index for index, ids in zip(normal, encoded, strict=True) if ids == [index]}
 
 
-def _hide(tokens: list[str], kinds: list[Kind], reached: set[int]) -> None:
+def _hide(tokens: list[str], kinds: list[TokenType], reached: set[int]) -> None:
     """Rewrite the tokens that SentencePiece could form and BPE never does.
 
     SentencePiece's input has no plain spaces, so a token with one never matches, and prints the same as
@@ -195,19 +195,19 @@ def _hide(tokens: list[str], kinds: list[Kind], reached: set[int]) -> None:
         return any(all(len(part) == 1 or part in known for part in parts) for parts in cuts)
 
     for index, text in enumerate(tokens):
-        if kinds[index] is Kind.NORMAL and index not in reached and formable(text):
+        if kinds[index] is TokenType.NORMAL and index not in reached and formable(text):
             if SPACE in text:
                 tokens[index] = text.replace(SPACE, " ")
             else:
-                tokens[index], kinds[index] = f"[UNREACHED_{index}]", Kind.UNUSED
+                tokens[index], kinds[index] = f"[UNREACHED_{index}]", TokenType.UNUSED
 
 
-def _write_nul_as_byte(tokens: list[str], kinds: list[Kind]) -> None:
+def _write_nul_as_byte(tokens: list[str], kinds: list[TokenType]) -> None:
     """Turn the token of U+0000, which ends a string in llama.cpp, into the byte token ``<0x00>``."""
     for index, text in enumerate(tokens):
         if text == "\0":
             byte = tokens.index("<0x00>")
-            tokens[byte], kinds[byte] = f"[UNUSED_{byte}]", Kind.UNUSED
-            tokens[index], kinds[index] = "<0x00>", Kind.BYTE
+            tokens[byte], kinds[byte] = f"[UNUSED_{byte}]", TokenType.UNUSED
+            tokens[index], kinds[index] = "<0x00>", TokenType.BYTE
         elif "\0" in text:
-            tokens[index], kinds[index] = f"[UNREACHED_{index}]", Kind.UNUSED
+            tokens[index], kinds[index] = f"[UNREACHED_{index}]", TokenType.UNUSED

@@ -92,7 +92,7 @@ def misfit(tensor: Tensor, shape: Sequence[int]) -> str:
     """How a stored tensor differs from the one of ``shape`` that the model needs; empty if it fits."""
     if tuple(tensor.shape) != tuple(shape):
         stored, needed = ("×".join(map(str, sizes)) for sizes in (tensor.shape, shape))
-        return f"is {stored} where config.json says {needed}"
+        return f"is {stored} where the settings say {needed}"
     if dtype_name(tensor.dtype) not in DTYPES:
         return f"is stored as {dtype_name(tensor.dtype)}, not as one of {', '.join(DTYPES)}"
     return ""
@@ -108,14 +108,15 @@ def check_tensors(
         )
     parts = []
     if missing:
-        tied = " (is the head tied? config.json says that it is not)" if HEAD in missing else ""
+        tied = " (is the head tied? the settings say that it is not)" if HEAD in missing else ""
         parts.append(f"missing {listed(missing)}{tied}")
     if unexpected:
         parts.append(f"unexpected {listed(unexpected)}")
     if wrong:
         parts.append(listed(f"{name} {what}" for name, what in wrong.items()))
     if parts:
-        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(parts)}")
+        settings = "its metadata" if path.suffix == ".gguf" else "config.json"
+        raise UserError(f"{path}: the weights do not fit {settings}: {'; '.join(parts)}")
 
 
 def listed(names: Iterable[str], limit: int = 4) -> str:

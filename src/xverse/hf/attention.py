@@ -151,7 +151,7 @@ def attention_context(
 
 
 def _check_mask(mask: Tensor, batch: int, length: int, cache: Any) -> None:
-    """Raise ValueError for a mask [B, past + T] with too few rows or columns. Beside a cache transformers
+    """Raise ValueError for a mask [B, past + T] with too few rows or columns. With a cache transformers
     pads or cuts it, which static caches and PEFT's prefixes rely on."""
     if torch.compiler.is_compiling():
         return  # lengths of static caches are tensors

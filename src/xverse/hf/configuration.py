@@ -17,11 +17,11 @@ from xverse.model.config import XverseConfig as ModelConfig
 from xverse.model.families import check_rope_base
 from xverse.model.scaling import RopeScaling
 
-QUANT_METHOD = TABLE_METHOD  # under which transformers finds our quantizer
+QUANT_METHOD = TABLE_METHOD  # under which transformers finds this package's quantizer
 
 
 class StoredQuantization(QuantizationConfigMixin):
-    """A ``quantization_config`` for our quantizer, written back exactly as it was read.
+    """A ``quantization_config`` for this package's quantizer, written back exactly as it was read.
 
     transformers selects the quantizer by ``quant_method``, which in the file may name another
     program's format.

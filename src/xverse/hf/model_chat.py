@@ -41,7 +41,7 @@ _DECISIVE = (
     *(param.stored for param in PARAMS.values()),
 )
 
-# Arguments of ``generate`` beside its settings that a chat may give.
+# Arguments of ``generate`` besides its settings that a chat may give.
 _PASSED = {
     *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer"),
     *("assistant_model", "assistant_tokenizer", "negative_prompt_ids", "negative_prompt_attention_mask"),
@@ -97,7 +97,7 @@ def chat(
 
 
 def wrap_tokenizer(tokenizer: Any) -> Tokenizer:
-    """Our tokenizer with the vocabulary of a transformers tokenizer, cached per object.
+    """This package's tokenizer with the vocabulary of a transformers tokenizer, cached per object.
 
     It encodes conversations and decodes streams; transformers' tokenizer would turn the text of an end marker
     in a message into the marker. Raises UserError for a tokenizer without a ``tokenizers`` backend.

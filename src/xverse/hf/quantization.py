@@ -1,6 +1,6 @@
 """Quantised weights behind transformers' interface: ``from_pretrained``, ``quantize``, ``save_pretrained``.
 
-transformers calls a quantizer to prepare the empty model and to finish it after loading. Ours removes the
+transformers calls a quantizer to prepare the empty model and to finish it after loading. This one removes the
 quantised layers before, so that transformers loads the rest, and fills them from the same files afterwards,
 one matrix at a time. The compressed-tensors package is not needed.
 """

@@ -32,7 +32,7 @@ def has_fast_products() -> bool:
 
 
 def conversion_bytes() -> int:
-    """Bytes that a product by conversion takes beside its operands: parts of both, and of the result."""
+    """Bytes that a product by conversion takes besides its operands: parts of both, and of the result."""
     return 0 if has_fast_products() or _unwanted() else 3 * 4 * _PART
 
 

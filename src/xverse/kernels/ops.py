@@ -150,7 +150,7 @@ def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
 
 def invariant_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` [..., K] times the transpose of ``weight`` [N, K] → [..., N], both float32 or both bfloat16, in
-    our kernels whatever the number of tokens: the bits of a token depend on that token alone. PyTorch's
+    the kernels whatever the number of tokens: the bits of a token depend on that token alone. PyTorch's
     products divide their sums by the number of tokens and of threads."""
     usable = x.dtype in TYPES and x.dtype == weight.dtype and weight.is_contiguous() and x.numel()
     return _linear(x, weight) if library() is not None and usable else linear(x, weight)

@@ -33,7 +33,7 @@ def logit_bytes(tokens: int, vocabulary: int, device: str = "cpu", kernels: bool
 
 
 def head_bytes(tokens: float, vocabulary: float, hidden: int) -> float:
-    """Bytes that head and loss move on a GPU beside their three matrix products, forward and backward, with
+    """Bytes that head and loss move on a GPU besides their three matrix products, forward and backward, with
     float32 weights and bfloat16 logits: 28 of each logit (softmax, exponential, scaling, rounding); the
     weight's cast; its float32 gradient, which each chunk after the first reads and writes, scaled once."""
     chunks = -(-tokens // loss_chunk(int(vocabulary), "cuda"))

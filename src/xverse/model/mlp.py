@@ -56,7 +56,7 @@ class MLP(nn.Module):
 
 
 class RoutedMLP(nn.Module):
-    """Experts of which a token activates ``moe_top_k``, beside shared ones that every token activates.
+    """Experts of which a token activates ``moe_top_k``, besides shared ones that every token activates.
 
     The router's softmax is over all experts. The weights of the chosen ones are used as they are, unless
     ``norm_topk_prob`` scales them to a sum of 1. Shared experts are one network, as wide as all of them.

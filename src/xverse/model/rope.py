@@ -20,7 +20,7 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [B, 1, T, head_dim], for ``positions`` int64 [B, T].
 
-    Computed from the positions in every forward pass: this costs little beside one layer, needs no buffer
+    Computed from the positions in every forward pass: this costs little next to one layer, needs no buffer
     that checkpoints must exclude, and has no maximum position. "dynamic" scaling depends on ``lengths``
     int64, [B, T] or broadcast to it: the final length of each token's text (default: the row's last
     position + 1).

@@ -31,7 +31,7 @@ class Load:
     stage: int = 0
     sharded: bool = False
     stored_bytes: int | None = None  # of a base model that is stored quantised
-    conversion: int = 0  # bytes that products of bfloat16 take beside their operands
+    conversion: int = 0  # bytes that products of bfloat16 take besides their operands
     teacher_bytes: int = 0  # of a teacher's weights
     cache_tokens: int = 0  # of the replies that GRPO generates at the same time
 
@@ -173,7 +173,7 @@ def _activations(
     For each layer and token: the inputs of both norms in float32, and in ``size`` bytes the norms' results,
     q, k, v, attention's output before and after transposing, and four rows of the MLP; with normed heads
     their inputs in float32. peft's adapter casts
-    the input of its layer to another copy, except beside a quantised weight. A recomputed layer counts twice,
+    the input of its layer to another copy, except with a quantised weight. A recomputed layer counts twice,
     because its gradients are as large.
     """
     d, ff, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers

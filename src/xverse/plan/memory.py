@@ -71,7 +71,7 @@ def memory(arch: Architecture, layout: Layout, length: int) -> Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What decides a training step's memory beside its layout: what it computes in and on, and what autograd
+    """What decides a training step's memory besides its layout: what it computes in and on, and what autograd
     keeps of one micro-batch of a context rank, in bytes: ``kept`` of the layers of one pipeline stage,
     ``layer`` of one layer without recomputation."""
 

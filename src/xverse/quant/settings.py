@@ -96,7 +96,7 @@ def default_settings(
         head_bits = default_head
     if group_size is None:
         group_size = default_group if method == default_method else QuantSettings.group_size
-    # transformers cannot load a quantised embedding, and ours stays in the mapped file anyway.
+    # transformers cannot load a quantised embedding, and XVERSE's stays in the mapped file anyway.
     return QuantSettings(
         bits=bits,
         method=method,

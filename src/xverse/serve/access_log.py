@@ -43,7 +43,7 @@ class Record:
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     path: str = ""
-    words: Mapping[str, str] = field(default_factory=dict)  # the API's names of fields, by the common ones
+    field_names: Mapping[str, str] = field(default_factory=dict)  # the API's, by the common names
     key: str | None = None
     model: str | None = None
     error: str | None = None

@@ -131,29 +131,29 @@ def answers(path: str | Path, requests: Sequence[BatchRequest]) -> Iterator[Answ
         raise UserError(f"--out: {str(path)!r} is not the name of a file")
     with alone(path.with_name(f".{path.name}.lock"), f"{path}: another process writes to it"):
         try:
-            found = Answers(path, requests)
+            answered = Answers(path, requests)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
         try:
-            yield found
+            yield answered
         finally:
-            found.close()
+            answered.close()
 
 
 async def answer_all(
     requests: Sequence[BatchRequest],
-    found: Answers,
+    answered: Answers,
     call: Call,
     at_once: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Answer the requests that have no answer yet, ``at_once`` of them at a time."""
-    left = iter([request for request in requests if request.id not in found.given])
+    left = iter([request for request in requests if request.id not in answered.given])
 
     async def work() -> None:
         for request in left:
-            found.add(request, await call(request.url, request.body))
-            progress(len(found.given))
+            answered.add(request, await call(request.url, request.body))
+            progress(len(answered.given))
 
     try:
         async with asyncio.TaskGroup() as group:

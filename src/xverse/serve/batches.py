@@ -1,4 +1,4 @@
-"""The batches of ``/v1/batches``, one after the other beside other requests, through the server's own routes.
+"""The batches of ``/v1/batches``, one after the other, through the routes that other requests use.
 
 A batch's state is a file that is replaced atomically; its answers are appended as ``batch_file.py`` does it.
 After a crash the next server continues where they end, and what it writes twice has the same name.
@@ -173,17 +173,17 @@ class Batches:
         batch["request_counts"]["total"] = len(requests)
         if batch["status"] == "validating":
             self._enter(batch, "in_progress")
-        with answers(self._answers(batch), requests) as found:
-            self._count(batch, found)
+        with answers(self._answers(batch), requests) as answered:
+            self._count(batch, answered)
             if batch["status"] == "in_progress":
-                await self._answer(batch, requests, found, call, at_once)
+                await self._answer(batch, requests, answered, call, at_once)
         ending = {"cancelling": "cancelled", "expired": "expired"}.get(batch["status"], "completed")
         if ending == "completed":
             self._enter(batch, "finalizing")
         await asyncio.shield(asyncio.to_thread(self._finish, batch, requests, ending))
 
     async def _answer(
-        self, batch: Batch, requests: list[BatchRequest], found: Answers, call: Call, at_once: int
+        self, batch: Batch, requests: list[BatchRequest], answered: Answers, call: Call, at_once: int
     ) -> None:
         async def patiently(url: str, body: dict[str, Any]) -> Answer:
             while (answer := await call(url, body, batch["owner"]))[0] == 429:
@@ -192,9 +192,9 @@ class Batches:
                 await asyncio.Event().wait()  # for the end of this server
             return answer
 
-        count = lambda done: self._count(batch, found)  # noqa: E731
+        count = lambda done: self._count(batch, answered)  # noqa: E731
         self._running = batch["id"]
-        self._work = asyncio.ensure_future(answer_all(requests, found, patiently, at_once, count))
+        self._work = asyncio.ensure_future(answer_all(requests, answered, patiently, at_once, count))
         try:
             left = batch["expires_at"] - time.time()
             await asyncio.wait_for(asyncio.shield(self._work), max(left, 0))
@@ -267,9 +267,9 @@ class Batches:
         self._enter(batch, "failed")
 
     @staticmethod
-    def _count(batch: Batch, found: Answers) -> None:
+    def _count(batch: Batch, answered: Answers) -> None:
         counts = batch["request_counts"]
-        counts["failed"], counts["completed"] = found.failed, len(found.given) - found.failed
+        counts["failed"], counts["completed"] = answered.failed, len(answered.given) - answered.failed
 
     def _enter(self, batch: Batch, status: str, final: bool = True) -> None:
         batch["status"], batch[f"{status}_at"] = status, int(time.time())

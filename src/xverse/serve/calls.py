@@ -60,7 +60,7 @@ class CallParser:
         self._text = ""  # not decided yet
         self._state = self._content if names else self._plain
         self._space = ""  # held back: it may be the end of the content
-        self._said = False
+        self._has_content = False
         self._scan = _Value()
         self.calls = 0
         self.open = False  # within a call
@@ -82,7 +82,7 @@ class CallParser:
             elif not possible:
                 pieces += self._whole(self._text, "")
         elif self._state == self._content or not self._ends_call():
-            pieces += self._say(self._text)
+            pieces += self._content_of(self._text)
         if self._space and not self.calls:
             pieces.append(Content(self._space))
         return pieces
@@ -101,11 +101,11 @@ class CallParser:
         start = self._text.find(OPEN)
         if start < 0:
             sure = len(self._text) - _overlap(self._text, OPEN)
-            said, self._text = self._text[:sure], self._text[sure:]
-            return self._say(said) if said else None
-        said, self._text = self._text[:start], self._text[start + len(OPEN) :]
+            content, self._text = self._text[:sure], self._text[sure:]
+            return self._content_of(content) if content else None
+        content, self._text = self._text[:start], self._text[start + len(OPEN) :]
         self._state, self.open = self._head, True
-        return self._say(said)
+        return self._content_of(content)
 
     def _head(self) -> list[Content | CallPiece] | None:
         """``{"name": NAME, "arguments": `` and the brace of the arguments."""
@@ -162,27 +162,27 @@ class CallParser:
         except (ValueError, RecursionError):
             call = None
         if not isinstance(call, dict) or call.get("name") not in self._names:
-            return self._say(OPEN + inside + close)
+            return self._content_of(OPEN + inside + close)
         return [self._begin(call["name"], _json(call.get("arguments", {})))]
 
     def _begin(self, name: str, arguments: str) -> CallPiece:
         self.calls += 1
-        if not self._said:
+        if not self._has_content:
             self._space = ""
         return CallPiece(self.calls - 1, name, arguments)
 
-    def _say(self, text: str) -> list[Content | CallPiece]:
+    def _content_of(self, text: str) -> list[Content | CallPiece]:
         """Content; space at its end waits until more content follows."""
         text = self._space + text
         kept = text.rstrip(_SPACES)
         self._space = text[len(kept) :]
-        if not self._said and self.calls:
+        if not self._has_content and self.calls:
             kept = kept.lstrip(_SPACES)
         if not kept:
-            if self.calls and not self._said:
+            if self.calls and not self._has_content:
                 self._space = ""
             return []
-        self._said = True
+        self._has_content = True
         return [Content(kept)]
 
     def _possible(self) -> list[str]:

@@ -143,14 +143,14 @@ class LoopErrors:
     """asyncio's exception handler: one line per kind of error and minute, not a traceback for each."""
 
     def __init__(self) -> None:
-        self._said: dict[str, float] = {}
+        self._reported: dict[str, float] = {}
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
         error = context.get("exception")
         text = f"{context['message']}: {type(error).__name__}: {error}" if error else context["message"]
         now = time.monotonic()
-        if now - self._said.get(text, -_COMPLAIN_EVERY) >= _COMPLAIN_EVERY:
-            if len(self._said) > 100:
-                self._said.clear()
-            self._said[text] = now
+        if now - self._reported.get(text, -_COMPLAIN_EVERY) >= _COMPLAIN_EVERY:
+            if len(self._reported) > 100:
+                self._reported.clear()
+            self._reported[text] = now
             notice(f"serve: {text}")

@@ -40,12 +40,12 @@ def shaped(
     return _openai(status, message, param, code, request_id)
 
 
-def in_words(words: Mapping[str, str], text: str) -> str:
+def with_field_names(field_names: Mapping[str, str], text: str) -> str:
     """``text`` with the names of one API's fields in place of another's."""
-    if not words:
+    if not field_names:
         return text
-    names = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-    return re.sub(rf"(?<![\w.'])({names})(?![\w'])", lambda match: words[match[1]], text)
+    names = "|".join(map(re.escape, sorted(field_names, key=len, reverse=True)))
+    return re.sub(rf"(?<![\w.'])({names})(?![\w'])", lambda match: field_names[match[1]], text)
 
 
 def _openai(status: int, message: str, param: str | None, code: str | None, _: str) -> dict[str, Any]:

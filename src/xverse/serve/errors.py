@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from xverse.config import UserError, nearest
 from xverse.serve.access_log import current
-from xverse.serve.dialects import in_words, kind_of, shaped
+from xverse.serve.dialects import kind_of, shaped, with_field_names
 from xverse.serve.runner import Busy, Draining
 
 _FIELD = re.compile(r"[\w.\[\]]+(?=: )")
@@ -52,8 +52,9 @@ def body(status: int, message: str, param: str | None = None, code: str | None =
     """The body of an error, in the form and with the field names of the API that was called."""
     record = current()
     record.fail(status, code or kind_of(status))
-    message = in_words(record.words, message if len(message) <= _MOST else message[:_MOST] + "…")
-    param = param and in_words(record.words, param)
+    message = message if len(message) <= _MOST else message[:_MOST] + "…"
+    message = with_field_names(record.field_names, message)
+    param = param and with_field_names(record.field_names, param)
     return shaped(record.path, status, message, param, code, record.id)
 
 

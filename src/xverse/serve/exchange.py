@@ -18,7 +18,6 @@ from xverse.serve.service import Service
 
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 _Result = TypeVar("_Result")
-_Item = TypeVar("_Item")
 
 
 class Reply(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
@@ -83,27 +83,39 @@ class Lenient(BaseModel):
 
 
 class Options(Lenient):
-    """A part that describes what the client wants: unknown names are treated as at the top of a body, because
-    an option that is ignored changes the reply. ``strict``: each is refused."""
+    """What the client wants. ``ignored`` holds the names of unknown fields, which the response's header and the
+    access log report; names that resemble a known one are refused, as are all if ``strict_names``."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset()
     strict_names: ClassVar[bool] = False
     _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return self._ignored
+
+    @classmethod
+    def unknown(cls, values: dict[str, Any]) -> list[str]:
+        known = cls.names() | cls.without_effect
+        return [name for name, value in values.items() if value is not None and name not in known]
 
     @model_validator(mode="wrap")
     @classmethod
     def _known(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, dict):
             return handler(values)
-        unknown = unknown_names(values, cls)
+        unknown = cls.unknown(values)
         if len(unknown) > MOST_UNKNOWN:
             raise rule(f"{len(unknown)} unknown fields are too many; the limit is {MOST_UNKNOWN}")
         for name in unknown:
-            meant = _meant(name, cls)
+            meant = None if name in ELSEWHERE else misspelt(name, cls.names())
             if meant or cls.strict_names:
                 raise rule("unknown field" + (f"; did you mean '{meant}'?" if meant else ""), f".{name[:64]}")
         part = handler(values)
         part._ignored = tuple(unknown)
+        for name, field in cls.model_fields.items():
+            if isinstance(inner := getattr(part, name), Options):
+                part._ignored += tuple(f"{field.alias or name}.{each}" for each in inner._ignored)
         return part
 
 
@@ -141,54 +153,21 @@ def by_type(
     return found
 
 
-class Body(Lenient):
-    """A whole body. ``ignored`` holds the names of the unknown fields at its top, which the response's
-    header and the access log report."""
+class Body(Options):
+    """A whole body."""
 
     without_effect: ClassVar[frozenset[str]] = NO_EFFECT
     token_ids: ClassVar[tuple[str, ...]] = ("prompt", "tokens")  # fields that may be long lists of them
-    _ignored: tuple[str, ...] = PrivateAttr(())
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        return self._ignored
 
     @model_validator(mode="wrap")
     @classmethod
-    def _tolerant(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if not isinstance(values, dict):
-            return handler(values)
-        _check_items(values, cls.token_ids)
-        unknown = unknown_names(values, cls)
-        if len(unknown) > MOST_UNKNOWN:
-            raise ApiError(400, f"the body has {len(unknown)} unknown fields; the limit is {MOST_UNKNOWN}")
-        for name in unknown:
-            if meant := _meant(name, cls):
-                text = f"{name}: unknown field; did you mean '{meant}'?"
-                raise ApiError(400, text, param=name, code="unknown_field")
+    def _bounded(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(values, dict):
+            _check_items(values, cls.token_ids)
         body = handler(values)
-        body._ignored = (*unknown, *_ignored_inside(body))
         if body.ignored:
             current().ignored = body.ignored
         return body
-
-
-def unknown_names(values: dict[str, Any], part: type[Options] | type[Body]) -> list[str]:
-    known = part.names() | part.without_effect
-    return [name for name, value in values.items() if value is not None and name not in known]
-
-
-def _meant(name: str, part: type[Lenient]) -> str | None:
-    return None if name in ELSEWHERE else misspelt(name, part.names())
-
-
-def _ignored_inside(part: Lenient) -> Iterator[str]:
-    """The paths of the unknown fields of options."""
-    for name, field in type(part).model_fields.items():
-        value = getattr(part, name)
-        if isinstance(value, Options):
-            for inside in (*value._ignored, *_ignored_inside(value)):
-                yield f"{field.alias or name}.{inside}"
 
 
 def refuse_unsupported(body: Body, reasons: Mapping[str, str]) -> None:

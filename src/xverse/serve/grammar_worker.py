@@ -17,11 +17,11 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import llguidance
 
+from xverse.hardware import peak_memory, process_memory
 from xverse.serve import json_bounds
 
 COMPILE_SECONDS = 3.0  # of processor time
@@ -106,7 +106,7 @@ def _serve(connection: socket.socket, vocabulary: Vocabulary) -> None:
 
 def _answer(connection: socket.socket, vocabulary: Vocabulary) -> None:
     _limit_memory()
-    before = _peak_memory()
+    before = peak_memory()
     (length,) = LENGTH.unpack(receive(connection, LENGTH.size))
     grammar = receive(connection, length)
     is_json, grammar = grammar[:1] == JSON, grammar[1:]
@@ -118,7 +118,7 @@ def _answer(connection: socket.socket, vocabulary: Vocabulary) -> None:
             first.compute_bitmask()
             compiled = first if first.is_error() else compiled
     reason = _reason(compiled) if compiled.is_error() else ""
-    text = f"{_peak_memory() - before} {reason}".encode()
+    text = f"{peak_memory() - before} {reason}".encode()
     connection.sendall(LENGTH.pack(len(text)) + text)
     if reason:
         return
@@ -165,11 +165,9 @@ class _Reply:
 
 def _reason(matcher: llguidance.LLMatcher) -> str:
     text = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())[:300]
-    if text.startswith("NoExtension"):
-        return "no text matches it"
-    if "too many expressions" in text or "too many states" in text or "fuel" in text:
-        return f"it takes too much work ({text}); use smaller counts and fewer combined patterns"
-    return text
+    if "too many" in text:
+        text = f"it takes too much work ({text}); use smaller counts and fewer combined patterns"
+    return "no text matches it" if text.startswith("NoExtension") else text
 
 
 def limits() -> llguidance.LLParserLimits:
@@ -187,14 +185,8 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):  # macOS has no such limit
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    if size := process_memory("VmSize"):  # None on macOS, which has no such limit either
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-
-
-def _peak_memory() -> int:
-    """Bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def receive(connection: socket.socket, size: int) -> bytes:

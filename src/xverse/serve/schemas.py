@@ -199,24 +199,24 @@ class _Rewriter:
         if part.get("propertyNames", True) is not True:
             self._property_names(part, result)
         if part.get("minProperties", 0) > 1 and "patternProperties" in result:
-            raise Unsupported("'minProperties' is not supported beside patterns of names")
+            raise Unsupported("'minProperties' is not supported together with patterns of names")
 
     def _property_names(self, part: dict[str, Any], result: dict[str, Any]) -> None:
         """Names from a list become properties, names of a pattern a pattern of properties."""
         names = self._document.resolved(part["propertyNames"])
-        said = keys(names) - {"type"}
+        given = keys(names) - {"type"}
         others = result.pop("additionalProperties", True)
         if {"properties", "patternProperties"} & result.keys():
-            said = {"properties"}
-        if said in ({"enum"}, {"const"}):
+            given = {"properties"}
+        if given in ({"enum"}, {"const"}):
             allowed = names.get("enum", [names.get("const")])
             result["properties"] = {name: others for name in allowed if isinstance(name, str)}
-        elif said == {"pattern"}:
+        elif given == {"pattern"}:
             result["patternProperties"] = {names["pattern"]: others}
-        elif said:
+        elif given:
             text = "'propertyNames' is supported only with an enum or a pattern, and without 'properties'"
             raise Unsupported(text)
-        result["additionalProperties"] = False if said else others
+        result["additionalProperties"] = False if given else others
 
     def _in_place(
         self, part: dict[str, Any], result: dict[str, Any], outside: frozenset[str] | None, alone: bool

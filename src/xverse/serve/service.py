@@ -21,7 +21,7 @@ from xverse.serve import tools
 from xverse.serve.access_log import current
 from xverse.serve.batches import Batches
 from xverse.serve.calls import CallParser
-from xverse.serve.dialects import in_words
+from xverse.serve.dialects import with_field_names
 from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Compiled, Grammars
 from xverse.serve.limits import MinTokens
@@ -258,8 +258,8 @@ class Service:
 
 def _in_the_words_of(body: Generation, error: UserError) -> ApiError:
     """The engine's error with the API's name of the field."""
-    words = {"prompt_ids": "prompt", "max_new_tokens": body.limit_name}
+    field_names = {"prompt_ids": "prompt", "max_new_tokens": body.limit_name}
     if isinstance(body, ChatRequest):
-        words |= {"prompt_ids": "messages", "logprobs": "top_logprobs"}
-    text = in_words(words, str(error))
+        field_names |= {"prompt_ids": "messages", "logprobs": "top_logprobs"}
+    text = with_field_names(field_names, str(error))
     return ApiError(400, text, param=text.partition(":")[0].split()[0])

@@ -28,7 +28,7 @@ from xverse.tokenizer.tokenizer import (
 )
 
 _TEMPLATE = "chat_template.jinja"
-# Keys of tokenizer_config.json that other programs ignore: a token that ends replies beside the end of text,
+# Keys of tokenizer_config.json that other programs ignore: a token that ends replies besides the end of text,
 # and whether the text after the first token begins as a text does, with sentencepiece's space.
 STOP_TOKEN, BOS_APART = "stop_token", "bos_apart"
 

@@ -68,15 +68,6 @@ def require() -> ctypes.CDLL:
     return loaded
 
 
-def pre_tokens(text: str) -> list[str]:
-    """The pre-tokens of a text, with plain spaces; a literal ▁, which is always encoded as bytes, is in
-    none."""
-    data = text.encode()
-    bounds = np.empty((2, len(data)), dtype=np.int64)
-    count = require().xvt_word_bounds(data, len(data), bounds[0].ctypes.data, bounds[1].ctypes.data)
-    return [data[begin:end].decode() for begin, end in bounds[:, :count].T.tolist()]
-
-
 class Counter:
     """Counts words into sorted run files ``PREFIX.0``, ``PREFIX.1`` …, in about ``memory`` bytes.
 

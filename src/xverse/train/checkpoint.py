@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written by all processes at once, beside training, and verified when read.
+"""Checkpoints of a run: written by all processes at once while training continues, and verified when read.
 
 ``OUT/checkpoints/step-00001200/`` appears by one rename when it is complete. It holds safetensors, never
 pickles, written by torch.distributed.checkpoint: each process writes the tensors that it holds, and any

@@ -1,4 +1,4 @@
-"""Progress of a run on the console: loss, speed beside its bound, where the time goes, and time left."""
+"""Progress of a run on the console: loss, speed next to its bound, where the time goes, and time left."""
 
 from __future__ import annotations
 

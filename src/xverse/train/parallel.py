@@ -1,7 +1,7 @@
 """Several processes: DDP, or any mesh of pipeline, FSDP2, context and tensor parallelism, around the model.
 
 torchrun starts the processes. The loop's own collectives (counts, losses, decisions) use a separate gloo
-group, and so do those of checkpoints, which run in a thread beside the loop.
+group, and so do those of checkpoints, which run in a separate thread.
 """
 
 from __future__ import annotations

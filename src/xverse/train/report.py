@@ -158,7 +158,7 @@ def _rows(
     yield "goodput", f"{100 * totals['goodput']:.1f} % of {totals['wall'] / 60:.1f} min"
     text = (
         f"{totals['checkpoints']} stalled training for {totals['stall_seconds']:.2f} s, "
-        f"{share(totals['stall_seconds'], totals['wall'])} of the time; steps beside them took "
+        f"{share(totals['stall_seconds'], totals['wall'])} of the time; steps during their writing took "
         f"{totals['beside_seconds']:.2f} s more"
     )
     yield "checkpoints", text

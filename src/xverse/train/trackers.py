@@ -1,4 +1,4 @@
-"""The figures of a run in TensorBoard and Weights & Biases, beside ``metrics.jsonl``."""
+"""The figures of a run in TensorBoard and Weights & Biases, in addition to ``metrics.jsonl``."""
 
 from __future__ import annotations
 

@@ -93,10 +93,10 @@ def _firsts(values: NDArray[np.uint64]) -> NDArray[np.int64]:
     return np.repeat(starts, counts)
 
 
-def choose_copies(count: int, found: Iterable[tuple[Pairs, Pairs]]) -> NDArray[np.uint8]:
+def choose_copies(count: int, copies: Iterable[tuple[Pairs, Pairs]]) -> NDArray[np.uint8]:
     """The fate of each of ``count`` documents, uint8: 0 (kept), or EXACT or NEAR copy of an earlier one.
 
-    ``found``: pairs of exact and near copies, iterated more than once. Documents connected by pairs form a
+    ``copies``: pairs of exact and near copies, iterated more than once. Documents connected by pairs form a
     group, of which the first is kept. Takes 5 or 9 bytes for each document, and the pairs one by one.
     """
     kind = np.uint32 if count < 2**32 else np.uint64
@@ -104,7 +104,7 @@ def choose_copies(count: int, found: Iterable[tuple[Pairs, Pairs]]) -> NDArray[n
     changed = True
     while changed:
         changed = False
-        for pairs in (pairs for both in found for pairs in both if len(pairs)):
+        for pairs in (pairs for both in copies for pairs in both if len(pairs)):
             one, two = pairs[:, 0], pairs[:, 1]
             tops = group[one].astype(np.int64), group[two].astype(np.int64)
             changed = changed or bool(np.any(tops[0] != tops[1]))
@@ -119,6 +119,6 @@ def choose_copies(count: int, found: Iterable[tuple[Pairs, Pairs]]) -> NDArray[n
     for start in range(0, count, CHUNK):
         part = group[start : start + CHUNK]
         fate[start : start + CHUNK][part != np.arange(start, start + len(part), dtype=kind)] = NEAR
-    for exact, _ in found:
+    for exact, _ in copies:
         fate[exact[:, 1]] = EXACT
     return fate

@@ -1,6 +1,6 @@
 """The segments of all groups become one token shard for each source and split.
 
-``Layout`` decides where each segment goes, ``Join`` copies them, several tasks into one large file, and
+``PlaceSegments`` decides where each segment goes, ``Join`` copies them, several tasks into a large file, and
 ``Seal`` adds digest, header and marker. So the bytes of a shard do not depend on the tasks.
 """
 
@@ -42,7 +42,7 @@ class Target:
 
 
 @dataclass
-class Layout:
+class PlaceSegments:
     """Writes the table of each shard's segments, and ``WORK/layout.json``, the list of shards."""
 
     work: Path

@@ -31,7 +31,7 @@ from xverse.data.prepare.clean import BuildIndex, Clean, StagesConfig
 from xverse.data.prepare.encode import SPLITS, Encode
 from xverse.data.prepare.executor import ExecutorConfig, Phase, run_phases
 from xverse.data.prepare.inputs import Input, Unit, corpus_units, input_units
-from xverse.data.prepare.join import Join, Layout, Seal
+from xverse.data.prepare.join import Join, PlaceSegments, Seal
 from xverse.data.prepare.plan import FindCopies, Gather, MakePlan
 from xverse.data.prepare.report import PreparedSource, PrepareReport, WriteReport
 from xverse.data.prepare.sample import MakeTokenizer, Sample, SampleLimits
@@ -162,7 +162,7 @@ def phases(recipe: PrepareRecipe, units: list[Unit], fingerprint: str) -> list[P
         *([Phase("sample", Sample(work, limits, groups), tasks)] if recipe.tokenizer is None else []),
         Phase("tokenizer", train),
         Phase("encode", Encode(work, tokenizer, groups), tasks),
-        Phase("layout", Layout(work, groups)),
+        Phase("layout", PlaceSegments(work, groups)),
         Phase("join", Join(*shards), others),
         Phase("seal", Seal(*shards), others),
         Phase("report", WriteReport(out, catalogue, stages, fingerprint)),

@@ -1,6 +1,6 @@
 """What a chat model can do: example conversations to read, and an exam of ten skills, scored by rule.
 
-The conversations are those of XVERSE-7B's README, with harmful requests beside them. ``skills.jsonl`` and
+The conversations are those of XVERSE-7B's README and harmful requests. ``skills.jsonl`` and
 ``exam.jsonl`` in the folder ``skills`` of the data directory replace the packaged ones:
 {"skill", "turns": [text, …]} or {"harmful": true, "language", "turns"}, and {"skill", "language", "turns",
 "check"} with the checks of ``xverse.eval.replies``. Turns are the user's; the model answers each, and the
@@ -174,8 +174,8 @@ def _figures(shown: Sequence[Item], scored: Sequence[Item]) -> dict[str, float]:
     for language in _languages(scored):
         figures[f"exam, {language}, %"] = 100 * _mean(scored, language).value
     for skill, languages in _scores(scored).items():
-        for language, found in languages.items():
-            figures[f"{skill}, {language}, %"] = 100 * found.value
+        for language, result in languages.items():
+            figures[f"{skill}, {language}, %"] = 100 * result.value
     for language in _languages(scored):
         own = [row for row in scored if row["language"] == language]
         kinds = {True: "refusals of harmful items", False: "false refusals of harmless items"}
@@ -212,8 +212,8 @@ def _exam_page(scored: Sequence[Item]) -> list[str]:
     return lines
 
 
-def _cell(found: Score) -> str:
-    return f"{100 * found.value:.1f} ({100 * found.low:.0f}–{100 * found.high:.0f}), {found.count}"
+def _cell(score: Score) -> str:
+    return f"{100 * score.value:.1f} ({100 * score.low:.0f}–{100 * score.high:.0f}), {score.count}"
 
 
 def _page(rows: Sequence[Item]) -> list[str]:

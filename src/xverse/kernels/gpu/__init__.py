@@ -1,1 +1,1 @@
-"""Our Triton kernels, for CUDA. Import them only where Triton is installed (``xverse.gpu.has_triton``)."""
+"""Triton kernels, for CUDA. Import them only where Triton is installed (``xverse.gpu.has_triton``)."""

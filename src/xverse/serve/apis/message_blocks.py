@@ -222,7 +222,7 @@ class MessagesRequest(CountRequest):
 # The second one differs here in that it has no sampling parameters.
 VERSIONS = ("2023-06-01", "2026-10-21")
 # The API's names for fields of a chat request.
-WORDS = {
+FIELD_NAMES = {
     "response_format": "output_config.format",
     "stop": "stop_sequences",
     "continue_final_message": "messages",

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
 from xverse.serve.access_log import current
-from xverse.serve.apis.message_blocks import WORDS, CountRequest, MessagesRequest
+from xverse.serve.apis.message_blocks import FIELD_NAMES, CountRequest, MessagesRequest
 from xverse.serve.apis.talk import Talk, talk
 from xverse.serve.calls import CallPiece, Content, collected, read_arguments
 from xverse.serve.exchange import respond
@@ -26,7 +26,7 @@ def mount(app: FastAPI, service: Service) -> None:
     async def messages(body: MessagesRequest, request: fastapi.Request) -> Response:
         _check(body, request)
         chosen = service.of(body.model)
-        reply = MessageReply(await talk(chosen, request, body.request(), WORDS, clamp=True))
+        reply = MessageReply(await talk(chosen, request, body.request(), FIELD_NAMES, clamp=True))
         headers = {"request-id": current().id}
         return await respond(service, request, reply, body.stream, headers=headers)
 

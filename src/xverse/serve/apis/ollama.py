@@ -26,7 +26,7 @@ from xverse.serve.apis.ollama_bodies import (
     OllamaEmbedRequest,
     OllamaGenerateRequest,
     OllamaShowRequest,
-    use_words,
+    use_field_names,
 )
 from xverse.serve.apis.talk import Talk, talk
 from xverse.serve.calls import CallParser, CallPiece, Content, read_arguments
@@ -46,7 +46,7 @@ def mount(app: FastAPI, service: Service) -> None:
         body.check()
         if not body.messages:
             return _loaded(body, chosen, {"message": {"role": "assistant", "content": ""}})
-        reply = _Reply(body.model, await talk(chosen, request, body.chat(), use_words(), clamp=True))
+        reply = _Reply(body.model, await talk(chosen, request, body.chat(), use_field_names(), clamp=True))
         return await respond(service, request, reply, body.stream, kind=NDJSON)
 
     @app.post("/api/generate")
@@ -55,11 +55,11 @@ def mount(app: FastAPI, service: Service) -> None:
         body.check()
         if not body.prompt:
             return _loaded(body, chosen, {"response": ""})
-        words = use_words(messages="prompt")
+        field_names = use_field_names(messages="prompt")
         if body.raw:
             begun = await _raw(chosen, request, body)
         else:
-            begun = await talk(chosen, request, body.chat(), words, clamp=True)
+            begun = await talk(chosen, request, body.chat(), field_names, clamp=True)
         reply = _Reply(body.model, begun, plain=True)
         return await respond(service, request, reply, body.stream, kind=NDJSON)
 
@@ -151,7 +151,7 @@ class _Reply:
             async for line in lines:
                 content += line["response"] if self._plain else line["message"]["content"]
                 calls += [] if self._plain else line["message"].get("tool_calls", [])
-        return {**line, **self._said(content, calls)}
+        return {**line, **self._message(content, calls)}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -165,16 +165,16 @@ class _Reply:
         async with aclosing(self._talk.pieces()) as pieces:
             async for piece in pieces:
                 self._first = self._first or _since(self._begin)
-                for said in self._take(piece):
-                    yield {"model": self._model, "created_at": _now(), **said, "done": False}
-        for said in self._complete():
-            yield {"model": self._model, "created_at": _now(), **said, "done": False}
+                for message in self._take(piece):
+                    yield {"model": self._model, "created_at": _now(), **message, "done": False}
+        for message in self._complete():
+            yield {"model": self._model, "created_at": _now(), **message, "done": False}
         used, total = self._talk.usage(), _since(self._begin)
         first = self._first or total
         yield {
             "model": self._model,
             "created_at": _now(),
-            **self._said("", []),
+            **self._message("", []),
             "done": True,
             "done_reason": "length" if self._talk.ending == "length" else "stop",
             "total_duration": total,
@@ -188,7 +188,7 @@ class _Reply:
     def _take(self, piece: Content | CallPiece) -> Iterator[dict[str, Any]]:
         """Calls are sent whole."""
         if isinstance(piece, Content):
-            yield self._said(piece.text, [])
+            yield self._message(piece.text, [])
         elif piece.name is None:
             assert self._call is not None
             self._call["arguments"] += piece.arguments
@@ -200,9 +200,9 @@ class _Reply:
         """The call that has grown, unless it was cut off."""
         call, self._call = self._call, None
         if call is not None and (arguments := read_arguments(call["arguments"])) is not None:
-            yield self._said("", [{"function": {"name": call["name"], "arguments": arguments}}])
+            yield self._message("", [{"function": {"name": call["name"], "arguments": arguments}}])
 
-    def _said(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    def _message(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
         if self._plain:
             return {"response": text}
         more = {"tool_calls": calls} if calls else {}

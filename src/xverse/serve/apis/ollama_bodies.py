@@ -188,7 +188,7 @@ class OllamaShowRequest(Body):
 
 
 # Ollama's names for fields of OpenAI's requests.
-WORDS = {
+FIELD_NAMES = {
     "max_tokens": "options.num_predict",
     "repetition_penalty": "options.repeat_penalty",
     "response_format": "format",
@@ -201,7 +201,7 @@ WORDS = {
 }
 
 
-def use_words(**more: str) -> dict[str, str]:
+def use_field_names(**more: str) -> dict[str, str]:
     """Let errors name Ollama's fields; returns the names."""
-    current().words = {**WORDS, **more}
-    return dict(current().words)
+    current().field_names = {**FIELD_NAMES, **more}
+    return dict(current().field_names)

@@ -211,7 +211,7 @@ class ResponsesRequest(SamplingFields):
 
 
 # The API's names for fields of a chat request.
-WORDS = {
+FIELD_NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",

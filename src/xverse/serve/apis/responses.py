@@ -15,7 +15,7 @@ from fastapi import FastAPI, Query, Response
 
 from xverse.serve.access_log import current
 from xverse.serve.apis.response_items import (
-    WORDS,
+    FIELD_NAMES,
     Item,
     ReferenceItem,
     ResponsesRequest,
@@ -87,7 +87,7 @@ async def _begin(
     messages = messages_of(body.instructions, [*map(read_stored, earlier), *items])
     if body.truncation == "auto":
         messages = await asyncio.to_thread(_fitting, service, body, messages)
-    begun = await talk(service, request, body.chat(messages), WORDS)
+    begun = await talk(service, request, body.chat(messages), FIELD_NAMES)
     return ResponseReply(body, begun, store, earlier, [item.stored() for item in items])
 
 

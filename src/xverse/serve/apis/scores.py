@@ -151,8 +151,8 @@ def _requests(
     for query, document in zip(queries, documents, strict=True):
         if most is not None:
             document = tokenizer.decode(tokenizer.encode(document)[:most])
-        asked = Message(role="user", content=_ASK.format(document=document))
-        prompt = service.chat_ids([asked], [], False)
+        question = Message(role="user", content=_ASK.format(document=document))
+        prompt = service.chat_ids([question], [], False)
         ids = [*prompt, *tokenizer.encode(query)]
         total += len(ids)
         if total > MOST_TOKENS:  # here, because a long query is encoded with each of the documents

@@ -1,7 +1,7 @@
 """A reply to one conversation, in pieces: what the APIs share that have a conversation in another form.
 
 Such an API writes its request as a ``ChatRequest``, so that the same checks, tools, grammars and limits
-apply, and sends the pieces as its own events. Errors get its names of fields through ``Record.words``.
+apply, and sends the pieces as its own events. Errors get its names of fields through ``Record.field_names``.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ async def talk(
     service: Service,
     request: fastapi.Request,
     chat: ChatRequest,
-    words: Mapping[str, str],
+    field_names: Mapping[str, str],
     clamp: bool = False,
 ) -> Talk:
-    """Begin a reply to ``chat``, for which the API's own request stands; ``words`` has its names for the
-    fields of a chat request; ``clamp`` as in ``Service.chat``. Raises ApiError."""
-    current().words = words
+    """Begin a reply to ``chat``, for which the API's own request stands; ``field_names`` has its names for
+    the fields of a chat request; ``clamp`` as in ``Service.chat``. Raises ApiError."""
+    current().field_names = field_names
     grammar = await while_connected(request, service.grammars.of(chat))
     (only,) = await asyncio.to_thread(service.chat, chat, grammar, clamp)
     return Talk(service, only, service.call_parser(chat))

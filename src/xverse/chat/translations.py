@@ -9,7 +9,7 @@ _COMMANDS = [
     ("/file", "FILE", "send the text of a file with the next message", "把文件内容附在下一条消息前发送"),
     ("/retry", "", "answer the last message again", "重新回答上一条消息"),
     ("/undo", "", "take back the last message and its reply", "撤回上一条消息及其回复"),
-    ("/reset", "", "forget the conversation, keep the system prompt", "清空对话，保留系统提示"),
+    ("/reset", "", "clear the conversation, keep the system prompt", "清空对话，保留系统提示"),
     ("/system", "[TEXT]", "set the system prompt, or remove it", "设置系统提示；不带内容则删除"),
     ("/save", "FILE", "write the conversation to a file", "把对话保存到文件"),
     ("/load", "FILE", "continue a saved conversation", "继续已保存的对话"),
@@ -20,7 +20,7 @@ _COMMANDS = [
 ]
 COMMANDS = tuple(name for name, *_ in _COMMANDS)
 
-_WORDS = {
+_TEXTS = {
     "keys": (
         "Ctrl-C stops a reply, Alt-Enter starts a new line, // at the start of a line sends a slash.",
         "Ctrl-C 停止回复，Alt-Enter 换行，以 // 开头的行会发送一个斜杠。",
@@ -66,11 +66,11 @@ def language() -> str:
     return "en"
 
 
-def words(key: str, **values: object) -> str:
-    return _WORDS[key][language() == "zh"].format(**values)
+def translated(key: str, **values: object) -> str:
+    return _TEXTS[key][language() == "zh"].format(**values)
 
 
 def help_text() -> str:
     chinese = language() == "zh"
     lines = [f"{name + ' ' + arguments:23}{zh if chinese else en}" for name, arguments, en, zh in _COMMANDS]
-    return "\n".join([*lines, words("keys")])
+    return "\n".join([*lines, translated("keys")])
