@@ -96,12 +96,9 @@ def of_validation(error: Mapping[str, Any]) -> ApiError:
         if part != "body" and part != "[key]":
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     path = (path + ctx.get("at", "")).removeprefix(".")
-    text = _rule(error, ctx)
-    if not path and error["type"] == "missing":
-        text = "is empty; send a JSON object"
-    return ApiError(
-        400, f"{path or 'the body'}: {text}", param=path or None, code=_BY_RULE.get(text.partition(";")[0])
-    )
+    text = _rule(error, ctx) if path or error["type"] != "missing" else "is empty; send a JSON object"
+    code = _BY_RULE.get(text.partition(";")[0])
+    return ApiError(400, f"{path or 'the body'}: {text}", param=path or None, code=code)
 
 
 def _rule(error: Mapping[str, Any], ctx: Mapping[str, Any]) -> str:
@@ -155,9 +152,8 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
         plain = re.sub("/+", "/", path).rstrip("/").lower()
         for meant in (plain, f"/v1{plain}", plain.replace("/v1/v1/", "/v1/")):
             if meant != path and methods(request, meant):
-                text += f"; use {meant}" + (
-                    " (the base URL of clients ends in /v1)" if "/v1" in meant else ""
-                )
+                hint = " (the base URL of clients ends in /v1)" if "/v1" in meant else ""
+                text += f"; use {meant}{hint}"
                 break
     elif status == 405:
         allowed = methods(request, path)

@@ -83,7 +83,7 @@ class Lenient(BaseModel):
 
 
 class Options(Lenient):
-    """What the client wants. ``ignored`` holds the names of unknown fields, which the response's header and the
+    """What a client wants. ``ignored`` holds the names of unknown fields, which the response's header and the
     access log report; names that resemble a known one are refused, as are all if ``strict_names``."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset()

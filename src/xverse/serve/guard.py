@@ -128,7 +128,7 @@ class Guard:
         if coding not in ("", "identity"):
             text = f"bodies in the content coding '{coding[:40]}' are not supported; send them uncompressed"
             return errors.answer(
-                415, text, code="unsupported_content_encoding", headers={"Accept-Encoding": "identity"}
+                415, text, code="unsupported_encoding", headers={"Accept-Encoding": "identity"}
             )
         length, most = headers.get(b"content-length", b"0"), self._most(scope)
         if length.isdigit() and int(length) > most:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -20,17 +20,13 @@ def read(body: bytes) -> Any:
     """The value of a body. Raises JSONDecodeError, or another ValueError or a RecursionError for
     what the decoder cannot read."""
 
-    def refused(text: str) -> NoReturn:
-        raise json.JSONDecodeError(f"{text} is not a number in JSON", "", 0)
-
     def number(text: str) -> float:
-        value = float(text)
-        if math.isinf(value):
-            raise json.JSONDecodeError(f"the number {text[:40]} is too large", "", 0)
+        if not math.isfinite(value := float(text)):
+            raise json.JSONDecodeError(f"{text[:40]} is not a number of JSON, or too large", "", 0)
         return value
 
     text = body.decode(json.detect_encoding(body), "surrogatepass")
-    value = json.loads(text, parse_constant=refused, parse_float=number)
+    value = json.loads(text, parse_constant=number, parse_float=number)
     return encodable(value) if _HALVES.search(text) else value
 
 

@@ -53,13 +53,6 @@ class StreamOptions(Options):
     continuous_usage_stats: StrictBool = False
 
 
-class TextPart(Lenient):
-    """For the OpenAPI document; ``_text_of`` reads parts."""
-
-    type: Literal["text"] = "text"
-    text: StrictStr
-
-
 # The kinds of content parts that are text, and the field that holds it.
 _TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 _UNREAD_PARTS = ("thinking", "redacted_thinking", "reasoning")  # of other models; this one does not read them
@@ -124,7 +117,7 @@ class ToolCall(Lenient):
         return values
 
 
-Text = Annotated[str, PlainValidator(_text_of, json_schema_input_type=StrictStr | list[TextPart])]
+Text = Annotated[str, PlainValidator(_text_of, json_schema_input_type=StrictStr | list[dict[str, Any]])]
 
 
 class Message(Lenient):

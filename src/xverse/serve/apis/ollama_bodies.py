@@ -93,16 +93,10 @@ class _Request(Body):
     keep_alive: Any = None
 
 
-def _think(value: Any) -> Any:
-    if not isinstance(value, bool | str):
-        raise rule("must be true, false or a level of thinking")
-    return value
-
-
 class _Generation(_Request):
     stream: StrictBool = True
     format: Format = Field(default_factory=ResponseFormat)
-    think: Annotated[bool | str | None, PlainValidator(_think, json_schema_input_type=bool | str)] = None
+    think: Any = None
 
     def check(self) -> None:
         """Raises ApiError for what the model does not do."""
