@@ -130,6 +130,13 @@ def test_every_measurement_has_a_name_of_its_own_and_a_row() -> None:
     assert [name for name in pages if f"]({name})" not in page] == []
 
 
+def test_every_environment_variable_is_described() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in MANUALS)
+    for path in SOURCE.rglob("*.py"):
+        for name in re.findall(r"environ\S*\W(XVERSE_[A-Z_]+)\W", path.read_text(encoding="utf-8")):
+            assert f"`{name}" in text, f"{path.name} reads {name}, which no page describes"
+
+
 def test_every_room_is_on_the_map() -> None:
     rooms = [path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()]
     modules = [path.name for path in SOURCE.glob("*.py") if path.name != "__init__.py"]

@@ -214,8 +214,8 @@ def check_weights(
     for name, weight in weights.items():
         if name not in known:
             there = ", ".join(sorted(set(known) - {OTHERS}))
-            mend = "remove it, or set allow_absent: true in the mixture, which gives its share to the others"
-            hint = nearest(name, known) or f" (the data has {there}); {mend}"
+            fix = "remove it, or set allow_absent: true in the mixture, which gives its share to the others"
+            hint = nearest(name, known) or f" (the data has {there}); {fix}"
             raise UserError(f"mixture: unknown {what} '{name}'{hint}")
         if not 0 <= weight < float("inf"):
             raise UserError(f"mixture: the weight of '{name}' is {weight}; weights must not be negative")

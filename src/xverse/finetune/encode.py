@@ -172,7 +172,7 @@ class _Counts:
             reasons = ", ".join(f"{n} {why}" for why, n in self.skipped.most_common())
             raise UserError(
                 f"{name}: {bad:,} of {bad + self.used:,} items cannot be used ({reasons}), more than "
-                f"max_bad_share {most:g} allows; mend the data, or raise max_bad_share to leave them out"
+                f"max_bad_share {most:g} allows; fix the data, or raise max_bad_share to leave them out"
             )
 
     def add(self, other: _Counts) -> None:

@@ -144,7 +144,7 @@ class Task:
 
     # the run
     output_dir: Annotated[Path, "folder of the run and of the finished model, a path or URL"]
-    overwrite_output_dir: Annotated[bool, "start anew in a folder that holds another run"] = False
+    overwrite_output_dir: Annotated[bool, "start over in a folder that holds another run"] = False
     resume_from_checkpoint: Annotated[str | None, "checkpoint to resume from; unset: the last one"] = None
     plot_loss: Annotated[bool, "draw loss.png"] = False
     early_stopping_steps: Annotated[int | None, "stop after N evaluations without a better loss"] = None

@@ -145,5 +145,5 @@ def _compare(file: Path, state: dict[str, Any]) -> None:
     if changed or (begun["train"], begun["valid"]) != (now["train"], now["valid"]):
         raise UserError(
             f"{file.parent}: this run began with other {', '.join(changed) or 'data'}; restore them, choose "
-            "another output_dir, or set overwrite_output_dir to start anew"
+            "another output_dir, or set overwrite_output_dir to start over"
         )

@@ -53,7 +53,7 @@ def calibration_tokens(tokenizer: Tokenizer, file: str | Path) -> Tensor:
     share = sum(token in tokenizer.byte_ids for token in ids) / len(ids)
     if share > _BYTE_SHARE:
         notice(
-            f"{path}: {share:.0%} of its tokens are single bytes, so the model hardly knows its language; "
+            f"{path}: {share:.0%} of its tokens are single bytes, so the vocabulary lacks its language; "
             "calibration text should resemble what the model is used for"
         )
     return _evenly(_rows(ids, CALIBRATION_LENGTH), CALIBRATION_TOKENS)
