@@ -14,7 +14,7 @@ pytest.importorskip("llguidance")
 from benchmarks.studies.schemas import Writer
 from xverse.serve import schemas
 from xverse.serve.grammar import Grammars, Source
-from xverse.serve.protocol import Tool
+from xverse.serve.protocol import CompletionRequest, Tool
 from xverse.tokenizer import Tokenizer
 from xverse.tokenizer.tools import CLOSE, OPEN
 
@@ -28,7 +28,7 @@ def grammars(tiny_tokenizer: Tokenizer) -> Grammars:
 
 def allowed(grammars: Grammars, tokenizer: Tokenizer, schema: dict[str, Any], text: str) -> bool:
     compiled = asyncio.run(grammars.compiled(Source(schemas.grammar(schema), "response_format")))
-    grammar = grammars.start(compiled)
+    grammar = grammars.start(compiled, CompletionRequest(prompt="", guided_json=schema))
     for token in [*tokenizer.encode(text), tokenizer.eos_id]:
         if not grammar.allowed()[token]:
             return False

@@ -225,7 +225,7 @@ def test_truncation_drops_the_oldest_turns(launch: Any) -> None:
     [
         ({}, 400, "input", "missing"),
         ({"input": []}, 400, "input", "at least 1"),
-        ({"input": 5}, 400, "input", "must be a list of items"),
+        ({"input": 5}, 400, "input", "must be text or a list of items"),
         ({"input": [{"type": "computer_call"}]}, 400, "input[0].type", "not supported"),
         ({"input": [{"role": "user"}]}, 400, "input[0].content", "missing"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400,

@@ -221,3 +221,60 @@ def test_what_is_admitted_is_finished_during_shutdown(new_service: Any) -> None:
     asyncio.run(run())
     assert not runner.open
     assert not runner.uses
+
+
+def test_methods(server: Any) -> None:
+    """HEAD is GET without a body; another method gets 405 with the ones that are allowed."""
+    found = [*routes(server), *(("GET", path) for path in PROBES)]
+    with server.client() as http:
+        for path in sorted({path for _, path in found}):
+            allowed = {method for method, each in found if each == path}
+            address = path.replace("{name:path}", "nano").replace("{name}", "x")
+            if "GET" in allowed:
+                get, head = http.get(address), http.head(address)
+                assert (head.status_code, head.content) == (get.status_code, b""), path
+                assert head.headers["content-type"] == get.headers["content-type"]
+                allowed |= {"HEAD"}
+            for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "FOO"} - allowed:
+                answer = http.request(method, address)
+                assert answer.status_code == 405, (method, path)
+                assert set(answer.headers["allow"].split(", ")) == allowed, (method, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/V1/Models", "/v1/models"),
+        ("/health/", "/health"),
+        ("/metrics//", "/metrics"),
+        ("/api/tags/", "/api/tags"),
+        ("/v1", None),
+        ("/api/", None),
+        ("/v1/chat", None),
+        ("/nothing", None),
+    ],
+)
+def test_paths_that_nearly_exist(server: Any, path: str, meant: str | None) -> None:
+    with server.client() as http:
+        for method in ("GET", "POST"):
+            answer = http.request(method, server.url + path)
+            assert answer.status_code == 404
+            assert (f"use {meant}" in answer.text) if meant else ("; use" not in answer.text)
+
+
+def test_compressed_bodies_are_refused_by_name(server: Any) -> None:
+    with server.client() as http:
+        for coding, status in (
+            ("gzip", 415),
+            ("br", 415),
+            ("x, identity", 415),
+            ("identity", 200),
+            ("", 200),
+        ):
+            answer = http.post("/tokenize", json={"prompt": "x"}, headers={"Content-Encoding": coding})
+            assert answer.status_code == status, coding
+            assert status == 200 or f"content coding '{coding}'" in answer.text

@@ -23,10 +23,6 @@ OPERATIONS = (
     "GET /health/ready",
     "GET /health/live",
     "GET /metrics",
-    "HEAD /health",
-    "HEAD /health/ready",
-    "HEAD /health/live",
-    "HEAD /metrics",
 )
 
 

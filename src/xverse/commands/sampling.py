@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from xverse.config import UserError
-from xverse.engine.sampling_params import CHAT, PARAMS, SamplingParams
+from xverse.engine.sampling_params import CHAT, PARAMS, Param, SamplingParams
+from xverse.values import short
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
@@ -22,7 +24,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
         if param.api_only:
             continue
         default = getattr(CHAT, name)
-        options: dict[str, Any] = {"action": "append"} if param.kind is str else {"type": param.kind}
+        options: dict[str, Any] = {"action": "append"} if param.kind is str else {"type": _number(param)}
         group.add_argument(
             param.flag,
             default=argparse.SUPPRESS,
@@ -30,6 +32,23 @@ def add_sampling_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
             help=param.help[0] + (f" ({default:g})" if default not in (None, ()) else ""),
             **options,
         )
+
+
+def _number(param: Param) -> Callable[[str], Any]:
+    """Parser of a value within the parameter's range."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = param.kind(text)
+            param.check("", value)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
+        except ValueError:
+            kind = "whole number" if param.kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{short(text)} is not a {kind}") from None
+        return value
+
+    return parse
 
 
 def given_sampling(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,11 +24,12 @@ from xverse.serve.apis import (
     tokens,
 )
 from xverse.serve.caller import Caller
+from xverse.serve.json_body import Route
 from xverse.serve.page import mount
 from xverse.serve.service import Service
 
 APIS = (chat, completions, responses, messages, embeddings, scores, ollama, models, tokens, adapters, batches)
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 def create_app(service: Service, page: str | None = None, root: str = "") -> FastAPI:
@@ -54,27 +55,29 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
         docs_url=None,
         redoc_url=None,
         root_path=root,
+        redirect_slashes=False,
     )
+    app.router.route_class = Route
     for kind, handler in errors.HANDLERS.items():
         app.add_exception_handler(kind, handler)
 
     for api in APIS:
         api.mount(app, service)
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
-    @app.api_route("/health/ready", methods=["GET", "HEAD"])
+    @app.get("/health")
+    @app.get("/health/ready")
     async def ready() -> Response:
         healthy = service.runner.ready()
         runner = service.runner
         state = "draining" if runner.draining else "ready" if healthy else "dead" if runner.dead else "stuck"
         return JSONResponse({"status": state}, status_code=200 if healthy else 503)
 
-    @app.api_route("/health/live", methods=["GET", "HEAD"])
+    @app.get("/health/live")
     async def live() -> Response:
         alive = service.runner.alive()
         return JSONResponse({"status": "live" if alive else "dead"}, status_code=200 if alive else 503)
 
-    @app.api_route("/metrics", methods=["GET", "HEAD"])
+    @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -82,7 +85,7 @@ def create_app(service: Service, page: str | None = None, root: str = "") -> Fas
     @app.api_route("/v1/{path:path}", methods=[*_METHODS], include_in_schema=False)
     @app.api_route("/api/{path:path}", methods=[*_METHODS], include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:
-        raise HTTPException(405 if errors.exists(request, request.url.path) else 404)
+        raise HTTPException(405 if errors.methods(request, request.url.path) else 404)
 
     if page is not None:
         mount(app, service, first=page)

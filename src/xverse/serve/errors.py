@@ -30,8 +30,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         field = _FIELD.match(message) if status < 500 else None
-        self.status, self.code = status, code
-        self.param = param or (field[0] if field else None)
+        self.status, self.param = status, param or (field[0] if field else None)
+        self.code = code or ("invalid_value" if status == 400 and self.param else None)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -95,9 +95,10 @@ def of_validation(error: Mapping[str, Any]) -> ApiError:
     for part in parts[1:] if parts[:1] in (("body",), ("query",)) and parts[1:] else parts:
         if part != "body" and part != "[key]":
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    path += ctx.get("at", "")
-    code = "missing_field" if error["type"] == "missing" else "invalid_value"
-    return ApiError(400, f"{path or 'the body'}: {_rule(error, ctx)}", param=path or None, code=code)
+    path = (path + ctx.get("at", "")).removeprefix(".")
+    text = _rule(error, ctx) if path or error["type"] != "missing" else "is empty; send a JSON object"
+    code = _BY_RULE.get(text.partition(";")[0])
+    return ApiError(400, f"{path or 'the body'}: {text}", param=path or None, code=code)
 
 
 def _rule(error: Mapping[str, Any], ctx: Mapping[str, Any]) -> str:
@@ -115,6 +116,7 @@ def _rule(error: Mapping[str, Any], ctx: Mapping[str, Any]) -> str:
     return "the value is not valid"
 
 
+_BY_RULE = {"required field is missing": "missing_field", "unknown field": "unknown_field"}
 # By the last part of pydantic's error types.
 _RULES = {
     "missing": "required field is missing",
@@ -144,22 +146,31 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
     """Also errors of routing: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     path, status, text = request.url.path, error.status_code, str(error.detail)
-    code = _CODES.get(status)
+    code, headers = _CODES.get(status), dict(error.headers or {})
     if status == 404:
         text = f"{path} does not exist"
-        if not path.startswith("/v1/") and exists(request, f"/v1{path}"):
-            text += f"; use /v1{path} (the base URL of clients ends in /v1)"
+        plain = re.sub("/+", "/", path).rstrip("/").lower()
+        for meant in (plain, f"/v1{plain}", plain.replace("/v1/v1/", "/v1/")):
+            if meant != path and methods(request, meant):
+                hint = " (the base URL of clients ends in /v1)" if "/v1" in meant else ""
+                text += f"; use {meant}{hint}"
+                break
     elif status == 405:
-        text = f"{path} does not accept {request.method}"
+        allowed = methods(request, path)
+        text = f"{path} does not accept {request.method}, only {', '.join(allowed)}"
+        headers["Allow"] = ", ".join(allowed)
     elif status == 400 and isinstance(error.__cause__, ValueError | RecursionError):  # of reading the body
         code, text = "invalid_json", "the body is nested too deeply, or has a number of too many digits"
-    return answer(status, text, code=code, headers=dict(error.headers or {}))
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            text = "the body is not valid JSON: it is not encoded in UTF-8"
+    return answer(status, text, code=code, headers=headers)
 
 
-def exists(request: Request, path: str) -> bool:
-    """Whether some method of the API is at ``path``."""
-    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
-    return any(route.include_in_schema and route.path_regex.fullmatch(path) for route in routes)
+def methods(request: Request, path: str) -> list[str]:
+    """The methods of the routes at ``path``; none: it does not exist. Those of unknown paths do not count."""
+    routes = [each for each in request.app.routes if isinstance(each, APIRoute) and each.name != "unknown"]
+    found = {method for each in routes if each.path_regex.fullmatch(path) for method in each.methods or ()}
+    return sorted({*found, *(("HEAD",) if "GET" in found else ())})
 
 
 HANDLERS = {

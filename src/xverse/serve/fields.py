@@ -76,14 +76,61 @@ class Lenient(BaseModel):
     def _without_null(cls, values: Any) -> Any:
         return without_null(values) if isinstance(values, dict) else values
 
+    @classmethod
+    def names(cls) -> set[str]:
+        """Of the fields, as clients write them."""
+        return {field.alias or name for name, field in cls.model_fields.items()}
+
+
+class Options(Lenient):
+    """What a client wants. ``ignored`` holds the names of unknown fields, which the response's header and the
+    access log report; names that resemble a known one are refused, as are all if ``strict_names``."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    strict_names: ClassVar[bool] = False
+    _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return self._ignored
+
+    @classmethod
+    def unknown(cls, values: dict[str, Any]) -> list[str]:
+        known = cls.names() | cls.without_effect
+        return [name for name, value in values.items() if value is not None and name not in known]
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _known(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(values, dict):
+            return handler(values)
+        unknown = cls.unknown(values)
+        if len(unknown) > MOST_UNKNOWN:
+            raise rule(f"{len(unknown)} unknown fields are too many; the limit is {MOST_UNKNOWN}")
+        for name in unknown:
+            meant = None if name in ELSEWHERE else misspelt(name, cls.names())
+            if meant or cls.strict_names:
+                raise rule("unknown field" + (f"; did you mean '{meant}'?" if meant else ""), f".{name[:64]}")
+        part = handler(values)
+        part._ignored = tuple(unknown)
+        for name, field in cls.model_fields.items():
+            if isinstance(inner := getattr(part, name), Options):
+                part._ignored += tuple(f"{field.alias or name}.{each}" for each in inner._ignored)
+        return part
+
 
 def by_type(
-    value: Any, kinds: Mapping[str, type[Lenient] | None], kind_of: Callable[[dict[str, Any]], str], what: str
+    value: Any,
+    kinds: Mapping[str, type[Lenient] | None],
+    kind_of: Callable[[dict[str, Any]], str],
+    what: str,
+    otherwise: str = "",
 ) -> list[Any]:
     """A list of objects, each read as the model in ``kinds`` for its type; those of type None are left out.
-    Raises the error of the first wrong one, with its index. ``what`` names the objects."""
+    Raises the error of the first wrong one, with its index. ``what`` names the objects, ``otherwise`` what
+    may be in place of the list."""
     if not isinstance(value, list):
-        raise rule(f"must be a list of {what}")
+        raise rule(f"must be {otherwise}a list of {what}")
     found: list[Any] = []
     for index, item in enumerate(value):
         if not isinstance(item, dict):
@@ -106,38 +153,18 @@ def by_type(
     return found
 
 
-class Body(Lenient):
-    """A whole body. ``ignored`` holds the names of the unknown fields at its top, which the response's
-    header and the access log report."""
+class Body(Options):
+    """A whole body."""
 
     without_effect: ClassVar[frozenset[str]] = NO_EFFECT
     token_ids: ClassVar[tuple[str, ...]] = ("prompt", "tokens")  # fields that may be long lists of them
-    _ignored: tuple[str, ...] = PrivateAttr(())
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        return self._ignored
 
     @model_validator(mode="wrap")
     @classmethod
-    def _tolerant(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if not isinstance(values, dict):
-            return handler(values)
-        _check_items(values, cls.token_ids)
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = [
-            name
-            for name, value in values.items()
-            if value is not None and name not in known and name not in cls.without_effect
-        ]
-        if len(unknown) > MOST_UNKNOWN:
-            raise ApiError(400, f"the body has {len(unknown)} unknown fields; the limit is {MOST_UNKNOWN}")
-        for name in unknown:
-            if name not in ELSEWHERE and (meant := misspelt(name, known)):
-                text = f"{name}: unknown field; did you mean '{meant}'?"
-                raise ApiError(400, text, param=name, code="unknown_field")
+    def _bounded(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(values, dict):
+            _check_items(values, cls.token_ids)
         body = handler(values)
-        body._ignored = tuple(unknown)
         if body.ignored:
             current().ignored = body.ignored
         return body

@@ -29,6 +29,7 @@ from xverse.serve import grammar_worker as worker
 from xverse.serve import schemas, tools
 from xverse.serve.errors import ApiError
 from xverse.serve.protocol import ChatRequest, Generation
+from xverse.serve.structures import Structure
 from xverse.tokenizer import Tokenizer
 
 COMPILING = 4  # grammars at once; the system gives the engine's thread priority
@@ -101,10 +102,11 @@ class Grammars:
             self._refused[key] = result
             if len(self._refused) > REFUSALS:
                 self._refused.popitem(last=False)
-        raise _unsupported(source.param, source.json, self._refused[key])
+        raise unsupported(source.param, source.json, self._refused[key])
 
-    def start(self, compiled: Compiled) -> Grammar:
-        return Grammar(compiled, self._tokenizer.vocab_size, self._stop_ids)
+    def start(self, compiled: Compiled, body: Generation) -> Grammar:
+        """The constraint of a reply to ``body``, which asks for the grammar."""
+        return Grammar(compiled, self._tokenizer.vocab_size, self._stop_ids, _origin(body, body.structure()))
 
     async def _compile(self, grammar: bytes) -> Compiled | str:
         """The compiled grammar, or why it does not compile."""
@@ -139,23 +141,29 @@ def source_of(body: Generation) -> Source | None:
     structure = body.structure()
     make: Callable[[], str]
     if isinstance(body, ChatRequest) and body.must_call:
-        param, is_json = "tools", True
         make = functools.partial(schemas.call_grammar, tools.offered_tools(body))
     elif structure is None:
         return None
     else:
-        param, is_json = structure.param, structure.kind in ("json_schema", "json_object")
         make = functools.partial(schemas.of_structure, structure)
+    param, is_json = _origin(body, structure)
     try:
         return Source(make(), param, is_json)
     except schemas.TooLarge as error:
         raise ApiError(400, f"{param}: {error}", code="schema_too_large") from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise _unsupported(param, is_json, reason) from None
+        raise unsupported(param, is_json, reason) from None
 
 
-def _unsupported(param: str, is_json: bool, reason: str) -> ApiError:
+def _origin(body: Generation, structure: Structure | None) -> tuple[str, bool]:
+    """The field that asks for a grammar, and whether its replies are JSON."""
+    if structure is None or (isinstance(body, ChatRequest) and body.must_call):
+        return "tools", True
+    return structure.param, structure.kind in ("json_schema", "json_object")
+
+
+def unsupported(param: str, is_json: bool, reason: str) -> ApiError:
     kind = "schema" if is_json else "grammar"
     return ApiError(400, f"{param}: the {kind} is not supported: {reason}", code="bad_schema")
 
@@ -326,8 +334,11 @@ class Grammar:
     """The constraint of one reply; implements ``engine.Constraint``. Masks are computed while the engine does
     other work."""
 
-    def __init__(self, compiled: Compiled, vocab_size: int, stop_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, compiled: Compiled, vocab_size: int, stop_ids: tuple[int, ...], origin: tuple[str, bool]
+    ) -> None:
         self.failed = ""  # the reason: a schema can compile and still exceed the work limit of a step
+        self.origin = origin  # the field that asks for it, and whether the text is JSON
         self._compiled = compiled
         self._size = vocab_size
         self._stop_ids = [token for token in stop_ids if token < vocab_size]

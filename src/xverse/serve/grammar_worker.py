@@ -114,9 +114,11 @@ def _answer(connection: socket.socket, vocabulary: Vocabulary) -> None:
         # The first mask belongs to it: part of the work is deferred until then.
         compiled = llguidance.LLMatcher(vocabulary.tokenizer, grammar.decode(), log_level=0, limits=limits())
         if not compiled.is_error():
-            compiled.deep_copy().compute_bitmask()
-    reason = compiled.get_error() if compiled.is_error() else ""
-    text = f"{peak_memory() - before} {' '.join(reason.split())[:300]}".encode()
+            first = compiled.deep_copy()
+            first.compute_bitmask()
+            compiled = first if first.is_error() else compiled
+    reason = _reason(compiled) if compiled.is_error() else ""
+    text = f"{peak_memory() - before} {reason}".encode()
     connection.sendall(LENGTH.pack(len(text)) + text)
     if reason:
         return
@@ -155,10 +157,17 @@ class _Reply:
                 mask = self._written.bounded(mask)
             forced = matcher.compute_ff_tokens()
         if matcher.is_error():
-            text = " ".join(matcher.get_error().split())[:300].encode()
+            text = _reason(matcher).encode()
             return ANSWER.pack(number, FAILED, 0, len(text)) + text
         head = ANSWER.pack(number, OK, len(forced), len(mask))
         return head + struct.pack(f"<{len(forced)}i", *forced) + mask
+
+
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    text = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())[:300]
+    if "too many" in text:
+        text = f"it takes too much work ({text}); use smaller counts and fewer combined patterns"
+    return "no text matches it" if text.startswith("NoExtension") else text
 
 
 def limits() -> llguidance.LLParserLimits:

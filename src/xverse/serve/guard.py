@@ -38,13 +38,15 @@ _CLOSE = {"Connection": "close"}  # the rest of the body is not read
 _FORM = (b"content-type", b"application/x-www-form-urlencoded")
 
 
-def _with_json(scope: Scope) -> Scope:
-    """The request, with JSON as the type of a form's body under ``/api/``: Ollama's documentation calls curl
-    without a header, and Ollama reads such a body. Forms of other sites' pages have been refused before."""
-    if not scope["path"].startswith("/api/") or _FORM not in scope["headers"]:
-        return scope
-    headers = [header for header in scope["headers"] if header != _FORM]
-    return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
+def _for_routes(scope: Scope) -> Scope:
+    """The request as the routes take it: HEAD is GET, whose body uvicorn does not send. A form's body under
+    ``/api/`` is JSON: Ollama's documentation calls curl without a header, and Ollama reads such a body. Forms
+    of other sites' pages have been refused before."""
+    scope = {**scope, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+    if scope["path"].startswith("/api/") and _FORM in scope["headers"]:
+        headers = [header for header in scope["headers"] if header != _FORM]
+        scope["headers"] = [*headers, (b"content-type", b"application/json")]
+    return scope
 
 
 class Guard:
@@ -91,7 +93,11 @@ class Guard:
             await refused(scope, receive, with_headers)
         else:
             most = self._most(scope)
-            await self._app(_with_json(scope), self._limited(receive, most), with_headers)
+            inner = _for_routes(scope)
+            try:
+                await self._app(inner, self._limited(receive, most), with_headers)
+            finally:
+                scope["route"] = inner.get("route")  # for the metrics
 
     def _refusal(self, scope: Scope) -> Any:
         headers = {key.lower(): value for key, value in scope["headers"]}
@@ -100,6 +106,8 @@ class Guard:
         if self._hosts is not None and name not in self._hosts:
             allowed = ", ".join(sorted(self._hosts))
             text = f"the host name '{name}' is not allowed, only {allowed}; --allowed-host {name} adds it"
+            if not name:
+                text = f"the request has no host name; allowed are {allowed}"
             return errors.answer(421, text, code="host")
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if origin and origin not in self._origins and not self._own(origin, name):
@@ -116,6 +124,12 @@ class Guard:
                 is_api = scope["path"].startswith(("/v1/", "/api/"))
                 kind = "Bearer" if is_api else 'Basic realm="API key as password"'
                 return errors.answer(401, text, code="invalid_api_key", headers={"WWW-Authenticate": kind})
+        coding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+        if coding not in ("", "identity"):
+            text = f"bodies in the content coding '{coding[:40]}' are not supported; send them uncompressed"
+            return errors.answer(
+                415, text, code="unsupported_encoding", headers={"Accept-Encoding": "identity"}
+            )
         length, most = headers.get(b"content-length", b"0"), self._most(scope)
         if length.isdigit() and int(length) > most:
             return errors.answer(413, f"the body is larger than {most} bytes", code="body_too_large")

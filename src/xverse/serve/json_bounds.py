@@ -111,6 +111,7 @@ class Written:
             self._naming = byte == ord("{")
         elif byte in b"]}" and self._inside:
             self._inside.pop()
+            self._naming = False
         elif byte == ord(",") and self._inside:
             top = self._inside[-1]
             if top.kind == ord("["):
@@ -159,6 +160,8 @@ class Written:
         """Whether the current member should be the last one."""
         if container.count >= MEMBERS:
             return True
+        if container.kind == ord("{"):  # its names are used up if one had to be repeated
+            return not self._naming and len(container.names) < container.count
         if len(container.items) < REPEATS:
             return False
         last = [*container.items[-REPEATS:], bytes(self._text[container.begin :]).strip()]

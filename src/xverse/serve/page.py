@@ -58,7 +58,7 @@ def mount(app: FastAPI, service: Service, *, first: str = "chat") -> None:
     """Put the page at ``/`` of ``app``; ``first`` is the tab that opens."""
     files = {path.relative_to(FOLDER).as_posix(): _read(path) for path in FOLDER.rglob("*") if path.is_file()}
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def index(request: Request) -> Response:
         return _answer(files["index.html"], request)
 
@@ -75,7 +75,7 @@ def mount(app: FastAPI, service: Service, *, first: str = "chat") -> None:
     async def fit(body: FitRequest) -> dict[str, Any]:
         return await asyncio.to_thread(fitting, service, body)
 
-    @app.api_route("/page/{name:path}", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/page/{name:path}", include_in_schema=False)
     async def file(name: str, request: Request) -> Response:
         if name not in files:
             raise ApiError(404, f"/page/{name} does not exist", code="unknown_path")

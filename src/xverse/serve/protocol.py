@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -20,8 +19,16 @@ from pydantic import (
 )
 
 from xverse.engine.sampling_params import MOST_BIASES, MOST_STOPS, PARAMS, Param
-from xverse.serve.errors import ApiError
-from xverse.serve.fields import Body, Lenient, by_type, rule, without_null
+from xverse.serve.fields import Body, Lenient, Options, by_type, rule, without_null
+from xverse.serve.structures import (
+    KINDS,
+    Choices,
+    ResponseFormat,
+    Schema,
+    Structure,
+    StructuredOutputs,
+    structure_of,
+)
 
 MOST_CHOICES = 16
 MOST_TOOLS = 128
@@ -39,16 +46,11 @@ Whole = Annotated[StrictInt, BeforeValidator(_whole, json_schema_input_type=int)
 TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
 
 
-class StreamOptions(Lenient):
+class StreamOptions(Options):
+    without_effect: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
+
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = False
-
-
-class TextPart(Lenient):
-    """For the OpenAPI document; ``_text_of`` reads parts."""
-
-    type: Literal["text"] = "text"
-    text: StrictStr
 
 
 # The kinds of content parts that are text, and the field that holds it.
@@ -115,7 +117,7 @@ class ToolCall(Lenient):
         return values
 
 
-Text = Annotated[str, PlainValidator(_text_of, json_schema_input_type=StrictStr | list[TextPart])]
+Text = Annotated[str, PlainValidator(_text_of, json_schema_input_type=StrictStr | list[dict[str, Any]])]
 
 
 class Message(Lenient):
@@ -149,7 +151,15 @@ def tools_of(kind: str, model: type[Lenient]) -> PlainValidator:
     return PlainValidator(read, json_schema_input_type=list[dict[str, Any]])
 
 
-class Function(Lenient):
+# Fields of tools elsewhere.
+OF_TOOLS = frozenset(
+    ("strict", "output_schema", "input_examples", "defer_loading", "allowed_callers", "cache_control")
+)
+
+
+class Function(Options):
+    without_effect: ClassVar[frozenset[str]] = OF_TOOLS
+
     name: ToolName
     description: StrictStr = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -210,63 +220,13 @@ def _name(value: Any, at: str) -> str:
     return name
 
 
-class JsonSchema(Lenient):
-    """Its name, description and ``strict`` have no effect."""
-
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
-
-
-def _read_schema(value: Any) -> Any:
-    """A JSON schema, or its JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise rule("must be a JSON schema") from None
-
-
-Schema = Annotated[
-    dict[str, Any], BeforeValidator(_read_schema, json_schema_input_type=dict[str, Any] | StrictStr)
-]
-Choices = Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=1000)]
-
-
-class ResponseFormat(Lenient):
-    """OpenAI's formats; ``regex`` and ``grammar`` constrain the reply as vLLM's ``structured_outputs``."""
-
-    type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = "text"
-    json_schema: JsonSchema | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")  # of json_object, as in llama.cpp
-    regex: StrictStr | None = None
-    grammar: StrictStr | None = None
-
-
-class StructuredOutputs(Lenient):
-    """vLLM's: at most one of these."""
-
-    json_: Schema | None = Field(default=None, alias="json")
-    regex: StrictStr | None = None
-    grammar: StrictStr | None = None
-    choice: Choices | None = None
-    json_object: StrictBool | None = None
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What a reply must be: ``value`` is a JSON schema, a regular expression, a grammar (Lark or GBNF) or a
-    list of texts; ``param`` is the field that asks for it."""
-
-    kind: Literal["json_schema", "json_object", "regex", "grammar", "choice"]
-    value: Any
-    param: str
-
-
-def _texts(value: Any) -> Any:
+def texts_of(value: Any) -> Any:
     """One text or a list; empty ones, as empty text boxes send them, stop nothing."""
     if isinstance(value, str):
         value = [value]
-    return [text for text in value if text != ""] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        raise rule("must be text or a list of texts")
+    return [text for text in value if text != ""]
 
 
 def _biases(value: Any) -> Any:
@@ -285,7 +245,7 @@ def _sampling_field(param: Param) -> tuple[Any, Any]:
     kinds: dict[type, Any] = {
         float: Number,
         int: Whole,
-        str: Annotated[stops, BeforeValidator(_texts, json_schema_input_type=StrictStr | stops)],
+        str: Annotated[stops, BeforeValidator(texts_of, json_schema_input_type=StrictStr | stops)],
         dict: Annotated[
             dict[str, Number], BeforeValidator(_biases, json_schema_input_type=dict[str, Number])
         ],
@@ -351,46 +311,8 @@ class Generation(SamplingFields):
 
     def structure(self) -> Structure | None:
         """What the reply must be, if anything. Raises ApiError if several fields ask for it."""
-        outputs = self.structured_outputs.model_dump(by_alias=True)
-        guided = {name: getattr(self, f"guided_{name}", None) for name in _KINDS}
-        found = _of_format(self.response_format)
-        found += _given(outputs, "structured_outputs.") + _given(guided, "guided_")
-        if len(found) > 1:
-            names = " and ".join(each.param for each in found)
-            raise ApiError(400, f"{names} are mutually exclusive", param=found[1].param)
-        return found[0] if found else None
-
-
-# The kinds of structures by vLLM's names.
-_KINDS: dict[str, Literal["json_schema", "json_object", "regex", "grammar", "choice"]] = {
-    "json": "json_schema",
-    "regex": "regex",
-    "grammar": "grammar",
-    "choice": "choice",
-    "json_object": "json_object",
-}
-
-
-def _of_format(form: ResponseFormat) -> list[Structure]:
-    param = "response_format"
-    if form.type == "text":
-        return []
-    if form.type == "json_object":
-        return [Structure("json_schema" if form.schema_ else "json_object", form.schema_, param)]
-    value = getattr(form, form.type)
-    if value is None:
-        raise ApiError(400, f"{param}.{form.type}: required field is missing", code="missing_field")
-    if form.type == "json_schema":
-        return [Structure("json_schema", value.schema_, param)]
-    return [Structure(form.type, value, param)]
-
-
-def _given(values: Mapping[str, Any], prefix: str) -> list[Structure]:
-    """The structures among ``values``, whose fields have the ``prefix``."""
-    given = ((name, kind, values[name]) for name, kind in _KINDS.items())
-    return [
-        Structure(kind, value, prefix + name) for name, kind, value in given if value not in (None, False)
-    ]
+        guided = {name: getattr(self, f"guided_{name}", None) for name in KINDS}
+        return structure_of(self.response_format, self.structured_outputs, guided)
 
 
 class ChatRequest(Generation):

@@ -17,6 +17,7 @@ from xverse.engine import Event, Request, TokenLogprob
 from xverse.serve import errors
 from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError
+from xverse.serve.grammar import Grammar, unsupported
 from xverse.serve.protocol import Generation
 from xverse.serve.runner import Busy, Draining
 from xverse.serve.service import Service
@@ -105,10 +106,9 @@ async def events(service: Service, choice: Choice, begin: float | None = None) -
                     choice.logprobs.append(event.logprob)
                 if event.error is not None:
                     constraint = choice.request.constraint
-                    failed = getattr(getattr(constraint, "inner", constraint), "failed", "")
-                    if failed:
-                        text = f"response_format: the schema is not supported: {failed}"
-                        raise ApiError(400, text, code="bad_schema")
+                    grammar = getattr(constraint, "inner", constraint)
+                    if isinstance(grammar, Grammar) and grammar.failed:
+                        raise unsupported(*grammar.origin, grammar.failed)
                     raise ApiError(500, event.error, code="generation_failed")
                 choice.finish_reason, choice.stop_text = event.finish_reason, event.stop_text
                 yield event
@@ -216,8 +216,10 @@ class Reply:
         }
 
     def _usage_now(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """In every chunk, where the client asks for it."""
-        return {"usage": usage(choices, self._prompts)} if self._options.continuous_usage_stats else {}
+        """In every chunk, where the client asks for it; null where it asks for the usage at the end."""
+        if self._options.continuous_usage_stats:
+            return {"usage": usage(choices, self._prompts)}
+        return {"usage": None} if self._options.include_usage else {}
 
     def _prompt_ids(self) -> list[int] | None:
         return list(self.requests[0].prompt_ids) if self._ids else None

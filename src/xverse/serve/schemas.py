@@ -14,7 +14,7 @@ from typing import Any
 import llguidance
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
-from xverse.serve.protocol import Structure, Tool
+from xverse.serve.protocol import Tool
 from xverse.serve.schema_parts import (
     ALL,
     ITEMS,
@@ -27,6 +27,7 @@ from xverse.serve.schema_parts import (
     combined,
     keys,
 )
+from xverse.serve.structures import Structure
 from xverse.tokenizer.tools import CLOSE, OPEN
 
 MOST_BYTES = 64 * 1024  # of a request's schemas
@@ -82,7 +83,10 @@ def call_grammar(tools: Sequence[Tool]) -> str:
     keep their meaning. Raises as ``grammar``."""
     rules, size = [], 0
     for number, tool in enumerate(tools):
-        schema, size = _prepared(_arguments(tool.function.parameters), size)
+        try:
+            schema, size = _prepared(_arguments(tool.function.parameters), size)
+        except ValueError as error:
+            raise type(error)(f"tool '{tool.function.name}': {error}") from None
         head = json.dumps(f'{{"name": {json.dumps(tool.function.name)}, "arguments": ')
         rules.append(f'call{number}: {head} %json {json.dumps(schema)} "}}"\n')
     calls = " | ".join(f"call{number}" for number in range(len(tools)))

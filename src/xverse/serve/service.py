@@ -214,7 +214,10 @@ class Service:
         prompt_logprobs: int | None = None,
         grammar: Compiled | None = None,
     ) -> Request:
-        constraint: Constraint | None = None if grammar is None else self.grammars.start(grammar)
+        if body.min_tokens > max(new_tokens, 1):
+            text = f"min_tokens: {body.min_tokens} is more than the reply may have ({new_tokens})"
+            raise ApiError(400, text)
+        constraint: Constraint | None = None if grammar is None else self.grammars.start(grammar, body)
         # Others are in no reply.
         known = (token for token in body.stop_token_ids if 0 <= token < self.tokenizer.vocab_size)
         stop_ids = (*(() if body.ignore_eos else self.stop_ids), *known)

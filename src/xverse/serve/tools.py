@@ -40,8 +40,12 @@ def offered_tools(body: ChatRequest) -> list[Tool]:
     tools, choice = body.all_tools(), body.choice()
     names = [tool.function.name for tool in tools]
     field = "function_call" if body.tool_choice is None and body.function_call is not None else "tool_choice"
-    if len(set(names)) < len(names):
-        raise ApiError(400, "tools: two tools have the same name")
+    if body.tools and body.functions:
+        raise ApiError(400, "functions: is the former name of tools; use one of them")
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            field = f"tools[{index}].function.name" if body.tools else f"functions[{index}].name"
+            raise ApiError(400, f"{field}: '{name}' is the name of an earlier tool, too")
     if choice.mode == "none":
         return []
     for name in choice.names or ():

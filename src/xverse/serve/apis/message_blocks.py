@@ -9,15 +9,14 @@ from pydantic import Field, PlainValidator, StrictBool, StrictStr, model_validat
 
 from xverse.engine.sampling_params import MOST_STOPS
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import Body, Lenient, by_type, rule
+from xverse.serve.fields import Body, Lenient, Options, by_type, rule
 from xverse.serve.protocol import (
+    OF_TOOLS,
     ChatRequest,
     Function,
     FunctionCall,
-    JsonSchema,
     Message,
     Number,
-    ResponseFormat,
     Tool,
     ToolCall,
     ToolChoice,
@@ -25,6 +24,7 @@ from xverse.serve.protocol import (
     Whole,
     tools_of,
 )
+from xverse.serve.structures import JsonSchema, ResponseFormat
 
 # Fields that cannot change a reply here; docs/api.md lists them.
 WITHOUT_EFFECT = frozenset(
@@ -53,7 +53,7 @@ def _text(value: Any) -> str:
     """The text of a system prompt or of a tool's result."""
     if isinstance(value, str):
         return value
-    return "".join(block.text for block in by_type(value, _TEXT_ONLY, _type, "content blocks"))
+    return "".join(block.text for block in by_type(value, _TEXT_ONLY, _type, "content blocks", "text or "))
 
 
 def _type(block: dict[str, Any]) -> Any:
@@ -82,7 +82,7 @@ Block = TextBlock | ToolUseBlock | ToolResultBlock
 def _blocks(value: Any) -> list[Block]:
     if isinstance(value, str):
         return [TextBlock(text=value)]
-    return by_type(value, _BLOCKS, _type, "content blocks")
+    return by_type(value, _BLOCKS, _type, "content blocks", "text or ")
 
 
 class Turn(Lenient):
@@ -92,7 +92,9 @@ class Turn(Lenient):
     ] = Field(default_factory=list)
 
 
-class MessageTool(Lenient):
+class MessageTool(Options):
+    without_effect: ClassVar[frozenset[str]] = OF_TOOLS
+
     type: Literal["custom"] = "custom"
     name: ToolName
     description: StrictStr = ""
@@ -116,12 +118,16 @@ class Choice(Lenient):
         return ToolChoice("required" if self.type == "any" else "none" if self.type == "none" else "auto")
 
 
-class OutputFormat(Lenient):
+class OutputFormat(Options):
+    without_effect: ClassVar[frozenset[str]] = frozenset(("name", "description", "strict"))
+
     type: Literal["json_schema"] = "json_schema"
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Lenient):
+class OutputConfig(Options):
+    without_effect: ClassVar[frozenset[str]] = frozenset(("effort", "task_budget"))
+
     format: OutputFormat | None = None
 
 

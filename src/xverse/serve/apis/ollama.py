@@ -97,7 +97,7 @@ def mount(app: FastAPI, service: Service) -> None:
     async def show(body: OllamaShowRequest) -> Response:
         return JSONResponse(_shown(_of(service, body.model or body.name)))
 
-    @app.api_route("/api/version", methods=["GET", "HEAD"])
+    @app.get("/api/version")
     async def version() -> dict[str, str]:
         return {"version": COMPATIBLE, "xverse": xverse.__version__}
 

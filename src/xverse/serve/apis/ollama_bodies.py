@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, StrictStr
+from pydantic import BeforeValidator, Field, PlainValidator, StrictBool, StrictInt, StrictStr
 
 from xverse.serve.access_log import current
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import NO_EFFECT, Body, Lenient, refuse_unsupported, rule
+from xverse.serve.fields import NO_EFFECT, Body, Options, refuse_unsupported, rule
 from xverse.serve.protocol import (
     MOST_TOOLS,
     ChatRequest,
     CompletionRequest,
-    JsonSchema,
     Message,
     Number,
-    ResponseFormat,
     Tool,
     Whole,
+    texts_of,
 )
+from xverse.serve.structures import JsonSchema, ResponseFormat
 
 # Options of Ollama's runner that cannot change a reply here; docs/api.md lists them.
 OPTIONS_WITHOUT_EFFECT = frozenset(
@@ -32,14 +32,10 @@ _ENDLESS = (-1, -2)  # num_predict: as many tokens as the context has room for
 _MOST = 2**31
 
 
-def _stops(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+class RunnerOptions(Options):
+    """Sampling parameters by Ollama's names."""
 
-
-class Options(Lenient):
-    """Sampling parameters by Ollama's names; others are ignored and reported."""
-
-    model_config = ConfigDict(extra="allow")
+    without_effect: ClassVar[frozenset[str]] = OPTIONS_WITHOUT_EFFECT
 
     num_predict: Whole | None = None
     temperature: Number | None = None
@@ -50,7 +46,7 @@ class Options(Lenient):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     seed: Whole | None = None
-    stop: Annotated[list[StrictStr], BeforeValidator(_stops)] | None = None
+    stop: Annotated[list[StrictStr], BeforeValidator(texts_of)] | None = None
 
     def fields(self) -> dict[str, Any]:
         """The same as fields of OpenAI's requests."""
@@ -93,20 +89,14 @@ class _Request(Body):
     without_effect: ClassVar[frozenset[str]] = NO_EFFECT - {"thinking", "reasoning"}
 
     model: StrictStr
-    options: Options = Field(default_factory=Options)
+    options: RunnerOptions = Field(default_factory=RunnerOptions)
     keep_alive: Any = None
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        extra = self.options.model_extra or {}
-        options = (f"options.{name}" for name in extra if name not in OPTIONS_WITHOUT_EFFECT)
-        return (*super().ignored, *options)
 
 
 class _Generation(_Request):
     stream: StrictBool = True
     format: Format = Field(default_factory=ResponseFormat)
-    think: StrictBool | StrictStr | None = None
+    think: Any = None
 
     def check(self) -> None:
         """Raises ApiError for what the model does not do."""

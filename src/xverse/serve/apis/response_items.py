@@ -8,16 +8,15 @@ from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
 from xverse.engine.sampling_params import PARAMS
 from xverse.serve.errors import ApiError
-from xverse.serve.fields import NO_EFFECT, Lenient, Metadata, by_type, refuse_unsupported, rule
+from xverse.serve.fields import NO_EFFECT, Lenient, Metadata, Options, by_type, refuse_unsupported, rule
 from xverse.serve.protocol import (
+    OF_TOOLS,
     Arguments,
     ChatRequest,
     Chosen,
     Function,
     FunctionCall,
-    JsonSchema,
     Message,
-    ResponseFormat,
     SamplingFields,
     Text,
     Tool,
@@ -27,6 +26,7 @@ from xverse.serve.protocol import (
     tools_of,
 )
 from xverse.serve.replies import new_id
+from xverse.serve.structures import JsonSchema, ResponseFormat
 
 # Fields that cannot change a reply here; docs/api.md lists them.
 WITHOUT_EFFECT = NO_EFFECT | {
@@ -101,7 +101,7 @@ def _item_type(item: dict[str, Any]) -> Any:
 def _items(value: Any) -> list[Item]:
     if isinstance(value, str):
         return [MessageItem(role="user", content=value)]
-    items = by_type(value, _ITEMS, _item_type, "items")
+    items = by_type(value, _ITEMS, _item_type, "items", "text or ")
     if not items:
         raise rule("at least 1 item is needed")
     return items
@@ -112,8 +112,10 @@ def read_stored(item: dict[str, Any]) -> Item:
     return _items([item])[0]
 
 
-class FunctionTool(Lenient):
+class FunctionTool(Options):
     """A tool; the Responses API has the function's fields beside the type."""
+
+    without_effect: ClassVar[frozenset[str]] = OF_TOOLS
 
     type: Literal["function"] = "function"
     name: ToolName
@@ -122,7 +124,7 @@ class FunctionTool(Lenient):
     strict: Any = None
 
 
-class TextFormat(Lenient):
+class TextFormat(Options):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: Any = "schema"
     description: Any = ""
@@ -130,7 +132,7 @@ class TextFormat(Lenient):
     strict: Any = None
 
 
-class TextOptions(Lenient):
+class TextOptions(Options):
     format: TextFormat = Field(default_factory=TextFormat)
     verbosity: Any = None
 
@@ -182,6 +184,8 @@ class ResponsesRequest(SamplingFields):
         """The same as a chat request about ``messages``."""
         form = self.text.format
         schema = None
+        if form.type != "json_schema" and form.schema_ is not None:
+            raise ApiError(400, f"text.format.schema: needs the type 'json_schema', not '{form.type}'")
         if form.type == "json_schema":
             if form.schema_ is None:
                 where = "text.format.schema"
