@@ -130,6 +130,17 @@ def test_every_measurement_has_a_name_of_its_own_and_a_row() -> None:
     assert [name for name in pages if f"]({name})" not in page] == []
 
 
+def test_every_route_is_described() -> None:
+    page = re.sub(r"\{\w+\}", "{}", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
+    for path in (SOURCE / "serve").rglob("*.py"):
+        for route in re.findall(r'@app\.\w+\("(/[^"]+)"', path.read_text(encoding="utf-8")):
+            internal = route.startswith("/page/") or route.endswith(
+                "{path:path}"
+            )  # the page's; 404 for others
+            shown = re.sub(r"\{[\w:]+\}", "{}", route)
+            assert internal or f"{shown}`" in page, f"docs/api.md omits {route}"
+
+
 def test_every_environment_variable_is_described() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in MANUALS)
     for path in SOURCE.rglob("*.py"):

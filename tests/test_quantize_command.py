@@ -138,7 +138,7 @@ def test_group_that_does_not_divide(
     [
         ("2.0", [], "this model takes 2.1"),
         ("3.0", ["--levels", "integers"], "this model takes 4.1"),
-        ("9.5", [], "this model takes 2.1"),
+        ("9.5", [], "expected bits per weight, such as 4.5, from 2 to 8.5"),
         ("nan.", [], "expected bits per weight, such as 4.5"),
         ("4.5", ["--group-size", "64"], "it excludes --method rtn-row, --group-size and --format llama"),
         ("4.5", ["--format", "llama"], "it excludes --method rtn-row, --group-size and --format llama"),

@@ -25,7 +25,7 @@ from xverse.quant.quantizer import Quantizer
 from xverse.quant.settings import QuantSettings
 
 NAME = "model.layers.1.mlp.up_proj"
-TABLE, MEAN = f"{NAME}.weight_table", f"{NAME}.weight_mean"
+TABLE, CENTRES, NEAREST = (f"{NAME}.weight_{kind}" for kind in ("table", "centres", "nearest"))
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,10 @@ def tensors(model: Any, bits: int) -> dict[str, Tensor | QuantizedWeight]:
     result = dict(Quantizer(model.config, read, settings).tensors())
     weight = result[f"{NAME}.weight"]
     assert isinstance(weight, QuantizedWeight)
-    mean = torch.randn(weight.q.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16() / 16
-    return result | {f"{NAME}.weight": dataclasses.replace(weight, mean=mean)}
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(3, weight.q.shape[1], generator=generator).bfloat16() / 16
+    nearest = torch.randint(3, weight.q.shape[:1], generator=generator).to(torch.uint8)
+    return result | {f"{NAME}.weight": dataclasses.replace(weight, centres=centres, nearest=nearest)}
 
 
 @pytest.fixture
@@ -73,13 +75,17 @@ def test_reads_what_was_written(wide: Any, tiny_tokenizer: Any, tmp_path: Path, 
         assert (again.table is None) == (table is None)
         if again.table is not None and table is not None:
             assert torch.equal(again.table, table)
-        assert (again.mean is None) == (weight.mean is None) == (name != f"{NAME}.weight")
-        if again.mean is not None and weight.mean is not None:
-            assert torch.equal(again.mean, weight.mean)
+        assert (again.centres is None) == (weight.centres is None) == (name != f"{NAME}.weight")
+        if again.centres is not None and weight.centres is not None:
+            assert again.nearest is not None
+            assert weight.nearest is not None
+            assert torch.equal(again.centres, weight.centres)
+            assert torch.equal(again.nearest, weight.nearest)
             x = torch.randn(3, found.in_features, generator=torch.Generator().manual_seed(0))
-            common = found(x) - (x @ weight.mean.float())[:, None]
-            without = QuantLinear.from_weight(dataclasses.replace(weight, mean=None))
-            torch.testing.assert_close(common, without(x))
+            central = (x @ weight.centres.float().T)[:, weight.nearest.long()]
+            without = QuantLinear.from_weight(dataclasses.replace(weight, centres=None, nearest=None))
+            torch.testing.assert_close(found(x) - central, without(x))
+            assert torch.equal(found(x)[1:2], found(x[1:2]))  # bit for bit the row alone
             gradient = x.clone().requires_grad_()
             torch.testing.assert_close(found(gradient), x @ weight.dequantize().T)
         assert torch.equal(plain.get_parameter(name), weight.dequantize())
@@ -107,9 +113,14 @@ def test_transformers_reads_and_writes_tables(wide: Any, written: Path, tmp_path
         (TABLE, lambda table: table[:8].clone(), "weight_table is int8 [8], not int8 [16]"),
         (TABLE, lambda table: table.flip(0), "weight_table is not in ascending order"),
         (TABLE, lambda table: table.clamp(-50, 50), "weight_table is not in ascending order"),
-        (MEAN, lambda mean: mean.int(), "weight_mean is int32 [128], not floats [128]"),
-        (MEAN, lambda mean: mean[:64].clone(), "weight_mean is bfloat16 [64], not floats [128]"),
-        (MEAN, lambda mean: mean / 0, "weight_mean holds NaN or infinity"),
+        (CENTRES, lambda centres: None, "weight_centres is missing"),
+        (CENTRES, lambda rows: rows.int(), "weight_centres is int32 [3, 128], not floats with 128 columns"),
+        (CENTRES, lambda rows: rows[:, :64].clone(), "weight_centres is bfloat16 [3, 64], not floats with"),
+        (CENTRES, lambda centres: centres / 0, "weight_centres holds NaN or infinity"),
+        (CENTRES, lambda centres: centres[:1].clone(), "weight_nearest holds 2, but there are 1 centres"),
+        (NEAREST, lambda nearest: None, "weight_nearest is missing"),
+        (NEAREST, lambda nearest: nearest.short(), "weight_nearest is int16 [256], not uint8 [256]"),
+        (NEAREST, lambda nearest: nearest[:64].clone(), "weight_nearest is uint8 [64], not uint8 [256]"),
     ],
 )
 def test_damaged_tables_are_named(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xverse.kernels.weight import QuantizedWeight, table_of
 from xverse.quant.gptq import HessianFactor, gptq
-from xverse.quant.head import common_row, round_head
+from xverse.quant.head import round_head, row_centres
 
 FORM = (4, 32)
 
@@ -40,28 +40,33 @@ def test_likely_tokens_lose_less_than_with_one_hessian() -> None:
         error = x @ (weight - head).T
         return ((p * error.square()).sum(1) - (p * error).sum(1).square()).mean().item()
 
-    by_context = round_head(head, x, round_rows)
+    by_context = round_head(head, head, x, round_rows)
     plain = gptq(head, *FORM, HessianFactor(hessian), table_of(4))
     assert by_context.q.shape == plain.q.shape
     assert by_context.scales.shape == plain.scales.shape
     assert (by_context.dequantize() - head).norm() < 0.2 * head.norm()  # every row at its place
     assert loss(by_context.dequantize()) < 0.95 * loss(plain.dequantize())
-    assert torch.equal(by_context.q, round_head(head, x, round_rows).q)
+    assert torch.equal(by_context.q, round_head(head, head, x, round_rows).q)
 
 
-def test_the_common_row_is_that_of_likely_tokens() -> None:
-    head, x = _languages(1000)
-    common = torch.randn(64, generator=torch.Generator().manual_seed(3))
-    p = (x @ head.T).softmax(-1).mean(0)
-    torch.testing.assert_close(common_row(head, x), p @ head)
-    torch.testing.assert_close(common_row(head + common, x), p @ head + common)
-    assert not torch.allclose(p @ head, head.mean(0), atol=1e-3)
+def test_centres_take_what_rows_have_in_common() -> None:
+    generator = torch.Generator().manual_seed(3)
+    head, x = torch.randn(1600, 64, generator=generator) * 0.1, torch.randn(500, 64, generator=generator)
+    kind = torch.arange(1600) % 4
+    head += torch.randn(4, 64, generator=generator)[kind]
+    centres, nearest = row_centres(head, x)
+    assert centres.shape == (1600 // 384, 64)
+    assert len(set(zip(kind.tolist(), nearest.tolist(), strict=True))) == 4  # the kinds themselves
+    assert (head - centres[nearest]).square().sum() < 0.02 * head.square().sum()
+    few, all_zero = row_centres(head[:5], x)
+    assert few.shape == (1, 64)
+    assert not all_zero.any()
 
 
 def test_few_tokens_and_unlikely_rows() -> None:
     head, x = _languages(3)
     head[5] = 0.0
     head[8:200] = -100 * x.sum(0)  # never likely
-    result = round_head(head, x, lambda rows, inputs: gptq(rows, *FORM, inputs))
+    result = round_head(head, head, x, lambda rows, inputs: gptq(rows, *FORM, inputs))
     assert result.scales.isfinite().all()
     assert result.dequantize()[5].count_nonzero() == 0

@@ -9,6 +9,7 @@ import torch
 
 from xverse.config import UserError
 from xverse.model import FullCausal, XverseForCausalLM
+from xverse.quant.gptq import Hessian, HessianFactor, gptq
 from xverse.quant.methods import rtn
 from xverse.quant.mixing import (
     Unit,
@@ -23,7 +24,7 @@ from xverse.quant.mixing import (
 from xverse.quant.settings import QuantSettings
 
 
-@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-4", "0", "4,5"])
+@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-4", "0", "4,5", "1.99", "8.6", "99"])
 def test_what_is_not_a_number_of_bits(text: str) -> None:
     with pytest.raises(UserError, match=r"expected bits per weight, such as 4\.5"):
         parse_bits(text)
@@ -97,6 +98,30 @@ def test_outer_products_of_gradients_have_their_squares_on_the_diagonal(
     for name, found in outer.items():
         torch.testing.assert_close(found.gradients.diagonal(), squares[name].gradients, rtol=1e-4, atol=1e-9)
         assert torch.equal(found.inputs, squares[name].inputs)
+
+
+def test_the_share_of_errors_that_feedback_leaves(tiny_model: XverseForCausalLM) -> None:
+    model = tiny_model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(model.config.vocab_size, (48, 32), generator=generator)
+    squares, found = measure(model, rows), measure(model, rows, feedback=True)
+    for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
+        torch.testing.assert_close(found[name].inputs, squares[name].inputs)
+        module = model.get_submodule(name)
+        hessian = Hessian(module.in_features)
+        hook = module.register_forward_pre_hook(lambda _, inputs, to=hessian: to.add(inputs[0]))
+        model(rows, FullCausal(*rows.shape))
+        hook.remove()
+        weight = torch.randn(256, module.in_features, generator=generator)
+        plain = rtn(weight, 4, 32, found[name].inputs)
+        errors = [
+            (weight - w.dequantize()) for w in (gptq(weight, 4, 32, HessianFactor(hessian.mean)), plain)
+        ]
+        left, without = ((error @ hessian.mean * error).sum().item() for error in errors)
+        assert math.isclose(left / without, found[name].left, rel_tol=0.25), name
+        assert squares[name].left == 1.0
+    attention = [found[f"model.layers.0.self_attn.{kind}_proj"].left for kind in "qkv"]
+    assert attention[0] == attention[1] == attention[2] < 1
 
 
 def test_every_matrix_gets_a_format(tiny_model: XverseForCausalLM) -> None:

@@ -229,10 +229,7 @@ class Reference:
     def __init__(self, model: XverseForCausalLM, tokens: Tensor) -> None:
         import torch
 
-        from xverse.quant.parity import rows_at_once
-
         self.tokens, self._head = tokens, model.lm_head.weight
-        self._size = rows_at_once(model.config.vocab_size)
         with torch.no_grad():
             self._hidden = torch.cat([last_hidden(model, rows) for rows in tokens.split(_HIDDEN_ROWS)])
 
@@ -240,18 +237,7 @@ class Reference:
         """The figures of another model of the same vocabulary."""
         import torch
 
-        from xverse.quant.parity import LogitFigures, next_tokens
-
-        figures = LogitFigures()
-        targets = next_tokens(self.tokens).flatten()
-        start = 0
-        with torch.no_grad():
-            for rows in self.tokens.split(_HIDDEN_ROWS):
-                for part in last_hidden(model, rows).split(self._size):
-                    span = slice(start, start + len(part))
-                    figures.add(self._hidden[span] @ self._head.T, model.lm_head(part), targets[span])
-                    start += len(part)
-        return figures.report()
+        return self.compare_logits(lambda row: model.lm_head(last_hidden(model, torch.tensor([row]))))
 
     def compare_logits(self, logits: Callable[[Sequence[int]], Tensor]) -> ParityReport:
         """The figures of a function from a row of T tokens to logits [T, V]."""

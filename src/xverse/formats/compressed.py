@@ -7,7 +7,8 @@ by 2^(b-1), the lowest input in the lowest bits), ``weight_scale`` [N, K/group] 
 
 That format has integers only. Weights that are indices into a table are stored in the same way, with
 ``weight_table`` int8 [2^b] beside them, under this project's own ``quant_method`` and the type ``table``;
-``weight_mean`` bfloat16 [K], if there is one, is added to every row.
+``weight_centres`` bfloat16 [C, K], if there are any, are added to the rows: to each the one of its index in
+``weight_nearest`` uint8 [N].
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ACTIVATIONS = {  # quantised for each token while the model runs
     "dynamic": True,
 }
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
-_TABLE, _MEAN = "weight_table", "weight_mean"
+_TABLE, _CENTRES, _NEAREST = "weight_table", "weight_centres", "weight_nearest"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -45,8 +46,9 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 @dataclass(frozen=True)
 class StoredRows:
     """A quantised matrix for the loader: ``rows`` uint8 [N, K · bits / 8] as ``kernels.tiles.to_rows`` writes
-    them, ``scales`` bfloat16 [N, K/group], ``table`` and ``mean`` as in ``QuantizedWeight``. With
-    ``order`` int64 [K] the inputs are permuted: column k belongs to input ``order[k]``.
+    them, ``scales`` bfloat16 [N, K/group], ``table``, ``centres`` and ``nearest`` as in
+    ``QuantizedWeight``. With ``order`` int64 [K] the inputs are permuted: column k belongs to input
+    ``order[k]``.
     """
 
     rows: Tensor
@@ -54,7 +56,8 @@ class StoredRows:
     bits: int
     order: Tensor | None = None
     table: Tensor | None = None
-    mean: Tensor | None = None
+    centres: Tensor | None = None
+    nearest: Tensor | None = None
 
 
 class Kind(NamedTuple):
@@ -108,13 +111,25 @@ class CompressedScheme:
             raise UserError(f"{name}.weight_scale has {scale.shape[1]} groups, not {offered}")
         check_kernel_group(name, inputs // scale.shape[1])
         scales = checked_scales(f"{name}.weight_scale", scale)
-        mean = None
-        if table is not None and f"{name}.{_MEAN}" in files:
-            mean = files.get(f"{name}.{_MEAN}")
-            if mean.dtype not in _FLOATS or mean.shape != (inputs,):
-                raise UserError(f"{name}.{_MEAN} is {_describe(mean)}, not floats [{inputs}]")
-            mean = checked_scales(f"{name}.{_MEAN}", mean).clone()  # not the mapped file
-        return StoredRows(packed.view(torch.uint8), scales, bits, table=table, mean=mean)
+        centres = self._centres(files, name, shape) if table is not None else (None, None)
+        return StoredRows(packed.view(torch.uint8), scales, bits, None, table, *centres)
+
+    def _centres(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> tuple[Tensor | None, ...]:
+        outputs, inputs = shape
+        names = f"{name}.{_CENTRES}", f"{name}.{_NEAREST}"
+        missing = [part for part in names if part not in files]
+        if len(missing) == 2:
+            return None, None
+        if missing:
+            raise UserError(f"{missing[0]} is missing")
+        centres, nearest = (files.get(part) for part in names)
+        if centres.dtype not in _FLOATS or centres.dim() != 2 or centres.shape[1] != inputs:
+            raise UserError(f"{names[0]} is {_describe(centres)}, not floats with {inputs} columns")
+        if nearest.dtype != torch.uint8 or nearest.shape != (outputs,):
+            raise UserError(f"{names[1]} is {_describe(nearest)}, not uint8 [{outputs}]")
+        if int(nearest.max()) >= len(centres):
+            raise UserError(f"{names[1]} holds {int(nearest.max())}, but there are {len(centres)} centres")
+        return checked_scales(names[0], centres).clone(), nearest.clone()  # not the mapped file
 
     def _table(self, files: TensorFiles, name: str, bits: int) -> Tensor | None:
         """The matrix's table. Raises UserError unless it is as the kinds of its ``bits`` declare."""
@@ -175,7 +190,7 @@ def pack(weight: QuantizedWeight, plain: bool = False) -> dict[str, Tensor]:
     """The tensors of a matrix, by suffix; ``plain``: as ``PlainScheme`` reads them."""
     if plain:
         return {"weight": weight.q.contiguous(), "weight_scale": weight.scales.contiguous()}
-    others = {_TABLE: weight.table, _MEAN: weight.mean}
+    others = {_TABLE: weight.table, _CENTRES: weight.centres, _NEAREST: weight.nearest}
     return {suffix: part for suffix, part in others.items() if part is not None} | {
         "weight_packed": to_rows(weight).contiguous().view(torch.int32),
         "weight_scale": weight.scales.contiguous(),

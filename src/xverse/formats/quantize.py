@@ -23,8 +23,9 @@ from xverse.formats.write import check_target, save_quantized
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
 from xverse.kernels.weight import BITS, QuantizedWeight
 from xverse.log import console, notice, progress
-from xverse.model import XverseConfig, XverseForCausalLM
+from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
 from xverse.quant import mixing
+from xverse.quant.head import row_centres
 from xverse.quant.parity import ParityReport
 from xverse.quant.quantizer import EMBEDDING, HEAD, Quantizer
 from xverse.quant.settings import Format, QuantSettings, fitting_group, input_sizes, matrices
@@ -214,8 +215,16 @@ def mixed_formats(
     notice("quantize: measuring the sensitivity of every layer")
     tokens = _SENSITIVITY_TOKENS if small else _SENSITIVITY_TOKENS_LARGE
     rows = resized(calibration, tokens, _SENSITIVITY_LENGTH).to(device)
-    matrices_by_name = {name: model.get_parameter(f"{name}.weight") for name, _, _ in shapes}
-    units = mixing.measure_units(config, mixing.measure(model, rows), matrices_by_name, settings)
+    matrices_by_name = {name: model.get_parameter(f"{name}.weight").detach() for name, _, _ in shapes}
+    if settings.method == "gptq" and settings.table:  # then the head's rows are rounded without their centres
+        head = matrices_by_name[mixing.HEAD].float()
+        with torch.no_grad():
+            hidden = model.model(rows, FullCausal(*rows.shape)).flatten(0, 1).float()
+            centres, nearest = row_centres(head, hidden)
+        matrices_by_name[mixing.HEAD] = head - centres[nearest]
+        plain += 2 * centres.numel() + len(nearest)
+    found = mixing.measure(model, rows, feedback=small and settings.method == "gptq")
+    units = mixing.measure_units(config, found, matrices_by_name, settings)
     return mixing.choose_formats(units, bits, counted, plain)
 
 

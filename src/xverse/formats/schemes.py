@@ -116,7 +116,7 @@ def quantized_layer(stored: StoredRows, layer: nn.Module, dtype: torch.dtype) ->
     scales = stored.scales.repeat_interleave(repeat, dim=1) if repeat > 1 else stored.scales
     module = QuantLinear(inputs, stored.scales.shape[0], stored.bits, group, stored.table is not None)
     module.tiles = tile_rows(stored.rows, scales, stored.bits, stored.table)
-    module.order, module.mean = stored.order, stored.mean
+    module.order, module.centres, module.nearest = stored.order, stored.centres, stored.nearest
     return module
 
 
@@ -126,7 +126,7 @@ def dequantized(
     """The dequantised weight [N, K] of a module, in ``dtype``."""
     stored = read_stored(files, scheme, name, shape, where)
     integers = from_rows(stored.rows, stored.scales, stored.bits, stored.table)
-    weight = replace(integers, mean=stored.mean).dequantize().to(dtype)
+    weight = replace(integers, centres=stored.centres, nearest=stored.nearest).dequantize().to(dtype)
     return weight if stored.order is None else torch.empty_like(weight).index_copy_(1, stored.order, weight)
 
 

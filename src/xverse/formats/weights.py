@@ -36,6 +36,7 @@ _STORED = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int8: "I8",
+    torch.uint8: "U8",
 }
 _READABLE = {
     **{code: dtype for dtype, code in _STORED.items()},

@@ -99,7 +99,7 @@ def fused_step(model: XverseForCausalLM, cache: Sequence[PagedLayer]) -> FusedSt
             elif type(module) is BF16Linear:
                 most_tokens = BF16_TOKENS
             elif (  # such as one with an adapter
-                type(module) is not QuantLinear or module.order is not None or module.mean is not None
+                type(module) is not QuantLinear or module.order is not None or module.centres is not None
             ):
                 return None
     return FusedStep(model, cache, most_tokens)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 import xverse.kernels.cuda  # noqa: F401  (registers the operations on CUDA)
 from xverse.kernels import ops
 from xverse.kernels.tiles import from_rows, kernel_group_size, tile, tile_shape, to_rows, untile
-from xverse.kernels.weight import QuantizedWeight
+from xverse.kernels.weight import QuantizedWeight, add_centres
+
+_PRODUCTS = 1 << 22  # of inputs and centres held at a time
 
 
 class QuantLinear(nn.Module):
@@ -26,7 +28,8 @@ class QuantLinear(nn.Module):
 
     tiles: Tensor
     order: Tensor | None
-    mean: Tensor | None
+    centres: Tensor | None
+    nearest: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -39,15 +42,15 @@ class QuantLinear(nn.Module):
         self.table_group = kernel_group if table or bits < 4 else 0
         shape = tile_shape(out_features, in_features, bits, kernel_group, table)
         self.register_buffer("tiles", torch.empty(shape, dtype=torch.uint8, device="meta"))
-        self.register_buffer("order", None)
-        self.register_buffer("mean", None)
+        for name in ("order", "centres", "nearest"):
+            self.register_buffer(name, None)
         self.register_parameter("bias", None)
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> QuantLinear:
         outputs, inputs = weight.q.shape
         module = cls(inputs, outputs, weight.bits, weight.group_size, weight.table is not None)
-        module.tiles, module.mean = tile(weight), weight.mean
+        module.tiles, module.centres, module.nearest = tile(weight), weight.centres, weight.nearest
         module.bias = bias
         return module
 
@@ -64,7 +67,7 @@ class QuantLinear(nn.Module):
         weight = untile(self.tiles, self.out_features, self.bits, self.table_group)
         step = weight.scales.shape[1] * self.group_size // self.in_features
         scales = weight.scales[:, ::step].contiguous()
-        return QuantizedWeight(weight.q, scales, self.bits, weight.table, self.mean)
+        return QuantizedWeight(weight.q, scales, self.bits, weight.table, self.centres, self.nearest)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out_features, in_features] as ``dtype``, with the columns of ``to_weight``."""
@@ -72,14 +75,14 @@ class QuantLinear(nn.Module):
             weight = torch.ops.xverse.dequantize(
                 self.tiles, self.out_features, self.bits, dtype, self.table_group
             )
-            return weight if self.mean is None else weight + self.mean.to(dtype)
+            return add_centres(weight, self.centres, self.nearest)
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
         start = 0
         parts = ops.dequantized_parts(self.tiles, self.out_features, self.bits, dtype, self.table_group)
         for part in parts:
             weight[start : start + len(part)] = part
             start += len(part)
-        return weight if self.mean is None else weight.add_(self.mean)
+        return add_centres(weight, self.centres, self.nearest)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.order is not None:
@@ -89,8 +92,8 @@ class QuantLinear(nn.Module):
         else:
             run = ops.quant_linear if ops.is_eager_cpu(x) else torch.ops.xverse.quant_linear
             y = run(x, self.tiles, self.out_features, self.bits, self.table_group)
-        if self.mean is not None:  # not a product, whose bits would depend on the number of rows
-            y = y + (x.float() * self.mean).sum(dim=-1, keepdim=True).to(y.dtype)
+        if self.centres is not None and self.nearest is not None:
+            y = y + central_products(x, self.centres).to(y.dtype).index_select(-1, self.nearest.int())
         return y if self.bias is None else y + self.bias
 
     @staticmethod
@@ -98,7 +101,7 @@ class QuantLinear(nn.Module):
         """``[layer(x) for layer in layers]``; quantises the input once if the layers have the same format."""
         first = layers[0]
         same_format = all(
-            (layer.bits, layer.group_size, layer.table_group, layer.order, layer.mean)
+            (layer.bits, layer.group_size, layer.table_group, layer.order, layer.centres)
             == (first.bits, first.group_size, first.table_group, None, None)
             and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
             for layer in layers
@@ -116,6 +119,14 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}"
         )
+
+
+def central_products(x: Tensor, centres: Tensor) -> Tensor:
+    """``x`` [..., K] times the transpose of ``centres`` [C, K], float32 [..., C]: sums whose bits do not
+    depend on the number of rows, as those of a matrix product would."""
+    rows = x.flatten(0, -2).float().split(max(1, _PRODUCTS // centres.numel()))
+    sums = torch.cat([(part[:, None] * centres).sum(dim=-1) for part in rows])
+    return sums.view(*x.shape[:-1], len(centres))
 
 
 class QuantEmbedding(nn.Module):

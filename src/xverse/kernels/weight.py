@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,15 +28,16 @@ class QuantizedWeight:
 
     ``q`` is int8 [N, K] from -2^(bits-1) to 2^(bits-1) - 1 (symmetric: no zero point), ``scales`` bfloat16
     [N, K/group_size]. A scale per row is a group of all K inputs. The values are ``q`` itself or, with up to
-    4 bits and a ``table`` int8 [2^bits] in ascending order, ``table[q + 2^(bits-1)]``. ``mean`` bfloat16 [K]
-    is added to every row.
+    4 bits and a ``table`` int8 [2^bits] in ascending order, ``table[q + 2^(bits-1)]``. ``centres`` bfloat16
+    [C, K] are added to the rows: to each the one of its index in ``nearest`` uint8 [N].
     """
 
     q: Tensor
     scales: Tensor
     bits: int
     table: Tensor | None = None
-    mean: Tensor | None = None
+    centres: Tensor | None = None
+    nearest: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.bits in BITS
@@ -47,9 +49,8 @@ class QuantizedWeight:
             assert self.bits <= 4
             assert self.table.dtype == torch.int8
             assert self.table.shape == (1 << self.bits,)
-        if self.mean is not None:
-            assert self.mean.dtype == torch.bfloat16
-            assert self.mean.shape == self.q.shape[1:]
+        if self.centres is not None and self.nearest is not None:
+            assert (self.centres.dtype, self.nearest.dtype) == (torch.bfloat16, torch.uint8)
 
     @property
     def group_size(self) -> int:
@@ -57,8 +58,8 @@ class QuantizedWeight:
 
     @property
     def stored_bytes(self) -> int:
-        """The size of integers, scales, table and mean."""
-        others = sum(part.nbytes for part in (self.scales, self.table, self.mean) if part is not None)
+        """The size of integers, scales, table and centres."""
+        others = sum(part.nbytes for name, part in self._tensors().items() if name != "q")
         return self.q.numel() * self.bits // 8 + others
 
     @property
@@ -69,19 +70,22 @@ class QuantizedWeight:
         return self.table[self.q.int() + (1 << (self.bits - 1))]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``value · scale + mean``, [N, K] of ``dtype``."""
+        """``value · scale + centre``, [N, K] of ``dtype``."""
         grouped = self.values.view(*self.scales.shape, self.group_size).to(dtype)  # [N, G, group]
         plain = (grouped * self.scales.to(dtype)[..., None]).view(self.q.shape)
-        return plain if self.mean is None else plain + self.mean.to(dtype)
+        return add_centres(plain, self.centres, self.nearest)
 
     def cpu(self) -> QuantizedWeight:
-        table, mean = (None if part is None else part.cpu() for part in (self.table, self.mean))
-        return QuantizedWeight(self.q.cpu(), self.scales.cpu(), self.bits, table, mean)
+        return replace(self, **{name: part.cpu() for name, part in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
 
     def outputs(self, rows: range) -> QuantizedWeight:
         """The weight of the outputs ``rows``."""
         own = slice(rows.start, rows.stop)
-        return replace(self, q=self.q[own], scales=self.scales[own])
+        nearest = None if self.nearest is None else self.nearest[own]
+        return replace(self, q=self.q[own], scales=self.scales[own], nearest=nearest)
 
     def inputs(self, columns: range) -> QuantizedWeight:
         """The weight of the inputs ``columns``, which are whole groups."""
@@ -89,14 +93,21 @@ class QuantizedWeight:
         assert columns.start % group == columns.stop % group == 0
         scales = self.scales[:, columns.start // group : columns.stop // group]
         own = self.q[:, columns.start : columns.stop].contiguous()
-        mean = None if self.mean is None else self.mean[columns.start : columns.stop]
-        return replace(self, q=own, scales=scales, mean=mean)
+        centres = None if self.centres is None else self.centres[:, columns.start : columns.stop]
+        return replace(self, q=own, scales=scales, centres=centres)
 
     def regrouped(self, group_size: int) -> QuantizedWeight:
         """The same weight with its scales repeated for smaller groups of ``group_size`` inputs."""
         assert self.group_size % group_size == 0
         scales = self.scales.repeat_interleave(self.group_size // group_size, dim=1)
         return replace(self, scales=scales)
+
+
+def add_centres(weight: Tensor, centres: Tensor | None, nearest: Tensor | None) -> Tensor:
+    """``weight`` [N, K] with each row's centre added, if there are any."""
+    if centres is None or nearest is None:
+        return weight
+    return weight + centres.to(weight.dtype)[nearest.long()]
 
 
 def table_of(bits: int) -> Tensor | None:

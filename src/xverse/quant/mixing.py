@@ -4,8 +4,9 @@ What rounding a matrix costs the model is measured, to second order: KL ≈ ½ E
 matrix's outputs, where g is the gradient of log p(y) by these outputs for a token y drawn from the model
 itself (the Fisher information). With errors that are independent between weights this is ½ Σ g_n² x_k² e_nk²:
 the mean squares of gradients and inputs come from one forward and backward pass over calibration text, the
-rounding errors e from rounding some rows of the matrix in every format. Formats are then exchanged for larger
-ones in the order of KL saved per byte.
+rounding errors e from rounding some rows of the matrix in every format. GPTQ's feedback leaves a share of
+them, which depends on the inputs alone. Formats are then exchanged for larger ones in the order of KL saved
+per byte.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from xverse.config import UserError
-from xverse.kernels.weight import GROUP_SIZES
+from xverse.kernels.weight import BITS, GROUP_SIZES
 from xverse.model import FullCausal, XverseConfig, XverseForCausalLM
 from xverse.quant.equalize import column_rms, equal_factors
+from xverse.quant.gptq import HessianFactor
 from xverse.quant.methods import rtn
 from xverse.quant.settings import Format, QuantSettings, matrices
 
@@ -38,34 +40,40 @@ _TOGETHER = (
 
 
 def parse_bits(text: str) -> float:
-    """The value of ``--bpw``. Raises UserError for anything but a positive number."""
+    """The value of ``--bpw``. Raises UserError for what no format reaches."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise UserError(f"--bpw {text}: expected bits per weight, such as 4.5")
+    if not min(BITS) <= value <= max(BITS) + 0.55:  # with scales in groups of 32 and tensors not rounded
+        raise UserError(f"--bpw {text}: expected bits per weight, such as 4.5, from 2 to 8.5")
     return value
 
 
 @dataclass(frozen=True)
 class Sensitivity:
     """Mean squares of a matrix's inputs [K] and of the gradients of log p by its outputs [N], float32; if
-    asked for, instead of the latter the mean of their outer products [N, N]."""
+    asked for, instead of the latter the mean of their outer products [N, N]. ``left``: the share of rounding
+    errors that feedback between columns leaves."""
 
     inputs: Tensor
     gradients: Tensor
+    left: float = 1.0
 
 
-def measure(model: XverseForCausalLM, rows: Tensor, outer: bool = False) -> dict[str, Sensitivity]:
+def measure(
+    model: XverseForCausalLM, rows: Tensor, outer: bool = False, feedback: bool = False
+) -> dict[str, Sensitivity]:
     """The sensitivity of every linear of an unquantised model, by name, on ``rows`` int64 [n, T]; with
-    ``outer`` of the attention's and the last of each network. Experts that no token activates have none."""
+    ``outer`` of the attention's and the last of each network, with ``feedback`` what GPTQ leaves. Experts
+    that no token activates have none."""
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
+    left: dict[str, float] = {}
 
     def add(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
         x = x.detach().flatten(0, -2).float()
-        total = x.T @ x if outer and sums is gradients else x.square().sum(dim=0)
+        total = x.T @ x if (outer if sums is gradients else feedback) else x.square().sum(dim=0)
         sums[name] = sums[name].add_(total) if name in sums else total
 
     def watch(name: str) -> Any:
@@ -98,11 +106,20 @@ def measure(model: XverseForCausalLM, rows: Tensor, outer: bool = False) -> dict
         for handle in (*hooks, embedding):
             handle.remove()
     count = rows.numel()
+    for name in inputs if feedback else ():
+        left[name] = _left(inputs[name])
+        inputs[name] = inputs[name].diagonal().clone()
     return {
-        name: Sensitivity(inputs[name].div_(count), gradients[name].div_(count))
+        name: Sensitivity(inputs[name].div_(count), gradients[name].div_(count), left.get(name, 1.0))
         for name, _ in linears
         if name in gradients
     }
+
+
+def _left(total: Tensor) -> float:
+    """The mean share of a column's error that feedback leaves, from the inputs' outer products [K, K]."""
+    factors = total.diagonal().clamp(min=1e-30).rsqrt()
+    return HessianFactor(total * factors * factors[:, None]).importance.mean().item()
 
 
 def candidates(inputs: int, table: bool = True) -> list[Format]:
@@ -123,7 +140,8 @@ def rounding_cost(
     factors = equal_factors(sensitivity.inputs.sqrt(), column_rms([part]))
     part, squares = part * factors, sensitivity.inputs / factors.square()
     error = (part - rtn(part, *form, squares, table).dequantize()).square() @ squares  # [rows]
-    return 0.5 * (error @ sensitivity.gradients[chosen]).item() * len(weight) / len(chosen)
+    cost = 0.5 * (error @ sensitivity.gradients[chosen]).item() * len(weight) / len(chosen)
+    return cost * sensitivity.left
 
 
 @dataclass(frozen=True)
@@ -147,14 +165,12 @@ def measure_units(
     for shapes in _units(config):
         formats = tuple(candidates(shapes[0][2], settings.table))
         sizes, costs = [], []
-        for bits, group in formats:
-            sizes.append(sum(outputs * inputs * (bits / 8 + 2 / group) for _, outputs, inputs in shapes))
-            costs.append(
-                sum(
-                    rounding_cost(weights[name], (bits, group), sensitivities[name], settings.table_of(bits))
-                    for name, _, _ in shapes
-                )
-            )
+        for form in formats:
+            bits, table = form[0] + 16 / form[1], settings.table_of(form[0])
+            apart = 0 if table is None else len(table)
+            sizes.append(sum(outputs * inputs * bits / 8 + apart for _, outputs, inputs in shapes))
+            found = (rounding_cost(weights[name], form, sensitivities[name], table) for name, _, _ in shapes)
+            costs.append(sum(found))
         units.append(Unit(tuple(name for name, _, _ in shapes), formats, tuple(sizes), tuple(costs)))
     return units
 

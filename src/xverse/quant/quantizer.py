@@ -15,12 +15,12 @@ from torch import Tensor
 
 from xverse.config import UserError
 from xverse.kernels.linear import QuantEmbedding, QuantLinear
-from xverse.kernels.weight import QuantizedWeight
+from xverse.kernels.weight import QuantizedWeight, add_centres
 from xverse.model import XverseConfig, XverseForCausalLM
 from xverse.model.transformer import DecoderLayer
 from xverse.quant.equalize import equalize_layer, split_norm
 from xverse.quant.gptq import Hessian, HessianFactor, gptq
-from xverse.quant.head import common_row, round_head
+from xverse.quant.head import round_head, row_centres
 from xverse.quant.layerwise import (
     OUTPUT,
     QKV,
@@ -314,7 +314,13 @@ class Quantizer:
             form = self.settings.format_of(_module(HEAD), head.shape[1], bits)
             inputs: Inputs = None
             factors = torch.ones(head.shape[1], device=head.device)
-            mean = torch.zeros_like(factors)
+            apart: tuple[Tensor, Tensor] | None = None  # centres of the rows, each row's nearest
+            parts = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, len(head), _ROWS_AT_ONCE)]
+
+            def rest(rows: slice = slice(None)) -> Tensor:
+                part = head[rows].float() * factors
+                return part if apart is None else add_centres(part, -apart[0], apart[1][rows])
+
             if calibration is not None:
                 x = make_norm(norm, self.config)(calibration.flatten(0, 1))  # [n·T, D]
                 hessian = Hessian(head.shape[1], head.device)
@@ -322,20 +328,22 @@ class Quantizer:
                 self._check_finite(NORM, hessian.mean)
                 rms = hessian.mean.diagonal().sqrt()
                 if self.settings.method == "gptq" and self.settings.table_of(form[0]) is not None:
-                    mean = common_row(head, x)
+                    apart = row_centres(head, x)
                 if self.settings.balance:
-                    norm, factors, rms = split_norm(norm, [head - mean], rms)
+                    weights = [head] if apart is None else [rest(rows) for rows in parts]
+                    norm, factors, rms = split_norm(norm, weights, rms)
                 inputs = _importance(rms)
                 if self.settings.method == "gptq":
                     inputs = HessianFactor(hessian.mean / factors[:, None] / factors)
+            if apart is not None:
+                apart = (apart[0] * factors).bfloat16(), apart[1].to(torch.uint8)
             if calibration is not None and self.uses_whole:
                 rounded = functools.partial(self._round, form=form)
-                weight = round_head((head - mean) * factors, x / factors, rounded)
+                weight = round_head(head * factors, rest(), x / factors, rounded)
             else:
-                parts = [self._round((x - mean) * factors, form, inputs) for x in head.split(_ROWS_AT_ONCE)]
-                weight = _concatenate(parts)
-            common = (mean * factors).bfloat16() if mean.any() else None
-            stored = dataclasses.replace(weight, mean=common)
+                weight = _concatenate([self._round(rest(rows), form, inputs) for rows in parts])
+            centres, nearest = apart or (None, None)
+            stored = dataclasses.replace(weight, centres=centres, nearest=nearest)
         self._count(NORM, norm)
         self._count(HEAD, stored)
         return norm, stored

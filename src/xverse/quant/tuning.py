@@ -58,8 +58,8 @@ class _Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.q, self.scales * (1 + self.change))
-        if self.weight.mean is not None:
-            y = y + (x @ self.weight.mean.float())[..., None]
+        if self.weight.centres is not None and self.weight.nearest is not None:
+            y = y + (x @ self.weight.centres.float().T)[..., self.weight.nearest.long()]
         return y if self.bias is None else y + self.bias
 
     def result(self) -> QuantizedWeight:
