@@ -141,6 +141,20 @@ def test_export_and_import(site: Any, visit: Any, tmp_path: Path) -> None:
         visitor.page.locator("#import").click()
     chooser.value.set_files(tmp_path / "bad.json")
     sync_api.expect(visitor.page.get_by_text("bad.json has no conversations")).to_be_visible()
+    foreign: list[Any] = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "In "}, {"type": "text", "text": "parts"}]},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": ["Five"]},
+    ]
+    (tmp_path / "foreign.json").write_text(json.dumps([{"messages": foreign}, {"title": "no messages"}]))
+    with visitor.page.expect_file_chooser() as chooser:
+        visitor.page.locator("#import").click()
+    chooser.value.set_files(tmp_path / "foreign.json")
+    sync_api.expect(visitor.page.get_by_text("conversations: 1. Left out: 3 entries")).to_be_visible()
+    visitor.page.locator("#conversations .open", has_text="In parts").click()
+    sync_api.expect(visitor.page.get_by_text("Five")).to_be_visible()
 
 
 @pytest.mark.parametrize("chinese", [True, False])

@@ -101,9 +101,9 @@ function erase(conversation) {
 function choose() {
   const box = h("input", { type: "file", accept: ".json,application/json", multiple: true });
   box.addEventListener("change", async () => {
-    let count = 0;
+    let count = 0, left = 0;
     for (const file of box.files) {
-      const found = imported(await file.text(), create);
+      const { found, skipped } = imported(await file.text(), create);
       if (!found.length) {
         toast(t("notImported", { name: file.name }));
         continue;
@@ -113,8 +113,10 @@ function choose() {
         await save(conversation);
       }
       count += found.length;
+      left += skipped;
     }
-    if (count) toast(t("imported", { count }), null, 3);
+    if (left && count) toast(t("importedPartly", { count, left }));
+    else if (count) toast(t("imported", { count }), null, 3);
     draw();
   });
   box.click();
