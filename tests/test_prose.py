@@ -41,4 +41,4 @@ def test_sizes_of_files() -> None:
     assert not too_long, too_long
     assert statistics.mean(counts.values()) <= 160
     # 35,000 with the features of version 0.1; what has been added since takes the rest.
-    assert sum(counts.values()) <= 54_900
+    assert sum(counts.values()) <= 54_950

@@ -15,7 +15,7 @@ from xverse.quant import tuning
 from xverse.quant.parity import compare
 from xverse.quant.quantizer import Quantizer
 from xverse.quant.settings import QuantSettings, default_settings
-from xverse.quant.tuning import _Product, refine, whole_model
+from xverse.quant.tuning import refine, whole_model
 
 
 @pytest.fixture
@@ -74,18 +74,3 @@ def test_the_report_is_that_of_the_refined_model(
     assert run.report.kl == pytest.approx(expected.kl, rel=1e-4)
     assert len(run.report.layer_errors) == source.config.num_hidden_layers
     assert run.report.bytes_quantized < run.report.bytes_source
-
-
-def test_gradients_are_those_of_the_dequantised_weight() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randint(-8, 8, (6, 2, 32), generator=generator, dtype=torch.int8)
-    scales = torch.rand(6, 2, generator=generator, dtype=torch.float64).requires_grad_()
-    x = torch.randn(2, 3, 64, generator=generator, dtype=torch.float64).requires_grad_()
-    y = _Product.apply(x, q, scales)
-    weight = (q * scales[..., None]).flatten(1)
-    torch.testing.assert_close(y, x @ weight.T)
-    upstream = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    found = torch.autograd.grad(y, (x, scales), upstream)
-    expected = torch.autograd.grad(x @ weight.T, (x, scales), upstream)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)

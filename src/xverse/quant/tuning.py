@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xverse.kernels.linear import QuantLinear
 from xverse.kernels.weight import QuantizedWeight
@@ -25,25 +25,9 @@ _TOKENS_AT_ONCE = 2048  # of a step
 _RATE = 1e-3  # Adam's, relative to the size of what it changes; falls linearly to 0
 
 
-class _Product(torch.autograd.Function):
-    """``x`` [..., K] times the transpose of ``q`` int8 [N, G, group] · ``scales`` [N, G]; the weight is
-    computed again in the backward pass, so that only integers are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
-        ctx.save_for_backward(x, q, scales)
-        return x @ _weight(q, scales).T
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
-        (gradient,) = gradients
-        x, q, scales = ctx.saved_tensors
-        products = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).view(q.shape)  # [N, G, group]
-        return gradient @ _weight(q, scales), None, (products * q).sum(dim=-1)
-
-
-def _weight(q: Tensor, scales: Tensor) -> Tensor:
-    return (q * scales[..., None]).flatten(1)  # [N, K]
+def _product(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
+    """``x`` [..., K] times the transpose of ``q`` int8 [N, G, group] · ``scales`` [N, G]."""
+    return x @ (q * scales[..., None]).flatten(1).T
 
 
 class _Linear(nn.Module):
@@ -57,7 +41,9 @@ class _Linear(nn.Module):
         self.change = nn.Parameter(torch.zeros_like(self.scales))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Product.apply(x, self.q, self.scales * (1 + self.change))
+        # The weight is computed again in the backward pass, so that only integers are kept.
+        scales = self.scales * (1 + self.change)
+        y: Tensor = checkpoint(_product, x, self.q, scales, use_reentrant=False, preserve_rng_state=False)
         if self.weight.centres is not None and self.weight.nearest is not None:
             y = y + (x @ self.weight.centres.float().T)[..., self.weight.nearest.long()]
         return y if self.bias is None else y + self.bias
