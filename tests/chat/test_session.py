@@ -202,6 +202,13 @@ def test_the_token_limit_is_announced(session: Session, notices: list[str]) -> N
     assert RECITED.startswith(out.rstrip("\n"))
     assert "max_new_tokens = 3" in notices[-1]
 
+    from xverse.chat.terminal import show
+
+    both = io.StringIO()  # as in a terminal: the notice is a line of its own
+    session.notify = lambda text: print(f"[{text}]", file=both)
+    show(session, session.reply("hello"), both)
+    assert [line[:1] == "[" for line in both.getvalue().splitlines()] == [False, True]
+
 
 def test_a_terminal_never_sees_control_characters(session: Session) -> None:
     from xverse.chat.terminal import show
@@ -212,8 +219,8 @@ def test_a_terminal_never_sees_control_characters(session: Session) -> None:
 
     screen, pipe = Screen(), io.StringIO()
     pieces = ["a\x1b[31m", "\x07b\tc\n你\x9b好\r"]
-    show((piece for piece in pieces), screen)
-    show((piece for piece in pieces), pipe)
+    show(session, (piece for piece in pieces), screen)
+    show(session, (piece for piece in pieces), pipe)
     assert screen.getvalue() == "a[31mb\tc\n你好\n"
     assert pipe.getvalue() == "".join(pieces) + "\n"
 

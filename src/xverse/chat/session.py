@@ -45,6 +45,7 @@ class Session:
         self.sampling = sampling
         self.stop_ids = stop_ids
         self.notify = notify
+        self.ending = ""  # why the last reply ended early; for the line after it
         self.messages: list[Message] = []
         self.adapters: dict[str, Adapter] = {}
         self.adapter: str | None = None  # the name of the one that replies are computed with
@@ -148,7 +149,7 @@ class Session:
             prompt_ids=prompt_ids, sampling=self.sampling, stop_ids=self.stop_ids, adapter=adapter
         )
         reason: FinishReason | None = None
-        self.speed, began = Speed(), time.monotonic()
+        self.speed, self.ending, began = Speed(), "", time.monotonic()
         with contextlib.closing(self.engine.stream(request)) as events:
             for event in events:
                 reason = event.finish_reason
@@ -160,7 +161,7 @@ class Session:
                 if event.error:
                     raise UserError(f"the reply failed: {event.error}")
         if reason == "length":
-            self.notify(f"stopped at the length limit (max_new_tokens = {self.sampling.max_new_tokens})")
+            self.ending = f"stopped at the length limit (max_new_tokens = {self.sampling.max_new_tokens})"
 
     def _starts_with_system(self) -> bool:
         return bool(self.messages) and self.messages[0]["role"] == "system"

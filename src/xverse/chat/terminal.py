@@ -83,7 +83,7 @@ class Terminal:
         self._attached.clear()
 
     def _show(self, pieces: Generator[str, None, None]) -> None:
-        show(pieces, self.stdout)
+        show(self.session, pieces, self.stdout)
         speed = self.session.speed
         if self.interactive:
             notice(translated("speed", count=speed.tokens, first=speed.first, rate=speed.rate))
@@ -161,7 +161,7 @@ def _shown(value: object) -> str:
     return "random" if value is None else str(value)
 
 
-def show(pieces: Generator[str, None, None], stdout: TextIO) -> None:
+def show(session: Session, pieces: Generator[str, None, None], stdout: TextIO) -> None:
     """Write a reply as it arrives: wrapping and right-to-left order are up to the terminal."""
     filtered, markdown = stdout.isatty(), Markdown() if colours(stdout) else None
     begun = False
@@ -177,6 +177,8 @@ def show(pieces: Generator[str, None, None], stdout: TextIO) -> None:
         if begun:
             stdout.write((markdown.finish() if markdown else "") + "\n")
             stdout.flush()
+    if session.ending:
+        session.notify(session.ending)
 
 
 def _file(command: str, rest: str) -> str:

@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
     )
     session.system = given.get("system", "")
     if "ask" in given:
-        show(session.reply(args.ask), sys.stdout)
+        show(session, session.reply(args.ask), sys.stdout)
         return 0
     if "complete" in given:
-        show(session.complete(args.complete), sys.stdout)
+        show(session, session.complete(args.complete), sys.stdout)
         return 0
     return Terminal(session, sys.stdin, sys.stdout, str(args.model), not args.no_history).run()
 
