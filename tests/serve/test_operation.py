@@ -21,6 +21,8 @@ import httpx
 import pytest
 
 from tests import forkserver
+from xverse.config import UserError
+from xverse.serve.server import bind_unix
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = [{"role": "user", "content": "What is your name?"}]
@@ -422,3 +424,16 @@ def test_key_files(content: bytes, part: str, tmp_path: Path) -> None:
         read_keys(str(file))
     file.write_bytes(b"\xef\xbb\xbfone\r\n\n# two\n three \n")
     assert read_keys(str(file))[:2] == ["one", "three"]
+
+
+def test_a_path_that_is_not_a_socket_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for path, part in (
+        (file, "not a socket"),
+        (tmp_path, "not a socket"),
+        (tmp_path / "a" / "b", "No such file"),
+    ):
+        with pytest.raises(UserError, match=part):
+            bind_unix(path)
+    assert file.read_text() == "kept"

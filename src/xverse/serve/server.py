@@ -66,9 +66,11 @@ def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
 
 def bind_unix(path: Path) -> socket.socket:
     """The same on a Unix socket. One that a dead server left behind is replaced."""
+    if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
+        raise UserError(f"--uds: {path} exists and is not a socket; name another path")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and _abandoned(path):
+        if path.exists() and _abandoned(path):
             path.unlink()
         listener.bind(str(path))
         return listener
