@@ -45,8 +45,8 @@ SKILLS = {
 }  # fmt: skip
 # Shares of the dialogues. A program is three times as long as a sum, so it gets fewer.
 SHARES = {
-    "roleplay": 4, "knowledge": 16, "writing": 10, "code": 6, "arithmetic": 28, "reasoning": 18, "understanding": 9,
-    "languages": 16, "safety": 9, "followup": 8, "everyday": 3,
+    "roleplay": 4, "knowledge": 26, "writing": 8, "code": 5, "arithmetic": 28, "reasoning": 22, "understanding": 11,
+    "languages": 34, "safety": 16, "followup": 7, "everyday": 5,
 }  # fmt: skip
 LANGUAGES = {"zh": 44, "en": 44, "ru": 2.4, "fr": 2.4, "ja": 2.4, "de": 2.4, "es": 2.4}
 JOINED_CHARACTERS = 600  # of a conversation, a third for Chinese and Japanese: 99 % fit 256 tokens

@@ -1,4 +1,8 @@
-"""Translating everyday phrases among seven languages, and naming the language of a sentence."""
+"""Translating everyday phrases among seven languages, and naming the language of a sentence.
+
+What is kept for the exam is a phrase, a language and the direction. Training has the same phrase in the other
+direction: nobody can infer a word that was never shown.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +121,7 @@ UNCLEAR = {
 def translate(writer: Writer, language: str) -> Dialogue:
     """From the question's language into one of the other six."""
     source = ORDER.index(language)
-    row, target = writer.filler(lambda: (writer.one(PHRASES)[0], writer.one(ORDER)))
+    _, row, target = writer.filler(lambda: ("into", writer.one(PHRASES)[0], writer.one(ORDER)))
     phrases = next(one for one in PHRASES if one[0] == row)
     if target == language:
         return meaning(writer, language)
@@ -134,8 +138,8 @@ def translate(writer: Writer, language: str) -> Dialogue:
 
 def meaning(writer: Writer, language: str) -> Dialogue:
     """From one of the other languages into the question's."""
-    first, other = writer.filler(
-        lambda: (writer.one(PHRASES)[0], writer.one(ORDER[1:] if language == "zh" else ORDER))
+    _, first, other = writer.filler(
+        lambda: ("from", writer.one(PHRASES)[0], writer.one(ORDER[1:] if language == "zh" else ORDER))
     )
     phrases = next(one for one in PHRASES if one[0] == first)
     foreign, own = phrases[ORDER.index(other)], phrases[ORDER.index(language)]
@@ -148,7 +152,7 @@ def meaning(writer: Writer, language: str) -> Dialogue:
 
 def which(writer: Writer, language: str) -> Dialogue:
     while True:
-        first, other = writer.filler(lambda: (writer.one(PHRASES)[0], writer.one(ORDER)))
+        _, first, other = writer.filler(lambda: ("which", writer.one(PHRASES)[0], writer.one(ORDER)))
         text = next(one for one in PHRASES if one[0] == first)[ORDER.index(other)]
         if text not in UNCLEAR:
             break
