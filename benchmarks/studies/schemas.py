@@ -40,6 +40,7 @@ from xverse.serve import json_bounds, schemas
 from xverse.serve.errors import ApiError
 from xverse.serve.grammar import Grammars, Source
 from xverse.serve.grammar_worker import Vocabulary, limits
+from xverse.serve.protocol import CompletionRequest
 
 _DRAFT = "/tests/draft2020-12/"
 _HURRY = 25  # tokens after which the writer prefers to end what it began
@@ -136,7 +137,7 @@ def forced_gain() -> dict[str, Any]:
     prompt = loaded.engine.tokenizer.encode("A person:")
     result: dict[str, Any] = {}
     for name in ("forced", "plain"):
-        constraint = grammars.start(compiled)
+        constraint = grammars.start(compiled, CompletionRequest(prompt="", guided_json=_PERSON))
         if name == "plain":
             constraint.forced = list  # type: ignore[method-assign]
         request = Request(
