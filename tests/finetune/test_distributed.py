@@ -44,7 +44,7 @@ def run(name: str, *arguments: str) -> None:
     start = subprocess.Popen if name == "deepspeed" else forkserver.Launcher
     with start(command, env=ENVIRONMENT, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as started:
         try:
-            _, errors = started.communicate(timeout=280)
+            _, errors = started.communicate(timeout=550)
         finally:
             started.kill()
     assert started.returncode == 0, errors[-3000:]
