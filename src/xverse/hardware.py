@@ -133,8 +133,7 @@ def instruction_sets() -> list[str]:
 
 
 def memory() -> tuple[int, int | None]:
-    """(bytes of RAM that this process may use, bytes available now or None if the system does not report
-    it)."""
+    """(bytes of RAM that this process may use, bytes available now or None where it is not reported)."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = _memory_limit()
     available = _bytes("/proc/meminfo", "MemAvailable")

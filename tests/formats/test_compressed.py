@@ -317,6 +317,20 @@ def test_damaged_tensors_are_named(
         assert "\n" not in text
 
 
+@pytest.mark.parametrize("suffix", ["weight", "weight_mean", "weight_scale_2", "input_scale", "qzeros"])
+def test_other_tensors_of_a_matrix_are_not_overlooked(written: Path, suffix: str) -> None:
+    state = load_file(written / "model.safetensors")
+    for values in (torch.ones(4), torch.zeros(4)):  # what is 0 changes nothing
+        state[f"{NAME}.{suffix}"] = values
+        save_file(state, written / "model.safetensors", {"format": "pt"})
+        for dequantize in (False, True):
+            if values.any():
+                with pytest.raises(UserError, match=rf"{written}: {NAME}\.{suffix} is unexpected"):
+                    load_model(written, dequantize=dequantize)
+            else:
+                load_model(written, dequantize=dequantize)
+
+
 def test_zero_points_are_refused_by_name(written: Path) -> None:
     state = load_file(written / "model.safetensors")
     state[f"{NAME}.weight_zero_point"] = torch.zeros(16, 2, dtype=torch.int32)

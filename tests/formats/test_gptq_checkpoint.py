@@ -231,6 +231,14 @@ def test_damaged_tensors_are_named(
     assert "\n" not in text
 
 
+def test_other_tensors_of_a_matrix_are_not_overlooked(source: Any, tmp_path: Path) -> None:
+    write(source, tmp_path / "gptq")
+    file = tmp_path / "gptq" / "model.safetensors"
+    save_file(load_file(file) | {f"{NAME}.weight_scale": torch.ones(1)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{NAME}\.weight_scale is unexpected"):
+        load_model(tmp_path / "gptq")
+
+
 def test_eight_bits_with_far_zero_points_are_refused(source: Any, tmp_path: Path) -> None:
     write(source, tmp_path / "gptq", bits=8, symmetric=False)
     file = tmp_path / "gptq" / "model.safetensors"

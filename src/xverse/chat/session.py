@@ -90,8 +90,7 @@ class Session:
                 self.messages = before
 
     def room(self, text: str) -> int:
-        """The number of tokens of ``text`` from files. Raises UserError if a message with a question cannot
-        hold them."""
+        """The number of tokens of ``text`` from files. Raises UserError if one message cannot hold them."""
         config = self.engine.model.config
         count = len(self.engine.tokenizer.encode(text))
         limit = input_limit(

@@ -40,6 +40,7 @@ ACTIVATIONS = {  # quantised for each token while the model runs
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
 _TABLE, _CENTRES, _NEAREST = "weight_table", "weight_centres", "weight_nearest"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_UNSUPPORTED = ("weight_zero_point", "weight_g_idx")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -74,6 +75,7 @@ class CompressedScheme:
 
     kinds: frozenset[Kind]
     marker = "weight_packed"
+    suffixes = (*SUFFIXES, _TABLE, _CENTRES, _NEAREST, *_UNSUPPORTED)
 
     def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows:
         """The matrix ``name`` (without ``.weight``) of ``shape`` [N, K].
@@ -85,7 +87,7 @@ class CompressedScheme:
         for suffix in SUFFIXES:
             if f"{name}.{suffix}" not in files:
                 raise UserError(f"{name}.{suffix} is missing")
-        for extra in ("weight_zero_point", "weight_g_idx"):
+        for extra in _UNSUPPORTED:
             if f"{name}.{extra}" in files:
                 raise UserError(f"{name}.{extra}: zero points and activation order are not supported")
         stated = files.get(f"{name}.weight_shape")
@@ -153,6 +155,7 @@ class PlainScheme:
     """``int-quantized`` weights of 8 bits with a scale per row: ``weight`` int8 [N, K], ``weight_scale``."""
 
     marker = "weight_scale"
+    suffixes = ("weight", "weight_scale")
 
     def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows:
         """As ``CompressedScheme.read``."""

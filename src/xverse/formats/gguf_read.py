@@ -105,8 +105,7 @@ class GgufFile(AssembledDirectory):
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """The ids that end a reply: the text's end, and the turn's if the file names one; the settings of
-        sampling."""
+        """The ids that end a reply: the text's end, and the turn's if there is one; the sampling settings."""
         metadata = self.header.metadata
         ends = [self._token_id(name) for name in ("eos", "eot", "eom")]
         end_ids = list(dict.fromkeys(index for index in ends if index is not None))

@@ -36,6 +36,7 @@ class GPTQScheme:
     group_size: int | None
     zero_offset: int
     marker = "qweight"
+    suffixes = ("qweight", "qzeros", "scales", "g_idx")
 
     def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows:
         """The matrix ``name`` of ``shape`` [N, K]; its zero points decide the bits of the result.

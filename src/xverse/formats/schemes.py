@@ -37,9 +37,10 @@ GPTQ_CONFIG = "quantize_config.json"  # AutoGPTQ's, older than quantization_conf
 
 
 class Scheme(Protocol):
-    """A storage format of quantised matrices. The name of one tensor of each matrix ends in ``marker``."""
+    """A storage format of matrices; their tensors' names end in ``suffixes``, one of each in ``marker``."""
 
     marker: str
+    suffixes: tuple[str, ...]
 
     def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows: ...
 
@@ -150,8 +151,12 @@ def set_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 def read_stored(
     files: TensorFiles, scheme: Scheme, name: str, shape: tuple[int, int], where: Path
 ) -> StoredRows:
-    """``scheme.read``; its errors name ``where``."""
+    """``scheme.read``; its errors name ``where``, also that for a further tensor that is not 0."""
+    known = {f"{name}.{suffix}" for suffix in (*scheme.suffixes, "bias")}
     try:
+        for other in files.names:
+            if other.startswith(f"{name}.") and other not in known and files.get(other).any():
+                raise UserError(f"{other} is unexpected")
         return scheme.read(files, name, shape)
     except UserError as error:
         if str(where) in str(error):  # the message names the file already

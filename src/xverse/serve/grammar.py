@@ -331,8 +331,7 @@ class _Answer(NamedTuple):
 
 
 class Grammar:
-    """The constraint of one reply; implements ``engine.Constraint``. Masks are computed while the engine does
-    other work."""
+    """The constraint of one reply; implements ``engine.Constraint``. Masks are computed beside the engine."""
 
     def __init__(
         self, compiled: Compiled, vocab_size: int, stop_ids: tuple[int, ...], origin: tuple[str, bool]

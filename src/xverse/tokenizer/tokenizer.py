@@ -93,8 +93,7 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """The sha256 (hex) of everything that the ids depend on; reformatting or re-saving does not change
-        it."""
+        """The sha256 (hex) of everything that the ids depend on; not of the formatting."""
         return hashlib.sha256(_canonical(self.values)).hexdigest()
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:

@@ -69,8 +69,7 @@ def library_merges(
     min_frequency: int = 2,
     max_token_length: int = 16,
 ) -> list[tuple[str, str]]:
-    """The merges that the library's trainer learns; ``others``: characters of the texts outside the
-    alphabet."""
+    """The merges that the library's trainer learns; ``others``: characters outside the alphabet."""
     outside = "".join(map(re.escape, sorted({*others, SPACE})))
     backend = Backend(models.BPE(byte_fallback=True, unk_token=SPECIAL_TOKENS[0]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(

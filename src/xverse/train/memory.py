@@ -1,5 +1,4 @@
-"""The predicted memory of a training step, from what autograd keeps of one layer; refuses what does not
-fit."""
+"""The predicted memory of a training step, from what autograd keeps of one layer."""
 
 from __future__ import annotations
 

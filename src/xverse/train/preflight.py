@@ -118,8 +118,7 @@ def _neighbours(world: World) -> list[int]:
 
 
 def _exchange(message: torch.Tensor, other: int, world: World) -> float:
-    """Bytes per second, both directions together, with rank ``other``; 0 if negative. All processes call
-    it."""
+    """Bytes per second, both directions together, with rank ``other`` (0 if negative). Collective."""
     world.wait()
     if other < 0:
         return 0.0

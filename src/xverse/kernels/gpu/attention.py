@@ -85,8 +85,7 @@ def attend_part(
 
 @triton.jit
 def merge_parts(parts, tops, sums, out, splits, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    """One query's head of ``parts`` [B·H, splits, D] → ``out`` [B·H, D]. Scores that are not numbers give
-    NaN."""
+    """One query's head of ``parts`` [B·H, splits, D] → ``out`` [B·H, D]. Scores of NaN give NaN."""
     row = tl.program_id(0).to(tl.int64)
     split, column = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     top = tl.load(tops + row * splits + split, mask=split < splits, other=-float("inf"))
