@@ -40,7 +40,9 @@ class Scheme(Protocol):
     """A storage format of matrices; their tensors' names end in ``suffixes``, one of each in ``marker``."""
 
     marker: str
-    suffixes: tuple[str, ...]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]: ...
 
     def read(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> StoredRows: ...
 
