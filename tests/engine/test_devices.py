@@ -25,7 +25,7 @@ GB = 10**9
 
 
 class Affirm(TorchDispatchMode):
-    """A read of a value on the meta device, which stands for a GPU, gives 1, so that checks for NaN pass."""
+    """Values on the meta device, used here as a GPU, are read as 1, so that checks for NaN pass."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
